@@ -1,0 +1,74 @@
+"""Losses and throughput of training steps, averaged over data ranks in one collective each time they are logged."""
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+
+class StepMetrics(Callback):
+    """Logs what ``training_step`` returned beside its loss, the learning rate, tokens/s and the time of a step.
+
+    Values are means over a step's micro-batches and data ranks. Between two logged steps nothing is reduced and no
+    value is read from the device. Validation does not count as step time.
+
+    Args:
+        tokens_per_step: tokens of one optimizer step over all data ranks.
+    """
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._sums: dict[str, Tensor] = {}
+        self._micro_batches = 0
+        self._marks: list[tuple[int, float]] = []  # step and seconds of training, at the start and at each logging
+        self._validation_began = 0.0
+        self._validating = 0.0  # seconds spent in validation
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark(trainer.global_step)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_began = time.perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validating += time.perf_counter() - self._validation_began
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        for name, value in outputs.items():
+            if name != "loss":
+                self._sums[name] = self._sums.get(name, 0.0) + value
+        self._micro_batches += 1
+        if self._micro_batches < trainer.accumulate_grad_batches:
+            return
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._mark(trainer.global_step)
+            precise = torch.promote_types(self._sums["train/loss"].dtype, torch.float32)
+            values = torch.stack([value.to(precise) for value in self._sums.values()]) / self._micro_batches
+            metrics = dict(zip(self._sums, trainer.strategy.reduce(values).tolist(), strict=True))
+            metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
+            pl_module.log_dict(metrics | self._throughput(-2), batch_size=1)
+        self._sums.clear()
+        self._micro_batches = 0
+
+    def overall(self) -> dict[str, float]:
+        """Mean throughput of the run after the first logged step (warm-up); of all of it if nothing came after."""
+        return self._throughput(1 if len(self._marks) > 2 else 0)
+
+    def _mark(self, step: int) -> None:
+        self._marks.append((step, time.perf_counter() - self._validating))
+
+    def _throughput(self, since: int) -> dict[str, float]:
+        (first, began), (last, ended) = self._marks[since], self._marks[-1]
+        if last == first:
+            return {}
+        step_time = (ended - began) / (last - first)
+        return {"perf/tokens_per_second": self.tokens_per_step / step_time, "perf/step_time_s": step_time}

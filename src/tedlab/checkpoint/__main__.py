@@ -1,0 +1,91 @@
+"""``python -m tedlab.checkpoint inspect|consolidate <dir>``: what is in a checkpoint, and the model as one file."""
+
+import argparse
+import math
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from tedlab.checkpoint import read_meta
+
+_MODEL = "model."
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+    """
+    read_meta(path)
+    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def inspect(path: Path) -> Table:
+    """The model's parameters: global shape, dtype and in how many pieces; and what else is there."""
+    tensors = stored_tensors(path)
+    meta = read_meta(path)
+    parameters = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    table = Table(title=f"{path}: step {meta['global_step']}", title_justify="left")
+    for heading in ("parameter", "shape", "dtype", "pieces"):
+        table.add_column(heading, justify="right" if heading == "pieces" else "left", no_wrap=heading == "parameter")
+    for name, tensor in sorted(parameters.items()):
+        shape = "×".join(map(str, tensor.size)) or "scalar"
+        dtype = str(tensor.properties.dtype).removeprefix("torch.")
+        table.add_row(name, shape, dtype, str(len(tensor.chunks)))
+    elements = sum(math.prod(t.size) for t in parameters.values())
+    size = sum(file.stat().st_size for file in path.iterdir())
+    state = sorted({n.rsplit(".", 1)[1] for n in tensors if ".state." in n})
+    table.caption = (
+        f"{elements:,} parameters in {len(parameters)} tensors; {size / 2**20:,.1f} MiB "
+        f"with the optimizer's {', '.join(state) or 'nothing'}"
+    )
+    return table
+
+
+def consolidate(path: Path, out: Path) -> None:
+    """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process."""
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored_tensors(path).items()
+        if name.startswith(_MODEL)
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is the intent
+        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    partial = out.with_name(out.name + ".partial")
+    save_file({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}, partial)
+    partial.replace(out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tedlab.checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("directory", type=Path, help="e.g. runs/main/<date>/checkpoints/last.ckpt")
+        if name == "consolidate":
+            command.add_argument("out", type=Path, nargs="?", help="default: <directory>.safetensors")
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "inspect":
+            Console().print(inspect(options.directory))
+        else:
+            out = options.out or options.directory.with_suffix(".safetensors")
+            consolidate(options.directory, out)
+            print(out)
+    except OSError as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

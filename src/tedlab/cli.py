@@ -1,0 +1,115 @@
+"""How command lines become typed configurations: Hydra, the place of ``conf/``, and errors for misspelt overrides."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import CompactHydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+
+from tedlab.config import TrainConfig
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
+
+ConfigStore.instance().store("schema", TrainConfig)
+
+
+class UsageError(CompactHydraException):
+    """Something that the user can put right; Hydra prints the message alone, and a sweep goes on with its next job."""
+
+
+def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
+    """The entry point of a command that takes training overrides and calls ``task`` with what they compose to."""
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+    def entry(config: DictConfig) -> float:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
+        typed = OmegaConf.to_object(config)
+        assert isinstance(typed, TrainConfig)
+        return task(typed)
+
+    def main() -> None:
+        arguments = get_args_parser().parse_args()
+        if not (arguments.config_dir or arguments.config_path or arguments.config_name):
+            try:
+                check_overrides(arguments.overrides)
+            except UsageError as error:
+                sys.exit(f"{error}")
+        entry()
+
+    return main
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Refuses overrides of keys, groups or group options that do not exist, and says which come nearest.
+
+    Raises:
+        UsageError: naming the first such override.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException:
+        return  # Hydra's own message points at the character
+    ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name != "hydra"}
+        chosen = []
+        for override in ours:
+            if override.key_or_group in groups:
+                options = _values(override)
+                for option in options:
+                    _check_known(option, groups[override.key_or_group], f"{override.key_or_group}={option}", "option")
+                chosen.append(f"{override.key_or_group}={options[0]}")
+        experiment = [c for c in chosen if c.startswith("experiment=")]
+        config = hydra.compose("train", overrides=experiment + [c for c in chosen if c not in experiment])
+    for override in ours:
+        if override.key_or_group not in groups:
+            _check_key(config, override.key_or_group, list(groups), override.is_add() or override.is_force_add())
+
+
+def _values(override: Override) -> list[str]:
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    value = override.value()
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _check_key(config: DictConfig, key: str, groups: list[str], added: bool) -> None:
+    """Every part of the key must exist; only dictionaries without a type of their own take additions."""
+    node, path = config, ""
+    for part in key.split("."):
+        if not isinstance(node, DictConfig):
+            raise UsageError(f"'{key}': '{path}' is a value and has nothing below it.")
+        if added and not is_dataclass(OmegaConf.get_type(node)) and part not in node:
+            return
+        known = [str(k) for k in node]
+        where = f"{key}" if not path else f"{key} (below '{path}')"
+        _check_known(part, known if path else sorted({*known, *groups} - {"hydra"}), where, "key")
+        path = f"{path}.{part}" if path else part
+        if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
+            return
+        node = node[part]
+
+
+def _check_known(name: str, known: list[str], where: str, what: str) -> None:
+    if name in known or name == "null":
+        return
+    near = difflib.get_close_matches(name, known, n=1)
+    suggestion = f" Did you mean '{near[0]}'?" if near else ""
+    raise UsageError(
+        f"{where}: there is no {what} '{name}'.{suggestion}\nValid: {', '.join(sorted(known))}\n"
+        "`python -m tedlab.train --help` shows everything with its value."
+    )

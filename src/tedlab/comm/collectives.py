@@ -1,0 +1,142 @@
+"""Every collective of tedlab, by the kind of group it runs in, observable through hooks.
+
+Nothing here is differentiable (see ``differentiable.py``) and nothing here knows about models. A collective over a
+group of one process is not launched and no hook hears of it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import _functional_collectives as funcol
+from torch.utils.hooks import RemovableHandle
+
+_ops = torch.ops._c10d_functional
+
+GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+Phase = Literal["forward", "backward", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective call, as hooks see it.
+
+    Attributes:
+        op: the operation.
+        kind: the kind of group it runs in.
+        group_size: number of processes in that group.
+        phase: the part of a training step it belongs to.
+        tag: the call site, e.g. ``attention.reduce``; stable across layouts.
+        shape: shape of this process's buffer: the input of a reduction or an all-to-all, the output of an all-gather.
+        dtype: dtype of this process's buffer.
+    """
+
+    op: Operation
+    kind: GroupKind
+    group_size: int
+    phase: Phase
+    tag: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes in this process's buffer."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    @property
+    def wire_bytes(self) -> float:
+        """Bytes that this process sends in a bandwidth-optimal algorithm (ring)."""
+        share = (self.group_size - 1) / self.group_size
+        return self.payload_bytes * share * (2 if self.op == "all_reduce" else 1)
+
+
+Hook = Callable[[Collective, Literal["start", "end"]], None]
+
+
+class Collectives:
+    """Raw collectives over the groups of one process.
+
+    The operations are torch's functional collectives: results are new tensors and inputs stay as they were, which
+    activation checkpointing relies on.
+
+    Args:
+        groups: the process group of each kind that this process belongs to.
+    """
+
+    def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup]) -> None:
+        self._groups = dict(groups)
+        self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
+
+    def size(self, kind: GroupKind) -> int:
+        """Number of processes in this process's group of the kind."""
+        return self._groups[kind].size()
+
+    def rank(self, kind: GroupKind) -> int:
+        """Position of this process in its group of the kind."""
+        return self._groups[kind].rank()
+
+    def register_hook(self, hook: Hook) -> RemovableHandle:
+        """Calls ``hook(collective, "start")`` before and ``hook(collective, "end")`` after every collective.
+
+        Hooks run in the order of registration. They may count, time, delay or raise.
+        """
+        handle = RemovableHandle(self._hooks)
+        self._hooks[handle.id] = hook
+        return handle
+
+    def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
+        """Element-wise reduction over the group. Same shape on every process; ``op`` is ``sum`` or ``max``."""
+        if self.size(kind) == 1:
+            return x
+        with self._observed("all_reduce", x, kind, tag, phase):
+            return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, self._groups[kind]))
+
+    def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
+        """Sends the i-th of n equal slices along dimension 0 to process i; returns what came, in order of sender.
+
+        The size of dimension 0 must be a multiple of the group size.
+        """
+        if self.size(kind) == 1:
+            return x
+        with self._observed("all_to_all", x, kind, tag, phase):
+            return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), None, None, self._groups[kind]))
+
+    def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
+        """Sums over the group and leaves process i the i-th of n equal slices along dimension 0."""
+        if self.size(kind) == 1:
+            return x
+        group = self._groups[kind]
+        with self._observed("reduce_scatter", x, kind, tag, phase):
+            return funcol.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+
+    def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
+        """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.
+
+        The one collective that writes into given memory: ``x`` may be this process's slice of ``out``. Not for code
+        that is recomputed.
+        """
+        if self.size(kind) == 1:
+            out.copy_(x)
+            return
+        group = self._groups[kind]
+        with self._observed("all_gather", out, kind, tag, phase):
+            funcol.wait_tensor(_ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out))
+
+    @contextmanager
+    def _observed(self, op: Operation, x: Tensor, kind: GroupKind, tag: str, phase: Phase) -> Iterator[None]:
+        if not self._hooks:
+            yield
+            return
+        call = Collective(op, kind, self.size(kind), phase, tag, x.shape, x.dtype)
+        for hook in list(self._hooks.values()):
+            hook(call, "start")
+        yield
+        for hook in list(self._hooks.values()):
+            hook(call, "end")

@@ -1,0 +1,107 @@
+"""The typed configuration: one dataclass per config group.
+
+Every value of a YAML file in ``conf/`` lands in one field here, and these objects themselves are what constructors
+take. Hydra uses the same classes as its schema, so a misspelt key or an ill-typed value never gets past composition.
+Nothing here imports torch. What fields must satisfy *together* is checked in ``validate.py``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    """A GPT-3-style decoder (pre-norm, learned positions, GELU)."""
+
+    layers: int = MISSING
+    hidden: int = MISSING
+    heads: int = MISSING
+    ffn: int = MISSING  # width of the feed-forward layer, and of each expert
+    sequence_length: int = MISSING  # tokens of one sample; also the size of the position table
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
+    tie_embeddings: bool = True  # the output projection is the token embedding
+    init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)
+
+
+@dataclass
+class MoEConfig:
+    """Experts in place of the feed-forward layer of every ``every``-th block."""
+
+    num_experts: int = MISSING  # 0: a dense model
+    every: int = 2  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
+    top_k: int = 1
+    capacity_factor: float | None = 1.25  # None: no token is ever dropped
+    capacity_multiple: int = 8  # capacity is rounded up to a multiple of this in every layout
+    aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over MoE layers
+    z_loss: float = 0.0  # coefficient of the router z-loss, summed over MoE layers
+
+
+@dataclass
+class ParallelConfig:
+    """Degrees of parallelism. ``world_size`` = tensor × data; ``data`` = expert × expert_data."""
+
+    world_size: int = MISSING  # processes in all, over all nodes
+    tensor: int = 1
+    expert: int = 1
+
+
+@dataclass
+class CommConfig:
+    """How processes talk."""
+
+    backend: str | None = None  # None: nccl on CUDA, gloo on CPU
+    timeout_s: int = 600  # a collective that takes longer ends the run
+
+
+@dataclass
+class DataConfig:
+    """Text, how it becomes tokens, and how tokens become batches."""
+
+    path: str | None = MISSING  # file, folder or glob of text or JSONL; None: the Python standard library's source
+    field: str = "text"  # the field of a JSONL line that holds the text
+    tokenizer: str = "byte"  # byte | bpe (trained on the corpus on first use) | path of a tokenizers JSON file
+    bpe_vocab_size: int = 4096
+    batch_size: int = MISSING  # samples of one optimizer step, over all data ranks and accumulated micro-batches
+    micro_batch_size: int = MISSING  # samples of one forward pass of one data rank
+    validation_fraction: float = 0.05  # share of the files (of the documents, for a single file) held out
+    validation_samples: int = MISSING  # samples of one validation pass, over all data ranks
+    cache_dir: str = "~/.cache/tedlab"
+    num_workers: int = 0
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its learning-rate schedule."""
+
+    optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
+    lr: float = MISSING
+    schedule: str = "cosine"  # cosine | constant | wsd (constant, then linear decay), each after a linear warm-up
+    warmup_steps: int = 0
+    final_lr_fraction: float = 0.1  # of the learning rate, where cosine and wsd end
+    decay_fraction: float = 0.2  # of the run, in which wsd decays
+    zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
+    tile: int | None = 1_800_000  # elements updated at a time (the paper's tiled step); None: all at once
+
+
+@dataclass
+class TrainConfig:
+    """The whole configuration of ``python -m tedlab.train``."""
+
+    model: ModelConfig = MISSING
+    moe: MoEConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    comm: CommConfig = MISSING
+    data: DataConfig = MISSING
+    optim: OptimConfig = MISSING
+    trainer: dict[str, Any] = MISSING  # arguments of lightning.Trainer, as they are
+    logger: dict[str, Any] = field(default_factory=dict)  # further loggers, each a ``_target_``
+    experiment_name: str = MISSING
+    seed: int = MISSING
+    output_dir: str = MISSING
+    ckpt_path: str | None = None  # a checkpoint directory to resume from
+    checkpoint_every: int | None = None  # steps between checkpoints; None: only at the end
+    validate_every: int = 100  # steps between validations; there is always one at the end
+    objective: str = "val/loss"  # the metric that a sweeper minimises
+    choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from

@@ -1,0 +1,113 @@
+"""The corpus as Lightning sees it: a data module whose loaders read the same samples in every layout.
+
+Where text, tokens and the order of samples come from is decided in the modules imported here.
+"""
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+
+from tedlab.config import DataConfig
+from tedlab.data.corpus import Corpus, prepare_corpus
+from tedlab.data.packing import PackedSamples
+from tedlab.data.resume import align_fit_loop
+from tedlab.data.sampler import MicroBatchSampler
+
+
+class TextDataModule(LightningDataModule):
+    """Batches of packed text: int64 tensors of shape (micro_batch_size, sequence_length + 1).
+
+    Ranks of one data rank read the same batches, told apart by ``trainer.strategy.distributed_sampler_kwargs``. A run
+    resumed from a checkpoint continues with the next sample, also under another layout.
+
+    Args:
+        data: Where the text is and how it is batched.
+        sequence_length: Inputs of one sample.
+        seed: Of the order of training samples.
+    """
+
+    def __init__(self, data: DataConfig, sequence_length: int, seed: int) -> None:
+        super().__init__()
+        self.data = data
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._corpus: Corpus | None = None
+        self._consumed = 0  # samples, over all data ranks and epochs, before the checkpoint that was loaded
+
+    @property
+    def corpus(self) -> Corpus:
+        """The tokenised corpus, prepared on first use; errors as of :func:`prepare_corpus`."""
+        if self._corpus is None:
+            self._corpus = prepare_corpus(self.data, self.sequence_length)
+        return self._corpus
+
+    @property
+    def validation_samples(self) -> int:
+        """Samples of one validation pass over all data ranks: whole batches, at most ``data.validation_samples``.
+
+        Raises:
+            ValueError: There is not one whole batch.
+        """
+        available = len(PackedSamples(self.corpus.validation, self.sequence_length))
+        batch_size = self.data.batch_size
+        samples = min(self.data.validation_samples, available) // batch_size * batch_size
+        if samples == 0:
+            raise ValueError(
+                f"Validation needs at least one batch of data.batch_size={batch_size} samples, but "
+                f"data.validation_samples={self.data.validation_samples} and the validation split holds {available} "
+                f"samples of sequence_length={self.sequence_length}. Raise data.validation_samples or "
+                f"data.validation_fraction, lower data.batch_size, or use more text."
+            )
+        return samples
+
+    def prepare_data(self) -> None:
+        prepare_corpus(self.data, self.sequence_length)
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        samples = PackedSamples(self.corpus.train, self.sequence_length)
+        sampler = self._sampler(samples, shuffle=True)
+        sampler.start_at(self._consumed)
+        if self.trainer.fit_loop.is_resuming:
+            epoch, offset = divmod(self._consumed, sampler.total_size)
+            micro_batch = self.data.micro_batch_size * sampler.num_replicas  # samples that all data ranks read at once
+            align_fit_loop(self.trainer, epoch, offset // micro_batch, self._consumed // micro_batch)
+        return self._loader(samples, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        samples = Subset(PackedSamples(self.corpus.validation, self.sequence_length), range(self.validation_samples))
+        return self._loader(samples, self._sampler(samples, shuffle=False))
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.trainer is not None
+        return {"samples": self.trainer.global_step * self.data.batch_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._consumed = state_dict["samples"]
+
+    def _sampler(self, samples: PackedSamples | Subset, shuffle: bool) -> MicroBatchSampler:
+        assert self.trainer is not None
+        # A strategy for a single device has no such attribute.
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        return MicroBatchSampler(
+            samples,
+            num_replicas=ranks["num_replicas"],
+            rank=ranks["rank"],
+            batch_size=self.data.batch_size,
+            micro_batch_size=self.data.micro_batch_size,
+            seed=self.seed,
+            shuffle=shuffle,
+        )
+
+    def _loader(self, samples: PackedSamples | Subset, sampler: MicroBatchSampler) -> DataLoader:
+        assert self.trainer is not None
+        return DataLoader(
+            samples,
+            batch_size=self.data.micro_batch_size,
+            sampler=sampler,
+            drop_last=True,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            num_workers=self.data.num_workers,
+            persistent_workers=self.data.num_workers > 0,
+        )

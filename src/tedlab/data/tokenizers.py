@@ -1,0 +1,176 @@
+"""Text to token ids and back: plain bytes, a BPE trained on the corpus, or any ``tokenizers`` JSON file.
+
+Which tokenizer a configuration names is decided here. Reading text and storing token ids is done in ``corpus.py``.
+"""
+
+import difflib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tedlab.config import DataConfig
+
+_BPE_SEPARATOR = "<|endoftext|>"
+_SAVED = "tokenizer.json"  # in a run directory
+_SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one that a file knows ends its documents
+
+
+class Tokenizer(Protocol):
+    """What the rest of the package needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+
+    @property
+    def separator(self) -> int:
+        """The id stored after every document; no text encodes to it."""
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name that changes whenever ``encode`` would."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, shape (tokens,), in the smallest unsigned dtype that holds ``vocab_size - 1``."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; an incomplete character becomes U+FFFD."""
+
+    def save(self, directory: Path) -> None:
+        """Writes what :func:`load_tokenizer` needs there."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as they are. NUL, which never occurs in text, separates documents."""
+
+    vocab_size = 256
+    separator = 0
+    fingerprint = "byte"
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def save(self, directory: Path) -> None:
+        """Nothing to write: the absence of a file means bytes."""
+
+
+class FileTokenizer:
+    """A tokenizer saved by Hugging Face ``tokenizers`` (``tokenizer.json``).
+
+    Special tokens are never added, nor found in text: a document that spells one out is encoded letter by letter.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no tokenizer, or knows none of the usual separator tokens.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no tokenizer file {path}: data.tokenizer must be an existing JSON file.")
+        content = path.read_bytes()
+        try:
+            self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
+        except Exception as error:  # tokenizers raises no narrower type
+            raise ValueError(
+                f"{path} is not a tokenizer saved by Hugging Face tokenizers (usually called tokenizer.json): {error}."
+            ) from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        separators = [vocabulary[token] for token in _SEPARATORS if token in vocabulary]
+        if not separators:
+            raise ValueError(
+                f"The tokenizer {path} has no token to put between documents: none of {', '.join(_SEPARATORS)} is in "
+                f"its vocabulary of {len(vocabulary)} tokens. Add one of them to it as a special token."
+            )
+        self.separator = separators[0]
+        self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
+        self._dtype = np.min_scalar_type(self.vocab_size - 1)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=self._dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def save(self, directory: Path) -> None:
+        self._tokenizer.save(str(directory / _SAVED))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer:
+    """Train a byte-level BPE on ``texts`` and save it as ``out``, which appears only once it is complete.
+
+    The vocabulary holds ``<|endoftext|>``, the 256 bytes and then merges; text too short for ``vocab_size`` of them
+    gives a smaller one.
+
+    Raises:
+        ValueError: ``vocab_size`` leaves no room for the bytes and the separator.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 1
+    if vocab_size < smallest:
+        raise ValueError(
+            f"data.bpe_vocab_size={vocab_size} is too small: a byte-level BPE needs {len(alphabet)} bytes and one "
+            f"separator, so at least {smallest}. Use data.tokenizer=byte for a smaller vocabulary."
+        )
+    tokenizer = HuggingFaceTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[_BPE_SEPARATOR], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="tmp-") as directory:
+        complete = Path(directory) / out.name
+        tokenizer.save(str(complete))
+        os.replace(complete, out)
+    return FileTokenizer(out)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that was saved into a run directory."""
+    saved = directory / _SAVED
+    return FileTokenizer(saved) if saved.is_file() else ByteTokenizer()
+
+
+def build_tokenizer(config: DataConfig, corpus_key: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """The tokenizer that ``config.tokenizer`` names.
+
+    Args:
+        config: ``tokenizer``, ``bpe_vocab_size`` and ``cache_dir`` are read.
+        corpus_key: Names the text that a BPE is trained on: the cached one of the same key is used if there is one.
+        texts: Gives that text; called only to train.
+
+    Raises:
+        FileNotFoundError: The name is the path of a file that does not exist.
+        ValueError: The name is neither ``byte`` nor ``bpe`` nor a path, or the file cannot be used.
+    """
+    name = config.tokenizer
+    if name == "byte":
+        return ByteTokenizer()
+    if name == "bpe":
+        trained = Path(config.cache_dir).expanduser() / "tokenizers" / f"bpe-{config.bpe_vocab_size}-{corpus_key}.json"
+        if trained.is_file():
+            return FileTokenizer(trained)
+        return train_bpe(texts(), config.bpe_vocab_size, trained)
+    if name.endswith(".json") or os.sep in name:
+        return FileTokenizer(name)
+    nearest = difflib.get_close_matches(name.lower(), ["byte", "bpe"], n=1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    raise ValueError(f"data.tokenizer={name!r} is not one of byte, bpe, or the path of a tokenizers JSON file.{hint}")

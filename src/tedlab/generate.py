@@ -1,0 +1,88 @@
+"""``python -m tedlab.generate run=<dir> prompt="def "``: continues a text with the model of a finished run.
+
+One process, whatever layout the run had: its sharded checkpoint is read into an unsharded model.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tedlab import checkpoint
+from tedlab.config import TrainConfig
+from tedlab.data import load_tokenizer
+from tedlab.models import GPT
+from tedlab.topology import Topology
+
+
+@dataclass
+class GenerateConfig:
+    """What to continue, and how."""
+
+    run: str  # directory of a finished run
+    prompt: str = ""
+    tokens: int = 200  # to add
+    temperature: float = 0.8  # 0: always the most probable token
+    seed: int = 0
+    checkpoint: str = "last.ckpt"  # name below checkpoints/
+
+
+@torch.inference_mode()
+def generate(config: GenerateConfig) -> str:
+    """The prompt and its continuation.
+
+    Raises:
+        FileNotFoundError: if the run or its checkpoint is not there.
+        ValueError: if ``tokens`` or ``temperature`` is negative.
+    """
+    for name in ("tokens", "temperature"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    directory = Path(config.run)
+    if not (directory / "config.yaml").is_file():
+        raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
+    trained = OmegaConf.to_object(OmegaConf.merge(TrainConfig, OmegaConf.load(directory / "config.yaml")))
+    assert isinstance(trained, TrainConfig)
+    tokenizer = load_tokenizer(directory)
+    # Capacity is about balance in training; a text must not change because its tokens crowd one expert.
+    model = GPT(trained.model, replace(trained.moe, capacity_factor=None), Topology.single(), seed=0)
+    weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint.load({"model": weights}, directory / "checkpoints" / config.checkpoint)
+
+    ids = tokenizer.encode(config.prompt).tolist() or [tokenizer.separator]
+    generator = torch.Generator().manual_seed(config.seed)
+    for _ in range(config.tokens):
+        window = torch.tensor([ids[-trained.model.sequence_length :]])
+        logits = model(window)[0][0, -1, : tokenizer.vocab_size].float()  # padding of the vocabulary is no token
+        if config.temperature == 0:
+            ids.append(int(logits.argmax()))
+        else:
+            probabilities = (logits / config.temperature).softmax(-1)
+            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return tokenizer.decode(ids)
+
+
+def main() -> None:
+    """Reads ``key=value`` arguments and prints the text."""
+    arguments = sys.argv[1:]
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print('usage: python -m tedlab.generate run=<dir> prompt="def " [key=value …]\n')
+        print(OmegaConf.to_yaml(OmegaConf.structured(GenerateConfig)).replace(": ", "="))
+        return
+    try:
+        wrong = [a for a in arguments if "=" not in a]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' is not of the form key=value; --help shows the keys")
+        settings = OmegaConf.merge(OmegaConf.structured(GenerateConfig), dict(a.split("=", 1) for a in arguments))
+        config = OmegaConf.to_object(settings)
+        assert isinstance(config, GenerateConfig)
+        print(generate(config))
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        sys.exit(f"{error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Starts the processes of a run on this machine and brings back the first one's result.
+
+The process that Hydra runs in only composes; every run gets fresh workers, so that the jobs of a sweep share neither
+process group nor environment. Workers are forked from a server process that has imported everything and done nothing:
+four of them start in the time of one import, and those of a sweep's next job at once. Under torchrun, or srun with
+several tasks, the processes exist already and the run takes place in them.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import CompactHydraException
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tedlab.config import TrainConfig
+
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+Run = Callable[[TrainConfig], dict[str, Any]]
+
+
+class WorkerFailed(CompactHydraException):
+    """A worker raised or died; the message holds its traceback, and Hydra prints nothing else."""
+
+
+def started_outside() -> bool:
+    """Whether a launcher such as torchrun or srun has started this process as one of several."""
+    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
+    """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
+
+    Args:
+        run: an importable function; its module must not be ``__main__``.
+        config: handed to every process.
+        processes: how many, one included. If they exist already, ``run`` is called right here.
+
+    Raises:
+        WorkerFailed: if a process failed. The others were ended.
+        SystemExit: if this process received a signal; the workers were ended.
+    """
+    if started_outside():
+        return run(config)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.5,
+        start_method="forkserver",
+        shutdown_timeout=10,  # Lightning's SIGTERM handler never exits by itself; then SIGKILL
+    )
+    multiprocessing.set_forkserver_preload([run.__module__])
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    # torch's launcher logs each worker's end with a traceback of its own; ours is shown once, below.
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.elastic.agent.server.api",
+        "torch.multiprocessing.spawn",
+    ):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    failures = tempfile.TemporaryDirectory(prefix="tedlab-failures-")
+    try:
+        return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), failures.name)[0]
+    except ChildFailedError as error:
+        rank, cause = _first_failure(error, Path(failures.name))
+        raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
+    except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
+        raise SystemExit(128 + error.sigval) from None
+    finally:
+        failures.cleanup()
+        for number, handler in handlers.items():  # the elastic launcher leaves its own behind
+            signal.signal(number, handler)
+
+
+def _worker(run: Run, config: TrainConfig, threads: int, launcher: int, failures: str) -> dict[str, Any]:
+    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        return run(config)
+    except BaseException:
+        # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
+        Path(failures, f"{time.time_ns()}_{os.environ['RANK']}").write_text(traceback.format_exc())
+        raise
+
+
+def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
+    """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
+    tracebacks = sorted(recorded.iterdir())  # by time
+    if tracebacks:
+        return int(tracebacks[0].name.split("_")[1]), tracebacks[0].read_text()
+    rank, failure = error.get_first_failure()
+    return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
+
+
+def _end_with(launcher: int) -> None:
+    """Ends this process when the launching one is gone (killed, so that it could not say so)."""
+    while True:
+        time.sleep(2)
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            os.kill(os.getpid(), signal.SIGKILL)

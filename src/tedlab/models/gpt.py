@@ -1,0 +1,106 @@
+"""The paper's model: a GPT-3-style decoder with experts in every second feed-forward layer (paper §2)."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tedlab.config import ModelConfig, MoEConfig
+from tedlab.moe import Experts, MoELayer, RouterReport
+from tedlab.nn import (
+    ColumnParallelLinear,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    SelfAttention,
+    VocabParallelEmbedding,
+    initialize,
+)
+from tedlab.topology import Topology
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts."""
+
+    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
+        super().__init__()
+        init = Init(std=model.init_std)
+        out_init = Init(std=model.init_std / math.sqrt(2 * model.layers))  # GPT-2's scaling of residual outputs
+        self.norm1 = LayerNorm(model.hidden, topology)
+        self.attention = SelfAttention(model.hidden, model.heads, topology, init=init, out_init=out_init)
+        self.norm2 = LayerNorm(model.hidden, topology)
+        self.routed = moe.num_experts > 0 and index % moe.every == moe.every - 1
+        self.feed_forward: nn.Module
+        if self.routed:
+            self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, init=init, out_init=out_init)
+        else:
+            self.feed_forward = FeedForward(model.hidden, model.ffn, topology, init=init, out_init=out_init)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
+        """(B, S, H) → (B, S, H), and the router's report if there are experts here."""
+        x = x + self.attention(self.norm1(x))
+        if self.routed:
+            y, report = self.feed_forward(self.norm2(x))
+            return x + y, report
+        return x + self.feed_forward(self.norm2(x)), None
+
+
+class GPT(nn.Module):
+    """Decoder-only language model, built as this process's shard, with initial weights.
+
+    Args:
+        model: architecture; ``vocab_size`` must be set.
+        moe: experts; ``num_experts = 0`` makes a dense model.
+        topology: where this process stands.
+        seed: of the initial weights, which depend on nothing else.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int) -> None:
+        super().__init__()
+        assert model.vocab_size is not None
+        init = Init(std=model.init_std)
+        self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden, topology, init=init)
+        self.positions = Embedding(model.sequence_length, model.hidden, topology, init=init)
+        self.blocks = nn.ModuleList(Block(i, model, moe, topology) for i in range(model.layers))
+        self.norm = LayerNorm(model.hidden, topology)
+        self.output = (
+            None
+            if model.tie_embeddings
+            else ColumnParallelLinear(model.hidden, model.vocab_size, topology, tag="output", init=init, bias=False)
+        )
+        initialize(self, seed)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
+        """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer."""
+        x = self.embedding(ids) + self.positions(ids.shape[1])  # (B, S, H)
+        reports = []
+        for block in self.blocks:
+            x, report = block(x)
+            if report is not None:
+                reports.append(report)
+        x = self.norm(x)
+        return self.embedding.logits(x) if self.output is None else self.output(x), reports
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of the whole model, over all processes.
+
+    Attributes:
+        total: all of them.
+        active: those that one token meets: of each MoE layer's experts only top_k.
+    """
+
+    total: int
+    active: int
+
+
+def count_parameters(module: nn.Module, top_k: int) -> ParameterCount:
+    """Counts parameters globally (sharded ones by their global shape)."""
+    total = sum(p.numel() for p in module.parameters())
+    idle: int = 0
+    for experts in module.modules():
+        if isinstance(experts, Experts):
+            count = experts.num_experts
+            idle += sum(p.numel() for p in experts.parameters()) * (count - top_k) // count
+    return ParameterCount(total, total - idle)

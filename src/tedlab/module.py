@@ -1,0 +1,101 @@
+"""The LightningModule for language models: loss, metrics of a step, optimizer and schedule."""
+
+from dataclasses import asdict
+from typing import Any
+
+import hydra
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from tedlab.config import ModelConfig, MoEConfig, OptimConfig
+from tedlab.models import GPT
+from tedlab.moe import RouterReport
+from tedlab.nn import vocab_parallel_cross_entropy
+from tedlab.optim import learning_rate_schedule
+from tedlab.strategy import TEDStrategy
+from tedlab.topology import Topology
+
+
+class LanguageModel(LightningModule):
+    """Next-token prediction with load-balanced experts. Runs under :class:`TEDStrategy`.
+
+    Batches are (B, S+1) int64 token ids: positions 0…S-1 predict 1…S.
+
+    Args:
+        model: architecture, with its ``vocab_size`` set.
+        moe: experts.
+        optim: optimizer and schedule.
+        seed: of the initial weights.
+        bytes_per_token: mean UTF-8 bytes of a token, for bits per byte.
+    """
+
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, optim: OptimConfig, seed: int, bytes_per_token: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.model_config, self.moe_config, self.optim_config = model, moe, optim
+        self.seed, self.bytes_per_token = seed, bytes_per_token
+        self.save_hyperparameters({"model": asdict(model), "moe": asdict(moe)}, logger=False)
+
+    @property
+    def topology(self) -> Topology:
+        """Where this process stands."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, TEDStrategy)
+        return strategy.topology
+
+    @override
+    def configure_model(self) -> None:
+        if not hasattr(self, "network"):  # Lightning calls this again before validation
+            self.network = GPT(self.model_config, self.moe_config, self.topology, self.seed)
+
+    @override
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """Total loss, and detached scalars of this micro-batch for :class:`tedlab.callbacks.StepMetrics`."""
+        loss, reports = self._loss(batch)
+        outputs = {"train/loss": loss.detach()}
+        if reports:
+            balance = torch.stack([r.balance_loss for r in reports]).sum()
+            z = torch.stack([r.z_loss for r in reports]).sum()
+            loss = loss + self.moe_config.aux_loss * balance + self.moe_config.z_loss * z
+            choices = torch.stack([r.load.sum() for r in reports]).sum()
+            dropped = torch.stack([r.dropped for r in reports]).sum()
+            outputs["train/aux_loss"] = balance.detach() / len(reports)  # 1 when perfectly balanced
+            outputs["router/dropped_fraction"] = dropped / choices
+        return {"loss": loss, **outputs}
+
+    @override
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        loss, _ = self._loss(batch)
+        bits = loss / torch.log(torch.tensor(2.0)) / self.bytes_per_token
+        self.log_dict({"val/loss": loss, "val/bits_per_byte": bits}, sync_dist=True, batch_size=len(batch))
+
+    def _loss(self, batch: Tensor) -> tuple[Tensor, list[RouterReport]]:
+        ids, targets = batch[:, :-1], batch[:, 1:]
+        logits, reports = self.network(ids)
+        losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.topology.comm)
+        return losses.mean(), reports
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = self.optim_config
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []  # biases and norms are not pulled towards zero
+        for name, parameter in self.named_parameters():
+            (plain if "bias" in name or "norm" in name else decayed).append(parameter)
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        # Hydra would copy the groups into its own containers if they were arguments of instantiate.
+        optimizer = hydra.utils.instantiate(config.optimizer, _partial_=True)(groups, lr=config.lr)
+        factor = learning_rate_schedule(
+            config.schedule,
+            config.warmup_steps,
+            self.trainer.max_steps,
+            config.final_lr_fraction,
+            config.decay_fraction,
+        )
+        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}  # type: ignore[return-value]

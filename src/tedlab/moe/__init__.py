@@ -1,0 +1,17 @@
+"""Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and the layer they make."""
+
+from tedlab.moe.dispatch import AllToAllDispatcher
+from tedlab.moe.experts import Experts
+from tedlab.moe.layer import MoELayer
+from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity
+
+__all__ = [
+    "AllToAllDispatcher",
+    "Experts",
+    "MoELayer",
+    "Router",
+    "RouterReport",
+    "Routing",
+    "assign_slots",
+    "expert_capacity",
+]

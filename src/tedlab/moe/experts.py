@@ -1,0 +1,45 @@
+"""The experts of one process, computed together, each divided over the expert-tensor group."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tedlab.comm import copy_to, reduce_from
+from tedlab.nn import Init, ShardedModule
+from tedlab.topology import Topology
+
+
+class Experts(ShardedModule):
+    """Feed-forward experts (linear, GELU, linear), divided over the expert group by expert and inside by width.
+
+    Args:
+        num_experts: E, over all processes; the expert degree must divide it.
+        hidden: model width.
+        ffn: inner width of an expert; the tensor degree must divide it.
+        topology: where this process stands.
+        init: initial weights of the first projection.
+        out_init: initial weights of the second.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden: int, ffn: int, topology: Topology, *, init: Init, out_init: Init
+    ) -> None:
+        super().__init__()
+        self.comm, self.num_experts = topology.comm, num_experts
+        mesh, device = topology.expert, topology.device
+        inner = {"expert": 0, "tensor": 2}
+        self.add_parameter("up", (num_experts, hidden, ffn), mesh, init=init, device=device, shards=inner)
+        self.add_parameter("up_bias", (num_experts, 1, ffn), mesh, init=Init(), device=device, shards=inner)
+        self.add_parameter(
+            "down", (num_experts, ffn, hidden), mesh, init=out_init, device=device, shards={"expert": 0, "tensor": 1}
+        )
+        self.add_parameter(
+            "down_bias", (num_experts, 1, hidden), mesh, init=Init(), device=device, shards={"expert": 0}
+        )
+
+    def forward(self, x_eNH: Tensor) -> Tensor:
+        """Slots of this process's experts (e, N, H) → their results (e, N, H), the same on every tensor rank."""
+        x_eNH = copy_to(x_eNH, self.comm, "expert_tensor", "experts.copy")
+        h_eNF = F.gelu(torch.baddbmm(self.local("up_bias"), x_eNH, self.local("up")))
+        y_eNH = torch.bmm(h_eNF, self.local("down"))
+        return reduce_from(y_eNH, self.comm, "expert_tensor", "experts.reduce") + self.local("down_bias")

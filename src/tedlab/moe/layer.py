@@ -1,0 +1,47 @@
+"""The MoE layer: router, token path, experts, and back."""
+
+from torch import Tensor, nn
+
+from tedlab.config import MoEConfig
+from tedlab.moe.dispatch import AllToAllDispatcher
+from tedlab.moe.experts import Experts
+from tedlab.moe.router import Router, RouterReport
+from tedlab.nn import Init
+from tedlab.topology import Topology
+
+
+class MoELayer(nn.Module):
+    """Takes the place of a feed-forward layer (paper §2).
+
+    Args:
+        hidden: model width.
+        ffn: inner width of an expert.
+        config: experts, choices, capacity.
+        topology: where this process stands.
+        init: initial weights of router and experts.
+        out_init: initial weights of the experts' second projection.
+    """
+
+    def __init__(
+        self, hidden: int, ffn: int, config: MoEConfig, topology: Topology, *, init: Init, out_init: Init
+    ) -> None:
+        super().__init__()
+        self.router = Router(
+            hidden,
+            config.num_experts,
+            config.top_k,
+            config.capacity_factor,
+            config.capacity_multiple,
+            topology,
+            init=init,
+        )
+        self.path = AllToAllDispatcher(config.num_experts, topology.comm)
+        self.experts = Experts(config.num_experts, hidden, ffn, topology, init=init, out_init=out_init)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
+        """(B, S, H) → (B, S, H), and what the router did."""
+        x_TH = x.flatten(0, 1)
+        routing = self.router(x_TH)
+        x_eNH = self.path.dispatch(x_TH, routing)
+        y_eNH = self.experts(x_eNH)
+        return self.path.combine(y_eNH, routing).view_as(x), routing.report

@@ -1,0 +1,153 @@
+"""The router: which experts a token goes to, with which weight, and into which slot of the dispatch buffer.
+
+Legend: T tokens of this data rank's micro-batch, H hidden, E experts (all of them), K choices per token, C capacity.
+Every tensor rank routes the same tokens with the same weights and so decides the same.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tedlab.nn import Init, ShardedModule
+from tedlab.topology import Topology
+
+
+class RouterReport(NamedTuple):
+    """What training wants to know of one MoE layer's routing.
+
+    Attributes:
+        balance_loss: load-balancing loss of this micro-batch, before its coefficient; scalar, differentiable.
+        z_loss: router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
+        load: (E,) choices that fell on each expert, before capacity; int64.
+        dropped: choices that found no slot; int64 scalar.
+    """
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load: Tensor
+    dropped: Tensor
+
+
+class Routing(NamedTuple):
+    """Where each token goes.
+
+    Attributes:
+        gate_TK: weight of each choice in the combination.
+        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped.
+        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty.
+        report: losses and counts.
+    """
+
+    gate_TK: Tensor
+    slot_TK: Tensor
+    choice_EC: Tensor
+    report: RouterReport
+
+
+class Router(ShardedModule):
+    """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
+
+    Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
+    normalised to sum to one before any is dropped.
+
+    Capacity: every expert takes at most C choices of a micro-batch, see :func:`expert_capacity`. First choices of all
+    tokens come before second choices, and within these the order is that of the tokens. A choice that finds its
+    expert full is dropped: it contributes nothing, and the token lives on in the residual stream.
+
+    Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
+    and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
+    mean of logsumexp(logits)² (ST-MoE, eq. 5).
+
+    Args:
+        hidden: model width.
+        num_experts: E.
+        top_k: K.
+        capacity_factor: see :func:`expert_capacity`.
+        capacity_multiple: see :func:`expert_capacity`.
+        topology: where this process stands.
+        init: initial weights.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        capacity_factor: float | None,
+        capacity_multiple: int,
+        topology: Topology,
+        *,
+        init: Init,
+    ) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.capacity_factor, self.capacity_multiple = capacity_factor, capacity_multiple
+        self.add_parameter("weight", (num_experts, hidden), topology.dense, init=init, device=topology.device)
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Routes the T tokens of a micro-batch."""
+        precise = torch.promote_types(x_TH.dtype, torch.float32)
+        with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
+            logits_TE = F.linear(x_TH.to(precise), self.local("weight").to(precise))
+        probs_TE = logits_TE.softmax(-1)
+        gate_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
+        if self.top_k > 1:
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+
+        capacity = expert_capacity(
+            x_TH.shape[0], self.num_experts, self.top_k, self.capacity_factor, self.capacity_multiple
+        )
+        slot_TK, choice_EC, load_E = assign_slots(expert_TK, self.num_experts, capacity)
+
+        first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
+        balance_loss = self.num_experts * (first_TE.to(precise).mean(0) * probs_TE.mean(0)).sum()
+        z_loss = logits_TE.logsumexp(-1).square().mean()
+        report = RouterReport(balance_loss, z_loss, load_E, (slot_TK < 0).sum())
+        return Routing(gate_TK, slot_TK, choice_EC, report)
+
+
+def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | None, multiple: int) -> int:
+    """Slots that each expert offers to one data rank's micro-batch.
+
+    ceil(top_k · tokens / num_experts · factor), rounded up to a multiple; with ``factor=None`` as many as there are
+    tokens, rounded up likewise, so that none is ever dropped. The same in every layout.
+    """
+    # Exact: in floating point 10 × 1.1 is a little more than 11, and would be rounded up to 12.
+    wanted = tokens if factor is None else math.ceil(top_k * tokens * Fraction(str(factor)) / num_experts)
+    return -(-wanted // multiple) * multiple
+
+
+def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gives each choice the next free slot of its expert, first choices first, then in order of the tokens.
+
+    Args:
+        expert_TK: (T, K) int64, the chosen experts.
+        num_experts: E.
+        capacity: C, slots per expert.
+
+    Returns:
+        slot_TK (T, K), choice_EC (E·C,), load_E (E,): see :class:`Routing` and :class:`RouterReport`. All shapes are
+        known beforehand, so nothing waits for the device.
+    """
+    tokens, top_k = expert_TK.shape
+    expert = expert_TK.t().flatten()  # (K·T,): all first choices, then all second ones
+    load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+    load_E.scatter_add_(0, expert, torch.ones_like(expert))
+
+    # A stable sort lines the choices up by expert; the distance to the expert's first one is the position in it.
+    order = expert.argsort(stable=True)
+    first_E = load_E.cumsum(0) - load_E
+    place = torch.arange(tokens * top_k, device=expert.device)
+    position = torch.empty_like(expert).scatter_(0, order, place - first_E[expert[order]])
+    slot = torch.where(position < capacity, expert * capacity + position, -1)
+    slot_TK = slot.view(top_k, tokens).t().contiguous()
+
+    # Dropped choices are written to one slot past the end, which is cut off.
+    slots = num_experts * capacity
+    choice_EC = torch.full((slots + 1,), -1, dtype=torch.int64, device=expert.device)
+    choice_EC.scatter_(0, slot_TK.flatten().masked_fill(slot_TK.flatten() < 0, slots), place)
+    return slot_TK, choice_EC[:slots], load_E

@@ -1,0 +1,137 @@
+"""Parameters that exist only as shards: how they are declared, read in a forward pass, and initialised.
+
+A parameter is a DTensor: its mesh and placements say which part of which global tensor this process holds, and they
+survive copies and checkpoints. Computation is on plain local tensors, with collectives written out by the layers.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+_BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; part of the definition of initial weights
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initial values: ``mean`` + ``std`` · standard normal."""
+
+    mean: float = 0.0
+    std: float = 0.0
+
+
+class ShardedModule(nn.Module):
+    """Base of the layers that own sharded parameters.
+
+    Parameters hold NaN until :func:`initialize` or a checkpoint fills them, so that forgetting both is noticed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inits: dict[str, Init] = {}
+
+    def add_parameter(
+        self,
+        name: str,
+        shape: Sequence[int],
+        mesh: DeviceMesh,
+        *,
+        init: Init,
+        device: torch.device,
+        shards: Mapping[str, int] | None = None,
+    ) -> None:
+        """Declares a parameter and allocates this process's part of it, in torch's default dtype.
+
+        Args:
+            name: attribute name in this module.
+            shape: global shape.
+            mesh: the mesh that it lives on. The first dimension of a mesh is its data axis, over which gradients
+                are still to be summed after the backward pass.
+            init: initial values.
+            device: where the shard lives.
+            shards: mesh axis → tensor dimension that is divided along it; replicated along the other axes.
+
+        Raises:
+            ValueError: if a dimension cannot be divided evenly.
+        """
+        shards = shards or {}
+        local_shape = list(shape)
+        placements: list[Placement] = []
+        for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True):
+            dim = shards.get(axis)
+            placements.append(Replicate() if dim is None else Shard(dim))
+            if dim is not None:
+                if local_shape[dim] % size:
+                    raise ValueError(
+                        f"{type(self).__name__}.{name}: dimension {dim} of {tuple(shape)} cannot be divided into "
+                        f"{size} equal parts along mesh axis '{axis}'"
+                    )
+                local_shape[dim] //= size
+        local = torch.full(local_shape, math.nan, device=device)
+        self.register_parameter(name, nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False)))
+        self.inits[name] = init
+
+    def local(self, name: str) -> Tensor:
+        """This process's shard as a plain tensor, for computing.
+
+        Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
+        mesh's data axis, which the strategy reduces once per step.
+        """
+        parameter = self.get_parameter(name)
+        assert isinstance(parameter, DTensor)
+        return parameter.to_local(grad_placements=[Partial(), *parameter.placements[1:]])
+
+
+def initialize(root: nn.Module, seed: int) -> None:
+    """Fills every sharded parameter below ``root`` with its initial values.
+
+    A value depends on the seed, the parameter's name relative to ``root``, its global position, and, for parameters
+    of three dimensions, the index along the first (the expert), but never on the layout. No more than 4 MiB of values
+    outside the process's own shard exist at any time.
+    """
+    for prefix, module in root.named_modules():
+        if isinstance(module, ShardedModule):
+            for name, init in module.inits.items():
+                parameter = module.get_parameter(name).detach()
+                assert isinstance(parameter, DTensor)
+                _fill(parameter, init, f"{seed}/{prefix}.{name}")
+
+
+def _fill(parameter: DTensor, init: Init, key: str) -> None:
+    local = parameter.to_local()
+    if init.std == 0.0:
+        local.fill_(init.mean)
+        return
+    starts = [0] * parameter.dim()
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            index = parameter.device_mesh.get_local_rank(axis)
+            starts[placement.dim] = index * local.shape[placement.dim]
+    if parameter.dim() == 3:
+        for i, matrix in enumerate(local):
+            _fill_matrix(matrix, parameter.shape[1:], starts[1:], init, f"{key}[{starts[0] + i}]")
+    else:
+        _fill_matrix(local, parameter.shape, starts, init, key)
+
+
+def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], init: Init, key: str) -> None:
+    """Draws the rows of a matrix block by block, each block from its own seed, and keeps those of this shard."""
+    rows, columns = shape
+    first, last = starts[0], starts[0] + local.shape[0]
+    height = max(1, _BLOCK_ELEMENTS // columns)
+    for block in range(first // height, -(-last // height)):
+        top = block * height
+        generator = torch.Generator().manual_seed(_seed(f"{key}/{block}"))
+        values = torch.randn(min(height, rows - top), columns, generator=generator, dtype=torch.float32)
+        kept = values[max(first - top, 0) : last - top, starts[1] : starts[1] + local.shape[1]]
+        start = max(top - first, 0)
+        local[start : start + kept.shape[0]] = kept * init.std + init.mean
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1

@@ -1,0 +1,7 @@
+"""What happens between the backward pass and the next: gradient reduction, the sharded and tiled step, schedules."""
+
+from tedlab.optim.loss_scale import LossScaler
+from tedlab.optim.schedule import learning_rate_schedule
+from tedlab.optim.sharded import ShardedOptimizer
+
+__all__ = ["LossScaler", "ShardedOptimizer", "learning_rate_schedule"]

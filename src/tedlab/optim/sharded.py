@@ -1,0 +1,248 @@
+"""ZeRO-1 for any element-wise torch optimizer, with the paper's tiled step.
+
+The user's optimizer stays the user's: the same object, with its schedulers and parameter groups. Only the tensors in
+its groups are replaced, by tiles of this process's shards, and its ``step`` by one that feeds it tile after tile.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tedlab.comm import Collectives
+from tedlab.optim.bucket import Bucket, holders, reduction_group
+from tedlab.optim.loss_scale import LossScaler
+
+_BUCKET_ELEMENTS = 1 << 24  # local elements reduced in one collective
+
+
+class ShardedOptimizer:
+    """Shards the state of an optimizer over each parameter's own data-parallel group (paper §4).
+
+    Dense parameters' state is divided over ``data``, experts' over ``expert_data``. After the backward pass
+    :meth:`reduce_gradients` leaves each process the gradient of its shard; ``optimizer.step()`` then updates the shard
+    tile by tile and gathers the parameters. Half-precision gradients are upcast one tile at a time, so the temporary
+    takes 4 bytes × ``tile`` whatever the size of the model (paper §4.2).
+
+    Tensors in the optimizer's groups have no shape but a length, so the optimizer must be element-wise (SGD, Adam,
+    AdamW, …; not Adafactor or LBFGS). Parameters that got no gradient in a step in which others of their bucket did
+    count as having a gradient of zero.
+
+    Args:
+        optimizer: what ``configure_optimizers`` returned; modified in place.
+        comm: the collectives of this process.
+        names: name of each parameter, for checkpoints.
+        zero: shard, or keep everything everywhere (gradients are then all-reduced).
+        tile: elements updated at a time; None: each bucket's shard in one go.
+        scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        comm: Collectives,
+        names: dict[nn.Parameter, str],
+        *,
+        zero: bool,
+        tile: int | None,
+        scaler: LossScaler | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.comm = comm
+        self.names = names
+        self.buckets = list(self._fill_buckets(zero))
+        self._tiles = {
+            bucket: [nn.Parameter(part) for part in bucket.master.split(tile or max(1, bucket.shard_size))]
+            for bucket in self.buckets
+        }
+        for index, group in enumerate(optimizer.param_groups):
+            group["params"] = [t for b in self.buckets if b.group == index for t in self._tiles[b]]
+        self._norm: float | None = None  # of the gradient that waits for the step, once known
+        self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
+        self._inner_step: Callable[[], Any] = optimizer.step
+
+        @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
+        def step(closure: Callable[[], Any] | None = None) -> Any:
+            return self.step(closure)
+
+        optimizer.step = step  # type: ignore[method-assign]
+        optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+
+    def _fill_buckets(self, zero: bool) -> Iterator[Bucket]:
+        """The same buckets in the same order on every process."""
+        waiting: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                if p.requires_grad:
+                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm)
+                    waiting.setdefault(key, []).append(p)
+        for index, *rest in sorted(waiting):
+            for parameters in _chunks(waiting[index, *rest]):
+                yield Bucket(parameters, index, self.comm, zero)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    def reduce_gradients(self) -> None:
+        """Adds what the backward pass left in the parameters to the reduced gradient of this process's shards."""
+        self._norm = None
+        for bucket in self.buckets:
+            bucket.reduce_gradients()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """In place of the optimizer's own: forgets gradients, reduced or not."""
+        for bucket in self.buckets:
+            bucket.clear_gradients()
+        self._norm, self._clip_factor = None, 1.0
+
+    def clip(self, max_norm: float) -> None:
+        """Makes the next step use the gradient scaled to at most this norm, the whole model's, on every process."""
+        self._clip_factor = min(1.0, max_norm / (self.global_norm() + 1e-6))  # torch's clip_grad_norm_ does the same
+
+    def global_norm(self) -> float:
+        """Euclidean norm of the whole gradient, the same on every process; needs one all-reduce of a number.
+
+        Each element counts once: a process contributes its squares divided by the number of their holders.
+        """
+        if self._norm is None:
+            squares = self.comm.all_reduce(self._squares(), "world", tag="gradients.norm", phase="optimizer")
+            self._norm = math.sqrt(squares.item()) / (self.scaler.scale if self.scaler else 1.0)
+        return self._norm
+
+    def _squares(self) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
+        for bucket in self.buckets:
+            if bucket.gradient is not None:
+                total += torch.linalg.vector_norm(bucket.gradient, dtype=torch.float64).square() / bucket.holders
+        return total
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """In place of the optimizer's own: closure, tile by tile update, parameter gather."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        overflow = self.scaler is not None and not math.isfinite(self.global_norm())
+        factor = self._clip_factor / (self.scaler.scale if self.scaler else 1.0)
+        if not overflow:
+            groups = self.optimizer.param_groups
+            everything = [group["params"] for group in groups]
+            try:
+                for bucket in self.buckets:
+                    if bucket.gradient is not None:
+                        self._step_bucket(bucket, factor)
+            finally:
+                for group, params in zip(groups, everything, strict=True):
+                    group["params"] = params
+        if self.scaler is not None:
+            self.scaler.update(overflow)
+        for bucket in self.buckets:
+            bucket.gradient = None
+        self._norm, self._clip_factor = None, 1.0
+        return result
+
+    def _step_bucket(self, bucket: Bucket, factor: float) -> None:
+        assert bucket.gradient is not None
+        tiles = self._tiles[bucket]
+        for group in self.optimizer.param_groups:
+            group["params"] = []
+        parts = bucket.gradient.split([t.numel() for t in tiles])
+        for tile, part in zip(tiles, parts, strict=True):
+            self.optimizer.param_groups[bucket.group]["params"] = [tile]
+            tile.grad = part.to(tile.dtype)  # a copy where the gradient is half-precision, else the gradient itself
+            if factor != 1.0:
+                tile.grad.mul_(factor)
+            self._inner_step()
+            tile.grad = None
+        bucket.gather_parameters()
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Reduced gradients by parameter name, sharded like the parameters. Collective."""
+        return {
+            self.names[p]: g
+            for bucket in self.buckets
+            if bucket.gradient is not None
+            for p, g in zip(bucket.parameters, bucket.unshard(bucket.gradient), strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by parameter name, each tensor sharded like its parameter, so that any layout can load it. Collective.
+
+        Tensors of one element (Adam's step count) are stored as they are; half-precision parameters also store their
+        fp32 master copy.
+        """
+        state: dict[str, dict[str, Any]] = {self.names[p]: {} for b in self.buckets for p in b.parameters}
+        for bucket in self.buckets:
+            for key, value in self._bucket_state(bucket).items():
+                whole = isinstance(value, Tensor) and value.numel() == bucket.shard_size and value.dim() == 1
+                values = bucket.unshard(value) if whole else [value] * len(bucket.parameters)
+                for p, v in zip(bucket.parameters, values, strict=True):
+                    state[self.names[p]][key] = v
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` returned, here or in another layout."""
+        for group, values in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
+            group.update(values)
+        for bucket in self.buckets:
+            states = [state_dict["state"][self.names[p]] for p in bucket.parameters]
+            tiles = self._tiles[bucket]
+            for key, first in states[0].items():
+                if isinstance(first, Tensor) and first.dim() > 0:
+                    shard = bucket.shard_of([s[key] for s in states])
+                    parts: Sequence[Any] = shard.split([t.numel() for t in tiles])
+                else:
+                    parts = [first] * len(tiles)
+                if key == "master":
+                    bucket.master.copy_(shard)
+                    continue
+                for tile, part in zip(tiles, parts, strict=True):
+                    value = part.clone() if isinstance(part, Tensor) else part
+                    self.optimizer.state[tile][key] = value
+
+    def initialize_state(self) -> None:
+        """Creates the optimizer's state where there is none yet, without changing anything, to load into."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        for tiles in self._tiles.values():
+            for tile in tiles:
+                tile.grad = torch.zeros_like(tile)
+        self._inner_step()
+        for tiles in self._tiles.values():
+            for tile in tiles:
+                tile.grad = None
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def _bucket_state(self, bucket: Bucket) -> dict[str, Any]:
+        tiles = self._tiles[bucket]
+        joined: dict[str, Any] = {}
+        for key, first in self.optimizer.state[tiles[0]].items():
+            if isinstance(first, Tensor) and first.shape == tiles[0].shape:
+                joined[key] = torch.cat([self.optimizer.state[t][key] for t in tiles])
+            else:
+                joined[key] = first
+        if bucket.master is not bucket.shard:
+            joined["master"] = bucket.master
+        return joined
+
+
+def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    chunk: list[nn.Parameter] = []
+    elements = 0
+    for p in parameters:
+        if chunk and elements + p.numel() > _BUCKET_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(p)
+        elements += p.numel()
+    yield chunk

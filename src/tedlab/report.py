@@ -1,0 +1,152 @@
+"""What a finished run leaves behind: summary, loss curve, and the closing table."""
+
+import csv
+import json
+import math
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from tedlab.config import TrainConfig
+from tedlab.data import TextDataModule, bigram_loss
+from tedlab.models import count_parameters
+from tedlab.module import LanguageModel
+
+
+def resolved_yaml(config: TrainConfig) -> str:
+    """The configuration with every value written out."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def report(
+    config: TrainConfig, trainer: Trainer, module: LanguageModel, data: TextDataModule, measured: Mapping[str, float]
+) -> dict[str, Any]:
+    """Writes ``summary.json`` and ``loss.png``, prints the table. Collective; does its work in the first process.
+
+    Args:
+        config: of the run.
+        trainer: which has finished.
+        module: the trained model.
+        data: what it was trained on.
+        measured: final validation metrics and throughput.
+
+    Returns:
+        The summary in the first process, an empty dictionary in the others.
+    """
+    memory: list[int] = [0] * trainer.world_size
+    dist.all_gather_object(memory, _peak_bytes(trainer.strategy.root_device))
+    if not trainer.is_global_zero:
+        return {}
+    directory = Path(config.output_dir)
+    bigram = bigram_loss(data.corpus, config.model.sequence_length, data.validation_samples)
+    parameters = count_parameters(module, config.moe.top_k)
+    degrees = module.topology.degrees
+    last_train_loss = [value for _, value in _column(directory / "metrics.csv", "train/loss")][-1:]
+    summary: dict[str, Any] = {
+        "train/loss": last_train_loss[0] if last_train_loss else None,
+        **measured,
+        "baseline/bigram_loss": bigram,
+        "baseline/bigram_bits_per_byte": bigram / math.log(2) / data.corpus.bytes_per_token,
+        "parameters/total": parameters.total,
+        "parameters/active": parameters.active,
+        "memory/peak_bytes": max(memory),
+        "memory/peak_bytes_by_rank": memory,
+        "steps": trainer.global_step,
+        "layout": {**asdict(degrees), "data": degrees.data, "expert_data": degrees.expert_data},
+        "choices": config.choices,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("tedlab", "torch", "lightning")}},
+        "git_revision": _git_revision(),
+        "output_dir": str(directory),
+    }
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's, empty; ours is config.yaml
+    _plot(directory, bigram)
+    for logger in trainer.loggers[1:]:  # the first is metrics.csv
+        logger.log_hyperparams({**asdict(config), "parameters": parameters._asdict(), "layout": summary["layout"]})
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(summary)
+    Console(width=None if sys.stdout.isatty() else 110).print(_table(config, summary, str(degrees)))
+    return summary
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or no git
+
+
+def _column(metrics: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric, in order."""
+    with metrics.open() as file:
+        return [(int(row["step"]) + 1, float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+
+
+def _plot(directory: Path, bigram: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=150)
+    for name, style in (("train/loss", {"lw": 1.2}), ("val/loss", {"lw": 1.8, "marker": "o", "ms": 4})):
+        points = _column(directory / "metrics.csv", name)
+        axes.plot([step for step, _ in points], [loss for _, loss in points], label=name, **style)
+    axes.axhline(bigram, color="gray", ls="--", lw=1, label=f"bigram model ({bigram:.3f})")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(directory / "loss.png")
+    plt.close(figure)
+
+
+def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Table:
+    directory = summary["output_dir"]
+    table = Table(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    loss, bigram = summary["val/loss"], summary["baseline/bigram_loss"]
+    bits, bigram_bits = summary["val/bits_per_byte"], summary["baseline/bigram_bits_per_byte"]
+    if summary["train/loss"] is not None:
+        table.add_row("train loss", f"{summary['train/loss']:.4f} nats/token")
+    table.add_row("validation loss", f"{loss:.4f} nats/token, {bits:.4f} bits/byte")
+    table.add_row("bigram model", f"{bigram:.4f} nats/token, {bigram_bits:.4f} bits/byte, on the same text")
+    if "perf/step_time_s" in summary:
+        speed = f"{summary['perf/tokens_per_second']:,.0f} tokens/s, {summary['perf/step_time_s'] * 1e3:,.0f} ms/step"
+        table.add_row("throughput", speed)
+    table.add_row("layout", layout)
+    table.add_row("parameters", f"{summary['parameters/total']:,} total, {summary['parameters/active']:,} active")
+    memory = [f"{peak / 2**20:,.0f}" for peak in summary["memory/peak_bytes_by_rank"]]
+    kind = "of the process" if config.trainer["accelerator"] == "cpu" else "allocated on the GPU"
+    table.add_row("peak memory", f"{', '.join(memory)} MiB by rank ({kind})")
+    table.add_row("saved in", directory)
+    table.add_row("", "summary.json, metrics.csv, config.yaml, loss.png, checkpoints/last.ckpt")
+    table.add_row("sample text", f'python -m tedlab.generate run={directory} prompt="def "')
+    if config.logger.get("wandb", {}).get("mode") == "offline":
+        table.add_row("upload to W&B", f"wandb sync {directory}/wandb/offline-run-*")
+    return table

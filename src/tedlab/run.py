@@ -1,0 +1,103 @@
+"""One training run inside one of its processes: builds the parts from the configuration, fits, reports."""
+
+import logging
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import hydra
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from tedlab.callbacks import RunProgress, StepMetrics
+from tedlab.config import TrainConfig
+from tedlab.data import TextDataModule
+from tedlab.module import LanguageModel
+from tedlab.report import report, resolved_yaml
+from tedlab.strategy import TEDStrategy
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains as configured (and completed by :func:`tedlab.validate.check`).
+
+    Returns:
+        The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
+    """
+    _quieten()
+    seed_everything(config.seed, verbose=False)
+    directory = Path(config.output_dir)
+    data = TextDataModule(config.data, config.model.sequence_length, config.seed)
+    data.prepare_data()
+    module = LanguageModel(config.model, config.moe, config.optim, config.seed, data.corpus.bytes_per_token)
+    metrics = StepMetrics(config.data.batch_size * config.model.sequence_length)
+    trainer = Trainer(
+        **config.trainer,
+        strategy=TEDStrategy(
+            tensor_parallel_size=config.parallel.tensor,
+            expert_parallel_size=config.parallel.expert,
+            zero=config.optim.zero,
+            tile=config.optim.tile,
+            process_group_backend=config.comm.backend,
+            timeout=timedelta(seconds=config.comm.timeout_s),
+        ),
+        val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
+        check_val_every_n_epoch=None,
+        callbacks=[metrics, RunProgress(), _checkpoints(config, directory)],
+        logger=_loggers(config, directory),
+        default_root_dir=directory,
+    )
+    if trainer.is_global_zero:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(resolved_yaml(config))
+        data.corpus.tokenizer.save(directory)
+    try:
+        trainer.fit(module, data, ckpt_path=config.ckpt_path)
+        last = directory / "checkpoints" / "last.ckpt"
+        if not last.exists() or trainer.global_step % (config.checkpoint_every or trainer.global_step):
+            trainer.save_checkpoint(last)
+        if trainer.global_step % config.validate_every:
+            trainer.validate(module, data, verbose=False)
+        validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        return report(config, trainer, module, data, {**metrics.overall(), **validation})
+    finally:
+        if trainer.is_global_zero and "wandb" in config.logger:
+            import wandb
+
+            wandb.finish()
+
+
+def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        directory / "checkpoints",
+        filename="step_{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=config.checkpoint_every or config.trainer["max_steps"],
+        save_last="link",
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,  # a second run in this directory replaces last.ckpt, not adds last-v1.ckpt
+    )
+
+
+def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
+    loggers = [hydra.utils.instantiate(settings) for settings in config.logger.values()]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            # Lightning passes this dead argument even when it is not given, and W&B warns of it.
+            logger._wandb_init.pop("anonymous", None)
+    return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
+
+
+def _quieten() -> None:
+    """Silences advice and deprecations between our dependencies that a user can do nothing about."""
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for message in (
+        ".*does not have many workers.*",  # samples come from a memory map; workers would only take cores
+        ".*exists and is not empty. Previous log files.*",  # Hydra has made the run directory and writes there too
+        ".*isinstance.treespec, LeafSpec.. is deprecated.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)

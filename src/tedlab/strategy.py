@@ -1,0 +1,337 @@
+"""TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from tedlab import checkpoint
+from tedlab.optim import LossScaler, ShardedOptimizer
+from tedlab.topology import ParallelDegrees, Topology
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+
+
+class TEDStrategy(ParallelStrategy):
+    """Tensor × expert × data parallel training of any LightningModule built from tedlab's layers.
+
+    The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``; everything else is as
+    with any Lightning strategy: batches are drawn per data rank, gradients are reduced once per step, ``self.log(...,
+    sync_dist=True)`` averages, checkpoints are directories that load under any other layout. Parameters that are not
+    tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's initial values are given to all, and their
+    gradients are averaged over data ranks, as in DDP.
+
+    Args:
+        tensor_parallel_size: T. Number of processes that share one layer.
+        expert_parallel_size: E_p. Number of groups that the experts are distributed over.
+        zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
+        tile: elements that the optimizer updates at a time; None: as many as there are.
+        process_group_backend: ``nccl`` or ``gloo``; None chooses by device.
+        timeout: after which a collective counts as failed.
+        accelerator, parallel_devices, cluster_environment, precision_plugin: set by the Trainer.
+
+    Raises:
+        ValueError: when the Trainer starts, if tensor × expert does not divide the number of processes, or if the
+            Trainer's precision is not supported.
+    """
+
+    strategy_name = "ted"
+    is_distributed = True  # without this Lightning gives every process the same batches
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        *,
+        zero: bool = True,
+        tile: int | None = 1_800_000,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, precision_plugin=precision_plugin)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.expert_parallel_size = expert_parallel_size
+        self.zero = zero
+        self.tile = tile
+        self.sharded_optimizers: list[ShardedOptimizer] = []
+        self.loss_scaler: LossScaler | None = None  # fp16 only
+        self.num_nodes = 1
+        self._backend = process_group_backend
+        self._timeout = timeout
+        self._topology: Topology | None = None
+        self._last_micro_batch = True
+
+    # ---- processes, devices, groups ------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """This process's place, from ``LightningModule.configure_model`` on."""
+        if self._topology is None:
+            raise RuntimeError("The topology exists once the Trainer has started: use it in `configure_model`.")
+        return self._topology
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Tensor ranks read the same batches: samples are divided over data ranks only."""
+        comm = self.topology.comm
+        return {"num_replicas": comm.size("data"), "rank": comm.rank("data")}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning as soon as the cluster environment is known."""
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def setup_environment(self) -> None:
+        # Degrees are checked before anything can wait for anybody.
+        degrees = ParallelDegrees(
+            self.num_nodes * self.num_processes, self.tensor_parallel_size, self.expert_parallel_size
+        )
+        super().setup_environment()
+        if self._topology is not None:  # fit, then validate: the groups are still there
+            return
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        _init_dist_connection(
+            self.cluster_environment,
+            self._backend or _get_default_process_group_backend_for_device(self.root_device),
+            timeout=self._timeout,
+            device_id=self.root_device if self.root_device.type != "cpu" else None,
+        )
+        self._topology = Topology(degrees, self.root_device)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        if self.precision_plugin.precision not in PRECISIONS:
+            raise ValueError(
+                f"TEDStrategy does not support precision={self.precision_plugin.precision!r} yet; "
+                f"valid: {', '.join(PRECISIONS)}"
+            )
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._share_plain_tensors()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
+            # and a framework that measures communication must not add any of its own.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _share_plain_tensors(self) -> None:
+        """Gives every process the first one's values of parameters and buffers that are not sharded."""
+        assert self.model is not None
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.detach(), src=0)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if self.precision_plugin.precision in ("16-true", "16-mixed"):
+            # Lightning scales for 16-mixed only, and decides on overflow by what one process sees.
+            self.loss_scaler = LossScaler()
+            if isinstance(self.precision_plugin, MixedPrecision):
+                self.precision_plugin.scaler = None
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.sharded_optimizers = [
+            ShardedOptimizer(
+                optimizer, self.topology.comm, names, zero=self.zero, tile=self.tile, scaler=self.loss_scaler
+            )
+            for optimizer in self.optimizers
+        ]
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        # Lightning has no strategy hook for clipping, and a norm over local shards would be wrong.
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def teardown(self) -> None:
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # ---- gradients -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for every micro-batch of a step but the last."""
+        self._last_micro_batch = False
+        try:
+            yield
+        finally:
+            self._last_micro_batch = True
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.loss_scaler is not None:
+            closure_loss = closure_loss * self.loss_scaler.scale
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._last_micro_batch:
+            for optimizer in self.sharded_optimizers:
+                optimizer.reduce_gradients()
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._sharded(optimizer).clip(clip_val)
+
+    def _sharded(self, optimizer: Optimizer) -> ShardedOptimizer:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return next(s for s in self.sharded_optimizers if s.optimizer is inner)
+
+    # ---- communication on Lightning's behalf ---------------------------------------------------------------------
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over all processes (``mean``, ``sum``, ``max``), or over a group of torch.distributed.
+
+        Tensor ranks hold equal values, so the mean over all processes is the mean over data ranks.
+        """
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if group is not None:
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        op = (reduce_op if isinstance(reduce_op, str) else reduce_op.name).lower()
+        mean = op in ("mean", "avg")
+        if mean and not tensor.is_floating_point():
+            tensor = tensor.float()
+        comm = self.topology.comm
+        total = comm.all_reduce(tensor, "world", tag="metrics.reduce", phase="optimizer", op="sum" if mean else op)
+        return total / comm.size("world") if mean else total
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # shards are loaded into the sharded model and its optimizers
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State by parameter name, each tensor sharded as its parameter."""
+        return self._sharded(optimizer).state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
+        tensors = {"model": checkpoint_.pop("state_dict")}
+        for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = state
+        if self.loss_scaler is not None:
+            checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
+        checkpoint.save(tensors, checkpoint_, Path(self.broadcast(filepath)))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.model is not None
+        path = Path(self.broadcast(checkpoint_path))
+        tensors: dict[str, Any] = {"model": self.model.state_dict()}
+        stepped = checkpoint.read_meta(path)["global_step"] > 0
+        optimizers = self.sharded_optimizers if stepped else []  # before the first step there is no state to load
+        for i, optimizer in enumerate(optimizers):
+            optimizer.initialize_state()
+            tensors[f"optimizer_{i}"] = optimizer.state_dict()
+        meta = checkpoint.load(tensors, path)
+        self.model.load_state_dict(tensors["model"])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(tensors[f"optimizer_{i}"])
+        if self.loss_scaler is not None and "loss_scaler" in meta:
+            self.loss_scaler.load_state_dict(meta["loss_scaler"])
+        return meta
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Done in ``load_checkpoint``."""
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done in ``load_checkpoint``."""
+
+
+StrategyRegistry.register("ted", TEDStrategy, description="Tensor × expert × data parallelism (DeepSpeed-TED)")

@@ -1,0 +1,118 @@
+"""Which process does what: parallel degrees, the two device meshes built from them, and the groups these hold.
+
+This is the only module that knows about ranks. The same processes are seen through two meshes (paper §3):
+
+- ``dense``:  data × tensor, for attention, embeddings, norms, routers and dense feed-forward layers;
+- ``expert``: expert_data × expert × tensor, for experts; ``data`` = expert_data × expert.
+
+The tensor index varies fastest, then expert, then expert_data, so that tensor groups sit inside a node.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from tedlab.comm import Collectives, GroupKind
+
+
+@dataclass(frozen=True)
+class ParallelDegrees:
+    """How many processes there are and how they divide.
+
+    Args:
+        world_size: number of processes.
+        tensor: size of a tensor-parallel group (T).
+        expert: size of an expert-parallel group (E_p).
+
+    Raises:
+        ValueError: if tensor × expert does not divide the world size; says which degrees would.
+    """
+
+    world_size: int
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "tensor", "expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; a degree is a whole number of at least 1")
+        if self.world_size % (self.tensor * self.expert):
+            block = self.tensor * self.expert
+            larger = -(-self.world_size // block) * block
+            fitting = ", ".join(f"{t}×{e}" for t, e in self._fitting(self.world_size))
+            raise ValueError(
+                f"tensor × expert = {self.tensor}×{self.expert} = {block} does not divide the world size "
+                f"{self.world_size}. Either use a multiple of {block} processes ({larger}, for instance), or, with "
+                f"{self.world_size}, one of these tensor×expert: {fitting}"
+            )
+
+    @staticmethod
+    def _fitting(world_size: int) -> Iterator[tuple[int, int]]:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        return ((t, e) for t in divisors for e in divisors if world_size % (t * e) == 0)
+
+    @property
+    def data(self) -> int:
+        """Number of data ranks: processes that see different tokens (D)."""
+        return self.world_size // self.tensor
+
+    @property
+    def expert_data(self) -> int:
+        """Number of replicas of each expert (D_e = D / E_p)."""
+        return self.data // self.expert
+
+    def __str__(self) -> str:
+        return (
+            f"{self.world_size} processes: tensor {self.tensor} × expert {self.expert} × "
+            f"expert_data {self.expert_data} (data {self.data})"
+        )
+
+
+class Topology:
+    """The meshes of this process, and the collectives over their groups.
+
+    Needs an initialised default process group of ``degrees.world_size`` processes.
+
+    Attributes:
+        degrees: the parallel degrees.
+        dense: mesh (data, tensor).
+        expert: mesh (expert_data, expert, tensor).
+        comm: every collective of the model, the strategy and the optimizer goes through this object.
+        device: where this process keeps its tensors.
+    """
+
+    def __init__(self, degrees: ParallelDegrees, device: torch.device | str = "cpu") -> None:
+        if dist.get_world_size() != degrees.world_size:
+            raise ValueError(
+                f"degrees are for {degrees.world_size} processes, but {dist.get_world_size()} were started"
+            )
+        self.degrees = degrees
+        self.device = torch.device(device)
+        self.dense: DeviceMesh = init_device_mesh(
+            self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
+        )
+        # Unflattening shares the tensor group; two independent meshes would create it twice.
+        self.expert: DeviceMesh = self.dense._unflatten(
+            "data", (degrees.expert_data, degrees.expert), ("expert_data", "expert")
+        )
+        assert dist.group.WORLD is not None
+        groups: dict[GroupKind, dist.ProcessGroup] = {
+            "tensor": self.dense.get_group("tensor"),
+            "data": self.dense.get_group("data"),
+            "expert": self.expert.get_group("expert"),
+            "expert_data": self.expert.get_group("expert_data"),
+            # In the paper experts are sharded over the attention's tensor group; folding would change this line.
+            "expert_tensor": self.expert.get_group("tensor"),
+            "world": dist.group.WORLD,
+        }
+        self.comm = Collectives(groups)
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> "Topology":
+        """A world of one process, for tools that use a model without a launcher. Starts a process group if needed."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        return cls(ParallelDegrees(1), device)

@@ -1,0 +1,224 @@
+"""Checks a whole configuration before any process is launched, and fills in what follows from it.
+
+Types and names are Hydra's concern; here it is what the fields must satisfy together and what they need from outside:
+files, devices, a checkpoint. Every complaint says what is wrong, the values, and what would be valid.
+"""
+
+import inspect
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from lightning.pytorch import Trainer
+
+from tedlab.checkpoint import read_meta
+from tedlab.cli import UsageError
+from tedlab.config import TrainConfig
+from tedlab.data import TextDataModule
+from tedlab.optim.schedule import SCHEDULES
+from tedlab.strategy import PRECISIONS
+from tedlab.topology import ParallelDegrees
+
+OBJECTIVES = ("val/loss", "val/bits_per_byte", "train/loss", "perf/step_time_s", "memory/peak_bytes")
+_VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
+
+
+def check(config: TrainConfig) -> ParallelDegrees:
+    """Validates ``config`` and completes it in place.
+
+    Completed: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes, and
+    the corpus itself, which is tokenised into the cache if it is not there yet.
+
+    Returns:
+        The parallel degrees.
+
+    Raises:
+        UsageError: with a message of less than a screen.
+    """
+    try:
+        degrees = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+        _check_model(config, degrees)
+        _check_trainer(config)
+        _check_processes(config)
+        _check_batches(config, degrees)
+        _check_optim(config)
+        data = TextDataModule(config.data, config.model.sequence_length, config.seed)
+        _complete_vocabulary(config, data.corpus.tokenizer.vocab_size)
+        _ = data.validation_samples  # raises if there is not one batch of them
+        if config.ckpt_path is not None:
+            _check_checkpoint(config, Path(config.ckpt_path))
+        return degrees
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    model, moe = config.model, config.moe
+    for section, name, least in (
+        (model, "layers", 1),
+        (model, "hidden", 1),
+        (model, "heads", 1),
+        (model, "ffn", 1),
+        (model, "sequence_length", 1),
+        (moe, "num_experts", 0),
+        (moe, "every", 1),
+        (moe, "top_k", 1),
+        (moe, "capacity_multiple", 1),
+    ):
+        if getattr(section, name) < least:
+            raise ValueError(f"{name} is {getattr(section, name)}; it must be at least {least}")
+    if model.hidden % model.heads:
+        raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
+    for name in ("heads", "ffn"):
+        _check_divides(f"model.{name}", getattr(model, name), "parallel.tensor", degrees.tensor)
+    if moe.num_experts == 0:
+        if degrees.expert > 1:
+            raise ValueError(
+                f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
+            )
+        return
+    _check_divides("moe.num_experts", moe.num_experts, "parallel.expert", degrees.expert)
+    if moe.every > model.layers:
+        raise ValueError(
+            f"moe.every ({moe.every}) is larger than model.layers ({model.layers}): no block would have experts. "
+            f"Choose 1 to {model.layers}, or moe=dense"
+        )
+    if moe.top_k > moe.num_experts:
+        raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
+    if moe.capacity_factor is not None and moe.capacity_factor <= 0:
+        raise ValueError(f"moe.capacity_factor is {moe.capacity_factor}; it must be positive, or null to drop no token")
+
+
+def _check_divides(name: str, value: int, by: str, degree: int) -> None:
+    if value % degree:
+        fitting = ", ".join(str(n) for n in range(1, value + 1) if value % n == 0 and n <= 64)
+        raise ValueError(
+            f"{name} ({value}) is not divisible by {by} ({degree}). With this {name}, {by} can be {fitting}"
+        )
+
+
+def _check_trainer(config: TrainConfig) -> None:
+    trainer = config.trainer
+    for name in ("devices", "num_nodes", "max_steps", "precision", "accelerator"):
+        if name not in trainer:
+            raise ValueError(f"trainer.{name} is missing; the presets trainer=cpu and trainer=gpu have it")
+    for name in ("devices", "num_nodes", "max_steps"):
+        if not isinstance(trainer[name], int):
+            raise ValueError(f"trainer.{name}={trainer[name]} is not a whole number")
+    known = set(inspect.signature(Trainer).parameters)
+    unknown = sorted(set(trainer) - known)
+    if unknown:
+        raise ValueError(
+            f"trainer.{unknown[0]} is not an argument of lightning.Trainer. Valid: {', '.join(sorted(known))}"
+        )
+    for name in ("limit_train_batches", "overfit_batches"):
+        if trainer.get(name):
+            raise ValueError(
+                f"trainer.{name} would make Lightning's epochs differ from the data's, and a resumed run go wrong; "
+                "use trainer.max_steps, or data.path with less text"
+            )
+    if trainer["precision"] not in PRECISIONS:
+        raise ValueError(f"trainer.precision={trainer['precision']} is not supported; valid: {', '.join(PRECISIONS)}")
+    if trainer["precision"] == "16-mixed" and trainer["accelerator"] == "cpu":
+        raise ValueError("trainer.precision=16-mixed needs a GPU (Lightning would run bf16 instead); use bf16-mixed")
+    if trainer["max_steps"] < 1:
+        raise ValueError(f"trainer.max_steps is {trainer['max_steps']}; a run has at least 1 step")
+    if config.seed < 0:
+        raise ValueError(f"seed is {config.seed}; it must be at least 0")
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
+    if config.validate_every < 1 or (config.checkpoint_every is not None and config.checkpoint_every < 1):
+        raise ValueError("validate_every and checkpoint_every count steps: at least 1 (checkpoint_every may be null)")
+
+
+def _check_processes(config: TrainConfig) -> None:
+    devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
+    world = config.parallel.world_size
+    if devices * nodes != world:
+        raise ValueError(
+            f"trainer.devices × trainer.num_nodes = {devices}×{nodes} is not parallel.world_size ({world}). "
+            f"On one machine set parallel.world_size alone; on {nodes} nodes also trainer.devices={world // nodes or 1}"
+        )
+    if config.trainer["accelerator"] == "cpu":
+        cores = os.cpu_count() or 1
+        most = max(8, 4 * cores)
+        if devices > most:
+            raise ValueError(
+                f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "
+                "Use a smaller parallel=… preset, or more nodes (trainer.num_nodes)"
+            )
+    elif devices > torch.cuda.device_count():
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "trainer=cpu needs none"
+        )
+
+
+def _check_batches(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    batch, micro = config.data.batch_size, config.data.micro_batch_size
+    if batch < 1 or micro < 1:
+        raise ValueError(f"data.batch_size ({batch}) and data.micro_batch_size ({micro}) must be at least 1")
+    if batch % (micro * degrees.data):
+        fitting = (
+            ", ".join(str(m) for m in range(1, batch + 1) if batch % (m * degrees.data) == 0)
+            or f"none: make data.batch_size a multiple of {degrees.data}"
+        )
+        raise ValueError(
+            f"data.batch_size ({batch}) is not a multiple of data.micro_batch_size × data ranks = "
+            f"{micro}×{degrees.data}. With this batch and {degrees.data} data ranks the micro-batch can be {fitting}"
+        )
+    accumulate = batch // (micro * degrees.data)
+    given = config.trainer.setdefault("accumulate_grad_batches", None)
+    if given not in (None, accumulate):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={given}, but data.batch_size / (data.micro_batch_size × data ranks) = "
+            f"{batch} / ({micro}×{degrees.data}) = {accumulate}. Leave it null, or change the batch sizes"
+        )
+    config.trainer["accumulate_grad_batches"] = accumulate
+
+
+def _check_optim(config: TrainConfig) -> None:
+    if config.optim.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule={config.optim.schedule} is unknown; valid: {', '.join(SCHEDULES)}")
+    target = config.optim.optimizer.get("_target_")
+    try:
+        hydra.utils.get_class(str(target))
+    except Exception as error:  # whatever importing it raises
+        raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
+    if config.optim.tile is not None and config.optim.tile < 1:
+        raise ValueError(f"optim.tile is {config.optim.tile}; it counts elements (at least 1), or is null for no tiles")
+    if config.optim.lr <= 0:
+        raise ValueError(f"optim.lr is {config.optim.lr}; a learning rate is positive")
+
+
+def _complete_vocabulary(config: TrainConfig, tokens: int) -> None:
+    if config.model.vocab_size is None:
+        config.model.vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if config.model.vocab_size < tokens:
+        raise ValueError(f"model.vocab_size ({config.model.vocab_size}) is smaller than the tokenizer's {tokens}")
+    _check_divides("model.vocab_size", config.model.vocab_size, "parallel.tensor", config.parallel.tensor)
+
+
+def _check_checkpoint(config: TrainConfig, path: Path) -> None:
+    meta = read_meta(path)
+    if "hyper_parameters" not in meta:
+        raise ValueError(f"{path} is not a checkpoint of this command: it says nothing of the model")
+    if meta["global_step"] >= config.trainer["max_steps"]:
+        raise ValueError(
+            f"{path} is of step {meta['global_step']}, so with trainer.max_steps ({config.trainer['max_steps']}) "
+            "nothing is left to train; raise trainer.max_steps"
+        )
+    stored = meta["hyper_parameters"]
+    ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
+    shape_free = {"init_std", "capacity_factor", "capacity_multiple", "aux_loss", "z_loss", "top_k"}
+    differences = [
+        f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
+        for section, fields in ours.items()
+        for name, value in fields.items()
+        if name not in shape_free and stored[section].get(name) != value
+    ]
+    if differences:
+        raise ValueError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differences))

@@ -1,0 +1,221 @@
+import re
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tedlab.config import DataConfig
+from tedlab.data.module import TextDataModule
+
+BATCH, LENGTH = 8, 4
+SAMPLES = 6 * BATCH + 3  # an epoch is six steps
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file whose training samples all start with another three letters, by which they are told apart."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "train.txt").write_text("".join(f"{i:03d}|" for i in range(SAMPLES)) + ".")
+    (folder / "validation.txt").write_text("".join(f"{i:03d}|" for i in range(4 * BATCH + 1)))
+    return folder
+
+
+@pytest.fixture
+def data(text):
+    def data(micro=2, **fields):
+        fields = {"validation_samples": 2 * BATCH, "validation_fraction": 0.4, **fields}
+        config = DataConfig(
+            path=str(text), batch_size=BATCH, micro_batch_size=micro, cache_dir=str(text / ".cache"), **fields
+        )
+        return TextDataModule(config, LENGTH, seed=1)
+
+    return data
+
+
+def _ids(batch):
+    return [int(bytes(sample[:3].tolist())) for sample in batch]
+
+
+class Recorder(pl.LightningModule):
+    """Learns nothing; writes down what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen, self.epochs, self.steps, self.validated, self.validation = [], [], [], [], []
+
+    def training_step(self, batch, _):
+        assert batch.shape[1:] == (LENGTH + 1,)
+        self.epochs.append(self.current_epoch)
+        self.seen += _ids(batch)
+        return self.weight.sum()
+
+    def on_before_optimizer_step(self, _):
+        self.steps.append(len(self.seen))
+
+    def validation_step(self, batch, _):
+        self.validation += _ids(batch)
+
+    def on_validation_epoch_end(self):
+        self.validated.append(self.global_step)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+class Save(pl.Callback):
+    """Saves a checkpoint in one of the hooks once ``step`` steps are done."""
+
+    def __init__(self, hook, step, path):
+        self.step, self.path = step, path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer, *_):
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def _fit(data, steps=STEPS, callbacks=(), ckpt_path=None, **arguments):
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        accumulate_grad_batches=BATCH // data.data.micro_batch_size,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **arguments,
+    )
+    recorder = Recorder()
+    trainer.fit(recorder, data, ckpt_path=ckpt_path)
+    return recorder
+
+
+def test_a_run_goes_through_whole_epochs_in_new_orders_and_validates_on_the_same_samples(data):
+    run = _fit(data())
+    epochs = [run.seen[start : start + 6 * BATCH] for start in range(0, STEPS * BATCH, 6 * BATCH)]
+    assert all(len(set(epoch)) == len(epoch) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert run.validated == [6, 12, 18]
+    assert run.validation == [*range(2 * BATCH)] * 3
+
+
+SAVES = [
+    *(("on_train_batch_end", at, steps) for at in (4, 6, 9, 12) for steps in (at, STEPS)),
+    *(("on_train_epoch_end", at, steps) for at in (6, 12) for steps in (at, STEPS)),
+    *(("on_validation_end", at, steps) for at in (6, 12) for steps in (at, STEPS)),
+    *(("on_train_end", at, at) for at in (4, 6, 9, 12)),
+    *(("on_train_epoch_end", at, at) for at in (4, 9)),  # Lightning ends the epoch of a run that stops
+]
+
+
+@pytest.mark.parametrize(("hook", "at", "steps"), SAVES)
+def test_a_run_resumed_from_a_checkpoint_of_any_hook_continues_with_the_next_sample(data, tmp_path, hook, at, steps):
+    reference = _fit(data())
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(), steps, [Save(hook, at, checkpoint)])
+    resumed = _fit(data(), ckpt_path=checkpoint)
+    assert resumed.seen == reference.seen[at * BATCH :]
+    assert resumed.epochs == reference.epochs[at * BATCH // 2 :]
+    assert resumed.steps == [*range(BATCH, len(resumed.seen) + 1, BATCH)]
+    assert resumed.validated == [step for step in reference.validated if step > at]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 1), (2, 4)])
+@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_train_end"])
+def test_a_run_resumed_with_another_micro_batch_size_continues_with_the_next_sample(
+    data, tmp_path, before, after, at, hook
+):
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(before), at, [Save(hook, at, checkpoint)])
+    every_five_steps = {"val_check_interval": 5 * BATCH // after, "check_val_every_n_epoch": None}
+    resumed = _fit(data(after), ckpt_path=checkpoint, **every_five_steps)
+    assert resumed.seen == _fit(data(after)).seen[at * BATCH :]
+    assert resumed.steps == [*range(BATCH, len(resumed.seen) + 1, BATCH)]
+    assert resumed.validated == [step for step in (5, 10, 15, 20) if step > at]
+
+
+@pytest.mark.parametrize("at", [4, 6, 9])
+def test_a_run_of_so_many_steps_is_resumed_for_so_many_epochs(data, tmp_path, at):
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(), at, [Save("on_train_end", at, checkpoint)])
+    resumed = _fit(data(), -1, max_epochs=3, ckpt_path=checkpoint)
+    assert resumed.seen == _fit(data(), 18).seen[at * BATCH :]
+    assert resumed.validated == [step for step in (6, 12, 18) if step > at]
+
+
+def test_loggers_are_told_the_step_that_follows_the_checkpoint(data, tmp_path):
+    for hook in ("on_train_batch_end", "on_train_end"):
+        checkpoint = tmp_path / hook
+        _fit(data(), 6, [Save(hook, 6, checkpoint)])
+        told = []
+
+        class Tell(pl.Callback):
+            def on_train_batch_start(self, trainer, *_, told=told):
+                told.append(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+        _fit(data(), 8, [Tell()], ckpt_path=checkpoint)
+        assert told == [6, 6, 6, 6, 7, 7, 7, 7]
+
+
+def test_resuming_within_an_epoch_does_not_warn_of_a_loader_that_cannot_resume(data, tmp_path, recwarn):
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(), 3, [Save("on_train_end", 3, checkpoint)])
+    _fit(data(), 4, ckpt_path=checkpoint)
+    assert not [warning for warning in recwarn if "not resumable" in str(warning.message)]
+
+
+def test_workers_fetch_the_epoch_that_is_resumed(data, tmp_path):
+    # They fetch their first batches before Lightning calls set_epoch.
+    checkpoint = tmp_path / "checkpoint"
+    reference = _fit(data(), 13)
+    _fit(data(num_workers=1), 8, [Save("on_train_end", 8, checkpoint)])
+    assert _fit(data(num_workers=1), 13, ckpt_path=checkpoint).seen == reference.seen[8 * BATCH :]
+
+
+def test_resuming_with_another_batch_size_is_refused(data, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(), 3, [Save("on_train_end", 3, checkpoint)])
+    other = data()
+    other.data.batch_size = 16
+    with pytest.raises(ValueError, match=re.escape("after 24 samples: that is no whole number of optimizer steps")):
+        _fit(other, ckpt_path=checkpoint)
+
+
+def test_ranks_of_the_strategy_share_out_every_step(data):
+    def batches(ranks, rank, loader):
+        module = data()
+        module.trainer = SimpleNamespace(
+            strategy=SimpleNamespace(
+                distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank}, root_device=torch.device("cpu")
+            ),
+            fit_loop=SimpleNamespace(is_resuming=False),
+        )
+        return [_ids(batch) for batch in getattr(module, loader)()]
+
+    for loader in ("train_dataloader", "val_dataloader"):
+        one, two = batches(1, 0, loader), [batches(2, rank, loader) for rank in range(2)]
+        assert [batch for together in zip(*two, strict=True) for batch in together] == one
+
+
+@pytest.mark.parametrize(("asked", "used"), [(BATCH, BATCH), (2 * BATCH + 1, 2 * BATCH), (10 * BATCH, 4 * BATCH)])
+def test_validation_takes_whole_batches_of_what_there_is(data, asked, used):
+    assert data(validation_samples=asked).validation_samples == used
+
+
+def test_validation_without_a_whole_batch_is_refused(data):
+    with pytest.raises(ValueError, match=r"validation_samples=7 and the validation split holds 33 samples"):
+        _ = data(validation_samples=BATCH - 1).validation_samples
+
+
+def test_nothing_is_opened_before_it_is_needed(data):
+    module = data()
+    assert module._corpus is None
+    module.prepare_data()
+    assert module.corpus is module.corpus

@@ -1,0 +1,239 @@
+"""Every layer against plain torch on the whole tensors: output, gradient of the input, gradient of every parameter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.comm import Collective
+from tedlab.nn import (
+    ColumnParallelLinear,
+    Embedding,
+    FeedForward,
+    Init,
+    LayerNorm,
+    RowParallelLinear,
+    SelfAttention,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
+from tests.pool import WorkerPool
+
+INIT = Init(std=1.0)
+Weights = dict[str, Tensor]
+IDS = torch.tensor([[0, 3, 4, 7, 8], [11, 12, 15, 3, 3]])  # first and last of every shard of 16 rows, and repeats
+
+
+def random(name: str, *shape: int) -> Tensor:
+    seed = int.from_bytes(name.encode()[-8:], "little") >> 1
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def attention(w: Weights, x: Tensor) -> Tensor:
+    """Causal attention written out; rows of the fused projection are ordered head by head."""
+    (batch, length, hidden), heads = x.shape, 4
+    qkv = (x @ w["qkv.weight"].T + w["qkv.bias"]).view(batch, length, heads, 3, hidden // heads)
+    q, k, v = (qkv[:, :, :, i].transpose(1, 2) for i in range(3))
+    scores = q @ k.transpose(-1, -2) / (hidden // heads) ** 0.5
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    y = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+    return y.transpose(1, 2).reshape(batch, length, hidden) @ w["out.weight"].T + w["out.bias"]
+
+
+# name: (layer, its forward, plain torch, input, dimension along which input / output are divided)
+Case = tuple[Callable[[Topology], nn.Module], Callable, Callable, Tensor, int | None, int | None]
+CASES: dict[str, Case] = {
+    "column": (
+        lambda t: ColumnParallelLinear(6, 8, t, tag="test", init=INIT),
+        lambda m, x: m(x),
+        lambda w, x: F.linear(x, w["weight"], w["bias"]),
+        random("column", 3, 6),
+        None,
+        -1,
+    ),
+    "column_without_bias": (
+        lambda t: ColumnParallelLinear(6, 8, t, tag="test", init=INIT, bias=False),
+        lambda m, x: m(x),
+        lambda w, x: F.linear(x, w["weight"]),
+        random("column", 2, 3, 6),
+        None,
+        -1,
+    ),
+    "row": (
+        lambda t: RowParallelLinear(8, 6, t, tag="test", init=INIT),
+        lambda m, x: m(x),
+        lambda w, x: F.linear(x, w["weight"], w["bias"]),
+        random("row", 3, 8),
+        -1,
+        None,
+    ),
+    "feed_forward": (
+        lambda t: FeedForward(6, 8, t, init=INIT, out_init=INIT),
+        lambda m, x: m(x),
+        lambda w, x: F.linear(F.gelu(F.linear(x, w["up.weight"], w["up.bias"])), w["down.weight"], w["down.bias"]),
+        random("feed_forward", 2, 3, 6),
+        None,
+        None,
+    ),
+    "attention": (
+        lambda t: SelfAttention(8, 4, t, init=INIT, out_init=INIT),
+        lambda m, x: m(x),
+        attention,
+        random("attention", 2, 5, 8),
+        None,
+        None,
+    ),
+    "vocabulary_embedding": (
+        lambda t: VocabParallelEmbedding(16, 6, t, init=INIT),
+        lambda m, x: m(IDS) * x,
+        lambda w, x: F.embedding(IDS, w["weight"]) * x,
+        random("embedding", 2, 5, 6),
+        None,
+        None,
+    ),
+    "tied_output": (
+        lambda t: VocabParallelEmbedding(16, 6, t, init=INIT),
+        lambda m, x: m.logits(x),
+        lambda w, x: F.linear(x, w["weight"]),
+        random("tied", 2, 5, 6),
+        None,
+        -1,
+    ),
+    "positions": (
+        lambda t: Embedding(7, 6, t, init=INIT),
+        lambda m, x: m(5) * x,
+        lambda w, x: F.embedding(torch.arange(5), w["weight"]) * x,
+        random("positions", 2, 5, 6),
+        None,
+        None,
+    ),
+    "norm": (
+        lambda t: LayerNorm(6, t, eps=0.1),
+        lambda m, x: m(x),
+        lambda w, x: F.layer_norm(x, (6,), w["weight"], w["bias"], 0.1),
+        random("norm", 2, 5, 6),
+        None,
+        None,
+    ),
+}
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def own_part(x: Tensor, dim: int | None, topology: Topology) -> Tensor:
+    return x if dim is None else x.chunk(topology.comm.size("tensor"), dim)[topology.comm.rank("tensor")]
+
+
+def compare(name: str) -> dict[str, float]:
+    """Relative errors of one case, on this process, with the tensor degree the world size."""
+    build, forward, plain, x, x_dim, y_dim = CASES[name]
+    topology = Topology(ParallelDegrees(dist.get_world_size(), tensor=dist.get_world_size()))
+    layer = build(topology).double()
+    weights = {}
+    with torch.no_grad():
+        for n, p in layer.named_parameters():
+            weights[n] = random(name + n, *p.shape)
+            p.copy_(distribute_tensor(weights[n], p.device_mesh, p.placements, src_data_rank=None))
+
+    x_whole = x.clone().requires_grad_()
+    x_own = own_part(x, x_dim, topology).clone().requires_grad_()
+    for w in weights.values():
+        w.requires_grad_()
+    y, expected = forward(layer, x_own), plain(weights, x_whole)
+    direction = random("direction", *expected.shape)
+    y.backward(own_part(direction, y_dim, topology))
+    expected.backward(direction)
+
+    assert x_own.grad is not None
+    errors = {
+        "output": relative_error(y, own_part(expected, y_dim, topology)),
+        "input": relative_error(x_own.grad, own_part(x_whole.grad, x_dim, topology)),
+    }
+    for n, p in layer.named_parameters():
+        assert isinstance(p.grad, DTensor)
+        errors[n] = relative_error(p.grad.full_tensor(), weights[n].grad)
+    return errors
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_equal_plain_torch(pool: WorkerPool, name: str, tensor: int) -> None:
+    for errors in pool.run(tensor, compare, name):
+        assert len(errors) >= 3
+        assert max(errors.values()) < 1e-13, errors
+
+
+def too_long() -> None:
+    topology = Topology(ParallelDegrees(1))
+    with pytest.raises(RuntimeError, match="8 positions, but the table has 7"):
+        Embedding(7, 6, topology, init=INIT)(8)
+
+
+def test_more_positions_than_the_table_has_are_refused(pool: WorkerPool) -> None:
+    pool.run(1, too_long)
+
+
+# ---- cross-entropy over a divided vocabulary ---------------------------------------------------------------------
+
+VOCABULARY = 16
+TARGETS = torch.arange(VOCABULARY)  # each token once: both sides of every boundary between shards
+EXTREME = torch.where(random("signs", VOCABULARY, VOCABULARY) > 0, 1e4, -1e4).double()
+LOGITS = {
+    "ordinary": 3 * random("logits", VOCABULARY, VOCABULARY),
+    "extreme": EXTREME,
+    "target_certain": torch.diag(torch.full((VOCABULARY,), 2e4, dtype=torch.float64)) - 1e4,
+    "target_impossible": 1e4 - torch.diag(torch.full((VOCABULARY,), 2e4, dtype=torch.float64)),
+}
+
+
+def cross_entropy(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Collective]]:
+    """Losses, this process's part of the gradient, the logits afterwards, and what was communicated."""
+    topology = Topology(ParallelDegrees(dist.get_world_size(), tensor=dist.get_world_size()))
+    calls: list[Any] = []
+    topology.comm.register_hook(lambda call, when: calls.append(call) if when == "end" else None)
+    own = own_part(logits, -1, topology).clone().requires_grad_()
+    losses = vocab_parallel_cross_entropy(own, TARGETS, topology.comm)
+    losses.backward(torch.linspace(0.5, 2, VOCABULARY, dtype=losses.dtype))
+    assert own.grad is not None
+    return losses.detach(), own.grad, own.detach(), calls
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_cross_entropy_equals_torch_s(pool: WorkerPool, kind: str, tensor: int) -> None:
+    logits = LOGITS[kind].clone().requires_grad_()
+    expected = F.cross_entropy(logits, TARGETS, reduction="none")
+    expected.backward(torch.linspace(0.5, 2, VOCABULARY, dtype=torch.float64))
+    answers = pool.run(tensor, cross_entropy, LOGITS[kind])
+    for losses, _, _, _ in answers:
+        torch.testing.assert_close(losses, expected.detach(), rtol=1e-13, atol=1e-13)
+    gradient, after = (torch.cat([answer[i] for answer in answers], -1) for i in (1, 2))
+    torch.testing.assert_close(gradient, logits.grad, rtol=1e-12, atol=1e-15)
+    assert torch.equal(after, LOGITS[kind])
+
+
+def test_cross_entropy_never_gathers_logits_and_is_silent_in_backward(pool: WorkerPool) -> None:
+    for _, _, _, calls in pool.run(4, cross_entropy, LOGITS["ordinary"]):
+        assert [(call.tag, call.shape.numel()) for call in calls] == [
+            ("loss.max", VOCABULARY),
+            ("loss.sum", 2 * VOCABULARY),
+        ]
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_low_precision_logits_give_a_loss_in_fp32_and_a_gradient_in_theirs(pool: WorkerPool, tensor: int) -> None:
+    logits = LOGITS["ordinary"].bfloat16()
+    expected = F.cross_entropy(logits.float(), TARGETS, reduction="none")
+    for losses, gradient, _, _ in pool.run(tensor, cross_entropy, logits):
+        assert losses.dtype == torch.float32
+        torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
+        assert gradient.dtype == torch.bfloat16

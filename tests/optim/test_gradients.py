@@ -1,0 +1,188 @@
+"""Reduction, norm and clipping on gradients made by hand: data rank d backpropagates d + 1 times known numbers."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.nn import Init, ShardedModule, initialize
+from tedlab.optim import ShardedOptimizer, sharded
+from tests.pool import WorkerPool
+from tests.training import full
+
+SHAPES = {"replicated": (5,), "rows": (8, 3), "columns": (3, 8), "experts": (4, 3, 8), "expert_bias": (4, 1, 3)}
+SHARDS = {
+    "replicated": {},
+    "rows": {"tensor": 0},
+    "columns": {"tensor": 1},
+    "experts": {"expert": 0, "tensor": 2},
+    "expert_bias": {"expert": 0},
+}
+PLAIN = (2, 3)
+LAYOUTS = [(1, 1, 1), (2, 2, 1), (4, 1, 2), (8, 2, 2)]
+
+
+class Example(ShardedModule):
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        for name, shape in SHAPES.items():
+            mesh = topology.expert if name.startswith("expert") else topology.dense
+            self.add_parameter(name, shape, mesh, init=Init(), device=topology.device, shards=SHARDS[name])
+        self.plain = nn.Parameter(torch.zeros(PLAIN))
+        self.unused = nn.Parameter(torch.zeros(2))
+        initialize(self, 0)
+        self.double()
+
+
+def numbers(name: str) -> Tensor:
+    """The whole gradient that a process with factor 1 would have, were it alone."""
+    shape = SHAPES.get(name, PLAIN)
+    return torch.arange(1.0, 1 + torch.Size(shape).numel(), dtype=torch.float64).view(shape).sin()
+
+
+def example(tensor: int, expert: int) -> tuple[Example, Topology]:
+    """A model whose backward pass has run. Tensor ranks of one data rank agree, as they do in training.
+
+    The gradient of data rank d is (d + 1)·numbers, and of its experts it has that share alone: after the all-to-all,
+    each process holds for its own experts what all data ranks of its expert group have caused.
+    """
+    topology = Topology(ParallelDegrees(dist.get_world_size(), tensor, expert))
+    module, comm = Example(topology), topology.comm
+    loss: Any = (module.plain * numbers("plain")).sum() * (comm.rank("data") + 1)
+    first = comm.rank("expert_data") * comm.size("expert")
+    shared = sum(range(first + 1, first + comm.size("expert") + 1))
+    for name, p in module.named_parameters():
+        if isinstance(p, DTensor):
+            share = shared if name.startswith("expert") else comm.rank("data") + 1
+            whole = numbers(name)
+            for axis, dim in SHARDS[name].items():
+                whole = whole.chunk(comm.size(axis), dim)[comm.rank(axis)]
+            loss = loss + (module.local(name) * whole).sum() * share
+    loss.backward()
+    return module, topology
+
+
+def mean_share(world_size: int, tensor: int) -> float:
+    """(1/D) Σ (d + 1): what every reduced gradient is, in numbers; of experts and of all others."""
+    return (world_size // tensor + 1) / 2
+
+
+def optimizer_of(module: nn.Module, topology: Topology, zero: bool, **options: Any) -> ShardedOptimizer:
+    names = {p: name for name, p in module.named_parameters()}
+    plain = torch.optim.SGD(module.parameters(), lr=1.0)
+    return ShardedOptimizer(plain, topology.comm, names, zero=zero, tile=None, **options)
+
+
+def reduced(tensor: int, expert: int, zero: bool, bucket: int) -> tuple[dict[str, Tensor], list[tuple[str, str, int]]]:
+    module, topology = example(tensor, expert)
+    calls: list[tuple[str, str, int]] = []
+    sharded._BUCKET_ELEMENTS, usual = bucket, sharded._BUCKET_ELEMENTS
+    try:
+        optimizer = optimizer_of(module, topology, zero)
+    finally:
+        sharded._BUCKET_ELEMENTS = usual
+    handle = topology.comm.register_hook(
+        lambda c, when: calls.append((c.op, c.kind, c.shape.numel())) if when == "end" else None
+    )
+    optimizer.reduce_gradients()
+    handle.remove()
+    assert all(p.grad is None for p in module.parameters())
+    return {name: full(gradient) for name, gradient in optimizer.gradients().items()}, calls
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_gradients_of_all_kinds_are_the_mean_over_data_ranks(
+    pool: WorkerPool, layout: tuple[int, int, int], zero: bool
+) -> None:
+    world_size, *degrees = layout
+    for whole, calls in pool.run(world_size, reduced, *degrees, zero, 1 << 24):
+        assert whole.keys() == {*SHAPES, "plain", "unused"}
+        assert not whole.pop("unused").any()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(gradient, mean_share(world_size, degrees[0]) * numbers(name))
+        assert {op for op, *_ in calls} <= {"reduce_scatter" if zero else "all_reduce"}
+
+
+def test_expert_gradient_is_divided_by_data_not_expert_data(pool: WorkerPool) -> None:
+    """In numbers: 4 data ranks, 2 replicas; an expert has met 1 + 2 in one and 3 + 4 in the other: 10 / 4."""
+    for whole, _ in pool.run(8, reduced, 2, 2, True, 1 << 24):
+        torch.testing.assert_close(whole["experts"], 2.5 * numbers("experts"))
+
+
+@pytest.mark.parametrize("bucket", [1, 13, 20])
+def test_small_buckets_mean_more_calls_but_the_same_values(pool: WorkerPool, bucket: int) -> None:
+    together = pool.run(8, reduced, 2, 2, True, 1 << 24)
+    for (ours, calls), (theirs, once) in zip(pool.run(8, reduced, 2, 2, True, bucket), together, strict=True):
+        ours.pop("unused", None)
+        assert ours.keys() == theirs.keys() - {"unused"}  # alone in its bucket it has no gradient
+        for name in ours:  # gloo may add in another order
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-14, atol=1e-15)
+        assert len(calls) > len(once)
+
+
+def mixed() -> tuple[set[torch.dtype], list[torch.dtype]]:
+    topology, dtypes = Topology(ParallelDegrees(2)), []
+    topology.comm.register_hook(lambda call, when: dtypes.append(call.dtype) if when == "end" else None)
+    module = nn.ParameterList(torch.zeros(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for p in module:
+        p.grad = torch.full_like(p, dist.get_rank() + 1.0)
+    optimizer = optimizer_of(module, topology, True)
+    optimizer.reduce_gradients()
+    optimizer.step()
+    for p in module:
+        assert torch.equal(p.detach(), torch.full_like(p, -1.5))
+    return {b.master.dtype for b in optimizer.buckets}, dtypes
+
+
+def test_gradients_of_each_dtype_are_reduced_in_it_and_stepped_in_fp32(pool: WorkerPool) -> None:
+    for masters, dtypes in pool.run(2, mixed):
+        assert masters == {torch.float32}
+        assert set(dtypes) == {torch.float32, torch.bfloat16}
+
+
+def norm_and_update(tensor: int, expert: int, zero: bool, max_norm: float) -> tuple[float, dict[str, Tensor]]:
+    """The norm, and by how much one step of gradient descent with a learning rate of 1 moves each weight."""
+    module, topology = example(tensor, expert)
+    optimizer = optimizer_of(module, topology, zero)
+    optimizer.reduce_gradients()
+    before = {name: full(p) for name, p in module.named_parameters()}
+    optimizer.clip(max_norm)
+    norm = optimizer.global_norm()
+    optimizer.step()
+    return norm, {name: before[name] - full(p) for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("max_norm", [0.7, 1e3], ids=["binding", "loose"])
+def test_norm_counts_every_element_once_and_clipping_scales_to_it(
+    pool: WorkerPool, layout: tuple[int, int, int], zero: bool, max_norm: float
+) -> None:
+    world_size, *degrees = layout
+    share = mean_share(world_size, degrees[0])
+    elements = torch.cat([share * numbers(name).flatten() for name in (*SHAPES, "plain")])
+    for norm, update in pool.run(world_size, norm_and_update, *degrees, zero, max_norm):
+        assert norm == pytest.approx(elements.norm().item(), rel=1e-12)
+        factor = min(1.0, max_norm / (norm + 1e-6))
+        for name in (*SHAPES, "plain"):
+            torch.testing.assert_close(update[name], share * numbers(name) * factor, rtol=1e-12, atol=1e-15)
+        assert not update["unused"].any()
+
+
+def no_gradients() -> float:
+    topology = Topology(ParallelDegrees(2))
+    module = Example(topology)
+    optimizer = optimizer_of(module, topology, True)
+    optimizer.reduce_gradients()
+    optimizer.clip(1.0)
+    optimizer.step()
+    return optimizer.global_norm()
+
+
+def test_no_gradients_at_all_have_norm_zero(pool: WorkerPool) -> None:
+    assert pool.run(2, no_gradients) == [0.0, 0.0]

@@ -1,0 +1,117 @@
+"""The sharded, tiled step equals the plain one: bit for bit across tile sizes, to rounding across layouts."""
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+
+from tedlab.config import MoEConfig
+from tests.pool import WorkerPool
+from tests.test_parity import compare, reference
+from tests.training import Job, Layout, Record, full, language_model, loader, train, trainer
+
+LAYOUTS = [Layout(4, expert=2), Layout(4, tensor=2, expert=2), Layout(8, tensor=2, expert=2)]
+MOE = MoEConfig(num_experts=4, capacity_factor=1.0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+def test_three_steps_equal_one_process(pool: WorkerPool, layout: Layout, zero: bool) -> None:
+    job = Job(moe=MOE, steps=3, clip=0.1, zero=zero, tile=2000)
+    record = pool.run(layout.world_size, train, layout, job)[0]
+    errors = compare(record, reference(pool, Job(moe=MOE, steps=3, clip=0.1)))
+    wrong = {name: error for name, error in errors.items() if not error < 1e-9}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(4, tensor=2, expert=2)], ids=str)
+def test_tile_size_changes_not_one_bit(pool: WorkerPool, layout: Layout, precision: str) -> None:
+    """With tiles of 7 elements every tensor is split, and most tiles hold parts of two."""
+    records = [
+        pool.run(layout.world_size, train, layout, Job(steps=2, tile=tile, precision=precision))[0]
+        for tile in (None, 7, 1_800_000)
+    ]
+    for other in records[1:]:
+        for name, weight in records[0].weights.items():
+            assert torch.equal(weight, other.weights[name]), name
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true"])
+def test_every_precision_stays_close_to_float64(pool: WorkerPool, precision: str) -> None:
+    layout = Layout(4, tensor=2, expert=2)
+    record = pool.run(4, train, layout, Job(moe=MOE, steps=3, precision=precision))[0]
+    exact = reference(pool, Job(moe=MOE, steps=3))
+    tolerance = 1e-5 if precision == "32-true" else 2e-2
+    assert record.losses == pytest.approx(exact.losses, rel=tolerance)
+    stored = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert {w.dtype for w in record.weights.values()} == {stored}
+
+
+def weights_and_skips(layout: Layout, precision: str, overflow_at: int | None) -> tuple[list[dict], int, float]:
+    """Trains two steps; in one of them one data rank's loss overflows."""
+    job = Job(micro_batches=layout.data, precision=precision)
+
+    class Overflow(Callback):
+        weights: list[dict] = []
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+            if trainer.global_step == overflow_at and trainer.strategy.topology.comm.rank("data") == 1:
+                loss.register_hook(lambda g: g * float("inf"))
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.weights.append({n: full(p) for n, p in pl_module.named_parameters()})
+
+    callback = Overflow()
+    Overflow.weights = []
+    plugins = [MixedPrecision("16-mixed", "cpu")] if precision == "16-mixed" else None
+    fit = trainer(
+        layout,
+        job,
+        max_steps=2,
+        callbacks=[callback],
+        accumulate_grad_batches=1,
+        **({"plugins": plugins, "precision": None} if plugins else {}),
+    )
+    fit.fit(language_model(job), loader(layout, job, fit.global_rank))
+    scaler = fit.strategy.loss_scaler
+    return callback.weights, scaler.skipped_steps, scaler.scale
+
+
+@pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool, precision: str) -> None:
+    layout = Layout(4, tensor=2, expert=2)
+    for rank, (weights, skipped, scale) in enumerate(pool.run(4, weights_and_skips, layout, precision, 1)):
+        assert skipped == 1, rank
+        assert scale == 2.0**15
+        assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+    for weights, skipped, scale in pool.run(4, weights_and_skips, layout, precision, None):
+        assert (skipped, scale) == (0, 2.0**16)
+        assert any(not torch.equal(w, weights[1][name]) for name, w in weights[0].items())
+
+
+def state_sizes(layout: Layout, job: Job) -> tuple[int, int]:
+    """Elements of optimizer state on this process, and of its local parameters."""
+    module = language_model(job)
+    fit = trainer(layout, job, max_steps=1, accumulate_grad_batches=job.micro_batches // layout.data)
+    fit.fit(module, loader(layout, job, fit.global_rank))
+    state = sum(s["exp_avg"].numel() for s in fit.optimizers[0].state.values())
+    return state, sum(p.to_local().numel() for p in module.parameters())
+
+
+def test_zero_divides_the_state_by_the_size_of_each_data_group(pool: WorkerPool) -> None:
+    layout = Layout(8, tensor=2, expert=2)  # data 4, expert_data 2
+    dense = Job(moe=MoEConfig(num_experts=0))
+    state, parameters = pool.run(8, state_sizes, layout.__class__(8, tensor=2), dense)[0]
+    assert parameters / 4 <= state < parameters / 4 + 16  # at most the padding more
+    everything, parameters = pool.run(8, state_sizes, layout, Job(zero=False))[0]
+    assert everything == parameters
+    mixed, _ = pool.run(8, state_sizes, layout, Job())[0]
+    assert parameters / 4 < mixed < parameters / 2
+
+
+def test_reference_of_this_module_is_not_constant(pool: WorkerPool) -> None:
+    record: Record = reference(pool, Job(moe=MOE, steps=3))
+    assert len(set(record.losses)) == 3

@@ -1,0 +1,371 @@
+"""A checkpoint of any layout continues under any other as if nothing had happened."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from tedlab import Topology, checkpoint
+from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig
+from tedlab.data import TextDataModule
+from tedlab.module import LanguageModel
+from tests.pool import WorkerPool
+from tests.training import Layout, full, trainer
+
+LENGTH, BATCH, MICRO_BATCH = 12, 8, 2
+SAVED, STEPS = 3, 7  # an epoch is five steps
+SOURCE = Layout(4, tensor=2, expert=2)
+OTHERS = [Layout(), Layout(2, tensor=2), Layout(4, expert=4), Layout(2, expert=2)]
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------------
+
+
+def language_model(**changes: Any) -> LanguageModel:
+    shape = {"layers": 2, "hidden": 16, "heads": 4, "ffn": 32, "sequence_length": LENGTH, "vocab_size": 256}
+    optim = OptimConfig({"_target_": "torch.optim.AdamW", "eps": 1e-5}, lr=1e-2, warmup_steps=5)
+    return LanguageModel(ModelConfig(**(shape | changes), init_std=0.2), MoEConfig(num_experts=4), optim, seed=0)
+
+
+@dataclass
+class Record:
+    """The mean loss of each step, and the state on starting and on saving."""
+
+    losses: list[float]
+    started: dict[str, Any]
+    saved: dict[str, Any]
+
+
+class Watch(Callback):
+    """Collects a :class:`Record`; saves after ``SAVED`` steps."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.losses: list[Tensor] = []
+        self.started: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.started = state(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(trainer.strategy.reduce(outputs["train/loss"]))
+        if trainer.global_step == SAVED and not self.saved and self.path:
+            trainer.save_checkpoint(self.path)
+            self.saved = state(trainer, pl_module)
+
+
+def state(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """Everything that training depends on, tensors whole, by one flat name each."""
+    flat: dict[str, Any] = {"steps": trainer.global_step}
+    flat |= {f"weight {name}": full(p) for name, p in module.named_parameters()}
+    if trainer.global_step == 0:
+        return flat  # torch cannot read the state of an optimizer without making one
+    stored = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    for name, entries in stored["state"].items():
+        flat |= {f"{key} {name}": full(value) for key, value in entries.items()}
+    for i, group in enumerate(stored["param_groups"]):
+        flat |= {f"{key} of group {i}": value for key, value in group.items()}
+    schedule = trainer.lr_scheduler_configs[0].scheduler
+    flat["schedule"] = schedule.last_epoch, schedule.get_last_lr()
+    return flat
+
+
+def run(layout: Layout, folder: Path, save: bool = False, resume: Path | None = None, **changes: Any) -> Record | None:
+    """Trains to ``STEPS`` in all; the first process returns what it saw."""
+    watch, module = Watch(folder / str(layout) if save else None), language_model(**changes)
+    config = DataConfig(
+        path=str(folder / "text"),
+        batch_size=BATCH,
+        micro_batch_size=MICRO_BATCH,
+        validation_samples=BATCH,
+        validation_fraction=0.4,
+        cache_dir=str(folder / "cache"),
+    )
+    fit = trainer(
+        layout,
+        max_steps=STEPS,
+        callbacks=[watch],
+        accumulate_grad_batches=BATCH // MICRO_BATCH // layout.data,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    fit.fit(module, TextDataModule(config, LENGTH, seed=1), ckpt_path=resume)
+    steps = torch.stack(watch.losses).view(-1, BATCH // MICRO_BATCH // layout.data)
+    return Record(steps.mean(1).tolist(), watch.started, watch.saved) if fit.global_rank == 0 else None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "text").mkdir()
+    for name, samples in (("train", 5 * BATCH + 3), ("validation", BATCH + 1)):
+        generator = torch.Generator().manual_seed(samples)
+        letters = torch.randint(97, 123, (samples * LENGTH,), generator=generator)
+        (folder / "text" / f"{name}.txt").write_bytes(bytes(letters.tolist()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(pool: WorkerPool, folder: Path) -> dict[Layout, Record]:
+    """Runs of all layouts; each leaves a checkpoint in passing."""
+    return {layout: pool.run(layout.world_size, run, layout, folder, True)[0] for layout in [SOURCE, *OTHERS]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)],
+    ids=str,
+)
+def test_a_run_continues_under_another_layout_as_if_uninterrupted(
+    pool: WorkerPool, folder: Path, uninterrupted: dict[Layout, Record], before: Layout, after: Layout
+) -> None:
+    resumed = pool.run(after.world_size, run, after, folder, False, folder / str(before))[0]
+    saved = uninterrupted[before].saved
+    assert resumed.started.keys() == saved.keys()
+    for name, value in saved.items():
+        same = torch.equal if isinstance(value, Tensor) else lambda a, b: a == b
+        assert same(resumed.started[name], value), name
+    assert len(resumed.losses) == STEPS - SAVED
+    assert resumed.losses == pytest.approx(uninterrupted[before].losses[SAVED:], rel=1e-10)
+
+
+def test_the_saved_state_is_not_trivial(uninterrupted: dict[Layout, Record]) -> None:
+    """Otherwise finding it again would prove nothing."""
+    source = uninterrupted[SOURCE]
+    assert source.saved["steps"] == SAVED
+    kinds = {name.split()[0] for name in source.saved}
+    assert {"weight", "exp_avg", "exp_avg_sq", "step", "lr", "schedule"} <= kinds
+    for name, value in source.saved.items():
+        if name.startswith("weight "):
+            assert not torch.equal(value, source.started[name]), name
+        if name.startswith("exp_avg"):
+            assert value.abs().max() > 1e-12, name
+        if name.startswith("step "):
+            assert value == SAVED
+    assert len(set(source.losses)) == STEPS
+    assert source.losses == pytest.approx(uninterrupted[OTHERS[0]].losses, rel=1e-10)
+
+
+def load_into(changes: dict[str, Any], folder: Path, path: Path) -> str:
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        run(Layout(dist.get_world_size(), tensor=2), folder, False, path, **changes)
+    dist.barrier()  # do not leave while others are still connecting
+    return f"{caught.type.__name__}: {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        (
+            {"ffn": 64},
+            [
+                "6 parameters differ",
+                "… and 1 more",
+                "blocks.0.feed_forward.up.weight: (32, 16) in the checkpoint, (64, 16)",
+            ],
+        ),
+        ({"layers": 1}, ["parameters differ", "absent in this model"]),
+        ({"tie_embeddings": False}, ["1 parameters differ", "output.weight: absent in the checkpoint, (256, 16)"]),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_model_is_refused_by_parameter(
+    pool: WorkerPool, folder: Path, uninterrupted: object, changes: dict[str, Any], names: list[str]
+) -> None:
+    for message in pool.run(2, load_into, changes, folder, folder / str(SOURCE)):
+        assert message.startswith("ValueError")
+        assert all(name in message for name in names), message
+
+
+def test_a_missing_checkpoint_is_refused_with_those_beside_it(
+    pool: WorkerPool, folder: Path, uninterrupted: object
+) -> None:
+    for message in pool.run(2, load_into, {}, folder, folder / "missing"):
+        assert message.startswith("FileNotFoundError")
+        assert "missing is not a complete checkpoint: it does not exist" in message
+        assert all(str(folder / str(layout)) in message for layout in [SOURCE, *OTHERS])
+
+
+class KeepTwo(ModelCheckpoint):
+    """As tedlab.run has it, but old checkpoints go."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder, filename="{step}", monitor="step", mode="max", save_top_k=2, save_last="link", every_n_train_steps=1
+        )
+
+
+def lightning_keeps(folder: Path) -> tuple[list[str], int, bool]:
+    module, layout = language_model(), Layout(2, tensor=2)
+    batches = torch.randint(256, (8, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    fit = trainer(layout, max_steps=4, enable_checkpointing=True, callbacks=[KeepTwo(folder)])
+    fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=2))
+    fit.strategy.barrier()
+    kept = sorted(path.name for path in folder.iterdir())
+    meta = checkpoint.read_meta(folder / "last.ckpt")
+    restored = {"model": {name: torch.zeros_like(p) for name, p in module.state_dict().items()}}
+    checkpoint.load(restored, folder / "last.ckpt")
+    same = all(torch.equal(full(restored["model"][name]), full(p)) for name, p in module.state_dict().items())
+    return kept, meta["global_step"], same
+
+
+def test_lightning_s_checkpoint_callback_links_the_last_and_removes_the_old(pool: WorkerPool, tmp_path: Path) -> None:
+    answers = pool.run(2, lightning_keeps, tmp_path / "kept")
+    assert answers == [(["last.ckpt", "step=3.ckpt", "step=4.ckpt"], 4, True)] * 2
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[Topology]:
+    yield Topology.single()
+    dist.destroy_process_group()
+
+
+def write(path: Path, value: float) -> None:
+    checkpoint.save({"model": {"weight": torch.full((3,), value)}}, {"value": value}, path)
+
+
+def read(path: Path) -> tuple[float, float]:
+    tensors = {"model": {"weight": torch.zeros(3)}}
+    meta = checkpoint.load(tensors, path)
+    (value,) = set(tensors["model"]["weight"].tolist())
+    return value, meta["value"]
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_saving_over_a_link_replaces_the_link_only(single: Topology, tmp_path: Path, dangling: bool) -> None:
+    if not dangling:
+        write(tmp_path / "step_1", 1)
+    (tmp_path / "last").symlink_to("step_1")
+    write(tmp_path / "last", 2)
+    assert read(tmp_path / "last") == (2, 2)
+    assert dangling or read(tmp_path / "step_1") == (1, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["last"] if dangling else ["last", "step_1"])
+
+
+def test_a_crash_between_the_two_renames_leaves_the_previous_checkpoint(
+    single: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "last", 1)
+    rename = Path.rename
+
+    def crash(self: Path, target: Path) -> Path:
+        if self.name.endswith("partial"):
+            raise OSError("crash")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", crash)
+        with pytest.raises(OSError, match="crash"):
+            write(tmp_path / "last", 2)
+    assert read(tmp_path / "last") == (1, 1)
+    write(tmp_path / "last", 3)
+    assert read(tmp_path / "last") == (3, 3)
+
+
+class Early(Callback):
+    """Saves before the first step."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.path:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(outputs["train/loss"].item())
+
+
+def early(path: Path | None, resume: Path | None = None) -> list[float]:
+    watch, batches = Early(path), torch.randint(256, (8, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    fit = trainer(Layout(), max_steps=4, callbacks=[watch], accumulate_grad_batches=1)
+    fit.fit(language_model(), torch.utils.data.DataLoader(batches, batch_size=2), ckpt_path=resume)
+    return watch.losses
+
+
+def test_saving_before_the_first_step_changes_nothing(pool: WorkerPool, tmp_path: Path) -> None:
+    expected = pool.run(1, early, None)
+    assert pool.run(1, early, tmp_path / "a") == expected
+    assert pool.run(1, early, None, tmp_path / "a") == expected
+
+
+def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_else(single: Topology, tmp_path: Path) -> None:
+    for value in (1, 2, 3):
+        write(tmp_path / "new" / "last", value)
+        assert read(tmp_path / "new" / "last") == (value, value)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("where", ["before the shards", "after the shards", "in the middle of meta.pt"])
+def test_a_crash_while_saving_leaves_the_previous_checkpoint(
+    single: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    write(tmp_path / "last", 1)
+    save_shards, save_tensor = dcp.save, torch.save
+
+    def crash_in_shards(*args: Any, **options: Any) -> None:
+        if where == "after the shards":
+            save_shards(*args, **options)
+        raise OSError("no space left")
+
+    def crash_in_meta(value: object, file: Any, **options: Any) -> None:
+        if not isinstance(file, Path):  # the shards, which torch saves by the same function
+            return save_tensor(value, file, **options)
+        file.write_bytes(b"half")
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        if where == "in the middle of meta.pt":
+            patch.setattr(torch, "save", crash_in_meta)
+        else:
+            patch.setattr(dcp, "save", crash_in_shards)
+        with pytest.raises(OSError, match="no space left"):
+            write(tmp_path / "last", 2)
+    assert read(tmp_path / "last") == (1, 1)
+    write(tmp_path / "last", 3)
+    assert read(tmp_path / "last") == (3, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def crash_everywhere(path: Path) -> tuple[float, float]:
+    write(path, 1)
+    save, dcp.save = dcp.save, None  # calling it raises
+    try:
+        with pytest.raises(TypeError):
+            write(path, 2)
+    finally:
+        dcp.save = save
+    return read(path)
+
+
+def test_a_crash_of_all_processes_leaves_the_previous_checkpoint(pool: WorkerPool, tmp_path: Path) -> None:
+    assert pool.run(2, crash_everywhere, tmp_path / "last") == [(1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("lost", ["meta.pt", ".metadata"])
+def test_an_incomplete_checkpoint_is_refused_with_a_complete_one_beside_it(
+    single: Topology, tmp_path: Path, lost: str
+) -> None:
+    write(tmp_path / "whole", 1)
+    write(tmp_path / "broken", 2)
+    (tmp_path / "broken" / lost).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"broken is not a complete checkpoint: it lacks meta.pt or .metadata"
+    ) as caught:
+        read(tmp_path / "broken")
+    assert str(tmp_path / "whole") in str(caught.value)

@@ -1,0 +1,133 @@
+"""Misspelt and ill-typed overrides end in a message of a few lines that names the nearest and the valid ones."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tedlab.cli import UsageError, check_overrides
+
+SCREEN = 25  # lines
+
+MISSPELT = {
+    "key_of_a_section": ("model.hiden=3", ["model.hiden", "Did you mean 'hidden'?", "ffn, heads, hidden, init_std"]),
+    "key_of_lightning": ("trainer.max_stepz=3", ["'max_stepz'", "Did you mean 'max_steps'?", "log_every_n_steps"]),
+    "key_of_the_top": ("sed=1", ["'sed'", "Did you mean 'seed'?", "ckpt_path"]),
+    "key_with_nothing_near": ("moe.xyzzy=1", ["'xyzzy'", "Valid: ", "num_experts"]),
+    "section": ("mdel.hidden=3", ["'mdel'", "Did you mean 'model'?", "parallel"]),
+    "nested_key": ("optim.optimizer.beta=[0.9]", ["'beta'", "Did you mean 'betas'?", "weight_decay"]),
+    "deeply_nested_key": ("logger.wandb.projekt=x", ["'projekt'", "Did you mean 'project'?", "group"]),
+    "below_a_value": ("model.layers.foo=3", ["model.layers.foo", "'model.layers' is a value"]),
+    "group": ("paralel=tp2", ["'paralel'", "Did you mean 'parallel'?", "trainer"]),
+    "option": ("parallel=tp2ep2", ["parallel=tp2ep2", "Did you mean 'tp2_ep2'?", "single"]),
+    "option_with_nothing_near": ("optim=xyzzy", ["optim=xyzzy", "Valid: adamw, sgd"]),
+    "experiment": ("experiment=layout", ["experiment=layout", "Did you mean 'layouts'?"]),
+    "one_choice_of_a_sweep": ("parallel=single,tp2,epp2", ["parallel=epp2", "Did you mean 'ep2'?", "tp4"]),
+    "key_of_a_sweep": ("model.hiden=16,32", ["'hiden'", "Did you mean 'hidden'?"]),
+    "key_of_a_range": ("sead=range(0,3)", ["'sead'", "Did you mean 'seed'?"]),
+}
+
+
+@pytest.mark.parametrize(("override", "fragments"), MISSPELT.values(), ids=MISSPELT)
+def test_misspelt_overrides_are_refused_with_the_nearest_and_the_valid(override: str, fragments: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_overrides(["seed=1", override, "parallel=tp2"])
+    message = str(caught.value)
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+    assert len(message.splitlines()) < SCREEN
+
+
+VALID = {
+    "nothing": [],
+    "value": ["model.layers=4"],
+    "preset": ["parallel=tp4"],
+    "value_of_the_chosen_preset": ["optim=sgd", "optim.optimizer.momentum=0.9"],
+    "optional_value": ["data.path=corpus.txt", "checkpoint_every=null"],
+    "list": ["optim.optimizer.betas=[0.8,0.9]"],
+    "sweep_of_presets": ["parallel=single,tp2,ep2"],
+    "sweep_of_values": ["model.layers=1,2", "optim.lr=choice(0.1,0.2)", "seed=range(0,3)"],
+    "addition": ["+trainer.fast_dev_run=true"],
+    "addition_or_override": ["++trainer.max_time=00:01:00:00"],
+    "deletion": ["~logger.wandb"],
+    "deletion_of_a_group": ["~logger"],
+    "experiment": ["experiment=layouts", "trainer.max_steps=3"],
+    "hydra_value": ["hydra.run.dir=/tmp/run", "hydra.mode=MULTIRUN"],
+    "hydra_preset": ["hydra/job_logging=none", "hydra/launcher=basic"],
+    "text": ["data=text", "data.path=corpus.txt"],
+    "interpolation": ["trainer.devices=${parallel.world_size}"],
+    "quoted": ["experiment_name='a, b = c'"],
+}
+
+
+@pytest.mark.parametrize("overrides", VALID.values(), ids=VALID)
+def test_valid_overrides_pass(overrides: list[str]) -> None:
+    check_overrides(overrides)
+
+
+def test_a_value_that_the_chosen_preset_does_not_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="momentum"):
+        check_overrides(["optim=adamw", "optim.optimizer.momentum=0.9"])
+    with pytest.raises(UsageError, match="wandb"):
+        check_overrides(["logger=none", "logger.wandb.mode=online"])
+
+
+@pytest.mark.parametrize("override", ["+model.hiden=3", "++model.hiden=3", "+sed=1"])
+def test_nothing_can_be_added_that_the_typed_configuration_has_no_field_for(override: str) -> None:
+    """Only arguments of the Trainer, of loggers and of the optimizer are open: elsewhere it would go unnoticed."""
+    with pytest.raises(UsageError, match="Did you mean"):
+        check_overrides([override])
+
+
+def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
+    """``python -m tedlab.train …`` as a user types it; stdout and stderr together, as on a terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "tedlab.train", *arguments],
+        cwd=cwd,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        env=os.environ | {"COLUMNS": "120"},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("parallel.tensor=two", ["parallel.tensor", "two", "Integer"]),
+        ("data=text", ["data.path"]),
+    ],
+)
+def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, override: str, fragments: list[str]) -> None:
+    done = command(override, cwd=tmp_path)
+    assert done.returncode not in (0, None)
+    assert [fragment for fragment in fragments if fragment not in done.stdout] == [], done.stdout
+    assert "Traceback" not in done.stdout
+    assert len(done.stdout.splitlines()) < SCREEN, done.stdout
+
+
+def test_help_lists_groups_presets_and_values_quickly(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = command("--help", cwd=tmp_path)
+    took = time.monotonic() - began
+    assert done.returncode == 0
+    for line in ("python -m tedlab.train ", "parallel: dp2, dp4, ep2", "model: gpt_1.3b", "  hidden: 128", "seed: 0"):
+        assert line in done.stdout
+    assert "${hydra.help" not in done.stdout
+    assert took < 15
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_composed_configuration_is_printed_as_yaml_and_nothing_else_happens(tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    done = command("--cfg", "job", "parallel=ep4", "model.hidden=64", cwd=tmp_path)
+    assert done.returncode == 0
+    config = OmegaConf.create(done.stdout)
+    assert config.parallel.expert == 4
+    assert config.model.hidden == 64
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,141 @@
+"""``python -m tedlab.generate``: errors of one line before anything is loaded; text that can be had again."""
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tedlab.config import ModelConfig, MoEConfig
+from tedlab.generate import GenerateConfig, generate, main
+from tests.pool import WorkerPool
+from tests.test_conf import compose
+from tests.training import Job, Layout, language_model, loader, trainer
+
+PROMPT = "the prompt, exactly "
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
+    """Runs ``main``; returns what it exits with: a message, a code, or None."""
+    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+    try:
+        main()
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["run=nowhere/at/all"], ["nowhere/at/all", "not a run directory", "config.yaml"]),
+        (["run={empty}"], ["not a run directory", "config.yaml"]),
+        (["runs=x"], ["runs"]),
+        (["prompt=x"], ["run"]),
+        (["run={empty}", "tokens=many"], ["tokens", "many"]),
+        (["run={empty}", "temperature=hot"], ["temperature", "hot"]),
+        (["some_directory"], ["some_directory", "key=value"]),
+        (["run={empty}", "tokens=-1"], ["tokens", "-1"]),
+        (["run={empty}", "temperature=-1"], ["temperature", "-1"]),
+    ],
+    ids=lambda value: " ".join(value[-1:]),
+)
+def test_bad_arguments_end_in_a_short_message(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], fragments: list[str]
+) -> None:
+    message = command(monkeypatch, *(argument.format(empty=tmp_path) for argument in arguments))
+    assert isinstance(message, str)  # sys.exit of a string: printed to stderr, exit code 1
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+    assert len(message.splitlines()) <= 4, message
+
+
+def test_help_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(monkeypatch, "--help") in (None, 0)
+    shown = capsys.readouterr().out
+    for field in asdict(GenerateConfig(run="")):
+        assert f"{field}=" in shown
+
+
+# ---- a trained model ------------------------------------------------------------------------------------------------
+
+
+def _job() -> Job:
+    return Job(steps=2, moe=MoEConfig(num_experts=4, capacity_factor=0.5))
+
+
+def save_run(layout: Layout, directory: str) -> dict[str, Any]:
+    """Two steps of training in every process of the layout, and the checkpoint where a run leaves it."""
+    job = _job()
+    module = language_model(job)
+    fit = trainer(layout, max_steps=job.steps, accumulate_grad_batches=job.micro_batches // layout.data)
+    fit.fit(module, loader(layout, job, fit.global_rank))
+    fit.save_checkpoint(Path(directory, "checkpoints", "last.ckpt"))
+    return {"model": job.model, "moe": job.moe}
+
+
+def continue_text(config: GenerateConfig) -> str:
+    """The text, or what the command would print if the checkpoint is not there."""
+    try:
+        return generate(config)
+    except FileNotFoundError as error:
+        return f"{error}"
+
+
+@pytest.fixture(scope="module")
+def run_directory(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of four processes leaves. The model knows 64 tokens, so its tokenizer has letters only."""
+    from hydra.core.hydra_config import HydraConfig
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from tedlab.report import resolved_yaml
+
+    directory = tmp_path_factory.mktemp("run")
+    parts = pool.run(4, save_run, Layout(4, tensor=2, expert=2), str(directory))[0]
+    model: ModelConfig = parts["model"]
+    config = compose("logger=none")
+    HydraConfig.instance().cfg = None
+    config = replace(config, model=model, moe=parts["moe"], data=replace(config.data, path=None))
+    (directory / "config.yaml").write_text(resolved_yaml(config))
+    letters = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz ,.!?"]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def text(pool: WorkerPool, run: Path, **options: Any) -> str:
+    config = GenerateConfig(run=str(run), **{"prompt": PROMPT, "tokens": 20, **options})
+    return pool.run(1, continue_text, config)[0]
+
+
+def test_greedy_text_can_be_had_again_and_keeps_the_prompt(pool: WorkerPool, run_directory: Path) -> None:
+    first = text(pool, run_directory, temperature=0, seed=1)
+    assert first == text(pool, run_directory, temperature=0, seed=2)
+    assert first.startswith(PROMPT)
+    assert len(first) > len(PROMPT)
+
+
+def test_sampled_text_depends_on_the_seed_alone(pool: WorkerPool, run_directory: Path) -> None:
+    first = text(pool, run_directory, temperature=1.5, seed=1)
+    assert first == text(pool, run_directory, temperature=1.5, seed=1)
+    assert first != text(pool, run_directory, temperature=1.5, seed=2)
+    assert first.startswith(PROMPT)
+
+
+def test_a_longer_continuation_begins_with_the_shorter_one(pool: WorkerPool, run_directory: Path) -> None:
+    """Also beyond the model's sequence length."""
+    short = text(pool, run_directory, temperature=0, tokens=5)
+    assert text(pool, run_directory, temperature=0, tokens=25).startswith(short)
+
+
+def test_no_tokens_and_no_prompt(pool: WorkerPool, run_directory: Path) -> None:
+    assert text(pool, run_directory, tokens=0) == PROMPT
+    assert text(pool, run_directory, prompt="", tokens=10, temperature=0) != ""
+
+
+def test_a_missing_checkpoint_is_told_with_those_that_exist(pool: WorkerPool, run_directory: Path) -> None:
+    message = text(pool, run_directory, checkpoint="step_7.ckpt")
+    assert "step_7.ckpt is not a complete checkpoint" in message
+    assert "last.ckpt" in message

@@ -1,0 +1,99 @@
+"""Every layout trains exactly as one process does: losses, every gradient, every new weight, in float64.
+
+The reference is one process that accumulates the same micro-batches of each step.
+"""
+
+import pytest
+
+from tedlab.config import MoEConfig
+from tests.pool import WorkerPool
+from tests.training import Job, Layout, Record, train
+
+LAYOUTS = [
+    Layout(8),
+    Layout(2, tensor=2),
+    Layout(4, tensor=4),
+    Layout(2, expert=2),
+    Layout(4, expert=4),
+    Layout(4, tensor=2, expert=2),
+    Layout(8, tensor=2, expert=2),
+    Layout(8, tensor=4, expert=2),
+    Layout(8, tensor=2, expert=4),
+]
+JOBS = {
+    "4_experts": Job(),
+    "8_experts_clipped": Job(moe=MoEConfig(num_experts=8, z_loss=0.01, aux_loss=0.1), clip=0.05),
+    "top2_untied_many_dropped": Job(
+        moe=MoEConfig(num_experts=4, top_k=2, capacity_factor=0.6, capacity_multiple=4), tie_embeddings=False
+    ),
+    "no_token_dropped": Job(moe=MoEConfig(num_experts=4, capacity_factor=None, every=1)),
+    "dense": Job(moe=MoEConfig(num_experts=0)),
+}
+TOLERANCE = 1e-10
+
+
+def cells() -> list[tuple[Layout, str]]:
+    return [(layout, name) for layout in LAYOUTS for name, job in JOBS.items() if _fits(layout, job)]
+
+
+def _fits(layout: Layout, job: Job) -> bool:
+    return layout.expert == 1 or (job.moe.num_experts % layout.expert == 0 and job.moe.num_experts > 0)
+
+
+_references: dict[str, Record] = {}
+
+
+def reference(pool: WorkerPool, job: Job) -> Record:
+    """What one process does, computed once per job."""
+    if repr(job) not in _references:
+        _references[repr(job)] = pool.run(1, train, Layout(), job)[0]
+    return _references[repr(job)]
+
+
+def relative_error(ours: object, theirs: object) -> float:
+    """Largest absolute difference over the largest magnitude of the reference tensor."""
+    import torch
+
+    a, b = torch.as_tensor(ours), torch.as_tensor(theirs)
+    assert a.shape == b.shape
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+
+
+def compare(record: Record, expected: Record) -> dict[str, float]:
+    """Relative error of everything recorded."""
+    assert record.gradients.keys() == expected.gradients.keys()
+    assert record.weights.keys() == expected.weights.keys()
+    errors = {"loss": relative_error(record.losses, expected.losses)}
+    errors |= {f"gradient of {n}": relative_error(g, expected.gradients[n]) for n, g in record.gradients.items()}
+    errors |= {f"new {n}": relative_error(w, expected.weights[n]) for n, w in record.weights.items()}
+    return errors
+
+
+@pytest.mark.parametrize(("layout", "job_name"), cells(), ids=str)
+def test_one_step_equals_one_process(pool: WorkerPool, layout: Layout, job_name: str) -> None:
+    record = pool.run(layout.world_size, train, layout, JOBS[job_name])[0]
+    errors = compare(record, reference(pool, JOBS[job_name]))
+    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_twenty_steps_equal_one_process(pool: WorkerPool, layout: Layout) -> None:
+    job = Job(steps=20, lr=3e-3, micro_batches=layout.data)
+    record = pool.run(layout.world_size, train, layout, job)[0]
+    assert len(record.losses) == 20
+    assert record.losses[-1] != record.losses[0]
+    assert relative_error(record.losses, reference(pool, job).losses) < TOLERANCE
+
+
+def test_reference_gradients_are_not_trivial(pool: WorkerPool) -> None:
+    """Parity of zeros would prove nothing: every parameter of every job has a gradient of noticeable size."""
+    for name, job in JOBS.items():
+        for parameter, gradient in reference(pool, job).gradients.items():
+            assert gradient.abs().max() > 1e-6, f"{name}: {parameter}"
+
+
+def test_parity_can_fail(pool: WorkerPool) -> None:
+    """Another seed is another model: the comparison notices."""
+    other = pool.run(1, train, Layout(), Job(seed=1))[0]
+    assert max(compare(other, reference(pool, JOBS["4_experts"])).values()) > 1e-3

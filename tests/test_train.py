@@ -1,0 +1,284 @@
+"""``python -m tedlab.train`` as a user types it: what a run leaves behind, resuming, sweeps, torchrun, own data."""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from tedlab.checkpoint import read_meta
+from tedlab.config import TrainConfig
+
+pytestmark = pytest.mark.slow
+
+STEPS = 6
+CHECKPOINT = 4  # step of the one that is kept beside the last
+TOLERANCE = 1e-9
+WORDS = ["alpha", "beta", "gamma", "delta", "one", "two", "three", "return", "print", "range"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A working directory with two corpora, a cache, and what every command of this file has in common."""
+
+    folder: Path
+
+    def python(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """``python <arguments>`` here; stdout and stderr apart."""
+        outside = ("SLURM_", "TORCHELASTIC_", "LOCAL_", "WANDB_", "MASTER_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
+        environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_SILENT": "true"}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            env=environment,
+            check=False,
+        )
+
+    def small(self, *overrides: str) -> list[str]:
+        values = {
+            "data": "text",
+            "data.path": "corpus",
+            "data.cache_dir": str(self.folder / "cache"),
+            "data.batch_size": "8",
+            "data.micro_batch_size": "2",
+            "data.validation_samples": "8",
+            "data.validation_fraction": "0.2",
+            "model.hidden": "32",
+            "model.ffn": "64",
+            "model.sequence_length": "16",
+            "optim.warmup_steps": "2",
+            "trainer.precision": "64-true",
+            "trainer.max_steps": str(STEPS),
+            "trainer.log_every_n_steps": "1",
+            "checkpoint_every": str(CHECKPOINT),
+            "validate_every": "3",
+        }
+        return [*(f"{key}={value}" for key, value in values.items()), *overrides]
+
+    def train(self, directory: str, *overrides: str) -> "Run":
+        done = self.python("-m", "tedlab.train", *self.small(f"hydra.run.dir={directory}", *overrides))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return Run(self.folder / directory, done.stdout, done.stderr)
+
+    def generate(self, run: str, *arguments: str) -> str:
+        done = self.python("-m", "tedlab.generate", f"run={run}", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    directory: Path
+    shown: str = ""
+    progress: str = ""
+
+    @property
+    def summary(self) -> dict:
+        return json.loads((self.directory / "summary.json").read_text())
+
+    def column(self, name: str) -> dict[int, float]:
+        """Value by step, counted from 1."""
+        with (self.directory / "metrics.csv").open() as file:
+            return {int(row["step"]) + 1: float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def write_words(path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    path.write_text("\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(60)))
+
+
+def assert_close(ours: Sequence[float], theirs: Sequence[float]) -> None:
+    assert len(ours) == len(theirs) > 0
+    assert list(ours) == pytest.approx(list(theirs), rel=TOLERANCE, abs=0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "corpus").mkdir()
+    for number in range(8):
+        write_words(folder / "corpus" / f"{number}.txt", number)
+    draw = random.Random(0)
+    rows = [{"id": n, "content": " ".join(draw.choices(WORDS, k=30))} for n in range(200)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def run(place: Place) -> Run:
+    """The run that most claims are about: two tensor ranks, uninterrupted, with W&B."""
+    return place.train("run", "parallel=tp2")
+
+
+# ---- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_the_run_directory_is_complete(run: Run) -> None:
+    names = {path.name for path in run.directory.iterdir()}
+    assert names >= {"config.yaml", "metrics.csv", "summary.json", "loss.png", "checkpoints", "wandb"}
+    assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 1
+    kept = {path.name for path in (run.directory / "checkpoints").iterdir()}
+    assert kept == {"last.ckpt", f"step_{CHECKPOINT}.ckpt"}  # nothing left over from replacing the last one
+    assert read_meta(run.directory / "checkpoints" / "last.ckpt")["global_step"] == STEPS
+    assert read_meta(run.directory / "checkpoints" / f"step_{CHECKPOINT}.ckpt")["global_step"] == CHECKPOINT
+
+
+def test_the_configuration_loads_back(run: Run) -> None:
+    config = OmegaConf.to_object(OmegaConf.merge(TrainConfig, OmegaConf.load(run.directory / "config.yaml")))
+    assert isinstance(config, TrainConfig)
+    assert config.model.hidden == 32
+    assert config.model.vocab_size == 256
+    assert config.trainer["accumulate_grad_batches"] == 4
+    assert config.output_dir == str(run.directory)
+    assert "${" not in (run.directory / "config.yaml").read_text()
+
+
+def test_metrics_hold_every_logged_step_and_every_validation(run: Run) -> None:
+    losses = run.column("train/loss")
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.2  # it learns
+    assert losses[1] == pytest.approx(5.6, abs=0.4)  # about ln 256
+    assert list(run.column("val/loss")) == [3, 6]
+    assert all(value > 0 for value in run.column("perf/tokens_per_second").values())
+
+
+def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
+    summary = run.summary
+    for key in ("train/loss", "val/loss", "val/bits_per_byte", "baseline/bigram_loss", "perf/tokens_per_second"):
+        assert isinstance(summary[key], float), key
+        assert summary[key] > 0, key
+    assert summary["train/loss"] == run.column("train/loss")[STEPS]
+    assert summary["val/loss"] == pytest.approx(run.column("val/loss")[STEPS])
+    assert summary["parameters/total"] > summary["parameters/active"] > 0
+    assert summary["memory/peak_bytes"] == max(summary["memory/peak_bytes_by_rank"]) > 2**20
+    assert len(summary["memory/peak_bytes_by_rank"]) == 2
+    assert summary["layout"] == {"world_size": 2, "tensor": 2, "expert": 1, "data": 1, "expert_data": 1}
+    assert summary["versions"].keys() >= {"python", "torch", "lightning", "tedlab"}
+    assert summary["choices"]["parallel"] == "tp2"
+    assert summary["steps"] == STEPS
+
+
+def test_the_loss_curve_is_a_picture(run: Run) -> None:
+    from matplotlib.image import imread
+
+    assert (run.directory / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(run.directory / "loss.png")
+    assert min(pixels.shape[:2]) > 400
+    assert pixels[..., :3].std() > 0.05  # something is drawn
+
+
+def test_the_closing_table_and_the_progress(run: Run) -> None:
+    for text in ("validation loss", "bigram model", "tokens/s", "2 processes: tensor 2", "tedlab.generate run="):
+        assert text in run.shown
+    assert f"{run.summary['val/loss']:.4f} nats/token" in run.shown
+    assert len(run.shown.splitlines()) < 25, run.shown
+    assert all(f"step {step}/{STEPS}  loss" in run.progress for step in range(1, STEPS + 1))
+    for noise in ("Warning", "Traceback", "wandb:"):
+        assert noise not in run.shown + run.progress, run.shown + run.progress
+
+
+def test_text_is_generated_from_the_run(place: Place, run: Run) -> None:
+    text = place.generate(str(run.directory), "prompt=alpha beta", "tokens=20", "temperature=0")
+    assert text.startswith("alpha beta")
+    assert len(text) > len("alpha beta") + 10
+
+
+# ---- other ways to the same losses ----------------------------------------------------------------------------------
+
+
+def test_a_run_resumed_in_another_layout_goes_on_with_the_same_losses(place: Place, run: Run) -> None:
+    """From two tensor ranks to two expert ranks, which read different samples and accumulate half as often."""
+    checkpoint = run.directory / "checkpoints" / f"step_{CHECKPOINT}.ckpt"
+    resumed = place.train("resumed", "parallel=ep2", "logger=none", f"ckpt_path={checkpoint}")
+    losses, expected = resumed.column("train/loss"), run.column("train/loss")
+    assert list(losses) == [CHECKPOINT + 1, CHECKPOINT + 2]
+    assert_close([*losses.values()], [expected[step] for step in losses])
+    assert_close([resumed.summary["val/loss"]], [run.summary["val/loss"]])
+    rates, expected_rates = resumed.column("train/learning_rate"), run.column("train/learning_rate")
+    assert_close([*rates.values()], [expected_rates[step] for step in rates])
+
+
+def test_torchrun_runs_in_place(place: Place, run: Run) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d"]
+    arguments = place.small("parallel=tp2", "logger=none", "hydra.run.dir=torchrun")
+    done = place.python(*torchrun, "--rdzv-endpoint=localhost:0", "-m", "tedlab.train", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_close([*Run(place.folder / "torchrun").column("train/loss").values()], [*run.column("train/loss").values()])
+    assert done.stdout.count("validation loss") == 1  # one process reports
+
+
+@pytest.fixture(scope="module")
+def sweep(place: Place) -> "subprocess.CompletedProcess[str]":
+    """Three jobs, the first of which is wrong: four expert ranks cannot share two experts."""
+    overrides = ["parallel=ep4,single,tp2", "moe.num_experts=2", "experiment_name=my sweep", "hydra.sweep.dir=sweep"]
+    return place.python("-m", "tedlab.train", "-m", *place.small(*overrides))
+
+
+def test_a_sweep_goes_on_after_a_wrong_job_and_fails_in_the_end(
+    place: Place, sweep: "subprocess.CompletedProcess[str]"
+) -> None:
+    assert sweep.returncode not in (0, None)
+    assert "moe.num_experts (2) is not divisible by parallel.expert (4)" in sweep.stdout + sweep.stderr
+    finished = [(place.folder / "sweep" / job / "summary.json").exists() for job in "012"]
+    assert finished == [False, True, True]
+
+
+def test_the_jobs_of_a_sweep_are_runs_of_their_own_with_equal_losses(
+    place: Place, sweep: "subprocess.CompletedProcess[str]"
+) -> None:
+    single, tensor = (Run(place.folder / "sweep" / job) for job in "12")
+    assert (single.summary["choices"]["parallel"], tensor.summary["choices"]["parallel"]) == ("single", "tp2")
+    assert_close([*tensor.column("train/loss").values()], [*single.column("train/loss").values()])
+    assert len(single.column("train/loss")) == STEPS
+
+
+def test_the_jobs_of_a_sweep_are_wandb_runs_of_one_group(
+    place: Place, sweep: "subprocess.CompletedProcess[str]"
+) -> None:
+    files = [list((place.folder / "sweep" / job).glob("wandb/offline-run-*/run-*.wandb")) for job in "12"]
+    assert [len(found) for found in files] == [1, 1]
+    assert len({file.name for (file,) in files}) == 2
+    assert all(b"my sweep" in file.read_bytes() for (file,) in files)
+
+
+# ---- own data -------------------------------------------------------------------------------------------------------
+
+
+JSONL = ["data.path=rows.jsonl", "data.field=content", "data.tokenizer=bpe", "data.bpe_vocab_size=300"]
+
+
+@pytest.fixture(scope="module")
+def jsonl(place: Place) -> Run:
+    return place.train("jsonl", *JSONL, "parallel=single", "logger=none", "data.batch_size=4")
+
+
+def test_jsonl_with_a_bpe_tokenizer_trains_and_generates(place: Place, jsonl: Run) -> None:
+    assert (jsonl.directory / "tokenizer.json").is_file()
+    losses = jsonl.column("train/loss")
+    assert losses[STEPS] < losses[1]
+    # Bits per byte know how long a token is.
+    assert jsonl.summary["val/bits_per_byte"] < jsonl.summary["val/loss"] / 0.6931
+    text = place.generate("jsonl", "prompt=alpha beta", "tokens=10", "temperature=0")
+    assert text.startswith("alpha beta")
+    assert len(text) > len("alpha beta") + 5
+
+
+def test_another_run_in_the_same_directory_replaces_the_last_checkpoint(place: Place, jsonl: Run) -> None:
+    """``last.ckpt`` is what the table names and what generate reads. This one ends on a step that is kept anyway."""
+    place.train("jsonl", *JSONL, "parallel=single", "logger=none", "data.batch_size=4", "trainer.max_steps=8")
+    checkpoints = jsonl.directory / "checkpoints"
+    assert read_meta(checkpoints / "last.ckpt")["global_step"] == 8
+    assert not list(checkpoints.glob("last-*")) + list(checkpoints.glob("*.partial")) + list(checkpoints.glob("*.old"))

@@ -1,0 +1,274 @@
+"""Whatever a configuration gets wrong is said before any process is started, in a few lines that say what would do."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tedlab.checkpoint import META
+from tedlab.cli import UsageError
+from tedlab.config import TrainConfig
+from tedlab.train import train
+from tedlab.validate import check
+from tests.test_conf import compose
+
+SCREEN = 25  # lines
+
+SMALL = [
+    "data=text",
+    "model.hidden=32",
+    "model.ffn=64",
+    "model.sequence_length=16",
+    "data.batch_size=8",
+    "data.micro_batch_size=2",
+    "data.validation_samples=8",
+    "data.validation_fraction=0.2",
+]
+LINES = "".join(f"line {number} of the corpus\n" for number in range(100))  # ~2.4 kB
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A folder with one good file and one of each kind of bad file, and a cache of our own."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "good.txt").write_text(LINES)
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.bin").write_bytes(b"\x89PNG\0\0" + os.urandom(5000))
+    (folder / "short.txt").write_text("too short")
+    (folder / "rows.jsonl").write_text('{"content": "a text"}\n' * 200)
+    return folder
+
+
+def small(corpus: Path, *overrides: str, file: str = "good.txt") -> TrainConfig:
+    cache = f"data.cache_dir={corpus.parent / 'cache'}"
+    return compose(*SMALL, f"data.path={corpus / file}", cache, "parallel=single", *overrides)
+
+
+# What is wrong, and what the message must say: the values, and which would do.
+WRONG: dict[str, tuple[list[str], list[str]]] = {
+    # parallel degrees
+    "world_size_not_divisible": (
+        ["parallel.world_size=6", "parallel.tensor=4"],
+        ["4×1 = 4", "world size 6", "multiple of 4", "8", "2×3", "6×1"],
+    ),
+    "degree_0": (["parallel.tensor=0"], ["tensor is 0", "at least 1"]),
+    "negative_degree": (["parallel.expert=-2"], ["expert is -2", "at least 1"]),
+    "devices_are_not_the_world": (
+        ["parallel=dp4", "trainer.devices=2"],
+        ["2×1", "parallel.world_size (4)", "trainer.devices"],
+    ),
+    "nodes_are_not_the_world": (["parallel=dp4", "trainer.num_nodes=2"], ["4×2", "(4)", "trainer.devices=2"]),
+    "more_processes_than_sense": (
+        ["parallel.world_size=4096", "data.batch_size=4096", "data.micro_batch_size=1"],
+        ["4096 processes", f"{os.cpu_count()} cores", "at most"],
+    ),
+    # model
+    "heads_not_divisible_by_tensor": (
+        ["parallel=tp4", "model.heads=2"],
+        ["model.heads (2)", "parallel.tensor (4)", "can be 1, 2"],
+    ),
+    "ffn_not_divisible_by_tensor": (
+        ["parallel=tp4", "model.ffn=66"],
+        ["model.ffn (66)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
+    ),
+    "hidden_not_divisible_by_heads": (["model.heads=5"], ["model.hidden (32)", "model.heads (5)"]),
+    "vocabulary_not_divisible_by_tensor": (
+        ["parallel=tp4", "model.vocab_size=258"],
+        ["model.vocab_size (258)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
+    ),
+    "vocabulary_smaller_than_the_tokenizers": (["model.vocab_size=100"], ["model.vocab_size (100)", "256"]),
+    "no_layers": (["model.layers=0"], ["layers is 0", "at least 1"]),
+    # experts
+    "experts_not_divisible": (
+        ["parallel=ep4", "moe.num_experts=6"],
+        ["moe.num_experts (6)", "parallel.expert (4)", "can be 1, 2, 3, 6"],
+    ),
+    "dense_with_expert_parallelism": (["moe=dense", "parallel=ep2"], ["parallel.expert is 2", "dense"]),
+    "top_k_larger_than_experts": (["moe.num_experts=2", "moe.top_k=3"], ["moe.top_k (3)", "moe.num_experts (2)"]),
+    "top_k_0": (["moe.top_k=0"], ["top_k is 0", "at least 1"]),
+    "capacity_factor_0": (["moe.capacity_factor=0"], ["moe.capacity_factor is 0", "positive", "null"]),
+    "experts_in_no_block": (["moe.every=3"], ["moe.every (3)", "model.layers (2)", "moe=dense"]),
+    # batches
+    "batch_not_divisible": (
+        ["parallel=dp4", "data.micro_batch_size=2", "data.batch_size=12"],
+        ["data.batch_size (12)", "2×4", "can be 1, 3"],
+    ),
+    "micro_batch_too_large": (["data.micro_batch_size=16"], ["data.batch_size (8)", "16×1", "can be 1, 2, 4, 8"]),
+    "no_micro_batch_fits": (["parallel=dp4", "data.batch_size=6"], ["data.batch_size (6)", "multiple of 4"]),
+    "micro_batch_0": (["data.micro_batch_size=0"], ["data.micro_batch_size (0)", "at least 1"]),
+    "contradictory_accumulation": (
+        ["trainer.accumulate_grad_batches=3"],
+        ["trainer.accumulate_grad_batches=3", "= 4", "null"],
+    ),
+    # Lightning's arguments
+    "unknown_trainer_argument": (["+trainer.nonsense=1"], ["trainer.nonsense", "lightning.Trainer", "max_time"]),
+    "unsupported_precision": (["trainer.precision=8-true"], ["trainer.precision=8-true", "32-true, 64-true"]),
+    "max_steps_0": (["trainer.max_steps=0"], ["trainer.max_steps is 0", "at least 1"]),
+    "endless": (["trainer.max_steps=-1"], ["trainer.max_steps is -1", "at least 1"]),
+    "max_steps_is_a_word": (["trainer.max_steps=ten"], ["trainer.max_steps", "ten"]),
+    "max_steps_missing": (["~trainer.max_steps"], ["trainer.max_steps"]),
+    "precision_missing": (["~trainer.precision"], ["trainer.precision"]),
+    "devices_is_a_word": (["trainer.devices=auto"], ["trainer.devices", "auto"]),
+    "num_nodes_is_a_word": (["trainer.num_nodes=two"], ["trainer.num_nodes", "two"]),
+    "part_of_an_epoch": (["+trainer.limit_train_batches=5"], ["trainer.limit_train_batches", "trainer.max_steps"]),
+    "validate_never": (["validate_every=0"], ["validate_every", "at least 1"]),
+    "checkpoint_every_0": (["checkpoint_every=0"], ["checkpoint_every", "at least 1", "null"]),
+    "no_gpu": (["trainer=gpu", "trainer.devices=64", "parallel.world_size=64", "data.batch_size=128"], ["GPU"]),
+    "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
+    "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
+    # optimizer
+    "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
+    "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),
+    "learning_rate_0": (["optim.lr=0"], ["optim.lr is 0", "positive"]),
+    # data
+    "nothing_at_the_path": (["data.path=/nowhere/at/all"], ["/nowhere/at/all", "does not exist"]),
+    "validation_fraction_1": (["data.validation_fraction=1.0"], ["data.validation_fraction=1.0", "between 0 and 1"]),
+    "validation_samples_too_small": (
+        ["data.validation_samples=4"],
+        ["data.validation_samples=4", "data.batch_size=8", "Raise"],
+    ),
+    "unknown_tokenizer": (["data.tokenizer=bytes"], ["'bytes'", "byte, bpe", "Did you mean byte?"]),
+    "bpe_vocabulary_too_small": (["data.tokenizer=bpe", "data.bpe_vocab_size=100"], ["=100", "at least 257"]),
+    # checkpoints
+    "no_checkpoint": (["ckpt_path=/nowhere/last.ckpt"], ["/nowhere/last.ckpt", "does not exist"]),
+}
+WRONG_FILES: dict[str, tuple[str, list[str]]] = {
+    "empty": ("empty.txt", ["empty"]),
+    "binary": ("binary.bin", ["binary.bin", "not text", "NUL", "JSONL"]),
+    "short": ("short.txt", ["too short", "model.sequence_length=16", "17"]),
+    "field_missing": ("rows.jsonl", ["Line 1", "rows.jsonl", "no field 'text'", "'content'", "data.field"]),
+}
+
+
+@pytest.fixture
+def complaint(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command's task up to its UsageError; that a process were launched before fails the test."""
+
+    def launch(*_: object) -> None:
+        raise AssertionError("processes were launched for a wrong configuration")
+
+    monkeypatch.setattr("tedlab.launch.launch", launch)
+
+    def complain(config: TrainConfig) -> str:
+        with pytest.raises(UsageError) as caught:
+            train(config)
+        message = str(caught.value)
+        assert len(message.splitlines()) < SCREEN, message
+        assert all(len(line) < 1000 for line in message.splitlines()), message
+        return message
+
+    return complain
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), WRONG.values(), ids=WRONG)
+def test_wrong_configurations_are_refused(
+    corpus: Path, complaint: Any, overrides: list[str], fragments: list[str]
+) -> None:
+    message = complaint(small(corpus, *overrides))
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+
+
+@pytest.mark.parametrize(("file", "fragments"), WRONG_FILES.values(), ids=WRONG_FILES)
+def test_unusable_files_are_refused(corpus: Path, complaint: Any, file: str, fragments: list[str]) -> None:
+    message = complaint(small(corpus, file=file))
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+
+
+def write_checkpoint(path: Path, meta: dict[str, Any]) -> Path:
+    path.mkdir(parents=True)
+    torch.save(meta, path / META)
+    (path / ".metadata").write_bytes(b"")
+    return path
+
+
+def hyper_parameters(config: TrainConfig) -> dict[str, Any]:
+    check(config)
+    return {"global_step": 5, "hyper_parameters": {"model": asdict(config.model), "moe": asdict(config.moe)}}
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_what_differs(corpus: Path, complaint: Any) -> None:
+    other = hyper_parameters(small(corpus, "model.hidden=64", "moe.num_experts=8", "moe.every=1"))
+    path = write_checkpoint(corpus / "other.ckpt", other)
+    message = complaint(small(corpus, f"ckpt_path={path}"))
+    assert str(path) in message
+    assert "model.hidden: 64 in the checkpoint, 32 here" in message
+    assert "moe.num_experts: 8 in the checkpoint, 4 here" in message
+    assert "moe.every: 1 in the checkpoint, 2 here" in message
+    assert "layers" not in message
+
+
+def test_a_checkpoint_of_this_model_passes_whatever_the_layout(corpus: Path) -> None:
+    path = write_checkpoint(corpus / "same.ckpt", hyper_parameters(small(corpus)))
+    check(small(corpus, "parallel=tp2_ep2", f"ckpt_path={path}"))
+    check(small(corpus, "moe.aux_loss=0.5", "moe.capacity_factor=null", f"ckpt_path={path}"))
+
+
+@pytest.mark.parametrize("max_steps", [4, 5])
+def test_a_checkpoint_with_nothing_left_to_train_is_refused(corpus: Path, complaint: Any, max_steps: int) -> None:
+    path = write_checkpoint(corpus / "done.ckpt", hyper_parameters(small(corpus)))
+    message = complaint(small(corpus, f"ckpt_path={path}", f"trainer.max_steps={max_steps}"))
+    assert f"trainer.max_steps ({max_steps})" in message or f"trainer.max_steps is {max_steps}" in message
+    assert "5 steps" in message or "step 5" in message
+    check(small(corpus, f"ckpt_path={path}", "trainer.max_steps=6"))
+
+
+@pytest.mark.parametrize("lacking", [META, ".metadata"])
+def test_an_incomplete_checkpoint_is_refused_and_its_neighbours_named(
+    corpus: Path, complaint: Any, lacking: str
+) -> None:
+    path = write_checkpoint(corpus / "half.ckpt", {})
+    neighbour = write_checkpoint(corpus / "step_5.ckpt", {})
+    (path / lacking).unlink()
+    message = complaint(small(corpus, f"ckpt_path={path}"))
+    assert "not a complete checkpoint" in message
+    assert lacking in message
+    assert str(neighbour) in message
+
+
+def test_a_damaged_checkpoint_is_refused(corpus: Path, complaint: Any) -> None:
+    path = write_checkpoint(corpus / "damaged.ckpt", hyper_parameters(small(corpus)))
+    (path / META).write_bytes((path / META).read_bytes()[:100])
+    assert str(path) in complaint(small(corpus, f"ckpt_path={path}"))
+
+
+def test_a_checkpoint_that_is_not_tedlabs_is_refused(corpus: Path, complaint: Any) -> None:
+    path = write_checkpoint(corpus / "foreign.ckpt", {"state_dict": {}})
+    assert str(path) in complaint(small(corpus, f"ckpt_path={path}"))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "accumulate"),
+    [("single", 4), ("dp2", 2), ("dp4", 1), ("ep2", 2), ("tp2", 4), ("tp2_ep2", 2), ("tp2_ep2_dp2", 1), ("tp4", 4)],
+)
+def test_check_completes_batches_and_vocabulary_of_every_layout(corpus: Path, parallel: str, accumulate: int) -> None:
+    config = small(corpus, f"parallel={parallel}")
+    assert config.model.vocab_size is None
+    check(config)
+    assert config.trainer["accumulate_grad_batches"] == accumulate
+    assert config.model.vocab_size == 256
+
+
+@pytest.mark.parametrize(("tokens", "rounded"), [(257, 384), (300, 384), (384, 384)])
+def test_the_vocabulary_is_the_tokenizers_rounded_up_to_128(corpus: Path, tokens: int, rounded: int) -> None:
+    (corpus / "good.txt").write_text(LINES + " ".join(f"w{n:x}{n * 7919:x}" for n in range(4000)))
+    config = small(corpus, "data.tokenizer=bpe", f"data.bpe_vocab_size={tokens}", "parallel=tp4")
+    check(config)
+    assert config.model.vocab_size == rounded
+
+
+def test_checking_twice_changes_nothing(corpus: Path) -> None:
+    config = small(corpus)
+    check(config)
+    once = asdict(config)
+    check(config)
+    assert asdict(config) == once
+
+
+def test_a_given_vocabulary_and_the_right_accumulation_are_kept(corpus: Path) -> None:
+    config = small(corpus, "model.vocab_size=260", "trainer.accumulate_grad_batches=4", "parallel=tp2")
+    check(config)
+    assert config.model.vocab_size == 260
