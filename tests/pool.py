@@ -5,6 +5,7 @@ environment that torchrun would give it. Starting a world thus costs millisecond
 """
 
 import contextlib
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -74,6 +75,7 @@ def _serve(connection: Any) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported stays; collecting the rest is then quick
     while True:
         try:
             rank, world_size, store, timeout, task = connection.recv()
@@ -84,6 +86,7 @@ def _serve(connection: Any) -> None:
             with _world(rank, world_size, store, timeout):
                 answer = pickle.dumps(function(*args))
                 dist.barrier()  # nobody leaves while others are still connecting
+            gc.collect()  # process groups that a cycle keeps alive would keep their threads
             connection.send((time.time(), True, answer))
         except BaseException:
             connection.send((time.time(), False, traceback.format_exc()))

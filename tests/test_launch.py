@@ -174,11 +174,11 @@ def group_members(group: int) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
     tmp_path: Path, number: signal.Signals, to_group: bool
 ) -> None:
-    """Ctrl-C reaches the whole group of a terminal."""
+    """Ctrl-C reaches the whole group of a terminal, a scheduler's SIGTERM the command alone."""
     (tmp_path / "corpus.txt").write_text("".join(f"line {n} of the corpus\n" for n in range(200)))
     arguments = [
         *("data=text", "data.path=corpus.txt", f"data.cache_dir={tmp_path}/cache", "logger=none"),
@@ -208,6 +208,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
         wait_for(lambda: not group_members(process.pid), 2)
         assert read_meta(last)["global_step"] % 5 == 0
         assert "Traceback" not in output, output
+        assert f"ckpt_path={last}" in output
         assert len(output.splitlines()) < 40, output
     finally:
         if group_members(process.pid):

@@ -10,6 +10,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +27,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tedlab.config import TrainConfig
 
+_GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 Run = Callable[[TrainConfig], dict[str, Any]]
 
@@ -64,7 +66,7 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
         max_restarts=0,
         monitor_interval=0.5,
         start_method="forkserver",
-        shutdown_timeout=10,  # Lightning's SIGTERM handler never exits by itself; then SIGKILL
+        shutdown_timeout=10,  # after a signal: then SIGKILL
     )
     multiprocessing.set_forkserver_preload([run.__module__])
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -83,6 +85,7 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
         rank, cause = _first_failure(error, Path(failures.name))
         raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
     except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
+        print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
         raise SystemExit(128 + error.sigval) from None
     finally:
         failures.cleanup()
@@ -91,7 +94,7 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
 
 
 def _worker(run: Run, config: TrainConfig, threads: int, launcher: int, failures: str) -> dict[str, Any]:
-    threading.Thread(target=_end_with, args=(launcher,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(launcher, Path(failures)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
 
@@ -116,11 +119,22 @@ def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
     return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
 
 
-def _end_with(launcher: int) -> None:
-    """Ends this process when the launching one is gone (killed, so that it could not say so)."""
+def _where_to_resume(config: TrainConfig) -> str:
+    last = Path(config.output_dir, "checkpoints", "last.ckpt")
+    return f" To go on from the last checkpoint: ckpt_path={last}" if last.exists() else ""
+
+
+def _end_with(launcher: int, failures: Path) -> None:
+    """Ends this process when the launching one is gone (killed, so that it could not say so), or a peer has failed.
+
+    torch's launcher asks the peers of a failed process to end and insists only after 30 seconds.
+    """
     while True:
         time.sleep(2)
         try:
             os.kill(launcher, 0)
+            alone = False
         except ProcessLookupError:
+            alone = True
+        if alone or any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in failures.glob("*")):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -61,12 +62,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if trainer.global_step % config.validate_every:
             trainer.validate(module, data, verbose=False)
         validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        return report(config, trainer, module, data, {**metrics.overall(), **validation})
+        summary = report(config, trainer, module, data, {**metrics.overall(), **validation})
     finally:
         if trainer.is_global_zero and "wandb" in config.logger:
             import wandb
 
             wandb.finish()
+    dist.destroy_process_group()  # its threads would otherwise now and then abort the process as it exits
+    return summary
 
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
@@ -171,6 +172,9 @@ class TEDStrategy(ParallelStrategy):
             # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
             # and a framework that measures communication must not add any of its own.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            if not isinstance(self.cluster_environment, SLURMEnvironment):  # which requeues jobs by signal
+                # Its handler broadcasts too, from whatever step each process is in. Let SIGTERM end the process.
+                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def _share_plain_tensors(self) -> None:
         """Gives every process the first one's values of parameters and buffers that are not sharded."""

@@ -66,7 +66,7 @@ class ParallelDegrees:
 
     def __str__(self) -> str:
         return (
-            f"{self.world_size} processes: tensor {self.tensor} × expert {self.expert} × "
+            f"{self.world_size} process{'es' if self.world_size > 1 else ''}: tensor {self.tensor} × expert {self.expert} × "
             f"expert_data {self.expert_data} (data {self.data})"
         )
 
