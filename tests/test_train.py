@@ -276,9 +276,14 @@ def test_jsonl_with_a_bpe_tokenizer_trains_and_generates(place: Place, jsonl: Ru
     assert len(text) > len("alpha beta") + 5
 
 
-def test_another_run_in_the_same_directory_replaces_the_last_checkpoint(place: Place, jsonl: Run) -> None:
+def test_a_run_resumed_in_its_own_directory_adds_to_what_is_there(place: Place, jsonl: Run) -> None:
     """``last.ckpt`` is what the table names and what generate reads. This one ends on a step that is kept anyway."""
-    place.train("jsonl", *JSONL, "parallel=single", "logger=none", "data.batch_size=4", "trainer.max_steps=8")
     checkpoints = jsonl.directory / "checkpoints"
+    before = jsonl.column("train/loss")
+    resume = ["trainer.max_steps=8", f"ckpt_path={checkpoints}/step_{CHECKPOINT}.ckpt"]
+    place.train("jsonl", *JSONL, "parallel=single", "logger=none", "data.batch_size=4", *resume)
     assert read_meta(checkpoints / "last.ckpt")["global_step"] == 8
+    after = jsonl.column("train/loss")
+    assert list(after) == list(range(1, 9))  # the rows of the steps before the checkpoint stay
+    assert_close([after[step] for step in before if step <= CHECKPOINT], [*before.values()][:CHECKPOINT])
     assert not list(checkpoints.glob("last-*")) + list(checkpoints.glob("*.partial")) + list(checkpoints.glob("*.old"))

@@ -68,6 +68,7 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
         start_method="forkserver",
         shutdown_timeout=10,  # after a signal: then SIGKILL
     )
+    multiprocessing.set_start_method("forkserver", force=True)  # joblib's own, which children inherit, has no server
     multiprocessing.set_forkserver_preload([run.__module__])
     threads = max(1, (os.cpu_count() or 1) // processes)
     # torch's launcher logs each worker's end with a traceback of its own; ours is shown once, below.

@@ -1,5 +1,6 @@
 """One training run inside one of its processes: builds the parts from the configuration, fits, reports."""
 
+import csv
 import logging
 import os
 import warnings
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from tedlab.callbacks import RunProgress, StepMetrics
+from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.module import LanguageModel
@@ -52,6 +54,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
+        if config.ckpt_path is not None:
+            _keep_earlier_metrics(trainer, directory, before=read_meta(Path(config.ckpt_path))["global_step"])
         (directory / "config.yaml").write_text(resolved_yaml(config))
         data.corpus.tokenizer.save(directory)
     try:
@@ -91,6 +95,18 @@ def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
             # Lightning passes this dead argument even when it is not given, and W&B warns of it.
             logger._wandb_init.pop("anonymous", None)
     return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
+
+
+def _keep_earlier_metrics(trainer: Trainer, directory: Path, before: int) -> None:
+    """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew."""
+    metrics = directory / "metrics.csv"
+    if not metrics.exists():
+        return
+    with metrics.open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) < before]
+    for row in rows:
+        step = int(row.pop("step"))
+        trainer.loggers[0].log_metrics({name: float(value) for name, value in row.items() if value}, step)
 
 
 def _quieten() -> None:
