@@ -46,7 +46,8 @@ class Job:
     lr: float = 1e-2
     clip: float | None = None
     zero: bool = True
-    tile: int | None = 1_800_000
+    tile: int | str | None = 1_800_000
+    overlap: bool = False
     precision: str = "64-true"
     seed: int = 0
 
@@ -118,7 +119,7 @@ def trainer(layout: Layout, job: Job | None = None, **options: Any) -> Trainer:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "strategy": TEDStrategy(layout.tensor, layout.expert, zero=job.zero, tile=job.tile),
+        "strategy": TEDStrategy(layout.tensor, layout.expert, zero=job.zero, tile=job.tile, overlap=job.overlap),
     }
     warnings.filterwarnings("ignore")
     return Trainer(**(settings | options))

@@ -82,7 +82,8 @@ class OptimConfig:
     final_lr_fraction: float = 0.1  # of the learning rate, where cosine and wsd end
     decay_fraction: float = 0.2  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
-    tile: int | None = 1_800_000  # elements updated at a time (the paper's tiled step); None: all at once
+    overlap: bool = False  # reduce gradients while the backward pass goes on
+    tile: int | str | None = 1_800_000  # elements updated at a time (the paper's tiled step); None: all; or "fused"
 
 
 @dataclass

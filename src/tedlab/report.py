@@ -127,7 +127,7 @@ def _plot(directory: Path, bigram: float) -> None:
 
 def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Table:
     directory = summary["output_dir"]
-    table = Table(title=f"{config.experiment_name}: {summary['steps']} step{'s' if summary['steps'] > 1 else ''}", show_header=False, title_justify="left")
+    table = Table(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
     loss, bigram = summary["val/loss"], summary["baseline/bigram_loss"]

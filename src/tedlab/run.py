@@ -43,6 +43,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             expert_parallel_size=config.parallel.expert,
             zero=config.optim.zero,
             tile=config.optim.tile,
+            overlap=config.optim.overlap,
             process_group_backend=config.comm.backend,
             timeout=timedelta(seconds=config.comm.timeout_s),
         ),

@@ -51,7 +51,9 @@ class TEDStrategy(ParallelStrategy):
         tensor_parallel_size: T. Number of processes that share one layer.
         expert_parallel_size: E_p. Number of groups that the experts are distributed over.
         zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
-        tile: elements that the optimizer updates at a time; None: as many as there are.
+        overlap: reduce gradients while the backward pass goes on.
+        tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
+            pass over memory, without temporaries.
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device.
         timeout: after which a collective counts as failed.
         accelerator, parallel_devices, cluster_environment, precision_plugin: set by the Trainer.
@@ -70,7 +72,8 @@ class TEDStrategy(ParallelStrategy):
         expert_parallel_size: int = 1,
         *,
         zero: bool = True,
-        tile: int | None = 1_800_000,
+        overlap: bool = False,
+        tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=10),
         accelerator: Accelerator | None = None,
@@ -82,6 +85,7 @@ class TEDStrategy(ParallelStrategy):
         self.tensor_parallel_size = tensor_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.zero = zero
+        self.overlap = overlap
         self.tile = tile
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None  # fp16 only
@@ -195,7 +199,13 @@ class TEDStrategy(ParallelStrategy):
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.sharded_optimizers = [
             ShardedOptimizer(
-                optimizer, self.topology.comm, names, zero=self.zero, tile=self.tile, scaler=self.loss_scaler
+                optimizer,
+                self.topology.comm,
+                names,
+                zero=self.zero,
+                tile=self.tile,
+                overlap=self.overlap,
+                scaler=self.loss_scaler,
             )
             for optimizer in self.optimizers
         ]
@@ -236,6 +246,12 @@ class TEDStrategy(ParallelStrategy):
         if self.loss_scaler is not None:
             closure_loss = closure_loss * self.loss_scaler.scale
         return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        if self._last_micro_batch:
+            for optimizer in self.sharded_optimizers:
+                optimizer.expect_backward()
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

@@ -65,8 +65,9 @@ class ParallelDegrees:
         return self.data // self.expert
 
     def __str__(self) -> str:
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         return (
-            f"{self.world_size} process{'es' if self.world_size > 1 else ''}: tensor {self.tensor} × expert {self.expert} × "
+            f"{processes}: tensor {self.tensor} × expert {self.expert} × "
             f"expert_data {self.expert_data} (data {self.data})"
         )
 

@@ -18,6 +18,7 @@ from tedlab.checkpoint import read_meta
 from tedlab.cli import UsageError
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
+from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
 from tedlab.strategy import PRECISIONS
 from tedlab.topology import ParallelDegrees
@@ -185,11 +186,10 @@ def _check_optim(config: TrainConfig) -> None:
         raise ValueError(f"optim.schedule={config.optim.schedule} is unknown; valid: {', '.join(SCHEDULES)}")
     target = config.optim.optimizer.get("_target_")
     try:
-        hydra.utils.get_class(str(target))
+        optimizer = hydra.utils.get_class(str(target))
     except Exception as error:  # whatever importing it raises
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
-    if config.optim.tile is not None and config.optim.tile < 1:
-        raise ValueError(f"optim.tile is {config.optim.tile}; it counts elements (at least 1), or is null for no tiles")
+    check_tile(config.optim.tile, optimizer, config.optim.optimizer)
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr is {config.optim.lr}; a learning rate is positive")
 

@@ -1,5 +1,6 @@
 """The sharded, tiled step equals the plain one: bit for bit across tile sizes, to rounding across layouts."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from tedlab.config import MoEConfig
+from tedlab.optim import sharded
 from tests.pool import WorkerPool
 from tests.test_parity import compare, reference
 from tests.training import Job, Layout, Record, full, language_model, loader, train, trainer
@@ -115,3 +117,40 @@ def test_zero_divides_the_state_by_the_size_of_each_data_group(pool: WorkerPool)
 def test_reference_of_this_module_is_not_constant(pool: WorkerPool) -> None:
     record: Record = reference(pool, Job(moe=MOE, steps=3))
     assert len(set(record.losses)) == 3
+
+
+def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """Collectives of the last step in order, ``backward`` where that pass ended; and the new weights."""
+    sharded._BUCKET_ELEMENTS = 500  # so that there are several
+    seen: list[str] = []
+
+    class Listen(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            seen.clear()
+            if batch_idx == 0:
+                trainer.strategy.topology.comm.register_hook(
+                    lambda call, event: seen.append(call.kind) if (call.tag, event) == reduction else None
+                )
+
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            seen.append("backward")
+
+    reduction = ("gradients.reduce", "start")
+    module = language_model(job)
+    fit = trainer(layout, job, max_steps=2, callbacks=[Listen()], accumulate_grad_batches=2)
+    fit.fit(module, loader(layout, job, fit.global_rank))
+    return seen, {n: full(p) for n, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+def test_overlapped_reductions_start_during_backward_and_change_nothing(pool: WorkerPool, zero: bool) -> None:
+    layout = Layout(8, tensor=2, expert=2)
+    job = Job(micro_batches=8, zero=zero, tile=300)
+    after = pool.run(8, launches, layout, job)
+    during = pool.run(8, launches, layout, replace(job, overlap=True))
+    for (seen, weights), (seen_overlapped, weights_overlapped) in zip(after, during, strict=True):
+        assert seen[0] == "backward"
+        assert seen_overlapped == during[0][0]  # every process launches in the same order
+        assert seen_overlapped.index("backward") >= 4
+        assert sorted(seen) == sorted(seen_overlapped)  # one reduction per bucket and step either way
+        assert all(torch.equal(w, weights_overlapped[name]) for name, w in weights.items())

@@ -5,8 +5,7 @@ group of one process is not launched and no hook hears of it.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,28 +92,37 @@ class Collectives:
 
     def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
         """Element-wise reduction over the group. Same shape on every process; ``op`` is ``sum`` or ``max``."""
-        if self.size(kind) == 1:
-            return x
-        with self._observed("all_reduce", x, kind, tag, phase):
-            return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), op, self._groups[kind]))
+        return self.start_all_reduce(x, kind, tag=tag, phase=phase, op=op).wait()
+
+    def start_all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> "Pending":
+        """:meth:`all_reduce`, under way when this returns."""
+        group = self._groups[kind]
+        return self._start("all_reduce", x, kind, tag, phase, lambda: funcol.all_reduce(x.contiguous(), op, group))
 
     def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Sends the i-th of n equal slices along dimension 0 to process i; returns what came, in order of sender.
 
         The size of dimension 0 must be a multiple of the group size.
         """
-        if self.size(kind) == 1:
-            return x
-        with self._observed("all_to_all", x, kind, tag, phase):
-            return funcol.wait_tensor(funcol.all_to_all_single(x.contiguous(), None, None, self._groups[kind]))
+        group = self._groups[kind]
+
+        def launch() -> Tensor:
+            return funcol.all_to_all_single(x.contiguous(), None, None, group)
+
+        return self._start("all_to_all", x, kind, tag, phase, launch).wait()
 
     def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Sums over the group and leaves process i the i-th of n equal slices along dimension 0."""
-        if self.size(kind) == 1:
-            return x
+        return self.start_reduce_scatter(x, kind, tag=tag, phase=phase).wait()
+
+    def start_reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
+        """:meth:`reduce_scatter`, under way when this returns."""
         group = self._groups[kind]
-        with self._observed("reduce_scatter", x, kind, tag, phase):
-            return funcol.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+
+        def launch() -> Tensor:
+            return _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+
+        return self._start("reduce_scatter", x, kind, tag, phase, launch)
 
     def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
         """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.
@@ -126,17 +134,37 @@ class Collectives:
             out.copy_(x)
             return
         group = self._groups[kind]
-        with self._observed("all_gather", out, kind, tag, phase):
-            funcol.wait_tensor(_ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out))
 
-    @contextmanager
-    def _observed(self, op: Operation, x: Tensor, kind: GroupKind, tag: str, phase: Phase) -> Iterator[None]:
-        if not self._hooks:
-            yield
-            return
+        def launch() -> Tensor:
+            return _ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out)
+
+        self._start("all_gather", out, kind, tag, phase, launch).wait()
+
+    def _start(
+        self, op: Operation, x: Tensor, kind: GroupKind, tag: str, phase: Phase, launch: Callable[[], Tensor]
+    ) -> "Pending":
+        if self.size(kind) == 1:
+            return Pending(x)
         call = Collective(op, kind, self.size(kind), phase, tag, x.shape, x.dtype)
+        self._tell(call, "start")
+        return Pending(launch(), lambda: self._tell(call, "end"))
+
+    def _tell(self, call: Collective, event: Literal["start", "end"]) -> None:
         for hook in list(self._hooks.values()):
-            hook(call, "start")
-        yield
-        for hook in list(self._hooks.values()):
-            hook(call, "end")
+            hook(call, event)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective under way. Wait exactly once."""
+
+    _result: Tensor
+    _on_end: Callable[[], None] | None = None  # None: there was nothing to do
+
+    def wait(self) -> Tensor:
+        """Its result, when it is there. Hooks hear of the end now: time in between may have been spent elsewhere."""
+        if self._on_end is None:
+            return self._result
+        result = funcol.wait_tensor(self._result)
+        self._on_end()
+        return result

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tedlab.comm import Collectives, GroupKind
+from tedlab.comm import Collectives, GroupKind, Pending
 
 
 class Bucket:
@@ -44,6 +44,7 @@ class Bucket:
         self._own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.shard = self.flat[self._own]
         self.master = self.shard.float() if self.flat.dtype in (torch.float16, torch.bfloat16) else self.shard
+        self._reduction: Pending | None = None
         self.gradient: Tensor | None = None  # of the shard, reduced, in the parameters' dtype
 
     @property
@@ -51,35 +52,39 @@ class Bucket:
         """How many processes hold each element of the shard."""
         return holders(self.parameters[0], self.comm) // self.shards
 
-    def reduce_gradients(self) -> None:
-        """Adds the parameters' gradients, summed over the group and divided by D, to the shard's, and frees them.
+    def start_reduction(self) -> None:
+        """Launches the sum of the parameters' gradients over the group, and frees them.
 
         A parameter without a gradient counts as zeros, provided that another of the bucket has one.
         """
         if all(p.grad is None for p in self.parameters):
             return
+        self.finish_reduction()  # of an earlier pass
         flat = torch.zeros_like(self.flat)
         for p, part in zip(self.parameters, self._parts(flat), strict=True):
             if p.grad is not None:
                 part.copy_(local(p.grad).flatten())
                 p.grad = None
-        if self.sharded:
-            reduced = self.comm.reduce_scatter(flat, self.kind, tag="gradients.reduce", phase="optimizer")
-        else:
-            reduced = self.comm.all_reduce(flat, self.kind, tag="gradients.reduce", phase="optimizer")
-        reduced.div_(self.comm.size("data"))
+        start = self.comm.start_reduce_scatter if self.sharded else self.comm.start_all_reduce
+        self._reduction = start(flat, self.kind, tag="gradients.reduce", phase="optimizer")
+
+    def finish_reduction(self) -> None:
+        """Adds what was summed, divided by D, to the shard's gradient, once it is there."""
+        if self._reduction is None:
+            return
+        reduced = self._reduction.wait().div_(self.comm.size("data"))
+        self._reduction = None
         self.gradient = reduced if self.gradient is None else self.gradient.add_(reduced)
 
     def clear_gradients(self) -> None:
         """Forgets the shard's gradient and those of the parameters."""
+        self.finish_reduction()
         self.gradient = None
         for p in self.parameters:
             p.grad = None
 
     def gather_parameters(self) -> None:
         """Spreads the updated shards over the group."""
-        if self.master is not self.shard:
-            self.shard.copy_(self.master)
         if self.sharded:
             self.comm.all_gather_into(self.flat, self.shard, self.kind, tag="parameters.gather", phase="optimizer")
 

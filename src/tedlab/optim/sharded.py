@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, reduction_group
+from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
 _BUCKET_ELEMENTS = 1 << 24  # local elements reduced in one collective
@@ -37,8 +38,13 @@ class ShardedOptimizer:
         comm: the collectives of this process.
         names: name of each parameter, for checkpoints.
         zero: shard, or keep everything everywhere (gradients are then all-reduced).
-        tile: elements updated at a time; None: each bucket's shard in one go.
+        tile: elements updated at a time; None: each bucket's shard in one go; ``fused``: that in one pass over memory,
+            for AdamW and Adam (see ``fused.py``).
+        overlap: reduce each bucket's gradients while the backward pass computes the others'.
         scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
+
+    Raises:
+        ValueError: if the optimizer cannot be stepped with this ``tile``.
     """
 
     def __init__(
@@ -48,20 +54,33 @@ class ShardedOptimizer:
         names: dict[nn.Parameter, str],
         *,
         zero: bool,
-        tile: int | None,
+        tile: int | str | None,
+        overlap: bool = False,
         scaler: LossScaler | None = None,
     ) -> None:
+        for group in optimizer.param_groups:
+            check_tile(tile, type(optimizer), group)
         self.optimizer = optimizer
+        self.overlap = overlap
         self.scaler = scaler
         self.comm = comm
         self.names = names
         self.buckets = list(self._fill_buckets(zero))
+        self._fused = tile == "fused"
+        length = tile if isinstance(tile, int) else None
         self._tiles = {
-            bucket: [nn.Parameter(part) for part in bucket.master.split(tile or max(1, bucket.shard_size))]
+            bucket: [nn.Parameter(part) for part in bucket.master.split(length or max(1, bucket.shard_size))]
             for bucket in self.buckets
         }
         for index, group in enumerate(optimizer.param_groups):
             group["params"] = [t for b in self.buckets if b.group == index for t in self._tiles[b]]
+        position = {parameter: n for n, parameter in enumerate(names)}
+        self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
+        self._incomplete: dict[Bucket, set[Tensor]] = {}  # buckets to launch, and whose gradients they wait for
+        if overlap:
+            for bucket in self.buckets:
+                for p in bucket.parameters:
+                    p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
         self._norm: float | None = None  # of the gradient that waits for the step, once known
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
         self._inner_step: Callable[[], Any] = optimizer.step
@@ -90,8 +109,29 @@ class ShardedOptimizer:
     def reduce_gradients(self) -> None:
         """Adds what the backward pass left in the parameters to the reduced gradient of this process's shards."""
         self._norm = None
+        self._incomplete = {}
+        for bucket in self._in_order_of_backward:
+            bucket.start_reduction()
+            if not self.overlap:
+                bucket.finish_reduction()  # so that there is one bucket's worth of temporary memory, not all
         for bucket in self.buckets:
-            bucket.reduce_gradients()
+            bucket.finish_reduction()
+
+    def expect_backward(self) -> None:
+        """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
+        if self.overlap:
+            self._incomplete = {bucket: set(bucket.parameters) for bucket in self._in_order_of_backward}
+
+    def _on_gradient(self, bucket: Bucket, parameter: Tensor) -> None:
+        """Launches the reductions of complete buckets, in the same order on every process whatever completes first."""
+        if bucket not in self._incomplete:
+            return
+        self._incomplete[bucket].discard(parameter)
+        for first, missing in list(self._incomplete.items()):
+            if missing:
+                return
+            del self._incomplete[first]
+            first.start_reduction()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """In place of the optimizer's own: forgets gradients, reduced or not."""
@@ -147,10 +187,25 @@ class ShardedOptimizer:
         return result
 
     def _step_bucket(self, bucket: Bucket, factor: float) -> None:
-        assert bucket.gradient is not None
-        tiles = self._tiles[bucket]
         for group in self.optimizer.param_groups:
             group["params"] = []
+        if self._fused:
+            self._step_fused(bucket, factor)
+        else:
+            self._step_tiles(bucket, factor)
+        bucket.gather_parameters()
+
+    def _step_fused(self, bucket: Bucket, factor: float) -> None:
+        assert bucket.gradient is not None
+        (master,) = self._tiles[bucket]
+        state, group = self.optimizer.state[master], self.optimizer.param_groups[bucket.group]
+        rounded = None if bucket.master is bucket.shard else bucket.shard
+        fused_adam_step(master, bucket.gradient, state, group, factor=factor, rounded=rounded)
+        self._inner_step()  # of no parameters; by this call schedulers know that there was a step
+
+    def _step_tiles(self, bucket: Bucket, factor: float) -> None:
+        assert bucket.gradient is not None
+        tiles = self._tiles[bucket]
         parts = bucket.gradient.split([t.numel() for t in tiles])
         for tile, part in zip(tiles, parts, strict=True):
             self.optimizer.param_groups[bucket.group]["params"] = [tile]
@@ -159,7 +214,8 @@ class ShardedOptimizer:
                 tile.grad.mul_(factor)
             self._inner_step()
             tile.grad = None
-        bucket.gather_parameters()
+        if bucket.master is not bucket.shard:
+            bucket.shard.copy_(bucket.master)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,1 @@
+"""Measurements behind what the documentation says about speed and memory; README.md lists them."""

@@ -1,0 +1,69 @@
+"""The GPU kernel of the fused Adam step. Imported only where it runs: it needs Triton."""
+
+from typing import Any
+
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+_BLOCK = 1024  # elements that one program updates
+
+
+def launch(
+    master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rounded: Tensor | None, **scalars: float
+) -> None:
+    """Updates flat fp32 tensors, and their half-precision copy if there is one, in place.
+
+    Args:
+        master: parameters.
+        gradient: in any floating dtype up to fp32.
+        exp_avg: first moment.
+        exp_avg_sq: second moment.
+        rounded: half-precision copy of ``master``.
+        scalars: those of the kernel, by name.
+    """
+    tensors = (master, gradient, exp_avg, exp_avg_sq, rounded)
+    whole = master.numel() // _BLOCK * _BLOCK
+    # The rest goes by itself: only when the size is a multiple of 16 are a mask's 16-byte pieces all in or all out,
+    # and memory is then accessed in such pieces.
+    for part in (slice(0, whole), slice(whole, master.numel())):
+        size = part.stop - part.start
+        if size:
+            pieces = [None if t is None else t[part] for t in tensors]
+            _adam[(triton.cdiv(size, _BLOCK),)](*pieces, size, **scalars, BLOCK=_BLOCK)
+
+
+@triton.jit
+def _adam(
+    master: Any,
+    gradient: Any,
+    exp_avg: Any,
+    exp_avg_sq: Any,
+    rounded: Any,
+    size: Any,
+    factor: Any,
+    l2: Any,
+    keep: Any,
+    beta1: Any,
+    rest1: Any,
+    beta2: Any,
+    rest2: Any,
+    rate: Any,
+    root: Any,
+    eps: Any,
+    BLOCK: tl.constexpr,
+) -> None:
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    p = tl.load(master + at, inside)
+    m = tl.load(exp_avg + at, inside)
+    v = tl.load(exp_avg_sq + at, inside)
+    g = tl.load(gradient + at, inside).to(tl.float32) * factor + l2 * p
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
+    p = keep * p - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    tl.store(master + at, p, inside)
+    tl.store(exp_avg + at, m, inside)
+    tl.store(exp_avg_sq + at, v, inside)
+    if rounded is not None:
+        tl.store(rounded + at, p.to(rounded.dtype.element_ty), inside)

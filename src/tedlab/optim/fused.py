@@ -1,0 +1,130 @@
+"""Adam and AdamW in one pass over memory (``tile=fused``): no temporary that grows with the model, or even with a tile.
+
+The tiled step (paper §4.2) bounds the temporaries of torch's optimizers; here there are none to bound. Each element of
+gradient, master copy and moments is read once and written once, and the half-precision parameter is written with them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+
+_TILE = 1 << 18  # elements: with moments and master copy 5 MiB, small enough for a cache, large enough for threads
+
+
+def check_tile(tile: int | str | None, optimizer: type[Optimizer], options: Mapping[str, Any]) -> None:
+    """Whether an optimizer can be stepped with this ``tile``.
+
+    Args:
+        tile: as for :class:`tedlab.optim.ShardedOptimizer`.
+        optimizer: its exact class; what a subclass computes is not known here.
+        options: arguments of its constructor, or one of its parameter groups.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    if tile == "fused":
+        if optimizer not in (Adam, AdamW):
+            raise ValueError(
+                f"tile=fused computes torch.optim.AdamW and torch.optim.Adam, not {optimizer.__qualname__}; "
+                "use a number of elements, or null"
+            )
+        for option in ("amsgrad", "maximize"):
+            if options.get(option):
+                raise ValueError(f"tile=fused knows no {option}; leave that out, or use a number of elements, or null")
+    elif tile is not None and (isinstance(tile, str) or tile < 1):
+        raise ValueError(f"tile={tile} is not valid: a number of elements (at least 1), null for no tiles, or fused")
+
+
+@torch.no_grad()
+def fused_adam_step(
+    master: Tensor,
+    gradient: Tensor,
+    state: dict[str, Any],
+    group: Mapping[str, Any],
+    *,
+    factor: float = 1.0,
+    rounded: Tensor | None = None,
+) -> None:
+    """One step of what ``torch.optim.Adam`` or ``AdamW`` computes, in place, up to rounding.
+
+    fp32 on a GPU is one Triton kernel, whatever the gradient's dtype. Everything else is torch's own fused kernel, which
+    wants gradients in the dtype of the state. It gets them in tiles that stay in cache, so that there, too, memory is
+    passed over once; the temporary is one upcast tile of 262,144 elements (1 MiB), or none if nothing is upcast.
+
+    Args:
+        master: flat parameters in the precision that is updated.
+        gradient: in any floating dtype; its values are lost.
+        state: of ``master`` in the optimizer: ``step``, ``exp_avg`` and ``exp_avg_sq``, as torch keeps them. Filled in
+            if empty.
+        group: the optimizer's parameter group, with ``decoupled_weight_decay`` for AdamW.
+        factor: what the gradient is multiplied by (clipping, loss scale).
+        rounded: half-precision copy of ``master``, to be updated with it.
+
+    Source: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
+    """
+    if not state:
+        state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+    state["step"] += 1
+    step = _triton_step if master.is_cuda and master.dtype == torch.float32 else _torch_step
+    step(master, gradient, state, group, factor, rounded)
+
+
+def _torch_step(
+    master: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    factor: float,
+    rounded: Tensor | None,
+) -> None:
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    beta1, beta2 = map(float, group["betas"])
+    options: dict[str, Any] = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
+    options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
+    step = state["step"].to(master.device)  # where the kernel wants it; torch keeps it on the CPU
+    tensors = (master, gradient, state["exp_avg"], state["exp_avg_sq"], master if rounded is None else rounded)
+    buffer = master.new_empty(0 if gradient.dtype == master.dtype else _TILE)
+    for p, g, m, v, r in zip(*(t.split(_TILE) for t in tensors), strict=True):
+        wide = g if g.dtype == p.dtype else buffer[: len(g)].copy_(g)
+        if factor != 1.0:
+            wide.mul_(factor)
+        kernel([p], [wide], [m], [v], [], [step], **options)
+        if rounded is not None:
+            r.copy_(p)
+
+
+def _triton_step(
+    master: Tensor,
+    gradient: Tensor,
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    factor: float,
+    rounded: Tensor | None,
+) -> None:
+    from tedlab.optim.adam_kernel import launch  # Triton comes with torch for GPUs only
+
+    beta1, beta2 = map(float, group["betas"])
+    lr, decay, step = float(group["lr"]), group["weight_decay"], state["step"].item()
+    decoupled = group["decoupled_weight_decay"]
+    launch(
+        master,
+        gradient,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        rounded,
+        # In float64 here: 1 - 0.999 in fp32 would be off by 5e-5 of itself, like the bias corrections of early steps.
+        factor=factor,
+        l2=0.0 if decoupled else decay,
+        keep=1.0 - lr * decay if decoupled else 1.0,
+        beta1=beta1,
+        rest1=1.0 - beta1,
+        beta2=beta2,
+        rest2=1.0 - beta2,
+        rate=lr / (1.0 - beta1**step),
+        root=math.sqrt(1.0 - beta2**step),
+        eps=group["eps"],
+    )
