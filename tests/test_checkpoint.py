@@ -13,12 +13,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from tedlab import Topology, checkpoint
+from tedlab import TEDStrategy, Topology, checkpoint
 from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig
 from tedlab.data import TextDataModule
 from tedlab.module import LanguageModel
 from tests.pool import WorkerPool
-from tests.training import Layout, full, trainer
+from tests.training import Job, Layout, full, loader, trainer
+from tests.training import language_model as module_of
 
 LENGTH, BATCH, MICRO_BATCH = 12, 8, 2
 SAVED, STEPS = 3, 7  # an epoch is five steps
@@ -240,7 +241,8 @@ def write(path: Path, value: float) -> None:
 
 def read(path: Path) -> tuple[float, float]:
     tensors = {"model": {"weight": torch.zeros(3)}}
-    meta = checkpoint.load(tensors, path)
+    meta = checkpoint.read_meta(path)
+    checkpoint.load(tensors, path)
     (value,) = set(tensors["model"]["weight"].tolist())
     return value, meta["value"]
 
@@ -302,6 +304,161 @@ def test_saving_before_the_first_step_changes_nothing(pool: WorkerPool, tmp_path
     expected = pool.run(1, early, None)
     assert pool.run(1, early, tmp_path / "a") == expected
     assert pool.run(1, early, None, tmp_path / "a") == expected
+
+
+@dataclass(frozen=True)
+class Short:
+    """Four steps of one small job; ``save`` writes the state after two of them."""
+
+    precision: str = "64-true"
+    optimizer: str = "torch.optim.AdamW"
+    asynchronous: bool = False
+    noise: bool = False  # random numbers enter the loss
+
+
+def short(job: Short, layout: Layout, save: Path | None = None, resume: Path | None = None) -> list[float]:
+    """Loss of each step from the first or the third on."""
+
+    class Noisy(LanguageModel):
+        def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
+            outputs = super().training_step(batch, batch_idx)
+            factor = 1.0 + torch.rand(()) if job.noise else 1.0
+            return {"loss": outputs["loss"] * factor, "train/loss": outputs["train/loss"] * factor}
+
+    class Watch(Callback):
+        losses: list[float] = []
+
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            self.losses.append(trainer.strategy.reduce(args[1]["train/loss"]).item())
+            if save and trainer.global_step == 2:
+                trainer.save_checkpoint(save)
+
+    Watch.losses = []
+    shape = ModelConfig(2, 16, 4, 32, LENGTH, vocab_size=256, init_std=0.2)
+    optim = OptimConfig({"_target_": job.optimizer}, lr=1e-2, schedule="constant")
+    module = Noisy(shape, MoEConfig(num_experts=4), optim, seed=0)
+    strategy = TEDStrategy(layout.tensor, layout.expert, tile=300, async_checkpoint=job.asynchronous)
+    fit = trainer(layout, max_steps=4, callbacks=[Watch()], precision=job.precision, strategy=strategy)
+    sample = torch.randint(256, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    batches = sample.repeat(32, 1)  # all alike: where a plain DataLoader goes on is not the subject
+    torch.manual_seed(fit.global_rank // layout.tensor)  # tensor ranks must draw alike
+    fit.fit(module, torch.utils.data.DataLoader(batches, batch_size=2), ckpt_path=resume)
+    return Watch.losses
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_a_checkpoint_written_in_the_background_is_of_the_step_it_was_asked_for(
+    pool: WorkerPool, tmp_path: Path, precision: str
+) -> None:
+    job = Short(precision, asynchronous=True)
+    losses = pool.run(4, short, job, SOURCE, tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert pool.run(4, short, job, SOURCE, None, tmp_path / "a") == [rank[2:] for rank in losses]
+
+
+def test_random_numbers_go_on_where_they_were(pool: WorkerPool, tmp_path: Path) -> None:
+    """Each data rank has its own; in another layout none of the old are drawn again."""
+    job = Short(noise=True)
+    losses = pool.run(4, short, job, SOURCE, tmp_path / "a")
+    assert pool.run(4, short, job, SOURCE, None, tmp_path / "a") == [rank[2:] for rank in losses]
+    other = pool.run(1, short, job, Layout(), None, tmp_path / "a")[0]
+    assert not set(other) & set(losses[0])
+
+
+@pytest.mark.parametrize(("before", "after"), [("32-true", "bf16-true"), ("bf16-true", "32-true")])
+def test_a_run_may_go_on_in_another_precision(pool: WorkerPool, tmp_path: Path, before: str, after: str) -> None:
+    losses = pool.run(2, short, Short(before), Layout(2, tensor=2), tmp_path / "a")[0]
+    resumed = pool.run(2, short, Short(after), Layout(2, tensor=2), None, tmp_path / "a")[0]
+    assert resumed == pytest.approx(losses[2:], rel=1e-2)
+
+
+def resume_fails(job: Short, path: Path) -> str:
+    with pytest.raises(ValueError, match="lacks") as caught:
+        short(job, Layout(), None, path)
+    return str(caught.value)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(1, short, Short(optimizer="torch.optim.SGD"), Layout(), tmp_path / "a")
+    message = pool.run(1, resume_fails, Short(), tmp_path / "a")[0]
+    assert "lacks optimizer_0." in message
+    assert "another optimizer" in message
+
+
+def test_half_precision_weights_without_optimizer_state_are_not_reverted(pool: WorkerPool, tmp_path: Path) -> None:
+    """Saved before the first step: the fp32 master copies must come from the loaded weights, not from initial ones."""
+    assert pool.run(1, masters_follow, tmp_path / "a") == [True]
+
+
+def masters_follow(path: Path) -> bool:
+    class Save(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(path)
+
+    def fit(seed: int, **options: Any) -> Trainer:
+        job = Job(precision="bf16-true", seed=seed, lr=0.0)
+        model = module_of(job)
+        run = trainer(Layout(), job, max_steps=1, **options)
+        run.fit(model, loader(Layout(), job, 0), ckpt_path=path if seed else None)
+        return run
+
+    first = fit(0, callbacks=[Save()])
+    second = fit(1)  # other initial weights, but it loads the first one's
+    ours, theirs = (dict(run.lightning_module.named_parameters()) for run in (second, first))
+    return all(torch.equal(full(ours[name]), full(theirs[name])) for name in theirs)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_file_is_named(single: Topology, tmp_path: Path, damage: str) -> None:
+    write(tmp_path / "last", 1)
+    (file,) = (tmp_path / "last").glob("*.distcp")
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-10])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=f"last is damaged: {file.name} (has [0-9,]+ bytes of|is missing)"):
+        read(tmp_path / "last")
+
+
+def fill_the_disk(path: Path) -> list[str]:
+    """Saves twice; from the second on, process 1 may write files of 100 bytes at most."""
+    import resource
+    import signal
+
+    write(path / "first", 1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as on a full disk
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not write") as caught:
+            checkpoint.save({"model": {str(dist.get_rank()): torch.zeros(1000)}}, {}, path / "second")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return [str(caught.value), *sorted(p.name for p in path.iterdir())]
+
+
+def test_a_full_disk_is_reported_by_every_process_and_harms_nothing(pool: WorkerPool, tmp_path: Path) -> None:
+    for message, *found in pool.run(2, fill_the_disk, tmp_path):
+        assert "process 1 could not write the checkpoint" in message
+        assert str(tmp_path / "second") in message
+        assert f"intact: {tmp_path / 'first'}" in message
+        assert found == ["first", "second.partial"]
+    assert read(tmp_path / "first") == (1, 1)
+
+
+def test_nothing_is_removed_after_a_failed_write_in_the_background(single: Topology, tmp_path: Path) -> None:
+    writer = checkpoint.Writer(background=True)
+    writer.save({"model": {"weight": torch.ones(3)}}, {"value": 1}, tmp_path / "first")
+    (tmp_path / "file").touch()
+    writer.save({"model": {"weight": torch.ones(3)}}, {"value": 2}, tmp_path / "file" / "second")
+    writer.remove(tmp_path / "first")
+    with pytest.raises(OSError, match="second"):
+        writer.wait()
+    assert read(tmp_path / "first") == (1, 1)
+    writer.remove(tmp_path / "first")
+    writer.wait()
+    assert not (tmp_path / "first").exists()
 
 
 def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_else(single: Topology, tmp_path: Path) -> None:

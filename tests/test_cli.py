@@ -45,7 +45,7 @@ VALID = {
     "value": ["model.layers=4"],
     "preset": ["parallel=tp4"],
     "value_of_the_chosen_preset": ["optim=sgd", "optim.optimizer.momentum=0.9"],
-    "optional_value": ["data.path=corpus.txt", "checkpoint_every=null"],
+    "optional_value": ["data.path=corpus.txt", "checkpoint.every=null"],
     "list": ["optim.optimizer.betas=[0.8,0.9]"],
     "sweep_of_presets": ["parallel=single,tp2,ep2"],
     "sweep_of_values": ["model.layers=1,2", "optim.lr=choice(0.1,0.2)", "seed=range(0,3)"],

@@ -184,7 +184,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
         *("data=text", "data.path=corpus.txt", f"data.cache_dir={tmp_path}/cache", "logger=none"),
         *("model.hidden=16", "model.ffn=32", "model.sequence_length=16", "data.batch_size=4"),
         *("data.micro_batch_size=4", "data.validation_samples=4", "data.validation_fraction=0.2"),
-        *("parallel=tp2", "checkpoint_every=5", "trainer.max_steps=1000000", "hydra.run.dir=run"),
+        *("parallel=tp2", "checkpoint.every=5", "trainer.max_steps=1000000", "hydra.run.dir=run"),
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "tedlab.train", *arguments],

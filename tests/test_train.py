@@ -61,7 +61,7 @@ class Place:
             "trainer.precision": "64-true",
             "trainer.max_steps": str(STEPS),
             "trainer.log_every_n_steps": "1",
-            "checkpoint_every": str(CHECKPOINT),
+            "checkpoint.every": str(CHECKPOINT),
             "validate_every": "3",
         }
         return [*(f"{key}={value}" for key, value in values.items()), *overrides]

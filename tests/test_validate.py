@@ -91,6 +91,42 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "top_k_larger_than_experts": (["moe.num_experts=2", "moe.top_k=3"], ["moe.top_k (3)", "moe.num_experts (2)"]),
     "top_k_0": (["moe.top_k=0"], ["top_k is 0", "at least 1"]),
     "capacity_factor_0": (["moe.capacity_factor=0"], ["moe.capacity_factor is 0", "positive", "null"]),
+    "unknown_gating": (
+        ["moe.gating=deepspeed_top3"],
+        ["moe.gating=deepspeed_top3", "valid: default, deepspeed_top1, deepspeed_top2, deepspeed_topk"],
+    ),
+    "top1_gating_of_two_choices": (
+        ["moe=top2", "moe.gating=deepspeed_top1"],
+        ["moe.gating=deepspeed_top1 needs moe.top_k=1", "moe.top_k is 2", "deepspeed_topk"],
+    ),
+    "top2_gating_of_one_choice": (
+        ["moe=top1", "moe.gating=deepspeed_top2"],
+        ["moe.gating=deepspeed_top2 needs moe.top_k=2", "moe.top_k is 1", "deepspeed_topk"],
+    ),
+    "min_capacity_of_default_gating": (
+        ["moe.min_capacity=4"],
+        ["moe.min_capacity=4", "moe.gating=default", "null", "deepspeed_top1 or deepspeed_top2 or deepspeed_topk"],
+    ),
+    "random_token_selection_of_default_gating": (
+        ["moe.random_token_selection=false"],
+        ["moe.random_token_selection=False", "moe.gating=default", "null", "deepspeed_top1"],
+    ),
+    "second_expert_sampling_of_top1_gating": (
+        ["moe.gating=deepspeed_top1", "moe.second_expert_sampling=true"],
+        ["moe.second_expert_sampling=True", "moe.gating=deepspeed_top1", "choose moe.gating=deepspeed_top2"],
+    ),
+    "drop_policy_of_top2_gating": (
+        ["moe=top2", "moe.gating=deepspeed_top2", "moe.drop_policy=probs"],
+        ["moe.drop_policy=probs", "moe.gating=deepspeed_top2", "choose moe.gating=deepspeed_topk"],
+    ),
+    "unknown_drop_policy": (
+        ["moe.gating=deepspeed_topk", "moe.drop_policy=random"],
+        ["moe.drop_policy=random", "probs, position"],
+    ),
+    "negative_min_capacity": (
+        ["moe.gating=deepspeed_top1", "moe.min_capacity=-1"],
+        ["moe.min_capacity is -1", "at least 0"],
+    ),
     "experts_in_no_block": (["moe.every=3"], ["moe.every (3)", "model.layers (2)", "moe=dense"]),
     # batches
     "batch_not_divisible": (
@@ -116,13 +152,20 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "num_nodes_is_a_word": (["trainer.num_nodes=two"], ["trainer.num_nodes", "two"]),
     "part_of_an_epoch": (["+trainer.limit_train_batches=5"], ["trainer.limit_train_batches", "trainer.max_steps"]),
     "validate_never": (["validate_every=0"], ["validate_every", "at least 1"]),
-    "checkpoint_every_0": (["checkpoint_every=0"], ["checkpoint_every", "at least 1", "null"]),
+    "checkpoint_every_0": (["checkpoint.every=0"], ["checkpoint.every is 0", "at least 1", "null"]),
+    "keep_no_checkpoint": (["checkpoint.keep=0"], ["checkpoint.keep is 0", "at least 1", "-1"]),
+    "monitor_what": (["checkpoint.monitor=val/los"], ["checkpoint.monitor=val/los", "val/loss"]),
     "no_gpu": (["trainer=gpu", "trainer.devices=64", "parallel.world_size=64", "data.batch_size=128"], ["GPU"]),
     "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # optimizer
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
     "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),
+    "tile_0": (["optim.tile=0"], ["tile=0", "at least 1", "null", "fused"]),
+    "unknown_tile": (["optim.tile=fuse"], ["tile=fuse", "at least 1", "null", "fused"]),
+    "half_a_tile": (["optim.tile=0.5"], ["tile=0.5", "at least 1", "null", "fused"]),
+    "fused_sgd": (["optim=sgd", "optim.tile=fused"], ["SGD", "torch.optim.AdamW and torch.optim.Adam", "null"]),
+    "fused_amsgrad": (["optim.tile=fused", "+optim.optimizer.amsgrad=true"], ["amsgrad", "null"]),
     "learning_rate_0": (["optim.lr=0"], ["optim.lr is 0", "positive"]),
     # data
     "nothing_at_the_path": (["data.path=/nowhere/at/all"], ["/nowhere/at/all", "does not exist"]),
@@ -205,6 +248,7 @@ def test_a_checkpoint_of_this_model_passes_whatever_the_layout(corpus: Path) -> 
     path = write_checkpoint(corpus / "same.ckpt", hyper_parameters(small(corpus)))
     check(small(corpus, "parallel=tp2_ep2", f"ckpt_path={path}"))
     check(small(corpus, "moe.aux_loss=0.5", "moe.capacity_factor=null", f"ckpt_path={path}"))
+    check(small(corpus, "moe.gating=deepspeed_top1", "moe.min_capacity=0", f"ckpt_path={path}"))
 
 
 @pytest.mark.parametrize("max_steps", [4, 5])
@@ -250,6 +294,21 @@ def test_check_completes_batches_and_vocabulary_of_every_layout(corpus: Path, pa
     check(config)
     assert config.trainer["accumulate_grad_batches"] == accumulate
     assert config.model.vocab_size == 256
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe.gating=default"],
+        ["moe.gating=deepspeed_top1", "moe.min_capacity=0", "moe.random_token_selection=false"],
+        ["moe=top2", "moe.gating=deepspeed_top2", "moe.min_capacity=8", "moe.second_expert_sampling=false"],
+        ["moe.top_k=1", "moe.gating=deepspeed_topk", "moe.drop_policy=probs"],
+        ["moe.top_k=3", "moe.gating=deepspeed_topk", "moe.drop_policy=position", "moe.capacity_factor=null"],
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_every_gating_passes_with_its_own_options(corpus: Path, overrides: list[str]) -> None:
+    check(small(corpus, *overrides))
 
 
 @pytest.mark.parametrize(("tokens", "rounded"), [(257, 384), (300, 384), (384, 384)])

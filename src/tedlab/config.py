@@ -36,6 +36,12 @@ class MoEConfig:
     capacity_multiple: int = 8  # capacity is rounded up to a multiple of this in every layout
     aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = 0.0  # coefficient of the router z-loss, summed over MoE layers
+    gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
+    # Of DeepSpeed's gatings alone; None: as in DeepSpeed.
+    min_capacity: int | None = None  # all three: least capacity; None: 4
+    random_token_selection: bool | None = None  # top1: a full expert keeps a random selection; None: true
+    second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
+    drop_policy: str | None = None  # topk: a full expert keeps the most probable (probs; None) or first (position)
 
 
 @dataclass
@@ -83,7 +89,17 @@ class OptimConfig:
     decay_fraction: float = 0.2  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients while the backward pass goes on
-    tile: int | str | None = 1_800_000  # elements updated at a time (the paper's tiled step); None: all; or "fused"
+    tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there."""
+
+    every: int | None = None  # steps between checkpoints; None: only at the end
+    monitor: str | None = None  # a metric such as val/loss: save after each validation, keep those with the lowest
+    keep: int = 1  # how many to keep, the newest or the best; -1: all
+    async_save: bool = False  # write while training goes on
 
 
 @dataclass
@@ -102,7 +118,7 @@ class TrainConfig:
     seed: int = MISSING
     output_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint directory to resume from
-    checkpoint_every: int | None = None  # steps between checkpoints; None: only at the end
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = 100  # steps between validations; there is always one at the end
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from

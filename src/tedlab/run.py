@@ -44,6 +44,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             zero=config.optim.zero,
             tile=config.optim.tile,
             overlap=config.optim.overlap,
+            async_checkpoint=config.checkpoint.async_save,
             process_group_backend=config.comm.backend,
             timeout=timedelta(seconds=config.comm.timeout_s),
         ),
@@ -62,7 +63,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     try:
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         last = directory / "checkpoints" / "last.ckpt"
-        if not last.exists() or trainer.global_step % (config.checkpoint_every or trainer.global_step):
+        if not last.exists() or read_meta(last)["global_step"] < trainer.global_step:
             trainer.save_checkpoint(last)
         if trainer.global_step % config.validate_every:
             trainer.validate(module, data, verbose=False)
@@ -78,11 +79,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
+    settings = config.checkpoint
+    # With a monitor Lightning counts validations, which it calls epochs; without, the "best" is the newest.
+    when: dict[str, Any] = (
+        {"monitor": settings.monitor, "every_n_epochs": 1}
+        if settings.monitor
+        else {"monitor": "step", "mode": "max", "every_n_train_steps": settings.every or config.trainer["max_steps"]}
+    )
     return ModelCheckpoint(
         directory / "checkpoints",
         filename="step_{step}",
         auto_insert_metric_name=False,
-        every_n_train_steps=config.checkpoint_every or config.trainer["max_steps"],
+        **when,
+        save_top_k=settings.keep,
         save_last="link",
         save_on_train_epoch_end=False,
         enable_version_counter=False,  # a second run in this directory replaces last.ckpt, not adds last-v1.ckpt

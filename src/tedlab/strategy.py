@@ -1,11 +1,14 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
@@ -17,7 +20,7 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import reset_seed
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -54,6 +57,7 @@ class TEDStrategy(ParallelStrategy):
         overlap: reduce gradients while the backward pass goes on.
         tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
             pass over memory, without temporaries.
+        async_checkpoint: write checkpoints while training goes on.
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device.
         timeout: after which a collective counts as failed.
         accelerator, parallel_devices, cluster_environment, precision_plugin: set by the Trainer.
@@ -73,6 +77,7 @@ class TEDStrategy(ParallelStrategy):
         *,
         zero: bool = True,
         overlap: bool = False,
+        async_checkpoint: bool = False,
         tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=10),
@@ -86,6 +91,7 @@ class TEDStrategy(ParallelStrategy):
         self.expert_parallel_size = expert_parallel_size
         self.zero = zero
         self.overlap = overlap
+        self.async_checkpoint = async_checkpoint
         self.tile = tile
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None  # fp16 only
@@ -93,6 +99,8 @@ class TEDStrategy(ParallelStrategy):
         self._backend = process_group_backend
         self._timeout = timeout
         self._topology: Topology | None = None
+        self._writer: checkpoint.Writer | None = None
+        self._random_state_of: Mapping[str, Any] | None = None  # what a checkpoint holds, until the first batch
         self._last_micro_batch = True
 
     # ---- processes, devices, groups ------------------------------------------------------------------------------
@@ -154,6 +162,7 @@ class TEDStrategy(ParallelStrategy):
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
         self._topology = Topology(degrees, self.root_device)
+        self._writer = checkpoint.Writer(self.async_checkpoint)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -223,6 +232,8 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def teardown(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -325,25 +336,66 @@ class TEDStrategy(ParallelStrategy):
             tensors[f"optimizer_{i}"] = state
         if self.loss_scaler is not None:
             checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
-        checkpoint.save(tensors, checkpoint_, Path(self.broadcast(filepath)))
+        checkpoint_["layout"] = asdict(self.topology.degrees)
+        checkpoint_["random"] = self._random_states()
+        assert self._writer is not None
+        self._writer.save(tensors, checkpoint_, Path(self.broadcast(filepath)))
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        assert self._writer is not None
+        if self.is_global_zero:
+            self._writer.remove(Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.model is not None
+        assert self._writer is not None
+        self._writer.wait()
         path = Path(self.broadcast(checkpoint_path))
+        meta = checkpoint.read_meta(path)
         tensors: dict[str, Any] = {"model": self.model.state_dict()}
-        stepped = checkpoint.read_meta(path)["global_step"] > 0
-        optimizers = self.sharded_optimizers if stepped else []  # before the first step there is no state to load
-        for i, optimizer in enumerate(optimizers):
+        stepped = meta["global_step"] > 0  # before the first step there is no state
+        # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
+        masters_stored = any(name.endswith(".master") for name in checkpoint.stored_tensors(path))
+        for i, optimizer in enumerate(self.sharded_optimizers if stepped else ()):
             optimizer.initialize_state()
-            tensors[f"optimizer_{i}"] = optimizer.state_dict()
-        meta = checkpoint.load(tensors, path)
+            tensors[f"optimizer_{i}"] = optimizer.state_dict(masters=masters_stored)
+        checkpoint.load(tensors, path)
         self.model.load_state_dict(tensors["model"])
-        for i, optimizer in enumerate(optimizers):
-            optimizer.load_state_dict(tensors[f"optimizer_{i}"])
+        for i, optimizer in enumerate(self.sharded_optimizers):
+            if not (stepped and masters_stored):
+                optimizer.refresh_masters()
+            if stepped:
+                optimizer.load_state_dict(tensors[f"optimizer_{i}"])
         if self.loss_scaler is not None and "loss_scaler" in meta:
             self.loss_scaler.load_state_dict(meta["loss_scaler"])
+        self._random_state_of = meta
         return meta
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
+            self._restore_random_state(self._random_state_of)
+            self._random_state_of = None
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        """Of all processes."""
+        states: list[Any] = [None] * self.topology.comm.size("world")
+        dist.all_gather_object(states, _collect_rng_states(include_cuda=self.root_device.type == "cuda"))
+        return states
+
+    def _restore_random_state(self, meta: Mapping[str, Any]) -> None:
+        """The saved state in the layout that saved it; in another, one that no data rank shares and no step repeats."""
+        layout = asdict(self.topology.degrees)
+        if meta.get("layout") == layout:
+            _set_rng_states(meta["random"][self.global_rank])
+        else:
+            new = np.random.SeedSequence((torch.initial_seed(), meta["global_step"], self.topology.comm.rank("data")))
+            seed = int(new.generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

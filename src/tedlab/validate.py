@@ -16,14 +16,22 @@ from lightning.pytorch import Trainer
 
 from tedlab.checkpoint import read_meta
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig
+from tedlab.config import MoEConfig, TrainConfig
 from tedlab.data import TextDataModule
+from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
 from tedlab.strategy import PRECISIONS
 from tedlab.topology import ParallelDegrees
 
-OBJECTIVES = ("val/loss", "val/bits_per_byte", "train/loss", "perf/step_time_s", "memory/peak_bytes")
+_VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
+OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
+_GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
+    "min_capacity": GATINGS,
+    "random_token_selection": ("deepspeed_top1",),
+    "second_expert_sampling": ("deepspeed_top2",),
+    "drop_policy": ("deepspeed_topk",),
+}
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
 
@@ -91,6 +99,29 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         raise ValueError(f"moe.capacity_factor is {moe.capacity_factor}; it must be positive, or null to drop no token")
+    _check_gating(moe)
+
+
+def _check_gating(moe: MoEConfig) -> None:
+    gatings = ("default", *GATINGS)
+    if moe.gating not in gatings:
+        raise ValueError(f"moe.gating={moe.gating} is unknown; valid: {', '.join(gatings)}")
+    needed = {"deepspeed_top1": 1, "deepspeed_top2": 2}.get(moe.gating, moe.top_k)
+    if moe.top_k != needed:
+        raise ValueError(
+            f"moe.gating={moe.gating} needs moe.top_k={needed}, but moe.top_k is {moe.top_k}; "
+            "deepspeed_topk takes any top_k"
+        )
+    for name, users in _GATING_OPTIONS.items():
+        if getattr(moe, name) is not None and moe.gating not in users:
+            raise ValueError(
+                f"moe.{name}={getattr(moe, name)} would have no effect with moe.gating={moe.gating}; leave it null, "
+                f"or choose moe.gating={' or '.join(users)}"
+            )
+    if moe.min_capacity is not None and moe.min_capacity < 0:
+        raise ValueError(f"moe.min_capacity is {moe.min_capacity}; it counts slots: at least 0")
+    if moe.drop_policy is not None and moe.drop_policy not in DROP_POLICIES:
+        raise ValueError(f"moe.drop_policy={moe.drop_policy} is unknown; valid: {', '.join(DROP_POLICIES)}")
 
 
 def _check_divides(name: str, value: int, by: str, degree: int) -> None:
@@ -131,8 +162,19 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"seed is {config.seed}; it must be at least 0")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
-    if config.validate_every < 1 or (config.checkpoint_every is not None and config.checkpoint_every < 1):
-        raise ValueError("validate_every and checkpoint_every count steps: at least 1 (checkpoint_every may be null)")
+    if config.validate_every < 1:
+        raise ValueError(f"validate_every is {config.validate_every}; it counts steps: at least 1")
+    _check_checkpointing(config)
+
+
+def _check_checkpointing(config: TrainConfig) -> None:
+    every, keep, monitor = config.checkpoint.every, config.checkpoint.keep, config.checkpoint.monitor
+    if every is not None and every < 1:
+        raise ValueError(f"checkpoint.every is {every}; it counts steps: at least 1, or null for the end only")
+    if keep < 1 and keep != -1:
+        raise ValueError(f"checkpoint.keep is {keep}; it must be at least 1, or -1 to keep all")
+    if monitor not in (None, *_VALIDATION_METRICS):
+        raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(_VALIDATION_METRICS)}")
 
 
 def _check_processes(config: TrainConfig) -> None:
@@ -213,7 +255,8 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
         )
     stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
-    shape_free = {"init_std", "capacity_factor", "capacity_multiple", "aux_loss", "z_loss", "top_k"}
+    shape_free = {"init_std", "capacity_factor", "capacity_multiple", "aux_loss", "z_loss", "top_k", "gating"}
+    shape_free |= set(_GATING_OPTIONS)
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, fields in ours.items()

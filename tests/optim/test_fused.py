@@ -1,12 +1,13 @@
 """``tile=fused`` computes what torch's Adam and AdamW compute in float64, to the rounding of the dtype it works in.
 
-Errors are counted in epsilons of that dtype, relative to |parameter| + learning rate: a step adds to a parameter of the
-one size a change of about the other. In float64, torch's own kernels, fused or not, differ by as much.
+Errors are counted in epsilons of that dtype. A parameter's is relative to |parameter| + learning rate, because a step
+adds a number of about the second size to one of the first; a second moment's to itself; a first moment's to 1, which is
+about the largest gradient. Torch's own fp32 steps, fused or not, are as far from float64 as these.
 """
 
+import copy
 import warnings
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,53 +18,240 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.optimizer import Temporaries
 from tedlab import ParallelDegrees, Topology
+from tedlab.config import MoEConfig
 from tedlab.optim import ShardedOptimizer, fused
 from tests.pool import WorkerPool
-from tests.test_parity import compare
+from tests.test_parity import compare, reference
 from tests.training import Job, Layout, train
 
 LR, DECAY, FACTOR, STEPS = 1e-2, 0.1, 0.37, 5
-BOUND = 2.0 * STEPS  # epsilons; 3.5 was the largest seen of any kernel
-SIZES = [1, 7, 1024, 3001, fused._TILE + 5]
-CUDA = torch.cuda.is_available()
-
-Step = Callable[..., None]
+BOUND = 3.0 * STEPS  # epsilons; measured on a million numbers: 9, and 8 of torch's plain fp32 step
+KINDS = [AdamW, Adam]
+DTYPES = [  # of what is updated, and of gradients and parameters if that is another
+    pytest.param(torch.float64, None, id="float64"),
+    pytest.param(torch.float32, None, id="float32"),
+    pytest.param(torch.float32, torch.bfloat16, id="bfloat16"),
+    pytest.param(torch.float32, torch.float16, id="float16"),
+]
+HAS_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 
 
 def numbers(size: int, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-def errors(
-    step: Step, kind: type[Adam], size: int, dtype: torch.dtype, half: torch.dtype | None, device: str = "cpu"
-) -> dict[str, float]:
-    """Largest error of parameters and moments, in epsilons, after a few steps beside torch's float64 ones."""
+def errors(kind: type[Adam], size: int, dtype: torch.dtype, half: torch.dtype | None, device: str = "cpu") -> dict:
+    """Of parameters and moments, after some steps beside torch's in float64; and how many were rounded differently."""
     exact = nn.Parameter(numbers(size, 0).double())
-    optimizer = kind([exact], lr=LR, weight_decay=DECAY, betas=(0.9, 0.95))
+    optimizer = kind([exact], lr=LR, weight_decay=DECAY)
     master = numbers(size, 0, dtype, device)
-    rounded = None if half is None else master.to(half)
+    rounded = None if half is None else torch.empty_like(master, dtype=half)
     state: dict[str, Any] = {}
     for seed in range(1, STEPS + 1):
         gradient = numbers(size, seed, half or dtype, device)
+        gradient += 2 * gradient.sign()  # near zero, the division by √v makes any rounding a large one
         exact.grad = gradient.cpu().double() * FACTOR
         optimizer.step()
-        step(master, gradient, state, optimizer.param_groups[0], factor=FACTOR, rounded=rounded)
-    if half is not None:
-        check_rounded(rounded, master)
-    assert state.keys() == optimizer.state[exact].keys()
-    assert state["step"] == STEPS
-    wanted = {"parameter": exact.detach(), **optimizer.state[exact]}
-    got = {"parameter": master, **state}
-    scales = {"parameter": wanted["parameter"].abs() + LR, "exp_avg": torch.ones(()), "exp_avg_sq": wanted["exp_avg_sq"]}
-    epsilon = torch.finfo(dtype).eps
-    return {
-        name: ((got[name].cpu().double() - wanted[name]).abs() / scale / epsilon).max().item()
-        for name, scale in scales.items()
+        group = optimizer.param_groups[0]
+        fused.fused_adam_step(master, gradient, state, group, factor=FACTOR, rounded=rounded)
+    wanted = optimizer.state[exact]
+    assert state.keys() == wanted.keys()
+    assert state["step"] == wanted["step"]
+    found = {
+        "parameter": (master.cpu() - exact.detach()) / (exact.detach().abs() + LR),
+        "exp_avg": state["exp_avg"].cpu() - wanted["exp_avg"],
+        "exp_avg_sq": (state["exp_avg_sq"].cpu() - wanted["exp_avg_sq"]) / wanted["exp_avg_sq"],
     }
+    epsilons = {name: (error.abs().max() / torch.finfo(dtype).eps).item() for name, error in found.items()}
+    return epsilons | {"rounded": 0 if rounded is None else (rounded != master.to(half)).sum().item()}
 
 
-def check_rounded(rounded: Tensor, master: Tensor) -> None:
-    if rounded.dtype == torch.bfloat16 and not CUDA and rounded.numel() == KERNEL_SIZE:
-        torch.testing.assert_close(rounded, master.bfloat16(), rtol=2**-7, atol=0.0)
-    else:
-        assert torch.equal(rounded, master.to(rounded.dtype))
+def exceeding(found: dict[str, float]) -> dict[str, float]:
+    return {name: error for name, error in found.items() if not error <= (0 if name == "rounded" else BOUND)}
+
+
+@pytest.mark.parametrize("size", [1, 7, fused._TILE + 5])
+@pytest.mark.parametrize(("dtype", "half"), DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_equal_torchs_in_float64(
+    kind: type[Adam], dtype: torch.dtype, half: torch.dtype | None, size: int
+) -> None:
+    assert not exceeding(errors(kind, size, dtype, half))
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [1, 7, 1024, 3001, (1 << 20) + 16])
+@pytest.mark.parametrize(("dtype", "half"), DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_on_a_gpu_equal_torchs_in_float64(
+    kind: type[Adam], dtype: torch.dtype, half: torch.dtype | None, size: int
+) -> None:
+    assert not exceeding(errors(kind, size, dtype, half, "cuda"))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the kernel itself is tested on this machine")
+@pytest.mark.parametrize("size", [1, 1024, 3001])
+@pytest.mark.parametrize(("dtype", "half"), DTYPES[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_kernel_equals_torchs_in_float64(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Adam], dtype: torch.dtype, half: torch.dtype | None, size: int
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for GPUs")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel is first imported; here nothing else imports it
+    monkeypatch.setattr(fused, "_torch_step", fused._triton_step)
+    found = errors(kind, size, dtype, half)
+    if half == torch.bfloat16:
+        del found["rounded"]  # the interpreter cuts bits off where GPUs round to nearest
+    assert not exceeding(found)
+
+
+@needs_gpu
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+def test_a_step_on_a_gpu_allocates_nothing(half: torch.dtype | None) -> None:
+    size = 3_000_001
+    group = AdamW([torch.zeros(1)]).param_groups[0]
+    master, gradient = numbers(size, 0, device="cuda"), numbers(size, 1, half or torch.float32, "cuda")
+    rounded = None if half is None else master.to(half)
+    state: dict[str, Any] = {}
+    for _ in range(2):  # the first makes the state
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        fused.fused_adam_step(master, gradient, state, group, factor=FACTOR, rounded=rounded)
+    assert torch.cuda.max_memory_allocated() == before
+
+
+# ---- inside the sharded optimizer ----------------------------------------------------------------------------------
+
+
+def test_three_steps_of_a_layout_equal_one_process_without_tiles(pool: WorkerPool) -> None:
+    layout, job = Layout(4, tensor=2, expert=2), {"moe": MoEConfig(num_experts=4), "steps": 3, "clip": 0.1}
+    record = pool.run(4, train, layout, Job(**job, tile="fused"))[0]
+    found = compare(record, reference(pool, Job(**job, tile=None)))
+    wrong = {name: error for name, error in found.items() if not error < 1e-9}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_precision_parameters_are_rounded_as_without_tiles(pool: WorkerPool, precision: str) -> None:
+    """Masters differ by roundings of fp32, which rarely crosses one of half precision, and then by one."""
+    layout = Layout(4, tensor=2, expert=2)
+    ours, theirs = (
+        pool.run(4, train, layout, Job(precision=precision, tile=tile))[0].weights for tile in ("fused", None)
+    )
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=torch.finfo(weight.dtype).eps, atol=1e-7)
+        assert (weight != theirs[name]).float().mean() < 0.02, name
+
+
+def sharded(module: nn.Module, tile: int | str | None, plain: AdamW | None = None) -> ShardedOptimizer:
+    names = {p: name for name, p in module.named_parameters()}
+    plain = plain or AdamW(module.parameters(), lr=LR, weight_decay=DECAY)
+    comm = Topology(ParallelDegrees(torch.distributed.get_world_size())).comm
+    return ShardedOptimizer(plain, comm, names, zero=True, tile=tile)
+
+
+def module_of(dtype: torch.dtype, *sizes: int) -> nn.Module:
+    return nn.ParameterList(numbers(size, size, dtype) for size in sizes)
+
+
+def take_step(module: nn.Module, optimizer: ShardedOptimizer, seed: int) -> None:
+    for p in module.parameters():
+        p.grad = numbers(p.numel(), seed, p.dtype)
+    optimizer.reduce_gradients()
+    optimizer.clip(1.0)
+    optimizer.optimizer.step()
+
+
+def handed_over(dtype: torch.dtype, first: int | str, second: int | str) -> None:
+    module, others = module_of(dtype, 5, 13), module_of(dtype, 5, 13)
+    one, other = sharded(module, first), sharded(others, second)
+    take_step(module, one, 1)
+    state = copy.deepcopy(one.state_dict())
+    with torch.no_grad():
+        for p, q in zip(module.parameters(), others.parameters(), strict=True):
+            q.copy_(p)
+    other.initialize_state()
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.state_dict(), state, rtol=0.0, atol=0.0)
+    for seed in (2, 3):
+        take_step(module, one, seed)
+        take_step(others, other, seed)
+    bound = {"rtol": 10 * torch.finfo(dtype).eps, "atol": 1e-7}
+    torch.testing.assert_close(list(others.parameters()), list(module.parameters()), **bound)
+    assert other.state_dict()["state"]["0"]["step"] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("first", "second"), [("fused", 7), (7, "fused")])
+def test_checkpoints_serve_either_step(
+    pool: WorkerPool, dtype: torch.dtype, first: int | str, second: int | str
+) -> None:
+    pool.run(2, handed_over, dtype, first, second)
+
+
+def scheduled(options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    results = []
+    for tile in ("fused", None):
+        module = module_of(torch.float64, 9)
+        plain = AdamW(module.parameters(), lr=LR, **options)
+        scheduler = LambdaLR(plain, lambda step: 0.5**step)
+        optimizer = sharded(module, tile, plain)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # LambdaLR warns when it believes that no step was taken
+            for seed in (1, 2):
+                take_step(module, optimizer, seed)
+                scheduler.step()
+        results.append(next(module.parameters()).detach())
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}], ids=str)
+def test_schedulers_drive_a_fused_step(pool: WorkerPool, options: dict[str, Any]) -> None:
+    ours, theirs = pool.run(1, scheduled, options)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=1e-15)
+
+
+def temporary_bytes(dtype: torch.dtype, tile: int | str | None, size: int) -> int:
+    module = module_of(dtype, size)
+    optimizer = sharded(module, tile)
+    take_step(module, optimizer, 1)  # makes the state
+    optimizer.buckets[0].gradient = numbers(size, 2, dtype)
+    with Temporaries() as temporaries:
+        optimizer.step()
+    return temporaries.peak
+
+
+def test_temporaries_do_not_grow_with_the_model(pool: WorkerPool) -> None:
+    for size in (300_000, 600_000):
+        assert pool.run(1, temporary_bytes, torch.bfloat16, None, size)[0] >= 8 * size  # upcast gradient, denominator
+        assert pool.run(1, temporary_bytes, torch.bfloat16, "fused", size)[0] < 4 * fused._TILE + 100
+        assert pool.run(1, temporary_bytes, torch.float32, "fused", size)[0] < 100
+
+
+# ---- what it refuses -----------------------------------------------------------------------------------------------
+
+
+class OwnAdam(Adam):
+    """What its step does is its own business."""
+
+
+WRONG: dict[str, tuple[Callable[[list[Tensor]], Optimizer], Any, list[str]]] = {
+    "sgd": (SGD, "fused", ["SGD", "torch.optim.AdamW and torch.optim.Adam", "null"]),
+    "subclass": (OwnAdam, "fused", ["OwnAdam"]),
+    "amsgrad": (lambda p: Adam(p, amsgrad=True), "fused", ["amsgrad", "null"]),
+    "amsgrad_in_a_group": (lambda p: AdamW([{"params": p, "amsgrad": True}]), "fused", ["amsgrad"]),
+    "maximize": (lambda p: AdamW(p, maximize=True), "fused", ["maximize"]),
+    "unknown_word": (AdamW, "fuse", ["fuse", "at least 1", "null", "fused"]),
+    "tile_0": (SGD, 0, ["tile=0", "at least 1", "null", "fused"]),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "tile", "fragments"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_stepped_is_refused_at_construction(
+    optimizer: Callable[[list[Tensor]], Optimizer], tile: Any, fragments: list[str]
+) -> None:
+    comm: Any = None  # not reached
+    with pytest.raises(ValueError, match="tile=") as caught:
+        ShardedOptimizer(optimizer([torch.zeros(3)]), comm, {}, zero=True, tile=tile)
+    assert [fragment for fragment in fragments if fragment not in str(caught.value)] == []

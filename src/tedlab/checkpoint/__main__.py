@@ -11,28 +11,16 @@ import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tedlab.checkpoint import read_meta
+from tedlab.checkpoint import read_meta, stored_tensors
 
 _MODEL = "model."
 
 
-def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any.
-
-    Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-    """
-    read_meta(path)
-    entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
-
-
 def inspect(path: Path) -> Table:
     """The model's parameters: global shape, dtype and in how many pieces; and what else is there."""
-    tensors = stored_tensors(path)
     meta = read_meta(path)
+    tensors = stored_tensors(path)
     parameters = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
     table = Table(title=f"{path}: step {meta['global_step']}", title_justify="left")
     for heading in ("parameter", "shape", "dtype", "pieces"):
@@ -53,6 +41,7 @@ def inspect(path: Path) -> Table:
 
 def consolidate(path: Path, out: Path) -> None:
     """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process."""
+    read_meta(path)  # is it a whole one?
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored_tensors(path).items()

@@ -14,24 +14,40 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 META = "meta.pt"
 
 
-def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:
+def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path, group: dist.ProcessGroup | None = None) -> None:
     """Writes a checkpoint. Collective: every process calls it with its own shards.
 
     Everything goes to a folder beside ``path`` that takes its place at the very end, so a crash on the way leaves
     whatever was at ``path`` before; in the moment between two renames that is beside it, where reading finds it.
+
+    Args:
+        tensors: nested dictionaries of DTensors and tensors.
+        meta: everything else, the same on every process.
+        path: of the directory.
+        group: all processes, in a group that nothing else uses meanwhile; None: the default one.
+
+    Raises:
+        OSError: if a process could not write; says which, why, and what is still there.
     """
     partial = path.with_name(path.name + ".partial")
     leader = dist.get_rank() == 0
     if leader:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=partial)
+    dist.barrier(group)
+    try:
+        dcp.save(tensors, checkpoint_id=partial, process_group=group)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        intact = f"; intact: {_listed(path.parent)}" if _beside(path.parent) else ""
+        raise OSError(f"process {rank} could not write the checkpoint {path}: {cause}{intact}") from None
     if leader:
         torch.save(dict(meta), partial / META)
         old = _replaced(path)
@@ -42,21 +58,32 @@ def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:
             path.rename(old)
         partial.rename(path)
         shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+    dist.barrier(group)
 
 
-def load(tensors: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Fills ``tensors`` (nested dictionaries of DTensors and tensors) in place and returns what is in ``meta.pt``.
+def load(tensors: dict[str, Any], path: Path) -> None:
+    """Fills ``tensors`` (nested dictionaries of DTensors and tensors) in place. Collective.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if the checkpoint is of another model; names what differs.
+        ValueError: if the checkpoint is of another model or optimizer, or a file is damaged; names what differs.
     """
-    meta = read_meta(path)
     path = _present(path)
-    _check_same_model(tensors["model"], path)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    _check_files(metadata, path)
+    _check_same_model(tensors["model"], metadata, path)
+    absent = sorted(set(flatten_state_dict(tensors)[0]) - set(metadata.state_dict_metadata))
+    if absent:
+        raise ValueError(
+            f"{path} lacks {absent[0]}{f' and {len(absent) - 1} more' if absent[1:] else ''}: "
+            "it was saved with another optimizer"
+        )
     dcp.load(tensors, checkpoint_id=path)
-    return meta
+
+
+def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any."""
+    entries = dcp.FileSystemReader(_present(path)).read_metadata().state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -69,13 +96,20 @@ def read_meta(path: Path) -> dict[str, Any]:
     path = _present(path)
     if not (path / META).is_file() or not (path / ".metadata").is_file():
         what = "does not exist" if not path.exists() else f"lacks {META} or .metadata"
-        near = sorted(p.parent for p in path.parent.glob(f"*/{META}"))
-        hint = "; checkpoints beside it: " + ", ".join(map(str, near)) if near else ""
+        hint = f"; checkpoints beside it: {_listed(path.parent)}" if _beside(path.parent) else ""
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it {what}{hint}")
     try:
         return torch.load(path / META, weights_only=False)  # our own file; loggers' and callbacks' states are objects
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path / META} is damaged and cannot be read: {error}") from None
+
+
+def _beside(folder: Path) -> list[Path]:
+    return sorted(file.parent for file in folder.glob(f"*/{META}"))
+
+
+def _listed(folder: Path) -> str:
+    return ", ".join(map(str, _beside(folder)))
 
 
 def _replaced(path: Path) -> Path:
@@ -86,8 +120,21 @@ def _present(path: Path) -> Path:
     return _replaced(path) if not path.exists() and _replaced(path).exists() else path
 
 
-def _check_same_model(model: Mapping[str, Tensor], path: Path) -> None:
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+def _check_files(metadata: Metadata, path: Path) -> None:
+    """Every file must be there and long enough; torch would fail somewhere in unpickling, without its name."""
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        file = path / name
+        size = file.stat().st_size if file.exists() else None
+        if size is None or size < end:
+            found = "is missing" if size is None else f"has {size:,} bytes of {end:,}"
+            raise ValueError(f"{path} is damaged: {name} {found}")
+
+
+def _check_same_model(model: Mapping[str, Tensor], metadata: Metadata, path: Path) -> None:
+    stored = metadata.state_dict_metadata
     there = {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in stored.items()

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from tedlab.config import MoEConfig
+from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import AllToAllDispatcher
 from tedlab.moe.experts import Experts
 from tedlab.moe.router import Router, RouterReport
@@ -16,7 +17,7 @@ class MoELayer(nn.Module):
     Args:
         hidden: model width.
         ffn: inner width of an expert.
-        config: experts, choices, capacity.
+        config: experts, gating, choices, capacity.
         topology: where this process stands.
         init: initial weights of router and experts.
         out_init: initial weights of the experts' second projection.
@@ -26,15 +27,19 @@ class MoELayer(nn.Module):
         self, hidden: int, ffn: int, config: MoEConfig, topology: Topology, *, init: Init, out_init: Init
     ) -> None:
         super().__init__()
-        self.router = Router(
-            hidden,
-            config.num_experts,
-            config.top_k,
-            config.capacity_factor,
-            config.capacity_multiple,
-            topology,
-            init=init,
-        )
+        self.router: Router
+        if config.gating == "default":
+            self.router = Router(
+                hidden,
+                config.num_experts,
+                config.top_k,
+                config.capacity_factor,
+                config.capacity_multiple,
+                topology,
+                init=init,
+            )
+        else:
+            self.router = DeepSpeedRouter(hidden, config, topology, init=init)
         self.path = AllToAllDispatcher(config.num_experts, topology.comm)
         self.experts = Experts(config.num_experts, hidden, ffn, topology, init=init, out_init=out_init)
 

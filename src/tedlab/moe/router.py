@@ -48,8 +48,25 @@ class Routing(NamedTuple):
     report: RouterReport
 
 
+class Decision(NamedTuple):
+    """What a gating rule makes of the logits of one micro-batch.
+
+    Attributes:
+        gate_TK, slot_TK, choice_EC: see :class:`Routing`.
+        balance_loss, load: see :class:`RouterReport`.
+    """
+
+    gate_TK: Tensor
+    slot_TK: Tensor
+    choice_EC: Tensor
+    balance_loss: Tensor
+    load: Tensor
+
+
 class Router(ShardedModule):
     """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
+
+    Another gating rule is a subclass with a :meth:`decide` of its own, as in ``deepspeed_gating.py``.
 
     Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
     normalised to sum to one before any is dropped.
@@ -93,21 +110,29 @@ class Router(ShardedModule):
         precise = torch.promote_types(x_TH.dtype, torch.float32)
         with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
             logits_TE = F.linear(x_TH.to(precise), self.local("weight").to(precise))
+        decision = self.decide(logits_TE)
+        z_loss = logits_TE.logsumexp(-1).square().mean()
+        report = RouterReport(decision.balance_loss, z_loss, decision.load, (decision.slot_TK < 0).sum())
+        return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report)
+
+    def decide(self, logits_TE: Tensor) -> Decision:
+        """The gating rule; logits are in fp32 or better."""
         probs_TE = logits_TE.softmax(-1)
         gate_TK, expert_TK = probs_TE.topk(self.top_k, dim=-1)
         if self.top_k > 1:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
 
         capacity = expert_capacity(
-            x_TH.shape[0], self.num_experts, self.top_k, self.capacity_factor, self.capacity_multiple
+            len(logits_TE), self.num_experts, self.top_k, self.capacity_factor, self.capacity_multiple
         )
         slot_TK, choice_EC, load_E = assign_slots(expert_TK, self.num_experts, capacity)
-
         first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
-        balance_loss = self.num_experts * (first_TE.to(precise).mean(0) * probs_TE.mean(0)).sum()
-        z_loss = logits_TE.logsumexp(-1).square().mean()
-        report = RouterReport(balance_loss, z_loss, load_E, (slot_TK < 0).sum())
-        return Routing(gate_TK, slot_TK, choice_EC, report)
+        return Decision(gate_TK, slot_TK, choice_EC, balance_loss(first_TE, probs_TE), load_E)
+
+
+def balance_loss(counted_TE: Tensor, probs_TE: Tensor) -> Tensor:
+    """E·Σ f_e·P_e: f_e the counted choices of expert e per token, P_e its mean probability (both without drops)."""
+    return probs_TE.shape[1] * (counted_TE.to(probs_TE.dtype).mean(0) * probs_TE.mean(0)).sum()
 
 
 def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | None, multiple: int) -> int:
@@ -145,9 +170,13 @@ def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Te
     position = torch.empty_like(expert).scatter_(0, order, place - first_E[expert[order]])
     slot = torch.where(position < capacity, expert * capacity + position, -1)
     slot_TK = slot.view(top_k, tokens).t().contiguous()
+    return slot_TK, choices_of_slots(slot_TK, num_experts * capacity), load_E
 
+
+def choices_of_slots(slot_TK: Tensor, slots: int) -> Tensor:
+    """The inverse of ``slot_TK``: which choice fills each of E·C slots, see :class:`Routing`."""
     # Dropped choices are written to one slot past the end, which is cut off.
-    slots = num_experts * capacity
-    choice_EC = torch.full((slots + 1,), -1, dtype=torch.int64, device=expert.device)
-    choice_EC.scatter_(0, slot_TK.flatten().masked_fill(slot_TK.flatten() < 0, slots), place)
-    return slot_TK, choice_EC[:slots], load_E
+    slot = slot_TK.flatten()
+    choice_EC = torch.full((slots + 1,), -1, dtype=torch.int64, device=slot.device)
+    choice_EC.scatter_(0, slot.masked_fill(slot < 0, slots), torch.arange(len(slot), device=slot.device))
+    return choice_EC[:slots]

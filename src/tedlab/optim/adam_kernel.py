@@ -1,7 +1,5 @@
 """The GPU kernel of the fused Adam step. Imported only where it runs: it needs Triton."""
 
-from typing import Any
-
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
@@ -34,25 +32,11 @@ def launch(
 
 
 @triton.jit
-def _adam(
-    master: Any,
-    gradient: Any,
-    exp_avg: Any,
-    exp_avg_sq: Any,
-    rounded: Any,
-    size: Any,
-    factor: Any,
-    l2: Any,
-    keep: Any,
-    beta1: Any,
-    rest1: Any,
-    beta2: Any,
-    rest2: Any,
-    rate: Any,
-    root: Any,
-    eps: Any,
+def _adam(  # type: ignore[no-untyped-def]  # Triton would look the annotations up
+    master, gradient, exp_avg, exp_avg_sq, rounded, size,
+    factor, l2, keep, beta1, rest1, beta2, rest2, rate, unbias, eps,
     BLOCK: tl.constexpr,
-) -> None:
+):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     p = tl.load(master + at, inside)
@@ -61,7 +45,7 @@ def _adam(
     g = tl.load(gradient + at, inside).to(tl.float32) * factor + l2 * p
     m = beta1 * m + rest1 * g
     v = beta2 * v + rest2 * g * g
-    p = keep * p - rate * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+    p = keep * p - rate * tl.div_rn(m, unbias * tl.sqrt_rn(v) + eps)
     tl.store(master + at, p, inside)
     tl.store(exp_avg + at, m, inside)
     tl.store(exp_avg_sq + at, v, inside)

@@ -1,4 +1,4 @@
-"""Adam and AdamW in one pass over memory (``tile=fused``): no temporary that grows with the model, or even with a tile.
+"""Adam and AdamW in one pass over memory (``tile=fused``), without a temporary that grows with the model.
 
 The tiled step (paper §4.2) bounds the temporaries of torch's optimizers; here there are none to bound. Each element of
 gradient, master copy and moments is read once and written once, and the half-precision parameter is written with them.
@@ -35,7 +35,8 @@ def check_tile(tile: int | str | None, optimizer: type[Optimizer], options: Mapp
         for option in ("amsgrad", "maximize"):
             if options.get(option):
                 raise ValueError(f"tile=fused knows no {option}; leave that out, or use a number of elements, or null")
-    elif tile is not None and (isinstance(tile, str) or tile < 1):
+    elif tile is not None and (type(tile) is not int or tile < 1):
+        # The configuration lets anything pass: OmegaConf 2.3 cannot merge a union below a section that is missing.
         raise ValueError(f"tile={tile} is not valid: a number of elements (at least 1), null for no tiles, or fused")
 
 
@@ -51,9 +52,9 @@ def fused_adam_step(
 ) -> None:
     """One step of what ``torch.optim.Adam`` or ``AdamW`` computes, in place, up to rounding.
 
-    fp32 on a GPU is one Triton kernel, whatever the gradient's dtype. Everything else is torch's own fused kernel, which
-    wants gradients in the dtype of the state. It gets them in tiles that stay in cache, so that there, too, memory is
-    passed over once; the temporary is one upcast tile of 262,144 elements (1 MiB), or none if nothing is upcast.
+    fp32 on a GPU is one Triton kernel, whatever the gradient's dtype. All else is torch's own fused kernel, which wants
+    gradients in the dtype of the state. It gets them in tiles that stay in cache, so that there, too, memory is passed
+    over once; the temporary is one upcast tile of 262,144 elements (1 MiB), or none if nothing is upcast.
 
     Args:
         master: flat parameters in the precision that is updated.
@@ -108,7 +109,7 @@ def _triton_step(
     from tedlab.optim.adam_kernel import launch  # Triton comes with torch for GPUs only
 
     beta1, beta2 = map(float, group["betas"])
-    lr, decay, step = float(group["lr"]), group["weight_decay"], state["step"].item()
+    lr, decay, step = float(group["lr"]), float(group["weight_decay"]), state["step"].item()
     decoupled = group["decoupled_weight_decay"]
     launch(
         master,
@@ -125,6 +126,6 @@ def _triton_step(
         beta2=beta2,
         rest2=1.0 - beta2,
         rate=lr / (1.0 - beta1**step),
-        root=math.sqrt(1.0 - beta2**step),
-        eps=group["eps"],
+        unbias=1.0 / math.sqrt(1.0 - beta2**step),
+        eps=float(group["eps"]),
     )

@@ -228,15 +228,18 @@ class ShardedOptimizer:
             for p, g in zip(bucket.parameters, bucket.unshard(bucket.gradient), strict=True)
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, masters: bool = True) -> dict[str, Any]:
         """State by parameter name, each tensor sharded like its parameter, so that any layout can load it. Collective.
 
         Tensors of one element (Adam's step count) are stored as they are; half-precision parameters also store their
-        fp32 master copy.
+        fp32 master copy, unless ``masters`` is False.
         """
         state: dict[str, dict[str, Any]] = {self.names[p]: {} for b in self.buckets for p in b.parameters}
         for bucket in self.buckets:
-            for key, value in self._bucket_state(bucket).items():
+            joined = self._bucket_state(bucket)
+            if masters and bucket.master is not bucket.shard:
+                joined["master"] = bucket.master
+            for key, value in joined.items():
                 whole = isinstance(value, Tensor) and value.numel() == bucket.shard_size and value.dim() == 1
                 values = bucket.unshard(value) if whole else [value] * len(bucket.parameters)
                 for p, v in zip(bucket.parameters, values, strict=True):
@@ -264,6 +267,12 @@ class ShardedOptimizer:
                     value = part.clone() if isinstance(part, Tensor) else part
                     self.optimizer.state[tile][key] = value
 
+    def refresh_masters(self) -> None:
+        """Takes over weights that were changed from outside into the fp32 master copies."""
+        for bucket in self.buckets:
+            if bucket.master is not bucket.shard:
+                bucket.master.copy_(bucket.shard)
+
     def initialize_state(self) -> None:
         """Creates the optimizer's state where there is none yet, without changing anything, to load into."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -287,8 +296,6 @@ class ShardedOptimizer:
                 joined[key] = torch.cat([self.optimizer.state[t][key] for t in tiles])
             else:
                 joined[key] = first
-        if bucket.master is not bucket.shard:
-            joined["master"] = bucket.master
         return joined
 
 

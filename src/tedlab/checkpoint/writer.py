@@ -1,0 +1,75 @@
+"""Saves and removes checkpoints, in order, at once or in the background."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
+
+from tedlab.checkpoint.directory import save
+
+
+class Writer:
+    """Writes one checkpoint after another.
+
+    In the background, values are copied to the CPU before :meth:`save` returns, and one checkpoint is under way at
+    most. A failure is raised by the next call, and nothing is removed after one: the previous checkpoint may be all
+    that there is.
+
+    Args:
+        background: write while training goes on. Creates a process group, so construction is collective.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        # Collectives of a second thread need a group of their own, and tensors on the CPU one for these.
+        self._group = dist.new_group(backend="gloo") if background else None
+        self._pending: list[Future[None]] = []
+
+    def save(self, tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:
+        """See :func:`tedlab.checkpoint.save`. Collective."""
+        self.wait()
+        if self._thread is not None:
+            tensors = tree_map_only(Tensor, _copied_to_cpu, tensors)
+        self._run(lambda: save(tensors, meta, path, self._group))
+
+    def remove(self, path: Path) -> None:
+        """Deletes a checkpoint once everything before is safely written. For one process."""
+        self._run(lambda: shutil.rmtree(path, ignore_errors=True))
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+            OSError: if it could not be.
+        """
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
+
+    def _run(self, task: Callable[[], None]) -> None:
+        if self._thread is None:
+            task()
+            return
+        before = list(self._pending)
+
+        def in_turn() -> None:
+            for future in before:
+                future.result()  # raises what the one before raised, so that this task is not done
+            task()
+
+        self._pending.append(self._thread.submit(in_turn))
+
+
+def _copied_to_cpu(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to("cpu", copy=True)
+    copied = tensor.detach()
+    # torch's own stagers fail on our shards.
+    copied._local_tensor = tensor.to_local().detach().to("cpu", copy=True)  # type: ignore[attr-defined]
+    return copied

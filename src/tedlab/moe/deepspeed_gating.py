@@ -1,0 +1,220 @@
+"""DeepSpeed's gating rules (``deepspeed/moe/sharded_moe.py``), on indices: how they differ from our own.
+
+``default`` is the rule of :class:`tedlab.moe.Router`. Legend as in ``router.py``.
+
+=====================  ==========================  ======================================================
+                       default                     DeepSpeed
+=====================  ==========================  ======================================================
+capacity               ceil(K·T / E · factor),     max(ceil(T / E · (factor·K)), min_capacity), the product
+                       computed exactly            in fp32
+who finds no slot      first come, first served:   top1: a full expert keeps a random selection
+                       all first choices, then     top2: as default
+                       second ones, each in        topk: a full expert keeps the most probable choices, or
+                       order of the tokens         (``position``) those of the first tokens
+gate, K = 1            the probability             top1: the probability; topk: 1
+gates, K > 1           probabilities normalised    probabilities normalised over choices that found a slot:
+                       before any is dropped       what a dropped one leaves goes to the others
+balance loss           E·Σ f_e·P_e, f_e of first   top1 and top2: the same
+                       choices                     topk: f_e of all K choices, divided by K
+second expert          the next probable           top2: drawn from the others by their probabilities
+=====================  ==========================  ======================================================
+
+In both, the capacity is rounded up to a multiple of ``capacity_multiple`` (DeepSpeed's own is 1), and load counts
+choices before any is dropped. DeepSpeed selects and draws in evaluation, too, and so do we.
+
+Not as in DeepSpeed: without drops (``capacity_factor=None``) its capacity is the largest load in the expert group,
+ours the number of tokens, which needs no communication and no wait for the device; slots and gates are the same. Its
+noise for first choices (``noisy_gate_policy``), off there unless asked for, does not exist here.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tedlab.config import MoEConfig
+from tedlab.moe.router import Decision, Router, assign_slots, balance_loss, choices_of_slots
+from tedlab.nn import Init
+from tedlab.topology import Topology
+
+GATINGS = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")
+DROP_POLICIES = ("probs", "position")
+MIN_CAPACITY = 4  # default of deepspeed.moe.layer.MoE
+
+
+class DeepSpeedRouter(Router):
+    """A router that decides as DeepSpeed does; see the module for what that means.
+
+    What is random follows torch's default CPU generator, which all processes seed alike (``seed_everything``). All
+    tensor ranks of a data rank then select and draw the same as long as none draws from that generator alone; data
+    ranks differ; a recomputed forward pass decides as the first one did. Two limits: other numbers of data ranks are
+    other random numbers, and a resumed run does not continue the sequence.
+
+    Args:
+        hidden: model width.
+        config: experts, choices, capacity, and the gating with its options.
+        topology: where this process stands.
+        init: initial weights.
+
+    Raises:
+        ValueError: if ``config.gating`` is not one of DeepSpeed's.
+    """
+
+    def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
+        if config.gating not in GATINGS:
+            raise ValueError(f"gating={config.gating} is unknown; valid: default, {', '.join(GATINGS)}")
+        super().__init__(
+            hidden,
+            config.num_experts,
+            config.top_k,
+            config.capacity_factor,
+            config.capacity_multiple,
+            topology,
+            init=init,
+        )
+        self.comm = topology.comm
+        self.gating = config.gating
+        self.min_capacity = MIN_CAPACITY if config.min_capacity is None else config.min_capacity
+        self.random_token_selection = config.random_token_selection is not False  # None: on
+        self.second_expert_sampling = config.second_expert_sampling is not False  # None: on
+        self.drop_policy = config.drop_policy or "probs"
+
+    def decide(self, logits_TE: Tensor) -> Decision:
+        """The configured rule, with random numbers where it wants them."""
+        capacity = deepspeed_capacity(
+            len(logits_TE),
+            self.num_experts,
+            self.top_k,
+            self.capacity_factor,
+            self.min_capacity,
+            self.capacity_multiple,
+        )
+        if self.gating == "deepspeed_top1":
+            return top1_gating(logits_TE, capacity, self._priorities(logits_TE))
+        if self.gating == "deepspeed_top2":
+            return top2_gating(logits_TE, capacity, self._gumbel_noise(logits_TE))
+        return topk_gating(logits_TE, self.top_k, capacity, self.drop_policy)
+
+    def _priorities(self, logits_TE: Tensor) -> Tensor | None:
+        if not self.random_token_selection:
+            return None
+        # Like DeepSpeed's uniform numbers, but without equal ones, and without zeros, which would mean "not chosen".
+        device = logits_TE.device
+        return torch.randperm(len(logits_TE), generator=self._generator(device), device=device) + 1
+
+    def _gumbel_noise(self, logits_TE: Tensor) -> Tensor | None:
+        if not self.second_expert_sampling:
+            return None
+        return -torch.empty_like(logits_TE).exponential_(generator=self._generator(logits_TE.device)).log()
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        # A key for every data rank, so that all processes advance the default generator alike.
+        keys = torch.randint(2**62, (self.comm.size("data"),), device="cpu")
+        return torch.Generator(device).manual_seed(int(keys[self.comm.rank("data")]))
+
+
+def deepspeed_capacity(
+    tokens: int, num_experts: int, top_k: int, factor: float | None, min_capacity: int, multiple: int
+) -> int:
+    """Slots that each expert offers to one data rank's micro-batch.
+
+    max(ceil(tokens / num_experts · (factor · top_k)), min_capacity), rounded up to a multiple; with ``factor=None`` as
+    many as there are tokens, rounded up likewise.
+    """
+    # DeepSpeed multiplies fp32 numbers, in which 100 / 4 · 1.2 is a little more than 30, and so asks for 31 slots.
+    wanted = (
+        tokens
+        if factor is None
+        else max(math.ceil(np.float32(tokens / num_experts) * np.float32(factor * top_k)), min_capacity)
+    )
+    return -(-wanted // multiple) * multiple
+
+
+def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> Decision:
+    """One expert per token; a full expert keeps the tokens of highest priority.
+
+    Args:
+        logits_TE: in fp32 or better.
+        capacity: C, slots per expert.
+        priority_T: random positive numbers. None: random token selection is off; which tokens stay is then, as in
+            DeepSpeed, whatever ``torch.topk`` makes of equal numbers, and in general not the first ones.
+    """
+    probs_TE = logits_TE.softmax(-1)
+    expert_TK = probs_TE.argmax(-1, keepdim=True)
+    chosen_TE = _mask(expert_TK, probs_TE)
+    score_TE = chosen_TE.long() if priority_T is None else chosen_TE * priority_T.unsqueeze(-1)
+    slot_TK = _slots_in_order(expert_TK, chosen_TE & _largest(score_TE, capacity), capacity)
+    gate_TK = probs_TE.gather(1, expert_TK).masked_fill(slot_TK < 0, 0.0)
+    return _decision(gate_TK, slot_TK, chosen_TE, capacity, balance_loss(chosen_TE, probs_TE))
+
+
+def top2_gating(logits_TE: Tensor, capacity: int, noise_TE: Tensor | None) -> Decision:
+    """Two experts per token; slots first come, first served, first choices before second ones.
+
+    Args:
+        logits_TE: in fp32 or better.
+        capacity: C, slots per expert.
+        noise_TE: Gumbel noise for the second choice, which it turns into a draw from the remaining experts by their
+            probabilities. None: the second most probable one.
+    """
+    probs_TE = logits_TE.softmax(-1)
+    first_T1 = probs_TE.argmax(-1, keepdim=True)
+    noisy_TE = logits_TE if noise_TE is None else logits_TE + noise_TE
+    second_T1 = noisy_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True)
+    expert_TK = torch.cat((first_T1, second_T1), 1)
+    slot_TK, choice_EC, load_E = assign_slots(expert_TK, probs_TE.shape[1], capacity)
+    gate_TK = _normalised_survivors(probs_TE.gather(1, expert_TK), slot_TK)
+    return Decision(gate_TK, slot_TK, choice_EC, balance_loss(_mask(first_T1, probs_TE), probs_TE), load_E)
+
+
+def topk_gating(logits_TE: Tensor, top_k: int, capacity: int, drop_policy: str) -> Decision:
+    """The K most probable experts per token.
+
+    Args:
+        logits_TE: in fp32 or better.
+        top_k: K.
+        capacity: C, slots per expert.
+        drop_policy: ``probs``: a full expert keeps the choices of highest probability; ``position``: the first ones.
+    """
+    probs_TE = logits_TE.softmax(-1)
+    best_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
+    chosen_TE = _mask(expert_TK, probs_TE)
+    kept_TE = chosen_TE
+    if drop_policy == "probs":
+        kept_TE = chosen_TE & _largest(probs_TE.detach() * chosen_TE, capacity)
+    slot_TK = _slots_in_order(expert_TK, kept_TE, capacity)
+    gate_TK = _normalised_survivors(best_TK, slot_TK)
+    return _decision(gate_TK, slot_TK, chosen_TE, capacity, balance_loss(chosen_TE, probs_TE) / top_k)
+
+
+def _decision(gate_TK: Tensor, slot_TK: Tensor, chosen_TE: Tensor, capacity: int, loss: Tensor) -> Decision:
+    choice_EC = choices_of_slots(slot_TK, chosen_TE.shape[1] * capacity)
+    return Decision(gate_TK, slot_TK, choice_EC, loss, chosen_TE.sum(0))
+
+
+def _mask(expert_TK: Tensor, like_TE: Tensor) -> Tensor:
+    """(T, E) bool: which experts each token has chosen."""
+    return torch.zeros_like(like_TE, dtype=torch.bool).scatter_(1, expert_TK, True)
+
+
+def _largest(score_TE: Tensor, capacity: int) -> Tensor:
+    """(T, E) bool: the C largest scores of each expert; among equal ones torch.topk decides, as in DeepSpeed."""
+    index = score_TE.topk(min(capacity, len(score_TE)), dim=0, sorted=False).indices
+    return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, index, True)
+
+
+def _slots_in_order(expert_TK: Tensor, kept_TE: Tensor, capacity: int) -> Tensor:
+    """Gives each kept choice the next free slot of its expert in order of the tokens; -1 if none is left, or not kept.
+
+    Unlike ``assign_slots``, where no token's second choice comes before another's first.
+    """
+    position_TK = (kept_TE.cumsum(0) - 1).gather(1, expert_TK)
+    placed_TK = kept_TE.gather(1, expert_TK) & (position_TK < capacity)
+    return torch.where(placed_TK, expert_TK * capacity + position_TK, -1)
+
+
+def _normalised_survivors(gate_TK: Tensor, slot_TK: Tensor) -> Tensor:
+    """Gates of choices that found a slot, summing to one for each token; zeros if it has none."""
+    gate_TK = gate_TK.masked_fill(slot_TK < 0, 0.0)
+    return gate_TK / gate_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)
