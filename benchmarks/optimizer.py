@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -89,7 +90,7 @@ def contenders(elements: int, device: torch.device, dtype: torch.dtype) -> list[
     torch.manual_seed(0)
     topology = Topology.single(device)
 
-    def ours(name: str, tile: int | str | None) -> Contender:
+    def ours(tile: int | str | None) -> Contender:
         parameter = nn.Parameter(torch.randn(elements, dtype=dtype, device=device))
         optimizer = ShardedOptimizer(AdamW([parameter]), topology.comm, {parameter: "all"}, zero=True, tile=tile)
         (bucket,) = optimizer.buckets
@@ -98,20 +99,19 @@ def contenders(elements: int, device: torch.device, dtype: torch.dtype) -> list[
         def prepare() -> None:
             bucket.gradient = gradient
 
-        return Contender(name, prepare, optimizer.step)
+        return Contender(f"tile={'null' if tile is None else tile}", prepare, optimizer.step)
 
     def peer() -> Contender:
         parameter = nn.Parameter(torch.randn(elements, device=device, dtype=_state_dtype(dtype)))
         parameter.grad = torch.randn_like(parameter)
-        return Contender("torch's, fused, in fp32", _nothing, AdamW([parameter], fused=True).step)
+        return Contender("torch's fused AdamW", _nothing, AdamW([parameter], fused=True).step)
 
     def copy() -> Contender:
         source = torch.zeros(bytes_per_parameter(dtype) * elements // 8, device=device)  # 4 bytes in, 4 out
         target = torch.zeros_like(source)
-        return Contender("copy of as much", _nothing, lambda: target.copy_(source))
+        return Contender("copy", _nothing, lambda: target.copy_(source))
 
-    tiled = f"tile={PAPER_TILE}"
-    return [ours("tile=null", None), ours(tiled, PAPER_TILE), ours("tile=fused", "fused"), peer(), copy()]
+    return [ours(None), ours(PAPER_TILE), ours("fused"), peer(), copy()]
 
 
 def _nothing() -> None:
@@ -184,9 +184,10 @@ def measure(elements: int, device: torch.device, dtype: torch.dtype, repeats: in
 
 def table(rows: list[Row], elements: int, title: str) -> Table:
     """For people."""
-    result = Table(title=title, title_justify="left")
-    for column in ("step", "ms", "speed-up", "GB/s", "of copy", "temporary MiB", "per parameter"):
-        result.add_column(column, justify="left" if column == "step" else "right")
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("step", "ms", "speedup", "GB/s", "of copy", "temp. MiB", "bytes each"):
+        first = column == "step"
+        result.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         result.add_row(
             row.name,
@@ -195,7 +196,7 @@ def table(rows: list[Row], elements: int, title: str) -> Table:
             f"{row.gigabytes_per_second:.1f}",
             f"{row.of_copy:.0%}",
             f"{row.temporary_bytes / MIB:.2f}",
-            f"{row.temporary_bytes / elements:.2f} B",
+            f"{row.temporary_bytes / elements:.2f}",
         )
     return result
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
@@ -29,31 +29,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Returns:
         The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
     """
-    _quieten()
-    seed_everything(config.seed, verbose=False)
     directory = Path(config.output_dir)
-    data = TextDataModule(config.data, config.model.sequence_length, config.seed)
-    data.prepare_data()
-    module = LanguageModel(config.model, config.moe, config.optim, config.seed, data.corpus.bytes_per_token)
     metrics = StepMetrics(config.data.batch_size * config.model.sequence_length)
-    trainer = Trainer(
-        **config.trainer,
-        strategy=TEDStrategy(
-            tensor_parallel_size=config.parallel.tensor,
-            expert_parallel_size=config.parallel.expert,
-            zero=config.optim.zero,
-            tile=config.optim.tile,
-            overlap=config.optim.overlap,
-            async_checkpoint=config.checkpoint.async_save,
-            process_group_backend=config.comm.backend,
-            timeout=timedelta(seconds=config.comm.timeout_s),
-        ),
-        val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
-        check_val_every_n_epoch=None,
-        callbacks=[metrics, RunProgress(), _checkpoints(config, directory)],
-        logger=_loggers(config, directory),
-        default_root_dir=directory,
-    )
+    trainer, module, data = build(config, [metrics, RunProgress()])
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
         if config.ckpt_path is not None:
@@ -76,6 +54,37 @@ def run(config: TrainConfig) -> dict[str, Any]:
             wandb.finish()
     dist.destroy_process_group()  # its threads would otherwise now and then abort the process as it exits
     return summary
+
+
+def build(
+    config: TrainConfig, callbacks: list[Callback], logged: bool = True
+) -> tuple[Trainer, LanguageModel, TextDataModule]:
+    """The parts of a run, in one of its processes; checkpoints go to ``output_dir/checkpoints``."""
+    _quieten()
+    seed_everything(config.seed, verbose=False)
+    directory = Path(config.output_dir)
+    data = TextDataModule(config.data, config.model.sequence_length, config.seed)
+    data.prepare_data()
+    module = LanguageModel(config.model, config.moe, config.optim, config.seed, data.corpus.bytes_per_token)
+    trainer = Trainer(
+        **config.trainer,
+        strategy=TEDStrategy(
+            tensor_parallel_size=config.parallel.tensor,
+            expert_parallel_size=config.parallel.expert,
+            zero=config.optim.zero,
+            tile=config.optim.tile,
+            overlap=config.optim.overlap,
+            async_checkpoint=config.checkpoint.async_save,
+            process_group_backend=config.comm.backend,
+            timeout=timedelta(seconds=config.comm.timeout_s),
+        ),
+        val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
+        check_val_every_n_epoch=None,
+        callbacks=[*callbacks, _checkpoints(config, directory)],
+        logger=_loggers(config, directory) if logged else False,
+        default_root_dir=directory,
+    )
+    return trainer, module, data
 
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
@@ -125,6 +134,7 @@ def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",  # samples come from a memory map; workers would only take cores
         ".*exists and is not empty. Previous log files.*",  # Hydra has made the run directory and writes there too
+        ".*The dirpath has changed from.*",  # a run resumed in a directory of its own; nothing is lost
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

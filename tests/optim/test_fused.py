@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.optimizer import Temporaries
+from benchmarks.optimizer import Temporaries, measure
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import MoEConfig
 from tedlab.optim import ShardedOptimizer, fused
@@ -227,6 +227,14 @@ def test_temporaries_do_not_grow_with_the_model(pool: WorkerPool) -> None:
         assert pool.run(1, temporary_bytes, torch.bfloat16, None, size)[0] >= 8 * size  # upcast gradient, denominator
         assert pool.run(1, temporary_bytes, torch.bfloat16, "fused", size)[0] < 4 * fused._TILE + 100
         assert pool.run(1, temporary_bytes, torch.float32, "fused", size)[0] < 100
+
+
+def test_the_benchmark_measures_every_kind_of_step(pool: WorkerPool) -> None:
+    size = 30_000
+    untiled, tiled, ours, peer, copied = pool.run(1, measure, size, torch.device("cpu"), torch.bfloat16, 1)[0]
+    assert untiled.temporary_bytes == tiled.temporary_bytes > ours.temporary_bytes == 4 * size
+    assert peer.temporary_bytes == copied.temporary_bytes == 0
+    assert untiled.speedup == copied.of_copy == 1
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ def inspect(path: Path) -> Table:
 
 def consolidate(path: Path, out: Path) -> None:
     """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process."""
-    read_meta(path)  # is it a whole one?
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored_tensors(path).items()

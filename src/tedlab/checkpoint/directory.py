@@ -65,9 +65,10 @@ def load(tensors: dict[str, Any], path: Path) -> None:
     """Fills ``tensors`` (nested dictionaries of DTensors and tensors) in place. Collective.
 
     Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
         ValueError: if the checkpoint is of another model or optimizer, or a file is damaged; names what differs.
     """
-    path = _present(path)
+    path = _complete(path)
     metadata = dcp.FileSystemReader(path).read_metadata()
     _check_files(metadata, path)
     _check_same_model(tensors["model"], metadata, path)
@@ -81,8 +82,12 @@ def load(tensors: dict[str, Any], path: Path) -> None:
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any."""
-    entries = dcp.FileSystemReader(_present(path)).read_metadata().state_dict_metadata
+    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+    """
+    entries = dcp.FileSystemReader(_complete(path)).read_metadata().state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -93,15 +98,20 @@ def read_meta(path: Path) -> dict[str, Any]:
         FileNotFoundError: if ``path`` is not a complete checkpoint.
         ValueError: if the file that says so is damaged.
     """
+    path = _complete(path)
+    try:
+        return torch.load(path / META, weights_only=False)  # our own file; loggers' and callbacks' states are objects
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path / META} is damaged and cannot be read: {error}") from None
+
+
+def _complete(path: Path) -> Path:
     path = _present(path)
     if not (path / META).is_file() or not (path / ".metadata").is_file():
         what = "does not exist" if not path.exists() else f"lacks {META} or .metadata"
         hint = f"; checkpoints beside it: {_listed(path.parent)}" if _beside(path.parent) else ""
         raise FileNotFoundError(f"{path} is not a complete checkpoint: it {what}{hint}")
-    try:
-        return torch.load(path / META, weights_only=False)  # our own file; loggers' and callbacks' states are objects
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path / META} is damaged and cannot be read: {error}") from None
+    return path
 
 
 def _beside(folder: Path) -> list[Path]:

@@ -54,7 +54,7 @@ def fused_adam_step(
 
     fp32 on a GPU is one Triton kernel, whatever the gradient's dtype. All else is torch's own fused kernel, which wants
     gradients in the dtype of the state. It gets them in tiles that stay in cache, so that there, too, memory is passed
-    over once; the temporary is one upcast tile of 262,144 elements (1 MiB), or none if nothing is upcast.
+    over once; the temporary is one upcast tile, at most 262,144 elements (1 MiB), or none if nothing is upcast.
 
     Args:
         master: flat parameters in the precision that is updated.
@@ -88,7 +88,7 @@ def _torch_step(
     options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
     step = state["step"].to(master.device)  # where the kernel wants it; torch keeps it on the CPU
     tensors = (master, gradient, state["exp_avg"], state["exp_avg_sq"], master if rounded is None else rounded)
-    buffer = master.new_empty(0 if gradient.dtype == master.dtype else _TILE)
+    buffer = master.new_empty(0 if gradient.dtype == master.dtype else min(_TILE, master.numel()))
     for p, g, m, v, r in zip(*(t.split(_TILE) for t in tensors), strict=True):
         wide = g if g.dtype == p.dtype else buffer[: len(g)].copy_(g)
         if factor != 1.0:

@@ -83,6 +83,7 @@ class ShardedOptimizer:
                     p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
         self._norm: float | None = None  # of the gradient that waits for the step, once known
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
+        self.applied_clip_factor = 1.0  # in the last step
         self._inner_step: Callable[[], Any] = optimizer.step
 
         @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
@@ -179,6 +180,7 @@ class ShardedOptimizer:
             finally:
                 for group, params in zip(groups, everything, strict=True):
                     group["params"] = params
+        self.applied_clip_factor = self._clip_factor
         if self.scaler is not None:
             self.scaler.update(overflow)
         for bucket in self.buckets:

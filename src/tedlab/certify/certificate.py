@@ -1,0 +1,154 @@
+"""The runs that make a certificate, and the certificate."""
+
+import hashlib
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+import tedlab
+from tedlab.certify.compare import TOLERANCE, Row, compare, first_difference
+from tedlab.certify.record import FILE, Record, record
+from tedlab.certify.shrink import SAVED, STEPS, reference, shrink
+from tedlab.config import TrainConfig
+from tedlab.launch import launch
+from tedlab.report import resolved_yaml
+from tedlab.topology import ParallelDegrees
+from tedlab.validate import check
+
+RUNS = 5
+Execute = Callable[[TrainConfig], None]  # calls `record` in every process of the configuration's layout
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was found.
+
+    Attributes:
+        layout: the degrees that were run.
+        asked: those of the configuration that was to be certified; larger where these do not fit a laptop.
+        rows: one for each quantity.
+        fingerprint: of the configuration that was run, tedlab's source and torch's version.
+    """
+
+    layout: str
+    asked: str
+    rows: tuple[Row, ...]
+    fingerprint: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether the layout trains exactly as one process."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def culprit(self) -> Row | None:
+        """What went wrong first, the likeliest cause of the rest."""
+        return first_difference(self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def table(self) -> Table:
+        """For people."""
+        table = Table(title="equal to one process" if self.ok else "NOT equal to one process", title_justify="left")
+        for heading in ("quantity", "tensors", "largest error", "verdict"):
+            table.add_column(heading, justify="right" if heading in ("tensors", "largest error") else "left")
+        for row in self.rows:
+            verdict = "equal" if row.ok else f"[red]differs from step {row.step} on[/]"
+            table.add_row(row.quantity, str(row.compared), f"{row.error:.1e}", verdict)
+        table.caption = f"float64, relative errors; fingerprint {self.fingerprint}"
+        return table
+
+
+def certify(
+    config: TrainConfig, execute: Execute | None = None, progress: Callable[[str], None] = lambda stage: None
+) -> Certificate:
+    """Runs a small float64 likeness of ``config`` in its layout and in one process, and compares everything.
+
+    Five runs: four steps in one process; the same in the layout; each continued by the other from a checkpoint in the
+    middle; and the layout continued by itself, which must give equal bits.
+
+    Args:
+        config: any training configuration.
+        execute: how to run :func:`record`; by default in new processes of this machine.
+        progress: is told what begins.
+
+    Raises:
+        UsageError: if the configuration makes no sense.
+    """
+    with tempfile.TemporaryDirectory(prefix="tedlab-certify-") as folder:
+        directory = Path(folder)
+        layout = shrink(config, directory)
+        one = reference(layout, directory)
+        degrees = check(layout)
+        check(one)
+        rows = tuple(_compared(layout, one, degrees, execute or _launched, progress))
+        fingerprint = _fingerprint(layout, directory)
+    asked = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+    return Certificate(str(degrees), str(asked), rows, fingerprint)
+
+
+def _compared(
+    layout: TrainConfig,
+    one: TrainConfig,
+    degrees: ParallelDegrees,
+    execute: Execute,
+    progress: Callable[[str], None],
+) -> Iterator[Row]:
+    progress(f"one process, {STEPS} steps")
+    expected = _recorded(one, execute)
+    progress(f"{degrees.world_size} processes, {STEPS} steps")
+    found = _recorded(layout, execute)
+    yield from compare(found, expected, degrees)
+    for stage, source, target, tolerance in (
+        ("continued in one process", layout, one, TOLERANCE),
+        ("continued from one process", one, layout, TOLERANCE),
+        ("continued in this layout", layout, layout, 0.0),
+    ):
+        progress(stage)
+        resumed = _recorded(_continued(target, source), execute)
+        judge = found if source is target else expected
+        rows = compare(resumed, judge, degrees, tolerance)
+        yield _summary(f"checkpoint {stage}", rows)
+
+
+def _recorded(config: TrainConfig, execute: Execute) -> Record:
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    execute(config)
+    return torch.load(Path(config.output_dir, FILE))
+
+
+def _continued(target: TrainConfig, source: TrainConfig) -> TrainConfig:
+    saved = Path(source.output_dir, "checkpoints", f"step_{SAVED}.ckpt")
+    name = f"{Path(target.output_dir).name}_from_{Path(source.output_dir).name}"
+    return replace(target, ckpt_path=str(saved), output_dir=str(Path(target.output_dir).with_name(name)))
+
+
+def _summary(name: str, rows: list[Row]) -> Row:
+    """All quantities of a continued run as one row."""
+    worst, compared = max(row.error for row in rows), sum(row.compared for row in rows)
+    wrong = first_difference(rows)
+    if wrong is None:
+        return Row(name, worst, compared, 0, "", "", rows[0].tolerance)
+    return Row(name, worst, compared, wrong.step, f"{wrong.quantity}: {wrong.first}", wrong.hint, wrong.tolerance)
+
+
+def _launched(config: TrainConfig) -> None:
+    launch(record, config, config.parallel.world_size)
+
+
+def _fingerprint(config: TrainConfig, directory: Path) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(resolved_yaml(config).replace(str(directory), "").encode())
+    digest.update(f"torch {version('torch')}, {platform.machine()}".encode())
+    for file in sorted(Path(tedlab.__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""Two records side by side: the largest difference of every quantity, and a hint at what made it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tedlab.certify.record import QUANTITIES, Record
+from tedlab.topology import ParallelDegrees
+
+TOLERANCE = 1e-10
+_NO_MULTIPLE = 1e-6  # of the tensor's norm: what may be left after taking away the multiple
+
+
+@dataclass(frozen=True)
+class Row:
+    """The verdict on one quantity.
+
+    Attributes:
+        quantity: what was compared.
+        error: largest absolute difference over the reference tensor's largest magnitude, over all steps and tensors.
+        compared: how many tensors.
+        step: the first in which something differs; 0 if nothing does.
+        first: the first tensor of that step, in the model's order, that differs.
+        hint: what the difference looks like.
+        tolerance: above which ``error`` is a difference.
+    """
+
+    quantity: str
+    error: float
+    compared: int
+    step: int
+    first: str
+    hint: str
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs and something was compared."""
+        return self.compared > 0 and self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.ok:
+            return f"{self.quantity}: equal"
+        return f"{self.quantity}, first in step {self.step}: {self.first} is {self.hint}"
+
+
+def first_difference(rows: Sequence[Row]) -> Row | None:
+    """What went wrong first: the earliest step, and in it the first quantity; None if all are equal."""
+    return min((row for row in rows if not row.ok), key=lambda row: row.step, default=None)
+
+
+def compare(record: Record, reference: Record, degrees: ParallelDegrees, tolerance: float = TOLERANCE) -> list[Row]:
+    """One row for each quantity of the steps that ``record`` has.
+
+    Args:
+        record: what is to be judged.
+        reference: what it should be.
+        degrees: of the layout, for hints.
+        tolerance: relative; 0 demands equal bits.
+    """
+    return [_row(quantity, record, reference, degrees, tolerance) for quantity in QUANTITIES]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Largest absolute difference over the largest magnitude of ``theirs``; infinite for NaN or another shape."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    difference = (ours - theirs).abs().max()
+    if difference == 0.0:
+        return 0.0
+    error = (difference / theirs.abs().max()).item()
+    return error if error == error else float("inf")
+
+
+def _row(quantity: str, record: Record, reference: Record, degrees: ParallelDegrees, tolerance: float) -> Row:
+    worst, compared, first_step, first, hint = 0.0, 0, 0, "", ""
+    for step, quantities in record.items():
+        ours, theirs = quantities[quantity], reference[step][quantity]
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            compared += 1
+            error = relative_error(ours[name], theirs[name]) if name in ours and name in theirs else float("inf")
+            worst = max(worst, error)
+            if error > tolerance and not first:
+                first_step, first = step, name
+                hint = _hint(ours, theirs, name, degrees)
+    return Row(quantity, worst, compared, first_step, first, hint, tolerance)
+
+
+def _hint(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str, degrees: ParallelDegrees) -> str:
+    if name not in ours or name not in theirs:
+        return "absent" if name in theirs else "absent in one process"
+    a, b = ours[name].double(), theirs[name].double()
+    if a.shape != b.shape:
+        return f"of shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+    factor = ((a * b).sum() / b.square().sum()).item()
+    if not torch.linalg.vector_norm(a - factor * b) <= _NO_MULTIPLE * torch.linalg.vector_norm(b):
+        return "no multiple of what one process has"
+    named = {
+        "tensor": degrees.tensor,
+        "expert": degrees.expert,
+        "data": degrees.data,
+        "expert_data": degrees.expert_data,
+        "√tensor": degrees.tensor**0.5,
+        "√data": degrees.data**0.5,
+    }
+    meanings = [name for name, size in named.items() if size > 1 and abs(factor / size - 1) < _NO_MULTIPLE]
+    meanings += [f"1/{name}" for name, size in named.items() if size > 1 and abs(factor * size - 1) < _NO_MULTIPLE]
+    return f"{factor:.6g} × what one process has{' = ' + ' or '.join(meanings) if meanings else ''}"

@@ -1,0 +1,142 @@
+"""A training configuration made small enough to be run in float64 on a laptop, and its one-process reference.
+
+Kept: the layout (up to 16 processes), experts per rank (up to 4), routing, clipping, optimizer and schedule, ZeRO,
+tiles, overlap, every toggle. Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text.
+"""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tedlab.config import CheckpointConfig, DataConfig, ParallelConfig, TrainConfig
+from tedlab.topology import ParallelDegrees
+
+STEPS, SAVED = 4, 2  # steps of a run, and after which it saves
+MOST_PROCESSES = 16
+_HEAD = 4  # width of an attention head
+_SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 16, 2, 2, 4
+_STEPS_PER_EPOCH = 3  # so that a run crosses from one epoch into the next
+
+
+def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
+    """The configuration to certify ``config`` by.
+
+    Args:
+        config: any training configuration; need not fit this machine.
+        directory: for its text, cache and runs.
+
+    Raises:
+        ValueError: if the degrees do not fit the world size.
+    """
+    given = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+    degrees = largest_alike(given)
+    per_head_group = min(2, max(1, config.model.heads // given.tensor))
+    heads = degrees.tensor * per_head_group
+    model = replace(
+        config.model,
+        layers=2,
+        heads=heads,
+        hidden=heads * _HEAD,
+        ffn=2 * heads * _HEAD,
+        sequence_length=min(_SEQUENCE, config.model.sequence_length),
+        vocab_size=None,
+        init_std=0.2,  # large enough for every path to matter
+    )
+    experts = degrees.expert * min(_EXPERTS_PER_RANK, config.moe.num_experts // given.expert)
+    moe = replace(
+        config.moe,
+        num_experts=experts,
+        top_k=min(config.moe.top_k, max(experts, 1)),
+        every=min(2, config.moe.every),
+        capacity_multiple=min(config.moe.capacity_multiple, degrees.tensor),  # else nothing would ever be dropped
+    )
+    micro_batch = min(_MICRO_BATCH, config.data.micro_batch_size)
+    accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
+    batch = micro_batch * accumulated * degrees.data
+    _write_samples(directory / "text", batch * _STEPS_PER_EPOCH * model.sequence_length, config.seed)
+    data = DataConfig(
+        path=str(directory / "text"),
+        batch_size=batch,
+        micro_batch_size=micro_batch,
+        validation_samples=batch,
+        validation_fraction=0.5,
+        cache_dir=str(directory / "cache"),
+    )
+    optimizer = dict(config.optim.optimizer)
+    if "Adam" in str(optimizer.get("_target_")):
+        # The gradient of a key bias is zero in theory and rounding noise in practice, which Adam divides by eps.
+        optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
+    tile = min(100, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile
+    optim = replace(config.optim, optimizer=optimizer, tile=tile, warmup_steps=min(2, config.optim.warmup_steps))
+    trainer: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": degrees.world_size,
+        "num_nodes": 1,
+        "precision": "64-true",
+        "max_steps": STEPS,
+        "max_epochs": -1,
+        "gradient_clip_val": config.trainer.get("gradient_clip_val"),
+        "limit_val_batches": 0,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+    }
+    return replace(
+        config,
+        model=model,
+        moe=moe,
+        parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert),
+        comm=replace(config.comm, backend=None),
+        data=data,
+        optim=optim,
+        trainer=trainer,
+        logger={},
+        checkpoint=CheckpointConfig(every=SAVED, keep=-1, async_save=config.checkpoint.async_save),
+        ckpt_path=None,
+        output_dir=str(directory / "layout"),
+    )
+
+
+def reference(config: TrainConfig, directory: Path) -> TrainConfig:
+    """The same training in one process: every micro-batch accumulated, nothing sharded, tiled or overlapped."""
+    return replace(
+        config,
+        parallel=ParallelConfig(1),
+        optim=replace(config.optim, zero=False, tile=None, overlap=False),
+        trainer={**config.trainer, "devices": 1, "accumulate_grad_batches": None},
+        output_dir=str(directory / "reference"),
+    )
+
+
+def largest_alike(degrees: ParallelDegrees) -> ParallelDegrees:
+    """The largest layout of at most 16 processes in which every degree divides the given one and is 1 only if that is.
+
+    Raises:
+        ValueError: if there is none: three prime degrees, all large.
+    """
+    wanted = (degrees.tensor, degrees.expert, degrees.expert_data)
+    fitting = [
+        sizes
+        for sizes in product(*(_divisors(degree) for degree in wanted))
+        if np.prod(sizes) <= MOST_PROCESSES and all(s > 1 or w == 1 for s, w in zip(sizes, wanted, strict=True))
+    ]
+    if not fitting:
+        raise ValueError(f"no layout of at most {MOST_PROCESSES} processes is like {degrees}")
+    tensor, expert, expert_data = max(fitting, key=lambda sizes: (np.prod(sizes), sizes))
+    return ParallelDegrees(tensor * expert * expert_data, tensor, expert)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _write_samples(folder: Path, characters: int, seed: int) -> None:
+    """Two files of random letters, one of which becomes the validation split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    for name in ("one", "two"):
+        letters = draw.integers(ord("a"), ord("z") + 1, characters + _SEQUENCE, dtype=np.uint8)
+        (folder / f"{name}.txt").write_bytes(letters.tobytes())

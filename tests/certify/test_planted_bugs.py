@@ -1,0 +1,177 @@
+"""Certify notices what the field has shipped: each known bug, planted into a layout, is found, named and measured."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tedlab.certify import certify
+from tedlab.checkpoint import directory
+from tedlab.comm import differentiable
+from tedlab.moe import router
+from tedlab.nn import sharded
+from tedlab.optim.bucket import Bucket
+from tests.certify.runs import Plant, composed, in_pool
+from tests.pool import WorkerPool
+
+
+def _scale_expert_gradients(patch: pytest.MonkeyPatch, factor: float) -> None:
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        pending = self._reduction is not None
+        finish(self)
+        if pending and self.kind == "expert_data":
+            assert self.gradient is not None
+            self.gradient.mul_(factor)
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+def expert_gradient_divided_by_expert_data(patch: pytest.MonkeyPatch) -> None:
+    """Averaged over its own replicas although it is divided by D already."""
+    _scale_expert_gradients(patch, 1 / 2)
+
+
+def expert_gradient_scaled_by_expert(patch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed #5618, pytorch #160285: E_p times too large."""
+    _scale_expert_gradients(patch, 4.0)
+
+
+def input_gradient_not_summed_over_tensor(patch: pytest.MonkeyPatch) -> None:
+    """Each tensor rank goes on with its own part of the gradient (Automodel #1260)."""
+    patch.setattr(differentiable._CopyTo, "backward", staticmethod(lambda ctx, grad: (grad, None, None, None)))
+
+
+def replicated_parameter_counted_by_each_tensor_rank(patch: pytest.MonkeyPatch) -> None:
+    """In the norm (Megatron #5916, DeepSpeed #8475)."""
+    right = Bucket.holders.fget
+    assert right is not None
+
+    def wrong(self: Bucket) -> int:
+        parameter = self.parameters[0]
+        replicated = not any(placement.is_shard() for placement in parameter.placements)
+        return right(self) // (parameter.device_mesh.size(-1) if replicated else 1)
+
+    patch.setattr(Bucket, "holders", property(wrong))
+
+
+def tensor_ranks_with_different_seeds(patch: pytest.MonkeyPatch) -> None:
+    """Of initial weights that all should hold alike."""
+    right = sharded._seed
+    patch.setattr(sharded, "_seed", lambda key: right(key) + dist.get_rank())
+
+
+def capacity_not_padded(patch: pytest.MonkeyPatch) -> None:
+    """Other tokens are dropped than in one process (DeepSpeed's capacity 17 under tensor 2)."""
+    right = router.expert_capacity
+    patch.setattr(router, "expert_capacity", lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1))
+
+
+def auxiliary_loss_divided_twice(patch: pytest.MonkeyPatch) -> None:
+    """Once more by the data ranks (Megatron #3672)."""
+    right = router.balance_loss
+    patch.setattr(router, "balance_loss", lambda *tensors: right(*tensors) / 2)
+
+
+def optimizer_state_of_another_shard(patch: pytest.MonkeyPatch) -> None:
+    """After loading, each rank holds its neighbour's moments (DeepSpeed #6589)."""
+    right = Bucket.shard_of
+
+    def wrong(self: Bucket, tensors: Any) -> Tensor:
+        own = self._own
+        self._own = slice((own.start + self.shard_size) % len(self.flat), None)
+        self._own = slice(self._own.start, self._own.start + self.shard_size)
+        shard = right(self, tensors)
+        self._own = own
+        return shard
+
+    patch.setattr(Bucket, "shard_of", wrong)
+
+
+def experts_loaded_from_another_rank(patch: pytest.MonkeyPatch) -> None:
+    """All expert ranks load the first experts (DeepSpeed #6589)."""
+    right = directory.load
+
+    def wrong(tensors: dict[str, Any], path: Any) -> None:
+        right(tensors, path)
+        for name, tensor in tensors["model"].items():
+            if "experts" in name:
+                tensor.to_local().copy_(tensor.full_tensor()[: len(tensor.to_local())])
+
+    patch.setattr("tedlab.checkpoint.load", wrong)
+
+
+def step_of_a_stale_gradient(patch: pytest.MonkeyPatch) -> None:
+    """A reduction that is not waited for: the shard's first element is lost."""
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        finish(self)
+        if self.gradient is not None:
+            self.gradient[0] = 0.0
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+TP2 = ["parallel=tp2"]
+CASES: list[tuple[Plant, list[str], str, str]] = [
+    # bug, layout, first wrong quantity, what is said of it
+    (
+        expert_gradient_divided_by_expert_data,
+        ["parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2"],
+        "gradients",
+        "first in step 1: network.blocks.1.feed_forward.experts.up is 0.5 × what one process has = 1/expert or 1/exp",
+    ),
+    (
+        expert_gradient_scaled_by_expert,
+        ["parallel=ep4"],
+        "gradients",
+        "first in step 1: network.blocks.1.feed_forward.experts.up is 4 × what one process has = expert or data",
+    ),
+    (input_gradient_not_summed_over_tensor, TP2, "gradients", "no multiple of what one process has"),
+    (replicated_parameter_counted_by_each_tensor_rank, TP2, "gradient norm", "all parameters is 1."),
+    (tensor_ranks_with_different_seeds, TP2, "outputs", "in step 1: logits"),
+    (capacity_not_padded, [*TP2, "moe.capacity_factor=1.05"], "outputs", "in step 1"),
+    (
+        auxiliary_loss_divided_twice,
+        ["parallel=ep2"],
+        "losses and drops",
+        "in step 1: train/aux_loss is 0.5 × what one process has = 1/expert or 1/data",
+    ),
+    (
+        optimizer_state_of_another_shard,
+        ["parallel=ep2"],
+        "checkpoint continued from one process",
+        "in step 3: optimizer state: network.",
+    ),
+    (
+        experts_loaded_from_another_rank,
+        ["parallel=ep2"],
+        "checkpoint continued from one process",
+        "in step 3: outputs: logits",
+    ),
+    (step_of_a_stale_gradient, ["parallel=ep2"], "gradients", "is no multiple"),
+]
+
+
+@pytest.mark.parametrize(("bug", "overrides", "quantity", "said"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_a_planted_bug_is_caught_and_named(
+    pool: WorkerPool, bug: Plant, overrides: list[str], quantity: str, said: str
+) -> None:
+    certificate = certify(composed(*overrides), in_pool(pool, bug))
+    assert not certificate.ok
+    culprit = certificate.culprit
+    assert culprit is not None
+    assert culprit.quantity == quantity, certificate.rows
+    assert said in str(culprit)
+    assert culprit.error > 1e-6
+
+
+def test_without_a_bug_the_same_configurations_pass(pool: WorkerPool) -> None:
+    for overrides in {tuple(case[1]): None for case in CASES}:
+        certificate = certify(composed(*overrides), in_pool(pool))
+        assert certificate.ok, certificate.rows
+        assert torch.tensor([row.compared for row in certificate.rows]).min() >= 4
