@@ -95,9 +95,9 @@ class Topology:
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
         )
-        # Unflattening shares the tensor group; two independent meshes would create it twice.
+        # Unflattening shares the tensor group; two independent meshes would create it twice. (torch 2.11 refuses names.)
         self.expert: DeviceMesh = self.dense._unflatten(
-            "data", (degrees.expert_data, degrees.expert), ("expert_data", "expert")
+            0, (degrees.expert_data, degrees.expert), ("expert_data", "expert")
         )
         assert dist.group.WORLD is not None
         groups: dict[GroupKind, dist.ProcessGroup] = {

@@ -328,6 +328,12 @@ def test_topk_drops_by_probability_or_by_position() -> None:
         assert decision.balance_loss.item() == pytest.approx(3 * (3 * 1.4 + 1 * 0.75 + 2 * 0.85) / 9 / 2)
 
 
+def test_a_full_expert_compares_only_tokens_that_chose_it() -> None:
+    # Token 0 likes expert 0 better than token 1 does, but has chosen expert 1.
+    decision = topk_gating(logits_of((0.45, 0.55, 0.0), (0.4, 0.3, 0.3), (0.35, 0.33, 0.32)), 1, 1, "probs")
+    assert decision.slot_TK.tolist() == [[1], [0], [-1]]
+
+
 def test_topk_of_one_choice_has_gate_one() -> None:
     decision = topk_gating(logits_of((0.7, 0.3), (0.4, 0.6), (0.9, 0.1)), 1, 1, "probs")
     assert decision.slot_TK.tolist() == [[-1], [1], [0]]
@@ -465,17 +471,17 @@ def test_random_token_selection_keeps_every_token_alike(single: Topology) -> Non
 
 
 def test_second_experts_are_drawn_by_their_probabilities(single: Topology) -> None:
-    config = replace(RANDOM["top2"], num_experts=3, capacity_factor=None)
-    router = router_of(config, single)
-    x = torch.zeros(6000, HIDDEN, dtype=torch.float64)
+    draws = 6000
+    router = router_of(replace(RANDOM["top2"], capacity_factor=None), single)
+    x = torch.zeros(draws, HIDDEN, dtype=torch.float64)
     x[:, 0] = 1.0
     with torch.no_grad():
-        router.get_parameter("weight").to_local()[:, 0] = torch.tensor([0.1, 0.6, 0.3]).log()
+        router.get_parameter("weight").to_local()[:, 0] = torch.tensor([0.1, 0.5, 0.15, 0.25]).log()
     torch.manual_seed(0)
-    expert_TK = router(x).slot_TK.div(6000, rounding_mode="floor")
+    expert_TK = router(x).slot_TK.div(draws, rounding_mode="floor")
     assert (expert_TK[:, 0] == 1).all()
-    share = (expert_TK[:, 1] == 2).double().mean().item()
-    assert share == pytest.approx(0.75, abs=5 * (0.75 * 0.25 / 6000) ** 0.5)
+    share_E = torch.bincount(expert_TK[:, 1], minlength=4) / draws
+    assert (share_E - torch.tensor([0.2, 0.0, 0.3, 0.5])).abs().max() < 5 * 0.5 / draws**0.5
 
 
 @pytest.mark.parametrize("name", RANDOM)

@@ -46,10 +46,11 @@ MIN_CAPACITY = 4  # default of deepspeed.moe.layer.MoE
 class DeepSpeedRouter(Router):
     """A router that decides as DeepSpeed does; see the module for what that means.
 
-    What is random follows torch's default CPU generator, which all processes seed alike (``seed_everything``). All
-    tensor ranks of a data rank then select and draw the same as long as none draws from that generator alone; data
-    ranks differ; a recomputed forward pass decides as the first one did. Two limits: other numbers of data ranks are
-    other random numbers, and a resumed run does not continue the sequence.
+    What is random follows torch's default CPU generator, which a run seeds alike in all processes
+    (``seed_everything``) and its checkpoints keep. The tensor ranks of a data rank therefore decide alike, as long as
+    none draws from that generator alone; data ranks differ; a recomputed forward pass decides as the first one did.
+    The numbers depend on how many data ranks there are: D of them select and draw otherwise than one process that
+    accumulates their D micro-batches.
 
     Args:
         hidden: model width.
