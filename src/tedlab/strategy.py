@@ -266,9 +266,11 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        if self._last_micro_batch:
-            for optimizer in self.sharded_optimizers:
+        for optimizer in self.sharded_optimizers:
+            if self._last_micro_batch:
                 optimizer.reduce_gradients()
+            else:
+                optimizer.collect_gradients()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._sharded(optimizer).clip(clip_val)

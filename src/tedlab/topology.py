@@ -95,7 +95,8 @@ class Topology:
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
         )
-        # Unflattening shares the tensor group; two independent meshes would create it twice. (torch 2.11 refuses names.)
+        # Unflattening shares the tensor group; two independent meshes would create it twice. By index: torch 2.11
+        # refuses the name.
         self.expert: DeviceMesh = self.dense._unflatten(
             0, (degrees.expert_data, degrees.expert), ("expert_data", "expert")
         )

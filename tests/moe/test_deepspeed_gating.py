@@ -471,7 +471,7 @@ def test_random_token_selection_keeps_every_token_alike(single: Topology) -> Non
 
 
 def test_second_experts_are_drawn_by_their_probabilities(single: Topology) -> None:
-    draws = 6000
+    draws = 40_000
     router = router_of(replace(RANDOM["top2"], capacity_factor=None), single)
     x = torch.zeros(draws, HIDDEN, dtype=torch.float64)
     x[:, 0] = 1.0

@@ -44,6 +44,7 @@ class Bucket:
         self._own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
         self.shard = self.flat[self._own]
         self.master = self.shard.float() if self.flat.dtype in (torch.float16, torch.bfloat16) else self.shard
+        self._collected: dict[nn.Parameter, Tensor] = {}  # local gradients, not yet reduced
         self._reduction: Pending | None = None
         self.gradient: Tensor | None = None  # of the shard, reduced, in the parameters' dtype
 
@@ -52,19 +53,30 @@ class Bucket:
         """How many processes hold each element of the shard."""
         return holders(self.parameters[0], self.comm) // self.shards
 
+    def collect_gradients(self) -> None:
+        """Takes the gradients of one backward pass from the parameters, adding to those of passes before.
+
+        Left in place they would be added as DTensors, which takes torch many times as long.
+        """
+        for p in self.parameters:
+            if p.grad is not None:
+                gradient = local(p.grad)
+                self._collected[p] = self._collected[p].add_(gradient) if p in self._collected else gradient
+                p.grad = None
+
     def start_reduction(self) -> None:
         """Launches the sum of the parameters' gradients over the group, and frees them.
 
         A parameter without a gradient counts as zeros, provided that another of the bucket has one.
         """
-        if all(p.grad is None for p in self.parameters):
+        self.collect_gradients()
+        if not self._collected:
             return
         self.finish_reduction()  # of an earlier pass
         flat = torch.zeros_like(self.flat)
         for p, part in zip(self.parameters, self._parts(flat), strict=True):
-            if p.grad is not None:
-                part.copy_(local(p.grad).flatten())
-                p.grad = None
+            if p in self._collected:
+                part.copy_(self._collected.pop(p).flatten())
         start = self.comm.start_reduce_scatter if self.sharded else self.comm.start_all_reduce
         self._reduction = start(flat, self.kind, tag="gradients.reduce", phase="optimizer")
 
@@ -80,6 +92,7 @@ class Bucket:
         """Forgets the shard's gradient and those of the parameters."""
         self.finish_reduction()
         self.gradient = None
+        self._collected.clear()
         for p in self.parameters:
             p.grad = None
 
@@ -129,8 +142,10 @@ def holders(parameter: Tensor, comm: Collectives) -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, as a plain tensor that shares memory."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    with torch.no_grad():  # then it is handed out as it is
+        return tensor.to_local().detach()
 
 
 def _axes(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -118,6 +118,11 @@ class ShardedOptimizer:
         for bucket in self.buckets:
             bucket.finish_reduction()
 
+    def collect_gradients(self) -> None:
+        """After a backward pass that is not the last of its step: nothing is reduced yet."""
+        for bucket in self.buckets:
+            bucket.collect_gradients()
+
     def expect_backward(self) -> None:
         """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
         if self.overlap:
