@@ -151,6 +151,7 @@ def test_metrics_hold_every_logged_step_and_every_validation(run: Run) -> None:
     assert list(losses) == list(range(1, STEPS + 1))
     assert losses[STEPS] < losses[1] - 0.2  # it learns
     assert losses[1] == pytest.approx(5.6, abs=0.4)  # about ln 256
+    assert all(0 < norm < 100 for norm in run.column("train/gradient_norm").values())
     assert list(run.column("val/loss")) == [3, 6]
     assert all(value > 0 for value in run.column("perf/tokens_per_second").values())
 

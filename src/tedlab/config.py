@@ -120,5 +120,6 @@ class TrainConfig:
     ckpt_path: str | None = None  # a checkpoint directory to resume from
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = 100  # steps between validations; there is always one at the end
+    certificate: bool = False  # first prove that a small likeness of this run equals one process
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from

@@ -70,17 +70,34 @@ def report(
         "choices": config.choices,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("tedlab", "torch", "lightning")}},
         "git_revision": _git_revision(),
+        "certificate": _certificate(directory),
         "output_dir": str(directory),
     }
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's, empty; ours is config.yaml
     _plot(directory, bigram)
     for logger in trainer.loggers[1:]:  # the first is metrics.csv
-        logger.log_hyperparams({**asdict(config), "parameters": parameters._asdict(), "layout": summary["layout"]})
+        logger.log_hyperparams(
+            {
+                **asdict(config),
+                "parameters": parameters._asdict(),
+                "layout": summary["layout"],
+                "certificate": summary["certificate"],
+            }
+        )
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(summary)
     Console(width=None if sys.stdout.isatty() else 110).print(_table(config, summary, str(degrees)))
     return summary
+
+
+def _certificate(directory: Path) -> dict[str, Any] | None:
+    """Verdict and fingerprint, if the run asked for a certificate."""
+    file = directory / "certificate.json"
+    if not file.exists():
+        return None
+    certificate = json.loads(file.read_text())
+    return {"ok": certificate["ok"], "fingerprint": certificate["fingerprint"]}
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -1,6 +1,6 @@
 """``python -m tedlab.train``: composes a configuration, checks it, and launches the run."""
 
-from tedlab.cli import hydra_entry
+from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
 
@@ -11,10 +11,25 @@ def train(config: TrainConfig) -> float:
     from tedlab.validate import check
 
     degrees = check(config)
+    if config.certificate:
+        certify_first(config)
     if not started_outside():
         print(f"Starting {degrees}.\nRun directory: {config.output_dir}", flush=True)
     summary = launch(run, config, int(config.trainer["devices"]))
     return float(summary.get(config.objective, float("nan")))
+
+
+def certify_first(config: TrainConfig) -> None:
+    """Certifies the configuration. ``certificate.json`` in the run directory and W&B's configuration keep the verdict.
+
+    Raises:
+        UsageError: if it does not equal one process.
+    """
+    from tedlab.certify.show import FILE, certify_visibly
+
+    certificate = certify_visibly(config)
+    if not certificate.ok:
+        raise UsageError(f"The configuration failed its certificate ({config.output_dir}/{FILE}); nothing was trained.")
 
 
 main = hydra_entry(train)

@@ -170,6 +170,7 @@ def test_a_planted_bug_is_caught_and_named(
     assert culprit.error > 1e-6
 
 
+@pytest.mark.slow
 def test_without_a_bug_the_same_configurations_pass(pool: WorkerPool) -> None:
     for overrides in {tuple(case[1]): None for case in CASES}:
         certificate = certify(composed(*overrides), in_pool(pool))

@@ -8,9 +8,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from tedlab.strategy import TEDStrategy
+
 
 class StepMetrics(Callback):
-    """Logs what ``training_step`` returned beside its loss, the learning rate, tokens/s and the time of a step.
+    """Logs what ``training_step`` returned beside its loss, and of the step: learning rate, time, tokens/s.
+
+    With clipping also the gradient's norm before it, with fp16 the loss scale and the number of skipped steps.
 
     Values are means over a step's micro-batches and data ranks. Between two logged steps nothing is reduced and no
     value is read from the device. Validation does not count as step time.
@@ -55,7 +59,7 @@ class StepMetrics(Callback):
             values = torch.stack([value.to(precise) for value in self._sums.values()]) / self._micro_batches
             metrics = dict(zip(self._sums, trainer.strategy.reduce(values).tolist(), strict=True))
             metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-            pl_module.log_dict(metrics | self._throughput(-2), batch_size=1)
+            pl_module.log_dict(metrics | _of_optimizer(trainer) | self._throughput(-2), batch_size=1)
         self._sums.clear()
         self._micro_batches = 0
 
@@ -72,3 +76,16 @@ class StepMetrics(Callback):
             return {}
         step_time = (ended - began) / (last - first)
         return {"perf/tokens_per_second": self.tokens_per_step / step_time, "perf/step_time_s": step_time}
+
+
+def _of_optimizer(trainer: Trainer) -> dict[str, float]:
+    strategy = trainer.strategy
+    assert isinstance(strategy, TEDStrategy)
+    metrics = {}
+    norm = strategy.sharded_optimizers[0].last_norm
+    if norm is not None:
+        metrics["train/gradient_norm"] = norm
+    if strategy.loss_scaler is not None:
+        metrics["train/loss_scale"] = strategy.loss_scaler.scale
+        metrics["train/skipped_steps"] = float(strategy.loss_scaler.skipped_steps)
+    return metrics

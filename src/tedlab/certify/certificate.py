@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 import tedlab
-from tedlab.certify.compare import TOLERANCE, Row, compare, first_difference
+from tedlab.certify.compare import Row, compare, first_difference
 from tedlab.certify.record import FILE, Record, record
 from tedlab.certify.shrink import SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
@@ -22,7 +22,12 @@ from tedlab.report import resolved_yaml
 from tedlab.topology import ParallelDegrees
 from tedlab.validate import check
 
-RUNS = 5
+CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
+    "in one process": ("layout", "one"),
+    "from one process": ("one", "layout"),
+    "in this layout": ("layout", "layout"),  # must give equal bits
+}
+RUNS = 2 + len(CONTINUATIONS)
 Execute = Callable[[TrainConfig], None]  # calls `record` in every process of the configuration's layout
 
 
@@ -69,17 +74,21 @@ class Certificate:
 
 
 def certify(
-    config: TrainConfig, execute: Execute | None = None, progress: Callable[[str], None] = lambda stage: None
+    config: TrainConfig,
+    execute: Execute | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+    continuations: Iterable[str] = CONTINUATIONS,
 ) -> Certificate:
     """Runs a small float64 likeness of ``config`` in its layout and in one process, and compares everything.
 
-    Five runs: four steps in one process; the same in the layout; each continued by the other from a checkpoint in the
+    Five runs: some steps in one process; the same in the layout; each continued by the other from a checkpoint in the
     middle; and the layout continued by itself, which must give equal bits.
 
     Args:
         config: any training configuration.
         execute: how to run :func:`record`; by default in new processes of this machine.
         progress: is told what begins.
+        continuations: which of :data:`CONTINUATIONS` to run.
 
     Raises:
         UsageError: if the configuration makes no sense.
@@ -90,7 +99,7 @@ def certify(
         one = reference(layout, directory)
         degrees = check(layout)
         check(one)
-        rows = tuple(_compared(layout, one, degrees, execute or _launched, progress))
+        rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
         fingerprint = _fingerprint(layout, directory)
     asked = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
     return Certificate(str(degrees), str(asked), rows, fingerprint)
@@ -102,22 +111,20 @@ def _compared(
     degrees: ParallelDegrees,
     execute: Execute,
     progress: Callable[[str], None],
+    continuations: Iterable[str],
 ) -> Iterator[Row]:
     progress(f"one process, {STEPS} steps")
     expected = _recorded(one, execute)
     progress(f"{degrees.world_size} processes, {STEPS} steps")
     found = _recorded(layout, execute)
     yield from compare(found, expected, degrees)
-    for stage, source, target, tolerance in (
-        ("continued in one process", layout, one, TOLERANCE),
-        ("continued from one process", one, layout, TOLERANCE),
-        ("continued in this layout", layout, layout, 0.0),
-    ):
-        progress(stage)
+    parties = {"layout": layout, "one": one}
+    for name in continuations:
+        progress(f"continued {name}")
+        source, target = (parties[party] for party in CONTINUATIONS[name])
         resumed = _recorded(_continued(target, source), execute)
-        judge = found if source is target else expected
-        rows = compare(resumed, judge, degrees, tolerance)
-        yield _summary(f"checkpoint {stage}", rows)
+        rows = compare(resumed, found, degrees, 0.0) if source is target else compare(resumed, expected, degrees)
+        yield _summary(f"checkpoint continued {name}", rows)
 
 
 def _recorded(config: TrainConfig, execute: Execute) -> Record:

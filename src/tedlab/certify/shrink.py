@@ -14,11 +14,11 @@ import numpy as np
 from tedlab.config import CheckpointConfig, DataConfig, ParallelConfig, TrainConfig
 from tedlab.topology import ParallelDegrees
 
-STEPS, SAVED = 4, 2  # steps of a run, and after which it saves
+STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
 MOST_PROCESSES = 16
 _HEAD = 4  # width of an attention head
 _SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 16, 2, 2, 4
-_STEPS_PER_EPOCH = 3  # so that a run crosses from one epoch into the next
+_STEPS_PER_EPOCH = 4  # so that a run is continued in the middle of one
 
 
 def shrink(config: TrainConfig, directory: Path) -> TrainConfig:

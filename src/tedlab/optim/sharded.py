@@ -84,6 +84,7 @@ class ShardedOptimizer:
         self._norm: float | None = None  # of the gradient that waits for the step, once known
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
         self.applied_clip_factor = 1.0  # in the last step
+        self.last_norm: float | None = None  # of the last step's gradient, if anything asked for it
         self._inner_step: Callable[[], Any] = optimizer.step
 
         @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
@@ -185,7 +186,7 @@ class ShardedOptimizer:
             finally:
                 for group, params in zip(groups, everything, strict=True):
                     group["params"] = params
-        self.applied_clip_factor = self._clip_factor
+        self.applied_clip_factor, self.last_norm = self._clip_factor, self._norm
         if self.scaler is not None:
             self.scaler.update(overflow)
         for bucket in self.buckets:

@@ -1,0 +1,96 @@
+"""The matrix: layouts × routing, capacity, ZeRO, tiles, accumulation, clipping, optimizers, each against one process.
+
+A cell compares everything that :func:`tedlab.certify.certify` does, and continues the layout's checkpoint in one
+process. ``python -m tests.certify.test_matrix`` prints a table of the largest errors.
+"""
+
+import itertools
+
+import pytest
+
+from tedlab.certify import Certificate, certify
+from tests.certify.runs import composed, in_pool
+from tests.pool import WorkerPool
+
+# (processes, tensor, expert); the rest is data parallel, up to D_e = 8.
+LAYOUTS = [
+    *((2, 2, 1), (2, 1, 2), (2, 1, 1)),
+    *((4, 4, 1), (4, 1, 4), (4, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2)),
+    *((8, 2, 2), (8, 4, 2), (8, 2, 4), (8, 1, 8), (8, 1, 4), (8, 1, 1)),
+]
+EXPERTS_PER_RANK = "experts_per_rank"
+ACCUMULATED = "accumulated"
+JOBS: dict[str, dict[str, object]] = {
+    "top1_clipped": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "trainer.gradient_clip_val": 0.05},
+    "many_dropped_no_zero": {
+        **{EXPERTS_PER_RANK: 2, "moe.capacity_factor": 0.5, "moe.capacity_multiple": 1},
+        **{"optim.zero": False, "optim.tile": "null", "optim.schedule": "constant"},
+    },
+    "top2_none_dropped_overlapped": {
+        **{EXPERTS_PER_RANK: 4, "moe.top_k": 2, "moe.capacity_factor": "null", "moe.every": 1},
+        **{"optim.overlap": True, ACCUMULATED: 2},
+    },
+    "one_expert_per_rank_sgd": {
+        **{EXPERTS_PER_RANK: 1, "trainer.gradient_clip_val": "null", "optim.tile": 7},
+        "optim": "sgd",
+    },
+    # Three tokens for four or more experts: some get none.
+    "starved_experts": {EXPERTS_PER_RANK: 4, "model.sequence_length": 3, "data.micro_batch_size": 1, ACCUMULATED: 2},
+    "losses_untied_fused": {
+        **{EXPERTS_PER_RANK: 2, "moe.z_loss": 0.01, "moe.aux_loss": 0.1, "model.tie_embeddings": False},
+        **{"optim.tile": "fused", "optim.schedule": "wsd"},
+    },
+    "deepspeed_top1": {
+        **{EXPERTS_PER_RANK: 2, "moe.gating": "deepspeed_top1", "moe.random_token_selection": False},
+        **{"moe.capacity_factor": 0.8, "optim.zero": False, "optim.overlap": True},
+    },
+    "deepspeed_topk": {
+        **{EXPERTS_PER_RANK: 2, "moe.gating": "deepspeed_topk", "moe.top_k": 2, "moe.drop_policy": "position"},
+        **{"moe.capacity_factor": 0.8, ACCUMULATED: 2},
+    },
+}
+CELLS = [
+    (layout, job)
+    for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
+    if layout[0] < 8 or (number + place) % 3  # eight processes take longest: two thirds of their cells
+    if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
+]
+
+
+def overrides(layout: tuple[int, int, int], job: str) -> list[str]:
+    world, tensor, expert = layout
+    settings = {"data.micro_batch_size": 2, **JOBS[job]}
+    per_rank, accumulated = int(str(settings.pop(EXPERTS_PER_RANK))), int(str(settings.pop(ACCUMULATED, 1)))
+    batch = int(str(settings["data.micro_batch_size"])) * world // tensor * accumulated
+    return [
+        *(f"parallel.world_size={world}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"),
+        *(f"moe.num_experts={expert * per_rank}", f"data.batch_size={batch}"),
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
+
+
+def certificate(pool: WorkerPool, layout: tuple[int, int, int], job: str) -> Certificate:
+    return certify(composed(*overrides(layout, job)), in_pool(pool), continuations=["in one process"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "job"), CELLS, ids=lambda value: "_".join(map(str, value)) if isinstance(value, tuple) else value
+)
+def test_a_layout_equals_one_process(pool: WorkerPool, layout: tuple[int, int, int], job: str) -> None:
+    found = certificate(pool, layout, job)
+    assert found.ok, str(found.culprit)
+
+
+def test_the_matrix_is_large_and_reaches_far() -> None:
+    assert len(CELLS) >= 100
+    assert max(world // tensor // expert for world, tensor, expert in LAYOUTS) == 8
+
+
+if __name__ == "__main__":
+    shared = WorkerPool()
+    errors: dict[str, float] = {}
+    for layout in LAYOUTS:
+        results = [certificate(shared, *cell) for cell in CELLS if cell[0] == layout]
+        largest = max(row.error for result in results for row in result.rows)
+        print(f"{results[0].layout:70}  {len(results)} cells  {largest:.1e}", flush=True)
