@@ -159,6 +159,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # optimizer
+    "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
+    "clip_by_value": (["+trainer.gradient_clip_algorithm=value"], ["gradient_clip_algorithm=value", "use norm"]),
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
     "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),
     "tile_0": (["optim.tile=0"], ["tile=0", "at least 1", "null", "fused"]),

@@ -47,8 +47,12 @@ def generate(config: GenerateConfig) -> str:
     trained = OmegaConf.to_object(OmegaConf.merge(TrainConfig, OmegaConf.load(directory / "config.yaml")))
     assert isinstance(trained, TrainConfig)
     tokenizer = load_tokenizer(directory)
-    # Capacity is about balance in training; a text must not change because its tokens crowd one expert.
-    model = GPT(trained.model, replace(trained.moe, capacity_factor=None), Topology.single(), seed=0)
+    # Capacity is about balance in training; a text must not change because its tokens crowd one expert. Nor is a
+    # second expert drawn at random.
+    moe = replace(trained.moe, capacity_factor=None)
+    if moe.gating == "deepspeed_top2":
+        moe.second_expert_sampling = False
+    model = GPT(trained.model, moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, directory / "checkpoints" / config.checkpoint)
 

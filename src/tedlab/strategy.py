@@ -224,6 +224,7 @@ class TEDStrategy(ParallelStrategy):
         super().setup_precision_plugin()
         # Lightning has no strategy hook for clipping, and a norm over local shards would be wrong.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
 
     @override
     def model_to_device(self) -> None:
@@ -274,6 +275,9 @@ class TEDStrategy(ParallelStrategy):
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._sharded(optimizer).clip(clip_val)
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        raise ValueError("TEDStrategy clips by the global norm only: gradient_clip_algorithm='norm'")
 
     def _sharded(self, optimizer: Optimizer) -> ShardedOptimizer:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer

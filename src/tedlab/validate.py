@@ -21,6 +21,7 @@ from tedlab.data import TextDataModule
 from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
+from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
 from tedlab.topology import ParallelDegrees
 
@@ -156,6 +157,11 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"trainer.precision={trainer['precision']} is not supported; valid: {', '.join(PRECISIONS)}")
     if trainer["precision"] == "16-mixed" and trainer["accelerator"] == "cpu":
         raise ValueError("trainer.precision=16-mixed needs a GPU (Lightning would run bf16 instead); use bf16-mixed")
+    if trainer.get("gradient_clip_algorithm") not in (None, "norm"):
+        raise ValueError(
+            f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']} is not supported: gradients are "
+            "sharded and clipped by their global norm; use norm"
+        )
     if trainer["max_steps"] < 1:
         raise ValueError(f"trainer.max_steps is {trainer['max_steps']}; a run has at least 1 step")
     if config.seed < 0:
@@ -231,6 +237,7 @@ def _check_optim(config: TrainConfig) -> None:
         optimizer = hydra.utils.get_class(str(target))
     except Exception as error:  # whatever importing it raises
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
+    check_elementwise(optimizer)
     check_tile(config.optim.tile, optimizer, config.optim.optimizer)
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr is {config.optim.lr}; a learning rate is positive")

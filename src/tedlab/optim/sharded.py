@@ -7,6 +7,7 @@ its groups are replaced, by tiles of this process's shards, and its ``step`` by 
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ from tedlab.optim.loss_scale import LossScaler
 _BUCKET_ELEMENTS = 1 << 24  # local elements reduced in one collective
 
 
+def check_elementwise(optimizer: type[Optimizer]) -> None:
+    """Whether shards can be stepped as flat pieces.
+
+    Raises:
+        ValueError: for optimizers that need whole matrices, a line search or sparse gradients.
+    """
+    known = {"LBFGS", "Adafactor", "Muon", "Shampoo", "SOAP", "SparseAdam"} & {c.__name__ for c in optimizer.__mro__}
+    if known:
+        raise ValueError(
+            f"{known.pop()} does not update each element by itself, so its state cannot be sharded in flat pieces; "
+            "element-wise optimizers such as AdamW, Adam, SGD, RMSprop, Adagrad, NAdam can"
+        )
+
+
 class ShardedOptimizer:
     """Shards the state of an optimizer over each parameter's own data-parallel group (paper §4).
 
@@ -29,9 +44,8 @@ class ShardedOptimizer:
     tile by tile and gathers the parameters. Half-precision gradients are upcast one tile at a time, so the temporary
     takes 4 bytes × ``tile`` whatever the size of the model (paper §4.2).
 
-    Tensors in the optimizer's groups have no shape but a length, so the optimizer must be element-wise (SGD, Adam,
-    AdamW, …; not Adafactor or LBFGS). Parameters that got no gradient in a step in which others of their bucket did
-    count as having a gradient of zero.
+    Tensors in the optimizer's groups have no shape but a length, so the optimizer must be element-wise. Parameters that
+    got no gradient in a step in which others of their bucket did count as having a gradient of zero.
 
     Args:
         optimizer: what ``configure_optimizers`` returned; modified in place.
@@ -44,7 +58,7 @@ class ShardedOptimizer:
         scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
 
     Raises:
-        ValueError: if the optimizer cannot be stepped with this ``tile``.
+        ValueError: if the optimizer is not element-wise, or cannot be stepped with this ``tile``.
     """
 
     def __init__(
@@ -58,6 +72,7 @@ class ShardedOptimizer:
         overlap: bool = False,
         scaler: LossScaler | None = None,
     ) -> None:
+        check_elementwise(type(optimizer))
         for group in optimizer.param_groups:
             check_tile(tile, type(optimizer), group)
         self.optimizer = optimizer
@@ -177,15 +192,10 @@ class ShardedOptimizer:
         overflow = self.scaler is not None and not math.isfinite(self.global_norm())
         factor = self._clip_factor / (self.scaler.scale if self.scaler else 1.0)
         if not overflow:
-            groups = self.optimizer.param_groups
-            everything = [group["params"] for group in groups]
-            try:
+            with self._parameters_apart():
                 for bucket in self.buckets:
                     if bucket.gradient is not None:
                         self._step_bucket(bucket, factor)
-            finally:
-                for group, params in zip(groups, everything, strict=True):
-                    group["params"] = params
         self.applied_clip_factor, self.last_norm = self._clip_factor, self._norm
         if self.scaler is not None:
             self.scaler.update(overflow)
@@ -194,9 +204,20 @@ class ShardedOptimizer:
         self._norm, self._clip_factor = None, 1.0
         return result
 
-    def _step_bucket(self, bucket: Bucket, factor: float) -> None:
-        for group in self.optimizer.param_groups:
+    @contextmanager
+    def _parameters_apart(self) -> Iterator[None]:
+        """The optimizer's groups are empty meanwhile, so that it sees just the tile that it is given."""
+        groups = self.optimizer.param_groups
+        everything = [group["params"] for group in groups]
+        for group in groups:
             group["params"] = []
+        try:
+            yield
+        finally:
+            for group, params in zip(groups, everything, strict=True):
+                group["params"] = params
+
+    def _step_bucket(self, bucket: Bucket, factor: float) -> None:
         if self._fused:
             self._step_fused(bucket, factor)
         else:
@@ -216,14 +237,17 @@ class ShardedOptimizer:
         tiles = self._tiles[bucket]
         parts = bucket.gradient.split([t.numel() for t in tiles])
         for tile, part in zip(tiles, parts, strict=True):
-            self.optimizer.param_groups[bucket.group]["params"] = [tile]
-            tile.grad = part.to(tile.dtype)  # a copy where the gradient is half-precision, else the gradient itself
-            if factor != 1.0:
-                tile.grad.mul_(factor)
-            self._inner_step()
-            tile.grad = None
+            gradient = part.to(tile.dtype)  # a copy where the gradient is half-precision, else the gradient itself
+            self._step_tile(bucket, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
+        self.optimizer.param_groups[bucket.group]["params"] = []
         if bucket.master is not bucket.shard:
             bucket.shard.copy_(bucket.master)
+
+    def _step_tile(self, bucket: Bucket, tile: nn.Parameter, gradient: Tensor) -> None:
+        self.optimizer.param_groups[bucket.group]["params"] = [tile]
+        tile.grad = gradient
+        self._inner_step()
+        tile.grad = None
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -286,13 +310,11 @@ class ShardedOptimizer:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        for tiles in self._tiles.values():
-            for tile in tiles:
-                tile.grad = torch.zeros_like(tile)
-        self._inner_step()
-        for tiles in self._tiles.values():
-            for tile in tiles:
-                tile.grad = None
+        with self._parameters_apart():
+            for bucket, tiles in self._tiles.items():
+                for tile in tiles:
+                    self._step_tile(bucket, tile, torch.zeros_like(tile))
+                self.optimizer.param_groups[bucket.group]["params"] = []
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
