@@ -66,7 +66,6 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
         max_restarts=0,
         monitor_interval=0.5,
         start_method="forkserver",
-        shutdown_timeout=10,  # after a signal: then SIGKILL
     )
     multiprocessing.set_start_method("forkserver", force=True)  # joblib's own, which children inherit, has no server
     multiprocessing.set_forkserver_preload([run.__module__])
