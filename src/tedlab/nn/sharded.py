@@ -126,8 +126,9 @@ def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], ini
     height = max(1, _BLOCK_ELEMENTS // columns)
     for block in range(first // height, -(-last // height)):
         top = block * height
-        generator = torch.Generator().manual_seed(_seed(f"{key}/{block}"))
-        values = torch.randn(min(height, rows - top), columns, generator=generator, dtype=torch.float32)
+        # On the CPU whatever the default device: the numbers are then the same on any.
+        generator = torch.Generator("cpu").manual_seed(_seed(f"{key}/{block}"))
+        values = torch.randn(min(height, rows - top), columns, generator=generator, dtype=torch.float32, device="cpu")
         kept = values[max(first - top, 0) : last - top, starts[1] : starts[1] + local.shape[1]]
         start = max(top - first, 0)
         local[start : start + kept.shape[0]] = kept * init.std + init.mean
