@@ -1,5 +1,6 @@
 """The LightningModule for language models: loss, metrics of a step, optimizer and schedule."""
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -71,7 +72,7 @@ class LanguageModel(LightningModule):
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         loss, _ = self._loss(batch)
-        bits = loss / torch.log(torch.tensor(2.0)) / self.bytes_per_token
+        bits = loss.double() / (math.log(2) * self.bytes_per_token)
         self.log_dict({"val/loss": loss, "val/bits_per_byte": bits}, sync_dist=True, batch_size=len(batch))
 
     def _loss(self, batch: Tensor) -> tuple[Tensor, list[RouterReport]]:

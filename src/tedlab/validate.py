@@ -193,7 +193,7 @@ def _check_processes(config: TrainConfig) -> None:
         )
     if config.trainer["accelerator"] == "cpu":
         cores = os.cpu_count() or 1
-        most = max(8, 4 * cores)
+        most = max(16, 4 * cores)
         if devices > most:
             raise ValueError(
                 f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "

@@ -175,4 +175,4 @@ def test_without_a_bug_the_same_configurations_pass(pool: WorkerPool) -> None:
     for overrides in {tuple(case[1]): None for case in CASES}:
         certificate = certify(composed(*overrides), in_pool(pool))
         assert certificate.ok, certificate.rows
-        assert torch.tensor([row.compared for row in certificate.rows]).min() >= 4
+        assert torch.tensor([row.compared for row in certificate.rows]).min() >= 3

@@ -1,12 +1,16 @@
 """One short run, inside one of its processes, with everything written down that two runs can differ in."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from typing_extensions import override
 
 from tedlab.config import TrainConfig
@@ -25,6 +29,7 @@ QUANTITIES = (  # in the order in which a step computes them
     "next weights",
 )
 FILE = "record.pt"
+_REPLICAS = 1e-12  # relative difference of values that several processes hold
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
@@ -54,7 +59,7 @@ class Recorder(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         (sharded,) = _strategy(trainer).sharded_optimizers
-        self._quantities["gradients"] = {name: whole(g) for name, g in sharded.gradients().items()}
+        self._quantities["gradients"] = assembled(sharded.gradients())
         self._quantities["gradient norm"] = {"all parameters": torch.tensor(sharded.global_norm(), dtype=torch.float64)}
 
     @override
@@ -73,18 +78,45 @@ class Recorder(Callback):
             "all parameters": torch.tensor(sharded.applied_clip_factor, dtype=torch.float64)
         }
         state = sharded.state_dict()["state"]
-        self._quantities["optimizer state"] = {
-            f"{name} ({key})": whole(value) for name, entries in state.items() for key, value in entries.items()
-        }
-        self._quantities["next weights"] = {name: whole(p) for name, p in pl_module.named_parameters()}
+        self._quantities["optimizer state"] = assembled(
+            {f"{name} ({key})": value for name, entries in state.items() for key, value in entries.items()}
+        )
+        self._quantities["next weights"] = assembled(dict(pl_module.named_parameters()))
         self.record[trainer.global_step] = {quantity: self._quantities[quantity] for quantity in QUANTITIES}
         self._scalars, self._quantities = [], {}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The global tensor, on every process."""
-    tensor = torch.as_tensor(tensor).detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+def assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Global tensors in the first process, from the parts that all hold; empty in the others. Collective.
+
+    Where processes that hold the same elements disagree, the result is NaN: drifting replicas must not go unnoticed.
+    """
+    own = {name: _part(torch.as_tensor(tensor).detach()) for name, tensor in tensors.items()}
+    everybody: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(own, everybody)
+    if everybody is None:
+        return {}
+    result = {}
+    for name, tensor in tensors.items():
+        shape = torch.as_tensor(tensor).shape
+        whole = torch.full(shape, math.nan, dtype=own[name][1].dtype)
+        filled = torch.zeros(shape, dtype=torch.bool)
+        for parts in everybody:
+            offset, values = parts[name]
+            place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+            agreed = torch.isclose(whole[place], values, rtol=_REPLICAS, atol=0.0) | ~filled[place]
+            whole[place] = torch.where(agreed, values, math.nan)
+            filled[place] = True
+        result[name] = whole
+    return result
+
+
+def _part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Where this process's part of a tensor begins, and its values, on the CPU."""
+    if not isinstance(tensor, DTensor):
+        return (0,) * tensor.dim(), tensor.cpu()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(offset), tensor.to_local().cpu()
 
 
 @torch.no_grad()
