@@ -26,6 +26,8 @@ from tedlab.data import TextDataModule, bigram_loss
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 
+CERTIFICATE = "certificate.json"
+
 
 def resolved_yaml(config: TrainConfig) -> str:
     """The configuration with every value written out."""
@@ -93,7 +95,7 @@ def report(
 
 def _certificate(directory: Path) -> dict[str, Any] | None:
     """Verdict and fingerprint, if the run asked for a certificate."""
-    file = directory / "certificate.json"
+    file = directory / CERTIFICATE
     if not file.exists():
         return None
     certificate = json.loads(file.read_text())

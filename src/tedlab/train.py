@@ -25,11 +25,14 @@ def certify_first(config: TrainConfig) -> None:
     Raises:
         UsageError: if it does not equal one process.
     """
-    from tedlab.certify.show import FILE, certify_visibly
+    from tedlab.certify.show import certify_visibly
+    from tedlab.report import CERTIFICATE
 
     certificate = certify_visibly(config)
     if not certificate.ok:
-        raise UsageError(f"The configuration failed its certificate ({config.output_dir}/{FILE}); nothing was trained.")
+        raise UsageError(
+            f"The configuration failed its certificate ({config.output_dir}/{CERTIFICATE}); nothing was trained."
+        )
 
 
 main = hydra_entry(train)

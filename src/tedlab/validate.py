@@ -36,11 +36,15 @@ _GATING_OPTIONS = {  # options that are null unless one of these gatings is chos
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
 
-def check(config: TrainConfig) -> ParallelDegrees:
+def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDegrees:
     """Validates ``config`` and completes it in place.
 
     Completed: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes, and
     the corpus itself, which is tokenised into the cache if it is not there yet.
+
+    Args:
+        config: as composed.
+        most_processes: allowed on this machine's CPU; None: as many as make sense for training.
 
     Returns:
         The parallel degrees.
@@ -52,7 +56,7 @@ def check(config: TrainConfig) -> ParallelDegrees:
         degrees = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
         _check_model(config, degrees)
         _check_trainer(config)
-        _check_processes(config)
+        _check_processes(config, most_processes)
         _check_batches(config, degrees)
         _check_optim(config)
         data = TextDataModule(config.data, config.model.sequence_length, config.seed)
@@ -183,7 +187,7 @@ def _check_checkpointing(config: TrainConfig) -> None:
         raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(_VALIDATION_METRICS)}")
 
 
-def _check_processes(config: TrainConfig) -> None:
+def _check_processes(config: TrainConfig, most: int | None) -> None:
     devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
     world = config.parallel.world_size
     if devices * nodes != world:
@@ -193,7 +197,7 @@ def _check_processes(config: TrainConfig) -> None:
         )
     if config.trainer["accelerator"] == "cpu":
         cores = os.cpu_count() or 1
-        most = max(16, 4 * cores)
+        most = most or max(8, 4 * cores)
         if devices > most:
             raise ValueError(
                 f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "

@@ -32,7 +32,7 @@ JOBS: dict[str, dict[str, object]] = {
     },
     "one_expert_per_rank_sgd": {
         **{EXPERTS_PER_RANK: 1, "trainer.gradient_clip_val": "null", "optim.tile": 7},
-        "optim": "sgd",
+        **{"optim": "sgd", "optim.optimizer.momentum": 0.9},
     },
     # Three tokens for four or more experts: some get none.
     "starved_experts": {EXPERTS_PER_RANK: 4, "model.sequence_length": 3, "data.micro_batch_size": 1, ACCUMULATED: 2},

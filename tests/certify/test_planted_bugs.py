@@ -116,6 +116,18 @@ def step_of_a_stale_gradient(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Bucket, "finish_reduction", wrong)
 
 
+def replicas_that_drift(patch: pytest.MonkeyPatch) -> None:
+    """By so little, and on a rank that reports nothing, that outputs would tell only later."""
+    gather = Bucket.gather_parameters
+
+    def wrong(self: Bucket) -> None:
+        gather(self)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            self.flat[0] += 1e-9
+
+    patch.setattr(Bucket, "gather_parameters", wrong)
+
+
 TP2 = ["parallel=tp2"]
 CASES: list[tuple[Plant, list[str], str, str]] = [
     # bug, layout, first wrong quantity, what is said of it
@@ -153,6 +165,7 @@ CASES: list[tuple[Plant, list[str], str, str]] = [
         "checkpoint continued from one process",
         "in step 3: outputs: logits",
     ),
+    (replicas_that_drift, ["parallel=dp2"], "next weights", "in step 1: network."),
     (step_of_a_stale_gradient, ["parallel=ep2"], "gradients", "is no multiple"),
 ]
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedlab import Topology
+from tedlab.config import MoEConfig
 from tedlab.moe import Router, Routing, assign_slots, expert_capacity
 from tedlab.nn import Init, initialize
 
@@ -110,7 +111,8 @@ def test_a_second_choice_waits_until_all_first_choices_are_placed() -> None:
 def route(single: Topology, logits: Tensor, top_k: int = 1, factor: float | None = None) -> tuple[Routing, Router]:
     """Routes as many tokens as there are rows, each with exactly these logits."""
     tokens, experts = logits.shape
-    router = Router(tokens, experts, top_k, factor, 1, single, init=Init(std=1.0)).to(logits.dtype)
+    config = MoEConfig(num_experts=experts, top_k=top_k, capacity_factor=factor, capacity_multiple=1)
+    router = Router(tokens, config, single, init=Init(std=1.0)).to(logits.dtype)
     initialize(router, 0)
     with torch.no_grad():
         router.get_parameter("weight").to_local().copy_(logits.T)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tedlab import ParallelDegrees, Topology
+from tedlab.certify.compare import relative_error
 from tedlab.comm import Collective
 from tedlab.nn import (
     ColumnParallelLinear,
@@ -122,11 +123,6 @@ CASES: dict[str, Case] = {
         None,
     ),
 }
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def own_part(x: Tensor, dim: int | None, topology: Topology) -> Tensor:

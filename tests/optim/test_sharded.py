@@ -1,6 +1,6 @@
-"""What is special to the sharded step: tiles, precisions, overflow, overlap, memory.
+"""The sharded step equals the plain one, bit for bit across tile sizes; precisions, overflow, overlap, memory.
 
-That it equals the plain step in every layout is in ``tests/certify/test_matrix.py``.
+More layouts and options are in ``tests/certify/test_matrix.py``.
 """
 
 from dataclasses import replace
@@ -14,10 +14,24 @@ from lightning.pytorch.plugins import MixedPrecision
 from tedlab.config import MoEConfig
 from tedlab.optim import sharded
 from tests.pool import WorkerPool
-from tests.test_parity import reference
+from tests.test_parity import compare, reference
 from tests.training import Job, Layout, Record, full, language_model, loader, train, trainer
 
 MOE = MoEConfig(num_experts=4, capacity_factor=1.0)
+
+
+LAYOUTS = [Layout(4, expert=2), Layout(4, tensor=2, expert=2), Layout(8, tensor=2, expert=2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+def test_three_steps_equal_one_process(pool: WorkerPool, layout: Layout, zero: bool) -> None:
+    job = Job(moe=MOE, steps=3, clip=0.1, zero=zero, tile=2000)
+    record = pool.run(layout.world_size, train, layout, job)[0]
+    errors = compare(record, reference(pool, Job(moe=MOE, steps=3, clip=0.1)))
+    wrong = {name: error for name, error in errors.items() if not error < 1e-9}
+    assert not wrong, wrong
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true"])

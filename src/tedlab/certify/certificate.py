@@ -15,7 +15,7 @@ from rich.table import Table
 import tedlab
 from tedlab.certify.compare import Row, compare, first_difference
 from tedlab.certify.record import FILE, Record, record
-from tedlab.certify.shrink import SAVED, STEPS, reference, shrink
+from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
 from tedlab.report import resolved_yaml
@@ -97,7 +97,7 @@ def certify(
         directory = Path(folder)
         layout = shrink(config, directory)
         one = reference(layout, directory)
-        degrees = check(layout)
+        degrees = check(layout, MOST_PROCESSES)
         check(one)
         rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
         fingerprint = _fingerprint(layout, directory)

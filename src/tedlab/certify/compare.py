@@ -22,7 +22,7 @@ class Row:
         error: largest absolute difference over the reference tensor's largest magnitude, over all steps and tensors.
         compared: how many tensors.
         step: the first in which something differs; 0 if nothing does.
-        first: the first tensor of that step, in the model's order, that differs.
+        first: the first tensor of that step, in the order of recording, that differs.
         hint: what the difference looks like.
         tolerance: above which ``error`` is a difference.
     """

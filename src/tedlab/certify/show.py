@@ -9,8 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tedlab.certify.certificate import RUNS, Certificate, certify
 from tedlab.config import TrainConfig
-
-FILE = "certificate.json"
+from tedlab.report import CERTIFICATE
 
 
 def certify_visibly(config: TrainConfig) -> Certificate:
@@ -29,5 +28,5 @@ def certify_visibly(config: TrainConfig) -> Certificate:
         console.print(f"[red]{certificate.culprit}[/]")
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / FILE).write_text(json.dumps(certificate.as_dict(), indent=2) + "\n")
+    (directory / CERTIFICATE).write_text(json.dumps(certificate.as_dict(), indent=2) + "\n")
     return certificate

@@ -46,7 +46,7 @@ def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path, group: di
         dcp.save(tensors, checkpoint_id=partial, process_group=group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        intact = f"; intact: {_listed(path.parent)}" if _beside(path.parent) else ""
+        intact = _beside(path, "intact")
         raise OSError(f"process {rank} could not write the checkpoint {path}: {cause}{intact}") from None
     if leader:
         torch.save(dict(meta), partial / META)
@@ -109,17 +109,15 @@ def _complete(path: Path) -> Path:
     path = _present(path)
     if not (path / META).is_file() or not (path / ".metadata").is_file():
         what = "does not exist" if not path.exists() else f"lacks {META} or .metadata"
-        hint = f"; checkpoints beside it: {_listed(path.parent)}" if _beside(path.parent) else ""
-        raise FileNotFoundError(f"{path} is not a complete checkpoint: it {what}{hint}")
+        near = _beside(path, "checkpoints beside it")
+        raise FileNotFoundError(f"{path} is not a complete checkpoint: it {what}{near}")
     return path
 
 
-def _beside(folder: Path) -> list[Path]:
-    return sorted(file.parent for file in folder.glob(f"*/{META}"))
-
-
-def _listed(folder: Path) -> str:
-    return ", ".join(map(str, _beside(folder)))
+def _beside(path: Path, heading: str) -> str:
+    """For the end of a message: the checkpoints in the same folder; nothing if there are none."""
+    found = sorted(file.parent for file in path.parent.glob(f"*/{META}"))
+    return f"; {heading}: " + ", ".join(map(str, found)) if found else ""
 
 
 def _replaced(path: Path) -> Path:

@@ -65,15 +65,7 @@ class DeepSpeedRouter(Router):
     def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         if config.gating not in GATINGS:
             raise ValueError(f"gating={config.gating} is unknown; valid: default, {', '.join(GATINGS)}")
-        super().__init__(
-            hidden,
-            config.num_experts,
-            config.top_k,
-            config.capacity_factor,
-            config.capacity_multiple,
-            topology,
-            init=init,
-        )
+        super().__init__(hidden, config, topology, init=init)
         self.comm = topology.comm
         self.gating = config.gating
         self.min_capacity = MIN_CAPACITY if config.min_capacity is None else config.min_capacity

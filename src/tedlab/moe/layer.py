@@ -27,19 +27,8 @@ class MoELayer(nn.Module):
         self, hidden: int, ffn: int, config: MoEConfig, topology: Topology, *, init: Init, out_init: Init
     ) -> None:
         super().__init__()
-        self.router: Router
-        if config.gating == "default":
-            self.router = Router(
-                hidden,
-                config.num_experts,
-                config.top_k,
-                config.capacity_factor,
-                config.capacity_multiple,
-                topology,
-                init=init,
-            )
-        else:
-            self.router = DeepSpeedRouter(hidden, config, topology, init=init)
+        router = Router if config.gating == "default" else DeepSpeedRouter
+        self.router = router(hidden, config, topology, init=init)
         self.path = AllToAllDispatcher(config.num_experts, topology.comm)
         self.experts = Experts(config.num_experts, hidden, ffn, topology, init=init, out_init=out_init)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tedlab.config import MoEConfig
 from tedlab.nn import Init, ShardedModule
 from tedlab.topology import Topology
 
@@ -81,29 +82,16 @@ class Router(ShardedModule):
 
     Args:
         hidden: model width.
-        num_experts: E.
-        top_k: K.
-        capacity_factor: see :func:`expert_capacity`.
-        capacity_multiple: see :func:`expert_capacity`.
+        config: experts E, choices K, capacity (see :func:`expert_capacity`).
         topology: where this process stands.
         init: initial weights.
     """
 
-    def __init__(
-        self,
-        hidden: int,
-        num_experts: int,
-        top_k: int,
-        capacity_factor: float | None,
-        capacity_multiple: int,
-        topology: Topology,
-        *,
-        init: Init,
-    ) -> None:
+    def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         super().__init__()
-        self.num_experts, self.top_k = num_experts, top_k
-        self.capacity_factor, self.capacity_multiple = capacity_factor, capacity_multiple
-        self.add_parameter("weight", (num_experts, hidden), topology.dense, init=init, device=topology.device)
+        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.capacity_factor, self.capacity_multiple = config.capacity_factor, config.capacity_multiple
+        self.add_parameter("weight", (self.num_experts, hidden), topology.dense, init=init, device=topology.device)
 
     def forward(self, x_TH: Tensor) -> Routing:
         """Routes the T tokens of a micro-batch."""
