@@ -23,6 +23,7 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
     tie_embeddings: bool = True  # the output projection is the token embedding
     init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)
+    checkpoint: str = "none"  # activation checkpointing: none | block (recompute each block in the backward pass)
 
 
 @dataclass
@@ -34,6 +35,9 @@ class MoEConfig:
     top_k: int = 1
     capacity_factor: float | None = 1.25  # None: no token is ever dropped
     capacity_multiple: int = 8  # capacity is rounded up to a multiple of this in every layout
+    # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.
+    # None: 1, or with parallel.sequence the tensor degree, since each tensor rank then sees its own positions only.
+    capacity_groups: int | None = None
     aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = 0.0  # coefficient of the router z-loss, summed over MoE layers
     gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
@@ -51,14 +55,35 @@ class ParallelConfig:
     world_size: int = MISSING  # processes in all, over all nodes
     tensor: int = 1
     expert: int = 1
+    sequence: bool = False  # shard activations between layers over the tensor group (Megatron's sequence parallelism)
+
+
+@dataclass
+class LedgerConfig:
+    """The record of every collective."""
+
+    every: int = 0  # steps between totals in the log; 0: only at the end
+    time: bool = False  # also measure durations, which synchronises every collective
 
 
 @dataclass
 class CommConfig:
-    """How processes talk."""
+    """How processes talk. No toggle changes what is computed."""
 
     backend: str | None = None  # None: nccl on CUDA, gloo on CPU
     timeout_s: int = 600  # a collective that takes longer ends the run
+    dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
+    fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
+    # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
+    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives, see comm/sites.py;
+    # auto: the best within cac_budget_bytes.
+    cac: Any = False
+    cac_budget_bytes: int | None = None  # of each process, for cac=auto
+    skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
+    emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
+    emulate_dilation: float = 1.0  # times slower than that network, in proportion to a slower processor
+    emulate_ranks_per_node: int | None = None  # None: the cluster's
+    ledger: LedgerConfig = field(default_factory=LedgerConfig)
 
 
 @dataclass
@@ -94,12 +119,16 @@ class OptimConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there."""
+    """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there.
+
+    And, for want of another place by that name, ``early_stop`` of *activation* checkpointing (``model.checkpoint``).
+    """
 
     every: int | None = None  # steps between checkpoints; None: only at the end
     monitor: str | None = None  # a metric such as val/loss: save after each validation, keep those with the lowest
     keep: int = 1  # how many to keep, the newest or the best; -1: all
     async_save: bool = False  # write while training goes on
+    early_stop: bool = True  # recompute a block only as far as backward needs; false: all of it, the paper's baseline
 
 
 @dataclass

@@ -65,12 +65,24 @@ def build(
     directory = Path(config.output_dir)
     data = TextDataModule(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
-    module = LanguageModel(config.model, config.moe, config.optim, config.seed, data.corpus.bytes_per_token)
+    module = LanguageModel(
+        config.model,
+        config.moe,
+        config.optim,
+        config.seed,
+        data.corpus.bytes_per_token,
+        early_stop=config.checkpoint.early_stop,
+    )
     trainer = Trainer(
         **config.trainer,
         strategy=TEDStrategy(
             tensor_parallel_size=config.parallel.tensor,
             expert_parallel_size=config.parallel.expert,
+            sequence_parallel=config.parallel.sequence,
+            dtd=config.comm.dtd,
+            fuse_reduce_scatter=config.comm.fuse_reduce_scatter,
+            cac=config.comm.cac,
+            skip_dead_gemm=config.comm.skip_dead_gemm,
             zero=config.optim.zero,
             tile=config.optim.tile,
             overlap=config.optim.overlap,

@@ -1,7 +1,7 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -35,6 +35,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from tedlab import checkpoint
+from tedlab.comm.sites import kept_tags
+from tedlab.config import CommConfig
+from tedlab.nn import ShardedModule
 from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import ParallelDegrees, Topology
 
@@ -53,6 +56,12 @@ class TEDStrategy(ParallelStrategy):
     Args:
         tensor_parallel_size: T. Number of processes that share one layer.
         expert_parallel_size: E_p. Number of groups that the experts are distributed over.
+        sequence_parallel: divide activations between layers over the tensor group, by position.
+        dtd: duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1).
+        fuse_reduce_scatter: with ``dtd``, one reduce-scatter in place of the experts' all-reduce and the drop after it.
+        cac: what recomputation takes from memory instead of communicating again (paper §5.2): False; True: every
+            collective's result; ``shard``: 1/T of each; or a list of collectives.
+        skip_dead_gemm: with ``cac``, do not recompute matrix products that only feed a result that was kept.
         zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
         overlap: reduce gradients while the backward pass goes on.
         tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
@@ -75,6 +84,11 @@ class TEDStrategy(ParallelStrategy):
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         *,
+        sequence_parallel: bool = False,
+        dtd: bool = False,
+        fuse_reduce_scatter: bool = False,
+        cac: bool | str | Sequence[str] = False,
+        skip_dead_gemm: bool = True,
         zero: bool = True,
         overlap: bool = False,
         async_checkpoint: bool = False,
@@ -89,6 +103,11 @@ class TEDStrategy(ParallelStrategy):
         super().__init__(accelerator, parallel_devices, cluster_environment, precision_plugin=precision_plugin)
         self.tensor_parallel_size = tensor_parallel_size
         self.expert_parallel_size = expert_parallel_size
+        self.sequence_parallel = sequence_parallel
+        kept_tags(cac)  # raises if there is no such collective
+        self.options = CommConfig(
+            dtd=dtd, fuse_reduce_scatter=fuse_reduce_scatter, cac=cac, skip_dead_gemm=skip_dead_gemm
+        )
         self.zero = zero
         self.overlap = overlap
         self.async_checkpoint = async_checkpoint
@@ -147,7 +166,10 @@ class TEDStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         # Degrees are checked before anything can wait for anybody.
         degrees = ParallelDegrees(
-            self.num_nodes * self.num_processes, self.tensor_parallel_size, self.expert_parallel_size
+            self.num_nodes * self.num_processes,
+            self.tensor_parallel_size,
+            self.expert_parallel_size,
+            self.sequence_parallel,
         )
         super().setup_environment()
         if self._topology is not None:  # fit, then validate: the groups are still there
@@ -161,7 +183,7 @@ class TEDStrategy(ParallelStrategy):
             timeout=self._timeout,
             device_id=self.root_device if self.root_device.type != "cpu" else None,
         )
-        self._topology = Topology(degrees, self.root_device)
+        self._topology = Topology(degrees, self.root_device, self.options)
         self._writer = checkpoint.Writer(self.async_checkpoint)
 
     @override
@@ -206,11 +228,18 @@ class TEDStrategy(ParallelStrategy):
                 self.precision_plugin.scaler = None
         assert self.model is not None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
+        partial = {
+            module.get_parameter(name)
+            for module in self.model.modules()
+            if isinstance(module, ShardedModule)
+            for name in module.partial
+        }
         self.sharded_optimizers = [
             ShardedOptimizer(
                 optimizer,
                 self.topology.comm,
                 names,
+                partial=partial,
                 zero=self.zero,
                 tile=self.tile,
                 overlap=self.overlap,
@@ -300,7 +329,7 @@ class TEDStrategy(ParallelStrategy):
         if mean and not tensor.is_floating_point():
             tensor = tensor.float()
         comm = self.topology.comm
-        total = comm.all_reduce(tensor, "world", tag="metrics.reduce", phase="optimizer", op="sum" if mean else op)
+        total = comm.all_reduce(tensor, "world", tag="metrics.reduce", phase="metrics", op="sum" if mean else op)
         return total / comm.size("world") if mean else total
 
     @override

@@ -15,7 +15,8 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tedlab.comm import Collectives, GroupKind
+from tedlab.comm import Collectives, GroupKind, Recomputation
+from tedlab.config import CommConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class ParallelDegrees:
         world_size: number of processes.
         tensor: size of a tensor-parallel group (T).
         expert: size of an expert-parallel group (E_p).
+        sequence: whether activations between layers are divided over the tensor group by position.
 
     Raises:
         ValueError: if tensor × expert does not divide the world size; says which degrees would.
@@ -34,6 +36,7 @@ class ParallelDegrees:
     world_size: int
     tensor: int = 1
     expert: int = 1
+    sequence: bool = False
 
     def __post_init__(self) -> None:
         for name in ("world_size", "tensor", "expert"):
@@ -68,8 +71,13 @@ class ParallelDegrees:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         return (
             f"{processes}: tensor {self.tensor} × expert {self.expert} × "
-            f"expert_data {self.expert_data} (data {self.data})"
+            f"expert_data {self.expert_data} (data {self.data}){', sequence-sharded' if self.sequence else ''}"
         )
+
+
+def parallel_degrees(config: ParallelConfig) -> ParallelDegrees:
+    """The degrees of a configuration; raises as :class:`ParallelDegrees` does."""
+    return ParallelDegrees(config.world_size, config.tensor, config.expert, config.sequence)
 
 
 class Topology:
@@ -79,18 +87,24 @@ class Topology:
 
     Attributes:
         degrees: the parallel degrees.
+        options: the toggles of communication.
         dense: mesh (data, tensor).
         expert: mesh (expert_data, expert, tensor).
         comm: every collective of the model, the strategy and the optimizer goes through this object.
+        recomputation: counters of activation checkpointing.
         device: where this process keeps its tensors.
     """
 
-    def __init__(self, degrees: ParallelDegrees, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, degrees: ParallelDegrees, device: torch.device | str = "cpu", options: CommConfig | None = None
+    ) -> None:
         if dist.get_world_size() != degrees.world_size:
             raise ValueError(
                 f"degrees are for {degrees.world_size} processes, but {dist.get_world_size()} were started"
             )
         self.degrees = degrees
+        self.options = options or CommConfig()
+        self.recomputation = Recomputation()
         self.device = torch.device(device)
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
@@ -111,6 +125,15 @@ class Topology:
             "world": dist.group.WORLD,
         }
         self.comm = Collectives(groups)
+
+    @property
+    def sequence_sharded(self) -> bool:
+        """Whether each tensor rank holds its own positions of the activations between layers."""
+        return self.degrees.sequence and self.degrees.tensor > 1
+
+    def members(self, kind: GroupKind) -> list[int]:
+        """Global ranks of this process's group of the kind, in order."""
+        return dist.get_process_group_ranks(self.comm.group(kind))
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":

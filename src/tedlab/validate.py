@@ -16,6 +16,7 @@ from lightning.pytorch import Trainer
 
 from tedlab.checkpoint import read_meta
 from tedlab.cli import UsageError
+from tedlab.comm.sites import kept_tags
 from tedlab.config import MoEConfig, TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
@@ -23,7 +24,7 @@ from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
 from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
-from tedlab.topology import ParallelDegrees
+from tedlab.topology import ParallelDegrees, parallel_degrees
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
 OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
@@ -53,8 +54,9 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
         UsageError: with a message of less than a screen.
     """
     try:
-        degrees = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+        degrees = parallel_degrees(config.parallel)
         _check_model(config, degrees)
+        _check_comm(config, degrees)
         _check_trainer(config)
         _check_processes(config, most_processes)
         _check_batches(config, degrees)
@@ -102,9 +104,63 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
+    _check_capacity_groups(config, degrees)
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         raise ValueError(f"moe.capacity_factor is {moe.capacity_factor}; it must be positive, or null to drop no token")
     _check_gating(moe)
+
+
+def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    shards = degrees.tensor if degrees.sequence else 1
+    if config.moe.capacity_groups is None and shards > 1:
+        config.moe.capacity_groups = shards  # so that the run's configuration tells
+    groups, length = config.moe.capacity_groups or 1, config.model.sequence_length
+    if groups < 1 or length % groups or groups % shards:
+        fitting = ", ".join(str(n) for n in range(1, length + 1) if length % n == 0 and n % shards == 0 and n <= 64)
+        raise ValueError(
+            f"moe.capacity_groups is {groups}; it must divide model.sequence_length ({length})"
+            + (f" and be a multiple of parallel.tensor ({shards}) with parallel.sequence" if shards > 1 else "")
+            + f": {fitting or 'impossible here'}"
+        )
+    if groups > 1 and config.moe.gating != "default":
+        raise ValueError(f"moe.capacity_groups={groups} needs moe.gating=default; moe.gating is {config.moe.gating}")
+
+
+def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    comm, model = config.comm, config.model
+    if model.checkpoint not in ("none", "block"):
+        raise ValueError(f"model.checkpoint={model.checkpoint} is unknown; valid: none, block")
+    kept_tags(comm.cac)
+    if comm.cac not in (False, None) and model.checkpoint == "none":
+        raise ValueError(
+            f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with model.checkpoint=none nothing "
+            "is recomputed; use model.checkpoint=block, or comm.cac=false"
+        )
+    if comm.fuse_reduce_scatter and not comm.dtd:
+        raise ValueError(
+            "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop after it, "
+            "but comm.dtd is false; use comm.dtd=true, or comm.fuse_reduce_scatter=false"
+        )
+    if degrees.sequence:
+        _check_sequence(config, degrees)
+    if comm.emulate_dilation < 0:
+        raise ValueError(f"comm.emulate_dilation is {comm.emulate_dilation}; it must be at least 0")
+    if comm.ledger.every < 0:
+        raise ValueError(
+            f"comm.ledger.every is {comm.ledger.every}; it counts steps: at least 1, or 0 for the end only"
+        )
+
+
+def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    moe = config.moe
+    if config.comm.dtd:
+        raise ValueError(
+            "comm.dtd=true drops duplicate tokens, but with parallel.sequence=true there are none: each tensor rank has "
+            "its own; use one of the two"
+        )
+    _check_divides("model.sequence_length", config.model.sequence_length, "parallel.tensor", degrees.tensor)
+    if moe.num_experts and moe.gating != "default":
+        raise ValueError(f"parallel.sequence=true needs moe.gating=default; moe.gating is {moe.gating}")
 
 
 def _check_gating(moe: MoEConfig) -> None:
@@ -266,7 +322,17 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
         )
     stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
-    shape_free = {"init_std", "capacity_factor", "capacity_multiple", "aux_loss", "z_loss", "top_k", "gating"}
+    shape_free = {
+        "init_std",
+        "checkpoint",
+        "capacity_groups",
+        "capacity_factor",
+        "capacity_multiple",
+        "aux_loss",
+        "z_loss",
+        "top_k",
+        "gating",
+    }
     shape_free |= set(_GATING_OPTIONS)
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.moe import AllToAllDispatcher, RouterReport, Routing, assign_slots
+from tedlab.config import CommConfig
+from tedlab.moe import AllToAllPath, RouterReport, Routing, assign_slots, token_path
 from tests.pool import WorkerPool
 
 EXPERTS, HIDDEN = 4, 3
@@ -42,16 +43,26 @@ def expected(x: Tensor, gate_TK: Tensor, routing: Routing, expert_TK: Tensor) ->
 
 
 def through_experts(x: Tensor, routing: Routing, topology: Topology) -> Tensor:
-    """Dispatch, the formulas of this process's experts, combine."""
-    path = AllToAllDispatcher(EXPERTS, topology.comm)
-    first = topology.comm.rank("expert") * path.local_experts
-    factor = torch.arange(first, first + path.local_experts, dtype=torch.float64).view(-1, 1, 1) + 1
-    return path.combine(torch.tanh(factor * path.dispatch(x, routing)), routing)
+    """Dispatch, the formulas of this process's experts, of which each tensor rank computes a share, combine."""
+    path, region = token_path(EXPERTS, topology)
+    slots = region.enter(path.dispatch(x, routing))
+    first = topology.comm.rank("expert") * len(slots)
+    factor = torch.arange(first, first + len(slots), dtype=torch.float64).view(-1, 1, 1) + 1
+    partial = torch.tanh(factor * slots) / topology.degrees.tensor
+    return path.combine(region.leave(partial, torch.zeros(len(slots), 1, HIDDEN, dtype=torch.float64)), routing)
 
 
-def exchange(top_k: int, capacity: int, tensor: int = 1) -> list[tuple[Tensor, Tensor]]:
+MODES = {
+    "plain": CommConfig(),
+    "dtd": CommConfig(dtd=True),
+    "fused": CommConfig(dtd=True, fuse_reduce_scatter=True),
+}
+
+
+def exchange(top_k: int, capacity: int, tensor: int = 1, mode: str = "plain") -> list[tuple[Tensor, Tensor]]:
     """Pairs of ours and the closed form: result, gradient of tokens, gradient of gates."""
-    topology = Topology(ParallelDegrees(dist.get_world_size(), tensor, dist.get_world_size() // tensor))
+    degrees = ParallelDegrees(dist.get_world_size(), tensor, dist.get_world_size() // tensor)
+    topology = Topology(degrees, options=MODES[mode])
     x, gates, experts = (t.clone() for t in problem(topology.comm.rank("data"), top_k))
     pairs = []
     for run in (through_experts, expected):
@@ -63,12 +74,22 @@ def exchange(top_k: int, capacity: int, tensor: int = 1) -> list[tuple[Tensor, T
     return list(zip(*pairs, strict=True))
 
 
-@pytest.mark.parametrize(("world_size", "tensor"), [(1, 1), (2, 1), (4, 1), (4, 2)])
-@pytest.mark.parametrize(("top_k", "capacity"), [(1, 10), (1, 2), (2, 10), (2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "mode"),
+    [
+        (1, 1, "plain"),
+        (2, 1, "dtd"),
+        (4, 1, "plain"),
+        *((4, 2, mode) for mode in MODES),
+        (4, 4, "dtd"),
+        (4, 4, "fused"),
+    ],
+)
+@pytest.mark.parametrize(("top_k", "capacity"), [(1, 10), (2, 3), (3, 1)])  # T divides the first alone
 def test_each_token_comes_back_from_its_experts_in_every_world(
-    pool: WorkerPool, world_size: int, tensor: int, top_k: int, capacity: int
+    pool: WorkerPool, world_size: int, tensor: int, mode: str, top_k: int, capacity: int
 ) -> None:
-    for pairs in pool.run(world_size, exchange, top_k, capacity, tensor):
+    for pairs in pool.run(world_size, exchange, top_k, capacity, tensor, mode):
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
 
@@ -77,7 +98,7 @@ def test_each_token_comes_back_from_its_experts_in_every_world(
 def test_identity_experts_return_the_gated_token_and_zeros_where_it_was_dropped(single: Topology, top_k: int) -> None:
     x, gates, experts = problem(0, top_k)
     routing = routing_of(experts, gates, capacity=2)
-    path = AllToAllDispatcher(EXPERTS, single.comm)
+    path = AllToAllPath(EXPERTS, single.comm)
     slots = path.dispatch(x, routing)
     assert slots.shape == (EXPERTS, 2, HIDDEN)
     kept = (routing.slot_TK >= 0).double() * gates
@@ -90,7 +111,7 @@ def test_identity_experts_return_the_gated_token_and_zeros_where_it_was_dropped(
 def test_empty_slots_are_zero_also_next_to_tokens_that_are_not_finite(single: Topology) -> None:
     x = torch.full((3, HIDDEN), torch.inf)
     routing = routing_of(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), capacity=4)
-    slots = AllToAllDispatcher(EXPERTS, single.comm).dispatch(x, routing)
+    slots = AllToAllPath(EXPERTS, single.comm).dispatch(x, routing)
     assert torch.equal(slots[0, :3], x)
     assert (slots[0, 3] == 0).all()
     assert (slots[1:] == 0).all()

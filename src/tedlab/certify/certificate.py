@@ -19,7 +19,7 @@ from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrin
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
 from tedlab.report import resolved_yaml
-from tedlab.topology import ParallelDegrees
+from tedlab.topology import ParallelDegrees, parallel_degrees
 from tedlab.validate import check
 
 CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
@@ -101,7 +101,7 @@ def certify(
         check(one)
         rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
         fingerprint = _fingerprint(layout, directory)
-    asked = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+    asked = parallel_degrees(config.parallel)
     return Certificate(str(degrees), str(asked), rows, fingerprint)
 
 

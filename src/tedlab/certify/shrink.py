@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tedlab.config import CheckpointConfig, DataConfig, ParallelConfig, TrainConfig
-from tedlab.topology import ParallelDegrees
+from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
+from tedlab.topology import ParallelDegrees, parallel_degrees
 
 STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
 MOST_PROCESSES = 16
@@ -31,7 +31,7 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
     Raises:
         ValueError: if the degrees do not fit the world size.
     """
-    given = ParallelDegrees(config.parallel.world_size, config.parallel.tensor, config.parallel.expert)
+    given = parallel_degrees(config.parallel)
     degrees = largest_alike(given)
     per_head_group = min(2, max(1, config.model.heads // given.tensor))
     heads = degrees.tensor * per_head_group
@@ -52,6 +52,8 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         top_k=min(config.moe.top_k, max(experts, 1)),
         every=min(2, config.moe.every),
         capacity_multiple=min(config.moe.capacity_multiple, degrees.tensor),  # else nothing would ever be dropped
+        # What sharded sequences do to capacity is asked of the one process, too.
+        capacity_groups=degrees.tensor if given.sequence else config.moe.capacity_groups,
     )
     micro_batch = min(_MICRO_BATCH, config.data.micro_batch_size)
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
@@ -88,23 +90,25 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         config,
         model=model,
         moe=moe,
-        parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert),
-        comm=replace(config.comm, backend=None),
+        parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert, given.sequence),
+        comm=replace(config.comm, backend=None, emulate=None),
         data=data,
         optim=optim,
         trainer=trainer,
         logger={},
-        checkpoint=CheckpointConfig(every=SAVED, keep=-1, async_save=config.checkpoint.async_save),
+        checkpoint=replace(config.checkpoint, every=SAVED, monitor=None, keep=-1),
         ckpt_path=None,
         output_dir=str(directory / "layout"),
     )
 
 
 def reference(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The same training in one process: every micro-batch accumulated, nothing sharded, tiled or overlapped."""
+    """The same training in one process: every micro-batch accumulated, nothing sharded, tiled, overlapped, recomputed."""
     return replace(
         config,
+        model=replace(config.model, checkpoint="none"),
         parallel=ParallelConfig(1),
+        comm=CommConfig(timeout_s=config.comm.timeout_s),
         optim=replace(config.optim, zero=False, tile=None, overlap=False),
         trainer={**config.trainer, "devices": 1, "accumulate_grad_batches": None},
         output_dir=str(directory / "reference"),
@@ -126,7 +130,7 @@ def largest_alike(degrees: ParallelDegrees) -> ParallelDegrees:
     if not fitting:
         raise ValueError(f"no layout of at most {MOST_PROCESSES} processes is like {degrees}")
     tensor, expert, expert_data = max(fitting, key=lambda sizes: (np.prod(sizes), sizes))
-    return ParallelDegrees(tensor * expert * expert_data, tensor, expert)
+    return ParallelDegrees(tensor * expert * expert_data, tensor, expert, degrees.sequence)
 
 
 def _divisors(number: int) -> list[int]:

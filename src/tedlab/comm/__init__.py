@@ -1,6 +1,40 @@
-"""Collectives by group kind: the raw operations with their hooks, and the differentiable pairs built from them."""
+"""Collectives by group kind: the raw operations with their hooks, the differentiable pairs, and recomputation (CAC)."""
 
-from tedlab.comm.collectives import Collective, Collectives, GroupKind, Hook, Pending, Phase
-from tedlab.comm.differentiable import all_to_all, copy_to, reduce_from
+from tedlab.comm.collectives import TRAINING_PHASES, Collective, Collectives, GroupKind, Hook, Operation, Pending, Phase
+from tedlab.comm.differentiable import (
+    all_to_all,
+    copy_to,
+    gather_from,
+    gather_to,
+    matmul_into,
+    reduce_from,
+    scatter_from,
+    slice_to,
+    to_compute_dtype,
+)
+from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin
 
-__all__ = ["Collective", "Collectives", "GroupKind", "Hook", "Pending", "Phase", "all_to_all", "copy_to", "reduce_from"]
+__all__ = [
+    "TRAINING_PHASES",
+    "Collective",
+    "Collectives",
+    "GroupKind",
+    "Hook",
+    "Operation",
+    "Pending",
+    "Phase",
+    "Plan",
+    "Recomputation",
+    "Second",
+    "all_to_all",
+    "checkpoint",
+    "copy_to",
+    "gather_from",
+    "gather_to",
+    "matmul_into",
+    "pin",
+    "reduce_from",
+    "scatter_from",
+    "slice_to",
+    "to_compute_dtype",
+]

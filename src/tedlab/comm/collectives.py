@@ -19,7 +19,9 @@ _ops = torch.ops._c10d_functional
 
 GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-Phase = Literal["forward", "backward", "optimizer"]
+# Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints.
+Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "metrics", "checkpoint"]
+TRAINING_PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,22 @@ class Collectives:
         self._groups = dict(groups)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
 
+    @property
+    def sizes(self) -> dict[GroupKind, int]:
+        """Number of processes in this process's group of each kind."""
+        return {kind: group.size() for kind, group in self._groups.items()}
+
     def size(self, kind: GroupKind) -> int:
         """Number of processes in this process's group of the kind."""
-        return self._groups[kind].size()
+        return self.group(kind).size()
 
     def rank(self, kind: GroupKind) -> int:
         """Position of this process in its group of the kind."""
-        return self._groups[kind].rank()
+        return self.group(kind).rank()
+
+    def group(self, kind: GroupKind) -> dist.ProcessGroup:
+        """This process's group of the kind."""
+        return self._groups[kind]
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Calls ``hook(collective, "start")`` before and ``hook(collective, "end")`` after every collective.
@@ -96,7 +107,7 @@ class Collectives:
 
     def start_all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> "Pending":
         """:meth:`all_reduce`, under way when this returns."""
-        group = self._groups[kind]
+        group = self.group(kind)
         return self._start("all_reduce", x, kind, tag, phase, lambda: funcol.all_reduce(x.contiguous(), op, group))
 
     def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
@@ -104,7 +115,7 @@ class Collectives:
 
         The size of dimension 0 must be a multiple of the group size.
         """
-        group = self._groups[kind]
+        group = self.group(kind)
 
         def launch() -> Tensor:
             return funcol.all_to_all_single(x.contiguous(), None, None, group)
@@ -117,23 +128,35 @@ class Collectives:
 
     def start_reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
         """:meth:`reduce_scatter`, under way when this returns."""
-        group = self._groups[kind]
+        group = self.group(kind)
 
         def launch() -> Tensor:
             return _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
 
         return self._start("reduce_scatter", x, kind, tag, phase, launch)
 
+    def all_gather(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
+        """Every process's ``x``, stacked along dimension 0 in order of rank: n times its size."""
+        if self.size(kind) == 1:
+            return x
+        group = self.group(kind)
+        whole = torch.Size((group.size() * x.shape[0], *x.shape[1:]))
+
+        def launch() -> Tensor:
+            return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+
+        return self._start("all_gather", x, kind, tag, phase, launch, whole).wait()
+
     def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
         """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.
 
-        The one collective that writes into given memory: ``x`` may be this process's slice of ``out``. Not for code
-        that is recomputed.
+        :meth:`all_gather` into given memory, the one collective that does so: ``x`` may be this process's slice of
+        ``out``. Not for code that is recomputed.
         """
         if self.size(kind) == 1:
             out.copy_(x)
             return
-        group = self._groups[kind]
+        group = self.group(kind)
 
         def launch() -> Tensor:
             return _ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out)
@@ -141,11 +164,18 @@ class Collectives:
         self._start("all_gather", out, kind, tag, phase, launch).wait()
 
     def _start(
-        self, op: Operation, x: Tensor, kind: GroupKind, tag: str, phase: Phase, launch: Callable[[], Tensor]
+        self,
+        op: Operation,
+        x: Tensor,
+        kind: GroupKind,
+        tag: str,
+        phase: Phase,
+        launch: Callable[[], Tensor],
+        buffer: torch.Size | None = None,
     ) -> "Pending":
         if self.size(kind) == 1:
             return Pending(x)
-        call = Collective(op, kind, self.size(kind), phase, tag, x.shape, x.dtype)
+        call = Collective(op, kind, self.size(kind), phase, tag, x.shape if buffer is None else buffer, x.dtype)
         self._tell(call, "start")
         return Pending(launch(), lambda: self._tell(call, "end"))
 

@@ -3,8 +3,11 @@
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from tedlab.comm import checkpoint
+from tedlab.comm.sites import block_sites, kept_tags, plan
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.moe import Experts, MoELayer, RouterReport
 from tedlab.nn import (
@@ -23,8 +26,9 @@ from tedlab.topology import Topology
 class Block(nn.Module):
     """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts."""
 
-    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
+    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology, early_stop: bool) -> None:
         super().__init__()
+        self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
         init = Init(std=model.init_std)
         out_init = Init(std=model.init_std / math.sqrt(2 * model.layers))  # GPT-2's scaling of residual outputs
         self.norm1 = LayerNorm(model.hidden, topology)
@@ -36,9 +40,25 @@ class Block(nn.Module):
             self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, init=init, out_init=out_init)
         else:
             self.feed_forward = FeedForward(model.hidden, model.ffn, topology, init=init, out_init=out_init)
+        options, comm = topology.options, topology.comm
+        sites = block_sites(self.routed, options, topology.sequence_sharded, comm.sizes)
+        self.plan = plan(sites, kept_tags(options.cac, index))
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
-        """(B, S, H) → (B, S, H), and the router's report if there are experts here."""
+        """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here."""
+        if not (self.recomputed and torch.is_grad_enabled()):
+            return self._forward(x)
+        topology = self.topology
+        return checkpoint(
+            self._forward,
+            x,
+            counters=topology.recomputation,
+            plan=self.plan,
+            skip_dead_gemm=topology.options.skip_dead_gemm,
+            early_stop=self.early_stop,
+        )
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
         x = x + self.attention(self.norm1(x))
         if self.routed:
             y, report = self.feed_forward(self.norm2(x))
@@ -54,15 +74,18 @@ class GPT(nn.Module):
         moe: experts; ``num_experts = 0`` makes a dense model.
         topology: where this process stands.
         seed: of the initial weights, which depend on nothing else.
+        early_stop: of recomputation, see :func:`tedlab.comm.checkpoint`.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int) -> None:
+    def __init__(
+        self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int, early_stop: bool = True
+    ) -> None:
         super().__init__()
         assert model.vocab_size is not None
         init = Init(std=model.init_std)
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden, topology, init=init)
         self.positions = Embedding(model.sequence_length, model.hidden, topology, init=init)
-        self.blocks = nn.ModuleList(Block(i, model, moe, topology) for i in range(model.layers))
+        self.blocks = nn.ModuleList(Block(i, model, moe, topology, early_stop) for i in range(model.layers))
         self.norm = LayerNorm(model.hidden, topology)
         self.output = (
             None

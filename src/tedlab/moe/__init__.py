@@ -1,12 +1,12 @@
 """Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and the layer they make."""
 
-from tedlab.moe.dispatch import AllToAllDispatcher
+from tedlab.moe.dispatch import AllToAllPath, token_path
 from tedlab.moe.experts import Experts
 from tedlab.moe.layer import MoELayer
-from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity
+from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity, group_capacity
 
 __all__ = [
-    "AllToAllDispatcher",
+    "AllToAllPath",
     "Experts",
     "MoELayer",
     "Router",
@@ -14,4 +14,6 @@ __all__ = [
     "Routing",
     "assign_slots",
     "expert_capacity",
+    "group_capacity",
+    "token_path",
 ]

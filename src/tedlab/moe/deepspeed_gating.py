@@ -33,8 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tedlab.comm import pin
 from tedlab.config import MoEConfig
-from tedlab.moe.router import Decision, Router, assign_slots, balance_loss, choices_of_slots
+from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots
 from tedlab.nn import Init
 from tedlab.topology import Topology
 
@@ -65,15 +66,18 @@ class DeepSpeedRouter(Router):
     def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         if config.gating not in GATINGS:
             raise ValueError(f"gating={config.gating} is unknown; valid: default, {', '.join(GATINGS)}")
+        if topology.sequence_sharded or config.capacity_groups not in (None, 1):
+            raise ValueError(
+                f"gating={config.gating} knows one queue per expert: no capacity groups, no sharded sequence"
+            )
         super().__init__(hidden, config, topology, init=init)
-        self.comm = topology.comm
         self.gating = config.gating
         self.min_capacity = MIN_CAPACITY if config.min_capacity is None else config.min_capacity
         self.random_token_selection = config.random_token_selection is not False  # None: on
         self.second_expert_sampling = config.second_expert_sampling is not False  # None: on
         self.drop_policy = config.drop_policy or "probs"
 
-    def decide(self, logits_TE: Tensor) -> Decision:
+    def decide(self, logits_TE: Tensor, sequence: int) -> Decision:
         """The configured rule, with random numbers where it wants them."""
         capacity = deepspeed_capacity(
             len(logits_TE),
@@ -134,12 +138,12 @@ def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> 
             DeepSpeed, whatever ``torch.topk`` makes of equal numbers, and in general not the first ones.
     """
     probs_TE = logits_TE.softmax(-1)
-    expert_TK = probs_TE.argmax(-1, keepdim=True)
+    expert_TK = pin(probs_TE.argmax(-1, keepdim=True))
     chosen_TE = _mask(expert_TK, probs_TE)
     score_TE = chosen_TE.long() if priority_T is None else chosen_TE * priority_T.unsqueeze(-1)
     slot_TK = _slots_in_order(expert_TK, chosen_TE & _largest(score_TE, capacity), capacity)
     gate_TK = probs_TE.gather(1, expert_TK).masked_fill(slot_TK < 0, 0.0)
-    return _decision(gate_TK, slot_TK, chosen_TE, capacity, balance_loss(chosen_TE, probs_TE))
+    return _decision(gate_TK, slot_TK, probs_TE, chosen_TE, chosen_TE, capacity)
 
 
 def top2_gating(logits_TE: Tensor, capacity: int, noise_TE: Tensor | None) -> Decision:
@@ -152,13 +156,13 @@ def top2_gating(logits_TE: Tensor, capacity: int, noise_TE: Tensor | None) -> De
             probabilities. None: the second most probable one.
     """
     probs_TE = logits_TE.softmax(-1)
-    first_T1 = probs_TE.argmax(-1, keepdim=True)
+    first_T1 = pin(probs_TE.argmax(-1, keepdim=True))
     noisy_TE = logits_TE if noise_TE is None else logits_TE + noise_TE
-    second_T1 = noisy_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True)
+    second_T1 = pin(noisy_TE.scatter(1, first_T1, -torch.inf).argmax(-1, keepdim=True))
     expert_TK = torch.cat((first_T1, second_T1), 1)
     slot_TK, choice_EC, load_E = assign_slots(expert_TK, probs_TE.shape[1], capacity)
     gate_TK = _normalised_survivors(probs_TE.gather(1, expert_TK), slot_TK)
-    return Decision(gate_TK, slot_TK, choice_EC, balance_loss(_mask(first_T1, probs_TE), probs_TE), load_E)
+    return Decision(gate_TK, slot_TK, choice_EC, probs_TE, _mask(first_T1, probs_TE), load_E)
 
 
 def topk_gating(logits_TE: Tensor, top_k: int, capacity: int, drop_policy: str) -> Decision:
@@ -171,19 +175,21 @@ def topk_gating(logits_TE: Tensor, top_k: int, capacity: int, drop_policy: str) 
         drop_policy: ``probs``: a full expert keeps the choices of highest probability; ``position``: the first ones.
     """
     probs_TE = logits_TE.softmax(-1)
-    best_TK, expert_TK = probs_TE.topk(top_k, dim=-1)
+    expert_TK = pin(probs_TE.detach().topk(top_k, dim=-1).indices)
     chosen_TE = _mask(expert_TK, probs_TE)
     kept_TE = chosen_TE
     if drop_policy == "probs":
-        kept_TE = chosen_TE & _largest(probs_TE.detach() * chosen_TE, capacity)
+        kept_TE = pin(chosen_TE & _largest(probs_TE.detach() * chosen_TE, capacity))
     slot_TK = _slots_in_order(expert_TK, kept_TE, capacity)
-    gate_TK = _normalised_survivors(best_TK, slot_TK)
-    return _decision(gate_TK, slot_TK, chosen_TE, capacity, balance_loss(chosen_TE, probs_TE) / top_k)
+    gate_TK = _normalised_survivors(probs_TE.gather(1, expert_TK), slot_TK)
+    return _decision(gate_TK, slot_TK, probs_TE, chosen_TE, chosen_TE / top_k, capacity)
 
 
-def _decision(gate_TK: Tensor, slot_TK: Tensor, chosen_TE: Tensor, capacity: int, loss: Tensor) -> Decision:
+def _decision(
+    gate_TK: Tensor, slot_TK: Tensor, probs_TE: Tensor, chosen_TE: Tensor, counted_TE: Tensor, capacity: int
+) -> Decision:
     choice_EC = choices_of_slots(slot_TK, chosen_TE.shape[1] * capacity)
-    return Decision(gate_TK, slot_TK, choice_EC, loss, chosen_TE.sum(0))
+    return Decision(gate_TK, slot_TK, choice_EC, probs_TE, counted_TE, chosen_TE.sum(0))
 
 
 def _mask(expert_TK: Tensor, like_TE: Tensor) -> Tensor:

@@ -1,20 +1,61 @@
 """Token paths: how tokens reach their experts and how results come back.
 
-A token path has two methods, ``dispatch`` and ``combine``, and knows nothing of routers' and experts' weights.
+A token path has two methods, ``dispatch`` and ``combine``, between a token's place in the micro-batch and its slot at
+an expert; a slot region has two, ``enter`` and ``leave``, between the slots of one tensor rank and those that an expert
+sees. Neither knows of routers' and experts' weights. Together they make the ways of the paper (§5.1) and of sequence
+parallelism:
+
+=================  ====================  ====================================================================
+mode               path and region       what is sent (forward)
+=================  ====================  ====================================================================
+plain TED          all-to-all,           every tensor rank exchanges every slot, all-reduce of the results
+                   replicated slots
+DTD                dropping,             each exchanges 1/T of the slots; all-gather; all-reduce, of which 1/T
+                   gathered slots        goes back; all-gather
+DTD, fused         dropping,             the same with a reduce-scatter for all-reduce and drop
+                   scattered slots
+sequence parallel  all-to-all,           each tensor rank has its own tokens, so nothing is to be dropped
+                   scattered slots
+=================  ====================  ====================================================================
+
 Legend as in ``router.py``; in addition e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm import Collectives, all_to_all
+from tedlab.comm import (
+    Collectives,
+    all_to_all,
+    copy_to,
+    gather_from,
+    gather_to,
+    reduce_from,
+    scatter_from,
+    slice_to,
+    to_compute_dtype,
+)
 from tedlab.moe.router import Routing
+from tedlab.topology import Topology
 
 
-class AllToAllDispatcher:
-    """The paper's path without DTD: every tensor rank exchanges every token within its expert group.
+class TokenPath(Protocol):
+    """From tokens to slots, and back."""
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Tokens of this rank (T, H) → slots of this rank's experts (e, N, H); empty slots hold zeros."""
+        ...
+
+    def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
+        """Experts' results (e, N, H) → for each token of this rank the gate-weighted sum of its choices (T, H)."""
+        ...
+
+
+class AllToAllPath:
+    """Every process exchanges the slots of all its tokens within its expert group.
 
     Tokens are moved by index, never by multiplication with a one-hot mask.
 
@@ -25,24 +66,118 @@ class AllToAllDispatcher:
 
     def __init__(self, num_experts: int, comm: Collectives) -> None:
         self.comm = comm
+        self.num_experts = num_experts
         self.ranks = comm.size("expert")
-        self.local_experts = num_experts // self.ranks
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens of this rank (T, H) → slots of this rank's experts (e, N, H); empty slots hold zeros."""
-        token_EC = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
-        x = _GatherRows.apply(x_TH, token_EC, routing.slot_TK)  # (E·C, H), sorted by expert, hence by rank
-        x = all_to_all(x, self.comm, "expert", "dispatch.all_to_all")
-        x = x.unflatten(0, (self.ranks, self.local_experts, -1))  # (E_p senders, e, C, H)
-        return x.transpose(0, 1).flatten(1, 2)
+        return self._to_experts(self._slots(x_TH, routing))
 
     def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
-        """Experts' results (e, N, H) → for each token of this rank the gate-weighted sum of its choices (T, H)."""
-        y = y_eNH.unflatten(1, (self.ranks, -1)).transpose(0, 1).flatten(0, 2)  # (E_p receivers · e · C, H)
-        y = all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E·C, H)
-        y = _GatherRows.apply(y, routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1))
+        return self._tokens(self._from_experts(y_eNH), routing)
+
+    def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Tokens to their slots: (E, C, H)."""
+        token_EC = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
+        x = _GatherRows.apply(to_compute_dtype(x_TH), token_EC, routing.slot_TK)  # sorted by expert, hence by rank
+        return x.unflatten(0, (self.num_experts, -1))
+
+    def _to_experts(self, x_ECH: Tensor) -> Tensor:
+        x = all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all")
+        return x.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)  # (E_p senders, e, C, H) → (e, N, H)
+
+    def _from_experts(self, y_eNH: Tensor) -> Tensor:
+        y = y_eNH.unflatten(1, (self.ranks, -1)).transpose(0, 1).flatten(0, 1)  # (E_p receivers · e, C, H)
+        return all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
+
+    def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
+        y = _GatherRows.apply(y_ECH.flatten(0, 1), routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1))
         y_TKH = y.unflatten(0, routing.slot_TK.shape)
         return (y_TKH * routing.gate_TK.to(y.dtype).unsqueeze(-1)).sum(1)
+
+
+class DroppingPath(AllToAllPath):
+    """Duplicate token dropping (paper §5.1): of the slots that all tensor ranks hold alike, each exchanges 1/T.
+
+    Rank i takes the i-th of T slices of every expert's slots. Where T does not divide the capacity, the buffer grows by
+    empty slots, and no other token is dropped than without DTD.
+    """
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        x_ECH = self._slots(x_TH, routing)
+        missing = -x_ECH.shape[1] % self.comm.size("tensor")
+        x_ECH = F.pad(x_ECH, (0, 0, 0, missing)) if missing else x_ECH
+        return self._to_experts(slice_to(x_ECH, self.comm, "tensor", "dispatch.drop", dim=1))
+
+    def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
+        y_ECH = gather_from(self._from_experts(y_eNH), self.comm, "tensor", "combine.gather", dim=1)
+        return self._tokens(y_ECH[:, : len(routing.choice_EC) // self.num_experts], routing)
+
+
+class SlotRegion(Protocol):
+    """Where the tensor-parallel computation of experts begins and ends."""
+
+    def enter(self, x_eNH: Tensor) -> Tensor:
+        """Slots that this tensor rank was sent → slots that every tensor rank computes its part of."""
+        ...
+
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+        """Each tensor rank's part of the results → results plus bias, of the slots that this rank sends back."""
+        ...
+
+
+class ReplicatedSlots:
+    """Every tensor rank was sent the same slots."""
+
+    def __init__(self, comm: Collectives) -> None:
+        self.comm = comm
+
+    def enter(self, x_eNH: Tensor) -> Tensor:
+        return copy_to(x_eNH, self.comm, "expert_tensor", "experts.copy")
+
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+        y_eNH = reduce_from(partial_eNH, self.comm, "expert_tensor", "experts.reduce")
+        return y_eNH + bias_e1H.to(y_eNH.dtype)
+
+
+class GatheredSlots(ReplicatedSlots):
+    """Each tensor rank was sent its own slots; apart from that as without DTD. In the paper's order.
+
+    In every region the experts see the same slots in the same order: by sender, then by slot.
+    """
+
+    def __init__(self, comm: Collectives) -> None:
+        super().__init__(comm)
+        self.senders = comm.size("expert")
+
+    def enter(self, x_eNH: Tensor) -> Tensor:
+        x = gather_from(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
+        return super().enter(x.flatten(1, 2))
+
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+        y = super().leave(partial_eNH, bias_e1H).unflatten(1, (self.senders, -1))
+        return slice_to(y, self.comm, "expert_tensor", "combine.drop", dim=2).flatten(1, 2)
+
+
+class ScatteredSlots(GatheredSlots):
+    """Each tensor rank was sent its own slots, and gets only their sums: all-reduce and drop are one."""
+
+    def enter(self, x_eNH: Tensor) -> Tensor:
+        x = gather_to(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
+        return x.flatten(1, 2)
+
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+        partial, bias = partial_eNH.unflatten(1, (self.senders, -1)), bias_e1H.unsqueeze(1).to(partial_eNH.dtype)
+        return scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 2, bias).flatten(1, 2)
+
+
+def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotRegion]:
+    """The path and the region that the topology's toggles ask for."""
+    comm, options = topology.comm, topology.options
+    if topology.sequence_sharded:
+        return AllToAllPath(num_experts, comm), ScatteredSlots(comm)
+    if not options.dtd:
+        return AllToAllPath(num_experts, comm), ReplicatedSlots(comm)
+    return DroppingPath(num_experts, comm), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
 
 
 class _GatherRows(Function):

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab.comm import copy_to, reduce_from
+from tedlab.comm import matmul_into
+from tedlab.moe.dispatch import SlotRegion
 from tedlab.nn import Init, ShardedModule
 from tedlab.topology import Topology
 
@@ -16,16 +17,25 @@ class Experts(ShardedModule):
         num_experts: E, over all processes; the expert degree must divide it.
         hidden: model width.
         ffn: inner width of an expert; the tensor degree must divide it.
+        region: the way of slots into the computation and of results out of it.
         topology: where this process stands.
         init: initial weights of the first projection.
         out_init: initial weights of the second.
     """
 
     def __init__(
-        self, num_experts: int, hidden: int, ffn: int, topology: Topology, *, init: Init, out_init: Init
+        self,
+        num_experts: int,
+        hidden: int,
+        ffn: int,
+        region: SlotRegion,
+        topology: Topology,
+        *,
+        init: Init,
+        out_init: Init,
     ) -> None:
         super().__init__()
-        self.comm, self.num_experts = topology.comm, num_experts
+        self.region, self.num_experts = region, num_experts
         mesh, device = topology.expert, topology.device
         inner = {"expert": 0, "tensor": 2}
         self.add_parameter("up", (num_experts, hidden, ffn), mesh, init=init, device=device, shards=inner)
@@ -38,8 +48,7 @@ class Experts(ShardedModule):
         )
 
     def forward(self, x_eNH: Tensor) -> Tensor:
-        """Slots of this process's experts (e, N, H) → their results (e, N, H), the same on every tensor rank."""
-        x_eNH = copy_to(x_eNH, self.comm, "expert_tensor", "experts.copy")
+        """Slots of this process's experts (e, N, H) → their results (e, N, H)."""
+        x_eNH = self.region.enter(x_eNH)
         h_eNF = F.gelu(torch.baddbmm(self.local("up_bias"), x_eNH, self.local("up")))
-        y_eNH = torch.bmm(h_eNF, self.local("down"))
-        return reduce_from(y_eNH, self.comm, "expert_tensor", "experts.reduce") + self.local("down_bias")
+        return self.region.leave(matmul_into(h_eNF, self.local("down"), "experts.reduce"), self.local("down_bias"))

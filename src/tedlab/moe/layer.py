@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from tedlab.config import MoEConfig
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
-from tedlab.moe.dispatch import AllToAllDispatcher
+from tedlab.moe.dispatch import token_path
 from tedlab.moe.experts import Experts
 from tedlab.moe.router import Router, RouterReport
 from tedlab.nn import Init
@@ -29,13 +29,13 @@ class MoELayer(nn.Module):
         super().__init__()
         router = Router if config.gating == "default" else DeepSpeedRouter
         self.router = router(hidden, config, topology, init=init)
-        self.path = AllToAllDispatcher(config.num_experts, topology.comm)
-        self.experts = Experts(config.num_experts, hidden, ffn, topology, init=init, out_init=out_init)
+        self.path, region = token_path(config.num_experts, topology)
+        self.experts = Experts(config.num_experts, hidden, ffn, region, topology, init=init, out_init=out_init)
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
-        """(B, S, H) → (B, S, H), and what the router did."""
+        """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank."""
         x_TH = x.flatten(0, 1)
-        routing = self.router(x_TH)
+        routing = self.router(x_TH, x.shape[1])
         x_eNH = self.path.dispatch(x_TH, routing)
         y_eNH = self.experts(x_eNH)
         return self.path.combine(y_eNH, routing).view_as(x), routing.report

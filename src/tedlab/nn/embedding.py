@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab.comm import copy_to, reduce_from
+from tedlab.nn.region import tensor_region
 from tedlab.nn.sharded import Init, ShardedModule
 from tedlab.topology import Topology
 
@@ -21,23 +21,24 @@ class VocabParallelEmbedding(ShardedModule):
 
     def __init__(self, vocab_size: int, hidden: int, topology: Topology, *, init: Init) -> None:
         super().__init__()
-        self.comm = topology.comm
-        self.start = self.comm.rank("tensor") * (vocab_size // self.comm.size("tensor"))
+        self.region, self.output_region = tensor_region(topology, "embedding"), tensor_region(topology, "output")
+        comm = topology.comm
+        self.start = comm.rank("tensor") * (vocab_size // comm.size("tensor"))
         self.add_parameter(
             "weight", (vocab_size, hidden), topology.dense, init=init, device=topology.device, shards={"tensor": 0}
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, S) int64 → embeddings (B, S, H). Each rank looks up the ids it owns; the sum is the result."""
+        """Token ids (B, S) int64 → activations (B, S, H). Each rank looks up the ids it owns; the sum is the result."""
         weight = self.local("weight")  # (V/T, H)
         row = ids - self.start
         elsewhere = (row < 0) | (row >= weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return reduce_from(found, self.comm, "tensor", "embedding.reduce")
+        return self.region.leave(found)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Tied output projection: (B, S, H) → this rank's part of the logits (B, S, V/T)."""
-        return F.linear(copy_to(x, self.comm, "tensor", "output.copy"), self.local("weight"))
+        """Tied output projection: activations (B, S, H) → this rank's part of the logits (B, S, V/T)."""
+        return F.linear(self.output_region.enter(x), self.local("weight"))
 
 
 class Embedding(ShardedModule):
@@ -45,10 +46,19 @@ class Embedding(ShardedModule):
 
     def __init__(self, length: int, hidden: int, topology: Topology, *, init: Init) -> None:
         super().__init__()
-        self.add_parameter("weight", (length, hidden), topology.dense, init=init, device=topology.device)
+        self.slices = topology.degrees.tensor if topology.sequence_sharded else 1
+        self.slice = topology.comm.rank("tensor") % self.slices
+        self.add_parameter(
+            "weight",
+            (length, hidden),
+            topology.dense,
+            init=init,
+            device=topology.device,
+            partial=topology.sequence_sharded,
+        )
 
     def forward(self, length: int) -> Tensor:
-        """Embeddings of positions 0 … length-1: (length, H)."""
+        """Embeddings of positions 0 … length-1: (length, H); of this tensor rank's slice of them, if it has one."""
         weight = self.local("weight")
         torch._check(length <= weight.shape[0], lambda: f"{length} positions, but the table has {weight.shape[0]}")
-        return weight[:length]
+        return weight[:length].chunk(self.slices)[self.slice]

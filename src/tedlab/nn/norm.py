@@ -13,8 +13,15 @@ class LayerNorm(ShardedModule):
     def __init__(self, hidden: int, topology: Topology, eps: float = 1e-5) -> None:
         super().__init__()
         self.hidden, self.eps = hidden, eps
-        self.add_parameter("weight", (hidden,), topology.dense, init=Init(mean=1.0), device=topology.device)
-        self.add_parameter("bias", (hidden,), topology.dense, init=Init(), device=topology.device)
+        for name, mean in (("weight", 1.0), ("bias", 0.0)):
+            self.add_parameter(
+                name,
+                (hidden,),
+                topology.dense,
+                init=Init(mean=mean),
+                device=topology.device,
+                partial=topology.sequence_sharded,
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, H) → (…, H)."""

@@ -34,6 +34,7 @@ class ShardedModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inits: dict[str, Init] = {}
+        self.partial: set[str] = set()
 
     def add_parameter(
         self,
@@ -44,6 +45,7 @@ class ShardedModule(nn.Module):
         init: Init,
         device: torch.device,
         shards: Mapping[str, int] | None = None,
+        partial: bool = False,
     ) -> None:
         """Declares a parameter and allocates this process's part of it, in torch's default dtype.
 
@@ -55,6 +57,8 @@ class ShardedModule(nn.Module):
             init: initial values.
             device: where the shard lives.
             shards: mesh axis → tensor dimension that is divided along it; replicated along the other axes.
+            partial: whether each tensor rank uses it for its own tokens, so that gradients are to be summed over the
+                tensor group, too.
 
         Raises:
             ValueError: if a dimension cannot be divided evenly.
@@ -75,16 +79,19 @@ class ShardedModule(nn.Module):
         local = torch.full(local_shape, math.nan, device=device)
         self.register_parameter(name, nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False)))
         self.inits[name] = init
+        if partial:
+            self.partial.add(name)
 
     def local(self, name: str) -> Tensor:
         """This process's shard as a plain tensor, for computing.
 
         Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
-        mesh's data axis, which the strategy reduces once per step.
+        mesh's data axis (and its tensor axis, if so declared), which the strategy reduces once per step.
         """
         parameter = self.get_parameter(name)
         assert isinstance(parameter, DTensor)
-        return parameter.to_local(grad_placements=[Partial(), *parameter.placements[1:]])
+        inner = [Partial()] if name in self.partial else parameter.placements[1:]
+        return parameter.to_local(grad_placements=[Partial(), *inner])
 
 
 def initialize(root: nn.Module, seed: int) -> None:

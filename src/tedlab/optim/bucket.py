@@ -24,9 +24,14 @@ class Bucket:
         group: index of the optimizer's parameter group that they belong to.
         comm: the collectives of this process.
         sharded: whether each process of the reduction group owns a part (ZeRO-1), or all of them everything.
+        partial: whether gradients are also partial sums over the tensor group (of parameters that each tensor rank
+            used for its own tokens); see :meth:`ShardedOptimizer.reduce_gradients`.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], group: int, comm: Collectives, sharded: bool) -> None:
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], group: int, comm: Collectives, sharded: bool, partial: bool = False
+    ) -> None:
+        self.partial = partial
         self.parameters = list(parameters)
         self.group = group
         self.comm = comm
@@ -109,7 +114,7 @@ class Bucket:
         flat = shard
         if self.sharded:
             flat = shard.new_empty(self.flat.numel())
-            self.comm.all_gather_into(flat, shard.contiguous(), self.kind, tag="state.gather", phase="optimizer")
+            self.comm.all_gather_into(flat, shard.contiguous(), self.kind, tag="state.gather", phase="checkpoint")
         return [_like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, self._parts(flat), strict=True)]
 
     def shard_of(self, tensors: Sequence[Tensor]) -> Tensor:

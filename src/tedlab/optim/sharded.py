@@ -6,7 +6,7 @@ its groups are replaced, by tiles of this process's shards, and its ``step`` by 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ class ShardedOptimizer:
         optimizer: what ``configure_optimizers`` returned; modified in place.
         comm: the collectives of this process.
         names: name of each parameter, for checkpoints.
+        partial: parameters whose gradients are partial sums over the tensor group, too.
         zero: shard, or keep everything everywhere (gradients are then all-reduced).
         tile: elements updated at a time; None: each bucket's shard in one go; ``fused``: that in one pass over memory,
             for AdamW and Adam (see ``fused.py``).
@@ -69,6 +70,7 @@ class ShardedOptimizer:
         *,
         zero: bool,
         tile: int | str | None,
+        partial: Collection[nn.Parameter] = (),
         overlap: bool = False,
         scaler: LossScaler | None = None,
     ) -> None:
@@ -80,7 +82,7 @@ class ShardedOptimizer:
         self.scaler = scaler
         self.comm = comm
         self.names = names
-        self.buckets = list(self._fill_buckets(zero))
+        self.buckets = list(self._fill_buckets(zero, partial))
         self._fused = tile == "fused"
         length = tile if isinstance(tile, int) else None
         self._tiles = {
@@ -109,17 +111,17 @@ class ShardedOptimizer:
         optimizer.step = step  # type: ignore[method-assign]
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
-    def _fill_buckets(self, zero: bool) -> Iterator[Bucket]:
+    def _fill_buckets(self, zero: bool, partial: Collection[nn.Parameter]) -> Iterator[Bucket]:
         """The same buckets in the same order on every process."""
         waiting: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
                 if p.requires_grad:
-                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm)
+                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm), p in partial
                     waiting.setdefault(key, []).append(p)
         for index, *rest in sorted(waiting):
             for parameters in _chunks(waiting[index, *rest]):
-                yield Bucket(parameters, index, self.comm, zero)
+                yield Bucket(parameters, index, self.comm, zero, partial=rest[-1])
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
@@ -133,6 +135,20 @@ class ShardedOptimizer:
                 bucket.finish_reduction()  # so that there is one bucket's worth of temporary memory, not all
         for bucket in self.buckets:
             bucket.finish_reduction()
+        self._sum_partial_gradients()
+
+    def _sum_partial_gradients(self) -> None:
+        """Over the tensor group: after the reduction, when of each there is only a shard left, and all in one call."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for bucket in self.buckets:
+            if bucket.partial and bucket.gradient is not None:
+                by_dtype.setdefault(bucket.gradient.dtype, []).append(bucket.gradient)
+        for gradients in by_dtype.values():
+            summed = self.comm.all_reduce(
+                torch.cat(gradients), "tensor", tag="gradients.partial", phase="optimizer"
+            ).split([len(g) for g in gradients])
+            for gradient, whole in zip(gradients, summed, strict=True):
+                gradient.copy_(whole)
 
     def collect_gradients(self) -> None:
         """After a backward pass that is not the last of its step: nothing is reduced yet."""
