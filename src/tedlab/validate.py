@@ -138,7 +138,7 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if comm.fuse_reduce_scatter and not comm.dtd:
         raise ValueError(
-            "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop after it, "
+            "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop, "
             "but comm.dtd is false; use comm.dtd=true, or comm.fuse_reduce_scatter=false"
         )
     if degrees.sequence:
@@ -146,17 +146,15 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if comm.emulate_dilation < 0:
         raise ValueError(f"comm.emulate_dilation is {comm.emulate_dilation}; it must be at least 0")
     if comm.ledger.every < 0:
-        raise ValueError(
-            f"comm.ledger.every is {comm.ledger.every}; it counts steps: at least 1, or 0 for the end only"
-        )
+        raise ValueError(f"comm.ledger.every is {comm.ledger.every}; it counts steps: 0 (only the end) or more")
 
 
 def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
     moe = config.moe
     if config.comm.dtd:
         raise ValueError(
-            "comm.dtd=true drops duplicate tokens, but with parallel.sequence=true there are none: each tensor rank has "
-            "its own; use one of the two"
+            "comm.dtd=true drops duplicate tokens, but with parallel.sequence=true there are none: each tensor rank "
+            "has its own; use one of the two"
         )
     _check_divides("model.sequence_length", config.model.sequence_length, "parallel.tensor", degrees.tensor)
     if moe.num_experts and moe.gating != "default":
@@ -333,7 +331,7 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
         "top_k",
         "gating",
     }
-    shape_free |= set(_GATING_OPTIONS)
+    shape_free |= {"capacity_groups", *_GATING_OPTIONS}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, fields in ours.items()

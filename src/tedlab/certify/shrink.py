@@ -103,7 +103,7 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def reference(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The same training in one process: every micro-batch accumulated, nothing sharded, tiled, overlapped, recomputed."""
+    """The same training in one process: micro-batches accumulated, nothing sharded, tiled, overlapped, recomputed."""
     return replace(
         config,
         model=replace(config.model, checkpoint="none"),

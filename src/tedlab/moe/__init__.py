@@ -3,7 +3,7 @@
 from tedlab.moe.dispatch import AllToAllPath, token_path
 from tedlab.moe.experts import Experts
 from tedlab.moe.layer import MoELayer
-from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity, group_capacity
+from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity
 
 __all__ = [
     "AllToAllPath",
@@ -14,6 +14,5 @@ __all__ = [
     "Routing",
     "assign_slots",
     "expert_capacity",
-    "group_capacity",
     "token_path",
 ]
