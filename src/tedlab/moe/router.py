@@ -69,7 +69,102 @@ class Decision(NamedTuple):
     load: Tensor
 
     @property
-    def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
+    def balance_loss(self) -> Tensor:
+        """Of these tokens; scalar, differentiable."""
+        return balance_loss(self.counted_TE.to(self.probs_TE.dtype).mean(0), self.probs_TE.mean(0))
+
+
+class Router(ShardedModule):
+    """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
+
+    Another gating rule is a subclass with a :meth:`decide` of its own, as in ``deepspeed_gating.py``.
+
+    Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
+    normalised to sum to one before any is dropped.
+
+    Capacity: every expert takes at most C choices of a micro-batch, see :func:`expert_capacity`. First choices of all
+    tokens come before second choices, and within these the order is that of the tokens. A choice that finds its
+    expert full is dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity
+    groups all this holds within each: a group is the tokens of S / groups neighbouring positions of every sample,
+    and what its capacity is rounded up to a multiple of is divided among the groups.
+
+    Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
+    and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
+    mean of logsumexp(logits)² (ST-MoE, eq. 5).
+
+    Args:
+        hidden: model width.
+        config: experts E, choices K, capacity (see :func:`expert_capacity`), capacity groups.
+        topology: where this process stands.
+        init: initial weights.
+
+    Raises:
+        ValueError: if the tensor ranks of a sequence-sharded layout cannot divide the capacity groups among them.
+    """
+
+    def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = config.num_experts, config.top_k
+        self.capacity_factor, self.capacity_multiple = config.capacity_factor, config.capacity_multiple
+        self.comm, self.sharded = topology.comm, topology.sequence_sharded
+        shards = topology.degrees.tensor if topology.sequence_sharded else 1
+        groups = config.capacity_groups or shards
+        if groups % shards:
+            raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
+        self.groups = groups // shards  # of this process
+        self.group_multiple = max(1, config.capacity_multiple // groups)
+        self.add_parameter(
+            "weight",
+            (self.num_experts, hidden),
+            topology.dense,
+            init=init,
+            device=topology.device,
+            partial=self.sharded,
+        )
+
+    def forward(self, x_TH: Tensor, sequence: int | None = None) -> Routing:
+        """Routes the T tokens of a micro-batch: samples of ``sequence`` positions, one after the other; None: one."""
+        precise = torch.promote_types(x_TH.dtype, torch.float32)
+        with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
+            logits_TE = F.linear(x_TH.to(precise), self.local("weight").to(precise))
+        decision = self.decide(logits_TE, sequence or max(1, len(x_TH)))
+        z_T = logits_TE.logsumexp(-1).square()
+        if self.sharded:
+            loss, z_loss = self._losses_of_all_positions(decision, z_T)
+        else:
+            loss, z_loss = decision.balance_loss, z_T.mean()
+        report = RouterReport(loss, z_loss, decision.load, (decision.slot_TK < 0).sum())
+        return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report)
+
+    def _losses_of_all_positions(self, decision: Decision, z_T: Tensor) -> tuple[Tensor, Tensor]:
+        """The two losses of a micro-batch whose tokens are divided over the tensor group."""
+        counted_E, probs_E = decision.counted_TE.to(z_T.dtype).sum(0), decision.probs_TE.sum(0)
+        sums = torch.cat((counted_E, probs_E, z_T.sum().unsqueeze(0)))
+        means = reduce_from(sums, self.comm, "tensor", "router.statistics") / (len(z_T) * self.comm.size("tensor"))
+        counted_E, probs_E, z_loss = means.split([self.num_experts, self.num_experts, 1])
+        return balance_loss(counted_E, probs_E), z_loss.squeeze(0)
+
+    def decide(self, logits_TE: Tensor, sequence: int) -> Decision:
+        """The gating rule; logits are in fp32 or better."""
+        probs_TE = logits_TE.softmax(-1)
+        expert_TK = pin(probs_TE.detach().topk(self.top_k, dim=-1).indices)
+        gate_TK = probs_TE.gather(1, expert_TK)
+        if self.top_k > 1:
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+
+        tokens, groups = len(logits_TE), self.groups
+        capacity = expert_capacity(
+            tokens // groups, self.num_experts, self.top_k, self.capacity_factor, self.group_multiple
+        )
+        # To the queues, group g of expert e is an expert of its own, number e·groups + g: slots stay sorted by expert.
+        group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
+        queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
+        slot_TK, choice_EC, load = assign_slots(queue_TK, self.num_experts * groups, capacity)
+        first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
+        return Decision(gate_TK, slot_TK, choice_EC, probs_TE, first_TE, load.view(-1, groups).sum(1))
+
+
+def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
     """E·Σ f_e·P_e: f_e the counted choices of expert e per token, P_e its mean probability (both without drops)."""
     return len(probs_E) * (counted_E * probs_E).sum()
 
