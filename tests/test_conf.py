@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig
-from tedlab.topology import ParallelDegrees
+from tedlab.degrees import ParallelDegrees
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]

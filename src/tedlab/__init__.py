@@ -4,6 +4,7 @@
 """
 
 from tedlab.strategy import TEDStrategy
-from tedlab.topology import ParallelDegrees, Topology
+from tedlab.degrees import ParallelDegrees
+from tedlab.topology import Topology
 
 __all__ = ["ParallelDegrees", "TEDStrategy", "Topology"]

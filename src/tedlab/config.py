@@ -62,7 +62,7 @@ class ParallelConfig:
 class LedgerConfig:
     """The record of every collective."""
 
-    every: int = 0  # steps between totals in the log; 0: only at the end
+    every: int = 100  # steps between totals in the log; 0: only at the end
     time: bool = False  # also measure durations, which synchronises every collective
 
 
@@ -114,6 +114,7 @@ class OptimConfig:
     decay_fraction: float = 0.2  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients while the backward pass goes on
+    bucket_elements: int = 1 << 24  # of each process, reduced in one collective
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 
 

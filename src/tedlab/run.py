@@ -84,6 +84,7 @@ def build(
             cac=config.comm.cac,
             skip_dead_gemm=config.comm.skip_dead_gemm,
             zero=config.optim.zero,
+            bucket_elements=config.optim.bucket_elements,
             tile=config.optim.tile,
             overlap=config.optim.overlap,
             async_checkpoint=config.checkpoint.async_save,

@@ -39,7 +39,8 @@ from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
 from tedlab.nn import ShardedModule
 from tedlab.optim import LossScaler, ShardedOptimizer
-from tedlab.topology import ParallelDegrees, Topology
+from tedlab.degrees import ParallelDegrees
+from tedlab.topology import Topology
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
@@ -63,6 +64,7 @@ class TEDStrategy(ParallelStrategy):
             collective's result; ``shard``: 1/T of each; or a list of collectives.
         skip_dead_gemm: with ``cac``, do not recompute matrix products that only feed a result that was kept.
         zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
+        bucket_elements: of each process, reduced in one collective.
         overlap: reduce gradients while the backward pass goes on.
         tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
             pass over memory, without temporaries.
@@ -90,6 +92,7 @@ class TEDStrategy(ParallelStrategy):
         cac: bool | str | Sequence[str] = False,
         skip_dead_gemm: bool = True,
         zero: bool = True,
+        bucket_elements: int = 1 << 24,
         overlap: bool = False,
         async_checkpoint: bool = False,
         tile: int | str | None = 1_800_000,
@@ -109,6 +112,7 @@ class TEDStrategy(ParallelStrategy):
             dtd=dtd, fuse_reduce_scatter=fuse_reduce_scatter, cac=cac, skip_dead_gemm=skip_dead_gemm
         )
         self.zero = zero
+        self.bucket_elements = bucket_elements
         self.overlap = overlap
         self.async_checkpoint = async_checkpoint
         self.tile = tile
@@ -241,6 +245,7 @@ class TEDStrategy(ParallelStrategy):
                 names,
                 partial=partial,
                 zero=self.zero,
+                bucket_elements=self.bucket_elements,
                 tile=self.tile,
                 overlap=self.overlap,
                 scaler=self.loss_scaler,

@@ -8,76 +8,13 @@ This is the only module that knows about ranks. The same processes are seen thro
 The tensor index varies fastest, then expert, then expert_data, so that tensor groups sit inside a node.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tedlab.comm import Collectives, GroupKind, Recomputation
-from tedlab.config import CommConfig, ParallelConfig
-
-
-@dataclass(frozen=True)
-class ParallelDegrees:
-    """How many processes there are and how they divide.
-
-    Args:
-        world_size: number of processes.
-        tensor: size of a tensor-parallel group (T).
-        expert: size of an expert-parallel group (E_p).
-        sequence: whether activations between layers are divided over the tensor group by position.
-
-    Raises:
-        ValueError: if tensor × expert does not divide the world size; says which degrees would.
-    """
-
-    world_size: int
-    tensor: int = 1
-    expert: int = 1
-    sequence: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("world_size", "tensor", "expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; a degree is a whole number of at least 1")
-        if self.world_size % (self.tensor * self.expert):
-            block = self.tensor * self.expert
-            larger = -(-self.world_size // block) * block
-            fitting = ", ".join(f"{t}×{e}" for t, e in self._fitting(self.world_size))
-            raise ValueError(
-                f"tensor × expert = {self.tensor}×{self.expert} = {block} does not divide the world size "
-                f"{self.world_size}. Either use a multiple of {block} processes ({larger}, for instance), or, with "
-                f"{self.world_size}, one of these tensor×expert: {fitting}"
-            )
-
-    @staticmethod
-    def _fitting(world_size: int) -> Iterator[tuple[int, int]]:
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        return ((t, e) for t in divisors for e in divisors if world_size % (t * e) == 0)
-
-    @property
-    def data(self) -> int:
-        """Number of data ranks: processes that see different tokens (D)."""
-        return self.world_size // self.tensor
-
-    @property
-    def expert_data(self) -> int:
-        """Number of replicas of each expert (D_e = D / E_p)."""
-        return self.data // self.expert
-
-    def __str__(self) -> str:
-        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
-        return (
-            f"{processes}: tensor {self.tensor} × expert {self.expert} × "
-            f"expert_data {self.expert_data} (data {self.data}){', sequence-sharded' if self.sequence else ''}"
-        )
-
-
-def parallel_degrees(config: ParallelConfig) -> ParallelDegrees:
-    """The degrees of a configuration; raises as :class:`ParallelDegrees` does."""
-    return ParallelDegrees(config.world_size, config.tensor, config.expert, config.sequence)
+from tedlab.config import CommConfig
+from tedlab.degrees import ParallelDegrees
 
 
 class Topology:

@@ -24,7 +24,7 @@ from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
 from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
-from tedlab.topology import ParallelDegrees, parallel_degrees
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
 OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tedlab import capacity
 from tedlab.certify import certify
 from tedlab.checkpoint import directory
 from tedlab.comm import differentiable
@@ -66,8 +67,8 @@ def tensor_ranks_with_different_seeds(patch: pytest.MonkeyPatch) -> None:
 
 def capacity_not_padded(patch: pytest.MonkeyPatch) -> None:
     """Other tokens are dropped than in one process (DeepSpeed's capacity 17 under tensor 2)."""
-    right = router.expert_capacity
-    patch.setattr(router, "expert_capacity", lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1))
+    right = capacity.expert_capacity
+    patch.setattr(capacity, "expert_capacity", lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1))
 
 
 def auxiliary_loss_divided_twice(patch: pytest.MonkeyPatch) -> None:

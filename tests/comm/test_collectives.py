@@ -12,7 +12,7 @@ from tedlab import ParallelDegrees, Topology
 from tedlab.comm import Collective, all_to_all, copy_to, reduce_from
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.models import GPT
-from tedlab.moe import expert_capacity
+from tedlab.capacity import expert_capacity
 from tedlab.nn import vocab_parallel_cross_entropy
 from tests.pool import WorkerPool
 

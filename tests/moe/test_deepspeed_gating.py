@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tedlab.capacity import deepspeed_capacity
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer, Router, Routing
@@ -19,7 +20,7 @@ from tedlab.moe.deepspeed_gating import (
     DROP_POLICIES,
     GATINGS,
     DeepSpeedRouter,
-    deepspeed_capacity,
+
     top1_gating,
     top2_gating,
     topk_gating,

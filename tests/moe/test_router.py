@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tedlab import Topology
 from tedlab.config import MoEConfig
-from tedlab.moe import Router, Routing, assign_slots, expert_capacity
+from tedlab.capacity import expert_capacity
+from tedlab.moe import Router, Routing, assign_slots
 from tedlab.nn import Init, initialize
 
 

@@ -19,7 +19,7 @@ from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrin
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
 from tedlab.report import resolved_yaml
-from tedlab.topology import ParallelDegrees, parallel_degrees
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.validate import check
 
 CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tedlab.certify.record import QUANTITIES, Record
-from tedlab.topology import ParallelDegrees
+from tedlab.degrees import ParallelDegrees
 
 TOLERANCE = 1e-10
 _NO_MULTIPLE = 1e-6  # of the tensor's norm: what may be left after taking away the multiple

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
-from tedlab.topology import ParallelDegrees, parallel_degrees
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 
 STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
 MOST_PROCESSES = 16

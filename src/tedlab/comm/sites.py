@@ -8,6 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tedlab.comm.collectives import GroupKind, Operation
 from tedlab.comm.recompute import Plan, Second
@@ -27,6 +28,10 @@ TAGS = (  # of a block's forward pass, in order
 )
 
 
+# tokens: the activations of a data rank's micro-batch; slots: its dispatch buffer; share: a tensor rank's part of that.
+Buffer = Literal["tokens", "slots", "share", "statistics"]
+
+
 @dataclass(frozen=True)
 class Site:
     """A collective of a block's forward pass.
@@ -37,6 +42,7 @@ class Site:
         kind: the group.
         feeds: the site that alone uses its result; ``end``: no collective or weight of the block uses it any more.
         replicated: whether all tensor ranks hold the same result, so that each may keep a part for all.
+        buffer: what the payload is.
     """
 
     tag: str
@@ -44,6 +50,7 @@ class Site:
     kind: GroupKind
     feeds: str | None = None
     replicated: bool = False
+    buffer: Buffer = "tokens"
 
 
 def block_sites(routed: bool, comm: CommConfig, sequence: bool, sizes: Mapping[GroupKind, int]) -> tuple[Site, ...]:
@@ -80,7 +87,8 @@ def _layer(name: str, sequence: bool, feeds: str | None = None) -> list[Site]:
 def _routed(comm: CommConfig, sequence: bool) -> list[Site]:
     sliced = comm.dtd or sequence  # each tensor rank sends and receives its own slots
     scattered = sequence or (comm.dtd and comm.fuse_reduce_scatter)
-    sites = [Site("router.statistics", "all_reduce", "tensor")] if sequence else []
+    sites = [Site("router.statistics", "all_reduce", "tensor", buffer="statistics")] if sequence else []
+    exchanged: Buffer = "share" if sliced else "slots"
     sites.append(
         Site(
             "dispatch.all_to_all",
@@ -88,10 +96,11 @@ def _routed(comm: CommConfig, sequence: bool) -> list[Site]:
             "expert",
             feeds="dispatch.gather" if sliced else None,
             replicated=not sliced,
+            buffer=exchanged,
         )
     )
     if sliced:
-        sites.append(Site("dispatch.gather", "all_gather", "expert_tensor", replicated=True))
+        sites.append(Site("dispatch.gather", "all_gather", "expert_tensor", replicated=True, buffer="slots"))
     sites.append(
         Site(
             "experts.reduce",
@@ -99,6 +108,7 @@ def _routed(comm: CommConfig, sequence: bool) -> list[Site]:
             "expert_tensor",
             feeds="combine.all_to_all",
             replicated=not scattered,
+            buffer="slots",
         )
     )
     dropped = comm.dtd and not sequence
@@ -109,10 +119,41 @@ def _routed(comm: CommConfig, sequence: bool) -> list[Site]:
             "expert",
             feeds="combine.gather" if dropped else None,
             replicated=not sliced,
+            buffer=exchanged,
         )
     )
     if dropped:
-        sites.append(Site("combine.gather", "all_gather", "tensor", replicated=True))
+        sites.append(Site("combine.gather", "all_gather", "tensor", replicated=True, buffer="slots"))
+    return sites
+
+
+def backward_sites(routed: bool, comm: CommConfig, sequence: bool, sizes: Mapping[GroupKind, int]) -> tuple[Site, ...]:
+    """The collectives of a block's backward pass, the adjoints of the forward pass's; arguments as there."""
+    layers = ["attention"] if routed else ["feed_forward", "attention"]
+    sites = _routed_backward(comm, sequence) if routed else []
+    for layer in layers:
+        if sequence:
+            sites += [Site(f"{layer}.reduce", "all_gather", "tensor"), Site(f"{layer}.gather", "reduce_scatter", "tensor")]
+        else:
+            sites.append(Site(f"{layer}.copy", "all_reduce", "tensor"))
+    return tuple(site for site in sites if sizes[site.kind] > 1)
+
+
+def _routed_backward(comm: CommConfig, sequence: bool) -> list[Site]:
+    sliced = comm.dtd or sequence
+    scattered = sequence or (comm.dtd and comm.fuse_reduce_scatter)
+    exchanged: Buffer = "share" if sliced else "slots"
+    sites = [Site("combine.all_to_all", "all_to_all", "expert", buffer=exchanged)]
+    if scattered:
+        sites.append(Site("experts.reduce", "all_gather", "expert_tensor", buffer="slots"))
+        sites.append(Site("dispatch.gather", "reduce_scatter", "expert_tensor", buffer="slots"))
+    else:
+        if sliced:
+            sites.append(Site("combine.drop", "all_gather", "expert_tensor", buffer="slots"))
+        sites.append(Site("experts.copy", "all_reduce", "expert_tensor", buffer="slots"))
+    sites.append(Site("dispatch.all_to_all", "all_to_all", "expert", buffer=exchanged))
+    if comm.dtd and not sequence:
+        sites.append(Site("dispatch.drop", "all_gather", "tensor", buffer="slots"))
     return sites
 
 

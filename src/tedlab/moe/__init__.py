@@ -3,7 +3,7 @@
 from tedlab.moe.dispatch import AllToAllPath, token_path
 from tedlab.moe.experts import Experts
 from tedlab.moe.layer import MoELayer
-from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity
+from tedlab.moe.router import Router, RouterReport, Routing, assign_slots
 
 __all__ = [
     "AllToAllPath",
@@ -13,6 +13,5 @@ __all__ = [
     "RouterReport",
     "Routing",
     "assign_slots",
-    "expert_capacity",
     "token_path",
 ]

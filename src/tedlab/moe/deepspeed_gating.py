@@ -27,12 +27,10 @@ ours the number of tokens, which needs no communication and no wait for the devi
 noise for first choices (``noisy_gate_policy``), off there unless asked for, does not exist here.
 """
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from tedlab.capacity import group_capacity
 from tedlab.comm import pin
 from tedlab.config import MoEConfig
 from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots
@@ -41,7 +39,6 @@ from tedlab.topology import Topology
 
 GATINGS = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")
 DROP_POLICIES = ("probs", "position")
-MIN_CAPACITY = 4  # default of deepspeed.moe.layer.MoE
 
 
 class DeepSpeedRouter(Router):
@@ -72,21 +69,13 @@ class DeepSpeedRouter(Router):
             )
         super().__init__(hidden, config, topology, init=init)
         self.gating = config.gating
-        self.min_capacity = MIN_CAPACITY if config.min_capacity is None else config.min_capacity
         self.random_token_selection = config.random_token_selection is not False  # None: on
         self.second_expert_sampling = config.second_expert_sampling is not False  # None: on
         self.drop_policy = config.drop_policy or "probs"
 
     def decide(self, logits_TE: Tensor, sequence: int) -> Decision:
         """The configured rule, with random numbers where it wants them."""
-        capacity = deepspeed_capacity(
-            len(logits_TE),
-            self.num_experts,
-            self.top_k,
-            self.capacity_factor,
-            self.min_capacity,
-            self.capacity_multiple,
-        )
+        capacity = group_capacity(self.config, len(logits_TE), groups=1)
         if self.gating == "deepspeed_top1":
             return top1_gating(logits_TE, capacity, self._priorities(logits_TE))
         if self.gating == "deepspeed_top2":
@@ -109,23 +98,6 @@ class DeepSpeedRouter(Router):
         # A key for every data rank, so that all processes advance the default generator alike.
         keys = torch.randint(2**62, (self.comm.size("data"),), device="cpu")
         return torch.Generator(device).manual_seed(int(keys[self.comm.rank("data")]))
-
-
-def deepspeed_capacity(
-    tokens: int, num_experts: int, top_k: int, factor: float | None, min_capacity: int, multiple: int
-) -> int:
-    """Slots that each expert offers to one data rank's micro-batch.
-
-    max(ceil(tokens / num_experts · (factor · top_k)), min_capacity), rounded up to a multiple; with ``factor=None`` as
-    many as there are tokens, rounded up likewise.
-    """
-    # DeepSpeed multiplies fp32 numbers, in which 100 / 4 · 1.2 is a little more than 30, and so asks for 31 slots.
-    wanted = (
-        tokens
-        if factor is None
-        else max(math.ceil(np.float32(tokens / num_experts) * np.float32(factor * top_k)), min_capacity)
-    )
-    return -(-wanted // multiple) * multiple
 
 
 def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> Decision:

@@ -5,14 +5,13 @@ Every tensor rank routes the same tokens with the same weights and so decides th
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
-import math
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
 from tedlab.config import MoEConfig
 from tedlab.nn import Init, ShardedModule
@@ -82,7 +81,7 @@ class Router(ShardedModule):
     Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
     normalised to sum to one before any is dropped.
 
-    Capacity: every expert takes at most C choices of a micro-batch, see :func:`expert_capacity`. First choices of all
+    Capacity: every expert takes at most C choices of a micro-batch, see ``capacity.py``. First choices of all
     tokens come before second choices, and within these the order is that of the tokens. A choice that finds its
     expert full is dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity
     groups all this holds within each: a group is the tokens of S / groups neighbouring positions of every sample,
@@ -94,7 +93,7 @@ class Router(ShardedModule):
 
     Args:
         hidden: model width.
-        config: experts E, choices K, capacity (see :func:`expert_capacity`), capacity groups.
+        config: experts E, choices K, capacity and its groups (see ``capacity.py``).
         topology: where this process stands.
         init: initial weights.
 
@@ -104,15 +103,13 @@ class Router(ShardedModule):
 
     def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         super().__init__()
-        self.num_experts, self.top_k = config.num_experts, config.top_k
-        self.capacity_factor, self.capacity_multiple = config.capacity_factor, config.capacity_multiple
+        self.config, self.num_experts, self.top_k = config, config.num_experts, config.top_k
         self.comm, self.sharded = topology.comm, topology.sequence_sharded
         shards = topology.degrees.tensor if topology.sequence_sharded else 1
         groups = config.capacity_groups or shards
         if groups % shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
-        self.groups = groups // shards  # of this process
-        self.group_multiple = max(1, config.capacity_multiple // groups)
+        self.groups, self.all_groups = groups // shards, groups  # of this process, of the data rank
         self.add_parameter(
             "weight",
             (self.num_experts, hidden),
@@ -153,9 +150,7 @@ class Router(ShardedModule):
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
 
         tokens, groups = len(logits_TE), self.groups
-        capacity = expert_capacity(
-            tokens // groups, self.num_experts, self.top_k, self.capacity_factor, self.group_multiple
-        )
+        capacity = group_capacity(self.config, tokens // groups, self.all_groups)
         # To the queues, group g of expert e is an expert of its own, number e·groups + g: slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
@@ -167,17 +162,6 @@ class Router(ShardedModule):
 def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
     """E·Σ f_e·P_e: f_e the counted choices of expert e per token, P_e its mean probability (both without drops)."""
     return len(probs_E) * (counted_E * probs_E).sum()
-
-
-def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | None, multiple: int) -> int:
-    """Slots that each expert offers to one data rank's micro-batch.
-
-    ceil(top_k · tokens / num_experts · factor), rounded up to a multiple; with ``factor=None`` as many as there are
-    tokens, rounded up likewise, so that none is ever dropped. The same in every layout.
-    """
-    # Exact: in floating point 10 × 1.1 is a little more than 11, and would be rounded up to 12.
-    wanted = tokens if factor is None else math.ceil(top_k * tokens * Fraction(str(factor)) / num_experts)
-    return -(-wanted // multiple) * multiple
 
 
 def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:

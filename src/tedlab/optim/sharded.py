@@ -15,12 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tedlab.comm import Collectives
-from tedlab.optim.bucket import Bucket, holders, reduction_group
+from tedlab.optim.bucket import Bucket, holders, local, reduction_group
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
-
-_BUCKET_ELEMENTS = 1 << 24  # local elements reduced in one collective
-
 
 def check_elementwise(optimizer: type[Optimizer]) -> None:
     """Whether shards can be stepped as flat pieces.
@@ -55,6 +52,7 @@ class ShardedOptimizer:
         zero: shard, or keep everything everywhere (gradients are then all-reduced).
         tile: elements updated at a time; None: each bucket's shard in one go; ``fused``: that in one pass over memory,
             for AdamW and Adam (see ``fused.py``).
+        bucket_elements: local elements reduced in one collective; a larger tensor has a bucket to itself.
         overlap: reduce each bucket's gradients while the backward pass computes the others'.
         scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
 
@@ -71,6 +69,7 @@ class ShardedOptimizer:
         zero: bool,
         tile: int | str | None,
         partial: Collection[nn.Parameter] = (),
+        bucket_elements: int = 1 << 24,
         overlap: bool = False,
         scaler: LossScaler | None = None,
     ) -> None:
@@ -82,7 +81,7 @@ class ShardedOptimizer:
         self.scaler = scaler
         self.comm = comm
         self.names = names
-        self.buckets = list(self._fill_buckets(zero, partial))
+        self.buckets = list(self._fill_buckets(zero, partial, bucket_elements))
         self._fused = tile == "fused"
         length = tile if isinstance(tile, int) else None
         self._tiles = {
@@ -111,7 +110,7 @@ class ShardedOptimizer:
         optimizer.step = step  # type: ignore[method-assign]
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
-    def _fill_buckets(self, zero: bool, partial: Collection[nn.Parameter]) -> Iterator[Bucket]:
+    def _fill_buckets(self, zero: bool, partial: Collection[nn.Parameter], elements: int) -> Iterator[Bucket]:
         """The same buckets in the same order on every process."""
         waiting: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for index, group in enumerate(self.optimizer.param_groups):
@@ -120,7 +119,7 @@ class ShardedOptimizer:
                     key = index, reduction_group(p), str(p.dtype), holders(p, self.comm), p in partial
                     waiting.setdefault(key, []).append(p)
         for index, *rest in sorted(waiting):
-            for parameters in _chunks(waiting[index, *rest]):
+            for parameters in _chunks(waiting[index, *rest], elements):
                 yield Bucket(parameters, index, self.comm, zero, partial=rest[-1])
 
     # ---- one step ------------------------------------------------------------------------------------------------
@@ -345,13 +344,14 @@ class ShardedOptimizer:
         return joined
 
 
-def _chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+def _chunks(parameters: list[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
     chunk: list[nn.Parameter] = []
     elements = 0
     for p in parameters:
-        if chunk and elements + p.numel() > _BUCKET_ELEMENTS:
+        size = local(p).numel()
+        if chunk and elements + size > most:
             yield chunk
             chunk, elements = [], 0
         chunk.append(p)
-        elements += p.numel()
+        elements += size
     yield chunk

@@ -1,0 +1,250 @@
+"""The closed form: what a configuration communicates in one optimizer step, from the configuration alone.
+
+Written from the algorithm, not from the code that runs: at the end of every run the ledger is held against it, and a
+difference is a bug in one of them.
+"""
+
+from collections.abc import Iterator, Mapping
+
+from typing import NamedTuple
+
+import torch
+
+from tedlab.capacity import group_capacity
+from tedlab.comm.collectives import Collective, GroupKind, Operation, Phase
+from tedlab.comm.ledger import Count, Entry, counted
+from tedlab.comm.recompute import Second
+from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
+from tedlab.config import TrainConfig
+from tedlab.degrees import parallel_degrees
+
+_DTYPES = {  # trainer.precision → of parameters, of matrix products
+    "32-true": (torch.float32, torch.float32),
+    "64-true": (torch.float64, torch.float64),
+    "bf16-true": (torch.bfloat16, torch.bfloat16),
+    "16-true": (torch.float16, torch.float16),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+}
+
+
+def predict(config: TrainConfig) -> dict[Entry, Count]:
+    """Calls and bytes of one optimizer step, in any process: of ``tedlab.train``'s model, strategy and optimizer.
+
+    Args:
+        config: completed by :func:`tedlab.validate.check`.
+    """
+    form = ClosedForm(config)
+    micro_batch = counted(form.micro_batch())
+    accumulated = int(config.trainer["accumulate_grad_batches"])
+    return {entry: count * accumulated for entry, count in micro_batch.items()} | counted(form.optimizer_step())
+
+
+class ClosedForm:
+    """The collectives of a configuration, part by part. Groups of one process do not communicate."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        degrees, model, moe = parallel_degrees(config.parallel), config.model, config.moe
+        self.config, self.degrees = config, degrees
+        self.sequence = degrees.sequence and degrees.tensor > 1
+        self.groups: Mapping[GroupKind, int] = {
+            "tensor": degrees.tensor,
+            "data": degrees.data,
+            "expert": degrees.expert,
+            "expert_data": degrees.expert_data,
+            "expert_tensor": degrees.tensor,
+            "world": degrees.world_size,
+        }
+        self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
+        self.precise = torch.promote_types(self.compute, torch.float32)
+        self.tokens = config.data.micro_batch_size * model.sequence_length
+        sharers = degrees.tensor if config.comm.dtd or self.sequence else 1
+        slots = sharers * -(-self._capacity() // sharers) * moe.num_experts  # grown until each has as many
+        self.elements: Mapping[Buffer, int] = {
+            "tokens": self.tokens * model.hidden,
+            "slots": slots * model.hidden,
+            "share": slots * model.hidden // sharers,
+            "statistics": 2 * moe.num_experts + 1,
+        }
+
+    def _capacity(self) -> int:
+        """Slots that each expert offers to a data rank's micro-batch."""
+        moe = self.config.moe
+        if not moe.num_experts:
+            return 0
+        groups = moe.capacity_groups or (self.degrees.tensor if self.sequence else 1)
+        return groups * group_capacity(moe, self.tokens // groups, groups)
+
+    # ---- one micro-batch -----------------------------------------------------------------------------------------
+
+    def micro_batch(self) -> Iterator[Collective]:
+        """Forward and backward pass of one micro-batch."""
+        yield from self._ends()
+        for block in range(self.config.model.layers):
+            for site in self.sites(block):
+                yield self._at(site, "forward")
+            if self.config.model.checkpoint == "block":
+                yield from self.recompute(block, self.config.comm.cac)
+            for site in backward_sites(self.routed(block), self.config.comm, self.sequence, self.groups):
+                yield self._at(site, "backward")
+
+    def routed(self, block: int) -> bool:
+        """Whether a block has experts."""
+        return block in self.config.moe.blocks(self.config.model.layers)
+
+    def sites(self, block: int) -> tuple[Site, ...]:
+        """Of a block's forward pass."""
+        return block_sites(self.routed(block), self.config.comm, self.sequence, self.groups)
+
+    def recompute(self, block: int, cac: object) -> Iterator[Collective]:
+        """A block's second pass."""
+        sites = self.sites(block)
+        second = plan(sites, kept_tags(cac, block))
+        for site in sites:
+            # What is used after the block only is recomputed for nothing.
+            if second[site.tag] is Second.AGAIN and not (site.feeds == "end" and self.config.checkpoint.early_stop):
+                yield self._at(site, "recompute")
+            elif second[site.tag] is Second.SLICE:
+                yield self._at(site, "recompute", "all_gather", "tensor")
+
+    def kept_bytes(self, block: int, cac: object) -> int:
+        """What CAC keeps of a block between its two passes, in each process."""
+        total = 0
+        second = plan(self.sites(block), kept_tags(cac, block))
+        for site in self.sites(block):
+            result = self._at(site, "forward").payload_bytes
+            if site.op == "reduce_scatter":
+                result //= self.groups[site.kind]
+            if second[site.tag] is Second.WHOLE:
+                total += result
+            elif second[site.tag] is Second.SLICE:
+                total += result // self.degrees.tensor
+        return total
+
+    def _ends(self) -> Iterator[Collective]:
+        """Before the first block and after the last."""
+        tokens = self.elements["tokens"]
+        if self.degrees.tensor == 1:
+            return
+        if self.sequence:
+            yield self._call("reduce_scatter", "tensor", "forward", "embedding.reduce", tokens, self.parameter)
+            yield self._call("all_gather", "tensor", "backward", "embedding.reduce", tokens, self.parameter)
+            yield self._call("all_gather", "tensor", "forward", "output.gather", tokens, self.compute)
+            yield self._call("reduce_scatter", "tensor", "backward", "output.gather", tokens, self.compute)
+        else:
+            yield self._call("all_reduce", "tensor", "forward", "embedding.reduce", tokens, self.parameter)
+            yield self._call("all_reduce", "tensor", "backward", "output.copy", tokens, self.compute)
+        yield self._call("all_reduce", "tensor", "forward", "loss.max", self.tokens, self.precise)
+        yield self._call("all_reduce", "tensor", "forward", "loss.sum", 2 * self.tokens, self.precise)
+
+    # ---- once per step -------------------------------------------------------------------------------------------
+
+    def optimizer_step(self) -> Iterator[Collective]:
+        """Reduction of gradients, their norm, and the gathering of parameters."""
+        trainer, partial = self.config.trainer, 0
+        for bucket in self._buckets():
+            sharded = self.config.optim.zero and self.groups[bucket.kind] > 1
+            shards = self.groups[bucket.kind] if sharded else 1
+            shard = -(-bucket.elements // shards)
+            if bucket.partial:
+                partial += shard
+            if self.groups[bucket.kind] > 1:
+                op: Operation = "reduce_scatter" if sharded else "all_reduce"
+                yield self._optimizer(op, bucket.kind, "gradients.reduce", shards * shard, self.parameter)
+            if sharded:
+                yield self._optimizer("all_gather", bucket.kind, "parameters.gather", shards * shard, self.parameter)
+        if partial:
+            yield self._optimizer("all_reduce", "tensor", "gradients.partial", partial, self.parameter)
+        scaled = trainer["precision"] in ("16-true", "16-mixed")
+        if (trainer.get("gradient_clip_val") or scaled) and self.groups["world"] > 1:
+            yield self._optimizer("all_reduce", "world", "gradients.norm", 1, torch.float64)
+
+    def _buckets(self) -> Iterator["_Bucket"]:
+        """Parameters of one kind, in order, until the next would not fit."""
+        waiting: dict[tuple[object, ...], int] = {}
+        for name, bucket in self._parameters():
+            decayed = not ("bias" in name or "norm" in name)
+            key = (decayed, bucket.kind, bucket.holders, bucket.partial)
+            held = waiting.get(key, 0)
+            if held and held + bucket.elements > self.config.optim.bucket_elements:
+                yield bucket._replace(elements=held)
+                held = 0
+            waiting[key] = held + bucket.elements
+        for (_, kind, holders, partial), held in waiting.items():
+            yield _Bucket(kind, holders, partial, held)  # type: ignore[arg-type]
+
+    def _parameters(self) -> Iterator[tuple[str, "_Bucket"]]:
+        """Name and local size of every parameter, in the model's order."""
+        model, moe, degrees = self.config.model, self.config.moe, self.degrees
+        tensor, hidden, world = degrees.tensor, model.hidden, degrees.world_size
+        assert model.vocab_size is not None
+
+        def whole(name: str, elements: int) -> tuple[str, _Bucket]:
+            return name, _Bucket("data", world, self.sequence, elements)
+
+        def after(name: str, elements: int) -> tuple[str, _Bucket]:  # a row-parallel layer's sum
+            return name, _Bucket("data", world, False, elements)
+
+        def divided(name: str, elements: int) -> tuple[str, _Bucket]:
+            return name, _Bucket("data", world // tensor, False, elements // tensor)
+
+        def experts(name: str, elements: int, parts: int) -> tuple[str, _Bucket]:
+            local = elements * moe.num_experts // degrees.expert // parts
+            return name, _Bucket("expert_data", world // degrees.expert // parts, False, local)
+
+        def norm(name: str) -> Iterator[tuple[str, _Bucket]]:
+            return iter((whole(f"{name}.weight", hidden), whole(f"{name}.bias", hidden)))
+
+        yield divided("embedding", model.vocab_size * hidden)
+        yield whole("positions", model.sequence_length * hidden)
+        for block in range(model.layers):
+            yield from norm("norm1")
+            yield divided("qkv", 3 * hidden * hidden)
+            yield divided("qkv.bias", 3 * hidden)
+            yield divided("out", hidden * hidden)
+            yield after("out.bias", hidden)
+            yield from norm("norm2")
+            if self.routed(block):
+                yield whole("router", moe.num_experts * hidden)
+                yield experts("up", hidden * model.ffn, tensor)
+                yield experts("up_bias", model.ffn, tensor)
+                yield experts("down", hidden * model.ffn, tensor)
+                yield experts("down_bias", hidden, 1)
+            else:
+                yield divided("up", hidden * model.ffn)
+                yield divided("up.bias", model.ffn)
+                yield divided("down", hidden * model.ffn)
+                yield after("down.bias", hidden)
+        yield from norm("norm")
+        if not model.tie_embeddings:
+            yield divided("output", model.vocab_size * hidden)
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    def _at(self, site: Site, phase: Phase, op: Operation | None = None, kind: GroupKind | None = None) -> Collective:
+        dtype = self.precise if site.buffer == "statistics" else self.compute
+        return self._call(op or site.op, kind or site.kind, phase, site.tag, self.elements[site.buffer], dtype)
+
+    def _optimizer(self, op: Operation, kind: GroupKind, tag: str, elements: int, dtype: torch.dtype) -> Collective:
+        return self._call(op, kind, "optimizer", tag, elements, dtype)
+
+    def _call(
+        self, op: Operation, kind: GroupKind, phase: Phase, tag: str, elements: int, dtype: torch.dtype
+    ) -> Collective:
+        return Collective(op, kind, self.groups[kind], phase, tag, torch.Size([elements]), dtype)
+
+
+class _Bucket(NamedTuple):
+    """Parameters, or one, that are reduced together.
+
+    Attributes:
+        kind: the group over which.
+        holders: processes that hold each element.
+        partial: whether gradients are partial sums over the tensor group, too.
+        elements: in this process.
+    """
+
+    kind: GroupKind
+    holders: int
+    partial: bool
+    elements: int
