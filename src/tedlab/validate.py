@@ -174,6 +174,11 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
     if config.validate_every < 1:
         raise ValueError(f"validate_every is {config.validate_every}; it counts steps: at least 1")
+    if config.router_picture_every is not None and config.router_picture_every < 1:
+        raise ValueError(
+            f"router_picture_every is {config.router_picture_every}; it counts steps: at least 1, "
+            "or null for the end only"
+        )
     _check_checkpointing(config)
 
 

@@ -1,6 +1,8 @@
 """Lightning callbacks."""
 
+from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
+from tedlab.callbacks.router import RouterHealth
 
-__all__ = ["RunProgress", "StepMetrics"]
+__all__ = ["MemoryByCategory", "RouterHealth", "RunProgress", "StepMetrics"]

@@ -2,6 +2,7 @@
 
 from tedlab.moe.dispatch import AllToAllDispatcher
 from tedlab.moe.experts import Experts
+from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer
 from tedlab.moe.router import Router, RouterReport, Routing, assign_slots, expert_capacity
 
@@ -14,4 +15,6 @@ __all__ = [
     "Routing",
     "assign_slots",
     "expert_capacity",
+    "relative_load",
+    "router_health",
 ]
