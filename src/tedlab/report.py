@@ -29,7 +29,7 @@ _MEMORY = {  # how the closing table calls the categories
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer": "optimizer",
-    "activations": "activations and other",
+    "activations": "activations etc.",
     "before": "libraries",
 }
 
