@@ -129,7 +129,9 @@ def run(place: Place) -> Run:
 def test_the_run_directory_is_complete(run: Run) -> None:
     names = {path.name for path in run.directory.iterdir()}
     assert names >= {"config.yaml", "metrics.csv", "summary.json", "loss.png", "checkpoints", "wandb"}
+    assert names >= {"router_load.png", "router_load.json"}
     assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 1
+    assert len(list((run.directory / "wandb").glob("offline-run-*/files/media/images/router/*.png"))) == 1
     kept = {path.name for path in (run.directory / "checkpoints").iterdir()}
     assert kept == {"last.ckpt", f"step_{CHECKPOINT}.ckpt"}  # nothing left over from replacing the last one
     assert read_meta(run.directory / "checkpoints" / "last.ckpt")["global_step"] == STEPS
@@ -164,6 +166,13 @@ def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
     assert summary["train/loss"] == run.column("train/loss")[STEPS]
     assert summary["val/loss"] == pytest.approx(run.column("val/loss")[STEPS])
     assert summary["parameters/total"] > summary["parameters/active"] > 0
+    assert summary["flops/per_token"] > 6 * 32 * 256  # of the output alone
+    flops_per_second = summary["flops/per_token"] * summary["perf/tokens_per_second"]
+    assert summary["perf/tflops"] == pytest.approx(flops_per_second / 2 / 1e12)  # of each of two processes
+    for value in ("load_cv", "max_violation", "entropy", "dead_experts", "dropped_fraction", "balance_loss", "z_loss"):
+        assert summary[f"router/{value}"] == pytest.approx(run.column(f"router/{value}")[STEPS]), value
+    for category in ("parameters", "gradients", "optimizer"):
+        assert 0 < summary[f"memory/{category}_bytes"] < summary["memory/peak_bytes"]
     assert summary["memory/peak_bytes"] == max(summary["memory/peak_bytes_by_rank"]) > 2**20
     assert len(summary["memory/peak_bytes_by_rank"]) == 2
     assert summary["layout"] == {"world_size": 2, "tensor": 2, "expert": 1, "data": 1, "expert_data": 1}
@@ -182,7 +191,9 @@ def test_the_loss_curve_is_a_picture(run: Run) -> None:
 
 
 def test_the_closing_table_and_the_progress(run: Run) -> None:
-    for text in ("validation loss", "bigram model", "tokens/s", "2 processes: tensor 2", "tedlab.generate run="):
+    for text in ("validation loss", "bigram model", "2 processes: tensor 2", "tedlab.generate run="):
+        assert text in run.shown
+    for text in ("tokens/s", "TFLOP/s per process", "expert load", "gradients"):
         assert text in run.shown
     assert f"{run.summary['val/loss']:.4f} nats/token" in run.shown
     assert len(run.shown.splitlines()) < 25, run.shown

@@ -3,8 +3,8 @@
 ``import tedlab`` registers the Lightning strategy, so that ``Trainer(strategy="ted")`` works.
 """
 
-from tedlab.strategy import TEDStrategy
 from tedlab.degrees import ParallelDegrees
+from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
 __all__ = ["ParallelDegrees", "TEDStrategy", "Topology"]

@@ -47,6 +47,10 @@ class MoEConfig:
     second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
     drop_policy: str | None = None  # topk: a full expert keeps the most probable (probs; None) or first (position)
 
+    def blocks(self, layers: int) -> range:
+        """Indices of the blocks that have experts, in a model of so many."""
+        return range(self.every - 1, layers, self.every) if self.num_experts else range(0)
+
 
 @dataclass
 class ParallelConfig:
@@ -150,6 +154,7 @@ class TrainConfig:
     ckpt_path: str | None = None  # a checkpoint directory to resume from
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = 100  # steps between validations; there is always one at the end
+    router_picture_every: int | None = 100  # steps between pictures of the experts' load; None: only at the end
     certificate: bool = False  # first prove that a small likeness of this run equals one process
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from

@@ -20,6 +20,8 @@ from tedlab.optim import learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
+NOT_SCALARS = ("loss", "routers")  # of what ``training_step`` returns: what is not a metric to be averaged
+
 
 class LanguageModel(LightningModule):
     """Next-token prediction with load-balanced experts. Runs under :class:`TEDStrategy`.
@@ -63,18 +65,22 @@ class LanguageModel(LightningModule):
             self.network = GPT(self.model_config, self.moe_config, self.topology, self.seed, self.early_stop)
 
     @override
-    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """Total loss, and detached scalars of this micro-batch for :class:`tedlab.callbacks.StepMetrics`."""
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Total loss, and of this micro-batch, detached, what callbacks want to know.
+
+        Returns:
+            ``loss``, to be minimised; ``routers``, where there are experts: a :class:`RouterReport` whose tensors have
+            one row per MoE layer; every other entry is a scalar, for :class:`tedlab.callbacks.StepMetrics`.
+        """
         loss, reports = self._loss(batch)
-        outputs = {"train/loss": loss.detach()}
+        outputs: dict[str, Any] = {"train/loss": loss.detach()}
         if reports:
-            balance = torch.stack([r.balance_loss for r in reports]).sum()
-            z = torch.stack([r.z_loss for r in reports]).sum()
+            routers = RouterReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
+            balance, z = routers.balance_loss.sum(), routers.z_loss.sum()
             loss = loss + self.moe_config.aux_loss * balance + self.moe_config.z_loss * z
-            choices = torch.stack([r.load.sum() for r in reports]).sum()
-            dropped = torch.stack([r.dropped for r in reports]).sum()
             outputs["train/aux_loss"] = balance.detach() / len(reports)  # 1 when perfectly balanced
-            outputs["router/dropped_fraction"] = dropped / choices
+            outputs["router/dropped_fraction"] = routers.dropped.sum() / routers.load.sum()
+            outputs["routers"] = RouterReport(*(values.detach() for values in routers))
         return {"loss": loss, **outputs}
 
     @override

@@ -4,17 +4,14 @@ import csv
 import json
 import math
 import platform
-import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
@@ -23,10 +20,19 @@ from rich.table import Table
 
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule, bigram_loss
+from tedlab.flops import training_flops
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 
 CERTIFICATE = "certificate.json"
+_MEMORY = {  # how the closing table calls the categories
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "stash": "CAC",
+    "activations": "activations etc.",
+    "before": "libraries",
+}
 
 
 def resolved_yaml(config: TrainConfig) -> str:
@@ -35,22 +41,26 @@ def resolved_yaml(config: TrainConfig) -> str:
 
 
 def report(
-    config: TrainConfig, trainer: Trainer, module: LanguageModel, data: TextDataModule, measured: Mapping[str, float]
+    config: TrainConfig,
+    trainer: Trainer,
+    module: LanguageModel,
+    data: TextDataModule,
+    measured: Mapping[str, Any],
+    tables: Sequence[Table] = (),
 ) -> dict[str, Any]:
-    """Writes ``summary.json`` and ``loss.png``, prints the table. Collective; does its work in the first process.
+    """Writes ``summary.json`` and ``loss.png``, prints the table. Does its work in the first process.
 
     Args:
         config: of the run.
         trainer: which has finished.
         module: the trained model.
         data: what it was trained on.
-        measured: final validation metrics and throughput.
+        measured: final validation metrics, throughput, router health, memory, communication.
+        tables: to be printed before the closing one.
 
     Returns:
         The summary in the first process, an empty dictionary in the others.
     """
-    memory: list[int] = [0] * trainer.world_size
-    dist.all_gather_object(memory, _peak_bytes(trainer.strategy.root_device))
     if not trainer.is_global_zero:
         return {}
     directory = Path(config.output_dir)
@@ -65,8 +75,7 @@ def report(
         "baseline/bigram_bits_per_byte": bigram / math.log(2) / data.corpus.bytes_per_token,
         "parameters/total": parameters.total,
         "parameters/active": parameters.active,
-        "memory/peak_bytes": max(memory),
-        "memory/peak_bytes_by_rank": memory,
+        "flops/per_token": training_flops(config.model, config.moe),
         "steps": trainer.global_step,
         "layout": {**asdict(degrees), "data": degrees.data, "expert_data": degrees.expert_data},
         "choices": config.choices,
@@ -89,7 +98,9 @@ def report(
         )
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(summary)
-    Console(width=None if sys.stdout.isatty() else 110).print(_table(config, summary, str(degrees)))
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    for table in (*tables, _table(config, summary, str(degrees))):
+        console.print(table)
     return summary
 
 
@@ -100,13 +111,6 @@ def _certificate(directory: Path) -> dict[str, Any] | None:
         return None
     certificate = json.loads(file.read_text())
     return {"ok": certificate["ok"], "fingerprint": certificate["fingerprint"]}
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _git_revision() -> str | None:
@@ -156,16 +160,34 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     table.add_row("validation loss", f"{loss:.4f} nats/token, {bits:.4f} bits/byte")
     table.add_row("bigram model", f"{bigram:.4f} nats/token, {bigram_bits:.4f} bits/byte, on the same text")
     if "perf/step_time_s" in summary:
-        speed = f"{summary['perf/tokens_per_second']:,.0f} tokens/s, {summary['perf/step_time_s'] * 1e3:,.0f} ms/step"
-        table.add_row("throughput", speed)
+        table.add_row("throughput", _speed(config, summary))
+    if "router/load_cv" in summary:
+        health = (
+            f"{summary['router/load_cv']:.2f} coefficient of variation, "
+            f"{1 + summary['router/max_violation']:.2f} × mean at most, {summary['router/dead_experts']:.1%} dead, "
+            f"{summary['router/dropped_fraction']:.1%} dropped"
+        )
+        table.add_row("expert load", health)
     table.add_row("layout", layout)
     table.add_row("parameters", f"{summary['parameters/total']:,} total, {summary['parameters/active']:,} active")
     memory = [f"{peak / 2**20:,.0f}" for peak in summary["memory/peak_bytes_by_rank"]]
-    kind = "of the process" if config.trainer["accelerator"] == "cpu" else "allocated on the GPU"
+    cpu = config.trainer["accelerator"] == "cpu"
+    kind = "of the process" if cpu else "allocated on the GPU"
     table.add_row("peak memory", f"{', '.join(memory)} MiB by rank ({kind})")
+    categories = ["parameters", "gradients", "optimizer", "stash", "activations", *(["before"] if cpu else [])]
+    shares = [f"{_MEMORY[name]} {summary[f'memory/{name}_bytes'] / 2**20:,.1f}" for name in categories]
+    table.add_row("of which", ", ".join(shares))
+    pictures = "loss.png, router_load.png" if "router/load_cv" in summary else "loss.png"
     table.add_row("saved in", directory)
-    table.add_row("", "summary.json, metrics.csv, config.yaml, loss.png, checkpoints/last.ckpt")
+    table.add_row("", f"summary.json, metrics.csv, config.yaml, {pictures}, checkpoints/last.ckpt")
     table.add_row("sample text", f'python -m tedlab.generate run={directory} prompt="def "')
     if config.logger.get("wandb", {}).get("mode") == "offline":
         table.add_row("upload to W&B", f"wandb sync {directory}/wandb/offline-run-*")
     return table
+
+
+def _speed(config: TrainConfig, summary: Mapping[str, Any]) -> str:
+    text = f"{summary['perf/tokens_per_second']:,.0f} tokens/s, {summary['perf/step_time_s'] * 1e3:,.0f} ms/step"
+    kind = "process" if config.trainer["accelerator"] == "cpu" else "GPU"
+    text += f", {summary['perf/tflops']:.3g} TFLOP/s per {kind}"
+    return text + (f", MFU {summary['perf/mfu']:.1%}" if "perf/mfu" in summary else "")

@@ -14,10 +14,12 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from tedlab.callbacks import RunProgress, StepMetrics
+from tedlab.callbacks import CommunicationLedger, MemoryByCategory, RouterHealth, RunProgress, StepMetrics
 from tedlab.checkpoint import read_meta
+from tedlab.comm import predict
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
+from tedlab.flops import training_flops
 from tedlab.module import LanguageModel
 from tedlab.report import report, resolved_yaml
 from tedlab.strategy import TEDStrategy
@@ -30,8 +32,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
         The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
     """
     directory = Path(config.output_dir)
-    metrics = StepMetrics(config.data.batch_size * config.model.sequence_length)
-    trainer, module, data = build(config, [metrics, RunProgress()])
+    metrics = StepMetrics(
+        config.data.batch_size * config.model.sequence_length, training_flops(config.model, config.moe)
+    )
+    routers = RouterHealth(config.moe.blocks(config.model.layers), directory, config.router_picture_every)
+    memory = MemoryByCategory()
+    ledger = CommunicationLedger(predict(config), config.comm.ledger.every, config.comm.ledger.time)
+    trainer, module, data = build(config, [metrics, routers, memory, ledger, RunProgress()])
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
         if config.ckpt_path is not None:
@@ -46,7 +53,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if trainer.global_step % config.validate_every:
             trainer.validate(module, data, verbose=False)
         validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        summary = report(config, trainer, module, data, {**metrics.overall(), **validation})
+        measured = {**metrics.overall(), **routers.overall(), **memory.overall(trainer), **validation}
+        measured |= ledger.overall(trainer)
+        summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     finally:
         if trainer.is_global_zero and "wandb" in config.logger:
             import wandb

@@ -37,9 +37,9 @@ from typing_extensions import override
 from tedlab import checkpoint
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
+from tedlab.degrees import ParallelDegrees
 from tedlab.nn import ShardedModule
 from tedlab.optim import LossScaler, ShardedOptimizer
-from tedlab.degrees import ParallelDegrees
 from tedlab.topology import Topology
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")

@@ -19,12 +19,12 @@ from tedlab.cli import UsageError
 from tedlab.comm.sites import kept_tags
 from tedlab.config import MoEConfig, TrainConfig
 from tedlab.data import TextDataModule
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
 from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
-from tedlab.degrees import ParallelDegrees, parallel_degrees
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
 OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
@@ -228,6 +228,11 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
     if config.validate_every < 1:
         raise ValueError(f"validate_every is {config.validate_every}; it counts steps: at least 1")
+    if config.router_picture_every is not None and config.router_picture_every < 1:
+        raise ValueError(
+            f"router_picture_every is {config.router_picture_every}; it counts steps: at least 1, "
+            "or null for the end only"
+        )
     _check_checkpointing(config)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tedlab import ParallelDegrees, Topology
+from tedlab.capacity import expert_capacity
 from tedlab.comm import Collective, all_to_all, copy_to, reduce_from
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.models import GPT
-from tedlab.capacity import expert_capacity
 from tedlab.nn import vocab_parallel_cross_entropy
 from tests.pool import WorkerPool
 

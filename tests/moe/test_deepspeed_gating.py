@@ -12,15 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tedlab.capacity import deepspeed_capacity
 from tedlab import ParallelDegrees, Topology
+from tedlab.capacity import deepspeed_capacity
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer, Router, Routing
 from tedlab.moe.deepspeed_gating import (
     DROP_POLICIES,
     GATINGS,
     DeepSpeedRouter,
-
     top1_gating,
     top2_gating,
     topk_gating,

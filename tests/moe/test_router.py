@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedlab import Topology
-from tedlab.config import MoEConfig
 from tedlab.capacity import expert_capacity
+from tedlab.config import MoEConfig
 from tedlab.moe import Router, Routing, assign_slots
 from tedlab.nn import Init, initialize
 

@@ -1,6 +1,9 @@
 """Lightning callbacks."""
 
+from tedlab.callbacks.ledger import CommunicationLedger
+from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
+from tedlab.callbacks.router import RouterHealth
 
-__all__ = ["RunProgress", "StepMetrics"]
+__all__ = ["CommunicationLedger", "MemoryByCategory", "RouterHealth", "RunProgress", "StepMetrics"]

@@ -8,23 +8,31 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from tedlab.flops import peak_flops
+from tedlab.module import NOT_SCALARS
 from tedlab.strategy import TEDStrategy
 
 
 class StepMetrics(Callback):
-    """Logs what ``training_step`` returned beside its loss, and of the step: learning rate, time, tokens/s.
+    """Logs the scalars that ``training_step`` returned, and of the step: learning rate, time, tokens/s, TFLOP/s, MFU.
 
-    With clipping also the gradient's norm before it, with fp16 the loss scale and the number of skipped steps.
+    ``perf/tflops`` is of one device (on CPU: one process), in model FLOPs, see ``flops.py``; ``perf/mfu`` is its share
+    of the device's peak, where that is known. With clipping also the gradient's norm before it, with fp16 the loss
+    scale and the number of skipped steps.
 
     Values are means over a step's micro-batches and data ranks. Between two logged steps nothing is reduced and no
     value is read from the device. Validation does not count as step time.
 
     Args:
         tokens_per_step: tokens of one optimizer step over all data ranks.
+        flops_per_token: model FLOPs of forward and backward pass.
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
+    def __init__(self, tokens_per_step: int, flops_per_token: int) -> None:
         self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self._devices = 1
+        self._peak: float | None = None  # FLOP/s of one device
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
         self._marks: list[tuple[int, float]] = []  # step and seconds of training, at the start and at each logging
@@ -33,6 +41,10 @@ class StepMetrics(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._devices = trainer.world_size
+        device = trainer.strategy.root_device
+        if device.type == "cuda":
+            self._peak = peak_flops(torch.cuda.get_device_name(device), trainer.precision)
         self._mark(trainer.global_step)
 
     @override
@@ -48,7 +60,7 @@ class StepMetrics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         for name, value in outputs.items():
-            if name != "loss":
+            if name not in NOT_SCALARS:
                 self._sums[name] = self._sums.get(name, 0.0) + value
         self._micro_batches += 1
         if self._micro_batches < trainer.accumulate_grad_batches:
@@ -75,7 +87,14 @@ class StepMetrics(Callback):
         if last == first:
             return {}
         step_time = (ended - began) / (last - first)
-        return {"perf/tokens_per_second": self.tokens_per_step / step_time, "perf/step_time_s": step_time}
+        tokens_per_second = self.tokens_per_step / step_time
+        flops = tokens_per_second * self.flops_per_token / self._devices
+        return {
+            "perf/tokens_per_second": tokens_per_second,
+            "perf/step_time_s": step_time,
+            "perf/tflops": flops / 1e12,
+            **({} if self._peak is None else {"perf/mfu": flops / self._peak}),
+        }
 
 
 def _of_optimizer(trainer: Trainer) -> dict[str, float]:

@@ -17,9 +17,9 @@ from tedlab.certify.compare import Row, compare, first_difference
 from tedlab.certify.record import FILE, Record, record
 from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.launch import launch
 from tedlab.report import resolved_yaml
-from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.validate import check
 
 CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on

@@ -14,7 +14,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from typing_extensions import override
 
 from tedlab.config import TrainConfig
-from tedlab.module import LanguageModel
+from tedlab.module import NOT_SCALARS, LanguageModel
 from tedlab.run import build
 from tedlab.strategy import TEDStrategy
 
@@ -66,7 +66,7 @@ class Recorder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        names = [name for name in outputs if name != "loss"]
+        names = [name for name in outputs if name not in NOT_SCALARS]
         self._scalars.append(torch.stack([outputs[name].double() for name in names]))
         if len(self._scalars) < trainer.accumulate_grad_batches:
             return

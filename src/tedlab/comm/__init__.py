@@ -12,7 +12,9 @@ from tedlab.comm.differentiable import (
     slice_to,
     to_compute_dtype,
 )
+from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin
+from tedlab.comm.volumes import predict
 
 __all__ = [
     "TRAINING_PHASES",
@@ -20,6 +22,7 @@ __all__ = [
     "Collectives",
     "GroupKind",
     "Hook",
+    "Ledger",
     "Operation",
     "Pending",
     "Phase",
@@ -33,6 +36,7 @@ __all__ = [
     "gather_to",
     "matmul_into",
     "pin",
+    "predict",
     "reduce_from",
     "scatter_from",
     "slice_to",

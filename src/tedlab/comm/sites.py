@@ -133,7 +133,10 @@ def backward_sites(routed: bool, comm: CommConfig, sequence: bool, sizes: Mappin
     sites = _routed_backward(comm, sequence) if routed else []
     for layer in layers:
         if sequence:
-            sites += [Site(f"{layer}.reduce", "all_gather", "tensor"), Site(f"{layer}.gather", "reduce_scatter", "tensor")]
+            sites += [
+                Site(f"{layer}.reduce", "all_gather", "tensor"),
+                Site(f"{layer}.gather", "reduce_scatter", "tensor"),
+            ]
         else:
             sites.append(Site(f"{layer}.copy", "all_reduce", "tensor"))
     return tuple(site for site in sites if sizes[site.kind] > 1)

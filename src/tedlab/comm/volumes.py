@@ -5,7 +5,6 @@ difference is a bug in one of them.
 """
 
 from collections.abc import Iterator, Mapping
-
 from typing import NamedTuple
 
 import torch

@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(model.hidden, topology)
         self.attention = SelfAttention(model.hidden, model.heads, topology, init=init, out_init=out_init)
         self.norm2 = LayerNorm(model.hidden, topology)
-        self.routed = moe.num_experts > 0 and index % moe.every == moe.every - 1
+        self.routed = index in moe.blocks(model.layers)
         self.feed_forward: nn.Module
         if self.routed:
             self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, init=init, out_init=out_init)

@@ -2,6 +2,7 @@
 
 from tedlab.moe.dispatch import AllToAllPath, token_path
 from tedlab.moe.experts import Experts
+from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer
 from tedlab.moe.router import Router, RouterReport, Routing, assign_slots
 
@@ -13,5 +14,7 @@ __all__ = [
     "RouterReport",
     "Routing",
     "assign_slots",
+    "relative_load",
+    "router_health",
     "token_path",
 ]

@@ -19,6 +19,7 @@ from tedlab.optim.bucket import Bucket, holders, local, reduction_group
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
+
 def check_elementwise(optimizer: type[Optimizer]) -> None:
     """Whether shards can be stepped as flat pieces.
 

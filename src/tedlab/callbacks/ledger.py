@@ -1,0 +1,132 @@
+"""The ledger of a run: what was communicated, beside what the closed form says."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.table import Table
+from typing_extensions import override
+
+from tedlab.comm import TRAINING_PHASES
+from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
+from tedlab.strategy import TEDStrategy
+
+_MIB = 2**20
+
+
+class CommunicationLedger(Callback):
+    """Counts every collective of a run, logs totals, and in the end compares them with the closed form.
+
+    Forward passes of validation are kept apart from those of training.
+
+    Args:
+        expected: of one optimizer step, see :func:`tedlab.comm.predict`.
+        every: steps between totals in the log; 0: none.
+        timed: also measure durations.
+    """
+
+    def __init__(self, expected: Totals, every: int, timed: bool) -> None:
+        self.expected = expected
+        self.every = every
+        self.ledger = Ledger(timed)
+        self._first_step = 0
+        self._first_skipped = 0
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = _strategy(trainer)
+        strategy.topology.comm.register_hook(self.ledger)
+        self._first_step = trainer.global_step
+        self._first_skipped = _skipped(strategy)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ledger.standing_for = "validation"
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.ledger.standing_for = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_of_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if self.every and last_of_step and trainer.global_step % self.every == 0:
+            pl_module.log_dict(self._metrics(), batch_size=1)
+
+    def steps(self, trainer: Trainer) -> int:
+        """Optimizer steps that were counted."""
+        return trainer.global_step - self._first_step
+
+    def overall(self, trainer: Trainer) -> dict[str, Any]:
+        """For the summary: this process's totals, and how far the one farthest from the closed form is from it.
+
+        ``comm/<phase>/<group>/<op>/{calls, payload_bytes, wire_bytes}``, with timing also ``seconds``;
+        ``comm/predicted_difference_bytes`` and ``…_calls``, which must be 0. Collective, after training.
+        """
+        wrong = self.differences(trainer)
+        own = [
+            sum(abs(ours.payload_bytes - theirs.payload_bytes) for ours, theirs in wrong.values()),
+            sum(abs(ours.calls - theirs.calls) for ours, theirs in wrong.values()),
+        ]
+        everybody: list[Any] = [None] * trainer.world_size
+        dist.all_gather_object(everybody, own)
+        size, calls = max(everybody)
+        return {**self._metrics(), "comm/predicted_difference_bytes": size, "comm/predicted_difference_calls": calls}
+
+    def differences(self, trainer: Trainer) -> Mapping[Entry, tuple[Count, Count]]:
+        """Where this process's ledger differs from the closed form: what was counted, what should have been."""
+        steps, skipped = self.steps(trainer), _skipped(_strategy(trainer)) - self._first_skipped
+        expected = {
+            # A step that overflowed leaves the parameters as they are.
+            entry: count * (steps - skipped if entry.tag == "parameters.gather" else steps)
+            for entry, count in self.expected.items()
+        }
+        return differences(self.ledger.totals, expected)
+
+    def table(self, trainer: Trainer) -> Table:
+        """What one process communicated in a step, for people."""
+        steps = max(1, self.steps(trainer))
+        table = Table(title="communication of the first process, per step", title_justify="left")
+        for heading in ("phase", "group", "operation"):
+            table.add_column(heading)
+        for heading in ("calls", "payload MiB", "wire MiB", *(["ms"] if self.ledger.timed else [])):
+            table.add_column(heading, justify="right")
+        before = ""
+        for (phase, kind, op), count in summed(self.ledger.totals, "phase", "kind", "op").items():
+            if phase not in TRAINING_PHASES:
+                continue
+            cells = [f"{count.calls / steps:g}", f"{count.payload_bytes / steps / _MIB:,.3f}"]
+            cells.append(f"{count.wire_bytes / steps / _MIB:,.3f}")
+            if self.ledger.timed:
+                cells.append(f"{count.seconds / steps * 1e3:,.2f}")
+            table.add_row(phase if phase != before else "", kind, op, *cells)
+            before = phase
+        table.caption = "equal to the closed form, call for call and byte for byte"
+        wrong = self.differences(trainer)
+        if wrong:
+            table.caption = "[red]NOT what the closed form says:[/]\n" + "\n".join(
+                f"{' '.join(entry)}: {ours.calls} calls, {ours.payload_bytes} bytes; "
+                f"expected {theirs.calls}, {theirs.payload_bytes}"
+                for entry, (ours, theirs) in wrong.items()
+            )
+        return table
+
+    def _metrics(self) -> dict[str, float]:
+        values = ["calls", "payload_bytes", "wire_bytes", *(["seconds"] if self.ledger.timed else [])]
+        return {
+            f"comm/{phase}/{kind}/{op}/{value}": getattr(count, value)
+            for (phase, kind, op), count in summed(self.ledger.totals, "phase", "kind", "op").items()
+            for value in values
+        }
+
+
+def _strategy(trainer: Trainer) -> TEDStrategy:
+    assert isinstance(trainer.strategy, TEDStrategy)
+    return trainer.strategy
+
+
+def _skipped(strategy: TEDStrategy) -> int:
+    return strategy.loss_scaler.skipped_steps if strategy.loss_scaler else 0

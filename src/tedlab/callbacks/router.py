@@ -1,0 +1,132 @@
+"""Router health: a few scalars whenever metrics are logged, and now and then a picture of every expert's load."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+from typing_extensions import override
+
+from tedlab.moe import RouterReport, relative_load, router_health
+
+PICTURE = "router_load.png"
+DATA = "router_load.json"
+_WRITTEN_CELLS = 200  # up to so many cells of the picture have their value written into them
+
+
+class RouterHealth(Callback):
+    """Logs :func:`tedlab.moe.router_health` as ``router/…``, and draws the load of a step by layer and expert.
+
+    Takes what the routers reported from ``training_step``'s result (``routers``), over all micro-batches of a step and
+    all processes. That is one collective each time metrics are logged and at the last step; in between nothing is
+    reduced and no value is read from the device.
+
+    ``router_load.png`` and ``router_load.json`` in the run directory show the last step that was drawn; W&B keeps all
+    pictures.
+
+    Args:
+        blocks: indices of the blocks with experts.
+        directory: of the run.
+        picture_every: a picture is drawn at the first logged step of every so many; None: only at the end.
+    """
+
+    def __init__(self, blocks: Sequence[int], directory: Path, picture_every: int | None) -> None:
+        self.blocks = blocks
+        self.directory = directory
+        self.picture_every = picture_every
+        self._micro_batches: list[RouterReport] = []
+        self._latest: tuple[int, RouterReport] | None = None  # step, and averages over micro-batches and processes
+        self._drawn = 0  # the step of the last picture
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drawn = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if "routers" not in outputs:  # a dense model
+            return
+        self._micro_batches.append(outputs["routers"])
+        if len(self._micro_batches) < trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:  # type: ignore[attr-defined]
+            self._latest = step, self._average(trainer)
+            metrics = self.overall()
+            # What training_step returns itself is logged by StepMetrics.
+            pl_module.log_dict({name: metrics[name] for name in metrics if name not in outputs}, batch_size=1)
+            if self.picture_every is not None and step // self.picture_every > self._drawn // self.picture_every:
+                self._draw(trainer)
+        self._micro_batches.clear()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer)
+
+    def overall(self) -> dict[str, float]:
+        """The values of the last step whose metrics were logged, or of the last step of all."""
+        if self._latest is None:
+            return {}
+        return {f"router/{name}": value for name, value in router_health(self._latest[1]).items()}
+
+    def _average(self, trainer: Trainer) -> RouterReport:
+        """Of a step's micro-batches and processes, in fp64.
+
+        An average of counts over all processes is in proportion to their sum over data ranks, whether tensor ranks
+        hold copies or each the counts of its own tokens.
+        """
+        own = [torch.stack(values).double().mean(0) for values in zip(*self._micro_batches, strict=True)]
+        joined = trainer.strategy.reduce(torch.cat([values.flatten() for values in own])).cpu()
+        parts = joined.split([values.numel() for values in own])
+        return RouterReport(*(part.view(values.shape) for part, values in zip(parts, own, strict=True)))
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self._latest is None or self._latest[0] == self._drawn or not trainer.is_global_zero:
+            return
+        self._drawn, routers = self._latest
+        load_LE = relative_load(routers)
+        data = {"step": self._drawn, "blocks": list(self.blocks), "relative_load": load_LE.tolist()}
+        (self.directory / DATA).write_text(json.dumps(data) + "\n")
+        draw_load(load_LE, self.blocks, self._drawn, self.directory / PICTURE)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                # Lightning numbers steps from 0 when it logs.
+                logger.log_image("router/load", [str(self.directory / PICTURE)], step=self._drawn - 1)
+
+
+def draw_load(load_LE: Tensor, blocks: Sequence[int], step: int, file: Path) -> None:
+    """A heat map, layer × expert, of loads relative to their layer's mean.
+
+    Args:
+        load_LE: see :func:`tedlab.moe.relative_load`.
+        blocks: indices of the L blocks, to name the rows by.
+        step: to name the picture by.
+        file: PNG to write.
+    """
+    layers, experts = load_LE.shape
+    size = min(12.0, 3.5 + 0.5 * experts), min(9.0, 1.9 + 0.45 * layers)  # inches
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    colour = TwoSlopeNorm(1.0, vmin=0.0, vmax=max(2.0, load_LE.max().item()))
+    image = axes.imshow(load_LE.numpy(), cmap="RdBu_r", norm=colour, aspect="auto", interpolation="nearest")
+    if load_LE.numel() <= _WRITTEN_CELLS:
+        for (row, column), load in np.ndenumerate(load_LE.numpy()):
+            dark = not 0.15 < colour(load) < 0.85
+            axes.text(column, row, f"{load:.2f}", ha="center", va="center", c="white" if dark else "black", fontsize=8)
+    axes.set_xticks(range(0, experts, -(-experts // 16)))
+    rows = range(0, layers, -(-layers // 24))
+    axes.set_yticks(rows, [str(blocks[row]) for row in rows])
+    axes.set_xlabel("expert")
+    axes.set_ylabel("block")
+    axes.set_title(f"load of the experts at step {step}", loc="left", fontsize=10)
+    figure.colorbar(image, ax=axes, label="load / mean", fraction=0.04, pad=0.02)
+    figure.savefig(file)
