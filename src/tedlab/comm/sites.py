@@ -72,7 +72,12 @@ def block_sites(routed: bool, comm: CommConfig, sequence: bool, sizes: Mapping[G
             tag = feeds[tag]
         return tag
 
-    return tuple(replace(site, feeds=next_present(site.feeds)) for site in sites if site.tag in present)
+    several = sizes["tensor"] > 1
+    return tuple(
+        replace(site, feeds=next_present(site.feeds), replicated=site.replicated and several)
+        for site in sites
+        if site.tag in present
+    )
 
 
 def _layer(name: str, sequence: bool, feeds: str | None = None) -> list[Site]:

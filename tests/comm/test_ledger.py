@@ -1,0 +1,272 @@
+"""Every toggle, in many layouts: what it communicates, to the byte, and that it changes nothing else.
+
+Each cell trains one optimizer step. Ledger, closed form, and an independent recorder below autograd and our own
+wrappers must agree; results must equal those of the same layout without recomputation, bit for bit.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tedlab import Topology
+from tedlab.comm import Collective, Ledger, Recomputation, differentiable, predict, recompute
+from tedlab.comm.ledger import Count, Entry, counted, differences, summed
+from tedlab.comm.volumes import ClosedForm
+from tedlab.config import TrainConfig
+from tedlab.degrees import parallel_degrees
+from tedlab.models import GPT
+from tedlab.nn import ShardedModule, vocab_parallel_cross_entropy
+from tedlab.optim import ShardedOptimizer
+from tests.certify.runs import composed
+from tests.pool import WorkerPool
+
+LAYOUTS = [(4, 1, 4), (4, 2, 2), (4, 4, 1), (2, 2, 1), (8, 2, 2), (8, 4, 2)]  # processes, tensor, expert
+MODES = {
+    "plain": [],
+    "dtd": ["comm.dtd=true"],
+    "fused": ["comm.dtd=true", "comm.fuse_reduce_scatter=true"],
+    "sequence": ["parallel.sequence=true"],
+}
+RECOMPUTED = {
+    "stored": ["model.checkpoint=none"],
+    "recomputed": [],
+    "paper_baseline": ["checkpoint.early_stop=false"],
+    "cac": ["comm.cac=true", "checkpoint.early_stop=false"],
+    "cac_with_gemms": ["comm.cac=true", "comm.skip_dead_gemm=false"],
+    "shard": ["comm.cac=shard"],
+    "some": ["comm.cac=[combine.all_to_all,1/dispatch.all_to_all,attention.reduce:shard]"],
+}
+STEPS = {  # ZeRO × accumulation
+    "zero": ["optim.zero=true"],
+    "zero_accumulated": ["optim.zero=true", "accumulated=2", "trainer.gradient_clip_val=null"],
+    "replicated": ["optim.zero=false", "optim.bucket_elements=500"],
+    "replicated_accumulated": ["optim.zero=false", "accumulated=2"],
+}
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+MICRO_BATCH, SEQUENCE, VOCABULARY = 2, 8, 64
+
+
+class Recorder(TorchDispatchMode):
+    """Calls and bytes by operation and group, as torch's dispatcher sees them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        space, _, name = func._schema.name.partition("::")
+        op = next((o for o in OPERATIONS if name.startswith(o)), None)
+        if space == "_c10d_functional" and op is not None:
+            buffer = out if op == "all_gather" else args[0]
+            group = next(a for a in reversed(args) if isinstance(a, str))
+            self.seen[op, group, "calls"] += 1
+            self.seen[op, group, "bytes"] += buffer.nbytes
+        return out
+
+
+def configuration(layout: tuple[int, int, int], *overrides: str) -> TrainConfig:
+    world, tensor, expert = layout
+    accumulated = 2 if "accumulated=2" in overrides else 1
+    config = composed(
+        *(f"parallel.world_size={world}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"),
+        *("model.layers=3", "model.hidden=16", "model.heads=4", "model.ffn=24", f"model.sequence_length={SEQUENCE}"),
+        *(f"model.vocab_size={VOCABULARY}", "model.init_std=0.2", "moe.capacity_factor=0.7", "moe.top_k=2"),
+        *("moe.capacity_multiple=1", f"data.micro_batch_size={MICRO_BATCH}", "model.checkpoint=block"),
+        *(o for o in overrides if o != "accumulated=2"),
+    )
+    config.trainer["accumulate_grad_batches"] = accumulated
+    return config
+
+
+def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = None) -> tuple[list[Tensor], int]:
+    """Losses, gradients and new weights of one optimizer step, and what CAC kept."""
+    precision = str(config.trainer["precision"])
+    torch.set_default_dtype({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
+    try:
+        model = GPT(config.model, config.moe, topology, 0, config.checkpoint.early_stop)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    names = {p: n for n, p in model.named_parameters()}
+    plain = [p for p, n in names.items() if "bias" in n or "norm" in n]
+    groups = [{"params": [p for p in names if p not in set(plain)]}, {"params": plain, "weight_decay": 0.0}]
+    partial = {m.get_parameter(n) for m in model.modules() if isinstance(m, ShardedModule) for n in m.partial}
+    optimizer = ShardedOptimizer(
+        torch.optim.SGD(groups, lr=0.1),
+        topology.comm,
+        names,
+        partial=partial,
+        zero=config.optim.zero,
+        tile=None,
+        bucket_elements=config.optim.bucket_elements,
+    )
+    results = []
+    handle = topology.comm.register_hook(ledger) if ledger is not None else None
+    accumulated = int(config.trainer["accumulate_grad_batches"])
+    for number in range(accumulated):
+        draw = torch.Generator().manual_seed(accumulated * topology.comm.rank("data") + number)
+        batch = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=draw)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            logits, reports = model(batch[:, :-1])
+            loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), topology.comm).mean()
+        results.append(loss.detach())
+        (loss + sum(r.balance_loss + r.z_loss for r in reports)).backward()
+        optimizer.reduce_gradients() if number == accumulated - 1 else optimizer.collect_gradients()
+    results += [bucket.gradient.clone() for bucket in optimizer.buckets if bucket.gradient is not None]
+    if config.trainer["gradient_clip_val"]:
+        optimizer.clip(0.5)
+    optimizer.optimizer.step()
+    if handle is not None:
+        handle.remove()
+    results += [bucket.flat.clone() for bucket in optimizer.buckets]
+    return results, topology.recomputation.peak_kept_bytes
+
+
+_topologies: dict[ParallelDegrees, Topology] = {}  # groups take longer to make than a cell to run
+
+
+def topology_of(config: TrainConfig) -> Topology:
+    degrees = parallel_degrees(config.parallel)
+    if degrees not in _topologies:
+        _topologies[degrees] = Topology(degrees)
+    topology = _topologies[degrees]
+    topology.options, topology.recomputation = config.comm, Recomputation()
+    return topology
+
+
+def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
+    """In place of memory that nobody reads: NaN, which whoever reads it spreads."""
+    return like.new_full(shape, torch.nan)
+
+
+def complaints(layout: tuple[int, int, int], modes: list[str], precision: str) -> tuple[int, list[str]]:
+    """How many cells were tried, and what was wrong."""
+    recompute.unused = differentiable.unused = poisoned
+    wrong, cells = [], 0
+    for mode in modes:
+        expected: dict[str, list[Tensor]] = {}
+        for number, (how, recomputed) in enumerate(RECOMPUTED.items()):
+            for step in list(STEPS)[number % 2 :: 2] if how != "stored" else STEPS:
+                cells += 1
+                config = configuration(
+                    layout, *MODES[mode], *recomputed, *STEPS[step], f"trainer.precision={precision}"
+                )
+                topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
+                with Recorder() as recorder:
+                    results, kept = one_step(config, topology, ledger)
+                for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
+                    wrong.append(f"{cell}: {entry}: {ours} instead of {theirs}")
+                if seen_by(ledger, topology) != recorder.seen:
+                    wrong.append(f"{cell}: the dispatcher saw {recorder.seen}")
+                form = ClosedForm(config)
+                if kept != sum(form.kept_bytes(block, config.comm.cac) for block in range(config.model.layers)):
+                    wrong.append(f"{cell}: kept {kept} bytes")
+                if how.startswith("cac") and any(entry.phase == "recompute" for entry in ledger.totals):
+                    wrong.append(f"{cell}: communicates while recomputing")
+                if topology.recomputation.flips or topology.recomputation.kept_bytes:
+                    wrong.append(f"{cell}: flips, or kept memory was not freed")
+                stored = expected.setdefault(step, results)
+                if not all(torch.equal(a, b) for a, b in zip(results, stored, strict=True)):
+                    wrong.append(f"{cell}: other results")
+                if not all(torch.isfinite(x).all() for x in results):
+                    wrong.append(f"{cell}: not finite")
+    return cells, wrong
+
+
+def seen_by(ledger: Ledger, topology: Topology) -> Counter[tuple[str, str, str]]:
+    seen: Counter[tuple[str, str, str]] = Counter()
+    for entry, count in ledger.totals.items():
+        group = topology.comm.group(entry.kind).group_name
+        seen[entry.op, group, "calls"] += count.calls
+        seen[entry.op, group, "bytes"] += count.payload_bytes
+    return seen
+
+
+def modes_of(layout: tuple[int, int, int]) -> list[str]:
+    return list(MODES) if layout[1] > 1 else ["plain"]
+
+
+def cells() -> Iterator[Any]:
+    for layout in LAYOUTS:
+        yield pytest.param(layout, modes_of(layout), "32-true", marks=[pytest.mark.slow] * (layout[0] == 8))
+    for precision in ("bf16-true", "bf16-mixed"):
+        yield (4, 2, 2), ["fused", "sequence"], precision
+
+
+@pytest.mark.parametrize(("layout", "modes", "precision"), cells(), ids=str)
+def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
+    pool: WorkerPool, layout: tuple[int, int, int], modes: list[str], precision: str
+) -> None:
+    for tried, wrong in pool.run(layout[0], complaints, layout, modes, precision, timeout=250):
+        assert not wrong, "\n".join(wrong[:20])
+        assert tried == len(modes) * (len(STEPS) + 2 * (len(RECOMPUTED) - 1))
+
+
+def results_of(layout: tuple[int, int, int], mode: str, overrides: list[str]) -> tuple[list[Tensor], dict[str, int]]:
+    config = configuration(layout, *MODES[mode], *overrides)
+    ledger = Ledger()
+    results, _ = one_step(config, topology_of(config), ledger)
+    return results, {k[0]: c.wire_bytes for k, c in summed(ledger.totals, "kind").items()}
+
+
+@pytest.mark.parametrize("layout", [(4, 2, 2), (4, 4, 1)], ids=str)
+def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
+    pool: WorkerPool, layout: tuple[int, int, int]
+) -> None:
+    """Bit for bit; fused, with more than two tensor ranks, the terms of a sum may come in another order."""
+    runs = {mode: pool.run(layout[0], results_of, layout, mode, []) for mode in ("plain", "dtd", "fused")}
+    for mode in ("dtd", "fused"):
+        for (ours, sent), (theirs, sent_plain) in zip(runs[mode], runs["plain"], strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                if mode == "fused" and layout[1] > 2:
+                    torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(b.dtype).eps * b.abs().max().item())
+                else:
+                    assert torch.equal(a, b)
+            if layout[2] > 1:
+                assert sent["expert"] == sent_plain["expert"] / layout[1]
+
+
+# ---- the ledger itself -------------------------------------------------------------------------------------------
+
+
+def call(phase: Any = "forward", tag: str = "a", elements: int = 6) -> Collective:
+    return Collective("all_reduce", "tensor", 2, phase, tag, torch.Size([elements]), torch.float32)
+
+
+def test_a_ledger_adds_up_calls_bytes_and_time() -> None:
+    ledger = Ledger(timed=True)
+    first, second = call(), call()
+    for what, when in ((first, "start"), (second, "start"), (second, "end"), (first, "end")):  # overlapping
+        ledger(what, when)
+    ledger.standing_for = "validation"
+    third = call()
+    ledger(third, "start")
+    ledger(third, "end")
+    assert set(ledger.totals) == {Entry(phase, "tensor", "all_reduce", "a") for phase in ("forward", "validation")}
+    forward = ledger.totals[Entry("forward", "tensor", "all_reduce", "a")]
+    assert (forward.calls, forward.payload_bytes, forward.wire_bytes) == (2, 48, 48.0)
+    assert forward.seconds > 0
+    assert Ledger()(first, "start") is None
+
+
+def test_differences_are_found_in_training_phases_only() -> None:
+    here = counted([call(), call(tag="b", elements=1), call("metrics")])
+    there = counted([call(), call(tag="b", elements=2), call("backward")])
+    found = differences(here, there)
+    assert {entry.tag + entry.phase for entry in found} == {"bforward", "abackward"}
+    assert found[Entry("backward", "tensor", "all_reduce", "a")] == (Count(), Count(1, 24, 24.0))
+    assert not differences(here, here)
+
+
+def test_sums_come_in_the_order_of_phases() -> None:
+    totals = counted([call("optimizer"), call("backward"), call("backward", "b"), call("forward")])
+    assert [(key, count.calls) for key, count in summed(totals, "phase").items()] == [
+        (("forward",), 1),
+        (("backward",), 2),
+        (("optimizer",), 1),
+    ]
