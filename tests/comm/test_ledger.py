@@ -5,7 +5,7 @@ wrappers must agree; results must equal those of the same layout without recompu
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from tedlab.comm import Collective, Ledger, Recomputation, differentiable, predi
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.volumes import ClosedForm
 from tedlab.config import TrainConfig
-from tedlab.degrees import parallel_degrees
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.nn import ShardedModule, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
@@ -26,26 +26,27 @@ from tests.certify.runs import composed
 from tests.pool import WorkerPool
 
 LAYOUTS = [(4, 1, 4), (4, 2, 2), (4, 4, 1), (2, 2, 1), (8, 2, 2), (8, 4, 2)]  # processes, tensor, expert
-MODES = {
-    "plain": [],
-    "dtd": ["comm.dtd=true"],
-    "fused": ["comm.dtd=true", "comm.fuse_reduce_scatter=true"],
-    "sequence": ["parallel.sequence=true"],
+Overrides = dict[str, Any]
+MODES: dict[str, Overrides] = {
+    "plain": {},
+    "dtd": {"comm.dtd": True},
+    "fused": {"comm.dtd": True, "comm.fuse_reduce_scatter": True},
+    "sequence": {"parallel.sequence": True},
 }
-RECOMPUTED = {
-    "stored": ["model.checkpoint=none"],
-    "recomputed": [],
-    "paper_baseline": ["checkpoint.early_stop=false"],
-    "cac": ["comm.cac=true", "checkpoint.early_stop=false"],
-    "cac_with_gemms": ["comm.cac=true", "comm.skip_dead_gemm=false"],
-    "shard": ["comm.cac=shard"],
-    "some": ["comm.cac=[combine.all_to_all,1/dispatch.all_to_all,attention.reduce:shard]"],
+RECOMPUTED: dict[str, Overrides] = {
+    "stored": {"model.checkpoint": "none"},
+    "recomputed": {},
+    "paper_baseline": {"checkpoint.early_stop": False},
+    "cac": {"comm.cac": True, "checkpoint.early_stop": False},
+    "cac_with_gemms": {"comm.cac": True, "comm.skip_dead_gemm": False},
+    "shard": {"comm.cac": "shard"},
+    "some": {"comm.cac": ["combine.all_to_all", "1/dispatch.all_to_all", "attention.reduce:shard"]},
 }
-STEPS = {  # ZeRO × accumulation
-    "zero": ["optim.zero=true"],
-    "zero_accumulated": ["optim.zero=true", "accumulated=2", "trainer.gradient_clip_val=null"],
-    "replicated": ["optim.zero=false", "optim.bucket_elements=500"],
-    "replicated_accumulated": ["optim.zero=false", "accumulated=2"],
+STEPS: dict[str, Overrides] = {  # ZeRO × accumulation
+    "zero": {},
+    "zero_accumulated": {"accumulated": 2, "trainer.gradient_clip_val": None},
+    "replicated": {"optim.zero": False, "optim.bucket_elements": 500},
+    "replicated_accumulated": {"optim.zero": False, "accumulated": 2},
 }
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 MICRO_BATCH, SEQUENCE, VOCABULARY = 2, 8, 64
@@ -70,17 +71,25 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def configuration(layout: tuple[int, int, int], *overrides: str) -> TrainConfig:
-    world, tensor, expert = layout
-    accumulated = 2 if "accumulated=2" in overrides else 1
-    config = composed(
-        *(f"parallel.world_size={world}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"),
-        *("model.layers=3", "model.hidden=16", "model.heads=4", "model.ffn=24", f"model.sequence_length={SEQUENCE}"),
-        *(f"model.vocab_size={VOCABULARY}", "model.init_std=0.2", "moe.capacity_factor=0.7", "moe.top_k=2"),
-        *("moe.capacity_multiple=1", f"data.micro_batch_size={MICRO_BATCH}", "model.checkpoint=block"),
-        *(o for o in overrides if o != "accumulated=2"),
-    )
-    config.trainer["accumulate_grad_batches"] = accumulated
+BASE = composed(
+    *("model.layers=3", "model.hidden=16", "model.heads=4", "model.ffn=24", f"model.sequence_length={SEQUENCE}"),
+    *(f"model.vocab_size={VOCABULARY}", "model.init_std=0.2", "model.checkpoint=block", "moe.capacity_factor=0.7"),
+    *("moe.top_k=2", "moe.capacity_multiple=1", f"data.micro_batch_size={MICRO_BATCH}"),
+)
+
+
+def configuration(layout: tuple[int, int, int], overrides: Overrides) -> TrainConfig:
+    """Hydra would take longer to compose a cell than the cell to run."""
+    config = deepcopy(BASE)
+    config.parallel.world_size, config.parallel.tensor, config.parallel.expert = layout
+    config.trainer["accumulate_grad_batches"] = overrides.get("accumulated", 1)
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if section == "trainer":
+            config.trainer[name] = value
+        elif name:
+            assert hasattr(getattr(config, section), name)
+            setattr(getattr(config, section), name, value)
     return config
 
 
@@ -144,17 +153,17 @@ def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
     return like.new_full(shape, torch.nan)
 
 
-def complaints(layout: tuple[int, int, int], modes: list[str], precision: str) -> tuple[int, list[str]]:
-    """How many cells were tried, and what was wrong."""
+def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, every: int) -> tuple[int, list[str]]:
+    """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``."""
     recompute.unused = differentiable.unused = poisoned
     wrong, cells = [], 0
     for mode in modes:
         expected: dict[str, list[Tensor]] = {}
         for number, (how, recomputed) in enumerate(RECOMPUTED.items()):
-            for step in list(STEPS)[number % 2 :: 2] if how != "stored" else STEPS:
+            for step in list(STEPS)[0 if how == "stored" else number % every :: 1 if how == "stored" else every]:
                 cells += 1
                 config = configuration(
-                    layout, *MODES[mode], *recomputed, *STEPS[step], f"trainer.precision={precision}"
+                    layout, {**MODES[mode], **recomputed, **STEPS[step], "trainer.precision": precision}
                 )
                 topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
                 with Recorder() as recorder:
@@ -187,28 +196,31 @@ def seen_by(ledger: Ledger, topology: Topology) -> Counter[tuple[str, str, str]]
     return seen
 
 
-def modes_of(layout: tuple[int, int, int]) -> list[str]:
-    return list(MODES) if layout[1] > 1 else ["plain"]
+ALL = list(MODES)
+CELLS = [
+    *(((4, 1, 4), ["plain"], "32-true"), ((4, 2, 2), ALL, "32-true"), ((4, 4, 1), ALL, "32-true")),
+    *(((2, 2, 1), ALL, "32-true"), ((8, 2, 2), ["fused", "sequence"], "32-true")),
+    *(((8, 4, 2), ["dtd", "sequence"], "32-true"), ((8, 2, 4), ["fused"], "32-true")),
+    *(((4, 2, 2), ["fused", "sequence"], "bf16-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),
+]
 
 
-def cells() -> Iterator[Any]:
-    for layout in LAYOUTS:
-        yield pytest.param(layout, modes_of(layout), "32-true", marks=[pytest.mark.slow] * (layout[0] == 8))
-    for precision in ("bf16-true", "bf16-mixed"):
-        yield (4, 2, 2), ["fused", "sequence"], precision
-
-
-@pytest.mark.parametrize(("layout", "modes", "precision"), cells(), ids=str)
+@pytest.mark.parametrize(
+    ("layout", "modes", "precision"),
+    [pytest.param(*cell, marks=[pytest.mark.slow] * (cell[0] != (4, 2, 2))) for cell in CELLS],
+    ids=str,
+)
 def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
     pool: WorkerPool, layout: tuple[int, int, int], modes: list[str], precision: str
 ) -> None:
-    for tried, wrong in pool.run(layout[0], complaints, layout, modes, precision, timeout=250):
+    """Kinds of step in turn; ``python -m tests.comm.test_ledger`` tries all combinations."""
+    for tried, wrong in pool.run(layout[0], complaints, layout, modes, precision, len(STEPS), timeout=250):
         assert not wrong, "\n".join(wrong[:20])
-        assert tried == len(modes) * (len(STEPS) + 2 * (len(RECOMPUTED) - 1))
+        assert tried == len(modes) * (len(STEPS) + len(RECOMPUTED) - 1)
 
 
-def results_of(layout: tuple[int, int, int], mode: str, overrides: list[str]) -> tuple[list[Tensor], dict[str, int]]:
-    config = configuration(layout, *MODES[mode], *overrides)
+def results_of(layout: tuple[int, int, int], mode: str) -> tuple[list[Tensor], dict[str, float]]:
+    config = configuration(layout, MODES[mode])
     ledger = Ledger()
     results, _ = one_step(config, topology_of(config), ledger)
     return results, {k[0]: c.wire_bytes for k, c in summed(ledger.totals, "kind").items()}
@@ -219,7 +231,7 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
     pool: WorkerPool, layout: tuple[int, int, int]
 ) -> None:
     """Bit for bit; fused, with more than two tensor ranks, the terms of a sum may come in another order."""
-    runs = {mode: pool.run(layout[0], results_of, layout, mode, []) for mode in ("plain", "dtd", "fused")}
+    runs = {mode: pool.run(layout[0], results_of, layout, mode) for mode in ("plain", "dtd", "fused")}
     for mode in ("dtd", "fused"):
         for (ours, sent), (theirs, sent_plain) in zip(runs[mode], runs["plain"], strict=True):
             for a, b in zip(ours, theirs, strict=True):
@@ -270,3 +282,11 @@ def test_sums_come_in_the_order_of_phases() -> None:
         (("backward",), 2),
         (("optimizer",), 1),
     ]
+
+
+if __name__ == "__main__":
+    shared = WorkerPool()
+    for layout in sorted({cell[0] for cell in CELLS}):
+        modes = ALL if layout[1] > 1 else ["plain"]
+        tried, wrong = shared.run(layout[0], complaints, layout, modes, "32-true", 1, timeout=1000)[0]
+        print(f"{layout}: {tried} cells, {len(wrong)} complaints", *wrong, sep="\n  ", flush=True)
