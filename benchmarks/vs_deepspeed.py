@@ -264,7 +264,7 @@ def _ratios(ours: list[float], theirs: list[float]) -> list[float]:
 
 def agreement_table(measured: list[Row]) -> Table:
     """That everybody trains the same model."""
-    table = _table("First steps: mean losses, gradient norms, and the largest relative difference from the peer's")
+    table = _table("First steps: losses, gradient norm, largest relative difference from the peer")
     for column in (*(f"loss {step + 1}" for step in range(CHECKED)), "differ", f"norm {CHECKED}", "differ"):
         table.add_column(column, justify="right")
     for row in measured:
@@ -276,8 +276,8 @@ def agreement_table(measured: list[Row]) -> Table:
 
 def comparison_table(measured: list[Row]) -> Table:
     """Who sends how much and takes how long."""
-    table = _table("Per step: calls and bytes of a process, time, CPU time of all processes")
-    for column in ("calls", "MB", "of peer", "ms", "of peer", "", "CPU ms", "of peer"):
+    table = _table("Per step: collectives and MB sent of one process, time, CPU time of all")
+    for column in ("calls", "MB", "ratio", "ms", "ratio", "", "CPU ms", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in measured:
         first, median, third = row.time_of_peer
@@ -312,7 +312,9 @@ def volume_table(measured: list[Row]) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True
+    )
     table.add_column("", no_wrap=True)
     return table
 
