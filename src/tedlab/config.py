@@ -118,6 +118,7 @@ class OptimConfig:
     decay_fraction: float = 0.2  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients while the backward pass goes on
+    loss_scale: float | None = None  # initial dynamic loss scale; None: 65536 with fp16, otherwise none at all
     bucket_elements: int = 1 << 24  # of each process, reduced in one collective
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 

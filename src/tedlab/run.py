@@ -96,6 +96,7 @@ def build(
             bucket_elements=config.optim.bucket_elements,
             tile=config.optim.tile,
             overlap=config.optim.overlap,
+            loss_scale=config.optim.loss_scale,
             async_checkpoint=config.checkpoint.async_save,
             process_group_backend=config.comm.backend,
             timeout=timedelta(seconds=config.comm.timeout_s),

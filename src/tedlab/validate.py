@@ -302,6 +302,8 @@ def _check_optim(config: TrainConfig) -> None:
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
     check_elementwise(optimizer)
     check_tile(config.optim.tile, optimizer, config.optim.optimizer)
+    if config.optim.loss_scale is not None and config.optim.loss_scale < 1:
+        raise ValueError(f"optim.loss_scale is {config.optim.loss_scale}; it must be at least 1, or null")
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr is {config.optim.lr}; a learning rate is positive")
 
