@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("give run or sweep directories, or --wandb ENTITY/PROJECT --group GROUP")
     if bool(options.wandb) != bool(options.group):
         parser.error("--wandb ENTITY/PROJECT and --group GROUP belong together")
+    if options.wandb and options.wandb.count("/") != 1:
+        parser.error(f"--wandb {options.wandb}: write it as ENTITY/PROJECT")
     if options.workspace and not options.wandb:
         parser.error("--workspace needs --wandb ENTITY/PROJECT --group GROUP")
     if options.out is not None and options.out.suffix != ".html":

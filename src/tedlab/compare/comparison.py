@@ -226,7 +226,7 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
             )
     for cluster in dict.fromkeys(run.emulated for run in runs if run.emulated):
         names = ", ".join(run.name for run in runs if run.emulated == cluster)
-        texts.append(f"† Times of {names} include the delays of an emulated network ({cluster}); it was not there.")
+        texts.append(f"† Times of {names} include the delays of an emulated network ({cluster}); none was measured.")
     return texts
 
 
