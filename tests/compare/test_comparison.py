@@ -137,6 +137,12 @@ def test_each_setting_is_judged_by_runs_that_differ_in_nothing_else(tmp_path: Pa
     assert effects["comm.dtd=true"].changes(STEP_TIME) == pytest.approx([0.236 / 0.256 - 1, 0.226 / 0.246 - 1])
 
 
+def test_settings_that_are_not_shown_still_tell_runs_apart(tmp_path: Path) -> None:
+    comparison = compare(read_runs([write_sweep(tmp_path)])[0], by=["comm.dtd"])
+    (dtd,) = (effect for effect in comparison.effects() if effect.change == "comm.dtd=true")
+    assert [(before.name, after.name) for before, after in dtd.pairs] == [("0", "2"), ("1", "3")]
+
+
 def test_the_headline_is_the_largest_saving_of_bytes(tmp_path: Path) -> None:
     headline = compare(read_runs([write_sweep(tmp_path)])[0]).headline()
     assert headline is not None

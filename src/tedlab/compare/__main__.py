@@ -74,7 +74,7 @@ def write(comparison: Comparison, out: Path) -> Path:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tedlab.compare",
-        description="Finished runs side by side: settings that differ, losses with all digits that tell them apart, "
+        description="Finished runs side by side: settings that differ, losses with all digits that tell them apart,\n"
         "speed, bytes by operation and phase, memory, and ratios to the first run.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

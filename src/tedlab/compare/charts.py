@@ -171,8 +171,7 @@ def _times(comparison: Comparison, theme: Theme) -> Figure | None:
 
 def _communication(run: Run) -> dict[str, float]:
     """Seconds per step in collectives: by phase if they were timed, else an emulated network's delays by link."""
-    delays = {link.replace("_", " "): delay for link, delay in emulated_seconds_by_link(run).items()}
-    return seconds_by_phase(run) or delays
+    return seconds_by_phase(run) or emulated_seconds_by_link(run)
 
 
 def _canvas(height: float, title: str) -> tuple[Figure, Any]:

@@ -77,11 +77,13 @@ class Comparison:
     Attributes:
         runs: the first is what the others are compared with.
         settings: keys of the configuration that are shown.
+        differing: keys of the configuration that differ, shown or not.
         notes: what a reader must know before drawing conclusions.
     """
 
     runs: Sequence[Run]
     settings: Sequence[str]
+    differing: Sequence[str]
     notes: Sequence[str]
 
     def value(self, run: Run, key: str) -> str:
@@ -106,7 +108,7 @@ class Comparison:
         found: dict[str, list[tuple[Run, Run]]] = {}
         for before in self.runs:
             for after in self.runs:
-                changed = [key for key in self.settings if self.value(before, key) != self.value(after, key)]
+                changed = self._changed(before, after)
                 if len(changed) == 1 and self.value(before, changed[0]) == self.value(self.runs[0], changed[0]):
                     found.setdefault(self._change(after, changed), []).append((before, after))
         return [Effect(change, tuple(pairs)) for change, pairs in found.items()] or self.against_first()
@@ -116,7 +118,7 @@ class Comparison:
         first, *others = self.runs
         effects = []
         for run in others:
-            changed = [key for key in self.settings if self.value(first, key) != self.value(run, key)]
+            changed = self._changed(first, run)
             effects.append(Effect(self._change(run, changed) or f"run {run.name}", ((first, run),)))
         return effects
 
@@ -150,6 +152,9 @@ class Comparison:
         same = f"identical to the last digit in {' and in '.join(groups)}; the others" if groups else "the runs"
         return f"{name}: {same} differ by up to {apart:.1e}."
 
+    def _changed(self, before: Run, after: Run) -> list[str]:
+        return [key for key in self.differing if self.value(before, key) != self.value(after, key)]
+
     def _change(self, run: Run, keys: Sequence[str]) -> str:
         return ", ".join(f"{key}={self.value(run, key)}" for key in keys)
 
@@ -167,12 +172,14 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
         UsageError: for a key that no configuration has, or runs whose losses do not mean the same.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.config))
+    differing = _differing(runs, known)
     for key in by:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             suggestion = f" Did you mean '{near[0]}'?" if near else ""
-            differing = ", ".join(_differing(runs, known)) or "none"
-            raise UsageError(f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {differing}")
+            raise UsageError(
+                f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {', '.join(differing) or 'none'}"
+            )
     unlike = _unlike(runs, known)
     if unlike and not force:
         raise UsageError(
@@ -181,7 +188,7 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
             + "\n--force compares them nevertheless, and says so in the report."
         )
     forced = [f"These runs are not alike, and their losses do not mean the same: {'; '.join(unlike)}."] * bool(unlike)
-    return Comparison(runs, by or _differing(runs, known), [*forced, *notes, *_warnings(runs)])
+    return Comparison(runs, by or differing, differing, [*forced, *notes, *_warnings(runs)])
 
 
 def written(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The tables of a comparison as text, one row for each run; terminal and report show the same."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ from tedlab.compare.traffic import (
     LINKS,
     PHASES,
     emulated_seconds_by_link,
-    per_step,
     seconds_by_phase,
     sorted_ops,
     traffic,
     wire_by,
+    wire_by_link,
 )
 
 
@@ -64,32 +64,24 @@ def further(comparison: Comparison) -> Sheet:
 
 
 def by_phase(comparison: Comparison) -> Sheet:
-    """Bytes sent per step by phase and by link, and time in collectives."""
-    columns = [_bytes(comparison, phase, "phase") for phase in PHASES]
-    columns.append(_quantity(comparison, SENT, "total"))
-    for link in LINKS:
-        of_link = Quantity(
-            link.replace("_", "\n", 1).replace("_", " "),
-            "",
-            lambda run, link=link: per_step(run, f"comm/link/{link}/wire_bytes"),  # type: ignore[misc]
-            mib,
-        )
-        columns.append(_quantity(comparison, of_link))
+    """Bytes sent per step by phase and by link."""
+    phases = [_bytes(comparison, phase, "phase") for phase in PHASES]
+    links = [_part(comparison, link, wire_by_link, mib) for link in LINKS.values()]
+    columns = [*phases, _quantity(comparison, SENT, "total"), *links]
     return Sheet("Communication by phase: MiB sent by rank 0 in a step", _present(columns))
 
 
 def times(comparison: Comparison) -> Sheet:
     """Time in collectives per step: by phase where it was measured, by link what an emulated network added."""
-    columns = []
-    for heading, seconds in (
-        *((phase, lambda run, phase=phase: seconds_by_phase(run).get(phase)) for phase in PHASES),
-        ("total", lambda run: sum(seconds_by_phase(run).values()) or None),
-        *(
-            (f"emulated\n{link.replace('_', ' ')}", lambda run, link=link: emulated_seconds_by_link(run).get(link))
-            for link in LINKS
-        ),
-    ):
-        columns.append(_quantity(comparison, Quantity(heading, "", seconds, milliseconds, timed=True)))
+
+    def seconds(run: Run) -> dict[str, float]:
+        measured = seconds_by_phase(run)
+        total = {"total": sum(measured.values())} if measured else {}
+        emulated = {f"emulated\n{link}": delay for link, delay in emulated_seconds_by_link(run).items()}
+        return measured | total | emulated
+
+    headings = [*PHASES, "total", *(f"emulated\n{link}" for link in LINKS.values())]
+    columns = [_part(comparison, heading, seconds, milliseconds, timed=True) for heading in headings]
     return Sheet("Time of rank 0 in collectives: ms in a step", _present(columns))
 
 
@@ -115,11 +107,15 @@ def effect_cells(effect: Effect) -> dict[str, str]:
     """What a change brought, by what it is about."""
     cells = {
         "bytes sent": percent(effect.changes(SENT)),
-        "step time": percent(effect.changes(STEP_TIME)) + (" †" if effect.emulated else ""),
+        "step time": _marked(percent(effect.changes(STEP_TIME)), effect.emulated),
         "peak memory": percent(effect.changes(PEAK)),
         "losses": "identical" if effect.loss_distance == 0.0 else f"differ by ≤ {effect.loss_distance:.1e}",
     }
     return {name: text for name, text in cells.items() if text}
+
+
+def _marked(text: str, emulated: bool) -> str:
+    return f"{text} †" if text and emulated else text
 
 
 def _setting(comparison: Comparison, key: str) -> Callable[[Run], Cell]:
@@ -138,6 +134,18 @@ def _quantity(comparison: Comparison, quantity: Quantity, heading: str | None = 
         return Cell(text, "" if ratio is None else f"×{ratio:.2f}")
 
     return _column(comparison, heading or quantity.heading, cell)
+
+
+def _part(
+    comparison: Comparison,
+    heading: str,
+    parts: Callable[[Run], Mapping[str, float]],
+    show: Callable[[float], str],
+    *,
+    timed: bool = False,
+) -> Column:
+    """The column of one part of what a step consists of."""
+    return _quantity(comparison, Quantity(heading, "", lambda run: parts(run).get(heading), show, timed))
 
 
 def _bytes(comparison: Comparison, heading: str, *fields: str) -> Column:

@@ -8,7 +8,7 @@ from tedlab.compare.runs import Run
 
 PHASES = ("forward", "recompute", "backward", "optimizer")  # of a training step; others are no part of it
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
-LINKS = ("in_node", "between_nodes")
+LINKS = {"in_node": "in node", "between_nodes": "between nodes"}
 
 _KEY = re.compile(rf"comm/({'|'.join(PHASES)})/([^/]+)/([^/]+)/calls")
 
@@ -40,7 +40,7 @@ def traffic(run: Run) -> list[Traffic]:
     found = []
     for phase, group, op in (match.groups() for key in run.summary if (match := _KEY.fullmatch(key))):
         calls, payload, wire, seconds = (
-            per_step(run, f"comm/{phase}/{group}/{op}/{what}")
+            _per_step(run, f"comm/{phase}/{group}/{op}/{what}")
             for what in ("calls", "payload_bytes", "wire_bytes", "seconds")
         )
         found.append(Traffic(phase, group, op, calls or 0.0, payload or 0.0, wire or 0.0, seconds))
@@ -78,13 +78,22 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
     return sums
 
 
+def wire_by_link(run: Run) -> dict[str, float]:
+    """Bytes that rank 0 sends in a training step inside its node and to others; empty if they were not told apart."""
+    return _by_link(run, "wire_bytes")
+
+
 def emulated_seconds_by_link(run: Run) -> dict[str, float]:
     """Delay that an emulated network added per training step; empty if none was emulated."""
-    delays = {link: per_step(run, f"comm/link/{link}/emulated_seconds") for link in LINKS}
-    return {link: delay for link, delay in delays.items() if delay is not None}
+    return _by_link(run, "emulated_seconds")
 
 
-def per_step(run: Run, key: str) -> float | None:
+def _per_step(run: Run, key: str) -> float | None:
     """A total of the summary divided by the run's steps; None where the run has none."""
     total = run.number(key)
     return None if total is None or not run.summary["steps"] else total / run.summary["steps"]
+
+
+def _by_link(run: Run, what: str) -> dict[str, float]:
+    values = {name: _per_step(run, f"comm/link/{link}/{what}") for link, name in LINKS.items()}
+    return {name: value for name, value in values.items() if value is not None}

@@ -26,9 +26,7 @@ def read_group(project: str, group: str) -> tuple[list[Run], list[str]]:
         complete = [run for run in found if "steps" in run.summary_metrics]
         runs = [_read(run, name) for run, name in zip(complete, _names(complete), strict=True)]
     except (wandb.errors.Error, ValueError) as error:
-        raise UsageError(
-            f"W&B could not be asked for {project}: {error}\n`wandb login` once, or set WANDB_API_KEY."
-        ) from error
+        raise UsageError(f"W&B could not be asked for {project}: {error}") from error
     notes = [f"{run.url} is left out: it is {run.state} and has no summary." for run in found if run not in complete]
     if not runs:
         known = f" Its groups: {', '.join(groups)}." if groups else ""
