@@ -82,6 +82,18 @@ def test_the_report_leads_with_what_differs_and_what_it_saved(tmp_path: Path) ->
         assert words in text, words
 
 
+def test_what_else_runs_measured_is_shown_with_its_definition(tmp_path: Path) -> None:
+    """Percentages of shares; and nothing about what was not measured."""
+    for number in range(2):
+        write_run(tmp_path / str(number), {"seed": number}, {"perf/mfu": 0.412, "router/dead_experts": 0.25 * number})
+    page = report(tmp_path)
+    assert re.findall(r'<td class="number">([0-9.]+)<', page.split("Memory, utilisation, router</h2>")[1])[:3] == [
+        *("4.33", "41.2", "0"),
+    ]
+    assert "Share of experts that got no token." in page
+    assert "Share of choices that found no slot." not in page
+
+
 def test_charts_lie_beside_the_report_and_fill_a_readme(tmp_path: Path) -> None:
     report(write_sweep(tmp_path / "sweep"), "--by", "comm.dtd")
     charts = sorted((tmp_path / "sweep" / "report_charts").iterdir())

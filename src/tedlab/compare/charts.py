@@ -1,8 +1,10 @@
 """Charts of a comparison: loss curves, bytes by operation and phase, where the time of a step goes."""
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from textwrap import fill
@@ -80,8 +82,7 @@ def charts(comparison: Comparison) -> list[Chart]:
 
 
 _LOSS_CAPTION = (
-    "Lines are training losses, circles validation losses. Earlier runs are drawn thicker, so that curves which "
-    "coincide are seen inside one another."
+    "Lines are training losses, circles validation losses. Curves that coincide are drawn inside one another."
 )
 _BYTES_CAPTION = "Colours are operations; the names above a bar are the phases of the step, gaps part them."
 
@@ -101,7 +102,8 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
     figure, axes = _canvas(4.6 + 0.12 * count, _loss_title(comparison))
     for index, run in enumerate(comparison.runs):
         style = {"color": _COLOURS[index % len(_COLOURS)], "ls": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
-        width = 1.4 + 5.0 * (count - 1 - index) / count
+        covering = sum(_coincide(run, later) for later in comparison.runs[index + 1 :])
+        width = 1.5 + 5.0 * covering / count
         axes.plot(*_xy(run.curves["train/loss"]), lw=width, label=comparison.label(run), **style)
         axes.plot(*_xy(run.curves["val/loss"]), lw=0.7, marker="o", ms=3 + 1.5 * width, mfc=theme.paper, **style)
     axes.set_xlabel("step")
@@ -113,6 +115,12 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
         handles, labels, loc="outside lower left", ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False
     )
     return figure
+
+
+def _coincide(run: Run, other: Run) -> bool:
+    """Whether the eye could not tell their training losses apart."""
+    (steps, ours), (other_steps, theirs) = _xy(run.curves["train/loss"]), _xy(other.curves["train/loss"])
+    return steps == other_steps and all(map(partial(math.isclose, rel_tol=1e-3), ours, theirs))
 
 
 def _loss_title(comparison: Comparison) -> str:

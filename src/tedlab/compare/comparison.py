@@ -177,9 +177,8 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             suggestion = f" Did you mean '{near[0]}'?" if near else ""
-            raise UsageError(
-                f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {', '.join(differing) or 'none'}"
-            )
+            listed = ", ".join(differing) or "none"
+            raise UsageError(f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {listed}")
     unlike = _unlike(runs, known)
     if unlike and not force:
         raise UsageError(

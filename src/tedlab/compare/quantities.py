@@ -94,22 +94,40 @@ PEAK = of_summary(
 )
 RESULTS = (TOKENS, STEP_TIME, SENT, PEAK)
 
+
+def _hundredths(share: float) -> str:
+    return significant(share * 100)
+
+
+_MOST = "Of the rank that has most."
 FURTHER = (
-    of_summary("val/bits_per_byte", "val bits/byte", "Validation loss per byte of text, whatever the tokenizer."),
-    of_summary("perf/tflops", "TFLOP/s", "Model FLOP of a step by its time; recomputation is not counted.", timed=True),
+    of_summary("val/bits_per_byte", "val\nbits/byte", "Validation loss per byte of text, whatever the tokenizer."),
     of_summary(
-        "perf/mfu", "MFU %", "TFLOP/s over the devices' peak.", lambda value: significant(value * 100), timed=True
+        "perf/tflops",
+        "TFLOP/s\nper device",
+        "FLOPs that the model needs for a step, by its time; recomputation is not counted.",
+        timed=True,
     ),
-    of_summary("memory/parameters_bytes", "parameters MiB", "Memory that holds parameters.", mib),
-    of_summary("memory/gradients_bytes", "gradients MiB", "Memory that holds gradients.", mib),
-    of_summary("memory/optimizer_bytes", "optimizer MiB", "Memory that holds optimizer state.", mib),
-    of_summary("memory/activations_bytes", "activations MiB", "Memory that holds activations.", mib),
-    of_summary("memory/stash_bytes", "stash MiB", "Results of collectives that are kept for recomputation (CAC).", mib),
-    of_summary("router/load_cv", "load CV", "Standard deviation of the experts' loads over their mean."),
-    of_summary("router/max_violation", "max violation", "Load of the fullest expert over the mean load, less 1."),
-    of_summary("router/entropy", "router entropy", "Entropy of the router's probabilities."),
-    of_summary("router/dead_experts", "dead experts", "Experts that received no token.", lambda value: f"{value:g}"),
+    of_summary("perf/mfu", "MFU\n%", "TFLOP/s over the peak of the device.", _hundredths, timed=True),
+    of_summary("memory/parameters_bytes", "parameters\nMiB", f"Weights. {_MOST}", mib),
+    of_summary("memory/gradients_bytes", "gradients\nMiB", f"Gradients. {_MOST}", mib),
+    of_summary("memory/optimizer_bytes", "optimizer\nMiB", f"Optimizer state and master weights. {_MOST}", mib),
+    of_summary("memory/activations_bytes", "activations\nMiB", f"What else was there at the peak. {_MOST}", mib),
+    of_summary("memory/stash_bytes", "stash\nMiB", f"Collectives' results, for recomputation. {_MOST}", mib),
     of_summary(
-        "router/dropped_fraction", "dropped %", "Share of choices beyond capacity.", lambda v: significant(v * 100)
+        "router/load_cv", "load\nCV", "Standard deviation of the experts' loads over their mean: 0 is balanced."
     ),
+    of_summary(
+        "router/max_violation",
+        "max\nviolation",
+        "Load of the fullest expert over the mean, less 1: 0 is balanced.",
+    ),
+    of_summary(
+        "router/entropy",
+        "effective\nexperts %",
+        "Exponential of the entropy of the experts' loads, over the number of experts: 100 is balanced.",
+        _hundredths,
+    ),
+    of_summary("router/dead_experts", "dead\nexperts %", "Share of experts that got no token.", _hundredths),
+    of_summary("router/dropped_fraction", "dropped\n%", "Share of choices that found no slot.", _hundredths),
 )
