@@ -30,8 +30,8 @@ _PARTS = {  # of the time of a step
     "recompute": ORANGE,
     "backward": GREEN,
     "optimizer": PURPLE,
-    "in node": SKY,
-    "between nodes": VERMILION,
+    "emulated in node": SKY,
+    "emulated between nodes": VERMILION,
     _OTHER: "#9aa0a6",
 }
 _BAR = 0.46  # height, of a row of 1
@@ -179,7 +179,8 @@ def _times(comparison: Comparison, theme: Theme) -> Figure | None:
 
 def _communication(run: Run) -> dict[str, float]:
     """Seconds per step in collectives: by phase if they were timed, else an emulated network's delays by link."""
-    return seconds_by_phase(run) or emulated_seconds_by_link(run)
+    delays = {f"emulated {link}": delay for link, delay in emulated_seconds_by_link(run).items()}
+    return seconds_by_phase(run) or delays
 
 
 def _canvas(height: float, title: str) -> tuple[Figure, Any]:
