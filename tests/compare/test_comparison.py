@@ -29,7 +29,7 @@ def test_only_settings_that_differ_are_shown_and_no_plumbing(tmp_path: Path) -> 
         "trainer.devices": 2,
         "experiment_name": "b",
         "choices.parallel": "tp4",
-        "data.cache_dir": "/tmp",
+        "data.cache_dir": "elsewhere",
     }
     comparison = compare(runs_of(tmp_path, {}, {**other, "optim.optimizer.betas": [0.9, 0.99]}))
     assert comparison.settings == ["comm.dtd", "optim.optimizer.betas"]
@@ -116,6 +116,11 @@ def test_losses_are_written_with_the_digits_that_tell_them_apart() -> None:
     assert telling([3.1260263919830322, 3.1260266304016113]) == ["3.126026", "3.126027"]
     assert telling([3.0, 3.0, None]) == ["3.00000", "3.00000", "–"]
     assert telling([1.0, 1.0 + 2**-52]) == ["1.0000000000000000", "1.0000000000000002"]
+
+
+def test_a_run_without_a_loss_is_not_said_to_agree(tmp_path: Path) -> None:
+    comparison = compare(runs_of(tmp_path, {}, {}, {}, summaries=[{}, {}, {"val/loss": None}]))
+    assert comparison.loss_statements()[1].startswith("val/loss: identical to the last digit in runs 0, 1 (")
 
 
 def test_a_loss_that_is_no_number_agrees_with_no_other(tmp_path: Path) -> None:

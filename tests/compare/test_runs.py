@@ -39,11 +39,11 @@ def test_a_run_that_has_not_finished_is_named_and_left_out(tmp_path: Path) -> No
     (tmp_path / "1" / "summary.json").unlink()
     (tmp_path / "2" / "summary.json").write_text('{"val/loss": 3.0')
     (tmp_path / "4").mkdir()
+    (write_run(tmp_path / "5") / "summary.json").write_text("{}")
     runs, notes = read_runs([tmp_path])
     assert [run.name for run in runs] == ["0", "3"]
-    for note, directory, reason in zip(
-        notes, ("1", "2", "4"), ("no summary.json", "no whole JSON", "no config.yaml"), strict=True
-    ):
+    reasons = {"1": "no summary.json", "2": "no whole JSON", "4": "no config.yaml", "5": "how many steps"}
+    for note, (directory, reason) in zip(notes, reasons.items(), strict=True):
         assert note.startswith(f"{tmp_path / directory} is left out")
         assert reason in note
 

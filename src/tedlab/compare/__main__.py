@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--out {options.out}: the report is an HTML file, its name must end in .html")
     try:
         _run(options)
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         sys.exit(f"{error}")
 
 

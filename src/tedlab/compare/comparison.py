@@ -146,7 +146,8 @@ class Comparison:
         logged = len(runs[0].curves[name])
         if len(alike) == 1:
             where = f", at each of the {logged} steps where it was logged" if logged > 1 else ""
-            return f"{name}: identical to the last digit in all runs ({runs[0].number(name)!r}){where}."
+            who = "all runs" if len(runs) == len(self.runs) else f"runs {', '.join(run.name for run in runs)}"
+            return f"{name}: identical to the last digit in {who} ({runs[0].number(name)!r}){where}."
         apart = max(_distance(a, b, name) for a in runs for b in runs)
         groups = [f"runs {', '.join(run.name for run in group)}" for group in alike.values() if len(group) > 1]
         same = f"identical to the last digit in {' and in '.join(groups)}; the others" if groups else "the runs"

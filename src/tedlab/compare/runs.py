@@ -132,6 +132,8 @@ def _read(directory: Path, name: str) -> Run:
         summary = json.loads((directory / SUMMARY).read_text())
     except json.JSONDecodeError as error:
         raise Unfinished(f"{SUMMARY} is no whole JSON ({error}).") from error
+    if "steps" not in summary:
+        raise Unfinished(f"{SUMMARY} does not say how many steps it took.")
     config: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
     metrics = directory / METRICS
     lines = metrics.read_text().splitlines() if metrics.exists() else []

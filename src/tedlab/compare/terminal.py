@@ -38,7 +38,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     if len(comparison.runs) > 1:
         console.print(f"× is the ratio to run {escape(comparison.runs[0].name)}.")
     for statement in comparison.loss_statements():
-        console.print(escape(statement), style="green" if "in all" in statement else "yellow")
+        console.print(escape(statement), style="yellow" if "differ" in statement else "green")
     effects = comparison.effects()
     for effect in effects[:_LINES]:
         what = "; ".join(f"{name} {text}" for name, text in sheets.effect_cells(effect).items())
