@@ -188,6 +188,13 @@ def test_bytes_per_step_leave_out_what_is_no_training(tmp_path: Path) -> None:
     assert traffic(run)[0].calls == 6
 
 
+def test_a_continued_run_is_divided_by_the_steps_that_its_ledger_counted(tmp_path: Path) -> None:
+    half = {"comm/steps": STEPS // 2, "comm/forward/tensor/all_reduce/calls": 30}
+    (run,) = runs_of(tmp_path, {"ckpt_path": "last.ckpt"}, summaries=[half])
+    assert traffic(run)[0].calls == 3
+    assert compare([run]).notes == []
+
+
 def test_a_run_without_ledger_is_not_a_run_that_sent_nothing(tmp_path: Path) -> None:
     """One process communicates nothing, and knows it."""
     summaries: list[dict[str, Any]] = [{}, {"comm/predicted_difference_bytes": 0}]

@@ -87,7 +87,7 @@ def test_what_else_runs_measured_is_shown_with_its_definition(tmp_path: Path) ->
     for number in range(2):
         write_run(tmp_path / str(number), {"seed": number}, {"perf/mfu": 0.412, "router/dead_experts": 0.25 * number})
     page = report(tmp_path)
-    assert re.findall(r'<td class="number">([0-9.]+)<', page.split("Memory, utilisation, router</h2>")[1])[:3] == [
+    assert re.findall(r'<td class="number">([0-9.]+)</td>', page.split("Memory, utilisation, router</h2>")[1])[:3] == [
         *("4.33", "41.2", "0"),
     ]
     assert "Share of experts that got no token." in page

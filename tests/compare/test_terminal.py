@@ -11,7 +11,7 @@ from tedlab.compare.__main__ import main
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.terminal import WIDTH, show
-from tests.compare.sweep import ledger, write_run, write_sweep
+from tests.compare.sweep import STEPS, ledger, write_run, write_sweep
 
 
 def rows(text: str, table: str) -> list[list[str]]:
@@ -54,6 +54,19 @@ def test_a_narrow_terminal_gets_narrow_tables(tmp_path: Path) -> None:
     console = Console(width=60, record=True, file=io.StringIO())
     show(compare(read_runs([write_sweep(tmp_path)])[0]), console)
     assert max(map(len, console.export_text().splitlines())) <= 60
+
+
+def test_a_few_bytes_are_no_column_of_a_breakdown_but_of_the_total(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = {f"comm/optimizer/world/all_reduce/{what}": 12 * STEPS for what in ("calls", "payload_bytes", "wire_bytes")}
+    write_run(tmp_path / "0", None, ledger(dtd=False, cac=False) | few)
+    main([str(tmp_path), "--out", str(tmp_path / "r.html")])
+    text = capsys.readouterr().out
+    assert "in a step; less than 1 KiB is left out" in text
+    assert "world" not in text
+    row = r"<td>optimizer</td><td>all_reduce</td><td>world</td>(<td class=.number.>12</td>){3}"
+    assert re.search(row, (tmp_path / "r.html").read_text()), "the report has every collective"
 
 
 def test_old_runs_without_ledger_have_no_such_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

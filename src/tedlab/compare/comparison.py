@@ -226,7 +226,7 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
         difference = run.number("comm/predicted_difference_bytes")
         if difference:
             texts.append(f"Run {run.name} communicated {difference:+,.0f} bytes against the prediction; 0 is right.")
-        if run.config.get("ckpt_path") is not None:
+        if run.config.get("ckpt_path") is not None and "comm/steps" not in run.summary:
             texts.append(
                 f"Run {run.name} was continued from a checkpoint: its communication, of the steps since, is divided by "
                 "all steps."

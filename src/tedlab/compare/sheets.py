@@ -18,6 +18,8 @@ from tedlab.compare.traffic import (
     wire_by_link,
 )
 
+_LEAST = 1024  # bytes per step, mean over runs: a scalar here and there is no column of a breakdown
+
 
 class Cell(NamedTuple):
     """What a table shows in one place: a value, and its ratio to the first run where it has one."""
@@ -60,7 +62,8 @@ def results(comparison: Comparison) -> Sheet:
 
 def further(comparison: Comparison) -> Sheet:
     """Whatever else the runs measured: utilisation, memory by category, health of the router."""
-    return Sheet("Memory, utilisation, router", _present([_quantity(comparison, quantity) for quantity in FURTHER]))
+    columns = [_quantity(comparison, quantity, ratios=False) for quantity in FURTHER]
+    return Sheet("Memory, utilisation, router", _present(columns))
 
 
 def by_phase(comparison: Comparison) -> Sheet:
@@ -126,9 +129,10 @@ def _column(comparison: Comparison, heading: str, cell: Callable[[Run], Cell]) -
     return Column(heading, [cell(run) for run in comparison.runs])
 
 
-def _quantity(comparison: Comparison, quantity: Quantity, heading: str | None = None) -> Column:
+def _quantity(comparison: Comparison, quantity: Quantity, heading: str | None = None, *, ratios: bool = True) -> Column:
     def cell(run: Run) -> Cell:
-        value, ratio = quantity.value(run), comparison.ratio(run, quantity)
+        value = quantity.value(run)
+        ratio = comparison.ratio(run, quantity) if ratios else None
         mark = "†" if quantity.timed and run.emulated else ""
         text = "" if value is None else f"{quantity.show(value)}{mark}"
         return Cell(text, "" if ratio is None else f"×{ratio:.2f}")
@@ -155,7 +159,10 @@ def _bytes(comparison: Comparison, heading: str, *fields: str) -> Column:
 
 def _breakdown(comparison: Comparison, title: str, *fields: str) -> Sheet:
     everything = [collective for run in comparison.runs for collective in traffic(run)]
-    keys = [key for key, sent in wire_by(everything, *fields).items() if sent]
+    sent = {key: size / len(comparison.runs) for key, size in wire_by(everything, *fields).items() if size}
+    keys = [key for key, size in sent.items() if size >= _LEAST]
+    if len(keys) < len(sent):
+        title += "; less than 1 KiB is left out"
     ops = sorted_ops(collective.op for collective in everything)
     keys.sort(key=lambda key: _rank(key, ops))
     return Sheet(title, [_bytes(comparison, "\n".join(key), *fields) for key in keys])

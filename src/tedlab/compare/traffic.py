@@ -89,9 +89,9 @@ def emulated_seconds_by_link(run: Run) -> dict[str, float]:
 
 
 def _per_step(run: Run, key: str) -> float | None:
-    """A total of the summary divided by the run's steps; None where the run has none."""
-    total = run.number(key)
-    return None if total is None or not run.summary["steps"] else total / run.summary["steps"]
+    """A total of the summary divided by the steps that were counted; None where the run has none."""
+    total, steps = run.number(key), run.summary.get("comm/steps", run.summary["steps"])
+    return total / steps if total is not None and steps else None
 
 
 def _by_link(run: Run, what: str) -> dict[str, float]:
