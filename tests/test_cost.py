@@ -132,6 +132,35 @@ def test_the_largest_worlds_are_priced_at_once() -> None:
     assert collective_seconds("all_reduce", P, range(3, 16384, 8), summit) > 0
 
 
+@pytest.mark.parametrize(
+    ("dtd", "cac", "all_reduce", "all_to_all", "all_gather"),
+    [
+        (False, False, 6.4, 13.2, 0),
+        (True, False, 6.4, 3.5, 1.6),
+        (False, True, 4.3, 8.8, 0),
+        (True, True, 4.3, 2.4, 1.1),
+    ],
+)
+def test_a_step_of_the_papers_largest_run_costs_what_an_independent_prototype_says(
+    dtd: bool, cac: bool, all_reduce: float, all_to_all: float, all_gather: float
+) -> None:
+    """6.7 B × 16 experts on 128 V100, four a node, tensor 4 × expert 16; 1024 × 2048 tokens in 32 micro-batches.
+
+    Seconds a step. The prototype had one constant latency a call (here: steps of a ring) and the same bandwidths.
+    """
+    summit = replace(load_cluster("summit"), gpus_per_node=4)
+    tensor, expert = range(4), range(0, 64, 4)
+    activations = 2048 * 4096 * 2  # bytes of a micro-batch in fp16; of the dispatch buffer, too: capacity factor 1
+    passes = 2 if cac else 3  # forward, recompute unless CAC, backward; 16 dense and 16 MoE blocks
+    calls = 32 * 16 * passes
+    reduce = collective_seconds("all_reduce", activations, tensor, summit)
+    assert 4 * calls * reduce == pytest.approx(all_reduce, rel=0.03)  # it has the embedding, too
+    exchange = collective_seconds("all_to_all", activations / 4 if dtd else activations, expert, summit)
+    assert 2 * calls * exchange == pytest.approx(all_to_all, rel=0.1)
+    gather = collective_seconds("all_gather", activations, tensor, summit) if dtd else 0
+    assert 2 * calls * gather == pytest.approx(all_gather, rel=0.05)
+
+
 # ---- links ---------------------------------------------------------------------------------------------------------
 
 
