@@ -83,6 +83,7 @@ class CommConfig:
     # auto: the best within cac_budget_bytes.
     cac: Any = False
     cac_budget_bytes: int | None = None  # of each process, for cac=auto
+    cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
     emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
     emulate_dilation: float = 1.0  # times slower than that network, in proportion to a slower processor

@@ -56,13 +56,12 @@ class Recorder(Callback):
         if not self._scalars:  # the first micro-batch of a step
             assert isinstance(pl_module, LanguageModel)
             self._quantities["outputs"] = {"logits": _probe(pl_module, len(batch))}
+            self._provoke_overflow(trainer)
 
-    @override
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def _provoke_overflow(self, trainer: Trainer) -> None:
         """With a loss scale, the first micro-batch of the run overflows in one process, and all must skip its step."""
         scaler = _strategy(trainer).loss_scaler
-        first = trainer.global_step == 0 and not self._scalars
-        if scaler is not None and first and trainer.global_rank == trainer.world_size - 1:
+        if scaler is not None and trainer.global_step == 0 and trainer.global_rank == trainer.world_size - 1:
             self._scale, scaler.scale = scaler.scale, math.inf
 
     @override
