@@ -14,7 +14,7 @@ from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
 
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "cluster")
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 NEEDED = {"data=text": ["data.path=corpus.txt"]}  # values without which a preset is incomplete on purpose
 

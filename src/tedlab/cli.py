@@ -20,6 +20,7 @@ from tedlab.config import TrainConfig
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
+_OTHER_GROUPS = ("hydra", "cluster")  # below conf/ or Hydra's own, but no part of a training configuration
 
 ConfigStore.instance().store("schema", TrainConfig)
 
@@ -65,7 +66,7 @@ def check_overrides(overrides: list[str]) -> None:
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name != "hydra"}
+        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name not in _OTHER_GROUPS}
         chosen = []
         for override in ours:
             if override.key_or_group in groups:

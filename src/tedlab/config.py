@@ -83,6 +83,7 @@ class CommConfig:
     # auto: the best within cac_budget_bytes.
     cac: Any = False
     cac_budget_bytes: int | None = None  # of each process, for cac=auto
+    cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
     emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
     emulate_dilation: float = 1.0  # times slower than that network, in proportion to a slower processor
@@ -118,6 +119,7 @@ class OptimConfig:
     decay_fraction: float = 0.2  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients while the backward pass goes on
+    loss_scale: float | None = None  # initial dynamic loss scale; None: 65536 with fp16, otherwise none at all
     bucket_elements: int = 1 << 24  # of each process, reduced in one collective
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 

@@ -1,6 +1,7 @@
 """One training run inside one of its processes: builds the parts from the configuration, fits, reports."""
 
 import csv
+import functools
 import logging
 import os
 import warnings
@@ -16,7 +17,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from tedlab.callbacks import CommunicationLedger, MemoryByCategory, RouterHealth, RunProgress, StepMetrics
 from tedlab.checkpoint import read_meta
+from tedlab.cluster import load_cluster
 from tedlab.comm import predict
+from tedlab.comm.emulate import Emulation
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.flops import training_flops
@@ -37,7 +40,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
     )
     routers = RouterHealth(config.moe.blocks(config.model.layers), directory, config.router_picture_every)
     memory = MemoryByCategory()
-    ledger = CommunicationLedger(predict(config), config.comm.ledger.every, config.comm.ledger.time)
+    comm = config.comm
+    emulated = None
+    if comm.emulate is not None:
+        emulated = functools.partial(
+            Emulation,
+            load_cluster(comm.emulate),
+            dilation=comm.emulate_dilation,
+            ranks_per_node=comm.emulate_ranks_per_node,
+        )
+    ledger = CommunicationLedger(predict(config), comm.ledger.every, comm.ledger.time, emulated)
     trainer, module, data = build(config, [metrics, routers, memory, ledger, RunProgress()])
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)
@@ -96,6 +108,7 @@ def build(
             bucket_elements=config.optim.bucket_elements,
             tile=config.optim.tile,
             overlap=config.optim.overlap,
+            loss_scale=config.optim.loss_scale,
             async_checkpoint=config.checkpoint.async_save,
             process_group_backend=config.comm.backend,
             timeout=timedelta(seconds=config.comm.timeout_s),

@@ -42,6 +42,7 @@ from tedlab.nn import ShardedModule
 from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import Topology
 
+HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
@@ -68,6 +69,7 @@ class TEDStrategy(ParallelStrategy):
         overlap: reduce gradients while the backward pass goes on.
         tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
             pass over memory, without temporaries.
+        loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
         async_checkpoint: write checkpoints while training goes on.
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device.
         timeout: after which a collective counts as failed.
@@ -94,6 +96,7 @@ class TEDStrategy(ParallelStrategy):
         zero: bool = True,
         bucket_elements: int = 1 << 24,
         overlap: bool = False,
+        loss_scale: float | None = None,
         async_checkpoint: bool = False,
         tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
@@ -115,9 +118,10 @@ class TEDStrategy(ParallelStrategy):
         self.bucket_elements = bucket_elements
         self.overlap = overlap
         self.async_checkpoint = async_checkpoint
+        self.loss_scale = loss_scale
         self.tile = tile
         self.sharded_optimizers: list[ShardedOptimizer] = []
-        self.loss_scaler: LossScaler | None = None  # fp16 only
+        self.loss_scaler: LossScaler | None = None
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout
@@ -225,9 +229,9 @@ class TEDStrategy(ParallelStrategy):
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        if self.precision_plugin.precision in ("16-true", "16-mixed"):
+        if self.loss_scale is not None or self.precision_plugin.precision in HALF_PRECISIONS:
             # Lightning scales for 16-mixed only, and decides on overflow by what one process sees.
-            self.loss_scaler = LossScaler()
+            self.loss_scaler = LossScaler(self.loss_scale or 2.0**16)
             if isinstance(self.precision_plugin, MixedPrecision):
                 self.precision_plugin.scaler = None
         assert self.model is not None

@@ -68,10 +68,6 @@ class Topology:
         """Whether each tensor rank holds its own positions of the activations between layers."""
         return self.degrees.sequence and self.degrees.tensor > 1
 
-    def members(self, kind: GroupKind) -> list[int]:
-        """Global ranks of this process's group of the kind, in order."""
-        return dist.get_process_group_ranks(self.comm.group(kind))
-
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":
         """A world of one process, for tools that use a model without a launcher. Starts a process group if needed."""

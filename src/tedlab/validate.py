@@ -16,8 +16,13 @@ from lightning.pytorch import Trainer
 
 from tedlab.checkpoint import read_meta
 from tedlab.cli import UsageError
+from tedlab.cluster import load_cluster
+from tedlab.comm.budget import within_budget
+from tedlab.comm.emulate import Emulation
 from tedlab.comm.sites import kept_tags
+from tedlab.comm.volumes import ClosedForm
 from tedlab.config import MoEConfig, TrainConfig
+from tedlab.cost import collective_seconds
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
@@ -40,7 +45,8 @@ _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the
 def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDegrees:
     """Validates ``config`` and completes it in place.
 
-    Completed: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes, and
+    Completed: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
+    ``comm.cac=auto`` by what it chooses, and
     the corpus itself, which is tokenised into the cache if it is not there yet.
 
     Args:
@@ -64,6 +70,8 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
         data = TextDataModule(config.data, config.model.sequence_length, config.seed)
         _complete_vocabulary(config, data.corpus.tokenizer.vocab_size)
         _ = data.validation_samples  # raises if there is not one batch of them
+        if config.comm.cac == "auto":
+            _choose_what_to_keep(config, degrees)
         if config.ckpt_path is not None:
             _check_checkpoint(config, Path(config.ckpt_path))
         return degrees
@@ -130,7 +138,13 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm, model = config.comm, config.model
     if model.checkpoint not in ("none", "block"):
         raise ValueError(f"model.checkpoint={model.checkpoint} is unknown; valid: none, block")
-    kept_tags(comm.cac)
+    if comm.cac != "auto":
+        kept_tags(comm.cac)
+    if (comm.cac == "auto") != (comm.cac_budget_bytes is not None):
+        raise ValueError(
+            f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "
+            "what a budget of bytes allows, and nothing else has one"
+        )
     if comm.cac not in (False, None) and model.checkpoint == "none":
         raise ValueError(
             f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with model.checkpoint=none nothing "
@@ -143,10 +157,31 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if degrees.sequence:
         _check_sequence(config, degrees)
-    if comm.emulate_dilation < 0:
-        raise ValueError(f"comm.emulate_dilation is {comm.emulate_dilation}; it must be at least 0")
+    _check_emulation(config, degrees)
     if comm.ledger.every < 0:
         raise ValueError(f"comm.ledger.every is {comm.ledger.every}; it counts steps: 0 (only the end) or more")
+
+
+def _choose_what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Puts the entries that fit the budget in the place of ``auto``."""
+    cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
+    tensor, expert = range(degrees.tensor), range(0, degrees.expert * degrees.tensor, degrees.tensor)
+    members = {"tensor": tensor, "expert_tensor": tensor, "expert": expert}
+    assert config.comm.cac_budget_bytes is not None
+    config.comm.cac = within_budget(
+        ClosedForm(config),
+        config.comm.cac_budget_bytes,
+        lambda call: collective_seconds(call.op, call.payload_bytes, members[call.kind], cluster),
+    )
+
+
+def _check_emulation(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    comm = config.comm
+    if comm.emulate is None:
+        return
+    everybody = {"world": range(degrees.world_size)}
+    Emulation(load_cluster(comm.emulate), everybody, comm.emulate_dilation, comm.emulate_ranks_per_node)  # type: ignore[arg-type]
+    comm.ledger.time = True  # without it nothing would show of the delays
 
 
 def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -302,6 +337,8 @@ def _check_optim(config: TrainConfig) -> None:
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
     check_elementwise(optimizer)
     check_tile(config.optim.tile, optimizer, config.optim.optimizer)
+    if config.optim.loss_scale is not None and config.optim.loss_scale < 1:
+        raise ValueError(f"optim.loss_scale is {config.optim.loss_scale}; it must be at least 1, or null")
     if config.optim.lr <= 0:
         raise ValueError(f"optim.lr is {config.optim.lr}; a learning rate is positive")
 

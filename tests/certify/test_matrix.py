@@ -44,15 +44,35 @@ JOBS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, "moe.gating": "deepspeed_top1", "moe.random_token_selection": False},
         **{"moe.capacity_factor": 0.8, "optim.zero": False, "optim.overlap": True},
     },
+    "fp16_scaled": {EXPERTS_PER_RANK: 2, "trainer.precision": "16-true", "optim.tile": 50, "moe.top_k": 2},
+    "ted": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "comm": "ted", "model.checkpoint": "block"},
+        **{"moe.capacity_factor": 0.7, "checkpoint.early_stop": False},
+    },
+    "ted_fused_sharded": {
+        **{EXPERTS_PER_RANK: 2, "comm": "ted_fused", "comm.cac": "shard", "model.checkpoint": "block", "moe.top_k": 2},
+        **{"moe.capacity_factor": 0.6, "moe.capacity_multiple": 1, "optim.overlap": True},
+    },
+    "sequence": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "parallel.sequence": True, "moe.capacity_factor": 0.7},
+        **{"moe.z_loss": 0.01, "moe.aux_loss": 0.1, "optim.overlap": True, "model.tie_embeddings": False},
+    },
+    "sequence_cac": {
+        **{EXPERTS_PER_RANK: 1, "parallel.sequence": True, "model.checkpoint": "block", "comm.cac": True},
+        **{"optim.zero": False, "moe.every": 1},
+    },
     "deepspeed_topk": {
         **{EXPERTS_PER_RANK: 2, "moe.gating": "deepspeed_topk", "moe.top_k": 2, "moe.drop_policy": "position"},
         **{"moe.capacity_factor": 0.8, ACCUMULATED: 2},
     },
 }
+TENSOR_ONLY = ("ted", "ted_fused_sharded", "sequence", "sequence_cac")  # toggles that do nothing without
 CELLS = [
     (layout, job)
     for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
-    if layout[0] < 8 or (number + place) % 3  # eight processes take longest: two thirds of their cells
+    # Of eight processes, which take longest, the fewest.
+    if (number + place) % (6 if layout[0] == 8 else 2 if job in TENSOR_ONLY else 3) in (0, 1)
+    if layout[1] > 1 or job not in TENSOR_ONLY
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
 

@@ -1,5 +1,6 @@
 """Certify notices what the field has shipped: each known bug, planted into a layout, is found, named and measured."""
 
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor
 from tedlab import capacity
 from tedlab.certify import certify
 from tedlab.checkpoint import directory
-from tedlab.comm import differentiable
+from tedlab.comm import differentiable, recompute
 from tedlab.moe import router
 from tedlab.nn import sharded
+from tedlab.optim import ShardedOptimizer
 from tedlab.optim.bucket import Bucket
 from tests.certify.runs import Plant, composed, in_pool
 from tests.pool import WorkerPool
@@ -129,7 +131,56 @@ def replicas_that_drift(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Bucket, "gather_parameters", wrong)
 
 
+def router_gradient_not_summed_when_sliced(patch: pytest.MonkeyPatch) -> None:
+    """Each tensor rank has routed its own tokens, and keeps its part of the gradient (Automodel #1260)."""
+    patch.setattr(ShardedOptimizer, "_sum_partial_gradients", lambda self: None)
+
+
+def recompute_that_routes_anew(patch: pytest.MonkeyPatch) -> None:
+    """Where the second pass computes other logits, tokens change their experts (torchtitan #1117)."""
+    decide = router.Router.decide
+
+    def wrong(self: router.Router, logits_TE: Tensor, sequence: int) -> router.Decision:
+        return decide(self, -logits_TE if recompute._now.second else logits_TE, sequence)
+
+    patch.setattr(router, "pin", lambda decision: decision)
+    patch.setattr(router.Router, "decide", wrong)
+
+
+def dropped_tokens_gradient_averaged(patch: pytest.MonkeyPatch) -> None:
+    """As if the slices were copies: what tokens get back is divided by T."""
+    right = differentiable._gathered
+
+    def wrong(*arguments: Any) -> Tensor:
+        return right(*arguments) / (2 if arguments[-1] == "backward" else 1)
+
+    patch.setattr(differentiable, "_gathered", wrong)
+
+
+def kept_result_of_another_rank(patch: pytest.MonkeyPatch) -> None:
+    """Shards are gathered from the wrong end: CAC's results are permuted."""
+    repeated = recompute._Region.repeated
+
+    def wrong(self: Any, *arguments: Any) -> Tensor:
+        result = repeated(self, *arguments)
+        return result.roll(1, 0) if self.plan.get(arguments[1]) is recompute.Second.SLICE else result
+
+    patch.setattr(recompute._Region, "repeated", wrong)
+
+
+def overflow_that_is_not_skipped(patch: pytest.MonkeyPatch) -> None:
+    """One process overflows, and the others' norms are what is looked at (Lightning's fp16 plugin)."""
+    right = ShardedOptimizer.global_norm
+
+    def wrong(self: ShardedOptimizer) -> float:
+        norm = right(self)
+        return norm if math.isfinite(norm) else 1.0
+
+    patch.setattr(ShardedOptimizer, "global_norm", wrong)
+
+
 TP2 = ["parallel=tp2"]
+RECOMPUTED = ["model.checkpoint=block"]
 CASES: list[tuple[Plant, list[str], str, str]] = [
     # bug, layout, first wrong quantity, what is said of it
     (
@@ -168,6 +219,11 @@ CASES: list[tuple[Plant, list[str], str, str]] = [
     ),
     (replicas_that_drift, ["parallel=dp2"], "next weights", "in step 1: network."),
     (step_of_a_stale_gradient, ["parallel=ep2"], "gradients", "is no multiple"),
+    (router_gradient_not_summed_when_sliced, [*TP2, "parallel.sequence=true"], "gradients", "first in step 1"),
+    (recompute_that_routes_anew, [*TP2, *RECOMPUTED], "gradients", "first in step 1"),
+    (dropped_tokens_gradient_averaged, [*TP2, "comm.dtd=true"], "gradients", "first in step 1"),
+    (kept_result_of_another_rank, [*TP2, *RECOMPUTED, "comm.cac=shard"], "gradients", "first in step 1"),
+    (overflow_that_is_not_skipped, [*TP2, "trainer.precision=16-true"], "gradients", "is absent in one process"),
 ]
 
 

@@ -1,6 +1,6 @@
 """The ledger of a run: what was communicated, beside what the closed form says."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 from typing_extensions import override
 
-from tedlab.comm import TRAINING_PHASES
+from tedlab.comm import TRAINING_PHASES, GroupKind
+from tedlab.comm.emulate import Emulation
 from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
 from tedlab.strategy import TEDStrategy
 
@@ -24,10 +25,19 @@ class CommunicationLedger(Callback):
         expected: of one optimizer step, see :func:`tedlab.comm.predict`.
         every: steps between totals in the log; 0: none.
         timed: also measure durations.
+        emulated: delays collectives as a cluster's network would; see :class:`tedlab.comm.emulate.Emulation`.
     """
 
-    def __init__(self, expected: Totals, every: int, timed: bool) -> None:
+    def __init__(
+        self,
+        expected: Totals,
+        every: int,
+        timed: bool,
+        emulated: Callable[[Mapping[GroupKind, list[int]]], Emulation] | None = None,
+    ) -> None:
         self.expected = expected
+        self.emulated = emulated
+        self.emulation: Emulation | None = None
         self.every = every
         self.ledger = Ledger(timed)
         self._first_step = 0
@@ -36,17 +46,25 @@ class CommunicationLedger(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(trainer)
-        strategy.topology.comm.register_hook(self.ledger)
+        comm = strategy.topology.comm
+        if self.emulated is not None:
+            self.emulation = self.emulated({kind: comm.members(kind) for kind in comm.sizes})
+            comm.register_hook(self.emulation)
+        comm.register_hook(self.ledger)  # after the delay, which belongs to a collective's time
         self._first_step = trainer.global_step
         self._first_skipped = _skipped(strategy)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ledger.standing_for = "validation"
+        if self.emulation is not None:
+            self.emulation.counting = False
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.ledger.standing_for = None
+        if self.emulation is not None:
+            self.emulation.counting = True
 
     @override
     def on_train_batch_end(
@@ -64,7 +82,8 @@ class CommunicationLedger(Callback):
         """For the summary: this process's totals, and how far the one farthest from the closed form is from it.
 
         ``comm/<phase>/<group>/<op>/{calls, payload_bytes, wire_bytes}``, with timing also ``seconds``;
-        ``comm/predicted_difference_bytes`` and ``…_calls``, which must be 0. Collective, after training.
+        ``comm/predicted_difference_bytes`` and ``…_calls``, which must be 0; ``comm/steps`` that were counted; with an
+        emulated network ``comm/link/<link>/{wire_bytes, emulated_seconds}``. Collective, after training.
         """
         wrong = self.differences(trainer)
         own = [
@@ -74,7 +93,13 @@ class CommunicationLedger(Callback):
         everybody: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(everybody, own)
         size, calls = max(everybody)
-        return {**self._metrics(), "comm/predicted_difference_bytes": size, "comm/predicted_difference_calls": calls}
+        return {
+            **self._metrics(),
+            **({} if self.emulation is None else self.emulation.metrics()),
+            "comm/steps": self.steps(trainer),
+            "comm/predicted_difference_bytes": size,
+            "comm/predicted_difference_calls": calls,
+        }
 
     def differences(self, trainer: Trainer) -> Mapping[Entry, tuple[Count, Count]]:
         """Where this process's ledger differs from the closed form: what was counted, what should have been."""

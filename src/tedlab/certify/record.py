@@ -48,6 +48,7 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.record: Record = {}
         self._scalars: list[Tensor] = []
+        self._scale: float | None = None  # the true one, while an overflow is being provoked
         self._quantities: dict[str, dict[str, Tensor]] = {}
 
     @override
@@ -55,12 +56,28 @@ class Recorder(Callback):
         if not self._scalars:  # the first micro-batch of a step
             assert isinstance(pl_module, LanguageModel)
             self._quantities["outputs"] = {"logits": _probe(pl_module, len(batch))}
+            self._provoke_overflow(trainer)
+
+    def _provoke_overflow(self, trainer: Trainer) -> None:
+        """With a loss scale, the first micro-batch of the run overflows in one process, and all must skip its step."""
+        scaler = _strategy(trainer).loss_scaler
+        if scaler is not None and trainer.global_step == 0 and trainer.global_rank == trainer.world_size - 1:
+            self._scale, scaler.scale = scaler.scale, math.inf
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scaler = _strategy(trainer).loss_scaler
+        if scaler is not None and self._scale is not None:
+            scaler.scale = self._scale
+            self._scale = None
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         (sharded,) = _strategy(trainer).sharded_optimizers
-        self._quantities["gradients"] = assembled(sharded.gradients())
-        self._quantities["gradient norm"] = {"all parameters": torch.tensor(sharded.global_norm(), dtype=torch.float64)}
+        norm = sharded.global_norm()
+        usable = math.isfinite(norm)  # after an overflow there is nothing to compare, but that the step was skipped
+        self._quantities["gradients"] = assembled(sharded.gradients()) if usable else {}
+        self._quantities["gradient norm"] = {"all parameters": torch.tensor(norm if usable else 0.0).double()}
 
     @override
     def on_train_batch_end(

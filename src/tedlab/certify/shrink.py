@@ -1,7 +1,8 @@
 """A training configuration made small enough to be run in float64 on a laptop, and its one-process reference.
 
 Kept: the layout (up to 16 processes), experts per rank (up to 4), routing, clipping, optimizer and schedule, ZeRO,
-tiles, overlap, every toggle. Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text.
+tiles, overlap, every toggle; of fp16 the loss scale, and a first step that overflows.
+Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 
 from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.strategy import HALF_PRECISIONS
 
 STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
 MOST_PROCESSES = 16
@@ -73,6 +75,8 @@ def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
     tile = min(100, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile
     optim = replace(config.optim, optimizer=optimizer, tile=tile, warmup_steps=min(2, config.optim.warmup_steps))
+    if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
+        optim.loss_scale = config.optim.loss_scale or 2.0**16
     trainer: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": degrees.world_size,

@@ -154,7 +154,7 @@ class ClosedForm:
                 yield self._optimizer("all_gather", bucket.kind, "parameters.gather", shards * shard, self.parameter)
         if partial:
             yield self._optimizer("all_reduce", "tensor", "gradients.partial", partial, self.parameter)
-        scaled = trainer["precision"] in ("16-true", "16-mixed")
+        scaled = trainer["precision"] in ("16-true", "16-mixed") or self.config.optim.loss_scale is not None
         if (trainer.get("gradient_clip_val") or scaled) and self.groups["world"] > 1:
             yield self._optimizer("all_reduce", "world", "gradients.norm", 1, torch.float64)
 

@@ -207,11 +207,12 @@ class ShardedOptimizer:
                 result = closure()
         overflow = self.scaler is not None and not math.isfinite(self.global_norm())
         factor = self._clip_factor / (self.scaler.scale if self.scaler else 1.0)
-        if not overflow:
-            with self._parameters_apart():
-                for bucket in self.buckets:
-                    if bucket.gradient is not None:
-                        self._step_bucket(bucket, factor)
+        with self._parameters_apart():
+            for bucket in [] if overflow else self.buckets:
+                if bucket.gradient is not None:
+                    self._step_bucket(bucket, factor)
+            if overflow:
+                self._inner_step()  # of no parameters; by this call schedulers know that there was a step
         self.applied_clip_factor, self.last_norm = self._clip_factor, self._norm
         if self.scaler is not None:
             self.scaler.update(overflow)

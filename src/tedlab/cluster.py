@@ -1,0 +1,124 @@
+"""The hardware that predictions are made for: what a cluster's GPUs, links and network can do, typed and from YAML.
+
+``conf/cluster/`` has one file per cluster, each figure with its source or the word *assumed*. What the figures mean
+for a collective is in ``cost.py``.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from tedlab.cli import CONF, UsageError
+
+
+@dataclass
+class Link:
+    """One way for bytes to travel."""
+
+    bandwidth: float = MISSING  # bytes/s in each direction, as the maker states it
+    latency: float = MISSING  # seconds of one step of a collective over this link, its size apart
+
+
+@dataclass
+class PeakFlops:
+    """Floating-point operations per second of one GPU in dense matrix products, by dtype."""
+
+    fp64: float = MISSING
+    fp32: float = MISSING  # without TF32, as in torch's default
+    fp16: float = MISSING
+    bf16: float = MISSING
+
+
+@dataclass
+class Efficiency:
+    """The share of a stated peak that programs reach: above 0, at most 1."""
+
+    gemm: float = MISSING  # of the peak FLOP/s, in large matrix products
+    memory: float = MISSING  # of the memory bandwidth
+    in_node: float = MISSING  # of the link between the GPUs of a node
+    between_nodes: float = MISSING  # of the node's network, in a ring
+    all_to_all: float = MISSING  # of the node's network, in an all-to-all
+
+
+@dataclass
+class ClusterConfig:
+    """A cluster of equal nodes of equal GPUs.
+
+    Raises:
+        ValueError: if a figure cannot be: not positive, an efficiency above 1, a link that is missing or superfluous.
+    """
+
+    gpus_per_node: int = MISSING
+    memory_bytes: float = MISSING  # of one GPU, as the driver reports it
+    memory_bandwidth: float = MISSING  # bytes/s of one GPU
+    peak_flops: PeakFlops = MISSING
+    in_node: Link | None = MISSING  # bandwidth of one GPU towards the others of its node; None: it is alone
+    between_nodes: Link | None = MISSING  # bandwidth of a whole node, shared by its GPUs; None: there is one node
+    efficiency: Efficiency = MISSING
+
+    def __post_init__(self) -> None:
+        for name, value in _numbers(asdict(self)).items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value:g}; it must be positive")
+            if name.startswith("efficiency.") and value > 1:
+                raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
+        if (self.in_node is None) != (self.gpus_per_node == 1):
+            raise ValueError(
+                f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
+                "a node of several GPUs has a link between them, a single GPU has none (in_node: null)"
+            )
+
+
+def cluster_names() -> list[str]:
+    """The clusters in ``conf/cluster/``."""
+    return sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+
+
+def load_cluster(name_or_path: str | Path) -> ClusterConfig:
+    """A cluster by its name in ``conf/cluster/``, or from a file of one's own whose path ends in ``.yaml``.
+
+    Raises:
+        UsageError: if there is no such cluster, or its file has unknown, missing or impossible values; says which
+            would be valid.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        names = cluster_names()
+        if str(name_or_path) not in names:
+            near = difflib.get_close_matches(str(name_or_path), names, n=1)
+            raise UsageError(
+                f"There is no cluster '{name_or_path}'.{f' Did you mean {near[0]}?' if near else ''}\n"
+                f"Valid: {', '.join(names)}, or the path of a .yaml file like those in {CONF / 'cluster'}"
+            )
+        path = CONF / "cluster" / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file. Clusters known by name: {', '.join(cluster_names())}")
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path))
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"no value for {', '.join(missing)}")
+        cluster = OmegaConf.to_object(config)
+        assert isinstance(cluster, ClusterConfig)
+        return cluster
+    except OmegaConfBaseException as error:
+        known = ", ".join(field.name for field in fields(error.object_type or ClusterConfig))
+        what = str(error).splitlines()[0]
+        raise UsageError(f"{path}: {error.full_key}: {what}\nThere is: {known}") from None
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _numbers(tree: dict[str, float | dict | None], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dictionaries by dotted name."""
+    flat: dict[str, float] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _numbers(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,242 @@
+"""Charts of a comparison: loss curves, bytes by operation and phase, where the time of a step goes."""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from textwrap import fill
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+
+from tedlab.compare.comparison import Comparison
+from tedlab.compare.quantities import MIB, SENT, STEP_TIME, Quantity
+from tedlab.compare.runs import Curve, Run
+from tedlab.compare.traffic import emulated_seconds_by_link, seconds_by_phase, sorted_ops, traffic, wire_total
+
+# Okabe and Ito's colours, which readers with any colour vision tell apart.
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_OTHER = "computation and other"
+_PARTS = {  # of the time of a step
+    "forward": BLUE,
+    "recompute": ORANGE,
+    "backward": GREEN,
+    "optimizer": PURPLE,
+    "emulated in node": SKY,
+    "emulated between nodes": VERMILION,
+    _OTHER: "#9aa0a6",
+}
+_BAR = 0.46  # height, of a row of 1
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of what is no data."""
+
+    ink: str
+    faint: str
+    paper: str
+
+
+LIGHT = Theme(ink="#1f2328", faint="#d8dee4", paper="#ffffff")
+DARK = Theme(ink="#e6edf3", faint="#3d444d", paper="#161b22")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One picture.
+
+    Attributes:
+        name: of its file, without suffix.
+        caption: how to read it, and what is to be seen.
+        light: PNG.
+        dark: the same on dark paper.
+    """
+
+    name: str
+    caption: str
+    light: bytes
+    dark: bytes
+
+
+def charts(comparison: Comparison) -> list[Chart]:
+    """Those for which the runs have data."""
+    drawn = []
+    for name, caption, draw in (
+        ("loss", _LOSS_CAPTION, _losses),
+        ("bytes", _BYTES_CAPTION, _bytes),
+        ("step_time", _time_caption(comparison), _times),
+    ):
+        light, dark = (_png(draw, comparison, theme) for theme in (LIGHT, DARK))
+        if light and dark:
+            drawn.append(Chart(name, caption, light, dark))
+    return drawn
+
+
+_LOSS_CAPTION = (
+    "Lines are training losses, circles validation losses. Curves that coincide are drawn inside one another."
+)
+_BYTES_CAPTION = "Colours are operations; the names above a bar are the phases of the step, gaps part them."
+
+
+def _time_caption(comparison: Comparison) -> str:
+    if not any(_communication(run) for run in comparison.runs):
+        return "Collectives were not timed (comm.ledger.time=true does), so each bar is the time of a whole step."
+    emulated = any(run.emulated for run in comparison.runs)
+    hatched = " Hatched: with the delays of an emulated network." if emulated else ""
+    return f"Time in collectives; the rest of the step is {_OTHER}.{hatched}"
+
+
+def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
+    if not any(curve for run in comparison.runs for curve in run.curves.values()):
+        return None
+    count = len(comparison.runs)
+    figure, axes = _canvas(4.6 + 0.12 * count, _loss_title(comparison))
+    for index, run in enumerate(comparison.runs):
+        style = {"color": _COLOURS[index % len(_COLOURS)], "ls": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
+        covering = sum(_coincide(run, later) for later in comparison.runs[index + 1 :])
+        width = 1.5 + 5.0 * covering / count
+        axes.plot(*_xy(run.curves["train/loss"]), lw=width, label=comparison.label(run), **style)
+        axes.plot(*_xy(run.curves["val/loss"]), lw=0.7, marker="o", ms=3 + 1.5 * width, mfc=theme.paper, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color=theme.faint, lw=0.7)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower left", ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False
+    )
+    return figure
+
+
+def _coincide(run: Run, other: Run) -> bool:
+    """Whether the eye could not tell their training losses apart."""
+    (steps, ours), (other_steps, theirs) = _xy(run.curves["train/loss"]), _xy(other.curves["train/loss"])
+    return steps == other_steps and all(map(partial(math.isclose, rel_tol=1e-3), ours, theirs))
+
+
+def _loss_title(comparison: Comparison) -> str:
+    same = len(comparison.runs) > 1 and all(effect.loss_distance == 0.0 for effect in comparison.against_first())
+    return "Loss curves: identical to the last digit" if same else "Loss curves"
+
+
+def _bytes(comparison: Comparison, theme: Theme) -> Figure | None:
+    totals = [wire_total(run) or 0.0 for run in comparison.runs]
+    if not any(totals):
+        return None
+    figure, axes = _bars(comparison, theme, "Bytes sent by rank 0 in one training step", "MiB", max(totals) / MIB)
+    ops = sorted_ops(t.op for run in comparison.runs for t in traffic(run) if t.wire_bytes)
+    colours = {op: _COLOURS[index % len(_COLOURS)] for index, op in enumerate(ops)}
+    for row, run in enumerate(comparison.runs):
+        end = 0.0
+        sending = [collective for collective in traffic(run) if collective.wire_bytes]
+        for phase, collectives in groupby(sending, attrgetter("phase")):
+            begin = end
+            if begin:
+                axes.vlines(end, row - _BAR / 2, row + _BAR / 2, color=theme.paper, lw=3, zorder=3)
+            for op, same in groupby(collectives, attrgetter("op")):
+                size = sum(collective.wire_bytes for collective in same) / MIB
+                axes.barh(row, size, _BAR, left=end, color=colours[op])
+                end += size
+            if (end - begin) * MIB > 0.09 * max(totals):  # room for the word
+                axes.text((begin + end) / 2, row - 0.3, phase, ha="center", va="bottom", size=8.5)
+        _write_total(comparison, run, SENT, "MiB", end, row, axes)
+    _legend(figure, {op.replace("_", "-"): colour for op, colour in colours.items()})
+    return figure
+
+
+def _times(comparison: Comparison, theme: Theme) -> Figure | None:
+    parts = []
+    for run in comparison.runs:
+        communication = _communication(run)
+        rest = (run.number("perf/step_time_s") or 0.0) - sum(communication.values())
+        parts.append({**communication, _OTHER: max(0.0, rest)})
+    longest = max(sum(part.values()) for part in parts)
+    if not longest:
+        return None
+    clusters = sorted({run.emulated for run in comparison.runs if run.emulated})
+    title = "Time of one training step" + (f" († with an emulated network: {', '.join(clusters)})" if clusters else "")
+    figure, axes = _bars(comparison, theme, title, "ms", longest * 1e3)
+    for row, (run, part) in enumerate(zip(comparison.runs, parts, strict=True)):
+        end = 0.0
+        for name, seconds in part.items():
+            hatch = {"hatch": "///", "edgecolor": theme.paper, "lw": 0} if run.emulated and name != _OTHER else {}
+            axes.barh(row, seconds * 1e3, _BAR, left=end, color=_PARTS[name], **hatch)
+            end += seconds * 1e3
+        _write_total(comparison, run, STEP_TIME, "ms†" if run.emulated else "ms", end, row, axes)
+    used = {name for part in parts for name in part}
+    _legend(figure, {name: colour for name, colour in _PARTS.items() if name in used and len(used) > 1})
+    return figure
+
+
+def _communication(run: Run) -> dict[str, float]:
+    """Seconds per step in collectives: by phase if they were timed, else an emulated network's delays by link."""
+    delays = {f"emulated {link}": delay for link, delay in emulated_seconds_by_link(run).items()}
+    return seconds_by_phase(run) or delays
+
+
+def _canvas(height: float, title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8.4, height), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+    axes = figure.subplots()
+    figure.suptitle(title, x=0.015, ha="left", weight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _bars(comparison: Comparison, theme: Theme, title: str, unit: str, longest: float) -> tuple[Figure, Any]:
+    """Axes with a row for each run, and room for totals beside the longest bar."""
+    count = len(comparison.runs)
+    figure, axes = _canvas(1.5 + 0.62 * count, title)
+    axes.set_yticks(range(count), [fill(comparison.label(run), 32) for run in comparison.runs])
+    axes.set_ylim(count - 0.5, -0.6)
+    axes.set_xlim(0, longest * 1.3)
+    axes.set_xlabel(unit)
+    axes.tick_params(axis="y", length=0, pad=8)
+    axes.grid(axis="x", color=theme.faint, lw=0.7)
+    return figure, axes
+
+
+def _write_total(
+    comparison: Comparison, run: Run, quantity: Quantity, unit: str, end: float, row: int, axes: Any
+) -> None:
+    value, ratio = quantity.value(run), comparison.ratio(run, quantity)
+    text = "not recorded" if value is None else f"{quantity.show(value)} {unit}"
+    text += "" if ratio is None else f"  ×{ratio:.2f}"
+    axes.annotate(text, (end, row), (6, 0), textcoords="offset points", va="center", weight="bold")
+
+
+def _legend(figure: Figure, colours: dict[str, str]) -> None:
+    if colours:
+        handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(5, len(handles)), frameon=False)
+
+
+def _xy(curve: Curve) -> tuple[list[int], list[float]]:
+    return [step for step, _ in curve], [loss for _, loss in curve]
+
+
+def _png(draw: Callable[[Comparison, Theme], Figure | None], comparison: Comparison, theme: Theme) -> bytes | None:
+    style: dict[Any, Any] = {
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), theme.ink),
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor"), theme.paper),
+        "font.size": 10.5,
+        "figure.titlesize": 12.5,
+        "axes.axisbelow": True,  # grid lines behind bars
+        "hatch.linewidth": 1.2,
+        "text.parse_math": False,  # a "$" in a setting is a "$"
+    }
+    with matplotlib.rc_context(style):
+        figure = draw(comparison, theme)
+        if figure is None:
+            return None
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

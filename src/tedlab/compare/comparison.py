@@ -1,0 +1,261 @@
+"""What differs between runs and what does not: settings, losses to the last digit, and what each change brought."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tedlab.cli import UsageError
+from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
+from tedlab.compare.runs import CURVES, Run
+
+# Where a run writes and what it is called, and what follows from other settings.
+PLUMBING = (
+    "output_dir",
+    "choices",
+    "logger",
+    "hydra",
+    "experiment_name",
+    "objective",
+    "certificate",
+    "data.cache_dir",
+    "trainer.devices",
+    "trainer.accumulate_grad_batches",
+)
+# Losses of runs that differ in one of these do not mean the same …
+MUST_AGREE = (
+    "model",
+    "moe.num_experts",
+    "moe.every",
+    "data.path",
+    "data.field",
+    "data.tokenizer",
+    "data.bpe_vocab_size",
+    "data.validation_fraction",
+    "data.validation_samples",
+    "trainer.max_steps",
+)
+MAY_DIFFER = ("model.checkpoint",)  # … except these, which change no maths
+
+ABSENT = "–"  # a setting that a run's version did not have
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one change of settings brought, in every pair of runs that differ in nothing else.
+
+    Attributes:
+        change: the new settings, as ``key=value``.
+        pairs: of runs, before and after.
+    """
+
+    change: str
+    pairs: tuple[tuple[Run, Run], ...]
+
+    def changes(self, quantity: Quantity) -> list[float]:
+        """Relative change of a quantity in each pair that has it: −0.25 is a quarter less."""
+        values = [(quantity.value(before), quantity.value(after)) for before, after in self.pairs]
+        return [after / before - 1 for before, after in values if before and after is not None]
+
+    @property
+    def emulated(self) -> bool:
+        """Whether times include an emulated network."""
+        return any(run.emulated for pair in self.pairs for run in pair)
+
+    @property
+    def loss_distance(self) -> float:
+        """Largest difference of any loss in any pair; 0 if all are the same to the last digit."""
+        return max(_distance(before, after, name) for before, after in self.pairs for name in CURVES)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        runs: the first is what the others are compared with.
+        settings: keys of the configuration that are shown.
+        differing: keys of the configuration that differ, shown or not.
+        notes: what a reader must know before drawing conclusions.
+    """
+
+    runs: Sequence[Run]
+    settings: Sequence[str]
+    differing: Sequence[str]
+    notes: Sequence[str]
+
+    def value(self, run: Run, key: str) -> str:
+        """A setting as YAML would show it."""
+        return written(run.config[key]) if key in run.config else ABSENT
+
+    def label(self, run: Run) -> str:
+        """A run's name and its settings in brief, for charts."""
+        last = [key.rsplit(".", 1)[-1] for key in self.settings]
+        brief = [word if last.count(word) == 1 else key for word, key in zip(last, self.settings, strict=True)]
+        text = ", ".join(f"{word}={self.value(run, key)}" for word, key in zip(brief, self.settings, strict=True))
+        text = f"{run.name}: {text}" if text else run.name
+        return text if len(text) <= 60 else f"{text[:59]}…"
+
+    def ratio(self, run: Run, quantity: Quantity) -> float | None:
+        """To the first run; None for that run itself, or where either has no value."""
+        first, own = quantity.value(self.runs[0]), quantity.value(run)
+        return None if run is self.runs[0] or not first or own is None else own / first
+
+    def effects(self) -> list[Effect]:
+        """Of every single setting that departs from the first run's value; of whole runs where none does so alone."""
+        found: dict[str, list[tuple[Run, Run]]] = {}
+        for before in self.runs:
+            for after in self.runs:
+                changed = self._changed(before, after)
+                if len(changed) == 1 and self.value(before, changed[0]) == self.value(self.runs[0], changed[0]):
+                    found.setdefault(self._change(after, changed), []).append((before, after))
+        return [Effect(change, tuple(pairs)) for change, pairs in found.items()] or self.against_first()
+
+    def against_first(self) -> list[Effect]:
+        """Of each run's settings together, compared with the first run."""
+        first, *others = self.runs
+        effects = []
+        for run in others:
+            changed = self._changed(first, run)
+            effects.append(Effect(self._change(run, changed) or f"run {run.name}", ((first, run),)))
+        return effects
+
+    def headline(self) -> Effect | None:
+        """The change that saved the most bytes, or, if none did, the most time; None if nothing was saved."""
+        candidates = [*self.effects(), *self.against_first()]
+        for quantity in (SENT, STEP_TIME):
+            measured = [effect for effect in candidates if effect.changes(quantity)]
+            best = min(measured, key=lambda effect: max(effect.changes(quantity)), default=None)
+            if best is not None and max(best.changes(quantity)) < 0:
+                return best
+        return None
+
+    def loss_statements(self) -> list[str]:
+        """Which runs have the same losses to the last digit, and how far apart the others are."""
+        return [text for name in CURVES if (text := self._loss_statement(name)) is not None]
+
+    def _loss_statement(self, name: str) -> str | None:
+        runs = [run for run in self.runs if run.number(name) is not None]
+        if len(runs) < 2:
+            return None
+        alike: dict[str | None, list[Run]] = {}
+        for run in runs:
+            alike.setdefault(_digits(run, name), []).append(run)
+        logged = len(runs[0].curves[name])
+        if len(alike) == 1:
+            where = f", at each of the {logged} steps where it was logged" if logged > 1 else ""
+            who = "all runs" if len(runs) == len(self.runs) else f"runs {', '.join(run.name for run in runs)}"
+            return f"{name}: identical to the last digit in {who} ({runs[0].number(name)!r}){where}."
+        apart = max(_distance(a, b, name) for a in runs for b in runs)
+        groups = [f"runs {', '.join(run.name for run in group)}" for group in alike.values() if len(group) > 1]
+        same = f"identical to the last digit in {' and in '.join(groups)}; the others" if groups else "the runs"
+        return f"{name}: {same} differ by up to {apart:.1e}."
+
+    def _changed(self, before: Run, after: Run) -> list[str]:
+        return [key for key in self.differing if self.value(before, key) != self.value(after, key)]
+
+    def _change(self, run: Run, keys: Sequence[str]) -> str:
+        return ", ".join(f"{key}={self.value(run, key)}" for key in keys)
+
+
+def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = (), force: bool = False) -> Comparison:
+    """Checks that runs can be compared, and how they differ.
+
+    Args:
+        runs: at least one; the first is the reference.
+        by: the settings to show; by default all that differ.
+        notes: of the reading, kept.
+        force: compare what cannot be compared, with a note.
+
+    Raises:
+        UsageError: for a key that no configuration has, or runs whose losses do not mean the same.
+    """
+    known = list(dict.fromkeys(key for run in runs for key in run.config))
+    differing = _differing(runs, known)
+    for key in by:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            suggestion = f" Did you mean '{near[0]}'?" if near else ""
+            listed = ", ".join(differing) or "none"
+            raise UsageError(f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {listed}")
+    unlike = _unlike(runs, known)
+    if unlike and not force:
+        raise UsageError(
+            "These runs cannot be compared, their losses do not mean the same:\n"
+            + "\n".join(f"  {difference}" for difference in unlike)
+            + "\n--force compares them nevertheless, and says so in the report."
+        )
+    forced = [f"These runs are not alike, and their losses do not mean the same: {'; '.join(unlike)}."] * bool(unlike)
+    return Comparison(runs, by or differing, differing, [*forced, *notes, *_warnings(runs)])
+
+
+def written(value: Any) -> str:
+    """A value of a configuration as YAML would write it in one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _differing(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
+    shown = [key for key in known if not _is_one_of(key, PLUMBING)]
+    return [key for key in shown if len({written(run.config.get(key, ABSENT)) for run in runs}) > 1]
+
+
+def _unlike(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
+    """What must agree and does not, with the values. A key that some run's version did not have counts for nothing."""
+    values: dict[str, Callable[[Run], Any]] = {
+        key: lambda run, key=key: run.config.get(key, ABSENT)  # type: ignore[misc]
+        for key in known
+        if _is_one_of(key, MUST_AGREE) and not _is_one_of(key, MAY_DIFFER)
+    }
+    values["steps"] = lambda run: run.summary["steps"]
+    unlike = []
+    for key, value in values.items():
+        names: dict[str, list[str]] = {}
+        for run in runs:
+            names.setdefault(written(value(run)), []).append(run.name)
+        names.pop(ABSENT, None)
+        if len(names) > 1:
+            unlike.append(f"{key} is " + ", ".join(f"{text} in {', '.join(who)}" for text, who in names.items()))
+    return unlike
+
+
+def _warnings(runs: Sequence[Run]) -> list[str]:
+    texts = []
+    for run in runs:
+        difference = run.number("comm/predicted_difference_bytes")
+        if difference:
+            texts.append(f"Run {run.name} communicated {difference:+,.0f} bytes against the prediction; 0 is right.")
+        if run.config.get("ckpt_path") is not None and "comm/steps" not in run.summary:
+            texts.append(
+                f"Run {run.name} was continued from a checkpoint: its communication, of the steps since, is divided by "
+                "all steps."
+            )
+    for cluster in dict.fromkeys(run.emulated for run in runs if run.emulated):
+        names = ", ".join(run.name for run in runs if run.emulated == cluster)
+        texts.append(f"† Times of {names} include the delays of an emulated network ({cluster}); none was measured.")
+    return texts
+
+
+def _is_one_of(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _digits(run: Run, name: str) -> str | None:
+    """The final loss and all logged ones with all their digits; None if there is none."""
+    final = run.number(name)
+    return None if final is None else repr((final, run.curves[name]))
+
+
+def _distance(a: Run, b: Run, name: str) -> float:
+    """Largest difference of a loss between two runs, at the end and at the steps where both logged it."""
+    theirs = dict(b.curves[name])
+    pairs = [(loss, theirs[step]) for step, loss in a.curves[name] if step in theirs]
+    pairs.append((_final(a, name), _final(b, name)))
+    return max(0.0 if repr(x) == repr(y) else math.inf if math.isnan(x - y) else abs(x - y) for x, y in pairs)
+
+
+def _final(run: Run, name: str) -> float:
+    """NaN for a loss that was never logged."""
+    final = run.number(name)
+    return math.nan if final is None else final

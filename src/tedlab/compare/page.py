@@ -1,0 +1,45 @@
+"""A comparison as one HTML file that needs nothing else: no script, no other file, no network."""
+
+import base64
+from collections.abc import Sequence
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined
+
+from tedlab.compare import sheets
+from tedlab.compare.charts import Chart
+from tedlab.compare.comparison import Comparison
+from tedlab.compare.quantities import FURTHER, RESULTS
+from tedlab.compare.traffic import traffic
+
+
+def page(comparison: Comparison, charts: Sequence[Chart]) -> str:
+    """The report. Everything that comes from a run is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["exact"] = exact
+    template = environment.from_string((files("tedlab.compare") / "page.html").read_text())
+    results, more = sheets.results(comparison), sheets.further(comparison)
+    communication = [
+        make(comparison) for make in (sheets.by_phase, sheets.by_op_and_phase, sheets.by_op_and_group, sheets.times)
+    ]
+    shown = {column.heading for sheet in (results, more) for column in sheet.columns}
+    headline = comparison.headline()
+    return template.render(
+        comparison=comparison,
+        settings=sheets.settings(comparison),
+        results=results,
+        more=more,
+        communication=[sheet for sheet in communication if sheet.columns],
+        charts=charts,
+        headline=headline,
+        headline_cells=sheets.effect_cells(headline) if headline else {},
+        effects=[(effect, sheets.effect_cells(effect)) for effect in comparison.effects()],
+        collectives=[(run, traffic(run)) for run in comparison.runs],
+        definitions=[q for q in (*RESULTS, *FURTHER) if q.heading in shown],
+    )
+
+
+def exact(value: float) -> str:
+    """A number of bytes or calls per step, without digits that mean nothing."""
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"

@@ -1,0 +1,141 @@
+"""Finished runs as they lie on disk: configuration, summary, loss curves; and which directories a path stands for."""
+
+import csv
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tedlab.cli import UsageError
+
+CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.csv"
+CURVES = ("train/loss", "val/loss")
+
+Curve = list[tuple[int, float]]
+
+
+class Unfinished(Exception):
+    """Why a run has nothing to compare."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run, wherever it was read from.
+
+    Attributes:
+        name: short, and different from the other runs'.
+        source: its directory, or its address on a W&B server.
+        config: every value under its dotted key.
+        summary: what ``summary.json`` holds.
+        curves: of each of ``CURVES``, (steps done, value) in order; empty if it was never logged.
+    """
+
+    name: str
+    source: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    curves: Mapping[str, Curve]
+
+    @property
+    def emulated(self) -> str | None:
+        """The cluster whose network was emulated, so that times are not this machine's; None if none was."""
+        cluster = self.config.get("comm.emulate")
+        if cluster is None and any(key.endswith("/emulated_seconds") for key in self.summary):
+            return "unnamed cluster"
+        return None if cluster is None else str(cluster)
+
+    def number(self, key: str) -> float | None:
+        """A value of the summary; None where the run has none."""
+        value = self.summary.get(key)
+        return None if value is None else float(value)
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs of run and sweep directories, and a note for each that has not finished.
+
+    Raises:
+        UsageError: if a path is not there, holds no run, or no run has finished.
+    """
+    directories = list(dict.fromkeys(d.resolve() for path in paths for d in _run_directories(path)))
+    runs, notes = [], []
+    for directory, name in zip(directories, _names(directories), strict=True):
+        try:
+            runs.append(_read(directory, name))
+        except Unfinished as reason:
+            notes.append(f"{directory} is left out: {reason}")
+    if not runs:
+        raise UsageError("\n".join(["There is no finished run to compare.", *notes]))
+    return runs, notes
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted keys; lists are values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def curves(rows: Iterable[Mapping[str, Any]], step_key: str, steps: int) -> dict[str, Curve]:
+    """The loss curves in logged rows.
+
+    Args:
+        rows: of metrics; those that were not logged at a row's step are absent, empty or None.
+        step_key: counts from 0 what the last finished step is, or, of the closing validation, from 1.
+        steps: of the run.
+    """
+    found: dict[str, Curve] = {name: [] for name in CURVES}
+    for row in rows:
+        for name, curve in found.items():
+            if row.get(name) not in (None, ""):
+                curve.append((min(int(row[step_key]) + 1, steps), float(row[name])))
+    return found
+
+
+def _run_directories(path: Path) -> list[Path]:
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise UsageError(f"There is no folder {path}." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+    if not path.is_dir():
+        raise UsageError(f"{path} is a file. Give the directory of a run or of a sweep: {path.parent}?")
+    if (path / CONFIG).exists():
+        return [path]
+    jobs = [p for p in path.iterdir() if p.is_dir() and (p.name.isdigit() or (p / CONFIG).exists())]
+    if not jobs:
+        deeper = sorted({str(config.parent.parent) for config in path.glob(f"*/*/{CONFIG}")})
+        raise UsageError(
+            f"{path} is no run directory (it has no {CONFIG}), and there is none directly below it."
+            + (f"\nThese hold runs: {', '.join(deeper[:5])}" if deeper else "")
+        )
+    return sorted(jobs, key=lambda p: (not p.name.isdigit(), int(p.name) if p.name.isdigit() else 0, p.name))
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """As many last parts of the paths as tell them apart."""
+    depth, names = 0, [""] * len(directories)
+    while len(set(names)) < len(directories) or depth == 0:
+        depth += 1
+        names = ["/".join(directory.parts[-depth:]) for directory in directories]
+    return names
+
+
+def _read(directory: Path, name: str) -> Run:
+    for needed, meaning in ((CONFIG, "it never started"), (SUMMARY, "it has not finished")):
+        if not (directory / needed).exists():
+            raise Unfinished(f"{meaning} (there is no {needed}).")
+    try:
+        summary = json.loads((directory / SUMMARY).read_text())
+    except json.JSONDecodeError as error:
+        raise Unfinished(f"{SUMMARY} is no whole JSON ({error}).") from error
+    if "steps" not in summary:
+        raise Unfinished(f"{SUMMARY} does not say how many steps it took.")
+    config: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
+    metrics = directory / METRICS
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    rows = csv.DictReader(lines)
+    return Run(name, str(directory), flatten(config), summary, curves(rows, "step", summary["steps"]))

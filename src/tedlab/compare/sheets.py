@@ -1,0 +1,182 @@
+"""The tables of a comparison as text, one row for each run; terminal and report show the same."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tedlab.compare.comparison import Comparison, Effect
+from tedlab.compare.quantities import FURTHER, PEAK, RESULTS, SENT, STEP_TIME, Quantity, mib, milliseconds, telling
+from tedlab.compare.runs import CURVES, Run
+from tedlab.compare.traffic import (
+    LINKS,
+    PHASES,
+    emulated_seconds_by_link,
+    seconds_by_phase,
+    sorted_ops,
+    traffic,
+    wire_by,
+    wire_by_link,
+)
+
+_LEAST = 1024  # bytes per step, mean over runs: a scalar here and there is no column of a breakdown
+
+
+class Cell(NamedTuple):
+    """What a table shows in one place: a value, and its ratio to the first run where it has one."""
+
+    text: str
+    ratio: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading, which may have two lines, and a cell for each run."""
+
+    heading: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table whose rows are the runs of a comparison, without the columns that say which run a row is."""
+
+    title: str
+    columns: Sequence[Column]
+    numeric: bool = True
+
+
+def settings(comparison: Comparison) -> Sheet:
+    """The settings that are compared."""
+    columns = [_column(comparison, key, _setting(comparison, key)) for key in comparison.settings]
+    return Sheet("Settings", columns, numeric=False)
+
+
+def results(comparison: Comparison) -> Sheet:
+    """Final losses, speed, bytes, memory."""
+    losses = []
+    for name in CURVES:
+        texts = telling([run.number(name) for run in comparison.runs])
+        losses.append(Column(name.replace("/", "\n"), [Cell(text) for text in texts]))
+    return Sheet("Results", _present([*losses, *(_quantity(comparison, quantity) for quantity in RESULTS)]))
+
+
+def further(comparison: Comparison) -> Sheet:
+    """Whatever else the runs measured: utilisation, memory by category, health of the router."""
+    columns = [_quantity(comparison, quantity, ratios=False) for quantity in FURTHER]
+    return Sheet("Memory, utilisation, router", _present(columns))
+
+
+def by_phase(comparison: Comparison) -> Sheet:
+    """Bytes sent per step by phase and by link."""
+    phases = [_bytes(comparison, phase, "phase") for phase in PHASES]
+    links = [_part(comparison, link, wire_by_link, mib) for link in LINKS.values()]
+    columns = [*phases, _quantity(comparison, SENT, "total"), *links]
+    return Sheet("Communication by phase: MiB sent by rank 0 in a step", _present(columns))
+
+
+def times(comparison: Comparison) -> Sheet:
+    """Time in collectives per step: by phase where it was measured, by link what an emulated network added."""
+
+    def seconds(run: Run) -> dict[str, float]:
+        measured = seconds_by_phase(run)
+        total = {"total": sum(measured.values())} if measured else {}
+        emulated = {f"emulated\n{link}": delay for link, delay in emulated_seconds_by_link(run).items()}
+        return measured | total | emulated
+
+    headings = [*PHASES, "total", *(f"emulated\n{link}" for link in LINKS.values())]
+    columns = [_part(comparison, heading, seconds, milliseconds, timed=True) for heading in headings]
+    return Sheet("Time of rank 0 in collectives: ms in a step", _present(columns))
+
+
+def by_op_and_group(comparison: Comparison) -> Sheet:
+    """Bytes sent per step by operation and group."""
+    return _breakdown(comparison, "Communication by operation and group: MiB sent by rank 0 in a step", "group", "op")
+
+
+def by_op_and_phase(comparison: Comparison) -> Sheet:
+    """Bytes sent per step by operation and phase."""
+    return _breakdown(comparison, "Communication by operation and phase: MiB sent by rank 0 in a step", "phase", "op")
+
+
+def percent(changes: Sequence[float]) -> str:
+    """Relative changes as a range of percentages: −33.3 %, +1.0 … +2.5 %, or ``unchanged``; empty without any."""
+    texts = list(dict.fromkeys(f"{100 * x:+.1f}".replace("-", "−") for x in sorted(changes)))
+    if not any(changes):
+        return "unchanged" if changes else ""
+    return f"{' … '.join((texts[0], texts[-1]) if len(texts) > 1 else texts)} %"
+
+
+def effect_cells(effect: Effect) -> dict[str, str]:
+    """What a change brought, by what it is about."""
+    cells = {
+        "bytes sent": percent(effect.changes(SENT)),
+        "step time": _marked(percent(effect.changes(STEP_TIME)), effect.emulated),
+        "peak memory": percent(effect.changes(PEAK)),
+        "losses": "identical" if effect.loss_distance == 0.0 else f"differ by ≤ {effect.loss_distance:.1e}",
+    }
+    return {name: text for name, text in cells.items() if text}
+
+
+def _marked(text: str, emulated: bool) -> str:
+    return f"{text} †" if text and emulated else text
+
+
+def _setting(comparison: Comparison, key: str) -> Callable[[Run], Cell]:
+    return lambda run: Cell(comparison.value(run, key))
+
+
+def _column(comparison: Comparison, heading: str, cell: Callable[[Run], Cell]) -> Column:
+    return Column(heading, [cell(run) for run in comparison.runs])
+
+
+def _quantity(comparison: Comparison, quantity: Quantity, heading: str | None = None, *, ratios: bool = True) -> Column:
+    def cell(run: Run) -> Cell:
+        value = quantity.value(run)
+        ratio = comparison.ratio(run, quantity) if ratios else None
+        mark = "†" if quantity.timed and run.emulated else ""
+        text = "" if value is None else f"{quantity.show(value)}{mark}"
+        return Cell(text, "" if ratio is None else f"×{ratio:.2f}")
+
+    return _column(comparison, heading or quantity.heading, cell)
+
+
+def _part(
+    comparison: Comparison,
+    heading: str,
+    parts: Callable[[Run], Mapping[str, float]],
+    show: Callable[[float], str],
+    *,
+    timed: bool = False,
+) -> Column:
+    """The column of one part of what a step consists of."""
+    return _quantity(comparison, Quantity(heading, "", lambda run: parts(run).get(heading), show, timed))
+
+
+def _bytes(comparison: Comparison, heading: str, *fields: str) -> Column:
+    key = tuple(heading.split("\n"))
+    return _column(comparison, heading, lambda run: Cell(_mib_or_nothing(wire_by(traffic(run), *fields).get(key))))
+
+
+def _breakdown(comparison: Comparison, title: str, *fields: str) -> Sheet:
+    everything = [collective for run in comparison.runs for collective in traffic(run)]
+    sent = {key: size / len(comparison.runs) for key, size in wire_by(everything, *fields).items() if size}
+    keys = [key for key, size in sent.items() if size >= _LEAST]
+    if len(keys) < len(sent):
+        title += "; less than 1 KiB is left out"
+    ops = sorted_ops(collective.op for collective in everything)
+    keys.sort(key=lambda key: _rank(key, ops))
+    return Sheet(title, [_bytes(comparison, "\n".join(key), *fields) for key in keys])
+
+
+def _rank(key: tuple[str, ...], ops: Sequence[str]) -> tuple[int, str, int]:
+    first, op = key
+    return (PHASES.index(first) if first in PHASES else 0, first, ops.index(op))
+
+
+def _mib_or_nothing(size: float | None) -> str:
+    return "" if size is None else mib(size)
+
+
+def _present(columns: Sequence[Column]) -> list[Column]:
+    """Without columns in which nothing stands."""
+    return [column for column in columns if any(cell.text for cell in column.cells)]

@@ -1,0 +1,95 @@
+"""Which runs a path stands for, and what is said of paths and runs that will not do."""
+
+from pathlib import Path
+
+import pytest
+
+from tedlab.cli import UsageError
+from tedlab.compare.runs import read_runs
+from tests.compare.sweep import LOSSES, STEPS, write_run, write_sweep
+
+
+def test_a_sweep_is_its_jobs_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for number in (10, 2, 0):
+        write_run(tmp_path / str(number))
+    (tmp_path / ".submitit").mkdir()
+    runs, notes = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["0", "2", "10"]
+    assert notes == []
+
+
+def test_runs_keep_the_order_given_and_names_that_tell_them_apart(tmp_path: Path) -> None:
+    """A directory that is given twice, or with its sweep, counts once."""
+    for sweep in ("a", "b"):
+        write_run(tmp_path / sweep / "0")
+    runs, _ = read_runs([tmp_path / "b" / "0", tmp_path / "a", tmp_path / "b"])
+    assert [run.name for run in runs] == ["b/0", "a/0"]
+
+
+def test_a_run_holds_its_flat_configuration_and_curves_by_steps_done(tmp_path: Path) -> None:
+    """The file counts the last finished step from 0, and the closing validation from 1."""
+    ((run,), _) = read_runs([write_run(tmp_path / "run")])
+    assert run.config["optim.optimizer.betas"] == [0.9, 0.95]
+    assert run.config["choices.hydra/launcher"] == "basic"
+    assert run.curves == {"train/loss": [(10, LOSSES[0]), (20, LOSSES[1])], "val/loss": [(STEPS, 3.001272439956665)]}
+
+
+def test_a_run_that_has_not_finished_is_named_and_left_out(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    (tmp_path / "1" / "summary.json").unlink()
+    (tmp_path / "2" / "summary.json").write_text('{"val/loss": 3.0')
+    (tmp_path / "4").mkdir()
+    (write_run(tmp_path / "5") / "summary.json").write_text("{}")
+    runs, notes = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["0", "3"]
+    reasons = {"1": "no summary.json", "2": "no whole JSON", "4": "no config.yaml", "5": "how many steps"}
+    for note, (directory, reason) in zip(notes, reasons.items(), strict=True):
+        assert note.startswith(f"{tmp_path / directory} is left out")
+        assert reason in note
+
+
+def test_an_old_run_without_metrics_or_ledger_is_read(tmp_path: Path) -> None:
+    (write_run(tmp_path / "run") / "metrics.csv").unlink()
+    ((run,), _) = read_runs([tmp_path / "run"])
+    assert run.curves == {"train/loss": [], "val/loss": []}
+
+
+def _nothing(folder: Path) -> Path:
+    return folder / "ablatoin"
+
+
+def _file(folder: Path) -> Path:
+    return folder / "ablation" / "0" / "config.yaml"
+
+
+def _no_run_below(folder: Path) -> Path:
+    (folder / "notes").mkdir()
+    return folder / "notes"
+
+
+def _one_level_too_high(folder: Path) -> Path:
+    return folder
+
+
+def _unfinished(folder: Path) -> Path:
+    for summary in folder.glob("ablation/*/summary.json"):
+        summary.unlink()
+    return folder / "ablation"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (_nothing, ["no folder", "ablatoin", "Did you mean", "ablation?"]),
+        (_file, ["config.yaml is a file", "ablation/0?"]),
+        (_no_run_below, ["notes is no run directory", "none directly below"]),
+        (_one_level_too_high, ["no run directory", "These hold runs: ", "/ablation"]),
+        (_unfinished, ["no finished run", "ablation/0 is left out", "ablation/3 is left out"]),
+    ],
+)
+def test_paths_without_runs_are_refused(tmp_path: Path, make, said: list[str]) -> None:
+    write_sweep(tmp_path / "ablation")
+    with pytest.raises(UsageError) as error:
+        read_runs([make(tmp_path)])
+    for words in said:
+        assert words in str(error.value)
