@@ -335,7 +335,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    _require_deepspeed()
+    tokens, grain = arguments.batch * arguments.sequence, 8 * arguments.experts
+    if tokens % grain:  # ours rounds the capacity up to a multiple of 8, DeepSpeed's does not
+        parser.error(f"batch × sequence = {tokens} is not a multiple of 8 × experts = {grain}: capacities would differ")
+    if arguments.every > arguments.layers:
+        parser.error(f"with every={arguments.every}, none of {arguments.layers} blocks has experts")
+    require_deepspeed()
     problem = Problem(
         ModelConfig(
             layers=arguments.layers,
@@ -368,7 +373,12 @@ def main() -> None:
         arguments.out.write_text(json.dumps(everything, indent=2) + "\n")
 
 
-def _require_deepspeed() -> None:
+def require_deepspeed() -> None:
+    """Prepares the environment of the processes to come, in which DeepSpeed will be imported.
+
+    Raises:
+        SystemExit: if it, or what it needs, is missing.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         raise SystemExit("DeepSpeed is not installed here: pip install -e '.[deepspeed]'")
     os.environ["DS_ACCELERATOR"] = "cpu"
