@@ -79,6 +79,16 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
         raise UsageError(str(error)) from None
 
 
+def notes(config: TrainConfig) -> list[str]:
+    """What is not wrong, but has no effect."""
+    found = []
+    if config.parallel.tensor == 1:
+        for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):
+            if on:
+                found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
+    return found
+
+
 def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
     model, moe = config.model, config.moe
     for section, name, least in (
