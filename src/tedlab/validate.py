@@ -61,8 +61,8 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
     """
     try:
         degrees = parallel_degrees(config.parallel)
-        _check_model(config, degrees)
         _check_comm(config, degrees)
+        _check_model(config, degrees)
         _check_trainer(config)
         _check_processes(config, most_processes)
         _check_batches(config, degrees)
