@@ -127,6 +127,73 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.gating=deepspeed_top1", "moe.min_capacity=-1"],
         ["moe.min_capacity is -1", "at least 0"],
     ),
+    # communication
+    "cac_of_nothing": (
+        ["comm.cac=true"],
+        ["comm.cac=True", "model.checkpoint=none", "model.checkpoint=block", "comm.cac=false"],
+    ),
+    "unknown_collective": (
+        ["model.checkpoint=block", "comm.cac=[dispatch.alltoall]"],
+        ["no collective 'dispatch.alltoall'", "Did you mean 'dispatch.all_to_all'?", "combine.gather"],
+    ),
+    "unknown_cac": (
+        ["model.checkpoint=block", "comm.cac=everything"],
+        ["comm.cac=everything", "true", "shard", "auto", "list"],
+    ),
+    "auto_without_a_budget": (
+        ["model.checkpoint=block", "comm.cac=auto"],
+        ["comm.cac=auto", "comm.cac_budget_bytes=None"],
+    ),
+    "budget_without_auto": (
+        ["model.checkpoint=block", "comm.cac=true", "comm.cac_budget_bytes=1000"],
+        ["comm.cac=True", "comm.cac_budget_bytes=1000"],
+    ),
+    "unknown_checkpointing": (["model.checkpoint=layer"], ["model.checkpoint=layer", "none, block"]),
+    "fusion_without_dtd": (
+        ["comm.fuse_reduce_scatter=true"],
+        ["comm.fuse_reduce_scatter=true", "comm.dtd=true", "comm.fuse_reduce_scatter=false"],
+    ),
+    "dtd_of_a_sharded_sequence": (
+        ["parallel.sequence=true", "comm.dtd=true"],
+        ["comm.dtd=true", "parallel.sequence=true", "one of the two"],
+    ),
+    "sequence_not_divisible": (
+        ["parallel=tp4", "parallel.sequence=true", "model.sequence_length=10", "model.heads=4"],
+        ["model.sequence_length (10)", "parallel.tensor (4)", "1, 2, 5, 10"],
+    ),
+    "sharded_sequence_under_deepspeed_gating": (
+        ["parallel.sequence=true", "moe.gating=deepspeed_top1"],
+        ["moe.gating=default", "deepspeed_top1"],
+    ),
+    "capacity_groups_not_dividing": (
+        ["moe.capacity_groups=3"],
+        ["moe.capacity_groups is 3", "model.sequence_length (16)", "1, 2, 4, 8, 16"],
+    ),
+    "capacity_groups_not_shared": (
+        ["parallel=tp4", "parallel.sequence=true", "moe.capacity_groups=2"],
+        ["moe.capacity_groups is 2", "parallel.tensor (4)", "4, 8, 16"],
+    ),
+    "unknown_cluster": (["comm.emulate=sumit"], ["no cluster 'sumit'", "Did you mean summit?", "dgx_h100"]),
+    "no_room_on_a_node": (
+        ["comm.emulate=summit", "comm.emulate_ranks_per_node=7"],
+        ["ranks_per_node is 7", "1 to 6"],
+    ),
+    "negative_dilation": (["comm.emulate=summit", "comm.emulate_dilation=-1"], ["dilation is -1", "at least 0"]),
+    "negative_ledger_interval": (["comm.ledger.every=-1"], ["comm.ledger.every is -1", "0"]),
+    "loss_scale_too_small": (["optim.loss_scale=0.5"], ["optim.loss_scale is 0.5", "at least 1", "null"]),
+    "unknown_compiler": (["model.compile=true"], ["model.compile=true", "none, inductor, aot_eager"]),
+    "shards_of_a_compiled_block": (
+        ["model.compile=inductor", "model.checkpoint=block", "comm.cac=shard"],
+        ["comm.cac=shard", "model.compile=inductor", "true, false or a list"],
+    ),
+    "all_of_a_compiled_block": (
+        ["model.compile=inductor", "model.checkpoint=block", "checkpoint.early_stop=false"],
+        ["checkpoint.early_stop=false", "model.compile=inductor"],
+    ),
+    "compiled_deepspeed_gating": (
+        ["model.compile=inductor", "moe.gating=deepspeed_top1"],
+        ["moe.gating=default", "deepspeed_top1"],
+    ),
     "experts_in_no_block": (["moe.every=3"], ["moe.every (3)", "model.layers (2)", "moe=dense"]),
     # batches
     "batch_not_divisible": (

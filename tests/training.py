@@ -48,6 +48,7 @@ class Job:
     zero: bool = True
     tile: int | str | None = 1_800_000
     overlap: bool = False
+    bucket_elements: int = 1 << 24
     precision: str = "64-true"
     seed: int = 0
 
@@ -119,7 +120,14 @@ def trainer(layout: Layout, job: Job | None = None, **options: Any) -> Trainer:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "strategy": TEDStrategy(layout.tensor, layout.expert, zero=job.zero, tile=job.tile, overlap=job.overlap),
+        "strategy": TEDStrategy(
+            layout.tensor,
+            layout.expert,
+            zero=job.zero,
+            tile=job.tile,
+            overlap=job.overlap,
+            bucket_elements=job.bucket_elements,
+        ),
     }
     warnings.filterwarnings("ignore")
     return Trainer(**(settings | options))

@@ -8,13 +8,13 @@ def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
     from tedlab.launch import launch, started_outside
     from tedlab.run import run
-    from tedlab.validate import check
+    from tedlab.validate import check, notes
 
     degrees = check(config)
     if config.certificate:
         certify_first(config)
     if not started_outside():
-        print(f"Starting {degrees}.\nRun directory: {config.output_dir}", flush=True)
+        print(*notes(config), f"Starting {degrees}.\nRun directory: {config.output_dir}", sep="\n", flush=True)
     summary = launch(run, config, int(config.trainer["devices"]))
     return float(summary.get(config.objective, float("nan")))
 

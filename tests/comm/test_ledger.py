@@ -119,8 +119,8 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
     accumulated = int(config.trainer["accumulate_grad_batches"])
     for number in range(accumulated):
         draw = torch.Generator().manual_seed(accumulated * topology.comm.rank("data") + number)
-        batch = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=draw)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        batch = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=draw).to(topology.device)
+        with torch.autocast(topology.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
             logits, reports = model(batch[:, :-1])
             loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), topology.comm).mean()
         results.append(loss.detach())
@@ -139,10 +139,10 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
 _topologies: dict[ParallelDegrees, Topology] = {}  # groups take longer to make than a cell to run
 
 
-def topology_of(config: TrainConfig) -> Topology:
+def topology_of(config: TrainConfig, device: str = "cpu") -> Topology:
     degrees = parallel_degrees(config.parallel)
     if degrees not in _topologies:
-        _topologies[degrees] = Topology(degrees)
+        _topologies[degrees] = Topology(degrees, device)
     topology = _topologies[degrees]
     topology.options, topology.recomputation = config.comm, Recomputation()
     return topology
@@ -153,7 +153,9 @@ def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
     return like.new_full(shape, torch.nan)
 
 
-def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, every: int) -> tuple[int, list[str]]:
+def complaints(
+    layout: tuple[int, int, int], modes: list[str], precision: str, every: int, device: str = "cpu"
+) -> tuple[int, list[str]]:
     """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``."""
     recompute.unused = differentiable.unused = poisoned
     wrong, cells = [], 0
@@ -165,7 +167,7 @@ def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, e
                 config = configuration(
                     layout, {**MODES[mode], **recomputed, **STEPS[step], "trainer.precision": precision}
                 )
-                topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
+                topology, ledger, cell = topology_of(config, device), Ledger(), f"{mode} {how} {step}"
                 with Recorder() as recorder:
                     results, kept = one_step(config, topology, ledger)
                 for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
@@ -220,7 +222,7 @@ def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
 
 
 def results_of(layout: tuple[int, int, int], mode: str) -> tuple[list[Tensor], dict[str, float]]:
-    config = configuration(layout, MODES[mode])
+    config = configuration(layout, {**MODES[mode], "moe.capacity_multiple": layout[1]})  # so that nothing is padded
     ledger = Ledger()
     results, _ = one_step(config, topology_of(config), ledger)
     return results, {k[0]: c.wire_bytes for k, c in summed(ledger.totals, "kind").items()}
@@ -230,7 +232,10 @@ def results_of(layout: tuple[int, int, int], mode: str) -> tuple[list[Tensor], d
 def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
     pool: WorkerPool, layout: tuple[int, int, int]
 ) -> None:
-    """Bit for bit; fused, with more than two tensor ranks, the terms of a sum may come in another order."""
+    """Bit for bit; fused, with more than two tensor ranks, the terms of a sum may come in another order.
+
+    So they may where T does not divide the capacity, which is what ``test_matrix.py`` tries, in float64.
+    """
     runs = {mode: pool.run(layout[0], results_of, layout, mode) for mode in ("plain", "dtd", "fused")}
     for mode in ("dtd", "fused"):
         for (ours, sent), (theirs, sent_plain) in zip(runs[mode], runs["plain"], strict=True):
@@ -241,6 +246,36 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
                     assert torch.equal(a, b)
             if layout[2] > 1:
                 assert sent["expert"] == sent_plain["expert"] / layout[1]
+
+
+COMPILED: list[Overrides] = [
+    {"comm.dtd": True, "model.checkpoint": "none"},
+    {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
+    {"parallel.sequence": True},
+    {"comm.cac": ["dispatch.all_to_all"], "accumulated": 2},
+]
+
+
+def compiled_complaints(layout: tuple[int, int, int]) -> list[str]:
+    wrong = []
+    for overrides in COMPILED:
+        torch.compiler.reset()
+        expected, _ = one_step(configuration(layout, overrides), topology_of(configuration(layout, overrides)))
+        config = configuration(layout, {**overrides, "model.compile": "aot_eager"})
+        ledger = Ledger()
+        results, _ = one_step(config, topology_of(config), ledger)
+        if not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)):
+            wrong.append(f"{overrides}: other results")
+        for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
+            wrong.append(f"{overrides}: {entry}: {ours} instead of {theirs}")
+    return wrong
+
+
+@pytest.mark.slow
+def test_compiled_blocks_communicate_and_compute_the_same(pool: WorkerPool) -> None:
+    """Under ``torch.compile`` the ledger hears of every collective, and CAC is selective checkpointing."""
+    for wrong in pool.run(4, compiled_complaints, (4, 2, 2), timeout=250):
+        assert not wrong, "\n".join(wrong)
 
 
 # ---- the ledger itself -------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.nn import Init, ShardedModule, initialize
-from tedlab.optim import ShardedOptimizer, sharded
+from tedlab.optim import ShardedOptimizer
 from tests.pool import WorkerPool
 from tests.training import full
 
@@ -80,11 +80,7 @@ def optimizer_of(module: nn.Module, topology: Topology, zero: bool, **options: A
 def reduced(tensor: int, expert: int, zero: bool, bucket: int) -> tuple[dict[str, Tensor], list[tuple[str, str, int]]]:
     module, topology = example(tensor, expert)
     calls: list[tuple[str, str, int]] = []
-    sharded._BUCKET_ELEMENTS, usual = bucket, sharded._BUCKET_ELEMENTS
-    try:
-        optimizer = optimizer_of(module, topology, zero)
-    finally:
-        sharded._BUCKET_ELEMENTS = usual
+    optimizer = optimizer_of(module, topology, zero, bucket_elements=bucket)
     handle = topology.comm.register_hook(
         lambda c, when: calls.append((c.op, c.kind, c.shape.numel())) if when == "end" else None
     )

@@ -12,7 +12,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from tedlab.config import MoEConfig
-from tedlab.optim import sharded
 from tests.pool import WorkerPool
 from tests.test_parity import compare, reference
 from tests.training import Job, Layout, Record, full, language_model, loader, train, trainer
@@ -127,7 +126,6 @@ def test_reference_of_this_module_is_not_constant(pool: WorkerPool) -> None:
 
 def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Collectives of the last step in order, ``backward`` where that pass ended; and the new weights."""
-    sharded._BUCKET_ELEMENTS = 500  # so that there are several
     seen: list[str] = []
 
     class Listen(Callback):
@@ -150,7 +148,7 @@ def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tenso
 
 def test_overlapped_reductions_start_during_backward_and_change_nothing(pool: WorkerPool) -> None:
     layout = Layout(8, tensor=2, expert=2)
-    job = Job(micro_batches=8, tile=300)
+    job = Job(micro_batches=8, tile=300, bucket_elements=500)  # so that there are several
     after = pool.run(8, launches, layout, job)
     during = pool.run(8, launches, layout, replace(job, overlap=True))
     for (seen, weights), (seen_overlapped, weights_overlapped) in zip(after, during, strict=True):

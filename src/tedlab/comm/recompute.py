@@ -6,7 +6,8 @@ by tag; :func:`tedlab.comm.sites.plan` makes one. Whatever the plan, the experts
 first pass (:func:`pin`): recomputed arithmetic may differ in the last bit, and a token must not change its expert.
 
 torch's selective checkpointing could keep collectives' results, too, but sees every operation of the region (twice the
-time of a small eager forward pass), and cannot leave out what the kept results make superfluous.
+time of a small eager forward pass), and cannot leave out what the kept results make superfluous. Where the region is
+compiled neither matters, and it is used.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from tedlab.comm import compiled
 from tedlab.comm.collectives import Collectives, Phase
 
 
@@ -57,6 +59,10 @@ def checkpoint(
     Raises:
         RuntimeError: if the second pass meets other collectives than the first, or a kept result was changed in place.
     """
+    if torch.compiler.is_compiling():
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, context_fn=compiled.contexts(plan)
+        )
     region = _Region(plan, skip_dead_gemm, counters)
     return torch.utils.checkpoint.checkpoint(
         function,

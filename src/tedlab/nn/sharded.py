@@ -6,7 +6,8 @@ survive copies and checkpoints. Computation is on plain local tensors, with coll
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class ShardedModule(nn.Module):
         super().__init__()
         self.inits: dict[str, Init] = {}
         self.partial: set[str] = set()
+        self._locals: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
 
     def add_parameter(
         self,
@@ -88,10 +90,25 @@ class ShardedModule(nn.Module):
         Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
         mesh's data axis (and its tensor axis, if so declared), which the strategy reduces once per step.
         """
+        if name in self._locals:
+            return self._locals[name]
         parameter = self.get_parameter(name)
         assert isinstance(parameter, DTensor)
         inner = [Partial()] if name in self.partial else parameter.placements[1:]
         return parameter.to_local(grad_placements=[Partial(), *inner])
+
+
+@contextmanager
+def localised(root: nn.Module) -> Iterator[None]:
+    """Within, parameters below ``root`` are plain tensors already: the compiler cannot keep a DTensor's mesh."""
+    modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
+    for module in modules:
+        module._locals = {name: module.local(name) for name in module.inits}
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._locals = {}
 
 
 def initialize(root: nn.Module, seed: int) -> None:
