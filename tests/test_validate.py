@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "negative_dilation": (["comm.emulate=summit", "comm.emulate_dilation=-1"], ["dilation is -1", "at least 0"]),
     "negative_ledger_interval": (["comm.ledger.every=-1"], ["comm.ledger.every is -1", "0"]),
     "loss_scale_too_small": (["optim.loss_scale=0.5"], ["optim.loss_scale is 0.5", "at least 1", "null"]),
-    "unknown_compiler": (["model.compile=true"], ["model.compile=true", "none, inductor, aot_eager"]),
+    "unknown_compiler": (["model.compile=max"], ["model.compile=max", "none, inductor, aot_eager"]),
     "shards_of_a_compiled_block": (
         ["model.compile=inductor", "model.checkpoint=block", "comm.cac=shard"],
         ["comm.cac=shard", "model.compile=inductor", "true, false or a list"],
