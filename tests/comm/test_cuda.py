@@ -3,8 +3,6 @@
 Gloo communicates CUDA tensors, so that several ranks share one GPU, which NCCL refuses.
 """
 
-import os
-
 import pytest
 import torch
 
@@ -16,13 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 LAYOUT = (4, 2, 2)
 
 
-def share_the_gpu() -> None:
-    """A device mesh would give each rank a GPU of its own."""
-    os.environ["LOCAL_RANK"] = "0"
-
-
 def complaints_on_a_gpu(precision: str) -> tuple[int, list[str]]:
-    share_the_gpu()
     torch.use_deterministic_algorithms(True)
     return complaints(LAYOUT, ALL, precision, len(STEPS), "cuda")
 
@@ -38,7 +30,6 @@ def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
 
 
 def timed() -> dict[str, float]:
-    share_the_gpu()
     config = configuration(LAYOUT, MODES["fused"])
     ledger = Ledger(timed=True)
     one_step(config, topology_of(config, "cuda"), ledger)
