@@ -119,8 +119,8 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
     accumulated = int(config.trainer["accumulate_grad_batches"])
     for number in range(accumulated):
         draw = torch.Generator().manual_seed(accumulated * topology.comm.rank("data") + number)
-        batch = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=draw).to(topology.device)
-        with torch.autocast(topology.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        batch = torch.randint(VOCABULARY, (MICRO_BATCH, SEQUENCE + 1), generator=draw)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             logits, reports = model(batch[:, :-1])
             loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), topology.comm).mean()
         results.append(loss.detach())
@@ -139,10 +139,10 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
 _topologies: dict[ParallelDegrees, Topology] = {}  # groups take longer to make than a cell to run
 
 
-def topology_of(config: TrainConfig, device: str = "cpu") -> Topology:
+def topology_of(config: TrainConfig) -> Topology:
     degrees = parallel_degrees(config.parallel)
     if degrees not in _topologies:
-        _topologies[degrees] = Topology(degrees, device)
+        _topologies[degrees] = Topology(degrees)
     topology = _topologies[degrees]
     topology.options, topology.recomputation = config.comm, Recomputation()
     return topology
@@ -153,9 +153,7 @@ def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
     return like.new_full(shape, torch.nan)
 
 
-def complaints(
-    layout: tuple[int, int, int], modes: list[str], precision: str, every: int, device: str = "cpu"
-) -> tuple[int, list[str]]:
+def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, every: int) -> tuple[int, list[str]]:
     """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``."""
     recompute.unused = differentiable.unused = poisoned
     wrong, cells = [], 0
@@ -167,7 +165,7 @@ def complaints(
                 config = configuration(
                     layout, {**MODES[mode], **recomputed, **STEPS[step], "trainer.precision": precision}
                 )
-                topology, ledger, cell = topology_of(config, device), Ledger(), f"{mode} {how} {step}"
+                topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
                 with Recorder() as recorder:
                     results, kept = one_step(config, topology, ledger)
                 for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
