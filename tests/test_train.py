@@ -96,6 +96,7 @@ class Run:
         summary = self.summary
         assert summary["comm/predicted_difference_bytes"] == summary["comm/predicted_difference_calls"] == 0
         assert summary["comm/steps"] > 0
+        assert summary["router/recompute_flips"] == 0
 
     def column(self, name: str) -> dict[int, float]:
         """Value by step, counted from 1."""
