@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -99,7 +100,7 @@ def initialize(root: nn.Module, seed: int) -> None:
 
     A value depends on the seed, the parameter's name relative to ``root``, its global position, and, for parameters
     of three dimensions, the index along the first (the expert), but never on the layout. No more than 4 MiB of values
-    outside the process's own shard exist at any time.
+    outside the process's own shard exist at any time. Fake tensors, of simulations, have no values to fill.
     """
     for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
@@ -111,6 +112,8 @@ def initialize(root: nn.Module, seed: int) -> None:
 
 def _fill(parameter: DTensor, init: Init, key: str) -> None:
     local = parameter.to_local()
+    if isinstance(local, FakeTensor):
+        return
     if init.std == 0.0:
         local.fill_(init.mean)
         return
