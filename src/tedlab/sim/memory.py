@@ -4,10 +4,11 @@ Counted is what is asked of the allocator. Workspaces inside kernels, what the a
 NCCL and the CUDA context come on top.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -67,7 +68,7 @@ class Memory:
             number = len(self._sizes)
             self._sizes.append(storage.nbytes())
             self._categories.append(category)
-            self._alive[address] = number, weakref.ref(storage, lambda _, a=address: self._end(a))
+            self._alive[address] = number, weakref.ref(storage, functools.partial(self._end, address))
             self._change(number, 1)
 
     def label(self, tensors: Iterable[Tensor], category: Category) -> None:
@@ -89,7 +90,7 @@ class Memory:
         held["activations"] = held["activations"] - stash
         return Timeline(times, held)
 
-    def _end(self, address: int) -> None:
+    def _end(self, address: int, _: Any) -> None:
         number, _ = self._alive.pop(address)
         self._change(number, -1)
 

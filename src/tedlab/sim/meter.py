@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tedlab.cluster import ClusterConfig
 from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
+from tedlab.comm.ledger import Entry
 from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.optim.bucket import local
 from tedlab.sim.memory import Category, Memory
@@ -31,18 +32,16 @@ class Counts:
         ledger: of collectives.
         flops: by phase.
         seconds: predicted, by phase and cause: ``matrix products``, ``other kernels``, or ``<operation>, <link>``.
-        collectives: predicted seconds by phase, group kind and operation.
+        collectives: their predicted seconds, by the ledger's entries.
         wire: bytes that this rank sends, by link.
-        reductions: predicted seconds of the gradients' reduction, which are part of the above.
     """
 
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.flops: defaultdict[Phase, float] = defaultdict(float)
         self.seconds: defaultdict[tuple[Phase, str], float] = defaultdict(float)
-        self.collectives: defaultdict[tuple[Phase, GroupKind, str], float] = defaultdict(float)
+        self.collectives: defaultdict[Entry, float] = defaultdict(float)
         self.wire: defaultdict[LinkClass, float] = defaultdict(float)
-        self.reductions = 0.0
 
 
 class Meter(TorchDispatchMode):
@@ -130,8 +129,7 @@ class Meter(TorchDispatchMode):
         taken = collective_seconds(call.op, call.payload_bytes, members, self.cluster)
         link = link_of(members, self.cluster.gpus_per_node)
         counts.seconds[call.phase, f"{call.op}, {link}"] += taken
-        counts.collectives[call.phase, call.kind, call.op] += taken
-        counts.reductions += taken if call.tag == "gradients.reduce" else 0.0
+        counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken
         self.memory.now += taken
         sent = wire_bytes_by_link(call.op, call.payload_bytes, members, self.cluster.gpus_per_node)
         for name, size in sent.items():

@@ -6,8 +6,8 @@ after which the optimizer steps. All those between are like the second, so its c
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig
-from tedlab.comm import GroupKind, Phase, predict
+from tedlab.comm import Phase, predict
 from tedlab.comm.ledger import Count, Entry, differences
 from tedlab.config import TrainConfig
 from tedlab.cost import LinkClass, collective_seconds
@@ -24,7 +24,7 @@ from tedlab.optim.bucket import local
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_arguments
 from tedlab.sim.memory import Memory, Timeline
-from tedlab.sim.meter import MATRICES, Counts, Meter
+from tedlab.sim.meter import Counts, Meter
 from tedlab.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.topology import Topology
 
@@ -39,13 +39,13 @@ class Simulation:
 
     Attributes:
         rank: whose.
-        ledger: what it communicates.
+        ledger: what it communicates; seconds are predicted.
         differences: between that and the closed form; empty, or there is a bug in one of them.
         flops: by phase, of this rank; recomputation included.
         seconds: predicted, by phase and cause.
-        collectives: predicted seconds, by phase, group kind and operation.
         wire: bytes that it sends, by link.
         memory: over the micro-batches that ran.
+        micro_batches: of these, when each began in predicted seconds, and for how many it stands.
         about: sizes, layout, versions: as in a run's summary.
     """
 
@@ -54,9 +54,9 @@ class Simulation:
     differences: Mapping[Entry, tuple[Count, Count]]
     flops: Mapping[Phase, float]
     seconds: Mapping[tuple[Phase, str], float]
-    collectives: Mapping[tuple[Phase, GroupKind, str], float]
     wire: Mapping[LinkClass, float]
     memory: Timeline
+    micro_batches: Sequence[tuple[float, int]]
     about: Mapping[str, Any]
 
     @property
@@ -90,9 +90,8 @@ def simulate(
     except ValueError as error:
         raise UsageError(str(error)) from None
     quieten()
-    accumulated = int(config.trainer["accumulate_grad_batches"])
     shorter = copy.deepcopy(config)
-    shorter.trainer["accumulate_grad_batches"] = min(accumulated, _MICRO_BATCHES)
+    shorter.trainer["accumulate_grad_batches"] = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
     told = 0
 
@@ -111,7 +110,7 @@ def simulate(
         observer, module = _Observer(), language_model(config)
         _trainer(shorter, strategy, rank, observer).fit(module, _Batches(config))
         described = about(config, module)
-    return _simulation(config, rank, observer.counts, strategy.meter.memory.timeline(), described, accumulated)
+    return _simulation(config, rank, observer, described)
 
 
 class _Observer(Callback):
@@ -119,6 +118,8 @@ class _Observer(Callback):
 
     def __init__(self) -> None:
         self.counts: list[Counts] = []
+        self.starts: list[float] = []
+        self.memory: Timeline
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,12 +136,16 @@ class _Observer(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        meter = _strategy(trainer).meter
         self.counts.append(Counts())
-        _strategy(trainer).meter.counts = self.counts[-1]
+        self.starts.append(meter.memory.now)
+        meter.counts = self.counts[-1]
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _strategy(trainer).meter.counts = None
+        meter = _strategy(trainer).meter
+        meter.counts = None
+        self.memory = meter.memory.timeline()
 
 
 class _Batches:
@@ -183,26 +188,28 @@ def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observ
     )
 
 
-def _simulation(
-    config: TrainConfig, rank: int, parts: list[Counts], memory: Timeline, described: dict[str, Any], accumulated: int
-) -> Simulation:
-    times = [accumulated - 2 if len(parts) == _MICRO_BATCHES and i == 1 else 1 for i in range(len(parts))]
+def _simulation(config: TrainConfig, rank: int, observer: _Observer, described: dict[str, Any]) -> Simulation:
+    parts = observer.counts
+    times = [1] * len(parts)
+    if len(parts) == _MICRO_BATCHES:
+        times[1] = int(config.trainer["accumulate_grad_batches"]) - 2
     ledger: defaultdict[Entry, Count] = defaultdict(Count)
     for part, n in zip(parts, times, strict=True):
         for entry, count in part.ledger.totals.items():
-            ledger[entry] += count * n
+            ledger[entry] += replace(count, seconds=part.collectives[entry]) * n
     seconds = _summed([part.seconds for part in parts], times)
     if config.optim.overlap:
-        seconds["backward", HIDDEN] = -min(parts[-1].reductions, _computing(parts[-1], "backward"))
+        reductions = sum(t for entry, t in parts[-1].collectives.items() if entry.tag == "gradients.reduce")
+        seconds["optimizer", HIDDEN] = -min(reductions, _computing(parts[-1], "backward"))
     return Simulation(
         rank=rank,
         ledger=dict(ledger),
         differences=differences(ledger, predict(config)),
         flops=_summed([part.flops for part in parts], times),
         seconds=seconds,
-        collectives=_summed([part.collectives for part in parts], times),
         wire=_summed([part.wire for part in parts], times),
-        memory=memory,
+        memory=observer.memory,
+        micro_batches=list(zip(observer.starts, times, strict=True)),
         about=described,
     )
 
