@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tedlab.cluster import ClusterConfig
 from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
@@ -20,6 +21,7 @@ from tedlab.sim.roofline import seconds, work_of
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+_DRAW = torch.ops.aten.exponential_.default
 _DEVICE = torch.ops.prim.device.default  # asked of fake tensors all the time
 
 MATRICES, KERNELS = "matrix products", "other kernels"
@@ -89,17 +91,19 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if DTensor in types:  # it comes again, with the local tensor
-            return NotImplemented
         if func is _DEVICE:
             return func(*args, **kwargs)
         if func is _WAIT:
             return args[0]
         if func is _READ:
             return 1.0 if args[0].is_floating_point() else 1
-        out = func(*args, **kwargs)
+        # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
+        out = args[0] if func is _DRAW else func(*args, **kwargs)
         if self.counts is not None:
-            self._count(self.counts, func, args, kwargs, out)
+            if DTensor in types:  # autograd accumulates these; counted is what happens to their local tensors
+                self._count(self.counts, func, *tree_map_only(DTensor, local, (args, kwargs, out)))
+            else:
+                self._count(self.counts, func, args, kwargs, out)
         return out
 
     def _count(self, counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
