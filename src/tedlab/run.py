@@ -174,6 +174,7 @@ def quieten() -> None:
         ".*does not have many workers.*",  # samples come from a memory map; workers would only take cores
         ".*exists and is not empty. Previous log files.*",  # Hydra has made the run directory and writes there too
         ".*The dirpath has changed from.*",  # a run resumed in a directory of its own; nothing is lost
+        ".*defined a .validation_step. but have no .val_dataloader.*",  # a simulation does not validate
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

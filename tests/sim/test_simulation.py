@@ -1,6 +1,7 @@
 """A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import UsageError
 from tedlab.cluster import load_cluster
+from tedlab.comm import predict
 from tedlab.comm.ledger import differences
+from tedlab.comm.volumes import ClosedForm
+from tedlab.compare.__main__ import main as compare
 from tedlab.config import TrainConfig
 from tedlab.flops import forward_flops
 from tedlab.run import language_model, strategy_arguments
@@ -178,15 +182,43 @@ def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> Non
     assert all((values >= 0).all() for values in timeline.held.values())
     assert sum(timeline.at_peak().values()) == timeline.total.max()
     assert most["gradients"] >= most["parameters"] > 0
-    kept = [64 * 64 * 2 * 2]  # attention, both blocks: tokens × hidden × fp16
-    slots = 16 * config_capacity(config) * 64 * 2
-    assert most["stash"] == sum(kept) + 2 * slots  # dispatch.gather and combine.gather; the rest feeds only these
+    form = ClosedForm(config)
+    assert most["stash"] == sum(form.kept_bytes(block, config.comm.cac) for block in range(2)) > 0
 
 
-def config_capacity(config: TrainConfig) -> int:
-    from tedlab.capacity import group_capacity
+# ---- what is left behind -------------------------------------------------------------------------------------------
 
-    return group_capacity(config.moe, 64, 1)
+
+def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> None:
+    """The command, in a worker; the closed form forgets the collectives of one tag."""
+    with pytest.MonkeyPatch.context() as patch:
+        expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
+        patch.setattr("tedlab.sim.simulation.predict", lambda _: expected)
+        dist.destroy_process_group()
+        try:
+            task(own, config)
+        finally:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_compare_reads_simulations_and_marks_their_times(
+    pool: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("none", "dtd"):
+        config = checked(*WORLD, f"comm={name}", f"output_dir={tmp_path / name}")
+        pool.run(1, command, {"cluster": "summit", "sim.rank": "9"}, config, None)
+        for picture in ("memory.png", "time.png"):
+            assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
+    compare([str(tmp_path / "none"), str(tmp_path / "dtd"), "--by", "comm.dtd,sim.rank"])
+    text = capsys.readouterr().out
+    assert "† Times of none, dtd were simulated (summit); none was measured." in text
+    assert "step time" in text
+
+
+def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:
+    config = checked(*WORLD, f"output_dir={tmp_path}")
+    with pytest.raises(AssertionError, match="ledger is not what the closed form says"):
+        pool.run(1, command, {"cluster": "summit"}, config, "attention.reduce")
 
 
 # ---- what the user gets wrong --------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def memory_picture(simulation: Simulation, cluster: ClusterConfig, path: Path) -
     axes.set_ylim(0, max(top, cluster.memory_bytes / _GIB * 1.06) if cluster.memory_bytes / _GIB < 2 * top else top)
     for start, times in simulation.micro_batches:
         axes.axvline(start, color="black", lw=0.5)
-        text = "micro-batch" if times == 1 else f"micro-batch (one of {times} alike)"
+        text = "micro-batch" if times == 1 else f"… {times} like this"
         axes.annotate(text, (start, 1), xycoords=("data", "axes fraction"), xytext=(3, 3), textcoords="offset points")
     axes.set_xlim(0, timeline.seconds[-1])
     axes.set_xlabel("predicted seconds")
