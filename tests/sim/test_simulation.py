@@ -21,6 +21,7 @@ from tedlab.config import TrainConfig
 from tedlab.flops import forward_flops
 from tedlab.run import language_model, strategy_arguments
 from tedlab.sim import Simulation, simulate
+from tedlab.sim.show import slower_rank
 from tedlab.sim.simulation import HIDDEN, _Batches
 from tedlab.simulate import own_arguments, task
 from tedlab.validate import check_simulated
@@ -213,6 +214,11 @@ def test_compare_reads_simulations_and_marks_their_times(
     text = capsys.readouterr().out
     assert "† Times of none, dtd were simulated (summit); none was measured." in text
     assert "step time" in text
+
+
+@pytest.mark.parametrize(("cluster", "rank", "slower"), [("summit", 3, 4), ("summit", 5, None), ("thetagpu", 3, None)])
+def test_ranks_whose_tensor_group_leaves_the_node_are_pointed_at(cluster: str, rank: int, slower: int | None) -> None:
+    assert slower_rank(checked(*WORLD), load_cluster(cluster), rank) == slower
 
 
 def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:

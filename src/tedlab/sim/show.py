@@ -15,6 +15,7 @@ from tedlab.cluster import ClusterConfig
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import summed
 from tedlab.config import TrainConfig
+from tedlab.cost import link_of
 from tedlab.degrees import parallel_degrees
 from tedlab.flops import training_flops
 from tedlab.report import resolved_yaml
@@ -46,6 +47,12 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     time_picture(simulation, directory / "time.png")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
+    slower = slower_rank(config, cluster, rank)
+    if slower is not None:
+        console.print(
+            f"Note: this rank's tensor group has one node, that of rank {slower} has two. A job waits for its slowest "
+            f"rank: see sim.rank={slower}."
+        )
     title = f"communication of rank {rank}, per step"
     for table in (
         traffic_table(title, simulation.ledger, 1, True, simulation.differences),
@@ -55,6 +62,14 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     ):
         console.print(table)
     return summary
+
+
+def slower_rank(config: TrainConfig, cluster: ClusterConfig, rank: int) -> int | None:
+    """The first rank whose tensor group is spread over nodes, where that of ``rank`` is not."""
+    tensor = config.parallel.tensor
+    first = [*range(0, config.parallel.world_size, tensor)]
+    spread = [r for r in first if link_of(range(r, r + tensor), cluster.gpus_per_node) == "between_nodes"]
+    return spread[0] if spread and rank // tensor * tensor not in spread else None
 
 
 def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
