@@ -72,6 +72,12 @@ class ClusterConfig:
                 "a node of several GPUs has a link between them, a single GPU has none (in_node: null)"
             )
 
+    def peak(self, precision: str) -> float:
+        """FLOP/s of one GPU with Lightning's ``trainer.precision``."""
+        short = {"64": "fp64", "32": "fp32", "16": "fp16", "bf16": "bf16"}
+        peak: float = getattr(self.peak_flops, short[precision.split("-")[0]])
+        return peak
+
 
 def cluster_names() -> list[str]:
     """The clusters in ``conf/cluster/``."""

@@ -65,7 +65,6 @@ def report(
         return {}
     directory = Path(config.output_dir)
     bigram = bigram_loss(data.corpus, config.model.sequence_length, data.validation_samples)
-    parameters = count_parameters(module, config.moe.top_k)
     degrees = module.topology.degrees
     last_train_loss = [value for _, value in _column(directory / "metrics.csv", "train/loss")][-1:]
     summary: dict[str, Any] = {
@@ -73,14 +72,8 @@ def report(
         **measured,
         "baseline/bigram_loss": bigram,
         "baseline/bigram_bits_per_byte": bigram / math.log(2) / data.corpus.bytes_per_token,
-        "parameters/total": parameters.total,
-        "parameters/active": parameters.active,
-        "flops/per_token": training_flops(config.model, config.moe),
+        **about(config, module),
         "steps": trainer.global_step,
-        "layout": {**asdict(degrees), "data": degrees.data, "expert_data": degrees.expert_data},
-        "choices": config.choices,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("tedlab", "torch", "lightning")}},
-        "git_revision": _git_revision(),
         "certificate": _certificate(directory),
         "output_dir": str(directory),
     }
@@ -91,7 +84,7 @@ def report(
         logger.log_hyperparams(
             {
                 **asdict(config),
-                "parameters": parameters._asdict(),
+                "parameters": {name: summary[f"parameters/{name}"] for name in ("total", "active")},
                 "layout": summary["layout"],
                 "certificate": summary["certificate"],
             }
@@ -102,6 +95,21 @@ def report(
     for table in (*tables, _table(config, summary, str(degrees))):
         console.print(table)
     return summary
+
+
+def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
+    """What a summary says of a run before anything is measured: sizes, layout, versions."""
+    parameters = count_parameters(module, config.moe.top_k)
+    degrees = module.topology.degrees
+    return {
+        "parameters/total": parameters.total,
+        "parameters/active": parameters.active,
+        "flops/per_token": training_flops(config.model, config.moe),
+        "layout": {**asdict(degrees), "data": degrees.data, "expert_data": degrees.expert_data},
+        "choices": config.choices,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("tedlab", "torch", "lightning")}},
+        "git_revision": _git_revision(),
+    }
 
 
 def _certificate(directory: Path) -> dict[str, Any] | None:

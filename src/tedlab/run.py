@@ -81,38 +81,15 @@ def build(
     config: TrainConfig, callbacks: list[Callback], logged: bool = True
 ) -> tuple[Trainer, LanguageModel, TextDataModule]:
     """The parts of a run, in one of its processes; checkpoints go to ``output_dir/checkpoints``."""
-    _quieten()
+    quieten()
     seed_everything(config.seed, verbose=False)
     directory = Path(config.output_dir)
     data = TextDataModule(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
-    module = LanguageModel(
-        config.model,
-        config.moe,
-        config.optim,
-        config.seed,
-        data.corpus.bytes_per_token,
-        early_stop=config.checkpoint.early_stop,
-    )
+    module = language_model(config, data.corpus.bytes_per_token)
     trainer = Trainer(
         **config.trainer,
-        strategy=TEDStrategy(
-            tensor_parallel_size=config.parallel.tensor,
-            expert_parallel_size=config.parallel.expert,
-            sequence_parallel=config.parallel.sequence,
-            dtd=config.comm.dtd,
-            fuse_reduce_scatter=config.comm.fuse_reduce_scatter,
-            cac=config.comm.cac,
-            skip_dead_gemm=config.comm.skip_dead_gemm,
-            zero=config.optim.zero,
-            bucket_elements=config.optim.bucket_elements,
-            tile=config.optim.tile,
-            overlap=config.optim.overlap,
-            loss_scale=config.optim.loss_scale,
-            async_checkpoint=config.checkpoint.async_save,
-            process_group_backend=config.comm.backend,
-            timeout=timedelta(seconds=config.comm.timeout_s),
-        ),
+        strategy=TEDStrategy(**strategy_arguments(config)),
         val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         callbacks=[*callbacks, _checkpoints(config, directory)],
@@ -120,6 +97,33 @@ def build(
         default_root_dir=directory,
     )
     return trainer, module, data
+
+
+def language_model(config: TrainConfig, bytes_per_token: float = 1.0) -> LanguageModel:
+    """The module of a configuration."""
+    early_stop = config.checkpoint.early_stop
+    return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token, early_stop)
+
+
+def strategy_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Those of :class:`TEDStrategy` that a configuration has."""
+    return {
+        "tensor_parallel_size": config.parallel.tensor,
+        "expert_parallel_size": config.parallel.expert,
+        "sequence_parallel": config.parallel.sequence,
+        "dtd": config.comm.dtd,
+        "fuse_reduce_scatter": config.comm.fuse_reduce_scatter,
+        "cac": config.comm.cac,
+        "skip_dead_gemm": config.comm.skip_dead_gemm,
+        "zero": config.optim.zero,
+        "bucket_elements": config.optim.bucket_elements,
+        "tile": config.optim.tile,
+        "overlap": config.optim.overlap,
+        "loss_scale": config.optim.loss_scale,
+        "async_checkpoint": config.checkpoint.async_save,
+        "process_group_backend": config.comm.backend,
+        "timeout": timedelta(seconds=config.comm.timeout_s),
+    }
 
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
@@ -163,13 +167,14 @@ def _keep_earlier_metrics(trainer: Trainer, directory: Path, before: int) -> Non
         trainer.loggers[0].log_metrics({name: float(value) for name, value in row.items() if value}, step)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Silences advice and deprecations between our dependencies that a user can do nothing about."""
     os.environ.setdefault("WANDB_SILENT", "true")
     for message in (
         ".*does not have many workers.*",  # samples come from a memory map; workers would only take cores
         ".*exists and is not empty. Previous log files.*",  # Hydra has made the run directory and writes there too
         ".*The dirpath has changed from.*",  # a run resumed in a directory of its own; nothing is lost
+        ".*defined a .validation_step. but have no .val_dataloader.*",  # a simulation does not validate
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -39,6 +39,7 @@ _GATING_OPTIONS = {  # options that are null unless one of these gatings is chos
     "second_expert_sampling": ("deepspeed_top2",),
     "drop_policy": ("deepspeed_topk",),
 }
+_GPT2_TOKENS = 50_257
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
 
@@ -76,6 +77,29 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
             _check_checkpoint(config, Path(config.ckpt_path))
         return degrees
     except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+
+
+def check_simulated(config: TrainConfig) -> ParallelDegrees:
+    """:func:`check` of what depends neither on this machine nor on data, and completes ``config`` likewise.
+
+    Without a tokenizer, ``model.vocab_size=null`` is that of GPT-2's, rounded up: 50,304.
+
+    Raises:
+        UsageError: as there.
+    """
+    try:
+        degrees = parallel_degrees(config.parallel)
+        _check_comm(config, degrees)
+        _check_model(config, degrees)
+        _check_trainer(config)
+        _check_batches(config, degrees)
+        _check_optim(config)
+        _complete_vocabulary(config, config.model.vocab_size or _GPT2_TOKENS)
+        if config.comm.cac == "auto":
+            _choose_what_to_keep(config, degrees)
+        return degrees
+    except ValueError as error:
         raise UsageError(str(error)) from None
 
 

@@ -116,31 +116,9 @@ class CommunicationLedger(Callback):
 
     def table(self, trainer: Trainer) -> Table:
         """What one process communicated in a step, for people."""
+        title = "communication of the first process, per step"
         steps = max(1, self.steps(trainer))
-        table = Table(title="communication of the first process, per step", title_justify="left")
-        for heading in ("phase", "group", "operation"):
-            table.add_column(heading)
-        for heading in ("calls", "payload MiB", "wire MiB", *(["ms"] if self.ledger.timed else [])):
-            table.add_column(heading, justify="right")
-        before = ""
-        for (phase, kind, op), count in summed(self.ledger.totals, "phase", "kind", "op").items():
-            if phase not in TRAINING_PHASES:
-                continue
-            cells = [f"{count.calls / steps:g}", f"{count.payload_bytes / steps / _MIB:,.3f}"]
-            cells.append(f"{count.wire_bytes / steps / _MIB:,.3f}")
-            if self.ledger.timed:
-                cells.append(f"{count.seconds / steps * 1e3:,.2f}")
-            table.add_row(phase if phase != before else "", kind, op, *cells)
-            before = phase
-        table.caption = "equal to the closed form, call for call and byte for byte"
-        wrong = self.differences(trainer)
-        if wrong:
-            table.caption = "[red]NOT what the closed form says:[/]\n" + "\n".join(
-                f"{' '.join(entry)}: {ours.calls} calls, {ours.payload_bytes} bytes; "
-                f"expected {theirs.calls}, {theirs.payload_bytes}"
-                for entry, (ours, theirs) in wrong.items()
-            )
-        return table
+        return traffic_table(title, self.ledger.totals, steps, self.ledger.timed, self.differences(trainer))
 
     def _metrics(self) -> dict[str, float]:
         values = ["calls", "payload_bytes", "wire_bytes", *(["seconds"] if self.ledger.timed else [])]
@@ -149,6 +127,43 @@ class CommunicationLedger(Callback):
             for (phase, kind, op), count in summed(self.ledger.totals, "phase", "kind", "op").items()
             for value in values
         }
+
+
+def traffic_table(
+    title: str, totals: Totals, steps: int, timed: bool, wrong: Mapping[Entry, tuple[Count, Count]]
+) -> Table:
+    """What was communicated in a step, for people.
+
+    Args:
+        title: above it.
+        totals: of the steps.
+        steps: how many.
+        timed: whether to show times.
+        wrong: differences from the closed form.
+    """
+    table = Table(title=title, title_justify="left")
+    for heading in ("phase", "group", "operation"):
+        table.add_column(heading)
+    for heading in ("calls", "payload MiB", "wire MiB", *(["ms"] if timed else [])):
+        table.add_column(heading, justify="right")
+    before = ""
+    for (phase, kind, op), count in summed(totals, "phase", "kind", "op").items():
+        if phase not in TRAINING_PHASES:
+            continue
+        cells = [f"{count.calls / steps:g}", f"{count.payload_bytes / steps / _MIB:,.3f}"]
+        cells.append(f"{count.wire_bytes / steps / _MIB:,.3f}")
+        if timed:
+            cells.append(f"{count.seconds / steps * 1e3:,.2f}")
+        table.add_row(phase if phase != before else "", kind, op, *cells)
+        before = phase
+    table.caption = "equal to the closed form, call for call and byte for byte"
+    if wrong:
+        table.caption = "[red]NOT what the closed form says:[/]\n" + "\n".join(
+            f"{' '.join(entry)}: {ours.calls} calls, {ours.payload_bytes} bytes; "
+            f"expected {theirs.calls}, {theirs.payload_bytes}"
+            for entry, (ours, theirs) in wrong.items()
+        )
+    return table
 
 
 def _strategy(trainer: Trainer) -> TEDStrategy:

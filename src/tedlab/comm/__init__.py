@@ -13,7 +13,7 @@ from tedlab.comm.differentiable import (
     to_compute_dtype,
 )
 from tedlab.comm.ledger import Ledger
-from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin
+from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin, recomputing
 from tedlab.comm.volumes import predict
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "matmul_into",
     "pin",
     "predict",
+    "recomputing",
     "reduce_from",
     "scatter_from",
     "slice_to",

@@ -103,6 +103,11 @@ def is_dead(tag: str) -> bool:
     return region.plan.get(tag, Second.AGAIN) is not Second.AGAIN
 
 
+def recomputing() -> bool:
+    """Whether this thread is in the second pass of a checkpointed region."""
+    return _now.region is not None and _now.second
+
+
 def pin(decision: Tensor) -> Tensor:
     """A decision (an integer tensor) that a second pass takes over from the first; how often it differs is counted."""
     region = _now.region

@@ -91,7 +91,7 @@ def _time_caption(comparison: Comparison) -> str:
     if not any(_communication(run) for run in comparison.runs):
         return "Collectives were not timed (comm.ledger.time=true does), so each bar is the time of a whole step."
     emulated = any(run.emulated for run in comparison.runs)
-    hatched = " Hatched: with the delays of an emulated network." if emulated else ""
+    hatched = " Hatched: emulated or simulated, not measured." if emulated else ""
     return f"Time in collectives; the rest of the step is {_OTHER}.{hatched}"
 
 

@@ -233,7 +233,9 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
             )
     for cluster in dict.fromkeys(run.emulated for run in runs if run.emulated):
         names = ", ".join(run.name for run in runs if run.emulated == cluster)
-        texts.append(f"† Times of {names} include the delays of an emulated network ({cluster}); none was measured.")
+        simulated = any(run.simulated for run in runs if run.emulated == cluster)
+        what = "were simulated" if simulated else "include the delays of an emulated network"
+        texts.append(f"† Times of {names} {what} ({cluster}); none was measured.")
     return texts
 
 

@@ -41,9 +41,14 @@ class Run:
     curves: Mapping[str, Curve]
 
     @property
+    def simulated(self) -> str | None:
+        """The cluster that ``tedlab.simulate`` predicted for; None for a run."""
+        return self.config.get("sim.cluster")
+
+    @property
     def emulated(self) -> str | None:
-        """The cluster whose network was emulated, so that times are not this machine's; None if none was."""
-        cluster = self.config.get("comm.emulate")
+        """The cluster that times belong to, if they are no machine's: emulated or simulated; None if measured."""
+        cluster = self.simulated or self.config.get("comm.emulate")
         if cluster is None and any(key.endswith("/emulated_seconds") for key in self.summary):
             return "unnamed cluster"
         return None if cluster is None else str(cluster)

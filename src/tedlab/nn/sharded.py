@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -132,7 +133,7 @@ def initialize(root: nn.Module, seed: int) -> None:
 
     A value depends on the seed, the parameter's name relative to ``root``, its global position, and, for parameters
     of three dimensions, the index along the first (the expert), but never on the layout. No more than 4 MiB of values
-    outside the process's own shard exist at any time.
+    outside the process's own shard exist at any time. Fake tensors, of simulations, have no values to fill.
     """
     for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
@@ -144,6 +145,8 @@ def initialize(root: nn.Module, seed: int) -> None:
 
 def _fill(parameter: DTensor, init: Init, key: str) -> None:
     local = parameter.to_local()
+    if isinstance(local, FakeTensor):
+        return
     if init.std == 0.0:
         local.fill_(init.mean)
         return

@@ -1,0 +1,98 @@
+"""Who holds how much memory when: every storage from its allocation to its end, by category.
+
+Counted is what is asked of the allocator. Workspaces inside kernels, what the allocator keeps or cannot use, buffers of
+NCCL and the CUDA context come on top.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+Category = Literal["parameters", "optimizer", "gradients", "stash", "activations", "temporaries"]
+CATEGORIES: tuple[Category, ...] = ("parameters", "optimizer", "gradients", "stash", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Memory over a step.
+
+    Attributes:
+        seconds: predicted time of each change.
+        held: bytes from then on, by category.
+    """
+
+    seconds: np.ndarray
+    held: dict[Category, np.ndarray]
+
+    @property
+    def total(self) -> np.ndarray:
+        """Bytes over all categories."""
+        return np.sum(list(self.held.values()), axis=0)
+
+    def at_peak(self) -> dict[Category, int]:
+        """Bytes by category when their sum is largest."""
+        peak = int(self.total.argmax())
+        return {category: int(values[peak]) for category, values in self.held.items()}
+
+
+class Memory:
+    """Follows storages from outside the tensors that share them.
+
+    What a storage is for may show only later (a product of the backward pass becomes a gradient); :meth:`label` then
+    counts for all of its life.
+
+    Args:
+        stash: bytes that CAC keeps at present; they are some of those allocated as activations.
+    """
+
+    def __init__(self, stash: Callable[[], int]) -> None:
+        self._stash = stash
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: number of the storage, and its end
+        self._sizes: list[int] = []
+        self._categories: list[Category] = []
+        self._changes: list[tuple[int, int, int, float]] = []  # storage, +1 or -1, stash, seconds
+        self.now = 0.0  # predicted seconds since the start of the step
+
+    def see(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Takes note of tensors whose storage is new."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            address = storage._cdata
+            if address in self._alive or not storage.nbytes():
+                continue
+            number = len(self._sizes)
+            self._sizes.append(storage.nbytes())
+            self._categories.append(category)
+            self._alive[address] = number, weakref.ref(storage, functools.partial(self._end, address))
+            self._change(number, 1)
+
+    def label(self, tensors: Iterable[Tensor], category: Category) -> None:
+        """Says what the storages of tensors are for."""
+        tensors = list(tensors)
+        self.see(tensors, category)
+        for tensor in tensors:
+            found = self._alive.get(tensor.untyped_storage()._cdata)
+            if found is not None:
+                self._categories[found[0]] = category
+
+    def timeline(self) -> Timeline:
+        """All changes so far."""
+        storages, signs, stash, times = (np.array(column) for column in zip(*self._changes, strict=True))
+        sizes = np.array(self._sizes)[storages] * signs
+        of = np.array(self._categories)[storages]
+        held = {category: np.cumsum(np.where(of == category, sizes, 0)) for category in CATEGORIES}
+        held["stash"] = stash
+        held["activations"] = held["activations"] - stash
+        return Timeline(times, held)
+
+    def _end(self, address: int, _: Any) -> None:
+        number, _ = self._alive.pop(address)
+        self._change(number, -1)
+
+    def _change(self, number: int, sign: int) -> None:
+        self._changes.append((number, sign, self._stash(), self.now))

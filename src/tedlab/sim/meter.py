@@ -1,0 +1,140 @@
+"""Below everything that runs: counts each operation's FLOPs, time and memory, by phase of the step."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from tedlab.cluster import ClusterConfig
+from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
+from tedlab.comm.ledger import Entry
+from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
+from tedlab.optim.bucket import local
+from tedlab.sim.memory import Category, Memory
+from tedlab.sim.roofline import seconds, work_of
+
+_READ = torch.ops.aten._local_scalar_dense.default
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_DRAW = torch.ops.aten.exponential_.default
+_DEVICE = torch.ops.prim.device.default  # asked of fake tensors all the time
+
+MATRICES, KERNELS = "matrix products", "other kernels"
+
+
+class Counts:
+    """Of one micro-batch, and of the optimizer's work after it.
+
+    Attributes:
+        ledger: of collectives.
+        flops: by phase.
+        seconds: predicted, by phase and cause: ``matrix products``, ``other kernels``, or ``<operation>, <link>``.
+        collectives: their predicted seconds, by the ledger's entries.
+        wire: bytes that this rank sends, by link.
+    """
+
+    def __init__(self) -> None:
+        self.ledger = Ledger()
+        self.flops: defaultdict[Phase, float] = defaultdict(float)
+        self.seconds: defaultdict[tuple[Phase, str], float] = defaultdict(float)
+        self.collectives: defaultdict[Entry, float] = defaultdict(float)
+        self.wire: defaultdict[LinkClass, float] = defaultdict(float)
+
+
+class Meter(TorchDispatchMode):
+    """Enter it above fake tensors, and register :meth:`on_collective` as a hook.
+
+    Fake tensors have no values: what the host reads is 1 (a norm, a step count). Waiting for a collective returns its
+    result itself, as it really does; torch's fake version would allocate another.
+
+    Args:
+        cluster: for predicted times.
+        members: the global ranks of the rank's group of each kind.
+        memory: told of every tensor once :attr:`counts` is set.
+
+    Attributes:
+        counts: what is added to; None: nothing is counted.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterConfig,
+        members: Mapping[GroupKind, Sequence[int]],
+        memory: Memory,
+        progress: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
+        self.counts: Counts | None = None
+        self._in_forward = False
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Within: what is not part of a backward pass is one of forward."""
+        self._in_forward = True
+        try:
+            yield
+        finally:
+            self._in_forward = False
+
+    @property
+    def phase(self) -> Phase:
+        """Where this thread is in the step. Outside passes: with the optimizer, gradients' accumulation included."""
+        if torch._C._current_graph_task_id() != -1:
+            return "recompute" if recomputing() else "backward"
+        return "forward" if self._in_forward else "optimizer"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args, **kwargs)
+        if func is _WAIT:
+            return args[0]
+        if func is _READ:
+            return 1.0 if args[0].is_floating_point() else 1
+        # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
+        out = args[0] if func is _DRAW else func(*args, **kwargs)
+        if self.counts is not None:
+            if DTensor in types:  # autograd accumulates these; counted is what happens to their local tensors
+                self._count(self.counts, func, *tree_map_only(DTensor, local, (args, kwargs, out)))
+            else:
+                self._count(self.counts, func, args, kwargs, out)
+        return out
+
+    def _count(self, counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        phase = self.phase
+        work = work_of(func, args, kwargs, out)
+        if work is not None:
+            taken = seconds(work, self.cluster)
+            counts.flops[phase] += work.flops
+            counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
+            self.memory.now += taken
+        category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
+        results = out if isinstance(out, list | tuple) else (out,)
+        self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+
+    def label_gradient(self, gradient: Tensor | None) -> None:
+        """Says that this tensor, if there is one, is a gradient to be kept."""
+        if gradient is not None and self.counts is not None:
+            self.memory.label([local(gradient)], "gradients")
+
+    def on_collective(self, call: Collective, event: Literal["start", "end"]) -> None:
+        """Hears of a collective, as hooks do."""
+        self.progress()
+        if self.counts is None or event == "start":
+            return
+        counts, members = self.counts, self.members[call.kind]
+        counts.ledger(call, event)
+        taken = collective_seconds(call.op, call.payload_bytes, members, self.cluster)
+        link = link_of(members, self.cluster.gpus_per_node)
+        counts.seconds[call.phase, f"{call.op}, {link}"] += taken
+        counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken
+        self.memory.now += taken
+        sent = wire_bytes_by_link(call.op, call.payload_bytes, members, self.cluster.gpus_per_node)
+        for name, size in sent.items():
+            counts.wire[name] += size

@@ -1,0 +1,114 @@
+"""What one operation costs on a GPU: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from tedlab.cluster import ClusterConfig
+
+aten = torch.ops.aten
+_FREE = {  # memory is allocated or seen otherwise, but neither read nor written
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten._local_scalar_dense,
+}
+_NOT_READ = {  # the first argument: it is overwritten, or gives a shape
+    aten.copy_,
+    aten.fill_,
+    aten.zero_,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
+_LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # of the first argument only what is asked for
+_SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # likewise, read and written
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+_PEAKS = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+class Work(NamedTuple):
+    """Of one operation.
+
+    Attributes:
+        flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
+        bytes: read and written, each operand once.
+        dtype: that it computes in.
+    """
+
+    flops: float
+    bytes: float
+    dtype: torch.dtype
+
+
+def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
+    """The work of a call of an aten operation; None for one that does none, such as a view."""
+    packet = func._overloadpacket
+    if func.namespace != "aten" or func.is_view or packet in _FREE:
+        return None
+    operands, results = list(_tensors(args)), list(_tensors((out,)))
+    if not results:
+        return None
+    written = sum(map(_bytes, results))
+    if packet in _LOOKUPS:
+        moved = 2 * written + sum(map(_bytes, operands[1:]))
+    elif packet in _SCATTERS:
+        moved = 3 * sum(map(_bytes, operands[1:]))
+    else:
+        moved = written + sum(map(_bytes, operands[1:] if packet in _NOT_READ else operands))
+    first = operands[0] if operands else results[0]
+    return Work(_flops(func, args, kwargs, out), moved, first.dtype)
+
+
+def seconds(work: Work, cluster: ClusterConfig) -> float:
+    """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency."""
+    peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
+    return max(
+        work.flops / (peak * cluster.efficiency.gemm),
+        work.bytes / (cluster.memory_bandwidth * cluster.efficiency.memory),
+    )
+
+
+def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+    packet = func._overloadpacket
+    if packet is _ATTENTION:
+        return sdpa_flop_count(*(t.shape for t in args[:3])) * _causal(func, args, kwargs)
+    if packet is _ATTENTION_BACKWARD:
+        return sdpa_backward_flop_count(*(t.shape for t in args[:4])) * _causal(func, args, kwargs)
+    count = flop_registry.get(packet)
+    return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+
+
+def _causal(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    place = [argument.name for argument in func._schema.arguments].index("is_causal")
+    causal = args[place] if place < len(args) else kwargs.get("is_causal", False)
+    return 0.5 if causal else 1.0
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the memory behind it: an expanded tensor is read once."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

@@ -1,0 +1,162 @@
+"""A simulation for people and for ``tedlab.compare``: tables, pictures, and a run directory."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tedlab.callbacks.ledger import traffic_table
+from tedlab.cluster import ClusterConfig
+from tedlab.comm import TRAINING_PHASES
+from tedlab.comm.ledger import summed
+from tedlab.config import TrainConfig
+from tedlab.cost import link_of
+from tedlab.degrees import parallel_degrees
+from tedlab.flops import training_flops
+from tedlab.report import resolved_yaml
+from tedlab.sim.pictures import causes, memory_picture, time_picture
+from tedlab.sim.simulation import HIDDEN, Simulation, simulate
+
+_GIB = 2**30
+
+
+def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterConfig, rank: int) -> dict[str, Any]:
+    """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
+
+    Returns:
+        The summary, which is also in ``summary.json``.
+    """
+    layout = f"rank {rank} of {parallel_degrees(config.parallel)}, on {cluster_name}"
+    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=1.0)
+        simulation = simulate(config, cluster, rank, lambda share: bar.update(task, completed=share))
+        bar.update(task, completed=1.0)
+    directory = Path(config.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    summary = summarize(simulation, config, cluster)
+    ours = OmegaConf.to_yaml({"sim": {"cluster": cluster_name, "rank": rank}})
+    (directory / "config.yaml").write_text(resolved_yaml(config) + ours)
+    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    memory_picture(simulation, cluster, directory / "memory.png")
+    time_picture(simulation, directory / "time.png")
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
+    slower = slower_rank(config, cluster, rank)
+    if slower is not None:
+        console.print(
+            f"Note: this rank's tensor group has one node, that of rank {slower} has two. A job waits for its slowest "
+            f"rank: see sim.rank={slower}."
+        )
+    title = f"communication of rank {rank}, per step"
+    for table in (
+        traffic_table(title, simulation.ledger, 1, True, simulation.differences),
+        _time_table(simulation),
+        _memory_table(summary, cluster),
+        _closing_table(config, summary),
+    ):
+        console.print(table)
+    return summary
+
+
+def slower_rank(config: TrainConfig, cluster: ClusterConfig, rank: int) -> int | None:
+    """The first rank whose tensor group is spread over nodes, where that of ``rank`` is not."""
+    tensor = config.parallel.tensor
+    first = [*range(0, config.parallel.world_size, tensor)]
+    spread = [r for r in first if link_of(range(r, r + tensor), cluster.gpus_per_node) == "between_nodes"]
+    return spread[0] if spread and rank // tensor * tensor not in spread else None
+
+
+def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
+    """Flat keys as of a run, for one step and one rank, and further ones below ``sim/``."""
+    peak = simulation.memory.at_peak()
+    step, world = simulation.step_seconds, config.parallel.world_size
+    tokens = config.data.batch_size * config.model.sequence_length
+    flops = tokens * training_flops(config.model, config.moe) / world
+    return {
+        **simulation.about,
+        "steps": 1,
+        "perf/step_time_s": step,
+        "perf/tokens_per_second": tokens / step,
+        "perf/tflops": flops / step / 1e12,
+        "perf/mfu": flops / step / cluster.peak(str(config.trainer["precision"])),
+        "memory/peak_bytes": sum(peak.values()),
+        "memory/peak_bytes_by_rank": [sum(peak.values())],
+        **{f"memory/{category}_bytes": size for category, size in peak.items()},
+        **{f"sim/memory_most/{c}_bytes": int(values.max()) for c, values in simulation.memory.held.items()},
+        **{
+            f"comm/{phase}/{kind}/{op}/{value}": getattr(count, value)
+            for (phase, kind, op), count in summed(simulation.ledger, "phase", "kind", "op").items()
+            for value in ("calls", "payload_bytes", "wire_bytes", "seconds")
+        },
+        **{f"comm/link/{link}/wire_bytes": size for link, size in simulation.wire.items()},
+        "comm/steps": 1,
+        "comm/predicted_difference_bytes": sum(
+            abs(ours.payload_bytes - theirs.payload_bytes) for ours, theirs in simulation.differences.values()
+        ),
+        "comm/predicted_difference_calls": sum(
+            abs(ours.calls - theirs.calls) for ours, theirs in simulation.differences.values()
+        ),
+        **{f"sim/flops/{phase}": done for phase, done in simulation.flops.items() if done},
+        **{f"sim/seconds/{phase}/{cause}": taken for (phase, cause), taken in simulation.seconds.items()},
+        "output_dir": config.output_dir,
+    }
+
+
+def _time_table(simulation: Simulation) -> Table:
+    table = Table(title="predicted seconds of a step", title_justify="left")
+    table.add_column("cause")
+    for heading in (*TRAINING_PHASES, "all", "%"):
+        table.add_column(heading, justify="right")
+    hidden = [HIDDEN] if ("optimizer", HIDDEN) in simulation.seconds else []
+    for cause in [*causes(simulation), *hidden]:
+        values = [simulation.seconds.get((phase, cause), 0.0) for phase in TRAINING_PHASES]
+        name = cause.replace(", ", " ").replace("in_node", "in node").replace("between_nodes", "between nodes")
+        table.add_row(name, *_row(values, simulation.step_seconds))
+    table.add_section()
+    phases = [sum(t for (when, _), t in simulation.seconds.items() if when == phase) for phase in TRAINING_PHASES]
+    table.add_row("all", *_row(phases, simulation.step_seconds))
+    flops = [simulation.flops.get(phase, 0.0) / 1e12 for phase in TRAINING_PHASES]
+    table.add_row("TFLOP", *(f"{t:,.2f}" if t else "" for t in flops), f"{sum(flops):,.2f}", "")
+    return table
+
+
+def _row(values: list[float], whole: float) -> list[str]:
+    total = sum(values)
+    return [*(f"{v:.4f}" if v else "" for v in values), f"{total:.4f}", f"{total / whole:.1%}"]
+
+
+def _memory_table(summary: dict[str, Any], cluster: ClusterConfig) -> Table:
+    table = Table(title="memory, GiB", title_justify="left")
+    table.add_column("category")
+    table.add_column("at the peak", justify="right")
+    table.add_column("at most", justify="right")
+    for name, most in summary.items():
+        if name.startswith("sim/memory_most/"):
+            key = name.removeprefix("sim/memory_most/")
+            table.add_row(key.removesuffix("_bytes"), f"{summary[f'memory/{key}'] / _GIB:.3f}", f"{most / _GIB:.3f}")
+    table.add_section()
+    peak = summary["memory/peak_bytes"]
+    table.add_row("all", f"{peak / _GIB:.3f}", "")
+    share = peak / cluster.memory_bytes
+    of = f"{share:.0%} of a GPU's {cluster.memory_bytes / _GIB:.1f} GiB"
+    table.caption = of if share <= 1 else f"[red]does not fit: {of}[/]"
+    return table
+
+
+def _closing_table(config: TrainConfig, summary: dict[str, Any]) -> Table:
+    table = Table(title="predicted", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("step", f"{summary['perf/step_time_s']:.4g} s")
+    speed = f"{summary['perf/tokens_per_second']:,.0f} tokens/s, {summary['perf/tflops']:.3g} TFLOP/s per GPU"
+    table.add_row("throughput", f"{speed}, MFU {summary['perf/mfu']:.1%}")
+    table.add_row("parameters", f"{summary['parameters/total']:,} total, {summary['parameters/active']:,} active")
+    table.add_row("saved in", config.output_dir)
+    table.add_row("", "summary.json, config.yaml, memory.png, time.png")
+    return table

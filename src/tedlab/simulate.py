@@ -1,0 +1,71 @@
+"""``python -m tedlab.simulate [overrides]``: one rank of a job on any cluster, simulated on this machine's CPU.
+
+Takes the overrides of ``tedlab.train``, and of its own:
+
+    cluster=NAME     what to predict times for: a file in conf/cluster, or the path of one (.yaml)
+    world_size=N     GPUs in all; short for parallel.world_size=N
+    sim.rank=R       which of them to simulate (0)
+"""
+
+import functools
+import sys
+
+from tedlab.cli import UsageError, hydra_entry
+from tedlab.config import TrainConfig
+
+_OWN = ("cluster", "sim.rank")
+
+
+def task(own: dict[str, str], config: TrainConfig) -> float:
+    """Simulates one configuration and returns the predicted time of a step."""
+    from tedlab.cluster import cluster_names, load_cluster
+    from tedlab.sim.show import simulate_visibly
+    from tedlab.validate import check_simulated
+
+    if "cluster" not in own:
+        raise UsageError(f"Say what to predict for, with cluster=NAME. Valid: {', '.join(cluster_names())}")
+    cluster = load_cluster(own["cluster"])
+    rank = own.get("sim.rank", "0")
+    if not rank.isdecimal():
+        raise UsageError(f"sim.rank={rank} is not the number of a rank: 0 to the world size less 1")
+    config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
+    check_simulated(config)
+    summary = simulate_visibly(config, own["cluster"], cluster, int(rank))
+    if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
+        sys.exit(
+            "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."
+        )
+    return float(summary["perf/step_time_s"])
+
+
+def own_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Those of this command by name, and the others, which are overrides of a training configuration.
+
+    Raises:
+        UsageError: for a key below ``sim`` that does not exist.
+    """
+    own, others = {}, []
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name in _OWN:
+            own[name] = value
+        elif name.startswith("sim."):
+            raise UsageError(f"{name}: there is no such key. Valid: sim.rank")
+        else:
+            others.append(f"parallel.{argument}" if name == "world_size" else argument)
+    return own, others
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        own, sys.argv[1:] = own_arguments(sys.argv[1:])
+    except UsageError as error:
+        sys.exit(f"{error}")
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+    hydra_entry(functools.partial(task, own))()
+
+
+if __name__ == "__main__":
+    main()

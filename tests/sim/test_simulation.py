@@ -1,0 +1,260 @@
+"""A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+
+from tedlab import TEDStrategy
+from tedlab.callbacks.memory import _held_bytes
+from tedlab.cli import UsageError
+from tedlab.cluster import load_cluster
+from tedlab.comm import predict
+from tedlab.comm.ledger import differences
+from tedlab.comm.volumes import ClosedForm
+from tedlab.compare.__main__ import main as compare
+from tedlab.config import TrainConfig
+from tedlab.flops import forward_flops
+from tedlab.run import language_model, strategy_arguments
+from tedlab.sim import Simulation, simulate
+from tedlab.sim.show import slower_rank
+from tedlab.sim.simulation import HIDDEN, _Batches
+from tedlab.simulate import own_arguments, task
+from tedlab.validate import check_simulated
+from tests.certify.runs import composed
+from tests.pool import WorkerPool
+
+SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.sequence_length=32"]
+SMALL += ["model.vocab_size=512", "moe.num_experts=16", "parallel.tensor=4", "parallel.expert=16"]
+WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_batch_size=2"]  # 5 micro-batches
+
+
+def checked(*overrides: str) -> TrainConfig:
+    config = composed(*overrides)
+    check_simulated(config)
+    return config
+
+
+def simulated(config: TrainConfig, rank: int = 0, cluster: str = "summit") -> Simulation:
+    """In a worker of the pool, out of the group that the pool has made."""
+    dist.destroy_process_group()
+    try:
+        return simulate(config, load_cluster(cluster), rank)
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def in_pool(pool: WorkerPool, *overrides: str, rank: int = 0) -> Simulation:
+    return pool.run(1, simulated, checked(*overrides), rank)[0]
+
+
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        ["optim.overlap=true"],
+        ["model.checkpoint=block", "checkpoint.early_stop=false", "comm=ted"],
+        ["model.checkpoint=block", "comm=ted_fused", "comm.cac=shard", "trainer.precision=16-mixed", "trainer=gpu"],
+        ["model.checkpoint=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
+        ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
+        ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
+    ],
+    ids=lambda toggles: ",".join(toggles),
+)
+def test_the_ledger_of_128_ranks_is_the_closed_form(pool: WorkerPool, toggles: list[str]) -> None:
+    simulation = in_pool(pool, *WORLD, *toggles)
+    assert simulation.differences == {}
+    assert len({entry.phase for entry in simulation.ledger}) >= 3
+    assert all(count.seconds > 0 for count in simulation.ledger.values())
+    overlapped = "optim.overlap=true" in toggles
+    assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
+
+
+@pytest.mark.parametrize("rank", [1, 66, 127])
+def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool, rank: int) -> None:
+    first, other = in_pool(pool, *WORLD), in_pool(pool, *WORLD, rank=rank)
+    assert differences(first.ledger, other.ledger) == {}
+    assert other.flops == first.flops
+    assert other.memory.at_peak() == first.memory.at_peak()
+
+
+def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "moe.capacity_factor=1", "moe.capacity_multiple=1", "model.checkpoint=block"]
+    config = checked(*overrides)
+    flops = in_pool(pool, *overrides).flops
+    tokens = config.data.batch_size * config.model.sequence_length / 32  # of a data rank
+    expected = forward_flops(config.model, config.moe)
+    routers = expected.pop("routers")  # which each tensor rank computes whole
+    assert flops["forward"] == pytest.approx(tokens * (sum(expected.values()) / 4 + routers))
+    assert flops["recompute"] < flops["forward"] < flops["backward"]
+
+
+def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:
+    seconds = {world: pool.run(1, timed, checked(*WORLD, *larger(world)), world - 5)[0] for world in (128, 16384)}
+    assert seconds[16384] < 2 * seconds[128] + 1
+
+
+def larger(world: int) -> list[str]:
+    return [f"parallel.world_size={world}", f"data.batch_size={world}", "data.micro_batch_size=1"]
+
+
+def timed(config: TrainConfig, rank: int) -> float:
+    began = time.perf_counter()
+    assert simulated(config, rank).differences == {}
+    return time.perf_counter() - began
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+MEDIUM = ["model.layers=4", "model.hidden=128", "model.sequence_length=256", "model.vocab_size=1024"]
+MEDIUM += ["parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]
+
+
+class Allocations(Callback):
+    """What the allocator of the second step was asked for, from torch's profiler, on top of what training keeps."""
+
+    def __init__(self) -> None:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.peak = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == trainer.accumulate_grad_batches:
+            held = _held_bytes(trainer.strategy)  # type: ignore[arg-type]
+            self.peak = held["parameters"] + held["optimizer"]
+            self.profile.start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.profile.stop()
+        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        assert most > 0
+        self.peak += most
+
+
+def really_allocated(config: TrainConfig) -> int:
+    """By two optimizer steps of an ordinary run in one process, without anything fake."""
+    allocations = Allocations()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=TEDStrategy(**strategy_arguments(config)),
+        precision=config.trainer["precision"],
+        max_steps=2,
+        gradient_clip_val=config.trainer["gradient_clip_val"],
+        accumulate_grad_batches=config.trainer["accumulate_grad_batches"],
+        callbacks=[allocations],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(language_model(config), _Batches(config))
+    return allocations.peak
+
+
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        [],
+        ["model.checkpoint=block"],
+        ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
+        ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
+    ],
+    ids=["accumulating", "recomputing", "bf16", "optimizer_spike"],
+)
+def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
+    config = checked(*MEDIUM, *toggles)
+    real = pool.run(1, really_allocated, config)[0]
+    predicted = sum(pool.run(1, simulated, config)[0].memory.at_peak().values())
+    assert predicted == pytest.approx(real, rel=0.05)
+
+
+def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "trainer.precision=16-true", "model.checkpoint=block", "comm=ted"]
+    timeline = in_pool(pool, *overrides).memory
+    config, most = checked(*overrides), {category: int(values.max()) for category, values in timeline.held.items()}
+    assert all((values >= 0).all() for values in timeline.held.values())
+    assert sum(timeline.at_peak().values()) == timeline.total.max()
+    assert most["gradients"] >= most["parameters"] > 0
+    form = ClosedForm(config)
+    assert most["stash"] == sum(form.kept_bytes(block, config.comm.cac) for block in range(2)) > 0
+
+
+# ---- what is left behind -------------------------------------------------------------------------------------------
+
+
+def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> None:
+    """The command, in a worker; the closed form forgets the collectives of one tag."""
+    with pytest.MonkeyPatch.context() as patch:
+        expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
+        patch.setattr("tedlab.sim.simulation.predict", lambda _: expected)
+        dist.destroy_process_group()
+        try:
+            task(own, config)
+        finally:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_compare_reads_simulations_and_marks_their_times(
+    pool: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("none", "dtd"):
+        config = checked(*WORLD, f"comm={name}", f"output_dir={tmp_path / name}")
+        pool.run(1, command, {"cluster": "summit", "sim.rank": "9"}, config, None)
+        for picture in ("memory.png", "time.png"):
+            assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
+    compare([str(tmp_path / "none"), str(tmp_path / "dtd"), "--by", "comm.dtd,sim.rank"])
+    text = capsys.readouterr().out
+    assert "† Times of none, dtd were simulated (summit); none was measured." in text
+    assert "step time" in text
+
+
+@pytest.mark.parametrize(("cluster", "rank", "slower"), [("summit", 3, 4), ("summit", 5, None), ("thetagpu", 3, None)])
+def test_ranks_whose_tensor_group_leaves_the_node_are_pointed_at(cluster: str, rank: int, slower: int | None) -> None:
+    assert slower_rank(checked(*WORLD), load_cluster(cluster), rank) == slower
+
+
+def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:
+    config = checked(*WORLD, f"output_dir={tmp_path}")
+    with pytest.raises(AssertionError, match="ledger is not what the closed form says"):
+        pool.run(1, command, {"cluster": "summit"}, config, "attention.reduce")
+
+
+# ---- what the user gets wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "said"),
+    [
+        ({}, [], ["cluster=NAME", "summit"]),
+        ({"cluster": "sumit"}, [], ["no cluster 'sumit'", "summit", "dgx_h100"]),
+        ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank is 128", "0 to 127"]),
+        ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to"]),
+        ({"cluster": "one_h200"}, WORLD, ["no rank 127", "one node of 1"]),
+        ({"cluster": "summit"}, [*WORLD, "parallel.world_size=130"], ["4×16 = 64", "world size 130", "192"]),
+        ({"cluster": "summit"}, [*WORLD, "data.batch_size=17"], ["data.batch_size (17)", "2×32"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_do(own: dict[str, str], overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        task(own, composed(*overrides))
+    assert all(text in str(error.value) for text in said), str(error.value)
+
+
+def test_own_arguments_are_told_from_overrides() -> None:
+    own, others = own_arguments(["model=gpt_tiny", "cluster=summit", "world_size=8", "sim.rank=3", "-m"])
+    assert own == {"cluster": "summit", "sim.rank": "3"}
+    assert others == ["model=gpt_tiny", "parallel.world_size=8", "-m"]
+    with pytest.raises(UsageError, match=r"sim\.rank"):
+        own_arguments(["sim.rnk=3"])
+
+
+def test_without_a_tokenizer_the_vocabulary_is_that_of_gpt2() -> None:
+    assert checked(*WORLD, "model.vocab_size=null").model.vocab_size == 50304
