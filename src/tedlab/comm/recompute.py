@@ -10,9 +10,8 @@ time of a small eager forward pass), and cannot leave out what the kept results 
 compiled neither matters, and it is used.
 """
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
@@ -69,7 +68,7 @@ def checkpoint(
         *args,
         use_reentrant=False,
         early_stop=early_stop,
-        context_fn=lambda: (region.entered(second=False), region.entered(second=True)),
+        context_fn=lambda: (_Pass(region, second=False), _Pass(region, second=True)),
     )
 
 
@@ -164,16 +163,8 @@ class _Region:
     def __del__(self) -> None:
         self.counters.count_kept(-self._bytes)
 
-    @contextlib.contextmanager
-    def entered(self, second: bool) -> Iterator[None]:
-        """Within: this thread is in the region's first or second pass."""
-        before = _now.region, _now.second
-        _now.region, _now.second = self, second
+    def rewind(self) -> None:
         self._next = 0
-        try:
-            yield
-        finally:
-            _now.region, _now.second = before
 
     def keep(self, tag: str, values: Tensor) -> None:
         values = values.detach()
@@ -224,6 +215,22 @@ class _Region:
 def unused(shape: torch.Size, like: Tensor) -> Tensor:
     """Memory that nobody reads."""
     return like.new_empty(shape)
+
+
+class _Pass:
+    """Within, this thread is in the first or second pass of a region. A second pass comes again if a graph is kept."""
+
+    def __init__(self, region: _Region, second: bool) -> None:
+        self.region, self.second = region, second
+        self._outside: tuple[_Region | None, bool] = None, False
+
+    def __enter__(self) -> None:
+        self._outside = _now.region, _now.second
+        _now.region, _now.second = self.region, self.second
+        self.region.rewind()
+
+    def __exit__(self, *exception: object) -> None:
+        _now.region, _now.second = self._outside
 
 
 class _Now(threading.local):
