@@ -111,6 +111,8 @@ class Collectives:
     def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
         """Element-wise reduction over the group. Same shape on every process; ``op`` is ``sum`` or ``max``."""
         if torch.compiler.is_compiling() and self.size(kind) > 1:
+            if op != "sum":
+                raise NotImplementedError(f"all-reduce with op={op} inside torch.compile: only sums are known there")
             return compiled.run(x, "all_reduce", kind, tag, phase, self._number)
         return self.start_all_reduce(x, kind, tag=tag, phase=phase, op=op).wait()
 

@@ -10,6 +10,7 @@ time of a small eager forward pass), and cannot leave out what the kept results 
 compiled neither matters, and it is used.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from tedlab.comm import compiled
 from tedlab.comm.collectives import Collectives, Phase
 
 
@@ -60,7 +61,7 @@ def checkpoint(
     """
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(
-            function, *args, use_reentrant=False, context_fn=compiled.contexts(plan)
+            function, *args, use_reentrant=False, context_fn=_compiled_contexts(plan)
         )
     region = _Region(plan, skip_dead_gemm, counters)
     return torch.utils.checkpoint.checkpoint(
@@ -70,6 +71,23 @@ def checkpoint(
         early_stop=early_stop,
         context_fn=lambda: (_Pass(region, second=False), _Pass(region, second=True)),
     )
+
+
+def _compiled_contexts(plan: Plan) -> Callable[[], Any]:
+    """The ``context_fn`` of a region that is checkpointed and compiled: keeps what the plan keeps, and decisions.
+
+    A plan's slices are not known here, only whole results.
+    """
+    kept = {tag for tag, second in plan.items() if second is Second.WHOLE}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op is torch.ops.tedlab.collective.default and args[3] in kept:
+            return CheckpointPolicy.MUST_SAVE
+        if op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
 
 
 def collective(
