@@ -12,7 +12,7 @@ from tedlab.checkpoint import META
 from tedlab.cli import UsageError
 from tedlab.config import TrainConfig
 from tedlab.train import train
-from tedlab.validate import check
+from tedlab.validate import check, notes
 from tests.test_conf import compose
 
 SCREEN = 25  # lines
@@ -401,3 +401,19 @@ def test_a_given_vocabulary_and_the_right_accumulation_are_kept(corpus: Path) ->
     config = small(corpus, "model.vocab_size=260", "trainer.accumulate_grad_batches=4", "parallel=tp2")
     check(config)
     assert config.model.vocab_size == 260
+
+
+def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
+    config = small(corpus, "comm.dtd=true")
+    check(config)
+    assert notes(config) == ["comm.dtd=true does nothing here: with parallel.tensor=1 there are no duplicates."]
+    assert notes(small(corpus, "parallel=tp2", "comm.dtd=true")) == []
+
+
+def test_auto_becomes_what_it_keeps(corpus: Path) -> None:
+    settings = ["parallel=tp2_ep2", "model.checkpoint=block", "comm.cac=auto"]
+    for budget, kept in ((0, 0), (3000, 1), (10**9, 4)):
+        config = small(corpus, *settings, f"comm.cac_budget_bytes={budget}")
+        check(config)
+        assert len(config.comm.cac) >= kept
+        assert bool(config.comm.cac) == bool(kept)
