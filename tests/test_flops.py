@@ -5,10 +5,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tedlab.capacity import expert_capacity
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.flops import forward_flops, peak_flops, training_flops
 from tedlab.models import GPT
-from tedlab.moe import expert_capacity
 from tedlab.topology import Topology
 
 MODEL = ModelConfig(layers=3, hidden=16, heads=4, ffn=40, sequence_length=12, vocab_size=64)

@@ -69,7 +69,9 @@ class Place:
     def train(self, directory: str, *overrides: str) -> "Run":
         done = self.python("-m", "tedlab.train", *self.small(f"hydra.run.dir={directory}", *overrides))
         assert done.returncode == 0, done.stdout + done.stderr
-        return Run(self.folder / directory, done.stdout, done.stderr)
+        run = Run(self.folder / directory, done.stdout, done.stderr)
+        run.check_ledger()
+        return run
 
     def generate(self, run: str, *arguments: str) -> str:
         done = self.python("-m", "tedlab.generate", f"run={run}", *arguments)
@@ -88,6 +90,13 @@ class Run:
     @property
     def summary(self) -> dict:
         return json.loads((self.directory / "summary.json").read_text())
+
+    def check_ledger(self) -> None:
+        """In every run that a test makes: what was communicated is what the closed form says, in every process."""
+        summary = self.summary
+        assert summary["comm/predicted_difference_bytes"] == summary["comm/predicted_difference_calls"] == 0
+        assert summary["comm/steps"] > 0
+        assert summary["router/recompute_flips"] == 0
 
     def column(self, name: str) -> dict[int, float]:
         """Value by step, counted from 1."""
@@ -175,7 +184,10 @@ def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
         assert 0 < summary[f"memory/{category}_bytes"] < summary["memory/peak_bytes"]
     assert summary["memory/peak_bytes"] == max(summary["memory/peak_bytes_by_rank"]) > 2**20
     assert len(summary["memory/peak_bytes_by_rank"]) == 2
-    assert summary["layout"] == {"world_size": 2, "tensor": 2, "expert": 1, "data": 1, "expert_data": 1}
+    degrees = {"world_size": 2, "tensor": 2, "expert": 1, "sequence": False, "data": 1, "expert_data": 1}
+    assert summary["layout"] == degrees
+    assert summary["comm/steps"] == STEPS
+    assert summary["comm/forward/tensor/all_reduce/calls"] > STEPS
     assert summary["versions"].keys() >= {"python", "torch", "lightning", "tedlab"}
     assert summary["choices"]["parallel"] == "tp2"
     assert summary["steps"] == STEPS
@@ -196,7 +208,8 @@ def test_the_closing_table_and_the_progress(run: Run) -> None:
     for text in ("tokens/s", "TFLOP/s per process", "expert load", "gradients"):
         assert text in run.shown
     assert f"{run.summary['val/loss']:.4f} nats/token" in run.shown
-    assert len(run.shown.splitlines()) < 25, run.shown
+    assert "equal to the closed form, call for call and byte for byte" in run.shown
+    assert len(run.shown.splitlines()) < 40, run.shown
     assert all(f"step {step}/{STEPS}  loss" in run.progress for step in range(1, STEPS + 1))
     for noise in ("Warning", "Traceback", "wandb:"):
         assert noise not in run.shown + run.progress, run.shown + run.progress
@@ -299,3 +312,43 @@ def test_a_run_resumed_in_its_own_directory_adds_to_what_is_there(place: Place, 
     assert list(after) == list(range(1, 9))  # the rows of the steps before the checkpoint stay
     assert_close([after[step] for step in before if step <= CHECKPOINT], [*before.values()][:CHECKPOINT])
     assert not list(checkpoints.glob("last-*")) + list(checkpoints.glob("*.partial")) + list(checkpoints.glob("*.old"))
+
+
+# ---- ablations -------------------------------------------------------------------------------------------------------
+
+
+def test_the_communication_ablation_tells_its_story(place: Place) -> None:
+    """Four runs, one after another: the same losses to the last digit, other bytes; ``compare`` puts them together."""
+    settings = [
+        "experiment=ablation_comm",
+        "hydra.sweep.dir=ablation",
+        "trainer.max_steps=3",
+        "comm.emulate_dilation=1",
+    ]
+    done = place.python("-m", "tedlab.train", "-m", *place.small(*settings))
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [Run(place.folder / "ablation" / str(number)) for number in range(4)]
+    for run in runs:
+        run.check_ledger()
+    none, dtd, cac, ted = (run.summary for run in runs)
+    assert len({summary["train/loss"] for summary in (none, dtd, cac, ted)}) == 1
+    assert len({summary["val/loss"] for summary in (none, dtd, cac, ted)}) == 1
+    exchanged = [s["comm/forward/expert/all_to_all/wire_bytes"] for s in (none, dtd, cac, ted)]
+    assert exchanged == [exchanged[0], exchanged[0] / 2, exchanged[0], exchanged[0] / 2]
+    assert [any("/recompute/" in key for key in s) for s in (none, dtd, cac, ted)] == [True, True, False, False]
+    between = [s["comm/link/between_nodes/wire_bytes"] for s in (none, dtd, cac, ted)]
+    assert between[0] > max(between[1:3])
+    assert min(between[1:3]) > between[3]
+    assert ted["memory/stash_bytes"] > 0 == none["memory/stash_bytes"]
+    report = place.python("-m", "tedlab.compare", "ablation", "--out", "report.html")
+    assert report.returncode == 0, report.stdout + report.stderr
+    assert "identical to the last digit in all runs" in report.stdout
+    assert (place.folder / "report.html").stat().st_size > 10_000
+
+
+def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
+    settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.checkpoint=block", "comm=cac"]
+    place.train("compiled", *settings, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
+    budget = ["comm.cac=auto", "comm.cac_budget_bytes=3000", "parallel.sequence=true", "optim.overlap=true"]
+    run = place.train("sequence", *settings, *budget, "trainer.max_steps=2", "logger=none")
+    assert 0 < run.summary["memory/stash_bytes"] <= 3000

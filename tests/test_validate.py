@@ -181,6 +181,19 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "negative_dilation": (["comm.emulate=summit", "comm.emulate_dilation=-1"], ["dilation is -1", "at least 0"]),
     "negative_ledger_interval": (["comm.ledger.every=-1"], ["comm.ledger.every is -1", "0"]),
     "loss_scale_too_small": (["optim.loss_scale=0.5"], ["optim.loss_scale is 0.5", "at least 1", "null"]),
+    "unknown_compiler": (["model.compile=max"], ["model.compile=max", "none, inductor, aot_eager"]),
+    "shards_of_a_compiled_block": (
+        ["model.compile=inductor", "model.checkpoint=block", "comm.cac=shard"],
+        ["comm.cac=shard", "model.compile=inductor", "true, false or a list"],
+    ),
+    "all_of_a_compiled_block": (
+        ["model.compile=inductor", "model.checkpoint=block", "checkpoint.early_stop=false"],
+        ["checkpoint.early_stop=false", "model.compile=inductor"],
+    ),
+    "compiled_deepspeed_gating": (
+        ["model.compile=inductor", "moe.gating=deepspeed_top1"],
+        ["moe.gating=default", "deepspeed_top1"],
+    ),
     "experts_in_no_block": (["moe.every=3"], ["moe.every (3)", "model.layers (2)", "moe=dense"]),
     # batches
     "batch_not_divisible": (

@@ -1,7 +1,6 @@
 """How many slots an expert offers. Plain arithmetic on the configuration: the router and the closed form share it."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 
@@ -31,8 +30,9 @@ def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | N
     ceil(top_k · tokens / num_experts · factor), rounded up to a multiple; with ``factor=None`` as many as there are
     tokens, rounded up likewise, so that none is ever dropped. The same in every layout.
     """
-    # Exact: in floating point 10 × 1.1 is a little more than 11, and would be rounded up to 12.
-    wanted = tokens if factor is None else math.ceil(top_k * tokens * Fraction(str(factor)) / num_experts)
+    # Exact, for factors of up to nine decimals: in floating point 10 × 1.1 is a little more than 11, which would be
+    # rounded up to 12. In whole numbers, which the compiler can follow.
+    wanted = tokens if factor is None else -(-top_k * tokens * round(factor * 10**9) // (num_experts * 10**9))
     return -(-wanted // multiple) * multiple
 
 

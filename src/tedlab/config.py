@@ -23,6 +23,7 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
     tie_embeddings: bool = True  # the output projection is the token embedding
     init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)
+    compile: str = "none"  # torch.compile of each block: none | inductor | aot_eager (without code generation)
     checkpoint: str = "none"  # activation checkpointing: none | block (recompute each block in the backward pass)
 
 

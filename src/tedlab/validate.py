@@ -184,6 +184,10 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with model.checkpoint=none nothing "
             "is recomputed; use model.checkpoint=block, or comm.cac=false"
         )
+    if model.compile not in ("none", "inductor", "aot_eager"):
+        raise ValueError(f"model.compile={model.compile} is unknown; valid: none, inductor, aot_eager")
+    if model.compile != "none":
+        _check_compiled(config)
     if comm.fuse_reduce_scatter and not comm.dtd:
         raise ValueError(
             "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop, "
@@ -194,6 +198,21 @@ def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     _check_emulation(config, degrees)
     if comm.ledger.every < 0:
         raise ValueError(f"comm.ledger.every is {comm.ledger.every}; it counts steps: 0 (only the end) or more")
+
+
+def _check_compiled(config: TrainConfig) -> None:
+    if config.comm.cac in ("shard", "auto") or ":shard" in str(config.comm.cac):
+        raise ValueError(
+            f"comm.cac={config.comm.cac} keeps shards, which the compiler cannot; with model.compile="
+            f"{config.model.compile} use true, false or a list of collectives"
+        )
+    if not config.checkpoint.early_stop:
+        raise ValueError(
+            f"checkpoint.early_stop=false recomputes what nobody needs, which model.compile={config.model.compile} "
+            "leaves out; use one of the two"
+        )
+    if config.moe.num_experts and config.moe.gating != "default":
+        raise ValueError(f"model.compile={config.model.compile} needs moe.gating=default, not {config.moe.gating}")
 
 
 def _choose_what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -396,18 +415,8 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
         )
     stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
-    shape_free = {
-        "init_std",
-        "checkpoint",
-        "capacity_groups",
-        "capacity_factor",
-        "capacity_multiple",
-        "aux_loss",
-        "z_loss",
-        "top_k",
-        "gating",
-    }
-    shape_free |= {"capacity_groups", *_GATING_OPTIONS}
+    shape_free = {"init_std", "checkpoint", "compile", "aux_loss", "z_loss", "top_k", "gating", *_GATING_OPTIONS}
+    shape_free |= {"capacity_factor", "capacity_multiple", "capacity_groups"}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, fields in ours.items()

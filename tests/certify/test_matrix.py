@@ -70,8 +70,8 @@ TENSOR_ONLY = ("ted", "ted_fused_sharded", "sequence", "sequence_cac")  # toggle
 CELLS = [
     (layout, job)
     for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
-    # Of eight processes, which take longest, the fewest.
-    if (number + place) % (6 if layout[0] == 8 else 2 if job in TENSOR_ONLY else 3) in (0, 1)
+    # Of eight processes, which take longest, the fewest; of those that divide layers, all.
+    if (layout[1] > 1 and layout[0] < 8) or (number + place) % (6 if layout[0] == 8 else 3) in (0, 1)
     if layout[1] > 1 or job not in TENSOR_ONLY
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]

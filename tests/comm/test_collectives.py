@@ -10,7 +10,16 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.capacity import expert_capacity
-from tedlab.comm import Collective, all_to_all, copy_to, reduce_from
+from tedlab.comm import (
+    Collective,
+    all_to_all,
+    copy_to,
+    gather_from,
+    gather_to,
+    reduce_from,
+    scatter_from,
+    slice_to,
+)
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.models import GPT
 from tedlab.nn import vocab_parallel_cross_entropy
@@ -152,39 +161,48 @@ def test_what_a_hook_raises_reaches_the_caller(pool: WorkerPool, when: str) -> N
 # ---- adjoints ----------------------------------------------------------------------------------------------------
 
 PAIRS = [(copy_to, "tensor"), (reduce_from, "tensor"), (all_to_all, "expert")]
+SLICING = {f.__name__: f for f in (slice_to, gather_from, gather_to, scatter_from)}  # along a dimension
 # What each process holds of a vector: its own part of the whole, or the same vector as all others.
-REPLICATED_INPUT = {"copy_to": True, "reduce_from": False, "all_to_all": False}
-REPLICATED_OUTPUT = {"copy_to": False, "reduce_from": True, "all_to_all": False}
+REPLICATED_INPUT = {"copy_to": True, "slice_to": True}
+REPLICATED_OUTPUT = {"reduce_from": True, "gather_from": True}
+
+
+def bound(name: str) -> Any:
+    """A pair as a function of tensor, collectives, kind and tag."""
+    if name in SLICING:
+        return lambda x, comm, kind, tag: SLICING[name](x, comm, kind, tag, 1)
+    return {f.__name__: f for f, _ in PAIRS}[name]
 
 
 def inner_products(name: str, kind: str) -> tuple[float, float, bool]:
     """<f(x), y> and <x, fᵀ(y)> as this process sees them, and whether x and y are as they were."""
     comm = topology(*((4, 1) if kind == "tensor" else (1, 4))).comm
-    pair = {"copy_to": copy_to, "reduce_from": reduce_from, "all_to_all": all_to_all}[name]
 
-    def random(replicated: bool, salt: int) -> Tensor:
+    def random(replicated: bool, salt: int, shape: torch.Size) -> Tensor:
         seed = salt + (0 if replicated else 1 + dist.get_rank())
-        return torch.randn(8, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
-    x = random(REPLICATED_INPUT[name], 100).requires_grad_()
-    y = random(REPLICATED_OUTPUT[name], 200)
+    x = random(name in REPLICATED_INPUT, 100, torch.Size([8, 4, 3])).requires_grad_()
+    out = bound(name)(x, comm, kind, "test")
+    y = random(name in REPLICATED_OUTPUT, 200, out.shape)
     before = x.detach().clone(), y.clone()
-    out = pair(x, comm, kind, "test")
     (transposed,) = torch.autograd.grad(out, x, y)
     unchanged = torch.equal(x, before[0]) and torch.equal(y, before[1])
     return (out * y).sum().item(), (x * transposed).sum().item(), unchanged
 
 
-@pytest.mark.parametrize(("pair", "kind"), [(pair.__name__, kind) for pair, kind in PAIRS])
+@pytest.mark.parametrize(
+    ("pair", "kind"), [*((pair.__name__, kind) for pair, kind in PAIRS), *((name, "tensor") for name in SLICING)]
+)
 def test_backward_is_the_adjoint_of_forward(pool: WorkerPool, pair: str, kind: str) -> None:
     """A product of replicated vectors counts once, one of parts is the sum over processes."""
     lefts, rights, unchanged = zip(*pool.run(4, inner_products, pair, kind), strict=True)
     assert all(unchanged)
-    for products, replicated in ((lefts, REPLICATED_OUTPUT[pair]), (rights, REPLICATED_INPUT[pair])):
+    for products, replicated in ((lefts, pair in REPLICATED_OUTPUT), (rights, pair in REPLICATED_INPUT)):
         if replicated:
             assert max(products) == pytest.approx(min(products), rel=1e-12)
-    left = lefts[0] if REPLICATED_OUTPUT[pair] else sum(lefts)
-    right = rights[0] if REPLICATED_INPUT[pair] else sum(rights)
+    left = lefts[0] if pair in REPLICATED_OUTPUT else sum(lefts)
+    right = rights[0] if pair in REPLICATED_INPUT else sum(rights)
     assert abs(left) > 0.1
     assert left == pytest.approx(right, rel=1e-12)
 

@@ -246,6 +246,36 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
                 assert sent["expert"] == sent_plain["expert"] / layout[1]
 
 
+COMPILED: list[Overrides] = [
+    {"comm.dtd": True, "model.checkpoint": "none"},
+    {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
+    {"parallel.sequence": True},
+    {"comm.cac": ["dispatch.all_to_all"], "accumulated": 2},
+]
+
+
+def compiled_complaints(layout: tuple[int, int, int]) -> list[str]:
+    wrong = []
+    for overrides in COMPILED:
+        torch.compiler.reset()
+        expected, _ = one_step(configuration(layout, overrides), topology_of(configuration(layout, overrides)))
+        config = configuration(layout, {**overrides, "model.compile": "aot_eager"})
+        ledger = Ledger()
+        results, _ = one_step(config, topology_of(config), ledger)
+        if not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)):
+            wrong.append(f"{overrides}: other results")
+        for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
+            wrong.append(f"{overrides}: {entry}: {ours} instead of {theirs}")
+    return wrong
+
+
+@pytest.mark.slow
+def test_compiled_blocks_communicate_and_compute_the_same(pool: WorkerPool) -> None:
+    """Under ``torch.compile`` the ledger hears of every collective, and CAC is selective checkpointing."""
+    for wrong in pool.run(4, compiled_complaints, (4, 2, 2), timeout=250):
+        assert not wrong, "\n".join(wrong)
+
+
 # ---- the ledger itself -------------------------------------------------------------------------------------------
 
 

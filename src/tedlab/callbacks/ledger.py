@@ -83,22 +83,25 @@ class CommunicationLedger(Callback):
 
         ``comm/<phase>/<group>/<op>/{calls, payload_bytes, wire_bytes}``, with timing also ``seconds``;
         ``comm/predicted_difference_bytes`` and ``…_calls``, which must be 0; ``comm/steps`` that were counted; with an
-        emulated network ``comm/link/<link>/{wire_bytes, emulated_seconds}``. Collective, after training.
+        emulated network ``comm/link/<link>/{wire_bytes, emulated_seconds}``; ``router/recompute_flips``: choices of
+        experts that recomputation would have changed, had they not been kept. Collective, after training.
         """
         wrong = self.differences(trainer)
         own = [
             sum(abs(ours.payload_bytes - theirs.payload_bytes) for ours, theirs in wrong.values()),
             sum(abs(ours.calls - theirs.calls) for ours, theirs in wrong.values()),
+            _strategy(trainer).topology.recomputation.flips,
         ]
         everybody: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(everybody, own)
-        size, calls = max(everybody)
+        size, calls, flips = map(max, zip(*everybody, strict=True))
         return {
             **self._metrics(),
             **({} if self.emulation is None else self.emulation.metrics()),
             "comm/steps": self.steps(trainer),
             "comm/predicted_difference_bytes": size,
             "comm/predicted_difference_calls": calls,
+            "router/recompute_flips": flips,
         }
 
     def differences(self, trainer: Trainer) -> Mapping[Entry, tuple[Count, Count]]:

@@ -15,6 +15,8 @@ from torch import distributed as dist
 from torch.distributed import _functional_collectives as funcol
 from torch.utils.hooks import RemovableHandle
 
+from tedlab.comm import compiled
+
 _ops = torch.ops._c10d_functional
 
 GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
@@ -73,6 +75,7 @@ class Collectives:
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup]) -> None:
         self._groups = dict(groups)
+        self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
 
     @property
@@ -107,6 +110,10 @@ class Collectives:
 
     def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
         """Element-wise reduction over the group. Same shape on every process; ``op`` is ``sum`` or ``max``."""
+        if torch.compiler.is_compiling() and self.size(kind) > 1:
+            if op != "sum":
+                raise NotImplementedError(f"all-reduce with op={op} inside torch.compile: only sums are known there")
+            return compiled.run(x, "all_reduce", kind, tag, phase, self._number)
         return self.start_all_reduce(x, kind, tag=tag, phase=phase, op=op).wait()
 
     def start_all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> "Pending":
@@ -119,6 +126,8 @@ class Collectives:
 
         The size of dimension 0 must be a multiple of the group size.
         """
+        if torch.compiler.is_compiling() and self.size(kind) > 1:
+            return compiled.run(x, "all_to_all", kind, tag, phase, self._number)
         group = self.group(kind)
 
         def launch() -> Tensor:
@@ -128,6 +137,8 @@ class Collectives:
 
     def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Sums over the group and leaves process i the i-th of n equal slices along dimension 0."""
+        if torch.compiler.is_compiling() and self.size(kind) > 1:
+            return compiled.run(x, "reduce_scatter", kind, tag, phase, self._number)
         return self.start_reduce_scatter(x, kind, tag=tag, phase=phase).wait()
 
     def start_reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
@@ -143,6 +154,8 @@ class Collectives:
         """Every process's ``x``, stacked along dimension 0 in order of rank: n times its size."""
         if self.size(kind) == 1:
             return x
+        if torch.compiler.is_compiling():
+            return compiled.run(x, "all_gather", kind, tag, phase, self._number)
         group = self.group(kind)
         whole = torch.Size((group.size() * x.shape[0], *x.shape[1:]))
 

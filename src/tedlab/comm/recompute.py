@@ -6,18 +6,20 @@ by tag; :func:`tedlab.comm.sites.plan` makes one. Whatever the plan, the experts
 first pass (:func:`pin`): recomputed arithmetic may differ in the last bit, and a token must not change its expert.
 
 torch's selective checkpointing could keep collectives' results, too, but sees every operation of the region (twice the
-time of a small eager forward pass), and cannot leave out what the kept results make superfluous.
+time of a small eager forward pass), and cannot leave out what the kept results make superfluous. Where the region is
+compiled neither matters, and it is used.
 """
 
-import contextlib
+import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from tedlab.comm.collectives import Collectives, Phase
 
@@ -57,14 +59,35 @@ def checkpoint(
     Raises:
         RuntimeError: if the second pass meets other collectives than the first, or a kept result was changed in place.
     """
+    if torch.compiler.is_compiling():
+        return torch.utils.checkpoint.checkpoint(
+            function, *args, use_reentrant=False, context_fn=_compiled_contexts(plan)
+        )
     region = _Region(plan, skip_dead_gemm, counters)
     return torch.utils.checkpoint.checkpoint(
         function,
         *args,
         use_reentrant=False,
         early_stop=early_stop,
-        context_fn=lambda: (region.entered(second=False), region.entered(second=True)),
+        context_fn=lambda: (_Pass(region, second=False), _Pass(region, second=True)),
     )
+
+
+def _compiled_contexts(plan: Plan) -> Callable[[], Any]:
+    """The ``context_fn`` of a region that is checkpointed and compiled: keeps what the plan keeps, and decisions.
+
+    A plan's slices are not known here, only whole results.
+    """
+    kept = {tag for tag, second in plan.items() if second is Second.WHOLE}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op is torch.ops.tedlab.collective.default and args[3] in kept:
+            return CheckpointPolicy.MUST_SAVE
+        if op in (torch.ops.aten.topk.default, torch.ops.aten.argmax.default):
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return functools.partial(create_selective_checkpoint_contexts, policy)
 
 
 def collective(
@@ -158,16 +181,8 @@ class _Region:
     def __del__(self) -> None:
         self.counters.count_kept(-self._bytes)
 
-    @contextlib.contextmanager
-    def entered(self, second: bool) -> Iterator[None]:
-        """Within: this thread is in the region's first or second pass."""
-        before = _now.region, _now.second
-        _now.region, _now.second = self, second
+    def rewind(self) -> None:
         self._next = 0
-        try:
-            yield
-        finally:
-            _now.region, _now.second = before
 
     def keep(self, tag: str, values: Tensor) -> None:
         values = values.detach()
@@ -218,6 +233,22 @@ class _Region:
 def unused(shape: torch.Size, like: Tensor) -> Tensor:
     """Memory that nobody reads."""
     return like.new_empty(shape)
+
+
+class _Pass:
+    """Within, this thread is in the first or second pass of a region. A second pass comes again if a graph is kept."""
+
+    def __init__(self, region: _Region, second: bool) -> None:
+        self.region, self.second = region, second
+        self._outside: tuple[_Region | None, bool] = None, False
+
+    def __enter__(self) -> None:
+        self._outside = _now.region, _now.second
+        _now.region, _now.second = self.region, self.second
+        self.region.rewind()
+
+    def __exit__(self, *exception: object) -> None:
+        _now.region, _now.second = self._outside
 
 
 class _Now(threading.local):

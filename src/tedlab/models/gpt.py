@@ -19,6 +19,7 @@ from tedlab.nn import (
     SelfAttention,
     VocabParallelEmbedding,
     initialize,
+    localised,
 )
 from tedlab.topology import Topology
 
@@ -29,6 +30,9 @@ class Block(nn.Module):
     def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology, early_stop: bool) -> None:
         super().__init__()
         self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
+        self.compiled = (
+            None if model.compile == "none" else torch.compile(self._recomputed, backend=model.compile, fullgraph=True)
+        )
         init = Init(std=model.init_std)
         out_init = Init(std=model.init_std / math.sqrt(2 * model.layers))  # GPT-2's scaling of residual outputs
         self.norm1 = LayerNorm(model.hidden, topology)
@@ -46,15 +50,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
         """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here."""
+        if self.compiled is not None:
+            with localised(self):
+                return self.compiled(x)
+        return self._recomputed(x)
+
+    def _recomputed(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
         if not (self.recomputed and torch.is_grad_enabled()):
             return self._forward(x)
-        topology = self.topology
         return checkpoint(
             self._forward,
             x,
-            counters=topology.recomputation,
+            counters=self.topology.recomputation,
             plan=self.plan,
-            skip_dead_gemm=topology.options.skip_dead_gemm,
+            skip_dead_gemm=self.topology.options.skip_dead_gemm,
             early_stop=self.early_stop,
         )
 

@@ -6,7 +6,7 @@ from tedlab.nn.feed_forward import FeedForward
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tedlab.nn.loss import vocab_parallel_cross_entropy
 from tedlab.nn.norm import LayerNorm
-from tedlab.nn.sharded import Init, ShardedModule, initialize
+from tedlab.nn.sharded import Init, ShardedModule, initialize, localised
 
 __all__ = [
     "ColumnParallelLinear",
@@ -19,5 +19,6 @@ __all__ = [
     "ShardedModule",
     "VocabParallelEmbedding",
     "initialize",
+    "localised",
     "vocab_parallel_cross_entropy",
 ]

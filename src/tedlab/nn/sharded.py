@@ -6,14 +6,18 @@ survive copies and checkpoints. Computation is on plain local tensors, with coll
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 _BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; part of the definition of initial weights
 
@@ -36,6 +40,7 @@ class ShardedModule(nn.Module):
         super().__init__()
         self.inits: dict[str, Init] = {}
         self.partial: set[str] = set()
+        self._locals: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
 
     def add_parameter(
         self,
@@ -89,10 +94,38 @@ class ShardedModule(nn.Module):
         Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
         mesh's data axis (and its tensor axis, if so declared), which the strategy reduces once per step.
         """
+        if name in self._locals:
+            return self._locals[name]
         parameter = self.get_parameter(name)
         assert isinstance(parameter, DTensor)
         inner = [Partial()] if name in self.partial else parameter.placements[1:]
-        return parameter.to_local(grad_placements=[Partial(), *inner])
+        return _Local.apply(parameter, (Partial(), *inner))
+
+
+class _Local(Function):
+    """``DTensor.to_local``, which takes more than twice as long: small models wait for such things."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor, grad_placements: tuple[Placement, ...]) -> Tensor:
+        ctx.spec = DTensorSpec(parameter.device_mesh, grad_placements, parameter._spec.tensor_meta)
+        return parameter._local_tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return DTensor(grads[0].contiguous(), ctx.spec, requires_grad=False), None
+
+
+@contextmanager
+def localised(root: nn.Module) -> Iterator[None]:
+    """Within, parameters below ``root`` are plain tensors already: the compiler cannot keep a DTensor's mesh."""
+    modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
+    for module in modules:
+        module._locals = {name: module.local(name) for name in module.inits}
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._locals = {}
 
 
 def initialize(root: nn.Module, seed: int) -> None:

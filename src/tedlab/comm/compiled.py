@@ -1,0 +1,41 @@
+"""Collectives inside ``torch.compile``.
+
+The compiler must neither look into a collective nor lose sight of it: here each is one opaque operation, so that hooks
+hear of it when it runs, in the compiled program as in the eager one.
+"""
+
+import itertools
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+_instances: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of Collectives
+_numbers = itertools.count()
+
+
+def register(comm: Any) -> int:
+    """A number for an instance of ``Collectives``: operations take no objects."""
+    number = next(_numbers)
+    _instances[number] = comm
+    return number
+
+
+@torch.library.custom_op("tedlab::collective", mutates_args=())
+def run(x: Tensor, op: str, kind: str, tag: str, phase: str, number: int) -> Tensor:
+    """``Collectives.<op>(x, kind, tag, phase)`` of a registered instance."""
+    if phase == "forward" and torch._C._current_graph_task_id() != -1:
+        phase = "recompute"  # the compiler has put a copy of the forward pass into the backward pass
+    result: Tensor = getattr(_instances[number], op)(x, kind, tag=tag, phase=phase)
+    return result.clone() if result is x else result
+
+
+@run.register_fake
+def _(x: Tensor, op: str, kind: str, tag: str, phase: str, number: int) -> Tensor:
+    size = _instances[number].size(kind)
+    if op == "all_gather":
+        return x.new_empty(x.shape[0] * size, *x.shape[1:])
+    if op == "reduce_scatter":
+        return x.new_empty(x.shape[0] // size, *x.shape[1:])
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
