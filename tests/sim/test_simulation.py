@@ -1,6 +1,8 @@
 """A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from tedlab.flops import forward_flops
 from tedlab.run import language_model, strategy_arguments
 from tedlab.sim import Simulation, simulate
 from tedlab.sim.show import slower_rank
-from tedlab.sim.simulation import HIDDEN, _Batches
+from tedlab.sim.simulation import HIDDEN, Batches
+from tedlab.sim.world import OneOfMany, fake_process_group
 from tedlab.simulate import own_arguments, task
 from tedlab.validate import check_simulated
 from tests.certify.runs import composed
@@ -39,17 +42,23 @@ def checked(*overrides: str) -> TrainConfig:
     return config
 
 
-def simulated(config: TrainConfig, rank: int = 0, cluster: str = "summit") -> Simulation:
-    """In a worker of the pool, out of the group that the pool has made."""
+@contextmanager
+def out_of_the_pools_group() -> Iterator[None]:
+    """In a worker: the process is part of no group meanwhile."""
     dist.destroy_process_group()
     try:
-        return simulate(config, load_cluster(cluster), rank)
+        yield
     finally:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
-def in_pool(pool: WorkerPool, *overrides: str, rank: int = 0) -> Simulation:
-    return pool.run(1, simulated, checked(*overrides), rank)[0]
+def simulated(config: TrainConfig, *ranks: int) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(config, load_cluster("summit"), rank) for rank in ranks]
+
+
+def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
+    return pool.run(1, simulated, checked(*overrides), 0)[0][0]
 
 
 @pytest.mark.parametrize(
@@ -73,12 +82,12 @@ def test_the_ledger_of_128_ranks_is_the_closed_form(pool: WorkerPool, toggles: l
     assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
 
 
-@pytest.mark.parametrize("rank", [1, 66, 127])
-def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool, rank: int) -> None:
-    first, other = in_pool(pool, *WORLD), in_pool(pool, *WORLD, rank=rank)
-    assert differences(first.ledger, other.ledger) == {}
-    assert other.flops == first.flops
-    assert other.memory.at_peak() == first.memory.at_peak()
+def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -> None:
+    first, *others = pool.run(1, simulated, checked(*WORLD), 0, 1, 66, 127)[0]
+    for other in others:
+        assert differences(first.ledger, other.ledger) == {}
+        assert other.flops == first.flops
+        assert other.memory.at_peak() == first.memory.at_peak()
 
 
 def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool) -> None:
@@ -103,7 +112,7 @@ def larger(world: int) -> list[str]:
 
 def timed(config: TrainConfig, rank: int) -> float:
     began = time.perf_counter()
-    assert simulated(config, rank).differences == {}
+    assert simulated(config, rank)[0].differences == {}
     return time.perf_counter() - began
 
 
@@ -111,6 +120,8 @@ def timed(config: TrainConfig, rank: int) -> float:
 
 MEDIUM = ["model.layers=4", "model.hidden=128", "model.sequence_length=256", "model.vocab_size=1024"]
 MEDIUM += ["parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]
+MANY = ["parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "moe.num_experts=16"]
+MANY += ["data.batch_size=256"]
 
 
 class Allocations(Callback):
@@ -137,12 +148,21 @@ class Allocations(Callback):
         self.peak += most
 
 
+def peaks(config: TrainConfig) -> tuple[int, int]:
+    """Really allocated, and simulated."""
+    with out_of_the_pools_group(), fake_process_group(config.parallel.world_size, 0):
+        real = really_allocated(config)
+    return real, sum(simulated(config, 0)[0].memory.at_peak().values())
+
+
 def really_allocated(config: TrainConfig) -> int:
-    """By two optimizer steps of an ordinary run in one process, without anything fake."""
+    """By the first rank in two optimizer steps of TEDStrategy with real tensors; only others' answers are missing."""
     allocations = Allocations()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
+        num_nodes=config.parallel.world_size,
+        plugins=[OneOfMany(config.parallel.world_size, 0)],
         strategy=TEDStrategy(**strategy_arguments(config)),
         precision=config.trainer["precision"],
         max_steps=2,
@@ -155,7 +175,7 @@ def really_allocated(config: TrainConfig) -> int:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(language_model(config), _Batches(config))
+    trainer.fit(language_model(config), Batches(config))
     return allocations.peak
 
 
@@ -163,16 +183,16 @@ def really_allocated(config: TrainConfig) -> int:
     "toggles",
     [
         [],
-        ["model.checkpoint=block"],
         ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
         ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
+        [*MANY, "comm=ted", "model.checkpoint=block"],
+        [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
+        [*MANY, "comm=dtd", "optim.overlap=true"],
     ],
-    ids=["accumulating", "recomputing", "bf16", "optimizer_spike"],
+    ids=["accumulating", "bf16", "optimizer_spike", "ted", "sequence", "overlap"],
 )
 def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
-    config = checked(*MEDIUM, *toggles)
-    real = pool.run(1, really_allocated, config)[0]
-    predicted = sum(pool.run(1, simulated, config)[0].memory.at_peak().values())
+    real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
     assert predicted == pytest.approx(real, rel=0.05)
 
 
@@ -195,11 +215,8 @@ def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> No
     with pytest.MonkeyPatch.context() as patch:
         expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
         patch.setattr("tedlab.sim.simulation.predict", lambda _: expected)
-        dist.destroy_process_group()
-        try:
+        with out_of_the_pools_group():
             task(own, config)
-        finally:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def test_compare_reads_simulations_and_marks_their_times(

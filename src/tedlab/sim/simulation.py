@@ -108,7 +108,7 @@ def simulate(
     with fake_process_group(world, rank):
         strategy = SimulatedStrategy(meter, **_arguments(config))
         observer, module = _Observer(), language_model(config)
-        _trainer(shorter, strategy, rank, observer).fit(module, _Batches(config))
+        _trainer(shorter, strategy, rank, observer).fit(module, Batches(config))
         described = about(config, module)
     return _simulation(config, rank, observer, described)
 
@@ -148,7 +148,7 @@ class _Observer(Callback):
         self.memory = meter.memory.timeline()
 
 
-class _Batches:
+class Batches:
     """Token ids without end, made where they are asked for: among fake tensors fake ones."""
 
     def __init__(self, config: TrainConfig) -> None:
