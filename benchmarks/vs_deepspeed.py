@@ -37,7 +37,7 @@ from benchmarks.recorder import CollectiveRecorder, Volume
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import CommConfig, ModelConfig, MoEConfig
 from tedlab.models import GPT
-from tedlab.nn import ShardedModule, vocab_parallel_cross_entropy
+from tedlab.nn import partial_parameters, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
 from tests.pool import WorkerPool
 
@@ -84,12 +84,11 @@ class Tedlab:
         self.topology = Topology(DEGREES, "cpu", comm)
         self.network = GPT(replace(problem.model, checkpoint=checkpoint), problem.moe, self.topology, seed=0)
         names = {p: name for name, p in self.network.named_parameters()}
-        layers = [module for module in self.network.modules() if isinstance(module, ShardedModule)]
         self.optimizer = ShardedOptimizer(
             AdamW(names, lr=LR, weight_decay=WEIGHT_DECAY),
             self.topology.comm,
             names,
-            partial={layer.get_parameter(name) for layer in layers for name in layer.partial},
+            partial=partial_parameters(self.network),
             zero=True,
             tile=1_800_000,
         )

@@ -38,7 +38,7 @@ from tedlab import checkpoint
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.nn import ShardedModule
+from tedlab.nn import partial_parameters
 from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import Topology
 
@@ -236,18 +236,12 @@ class TEDStrategy(ParallelStrategy):
                 self.precision_plugin.scaler = None
         assert self.model is not None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        partial = {
-            module.get_parameter(name)
-            for module in self.model.modules()
-            if isinstance(module, ShardedModule)
-            for name in module.partial
-        }
         self.sharded_optimizers = [
             ShardedOptimizer(
                 optimizer,
                 self.topology.comm,
                 names,
-                partial=partial,
+                partial=partial_parameters(self.model),
                 zero=self.zero,
                 bucket_elements=self.bucket_elements,
                 tile=self.tile,

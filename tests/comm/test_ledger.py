@@ -20,7 +20,7 @@ from tedlab.comm.volumes import ClosedForm
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
-from tedlab.nn import ShardedModule, vocab_parallel_cross_entropy
+from tedlab.nn import partial_parameters, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
@@ -104,12 +104,11 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
     names = {p: n for n, p in model.named_parameters()}
     plain = [p for p, n in names.items() if "bias" in n or "norm" in n]
     groups = [{"params": [p for p in names if p not in set(plain)]}, {"params": plain, "weight_decay": 0.0}]
-    partial = {m.get_parameter(n) for m in model.modules() if isinstance(m, ShardedModule) for n in m.partial}
     optimizer = ShardedOptimizer(
         torch.optim.SGD(groups, lr=0.1),
         topology.comm,
         names,
-        partial=partial,
+        partial=partial_parameters(model),
         zero=config.optim.zero,
         tile=None,
         bucket_elements=config.optim.bucket_elements,

@@ -6,7 +6,7 @@ from tedlab.nn.feed_forward import FeedForward
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tedlab.nn.loss import vocab_parallel_cross_entropy
 from tedlab.nn.norm import LayerNorm
-from tedlab.nn.sharded import Init, ShardedModule, initialize, localised
+from tedlab.nn.sharded import Init, ShardedModule, initialize, localised, partial_parameters
 
 __all__ = [
     "ColumnParallelLinear",
@@ -20,5 +20,6 @@ __all__ = [
     "VocabParallelEmbedding",
     "initialize",
     "localised",
+    "partial_parameters",
     "vocab_parallel_cross_entropy",
 ]

@@ -115,6 +115,16 @@ class _Local(Function):
         return DTensor(grads[0].contiguous(), ctx.spec, requires_grad=False), None
 
 
+def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
+    """Those below ``root`` whose gradients are to be summed over the tensor group, too."""
+    return {
+        module.get_parameter(name)
+        for module in root.modules()
+        if isinstance(module, ShardedModule)
+        for name in module.partial
+    }
+
+
 @contextmanager
 def localised(root: nn.Module) -> Iterator[None]:
     """Within, parameters below ``root`` are plain tensors already: the compiler cannot keep a DTensor's mesh."""
