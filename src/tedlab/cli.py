@@ -49,6 +49,9 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
             except UsageError as error:
                 sys.exit(f"{error}")
         entry()
+        from tedlab.launch import leave_if_started_outside
+
+        leave_if_started_outside()
 
     return main
 

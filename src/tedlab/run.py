@@ -73,7 +73,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             import wandb
 
             wandb.finish()
-    dist.destroy_process_group()  # its threads would otherwise now and then abort the process as it exits
+    dist.destroy_process_group()
     return summary
 
 
