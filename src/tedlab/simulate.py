@@ -10,6 +10,7 @@ Takes the overrides of ``tedlab.train``, and of its own:
 
 import functools
 import sys
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from tedlab.cli import UsageError, hydra_entry
@@ -63,6 +64,10 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
         raise UsageError(f"sim.values={own['sim.values']}: valid are fake (shapes only, the default) and real")
     if "sim.rank" in own:
         raise UsageError("sim.rank says which rank to simulate, but with sim.values=real all are: leave it out")
+    if version("torch") < "2.13":
+        raise UsageError(
+            f"sim.values=real needs torch 2.13: in {version('torch')} ranks cannot be threads, whose fake tensors crash"
+        )
     certificate = certify_visibly(config, functools.partial(run_in_threads, record), (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)
