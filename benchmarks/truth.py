@@ -4,7 +4,7 @@
     python -m benchmarks.truth processes=2,4    other numbers of them
     python -m benchmarks.truth device=cuda      one GPU; peak memory also of a rank of 128
 
-``out=FILE.json`` and ``rounds=N`` (of three steps of every configuration, in turn) have defaults. Calibration uses none
+``out=FILE.json`` and ``rounds=N`` (of a few steps of every configuration, in turn) have defaults. Calibration uses none
 of these configurations. What could not be measured is in the file with its traceback.
 """
 
@@ -48,7 +48,8 @@ from tedlab.sim.world import OneOfMany, fake_process_group
 from tedlab.validate import check_simulated
 
 _RESULTS = Path(__file__).parent / "results"
-_STEPS = 3  # timed in a round, after one that is not
+_STEPS = {"cpu": 3, "cuda": 6}  # timed in a round, after one that is not
+_ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is short of its time
 _GIB = 2**30
 
 _WIDE = ["model.layers=4", "model.hidden=512", "model.heads=8", "model.ffn=2048", "model.sequence_length=256"]
@@ -163,6 +164,7 @@ class Job:
 
     configs: dict[str, TrainConfig]
     rounds: int
+    steps: int  # of a round, the first of which is not timed
     output_dir: str
 
 
@@ -200,7 +202,7 @@ def measure(job: Job) -> dict[str, Any]:
             if isinstance(results[name], str):
                 continue
             try:
-                _round(config, results[name])
+                _round(config, job.steps, results[name])
             except Exception:
                 if dist.is_initialized() and dist.get_world_size() > 1:
                     raise  # the others wait
@@ -210,15 +212,15 @@ def measure(job: Job) -> dict[str, Any]:
     return results
 
 
-def _round(config: TrainConfig, result: Measured) -> None:
+def _round(config: TrainConfig, steps: int, result: Measured) -> None:
     clock, ledger = Clock(), CommunicationLedger(predict(config), 0, True)
-    trainer = _trainer(config, [clock, ledger], _STEPS + 1)
+    trainer = _trainer(config, [clock, ledger], steps)
     _clear("cuda" if config.trainer["accelerator"] == "gpu" else "cpu")
     trainer.fit(language_model(config), RandomBatches(config))
     result.seconds += [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
     totals: Totals = ledger.ledger.totals
-    result.collectives.append(sum(count.seconds for count in totals.values()) / (_STEPS + 1))
-    result.sent = sum(count.wire_bytes for count in totals.values()) / (_STEPS + 1)
+    result.collectives.append(sum(count.seconds for count in totals.values()) / steps)
+    result.sent = sum(count.wire_bytes for count in totals.values()) / steps
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
@@ -385,7 +387,7 @@ def step_times(report: Report, overrides: dict[str, list[str]], processes: int, 
             yaml=path.read_text().splitlines(),
         )
         configs = {name: composed(given) for name, given in overrides.items()}
-        measured = started(measure, Job(configs, rounds, folder), processes)
+        measured = started(measure, Job(configs, rounds, _STEPS[device] + 1, folder), processes)
         for name, config in configs.items():
             report.attempt(
                 lambda name=name, config=config: _compared(config, measured[name], cluster),  # type: ignore[misc]
@@ -435,22 +437,28 @@ def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None
 
 def main() -> None:
     """The command."""
-    known = {"device": "cpu", "processes": "2,4,8", "rounds": "2", "out": ""}
+    known = {"device": "cpu", "processes": "2,4,8", "rounds": "", "out": ""}
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if name not in known or not equals:
             sys.exit(f"{argument}: there is no such argument. Valid: {', '.join(f'{n}=…' for n in known)}\n\n{__doc__}")
         known[name] = value
     device = known["device"]
+    if device not in _STEPS:
+        sys.exit(f"device={device} is unknown; valid: {', '.join(_STEPS)}")
+    wanted = [int(number) for number in known["processes"].split(",") if number.isdecimal()]
+    if not wanted or not CPU.keys() >= set(wanted):
+        sys.exit(f"processes={known['processes']}: there are configurations for {', '.join(map(str, CPU))}")
+    rounds = int(known["rounds"] or _ROUNDS[device])
     report = Report(Path(known["out"] or _RESULTS / f"truth_{device}.json"), device)
     try:
         if device == "cpu":
-            for processes in map(int, known["processes"].split(",")):
-                step_times(report, CPU[processes], processes, device, int(known["rounds"]))
+            for processes in wanted:
+                step_times(report, CPU[processes], processes, device, rounds)
             memory(report, CPU_MEMORY, device)
         else:
             try:
-                step_times(report, CUDA, 1, device, int(known["rounds"]))
+                step_times(report, CUDA, 1, device, rounds)
             except Exception:  # peak memory needs none of it
                 report.add(kind="step time", name="all", error=traceback.format_exc())
             memory(report, CUDA_MEMORY, device)
