@@ -1,7 +1,7 @@
 """Predicted against measured: step time and communication after calibration, and peak memory.
 
     python -m benchmarks.truth                  CPU processes over gloo: 2, 4 and 8 of them
-    python -m benchmarks.truth processes=2,4    other numbers of them
+    python -m benchmarks.truth processes=1,2    other numbers of them
     python -m benchmarks.truth device=cuda      one GPU; peak memory also of a rank of 128
 
 ``out=FILE.json`` and ``rounds=N`` (of a few steps of every configuration, in turn) have defaults. Calibration uses none
@@ -55,12 +55,18 @@ _GIB = 2**30
 _WIDE = ["model.layers=4", "model.hidden=512", "model.heads=8", "model.ffn=2048", "model.sequence_length=256"]
 _WIDE += ["model.vocab_size=2048", "moe.num_experts=8", "data.batch_size=8", "data.micro_batch_size=1"]
 _NARROW = [*_WIDE, "model.hidden=384", "model.heads=6", "model.ffn=1536"]
+_DENSE = ["moe.num_experts=0"]
 _WIDER = [*_WIDE, "model.layers=2", "model.hidden=768", "model.heads=12", "model.ffn=3072"]
 CPU: dict[int, dict[str, list[str]]] = {
+    1: {
+        "one process": [*_WIDE, "parallel=single", "data.batch_size=4", "data.micro_batch_size=4"],
+        "… recomputing": [*_WIDE, "parallel=single", "data.batch_size=4", "model.checkpoint=block"],
+        "… narrower, 4 micro-batches": [*_NARROW, "parallel=single", "data.batch_size=4"],
+    },
     2: {
         "tensor 2": [*_WIDE, "parallel=tp2", "data.micro_batch_size=4"],
         "expert 2, recomputing": [*_WIDE, "parallel=ep2", "model.checkpoint=block", "data.micro_batch_size=4"],
-        "data 2, dense, wider": [*_WIDER, "parallel=dp2", "moe=dense", "data.micro_batch_size=4"],
+        "data 2, dense, wider": [*_WIDER, "parallel=dp2", *_DENSE, "data.micro_batch_size=4"],
         "sequence 2, narrower": [*_NARROW, "parallel=tp2", "parallel.sequence=true", "data.micro_batch_size=4"],
     },
     4: {

@@ -55,6 +55,7 @@ class Kernels:
     gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
     attention_latency: float = 0.0  # seconds of a fused attention, its size apart
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
+    fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
 
 
 @dataclass

@@ -13,7 +13,7 @@ from tedlab.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig, load_cluster
 from tedlab.cost import collective_seconds
-from tedlab.sim.roofline import Work, seconds
+from tedlab.sim.roofline import Work, seconds, work_of
 from tests.pool import WorkerPool
 
 FLOPS = [1e6, 1e7, 1e8, 1e9]
@@ -56,6 +56,7 @@ MEASURED = Measured(
     movement=series(MOVEMENT, BYTES),
     arithmetic=series(ARITHMETIC, BYTES),
     dispatch=1e-5,
+    fresh=2e9,
     collectives={
         ("all_reduce", Group(4, 1)): series(REDUCE, BYTES),
         ("all_to_all", Group(4, 1)): series(EXCHANGE, BYTES),
@@ -78,12 +79,29 @@ def test_the_file_predicts_what_was_measured(cluster: ClusterConfig) -> None:
             assert seconds(Work(amount, 8, torch.float32, kind), cluster) == pytest.approx(line.seconds(amount), 1e-3)
     for kind, line in (("movement", MOVEMENT), ("arithmetic", ARITHMETIC)):
         assert seconds(Work(0, 1e6, torch.float32, kind), cluster) == pytest.approx(line.seconds(1e6), 1e-3)
+    mapped = Work(0, 1e6, torch.float32, "movement", fresh=2e9)
+    assert seconds(mapped, cluster) == pytest.approx(1 + MOVEMENT.seconds(1e6), 1e-3)
     for op, members, wire, line in (
         ("all_reduce", range(4), 1.5, REDUCE),
         ("all_to_all", range(4), 0.75, EXCHANGE),
         ("all_reduce", range(0, 8, 4), 1, OUTSIDE),
     ):
         assert collective_seconds(op, 1e6, members, cluster) == pytest.approx(line.seconds(wire * 1e6), 1e-3)
+
+
+def test_large_results_and_wide_norms_are_fresh_memory() -> None:
+    aten, x = torch.ops.aten, torch.empty(2**23 + 1)  # just above 32 MiB
+    for func, args, kwargs, fresh in (
+        (aten.exp.default, (x,), {}, 4 * len(x)),
+        (aten.exp_.default, (x,), {}, 0),
+        (aten.exp.default, (x[1:],), {}, 4 * (len(x) - 1)),
+        (aten.exp.default, (x[2:],), {}, 0),
+        (aten.linalg_vector_norm.default, (x,), {"dtype": torch.float64}, 8 * len(x)),
+        (aten.linalg_vector_norm.default, (x,), {}, 0),
+    ):
+        work = work_of(func, args, kwargs, func(*args, **kwargs))
+        assert work is not None
+        assert work.fresh == fresh
 
 
 def test_groups_that_were_not_measured_go_by_the_links(cluster: ClusterConfig) -> None:

@@ -29,6 +29,7 @@ from tedlab.topology import Topology
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MIB = 2**20
 _BLOCKS = 5  # of calls, of which the quickest counts: others may use the machine, too
+_FRESH = 64 * _MIB
 _HEADS = {"cpu": 64, "cuda": 128}  # width of one
 
 
@@ -123,6 +124,7 @@ class Measured:
         movement: kernels that add and copy.
         arithmetic: kernels that compute for each element.
         dispatch: seconds of one operation that has next to nothing to do.
+        fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
         collectives: by operation and kind of group.
     """
 
@@ -131,6 +133,7 @@ class Measured:
     movement: Series
     arithmetic: Series
     dispatch: float
+    fresh: float | None
     collectives: dict[tuple[Operation, Group], Series]
 
 
@@ -154,7 +157,7 @@ class Bench:
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
         messages = groups * len(get_args(Operation)) * len(sizes.messages)
-        return products + len(sizes.attention) + 2 * len(sizes.streams) + 1 + messages
+        return products + len(sizes.attention) + 2 * len(sizes.streams) + 1 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
         """All of it."""
@@ -168,6 +171,7 @@ class Bench:
                 "GELU, softmax and layer norm in turn",
             ),
             self._dispatch(),
+            self._fresh() if self.device.type == "cpu" else None,
             {
                 (op, kind): self._collective(op, kind, group)
                 for kind, group in self._groups()
@@ -250,6 +254,10 @@ class Bench:
             both_passes()
         return self._time("dispatch", both_passes) / operations.number
 
+    def _fresh(self) -> float:
+        """More than the C library keeps: the system maps, and clears, every page again."""
+        return _FRESH / self._time("fresh memory", lambda: torch.zeros(_FRESH // 4))
+
     def _kinds(self) -> Iterator[tuple[Group, int, bool]]:
         """Kinds of group, with their size and whether their ranks are neighbours."""
         seen = set()
@@ -281,7 +289,7 @@ class Bench:
         how = f"{len(amounts)} sizes, bytes sent by a rank; all groups at the same time"
         return Series(op, "B", how, amounts, seconds)
 
-    def _time(self, what: str, function: Callable[[], None]) -> float:
+    def _time(self, what: str, function: Callable[[], Any]) -> float:
         """Seconds of one call, mean over processes, in the quickest block."""
         self.progress(what)
         function()
@@ -289,7 +297,7 @@ class Bench:
         calls = max(1, math.ceil(self.sizes.block / once))
         return min(self._block(function, calls) for _ in range(_BLOCKS))
 
-    def _block(self, function: Callable[[], None], calls: int) -> float:
+    def _block(self, function: Callable[[], Any], calls: int) -> float:
         self._mean(0.0)  # all begin together
         began = time.perf_counter()
         for _ in range(calls):

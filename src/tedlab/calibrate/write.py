@@ -78,6 +78,8 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         f"  attention_latency: {attention.latency:.4g}  # of the line through attention",
         f"  arithmetic_bandwidth: {arithmetic.rate:.4g}  # {_how(measured.arithmetic, arithmetic)}",
     ]
+    if measured.fresh is not None:
+        lines.append(f"  fresh_bandwidth: {measured.fresh:.4g}  # zeros of 64 MiB, mapped anew each time")
     if fits:
         lines.append("collectives:  # latency in seconds, bandwidth in bytes/s that a rank sends")
     for (op, kind), line in fits.items():
@@ -132,6 +134,8 @@ def fit_table(measured: Measured, title: str) -> Table:
         line = fit(series)
         rate = f"{line.rate / 1e9:,.2f} G{'FLOP' if series.unit == 'FLOP' else 'B'}/s"
         table.add_row(name, f"{line.latency * 1e6:,.1f}", rate, f"{largest_error(series, line):.0%}")
+    if measured.fresh is not None:
+        table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
     table.add_row("an operation", f"{measured.dispatch * 1e6:,.1f}", "", "")
     return table
 

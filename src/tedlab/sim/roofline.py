@@ -57,6 +57,7 @@ _ARITHMETIC = {  # what computes so much for each element that memory need not b
     aten.exp,
     aten.exp_,
 }
+_MAPPED = 32 * 2**20  # from this size on glibc asks the system for pages, and gives them back, every time
 _PEAKS = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -73,12 +74,14 @@ class Work(NamedTuple):
         bytes: read and written, each operand once.
         dtype: that it computes in.
         kind: of kernel.
+        fresh: bytes of results, and of a norm's copy in a wider dtype, too large for a CPU's allocator to keep.
     """
 
     flops: float
     bytes: float
     dtype: torch.dtype
     kind: Literal["gemm", "attention", "arithmetic", "movement"]
+    fresh: float = 0.0
 
 
 def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
@@ -103,7 +106,11 @@ def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], ou
         kind = "attention"
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
-    return Work(flops, moved, first.dtype, kind)
+    known = {operand.untyped_storage()._cdata for operand in operands}
+    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    if packet is aten.linalg_vector_norm and results[0].dtype != first.dtype:
+        sizes.append(first.numel() * results[0].itemsize)
+    return Work(flops, moved, first.dtype, kind, sum(size for size in sizes if size >= _MAPPED))
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
@@ -118,7 +125,8 @@ def seconds(work: Work, cluster: ClusterConfig) -> float:
     bandwidth = cluster.memory_bandwidth * efficiency.memory
     if work.kind == "arithmetic":
         bandwidth = kernels.arithmetic_bandwidth or bandwidth
-    return max(latency + work.flops / (peak * share), work.bytes / bandwidth)
+    mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
+    return mapping + max(latency + work.flops / (peak * share), work.bytes / bandwidth)
 
 
 def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
