@@ -5,8 +5,9 @@ for a collective is in ``cost.py``.
 """
 
 import difflib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,6 +43,30 @@ class Efficiency:
     in_node: float = MISSING  # of the link between the GPUs of a node
     between_nodes: float = MISSING  # of the node's network, in a ring
     all_to_all: float = MISSING  # of the node's network, in an all-to-all
+    attention: float | None = None  # of the peak FLOP/s, in fused attention; None: as gemm
+
+
+@dataclass
+class Kernels:
+    """What keeps operations from the roofline. By default nothing does; ``tedlab.calibrate`` measures it."""
+
+    dispatch: float = 0.0  # seconds that the host is busy with one operation
+    asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
+    gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
+    attention_latency: float = 0.0  # seconds of a fused attention, its size apart
+    arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
+    fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
+
+
+@dataclass
+class MeasuredCollective:
+    """A collective in groups of one kind, all of them at the same time: latency + wire bytes / bandwidth."""
+
+    op: str = MISSING  # all_reduce, all_gather, reduce_scatter or all_to_all
+    size: int = MISSING  # ranks of the group
+    nodes: int = MISSING  # that the group is on
+    latency: float = MISSING  # seconds of the whole collective, its size apart
+    bandwidth: float = MISSING  # bytes/s that a rank sends
 
 
 @dataclass
@@ -59,10 +84,12 @@ class ClusterConfig:
     in_node: Link | None = MISSING  # bandwidth of one GPU towards the others of its node; None: it is alone
     between_nodes: Link | None = MISSING  # bandwidth of a whole node, shared by its GPUs; None: there is one node
     efficiency: Efficiency = MISSING
+    kernels: Kernels = field(default_factory=Kernels)
+    collectives: list[MeasuredCollective] = field(default_factory=list)  # in place of the formulas, where they fit
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
-            if value <= 0:
+            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives."))):
                 raise ValueError(f"{name} is {value:g}; it must be positive")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
@@ -119,12 +146,14 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
         raise UsageError(f"{path}: {error}") from None
 
 
-def _numbers(tree: dict[str, float | dict | None], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested dictionaries by dotted name."""
+def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dictionaries and lists by dotted name."""
     flat: dict[str, float] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             flat |= _numbers(value, f"{prefix}{name}.")
-        elif value is not None:
+        elif isinstance(value, list):
+            flat |= _numbers({str(i): entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
             flat[prefix + name] = value
     return flat

@@ -27,6 +27,9 @@ node and P·(n−k)/n out of it. Both parts overlap, all messages leave together
     seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
 
 A part without bytes to send costs nothing; a group of one costs nothing.
+
+**Measured collectives** (``cluster.collectives``, from ``tedlab.calibrate``) replace all this for groups of the same
+operation, n and m: seconds = latency + V / bandwidth, with V the bytes that a rank sends (P·(n−1)/n in an all-to-all).
 """
 
 from collections import Counter
@@ -63,6 +66,10 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
             f"there is no rank {members[-1]} on this cluster: it is one node of {cluster.gpus_per_node} "
             "(between_nodes is null). Use fewer ranks, or a cluster of several nodes"
         )
+    passed = _wire_bytes(op, payload_bytes, place.size)
+    for measured in cluster.collectives:
+        if (measured.op, measured.size, measured.nodes) == (op, place.size, place.nodes):
+            return measured.latency + passed / measured.bandwidth
     inside = cluster.in_node if place.most_together > 1 else None
     outside = cluster.between_nodes if place.nodes > 1 else None
     efficiency = cluster.efficiency
@@ -76,7 +83,6 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
             parts.append(outside.latency + sent / (outside.bandwidth * efficiency.all_to_all))
         return max(parts)
     rounds = 2 if op == "all_reduce" else 1
-    passed = _wire_bytes(op, payload_bytes, place.size)
     latency, slowest = 0.0, 0.0
     if inside:
         latency += rounds * (place.size - place.nodes) * inside.latency

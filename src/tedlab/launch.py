@@ -19,18 +19,26 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.errors import CompactHydraException
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tedlab.config import TrainConfig
-
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-Run = Callable[[TrainConfig], dict[str, Any]]
+
+
+class Job(Protocol):
+    """What a run is told."""
+
+    @property
+    def output_dir(self) -> str:
+        """Where its files go."""
+
+
+Run = Callable[[Any], dict[str, Any]]
 
 
 class WorkerFailed(CompactHydraException):
@@ -55,7 +63,7 @@ def leave_if_started_outside() -> None:
         os._exit(0)
 
 
-def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
+def launch(run: Run, config: Job, processes: int) -> dict[str, Any]:
     """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
 
     Args:
@@ -107,7 +115,7 @@ def launch(run: Run, config: TrainConfig, processes: int) -> dict[str, Any]:
             signal.signal(number, handler)
 
 
-def _worker(run: Run, config: TrainConfig, threads: int, launcher: int, failures: str) -> dict[str, Any]:
+def _worker(run: Run, config: Job, threads: int, launcher: int, failures: str) -> dict[str, Any]:
     threading.Thread(target=_end_with, args=(launcher, Path(failures)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
@@ -133,7 +141,7 @@ def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
     return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
 
 
-def _where_to_resume(config: TrainConfig) -> str:
+def _where_to_resume(config: Job) -> str:
     last = Path(config.output_dir, "checkpoints", "last.ckpt")
     return f" To go on from the last checkpoint: ckpt_path={last}" if last.exists() else ""
 

@@ -72,6 +72,7 @@ class Meter(TorchDispatchMode):
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
         self._in_forward = False
+        self._host = 0.0  # predicted seconds until the host has issued what it issued so far
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -96,6 +97,7 @@ class Meter(TorchDispatchMode):
         if func is _WAIT:
             return args[0]
         if func is _READ:
+            self._host = max(self._host, self.memory.now)
             return 1.0 if args[0].is_floating_point() else 1
         # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
         out = args[0] if func is _DRAW else func(*args, **kwargs)
@@ -110,13 +112,21 @@ class Meter(TorchDispatchMode):
         phase = self.phase
         work = work_of(func, args, kwargs, out)
         if work is not None:
-            taken = seconds(work, self.cluster)
+            taken = self._advance(seconds(work, self.cluster), self.cluster.kernels.dispatch)
             counts.flops[phase] += work.flops
             counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
-            self.memory.now += taken
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+
+    def _advance(self, device: float, host: float) -> float:
+        """Issues something that keeps device and host busy for so long; returns the time until the device is done."""
+        self._host += host
+        taken = max(0.0, self._host - self.memory.now) + device  # it may have to wait for the host
+        self.memory.now += taken
+        if not self.cluster.kernels.asynchronous:
+            self._host = self.memory.now
+        return taken
 
     def label_gradient(self, gradient: Tensor | None) -> None:
         """Says that this tensor, if there is one, is a gradient to be kept."""
@@ -130,11 +140,10 @@ class Meter(TorchDispatchMode):
             return
         counts, members = self.counts, self.members[call.kind]
         counts.ledger(call, event)
-        taken = collective_seconds(call.op, call.payload_bytes, members, self.cluster)
+        taken = self._advance(collective_seconds(call.op, call.payload_bytes, members, self.cluster), 0.0)
         link = link_of(members, self.cluster.gpus_per_node)
         counts.seconds[call.phase, f"{call.op}, {link}"] += taken
         counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken
-        self.memory.now += taken
         sent = wire_bytes_by_link(call.op, call.payload_bytes, members, self.cluster.gpus_per_node)
         for name, size in sent.items():
             counts.wire[name] += size

@@ -1,7 +1,11 @@
-"""What one operation costs on a GPU: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009)."""
+"""What one operation costs: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009).
+
+A cluster's ``kernels`` say how far from this a machine is: a latency of matrix products and attention, a bandwidth of
+kernels that compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F + L·R), half the peak at L·R.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +39,25 @@ _LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # of th
 _SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # likewise, read and written
 _ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTIONS = {
+    _ATTENTION,
+    _ATTENTION_BACKWARD,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_backward,
+}
+_ARITHMETIC = {  # what computes so much for each element that memory need not be the limit
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.gelu,
+    aten.gelu_backward,
+    aten._softmax,
+    aten._softmax_backward_data,
+    aten._log_softmax,
+    aten._log_softmax_backward_data,
+    aten.exp,
+    aten.exp_,
+}
+_MAPPED = 32 * 2**20  # from this size on glibc asks the system for pages, and gives them back, every time
 _PEAKS = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -50,11 +73,15 @@ class Work(NamedTuple):
         flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
         bytes: read and written, each operand once.
         dtype: that it computes in.
+        kind: of kernel.
+        fresh: bytes of results, and of a norm's copy in a wider dtype, too large for a CPU's allocator to keep.
     """
 
     flops: float
     bytes: float
     dtype: torch.dtype
+    kind: Literal["gemm", "attention", "arithmetic", "movement"]
+    fresh: float = 0.0
 
 
 def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
@@ -73,16 +100,33 @@ def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], ou
     else:
         moved = written + sum(map(_bytes, operands[1:] if packet in _NOT_READ else operands))
     first = operands[0] if operands else results[0]
-    return Work(_flops(func, args, kwargs, out), moved, first.dtype)
+    flops = _flops(func, args, kwargs, out)
+    kind: Literal["gemm", "attention", "arithmetic", "movement"] = "gemm" if flops else "movement"
+    if packet in _ATTENTIONS:
+        kind = "attention"
+    elif packet in _ARITHMETIC:
+        kind = "arithmetic"
+    known = {operand.untyped_storage()._cdata for operand in operands}
+    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    if packet is aten.linalg_vector_norm and results[0].dtype != first.dtype:
+        sizes.append(first.numel() * results[0].itemsize)
+    return Work(flops, moved, first.dtype, kind, sum(size for size in sizes if size >= _MAPPED))
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
     """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency."""
+    kernels, efficiency = cluster.kernels, cluster.efficiency
     peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
-    return max(
-        work.flops / (peak * cluster.efficiency.gemm),
-        work.bytes / (cluster.memory_bandwidth * cluster.efficiency.memory),
-    )
+    latency, share = 0.0, efficiency.gemm
+    if work.kind == "gemm":
+        latency = kernels.gemm_latency
+    elif work.kind == "attention":
+        latency, share = kernels.attention_latency, efficiency.attention or efficiency.gemm
+    bandwidth = cluster.memory_bandwidth * efficiency.memory
+    if work.kind == "arithmetic":
+        bandwidth = kernels.arithmetic_bandwidth or bandwidth
+    mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
+    return mapping + max(latency + work.flops / (peak * share), work.bytes / bandwidth)
 
 
 def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
