@@ -4,11 +4,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import token_path
 from tedlab.moe.experts import Experts, RowExperts, SlotExperts
-from tedlab.moe.ragged import ragged_path
+from tedlab.moe.ragged import RaggedPath, ragged_path
 from tedlab.moe.router import Router, RouterReport
 from tedlab.nn import Init
 from tedlab.topology import Topology
@@ -42,6 +43,11 @@ class MoELayer(nn.Module):
         else:
             self.path, slots = token_path(config.num_experts, topology)
             self.experts = SlotExperts(slots, *sizes, init=init, out_init=out_init)
+
+    @property
+    def moved(self) -> Rows | None:
+        """Rows that a dropless layer has moved in training so far; None for one with capacity."""
+        return self.path.moved if isinstance(self.path, RaggedPath) else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
         """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank."""
