@@ -5,6 +5,9 @@ Takes the overrides of ``tedlab.train``, and of its own:
     cluster=NAME     what to predict times for: a file in conf/cluster, or the path of one (.yaml)
     world_size=N     GPUs in all; short for parallel.world_size=N
     sim.rank=R       which of them to simulate (0)
+    sim.routing=R    with moe.dispatch=dropless, how often experts are chosen: balanced (default), zipf, trace
+    sim.zipf=S       its exponent: the r-th expert is chosen in proportion to r^-S
+    sim.trace=FILE   router_trace.npz of a run
 """
 
 import functools
@@ -13,12 +16,13 @@ import sys
 from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
-_OWN = ("cluster", "sim.rank")
+_OWN = ("cluster", "sim.rank", "sim.routing", "sim.zipf", "sim.trace")
 
 
 def task(own: dict[str, str], config: TrainConfig) -> float:
     """Simulates one configuration and returns the predicted time of a step."""
     from tedlab.cluster import cluster_names, load_cluster
+    from tedlab.sim.routing import routing_of
     from tedlab.sim.show import simulate_visibly
     from tedlab.validate import check_simulated
 
@@ -30,7 +34,8 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
         raise UsageError(f"sim.rank={rank} is not the number of a rank: 0 to the world size less 1")
     config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
     check_simulated(config)
-    summary = simulate_visibly(config, own["cluster"], cluster, int(rank))
+    routing = routing_of(config, own.get("sim.routing", "balanced"), own.get("sim.zipf"), own.get("sim.trace"))
+    summary = simulate_visibly(config, own["cluster"], cluster, int(rank), routing)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
         sys.exit(
             "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."
@@ -50,7 +55,7 @@ def own_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if name in _OWN:
             own[name] = value
         elif name.startswith("sim."):
-            raise UsageError(f"{name}: there is no such key. Valid: sim.rank")
+            raise UsageError(f"{name}: there is no such key. Valid: {', '.join(_OWN[1:])}")
         else:
             others.append(f"parallel.{argument}" if name == "world_size" else argument)
     return own, others

@@ -20,12 +20,15 @@ from tedlab.degrees import parallel_degrees
 from tedlab.flops import training_flops
 from tedlab.report import resolved_yaml
 from tedlab.sim.pictures import causes, memory_picture, time_picture
+from tedlab.sim.routing import Routing
 from tedlab.sim.simulation import HIDDEN, Simulation, simulate
 
 _GIB = 2**30
 
 
-def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterConfig, rank: int) -> dict[str, Any]:
+def simulate_visibly(
+    config: TrainConfig, cluster_name: str, cluster: ClusterConfig, rank: int, routing: Routing | None = None
+) -> dict[str, Any]:
     """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
 
     Returns:
@@ -35,7 +38,7 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=1.0)
-        simulation = simulate(config, cluster, rank, lambda share: bar.update(task, completed=share))
+        simulation = simulate(config, cluster, rank, lambda share: bar.update(task, completed=share), routing)
         bar.update(task, completed=1.0)
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
@@ -53,6 +56,8 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
             f"Note: this rank's tensor group has one node, that of rank {slower} has two. A job waits for its slowest "
             f"rank: see sim.rank={slower}."
         )
+    if routing is not None and routing.busiest_rank() // config.parallel.tensor != rank // config.parallel.tensor:
+        console.print(_busiest(routing, rank))
     title = f"communication of rank {rank}, per step"
     for table in (
         traffic_table(title, simulation.ledger, 1, True, simulation.differences),
@@ -62,6 +67,15 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     ):
         console.print(table)
     return summary
+
+
+def _busiest(routing: Routing, rank: int) -> str:
+    busiest = routing.busiest_rank()
+    here, most = (sum(rows.computed for rows in routing.rows(r).values()) for r in (rank, busiest))
+    return (
+        f"Note: with this routing the experts of rank {rank} compute {here:,} rows of a micro-batch, over all layers, "
+        f"those of rank {busiest} the most: {most:,}. A job waits for its slowest rank: see sim.rank={busiest}."
+    )
 
 
 def slower_rank(config: TrainConfig, cluster: ClusterConfig, rank: int) -> int | None:
