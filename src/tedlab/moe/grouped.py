@@ -97,7 +97,7 @@ def _transposed_times(x: Tensor, grad: Tensor, ends: Tensor, sizes: tuple[int, .
 
 def _one_kernel(x: Tensor, y: Tensor) -> bool:
     # Of fake tensors torch has neither shapes for all dtypes nor a count of the product's FLOPs.
-    return native(x.dtype, x.shape[-1], *y.shape[-2:]) and not isinstance(x, FakeTensor)
+    return native(x.dtype, x.shape[-1], y.shape[-1]) and not isinstance(x, FakeTensor)
 
 
 class _BiasRows(Function):
