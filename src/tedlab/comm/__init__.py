@@ -4,7 +4,6 @@ from tedlab.comm.collectives import (
     TRAINING_PHASES,
     Collective,
     Collectives,
-    GroupKind,
     Hook,
     Operation,
     Pending,
@@ -25,6 +24,7 @@ from tedlab.comm.differentiable import (
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
 from tedlab.comm.volumes import predict
+from tedlab.degrees import GroupKind
 
 __all__ = [
     "TRAINING_PHASES",

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from tedlab.capacity import group_capacity
-from tedlab.comm.collectives import Collective, GroupKind, Operation, Phase
+from tedlab.comm.collectives import Collective, Operation, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import Second
 from tedlab.comm.rows import Rows, hands, listed, rows_of, spread
 from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
 from tedlab.config import TrainConfig
-from tedlab.degrees import parallel_degrees
+from tedlab.degrees import GroupKind, parallel_degrees
 
 _OF_ROWS = {  # collectives whose size depends on what routers choose
     *("dispatch.all_to_all", "dispatch.gather", "experts.copy", "experts.reduce", "combine.drop"),
