@@ -69,9 +69,7 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
     if "sim.rank" in own:
         raise UsageError("sim.rank says which rank to simulate, but with sim.values=real all are: leave it out")
     if "sim.routing" in own:
-        raise UsageError(
-            "sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out"
-        )
+        raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")
     certificate = certify_visibly(config, functools.partial(run_in_threads, record), (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)

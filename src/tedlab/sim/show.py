@@ -90,12 +90,11 @@ def simulate_visibly(
 
 
 def _busiest(routing: Routing, rank: int) -> str:
-    busiest = routing.busiest_rank()
+    rows, busiest = routing.rows_by_expert_rank().sum(0), routing.busiest_rank()
     here, most = (sum(rows.computed for rows in routing.rows(r).values()) for r in (rank, busiest))
-    return (
-        f"Note: with this routing the experts of rank {rank} compute {here:,} rows of a micro-batch, over all layers, "
-        f"those of rank {busiest} the most: {most:,}."
-    )
+    text = f"With this routing the experts of rank {busiest} compute the most rows of a micro-batch: {most:,} over all "
+    text += f"layers, {most / rows.mean():.2f} × the mean"
+    return f"{text}." if here == most else f"{text}; those of rank {rank} {here:,}."
 
 
 def _simulated(
