@@ -138,7 +138,7 @@ def run(place: Place) -> Run:
 def test_the_run_directory_is_complete(run: Run) -> None:
     names = {path.name for path in run.directory.iterdir()}
     assert names >= {"config.yaml", "metrics.csv", "summary.json", "loss.png", "checkpoints", "wandb"}
-    assert names >= {"router_load.png", "router_load.json"}
+    assert names >= {"router_load.png", "router_load.json", "router_trace.npz"}
     assert len(list((run.directory / "wandb").glob("offline-run-*"))) == 1
     assert len(list((run.directory / "wandb").glob("offline-run-*/files/media/images/router/*.png"))) == 1
     kept = {path.name for path in (run.directory / "checkpoints").iterdir()}

@@ -165,6 +165,19 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.sequence=true", "moe.gating=deepspeed_top1"],
         ["moe.gating=default", "deepspeed_top1"],
     ),
+    "unknown_dispatch": (["moe.dispatch=droples"], ["moe.dispatch=droples", "valid: capacity, dropless"]),
+    "dropless_deepspeed_gating": (
+        ["moe.dispatch=dropless", "moe.gating=deepspeed_top1"],
+        ["moe.gating=deepspeed_top1", "moe.dispatch=dropless has none", "moe.gating=default"],
+    ),
+    "dropless_capacity_groups": (
+        ["moe.dispatch=dropless", "moe.capacity_groups=2"],
+        ["moe.capacity_groups=2", "moe.dispatch=dropless has none", "null"],
+    ),
+    "dropless_compiled": (
+        ["moe.dispatch=dropless", "model.compile=inductor"],
+        ["model.compile=inductor", "moe.dispatch=dropless", "model.compile=none"],
+    ),
     "capacity_groups_not_dividing": (
         ["moe.capacity_groups=3"],
         ["moe.capacity_groups is 3", "model.sequence_length (16)", "1, 2, 4, 8, 16"],

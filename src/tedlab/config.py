@@ -34,6 +34,7 @@ class MoEConfig:
     num_experts: int = MISSING  # 0: a dense model
     every: int = 2  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
     top_k: int = 1
+    dispatch: str = "capacity"  # capacity | dropless (experts take all that choose them; none of the capacity… applies)
     capacity_factor: float | None = 1.25  # None: no token is ever dropped
     capacity_multiple: int = 8  # capacity is rounded up to a multiple of this in every layout
     # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.

@@ -18,7 +18,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from tedlab.callbacks import CommunicationLedger, MemoryByCategory, RouterHealth, RunProgress, StepMetrics
 from tedlab.checkpoint import read_meta
 from tedlab.cluster import load_cluster
-from tedlab.comm import predict
 from tedlab.comm.emulate import Emulation
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
@@ -49,7 +48,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             dilation=comm.emulate_dilation,
             ranks_per_node=comm.emulate_ranks_per_node,
         )
-    ledger = CommunicationLedger(predict(config), comm.ledger.every, comm.ledger.time, emulated)
+    ledger = CommunicationLedger(config, emulated)
     trainer, module, data = build(config, [metrics, routers, memory, ledger, RunProgress()])
     if trainer.is_global_zero:
         directory.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,9 @@ Takes the overrides of ``tedlab.train``, and of its own:
     cluster=NAME     what to predict times for: a file in conf/cluster, or the path of one (.yaml)
     world_size=N     GPUs in all; short for parallel.world_size=N
     sim.rank=R       which of them to simulate (0); stages: one of each kind that differs; all: every one reported
+    sim.routing=R    with moe.dispatch=dropless, how often experts are chosen: balanced (default), zipf, trace
+    sim.zipf=S       its exponent: the r-th expert is chosen in proportion to r^-S
+    sim.trace=FILE   router_trace.npz of a run
     sim.values=real  instead: all ranks (128 at most) with real numbers, small and in float64, against one process
 """
 
@@ -19,7 +22,7 @@ from tedlab.config import TrainConfig
 if TYPE_CHECKING:
     from tedlab.sim.show import Ranks
 
-_OWN = ("cluster", "sim.rank", "sim.values")
+_OWN = ("cluster", "sim.rank", "sim.routing", "sim.zipf", "sim.trace", "sim.values")
 
 
 def task(own: dict[str, str], config: TrainConfig) -> float:
@@ -27,6 +30,7 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     if own.get("sim.values", "fake") != "fake":
         return _with_real_values(own, config)
     from tedlab.cluster import cluster_names, load_cluster
+    from tedlab.sim.routing import routing_of
     from tedlab.sim.show import simulate_visibly
     from tedlab.validate import check_simulated
 
@@ -36,7 +40,8 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     ranks = _ranks(own.get("sim.rank", "0"))
     config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
     check_simulated(config)
-    summary = simulate_visibly(config, own["cluster"], cluster, ranks)
+    routing = routing_of(config, own.get("sim.routing", "balanced"), own.get("sim.zipf"), own.get("sim.trace"))
+    summary = simulate_visibly(config, own["cluster"], cluster, ranks, routing)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
         sys.exit(
             "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."
@@ -68,6 +73,8 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
         raise UsageError(
             f"sim.values=real needs torch 2.13: in {version('torch')} ranks cannot be threads, whose fake tensors crash"
         )
+    if "sim.routing" in own:
+        raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")
     certificate = certify_visibly(config, functools.partial(run_in_threads, record), (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)

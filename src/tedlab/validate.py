@@ -146,10 +146,34 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
-    _check_capacity_groups(config, degrees)
+    if moe.dispatch not in ("capacity", "dropless"):
+        raise ValueError(f"moe.dispatch={moe.dispatch} is unknown; valid: capacity, dropless")
+    if moe.dispatch == "dropless":
+        _check_dropless(config)
+    else:
+        _check_capacity_groups(config, degrees)
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         raise ValueError(f"moe.capacity_factor is {moe.capacity_factor}; it must be positive, or null to drop no token")
     _check_gating(moe)
+
+
+def _check_dropless(config: TrainConfig) -> None:
+    moe = config.moe
+    if moe.gating != "default":
+        raise ValueError(
+            f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch=dropless has none; use "
+            "moe.gating=default, or moe.dispatch=capacity"
+        )
+    if moe.capacity_groups not in (None, 1):
+        raise ValueError(
+            f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
+            "leave it null, or use moe.dispatch=capacity"
+        )
+    if config.model.compile != "none":
+        raise ValueError(
+            f"model.compile={config.model.compile} needs shapes that are known beforehand, and moe.dispatch=dropless "
+            "has none; use model.compile=none, or moe.dispatch=capacity"
+        )
 
 
 def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -416,7 +440,7 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
     stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
     shape_free = {"init_std", "checkpoint", "compile", "aux_loss", "z_loss", "top_k", "gating", *_GATING_OPTIONS}
-    shape_free |= {"capacity_factor", "capacity_multiple", "capacity_groups"}
+    shape_free |= {"dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, fields in ours.items()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch import Callback
 from matplotlib.image import imread
@@ -69,6 +70,20 @@ def test_every_layout_reports_the_routers_of_one_process(
     assert expected["router/early/load_cv"] != pytest.approx(expected["router/late/load_cv"], rel=1e-3)
     for rank in pool.run(layout.world_size, train, layout, tmp_path):
         assert rank["overall"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(4, tensor=2, expert=2)], ids=str)
+def test_the_trace_has_the_choices_of_every_logged_step(pool: WorkerPool, layout: Layout, tmp_path: Path) -> None:
+    pool.run(layout.world_size, train, layout, tmp_path)
+    with np.load(tmp_path / "router_trace.npz") as trace:
+        assert trace["step"].tolist() == [2, 4, STEPS]
+        assert trace["load"].shape == (3, len(trace["block"]), 8)
+        assert (trace["load"].sum(-1) == JOB.micro_batches * choices_of_a_micro_batch()).all()
+
+
+def choices_of_a_micro_batch() -> int:
+    (batch, *_) = loader(Layout(), JOB, 0)
+    return batch[:, 1:].numel() * JOB.moe.top_k
 
 
 def test_the_values_are_logged_beside_those_of_the_step(single: dict[str, Any]) -> None:

@@ -65,8 +65,28 @@ JOBS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, "moe.gating": "deepspeed_topk", "moe.top_k": 2, "moe.drop_policy": "position"},
         **{"moe.capacity_factor": 0.8, ACCUMULATED: 2},
     },
+    "dropless_top2": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1},
+    "dropless_recomputed": {
+        **{EXPERTS_PER_RANK: 4, "moe.dispatch": "dropless", "model.checkpoint": "block", "moe.z_loss": 0.01},
+        **{"checkpoint.early_stop": False, "optim.overlap": True, "optim.zero": False},
+    },
+    "dropless_ted": {
+        **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "comm": "ted", "model.checkpoint": "block"},
+        **{"model.sequence_length": 3, "data.micro_batch_size": 1, "moe.top_k": 2},  # T does not divide the rows
+    },
+    "dropless_ted_fused_sharded": {
+        **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "comm": "ted_fused", "comm.cac": "shard"},
+        **{"model.checkpoint": "block", ACCUMULATED: 2},
+    },
+    "dropless_sequence": {
+        **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "parallel.sequence": True, "moe.top_k": 2},
+        **{"model.checkpoint": "block", "comm.cac": True},
+    },
 }
-TENSOR_ONLY = ("ted", "ted_fused_sharded", "sequence", "sequence_cac")  # toggles that do nothing without
+TENSOR_ONLY = (  # toggles that do nothing without
+    *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
+    *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence"),
+)
 CELLS = [
     (layout, job)
     for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
@@ -99,6 +119,13 @@ def certificate(pool: WorkerPool, layout: tuple[int, int, int], job: str) -> Cer
 )
 def test_a_layout_equals_one_process(pool: WorkerPool, layout: tuple[int, int, int], job: str) -> None:
     found = certificate(pool, layout, job)
+    assert found.ok, str(found.culprit)
+
+
+@pytest.mark.parametrize("job", ["dropless_ted", "dropless_sequence"])
+def test_dropless_layouts_equal_one_process(pool: WorkerPool, job: str) -> None:
+    """Two of the cells above, for every day."""
+    found = certify(composed(*overrides((4, 2, 2), job)), in_pool(pool), continuations=[])
     assert found.ok, str(found.culprit)
 
 

@@ -13,6 +13,7 @@ from tedlab.certify import certify
 from tedlab.checkpoint import directory
 from tedlab.comm import differentiable, recompute
 from tedlab.moe import router
+from tedlab.moe.ragged import Arrangement, ReplicatedRows
 from tedlab.nn import sharded
 from tedlab.optim import ShardedOptimizer
 from tedlab.optim.bucket import Bucket
@@ -179,6 +180,21 @@ def overflow_that_is_not_skipped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ShardedOptimizer, "global_norm", wrong)
 
 
+def bias_added_by_each_tensor_rank(patch: pytest.MonkeyPatch) -> None:
+    """To its part of an expert's result, before the parts are summed: T times too much."""
+
+    def wrong(self: ReplicatedRows, partial: Tensor, bias: Tensor, exchange: Any, arrangement: Arrangement) -> Tensor:
+        y = differentiable.reduce_from(partial + bias, self.comm, "expert_tensor", "experts.reduce")
+        return arrangement.restore(y)
+
+    patch.setattr(ReplicatedRows, "leave", wrong)
+
+
+def rows_returned_in_the_order_of_experts(patch: pytest.MonkeyPatch) -> None:
+    """Not in that of the senders who wait for them."""
+    patch.setattr(Arrangement, "restore", lambda self, y: y)
+
+
 TP2 = ["parallel=tp2"]
 RECOMPUTED = ["model.checkpoint=block"]
 CASES: list[tuple[Plant, list[str], str, str]] = [
@@ -223,6 +239,8 @@ CASES: list[tuple[Plant, list[str], str, str]] = [
     (recompute_that_routes_anew, [*TP2, *RECOMPUTED], "gradients", "first in step 1"),
     (dropped_tokens_gradient_averaged, [*TP2, "comm.dtd=true"], "gradients", "first in step 1"),
     (kept_result_of_another_rank, [*TP2, *RECOMPUTED, "comm.cac=shard"], "gradients", "first in step 1"),
+    (bias_added_by_each_tensor_rank, [*TP2, "moe.dispatch=dropless"], "outputs", "first in step 2: logits"),
+    (rows_returned_in_the_order_of_experts, ["parallel=ep2", "moe.dispatch=dropless"], "outputs", "in step 1"),
     (overflow_that_is_not_skipped, [*TP2, "trainer.precision=16-true"], "gradients", "is absent in one process"),
 ]
 

@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tedlab import Topology
 from tedlab.comm import Collective, Ledger, Recomputation, differentiable, predict, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
-from tedlab.comm.volumes import ClosedForm
+from tedlab.comm.rows import Rows
+from tedlab.comm.volumes import ClosedForm, with_rows
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
+from tedlab.moe import Router, grouped
 from tedlab.nn import partial_parameters, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
 from tests.certify.runs import composed
@@ -33,6 +35,9 @@ MODES: dict[str, Overrides] = {
     "fused": {"comm.dtd": True, "comm.fuse_reduce_scatter": True},
     "sequence": {"parallel.sequence": True},
 }
+ALL = list(MODES)
+MODES |= {f"dropless_{name}": {**mode, "moe.dispatch": "dropless"} for name, mode in MODES.items()}
+DROPLESS = list(MODES)[len(ALL) :]
 RECOMPUTED: dict[str, Overrides] = {
     "stored": {"model.checkpoint": "none"},
     "recomputed": {},
@@ -93,8 +98,10 @@ def configuration(layout: tuple[int, int, int], overrides: Overrides) -> TrainCo
     return config
 
 
-def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = None) -> tuple[list[Tensor], int]:
-    """Losses, gradients and new weights of one optimizer step, and what CAC kept."""
+def one_step(
+    config: TrainConfig, topology: Topology, ledger: Ledger | None = None
+) -> tuple[list[Tensor], int, dict[int, Rows]]:
+    """Losses, gradients and new weights of one optimizer step, what CAC kept, and the rows of dropless layers."""
     precision = str(config.trainer["precision"])
     torch.set_default_dtype({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
     try:
@@ -132,7 +139,7 @@ def one_step(config: TrainConfig, topology: Topology, ledger: Ledger | None = No
     if handle is not None:
         handle.remove()
     results += [bucket.flat.clone() for bucket in optimizer.buckets]
-    return results, topology.recomputation.peak_kept_bytes
+    return results, topology.recomputation.peak_kept_bytes, model.moved
 
 
 _topologies: dict[ParallelDegrees, Topology] = {}  # groups take longer to make than a cell to run
@@ -154,7 +161,7 @@ def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
 
 def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, every: int) -> tuple[int, list[str]]:
     """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``."""
-    recompute.unused = differentiable.unused = poisoned
+    recompute.unused = differentiable.unused = grouped.unused = poisoned
     wrong, cells = [], 0
     for mode in modes:
         expected: dict[str, list[Tensor]] = {}
@@ -166,13 +173,17 @@ def complaints(layout: tuple[int, int, int], modes: list[str], precision: str, e
                 )
                 topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
                 with Recorder() as recorder:
-                    results, kept = one_step(config, topology, ledger)
-                for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():
+                    results, kept, moved = one_step(config, topology, ledger)
+                expected_totals = with_rows(predict(config), config, moved)
+                for entry, (ours, theirs) in differences(ledger.totals, expected_totals).items():
                     wrong.append(f"{cell}: {entry}: {ours} instead of {theirs}")
                 if seen_by(ledger, topology) != recorder.seen:
                     wrong.append(f"{cell}: the dispatcher saw {recorder.seen}")
-                form = ClosedForm(config)
-                if kept != sum(form.kept_bytes(block, config.comm.cac) for block in range(config.model.layers)):
+                form = ClosedForm(config, moved or None)
+                one_micro_batch = config.trainer["accumulate_grad_batches"] == 1 or not moved
+                if one_micro_batch and kept != sum(
+                    form.kept_bytes(block, config.comm.cac) for block in range(config.model.layers)
+                ):
                     wrong.append(f"{cell}: kept {kept} bytes")
                 if how.startswith("cac") and any(entry.phase == "recompute" for entry in ledger.totals):
                     wrong.append(f"{cell}: communicates while recomputing")
@@ -195,12 +206,13 @@ def seen_by(ledger: Ledger, topology: Topology) -> Counter[tuple[str, str, str]]
     return seen
 
 
-ALL = list(MODES)
 CELLS = [
     *(((4, 1, 4), ["plain"], "32-true"), ((4, 2, 2), ALL, "32-true"), ((4, 4, 1), ALL, "32-true")),
     *(((2, 2, 1), ALL, "32-true"), ((8, 2, 2), ["fused", "sequence"], "32-true")),
     ((8, 4, 2), ["dtd", "sequence"], "32-true"),
     *(((4, 2, 2), ["fused", "sequence"], "bf16-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),
+    *(((4, 2, 2), DROPLESS[1::2], "32-true"), ((4, 1, 4), DROPLESS[:1], "32-true"), ((4, 4, 1), DROPLESS, "32-true")),
+    *(((2, 2, 1), DROPLESS, "bf16-true"), ((8, 2, 2), DROPLESS, "32-true"), ((8, 4, 2), DROPLESS, "bf16-mixed")),
 ]
 
 
@@ -218,10 +230,46 @@ def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
         assert tried == len(modes) * (len(STEPS) + len(RECOMPUTED) - 1)
 
 
+def rows_of_step(layout: tuple[int, int, int], mode: str) -> tuple[list[tuple[int, list[Tensor]]], dict[int, Rows]]:
+    """Expert rank and loads of each router of the expert group's processes, and the rows that this process moved."""
+    config = configuration(layout, {**MODES[mode], "model.checkpoint": "block"})
+    topology, loads = topology_of(config), []
+    decide = Router.decide
+
+    def listening(router: Router, *args: Any) -> Any:
+        decision = decide(router, *args)
+        loads.append(decision.load)
+        return decision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "decide", listening)
+        *_, moved = one_step(config, topology)
+    own = loads[: len(moved)]  # recomputation routes again
+    everybody: list[Any] = [None] * layout[2]
+    torch.distributed.all_gather_object(everybody, own, topology.comm.group("expert"))
+    return everybody, moved
+
+
+@pytest.mark.parametrize("mode", ["dropless_plain", "dropless_dtd"])
+def test_the_rows_that_the_closed_form_is_told_are_those_that_routers_chose(pool: WorkerPool, mode: str) -> None:
+    tokens, top_k, tensor, experts = MICRO_BATCH * SEQUENCE, BASE.moe.top_k, 2, BASE.moe.num_experts // 2
+    different = set()
+    for rank, (senders, moved) in enumerate(pool.run(4, rows_of_step, (4, 2, 2), mode)):
+        own = slice(rank // tensor * experts, (rank // tensor + 1) * experts)
+        sharers = tensor if mode == "dropless_dtd" else 1
+        assert list(moved) == [1]
+        for layer, rows in enumerate(moved.values()):
+            assert rows.computed == sum(int(loads[layer][own].sum()) for loads in senders)
+            assert rows.sent == tokens * top_k // sharers
+            assert rows.gathered - rows.computed in range(2 * sharers)  # the parts differ by one row of each sender
+            different.add(rows.computed)
+    assert len(different) > 1
+
+
 def results_of(layout: tuple[int, int, int], mode: str) -> tuple[list[Tensor], dict[str, float]]:
     config = configuration(layout, {**MODES[mode], "moe.capacity_multiple": layout[1]})  # so that nothing is padded
     ledger = Ledger()
-    results, _ = one_step(config, topology_of(config), ledger)
+    results, *_ = one_step(config, topology_of(config), ledger)
     return results, {k[0]: c.wire_bytes for k, c in summed(ledger.totals, "kind").items()}
 
 
@@ -257,10 +305,10 @@ def compiled_complaints(layout: tuple[int, int, int]) -> list[str]:
     wrong = []
     for overrides in COMPILED:
         torch.compiler.reset()
-        expected, _ = one_step(configuration(layout, overrides), topology_of(configuration(layout, overrides)))
+        expected, *_ = one_step(configuration(layout, overrides), topology_of(configuration(layout, overrides)))
         config = configuration(layout, {**overrides, "model.compile": "aot_eager"})
         ledger = Ledger()
-        results, _ = one_step(config, topology_of(config), ledger)
+        results, *_ = one_step(config, topology_of(config), ledger)
         if not all(torch.equal(a, b) for a, b in zip(results, expected, strict=True)):
             wrong.append(f"{overrides}: other results")
         for entry, (ours, theirs) in differences(ledger.totals, predict(config)).items():

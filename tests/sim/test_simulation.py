@@ -190,11 +190,12 @@ def really_allocated(config: TrainConfig) -> int:
         [],
         ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
         ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
+        ["moe.dispatch=dropless", "moe.top_k=2", "trainer.precision=bf16-true", "data.micro_batch_size=2"],
         [*MANY, "comm=ted", "model.checkpoint=block"],
         [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
         [*MANY, "comm=dtd", "optim.overlap=true"],
     ],
-    ids=["accumulating", "bf16", "optimizer_spike", "ted", "sequence", "overlap"],
+    ids=["accumulating", "bf16", "optimizer_spike", "dropless", "ted", "sequence", "overlap"],
 )
 def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
     real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]

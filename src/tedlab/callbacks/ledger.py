@@ -8,9 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 from typing_extensions import override
 
-from tedlab.comm import TRAINING_PHASES, GroupKind
+from tedlab.comm import TRAINING_PHASES, GroupKind, predict
 from tedlab.comm.emulate import Emulation
 from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
+from tedlab.comm.volumes import with_rows
+from tedlab.config import TrainConfig
+from tedlab.module import LanguageModel
 from tedlab.strategy import TEDStrategy
 
 _MIB = 2**20
@@ -22,24 +25,20 @@ class CommunicationLedger(Callback):
     Forward passes of validation are kept apart from those of training.
 
     Args:
-        expected: of one optimizer step, see :func:`tedlab.comm.predict`.
-        every: steps between totals in the log; 0: none.
-        timed: also measure durations.
+        config: of the run of a :class:`tedlab.module.LanguageModel`, completed by :func:`tedlab.validate.check`.
         emulated: delays collectives as a cluster's network would; see :class:`tedlab.comm.emulate.Emulation`.
     """
 
     def __init__(
         self,
-        expected: Totals,
-        every: int,
-        timed: bool,
+        config: TrainConfig,
         emulated: Callable[[Mapping[GroupKind, list[int]]], Emulation] | None = None,
     ) -> None:
-        self.expected = expected
+        self.config = config
         self.emulated = emulated
         self.emulation: Emulation | None = None
-        self.every = every
-        self.ledger = Ledger(timed)
+        self.every = config.comm.ledger.every
+        self.ledger = Ledger(config.comm.ledger.time)
         self._first_step = 0
         self._first_skipped = 0
 
@@ -110,9 +109,11 @@ class CommunicationLedger(Callback):
         expected = {
             # A step that overflowed leaves the parameters as they are.
             entry: count * (steps - skipped if entry.tag == "parameters.gather" else steps)
-            for entry, count in self.expected.items()
+            for entry, count in predict(self.config).items()
         }
-        return differences(self.ledger.totals, expected)
+        assert isinstance(trainer.lightning_module, LanguageModel)
+        moved = trainer.lightning_module.network.moved
+        return differences(self.ledger.totals, with_rows(expected, self.config, moved))
 
     def table(self, trainer: Trainer) -> Table:
         """What one process communicated in a step, for people."""

@@ -18,6 +18,7 @@ from tedlab.moe import RouterReport, relative_load, router_health
 
 PICTURE = "router_load.png"
 DATA = "router_load.json"
+TRACE = "router_trace.npz"
 _WRITTEN_CELLS = 200  # up to so many cells of the picture have their value written into them
 
 
@@ -29,7 +30,8 @@ class RouterHealth(Callback):
     reduced and no value is read from the device.
 
     ``router_load.png`` and ``router_load.json`` in the run directory show the last step that was drawn; W&B keeps all
-    pictures.
+    pictures. ``router_trace.npz`` has every step whose metrics were logged: ``step`` (n,), ``block`` (L,), and ``load``
+    (n, L, E), the choices that fell on each expert.
 
     Args:
         blocks: indices of the blocks with experts.
@@ -44,6 +46,7 @@ class RouterHealth(Callback):
         self._micro_batches: list[RouterReport] = []
         self._latest: tuple[int, RouterReport] | None = None  # step, and averages over micro-batches and processes
         self._drawn = 0  # the step of the last picture
+        self._trace: dict[int, np.ndarray] = {}  # step → load (L, E)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,6 +64,7 @@ class RouterHealth(Callback):
         step = trainer.global_step
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:  # type: ignore[attr-defined]
             self._latest = step, self._average(trainer)
+            self._trace[step] = self._choices(trainer, self._latest[1])
             metrics = self.overall()
             # What training_step returns itself is logged by StepMetrics.
             pl_module.log_dict({name: metrics[name] for name in metrics if name not in outputs}, batch_size=1)
@@ -71,6 +75,9 @@ class RouterHealth(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer)
+        if self._trace and trainer.is_global_zero:
+            steps, loads = np.array(list(self._trace)), np.stack(list(self._trace.values()))
+            np.savez_compressed(self.directory / TRACE, step=steps, block=np.array(self.blocks), load=loads)
 
     def overall(self) -> dict[str, float]:
         """The values of the last step whose metrics were logged, or of the last step of all."""
@@ -88,6 +95,13 @@ class RouterHealth(Callback):
         joined = trainer.strategy.reduce(torch.cat([values.flatten() for values in own])).cpu()
         parts = joined.split([values.numel() for values in own])
         return RouterReport(*(part.view(values.shape) for part, values in zip(parts, own, strict=True)))
+
+    def _choices(self, trainer: Trainer, average: RouterReport) -> np.ndarray:
+        """(L, E) int64: choices of the step that fell on each expert."""
+        topology = trainer.strategy.topology  # type: ignore[attr-defined]
+        shares = topology.degrees.world_size if topology.sequence_sharded else topology.degrees.data
+        choices = average.load * (len(self._micro_batches) * shares)
+        return choices.round().long().numpy()
 
     def _draw(self, trainer: Trainer) -> None:
         if self._latest is None or self._latest[0] == self._drawn or not trainer.is_global_zero:

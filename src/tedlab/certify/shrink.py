@@ -48,6 +48,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         vocab_size=None,
         init_std=0.2,  # large enough for every path to matter
     )
+    dropless = config.moe.dispatch == "dropless"
     experts = degrees.expert * min(_EXPERTS_PER_RANK, config.moe.num_experts // given.expert)
     moe = replace(
         config.moe,
@@ -56,7 +57,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         every=min(2, config.moe.every),
         capacity_multiple=min(config.moe.capacity_multiple, degrees.tensor),  # else nothing would ever be dropped
         # What sharded sequences do to capacity is asked of the one process, too.
-        capacity_groups=degrees.tensor if given.sequence else config.moe.capacity_groups,
+        capacity_groups=degrees.tensor if given.sequence and not dropless else config.moe.capacity_groups,
     )
     micro_batch = min(_MICRO_BATCH, config.data.micro_batch_size)
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)

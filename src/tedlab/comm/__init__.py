@@ -1,6 +1,15 @@
 """Collectives by group kind: the raw operations with their hooks, the differentiable pairs, and recomputation (CAC)."""
 
-from tedlab.comm.collectives import TRAINING_PHASES, Collective, Collectives, Hook, Operation, Pending, Phase
+from tedlab.comm.collectives import (
+    TRAINING_PHASES,
+    Collective,
+    Collectives,
+    Hook,
+    Operation,
+    Pending,
+    Phase,
+    Splits,
+)
 from tedlab.comm.differentiable import (
     all_to_all,
     copy_to,
@@ -13,7 +22,7 @@ from tedlab.comm.differentiable import (
     to_compute_dtype,
 )
 from tedlab.comm.ledger import Ledger
-from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin, recomputing
+from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
 from tedlab.comm.volumes import predict
 from tedlab.degrees import GroupKind
 
@@ -30,12 +39,14 @@ __all__ = [
     "Plan",
     "Recomputation",
     "Second",
+    "Splits",
     "all_to_all",
     "checkpoint",
     "copy_to",
     "gather_from",
     "gather_to",
     "matmul_into",
+    "once",
     "pin",
     "predict",
     "recomputing",

@@ -7,7 +7,7 @@ group of one process is not launched and no hook hears of it.
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,23 @@ Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "
 TRAINING_PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "optimizer")
 
 
+class Splits(NamedTuple):
+    """How an all-to-all divides dimension 0 where it is not into equal parts.
+
+    Attributes:
+        sent: rows to each process of the group.
+        received: rows from each.
+    """
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    @property
+    def reverse(self) -> "Splits":
+        """Of the way back."""
+        return Splits(self.received, self.sent)
+
+
 @dataclass(frozen=True)
 class Collective:
     """One collective call, as hooks see it.
@@ -38,6 +55,7 @@ class Collective:
         tag: the call site, e.g. ``attention.reduce``; stable across layouts.
         shape: shape of this process's buffer: the input of a reduction or an all-to-all, the output of an all-gather.
         dtype: dtype of this process's buffer.
+        exchanged_bytes: of an all-to-all with uneven splits: sent to other processes, and received from them.
     """
 
     op: Operation
@@ -47,6 +65,7 @@ class Collective:
     tag: str
     shape: torch.Size
     dtype: torch.dtype
+    exchanged_bytes: tuple[int, int] | None = None
 
     @property
     def payload_bytes(self) -> int:
@@ -56,8 +75,20 @@ class Collective:
     @property
     def wire_bytes(self) -> float:
         """Bytes that this process sends in a bandwidth-optimal algorithm (ring)."""
+        if self.exchanged_bytes is not None:
+            return self.exchanged_bytes[0]
         share = (self.group_size - 1) / self.group_size
         return self.payload_bytes * share * (2 if self.op == "all_reduce" else 1)
+
+    @property
+    def even_payload_bytes(self) -> float:
+        """Payload of the collective with equal splits in which this process is as busy: what cost models know.
+
+        With uneven splits the process is as busy as the larger of what it sends and what it receives makes it.
+        """
+        if self.exchanged_bytes is None:
+            return self.payload_bytes
+        return max(self.exchanged_bytes) * self.group_size / (self.group_size - 1)
 
 
 Hook = Callable[[Collective, Literal["start", "end"]], None]
@@ -71,10 +102,14 @@ class Collectives:
 
     Args:
         groups: the process group of each kind that this process belongs to.
+
+    Attributes:
+        reader: values of an integer tensor for the host, which waits for the device; a simulation has its own.
     """
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup]) -> None:
         self._groups = dict(groups)
+        self.reader: Callable[[Tensor], list[Any]] = Tensor.tolist
         self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
 
@@ -121,19 +156,29 @@ class Collectives:
         group = self.group(kind)
         return self._start("all_reduce", x, kind, tag, phase, lambda: funcol.all_reduce(x.contiguous(), op, group))
 
-    def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
-        """Sends the i-th of n equal slices along dimension 0 to process i; returns what came, in order of sender.
+    def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, splits: Splits | None = None) -> Tensor:
+        """Sends the i-th of n slices along dimension 0 to process i; returns what came, in order of sender.
 
-        The size of dimension 0 must be a multiple of the group size.
+        The slices are equal, and the size of dimension 0 must be a multiple of the group size, unless ``splits`` says
+        otherwise; what one process sends another must then be what the other receives. Uneven splits are not for code
+        that is compiled.
         """
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             return compiled.run(x, "all_to_all", kind, tag, phase, self._number)
         group = self.group(kind)
 
         def launch() -> Tensor:
-            return funcol.all_to_all_single(x.contiguous(), None, None, group)
+            received, sent = (None, None) if splits is None else map(list, splits.reverse)
+            return funcol.all_to_all_single(x.contiguous(), received, sent, group)
 
-        return self._start("all_to_all", x, kind, tag, phase, launch).wait()
+        exchanged = None
+        if splits is not None:
+            own, row = group.rank(), x.shape[1:].numel() * x.itemsize
+            exchanged = (
+                (sum(splits.sent) - splits.sent[own]) * row,
+                (sum(splits.received) - splits.received[own]) * row,
+            )
+        return self._start("all_to_all", x, kind, tag, phase, launch, exchanged=exchanged).wait()
 
     def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Sums over the group and leaves process i the i-th of n equal slices along dimension 0."""
@@ -189,10 +234,12 @@ class Collectives:
         phase: Phase,
         launch: Callable[[], Tensor],
         buffer: torch.Size | None = None,
+        exchanged: tuple[int, int] | None = None,
     ) -> "Pending":
         if self.size(kind) == 1:
             return Pending(x)
-        call = Collective(op, kind, self.size(kind), phase, tag, x.shape if buffer is None else buffer, x.dtype)
+        shape = x.shape if buffer is None else buffer
+        call = Collective(op, kind, self.size(kind), phase, tag, shape, x.dtype, exchanged)
         self._tell(call, "start")
         return Pending(launch(), lambda: self._tell(call, "end"))
 

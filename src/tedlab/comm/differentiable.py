@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm.collectives import Collectives, Phase
+from tedlab.comm.collectives import Collectives, Phase, Splits
 from tedlab.comm.recompute import collective, is_dead, unused
 from tedlab.degrees import GroupKind
 
@@ -78,21 +78,23 @@ def scatter_from(
 ) -> Tensor:
     """:func:`reduce_from`, plus a bias, and :func:`slice_to` in one: half the bytes of an all-reduce.
 
-    Forward: reduce-scatter along ``dim``, and the bias, the same on every process. Backward: the gradient's slices are
-    put together, for ``x`` and for the bias, whose gradient is thereby whole on every process.
+    Forward: reduce-scatter along ``dim``, and the bias, the same on every process: one that fits every slice, or one of
+    the shape of ``x``. Backward: the gradient's slices are put together, for ``x`` and for the bias, whose gradient is
+    thereby whole on every process.
     """
     if comm.size(kind) == 1:
         return x if bias is None else x + bias
     return _ScatterFrom.apply(x, bias, comm, kind, tag, dim)
 
 
-def all_to_all(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Tensor:
-    """Exchanges equal slices along dimension 0: slice i goes to process i, what returns is in order of sender.
+def all_to_all(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None = None) -> Tensor:
+    """Exchanges slices along dimension 0: slice i goes to process i, what returns is in order of sender.
 
-    Forward: all-to-all. Backward: the same all-to-all of the gradient, since sending slice i to process i and
-    receiving slice i from process i is its own transpose.
+    Forward: all-to-all, with equal slices unless ``splits`` says otherwise. Backward: the all-to-all of the gradient
+    that sends back what was received, since sending slice i to process i and receiving slice i from process i are each
+    other's transpose.
     """
-    return x if comm.size(kind) == 1 else _AllToAll.apply(x, comm, kind, tag)
+    return x if comm.size(kind) == 1 else _AllToAll.apply(x, comm, kind, tag, splits)
 
 
 def matmul_into(x: Tensor, weight: Tensor, tag: str) -> Tensor:
@@ -183,6 +185,8 @@ class _ScatterFrom(Function):
             return _scattered(x, comm, kind, tag, dim, phase)
 
         summed = collective(comm, tag, launch, shape, x)
+        if bias is not None and bias.shape == x.shape:
+            bias = _own_slice(bias, comm, kind, dim)
         return summed if bias is None else summed + bias
 
     @staticmethod
@@ -195,18 +199,20 @@ class _ScatterFrom(Function):
 
 class _AllToAll(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Tensor:
-        ctx.call = comm, kind, tag
+    def forward(ctx: Any, x: Tensor, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None) -> Tensor:
+        ctx.call = comm, kind, tag, splits
 
         def launch(phase: Phase) -> Tensor:
-            return comm.all_to_all(x, kind, tag=tag, phase=phase)
+            return comm.all_to_all(x, kind, tag=tag, phase=phase, splits=splits)
 
-        return collective(comm, tag, launch, x.shape, x)
+        shape = x.shape if splits is None else torch.Size((sum(splits.received), *x.shape[1:]))
+        return collective(comm, tag, launch, shape, x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        comm, kind, tag = ctx.call
-        return comm.all_to_all(grads[0], kind, tag=tag, phase="backward"), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        comm, kind, tag, splits = ctx.call
+        back = None if splits is None else splits.reverse
+        return comm.all_to_all(grads[0], kind, tag=tag, phase="backward", splits=back), None, None, None, None
 
 
 class _MatmulInto(Function):

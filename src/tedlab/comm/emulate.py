@@ -83,13 +83,13 @@ class Emulation:
     def _start(self, call: Collective) -> None:
         members = self._groups[call.kind]
         link = link_of(members, self._cluster.gpus_per_node)
-        seconds = collective_seconds(call.op, call.payload_bytes, members, self._cluster)
+        seconds = collective_seconds(call.op, call.even_payload_bytes, members, self._cluster)
         self._free_at[link] = max(time.perf_counter(), self._free_at[link]) + self._dilation * seconds
         self._done_at[call].append(self._free_at[link])
         if not self.counting:
             return
         self.seconds[call.phase, link] += seconds
-        split = wire_bytes_by_link(call.op, call.payload_bytes, members, self._cluster.gpus_per_node)
+        split = wire_bytes_by_link(call.op, call.even_payload_bytes, members, self._cluster.gpus_per_node)
         for name, sent in split.items():
             self.wire_bytes[call.phase, name] += sent
 

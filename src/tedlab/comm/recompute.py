@@ -125,13 +125,25 @@ def recomputing() -> bool:
     return _now.region is not None and _now.second
 
 
+def once(tag: str, compute: Callable[[], Any]) -> Any:
+    """What ``compute`` returns, no part of which has a gradient; a second pass takes over what the first computed."""
+    region = _now.region
+    if region is None:
+        return compute()
+    if _now.second:
+        return region.next_kept(tag)
+    result = compute()
+    region.keep(tag, result)
+    return result
+
+
 def pin(decision: Tensor) -> Tensor:
     """A decision (an integer tensor) that a second pass takes over from the first; how often it differs is counted."""
     region = _now.region
     if region is None:
         return decision
     if _now.second:
-        kept = region.next_kept("decision")
+        kept: Tensor = region.next_kept("decision")
         region.counters.count_flips(decision, kept)
         return kept
     region.keep("decision", decision)
@@ -174,7 +186,7 @@ class _Region:
         self.plan = plan
         self.skip_dead_gemm = skip_dead_gemm
         self.counters = counters
-        self._kept: list[tuple[str, Tensor, int]] = []  # tag, values, version: a change in place would show in it
+        self._kept: list[tuple[str, Any, int]] = []  # tag, value, version: a tensor's change in place would show in it
         self._bytes = 0
         self._next = 0
 
@@ -184,22 +196,24 @@ class _Region:
     def rewind(self) -> None:
         self._next = 0
 
-    def keep(self, tag: str, values: Tensor) -> None:
-        values = values.detach()
-        self._kept.append((tag, values, values._version))
+    def keep(self, tag: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach()
+        self._kept.append((tag, value, _version(value)))
 
-    def next_kept(self, tag: str) -> Tensor:
+    def next_kept(self, tag: str) -> Any:
         if self._next == len(self._kept) or self._kept[self._next][0] != tag:
             met = self._kept[self._next][0] if self._next < len(self._kept) else "nothing more"
             raise RuntimeError(
                 f"a recomputed region came to '{tag}' where its first pass had {met}: whatever decides on collectives "
                 "must not change between the two"
             )
-        _, values, version = self._kept[self._next]
-        if values._version != version:
+        _, value, version = self._kept[self._next]
+        if _version(value) != version:
             raise RuntimeError(f"the result of '{tag}', kept for recomputation, was changed in place meanwhile")
         self._next += 1
-        return values.detach()  # a new tensor: autograd writes on what it is given
+        # A new tensor: autograd writes on what it is given.
+        return value.detach() if isinstance(value, Tensor) else value
 
     def keep_result(self, comm: Collectives, tag: str, result: Tensor) -> None:
         second = self.plan.get(tag, Second.AGAIN)
@@ -219,7 +233,7 @@ class _Region:
             return launch("recompute")
         if second is Second.NOTHING:
             return unused(shape, like)
-        kept = self.next_kept(tag)
+        kept: Tensor = self.next_kept(tag)
         if second is Second.SLICE:
             kept = comm.all_gather(kept, "tensor", tag=tag, phase="recompute").view(shape)
         return kept
@@ -228,6 +242,10 @@ class _Region:
         size = kept.numel() * kept.itemsize
         self._bytes += size
         self.counters.count_kept(size)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) else 0
 
 
 def unused(shape: torch.Size, like: Tensor) -> Tensor:

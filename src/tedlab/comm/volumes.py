@@ -1,22 +1,33 @@
 """The closed form: what a configuration communicates in one optimizer step, from the configuration alone.
 
+With dropless routing the bytes of some collectives depend on what routers choose, wherever an expert group has several
+processes: here also on how many rows each layer moved, or on the assumption that all experts are chosen equally often.
+
 Written from the algorithm, not from the code that runs: at the end of every run the ledger is held against it, and a
 difference is a bug in one of them.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from functools import cached_property
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from tedlab.capacity import group_capacity
 from tedlab.comm.collectives import Collective, Operation, Phase
-from tedlab.comm.ledger import Count, Entry, counted
+from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import Second
+from tedlab.comm.rows import Rows, hands, listed, rows_of, spread
 from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
 from tedlab.config import TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 
+_OF_ROWS = {  # collectives whose size depends on what routers choose
+    *("dispatch.all_to_all", "dispatch.gather", "experts.copy", "experts.reduce", "combine.drop"),
+    "combine.all_to_all",
+}
 _DTYPES = {  # trainer.precision → of parameters, of matrix products
     "32-true": (torch.float32, torch.float32),
     "64-true": (torch.float64, torch.float64),
@@ -31,7 +42,8 @@ def predict(config: TrainConfig) -> dict[Entry, Count]:
     """Calls and bytes of one optimizer step, in any process: of ``tedlab.train``'s model, strategy and optimizer.
 
     Args:
-        config: completed by :func:`tedlab.validate.check`.
+        config: completed by :func:`tedlab.validate.check`. With dropless routing every expert is chosen equally often,
+            see :func:`with_rows`.
     """
     form = ClosedForm(config)
     micro_batch = counted(form.micro_batch())
@@ -39,10 +51,34 @@ def predict(config: TrainConfig) -> dict[Entry, Count]:
     return {entry: count * accumulated for entry, count in micro_batch.items()} | counted(form.optimizer_step())
 
 
-class ClosedForm:
-    """The collectives of a configuration, part by part. Groups of one process do not communicate."""
+def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) -> dict[Entry, Count]:
+    """Expected totals, in which dropless layers moved so many rows instead of the same for each expert.
 
-    def __init__(self, config: TrainConfig) -> None:
+    Args:
+        expected: multiples of what :func:`predict` says.
+        config: as there.
+        moved: rows of all micro-batches, by block; empty without dropless layers.
+    """
+    if not moved:
+        return dict(expected)
+    calls = (call for call in ClosedForm(config, moved).micro_batch() if call.tag in _OF_ROWS)
+    payload = {entry: count.payload_bytes for entry, count in counted(calls).items()}
+    return {
+        entry: replace(count, payload_bytes=payload.get(entry, count.payload_bytes))
+        for entry, count in expected.items()
+    }
+
+
+class ClosedForm:
+    """The collectives of a configuration, part by part. Groups of one process do not communicate.
+
+    Args:
+        config: completed by :func:`tedlab.validate.check`.
+        rows: that a dropless layer moves in one micro-batch, by block; None: as in the first process when every expert
+            is chosen equally often.
+    """
+
+    def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
         degrees, model, moe = parallel_degrees(config.parallel), config.model, config.moe
         self.config, self.degrees = config, degrees
         self.sequence = degrees.sequence and degrees.tensor > 1
@@ -57,7 +93,7 @@ class ClosedForm:
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
         self.tokens = config.data.micro_batch_size * model.sequence_length
-        sharers = degrees.tensor if config.comm.dtd or self.sequence else 1
+        self.sharers = sharers = degrees.tensor if config.comm.dtd or self.sequence else 1
         slots = sharers * -(-self._capacity() // sharers) * moe.num_experts  # grown until each has as many
         self.elements: Mapping[Buffer, int] = {
             "tokens": self.tokens * model.hidden,
@@ -65,6 +101,9 @@ class ClosedForm:
             "share": slots * model.hidden // sharers,
             "statistics": 2 * moe.num_experts + 1,
         }
+        self.dropless = moe.dispatch == "dropless" and moe.num_experts > 0
+        self.listed = listed(self.tokens * moe.top_k, sharers)  # rows of a data rank
+        self.rows = rows
 
     def _capacity(self) -> int:
         """Slots that each expert offers to a data rank's micro-batch."""
@@ -74,6 +113,13 @@ class ClosedForm:
         groups = moe.capacity_groups or (self.degrees.tensor if self.sequence else 1)
         return groups * group_capacity(moe, self.tokens // groups, groups)
 
+    @cached_property
+    def _balanced(self) -> Rows:
+        moe, degrees = self.config.moe, self.degrees
+        counts = spread([1.0] * moe.num_experts, self.tokens * moe.top_k, self.tokens)
+        sent = hands(np.tile(counts, (degrees.expert, 1)), self.sharers)
+        return rows_of(sent[:, :, : moe.num_experts // degrees.expert], int(sent[0, 0].sum()), 0)
+
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 
     def micro_batch(self) -> Iterator[Collective]:
@@ -81,11 +127,13 @@ class ClosedForm:
         yield from self._ends()
         for block in range(self.config.model.layers):
             for site in self.sites(block):
-                yield self._at(site, "forward")
+                yield self._at(site, "forward", block)
+            if self.dropless and self.routed(block):
+                yield from self._counts()
             if self.config.model.checkpoint == "block":
                 yield from self.recompute(block, self.config.comm.cac)
             for site in backward_sites(self.routed(block), self.config.comm, self.sequence, self.groups):
-                yield self._at(site, "backward")
+                yield self._at(site, "backward", block)
 
     def routed(self, block: int) -> bool:
         """Whether a block has experts."""
@@ -102,16 +150,17 @@ class ClosedForm:
         for site in sites:
             # What is used after the block only is recomputed for nothing.
             if second[site.tag] is Second.AGAIN and not (site.feeds == "end" and self.config.checkpoint.early_stop):
-                yield self._at(site, "recompute")
+                yield self._at(site, "recompute", block)
             elif second[site.tag] is Second.SLICE:
-                yield self._at(site, "recompute", "all_gather", "tensor")
+                result = self._elements(site, block, "result")
+                yield self._call("all_gather", "tensor", "recompute", site.tag, result, self._dtype(site))
 
     def kept_bytes(self, block: int, cac: object) -> int:
         """What CAC keeps of a block between its two passes, in each process."""
         total = 0
         second = plan(self.sites(block), kept_tags(cac, block))
         for site in self.sites(block):
-            result = self._at(site, "forward").payload_bytes
+            result = self._elements(site, block, "result") * self._dtype(site).itemsize
             if site.op == "reduce_scatter":
                 result //= self.groups[site.kind]
             if second[site.tag] is Second.WHOLE:
@@ -220,9 +269,35 @@ class ClosedForm:
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    def _at(self, site: Site, phase: Phase, op: Operation | None = None, kind: GroupKind | None = None) -> Collective:
-        dtype = self.precise if site.buffer == "statistics" else self.compute
-        return self._call(op or site.op, kind or site.kind, phase, site.tag, self.elements[site.buffer], dtype)
+    def _at(self, site: Site, phase: Phase, block: int) -> Collective:
+        elements = self._elements(site, block, "backward" if phase == "backward" else "forward")
+        return self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
+
+    def _dtype(self, site: Site) -> torch.dtype:
+        return self.precise if site.buffer == "statistics" else self.compute
+
+    def _elements(self, site: Site, block: int, of: Literal["forward", "backward", "result"]) -> int:
+        """Of the buffer of a call, or of its result."""
+        if not self.dropless or site.buffer not in ("slots", "share"):
+            return self.elements[site.buffer]
+        hidden = self.config.model.hidden
+        if site.tag in ("dispatch.drop", "combine.gather"):
+            return self.listed * hidden
+        rows = self._balanced if self.rows is None else self.rows[block]
+        if site.op == "all_to_all":  # what goes out by the first comes back by the second, and each has its way back
+            out = (site.tag == "dispatch.all_to_all") == (of == "forward")
+            return (rows.sent if out else rows.received) * hidden
+        return (rows.computed if site.op == "all_reduce" else rows.gathered) * hidden
+
+    def _counts(self) -> Iterator[Collective]:
+        """With dropless routing processes say how many rows they will send; once, whatever is recomputed."""
+        experts, tensor = self.config.moe.num_experts, self.degrees.tensor
+        if self.groups["expert"] > 1:
+            yield self._call("all_to_all", "expert", "forward", "dispatch.counts", experts, torch.int64)
+        if self.sharers > 1:
+            yield self._call(
+                "all_gather", "expert_tensor", "forward", "dispatch.gather_counts", tensor * experts, torch.int64
+            )
 
     def _optimizer(self, op: Operation, kind: GroupKind, tag: str, elements: int, dtype: torch.dtype) -> Collective:
         return self._call(op, kind, "optimizer", tag, elements, dtype)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tedlab.comm import checkpoint
+from tedlab.comm.rows import Rows
 from tedlab.comm.sites import block_sites, kept_tags, plan
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.moe import Experts, MoELayer, RouterReport
@@ -102,6 +103,16 @@ class GPT(nn.Module):
             else ColumnParallelLinear(model.hidden, model.vocab_size, topology, tag="output", init=init, bias=False)
         )
         initialize(self, seed)
+
+    @property
+    def moved(self) -> dict[int, Rows]:
+        """Rows that dropless layers have moved in training so far, by block; empty if there are none."""
+        layers = {index: block.feed_forward for index, block in enumerate(self.blocks)}
+        return {
+            index: layer.moved
+            for index, layer in layers.items()
+            if isinstance(layer, MoELayer) and layer.moved is not None
+        }
 
     def forward(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
         """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer."""

@@ -1,4 +1,4 @@
-"""Token paths: how tokens reach their experts and how results come back.
+"""Token paths: how tokens reach their experts and how results come back. Those of dropless routing: ``ragged.py``.
 
 A token path has two methods, ``dispatch`` and ``combine``, between a token's place in the micro-batch and its slot at
 an expert; a slot region has two, ``enter`` and ``leave``, between the slots of one tensor rank and those that an expert
@@ -77,9 +77,7 @@ class AllToAllPath:
 
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Tokens to their slots: (E, C, H)."""
-        token_EC = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
-        x = _GatherRows.apply(to_compute_dtype(x_TH), token_EC, routing.slot_TK)  # sorted by expert, hence by rank
-        return x.unflatten(0, (self.num_experts, -1))
+        return spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
 
     def _to_experts(self, x_ECH: Tensor) -> Tensor:
         x = all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all")
@@ -90,9 +88,7 @@ class AllToAllPath:
         return all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
 
     def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
-        y = _GatherRows.apply(y_ECH.flatten(0, 1), routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1))
-        y_TKH = y.unflatten(0, routing.slot_TK.shape)
-        return (y_TKH * routing.gate_TK.to(y.dtype).unsqueeze(-1)).sum(1)
+        return merge_choices(y_ECH.flatten(0, 1), routing)
 
 
 class DroppingPath(AllToAllPath):
@@ -180,13 +176,30 @@ def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotReg
     return DroppingPath(num_experts, comm), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
 
 
-class _GatherRows(Function):
+def spread_choices(x_TH: Tensor, routing: Routing) -> Tensor:
+    """Tokens to the slots of their choices, which are sorted by expert and hence by rank; zeros in empty slots."""
+    token = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
+    return gather_rows(to_compute_dtype(x_TH), token, routing.slot_TK)
+
+
+def merge_choices(y: Tensor, routing: Routing) -> Tensor:
+    """Results in their slots → for each token the gate-weighted sum of its choices (T, H)."""
+    y_TKH = gather_rows(y, routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1)).unflatten(
+        0, routing.slot_TK.shape
+    )
+    return (y_TKH * routing.gate_TK.to(y.dtype).unsqueeze(-1)).sum(1)
+
+
+def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Rows by index, in both directions a gather: no atomics, so the same result every time.
 
     Forward: ``out[m] = x[index[m]]``, or zeros where ``index[m]`` is -1. ``inverse[n]`` lists every m with
     ``index[m] = n``, padded with -1, so backward is ``grad_x[n] = Σ_r grad_out[inverse[n, r]]``.
     """
+    return _GatherRows.apply(x, index, inverse)
 
+
+class _GatherRows(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)

@@ -1,11 +1,15 @@
 """The MoE layer: router, token path, experts, and back."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import token_path
-from tedlab.moe.experts import Experts
+from tedlab.moe.experts import Experts, RowExperts, SlotExperts
+from tedlab.moe.ragged import RaggedPath, ragged_path
 from tedlab.moe.router import Router, RouterReport
 from tedlab.nn import Init
 from tedlab.topology import Topology
@@ -17,7 +21,7 @@ class MoELayer(nn.Module):
     Args:
         hidden: model width.
         ffn: inner width of an expert.
-        config: experts, gating, choices, capacity.
+        config: experts, gating, choices, capacity or none.
         topology: where this process stands.
         init: initial weights of router and experts.
         out_init: initial weights of the experts' second projection.
@@ -29,13 +33,25 @@ class MoELayer(nn.Module):
         super().__init__()
         router = Router if config.gating == "default" else DeepSpeedRouter
         self.router = router(hidden, config, topology, init=init)
-        self.path, region = token_path(config.num_experts, topology)
-        self.experts = Experts(config.num_experts, hidden, ffn, region, topology, init=init, out_init=out_init)
+        sizes = config.num_experts, hidden, ffn, topology
+        self.path: Any  # what it hands to the experts is what these take
+        self.experts: Experts
+        if config.dispatch == "dropless":
+            widths = hidden, ffn // topology.degrees.tensor
+            self.path, rows = ragged_path(config.num_experts, widths, topology)
+            self.experts = RowExperts(rows, *sizes, init=init, out_init=out_init)
+        else:
+            self.path, slots = token_path(config.num_experts, topology)
+            self.experts = SlotExperts(slots, *sizes, init=init, out_init=out_init)
+
+    @property
+    def moved(self) -> Rows | None:
+        """Rows that a dropless layer has moved in training so far; None for one with capacity."""
+        return self.path.moved if isinstance(self.path, RaggedPath) else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
         """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank."""
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1])
-        x_eNH = self.path.dispatch(x_TH, routing)
-        y_eNH = self.experts(x_eNH)
-        return self.path.combine(y_eNH, routing).view_as(x), routing.report
+        y = self.experts(self.path.dispatch(x_TH, routing))
+        return self.path.combine(y, routing).view_as(x), routing.report

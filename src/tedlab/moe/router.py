@@ -39,8 +39,9 @@ class Routing(NamedTuple):
 
     Attributes:
         gate_TK: weight of each choice in the combination.
-        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped.
-        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty.
+        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped. Dropless: its place among
+            all T·K choices, sorted by expert.
+        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty. Dropless: (T·K,).
         report: losses and counts.
     """
 
@@ -86,6 +87,8 @@ class Router(ShardedModule):
     expert full is dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity
     groups all this holds within each: a group is the tokens of S / groups neighbouring positions of every sample,
     and what its capacity is rounded up to a multiple of is divided among the groups.
+
+    With ``dispatch=dropless`` there is no capacity: choices are sorted by expert, and within one by token.
 
     Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
     and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
@@ -149,13 +152,16 @@ class Router(ShardedModule):
         if self.top_k > 1:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
 
+        first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
+        if self.config.dispatch == "dropless":
+            places, choices, load = sort_choices(expert_TK, self.num_experts)
+            return Decision(gate_TK, places, choices, probs_TE, first_TE, load)
         tokens, groups = len(logits_TE), self.groups
         capacity = group_capacity(self.config, tokens // groups, self.all_groups)
         # To the queues, group g of expert e is an expert of its own, number e·groups + g: slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
         slot_TK, choice_EC, load = assign_slots(queue_TK, self.num_experts * groups, capacity)
-        first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
         return Decision(gate_TK, slot_TK, choice_EC, probs_TE, first_TE, load.view(-1, groups).sum(1))
 
 
@@ -178,8 +184,7 @@ def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Te
     """
     tokens, top_k = expert_TK.shape
     expert = expert_TK.t().flatten()  # (K·T,): all first choices, then all second ones
-    load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    load_E.scatter_add_(0, expert, torch.ones_like(expert))
+    load_E = _histogram(expert, num_experts)
 
     # A stable sort lines the choices up by expert; the distance to the expert's first one is the position in it.
     order = expert.argsort(stable=True)
@@ -189,6 +194,27 @@ def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Te
     slot = torch.where(position < capacity, expert * capacity + position, -1)
     slot_TK = slot.view(top_k, tokens).t().contiguous()
     return slot_TK, choices_of_slots(slot_TK, num_experts * capacity), load_E
+
+
+def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lines all choices up by expert, and for each expert in order of the tokens.
+
+    Args:
+        expert_TK: (T, K) int64, the chosen experts.
+        num_experts: E.
+
+    Returns:
+        The place of each choice (T, K), the choice in each place (T·K,), and load_E.
+    """
+    expert = expert_TK.flatten()
+    choice = expert.argsort(stable=True)
+    place = torch.empty_like(choice).scatter_(0, choice, torch.arange(len(choice), device=choice.device))
+    return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
+
+
+def _histogram(expert: Tensor, num_experts: int) -> Tensor:
+    load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
+    return load_E.scatter_add_(0, expert, torch.ones_like(expert))
 
 
 def choices_of_slots(slot_TK: Tensor, slots: int) -> Tensor:

@@ -140,10 +140,10 @@ class Meter(TorchDispatchMode):
             return
         counts, members = self.counts, self.members[call.kind]
         counts.ledger(call, event)
-        taken = self._advance(collective_seconds(call.op, call.payload_bytes, members, self.cluster), 0.0)
+        taken = self._advance(collective_seconds(call.op, call.even_payload_bytes, members, self.cluster), 0.0)
         link = link_of(members, self.cluster.gpus_per_node)
         counts.seconds[call.phase, f"{call.op}, {link}"] += taken
         counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken
-        sent = wire_bytes_by_link(call.op, call.payload_bytes, members, self.cluster.gpus_per_node)
+        sent = wire_bytes_by_link(call.op, call.even_payload_bytes, members, self.cluster.gpus_per_node)
         for name, size in sent.items():
             counts.wire[name] += size

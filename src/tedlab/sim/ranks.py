@@ -1,18 +1,23 @@
 """Which ranks of a world differ from each other."""
 
 from tedlab.cluster import ClusterConfig
-from tedlab.cost import Placement, placement_of
+from tedlab.cost import placement_of
 from tedlab.degrees import ParallelDegrees
+from tedlab.sim.routing import Routing
 
 
-def kinds_of_ranks(degrees: ParallelDegrees, cluster: ClusterConfig) -> dict[int, list[int]]:
+def kinds_of_ranks(
+    degrees: ParallelDegrees, cluster: ClusterConfig, routing: Routing | None = None
+) -> dict[int, list[int]]:
     """All ranks, by the first one of their kind.
 
-    Ranks hold, compute and exchange alike; only where their groups lie on the cluster's nodes may differ, if nodes
-    cannot be divided into tensor groups.
+    Ranks hold, compute and exchange alike, but for two things: where their groups lie on the cluster's nodes, if nodes
+    cannot be divided into tensor groups, and how many rows a dropless ``routing`` sends to their experts. (Of these,
+    tensor ranks of one group that divide them differ by one of each sender at most, and count as alike.)
     """
-    kinds: dict[tuple[Placement, ...], list[int]] = {}
+    rows = [()] * degrees.expert if routing is None else [*map(tuple, routing.rows_by_expert_rank().T)]
+    kinds: dict[tuple[object, ...], list[int]] = {}
     for rank in range(degrees.world_size):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
-        kinds.setdefault(places, []).append(rank)
+        kinds.setdefault((places, rows[rank // degrees.tensor % degrees.expert]), []).append(rank)
     return {ranks[0]: ranks for ranks in kinds.values()}

@@ -29,13 +29,16 @@ from tedlab.flops import training_flops
 from tedlab.report import resolved_yaml
 from tedlab.sim.pictures import causes, memory_picture, time_picture
 from tedlab.sim.ranks import kinds_of_ranks
+from tedlab.sim.routing import Routing
 from tedlab.sim.simulation import HIDDEN, Simulation, simulate
 
 _GIB = 2**30
 Ranks = int | Literal["all", "stages"]
 
 
-def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterConfig, ranks: Ranks) -> dict[str, Any]:
+def simulate_visibly(
+    config: TrainConfig, cluster_name: str, cluster: ClusterConfig, ranks: Ranks, routing: Routing | None = None
+) -> dict[str, Any]:
     """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
 
     Args:
@@ -43,13 +46,15 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
         cluster_name: what ``cluster`` is called.
         cluster: that predicted times are for.
         ranks: one of them; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
+        routing: what is chosen, with dropless routing.
 
     Returns:
         The summary of the rank, or of the slowest, which is also in ``summary.json``.
     """
     degrees = parallel_degrees(config.parallel)
-    kinds = {ranks: [ranks]} if isinstance(ranks, int) else kinds_of_ranks(degrees, cluster)
-    simulations = _simulated(config, cluster, [*kinds])
+    alike = kinds_of_ranks(degrees, cluster, routing)
+    kinds = {ranks: [ranks]} if isinstance(ranks, int) else alike
+    simulations = _simulated(config, cluster, [*kinds], routing)
     rank, simulation = max(simulations.items(), key=lambda item: (len(item[1].differences), item[1].step_seconds))
     layout = f"rank {rank} of {degrees}, on {cluster_name}"
     directory = Path(config.output_dir)
@@ -66,11 +71,13 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
     if not isinstance(ranks, int):
         console.print(_ranks_table(simulations, kinds))
-    elif others := [*kinds_of_ranks(degrees, cluster)][1:]:
+    elif len(alike) > 1:
         console.print(
-            f"Note: not all ranks lie alike on the nodes. A job waits for its slowest: see sim.rank=stages, which "
-            f"simulates ranks 0, {', '.join(map(str, others))}."
+            f"Note: not all ranks lie alike on the nodes, or get as many tokens. A job waits for its slowest: see "
+            f"sim.rank=stages, which simulates ranks {', '.join(map(str, alike))}."
         )
+    if routing is not None and len(set(routing.rows_by_expert_rank().sum(0))) > 1:
+        console.print(_busiest(routing, rank))
     title = f"communication of rank {rank}, per step"
     for table in (
         traffic_table(title, simulation.ledger, 1, True, simulation.differences),
@@ -82,13 +89,23 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     return summary
 
 
-def _simulated(config: TrainConfig, cluster: ClusterConfig, ranks: list[int]) -> dict[int, Simulation]:
+def _busiest(routing: Routing, rank: int) -> str:
+    rows, busiest = routing.rows_by_expert_rank().sum(0), routing.busiest_rank()
+    here, most = (sum(rows.computed for rows in routing.rows(r).values()) for r in (rank, busiest))
+    text = f"With this routing the experts of rank {busiest} compute the most rows of a micro-batch: {most:,} over all "
+    text += f"layers, {most / rows.mean():.2f} × the mean"
+    return f"{text}." if here == most else f"{text}; those of rank {rank} {here:,}."
+
+
+def _simulated(
+    config: TrainConfig, cluster: ClusterConfig, ranks: list[int], routing: Routing | None
+) -> dict[int, Simulation]:
     columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=float(len(ranks)))
         simulations = {}
         for number, rank in enumerate(ranks):
-            simulations[rank] = simulate(config, cluster, rank, functools.partial(_show, bar, task, number))
+            simulations[rank] = simulate(config, cluster, rank, functools.partial(_show, bar, task, number), routing)
         bar.update(task, completed=float(len(ranks)))
     return simulations
 

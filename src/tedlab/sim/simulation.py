@@ -17,7 +17,8 @@ from typing_extensions import override
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig
 from tedlab.comm import Phase, predict
-from tedlab.comm.ledger import Count, Entry, differences
+from tedlab.comm.ledger import Count, Entry, Totals, differences
+from tedlab.comm.volumes import with_rows
 from tedlab.config import TrainConfig
 from tedlab.cost import LinkClass, collective_seconds
 from tedlab.optim.bucket import local
@@ -25,6 +26,7 @@ from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_arguments
 from tedlab.sim.memory import Memory, Timeline
 from tedlab.sim.meter import Counts, Meter
+from tedlab.sim.routing import Answers, Routing, routing_of
 from tedlab.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.topology import Topology
 
@@ -70,6 +72,7 @@ def simulate(
     cluster: ClusterConfig,
     rank: int = 0,
     progress: Callable[[float], None] = lambda share: None,
+    routing: Routing | None = None,
 ) -> Simulation:
     """Runs one optimizer step of one rank on fake tensors. The process must not be part of a process group.
 
@@ -78,6 +81,7 @@ def simulate(
         cluster: that predicted times are for.
         rank: of ``config.parallel.world_size``.
         progress: called now and then with the share that is done.
+        routing: what routers choose, if experts take all that choose them; None: all experts equally often.
 
     Raises:
         UsageError: if there is no such rank, or the cluster has no room for the world.
@@ -90,6 +94,7 @@ def simulate(
     except ValueError as error:
         raise UsageError(str(error)) from None
     quieten()
+    routing = routing or routing_of(config, "balanced", None, None)
     shorter = copy.deepcopy(config)
     shorter.trainer["accumulate_grad_batches"] = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
@@ -102,6 +107,8 @@ def simulate(
 
     def meter(topology: Topology) -> Meter:
         memory = Memory(lambda: topology.recomputation.kept_bytes)
+        if routing is not None:
+            topology.comm.reader = Answers(routing, rank)
         return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
 
     with fake_process_group(world, rank):
@@ -109,7 +116,9 @@ def simulate(
         observer, module = _Observer(), language_model(config)
         _trainer(shorter, strategy, rank, observer).fit(module, Batches(config))
         described = about(config, module)
-    return _simulation(config, rank, observer, described)
+    accumulated = int(config.trainer["accumulate_grad_batches"])
+    moved = {} if routing is None else {block: rows * accumulated for block, rows in routing.rows(rank).items()}
+    return _simulation(config, rank, observer, described, with_rows(predict(config), config, moved))
 
 
 class _Observer(Callback):
@@ -187,7 +196,9 @@ def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observ
     )
 
 
-def _simulation(config: TrainConfig, rank: int, observer: _Observer, described: dict[str, Any]) -> Simulation:
+def _simulation(
+    config: TrainConfig, rank: int, observer: _Observer, described: dict[str, Any], expected: Totals
+) -> Simulation:
     parts = observer.counts
     times = [1] * len(parts)
     if len(parts) == _MICRO_BATCHES:
@@ -203,7 +214,7 @@ def _simulation(config: TrainConfig, rank: int, observer: _Observer, described: 
     return Simulation(
         rank=rank,
         ledger=dict(ledger),
-        differences=differences(ledger, predict(config)),
+        differences=differences(ledger, expected),
         flops=_summed([part.flops for part in parts], times),
         seconds=seconds,
         wire=_summed([part.wire for part in parts], times),

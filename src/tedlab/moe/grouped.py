@@ -1,0 +1,116 @@
+"""Products of rows, sorted by expert, with their experts' matrices; and rows of biases.
+
+Legend as in ``ragged.py``: N rows of e experts.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import Function
+
+from tedlab.comm import to_compute_dtype
+from tedlab.comm.recompute import is_dead, unused
+
+_ALIGNMENT = 8  # bf16 numbers in 16 bytes
+
+
+class Groups(NamedTuple):
+    """Which rows are whose.
+
+    Attributes:
+        expert_N: the expert of each row, ascending.
+        ends: (e,) int32, where each expert's rows end.
+        sizes: rows of each expert; None: the host does not know, and products must not need it.
+    """
+
+    expert_N: Tensor
+    ends: Tensor
+    sizes: tuple[int, ...] | None
+
+
+def native(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether torch multiplies groups of rows in one kernel, for which the host need not know their sizes.
+
+    Args:
+        dtype: of the rows.
+        widths: of the matrices.
+    """
+    return dtype is torch.bfloat16 and not any(width % _ALIGNMENT for width in widths)
+
+
+def grouped_matmul(x_NK: Tensor, weight_eKM: Tensor, groups: Groups, tag: str | None = None) -> Tensor:
+    """Each row times the matrix of its expert: (N, M). Inputs are cast as autocast would.
+
+    Args:
+        x_NK: rows, sorted by expert.
+        weight_eKM: matrices.
+        groups: whose the rows are.
+        tag: of the collective that the product feeds, if it feeds no other: see :func:`tedlab.comm.matmul_into`.
+    """
+    return _GroupedMatmul.apply(to_compute_dtype(x_NK), to_compute_dtype(weight_eKM), groups, tag)
+
+
+def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    """The bias of each row's expert: (N, F)."""
+    return _BiasRows.apply(bias_eF.to(dtype), groups.expert_N)
+
+
+class _GroupedMatmul(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
+        ctx.save_for_backward(x, weight, groups.ends)
+        ctx.sizes = groups.sizes
+        if tag is not None and is_dead(tag):
+            return unused(torch.Size((len(x), weight.shape[-1])), x)
+        return _times(x, weight, groups.ends, groups.sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, ends = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        return _times(grad, weight.mT, ends, ctx.sizes), _transposed_times(x, grad, ends, ctx.sizes), None, None
+
+
+def _times(x: Tensor, weight: Tensor, ends: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+    if _one_kernel(x, weight):
+        return F.grouped_mm(x, weight, offs=ends)
+    assert sizes is not None
+    out = x.new_empty(len(x), weight.shape[-1])
+    for rows, matrix, result in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+        torch.mm(rows, matrix, out=result)
+    return out
+
+
+def _transposed_times(x: Tensor, grad: Tensor, ends: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+    """Per expert xᵀ @ grad: (e, K, M); zeros where an expert has no rows."""
+    if _one_kernel(x, grad):
+        return F.grouped_mm(x.mT, grad, offs=ends)
+    assert sizes is not None
+    out = x.new_empty(len(sizes), x.shape[1], grad.shape[1])
+    for rows, of_rows, result in zip(x.split(sizes), grad.split(sizes), out, strict=True):
+        torch.mm(rows.mT, of_rows, out=result)
+    return out
+
+
+def _one_kernel(x: Tensor, y: Tensor) -> bool:
+    # Of fake tensors torch has neither shapes for all dtypes nor a count of the product's FLOPs.
+    return native(x.dtype, x.shape[-1], y.shape[-1]) and not isinstance(x, FakeTensor)
+
+
+class _BiasRows(Function):
+    """Backward is a product with an indicator matrix, not a scatter: no atomics, sums in fp32 or better."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, expert: Tensor) -> Tensor:
+        ctx.save_for_backward(expert)
+        ctx.experts = len(bias)
+        return bias.index_select(0, expert)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (expert,) = ctx.saved_tensors
+        each = torch.arange(ctx.experts, device=expert.device).unsqueeze(1)
+        return (each == expert).to(grads[0].dtype) @ grads[0], None

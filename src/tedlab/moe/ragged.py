@@ -1,0 +1,280 @@
+"""Token paths of dropless routing: every choice is a row, and each process gets as many as were chosen for its experts.
+
+The modes are those of ``dispatch.py``, and so are the collectives, with rows in the place of slots; before them the
+processes tell each other how many rows there will be. Between path and experts goes a :class:`RaggedRows`.
+
+Where shapes on the host depend on these numbers it has to wait for the device, once in a layer: where expert groups
+have several processes, or products need the sizes (see ``grouped.py``). A recomputed forward pass takes the numbers
+from the first one.
+
+=================  =======================  ==================================================================
+mode               path and region          rows
+=================  =======================  ==================================================================
+plain TED          sorted, replicated       every tensor rank exchanges all R rows of the data rank
+DTD                dealt, gathered          row r is sent by tensor rank r mod T; what each was sent is gathered
+DTD, fused         dealt, scattered         the same with a reduce-scatter for all-reduce and drop
+sequence parallel  sorted, scattered        each tensor rank has its own tokens
+=================  =======================  ==================================================================
+
+Legend: as in ``router.py``; R rows of a data rank (of a tensor rank, if sequence-sharded), sorted by expert; e experts
+of this process; i tensor ranks that were sent rows of their own (1 if all were sent the same), s senders (E_p), M rows
+that one of them was sent (of several: the most), N rows that this process's experts see.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tedlab.comm import (
+    Collectives,
+    Splits,
+    all_to_all,
+    copy_to,
+    gather_from,
+    gather_to,
+    once,
+    reduce_from,
+    scatter_from,
+    slice_to,
+)
+from tedlab.comm.rows import Rows, dealt, listed, rows_of
+from tedlab.moe.dispatch import gather_rows, merge_choices, spread_choices
+from tedlab.moe.grouped import Groups, native
+from tedlab.moe.router import Routing
+from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Who sends how many rows, in one layer and micro-batch.
+
+    Attributes:
+        splits: of the all-to-all to the experts.
+        counts_ise: rows by tensor rank, sender and expert; int64, on the device.
+        width: M.
+        total: N.
+        sizes: rows of each expert of this process, if the host has asked.
+    """
+
+    splits: Splits
+    counts_ise: Tensor
+    width: int
+    total: int
+    sizes: tuple[int, ...] | None
+
+
+class RaggedRows(NamedTuple):
+    """Rows at the process of their experts, by sender and then by expert.
+
+    Attributes:
+        values: (rows that this tensor rank was sent, H).
+        exchange: how they came.
+    """
+
+    values: Tensor
+    exchange: Exchange
+
+
+class RaggedPath:
+    """Every process exchanges all its rows within its expert group.
+
+    Args:
+        num_experts: E, a multiple of the expert degree.
+        comm: the collectives of this process.
+        sharers: tensor ranks that are sent rows of their own.
+        widths: of the experts' matrices.
+
+    Attributes:
+        moved: rows of all forward passes so far that a backward pass may follow.
+    """
+
+    def __init__(self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int]) -> None:
+        self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
+        self.moved = Rows()
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
+        """Tokens of this rank (T, H) → rows of this process's experts."""
+        return self._to_experts(spread_choices(x_TH, routing), routing.report.load)
+
+    def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
+        """Experts' results → for each token of this rank the gate-weighted sum of its choices (T, H)."""
+        return merge_choices(self._from_experts(y), routing)
+
+    def _to_experts(self, x_RH: Tensor, counts_E: Tensor) -> RaggedRows:
+        exchange = once("dispatch.counts", lambda: self._exchange(counts_E, x_RH))
+        return RaggedRows(all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", exchange.splits), exchange)
+
+    def _from_experts(self, y: RaggedRows) -> Tensor:
+        return all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
+
+    def _exchange(self, counts_E: Tensor, x_RH: Tensor) -> Exchange:
+        sent_se = counts_E.view(self.comm.size("expert"), -1)
+        counts_ise = self.comm.all_to_all(sent_se, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
+        if self.sharers > 1:
+            counts_ise = self.comm.all_gather(
+                counts_ise, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
+            )
+        exchange, moved = self._without_waiting(counts_ise, x_RH) or self._waiting(sent_se, counts_ise)
+        if torch.is_grad_enabled():
+            self.moved += moved
+        return exchange
+
+    def _without_waiting(self, counts_ise: Tensor, x_RH: Tensor) -> tuple[Exchange, Rows] | None:
+        """Where only this process's own experts are there to choose, and the device alone needs to know how often."""
+        one_kernel = native(x_RH.dtype, *self.widths) and not isinstance(x_RH, FakeTensor)
+        if self.comm.size("expert") > 1 or not one_kernel:
+            return None
+        rows = len(x_RH)
+        exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None)
+        return exchange, Rows(rows, rows, exchange.total, exchange.total)
+
+    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> tuple[Exchange, Rows]:
+        values = np.array(self.comm.reader(torch.cat((sent_se.unsqueeze(0), counts_ise))))
+        sent, arriving = values[0].sum(1), values[1:]
+        own = self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+        rows = rows_of(arriving, int(sent.sum()), own)
+        splits = Splits(tuple(sent.tolist()), tuple(arriving[own].sum(1).tolist()))
+        sizes = tuple(arriving.sum((0, 1)).tolist())
+        return Exchange(splits, counts_ise, rows.gathered // self.sharers, rows.computed, sizes), rows
+
+
+class DealtPath(RaggedPath):
+    """Duplicate token dropping (paper §5.1): of the rows that all tensor ranks list, each exchanges every T-th."""
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
+        x_RH, counts_E = spread_choices(x_TH, routing), routing.report.load
+        missing = listed(len(x_RH), self.sharers) - len(x_RH)
+        if missing:
+            x_RH = F.pad(x_RH, (0, 0, 0, missing))
+            counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
+        hands = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
+        return self._to_experts(hands.flatten(0, 1), dealt(counts_E, self.sharers, self.comm.rank("tensor")))
+
+    def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
+        hand = self._from_experts(y).unsqueeze(1)
+        y_RH = gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
+        return merge_choices(y_RH[: len(routing.choice_EC)], routing)
+
+
+class Arrangement(NamedTuple):
+    """The rows that came, sorted by expert.
+
+    Attributes:
+        row_N: where each row of the experts is among those that came, (i, M) flattened; None: in the same place.
+        place_iM: the inverse; -1 where a tensor rank was sent fewer than M.
+        groups: whose the rows are.
+    """
+
+    row_N: Tensor | None
+    place_iM: Tensor | None
+    groups: Groups
+
+    def sort(self, x_iMH: Tensor) -> Tensor:
+        """Rows as they came (i·M, H) → as the experts want them (N, H)."""
+        if self.row_N is None or self.place_iM is None:
+            return x_iMH
+        return gather_rows(x_iMH, self.row_N, self.place_iM.unsqueeze(1))
+
+    def restore(self, y_NH: Tensor) -> Tensor:
+        """The inverse; zeros where nothing came."""
+        if self.row_N is None or self.place_iM is None:
+            return y_NH
+        return gather_rows(y_NH, self.place_iM, self.row_N.unsqueeze(1))
+
+
+def arrange(exchange: Exchange) -> Arrangement:
+    """By expert, then by sender, then by tensor rank. Nothing here waits for the device."""
+    counts_ise, width, total = exchange.counts_ise, exchange.width, exchange.total
+    device, (ranks, senders, experts) = counts_ise.device, counts_ise.shape
+    counts_e = counts_ise.sum((0, 1))
+    expert_N = torch.arange(experts, device=device).repeat_interleave(counts_e, output_size=total)
+    groups = Groups(expert_N, counts_e.cumsum(0).int(), exchange.sizes)
+    if ranks == 1 and 1 in (senders, experts):
+        return Arrangement(None, None, groups)
+    runs = counts_ise.flatten(1)  # of each tensor rank, in the order in which they came
+    starts = runs.cumsum(1) - runs + width * torch.arange(ranks, device=device).unsqueeze(1)
+    sizes, starts = (t.view(counts_ise.shape).permute(2, 1, 0).flatten() for t in (runs, starts))
+    shift = starts - (sizes.cumsum(0) - sizes)
+    place = torch.arange(total, device=device)
+    row_N = shift.repeat_interleave(sizes, output_size=total) + place
+    place_iM = torch.full((ranks * width,), -1, device=device).scatter_(0, row_N, place)
+    return Arrangement(row_N, place_iM, groups)
+
+
+class RowRegion(Protocol):
+    """Where the tensor-parallel computation of experts begins and ends."""
+
+    def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
+        """Rows that this tensor rank was sent → rows (N, H) that every tensor rank computes its part of."""
+        ...
+
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        """Each tensor rank's part of the results → results plus bias, of the rows that this rank sends back."""
+        ...
+
+
+class ReplicatedRows:
+    """Every tensor rank was sent the same rows."""
+
+    def __init__(self, comm: Collectives) -> None:
+        self.comm = comm
+
+    def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
+        return copy_to(arrangement.sort(x.values), self.comm, "expert_tensor", "experts.copy")
+
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        y_NH = reduce_from(partial_NH, self.comm, "expert_tensor", "experts.reduce")
+        return arrangement.restore(y_NH + bias_NH)
+
+
+class GatheredRows(ReplicatedRows):
+    """Each tensor rank was sent its own rows; apart from that as without DTD. In the paper's order."""
+
+    def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
+        x_iMH = gather_from(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0)
+        return super().enter(RaggedRows(x_iMH, x.exchange), arrangement)
+
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        y_iMH = super().leave(partial_NH, bias_NH, exchange, arrangement)
+        y_MH = slice_to(y_iMH, self.comm, "expert_tensor", "combine.drop", dim=0)
+        return y_MH[: sum(exchange.splits.received)]
+
+
+class ScatteredRows(GatheredRows):
+    """Each tensor rank was sent its own rows, and gets only their sums: all-reduce and drop are one."""
+
+    def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
+        return arrangement.sort(gather_to(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0))
+
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        partial, bias = arrangement.restore(partial_NH), arrangement.restore(bias_NH)
+        y_MH = scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 0, bias)
+        return y_MH[: sum(exchange.splits.received)]
+
+
+def _widened(x: RaggedRows) -> Tensor:
+    """All tensor ranks' rows are gathered in one piece, which takes equal parts: (M, H)."""
+    missing = x.exchange.width - len(x.values)
+    return F.pad(x.values, (0, 0, 0, missing)) if missing else x.values
+
+
+def ragged_path(num_experts: int, widths: tuple[int, int], topology: Topology) -> tuple[RaggedPath, RowRegion]:
+    """The path and the region that the topology's toggles ask for.
+
+    Args:
+        num_experts: E.
+        widths: of one process's part of an expert's matrices.
+        topology: where this process stands.
+    """
+    comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
+    if topology.sequence_sharded:
+        return RaggedPath(num_experts, comm, tensor, widths), ScatteredRows(comm)
+    if not options.dtd or tensor == 1:
+        return RaggedPath(num_experts, comm, 1, widths), ReplicatedRows(comm)
+    region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
+    return DealtPath(num_experts, comm, tensor, widths), region(comm)

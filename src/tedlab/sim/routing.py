@@ -1,0 +1,146 @@
+"""How often each expert is chosen in a simulated step: the one thing that dropless routing's shapes depend on.
+
+``balanced``: all equally often. ``zipf``: the r-th expert of a layer, counted from 1, in proportion to r^-exponent, the
+first of every layer the most. ``trace``: as in the last step of a real run's ``router_trace.npz``. Every data rank
+chooses alike, and every micro-batch; tensor ranks with tokens of their own divide a data rank's choices evenly.
+"""
+
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from torch import Tensor
+
+from tedlab.cli import UsageError
+from tedlab.comm.rows import Rows, hands, rows_of, spread
+from tedlab.config import TrainConfig
+from tedlab.degrees import parallel_degrees
+
+ROUTINGS = ("balanced", "zipf", "trace")
+
+
+class Routing:
+    """What each process of an expert group sends and receives in one micro-batch.
+
+    Args:
+        config: with dropless routing.
+        shares_LE: how often each expert of each MoE layer is chosen, in proportion; None: all equally often.
+    """
+
+    def __init__(self, config: TrainConfig, shares_LE: np.ndarray | None = None) -> None:
+        moe, degrees = config.moe, parallel_degrees(config.parallel)
+        self.blocks = moe.blocks(config.model.layers)
+        self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
+        sharers = degrees.tensor if config.comm.dtd or degrees.sequence else 1
+        tokens = config.data.micro_batch_size * config.model.sequence_length
+        if shares_LE is None:
+            shares_LE = np.ones((len(self.blocks), moe.num_experts))
+        # Of each layer (tensor ranks that send rows of their own, senders, E).
+        self._sent = []
+        for shares_E in shares_LE:
+            counts_E = spread(list(shares_E), tokens * moe.top_k, tokens)
+            self._sent.append(hands(np.tile(counts_E, (degrees.expert, 1)), sharers))
+
+    def rows(self, rank: int) -> dict[int, Rows]:
+        """What a rank of the world moves in one micro-batch, by block."""
+        expert, tensor = self._place(rank)
+        return {
+            block: rows_of(self._arriving(sent, expert), int(sent[tensor, expert].sum()), tensor)
+            for block, sent in zip(self.blocks, self._sent, strict=True)
+        }
+
+    def rows_by_expert_rank(self) -> np.ndarray:
+        """(L, E_p): rows that the experts of each process of an expert group compute, in each MoE layer."""
+        experts = range(self.degrees.expert)
+        return np.array([[self._arriving(sent, expert).sum() for expert in experts] for sent in self._sent])
+
+    def busiest_rank(self) -> int:
+        """The first rank whose experts compute the most rows, over all layers."""
+        return int(self.rows_by_expert_rank().sum(0).argmax()) * self.degrees.tensor
+
+    def numbers(self, layer: int, rank: int) -> np.ndarray:
+        """What the host of a rank reads in one layer: rows that it sends, and that arrive at each tensor rank.
+
+        (1 + tensor ranks, processes of the expert group, experts of one): see :mod:`tedlab.moe.ragged`.
+        """
+        sent = self._sent[layer]
+        expert, tensor = self._place(rank)
+        own = sent[tensor, expert].reshape(1, self.degrees.expert, self.local_experts)
+        return np.concatenate((own, self._arriving(sent, expert)))
+
+    def _place(self, rank: int) -> tuple[int, int]:
+        """In its expert group, and among the tensor ranks that send rows of their own."""
+        return rank // self.degrees.tensor % self.degrees.expert, rank % len(self._sent[0])
+
+    def _arriving(self, sent: np.ndarray, expert: int) -> np.ndarray:
+        return sent[:, :, expert * self.local_experts : (expert + 1) * self.local_experts]
+
+
+class Answers:
+    """In the place of the host's reads of a device, in the order of layers: ``Collectives.reader`` of a simulation."""
+
+    def __init__(self, routing: Routing, rank: int) -> None:
+        self.routing, self.rank = routing, rank
+        self._reads = 0
+
+    def __call__(self, values: Tensor) -> list[object]:
+        numbers = self.routing.numbers(self._reads % len(self.routing.blocks), self.rank)
+        assert numbers.shape == values.shape
+        self._reads += 1
+        return numbers.tolist()
+
+
+def routing_of(config: TrainConfig, name: str, zipf: str | None, trace: str | None) -> Routing | None:
+    """The routing that a command line asks for; None for a configuration with capacity or without experts.
+
+    Args:
+        config: completed by :func:`tedlab.validate.check_simulated`.
+        name: of :data:`ROUTINGS`.
+        zipf: ``sim.zipf``, for ``zipf`` alone.
+        trace: ``sim.trace``, for ``trace`` alone.
+
+    Raises:
+        UsageError: for a routing that does not exist or has no effect, and for a trace of another model.
+    """
+    if name not in ROUTINGS:
+        raise UsageError(f"sim.routing={name} is unknown; valid: {', '.join(ROUTINGS)}")
+    for key, value in (("zipf", zipf), ("trace", trace)):
+        if (name == key) != (value is not None):
+            raise UsageError(f"sim.routing={key} and sim.{key}=… go together; sim.routing is {name}, sim.{key} {value}")
+    layers, experts = len(config.moe.blocks(config.model.layers)), config.moe.num_experts
+    if not layers or config.moe.dispatch != "dropless":
+        if name != "balanced":
+            raise UsageError(
+                f"sim.routing={name} has no effect: what experts are sent depends on what is chosen with "
+                "moe.dispatch=dropless alone"
+            )
+        return None
+    if zipf is not None:
+        ranks = np.arange(1, experts + 1, dtype=float)
+        return Routing(config, np.tile(ranks ** -_exponent(zipf), (layers, 1)))
+    return Routing(config, None if trace is None else _traced(Path(trace), layers, experts))
+
+
+def _exponent(text: str) -> float:
+    try:
+        exponent = float(text)
+    except ValueError:
+        exponent = -1.0
+    if not 0.0 <= exponent <= 100.0:
+        raise UsageError(f"sim.zipf={text} is not an exponent: a number from 0 (balanced) to 100")
+    return exponent
+
+
+def _traced(file: Path, layers: int, experts: int) -> np.ndarray:
+    """(L, E): the choices of the last step of a trace."""
+    try:
+        with np.load(file) as arrays:
+            load_SLE = arrays["load"]
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise UsageError(f"sim.trace={file} is not a router_trace.npz of a run: {error}") from None
+    if load_SLE.shape[1:] != (layers, experts):
+        raise UsageError(
+            f"sim.trace={file} is of {load_SLE.shape[1]} MoE layers of {load_SLE.shape[2]} experts; this model has "
+            f"{layers} of {experts}. Record it with the same model.layers, moe.every and moe.num_experts"
+        )
+    return np.asarray(load_SLE[-1])

@@ -1,0 +1,51 @@
+"""The arithmetic of rows: nothing is lost, and nobody who shares gets more than their share."""
+
+import numpy as np
+import pytest
+
+from tedlab.comm.rows import dealt, hands, listed, rows_of, spread
+
+COUNTS = np.array([[5, 0, 1, 7], [0, 0, 13, 0]])  # senders × experts
+
+
+@pytest.mark.parametrize("sharers", [1, 2, 3, 4, 16])
+def test_a_list_is_dealt_like_a_hand_of_cards(sharers: int) -> None:
+    experts = np.repeat(np.arange(4), COUNTS[0])
+    for rank in range(sharers):
+        mine = np.bincount(experts[rank::sharers], minlength=4)
+        assert dealt(COUNTS[0], sharers, rank).tolist() == mine.tolist()
+
+
+@pytest.mark.parametrize("sharers", [1, 2, 3, 4, 16])
+def test_all_who_share_send_as_many_rows_as_each_other(sharers: int) -> None:
+    sent = hands(COUNTS, sharers)
+    assert (sent.sum(-1) == listed(13, sharers) // sharers).all()
+    total = sent.sum(0)
+    assert (total[:, :-1] == COUNTS[:, :-1]).all()
+    assert (total[:, -1] - COUNTS[:, -1] == -13 % sharers).all()  # what makes the list long enough
+    assert (sent.max(0) - sent.min(0)).max() <= 1
+
+
+def test_the_buffer_of_a_tensor_group_is_as_wide_as_its_widest_part() -> None:
+    arriving = np.array([[[3, 1], [0, 2]], [[2, 0], [1, 1]]])  # two tensor ranks, two senders, two experts
+    first, second = (rows_of(arriving, 9, rank) for rank in (0, 1))
+    assert (first.sent, first.received, first.gathered, first.computed) == (9, 6, 12, 10)
+    assert second.received == 4
+    assert (first + second).computed == (first * 2).computed == 20
+
+
+@pytest.mark.parametrize(
+    ("shares", "rows", "most", "expected"),
+    [
+        ([1, 1, 1], 7, 7, [3, 2, 2]),
+        ([3, 1, 0], 8, 8, [6, 2, 0]),
+        ([100, 1, 1], 10, 5, [5, 3, 2]),  # nobody chooses an expert twice
+        ([1, 0, 0], 6, 2, [2, 2, 2]),
+        ([0, 0], 3, 3, [2, 1]),
+        ([0.2, 0.3, 0.5], 1, 1, [0, 0, 1]),
+    ],
+)
+def test_rows_are_spread_in_proportion_as_far_as_whole_numbers_allow(
+    shares: list[float], rows: int, most: int, expected: list[int]
+) -> None:
+    assert spread(shares, rows, most).tolist() == expected

@@ -1,0 +1,202 @@
+"""Dropless routing: every choice reaches its expert and comes back, whatever was chosen, in every world."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.comm import Recomputation, Second
+from tedlab.comm.recompute import _Pass, _Region
+from tedlab.comm.rows import Rows
+from tedlab.config import CommConfig, MoEConfig
+from tedlab.moe import MoELayer
+from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
+from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
+from tedlab.moe.router import RouterReport, Routing, sort_choices
+from tedlab.nn import Init, initialize
+from tests.pool import WorkerPool
+
+EXPERTS, HIDDEN = 4, 3
+MODES = {
+    "plain": (CommConfig(), False),
+    "dtd": (CommConfig(dtd=True), False),
+    "fused": (CommConfig(dtd=True, fuse_reduce_scatter=True), False),
+    "sequence": (CommConfig(), True),
+}
+CHOICES = ["uniform", "skewed", "one_expert", "tokens_of_some_ranks_alike"]
+
+
+@pytest.fixture
+def single() -> Iterator[Topology]:
+    yield Topology.single()
+    dist.destroy_process_group()
+
+
+def problem(rank: int, top_k: int, choices: str, tokens: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, gates and distinct choices of one rank that has tokens of its own; T divides their number nowhere."""
+    draw = torch.Generator().manual_seed(10 * rank + top_k)
+    x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float64)
+    gates = torch.rand(tokens, top_k, generator=draw, dtype=torch.float64)
+    likes = torch.rand(tokens, EXPERTS, generator=draw)
+    if choices == "skewed":
+        likes += torch.linspace(1.5, 0, EXPERTS)
+    elif choices == "one_expert" or (choices == "tokens_of_some_ranks_alike" and rank % 2):
+        likes = torch.linspace(0, 1, EXPERTS).expand(tokens, -1)
+    return x, gates, likes.argsort(-1, descending=True)[:, :top_k]
+
+
+def routing_of(expert_TK: Tensor, gate_TK: Tensor) -> Routing:
+    place_TK, choice, load_E = sort_choices(expert_TK, EXPERTS)
+    zero = torch.zeros(())
+    return Routing(gate_TK, place_TK, choice, RouterReport(zero, zero, load_E, zero))
+
+
+def through_experts(x: Tensor, routing: Routing, topology: Topology) -> Tensor:
+    """Expert e is x ↦ tanh((e + 1)·x) + e, of which each tensor rank computes a share, all but the bias e."""
+    path, region = ragged_path(EXPERTS, (HIDDEN, HIDDEN), topology)
+    rows = path.dispatch(x, routing)
+    arrangement = arrange(rows.exchange)
+    expert_N = arrangement.groups.expert_N + topology.comm.rank("expert") * EXPERTS // topology.degrees.expert
+    inside = region.enter(rows, arrangement)
+    partial = torch.tanh((expert_N.unsqueeze(1) + 1) * inside) / topology.degrees.tensor
+    bias = expert_N.unsqueeze(1).expand_as(partial).to(partial.dtype)
+    return path.combine(RaggedRows(region.leave(partial, bias, rows.exchange, arrangement), rows.exchange), routing)
+
+
+def expected(x: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:
+    expert = expert_TK.unsqueeze(-1)
+    return (gate_TK.unsqueeze(-1) * (torch.tanh((expert + 1) * x.unsqueeze(1)) + expert)).sum(1)
+
+
+def exchange(tensor: int, mode: str) -> list[str]:
+    """Differences between ours and the closed form, in results and gradients, for all kinds of choices."""
+    options, sequence = MODES[mode]
+    degrees = ParallelDegrees(dist.get_world_size(), tensor, dist.get_world_size() // tensor, sequence)
+    topology, wrong = Topology(degrees, options=options), []
+    rank = dist.get_rank() if sequence else topology.comm.rank("data")
+    for choices in CHOICES:
+        for top_k in (1, 2, 3):
+            x, gates, experts = problem(rank, top_k, choices)
+            results = []
+            for ours in (True, False):
+                leaves = x.clone().requires_grad_(), gates.clone().requires_grad_()
+                if ours:
+                    y = through_experts(leaves[0], routing_of(experts, leaves[1]), topology)
+                else:
+                    y = expected(*leaves, experts)
+                weights = torch.linspace(-1, 2, y.numel()).view_as(y)
+                results.append((y.detach(), *torch.autograd.grad((y * weights).sum(), leaves)))
+            for name, a, b in zip(("result", "token gradient", "gate gradient"), *results, strict=True):
+                if not torch.allclose(a, b, rtol=1e-13, atol=1e-13):
+                    wrong.append(f"{choices}, top {top_k}: {name} off by {(a - b).abs().max()}")
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "mode"),
+    [(1, 1, "plain"), (4, 1, "plain"), *((4, 2, mode) for mode in MODES), (4, 4, "dtd"), (4, 4, "sequence")],
+)
+def test_every_choice_comes_back_from_its_expert_in_every_world(
+    pool: WorkerPool, world_size: int, tensor: int, mode: str
+) -> None:
+    for wrong in pool.run(world_size, exchange, tensor, mode):
+        assert not wrong, "\n".join(wrong)
+
+
+# ---- one process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_layer_is_one_whose_capacity_drops_nothing(single: Topology, top_k: int) -> None:
+    results = []
+    for dispatch in ("dropless", "capacity"):
+        torch.set_default_dtype(torch.float64)
+        config = MoEConfig(num_experts=EXPERTS, top_k=top_k, dispatch=dispatch, capacity_factor=None)
+        layer = MoELayer(HIDDEN, 5, config, single, init=Init(std=1.0), out_init=Init(std=0.5))
+        torch.set_default_dtype(torch.float32)
+        initialize(layer, seed=3)
+        for name in ("up_bias", "down_bias"):
+            bias = layer.experts.get_parameter(name)._local_tensor  # type: ignore[attr-defined]
+            bias.data.copy_(torch.linspace(-1, 1, bias.numel()).view_as(bias))
+        x = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+        y, report = layer(x)
+        (y.square().sum() + report.balance_loss + report.z_loss).backward()
+        gradients = [p.grad.to_local() for p in layer.parameters()]  # type: ignore[union-attr]
+        results.append([y, x.grad, report.load.double(), report.dropped.double(), report.balance_loss, *gradients])
+    assert results[0][3] == 0
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_experts_that_nobody_chooses_get_gradients_of_zero(single: Topology) -> None:
+    config = MoEConfig(num_experts=EXPERTS, dispatch="dropless")
+    layer = MoELayer(HIDDEN, 5, config, single, init=Init(std=1.0), out_init=Init(std=0.5))
+    initialize(layer, seed=0)
+    with torch.no_grad():
+        layer.router.get_parameter("weight")._local_tensor.zero_()[1].fill_(1.0)  # type: ignore[attr-defined]
+    y, report = layer(torch.rand(1, 6, HIDDEN))
+    assert report.load.tolist() == [0, 6, 0, 0]
+    y.sum().backward()
+    for name, parameter in layer.experts.named_parameters():
+        gradient = parameter.grad.to_local()  # type: ignore[union-attr]
+        assert [bool(part.any()) for part in gradient] == [False, True, False, False], name
+
+
+def test_one_process_in_bf16_never_waits_for_the_device(single: Topology) -> None:
+    def refuse(values: Tensor) -> list[Any]:
+        raise RuntimeError("the host waits")
+
+    single.comm.reader = refuse
+    config, init = MoEConfig(num_experts=EXPERTS, dispatch="dropless"), Init(std=1.0)
+    layer = MoELayer(16, 32, config, single, init=init, out_init=init)
+    initialize(layer, seed=0)
+    x = torch.rand(1, 6, 16)
+    layer.to(torch.bfloat16)(x.bfloat16())[0].sum().backward()
+    assert layer.moved == Rows(6, 6, 6, 6)
+    with pytest.raises(RuntimeError, match="the host waits"):  # torch's kernel takes no fp32 on all devices
+        layer.float()(x)
+
+
+# ---- grouped products ----------------------------------------------------------------------------------------------
+
+SIZES = (5, 0, 8, 3)
+
+
+def groups_of(sizes: tuple[int, ...], told: bool = True) -> Groups:
+    counts = torch.tensor(sizes)
+    expert = torch.arange(len(sizes)).repeat_interleave(counts)
+    return Groups(expert, counts.cumsum(0).int(), sizes if told else None)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (0, 0, 0, 1), (16, 0, 0, 0), (0, 0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_grouped_products_are_those_of_each_row_with_its_experts_matrix(
+    dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    """In bf16 by torch's kernel, which is not told the sizes on the host."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(sizes), 16, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(4, 16, 8, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(4, 8, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    groups = groups_of(sizes, told=not native(dtype, 16, 8))
+    y = grouped_matmul(x, weight, groups) + bias_rows(bias, groups, dtype)
+    ours = y, *torch.autograd.grad(y.square().sum() / 2, (x, weight, bias))
+    precise = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    z = (precise[0].unsqueeze(1) @ precise[1][groups.expert_N]).squeeze(1) + precise[2][groups.expert_N]
+    theirs = z, *torch.autograd.grad(z.square().sum() / 2, precise)
+    for a, b in zip(ours, theirs, strict=True):
+        bound = 0.03 if dtype is torch.bfloat16 else 1e-14
+        assert a.shape == b.shape
+        assert ((a.double() - b).abs() <= bound * b.abs().amax() if b.numel() else b).all()
+
+
+def test_products_that_a_kept_result_makes_superfluous_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tedlab.moe.grouped.unused", lambda shape, like: like.new_full(shape, torch.nan))
+    x, weight, groups = torch.rand(sum(SIZES), 4), torch.rand(4, 4, 2), groups_of(SIZES)
+    with _Pass(_Region({"experts.reduce": Second.WHOLE}, True, Recomputation()), second=True):
+        assert grouped_matmul(x, weight, groups, "experts.reduce").isnan().all()
+        assert grouped_matmul(x, weight, groups).isfinite().all()
