@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from tedlab.capacity import group_capacity
-from tedlab.comm.collectives import Collective, GroupKind, Operation, Phase
+from tedlab.comm.collectives import Collective, Operation, Phase
 from tedlab.comm.ledger import Count, Entry, counted
 from tedlab.comm.recompute import Second
 from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
 from tedlab.config import TrainConfig
-from tedlab.degrees import parallel_degrees
+from tedlab.degrees import GroupKind, parallel_degrees
 
 _DTYPES = {  # trainer.precision → of parameters, of matrix products
     "32-true": (torch.float32, torch.float32),
