@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tedlab.cluster import ClusterConfig
-from tedlab.comm import Collective, GroupKind
+from tedlab.comm import Collective
 from tedlab.config import TrainConfig
 from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.estimate.kernels import Kernels
@@ -22,7 +22,7 @@ COMPUTE, OPTIMIZER, HIDDEN = "kernels", "optimizer", "hidden by overlap"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one optimizer step and the first rank.
+    """Of one optimizer step and one rank.
 
     Attributes:
         memory: at the fullest moment, by category, in bytes.
@@ -57,14 +57,19 @@ class Estimate:
         return self.flops / self.step_seconds / self.peak_flops
 
 
-def estimate(config: TrainConfig, cluster: ClusterConfig) -> Estimate:
+def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Estimate:
     """The closed form of a configuration completed by :func:`tedlab.validate.check_simulated`.
+
+    Args:
+        config: of the job.
+        cluster: that it runs on.
+        rank: whose groups' places on the nodes count; all else is alike in all ranks.
 
     Raises:
         ValueError: for an optimizer whose state is not known, or a world larger than the cluster.
     """
     sizes = Sizes(config)
-    memory, kernels, links = Memory(sizes), Kernels(sizes), _Links(sizes, cluster)
+    memory, kernels, links = Memory(sizes), Kernels(sizes), _Links(sizes, cluster, rank)
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
     links.add(sizes.form.ends(), sizes.accumulated, taken, wire)
@@ -93,19 +98,10 @@ def estimate(config: TrainConfig, cluster: ClusterConfig) -> Estimate:
 
 
 class _Links:
-    """Collectives of the first rank on a cluster."""
+    """Collectives of a rank on a cluster."""
 
-    def __init__(self, sizes: Sizes, cluster: ClusterConfig) -> None:
-        self.cluster, degrees = cluster, sizes.form.degrees
-        tensor, expert = degrees.tensor, degrees.expert
-        self.members: Mapping[GroupKind, range] = {
-            "tensor": range(tensor),
-            "expert_tensor": range(tensor),
-            "expert": range(0, tensor * expert, tensor),
-            "expert_data": range(0, degrees.world_size, tensor * expert),
-            "data": range(0, degrees.world_size, tensor),
-            "world": range(degrees.world_size),
-        }
+    def __init__(self, sizes: Sizes, cluster: ClusterConfig, rank: int) -> None:
+        self.cluster, self.members = cluster, sizes.form.degrees.groups(rank)
         self.reductions = 0.0
 
     def add(
