@@ -3,7 +3,7 @@
 ``tedlab.sim.simulate`` runs the real code instead, and tests hold the one against the other.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -111,15 +111,15 @@ class _Links:
         taken: defaultdict[str, float],
         wire: defaultdict[LinkClass, float],
     ) -> None:
-        for call in calls:
+        for call, alike in Counter(calls).items():
             members, per_node = self.members[call.kind], self.cluster.gpus_per_node
             once = collective_seconds(call.op, call.payload_bytes, members, self.cluster)
             in_step = call.phase == "optimizer"
-            taken["gradient sync" if in_step else f"{call.op}, {link_of(members, per_node)}"] += times * once
+            taken["gradient sync" if in_step else f"{call.op}, {link_of(members, per_node)}"] += times * alike * once
             if call.tag == "gradients.reduce":
-                self.reductions += once
+                self.reductions += alike * once
             for link, sent in wire_bytes_by_link(call.op, call.payload_bytes, members, per_node).items():
-                wire[link] += times * sent
+                wire[link] += times * alike * sent
 
 
 def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:

@@ -71,11 +71,15 @@ class Memory:
         logits = s.tokens * s.vocabulary_part * (s.compute + s.precise)
         earlier = self.gradients if s.accumulated > 1 else 0  # of micro-batches before, beside which these stand
 
-        like = {block: first for first, blocks in s.kinds.items() for block in blocks}
+        kept = {
+            block: s.form.kept_bytes(first, s.config.comm.cac) if recomputed else 0
+            for first, blocks in s.kinds.items()
+            for block in blocks
+        }
         saved, stash = [0.0], [0.0]  # before each block, and after the last
         for block in range(model.layers):
             saved.append(saved[-1] + (stream if recomputed else self._saved(block)))
-            stash.append(stash[-1] + (s.form.kept_bytes(like[block], s.config.comm.cac) if recomputed else 0))
+            stash.append(stash[-1] + kept[block])
         last = 2 * stream + s.tokens * s.hidden * s.compute  # of the last norm
         yield self._moment("loss", earlier, stash[-1], saved[-1] + last + logits, temporaries=0)
         gradients = earlier + (table if model.tie_embeddings else 2 * table)

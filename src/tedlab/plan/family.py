@@ -5,41 +5,42 @@ from collections.abc import Callable
 
 from tedlab.config import TrainConfig
 
-HEAD = 128  # features of an attention head
+_HEAD = 128  # features of an attention head, at most
 _GPT3 = ((768, 12), (1024, 24), (2048, 24), (2560, 32), (4096, 32), (5120, 40), (12288, 96))  # width, layers
-_WIDEST = 65_536
+_WIDEST, _STEP = 65_536, 64
 
 
-def member(config: TrainConfig, hidden: int) -> TrainConfig:
-    """A copy of ``config`` with the base model of this width.
+def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
+    """A copy of ``config`` with the base model of about this width, whose heads the tensor degree divides.
 
     Its layers lie between those of GPT-3's models (Brown et al., 2020, table 2.1), an even number, since every second
-    has experts. Heads have 128 features, feed-forward layers are four times as wide as the model.
+    has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times as wide as the model.
     """
     changed = copy.deepcopy(config)
     model = changed.model
-    below = max((row for row in _GPT3 if row[0] <= hidden), default=_GPT3[0])
-    above = min((row for row in _GPT3 if row[0] >= hidden), default=_GPT3[-1])
-    share = 0.0 if above[0] == below[0] else (hidden - below[0]) / (above[0] - below[0])
-    model.hidden, model.heads, model.ffn = hidden, hidden // HEAD, 4 * hidden
-    model.layers = 2 * max(1, round((below[1] + share * (above[1] - below[1])) / 2))
+    model.heads = tensor * max(1, -(-width // (_HEAD * tensor)))
+    model.hidden = model.heads * max(8, width // model.heads // 8 * 8)
+    model.ffn = 4 * model.hidden
+    below = max((row for row in _GPT3 if row[0] <= model.hidden), default=_GPT3[0])
+    above = min((row for row in _GPT3 if row[0] >= model.hidden), default=_GPT3[-1])
+    share = 0.0 if above[0] == below[0] else (model.hidden - below[0]) / (above[0] - below[0])
+    model.layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
     return changed
 
 
 def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:
-    """The widest member that fits and whose heads a tensor degree divides; None if none does.
+    """The widest member that fits, to 64 features; None if none does.
 
     Args:
         config: whose model is replaced.
-        tensor: the degree.
-        fits: what must be true of it, and is of all that are narrower.
+        tensor: the degree, which divides the heads.
+        fits: what must be true of it, and is of those that are narrower.
     """
-    step = HEAD * tensor
-    low, high = 0, _WIDEST // step  # the widest is in between
+    low, high = 0, _WIDEST // _STEP  # the widest is in between
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(member(config, middle * step)) else (low, middle - 1)
-    return member(config, low * step) if low else None
+        low, high = (middle, high) if fits(member(config, middle * _STEP, tensor)) else (low, middle - 1)
+    return member(config, low * _STEP, tensor) if low else None
 
 
 def base_parameters(config: TrainConfig) -> int:

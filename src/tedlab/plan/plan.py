@@ -1,5 +1,6 @@
 """A plan: all layouts by the closed form, the most promising by simulation, in as many processes as there are cores."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -108,7 +109,7 @@ def largest_model(
             progress("models", n, len(degrees))
     if best is None:
         raise UsageError(
-            f"Not even a model of width 128 fits in any layout of {config.parallel.world_size} GPUs with these "
+            f"Not even a model of 64 features fits in any layout of {config.parallel.world_size} GPUs with these "
             "settings: look at data.batch_size, moe.num_experts and what else is fixed"
         )
     return best
@@ -200,8 +201,8 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
 
 @contextmanager
 def _workers() -> Iterator[Executor]:
-    """A process for each core."""
-    executor = ProcessPoolExecutor(os.cpu_count())
+    """A fresh process for each core: the progress bar has threads, and a forked process could wait for them for ever."""
+    executor = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     try:
         yield executor
     finally:

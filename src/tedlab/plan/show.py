@@ -118,10 +118,21 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
             table.add_row(*_row(candidate), style="dim")
     more = len(plan.front) - len(shown)
     table.caption = (
-        f"above the line simulated, below it by the closed form{f', {more} more not shown' if more > 0 else ''}; "
-        f"a GPU has {usable:.2f} GiB without the reserve; batch: micro-batch; GB: sent by a GPU in a step"
+        f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
+        f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
+        "batch: micro-batch; GB: sent by a GPU in a step"
     )
     return table
+
+
+def _largest_error(plan: Plan) -> float:
+    """Of the closed form's time and memory, against the simulator's."""
+    estimated = [next(c for c in plan.front if c.settings == simulated.settings) for simulated in plan.simulated]
+    return max(
+        abs(ours / theirs - 1)
+        for mine, simulated in zip(estimated, plan.simulated, strict=True)
+        for ours, theirs in zip(mine.costs[:2], simulated.costs[:2], strict=True)
+    )
 
 
 def _row(candidate: Candidate) -> list[str]:
