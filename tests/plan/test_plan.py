@@ -1,5 +1,6 @@
 """A plan is the fastest layout that fits, its file is what training takes, and what does not fit is named."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from tedlab.plan.__main__ import own_arguments, task
 from tedlab.plan.family import base_parameters, member
 from tedlab.plan.plan import Plan, largest_model, make_plan
 from tedlab.plan.search import Found, applied, layouts, pareto_front, search, smallest
-from tedlab.plan.show import fixed_by, plan_visibly, write_overrides
+from tedlab.plan.show import fixed_by, plan_visibly
 from tedlab.validate import check_simulated
 from tests.certify.runs import composed
 
@@ -110,7 +111,7 @@ def test_the_largest_model_fits_and_a_somewhat_larger_one_does_not() -> None:
     capacity = SUMMIT.memory_bytes - 2**30
     config = composed(*GIVEN)
     fixed = ["parallel.tensor"]  # 2
-    best = largest_model(config, SUMMIT, reserve=2**30, fixed=fixed)
+    best = largest_model(config, SUMMIT, ThreadPoolExecutor(1), reserve=2**30, fixed=fixed)
     peaks = [smallest(best, SUMMIT, fixed, pair) for pair in layouts(best, fixed)]
     assert 0.9 * capacity < min(peak for peak in peaks if peak is not None) <= capacity
     larger = member(config, best.model.hidden + 256, 2)
@@ -158,7 +159,7 @@ def test_a_mistake_is_named_with_what_would_do(own: list[str], overrides: list[s
 )
 def test_without_a_layout_it_says_why(cluster: str, overrides: list[str], said: list[str]) -> None:
     with pytest.raises(UsageError) as error:
-        make_plan(composed(*overrides), load_cluster(cluster), reserve=0, simulations=1)
+        make_plan(composed(*overrides), load_cluster(cluster), ThreadPoolExecutor(1), reserve=0, simulations=1)
     assert all(text in str(error.value) for text in said), str(error.value)
 
 

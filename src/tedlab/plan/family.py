@@ -14,7 +14,7 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     """A copy of ``config`` with the base model of about this width, whose heads the tensor degree divides.
 
     Its layers lie between those of GPT-3's models (Brown et al., 2020, table 2.1), an even number, since every second
-    has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times as wide as the model.
+    has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times the model's width.
     """
     changed = copy.deepcopy(config)
     model = changed.model

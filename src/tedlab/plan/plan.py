@@ -40,6 +40,7 @@ class Plan:
 def make_plan(
     config: TrainConfig,
     cluster: ClusterConfig,
+    workers: Executor,
     *,
     reserve: float,
     simulations: int,
@@ -51,6 +52,7 @@ def make_plan(
     Args:
         config: as composed, not yet completed.
         cluster: that the job runs on.
+        workers: that search and simulate; those that simulate must be processes.
         reserve: bytes of a GPU that are left for what is not modelled.
         simulations: how many candidates are simulated.
         fixed: dotted names of settings that are kept as they are in ``config``.
@@ -62,23 +64,23 @@ def make_plan(
     slowest_rank(config.parallel.world_size, 1, cluster)  # raises if the cluster is too small
     capacity = cluster.memory_bytes - reserve
     found, pairs = Found(), layouts(config, fixed)
-    with _workers() as workers:
-        try:
-            running = [workers.submit(search, config, cluster, capacity, fixed, pair) for pair in pairs]
-            for n, part in enumerate(as_completed(running), 1):
-                found.add(part.result())
-                progress("layouts", n, len(pairs))
-        except ValueError as error:
-            raise UsageError(str(error)) from None
-        _check_found(found, capacity)
-        front = pareto_front(found.fitting)
-        simulated = _simulated(workers, config, cluster, capacity, front, simulations, progress)
+    try:
+        running = [workers.submit(search, config, cluster, capacity, fixed, pair) for pair in pairs]
+        for n, part in enumerate(as_completed(running), 1):
+            found.add(part.result())
+            progress("layouts", n, len(pairs))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    _check_found(found, capacity)
+    front = pareto_front(found.fitting)
+    simulated = _simulated(workers, config, cluster, capacity, front, simulations, progress)
     return Plan(found, front, simulated)
 
 
 def largest_model(
     config: TrainConfig,
     cluster: ClusterConfig,
+    workers: Executor,
     *,
     reserve: float,
     fixed: Sequence[str] = (),
@@ -95,18 +97,14 @@ def largest_model(
     pairs = layouts(config, fixed)
     degrees = sorted({pair.tensor for pair in pairs})
     best: TrainConfig | None = None
-    with _workers() as workers:
-        running = [
-            workers.submit(
-                _largest, config, cluster, cluster.memory_bytes - reserve, fixed, [p for p in pairs if p.tensor == t]
-            )
-            for t in degrees
-        ]
-        for n, part in enumerate(as_completed(running), 1):
-            model = part.result()
-            if model is not None and (best is None or base_parameters(model) > base_parameters(best)):
-                best = model
-            progress("models", n, len(degrees))
+    of_degree = [[pair for pair in pairs if pair.tensor == degree] for degree in degrees]
+    capacity = cluster.memory_bytes - reserve
+    running = [workers.submit(_largest, config, cluster, capacity, fixed, group) for group in of_degree]
+    for n, part in enumerate(as_completed(running), 1):
+        model = part.result()
+        if model is not None and (best is None or base_parameters(model) > base_parameters(best)):
+            best = model
+        progress("models", n, len(degrees))
     if best is None:
         raise UsageError(
             f"Not even a model of 64 features fits in any layout of {config.parallel.world_size} GPUs with these "
@@ -200,8 +198,8 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
 
 
 @contextmanager
-def _workers() -> Iterator[Executor]:
-    """A fresh process for each core: the progress bar has threads, and a forked process could wait for them for ever."""
+def worker_processes() -> Iterator[Executor]:
+    """A fresh process for each core: the progress bar has threads, and what is forked beside threads can hang."""
     executor = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
     try:
         yield executor

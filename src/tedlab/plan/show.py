@@ -11,7 +11,7 @@ from rich.table import Table
 from tedlab.cluster import ClusterConfig
 from tedlab.config import TrainConfig
 from tedlab.plan.family import base_parameters
-from tedlab.plan.plan import Plan, largest_model, make_plan, overrides
+from tedlab.plan.plan import Plan, largest_model, make_plan, overrides, worker_processes
 from tedlab.plan.search import CHOSEN, Candidate
 
 _GIB = 2**30
@@ -41,7 +41,7 @@ def plan_visibly(
     """
     fixed = fixed_by(given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar, worker_processes() as workers:
         task = bar.add_task("planning")
 
         def progress(doing: str, done: int, of: int) -> None:
@@ -49,8 +49,10 @@ def plan_visibly(
 
         reserve = reserve_gib * _GIB
         if find_largest:
-            config = largest_model(config, cluster, reserve=reserve, fixed=fixed, progress=progress)
-        plan = make_plan(config, cluster, reserve=reserve, simulations=simulations, fixed=fixed, progress=progress)
+            config = largest_model(config, cluster, workers, reserve=reserve, fixed=fixed, progress=progress)
+        plan = make_plan(
+            config, cluster, workers, reserve=reserve, simulations=simulations, fixed=fixed, progress=progress
+        )
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     world = config.parallel.world_size
     console.print(f"Planned: {world} GPUs of {cluster_name}. Times are predicted, none was measured.")
