@@ -1,5 +1,6 @@
 """A plan is the fastest layout that fits, its file is what training takes, and what does not fit is named."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +22,7 @@ GIVEN += ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024
 SUMMIT = load_cluster("summit")
 
 
+@functools.cache
 def searched(capacity: float, *fixed: str) -> tuple[TrainConfig, Found]:
     config, found = composed(*GIVEN), Found()
     for degrees in layouts(config, fixed):
