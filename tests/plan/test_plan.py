@@ -11,7 +11,7 @@ from tedlab.cluster import load_cluster
 from tedlab.config import TrainConfig
 from tedlab.plan.__main__ import own_arguments, task
 from tedlab.plan.family import base_parameters, member
-from tedlab.plan.plan import Plan, largest_model, make_plan
+from tedlab.plan.plan import Plan, largest_models, make_plan
 from tedlab.plan.search import Found, applied, layouts, pareto_front, search, smallest
 from tedlab.plan.show import fixed_by, plan_visibly
 from tedlab.validate import check_simulated
@@ -113,7 +113,7 @@ def test_the_largest_model_fits_and_a_somewhat_larger_one_does_not() -> None:
     capacity = SUMMIT.memory_bytes - 2**30
     config = composed(*GIVEN)
     fixed = ["parallel.tensor"]  # 2
-    best = largest_model(config, SUMMIT, ThreadPoolExecutor(1), reserve=2**30, fixed=fixed)
+    best = largest_models(config, SUMMIT, ThreadPoolExecutor(1), reserve=2**30, fixed=fixed)[2]
     peaks = [smallest(best, SUMMIT, fixed, pair) for pair in layouts(best, fixed)]
     assert 0.9 * capacity < min(peak for peak in peaks if peak is not None) <= capacity
     larger = member(config, best.model.hidden + 256, 2)

@@ -77,7 +77,7 @@ def make_plan(
     return Plan(found, front, simulated)
 
 
-def largest_model(
+def largest_models(
     config: TrainConfig,
     cluster: ClusterConfig,
     workers: Executor,
@@ -85,32 +85,32 @@ def largest_model(
     reserve: float,
     fixed: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda doing, done, of: None,
-) -> TrainConfig:
-    """A copy of ``config`` whose base model is the largest of a GPT-3-like family that fits any layout.
+) -> dict[int, TrainConfig]:
+    """By tensor degree: a copy of ``config`` whose base model is the largest of a GPT-3-like family that fits.
 
     Args: as of :func:`make_plan`.
 
     Raises:
-        UsageError: if not even the smallest does.
+        UsageError: if not even the smallest fits with any degree.
     """
     slowest_rank(config.parallel.world_size, 1, cluster)
-    pairs = layouts(config, fixed)
-    degrees = sorted({pair.tensor for pair in pairs})
-    best: TrainConfig | None = None
-    of_degree = [[pair for pair in pairs if pair.tensor == degree] for degree in degrees]
     capacity = cluster.memory_bytes - reserve
-    running = [workers.submit(_largest, config, cluster, capacity, fixed, group) for group in of_degree]
+    pairs: dict[int, list[Degrees]] = {}
+    for pair in layouts(config, fixed):
+        pairs.setdefault(pair.tensor, []).append(pair)
+    running = {workers.submit(_largest, config, cluster, capacity, fixed, group): t for t, group in pairs.items()}
+    models: dict[int, TrainConfig] = {}
     for n, part in enumerate(as_completed(running), 1):
         model = part.result()
-        if model is not None and (best is None or base_parameters(model) > base_parameters(best)):
-            best = model
-        progress("models", n, len(degrees))
-    if best is None:
+        if model is not None:
+            models[running[part]] = model
+        progress("models", n, len(pairs))
+    if not models:
         raise UsageError(
             f"Not even a model of 64 features fits in any layout of {config.parallel.world_size} GPUs with these "
             "settings: look at data.batch_size, moe.num_experts and what else is fixed"
         )
-    return best
+    return dict(sorted(models.items()))
 
 
 def _largest(

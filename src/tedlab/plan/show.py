@@ -1,7 +1,7 @@
 """A plan for people: a progress bar, tables, and the file that ``tedlab.train +plan=`` takes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,7 +11,7 @@ from rich.table import Table
 from tedlab.cluster import ClusterConfig
 from tedlab.config import TrainConfig
 from tedlab.plan.family import base_parameters
-from tedlab.plan.plan import Plan, largest_model, make_plan, overrides, worker_processes
+from tedlab.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.plan.search import CHOSEN, Candidate
 
 _GIB = 2**30
@@ -49,7 +49,8 @@ def plan_visibly(
 
         reserve = reserve_gib * _GIB
         if find_largest:
-            config = largest_model(config, cluster, workers, reserve=reserve, fixed=fixed, progress=progress)
+            models = largest_models(config, cluster, workers, reserve=reserve, fixed=fixed, progress=progress)
+            config = max(models.values(), key=base_parameters)
         plan = make_plan(
             config, cluster, workers, reserve=reserve, simulations=simulations, fixed=fixed, progress=progress
         )
@@ -57,11 +58,7 @@ def plan_visibly(
     world = config.parallel.world_size
     console.print(f"Planned: {world} GPUs of {cluster_name}. Times are predicted, none was measured.")
     if find_largest:
-        model = config.model
-        console.print(
-            f"The largest base model that fits has {base_parameters(config) / 1e9:.2f} B parameters: "
-            f"{model.layers} layers, hidden {model.hidden}, {config.moe.num_experts or 'no'} experts."
-        )
+        console.print(_models_table(models))
     usable = cluster.memory_bytes / _GIB - reserve_gib
     console.print(_candidates_table(plan, usable))
     console.print(_refused_table(plan, usable))
@@ -101,6 +98,26 @@ def write_overrides(
         + "".join(f"{override}\n" for override in [*kept, *chosen])
     )
     return path
+
+
+def _models_table(models: Mapping[int, TrainConfig]) -> Table:
+    table = Table(title="largest base model that fits", title_justify="left")
+    for heading in ("tensor", "parameters", "layers", "hidden", "with experts"):
+        table.add_column(heading, justify="right")
+    best = max(models.values(), key=base_parameters)
+    for tensor, config in models.items():
+        base, model, moe = base_parameters(config), config.model, config.moe
+        experts = len(moe.blocks(model.layers)) * (moe.num_experts - 1) * 2 * model.hidden * model.ffn
+        table.add_row(
+            f"{tensor}",
+            f"{base / 1e9:.2f} B",
+            f"{model.layers}",
+            f"{model.hidden}",
+            f"{(base + max(0, experts)) / 1e9:.1f} B",
+            style="bold" if config is best else None,
+        )
+    table.caption = "the bold one is planned; parallel.tensor=… plans another"
+    return table
 
 
 def _candidates_table(plan: Plan, usable: float) -> Table:
