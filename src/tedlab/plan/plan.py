@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig
 from tedlab.config import TrainConfig
-from tedlab.plan.family import base_parameters, largest
+from tedlab.plan.family import largest
 from tedlab.plan.search import Candidate, Degrees, Found, applied, layouts, pareto_front, search, slowest_rank, smallest
 from tedlab.validate import check_simulated
 
