@@ -15,7 +15,7 @@ from tedlab.plan.plan import Plan, largest_models, make_plan, overrides, worker_
 from tedlab.plan.search import CHOSEN, Candidate
 
 _GIB = 2**30
-_ROWS = 12
+_ROWS = 10
 _REASONS = 8
 
 
@@ -127,7 +127,7 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
         table.add_column(heading, justify="right")
     for heading in ("recompute", "duplicates", "tile"):
         table.add_column(heading)
-    for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB between nodes"):
+    for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB out"):
         table.add_column(heading, justify="right")
     for candidate in plan.simulated:
         table.add_row(*_row(candidate), style="bold" if candidate is plan.winner else None)
@@ -139,7 +139,7 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
     table.caption = (
         f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
         f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
-        "batch: micro-batch; GB: sent by a GPU in a step"
+        "batch: micro-batch; GB out: sent by a GPU to other nodes in a step"
     )
     return table
 
