@@ -22,6 +22,8 @@ _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
 _OTHER_GROUPS = ("hydra", "cluster")  # below conf/ or Hydra's own, but no part of a training configuration
 
+_PLAN = "+plan="
+
 ConfigStore.instance().store("schema", TrainConfig)
 
 
@@ -42,6 +44,10 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
         return task(typed)
 
     def main() -> None:
+        try:
+            sys.argv[1:] = with_plan(sys.argv[1:])
+        except UsageError as error:
+            sys.exit(f"{error}")
         arguments = get_args_parser().parse_args()
         if not (arguments.config_dir or arguments.config_path or arguments.config_name):
             try:
@@ -54,6 +60,28 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
         leave_if_started_outside()
 
     return main
+
+
+def with_plan(arguments: list[str]) -> list[str]:
+    """Puts the overrides of the file in ``+plan=FILE``, one a line, in its place; others of the command line win.
+
+    Raises:
+        UsageError: if there is no such file.
+    """
+    files = [argument for argument in arguments if argument.startswith(_PLAN)]
+    others = [argument for argument in arguments if argument not in files]
+    keys = [key.lstrip("+~") for key, equals, _ in (argument.partition("=") for argument in others) if equals]
+    planned = []
+    for name in files:
+        path = Path(name.removeprefix(_PLAN))
+        if not path.is_file():
+            raise UsageError(f"{name}: there is no such file; `python -m tedlab.plan` writes one")
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        for line in lines:
+            key = line.partition("=")[0].lstrip("+~")
+            if not any(key == ours or key.startswith(f"{ours}.") for ours in keys):
+                planned.append(line)
+    return planned + others
 
 
 def check_overrides(overrides: list[str]) -> None:

@@ -1,0 +1,50 @@
+"""Base models of any size: GPT-3's table, continued between its rows; and the largest that fits a cluster."""
+
+import copy
+from collections.abc import Callable
+
+from tedlab.config import TrainConfig
+
+_HEAD = 128  # features of an attention head, at most
+_GPT3 = ((768, 12), (1024, 24), (2048, 24), (2560, 32), (4096, 32), (5120, 40), (12288, 96))  # width, layers
+_WIDEST, _STEP = 65_536, 64
+
+
+def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
+    """A copy of ``config`` with the base model of about this width, whose heads the tensor degree divides.
+
+    Its layers lie between those of GPT-3's models (Brown et al., 2020, table 2.1), an even number, since every second
+    has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times the model's width.
+    """
+    changed = copy.deepcopy(config)
+    model = changed.model
+    model.heads = tensor * max(1, -(-width // (_HEAD * tensor)))
+    model.hidden = model.heads * max(8, width // model.heads // 8 * 8)
+    model.ffn = 4 * model.hidden
+    below = max((row for row in _GPT3 if row[0] <= model.hidden), default=_GPT3[0])
+    above = min((row for row in _GPT3 if row[0] >= model.hidden), default=_GPT3[-1])
+    share = 0.0 if above[0] == below[0] else (model.hidden - below[0]) / (above[0] - below[0])
+    model.layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
+    return changed
+
+
+def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:
+    """The widest member that fits, to 64 features; None if none does.
+
+    Args:
+        config: whose model is replaced.
+        tensor: the degree, which divides the heads.
+        fits: what must be true of it, and is of those that are narrower.
+    """
+    low, high = 0, _WIDEST // _STEP  # the widest is in between
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(member(config, middle * _STEP, tensor)) else (low, middle - 1)
+    return member(config, low * _STEP, tensor) if low else None
+
+
+def base_parameters(config: TrainConfig) -> int:
+    """Parameters of the base model, the one without experts: 12·L·H² and the embeddings."""
+    model = config.model
+    per_layer = 12 * model.hidden**2 + 13 * model.hidden
+    return model.layers * per_layer + ((model.vocab_size or 50_304) + model.sequence_length + 2) * model.hidden

@@ -1,0 +1,93 @@
+"""The closed form of memory and time says what the simulator says."""
+
+import pytest
+
+from tedlab.cluster import load_cluster
+from tedlab.config import TrainConfig
+from tedlab.estimate import Estimate, estimate
+from tedlab.sim import Simulation, simulate
+from tests.pool import WorkerPool
+from tests.sim.test_simulation import checked, out_of_the_pools_group
+
+MODEL = ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024", "model.sequence_length=256"]
+MODEL += ["model.vocab_size=2048", "moe.num_experts=16"]
+ONE = [*MODEL, "parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]
+MANY = [*MODEL, "parallel.tensor=4", "parallel.expert=16", "parallel.world_size=128", "data.batch_size=256"]
+MANY += ["data.micro_batch_size=4"]
+HALF = [*MANY, "trainer.precision=16-true"]
+AGAIN = [*HALF, "model.checkpoint=block"]
+
+
+def both(pool: WorkerPool, overrides: list[str]) -> tuple[Estimate, Simulation]:
+    config = checked(*overrides)
+    return estimate(config, load_cluster("summit")), pool.run(1, simulated, config)[0]
+
+
+def simulated(config: TrainConfig) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, load_cluster("summit"))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ONE,
+        [*ONE, "model.checkpoint=block", "optim.tile=null"],
+        [*MANY, "trainer.precision=bf16-mixed", "trainer=gpu"],
+        [*HALF, "parallel.tensor=1", "parallel.expert=4", "moe.top_k=2", "data.batch_size=1024"],
+        [*AGAIN, "comm=ted"],
+        [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
+        [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
+        [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
+    ],
+    ids=["one", "recomputing", "mixed", "top2", "ted", "sequence", "no_zero", "dense"],
+)
+def test_memory_to_six_percent_and_time_to_four(pool: WorkerPool, overrides: list[str]) -> None:
+    closed, simulation = both(pool, overrides)
+    held = simulation.memory.at_peak()
+    assert closed.memory.total == pytest.approx(sum(held.values()), rel=0.06)
+    for category in ("parameters", "optimizer"):
+        assert closed.memory.held[category] == pytest.approx(held[category], rel=0.01)
+    assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.04)
+    for link, sent in simulation.wire.items():
+        assert closed.wire[link] == pytest.approx(sent)
+
+
+def test_communication_is_timed_as_by_the_simulator(pool: WorkerPool) -> None:
+    closed, simulation = both(pool, [*AGAIN, "comm=ted"])
+    passes: dict[str, float] = {}
+    for (phase, cause), taken in simulation.seconds.items():
+        if "," in cause:
+            name = "gradient sync" if phase == "optimizer" else cause
+            passes[name] = passes.get(name, 0.0) + taken
+    assert {name: closed.seconds[name] for name in passes} == pytest.approx(passes)
+
+
+def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
+    config = checked(*HALF)
+    first, fifth = (estimate(config, load_cluster("summit"), rank) for rank in (0, 4))
+    assert fifth.step_seconds > 1.05 * first.step_seconds
+    assert fifth.memory == first.memory
+
+
+def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
+    config = checked(*ONE)
+    config.optim.optimizer = {"_target_": "torch.optim.NAdam"}
+    with pytest.raises(ValueError, match=r"NAdam.*Adam, AdamW, SGD"):
+        estimate(config, load_cluster("summit"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.checkpoint=block", "comm=ted", "data.micro_batch_size=1"],
+        ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"],
+    ],
+    ids=["ted", "sequence"],
+)
+def test_the_papers_model_to_two_percent(pool: WorkerPool, overrides: list[str]) -> None:
+    layout = ["parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "trainer.precision=16-true"]
+    closed, simulation = both(pool, ["model=gpt_6.7b", "moe=paper16", *layout, "data.batch_size=1024", *overrides])
+    assert closed.memory.total == pytest.approx(sum(simulation.memory.at_peak().values()), rel=0.02)
+    assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.02)
