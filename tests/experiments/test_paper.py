@@ -1,0 +1,95 @@
+"""What is committed of the studies of the paper's claims is what the code gives, and what their READMEs say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.breakdown import BOTH, RANK, parts, total
+from experiments.paper import MODEL_40B, MODES, Job, configured, simulated
+from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
+from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
+from tedlab.sim import Simulation
+from tests.pool import WorkerPool
+from tests.sim.test_simulation import out_of_the_pools_group
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+
+
+def results_of(study: str) -> Any:
+    return json.loads((EXPERIMENTS / study / "results.json").read_text())
+
+
+def said_in(study: str, *numbers: str) -> None:
+    readme = (EXPERIMENTS / study / "README.md").read_text()
+    assert [number for number in numbers if number not in readme] == []
+
+
+def simulate_in_worker(jobs: list[Job]) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulated(job) for job in jobs]
+
+
+def at_two_depths(pool: WorkerPool, cluster: ClusterConfig, *overrides: str) -> list[Simulation]:
+    """With 2 and 4 blocks: what more blocks add is linear in their number."""
+    jobs = [Job((*overrides, f"model.layers={layers}"), cluster, RANK) for layers in (2, 4)]
+    return pool.run(1, simulate_in_worker, jobs)[0]
+
+
+def extrapolated(two: float, four: float, layers: int) -> float:
+    return two + (four - two) / 2 * (layers - 2)
+
+
+def as_assumed(results: Any) -> ClusterConfig:
+    tree = results["assumed"]
+    nested = {"peak_flops": PeakFlops, "in_node": Link, "between_nodes": Link, "efficiency": Efficiency}
+    return ClusterConfig(**{name: nested[name](**v) if name in nested else v for name, v in tree.items()})
+
+
+# ---- paper_breakdown, paper_today ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("study", ["paper_breakdown"])
+def test_breakdown_and_draws_are_what_the_model_gives(pool: WorkerPool, study: str) -> None:
+    results, draws = results_of(study), read_draws(EXPERIMENTS / study / "draws.csv")
+    assert results["configuration"] == list(MODEL_40B)
+    cluster = as_assumed(results)
+    chosen = int(np.flatnonzero(draws.constants["micro_batch"] == 1)[7])
+    constants = {name: float(values[chosen]) for name, values in draws.constants.items()}
+    for mode in (BASELINE, BOTH):
+        overrides = (*MODEL_40B, "data.micro_batch_size=1", f"comm={MODES[mode]}")
+        einsum = einsum_flops(configured(overrides))
+        simulations = at_two_depths(pool, cluster, *overrides)
+        of_kinds = [parts(simulation.seconds_on(cluster)) for simulation in simulations]
+        for part, seconds in results["breakdown_seconds"][mode].items():
+            assert extrapolated(*(each[part] for each in of_kinds), 32) == pytest.approx(seconds, rel=0.02, abs=0.01)
+        drawn = [step_seconds(simulation, 0, cluster, constants) for simulation in simulations]
+        added = step_seconds(simulations[0], einsum, cluster, constants) - drawn[0]
+        assert extrapolated(*drawn, 32) + added == pytest.approx(draws.seconds[mode][chosen], rel=0.01)
+
+
+@pytest.mark.parametrize("study", ["paper_breakdown"])
+def test_readme_says_what_was_drawn(study: str) -> None:
+    results, draws = results_of(study), read_draws(EXPERIMENTS / study / "draws.csv")
+    summary = results["monte_carlo"]
+    for mode, quantiles in summary["speedup"].items():
+        expected = np.percentile(draws.speedup(mode), [float(q.split()[0]) for q in quantiles])
+        assert list(quantiles.values()) == pytest.approx(list(expected), rel=1e-3)
+        said_in(study, f"×{quantiles['5 %']:.2f} to ×{quantiles['95 %']:.2f}")
+    said_in(study, f"median of **×{summary['speedup'][BOTH]['50 %']:.2f}**")
+    said_in(study, *(f"{100 * share:.1f} %" for share in summary["share_of_draws_below"].values()))
+    steps = {mode: total(seconds) for mode, seconds in results["breakdown_seconds"].items()}
+    said_in(study, "| step | " + " | ".join(f"{step:.1f}" for step in steps.values()) + " |")
+    said_in(study, *(f"×{steps[BASELINE] / step:.2f}" for mode, step in steps.items() if mode != BASELINE))
+    strongest = max(summary["rank_correlation"].items(), key=lambda item: abs(item[1]))
+    said_in(study, f"{strongest[1]:.2f}".replace("-", "−"))
+    assert strongest[1] == pytest.approx(rank_correlation(draws.constants[strongest[0]], draws.speedup()), abs=1e-3)
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    x = np.array([1.0, 2.0, 2.0, 3.0])
+    assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
+    assert rank_correlation(x, -x) == pytest.approx(-1)
+    assert rank_correlation(x, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
