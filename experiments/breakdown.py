@@ -1,7 +1,7 @@
 """Step-time breakdowns and their pictures, of the paper's toggles on one cluster."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from tedlab.sim.meter import KERNELS, MATRICES
 RANK = 4  # of a tensor group that has two nodes where a node has 6 GPUs: the slowest, for which a job waits
 DRAWS = 4000
 GREY = "#9aa0a6"
+SYNC = "gradient sync"  # gradients reduced, parameters gathered
+NAMES = {"all_reduce": "all-reduce", "all_to_all": "all-to-all", "all_gather": "all-gather"}  # for people
 PARTS = {  # of a step
     MATRICES: BLUE,
     KERNELS: SKY,
     "all_reduce": ORANGE,
     "all_to_all": VERMILION,
     "all_gather": GREEN,
-    "gradients and parameters": PURPLE,
+    SYNC: PURPLE,
     "optimizer": GREY,
 }
 
@@ -38,16 +40,16 @@ def parts(seconds: Mapping[tuple[Phase, str], float]) -> dict[str, float]:
     for (phase, cause), taken in seconds.items():
         communicates = "," in cause
         if phase == "optimizer":
-            result["gradients and parameters" if communicates else "optimizer"] += taken
+            result[SYNC if communicates else "optimizer"] += taken
         else:
             result[cause.split(",")[0]] += taken
     return {name: result[name] for name in PARTS}
 
 
-def jobs(micro_batches: tuple[float, ...], cluster: ClusterConfig) -> dict[tuple[str, int], Job]:
+def jobs(micro_batches: Sequence[int], cluster: ClusterConfig) -> dict[tuple[str, int], Job]:
     """Each toggle with each micro-batch size: the simulations that :func:`study` needs."""
     return {
-        (mode, int(size)): Job((*MODEL_40B, f"comm={preset}", f"data.micro_batch_size={int(size)}"), cluster, RANK)
+        (mode, size): Job((*MODEL_40B, f"comm={preset}", f"data.micro_batch_size={size}"), cluster, RANK)
         for mode, preset in MODES.items()
         for size in micro_batches
     }
@@ -67,21 +69,19 @@ def study(
     Returns:
         What is in ``results.json``, and the simulations.
     """
-    sizes = unknowns["micro_batch"].values
+    sizes = [int(size) for size in unknowns["micro_batch"].values]
     simulations = simulate_all(jobs(sizes, cluster))
-    einsums = {
-        int(size): einsum_flops(configured([*MODEL_40B, f"data.micro_batch_size={int(size)}"])) for size in sizes
-    }
+    einsums = {size: einsum_flops(configured([*MODEL_40B, f"data.micro_batch_size={size}"])) for size in sizes}
     draws = monte_carlo(simulations, einsums, cluster, unknowns, DRAWS)
-    breakdown = {mode: parts(simulations[mode, int(sizes[0])].seconds_on(cluster)) for mode in MODES}
+    breakdown = {mode: parts(simulations[mode, sizes[0]].seconds_on(cluster)) for mode in MODES}
     results = {
         "configuration": list(MODEL_40B),
         "rank": RANK,
         "assumed": asdict(cluster),
-        "breakdown_micro_batch": int(sizes[0]),
+        "breakdown_micro_batch": sizes[0],
         "breakdown_seconds": breakdown,
         "speedup_as_assumed": {mode: total(breakdown[BASELINE]) / total(breakdown[mode]) for mode in MODES},
-        "flops": {mode: sum(simulations[mode, int(sizes[0])].flops.values()) for mode in MODES},
+        "flops": {mode: sum(simulations[mode, sizes[0]].flops.values()) for mode in MODES},
         "peak_gib": {f"{mode}, micro-batch {size}": peak_gib(s) for (mode, size), s in simulations.items()},
         "einsum_flops": einsums,
         "ranges": {name: asdict(unknown) for name, unknown in unknowns.items()},
@@ -102,11 +102,11 @@ def total(breakdown: Mapping[str, float]) -> float:
 def breakdown_picture(breakdown: Mapping[str, Mapping[str, float]], title: str, path: Path) -> None:
     """One bar a configuration, from its parts; change of time against the first at its end."""
     figure, (axes,) = canvas(title, size=(9, 1.6 + 0.45 * len(breakdown)))
-    rows = list(reversed(breakdown))
+    rows = list(breakdown)[::-1]
     left = np.zeros(len(rows))
     for part, colour in PARTS.items():
         values = np.array([breakdown[row].get(part, 0.0) for row in rows])
-        axes.barh(rows, values, left=left, color=colour, edgecolor="white", lw=0.5, label=part.replace("_", "-"))
+        axes.barh(rows, values, left=left, color=colour, edgecolor="white", lw=0.5, label=NAMES.get(part, part))
         left += values
     first = left[-1]
     for row, end in zip(rows, left, strict=True):
@@ -169,12 +169,12 @@ def print_summary(results: Mapping[str, Any]) -> None:
     for mode in breakdown:
         table.add_column(mode, justify="right")
     for part in PARTS:
-        table.add_row(part.replace("_", "-"), *(f"{seconds[part]:.1f}" for seconds in breakdown.values()))
+        table.add_row(NAMES.get(part, part), *(f"{seconds[part]:.1f}" for seconds in breakdown.values()))
     table.add_section()
     table.add_row("step", *(f"{total(seconds):.1f}" for seconds in breakdown.values()))
     table.add_row("speedup", *(f"×{results['speedup_as_assumed'][mode]:.2f}" for mode in breakdown))
     ranges = [f"×{s['5 %']:.2f} to ×{s['95 %']:.2f}" for s in drawn["speedup"].values()]
-    table.add_row("speedup, 5 to 95 % of draws", "", *ranges)
+    table.add_row("5 to 95 % of draws", "", *ranges)
     console = Console(highlight=False)
     console.print(table)
     below = "; ".join(f"{share:.1%} are below “{what}”" for what, share in drawn["share_of_draws_below"].items())

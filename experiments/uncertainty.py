@@ -40,7 +40,9 @@ class Unknown:
 
     def draw(self, random: np.random.Generator, count: int) -> np.ndarray:
         """So many values."""
-        return random.choice(self.values, count) if self.choice else random.uniform(*self.values, count)
+        return (
+            random.choice(self.values, count) if self.choice else random.uniform(self.values[0], self.values[-1], count)
+        )
 
 
 def with_constants(cluster: ClusterConfig, constants: Mapping[str, float]) -> ClusterConfig:
@@ -97,6 +99,13 @@ class Draws:
             "draws": len(speedup),
             "baseline_seconds": _quantiles(self.seconds[BASELINE]),
             "speedup": {mode: _quantiles(self.speedup(mode)) for mode in self.seconds if mode != BASELINE},
+            "speedup_by_gpus_per_node": {
+                f"{int(gpus)}": _quantiles(speedup[self.constants["gpus_per_node"] == gpus])
+                for gpus in np.unique(self.constants["gpus_per_node"])
+            },
+            "share_of_draws_in_which_dtd_gains_more_than_cac": float(
+                (self.seconds["+ DTD"] < self.seconds["+ CAC"]).mean()
+            ),
             "share_of_draws_below": {reading: float((speedup < value).mean()) for reading, value in READINGS.items()},
             "rank_correlation": {
                 name: rank_correlation(values, speedup) for name, values in self.constants.items() if np.ptp(values) > 0

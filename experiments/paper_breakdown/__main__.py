@@ -15,9 +15,7 @@ UNKNOWNS = {
         "Megatron-LM's whole step on one V100 reached 30 % of peak (arXiv 1909.08053, abstract), so its products more; "
         "large products alone are known to reach about two thirds",
     ),
-    "memory": Unknown(
-        "share of memory bandwidth", (0.6, 0.9), "unfused kernels of 2022 at worst; a plain copy at best"
-    ),
+    "memory": Unknown("share of memory bandwidth", (0.6, 0.9), "unfused kernels at worst; a plain copy at best"),
     "in_node": Unknown(
         "share of 50 GB/s in a tensor ring",
         (0.2, 0.8),
@@ -34,11 +32,11 @@ UNKNOWNS = {
     "gpus_per_node": Unknown(
         "GPUs used per node",
         (4, 6),
-        "the paper does not say; 4 suits tensor groups of 4, 6 is a full node",
+        "not known to us; 4 suits tensor groups of 4, 6 is a full node",
         choice=True,
     ),
     "micro_batch": Unknown(
-        "sequences per micro-batch", (1, 2), "the paper does not say; with 4 and CAC it does not fit 16 GB", choice=True
+        "sequences per micro-batch", (1, 2), "not known to us; with 4 and CAC it does not fit 16 GB", choice=True
     ),
     "einsum": Unknown(
         "tokens dispatched by products",

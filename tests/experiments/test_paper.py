@@ -10,7 +10,7 @@ import pytest
 from experiments.breakdown import BOTH, RANK, parts, total
 from experiments.paper import MODEL_40B, MODES, Job, configured, simulated
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
-from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
+from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops
 from tedlab.sim import Simulation
 from tests.pool import WorkerPool
 from tests.sim.test_simulation import out_of_the_pools_group
