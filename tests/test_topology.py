@@ -72,6 +72,7 @@ def test_groups_meshes_and_places(pool: WorkerPool, degrees: tuple[int, int, int
     for rank, seen in enumerate(pool.run(world_size, meshes_and_groups, *degrees)):
         own = {kind: next(group for group in groups if rank in group) for kind, groups in expected.items()}
         assert seen["members"] == own
+        assert {k: [*r] for k, r in ParallelDegrees(world_size, tensor, expert).groups(rank).items()} == own
         assert seen["rank"] == {kind: group.index(rank) for kind, group in own.items()}
         assert seen["size"] == {kind: len(group) for kind, group in own.items()}
         t, e, r = rank % tensor, rank // tensor % expert, rank // tensor // expert

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from tedlab.config import ParallelConfig
+
+GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,23 @@ class ParallelDegrees:
     def expert_data(self) -> int:
         """Number of replicas of each expert (D_e = D / E_p)."""
         return self.data // self.expert
+
+    def groups(self, rank: int) -> dict[GroupKind, range]:
+        """The global ranks of the groups that a rank belongs to: tensor varies fastest, then expert, then expert_data.
+
+        Process groups themselves are :class:`tedlab.topology.Topology`'s.
+        """
+        block = self.tensor * self.expert
+        tensor = range(rank - rank % self.tensor, rank - rank % self.tensor + self.tensor)
+        first_expert = rank - rank % block + rank % self.tensor
+        return {
+            "tensor": tensor,
+            "data": range(rank % self.tensor, self.world_size, self.tensor),
+            "expert": range(first_expert, first_expert + block, self.tensor),
+            "expert_data": range(rank % block, self.world_size, block),
+            "expert_tensor": tensor,
+            "world": range(self.world_size),
+        }
 
     def __str__(self) -> str:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"

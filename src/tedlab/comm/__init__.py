@@ -1,6 +1,6 @@
 """Collectives by group kind: the raw operations with their hooks, the differentiable pairs, and recomputation (CAC)."""
 
-from tedlab.comm.collectives import TRAINING_PHASES, Collective, Collectives, GroupKind, Hook, Operation, Pending, Phase
+from tedlab.comm.collectives import TRAINING_PHASES, Collective, Collectives, Hook, Operation, Pending, Phase
 from tedlab.comm.differentiable import (
     all_to_all,
     copy_to,
@@ -15,6 +15,7 @@ from tedlab.comm.differentiable import (
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, pin, recomputing
 from tedlab.comm.volumes import predict
+from tedlab.degrees import GroupKind
 
 __all__ = [
     "TRAINING_PHASES",

@@ -16,10 +16,10 @@ from torch.distributed import _functional_collectives as funcol
 from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import compiled
+from tedlab.degrees import GroupKind
 
 _ops = torch.ops._c10d_functional
 
-GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 # Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints.
 Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "metrics", "checkpoint"]

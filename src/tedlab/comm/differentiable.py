@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm.collectives import Collectives, GroupKind, Phase
+from tedlab.comm.collectives import Collectives, Phase
 from tedlab.comm.recompute import collective, is_dead, unused
+from tedlab.degrees import GroupKind
 
 
 def copy_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Tensor:

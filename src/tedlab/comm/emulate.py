@@ -14,8 +14,9 @@ from typing import Literal
 import torch
 
 from tedlab.cluster import ClusterConfig
-from tedlab.comm.collectives import TRAINING_PHASES, Collective, GroupKind, Phase
+from tedlab.comm.collectives import TRAINING_PHASES, Collective, Phase
 from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
+from tedlab.degrees import GroupKind
 
 
 class Emulation:

@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tedlab.comm.collectives import TRAINING_PHASES, Collective, GroupKind, Operation, Phase
+from tedlab.comm.collectives import TRAINING_PHASES, Collective, Operation, Phase
+from tedlab.degrees import GroupKind
 
 
 class Entry(NamedTuple):

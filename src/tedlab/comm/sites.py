@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tedlab.comm.collectives import GroupKind, Operation
+from tedlab.comm.collectives import Operation
 from tedlab.comm.recompute import Plan, Second
 from tedlab.config import CommConfig
+from tedlab.degrees import GroupKind
 
 TAGS = (  # of a block's forward pass, in order
     "attention.gather",

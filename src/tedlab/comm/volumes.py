@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 
 from tedlab.capacity import group_capacity
-from tedlab.comm.collectives import Collective, GroupKind, Operation, Phase
+from tedlab.comm.collectives import Collective, Operation, Phase
 from tedlab.comm.ledger import Count, Entry, counted
 from tedlab.comm.recompute import Second
 from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
 from tedlab.config import TrainConfig
-from tedlab.degrees import parallel_degrees
+from tedlab.degrees import GroupKind, parallel_degrees
 
 _DTYPES = {  # trainer.precision → of parameters, of matrix products
     "32-true": (torch.float32, torch.float32),
@@ -78,14 +78,18 @@ class ClosedForm:
 
     def micro_batch(self) -> Iterator[Collective]:
         """Forward and backward pass of one micro-batch."""
-        yield from self._ends()
+        yield from self.ends()
         for block in range(self.config.model.layers):
-            for site in self.sites(block):
-                yield self._at(site, "forward")
-            if self.config.model.checkpoint == "block":
-                yield from self.recompute(block, self.config.comm.cac)
-            for site in backward_sites(self.routed(block), self.config.comm, self.sequence, self.groups):
-                yield self._at(site, "backward")
+            yield from self.block(block)
+
+    def block(self, block: int) -> Iterator[Collective]:
+        """A block's passes."""
+        for site in self.sites(block):
+            yield self._at(site, "forward")
+        if self.config.model.checkpoint == "block":
+            yield from self.recompute(block, self.config.comm.cac)
+        for site in backward_sites(self.routed(block), self.config.comm, self.sequence, self.groups):
+            yield self._at(site, "backward")
 
     def routed(self, block: int) -> bool:
         """Whether a block has experts."""
@@ -120,7 +124,7 @@ class ClosedForm:
                 total += result // self.degrees.tensor
         return total
 
-    def _ends(self) -> Iterator[Collective]:
+    def ends(self) -> Iterator[Collective]:
         """Before the first block and after the last."""
         tokens = self.elements["tokens"]
         if self.degrees.tensor == 1:
@@ -141,16 +145,15 @@ class ClosedForm:
     def optimizer_step(self) -> Iterator[Collective]:
         """Reduction of gradients, their norm, and the gathering of parameters."""
         trainer, partial = self.config.trainer, 0
-        for bucket in self._buckets():
-            sharded = self.config.optim.zero and self.groups[bucket.kind] > 1
-            shards = self.groups[bucket.kind] if sharded else 1
+        for bucket in self.buckets():
+            shards = self.shards(bucket)
             shard = -(-bucket.elements // shards)
             if bucket.partial:
                 partial += shard
             if self.groups[bucket.kind] > 1:
-                op: Operation = "reduce_scatter" if sharded else "all_reduce"
+                op: Operation = "reduce_scatter" if shards > 1 else "all_reduce"
                 yield self._optimizer(op, bucket.kind, "gradients.reduce", shards * shard, self.parameter)
-            if sharded:
+            if shards > 1:
                 yield self._optimizer("all_gather", bucket.kind, "parameters.gather", shards * shard, self.parameter)
         if partial:
             yield self._optimizer("all_reduce", "tensor", "gradients.partial", partial, self.parameter)
@@ -158,7 +161,11 @@ class ClosedForm:
         if (trainer.get("gradient_clip_val") or scaled) and self.groups["world"] > 1:
             yield self._optimizer("all_reduce", "world", "gradients.norm", 1, torch.float64)
 
-    def _buckets(self) -> Iterator["_Bucket"]:
+    def shards(self, bucket: "Bucket") -> int:
+        """How many processes divide a bucket's optimizer state among them."""
+        return self.groups[bucket.kind] if self.config.optim.zero else 1
+
+    def buckets(self) -> Iterator["Bucket"]:
         """Parameters of one kind, in order, until the next would not fit."""
         waiting: dict[tuple[object, ...], int] = {}
         for name, bucket in self._parameters():
@@ -170,28 +177,28 @@ class ClosedForm:
                 held = 0
             waiting[key] = held + bucket.elements
         for (_, kind, holders, partial), held in waiting.items():
-            yield _Bucket(kind, holders, partial, held)  # type: ignore[arg-type]
+            yield Bucket(kind, holders, partial, held)  # type: ignore[arg-type]
 
-    def _parameters(self) -> Iterator[tuple[str, "_Bucket"]]:
+    def _parameters(self) -> Iterator[tuple[str, "Bucket"]]:
         """Name and local size of every parameter, in the model's order."""
         model, moe, degrees = self.config.model, self.config.moe, self.degrees
         tensor, hidden, world = degrees.tensor, model.hidden, degrees.world_size
         assert model.vocab_size is not None
 
-        def whole(name: str, elements: int) -> tuple[str, _Bucket]:
-            return name, _Bucket("data", world, self.sequence, elements)
+        def whole(name: str, elements: int) -> tuple[str, Bucket]:
+            return name, Bucket("data", world, self.sequence, elements)
 
-        def after(name: str, elements: int) -> tuple[str, _Bucket]:  # a row-parallel layer's sum
-            return name, _Bucket("data", world, False, elements)
+        def after(name: str, elements: int) -> tuple[str, Bucket]:  # a row-parallel layer's sum
+            return name, Bucket("data", world, False, elements)
 
-        def divided(name: str, elements: int) -> tuple[str, _Bucket]:
-            return name, _Bucket("data", world // tensor, False, elements // tensor)
+        def divided(name: str, elements: int) -> tuple[str, Bucket]:
+            return name, Bucket("data", world // tensor, False, elements // tensor)
 
-        def experts(name: str, elements: int, parts: int) -> tuple[str, _Bucket]:
+        def experts(name: str, elements: int, parts: int) -> tuple[str, Bucket]:
             local = elements * moe.num_experts // degrees.expert // parts
-            return name, _Bucket("expert_data", world // degrees.expert // parts, False, local)
+            return name, Bucket("expert_data", world // degrees.expert // parts, False, local)
 
-        def norm(name: str) -> Iterator[tuple[str, _Bucket]]:
+        def norm(name: str) -> Iterator[tuple[str, Bucket]]:
             return iter((whole(f"{name}.weight", hidden), whole(f"{name}.bias", hidden)))
 
         yield divided("embedding", model.vocab_size * hidden)
@@ -233,7 +240,7 @@ class ClosedForm:
         return Collective(op, kind, self.groups[kind], phase, tag, torch.Size([elements]), dtype)
 
 
-class _Bucket(NamedTuple):
+class Bucket(NamedTuple):
     """Parameters, or one, that are reduced together.
 
     Attributes:

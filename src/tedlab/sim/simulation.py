@@ -126,9 +126,8 @@ def simulate(
         progress(min(1.0, told / 2 / expected_calls))  # a collective has a start and an end
 
     def meter(topology: Topology) -> Meter:
-        groups = {kind: _as_range(topology.comm.members(kind)) for kind in topology.comm.sizes}
         memory = Memory(lambda: topology.recomputation.kept_bytes)
-        return Meter(cluster, groups, memory, one_more)
+        return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
 
     with fake_process_group(world, rank):
         strategy = SimulatedStrategy(meter, **_arguments(config))
@@ -257,11 +256,6 @@ def _summed(totals: list[Any], times: list[int]) -> dict[Any, float]:
 
 def _computing(counts: Counts, phase: Phase) -> float:
     return sum(t for (when, cause), t in counts.seconds.items() if when == phase and "," not in cause)
-
-
-def _as_range(members: list[int]) -> range:
-    """A group's ranks, which are evenly spaced: much smaller than a list of thousands, and quicker to look up."""
-    return range(members[0], members[-1] + 1, members[1] - members[0] if len(members) > 1 else 1)
 
 
 def _strategy(trainer: Trainer) -> SimulatedStrategy:
