@@ -151,7 +151,7 @@ def speedup_picture(draws: Draws, unknowns: Mapping[str, Unknown], title: str, d
             fontsize=8,
         )
     right.axvline(0, color="black", lw=0.7)
-    right.set_xlim(-1.1, 1.1)
+    right.set_xlim(-1.3, 1.3)
     right.set_xlabel("rank correlation with the speedup")
     right.tick_params(axis="y", labelsize=8)
     figure.savefig(directory / "speedup.png")

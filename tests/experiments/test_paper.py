@@ -10,7 +10,7 @@ import pytest
 from experiments.breakdown import BOTH, RANK, parts, total
 from experiments.paper import MODEL_40B, MODES, Job, configured, simulated
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
-from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops
+from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
 from tedlab.sim import Simulation
 from tests.pool import WorkerPool
 from tests.sim.test_simulation import out_of_the_pools_group
@@ -51,26 +51,31 @@ def as_assumed(results: Any) -> ClusterConfig:
 # ---- paper_breakdown, paper_today ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("study", ["paper_breakdown"])
-def test_breakdown_and_draws_are_what_the_model_gives(pool: WorkerPool, study: str) -> None:
-    results, draws = results_of(study), read_draws(EXPERIMENTS / study / "draws.csv")
-    assert results["configuration"] == list(MODEL_40B)
-    cluster = as_assumed(results)
-    chosen = int(np.flatnonzero(draws.constants["micro_batch"] == 1)[7])
-    constants = {name: float(values[chosen]) for name, values in draws.constants.items()}
+STUDIES = ["paper_breakdown", "paper_today"]
+
+
+def test_breakdowns_and_draws_are_what_the_model_gives(pool: WorkerPool) -> None:
     for mode in (BASELINE, BOTH):
         overrides = (*MODEL_40B, "data.micro_batch_size=1", f"comm={MODES[mode]}")
         einsum = einsum_flops(configured(overrides))
-        simulations = at_two_depths(pool, cluster, *overrides)
-        of_kinds = [parts(simulation.seconds_on(cluster)) for simulation in simulations]
-        for part, seconds in results["breakdown_seconds"][mode].items():
-            assert extrapolated(*(each[part] for each in of_kinds), 32) == pytest.approx(seconds, rel=0.02, abs=0.01)
-        drawn = [step_seconds(simulation, 0, cluster, constants) for simulation in simulations]
-        added = step_seconds(simulations[0], einsum, cluster, constants) - drawn[0]
-        assert extrapolated(*drawn, 32) + added == pytest.approx(draws.seconds[mode][chosen], rel=0.01)
+        simulations = at_two_depths(pool, load_cluster("summit"), *overrides)
+        for study in STUDIES:
+            results, draws = results_of(study), read_draws(EXPERIMENTS / study / "draws.csv")
+            assert results["configuration"] == list(MODEL_40B)
+            cluster = as_assumed(results)
+            in_parts = [parts(simulation.seconds_on(cluster)) for simulation in simulations]
+            for part, seconds in results["breakdown_seconds"][mode].items():
+                assert extrapolated(*(each[part] for each in in_parts), 32) == pytest.approx(
+                    seconds, rel=0.02, abs=0.01
+                )
+            chosen = int(np.flatnonzero(draws.constants["micro_batch"] == 1)[7])
+            constants = {name: float(values[chosen]) for name, values in draws.constants.items()}
+            drawn = [step_seconds(simulation, 0, cluster, constants) for simulation in simulations]
+            added = step_seconds(simulations[0], einsum, cluster, constants) - drawn[0]
+            assert extrapolated(*drawn, 32) + added == pytest.approx(draws.seconds[mode][chosen], rel=0.01)
 
 
-@pytest.mark.parametrize("study", ["paper_breakdown"])
+@pytest.mark.parametrize("study", STUDIES)
 def test_readme_says_what_was_drawn(study: str) -> None:
     results, draws = results_of(study), read_draws(EXPERIMENTS / study / "draws.csv")
     summary = results["monte_carlo"]
@@ -86,6 +91,13 @@ def test_readme_says_what_was_drawn(study: str) -> None:
     strongest = max(summary["rank_correlation"].items(), key=lambda item: abs(item[1]))
     said_in(study, f"{strongest[1]:.2f}".replace("-", "−"))
     assert strongest[1] == pytest.approx(rank_correlation(draws.constants[strongest[0]], draws.speedup()), abs=1e-3)
+
+
+def test_other_layouts_of_today_are_as_said() -> None:
+    results = results_of("paper_today")
+    for name, seconds in results["layouts_seconds"].items():
+        peak = results["layouts_peak_gib"].get(name, results["peak_gib"]["+ both, micro-batch 1"])
+        said_in("paper_today", f"| {name} | {total(seconds):.1f} | {peak:.1f} |")
 
 
 def test_rank_correlation_is_spearmans() -> None:
