@@ -52,14 +52,20 @@ class Job:
     rank: int = 0
 
 
-def configured(overrides: Sequence[str]) -> TrainConfig:
-    """The checked configuration of a simulation."""
+def composed(overrides: Sequence[str]) -> TrainConfig:
+    """A configuration, not checked yet."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
-    check_simulated(typed)
     return typed
+
+
+def configured(overrides: Sequence[str]) -> TrainConfig:
+    """The checked configuration of a simulation."""
+    config = composed(overrides)
+    check_simulated(config)
+    return config
 
 
 def simulated(job: Job) -> Simulation:
