@@ -23,7 +23,7 @@ from tedlab.sim import simulate
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/paper_real")
-PER_NODE, DILATION = 2, 1000
+PER_NODE, DILATION = 2, 2000
 OVERRIDES = (
     "experiment=ablation_comm",  # sweeps the four toggles; recomputes all of a block; emulates Summit
     "parallel=tp2_ep4",
@@ -37,11 +37,12 @@ OVERRIDES = (
     "comm.ledger.time=true",
     f"comm.emulate_ranks_per_node={PER_NODE}",
     f"comm.emulate_dilation={DILATION}",
-    "trainer.max_steps=10",
+    "trainer.max_steps=8",
     "logger=none",
     "~logger.wandb",
     f"hydra.sweep.dir={RUNS}",
 )
+EMULATED = ("comm/link/in_node/emulated_seconds", "comm/link/between_nodes/emulated_seconds")
 OPERATIONS = ("all_reduce", "all_to_all", "all_gather", "reduce_scatter")
 
 
@@ -55,6 +56,7 @@ def main() -> None:
         results[mode] = {
             "loss": summary["train/loss"],
             "step_seconds": summary["perf/step_time_s"],
+            "emulated_seconds": DILATION * sum(summary[key] for key in EMULATED) / summary["comm/steps"],
             "measured": measured(summary),
             "simulated": simulated_as(run),
         }
@@ -126,7 +128,7 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
     for column in (
         "",
         *(f"{NAMES.get(op, 'reduce-scatter')}, MiB" for op in OPERATIONS),
-        "in collectives, s",
+        "collectives, s",
         "step, s",
     ):
         table.add_column(column, justify="right")
@@ -138,7 +140,7 @@ def print_table(results: Mapping[str, Mapping[str, Any]]) -> None:
             " / ".join(f"{total(kind, 'seconds'):.2f}" for kind in both),
             f"{mode['step_seconds']:.2f}",
         )
-    Console(highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is committed of the studies of the paper's claims is what the code gives, and what their READMEs say."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 
 from experiments.breakdown import BOTH, RANK, parts, total
-from experiments.paper import MODEL_40B, MODES, Job, configured, simulated
+from experiments.paper import MODEL_40B, MODES, Job, composed, configured, simulated
+from experiments.paper_memory import __main__ as memory
+from experiments.paper_real import __main__ as real
+from experiments.paper_scaling import __main__ as scaling
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
 from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
 from tedlab.sim import Simulation
@@ -105,3 +109,78 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
     assert rank_correlation(x, -x) == pytest.approx(-1)
     assert rank_correlation(x, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+# ---- paper_memory --------------------------------------------------------------------------------------------------
+
+
+def rows_of(study: str, name: str) -> list[dict[str, Any]]:
+    with (EXPERIMENTS / study / name).open() as file:
+        return [
+            {key: value if key in ("machine", "model", "mode") else float(value) for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def test_largest_models_are_what_the_closed_form_gives_and_the_readme_says() -> None:
+    rows = rows_of("paper_memory", "largest.csv")
+    for row in rows:
+        if (row["gpus"], row["experts"]) == (128, 16):
+            template = composed(memory.overrides_of(1024, 128, int(row["tensor"]), 16))
+            assert memory.largest_hidden(template) == row["hidden"]
+    said_in("paper_memory", *("| " + " | ".join(row) + " |" for row in memory.largest_table(rows, 16)))
+    for gpus in (128, 512):
+        said_in("paper_memory", *(f"**{memory.ratios(rows, 16, tensor)[gpus]:.1f}×**" for tensor in (4, 8)))
+    accumulating = {
+        row["tensor"]: row["base_parameters_if_accumulating"]
+        for row in rows
+        if (row["gpus"], row["experts"]) == (128, 16)
+    }
+    said_in("paper_memory", f"{accumulating[1] / 1e9:.1f} B with tensor degree 1, {accumulating[4] / 1e9:.1f} B with 4")
+
+
+def test_the_optimizer_step_is_as_said_and_simulations_confirm_memory() -> None:
+    results = results_of("paper_memory")
+    for name, values in results["optimizer_step"].items():
+        assert values[2] == pytest.approx(memory.optimizer_step(16, memory.OPTIMIZERS[name]), rel=1e-4)
+    said_in("paper_memory", f"**{results['optimizer_step']['untiled'][2]['spike']:.2f} GiB**")
+    said_in("paper_memory", f"**{results['optimizer_step']['tiles of 1.8 M'][2]['spike']:.2f} GiB**")
+    for name, both in results["confirmed"].items():
+        assert both["simulated_gib"] == pytest.approx(both["closed_form_gib"], rel=0.01)
+        said_in("paper_memory", f"| {name} | {both['closed_form_gib']:.2f} | {both['simulated_gib']:.2f} |")
+
+
+# ---- paper_scaling -------------------------------------------------------------------------------------------------
+
+
+def test_scaling_is_what_the_closed_form_gives_and_the_readme_says() -> None:
+    rows, results = rows_of("paper_scaling", "scaling.csv"), results_of("paper_scaling")
+    for machine, model, gpus in (("Summit", "6.7b", 128), ("ThetaGPU", "13b", 256)):
+        ours = [row for row in rows if (row["machine"], row["model"], row["gpus"]) == (machine, model, gpus)]
+        for row, again in zip(ours, scaling.rows_of(machine, model, gpus), strict=True):
+            assert row["tensor"] == again["tensor"]
+            assert row["seconds"] == pytest.approx(again["seconds"], rel=1e-6)
+    for machine in scaling.CLUSTERS:
+        for model in scaling.MODELS:
+            said_in("paper_scaling", *(scaling.cell(rows, machine, model, gpus) for gpus in scaling.GPUS))
+    for name, both in results["confirmed"].items():
+        assert both["simulated"] == pytest.approx(both["closed_form"], rel=0.03)
+        said_in("paper_scaling", f"| {name} | {both['closed_form']:.2f} | {both['simulated']:.2f} |")
+
+
+# ---- paper_real ----------------------------------------------------------------------------------------------------
+
+
+def test_the_real_run_sent_what_its_simulation_sends_with_equal_losses() -> None:
+    results = results_of("paper_real")
+    assert results["overrides"] == list(real.OVERRIDES)
+    modes = results["modes"]
+    assert len({mode["loss"] for mode in modes.values()}) == 1
+    for name, mode in modes.items():
+        for op in real.OPERATIONS:
+            assert mode["measured"][op]["wire_bytes"] == mode["simulated"][op]["wire_bytes"]
+        sent, seconds = (real.total(mode["measured"], what) for what in ("wire_bytes", "seconds"))
+        predicted = real.total(mode["simulated"], "seconds")
+        assert mode["emulated_seconds"] == pytest.approx(predicted, rel=0.01)
+        assert seconds > predicted
+        said_in("paper_real", f"| {name} | {sent / 2**20:.1f} | {predicted:.2f} | {seconds:.2f} |")
