@@ -37,7 +37,6 @@ from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.cluster import ClusterConfig, load_cluster
-from tedlab.comm import predict
 from tedlab.comm.ledger import Totals
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
@@ -219,7 +218,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _round(config: TrainConfig, steps: int, result: Measured) -> None:
-    clock, ledger = Clock(), CommunicationLedger(predict(config), 0, True)
+    clock, ledger = Clock(), CommunicationLedger(config)
     trainer = _trainer(config, [clock, ledger], steps)
     _clear("cuda" if config.trainer["accelerator"] == "gpu" else "cpu")
     trainer.fit(language_model(config), RandomBatches(config))

@@ -106,6 +106,21 @@ def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool
     assert flops["recompute"] < flops["forward"] < flops["backward"]
 
 
+def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "comm=ted", "model.checkpoint=block", "trainer.precision=16-true"]
+    first = in_pool(pool, *overrides)
+    there = pool.run(1, simulated_on, checked(*overrides), "dgx_h100")[0]
+    assert first.seconds_on(load_cluster("summit")) == pytest.approx(first.seconds)
+    assert first.seconds_on(load_cluster("dgx_h100")) == pytest.approx(there.seconds)
+    with pytest.raises(ValueError, match=r"optim\.overlap"):
+        in_pool(pool, *WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
+
+
+def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, load_cluster(cluster), 0)
+
+
 def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:
     seconds = {world: pool.run(1, timed, checked(*WORLD, *larger(world)), world - 5)[0] for world in (128, 16384)}
     assert seconds[16384] < 2 * seconds[128] + 1

@@ -133,7 +133,7 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
     p, master = s.parameter, memory.master
 
     def moved(size: float) -> Work:
-        return Work(0, size, form.precise)
+        return Work(0, size, form.precise, "arithmetic")
 
     yield moved((s.accumulated - 1) * 3 * whole * p)
     yield moved(3 * whole * p)  # zeros, and gradients copied into them

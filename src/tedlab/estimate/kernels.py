@@ -246,12 +246,17 @@ class Kernels:
         s = self.sizes
         part = s.hidden // s.tensor
         pairs = s.tokens * s.config.model.sequence_length / 2
-        return Work(flops * pairs * part, (flops if flops == 4 else 8) * s.tokens * part * s.compute, s.form.compute)
+        return Work(
+            flops * pairs * part,
+            (flops if flops == 4 else 8) * s.tokens * part * s.compute,
+            s.form.compute,
+            "attention",
+        )
 
     def _product(self, m: int, k: int, n: int, precise: bool = False) -> Work:
         s = self.sizes
         dtype = s.form.precise if precise else s.form.compute
-        return Work(2 * m * k * n, (m * k + k * n + m * n) * dtype.itemsize, dtype)
+        return Work(2 * m * k * n, (m * k + k * n + m * n) * dtype.itemsize, dtype, "gemm")
 
     def _product_backward(self, m: int, k: int, n: int) -> Iterator[Work]:
         s = self.sizes
@@ -264,8 +269,8 @@ class Kernels:
         s, e = self.sizes, self.experts_here
         rows = s.slots // e
         one = self._product(k, rows, n) if of_weight else self._product(rows, k, n)
-        yield Work(e * one.flops, e * one.bytes, one.dtype)
+        yield Work(e * one.flops, e * one.bytes, one.dtype, "gemm")
 
     def _moved(self, elements: float, size: int | None = None) -> Work:
         """An operation limited by memory that reads and writes so many elements in all."""
-        return Work(0, elements * (self.sizes.compute if size is None else size), torch.float32)
+        return Work(0, elements * (self.sizes.compute if size is None else size), torch.float32, "arithmetic")

@@ -1,6 +1,6 @@
 """Below everything that runs: counts each operation's FLOPs, time and memory, by phase of the step."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from tedlab.comm.ledger import Entry
 from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.optim.bucket import local
 from tedlab.sim.memory import Category, Memory
-from tedlab.sim.roofline import seconds, work_of
+from tedlab.sim.roofline import Work, seconds, work_of
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
@@ -33,6 +33,7 @@ class Counts:
     Attributes:
         ledger: of collectives.
         flops: by phase.
+        kernels: how often each work was done, by phase.
         seconds: predicted, by phase and cause: ``matrix products``, ``other kernels``, or ``<operation>, <link>``.
         collectives: their predicted seconds, by the ledger's entries.
         wire: bytes that this rank sends, by link.
@@ -41,6 +42,7 @@ class Counts:
     def __init__(self) -> None:
         self.ledger = Ledger()
         self.flops: defaultdict[Phase, float] = defaultdict(float)
+        self.kernels: Counter[tuple[Phase, Work]] = Counter()
         self.seconds: defaultdict[tuple[Phase, str], float] = defaultdict(float)
         self.collectives: defaultdict[Entry, float] = defaultdict(float)
         self.wire: defaultdict[LinkClass, float] = defaultdict(float)
@@ -114,6 +116,7 @@ class Meter(TorchDispatchMode):
         if work is not None:
             taken = self._advance(seconds(work, self.cluster), self.cluster.kernels.dispatch)
             counts.flops[phase] += work.flops
+            counts.kernels[phase, work] += 1
             counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)

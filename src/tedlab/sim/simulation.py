@@ -16,16 +16,18 @@ from typing_extensions import override
 
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig
-from tedlab.comm import Phase, predict
+from tedlab.comm import GroupKind, Phase, predict
 from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.comm.volumes import with_rows
 from tedlab.config import TrainConfig
-from tedlab.cost import LinkClass, collective_seconds
+from tedlab.cost import LinkClass, collective_seconds, link_of
 from tedlab.optim.bucket import local
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_arguments
 from tedlab.sim.memory import Memory, Timeline
-from tedlab.sim.meter import Counts, Meter
+from tedlab.sim.meter import KERNELS, MATRICES, Counts, Meter
+from tedlab.sim.roofline import Work
+from tedlab.sim.roofline import seconds as kernel_seconds
 from tedlab.sim.routing import Answers, Routing, routing_of
 from tedlab.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.topology import Topology
@@ -41,9 +43,11 @@ class Simulation:
 
     Attributes:
         rank: whose.
+        groups: the global ranks of its group of each kind.
         ledger: what it communicates; seconds are predicted.
         differences: between that and the closed form; empty, or there is a bug in one of them.
         flops: by phase, of this rank; recomputation included.
+        kernels: how often each work is done, by phase.
         seconds: predicted, by phase and cause.
         wire: bytes that it sends, by link.
         memory: over the micro-batches that ran.
@@ -52,9 +56,11 @@ class Simulation:
     """
 
     rank: int
+    groups: Mapping[GroupKind, Sequence[int]]
     ledger: Mapping[Entry, Count]
     differences: Mapping[Entry, tuple[Count, Count]]
     flops: Mapping[Phase, float]
+    kernels: Mapping[tuple[Phase, Work], float]
     seconds: Mapping[tuple[Phase, str], float]
     wire: Mapping[LinkClass, float]
     memory: Timeline
@@ -65,6 +71,25 @@ class Simulation:
     def step_seconds(self) -> float:
         """Predicted time of the step."""
         return sum(self.seconds.values())
+
+    def seconds_on(self, cluster: ClusterConfig) -> dict[tuple[Phase, str], float]:
+        """What :attr:`seconds` would be on another cluster, in milliseconds rather than by another simulation.
+
+        Of a collective's calls the mean payload counts, which is exact where all are equal, and for rings.
+
+        Raises:
+            ValueError: if gradients' reduction overlaps; what hides behind what depends on the cluster.
+        """
+        if ("optimizer", HIDDEN) in self.seconds:
+            raise ValueError("with optim.overlap=true a simulation cannot be priced again; simulate on that cluster")
+        priced: defaultdict[tuple[Phase, str], float] = defaultdict(float)
+        for (phase, work), times in self.kernels.items():
+            priced[phase, MATRICES if work.flops else KERNELS] += times * kernel_seconds(work, cluster)
+        for entry, count in self.ledger.items():
+            members = self.groups[entry.kind]
+            taken = collective_seconds(entry.op, count.payload_bytes / count.calls, members, cluster)
+            priced[entry.phase, f"{entry.op}, {link_of(members, cluster.gpus_per_node)}"] += count.calls * taken
+        return dict(priced)
 
 
 def simulate(
@@ -118,7 +143,8 @@ def simulate(
         described = about(config, module)
     accumulated = int(config.trainer["accumulate_grad_batches"])
     moved = {} if routing is None else {block: rows * accumulated for block, rows in routing.rows(rank).items()}
-    return _simulation(config, rank, observer, described, with_rows(predict(config), config, moved))
+    expected = with_rows(predict(config), config, moved)
+    return _simulation(config, rank, strategy.meter.members, observer, described, expected)
 
 
 class _Observer(Callback):
@@ -197,7 +223,12 @@ def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observ
 
 
 def _simulation(
-    config: TrainConfig, rank: int, observer: _Observer, described: dict[str, Any], expected: Totals
+    config: TrainConfig,
+    rank: int,
+    groups: Mapping[GroupKind, Sequence[int]],
+    observer: _Observer,
+    described: dict[str, Any],
+    expected: Totals,
 ) -> Simulation:
     parts = observer.counts
     times = [1] * len(parts)
@@ -213,9 +244,11 @@ def _simulation(
         seconds["optimizer", HIDDEN] = -min(reductions, _computing(parts[-1], "backward"))
     return Simulation(
         rank=rank,
+        groups=groups,
         ledger=dict(ledger),
         differences=differences(ledger, expected),
         flops=_summed([part.flops for part in parts], times),
+        kernels=_summed([part.kernels for part in parts], times),
         seconds=seconds,
         wire=_summed([part.wire for part in parts], times),
         memory=observer.memory,
