@@ -246,12 +246,8 @@ class Kernels:
         s = self.sizes
         part = s.hidden // s.tensor
         pairs = s.tokens * s.config.model.sequence_length / 2
-        return Work(
-            flops * pairs * part,
-            (flops if flops == 4 else 8) * s.tokens * part * s.compute,
-            s.form.compute,
-            "attention",
-        )
+        moved = (flops if flops == 4 else 8) * s.tokens * part * s.compute
+        return Work(flops * pairs * part, moved, s.form.compute, "attention")
 
     def _product(self, m: int, k: int, n: int, precise: bool = False) -> Work:
         s = self.sizes
