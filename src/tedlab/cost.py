@@ -57,7 +57,7 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
     """
     if len(members) == 1:
         return 0.0
-    place = _place(_as_range(members), cluster.gpus_per_node)
+    place = placement_of(_as_range(members), cluster.gpus_per_node)
     if cluster.between_nodes is None and members[-1] >= cluster.gpus_per_node:
         raise ValueError(
             f"there is no rank {members[-1]} on this cluster: it is one node of {cluster.gpus_per_node} "
@@ -101,7 +101,7 @@ def wire_bytes_by_link(
     of an all-to-all those go between nodes whose receiver is on another node. The two always add up to the wire bytes
     of the collective, (n−1)/n of its payload, or twice that for an all-reduce.
     """
-    place = _place(_as_range(members), gpus_per_node)
+    place = placement_of(_as_range(members), gpus_per_node)
     total = _wire_bytes(op, payload_bytes, place.size)
     if place.nodes == 1:
         return {"in_node": total, "between_nodes": 0.0}
@@ -110,7 +110,7 @@ def wire_bytes_by_link(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Placement:
     """Where a group lies on its nodes, and what it shares them with.
 
     Attributes:
@@ -131,7 +131,7 @@ class _Place:
 
 
 @cache
-def _place(members: range, gpus_per_node: int) -> _Place:
+def placement_of(members: range, gpus_per_node: int) -> Placement:
     size, stride = len(members), members.step
     block = size * stride  # consecutive ranks that a group and the siblings interleaved with it fill
     origin = (members.start - members.start % stride) % block
@@ -152,7 +152,7 @@ def _place(members: range, gpus_per_node: int) -> _Place:
         groups_out = max(groups_out, sum(count < size for count in here.values()))
         buffers_out = max(buffers_out, sum(count * (size - count) for count in here.values()) / size)
     elsewhere = sum(count * (size - count) for count in own.values()) / size**2
-    return _Place(size, len(own), max(own.values()), groups_out, buffers_out, elsewhere)
+    return Placement(size, len(own), max(own.values()), groups_out, buffers_out, elsewhere)
 
 
 def _as_range(members: Sequence[int]) -> range:

@@ -4,20 +4,28 @@ Takes the overrides of ``tedlab.train``, and of its own:
 
     cluster=NAME     what to predict times for: a file in conf/cluster, or the path of one (.yaml)
     world_size=N     GPUs in all; short for parallel.world_size=N
-    sim.rank=R       which of them to simulate (0)
+    sim.rank=R       which of them to simulate (0); stages: one of each kind that differs; all: every one reported
+    sim.values=real  instead: all ranks (128 at most) with real numbers, small and in float64, against one process
 """
 
 import functools
 import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
-_OWN = ("cluster", "sim.rank")
+if TYPE_CHECKING:
+    from tedlab.sim.show import Ranks
+
+_OWN = ("cluster", "sim.rank", "sim.values")
 
 
 def task(own: dict[str, str], config: TrainConfig) -> float:
-    """Simulates one configuration and returns the predicted time of a step."""
+    """Simulates one configuration and returns the predicted time of a step; with real values, the largest error."""
+    if own.get("sim.values", "fake") != "fake":
+        return _with_real_values(own, config)
     from tedlab.cluster import cluster_names, load_cluster
     from tedlab.sim.show import simulate_visibly
     from tedlab.validate import check_simulated
@@ -25,17 +33,45 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     if "cluster" not in own:
         raise UsageError(f"Say what to predict for, with cluster=NAME. Valid: {', '.join(cluster_names())}")
     cluster = load_cluster(own["cluster"])
-    rank = own.get("sim.rank", "0")
-    if not rank.isdecimal():
-        raise UsageError(f"sim.rank={rank} is not the number of a rank: 0 to the world size less 1")
+    ranks = _ranks(own.get("sim.rank", "0"))
     config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
     check_simulated(config)
-    summary = simulate_visibly(config, own["cluster"], cluster, int(rank))
+    summary = simulate_visibly(config, own["cluster"], cluster, ranks)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
         sys.exit(
             "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."
         )
     return float(summary["perf/step_time_s"])
+
+
+def _ranks(text: str) -> "Ranks":
+    if text == "all":
+        return "all"
+    if text == "stages":
+        return "stages"
+    if text.isdecimal():
+        return int(text)
+    raise UsageError(f"sim.rank={text} is not the number of a rank (0 to the world size less 1), nor all or stages")
+
+
+def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
+    """The certificate of a world that this machine has no processes for."""
+    from tedlab.certify import record
+    from tedlab.certify.show import certify_visibly
+    from tedlab.sim.threads import MOST_THREADS, run_in_threads
+
+    if own["sim.values"] != "real":
+        raise UsageError(f"sim.values={own['sim.values']}: valid are fake (shapes only, the default) and real")
+    if "sim.rank" in own:
+        raise UsageError("sim.rank says which rank to simulate, but with sim.values=real all are: leave it out")
+    if version("torch") < "2.13":
+        raise UsageError(
+            f"sim.values=real needs torch 2.13: in {version('torch')} ranks cannot be threads, whose fake tensors crash"
+        )
+    certificate = certify_visibly(config, functools.partial(run_in_threads, record), (), MOST_THREADS)
+    if not certificate.ok:
+        sys.exit(1)
+    return max(row.error for row in certificate.rows)
 
 
 def own_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -50,7 +86,7 @@ def own_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         if name in _OWN:
             own[name] = value
         elif name.startswith("sim."):
-            raise UsageError(f"{name}: there is no such key. Valid: sim.rank")
+            raise UsageError(f"{name}: there is no such key. Valid: {', '.join(n for n in _OWN if '.' in n)}")
         else:
             others.append(f"parallel.{argument}" if name == "world_size" else argument)
     return own, others

@@ -1,5 +1,7 @@
 """A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
 
+import functools
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,18 +15,21 @@ from lightning.pytorch import Callback, Trainer
 
 from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
+from tedlab.certify import Certificate, certify, record
 from tedlab.cli import UsageError
 from tedlab.cluster import load_cluster
-from tedlab.comm import predict
+from tedlab.comm import Collectives, predict
 from tedlab.comm.ledger import differences
 from tedlab.comm.volumes import ClosedForm
 from tedlab.compare.__main__ import main as compare
 from tedlab.config import TrainConfig
+from tedlab.degrees import parallel_degrees
 from tedlab.flops import forward_flops
 from tedlab.run import language_model, strategy_arguments
 from tedlab.sim import Simulation, simulate
-from tedlab.sim.show import slower_rank
+from tedlab.sim.ranks import kinds_of_ranks
 from tedlab.sim.simulation import HIDDEN, Batches
+from tedlab.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.sim.world import OneOfMany, fake_process_group
 from tedlab.simulate import own_arguments, task
 from tedlab.validate import check_simulated
@@ -248,9 +253,71 @@ def test_compare_reads_simulations_and_marks_their_times(
     assert "step time" in text
 
 
-@pytest.mark.parametrize(("cluster", "rank", "slower"), [("summit", 3, 4), ("summit", 5, None), ("thetagpu", 3, None)])
-def test_ranks_whose_tensor_group_leaves_the_node_are_pointed_at(cluster: str, rank: int, slower: int | None) -> None:
-    assert slower_rank(checked(*WORLD), load_cluster(cluster), rank) == slower
+def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) -> None:
+    """On nodes of six GPUs tensor groups of four lie differently; on nodes of eight they do not."""
+    config = checked(*WORLD)
+    degrees = parallel_degrees(config.parallel)
+    assert [*kinds_of_ranks(degrees, load_cluster("thetagpu"))] == [0]
+    kinds = kinds_of_ranks(degrees, load_cluster("summit"))
+    assert sorted(rank for ranks in kinds.values() for rank in ranks) == [*range(128)]
+    assert len(kinds) == 4
+    some = [(kind, rank) for kind, ranks in kinds.items() for rank in (kind, ranks[len(ranks) // 2], ranks[-1])]
+    found = pool.run(1, simulated, config, *(rank for _, rank in some))[0]
+    seconds = {kind: {one.step_seconds for (k, _), one in zip(some, found, strict=True) if k == kind} for kind in kinds}
+    assert all(len(equal) == 1 for equal in seconds.values())
+    assert max(seconds[0]) < max(seconds[4])
+
+
+def test_every_rank_is_reported_and_the_slowest_is_shown(pool: WorkerPool, tmp_path: Path) -> None:
+    config = checked(*WORLD, f"output_dir={tmp_path}", "data.batch_size=64")
+    pool.run(1, command, {"cluster": "summit", "sim.rank": "all"}, config, None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["memory/peak_bytes_by_rank"]) == len(summary["sim/step_time_s_by_rank"]) == 128
+    assert summary["perf/step_time_s"] == max(summary["sim/step_time_s_by_rank"])
+    assert len(set(summary["sim/step_time_s_by_rank"])) > 1
+
+
+# ---- real numbers --------------------------------------------------------------------------------------------------
+
+
+def in_threads(config: TrainConfig, patch: str) -> Certificate:
+    with out_of_the_pools_group(), pytest.MonkeyPatch.context() as monkeypatch:
+        if patch == "mean instead of sum":
+            plain = Collectives.start_reduce_scatter
+            monkeypatch.setattr(
+                Collectives,
+                "start_reduce_scatter",
+                lambda self, x, kind, **k: plain(self, x / (self.size(kind) if kind == "data" else 1), kind, **k),
+            )
+        return certify(config, functools.partial(run_in_threads, record), continuations=(), most_processes=MOST_THREADS)
+
+
+THREADED = ["parallel.tensor=2", "parallel.expert=2", "parallel.world_size=8", "comm=ted", "model.checkpoint=block"]
+THREADED += ["data.batch_size=16", "data.micro_batch_size=1"]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="threads crash in older versions, and the command says so")
+@pytest.mark.parametrize("patch", ["", "mean instead of sum"])
+def test_all_ranks_as_threads_of_one_process_equal_one_process(pool: WorkerPool, patch: str) -> None:
+    certificate = pool.run(1, in_threads, composed(*THREADED), patch)[0]
+    assert certificate.layout.startswith("8 processes: tensor 2 × expert 2")
+    assert certificate.ok == (not patch)
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_traceback(pool: WorkerPool) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed(.|\n)*rank one has had enough"):
+        pool.run(1, failing, composed("parallel.world_size=2"), timeout=30)
+
+
+def failing(config: TrainConfig) -> None:
+    with out_of_the_pools_group():
+        run_in_threads(fails_in_rank_one, config)
+
+
+def fails_in_rank_one(config: TrainConfig) -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one has had enough")
+    dist.barrier()
 
 
 def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:
@@ -268,7 +335,9 @@ def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool:
         ({}, [], ["cluster=NAME", "summit"]),
         ({"cluster": "sumit"}, [], ["no cluster 'sumit'", "summit", "dgx_h100"]),
         ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank is 128", "0 to 127"]),
-        ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to"]),
+        ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to", "stages"]),
+        ({"sim.values": "true"}, WORLD, ["sim.values=true", "fake", "real"]),
+        ({"sim.values": "real", "sim.rank": "3"}, WORLD, ["sim.rank", "sim.values=real"]),
         ({"cluster": "one_h200"}, WORLD, ["no rank 127", "one node of 1"]),
         ({"cluster": "summit"}, [*WORLD, "parallel.world_size=130"], ["4×16 = 64", "world size 130", "192"]),
         ({"cluster": "summit"}, [*WORLD, "data.batch_size=17"], ["data.batch_size (17)", "2×32"]),

@@ -27,7 +27,6 @@ CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
     "from one process": ("one", "layout"),
     "in this layout": ("layout", "layout"),  # must give equal bits
 }
-RUNS = 2 + len(CONTINUATIONS)
 Execute = Callable[[TrainConfig], None]  # calls `record` in every process of the configuration's layout
 
 
@@ -78,6 +77,7 @@ def certify(
     execute: Execute | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     continuations: Iterable[str] = CONTINUATIONS,
+    most_processes: int = MOST_PROCESSES,
 ) -> Certificate:
     """Runs a small float64 likeness of ``config`` in its layout and in one process, and compares everything.
 
@@ -89,15 +89,16 @@ def certify(
         execute: how to run :func:`record`; by default in new processes of this machine.
         progress: is told what begins.
         continuations: which of :data:`CONTINUATIONS` to run.
+        most_processes: a larger layout is made smaller.
 
     Raises:
         UsageError: if the configuration makes no sense.
     """
     with tempfile.TemporaryDirectory(prefix="tedlab-certify-") as folder:
         directory = Path(folder)
-        layout = shrink(config, directory)
+        layout = shrink(config, directory, most_processes)
         one = reference(layout, directory)
-        degrees = check(layout, MOST_PROCESSES)
+        degrees = check(layout, most_processes)
         check(one)
         rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
         fingerprint = _fingerprint(layout, directory)

@@ -2,27 +2,37 @@
 
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tedlab.certify.certificate import RUNS, Certificate, certify
+from tedlab.certify.certificate import CONTINUATIONS, Certificate, Execute, certify
+from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.config import TrainConfig
 from tedlab.report import CERTIFICATE
 
 
-def certify_visibly(config: TrainConfig) -> Certificate:
+def certify_visibly(
+    config: TrainConfig,
+    execute: Execute | None = None,
+    continuations: Collection[str] = CONTINUATIONS,
+    most_processes: int = MOST_PROCESSES,
+) -> Certificate:
     """:func:`certify` with a progress bar; prints the table and writes ``certificate.json`` into ``output_dir``."""
+    runs = 2 + len(continuations)
     columns = (TextColumn("certifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=RUNS, completed=-1)
-        certificate = certify(config, progress=lambda stage: bar.update(task, description=stage, advance=1))
-        bar.update(task, completed=RUNS, description="")
+        task = bar.add_task("", total=runs, completed=-1)
+        certificate = certify(
+            config, execute, lambda stage: bar.update(task, description=stage, advance=1), continuations, most_processes
+        )
+        bar.update(task, completed=runs, description="")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(certificate.layout)
     if certificate.layout != certificate.asked:
-        console.print(f"(the largest layout of this shape for a laptop; asked for: {certificate.asked})")
+        console.print(f"(the largest of this shape with at most {most_processes} processes; not {certificate.asked})")
     console.print(certificate.table())
     if certificate.culprit is not None:
         console.print(f"[red]{certificate.culprit}[/]")

@@ -17,24 +17,25 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
 
 STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
-MOST_PROCESSES = 16
+MOST_PROCESSES = 16  # of this machine
 _HEAD = 4  # width of an attention head
 _SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 16, 2, 2, 4
 _STEPS_PER_EPOCH = 4  # so that a run is continued in the middle of one
 
 
-def shrink(config: TrainConfig, directory: Path) -> TrainConfig:
+def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
     """The configuration to certify ``config`` by.
 
     Args:
         config: any training configuration; need not fit this machine.
         directory: for its text, cache and runs.
+        most_processes: that the layout may have.
 
     Raises:
         ValueError: if the degrees do not fit the world size.
     """
     given = parallel_degrees(config.parallel)
-    degrees = largest_alike(given)
+    degrees = largest_alike(given, most_processes)
     per_head_group = min(2, max(1, config.model.heads // given.tensor))
     heads = degrees.tensor * per_head_group
     model = replace(
@@ -119,8 +120,8 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
     )
 
 
-def largest_alike(degrees: ParallelDegrees) -> ParallelDegrees:
-    """The largest layout of at most 16 processes in which every degree divides the given one and is 1 only if that is.
+def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:
+    """The largest layout of so many processes at most in which every degree divides the given one, and is 1 if that is.
 
     Raises:
         ValueError: if there is none: three prime degrees, all large.
@@ -129,10 +130,10 @@ def largest_alike(degrees: ParallelDegrees) -> ParallelDegrees:
     fitting = [
         sizes
         for sizes in product(*(_divisors(degree) for degree in wanted))
-        if np.prod(sizes) <= MOST_PROCESSES and all(s > 1 or w == 1 for s, w in zip(sizes, wanted, strict=True))
+        if np.prod(sizes) <= most_processes and all(s > 1 or w == 1 for s, w in zip(sizes, wanted, strict=True))
     ]
     if not fitting:
-        raise ValueError(f"no layout of at most {MOST_PROCESSES} processes is like {degrees}")
+        raise ValueError(f"no layout of at most {most_processes} processes is like {degrees}")
     tensor, expert, expert_data = max(fitting, key=lambda sizes: (np.prod(sizes), sizes))
     return ParallelDegrees(tensor * expert * expert_data, tensor, expert, degrees.sequence)
 

@@ -1,13 +1,22 @@
 """A simulation for people and for ``tedlab.compare``: tables, pictures, and a run directory."""
 
+import functools
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from tedlab.callbacks.ledger import traffic_table
@@ -15,43 +24,52 @@ from tedlab.cluster import ClusterConfig
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import summed
 from tedlab.config import TrainConfig
-from tedlab.cost import link_of
 from tedlab.degrees import parallel_degrees
 from tedlab.flops import training_flops
 from tedlab.report import resolved_yaml
 from tedlab.sim.pictures import causes, memory_picture, time_picture
+from tedlab.sim.ranks import kinds_of_ranks
 from tedlab.sim.simulation import HIDDEN, Simulation, simulate
 
 _GIB = 2**30
+Ranks = int | Literal["all", "stages"]
 
 
-def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterConfig, rank: int) -> dict[str, Any]:
+def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterConfig, ranks: Ranks) -> dict[str, Any]:
     """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
 
+    Args:
+        config: completed by :func:`tedlab.validate.check_simulated`.
+        cluster_name: what ``cluster`` is called.
+        cluster: that predicted times are for.
+        ranks: one of them; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
+
     Returns:
-        The summary, which is also in ``summary.json``.
+        The summary of the rank, or of the slowest, which is also in ``summary.json``.
     """
-    layout = f"rank {rank} of {parallel_degrees(config.parallel)}, on {cluster_name}"
-    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=1.0)
-        simulation = simulate(config, cluster, rank, lambda share: bar.update(task, completed=share))
-        bar.update(task, completed=1.0)
+    degrees = parallel_degrees(config.parallel)
+    kinds = {ranks: [ranks]} if isinstance(ranks, int) else kinds_of_ranks(degrees, cluster)
+    simulations = _simulated(config, cluster, [*kinds])
+    rank, simulation = max(simulations.items(), key=lambda item: (len(item[1].differences), item[1].step_seconds))
+    layout = f"rank {rank} of {degrees}, on {cluster_name}"
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     summary = summarize(simulation, config, cluster)
-    ours = OmegaConf.to_yaml({"sim": {"cluster": cluster_name, "rank": rank}})
+    if ranks == "all":
+        summary |= _by_rank(simulations, kinds, degrees.world_size)
+    ours = OmegaConf.to_yaml({"sim": {"cluster": cluster_name, "rank": ranks}})
     (directory / "config.yaml").write_text(resolved_yaml(config) + ours)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     memory_picture(simulation, cluster, directory / "memory.png")
     time_picture(simulation, directory / "time.png")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
-    slower = slower_rank(config, cluster, rank)
-    if slower is not None:
+    if not isinstance(ranks, int):
+        console.print(_ranks_table(simulations, kinds))
+    elif others := [*kinds_of_ranks(degrees, cluster)][1:]:
         console.print(
-            f"Note: this rank's tensor group has one node, that of rank {slower} has two. A job waits for its slowest "
-            f"rank: see sim.rank={slower}."
+            f"Note: not all ranks lie alike on the nodes. A job waits for its slowest: see sim.rank=stages, which "
+            f"simulates ranks 0, {', '.join(map(str, others))}."
         )
     title = f"communication of rank {rank}, per step"
     for table in (
@@ -64,12 +82,29 @@ def simulate_visibly(config: TrainConfig, cluster_name: str, cluster: ClusterCon
     return summary
 
 
-def slower_rank(config: TrainConfig, cluster: ClusterConfig, rank: int) -> int | None:
-    """The first rank whose tensor group is spread over nodes, where that of ``rank`` is not."""
-    tensor = config.parallel.tensor
-    first = [*range(0, config.parallel.world_size, tensor)]
-    spread = [r for r in first if link_of(range(r, r + tensor), cluster.gpus_per_node) == "between_nodes"]
-    return spread[0] if spread and rank // tensor * tensor not in spread else None
+def _simulated(config: TrainConfig, cluster: ClusterConfig, ranks: list[int]) -> dict[int, Simulation]:
+    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=float(len(ranks)))
+        simulations = {}
+        for number, rank in enumerate(ranks):
+            simulations[rank] = simulate(config, cluster, rank, functools.partial(_show, bar, task, number))
+        bar.update(task, completed=float(len(ranks)))
+    return simulations
+
+
+def _show(bar: Progress, task: TaskID, done: int, share: float) -> None:
+    bar.update(task, completed=done + share)
+
+
+def _by_rank(simulations: dict[int, Simulation], kinds: dict[int, list[int]], world_size: int) -> dict[str, Any]:
+    """What every rank of the world holds at its peak and takes for a step, in order of rank."""
+    of_kind = {rank: simulations[first] for first, ranks in kinds.items() for rank in ranks}
+    in_order = [of_kind[rank] for rank in range(world_size)]
+    return {
+        "memory/peak_bytes_by_rank": [sum(simulation.memory.at_peak().values()) for simulation in in_order],
+        "sim/step_time_s_by_rank": [simulation.step_seconds for simulation in in_order],
+    }
 
 
 def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
@@ -106,6 +141,24 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
         **{f"sim/seconds/{phase}/{cause}": taken for (phase, cause), taken in simulation.seconds.items()},
         "output_dir": config.output_dir,
     }
+
+
+def _ranks_table(simulations: dict[int, Simulation], kinds: dict[int, list[int]]) -> Table:
+    table = Table(title="ranks that differ", title_justify="left")
+    table.add_column("rank")
+    for heading in ("ranks like it", "step, s", "sent between nodes, GiB", "peak memory, GiB"):
+        table.add_column(heading, justify="right")
+    slowest = max(simulation.step_seconds for simulation in simulations.values())
+    for rank, simulation in simulations.items():
+        table.add_row(
+            f"{rank} (slowest)" if simulation.step_seconds == slowest else f"{rank}",
+            f"{len(kinds[rank]) - 1:,}",
+            f"{simulation.step_seconds:.4f}",
+            f"{simulation.wire.get('between_nodes', 0.0) / _GIB:.3f}",
+            f"{sum(simulation.memory.at_peak().values()) / _GIB:.3f}",
+        )
+    table.caption = "a job waits for its slowest rank; what follows is that one's"
+    return table
 
 
 def _time_table(simulation: Simulation) -> Table:
