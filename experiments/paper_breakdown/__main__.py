@@ -13,7 +13,7 @@ UNKNOWNS = {
         "share of peak in matrix products",
         (0.35, 0.65),
         "Megatron-LM's whole step on one V100 reached 30 % of peak (arXiv 1909.08053, abstract), so its products more; "
-        "large products alone are known to reach about two thirds",
+        "the upper end is judgement",
     ),
     "memory": Unknown("share of memory bandwidth", (0.6, 0.9), "unfused kernels at worst; a plain copy at best"),
     "in_node": Unknown(
