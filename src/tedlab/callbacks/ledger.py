@@ -33,7 +33,7 @@ class CommunicationLedger(Callback):
         expected: Totals,
         every: int,
         timed: bool,
-        emulated: Callable[[Mapping[GroupKind, list[int]]], Emulation] | None = None,
+        emulated: Callable[[Mapping[GroupKind, range]], Emulation] | None = None,
     ) -> None:
         self.expected = expected
         self.emulated = emulated
@@ -48,7 +48,7 @@ class CommunicationLedger(Callback):
         strategy = _strategy(trainer)
         comm = strategy.topology.comm
         if self.emulated is not None:
-            self.emulation = self.emulated({kind: comm.members(kind) for kind in comm.sizes})
+            self.emulation = self.emulated(strategy.topology.degrees.groups(strategy.global_rank))
             comm.register_hook(self.emulation)
         comm.register_hook(self.ledger)  # after the delay, which belongs to a collective's time
         self._first_step = trainer.global_step
