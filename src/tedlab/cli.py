@@ -17,6 +17,7 @@ from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
+from tedlab.launch import leave_if_started_outside
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -55,8 +56,6 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
             except UsageError as error:
                 sys.exit(f"{error}")
         entry()
-        from tedlab.launch import leave_if_started_outside
-
         leave_if_started_outside()
 
     return main

@@ -13,7 +13,6 @@ Takes the overrides of ``tedlab.train``, and of its own:
 
 import functools
 import sys
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from tedlab.cli import UsageError, hydra_entry
@@ -61,6 +60,8 @@ def _ranks(text: str) -> "Ranks":
 
 def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
     """The certificate of a world that this machine has no processes for."""
+    import torch
+
     from tedlab.certify import record
     from tedlab.certify.show import certify_visibly
     from tedlab.sim.threads import MOST_THREADS, run_in_threads
@@ -69,9 +70,9 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
         raise UsageError(f"sim.values={own['sim.values']}: valid are fake (shapes only, the default) and real")
     if "sim.rank" in own:
         raise UsageError("sim.rank says which rank to simulate, but with sim.values=real all are: leave it out")
-    if version("torch") < "2.13":
+    if torch.__version__ < "2.13":
         raise UsageError(
-            f"sim.values=real needs torch 2.13: in {version('torch')} ranks cannot be threads, whose fake tensors crash"
+            f"sim.values=real needs torch 2.13: in {torch.__version__} ranks cannot be threads (fake tensors crash)"
         )
     if "sim.routing" in own:
         raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")

@@ -32,7 +32,7 @@ class CommunicationLedger(Callback):
     def __init__(
         self,
         config: TrainConfig,
-        emulated: Callable[[Mapping[GroupKind, list[int]]], Emulation] | None = None,
+        emulated: Callable[[Mapping[GroupKind, range]], Emulation] | None = None,
     ) -> None:
         self.config = config
         self.emulated = emulated
@@ -47,7 +47,7 @@ class CommunicationLedger(Callback):
         strategy = _strategy(trainer)
         comm = strategy.topology.comm
         if self.emulated is not None:
-            self.emulation = self.emulated({kind: comm.members(kind) for kind in comm.sizes})
+            self.emulation = self.emulated(strategy.topology.degrees.groups(strategy.global_rank))
             comm.register_hook(self.emulation)
         comm.register_hook(self.ledger)  # after the delay, which belongs to a collective's time
         self._first_step = trainer.global_step

@@ -32,7 +32,7 @@ def certify_visibly(
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(certificate.layout)
     if certificate.layout != certificate.asked:
-        console.print(f"(the largest of this shape with at most {most_processes} processes; not {certificate.asked})")
+        console.print(f"(asked for {certificate.asked}; this is the largest like it of at most {most_processes})")
     console.print(certificate.table())
     if certificate.culprit is not None:
         console.print(f"[red]{certificate.culprit}[/]")

@@ -122,7 +122,9 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:
-    """The largest layout of so many processes at most in which every degree divides the given one, and is 1 if that is.
+    """The largest layout of so many processes at most in which every degree divides the given one.
+
+    A degree is 1 only if the given one is.
 
     Raises:
         ValueError: if there is none: three prime degrees, all large.

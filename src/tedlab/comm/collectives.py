@@ -130,10 +130,6 @@ class Collectives:
         """This process's group of the kind."""
         return self._groups[kind]
 
-    def members(self, kind: GroupKind) -> list[int]:
-        """Global ranks of this process's group of the kind, in order."""
-        return dist.get_process_group_ranks(self.group(kind))
-
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Calls ``hook(collective, "start")`` before and ``hook(collective, "end")`` after every collective.
 
