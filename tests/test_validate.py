@@ -81,6 +81,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["model.vocab_size (258)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
     ),
     "vocabulary_smaller_than_the_tokenizers": (["model.vocab_size=100"], ["model.vocab_size (100)", "256"]),
+    "unknown_activation": (["model.activation=relu"], ["model.activation=relu", "valid: gelu, swiglu"]),
+    "unknown_norm": (["model.norm=batch"], ["model.norm=batch", "valid: layer, rms"]),
+    "unknown_positions": (["model.positions=alibi"], ["model.positions=alibi", "valid: learned, rotary"]),
+    "odd_heads_rotated": (
+        ["model.positions=rotary", "model.hidden=12", "model.heads=4"],
+        ["model.positions=rotary", "12 / 4", "even", "learned"],
+    ),
+    "rotary_base_1": (["model.rotary_base=1"], ["model.rotary_base is 1", "larger than 1"]),
     "no_layers": (["model.layers=0"], ["layers is 0", "at least 1"]),
     # experts
     "experts_not_divisible": (

@@ -13,13 +13,18 @@ from omegaconf import MISSING
 
 @dataclass
 class ModelConfig:
-    """A GPT-3-style decoder (pre-norm, learned positions, GELU)."""
+    """A pre-norm decoder: GPT-3 by default, and with the choices below one like OLMoE or Mixtral."""
 
     layers: int = MISSING
     hidden: int = MISSING
     heads: int = MISSING
     ffn: int = MISSING  # width of the feed-forward layer, and of each expert
     sequence_length: int = MISSING  # tokens of one sample; also the size of the position table
+    activation: str = "gelu"  # gelu | swiglu
+    bias: bool = True  # linear layers and experts have biases
+    norm: str = "layer"  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
+    positions: str = "learned"  # learned (a table) | rotary (queries and keys are rotated)
+    rotary_base: float = 10_000.0  # of rotary positions: feature pair i of d turns by base^(-2i/d) at each position
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
     tie_embeddings: bool = True  # the output projection is the token embedding
     init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)

@@ -6,7 +6,7 @@ files, devices, a checkpoint. Every complaint says what is wrong, the values, an
 
 import inspect
 import os
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tedlab.comm.budget import within_budget
 from tedlab.comm.emulate import Emulation
 from tedlab.comm.sites import kept_tags
 from tedlab.comm.volumes import ClosedForm
-from tedlab.config import MoEConfig, TrainConfig
+from tedlab.config import ModelConfig, MoEConfig, TrainConfig
 from tedlab.cost import collective_seconds
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -38,6 +38,15 @@ _GATING_OPTIONS = {  # options that are null unless one of these gatings is chos
     "random_token_selection": ("deepspeed_top1",),
     "second_expert_sampling": ("deepspeed_top2",),
     "drop_policy": ("deepspeed_topk",),
+}
+_DEFAULTS = {  # what a checkpoint means that is older than a field
+    section: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    for section, kind in (("model", ModelConfig), ("moe", MoEConfig))
+}
+_ARCHITECTURE = {
+    "activation": ("gelu", "swiglu"),
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "rotary"),
 }
 _GPT2_TOKENS = 50_257
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
@@ -128,8 +137,18 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
     ):
         if getattr(section, name) < least:
             raise ValueError(f"{name} is {getattr(section, name)}; it must be at least {least}")
+    for name, valid in _ARCHITECTURE.items():
+        if getattr(model, name) not in valid:
+            raise ValueError(f"model.{name}={getattr(model, name)} is unknown; valid: {', '.join(valid)}")
     if model.hidden % model.heads:
         raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
+    if model.positions == "rotary" and model.hidden // model.heads % 2:
+        raise ValueError(
+            f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {model.hidden} / "
+            f"{model.heads} is odd; choose heads of even width, or model.positions=learned"
+        )
+    if model.rotary_base <= 1:
+        raise ValueError(f"model.rotary_base is {model.rotary_base}; it must be larger than 1")
     for name in ("heads", "ffn"):
         _check_divides(f"model.{name}", getattr(model, name), "parallel.tensor", degrees.tensor)
     if moe.num_experts == 0:
@@ -443,9 +462,9 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
     shape_free |= {"dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
-        for section, fields in ours.items()
-        for name, value in fields.items()
-        if name not in shape_free and stored[section].get(name) != value
+        for section, values in ours.items()
+        for name, value in values.items()
+        if name not in shape_free and stored[section].get(name, _DEFAULTS[section].get(name)) != value
     ]
     if differences:
         raise ValueError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differences))
