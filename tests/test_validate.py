@@ -89,6 +89,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["model.positions=rotary", "12 / 4", "even", "learned"],
     ),
     "rotary_base_1": (["model.rotary_base=1"], ["model.rotary_base is 1", "larger than 1"]),
+    "loss_chunk_0": (["model.loss_chunk=0"], ["model.loss_chunk is 0", "at least 1", "null"]),
     "no_layers": (["model.layers=0"], ["layers is 0", "at least 1"]),
     # experts
     "experts_not_divisible": (
@@ -183,8 +184,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.capacity_groups=2", "moe.dispatch=dropless has none", "null"],
     ),
     "dropless_compiled": (
-        ["moe.dispatch=dropless", "model.compile=inductor"],
-        ["model.compile=inductor", "moe.dispatch=dropless", "model.compile=none"],
+        ["moe.dispatch=dropless", "model.compile=inductor", "model.checkpoint=block"],
+        ["model.compile=inductor", "moe.dispatch=dropless", "model.checkpoint=none"],
     ),
     "capacity_groups_not_dividing": (
         ["moe.capacity_groups=3"],

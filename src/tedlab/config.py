@@ -28,7 +28,10 @@ class ModelConfig:
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
     tie_embeddings: bool = True  # the output projection is the token embedding
     init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)
-    compile: str = "none"  # torch.compile of each block: none | inductor | aot_eager (without code generation)
+    loss_chunk: int | None = None  # tokens whose logits exist at a time; None: all, and their gradient after them
+    # torch.compile of each block (without dropless experts) and of the loss in chunks: none | inductor | aot_eager
+    # (without code generation).
+    compile: str = "none"
     checkpoint: str = "none"  # activation checkpointing: none | block (recompute each block in the backward pass)
 
 

@@ -7,13 +7,14 @@ operations. Forward, per token:
 
 - attention's projections, each block: 2·(3H² + H²);
 - attention's scores and weighted sums, each block: 2·S·H, half of 4·S·H: a token looks at the tokens before it only;
-- a dense feed-forward layer: 2·2·H·F;
+- a dense feed-forward layer: 2·2·H·F, and with SwiGLU, which has three matrices, 2·3·H·F;
 - experts: K times that, whatever a full expert drops, and without the empty slots of the dispatch buffer;
 - a router: 2·H·E;
 - the output over the vocabulary: 2·H·V.
 
 Backward is twice forward: a product has two gradients. What activation checkpointing recomputes is not counted.
-Neither are lookups in tables, biases, norms, GELU, softmax, the loss and the optimizer, which multiply no matrices.
+Neither are lookups in tables, biases, norms, activations, rotations, softmax, the loss and the optimizer, which
+multiply no matrices.
 """
 
 import re
@@ -51,7 +52,7 @@ def forward_flops(model: ModelConfig, moe: MoEConfig) -> dict[str, int]:
     """
     assert model.vocab_size is not None
     routed = len(moe.blocks(model.layers))
-    feed_forward = 2 * 2 * model.hidden * model.ffn
+    feed_forward = 2 * (3 if model.activation == "swiglu" else 2) * model.hidden * model.ffn
     return {
         "attention_projections": model.layers * 2 * 4 * model.hidden**2,
         "attention_scores": model.layers * 2 * model.sequence_length * model.hidden,

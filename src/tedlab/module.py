@@ -15,7 +15,6 @@ from typing_extensions import override
 from tedlab.config import ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import GPT
 from tedlab.moe import RouterReport
-from tedlab.nn import vocab_parallel_cross_entropy
 from tedlab.optim import learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -72,7 +71,7 @@ class LanguageModel(LightningModule):
             ``loss``, to be minimised; ``routers``, where there are experts: a :class:`RouterReport` whose tensors have
             one row per MoE layer; every other entry is a scalar, for :class:`tedlab.callbacks.StepMetrics`.
         """
-        loss, reports = self._loss(batch)
+        loss, reports = self.network.loss(batch[:, :-1], batch[:, 1:])
         outputs: dict[str, Any] = {"train/loss": loss.detach()}
         if reports:
             routers = RouterReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
@@ -85,15 +84,9 @@ class LanguageModel(LightningModule):
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        loss, _ = self._loss(batch)
+        loss, _ = self.network.loss(batch[:, :-1], batch[:, 1:])
         bits = loss.double() / (math.log(2) * self.bytes_per_token)
         self.log_dict({"val/loss": loss, "val/bits_per_byte": bits}, sync_dist=True, batch_size=len(batch))
-
-    def _loss(self, batch: Tensor) -> tuple[Tensor, list[RouterReport]]:
-        ids, targets = batch[:, :-1], batch[:, 1:]
-        logits, reports = self.network(ids)
-        losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.topology.comm)
-        return losses.mean(), reports
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -147,6 +147,8 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {model.hidden} / "
             f"{model.heads} is odd; choose heads of even width, or model.positions=learned"
         )
+    if model.loss_chunk is not None and model.loss_chunk < 1:
+        raise ValueError(f"model.loss_chunk is {model.loss_chunk}; it counts tokens: at least 1, or null for all")
     if model.rotary_base <= 1:
         raise ValueError(f"model.rotary_base is {model.rotary_base}; it must be larger than 1")
     for name in ("heads", "ffn"):
@@ -188,10 +190,11 @@ def _check_dropless(config: TrainConfig) -> None:
             f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
             "leave it null, or use moe.dispatch=capacity"
         )
-    if config.model.compile != "none":
+    if config.model.compile != "none" and config.model.checkpoint != "none":
         raise ValueError(
-            f"model.compile={config.model.compile} needs shapes that are known beforehand, and moe.dispatch=dropless "
-            "has none; use model.compile=none, or moe.dispatch=capacity"
+            f"model.compile={config.model.compile} with moe.dispatch=dropless leaves the experts out, and a block of "
+            f"which parts are compiled cannot be recomputed (model.checkpoint={config.model.checkpoint}); use "
+            "model.checkpoint=none, model.compile=none, or moe.dispatch=capacity"
         )
 
 
@@ -458,8 +461,8 @@ def _check_checkpoint(config: TrainConfig, path: Path) -> None:
         )
     stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
-    shape_free = {"init_std", "checkpoint", "compile", "aux_loss", "z_loss", "top_k", "gating", *_GATING_OPTIONS}
-    shape_free |= {"dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
+    shape_free = {"init_std", "checkpoint", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
+    shape_free |= {*_GATING_OPTIONS, "dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, values in ours.items()

@@ -186,8 +186,11 @@ class ClosedForm:
         else:
             yield self._call("all_reduce", "tensor", "forward", "embedding.reduce", tokens, self.parameter)
             yield self._call("all_reduce", "tensor", "backward", "output.copy", tokens, self.compute)
-        yield self._call("all_reduce", "tensor", "forward", "loss.max", self.tokens, self.precise)
-        yield self._call("all_reduce", "tensor", "forward", "loss.sum", 2 * self.tokens, self.precise)
+        chunk = self.config.model.loss_chunk or self.tokens
+        for start in range(0, self.tokens, chunk):
+            rows = min(chunk, self.tokens - start)
+            yield self._call("all_reduce", "tensor", "forward", "loss.max", rows, self.precise)
+            yield self._call("all_reduce", "tensor", "forward", "loss.sum", 2 * rows, self.precise)
 
     # ---- once per step -------------------------------------------------------------------------------------------
 
@@ -248,28 +251,31 @@ class ClosedForm:
             return name, Bucket("expert_data", world // degrees.expert // parts, False, local)
 
         def norm(name: str) -> Iterator[tuple[str, Bucket]]:
-            return iter((whole(f"{name}.weight", hidden), whole(f"{name}.bias", hidden)))
+            yield whole(f"{name}.weight", hidden)
+            if model.norm == "layer":
+                yield whole(f"{name}.bias", hidden)
 
+        def biased(weight: tuple[str, Bucket], bias: tuple[str, Bucket]) -> Iterator[tuple[str, Bucket]]:
+            yield weight
+            if model.bias:
+                yield bias
+
+        inner = 2 * model.ffn if model.activation == "swiglu" else model.ffn
         yield divided("embedding", model.vocab_size * hidden)
-        yield whole("positions", model.sequence_length * hidden)
+        if model.positions == "learned":
+            yield whole("positions", model.sequence_length * hidden)
         for block in range(model.layers):
             yield from norm("norm1")
-            yield divided("qkv", 3 * hidden * hidden)
-            yield divided("qkv.bias", 3 * hidden)
-            yield divided("out", hidden * hidden)
-            yield after("out.bias", hidden)
+            yield from biased(divided("qkv", 3 * hidden * hidden), divided("qkv.bias", 3 * hidden))
+            yield from biased(divided("out", hidden * hidden), after("out.bias", hidden))
             yield from norm("norm2")
             if self.routed(block):
                 yield whole("router", moe.num_experts * hidden)
-                yield experts("up", hidden * model.ffn, tensor)
-                yield experts("up_bias", model.ffn, tensor)
-                yield experts("down", hidden * model.ffn, tensor)
-                yield experts("down_bias", hidden, 1)
+                yield from biased(experts("up", hidden * inner, tensor), experts("up_bias", inner, tensor))
+                yield from biased(experts("down", hidden * model.ffn, tensor), experts("down_bias", hidden, 1))
             else:
-                yield divided("up", hidden * model.ffn)
-                yield divided("up.bias", model.ffn)
-                yield divided("down", hidden * model.ffn)
-                yield after("down.bias", hidden)
+                yield from biased(divided("up", hidden * inner), divided("up.bias", inner))
+                yield from biased(divided("down", hidden * model.ffn), after("down.bias", hidden))
         yield from norm("norm")
         if not model.tie_embeddings:
             yield divided("output", model.vocab_size * hidden)

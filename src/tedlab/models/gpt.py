@@ -1,7 +1,7 @@
-"""The paper's model: a GPT-3-style decoder with experts in every second feed-forward layer (paper §2)."""
+"""A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,64 +16,88 @@ from tedlab.nn import (
     Embedding,
     FeedForward,
     Init,
-    LayerNorm,
     SelfAttention,
     VocabParallelEmbedding,
     initialize,
+    linear_cross_entropy,
     localised,
+    norm_layer,
+    rotation,
+    vocab_parallel_cross_entropy,
 )
 from tedlab.topology import Topology
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts."""
+    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts.
+
+    Compiled is all of it or, where experts take as many tokens as choose them, all but these.
+    """
 
     def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology, early_stop: bool) -> None:
         super().__init__()
         self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
-        self.compiled = (
-            None if model.compile == "none" else torch.compile(self._recomputed, backend=model.compile, fullgraph=True)
-        )
+        self.compiled = model.compile != "none"
         init = Init(std=model.init_std)
         out_init = Init(std=model.init_std / math.sqrt(2 * model.layers))  # GPT-2's scaling of residual outputs
-        self.norm1 = LayerNorm(model.hidden, topology)
-        self.attention = SelfAttention(model.hidden, model.heads, topology, init=init, out_init=out_init)
-        self.norm2 = LayerNorm(model.hidden, topology)
+        inits: dict[str, Any] = {"init": init, "out_init": out_init}
+        self.norm1 = norm_layer(model.norm, model.hidden, topology)
+        self.attention = SelfAttention(model.hidden, model.heads, topology, bias=model.bias, **inits)
+        self.norm2 = norm_layer(model.norm, model.hidden, topology)
         self.routed = index in moe.blocks(model.layers)
         self.feed_forward: nn.Module
         if self.routed:
-            self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, init=init, out_init=out_init)
+            self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, **inits)
         else:
-            self.feed_forward = FeedForward(model.hidden, model.ffn, topology, init=init, out_init=out_init)
+            self.feed_forward = FeedForward(
+                model.hidden, model.ffn, topology, activation=model.activation, bias=model.bias, **inits
+            )
         options, comm = topology.options, topology.comm
         sites = block_sites(self.routed, options, topology.sequence_sharded, comm.sizes)
         self.plan = plan(sites, kept_tags(options.cac, index))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
-        """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here."""
-        if self.compiled is not None:
-            with localised(self):
-                return self.compiled(x)
-        return self._recomputed(x)
+        self._run, self._attend = self._recomputed, self._attended
+        if self.compiled and self.routed and moe.dispatch == "dropless":
+            self._attend = torch.compile(self._attended, backend=model.compile, fullgraph=True)
+        elif self.compiled:
+            self._run = torch.compile(self._recomputed, backend=model.compile, fullgraph=True)
 
-    def _recomputed(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, RouterReport | None]:
+        """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here.
+
+        Args:
+            x: activations.
+            rotation: of queries and keys, see :class:`tedlab.nn.SelfAttention`.
+        """
+        if not self.compiled:
+            return self._run(x, rotation)
+        with localised(self):
+            return self._run(x, rotation)
+
+    def _recomputed(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, RouterReport | None]:
         if not (self.recomputed and torch.is_grad_enabled()):
-            return self._forward(x)
+            return self._forward(x, rotation)
         return checkpoint(
             self._forward,
             x,
+            rotation,
             counters=self.topology.recomputation,
             plan=self.plan,
             skip_dead_gemm=self.topology.options.skip_dead_gemm,
             early_stop=self.early_stop,
         )
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, RouterReport | None]:
-        x = x + self.attention(self.norm1(x))
+    def _forward(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, RouterReport | None]:
+        x, inside = self._attend(x, rotation)
         if self.routed:
-            y, report = self.feed_forward(self.norm2(x))
+            y, report = self.feed_forward(inside)
             return x + y, report
-        return x + self.feed_forward(self.norm2(x)), None
+        return x + self.feed_forward(inside), None
+
+    def _attended(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The first half of the block, and what the second half works on."""
+        x = x + self.attention(self.norm1(x), rotation)
+        return x, self.norm2(x)
 
 
 class GPT(nn.Module):
@@ -94,9 +118,14 @@ class GPT(nn.Module):
         assert model.vocab_size is not None
         init = Init(std=model.init_std)
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden, topology, init=init)
-        self.positions = Embedding(model.sequence_length, model.hidden, topology, init=init)
+        self.config, self.comm = model, topology.comm
+        self.positions = (
+            Embedding(model.sequence_length, model.hidden, topology, init=init)
+            if model.positions == "learned"
+            else None
+        )
         self.blocks = nn.ModuleList(Block(i, model, moe, topology, early_stop) for i in range(model.layers))
-        self.norm = LayerNorm(model.hidden, topology)
+        self.norm = norm_layer(model.norm, model.hidden, topology)
         self.output = (
             None
             if model.tie_embeddings
@@ -116,14 +145,45 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
         """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer."""
-        x = self.embedding(ids) + self.positions(ids.shape[1])  # (B, S, H)
+        x, reports = self._hidden(ids)
+        return self.embedding.logits(x) if self.output is None else self.output(x), reports
+
+    def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, list[RouterReport]]:
+        """Mean cross-entropy of the tokens that follow, and one report per MoE layer.
+
+        Args:
+            ids: (B, S) int64.
+            targets: (B, S) int64, the tokens to be predicted.
+        """
+        chunk = self.config.loss_chunk
+        if chunk is None:
+            logits, reports = self(ids)
+            return vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.comm).mean(), reports
+        x, reports = self._hidden(ids)
+        region, layer = (
+            (self.embedding.output_region, self.embedding) if self.output is None else (self.output.region, self.output)
+        )
+        x_NH = region.enter(x).flatten(0, 1)
+        loss = linear_cross_entropy(
+            x_NH, layer.local("weight"), targets.flatten(), self.comm, chunk, self.config.compile
+        )
+        return loss, reports
+
+    def _hidden(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
+        """What the logits are computed from (B, S, H), as activations outside layers, and reports."""
+        x = self.embedding(ids)
+        turns = None
+        if self.positions is not None:
+            x = x + self.positions(ids.shape[1])
+        else:
+            model = self.config
+            turns = rotation(ids.shape[1], model.hidden // model.heads, model.rotary_base, x.device, x.dtype)
         reports = []
         for block in self.blocks:
-            x, report = block(x)
+            x, report = block(x, turns)
             if report is not None:
                 reports.append(report)
-        x = self.norm(x)
-        return self.embedding.logits(x) if self.output is None else self.output(x), reports
+        return self.norm(x), reports
 
 
 class ParameterCount(NamedTuple):

@@ -4,8 +4,9 @@ from tedlab.nn.attention import SelfAttention
 from tedlab.nn.embedding import Embedding, VocabParallelEmbedding
 from tedlab.nn.feed_forward import FeedForward
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
-from tedlab.nn.loss import vocab_parallel_cross_entropy
-from tedlab.nn.norm import LayerNorm
+from tedlab.nn.loss import linear_cross_entropy, vocab_parallel_cross_entropy
+from tedlab.nn.norm import LayerNorm, RMSNorm, norm_layer
+from tedlab.nn.rotary import rotation
 from tedlab.nn.sharded import Init, ShardedModule, initialize, localised, partial_parameters
 
 __all__ = [
@@ -14,12 +15,16 @@ __all__ = [
     "FeedForward",
     "Init",
     "LayerNorm",
+    "RMSNorm",
     "RowParallelLinear",
     "SelfAttention",
     "ShardedModule",
     "VocabParallelEmbedding",
     "initialize",
+    "linear_cross_entropy",
     "localised",
+    "norm_layer",
     "partial_parameters",
+    "rotation",
     "vocab_parallel_cross_entropy",
 ]

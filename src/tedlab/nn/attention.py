@@ -1,9 +1,11 @@
 """Causal self-attention with its heads divided over the tensor group."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
+from tedlab.nn.rotary import rotate
 from tedlab.nn.sharded import Init
 from tedlab.topology import Topology
 
@@ -20,17 +22,28 @@ class SelfAttention(nn.Module):
         topology: where this process stands.
         init: initial weights of the fused query-key-value projection.
         out_init: initial weights of the output projection.
+        bias: whether the projections have biases.
     """
 
-    def __init__(self, hidden: int, heads: int, topology: Topology, *, init: Init, out_init: Init) -> None:
+    def __init__(
+        self, hidden: int, heads: int, topology: Topology, *, init: Init, out_init: Init, bias: bool = True
+    ) -> None:
         super().__init__()
         self.head_dim = hidden // heads
-        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, topology, tag="attention", init=init)
-        self.out = RowParallelLinear(hidden, hidden, topology, tag="attention", init=out_init)
+        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, topology, tag="attention", init=init, bias=bias)
+        self.out = RowParallelLinear(hidden, hidden, topology, tag="attention", init=out_init, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, S, H) → (B, S, H)."""
-        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim))  # (B, S, heads/T, 3, head_dim)
-        q, k, v = qkv.transpose(1, 2).unbind(-2)  # each (B, heads/T, S, head_dim)
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """(B, S, H) → (B, S, H).
+
+        Args:
+            x: activations.
+            rotation: (2, S, head_dim/2) of queries and keys, see :func:`tedlab.nn.rotation`; None: they stay.
+        """
+        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 2)  # (B, heads/T, S, 3, head_dim)
+        if rotation is not None:
+            qk = rotate(qkv[..., :2, :], rotation.unsqueeze(-2))
+            qkv = torch.cat((qk, qkv[..., 2:, :]), -2)
+        q, k, v = qkv.unbind(-2)  # each (B, heads/T, S, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))

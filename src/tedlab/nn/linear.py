@@ -47,15 +47,22 @@ class RowParallelLinear(ShardedModule):
         topology: where this process stands.
         tag: name of the layer in the record of collectives (``<tag>.reduce``, in forward).
         init: initial weights; the bias starts at zero.
+        bias: whether there is one.
     """
 
-    def __init__(self, in_features: int, out_features: int, topology: Topology, *, tag: str, init: Init) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, topology: Topology, *, tag: str, init: Init, bias: bool = True
+    ) -> None:
         super().__init__()
         self.region, self.tag = tensor_region(topology, tag), tag
         mesh, device = topology.dense, topology.device
         self.add_parameter("weight", (out_features, in_features), mesh, init=init, device=device, shards={"tensor": 1})
-        self.add_parameter("bias", (out_features,), mesh, init=Init(), device=device)
+        if bias:
+            self.add_parameter("bias", (out_features,), mesh, init=Init(), device=device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, in_features / T), this rank's part → activations outside (B, S, out_features)."""
-        return self.region.leave(matmul_into(x, self.local("weight").mT, f"{self.tag}.reduce"), self.local("bias"))
+        return self.region.leave(
+            matmul_into(x, self.local("weight").mT, f"{self.tag}.reduce"),
+            self.local("bias") if "bias" in self.inits else None,
+        )

@@ -1,6 +1,8 @@
 """Cross-entropy over logits whose vocabulary is divided over the tensor group. Logits are never gathered."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,3 +56,101 @@ class _VocabParallelCrossEntropy(Function):
         own_N = (~elsewhere_N).to(p_NV.dtype)
         p_NV.scatter_add_(-1, column_N.unsqueeze(-1), -own_N.unsqueeze(-1))  # softmax - one-hot
         return p_NV.mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, comm: Collectives, chunk: int, backend: str = "none"
+) -> Tensor:
+    """Mean cross-entropy of the logits ``x @ weightᵀ``, of which never more than ``chunk`` rows exist.
+
+    Where gradients are wanted, each chunk's logits become their own gradient at once, in place, and that is multiplied
+    into the gradients of ``x`` and ``weight``, so that nothing of the size of the logits is kept for backward. Forward
+    all-reduces two vectors for each chunk, of as many values in all as :func:`vocab_parallel_cross_entropy`.
+
+    Args:
+        x: (N, H) activations in the dtype to compute in, the same on every tensor rank.
+        weight: (V/T, H), this rank's part of the vocabulary, in order of rank; cast to the dtype of ``x``.
+        targets: (N,) int64 global token ids, the same on every tensor rank.
+        comm: the collectives of this process.
+        chunk: rows of logits at a time.
+        backend: of ``torch.compile`` for what is done with a chunk's logits; ``none``: one operation after the other.
+
+    Returns:
+        The mean loss in nats, in fp32 or better, the same on every tensor rank.
+    """
+    return _LinearCrossEntropy.apply(x, weight, targets, comm, chunk, _softmax(backend), torch.is_grad_enabled())
+
+
+class _Softmax(NamedTuple):
+    """What is done with logits, of any part of the vocabulary."""
+
+    statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    to_probabilities: Callable[[Tensor, Tensor, Tensor], None]
+
+
+@functools.cache
+def _softmax(backend: str) -> _Softmax:
+    parts = _statistics, _to_probabilities
+    return _Softmax(*parts if backend == "none" else (torch.compile(f, backend=backend, fullgraph=True) for f in parts))
+
+
+def _statistics(logits_CV: Tensor, column_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row: the largest, the sum of exponentials of the differences from it, and the one in a column."""
+    precise_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    largest_C1 = precise_CV.amax(-1, keepdim=True)
+    sum_C = (precise_CV - largest_C1).exp().sum(-1)
+    return largest_C1.squeeze(-1), sum_C, precise_CV.gather(-1, column_C1).squeeze(-1)
+
+
+def _to_probabilities(logits_CV: Tensor, largest_C: Tensor, sum_C: Tensor) -> None:
+    """In place: rounded once, from fp32 or better."""
+    logits_CV.copy_((logits_CV - largest_C.unsqueeze(-1)).exp() / sum_C.unsqueeze(-1))
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        comm: Collectives,
+        chunk: int,
+        softmax: _Softmax,
+        training: bool,
+    ) -> Tensor:
+        cast_VH = weight_VH.to(x_NH.dtype)
+        precise = torch.promote_types(x_NH.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=x_NH.device)
+        of_x_NH = torch.empty_like(x_NH) if training else x_NH
+        of_weight_VH = torch.zeros_like(weight_VH, dtype=precise) if training else weight_VH
+        start = comm.rank("tensor") * len(weight_VH)
+        for x_CH, targets_C, of_x_CH in zip(*(t.split(chunk) for t in (x_NH, targets_N, of_x_NH)), strict=True):
+            logits_CV = x_CH @ cast_VH.mT
+            column_C = targets_C - start
+            elsewhere_C = (column_C < 0) | (column_C >= len(weight_VH))
+            column_C1 = column_C.masked_fill(elsewhere_C, 0).unsqueeze(-1)
+
+            own_C, sum_C, found_C = softmax.statistics(logits_CV, column_C1)
+            largest_C = comm.all_reduce(own_C, "tensor", tag="loss.max", phase="forward", op="max")
+            found_C -= largest_C
+            totals = torch.stack((sum_C * (own_C - largest_C).exp(), found_C.masked_fill(elsewhere_C, 0.0)))  # (2, C)
+            sum_C, target_C = comm.all_reduce(totals, "tensor", tag="loss.sum", phase="forward").unbind(0)
+            loss += (sum_C.log() - target_C).sum()
+
+            if training:
+                softmax.to_probabilities(logits_CV, largest_C, sum_C)
+                # softmax - one-hot, where the difference is taken before rounding
+                at_column_C = found_C.exp() / sum_C - (~elsewhere_C).to(precise)
+                logits_CV.scatter_(-1, column_C1, at_column_C.to(logits_CV.dtype).unsqueeze(-1))
+                torch.mm(logits_CV, cast_VH, out=of_x_CH)
+                of_weight_VH += logits_CV.mT @ x_CH
+        ctx.save_for_backward(of_x_NH, of_weight_VH)
+        ctx.dtype = weight_VH.dtype
+        return loss / len(x_NH)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_x_NH, of_weight_VH = ctx.saved_tensors
+        scale = grads[0] / len(of_x_NH)
+        return of_x_NH * scale, (of_weight_VH * scale).to(ctx.dtype), None, None, None, None, None
