@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -96,7 +97,7 @@ def check_overrides(overrides: list[str]) -> None:
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        groups = {name: loader.get_group_options(name) for name in loader.list_groups("") if name not in _OTHER_GROUPS}
+        groups = {name: _options(loader, name) for name in loader.list_groups("") if name not in _OTHER_GROUPS}
         chosen = []
         for override in ours:
             if override.key_or_group in groups:
@@ -109,6 +110,12 @@ def check_overrides(overrides: list[str]) -> None:
     for override in ours:
         if override.key_or_group not in groups:
             _check_key(config, override.key_or_group, list(groups), override.is_add() or override.is_force_add())
+
+
+def _options(loader: ConfigLoader, group: str) -> list[str]:
+    """Those of a group, with those in folders below it."""
+    below = [f"{name}/{option}" for name in loader.list_groups(group) for option in _options(loader, f"{group}/{name}")]
+    return loader.get_group_options(group) + below
 
 
 def _values(override: Override) -> list[str]:

@@ -19,9 +19,12 @@ from tedlab.nn import (
     FeedForward,
     Init,
     LayerNorm,
+    RMSNorm,
     RowParallelLinear,
     SelfAttention,
     VocabParallelEmbedding,
+    linear_cross_entropy,
+    rotation,
     vocab_parallel_cross_entropy,
 )
 from tests.pool import WorkerPool
@@ -36,15 +39,31 @@ def random(name: str, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def attention(w: Weights, x: Tensor) -> Tensor:
+def attention(w: Weights, x: Tensor, turned: bool = False) -> Tensor:
     """Causal attention written out; rows of the fused projection are ordered head by head."""
     (batch, length, hidden), heads = x.shape, 4
     qkv = (x @ w["qkv.weight"].T + w["qkv.bias"]).view(batch, length, heads, 3, hidden // heads)
     q, k, v = (qkv[:, :, :, i].transpose(1, 2) for i in range(3))
+    if turned:
+        q, k = (as_complex_numbers(z) for z in (q, k))
     scores = q @ k.transpose(-1, -2) / (hidden // heads) ** 0.5
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     y = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
     return y.transpose(1, 2).reshape(batch, length, hidden) @ w["out.weight"].T + w["out.bias"]
+
+
+def as_complex_numbers(x: Tensor) -> Tensor:
+    """Position p times e^(i·p·θ), real and imaginary parts in the two halves of the features."""
+    half = x.shape[-1] // 2
+    theta = torch.tensor([10_000.0 ** (-j / half) for j in range(half)], dtype=torch.float64)
+    turns = torch.polar(torch.ones(()).double(), torch.arange(x.shape[-2]).unsqueeze(-1) * theta)
+    y = torch.complex(x[..., :half], x[..., half:]) * turns
+    return torch.cat((y.real, y.imag), -1)
+
+
+def swiglu(w: Weights, x: Tensor) -> Tensor:
+    gate, value = F.linear(x, w["up.weight"][::2]), F.linear(x, w["up.weight"][1::2])
+    return F.linear(gate * torch.sigmoid(gate) * value, w["down.weight"])
 
 
 # name: (layer, its forward, plain torch, input, dimension along which input / output are divided)
@@ -90,6 +109,22 @@ CASES: dict[str, Case] = {
         None,
         None,
     ),
+    "swiglu": (
+        lambda t: FeedForward(6, 8, t, init=INIT, out_init=INIT, activation="swiglu", bias=False),
+        lambda m, x: m(x),
+        swiglu,
+        random("swiglu", 2, 3, 6),
+        None,
+        None,
+    ),
+    "rotary_attention": (
+        lambda t: SelfAttention(16, 4, t, init=INIT, out_init=INIT),
+        lambda m, x: m(x, rotation(5, 4, 10_000.0, x.device, x.dtype)),
+        lambda w, x: attention(w, x, turned=True),
+        random("rotary", 2, 5, 16),
+        None,
+        None,
+    ),
     "vocabulary_embedding": (
         lambda t: VocabParallelEmbedding(16, 6, t, init=INIT),
         lambda m, x: m(IDS) * x,
@@ -119,6 +154,14 @@ CASES: dict[str, Case] = {
         lambda m, x: m(x),
         lambda w, x: F.layer_norm(x, (6,), w["weight"], w["bias"], 0.1),
         random("norm", 2, 5, 6),
+        None,
+        None,
+    ),
+    "rms_norm": (
+        lambda t: RMSNorm(6, t, eps=0.1),
+        lambda m, x: m(x),
+        lambda w, x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * w["weight"],
+        random("rms_norm", 2, 5, 6),
         None,
         None,
     ),
@@ -233,3 +276,63 @@ def test_low_precision_logits_give_a_loss_in_fp32_and_a_gradient_in_theirs(pool:
         assert losses.dtype == torch.float32
         torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
         assert gradient.dtype == torch.bfloat16
+
+
+# ---- … of a linear layer, a few tokens at a time -----------------------------------------------------------------
+
+WIDTH, SCALE = 6, 3.0
+Chunked = tuple[Tensor, Tensor, Tensor, list[Collective]]
+
+
+def chunked_cross_entropy(x: Tensor, weight: Tensor, chunk: int, backend: str) -> Chunked:
+    """The loss, gradients of the input and of this process's part of the weight, and what was communicated."""
+    topology = Topology(ParallelDegrees(dist.get_world_size(), tensor=dist.get_world_size()))
+    calls: list[Any] = []
+    topology.comm.register_hook(lambda call, when: calls.append(call) if when == "end" else None)
+    x, own = x.clone().requires_grad_(), own_part(weight, 0, topology).clone().requires_grad_()
+    loss = linear_cross_entropy(x, own, TARGETS, topology.comm, chunk, backend)
+    (SCALE * loss).backward()
+    assert x.grad is not None
+    assert own.grad is not None
+    with torch.no_grad():
+        silent = linear_cross_entropy(x, own, TARGETS, topology.comm, chunk, backend)
+    assert torch.equal(silent, loss)
+    return loss.detach(), x.grad, own.grad, calls
+
+
+def expected_of(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = (t.double().clone().requires_grad_() for t in (x, weight))
+    loss = F.cross_entropy(x @ weight.mT, TARGETS)
+    (SCALE * loss).backward()
+    assert x.grad is not None
+    assert weight.grad is not None
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [1, 5, VOCABULARY, 100])
+def test_the_loss_of_chunks_equals_torch_s(pool: WorkerPool, chunk: int, tensor: int) -> None:
+    x, weight = random("x", VOCABULARY, WIDTH), random("w", VOCABULARY, WIDTH)
+    loss, of_x, of_weight = expected_of(x, weight)
+    answers = pool.run(tensor, chunked_cross_entropy, x, weight, chunk, "none")
+    for ours, _, _, calls in answers:
+        torch.testing.assert_close(ours, loss, rtol=1e-13, atol=0)
+        sizes = [min(chunk, VOCABULARY - start) for start in range(0, VOCABULARY, chunk)] if tensor > 1 else []
+        expected = [call for size in sizes for call in (("loss.max", size), ("loss.sum", 2 * size))] * 2
+        assert [(call.tag, call.shape.numel()) for call in calls] == expected
+    summed = sum(answer[1] for answer in answers)  # each has the part that its part of the vocabulary caused
+    torch.testing.assert_close(summed, of_x, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(torch.cat([answer[2] for answer in answers]), of_weight, rtol=1e-12, atol=1e-15)
+
+
+def test_the_loss_of_chunks_is_as_exact_as_its_operands_and_compiles(pool: WorkerPool) -> None:
+    """Certain and impossible targets, in bfloat16: differences from 1 are taken before rounding."""
+    x, weight = random("x", VOCABULARY, WIDTH).bfloat16(), (4 * random("w", VOCABULARY, WIDTH)).bfloat16()
+    loss, of_x, of_weight = expected_of(x, weight)
+    for backend in ("none", "aot_eager"):
+        ((ours, our_x, our_weight, _),) = pool.run(1, chunked_cross_entropy, x, weight, 5, backend)
+        assert ours.dtype == torch.float32
+        assert our_x.dtype == our_weight.dtype == torch.bfloat16
+        assert relative_error(ours.double(), loss) < 1e-2
+        assert relative_error(our_x.double(), of_x) < 1e-2
+        assert relative_error(our_weight.double(), of_weight) < 1e-2

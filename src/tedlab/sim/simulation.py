@@ -121,6 +121,7 @@ def simulate(
     quieten()
     routing = routing or routing_of(config, "balanced", None, None)
     shorter = copy.deepcopy(config)
+    shorter.model.compile = "none"  # the compiler fuses no fake tensors: counted are the operations before it does
     shorter.trainer["accumulate_grad_batches"] = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
     told = 0
@@ -138,7 +139,7 @@ def simulate(
 
     with fake_process_group(world, rank):
         strategy = SimulatedStrategy(meter, **_arguments(config))
-        observer, module = _Observer(), language_model(config)
+        observer, module = _Observer(), language_model(shorter)
         _trainer(shorter, strategy, rank, observer).fit(module, Batches(config))
         described = about(config, module)
     accumulated = int(config.trainer["accumulate_grad_batches"])
