@@ -1,0 +1,127 @@
+"""The whole training step of one GPU: throughput, share of its peak, memory, and what each part of tedlab brings.
+
+    python -m benchmarks.train_step experiment=gpu/olmoe_1b_7b
+    python -m benchmarks.train_step experiment=gpu/ted_1.3b_moe data.micro_batch_size=8 --out FILE.json
+
+First as configured, on random tokens; then on text (the standard library's, byte by byte); then with each of the parts
+below switched off. See README.md.
+"""
+
+import argparse
+import json
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from benchmarks.optimizer import surroundings
+from benchmarks.steps import WARM_UP, composed, free, train
+
+TEXT = "on text"
+ROWS = {  # what each changes
+    "as configured": [],
+    TEXT: [],
+    "no torch.compile": ["model.compile=none"],
+    "all logits at once": ["model.loss_chunk=null"],
+    "optimizer in tiles": ["optim.tile=1800000"],
+}
+
+
+class Profile(Callback):
+    """Of the first step after the warm-up: its kernels, those first that take longest together."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.table = rows, ""
+        self.profile = torch.profiler.profile(activities=list(torch.profiler.supported_activities()))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == WARM_UP * trainer.accumulate_grad_batches:
+            self.profile.start()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx + 1 == (WARM_UP + 1) * trainer.accumulate_grad_batches:
+            self.profile.stop()
+            kernels: dict[str, list[float]] = {}
+            for event in self.profile.events() or ():
+                if event.device_type.name == "CUDA":
+                    kernels.setdefault(event.name, []).append(event.device_time)
+            longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
+            lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):6} × {name[:100]}" for name, t in longest[: self.rows]]
+            self.table = "\n".join([f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all", *lines])
+
+
+def attempt(name: str, overrides: list[str], steps: int, text: bool = False) -> dict[str, Any]:
+    """One row, of what was measured or why it could not be."""
+    row: dict[str, Any] = {"name": name, "overrides": overrides}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    try:
+        config = composed(overrides)
+        row |= train(config, steps, text).summary(config, device)
+    except torch.cuda.OutOfMemoryError:
+        row["error"] = "out of memory"
+    except Exception:
+        row["error"] = traceback.format_exc()
+    free()
+    print(f"{name}: {row.get('error') or format(row['tokens_per_second'], ',.0f') + ' tokens/s'}", flush=True)
+    return row
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """For people."""
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "step ms", "forward", "backward", "optimizer"):
+        result.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        if "error" in row:
+            result.add_row(row["name"], row["error"].strip().splitlines()[-1][:40])
+            continue
+        phases = [f"{1e3 * row['phases_s'].get(name, 0.0):.1f}" for name in ("forward", "backward", "optimizer")]
+        result.add_row(
+            row["name"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tflops']:.0f}",
+            "" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['peak_gib']:.1f}",
+            f"{1e3 * row['step_s']:.1f}",
+            *phases,
+        )
+    return result
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="+", help="of tedlab.train: a preset, and changes to it")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each row (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="to measure (default: all)")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    rows = [
+        attempt(name, [*arguments.overrides, *ROWS[name]], arguments.steps, text=name == TEXT)
+        for name in arguments.rows
+    ]
+    facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    Console(width=130).print(table(rows, f"{' '.join(arguments.overrides)}; {facts['device']}"))
+    if arguments.profile:
+        profile = Profile(arguments.profile)
+        train(composed(arguments.overrides), 1, False, profile)
+        print(profile.table)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""tedlab and transformers side by side: the same models, batches and optimizer on one GPU.
+
+    pip install transformers
+    python -m benchmarks.vs_transformers                    # all shapes
+    python -m benchmarks.vs_transformers olmoe --layers 6   # one of them, with fewer blocks
+
+See README.md for what is alike and what is not.
+"""
+
+import argparse
+import json
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from benchmarks.optimizer import surroundings
+from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
+from benchmarks.train_step import attempt, table
+from tedlab.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One model in both libraries.
+
+    Attributes:
+        overrides: of tedlab.
+        peer: transformers' configuration of the same model.
+    """
+
+    overrides: list[str]
+    peer: Callable[[TrainConfig], Any]
+
+
+def _sizes(config: TrainConfig) -> dict[str, Any]:
+    model, moe = config.model, config.moe
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.heads,
+        "max_position_embeddings": model.sequence_length,
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "norm_topk_prob": moe.top_k > 1,
+        "tie_word_embeddings": model.tie_embeddings,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "use_cache": False,
+    }
+
+
+def _olmoe(config: TrainConfig) -> Any:
+    from transformers import OlmoeConfig
+
+    return OlmoeConfig(**_sizes(config))
+
+
+def _qwen3(config: TrainConfig) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        **_sizes(config),
+        moe_intermediate_size=config.model.ffn,
+        decoder_sparse_step=config.moe.every,
+        head_dim=config.model.hidden // config.model.heads,
+    )
+
+
+_TODAY = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
+SHAPES = {
+    "olmoe": Shape(["experiment=gpu/olmoe_1b_7b"], _olmoe),
+    # transformers has no GPT with experts; Qwen3's decoder has them in every second block. Of SwiGLU's three matrices
+    # two thirds of the width are as many parameters.
+    "ted_1.3b": Shape(["experiment=gpu/ted_1.3b_moe", *_TODAY, "model.ffn=5504"], _qwen3),
+}
+
+
+def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Module:
+    """With random weights in bfloat16, and without norms of queries and keys, which tedlab's has not."""
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            shape.peer(config),
+            attn_implementation="sdpa",
+            experts_implementation="grouped_mm",
+            dtype=torch.bfloat16,
+        )
+    for module in model.modules():
+        for name in ("q_norm", "k_norm"):
+            if hasattr(module, name):
+                setattr(module, name, nn.Identity())
+    return model.train()
+
+
+def peer(shape: Shape, config: TrainConfig, steps: int) -> Measured:
+    """A plain loop: forward, backward, clipping, torch's fused AdamW in bfloat16."""
+    free()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = peer_model(shape, config, device)
+    settings = {key: value for key, value in config.optim.optimizer.items() if key != "_target_"}
+    optimizer = AdamW(model.parameters(), lr=config.optim.lr, fused=True, **settings)
+    accumulated = int(config.trainer["accumulate_grad_batches"])
+    clip = config.trainer["gradient_clip_val"]
+    clock, batches, loss = Clock(), iter(RandomTokens(config)), torch.zeros(())
+    for step in range(WARM_UP + steps):
+        if step == WARM_UP and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(accumulated):
+            ids: Tensor = next(batches)[:, :-1].to(device, non_blocking=True)
+            clock.mark("data")
+            loss = model(input_ids=ids, labels=ids).loss
+            clock.mark("forward")
+            (loss / accumulated).backward()
+            clock.mark("backward")
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.mark("step")
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return clock.measured(steps, peak, loss.item())
+
+
+def peer_row(shape: Shape, overrides: list[str], steps: int) -> dict[str, Any]:
+    """With micro-batches as large as fit: half as many samples each time that memory does not suffice."""
+    config = composed(overrides)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    row: dict[str, Any] = {"name": "transformers", "error": "out of memory"}
+    size = config.data.micro_batch_size
+    while size and "error" in row:
+        given = [*overrides, f"data.micro_batch_size={size}"]
+        row["name"] = f"transformers, {size} samples at a time"
+        try:
+            config = composed(given)
+            row |= peer(shape, config, steps).summary(config, device)
+            del row["error"]
+        except torch.cuda.OutOfMemoryError:
+            print(f"transformers: out of memory with {size} samples at a time", flush=True)
+            size //= 2
+        except Exception:
+            row["error"] = traceback.format_exc()
+            break
+    free()
+    print(f"{row['name']}: {row.get('error') or format(row['tokens_per_second'], ',.0f') + ' tokens/s'}", flush=True)
+    return row
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.vs_transformers",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("shapes", nargs="*", default=list(SHAPES), help=f"of {', '.join(SHAPES)} (default: all)")
+    parser.add_argument("--layers", type=int, help="blocks (default: the preset's)")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the presets")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.shapes) - SHAPES.keys())
+    if unknown:
+        parser.error(f"there is no shape {unknown[0]}; valid: {', '.join(SHAPES)}")
+    facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    facts["versions"]["transformers"] = version("transformers")
+    results: dict[str, Any] = {}
+    for name in arguments.shapes:
+        shape, overrides = SHAPES[name], [*SHAPES[name].overrides, *arguments.set]
+        if arguments.layers:
+            overrides.append(f"model.layers={arguments.layers}")
+        rows = [peer_row(shape, overrides, arguments.steps), attempt("tedlab", overrides, arguments.steps)]
+        results[name] = {"overrides": overrides, "rows": rows}
+        title = f"{name}: {facts['device']}, transformers {facts['versions']['transformers']}"
+        Console(width=130).print(table(rows, title))
+        if not any("error" in row for row in rows):
+            results[name]["ratio"] = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
+            print(f"tedlab / transformers: {results[name]['ratio']:.2f} × the tokens per second")
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
