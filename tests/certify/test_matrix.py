@@ -20,6 +20,9 @@ LAYOUTS = [
 ]
 EXPERTS_PER_RANK = "experts_per_rank"
 ACCUMULATED = "accumulated"
+TODAY: dict[str, object] = {  # a model like OLMoE
+    **{"model.activation": "swiglu", "model.bias": False, "model.norm": "rms", "model.positions": "rotary"}
+}
 JOBS: dict[str, dict[str, object]] = {
     "top1_clipped": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "trainer.gradient_clip_val": 0.05},
     "many_dropped_no_zero": {
@@ -82,10 +85,23 @@ JOBS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "parallel.sequence": True, "moe.top_k": 2},
         **{"model.checkpoint": "block", "comm.cac": True},
     },
+    "today": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **TODAY, "moe.dispatch": "dropless", "moe.top_k": 2},
+        **{"model.tie_embeddings": False, "model.loss_chunk": 7},
+    },
+    "today_dense_chunked": {EXPERTS_PER_RANK: 1, **TODAY, "moe.every": 2, "model.loss_chunk": 5, "optim.overlap": True},
+    "today_sequence": {
+        **{EXPERTS_PER_RANK: 2, **TODAY, "parallel.sequence": True, "moe.dispatch": "dropless", "model.loss_chunk": 7},
+        **{"model.checkpoint": "block", "comm.cac": True},
+    },
+    "rotary_ted": {
+        **{EXPERTS_PER_RANK: 2, "model.positions": "rotary", "model.norm": "rms", "comm": "ted"},
+        **{"model.checkpoint": "block", "model.loss_chunk": 5},
+    },
 }
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
-    *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence"),
+    *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
 )
 CELLS = [
     (layout, job)
