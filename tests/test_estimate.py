@@ -77,6 +77,11 @@ def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
         estimate(config, load_cluster("summit"))
 
 
+def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.activation=swiglu.*activation=gelu only.*tedlab\.simulate"):
+        estimate(checked(*ONE, "model.activation=swiglu"), load_cluster("summit"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",

@@ -1,5 +1,7 @@
 """The closed form counts what torch counts, and every device gets the peak of its data sheet."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,9 +23,12 @@ MIXTURES = {
 }
 
 
-def counted(moe: MoEConfig) -> tuple[int, int]:
+TODAY = replace(MODEL, activation="swiglu", bias=False, norm="rms", positions="rotary")
+
+
+def counted(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
     """FLOPs of matrix products that torch sees in forward and in backward."""
-    network = GPT(MODEL, moe, Topology.single(), seed=0)
+    network = GPT(model, moe, Topology.single(), seed=0)
     ids = torch.randint(64, (SAMPLES, MODEL.sequence_length))
     # Only this attention shows the counter its products, in backward, too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -33,16 +38,19 @@ def counted(moe: MoEConfig) -> tuple[int, int]:
     return forward, counter.get_total_flops() - forward
 
 
+@pytest.mark.parametrize("model", [MODEL, TODAY], ids=["gpt", "today"])
 @pytest.mark.parametrize("moe", MIXTURES.values(), ids=MIXTURES)
-def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_slots(moe: MoEConfig) -> None:
-    parts = forward_flops(MODEL, moe)
+def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_slots(
+    model: ModelConfig, moe: MoEConfig
+) -> None:
+    parts = forward_flops(model, moe)
     masked = TOKENS * parts["attention_scores"]  # torch counts tokens that come later as well: the other half
     slots = moe.num_experts * expert_capacity(TOKENS, max(1, moe.num_experts), moe.top_k, None, moe.capacity_multiple)
     empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS)
-    forward, backward = counted(moe)
+    forward, backward = counted(model, moe)
     assert forward == TOKENS * sum(parts.values()) + masked + empty
     assert backward == 2 * forward
-    assert training_flops(MODEL, moe) == 3 * sum(parts.values())
+    assert training_flops(model, moe) == 3 * sum(parts.values())
 
 
 def test_the_closed_form_by_hand() -> None:

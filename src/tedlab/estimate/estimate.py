@@ -3,13 +3,14 @@
 ``tedlab.sim.simulate`` runs the real code instead, and tests hold the one against the other.
 """
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tedlab.cluster import ClusterConfig
 from tedlab.comm import Collective
-from tedlab.config import TrainConfig
+from tedlab.config import ModelConfig, TrainConfig
 from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.estimate.kernels import Kernels
 from tedlab.estimate.memory import Memory, Moment
@@ -66,8 +67,10 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         rank: whose groups' places on the nodes count; all else is alike in all ranks.
 
     Raises:
-        ValueError: for an optimizer whose state is not known, or a world larger than the cluster.
+        ValueError: for an optimizer whose state is not known, another model than GPT-3's, or a world larger than the
+            cluster.
     """
+    _check_known(config)
     sizes = Sizes(config)
     memory, kernels, links = Memory(sizes), Kernels(sizes), _Links(sizes, cluster, rank)
     taken: defaultdict[str, float] = defaultdict(float)
@@ -95,6 +98,17 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         flops=tokens * training_flops(config.model, config.moe) / config.parallel.world_size,
         peak_flops=cluster.peak(str(config.trainer["precision"])),
     )
+
+
+def _check_known(config: TrainConfig) -> None:
+    known = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    for name in ("activation", "bias", "norm", "positions", "loss_chunk"):
+        value = getattr(config.model, name)
+        if value != known[name]:
+            raise ValueError(
+                f"model.{name}={value}: the closed form of memory and time is that of model.{name}={known[name]} only; "
+                "`python -m tedlab.simulate` runs any model"
+            )
 
 
 class _Links:
