@@ -52,7 +52,7 @@ def generate(config: GenerateConfig) -> str:
     moe = replace(trained.moe, capacity_factor=None)
     if moe.gating == "deepspeed_top2":
         moe.second_expert_sampling = False
-    model = GPT(trained.model, moe, Topology.single(), seed=0)
+    model = GPT(replace(trained.model, compile="none"), moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, directory / "checkpoints" / config.checkpoint)
 
