@@ -47,7 +47,9 @@ class Block(nn.Module):
         self.routed = index in moe.blocks(model.layers)
         self.feed_forward: nn.Module
         if self.routed:
-            self.feed_forward = MoELayer(model.hidden, model.ffn, moe, topology, **inits)
+            self.feed_forward = MoELayer(
+                model.hidden, model.ffn, moe, topology, activation=model.activation, bias=model.bias, **inits
+            )
         else:
             self.feed_forward = FeedForward(
                 model.hidden, model.ffn, topology, activation=model.activation, bias=model.bias, **inits

@@ -116,8 +116,8 @@ class SlotRegion(Protocol):
         """Slots that this tensor rank was sent → slots that every tensor rank computes its part of."""
         ...
 
-    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
-        """Each tensor rank's part of the results → results plus bias, of the slots that this rank sends back."""
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
+        """Each tensor rank's part of the results → results, plus bias if any, of the slots that it sends back."""
         ...
 
 
@@ -130,9 +130,9 @@ class ReplicatedSlots:
     def enter(self, x_eNH: Tensor) -> Tensor:
         return copy_to(x_eNH, self.comm, "expert_tensor", "experts.copy")
 
-    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
         y_eNH = reduce_from(partial_eNH, self.comm, "expert_tensor", "experts.reduce")
-        return y_eNH + bias_e1H.to(y_eNH.dtype)
+        return y_eNH if bias_e1H is None else y_eNH + bias_e1H.to(y_eNH.dtype)
 
 
 class GatheredSlots(ReplicatedSlots):
@@ -149,7 +149,7 @@ class GatheredSlots(ReplicatedSlots):
         x = gather_from(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
         return super().enter(x.flatten(1, 2))
 
-    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
         y = super().leave(partial_eNH, bias_e1H).unflatten(1, (self.senders, -1))
         return slice_to(y, self.comm, "expert_tensor", "combine.drop", dim=2).flatten(1, 2)
 
@@ -161,8 +161,9 @@ class ScatteredSlots(GatheredSlots):
         x = gather_to(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
         return x.flatten(1, 2)
 
-    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor) -> Tensor:
-        partial, bias = partial_eNH.unflatten(1, (self.senders, -1)), bias_e1H.unsqueeze(1).to(partial_eNH.dtype)
+    def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
+        partial = partial_eNH.unflatten(1, (self.senders, -1))
+        bias = None if bias_e1H is None else bias_e1H.unsqueeze(1).to(partial.dtype)
         return scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 2, bias).flatten(1, 2)
 
 

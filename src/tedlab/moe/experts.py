@@ -3,27 +3,30 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.comm import matmul_into
 from tedlab.moe.dispatch import SlotRegion
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, RowRegion, arrange
+from tedlab.moe.rows import activate
 from tedlab.nn import Init, ShardedModule
 from tedlab.topology import Topology
 
 
 class Experts(ShardedModule):
-    """The parameters of feed-forward experts: linear, GELU, linear.
+    """The parameters of feed-forward experts: linear, GELU, linear; or with SwiGLU in its place.
 
-    Divided over the expert group by expert, and inside by width.
+    Divided over the expert group by expert, and inside by width. The first projection of SwiGLU has gate and linear
+    part in turn, so that an even division gives each process both.
 
     Args:
         num_experts: E, over all processes; the expert degree must divide it.
         hidden: model width.
         ffn: inner width of an expert; the tensor degree must divide it.
         topology: where this process stands.
+        activation: gelu or swiglu.
+        bias: whether the projections have biases.
         init: initial weights of the first projection.
         out_init: initial weights of the second.
     """
@@ -35,21 +38,31 @@ class Experts(ShardedModule):
         ffn: int,
         topology: Topology,
         *,
+        activation: str = "gelu",
+        bias: bool = True,
         init: Init,
         out_init: Init,
     ) -> None:
         super().__init__()
-        self.num_experts = num_experts
+        self.num_experts, self.comm = num_experts, topology.comm
+        self.gated, self.bias = activation == "swiglu", bias
+        self.widths = hidden, ffn // topology.degrees.tensor
         mesh, device = topology.expert, topology.device
-        inner = {"expert": 0, "tensor": 2}
-        self.add_parameter("up", (num_experts, hidden, ffn), mesh, init=init, device=device, shards=inner)
-        self.add_parameter("up_bias", (num_experts, 1, ffn), mesh, init=Init(), device=device, shards=inner)
+        inner, columns = {"expert": 0, "tensor": 2}, 2 * ffn if self.gated else ffn
+        self.add_parameter("up", (num_experts, hidden, columns), mesh, init=init, device=device, shards=inner)
         self.add_parameter(
             "down", (num_experts, ffn, hidden), mesh, init=out_init, device=device, shards={"expert": 0, "tensor": 1}
         )
-        self.add_parameter(
-            "down_bias", (num_experts, 1, hidden), mesh, init=Init(), device=device, shards={"expert": 0}
-        )
+        if bias:
+            self.add_parameter("up_bias", (num_experts, 1, columns), mesh, init=Init(), device=device, shards=inner)
+            self.add_parameter(
+                "down_bias", (num_experts, 1, hidden), mesh, init=Init(), device=device, shards={"expert": 0}
+            )
+
+    def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """This process's part of both projections, each with its biases: (e, H, ·), (e, 1, ·), (e, ·, H), (e, 1, H)."""
+        up_bias, down_bias = (self.local("up_bias"), self.local("down_bias")) if self.bias else (None, None)
+        return self.local("up"), up_bias, self.local("down"), down_bias
 
 
 class SlotExperts(Experts):
@@ -66,9 +79,10 @@ class SlotExperts(Experts):
 
     def forward(self, x_eNH: Tensor) -> Tensor:
         """Slots of this process's experts (e, N, H) → their results (e, N, H)."""
+        up, up_bias, down, down_bias = self.weights()
         x_eNH = self.region.enter(x_eNH)
-        h_eNF = F.gelu(torch.baddbmm(self.local("up_bias"), x_eNH, self.local("up")))
-        return self.region.leave(matmul_into(h_eNF, self.local("down"), "experts.reduce"), self.local("down_bias"))
+        z_eNZ = torch.bmm(x_eNH, up) if up_bias is None else torch.baddbmm(up_bias, x_eNH, up)
+        return self.region.leave(matmul_into(activate(z_eNZ, self.gated), down, "experts.reduce"), down_bias)
 
 
 class RowExperts(Experts):
@@ -85,11 +99,13 @@ class RowExperts(Experts):
 
     def forward(self, x: RaggedRows) -> RaggedRows:
         """Rows of this process's experts → their results, which go back the way they came."""
+        up, up_bias, down, down_bias = self.weights()
         arrangement = arrange(x.exchange)
         groups = arrangement.groups
         x_NH = self.region.enter(x, arrangement)
-        up_NF = grouped_matmul(x_NH, self.local("up"), groups)
-        h_NF = F.gelu(up_NF + bias_rows(self.local("up_bias").squeeze(1), groups, up_NF.dtype))
-        partial_NH = grouped_matmul(h_NF, self.local("down"), groups, "experts.reduce")
-        bias_NH = bias_rows(self.local("down_bias").squeeze(1), groups, partial_NH.dtype)
+        z_NZ = grouped_matmul(x_NH, up, groups)
+        if up_bias is not None:
+            z_NZ = z_NZ + bias_rows(up_bias.squeeze(1), groups, z_NZ.dtype)
+        partial_NH = grouped_matmul(activate(z_NZ, self.gated), down, groups, "experts.reduce")
+        bias_NH = None if down_bias is None else bias_rows(down_bias.squeeze(1), groups, partial_NH.dtype)
         return RaggedRows(self.region.leave(partial_NH, bias_NH, x.exchange, arrangement), x.exchange)

@@ -62,35 +62,36 @@ class _GroupedMatmul(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
         ctx.save_for_backward(x, weight, groups.ends)
-        ctx.sizes = groups.sizes
+        ctx.groups = groups
         if tag is not None and is_dead(tag):
             return unused(torch.Size((len(x), weight.shape[-1])), x)
-        return _times(x, weight, groups.ends, groups.sizes)
+        return times(x, weight, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, ends = ctx.saved_tensors
+        x, weight, _ = ctx.saved_tensors
         grad = grads[0].contiguous()
-        return _times(grad, weight.mT, ends, ctx.sizes), _transposed_times(x, grad, ends, ctx.sizes), None, None
+        return times(grad, weight.mT, ctx.groups), transposed_times(x, grad, ctx.groups), None, None
 
 
-def _times(x: Tensor, weight: Tensor, ends: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
+def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Each row (N, K) times the matrix (K, M) of its expert: (N, M)."""
     if _one_kernel(x, weight):
-        return F.grouped_mm(x, weight, offs=ends)
-    assert sizes is not None
+        return F.grouped_mm(x, weight, offs=groups.ends)
+    assert groups.sizes is not None
     out = x.new_empty(len(x), weight.shape[-1])
-    for rows, matrix, result in zip(x.split(sizes), weight, out.split(sizes), strict=True):
+    for rows, matrix, result in zip(x.split(groups.sizes), weight, out.split(groups.sizes), strict=True):
         torch.mm(rows, matrix, out=result)
     return out
 
 
-def _transposed_times(x: Tensor, grad: Tensor, ends: Tensor, sizes: tuple[int, ...] | None) -> Tensor:
-    """Per expert xᵀ @ grad: (e, K, M); zeros where an expert has no rows."""
+def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
+    """Per expert xᵀ @ grad of its rows (N, K) and (N, M): (e, K, M); zeros where an expert has no rows."""
     if _one_kernel(x, grad):
-        return F.grouped_mm(x.mT, grad, offs=ends)
-    assert sizes is not None
-    out = x.new_empty(len(sizes), x.shape[1], grad.shape[1])
-    for rows, of_rows, result in zip(x.split(sizes), grad.split(sizes), out, strict=True):
+        return F.grouped_mm(x.mT, grad, offs=groups.ends)
+    assert groups.sizes is not None
+    out = x.new_empty(len(groups.sizes), x.shape[1], grad.shape[1])
+    for rows, of_rows, result in zip(x.split(groups.sizes), grad.split(groups.sizes), out, strict=True):
         torch.mm(rows.mT, of_rows, out=result)
     return out
 

@@ -213,8 +213,8 @@ class RowRegion(Protocol):
         """Rows that this tensor rank was sent → rows (N, H) that every tensor rank computes its part of."""
         ...
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        """Each tensor rank's part of the results → results plus bias, of the rows that this rank sends back."""
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        """Each tensor rank's part of the results → results, plus bias if any, of the rows that it sends back."""
         ...
 
 
@@ -227,9 +227,9 @@ class ReplicatedRows:
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return copy_to(arrangement.sort(x.values), self.comm, "expert_tensor", "experts.copy")
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
         y_NH = reduce_from(partial_NH, self.comm, "expert_tensor", "experts.reduce")
-        return arrangement.restore(y_NH + bias_NH)
+        return arrangement.restore(y_NH if bias_NH is None else y_NH + bias_NH)
 
 
 class GatheredRows(ReplicatedRows):
@@ -239,7 +239,7 @@ class GatheredRows(ReplicatedRows):
         x_iMH = gather_from(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0)
         return super().enter(RaggedRows(x_iMH, x.exchange), arrangement)
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
         y_iMH = super().leave(partial_NH, bias_NH, exchange, arrangement)
         y_MH = slice_to(y_iMH, self.comm, "expert_tensor", "combine.drop", dim=0)
         return y_MH[: sum(exchange.splits.received)]
@@ -251,8 +251,9 @@ class ScatteredRows(GatheredRows):
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return arrangement.sort(gather_to(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0))
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        partial, bias = arrangement.restore(partial_NH), arrangement.restore(bias_NH)
+    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        partial = arrangement.restore(partial_NH)
+        bias = None if bias_NH is None else arrangement.restore(bias_NH)
         y_MH = scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 0, bias)
         return y_MH[: sum(exchange.splits.received)]
 

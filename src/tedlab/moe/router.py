@@ -5,11 +5,12 @@ Every tensor rank routes the same tokens with the same weights and so decides th
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
@@ -124,9 +125,8 @@ class Router(ShardedModule):
 
     def forward(self, x_TH: Tensor, sequence: int | None = None) -> Routing:
         """Routes the T tokens of a micro-batch: samples of ``sequence`` positions, one after the other; None: one."""
-        precise = torch.promote_types(x_TH.dtype, torch.float32)
         with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
-            logits_TE = F.linear(x_TH.to(precise), self.local("weight").to(precise))
+            logits_TE = _PreciseLinear.apply(x_TH, self.local("weight"))
         decision = self.decide(logits_TE, sequence or max(1, len(x_TH)))
         z_T = logits_TE.logsumexp(-1).square()
         if self.sharded:
@@ -163,6 +163,22 @@ class Router(ShardedModule):
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
         slot_TK, choice_EC, load = assign_slots(queue_TK, self.num_experts * groups, capacity)
         return Decision(gate_TK, slot_TK, choice_EC, probs_TE, first_TE, load.view(-1, groups).sum(1))
+
+
+class _PreciseLinear(Function):
+    """``F.linear`` in fp32 or better, which keeps its input as it came."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(precise), weight.to(precise))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0]
+        return (grad @ weight.to(grad.dtype)).to(x.dtype), (grad.mT @ x.to(grad.dtype)).to(weight.dtype)
 
 
 def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
@@ -207,7 +223,8 @@ def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         The place of each choice (T, K), the choice in each place (T·K,), and load_E.
     """
     expert = expert_TK.flatten()
-    choice = expert.argsort(stable=True)
+    # A radix sort passes over the keys once for each of their bytes.
+    choice = expert.to(torch.uint8 if num_experts <= 256 else torch.int16).argsort(stable=True)
     place = torch.empty_like(choice).scatter_(0, choice, torch.arange(len(choice), device=choice.device))
     return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
 

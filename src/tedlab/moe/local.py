@@ -1,0 +1,109 @@
+"""Dropless experts that are all in one process, undivided: rows never leave it, so that what is kept for the backward
+pass is little, and gathering, activation and weighting can be parts of fused kernels.
+
+Kept are the tokens, which the rest of the block keeps anyway, and the first projection of every row; each row's input,
+activation and result are computed anew or not needed. Legend as in ``rows.py``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tedlab.comm import once, to_compute_dtype
+from tedlab.comm.rows import Rows
+from tedlab.moe.experts import Experts
+from tedlab.moe.grouped import Groups, native
+from tedlab.moe.products import Order, Products, products
+from tedlab.moe.router import Routing
+
+
+class LocalExperts(Experts):
+    """Experts that take as many tokens as choose them, all in this process.
+
+    Args:
+        kernel: what computes them, see ``products.py``.
+        arguments: of :class:`Experts`.
+
+    Attributes:
+        moved: rows of all forward passes so far that a backward pass may follow.
+    """
+
+    def __init__(self, kernel: str, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.kernel = kernel
+        self.moved = Rows()
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Tokens (T, H) → for each the gate-weighted sum of its experts' results (T, H)."""
+        x = to_compute_dtype(x_TH)
+        up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
+        computing = products(self.kernel, self.gated, x, *self.widths)
+        rows = routing.slot_TK.numel()
+        if torch.is_grad_enabled():
+            self.moved += Rows(rows, rows, rows, rows)
+        return _Mixture.apply(
+            x, routing.gate_TK, up, _flat(up_bias), down, _flat(down_bias), self._order(x, routing), computing
+        )
+
+    def _order(self, x: Tensor, routing: Routing) -> Order:
+        load, choices = routing.report.load, routing.slot_TK.shape[1]
+        # Where products need the numbers of rows on the host it has to wait for the device: once, not in recomputation.
+        one_kernel = native(x.dtype, *self.widths) and type(x) is Tensor
+        sizes = None if one_kernel else once("experts.sizes", lambda: self._read(load))
+        ends = load.cumsum(0).int()
+        bounds = torch.cat((ends.new_zeros(1), ends))
+        each = torch.arange(len(load), device=load.device)
+        expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())
+        token_N = routing.choice_EC.div(choices, rounding_mode="floor").int()
+        return Order(token_N, routing.slot_TK, expert_N[routing.slot_TK], Groups(expert_N, ends, sizes), bounds)
+
+    def _read(self, load: Tensor) -> tuple[int, ...]:
+        sent_and_arriving = load.expand(2, 1, -1)  # as where rows travel: a simulation answers both alike
+        return tuple(self.comm.reader(sent_and_arriving)[1][0])
+
+
+def _flat(bias_e1F: Tensor | None) -> Tensor | None:
+    return None if bias_e1F is None else bias_e1F.squeeze(1)
+
+
+class _Mixture(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        gate_TK: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None,
+        down: Tensor,
+        down_bias: Tensor | None,
+        order: Order,
+        computing: Products,
+    ) -> Tensor:
+        z, y_NH = computing.forward(x_TH, up, up_bias, down, order)
+        ctx.save_for_backward(x_TH, gate_TK, up, up_bias, down, down_bias, z, order.token_N, order.place_TK)
+        ctx.order, ctx.computing = order, computing
+        return computing.rows.combine(y_NH, order.place_TK, gate_TK, down_bias, order.expert_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate_TK, up, up_bias, down, down_bias, z, _, _ = ctx.saved_tensors
+        order, computing, grad_TH = ctx.order, ctx.computing, grads[0].contiguous()
+        gate_N = torch.empty_like(gate_TK).flatten().scatter_(0, order.place_TK.flatten(), gate_TK.flatten())
+        grad_NH, grad_z, grad_gate_N, grad_up, grad_down = computing.backward(
+            grad_TH, x, z, up, up_bias, down, gate_N, order
+        )
+        grad_x = computing.rows.combine(grad_NH, order.place_TK, None, None, order.expert_TK)
+        grad_gate = grad_gate_N[order.place_TK]
+        grad_up_bias = grad_down_bias = None
+        each = torch.arange(len(up), device=x.device)
+        if up_bias is not None:
+            grad_up_bias = (each.unsqueeze(1) == order.groups.expert_N).to(grad_z.dtype) @ grad_z
+        if down_bias is not None:
+            # Of each token the gate of each expert: the bias is added gate times.
+            gate_TE = (order.expert_TK.unsqueeze(-1) == each) * gate_TK.unsqueeze(-1)
+            grad_down_bias = gate_TE.sum(1).to(grad_TH.dtype).mT @ grad_TH
+            products_TE = (grad_TH @ down_bias.mT).to(gate_TK.dtype)
+            grad_gate = grad_gate + products_TE.gather(1, order.expert_TK)
+        return grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None

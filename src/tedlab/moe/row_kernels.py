@@ -1,0 +1,148 @@
+"""The functions of ``rows.py`` as Triton kernels: each passes over memory once. Imported only where Triton is there.
+
+They take what those take, in bf16, fp16 or fp32, and compute in fp32. Sums have a fixed order: no atomics.
+"""
+
+import torch
+import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
+from torch import Tensor
+
+_COLUMNS = 1024  # at a time
+
+
+def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
+    """See :func:`tedlab.moe.rows.take`."""
+    rows, width = len(token_N), x_TH.shape[1]
+    out = x_TH.new_empty(rows, width)
+    if rows:
+        block = min(4 * _COLUMNS, triton.next_power_of_2(width))
+        _take[(rows, triton.cdiv(width, block))](x_TH.contiguous(), token_N, out, width, BLOCK=block)
+    return out
+
+
+def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
+    """See :func:`tedlab.moe.rows.hidden`."""
+    rows, inner = len(z_NZ), z_NZ.shape[1] // (2 if gated else 1)
+    out = z_NZ.new_empty(rows, inner)
+    if rows:
+        block = min(_COLUMNS, triton.next_power_of_2(inner))
+        _hidden[(rows, triton.cdiv(inner, block))](z_NZ, bias_eZ, expert_N, out, inner, GATED=gated, BLOCK=block)
+    return out
+
+
+def hidden_backward(
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`tedlab.moe.rows.hidden_backward`."""
+    rows, inner = grad_NF.shape
+    grad_z, weighted = torch.empty_like(z_NZ), torch.empty_like(grad_NF)
+    grad_weight = torch.empty_like(weight_N)
+    if rows:
+        block = min(_COLUMNS, triton.next_power_of_2(inner))
+        _hidden_backward[(rows,)](
+            grad_NF, z_NZ, bias_eZ, expert_N, weight_N, grad_z, weighted, grad_weight, inner, GATED=gated, BLOCK=block
+        )
+    return grad_z, weighted, grad_weight
+
+
+def combine(
+    y_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, bias_eH: Tensor | None, expert_TK: Tensor
+) -> Tensor:
+    """See :func:`tedlab.moe.rows.combine`."""
+    (tokens, choices), width = place_TK.shape, y_NH.shape[1]
+    out = y_NH.new_empty(tokens, width)
+    if tokens:
+        block = min(_COLUMNS, triton.next_power_of_2(width))
+        gates = None if gate_TK is None else gate_TK.contiguous()
+        grid = (tokens, triton.cdiv(width, block))
+        _combine[grid](y_NH, place_TK.contiguous(), gates, bias_eH, expert_TK, out, width, CHOICES=choices, BLOCK=block)
+    return out
+
+
+@triton.jit
+def _take(x, token, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + tl.load(token + row).to(tl.int64) * width + at, at < width)
+    tl.store(out + row * width + at, values, at < width)
+
+
+@triton.jit
+def _gelu_and_slope(z):  # type: ignore[no-untyped-def]
+    normal = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    return z * normal, normal + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+
+
+@triton.jit
+def _hidden(z, bias, expert, out, inner, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    at = start + tl.arange(0, BLOCK)
+    if GATED:
+        pair = 2 * start + tl.arange(0, 2 * BLOCK)
+        value = tl.load(z + row * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + tl.load(expert + row) * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
+        gate, linear = tl.split(tl.reshape(value, (BLOCK, 2)))
+        result = gate * tl.sigmoid(gate) * linear
+    else:
+        value = tl.load(z + row * inner + at, at < inner, 0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + tl.load(expert + row) * inner + at, at < inner, 0.0).to(tl.float32)
+        result, _ = _gelu_and_slope(value)
+    tl.store(out + row * inner + at, result.to(out.dtype.element_ty), at < inner)
+
+
+@triton.jit
+def _hidden_backward(  # type: ignore[no-untyped-def]
+    grad, z, bias, expert, weight, grad_z, weighted, grad_weight, inner, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    w = tl.load(weight + row).to(tl.float32)
+    owner = tl.load(expert + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, inner, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < inner
+        d = tl.load(grad + row * inner + at, inside, 0.0).to(tl.float32)
+        if GATED:
+            pair = 2 * start + tl.arange(0, 2 * BLOCK)
+            value = tl.load(z + row * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
+            if bias is not None:
+                value += tl.load(bias + owner * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
+            gate, linear = tl.split(tl.reshape(value, (BLOCK, 2)))
+            sigmoid = tl.sigmoid(gate)
+            silu = gate * sigmoid
+            h = silu * linear
+            slope = linear * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+            both = tl.reshape(tl.join(w * d * slope, w * d * silu), (2 * BLOCK,))
+            tl.store(grad_z + row * 2 * inner + pair, both.to(grad_z.dtype.element_ty), pair < 2 * inner)
+        else:
+            value = tl.load(z + row * inner + at, inside, 0.0).to(tl.float32)
+            if bias is not None:
+                value += tl.load(bias + owner * inner + at, inside, 0.0).to(tl.float32)
+            h, slope = _gelu_and_slope(value)
+            tl.store(grad_z + row * inner + at, (w * d * slope).to(grad_z.dtype.element_ty), inside)
+        tl.store(weighted + row * inner + at, (w * h).to(weighted.dtype.element_ty), inside)
+        total += d * h
+    tl.store(grad_weight + row, tl.sum(total, 0).to(grad_weight.dtype.element_ty))
+
+
+@triton.jit
+def _combine(  # type: ignore[no-untyped-def]
+    y, place, gate, bias, expert, out, width, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(CHOICES):
+        choice = token * CHOICES + k
+        value = tl.load(y + tl.load(place + choice).to(tl.int64) * width + at, inside, 0.0).to(tl.float32)
+        if bias is not None:
+            value += tl.load(bias + tl.load(expert + choice) * width + at, inside, 0.0).to(tl.float32)
+        if gate is not None:
+            value *= tl.load(gate + choice).to(tl.float32)
+        total += value
+    tl.store(out + token * width + at, total.to(out.dtype.element_ty), inside)

@@ -1,0 +1,85 @@
+"""What happens to rows around the matrix products of dropless experts, in plain torch; on GPUs ``row_kernels.py``.
+
+Legend as in ``router.py`` and ``ragged.py``: N = T·K rows sorted by expert, F inner width, Z width of the first
+projection (F, or with SwiGLU 2·F: gate and linear part in turn).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def activate(z: Tensor, gated: bool) -> Tensor:
+    """GELU of (…, F); or SwiGLU of (…, 2·F), silu(gate) · linear part (Shazeer 2020, eq. 6): (…, F)."""
+    if not gated:
+        return F.gelu(z)
+    gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
+    return F.silu(gate) * linear
+
+
+def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
+    """Rows by index: (N, H)."""
+    return x_TH.index_select(0, token_N)
+
+
+def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
+    """The activation of each row plus its expert's bias: (N, F)."""
+    return activate(_biased(z_NZ, bias_eZ, expert_N), gated)
+
+
+def hidden_backward(
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of ``weight · hidden(z)``, row by row.
+
+    Args:
+        grad_NF: gradient of the weighted activations.
+        z_NZ, bias_eZ, expert_N, gated: see :func:`hidden`.
+        weight_N: of each row.
+
+    Returns:
+        The gradient of z (N, Z), the weighted activations (N, F), and the gradient of the weights (N,) in theirs dtype.
+    """
+    z = _biased(z_NZ, bias_eZ, expert_N)
+    precise = torch.promote_types(z.dtype, torch.float32)
+    grad, z, weight = grad_NF.to(precise), z.to(precise), weight_N.to(precise).unsqueeze(1)
+    if gated:
+        gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        h = silu * linear
+        slopes = torch.stack((linear * sigmoid * (1 + gate * (1 - sigmoid)), silu), -1).flatten(-2)
+        grad_z = (grad * weight).repeat_interleave(2, -1) * slopes
+    else:
+        normal = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
+        h = z * normal
+        grad_z = grad * weight * (normal + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+    return grad_z.to(z_NZ.dtype), (weight * h).to(z_NZ.dtype), (grad * h).sum(-1).to(weight_N.dtype)
+
+
+def combine(
+    y_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, bias_eH: Tensor | None, expert_TK: Tensor
+) -> Tensor:
+    """Of each token's choices the sum, weighted if gates are given: (T, H).
+
+    Args:
+        y_NH: results.
+        place_TK: where each choice's result is.
+        gate_TK: weights; None: 1.
+        bias_eH: added to each choice's result before it is weighted.
+        expert_TK: whose bias.
+    """
+    y_TKH = take(y_NH, place_TK.flatten()).unflatten(0, place_TK.shape)
+    precise = torch.promote_types(y_NH.dtype, torch.float32)
+    y_TKH = y_TKH.to(precise)
+    if bias_eH is not None:
+        y_TKH = y_TKH + bias_eH.to(precise)[expert_TK]
+    if gate_TK is not None:
+        y_TKH = y_TKH * gate_TK.to(precise).unsqueeze(-1)
+    return y_TKH.sum(1).to(y_NH.dtype)
+
+
+def _biased(z: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
+    return z if bias is None else z + bias.index_select(0, expert)
