@@ -29,6 +29,7 @@ ROWS = {  # what each changes
     TEXT: [],
     "no torch.compile": ["model.compile=none"],
     "all logits at once": ["model.loss_chunk=null"],
+    "plain experts": ["moe.kernel=torch"],
     "optimizer in tiles": ["optim.tile=1800000"],
 }
 

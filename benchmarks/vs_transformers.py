@@ -25,6 +25,8 @@ from benchmarks.optimizer import surroundings
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
 from benchmarks.train_step import attempt, table
 from tedlab.config import TrainConfig
+from tedlab.models import GPT
+from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,52 @@ def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Mo
     return model.train()
 
 
+_SMALL = ["model.layers=4", "model.hidden=64", "model.heads=4", "model.ffn=32", "model.sequence_length=64"]
+_SMALL += ["model.vocab_size=512", "moe.num_experts=8", "model.compile=none", "trainer.precision=32-true"]
+
+
+@torch.no_grad()
+def difference(shape: Shape) -> float:
+    """Between logits of both libraries for the same weights and tokens: the largest, of a small model in fp32."""
+    config, device = composed([*shape.overrides, *_SMALL]), torch.device("cpu")
+    theirs = peer_model(shape, config, device).float()
+    ours = GPT(config.model, config.moe, Topology.single(device), seed=0)
+    take_over(theirs.state_dict(), ours, config.model.heads)
+    ids = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
+    return (theirs(input_ids=ids).logits - ours(ids)[0]).abs().max().item()
+
+
+def take_over(theirs: dict[str, Tensor], network: GPT, heads: int) -> None:
+    """Puts transformers' weights into tedlab's model; that every parameter gets one is checked."""
+    own = dict(network.named_parameters())
+
+    def put(name: str, value: Tensor) -> None:
+        local: Any = own.pop(name).detach()
+        local.to_local().copy_(value)
+
+    put("embedding.weight", theirs["model.embed_tokens.weight"])
+    put("norm.weight", theirs["model.norm.weight"])
+    if network.output is not None:
+        put("output.weight", theirs["lm_head.weight"])
+    for i in range(len(network.blocks)):
+        layer, block = f"model.layers.{i}.", f"blocks.{i}."
+        qkv = [theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (heads, -1)) for part in "qkv"]
+        put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
+        put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
+        put(f"{block}attention.qkv.weight", torch.stack(qkv, 1).flatten(0, 2))  # head by head
+        put(f"{block}attention.out.weight", theirs[f"{layer}self_attn.o_proj.weight"])
+        if f"{layer}mlp.gate.weight" in theirs:
+            halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
+            put(f"{block}feed_forward.router.weight", theirs[f"{layer}mlp.gate.weight"])
+            put(f"{block}feed_forward.experts.up", torch.stack(halves, 2).flatten(1, 2).mT)  # feature by feature
+            put(f"{block}feed_forward.experts.down", theirs[f"{layer}mlp.experts.down_proj"].mT)
+        else:
+            halves = theirs[f"{layer}mlp.gate_proj.weight"], theirs[f"{layer}mlp.up_proj.weight"]
+            put(f"{block}feed_forward.up.weight", torch.stack(halves, 1).flatten(0, 1))
+            put(f"{block}feed_forward.down.weight", theirs[f"{layer}mlp.down_proj.weight"])
+    assert not own, f"without a counterpart: {', '.join(own)}"
+
+
 def peer(shape: Shape, config: TrainConfig, steps: int) -> Measured:
     """A plain loop: forward, backward, clipping, torch's fused AdamW in bfloat16."""
     free()
@@ -181,8 +229,10 @@ def main() -> None:
         shape, overrides = SHAPES[name], [*SHAPES[name].overrides, *arguments.set]
         if arguments.layers:
             overrides.append(f"model.layers={arguments.layers}")
+        apart = difference(shape)
+        print(f"{name}: with the same weights logits of a small model differ by at most {apart:.1e}", flush=True)
         rows = [peer_row(shape, overrides, arguments.steps), attempt("tedlab", overrides, arguments.steps)]
-        results[name] = {"overrides": overrides, "rows": rows}
+        results[name] = {"overrides": overrides, "logits_differ_by": apart, "rows": rows}
         title = f"{name}: {facts['device']}, transformers {facts['versions']['transformers']}"
         Console(width=130).print(table(rows, title))
         if not any("error" in row for row in rows):

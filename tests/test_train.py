@@ -354,4 +354,6 @@ def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -
     assert 0 < run.summary["memory/stash_bytes"] <= 3000
     today = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
     today += ["moe.dispatch=dropless", "model.compile=aot_eager", "model.loss_chunk=50", "optim.tile=fused"]
-    place.train("today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none")
+    place.train(
+        "today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none"
+    )
