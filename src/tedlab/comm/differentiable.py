@@ -227,8 +227,8 @@ class _MatmulInto(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         of_x = grads[0] @ weight.mT
-        if weight.dim() == 2:
-            return of_x, x.flatten(0, -2).mT @ grads[0].flatten(0, -2), None
+        if weight.dim() == 2:  # the transpose of a parameter, whose gradient is to lie in memory as it does
+            return of_x, (grads[0].flatten(0, -2).mT @ x.flatten(0, -2)).mT, None
         return of_x, x.mT @ grads[0], None
 
 

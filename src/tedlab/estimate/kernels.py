@@ -198,7 +198,6 @@ class Kernels:
             yield self._moved(2 * s.tokens * s.hidden)
         yield self._moved(s.tokens * s.hidden)  # of the bias
         yield from self._product_backward(s.tokens, width, s.hidden)
-        yield self._moved(2 * s.hidden * width)  # the weight's gradient, transposed
 
     def _enter_backward(self, width: int) -> Iterator[Work]:
         s = self.sizes

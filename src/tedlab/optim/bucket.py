@@ -89,7 +89,9 @@ class Bucket:
         """Adds what was summed, divided by D, to the shard's gradient, once it is there."""
         if self._reduction is None:
             return
-        reduced = self._reduction.wait().div_(self.comm.size("data"))
+        reduced = self._reduction.wait()
+        if self.comm.size("data") > 1:
+            reduced.div_(self.comm.size("data"))
         self._reduction = None
         self.gradient = reduced if self.gradient is None else self.gradient.add_(reduced)
 

@@ -195,7 +195,10 @@ class ShardedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                total += torch.linalg.vector_norm(bucket.gradient, dtype=torch.float64).square() / bucket.holders
+                # Of half precision in one pass, which torch has in fp32 only; otherwise it would copy into float64.
+                precise = torch.float32 if bucket.gradient.itemsize == 2 else torch.float64
+                norm = torch.linalg.vector_norm(bucket.gradient, dtype=precise)
+                total += norm.double().square() / bucket.holders
         return total
 
     @torch.no_grad()
