@@ -57,7 +57,10 @@ class Profile(Callback):
                 if event.device_type.name == "CUDA":
                     kernels.setdefault(event.name, []).append(event.device_time)
             longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
-            lines = [f"{sum(t) / 1e3:9.2f} ms {len(t):6} × {name[:100]}" for name, t in longest[: self.rows]]
+            lines = [
+                f"{sum(taken) / 1e3:9.2f} ms {len(taken):6} × {name.removeprefix('void at::native::')[:150]}"
+                for name, taken in longest[: self.rows]
+            ]
             self.table = "\n".join([f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all", *lines])
 
 

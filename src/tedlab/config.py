@@ -48,8 +48,9 @@ class MoEConfig:
     # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.
     # None: 1, or with parallel.sequence the tensor degree, since each tensor rank then sees its own positions only.
     capacity_groups: int | None = None
-    # What computes dropless experts that are all in one process: auto (the fastest that does) | torch | triton | quack.
-    kernel: str = "auto"
+    kernel: str = (
+        "auto"  # of dropless experts that are all in one process: auto (triton where it runs) | torch | triton
+    )
     aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = 0.0  # coefficient of the router z-loss, summed over MoE layers
     gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py

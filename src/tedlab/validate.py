@@ -169,6 +169,7 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
     if moe.dispatch not in ("capacity", "dropless"):
         raise ValueError(f"moe.dispatch={moe.dispatch} is unknown; valid: capacity, dropless")
+    _check_kernel(config, degrees)
     if moe.dispatch == "dropless":
         _check_dropless(config)
     else:
@@ -176,6 +177,24 @@ def _check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if moe.capacity_factor is not None and moe.capacity_factor <= 0:
         raise ValueError(f"moe.capacity_factor is {moe.capacity_factor}; it must be positive, or null to drop no token")
     _check_gating(moe)
+
+
+def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    kernel = config.moe.kernel
+    if kernel not in ("auto", "torch", "triton"):
+        raise ValueError(f"moe.kernel={kernel} is unknown; valid: auto, torch, triton")
+    if kernel != "triton":
+        return
+    if config.moe.dispatch != "dropless" or degrees.tensor * degrees.expert > 1:
+        raise ValueError(
+            f"moe.kernel=triton is for dropless experts that are all in one process, not for "
+            f"moe.dispatch={config.moe.dispatch}, parallel.tensor={degrees.tensor}, parallel.expert={degrees.expert}; "
+            "use moe.kernel=auto"
+        )
+    if config.trainer.get("accelerator") == "cpu":
+        raise ValueError(
+            "moe.kernel=triton needs a GPU, not trainer.accelerator=cpu; use trainer=gpu or moe.kernel=auto"
+        )
 
 
 def _check_dropless(config: TrainConfig) -> None:

@@ -110,18 +110,20 @@ def test_every_choice_comes_back_from_its_expert_in_every_world(
 # ---- one process ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("swiglu", False), ("swiglu", True)])
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_a_layer_is_one_whose_capacity_drops_nothing(single: Topology, top_k: int) -> None:
+def test_a_layer_is_one_whose_capacity_drops_nothing(single: Topology, top_k: int, activation: str, bias: bool) -> None:
     results = []
     for dispatch in ("dropless", "capacity"):
         torch.set_default_dtype(torch.float64)
         config = MoEConfig(num_experts=EXPERTS, top_k=top_k, dispatch=dispatch, capacity_factor=None)
-        layer = MoELayer(HIDDEN, 5, config, single, init=Init(std=1.0), out_init=Init(std=0.5))
+        inits = {"init": Init(std=1.0), "out_init": Init(std=0.5)}
+        layer = MoELayer(HIDDEN, 5, config, single, activation=activation, bias=bias, **inits)
         torch.set_default_dtype(torch.float32)
         initialize(layer, seed=3)
-        for name in ("up_bias", "down_bias"):
-            bias = layer.experts.get_parameter(name)._local_tensor  # type: ignore[attr-defined]
-            bias.data.copy_(torch.linspace(-1, 1, bias.numel()).view_as(bias))
+        for name in ("up_bias", "down_bias") if bias else ():
+            values = layer.experts.get_parameter(name)._local_tensor  # type: ignore[attr-defined]
+            values.data.copy_(torch.linspace(-1, 1, values.numel()).view_as(values))
         x = torch.randn(2, 9, HIDDEN, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
         y, report = layer(x)
         (y.square().sum() + report.balance_loss + report.z_loss).backward()

@@ -39,7 +39,7 @@ class LocalExperts(Experts):
         """Tokens (T, H) → for each the gate-weighted sum of its experts' results (T, H)."""
         x = to_compute_dtype(x_TH)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        computing = products(self.kernel, self.gated, x, *self.widths)
+        computing = products(self.kernel, self.gated, x)
         rows = routing.slot_TK.numel()
         if torch.is_grad_enabled():
             self.moved += Rows(rows, rows, rows, rows)
@@ -53,11 +53,10 @@ class LocalExperts(Experts):
         one_kernel = native(x.dtype, *self.widths) and type(x) is Tensor
         sizes = None if one_kernel else once("experts.sizes", lambda: self._read(load))
         ends = load.cumsum(0).int()
-        bounds = torch.cat((ends.new_zeros(1), ends))
         each = torch.arange(len(load), device=load.device)
         expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())
-        token_N = routing.choice_EC.div(choices, rounding_mode="floor").int()
-        return Order(token_N, routing.slot_TK, expert_N[routing.slot_TK], Groups(expert_N, ends, sizes), bounds)
+        token_N = routing.choice_EC.div(choices, rounding_mode="floor")
+        return Order(token_N, routing.slot_TK, expert_N[routing.slot_TK], Groups(expert_N, ends, sizes))
 
     def _read(self, load: Tensor) -> tuple[int, ...]:
         sent_and_arriving = load.expand(2, 1, -1)  # as where rows travel: a simulation answers both alike

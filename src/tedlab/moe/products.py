@@ -1,14 +1,7 @@
-"""What dropless experts compute where all of them are in one process, forward and backward, as a choice of kernels.
+"""What dropless experts compute where all of them are in one process, forward and backward.
 
-==========  ==============================================================  ========================================
-kernel      matrix products                                                 rows around them
-==========  ==============================================================  ========================================
-torch       ``grouped_mm``, or one by one (see ``grouped.py``)              ``rows.py``
-triton      the same                                                        ``row_kernels.py``
-quack       quack-kernels: gather and activation are parts of a product     ``row_kernels.py``
-==========  ==============================================================  ========================================
-
-Legend as in ``rows.py``.
+Matrix products are torch's ``grouped_mm``, or one by one (see ``grouped.py``); ``moe.kernel`` chooses what gathers,
+activates and weights the rows around them: ``torch`` (``rows.py``) or ``triton`` (``row_kernels.py``). Legend as there.
 """
 
 import functools
@@ -22,31 +15,29 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tedlab.moe import rows
-from tedlab.moe.grouped import Groups, native, times, transposed_times
+from tedlab.moe.grouped import Groups, times, transposed_times
 
-KERNELS = ("auto", "torch", "triton", "quack")
+KERNELS = ("auto", "torch", "triton")
 
 
 class Order(NamedTuple):
     """The rows of a micro-batch.
 
     Attributes:
-        token_N: which token each row is; int32.
+        token_N: which token each row is.
         place_TK: where the rows of each token are.
         expert_TK: whose they are.
         groups: whose the rows are.
-        bounds: (e + 1,) int32, where each expert's rows begin, and where all end.
     """
 
     token_N: Tensor
     place_TK: Tensor
     expert_TK: Tensor
     groups: Groups
-    bounds: Tensor
 
 
 class Products:
-    """With torch's matrix products.
+    """Forward and backward pass of all experts.
 
     Args:
         rows: the module whose functions are applied to rows: ``rows`` or ``row_kernels``.
@@ -108,52 +99,38 @@ class Products:
         return times(grad_z, up.mT, groups), grad_z, grad_gate, grad_up, grad_down
 
 
-def products(kernel: str, gated: bool, x: Tensor, *widths: int) -> Products:
-    """The kernels for these rows: those asked for, or with ``auto`` the fastest that take them.
+def products(kernel: str, gated: bool, x: Tensor) -> Products:
+    """With the row operations asked for, or with ``auto`` the fastest that take these rows.
 
     Args:
         kernel: one of :data:`KERNELS`.
         gated: see :class:`Products`.
         x: like the tokens, in dtype and device.
-        widths: of tokens and activations.
 
     Warns:
-        UserWarning: once, if the kernel asked for does not take them, with the reason and what is taken in its place.
+        UserWarning: once, if the kernel asked for does not take them, with the reason.
     """
-    if isinstance(x, FakeTensor):  # simulation sees operations, not what a kernel does inside
+    # Simulation sees operations, not what a kernel does inside: to it all kernels are torch's.
+    if kernel == "torch" or isinstance(x, FakeTensor):
         return Products(rows, gated)
-    why = {name: unfit(name, x.dtype, x.device, *widths) for name in ("quack", "triton")}
-    names = ("quack", "triton") if kernel in ("auto", "quack") else (kernel,)
-    chosen = next((name for name in names if name != "torch" and why[name] is None), "torch")
-    if kernel not in ("auto", chosen):
-        _warn_once(f"moe.kernel={kernel} does not do here ({why[kernel]}); moe.kernel={chosen} is used")
-    if chosen == "torch":
-        return Products(rows, gated)
-    from tedlab.moe import row_kernels
+    reason = unfit(x.dtype, x.device)
+    if reason is None:
+        from tedlab.moe import row_kernels
 
-    if chosen == "triton":
         return Products(row_kernels, gated)
-    from tedlab.moe.quack import QuackProducts
+    if kernel == "triton":
+        _warn_once(f"moe.kernel=triton is not used here: {reason}")
+    return Products(rows, gated)
 
-    return QuackProducts(row_kernels, gated)
 
-
-def unfit(kernel: str, dtype: torch.dtype, device: torch.device, *widths: int) -> str | None:
-    """Why a kernel, ``triton`` or ``quack``, does not take such rows; None if it does."""
+def unfit(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why Triton kernels do not take rows; None if they do."""
     if device.type != "cuda":
-        return f"it needs a CUDA GPU, not {device.type}"
+        return f"it needs a CUDA GPU, these are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it computes in fp32, less than {dtype}"
+        return f"it computes in fp32, these are {dtype}"
     if not _installed("triton"):
         return "Triton is not installed: pip install triton"
-    if kernel == "triton":
-        return None
-    if not _installed("quack"):
-        return "quack-kernels is not installed: pip install 'tedlab[quack]'"
-    if not native(dtype, *widths):
-        return f"it takes bfloat16 and widths that are multiples of 8, not {dtype} and {widths}"
-    if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"it needs a Hopper GPU or a later one, not {torch.cuda.get_device_name(device)}"
     return None
 
 
@@ -164,4 +141,4 @@ def _installed(package: str) -> bool:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    warnings.warn(message, stacklevel=3)

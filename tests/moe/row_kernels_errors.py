@@ -1,0 +1,58 @@
+"""Prints, as JSON, how far the Triton kernels on rows are from ``rows.py`` in float64. A program of its own, because
+
+Triton's interpreter, which runs kernels on CPUs, must be chosen before Triton is imported (TRITON_INTERPRET=1).
+"""
+
+import itertools
+import json
+import sys
+
+import torch
+from torch import Tensor
+
+from tedlab.moe import row_kernels, rows
+
+TOKENS, CHOICES, EXPERTS, HIDDEN, INNER = 5, 3, 4, 20, 1100  # neither a power of two; more columns than one block has
+
+
+def main(device: str) -> None:
+    errors = {}
+    for dtype, gated, biased in itertools.product((torch.float32, torch.bfloat16), (False, True), (False, True)):
+        draw = torch.Generator().manual_seed(1)
+
+        def numbers(*shape: int, draw: torch.Generator = draw, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=draw).to(dtype)
+
+        count = TOKENS * CHOICES
+        place = torch.randperm(count, generator=draw).view(TOKENS, CHOICES)
+        expert = torch.randint(EXPERTS, (count,), generator=draw)
+        gate = torch.rand(TOKENS, CHOICES, generator=draw)
+        width = 2 * INNER if gated else INNER
+        bias, last = (numbers(EXPERTS, width), numbers(EXPERTS, HIDDEN)) if biased else (None, None)
+        calls = {
+            "take": (numbers(TOKENS, HIDDEN), place.flatten() // CHOICES),
+            "hidden": (numbers(count, width), bias, expert, gated),
+            "hidden_backward": (
+                numbers(count, INNER), numbers(count, width), bias, expert, gate.flatten(), gated,
+            ),
+            "combine": (numbers(count, HIDDEN), place, gate, last, expert.view(TOKENS, CHOICES)),
+            "combine, unweighted": (numbers(count, HIDDEN), place, None, None, expert.view(TOKENS, CHOICES)),
+        }  # fmt: skip
+        for name, arguments in calls.items():
+            function = name.split(",")[0]
+            ours = getattr(row_kernels, function)(*(_moved(a, device) for a in arguments))
+            theirs = getattr(rows, function)(*(_moved(a, "cpu", precise=True) for a in arguments))
+            pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+            worst = max(((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+            errors[f"{name} {dtype} gated={gated} biased={biased}"] = worst
+    print(json.dumps(errors))
+
+
+def _moved(argument: object, device: str, precise: bool = False) -> object:
+    if not isinstance(argument, Tensor):
+        return argument
+    return argument.double() if precise and argument.is_floating_point() else argument.to(device)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

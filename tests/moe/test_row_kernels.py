@@ -1,0 +1,48 @@
+"""The Triton kernels on rows compute what ``rows.py`` does, on a GPU if there is one, otherwise in an interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tedlab.moe import rows
+from tedlab.moe.products import products, unfit
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def test_kernels_are_as_far_from_float64_as_the_dtype_makes_them() -> None:
+    pytest.importorskip("triton")
+    environment = os.environ | ({} if HAS_GPU else {"TRITON_INTERPRET": "1"})
+    command = [sys.executable, "-m", "tests.moe.row_kernels_errors", "cuda" if HAS_GPU else "cpu"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    errors = json.loads(run.stdout)
+    assert len(errors) == 2 * 2 * 2 * 5
+    for name, error in errors.items():
+        assert error < (0.01 if "bfloat16" in name else 1e-5), name
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_backward_of_rows_is_that_of_autograd(gated: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    z = torch.randn(6, 8, generator=draw, dtype=torch.float64).requires_grad_()
+    weight = torch.rand(6, generator=draw, dtype=torch.float64).requires_grad_()
+    bias, expert = torch.randn(2, 8, generator=draw, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1])
+    weighted = weight.unsqueeze(1) * rows.hidden(z, bias, expert, gated)
+    grad = torch.randn(weighted.shape, generator=draw, dtype=torch.float64)
+    grad_z, grad_weight = torch.autograd.grad(weighted, (z, weight), grad)
+    ours = rows.hidden_backward(grad, z.detach(), bias, expert, weight.detach(), gated)
+    for a, b in zip(ours, (grad_z, weighted, grad_weight), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
+
+
+def test_a_kernel_that_does_not_take_the_rows_is_replaced_with_a_warning_that_says_why() -> None:
+    assert "CUDA" in str(unfit(torch.float32, torch.device("cpu")))
+    assert "float64" in str(unfit(torch.float64, torch.device("cuda")))
+    with pytest.warns(UserWarning, match="moe.kernel=triton is not used here: it needs a CUDA GPU, these are on cpu"):
+        assert products("triton", False, torch.rand(2, 2)).rows is rows
+    assert products("auto", False, torch.rand(2, 2)).rows is rows  # without a warning: pytest would show it as an error
