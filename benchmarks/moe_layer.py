@@ -267,19 +267,9 @@ def measure(name: str, shape: Shape, routing: str, exponent: float, device: torc
 def table(rows: list[Row], dense: float, title: str) -> Table:
     """For people."""
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in (
-        "shape",
-        "routing",
-        "busiest",
-        "layer",
-        "ms",
-        "TFLOP/s",
-        "of dense",
-        "over transformers",
-        "kept GiB",
-    ):
-        left = column in ("shape", "routing", "layer")
-        result.add_column(column, justify="left" if left else "right", no_wrap=left)
+    left = ("shape", "routing", "layer")
+    for column in (*left, "busiest", "ms", "TFLOP/s", "of dense", "over transformers", "kept GiB"):
+        result.add_column(column, justify="left" if column in left else "right", no_wrap=column in left)
     for row in rows:
         alike = [r for r in rows if (r.shape, r.routing) == (row.shape, row.routing)]
         best = min((r.milliseconds for r in alike if r.name.startswith("transformers")), default=None)

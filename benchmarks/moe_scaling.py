@@ -1,7 +1,7 @@
 """How the time of one MoE layer grows with tokens, experts, choices and width, forward and backward, on one GPU.
 
 Time per token should not depend on the number of tokens or experts, and grow with the number of choices and the
-square of the width (the experts' inner width is half of the hidden one). See ``python -m benchmarks.moe_scaling --help``.
+square of the width (the experts' inner width is half of the hidden one). See ``python -m benchmarks.moe_scaling -h``.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -32,8 +33,8 @@ SWEEPS = {  # values, and how time per token should grow: with this power
 
 def shape_at(name: str, value: int) -> Shape:
     """The base with one thing changed."""
-    shape = replace(BASE, **{name: value})
-    return replace(shape, inner=value // 2) if name == "hidden" else shape
+    changes: dict[str, Any] = {name: value} | ({"inner": value // 2} if name == "hidden" else {})
+    return replace(BASE, **changes)
 
 
 def microseconds_per_token(shape: Shape, device: torch.device, repeats: int) -> float:
