@@ -194,6 +194,8 @@ def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> Non
 
 def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm, model = config.comm, config.model
+    if comm.backend not in (None, "nccl", "gloo"):
+        raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
     if model.checkpoint not in ("none", "block"):
         raise ValueError(f"model.checkpoint={model.checkpoint} is unknown; valid: none, block")
     if comm.cac != "auto":
@@ -374,10 +376,19 @@ def _check_processes(config: TrainConfig, most: int | None) -> None:
                 f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "
                 "Use a smaller parallel=… preset, or more nodes (trainer.num_nodes)"
             )
-    elif devices > torch.cuda.device_count():
+        if config.comm.backend == "nccl":
+            raise ValueError("comm.backend=nccl works on GPUs only; with trainer=cpu use gloo, or null")
+        return
+    gpus = torch.cuda.device_count()
+    if not gpus:
         raise ValueError(
-            f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs; "
+            f"trainer.accelerator={config.trainer['accelerator']}, but this machine has no GPU that torch can use; "
             "trainer=cpu needs none"
+        )
+    if devices > gpus and config.comm.backend != "gloo":
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: two processes on "
+            f"one GPU NCCL refuses; use comm.backend=gloo or fewer processes (at most {gpus}), or trainer=cpu"
         )
 
 

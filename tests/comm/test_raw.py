@@ -11,12 +11,12 @@ from tests.pool import WorkerPool
 SENT = ([2, 0, 1], [1, 3, 0], [0, 1, 4])  # rows from each process to each
 
 
-def results(way: Way, dtype: torch.dtype) -> list[Tensor]:
+def results(way: Way, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
-    x = torch.randn(size * 2, 3, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    x = torch.randn(size * 2, 3, generator=torch.Generator().manual_seed(rank)).to(device, dtype)
     before = x.clone()
     uneven = x[: sum(SENT[rank])]
-    gathered = torch.full((size * len(x), 3), -1.0, dtype=dtype)
+    gathered = torch.full((size * len(x), 3), -1.0, dtype=dtype, device=device)
     own = gathered[rank * len(x) : (rank + 1) * len(x)].copy_(x)
     waits = [
         way.all_reduce(x, "sum", group),
