@@ -43,6 +43,16 @@ def test_a_layout_on_one_gpu_equals_one_process(
     assert found.ok, str(found.culprit)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+@pytest.mark.parametrize("layout", ["T2", "E2"])
+def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str) -> None:
+    config = composed(*overrides(LAYOUTS[layout], job), "trainer=gpu", "optim.overlap=true")
+    found = certify(config, continuations=["in this layout"])
+    assert found.accelerator == "gpu"
+    assert found.ok, str(found.culprit)
+
+
 # ---- collectives ----------------------------------------------------------------------------------------------------
 
 

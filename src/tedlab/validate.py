@@ -32,6 +32,7 @@ from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
+CERTIFIED_PRECISIONS = ("64-true", "bf16-true")
 OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
 _GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
     "min_capacity": GATINGS,
@@ -340,6 +341,10 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"seed is {config.seed}; it must be at least 0")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
+    if config.certificate_precision not in CERTIFIED_PRECISIONS:
+        raise ValueError(
+            f"certificate_precision={config.certificate_precision} is unknown; valid: {', '.join(CERTIFIED_PRECISIONS)}"
+        )
     if config.validate_every < 1:
         raise ValueError(f"validate_every is {config.validate_every}; it counts steps: at least 1")
     if config.router_picture_every is not None and config.router_picture_every < 1:

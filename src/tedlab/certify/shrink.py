@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tedlab.certify.compare import TOLERANCES
 from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
@@ -37,10 +36,6 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     Raises:
         ValueError: if the degrees do not fit the world size.
     """
-    if config.certificate_precision not in TOLERANCES:
-        raise ValueError(
-            f"certificate_precision={config.certificate_precision} is unknown; valid: {', '.join(TOLERANCES)}"
-        )
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
     per_head_group = min(2, max(1, config.model.heads // given.tensor))
