@@ -245,7 +245,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "checkpoint_every_0": (["checkpoint.every=0"], ["checkpoint.every is 0", "at least 1", "null"]),
     "keep_no_checkpoint": (["checkpoint.keep=0"], ["checkpoint.keep is 0", "at least 1", "-1"]),
     "monitor_what": (["checkpoint.monitor=val/los"], ["checkpoint.monitor=val/los", "val/loss"]),
-    "no_gpu": (["trainer=gpu", "trainer.devices=64", "parallel.world_size=64", "data.batch_size=128"], ["GPU"]),
+    "unknown_backend": (["comm.backend=mpi"], ["comm.backend=mpi", "nccl, gloo"]),
+    "nccl_on_a_cpu": (["comm.backend=nccl"], ["comm.backend=nccl", "GPUs only", "gloo"]),
     "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # optimizer
@@ -305,6 +306,24 @@ def test_wrong_configurations_are_refused(
 ) -> None:
     message = complaint(small(corpus, *overrides))
     assert [fragment for fragment in fragments if fragment not in message] == [], message
+
+
+def test_more_processes_than_gpus_need_gloo(corpus: Path, complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = ["trainer=gpu", "parallel.world_size=2"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert "trainer=cpu needs none" in complaint(small(corpus, *two, "comm.backend=gloo"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    message = complaint(small(corpus, *two))
+    fragments = [
+        "trainer.devices is 2",
+        "1 GPU:",
+        "two processes on one GPU NCCL refuses",
+        "comm.backend=gloo",
+        "at most 1",
+    ]
+    assert [fragment for fragment in fragments if fragment not in message] == [], message
+    check(small(corpus, *two, "comm.backend=gloo"))
+    check(small(corpus, "trainer=gpu"))
 
 
 @pytest.mark.parametrize(("file", "fragments"), WRONG_FILES.values(), ids=WRONG_FILES)

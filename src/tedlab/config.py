@@ -87,7 +87,7 @@ class LedgerConfig:
 class CommConfig:
     """How processes talk. No toggle changes what is computed."""
 
-    backend: str | None = None  # None: nccl on CUDA, gloo on CPU
+    backend: str | None = None  # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
     timeout_s: int = 600  # a collective that takes longer ends the run
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
     fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
@@ -171,5 +171,6 @@ class TrainConfig:
     validate_every: int = 100  # steps between validations; there is always one at the end
     router_picture_every: int | None = 100  # steps between pictures of the experts' load; None: only at the end
     certificate: bool = False  # first prove that a small likeness of this run equals one process
+    certificate_precision: str = "64-true"  # of its runs: 64-true | bf16-true (as equal as rounding allows)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from

@@ -24,7 +24,7 @@ from tedlab.data import TextDataModule
 from tedlab.flops import training_flops
 from tedlab.module import LanguageModel
 from tedlab.report import report, resolved_yaml
-from tedlab.strategy import TEDStrategy
+from tedlab.strategy import TEDStrategy, gpus
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -86,9 +86,13 @@ def build(
     data = TextDataModule(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
     module = language_model(config, data.corpus.bytes_per_token)
+    devices = None if config.trainer["accelerator"] == "cpu" else gpus(config.trainer["devices"])
+    settings = dict(config.trainer)
+    if devices is not None:
+        settings["devices"] = len(set(devices))  # Lightning knows no GPU that several processes share
     trainer = Trainer(
-        **config.trainer,
-        strategy=TEDStrategy(**strategy_arguments(config)),
+        **settings,
+        strategy=TEDStrategy(**strategy_arguments(config), parallel_devices=devices),
         val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         callbacks=[*callbacks, _checkpoints(config, directory)],

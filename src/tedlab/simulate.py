@@ -13,6 +13,7 @@ Takes the overrides of ``tedlab.train``, and of its own:
 
 import functools
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tedlab.cli import UsageError, hydra_entry
@@ -76,7 +77,8 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
         )
     if "sim.routing" in own:
         raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")
-    certificate = certify_visibly(config, functools.partial(run_in_threads, record), (), MOST_THREADS)
+    threads = replace(config, trainer={**config.trainer, "accelerator": "cpu"}, certificate_precision="64-true")
+    certificate = certify_visibly(threads, functools.partial(run_in_threads, record), (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)
     return max(row.error for row in certificate.rows)

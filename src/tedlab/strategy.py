@@ -46,6 +46,14 @@ HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scal
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
+def gpus(processes: int) -> list[torch.device]:
+    """The GPU of each of so many processes of this node. Where there are fewer, several processes share one.
+
+    NCCL refuses that; gloo does not.
+    """
+    return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(processes)]
+
+
 class TEDStrategy(ParallelStrategy):
     """Tensor × expert × data parallel training of any LightningModule built from tedlab's layers.
 
@@ -71,9 +79,11 @@ class TEDStrategy(ParallelStrategy):
             pass over memory, without temporaries.
         loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
         async_checkpoint: write checkpoints while training goes on.
-        process_group_backend: ``nccl`` or ``gloo``; None chooses by device.
+        process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
+            GPU, see ``parallel_devices``.
         timeout: after which a collective counts as failed.
-        accelerator, parallel_devices, cluster_environment, precision_plugin: set by the Trainer.
+        parallel_devices: of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
+        accelerator, cluster_environment, precision_plugin: set by the Trainer.
 
     Raises:
         ValueError: when the Trainer starts, if tensor × expert does not divide the number of processes, or if the
@@ -185,11 +195,13 @@ class TEDStrategy(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
+        backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
         _init_dist_connection(
             self.cluster_environment,
-            self._backend or _get_default_process_group_backend_for_device(self.root_device),
+            backend,
             timeout=self._timeout,
-            device_id=self.root_device if self.root_device.type != "cpu" else None,
+            # With it NCCL connects at once. Of gloo torch would then want to split groups off, which it cannot.
+            device_id=self.root_device if backend == "nccl" else None,
         )
         self._topology = Topology(degrees, self.root_device, self.options)
         self._writer = checkpoint.Writer(self.async_checkpoint)

@@ -32,6 +32,7 @@ from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
+CERTIFIED_PRECISIONS = ("64-true", "bf16-true")
 OBJECTIVES = (*_VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
 _GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
     "min_capacity": GATINGS,
@@ -235,6 +236,8 @@ def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> Non
 
 def _check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm, model = config.comm, config.model
+    if comm.backend not in (None, "nccl", "gloo"):
+        raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
     if model.checkpoint not in ("none", "block"):
         raise ValueError(f"model.checkpoint={model.checkpoint} is unknown; valid: none, block")
     if comm.cac != "auto":
@@ -379,6 +382,10 @@ def _check_trainer(config: TrainConfig) -> None:
         raise ValueError(f"seed is {config.seed}; it must be at least 0")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
+    if config.certificate_precision not in CERTIFIED_PRECISIONS:
+        raise ValueError(
+            f"certificate_precision={config.certificate_precision} is unknown; valid: {', '.join(CERTIFIED_PRECISIONS)}"
+        )
     if config.validate_every < 1:
         raise ValueError(f"validate_every is {config.validate_every}; it counts steps: at least 1")
     if config.router_picture_every is not None and config.router_picture_every < 1:
@@ -415,10 +422,19 @@ def _check_processes(config: TrainConfig, most: int | None) -> None:
                 f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "
                 "Use a smaller parallel=… preset, or more nodes (trainer.num_nodes)"
             )
-    elif devices > torch.cuda.device_count():
+        if config.comm.backend == "nccl":
+            raise ValueError("comm.backend=nccl works on GPUs only; with trainer=cpu use gloo, or null")
+        return
+    gpus = torch.cuda.device_count()
+    if not gpus:
         raise ValueError(
-            f"trainer.devices is {devices}, but this machine has {torch.cuda.device_count()} GPUs; "
+            f"trainer.accelerator={config.trainer['accelerator']}, but this machine has no GPU that torch can use; "
             "trainer=cpu needs none"
+        )
+    if devices > gpus and config.comm.backend != "gloo":
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: two processes on "
+            f"one GPU NCCL refuses; use comm.backend=gloo or fewer processes (at most {gpus}), or trainer=cpu"
         )
 
 

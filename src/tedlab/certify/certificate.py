@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 
 import tedlab
-from tedlab.certify.compare import Row, compare, first_difference
+from tedlab.certify.compare import TOLERANCES, Row, compare, first_difference
 from tedlab.certify.record import FILE, Record, record
 from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
@@ -38,12 +38,16 @@ class Certificate:
         layout: the degrees that were run.
         asked: those of the configuration that was to be certified; larger where these do not fit a laptop.
         rows: one for each quantity.
+        precision: that was computed in.
+        accelerator: that it was computed on.
         fingerprint: of the configuration that was run, tedlab's source and torch's version.
     """
 
     layout: str
     asked: str
     rows: tuple[Row, ...]
+    precision: str
+    accelerator: str
     fingerprint: str
 
     @property
@@ -68,7 +72,8 @@ class Certificate:
         for row in self.rows:
             verdict = "equal" if row.ok else f"[red]differs from step {row.step} on[/]"
             table.add_row(row.quantity, str(row.compared), f"{row.error:.1e}", verdict)
-        table.caption = f"float64, relative errors; fingerprint {self.fingerprint}"
+        precision = {"64-true": "float64", "bf16-true": "bf16, within rounding"}[self.precision]
+        table.caption = f"{precision}, on {self.accelerator}; relative errors; fingerprint {self.fingerprint}"
         return table
 
 
@@ -79,7 +84,9 @@ def certify(
     continuations: Iterable[str] = CONTINUATIONS,
     most_processes: int = MOST_PROCESSES,
 ) -> Certificate:
-    """Runs a small float64 likeness of ``config`` in its layout and in one process, and compares everything.
+    """Runs a small likeness of ``config`` in its layout and in one process, and compares everything.
+
+    In float64, or in ``config.certificate_precision``; on the configuration's accelerator, if this machine has enough.
 
     Five runs: some steps in one process; the same in the layout; each continued by the other from a checkpoint in the
     middle; and the layout continued by itself, which must give equal bits.
@@ -103,7 +110,8 @@ def certify(
         rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
         fingerprint = _fingerprint(layout, directory)
     asked = parallel_degrees(config.parallel)
-    return Certificate(str(degrees), str(asked), rows, fingerprint)
+    accelerator = str(layout.trainer["accelerator"])
+    return Certificate(str(degrees), str(asked), rows, config.certificate_precision, accelerator, fingerprint)
 
 
 def _compared(
@@ -118,13 +126,18 @@ def _compared(
     expected = _recorded(one, execute)
     progress(f"{degrees.world_size} processes, {STEPS} steps")
     found = _recorded(layout, execute)
-    yield from compare(found, expected, degrees)
+    # Whole tensors by themselves where rounding is small; see TOLERANCES.
+    within = TOLERANCES[layout.certificate_precision], layout.certificate_precision != "64-true"
+    yield from compare(found, expected, degrees, *within)
     parties = {"layout": layout, "one": one}
     for name in continuations:
         progress(f"continued {name}")
         source, target = (parties[party] for party in CONTINUATIONS[name])
         resumed = _recorded(_continued(target, source), execute)
-        rows = compare(resumed, found, degrees, 0.0) if source is target else compare(resumed, expected, degrees)
+        if source is target:
+            rows = compare(resumed, found, degrees, 0.0)
+        else:
+            rows = compare(resumed, expected, degrees, *within)
         yield _summary(f"checkpoint continued {name}", rows)
 
 

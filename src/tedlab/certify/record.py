@@ -88,7 +88,7 @@ class Recorder(Callback):
         if len(self._scalars) < trainer.accumulate_grad_batches:
             return
         strategy = _strategy(trainer)
-        means = strategy.reduce(torch.stack(self._scalars).mean(0))
+        means = strategy.reduce(torch.stack(self._scalars).mean(0)).cpu()
         self._quantities["losses and drops"] = dict(zip(names, means, strict=True))
         (sharded,) = strategy.sharded_optimizers
         self._quantities["clip factor"] = {
@@ -147,7 +147,7 @@ def _probe(module: LanguageModel, samples: int) -> Tensor:
     shard = network(ids)[0].movedim(-1, 0).contiguous()
     out = shard.new_empty(shard.shape[0] * comm.size("tensor"), *shard.shape[1:])
     comm.all_gather_into(out, shard, "tensor", tag="certify.outputs", phase="forward")
-    return out
+    return out.cpu()
 
 
 def _strategy(trainer: Trainer) -> TEDStrategy:

@@ -1,8 +1,9 @@
-"""A training configuration made small enough to be run in float64 on a laptop, and its one-process reference.
+"""A training configuration made small enough to be run on a laptop, and its one-process reference.
 
 Kept: the layout (up to 16 processes), experts per rank (up to 4), routing, clipping, optimizer and schedule, ZeRO,
 tiles, overlap, every toggle; of fp16 the loss scale, and a first step that overflows.
-Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text.
+Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text, and the precision. What would run on
+GPUs does so if this machine has enough of them, and else on the CPU.
 """
 
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -79,11 +81,13 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     optim = replace(config.optim, optimizer=optimizer, tile=tile, warmup_steps=min(2, config.optim.warmup_steps))
     if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
         optim.loss_scale = config.optim.loss_scale or 2.0**16
+    accelerator = _accelerator(config, degrees.world_size)
     trainer: dict[str, Any] = {
-        "accelerator": "cpu",
+        "accelerator": accelerator,
         "devices": degrees.world_size,
         "num_nodes": 1,
-        "precision": "64-true",
+        "precision": config.certificate_precision,
+        "deterministic": "warn",  # a run that is continued in its own layout must give equal bits
         "max_steps": STEPS,
         "max_epochs": -1,
         "gradient_clip_val": config.trainer.get("gradient_clip_val"),
@@ -97,7 +101,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         model=model,
         moe=moe,
         parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert, given.sequence),
-        comm=replace(config.comm, backend=None, emulate=None),
+        comm=replace(config.comm, backend=None if accelerator == "cpu" else config.comm.backend, emulate=None),
         data=data,
         optim=optim,
         trainer=trainer,
@@ -114,7 +118,7 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
         config,
         model=replace(config.model, checkpoint="none"),
         parallel=ParallelConfig(1),
-        comm=CommConfig(timeout_s=config.comm.timeout_s),
+        comm=CommConfig(backend=config.comm.backend, timeout_s=config.comm.timeout_s),
         optim=replace(config.optim, zero=False, tile=None, overlap=False),
         trainer={**config.trainer, "devices": 1, "accumulate_grad_batches": None},
         output_dir=str(directory / "reference"),
@@ -139,6 +143,14 @@ def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegr
         raise ValueError(f"no layout of at most {most_processes} processes is like {degrees}")
     tensor, expert, expert_data = max(fitting, key=lambda sizes: (np.prod(sizes), sizes))
     return ParallelDegrees(tensor * expert * expert_data, tensor, expert, degrees.sequence)
+
+
+def _accelerator(config: TrainConfig, processes: int) -> str:
+    """The configuration's own, unless this machine cannot run so many processes on it."""
+    wanted = str(config.trainer["accelerator"])
+    available = torch.cuda.device_count()
+    enough = processes <= available or (available > 0 and config.comm.backend == "gloo")
+    return wanted if wanted == "cpu" or enough else "cpu"
 
 
 def _divisors(number: int) -> list[int]:

@@ -12,13 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import _functional_collectives as funcol
 from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import compiled
+from tedlab.comm.raw import Wait, way_of
 from tedlab.degrees import GroupKind
-
-_ops = torch.ops._c10d_functional
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
 # Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints.
@@ -97,8 +95,7 @@ Hook = Callable[[Collective, Literal["start", "end"]], None]
 class Collectives:
     """Raw collectives over the groups of one process.
 
-    The operations are torch's functional collectives: results are new tensors and inputs stay as they were, which
-    activation checkpointing relies on.
+    Results are new tensors and inputs stay as they were, which activation checkpointing relies on.
 
     Args:
         groups: the process group of each kind that this process belongs to.
@@ -150,7 +147,7 @@ class Collectives:
     def start_all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> "Pending":
         """:meth:`all_reduce`, under way when this returns."""
         group = self.group(kind)
-        return self._start("all_reduce", x, kind, tag, phase, lambda: funcol.all_reduce(x.contiguous(), op, group))
+        return self._start("all_reduce", x, kind, tag, phase, lambda: way_of(x, group).all_reduce(x, op, group))
 
     def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, splits: Splits | None = None) -> Tensor:
         """Sends the i-th of n slices along dimension 0 to process i; returns what came, in order of sender.
@@ -163,9 +160,9 @@ class Collectives:
             return compiled.run(x, "all_to_all", kind, tag, phase, self._number)
         group = self.group(kind)
 
-        def launch() -> Tensor:
+        def launch() -> Wait:
             received, sent = (None, None) if splits is None else map(list, splits.reverse)
-            return funcol.all_to_all_single(x.contiguous(), received, sent, group)
+            return way_of(x, group).all_to_all(x, received, sent, group)
 
         exchanged = None
         if splits is not None:
@@ -185,11 +182,7 @@ class Collectives:
     def start_reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
         """:meth:`reduce_scatter`, under way when this returns."""
         group = self.group(kind)
-
-        def launch() -> Tensor:
-            return _ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
-
-        return self._start("reduce_scatter", x, kind, tag, phase, launch)
+        return self._start("reduce_scatter", x, kind, tag, phase, lambda: way_of(x, group).reduce_scatter(x, group))
 
     def all_gather(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Every process's ``x``, stacked along dimension 0 in order of rank: n times its size."""
@@ -199,11 +192,9 @@ class Collectives:
             return compiled.run(x, "all_gather", kind, tag, phase, self._number)
         group = self.group(kind)
         whole = torch.Size((group.size() * x.shape[0], *x.shape[1:]))
-
-        def launch() -> Tensor:
-            return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
-
-        return self._start("all_gather", x, kind, tag, phase, launch, whole).wait()
+        return self._start(
+            "all_gather", x, kind, tag, phase, lambda: way_of(x, group).all_gather(x, group), whole
+        ).wait()
 
     def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
         """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.
@@ -215,11 +206,7 @@ class Collectives:
             out.copy_(x)
             return
         group = self.group(kind)
-
-        def launch() -> Tensor:
-            return _ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out)
-
-        self._start("all_gather", out, kind, tag, phase, launch).wait()
+        self._start("all_gather", out, kind, tag, phase, lambda: way_of(x, group).all_gather_into(out, x, group)).wait()
 
     def _start(
         self,
@@ -228,12 +215,12 @@ class Collectives:
         kind: GroupKind,
         tag: str,
         phase: Phase,
-        launch: Callable[[], Tensor],
+        launch: Callable[[], Wait],
         buffer: torch.Size | None = None,
         exchanged: tuple[int, int] | None = None,
     ) -> "Pending":
         if self.size(kind) == 1:
-            return Pending(x)
+            return Pending(lambda: x)
         shape = x.shape if buffer is None else buffer
         call = Collective(op, kind, self.size(kind), phase, tag, shape, x.dtype, exchanged)
         self._tell(call, "start")
@@ -248,13 +235,12 @@ class Collectives:
 class Pending:
     """A collective under way. Wait exactly once."""
 
-    _result: Tensor
+    _wait: Wait
     _on_end: Callable[[], None] | None = None  # None: there was nothing to do
 
     def wait(self) -> Tensor:
         """Its result, when it is there. Hooks hear of the end now: time in between may have been spent elsewhere."""
-        if self._on_end is None:
-            return self._result
-        result = funcol.wait_tensor(self._result)
-        self._on_end()
+        result = self._wait()
+        if self._on_end is not None:
+            self._on_end()
         return result

@@ -1,0 +1,103 @@
+"""The collectives as torch launches them, each in two ways: one of torch's functional collectives, or one in place.
+
+A launch returns a function that waits for the result, a new tensor or the one to be filled; inputs stay as they were.
+The functional way is the usual one. On CUDA tensors gloo gets the other, the only one that it survives (torch 2.11).
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as funcol
+
+Wait = Callable[[], Tensor]
+
+_ops = torch.ops._c10d_functional
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+# Named so from torch 2.13 on.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Way(Protocol):
+    """How collectives are launched. Legend: n processes in the group."""
+
+    def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
+        """Element-wise reduction; ``op`` is ``sum`` or ``max``."""
+        ...
+
+    def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:
+        """Slices along dimension 0, of these sizes; None: n equal ones."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Wait:
+        """The sum's slice of this process: 1/n of dimension 0."""
+        ...
+
+    def all_gather(self, x: Tensor, group: ProcessGroup) -> Wait:
+        """All along dimension 0: n times its size."""
+        ...
+
+    def all_gather_into(self, out: Tensor, x: Tensor, group: ProcessGroup) -> Wait:
+        """The same in given memory, of which ``x`` may be a part."""
+        ...
+
+
+def way_of(x: Tensor, group: ProcessGroup) -> Way:
+    """The one that is safe for this tensor in this group."""
+    return _IN_PLACE if x.is_cuda and dist.get_backend(group) == "gloo" else _FUNCTIONAL
+
+
+class _Functional:
+    def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
+        return _awaited(funcol.all_reduce(x.contiguous(), op, group))
+
+    def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:
+        return _awaited(funcol.all_to_all_single(x.contiguous(), received, sent, group))
+
+    def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Wait:
+        return _awaited(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+
+    def all_gather(self, x: Tensor, group: ProcessGroup) -> Wait:
+        return _awaited(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+    def all_gather_into(self, out: Tensor, x: Tensor, group: ProcessGroup) -> Wait:
+        return _awaited(_ops.all_gather_into_tensor_out(x, group.size(), group.group_name, out=out))
+
+
+def _awaited(result: Tensor) -> Wait:
+    return lambda: funcol.wait_tensor(result)
+
+
+class _InPlace:
+    def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        return _filled(out, dist.all_reduce(out, _REDUCTIONS[op], group, async_op=True))
+
+    def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:
+        out = x.new_empty(len(x) if received is None else sum(received), *x.shape[1:])
+        return _filled(out, dist.all_to_all_single(out, x.contiguous(), received, sent, group, async_op=True))
+
+    def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Wait:
+        out = x.new_empty(len(x) // group.size(), *x.shape[1:])
+        return _filled(out, _reduce_scatter(out, x.contiguous(), group=group, async_op=True))
+
+    def all_gather(self, x: Tensor, group: ProcessGroup) -> Wait:
+        return self.all_gather_into(x.new_empty(len(x) * group.size(), *x.shape[1:]), x.contiguous(), group)
+
+    def all_gather_into(self, out: Tensor, x: Tensor, group: ProcessGroup) -> Wait:
+        return _filled(out, _all_gather(out, x, group, async_op=True))
+
+
+def _filled(out: Tensor, work: dist.Work) -> Wait:
+    def wait() -> Tensor:
+        work.wait()
+        return out
+
+    return wait
+
+
+_FUNCTIONAL, _IN_PLACE = _Functional(), _InPlace()

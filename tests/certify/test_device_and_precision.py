@@ -1,0 +1,68 @@
+"""Where a certificate is made, on GPUs if they suffice, and in which precision: in bf16 if asked."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tedlab.certify import certify, shrink
+from tedlab.certify.compare import TOLERANCES
+from tedlab.cli import UsageError
+from tedlab.strategy import gpus
+from tedlab.train import train
+from tedlab.validate import CERTIFIED_PRECISIONS
+from tests.certify.runs import Plant, composed, in_pool
+from tests.certify.test_planted_bugs import expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor
+from tests.pool import WorkerPool
+
+BF16 = ["parallel=tp2_ep2", "certificate_precision=bf16-true", "comm=dtd", "moe.top_k=2"]
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+def test_a_layout_in_bf16_equals_one_process_within_rounding(pool: WorkerPool, dispatch: str) -> None:
+    found = certify(composed(*BF16, f"moe.dispatch={dispatch}"), in_pool(pool), continuations=["in this layout"])
+    assert found.ok, str(found.culprit)
+    assert (found.precision, found.accelerator) == ("bf16-true", "cpu")
+    assert max(row.error for row in found.rows) > 1e-4  # it was no float64
+
+
+@pytest.mark.parametrize("plant", [expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor])
+def test_what_is_wrong_everywhere_shows_in_bf16(pool: WorkerPool, plant: Plant) -> None:
+    found = certify(composed(*BF16), in_pool(pool, plant), continuations=[])
+    assert found.culprit is not None
+    assert found.culprit.quantity == "gradients"
+
+
+def test_no_other_precision_is_certified() -> None:
+    assert tuple(TOLERANCES) == CERTIFIED_PRECISIONS
+    for run in (certify, train):
+        with pytest.raises(UsageError, match="certificate_precision=16-true is unknown; valid: 64-true, bf16-true"):
+            run(composed("certificate_precision=16-true"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "available", "expected"),
+    [
+        (["trainer=gpu"], 0, ("cpu", None)),
+        (["trainer=gpu"], 4, ("gpu", None)),
+        (["trainer=gpu"], 1, ("cpu", None)),  # NCCL would want four
+        (["trainer=gpu", "comm.backend=nccl"], 1, ("cpu", None)),
+        (["trainer=gpu", "comm.backend=gloo"], 1, ("gpu", "gloo")),
+        (["comm.backend=gloo"], 4, ("cpu", None)),
+    ],
+)
+def test_a_certificate_is_made_where_the_run_would_be_if_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    overrides: list[str],
+    available: int,
+    expected: tuple[str, str | None],
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: available)
+    small = shrink(composed("parallel=tp2_ep2", *overrides), tmp_path)
+    assert (small.trainer["accelerator"], small.comm.backend) == expected
+
+
+def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert gpus(3) == [torch.device("cuda", index) for index in (0, 1, 0)]

@@ -1,0 +1,164 @@
+"""On one GPU: layouts whose processes share it over gloo; NCCL alone; and streams, events and pinned memory."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.certify import certify
+from tedlab.comm import Ledger
+from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
+from tedlab.run import build
+from tedlab.validate import check
+from tests.certify.runs import composed, in_pool
+from tests.certify.test_matrix import overrides
+from tests.comm.test_raw import results
+from tests.pool import WorkerPool
+from tests.test_train import Place, assert_close, write_words
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+SHARED = ["trainer=gpu", "comm.backend=gloo"]  # by all processes of a layout
+LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2)}
+JOBS = {"capacity": "ted", "dropless": "dropless_ted"}  # with DTD, CAC and recomputation
+
+
+# ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_layout_on_one_gpu_equals_one_process(
+    pool: WorkerPool, layout: tuple[int, int, int], job: str, precision: str
+) -> None:
+    config = composed(*overrides(layout, job), *SHARED, f"certificate_precision={precision}", "optim.overlap=true")
+    found = certify(config, in_pool(pool), continuations=["in this layout"] if layout == LAYOUTS["T2_E2"] else [])
+    assert found.accelerator == "gpu"
+    assert found.ok, str(found.culprit)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+@pytest.mark.parametrize("layout", ["T2", "E2"])
+def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str) -> None:
+    config = composed(*overrides(LAYOUTS[layout], job), "trainer=gpu", "optim.overlap=true")
+    found = certify(config, continuations=["in this layout"])
+    assert found.accelerator == "gpu"
+    assert found.ok, str(found.culprit)
+
+
+# ---- collectives ----------------------------------------------------------------------------------------------------
+
+
+def compare_devices(dtype: torch.dtype) -> None:
+    torch.cuda.set_device(0)
+    assert dist.group.WORLD is not None
+    assert way_of(torch.ones(1, device="cuda"), dist.group.WORLD) is _IN_PLACE
+    for ours, theirs in zip(results(_IN_PLACE, dtype, "cuda"), results(_FUNCTIONAL, dtype), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
+def test_collectives_of_a_gpus_tensors_equal_those_of_a_cpus(pool: WorkerPool, dtype: torch.dtype) -> None:
+    pool.run(3, compare_devices, dtype)
+
+
+def timed_collectives() -> tuple[float, float, float, float]:
+    """Seconds by the ledger and by the clock, of calls one after another; then of one with work beside it."""
+    torch.cuda.set_device(0)
+    comm = Topology(ParallelDegrees(2, tensor=2), "cuda").comm
+    x = torch.randn(1 << 23, device="cuda")
+    comm.all_reduce(x, "tensor", tag="warm_up", phase="forward")
+    ledger = Ledger(timed=True)
+    handle = comm.register_hook(ledger)
+    took = clocked(lambda: [comm.all_reduce(x, "tensor", tag="t", phase="forward") for _ in range(4)])
+    (counted,) = ledger.totals.values()
+    assert (counted.calls, counted.payload_bytes) == (4, 4 * 4 << 23)
+    handle.remove()
+    beside = Ledger(timed=True)
+    comm.register_hook(beside)
+
+    def overlapped() -> None:
+        pending = comm.start_all_reduce(x, "tensor", tag="t", phase="forward")
+        time.sleep(0.2)
+        pending.wait()
+
+    took_beside = clocked(overlapped)
+    (counted_beside,) = beside.totals.values()
+    return counted.seconds, took, counted_beside.seconds, took_beside
+
+
+def clocked(function: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def test_the_ledger_times_collectives_by_events_as_the_clock_does(pool: WorkerPool) -> None:
+    for seconds, took, beside, took_beside in pool.run(2, timed_collectives):
+        print(f"ledger {seconds:.4f} s, clock {took:.4f} s; beside a sleep {beside:.4f}, {took_beside:.4f}")
+        assert 0.8 * took < seconds <= 1.01 * took
+        assert 0.2 <= beside <= 1.01 * took_beside  # from launch to result, whatever was done in between
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def pinned_batches(folder: str) -> list[tuple[bool, str]]:
+    """Whether the host's batches were pinned, and where the module got them."""
+    config = composed(
+        *("parallel=single", "trainer=gpu", "comm.backend=gloo", "trainer.max_steps=2", "model.hidden=32"),
+        *("model.ffn=64", "model.sequence_length=16", "data=text", f"data.path={folder}/text.txt"),
+        *(f"data.cache_dir={folder}/cache", "data.batch_size=2", "data.micro_batch_size=2"),
+        *("data.validation_samples=2", "data.validation_fraction=0.2", f"output_dir={folder}/run"),
+    )
+    check(config)
+    trainer, module, data = build(config, [], logged=False)
+    seen: list[tuple[bool, str]] = []
+
+    def before(batch: Tensor, dataloader_idx: int) -> Tensor:
+        seen.append((batch.is_pinned(), batch.device.type))
+        return batch
+
+    data.on_before_batch_transfer = before  # type: ignore[method-assign]
+    trainer.fit(module, data)
+    return seen
+
+
+def test_batches_are_pinned(pool: WorkerPool, tmp_path: Path) -> None:
+    write_words(tmp_path / "text.txt", 0)
+    (seen,) = pool.run(1, pinned_batches, str(tmp_path))
+    assert len(seen) >= 2
+    assert set(seen) == {(True, "cpu")}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "corpus").mkdir()
+    for number in range(8):
+        write_words(folder / "corpus" / f"{number}.txt", number)
+    return Place(folder)
+
+
+def test_a_run_of_four_processes_on_one_gpu_has_the_losses_of_one_with_nccl(place: Place) -> None:
+    common = ["trainer=gpu", "trainer.precision=64-true", "logger=none", "data.num_workers=1", "trainer.max_steps=4"]
+    common += ["moe.dispatch=dropless"]
+    one = place.train("one", *common, "parallel=single", "comm.backend=nccl")
+    four = place.train(
+        *("four", *common, "parallel=tp2_ep2", "comm.backend=gloo", "comm=ted", "model.checkpoint=block"),
+        *("optim.overlap=true", "comm.ledger.time=true"),
+    )
+    assert_close([*four.column("train/loss").values()], [*one.column("train/loss").values()])
+    seconds = {name: value for name, value in four.summary.items() if name.endswith("/seconds")}
+    assert seconds
+    assert all(value > 0 for value in seconds.values()), seconds
+    assert four.summary["memory/peak_bytes"] > 0
