@@ -47,13 +47,24 @@ class Efficiency:
 
 
 @dataclass
+class Dispatch:
+    """Seconds that the host is busy with one operation: Python, autograd, dispatcher, the launch of a kernel."""
+
+    forward: float = 0.0  # recomputation included
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass
 class Kernels:
     """What keeps operations from the roofline. By default nothing does; ``tedlab.calibrate`` measures it."""
 
-    dispatch: float = 0.0  # seconds that the host is busy with one operation
+    dispatch: Dispatch = field(default_factory=Dispatch)
     asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
     gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
     attention_latency: float = 0.0  # seconds of a fused attention, its size apart
+    memory_latency: float = 0.0  # seconds of any other kernel, its size apart
+    arithmetic_latency: float | None = None  # likewise, of norms, softmax, GELU; None: as any other
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
     fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
 

@@ -1,6 +1,7 @@
 """Timings on the machine at hand. Everything runs in all processes at the same time, as it does in training.
 
-Processes that share cores therefore show what each of them gets.
+Processes that share cores therefore show what each of them gets. On a GPU kernels are timed by its own clock, with all
+of them queued before the first one starts: what the host takes to launch them is measured apart.
 """
 
 import math
@@ -8,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any, get_args
+from statistics import median
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,17 +20,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tedlab.calibrate.fit import Series
+from tedlab.cluster import Dispatch
 from tedlab.comm import Collectives
 from tedlab.comm.collectives import Operation
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models import GPT
+from tedlab.optim import ShardedOptimizer
 from tedlab.sim.roofline import work_of
 from tedlab.topology import Topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MIB = 2**20
-_BLOCKS = 5  # of calls, of which the quickest counts: others may use the machine, too
+_BLOCKS = 5  # of calls, of which the median counts
+_QUEUED = 200  # calls at most that wait for a GPU together: the driver's queue has room for a thousand kernels
+_CYCLES = 4e9  # of a GPU, more than it has in a second
+_TILE = 64  # elements; so that a tiny model has more tiles than parameters, as large ones do
 _FRESH = 64 * _MIB
 _HEADS = {"cpu": 64, "cuda": 128}  # width of one
 
@@ -123,7 +130,7 @@ class Measured:
         attention: forward and backward passes.
         movement: kernels that add and copy.
         arithmetic: kernels that compute for each element.
-        dispatch: seconds of one operation that has next to nothing to do.
+        dispatch: seconds of one operation that has next to nothing to do, by phase.
         fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
         collectives: by operation and kind of group.
     """
@@ -132,7 +139,7 @@ class Measured:
     attention: Series
     movement: Series
     arithmetic: Series
-    dispatch: float
+    dispatch: Dispatch
     fresh: float | None
     collectives: dict[tuple[Operation, Group], Series]
 
@@ -157,7 +164,7 @@ class Bench:
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
         messages = groups * len(get_args(Operation)) * len(sizes.messages)
-        return products + len(sizes.attention) + 2 * len(sizes.streams) + 1 + (self.device.type == "cpu") + messages
+        return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
         """All of it."""
@@ -238,21 +245,43 @@ class Bench:
             seconds.append(self._time(f"{name} of bytes", once) / len(kernels))
         return Series(name, "B", f"{what}; {self.main}, bytes read and written", amounts, seconds)
 
-    def _dispatch(self) -> float:
-        """Of a model so small that nothing but the host's work is left: Python, autograd, torch's dispatch."""
+    def _dispatch(self) -> Dispatch:
+        """Of a model so small that nothing but the host's work is left, per operation that a simulation would count."""
         model = ModelConfig(layers=4, hidden=16, heads=2, ffn=32, sequence_length=16, vocab_size=64)
         topology = Topology(ParallelDegrees(self.world), self.device)
         network = GPT(model, MoEConfig(num_experts=4), topology, seed=0)
         ids = torch.zeros(1, 16, dtype=torch.int64, device=self.device)
-        parameters = list(network.parameters())
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        adam = torch.optim.AdamW(list(names), lr=0.0)
+        sharded = ShardedOptimizer(adam, topology.comm, names, zero=False, tile=_TILE)
+
+        def forward() -> Tensor:
+            return network(ids)[0].sum()
 
         def both_passes() -> None:
-            torch.autograd.grad(network(ids)[0].sum(), parameters, allow_unused=True)
+            torch.autograd.grad(forward(), list(names), allow_unused=True)
 
-        both_passes()
+        def step() -> None:
+            for bucket in sharded.buckets:
+                bucket.gradient = torch.zeros_like(bucket.shard)
+            adam.step()
+
+        numbers = {function: self._operations(function) for function in (forward, both_passes)}
+        adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
+        numbers[step] = self._operations(step)
+        adam.param_groups[0]["foreach"] = None
+        seconds = {function: self._time(f"dispatch, {function.__name__}", function, "host") for function in numbers}
+        return Dispatch(
+            forward=seconds[forward] / numbers[forward],
+            backward=(seconds[both_passes] - seconds[forward]) / (numbers[both_passes] - numbers[forward]),
+            optimizer=seconds[step] / numbers[step],
+        )
+
+    def _operations(self, function: Callable[[], Any]) -> int:
+        function()  # a first call may do more than others
         with _Operations() as operations:
-            both_passes()
-        return self._time("dispatch", both_passes) / operations.number
+            function()
+        return operations.number
 
     def _fresh(self) -> float:
         """More than the C library keeps: the system maps, and clears, every page again."""
@@ -289,22 +318,44 @@ class Bench:
         how = f"{len(amounts)} sizes, bytes sent by a rank; all groups at the same time"
         return Series(op, "B", how, amounts, seconds)
 
-    def _time(self, what: str, function: Callable[[], Any]) -> float:
-        """Seconds of one call, mean over processes, in the quickest block."""
+    def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
+        """Seconds of one call, mean over processes, in the median of several blocks.
+
+        Args:
+            what: for the progress bar.
+            function: to call.
+            clock: ``device``: how long the call keeps the device busy; ``host``: until it is done, launches included.
+        """
         self.progress(what)
         function()
-        once = self._block(function, 1)
+        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
+        once = self._mean(self._on_host(function, 1))
         calls = max(1, math.ceil(self.sizes.block / once))
-        return min(self._block(function, calls) for _ in range(_BLOCKS))
+        times = []
+        for _ in range(_BLOCKS):
+            self._mean(0.0)  # all begin together
+            times.append(self._mean(block(function, calls)))
+        return median(times)
 
-    def _block(self, function: Callable[[], Any], calls: int) -> float:
-        self._mean(0.0)  # all begin together
+    def _on_host(self, function: Callable[[], Any], calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
             function()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return self._mean((time.perf_counter() - began) / calls)
+        return (time.perf_counter() - began) / calls
+
+    def _on_gpu(self, function: Callable[[], Any], calls: int) -> float:
+        calls = min(calls, _QUEUED)
+        launching = self._on_host(function, 1) * calls
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(launching * _CYCLES))  # the device waits until all is launched
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
 
     def _mean(self, value: float) -> float:
         """Over processes, which all learn it: they must take the same number of calls."""

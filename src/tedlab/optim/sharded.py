@@ -19,6 +19,8 @@ from tedlab.optim.bucket import Bucket, holders, local, reduction_group
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
+_NORM_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
+
 
 def check_elementwise(optimizer: type[Optimizer]) -> None:
     """Whether shards can be stepped as flat pieces.
@@ -195,7 +197,8 @@ class ShardedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                total += torch.linalg.vector_norm(bucket.gradient, dtype=torch.float64).square() / bucket.holders
+                norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in bucket.gradient.split(_NORM_PIECE)]
+                total += torch.stack(norms).square().sum() / bucket.holders
         return total
 
     @torch.no_grad()

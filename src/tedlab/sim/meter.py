@@ -99,7 +99,8 @@ class Meter(TorchDispatchMode):
         if func is _WAIT:
             return args[0]
         if func is _READ:
-            self._host = max(self._host, self.memory.now)
+            if self.memory.category_of(args[0]) != "optimizer":  # of an optimizer's state steps are, kept by the host
+                self._host = max(self._host, self.memory.now)
             return 1.0 if args[0].is_floating_point() else 1
         # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
         out = args[0] if func is _DRAW else func(*args, **kwargs)
@@ -114,13 +115,19 @@ class Meter(TorchDispatchMode):
         phase = self.phase
         work = work_of(func, args, kwargs, out)
         if work is not None:
-            taken = self._advance(seconds(work, self.cluster), self.cluster.kernels.dispatch)
+            taken = self._advance(seconds(work, self.cluster), self._dispatch(phase))
             counts.flops[phase] += work.flops
             counts.kernels[phase, work] += 1
             counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+
+    def _dispatch(self, phase: Phase) -> float:
+        dispatch = self.cluster.kernels.dispatch
+        if phase == "optimizer":
+            return dispatch.optimizer
+        return dispatch.backward if phase == "backward" else dispatch.forward
 
     def _advance(self, device: float, host: float) -> float:
         """Issues something that keeps device and host busy for so long; returns the time until the device is done."""
