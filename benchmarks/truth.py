@@ -50,6 +50,7 @@ from tedlab.validate import check_simulated
 _RESULTS = Path(__file__).parent / "results"
 _STEPS = {"cpu": 3, "cuda": 6}  # timed in a round, after one that is not
 _ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is short of its time
+_MEASURED = ["output_dir=unused", "choices={}", "logger=none", "comm.ledger.time=true"]
 _PARTS = ("forward", "backward", "optimizer", "loop")  # of a step; recomputation is part of backward
 _GIB = 2**30
 
@@ -344,7 +345,7 @@ def _clear(device: str) -> None:
 def composed(overrides: list[str]) -> TrainConfig:
     """A complete configuration of overrides."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
+        config = hydra.compose("train", overrides=[*_MEASURED, *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
     check_simulated(typed)
