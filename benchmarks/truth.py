@@ -38,7 +38,7 @@ from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.cluster import ClusterConfig, load_cluster
-from tedlab.comm.ledger import Totals
+from tedlab.comm.ledger import Totals, summed
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
 from tedlab.run import language_model, quieten, strategy_arguments
@@ -155,13 +155,13 @@ class Measured:
 
     Attributes:
         steps: seconds of each, by part.
-        collectives: seconds of a step that its collectives took.
+        collectives: seconds that the collectives of each step took, by phase and operation.
         differences: between what was communicated and the closed form: calls and bytes.
         sent: bytes of a step.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
-    collectives: list[float] = field(default_factory=list)
+    collectives: list[dict[str, float]] = field(default_factory=list)
     differences: int = 0
     sent: float = 0.0
 
@@ -183,8 +183,14 @@ class Clock(Callback):
     On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: CommunicationLedger) -> None:
+        self.ledger = ledger
         self.steps: list[list[tuple[str, Any]]] = [[]]
+        self._totals: list[dict[str, float]] = []  # of collectives until each step's end
+
+    def collectives(self) -> list[dict[str, float]]:
+        """Seconds by phase and operation, of every step but the first."""
+        return [{cause: b - a[cause] for cause, b in after.items()} for a, after in pairwise(self._totals)]
 
     def seconds(self) -> list[dict[str, float]]:
         """By part, of every step but the first."""
@@ -224,6 +230,8 @@ class Clock(Callback):
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.steps.append([])
+            totals = summed(self.ledger.ledger.totals, "phase", "op")
+            self._totals.append({"/".join(key): count.seconds for key, count in totals.items()})
 
 
 class RandomBatches(Batches):
@@ -255,13 +263,14 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _round(config: TrainConfig, steps: int, result: Measured) -> None:
-    clock, ledger = Clock(), CommunicationLedger(config)
+    ledger = CommunicationLedger(config)
+    clock = Clock(ledger)
     trainer = _trainer(config, [clock, ledger], steps)
     _clear("cuda" if config.trainer["accelerator"] == "gpu" else "cpu")
     trainer.fit(language_model(config), RandomBatches(config))
     result.steps += clock.seconds()
     totals: Totals = ledger.ledger.totals
-    result.collectives.append(sum(count.seconds for count in totals.values()) / steps)
+    result.collectives += clock.collectives()
     result.sent = sum(count.wire_bytes for count in totals.values()) / steps
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
@@ -466,7 +475,13 @@ def _compared(config: TrainConfig, measured: Measured | str, cluster: ClusterCon
         "predicted_s_by_part": predicted,
         "measured_s_by_part": {part: median(step[part] for step in measured.steps) for part in _PARTS},
         "predicted_collectives_s": sum(count.seconds for count in simulation.ledger.values()),
-        "measured_collectives_s": min(measured.collectives),
+        "measured_collectives_s": median(sum(step.values()) for step in measured.collectives),
+        "predicted_collectives_s_by_cause": {
+            "/".join(key): count.seconds for key, count in summed(simulation.ledger, "phase", "op").items()
+        },
+        "measured_collectives_s_by_cause": {
+            cause: median(step[cause] for step in measured.collectives) for cause in measured.collectives[0]
+        },
         "predicted_s_by_cause": {f"{p}/{cause}": taken for (p, cause), taken in simulation.seconds.items()},
         "sent_bytes": measured.sent,
         "equal_bytes": measured.differences == 0

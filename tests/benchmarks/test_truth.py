@@ -58,6 +58,7 @@ def test_a_step_is_measured_in_parts_that_add_up(tiny: truth.Measured, compare: 
     assert row["ratio"] == row["predicted_s"] / row["measured_s"]
     assert sum(row["predicted_s_by_part"].values()) == pytest.approx(row["predicted_s"])
     assert 0 < row["measured_collectives_s"] < row["measured_s"]
+    assert row["measured_collectives_s_by_cause"].keys() == row["predicted_collectives_s_by_cause"].keys()
     assert row["equal_bytes"]
 
 
