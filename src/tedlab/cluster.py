@@ -81,6 +81,16 @@ class MeasuredCollective:
 
 
 @dataclass
+class MeasuredWait:
+    """How long a rank waits in a collective for the slowest of its group: latency + share × seconds since the last."""
+
+    size: int = MISSING  # ranks of the group
+    nodes: int = MISSING  # that the group is on
+    latency: float = MISSING  # seconds, however long ago the last collective was
+    share: float = MISSING  # of the time since then
+
+
+@dataclass
 class ClusterConfig:
     """A cluster of equal nodes of equal GPUs.
 
@@ -97,10 +107,11 @@ class ClusterConfig:
     efficiency: Efficiency = MISSING
     kernels: Kernels = field(default_factory=Kernels)
     collectives: list[MeasuredCollective] = field(default_factory=list)  # in place of the formulas, where they fit
+    waits: list[MeasuredWait] = field(default_factory=list)  # for groups of other kinds: all ranks are equally fast
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
-            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives."))):
+            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives.", "waits."))):
                 raise ValueError(f"{name} is {value:g}; it must be positive")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")

@@ -12,7 +12,7 @@ from tedlab.calibrate.measure import Group, Measured
 from tedlab.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.cli import UsageError
 from tedlab.cluster import ClusterConfig, Dispatch, load_cluster
-from tedlab.cost import collective_seconds
+from tedlab.cost import collective_seconds, waiting_seconds
 from tedlab.sim.roofline import Work, seconds, work_of
 from tests.pool import WorkerPool
 
@@ -50,6 +50,7 @@ def test_a_latency_is_never_negative_and_a_rate_always_positive(timings: list[fl
 PRODUCTS, ATTENTION = Line(1e-5, 1e11), Line(2e-5, 4e10)
 MOVEMENT, ARITHMETIC = Line(3e-6, 3e10), Line(7e-6, 1e10)
 REDUCE, EXCHANGE, OUTSIDE = Line(6e-4, 1e9), Line(5e-4, 2e9), Line(8e-4, 1e8)
+WAITING = Line(2e-3, 1 / 1.05)
 MEASURED = Measured(
     products={name: series(PRODUCTS, FLOPS, "FLOP") for name in ("fp64", "fp32", "fp16", "bf16")},
     attention=series(ATTENTION, FLOPS, "FLOP"),
@@ -62,6 +63,7 @@ MEASURED = Measured(
         ("all_to_all", Group(4, 1)): series(EXCHANGE, BYTES),
         ("all_reduce", Group(2, 2)): series(OUTSIDE, BYTES),
     },
+    waits={Group(4, 1): series(WAITING, [1e-2, 3e-2, 1e-1], "s")},
 )
 
 
@@ -91,6 +93,12 @@ def test_the_file_predicts_what_was_measured(cluster: ClusterConfig) -> None:
         ("all_reduce", range(0, 8, 4), 1, OUTSIDE),
     ):
         assert collective_seconds(op, 1e6, members, cluster) == pytest.approx(line.seconds(wire * 1e6), 1e-3)
+
+
+def test_the_file_says_how_long_a_rank_waits_for_the_slowest(cluster: ClusterConfig) -> None:
+    assert waiting_seconds(0.4, range(4), cluster) == pytest.approx(2e-3 + 0.05 * 0.4, 1e-3)
+    assert waiting_seconds(0.4, range(2), cluster) == 0  # not measured
+    assert waiting_seconds(0.4, range(1), cluster) == 0
 
 
 def test_where_the_host_computes_dispatch_has_small_kernels_latencies(tmp_path: Path) -> None:

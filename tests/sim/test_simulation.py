@@ -19,7 +19,7 @@ from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify, record
 from tedlab.cli import UsageError
-from tedlab.cluster import Dispatch, Kernels, load_cluster
+from tedlab.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.comm import Collectives, predict
 from tedlab.comm.ledger import differences
 from tedlab.comm.volumes import ClosedForm
@@ -148,6 +148,22 @@ def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
     cluster = replace(load_cluster("one_h200"), kernels=Kernels(dispatch))
     with out_of_the_pools_group():
         return simulate(config, cluster)
+
+
+def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -> None:
+    late, share = (
+        pool.run(1, with_waits, checked(*WORLD), MeasuredWait(4, 1, *given))[0] for given in ((1, 0), (0, 1))
+    )
+    sooner = in_pool(pool, *WORLD)
+    for entry, count in sooner.ledger.items():
+        waits = count.calls if entry.kind in ("tensor", "expert_tensor") else 0  # the only groups of 4 on one node
+        assert late.ledger[entry].seconds == pytest.approx(count.seconds + waits, rel=1e-6)
+    assert share.step_seconds < 2 * sooner.step_seconds  # nothing is waited for twice
+
+
+def with_waits(config: TrainConfig, wait: MeasuredWait) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, replace(load_cluster("summit"), waits=[wait]))
 
 
 def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:

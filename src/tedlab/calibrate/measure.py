@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from statistics import median
 from typing import Any, Literal, get_args
@@ -52,6 +53,7 @@ class Sizes:
         streams: bytes of one operand.
         pool: bytes of all operands of a stream, which take turns.
         messages: bytes of a collective's buffer.
+        repeats: of the first linear layer between two collectives.
     """
 
     block: float
@@ -61,6 +63,7 @@ class Sizes:
     streams: Sequence[int]
     pool: int
     messages: Sequence[int]
+    repeats: Sequence[int]
 
     def shortened(self) -> "Sizes":
         """A rough idea in seconds: of all sizes the first and the last."""
@@ -72,6 +75,7 @@ class Sizes:
             self.streams[:: len(self.streams) - 1],
             self.pool // 8,
             self.messages[:: len(self.messages) - 1],
+            self.repeats[:: len(self.repeats) - 1],
         )
 
 
@@ -91,7 +95,8 @@ SIZES = {
         attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
-        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB, 32 * _MIB],
+        repeats=[8, 32, 128],
     ),
     "cuda": Sizes(
         block=0.03,
@@ -108,6 +113,7 @@ SIZES = {
         streams=[4 * _MIB, 8 * _MIB, 16 * _MIB, 64 * _MIB, 128 * _MIB],
         pool=1024 * _MIB,
         messages=[64 * 1024, _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB],
+        repeats=[8, 32, 128],
     ),
 }
 
@@ -132,6 +138,7 @@ class Measured:
         dispatch: seconds of one operation that has next to nothing to do, by phase.
         fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
         collectives: by operation and kind of group.
+        waits: by kind of group: seconds of computing, and of that with waiting for the slowest.
     """
 
     products: dict[str, Series]
@@ -141,6 +148,7 @@ class Measured:
     dispatch: Dispatch
     fresh: float | None
     collectives: dict[tuple[Operation, Group], Series]
+    waits: dict[Group, Series]
 
 
 class Bench:
@@ -162,7 +170,7 @@ class Bench:
         """How many :meth:`measure` takes."""
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
-        messages = groups * len(get_args(Operation)) * len(sizes.messages)
+        messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 2 + len(sizes.repeats))
         return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
@@ -183,6 +191,7 @@ class Bench:
                 for kind, group in self._groups()
                 for op in get_args(Operation)
             },
+            {kind: self._waiting(kind, group) for kind, group in self._groups()},
         )
 
     def _products(self, dtype: str) -> Sequence[tuple[int, int, int]]:
@@ -257,24 +266,23 @@ class Bench:
         def forward() -> Tensor:
             return network(ids)[0].sum()
 
-        def both_passes() -> None:
-            torch.autograd.grad(forward(), list(names), allow_unused=True)
+        loss = forward()
+
+        def backward() -> None:
+            torch.autograd.grad(loss, list(names), allow_unused=True, retain_graph=True)
 
         def step() -> None:
             for bucket in sharded.buckets:
                 bucket.gradient = torch.zeros_like(bucket.shard)
             adam.step()
 
-        numbers = {function: self._operations(function) for function in (forward, both_passes)}
-        adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
-        numbers[step] = self._operations(step)
-        adam.param_groups[0]["foreach"] = None
-        seconds = {function: self._time(f"dispatch, {function.__name__}", function, "host") for function in numbers}
-        return Dispatch(
-            forward=seconds[forward] / numbers[forward],
-            backward=(seconds[both_passes] - seconds[forward]) / (numbers[both_passes] - numbers[forward]),
-            optimizer=seconds[step] / numbers[step],
-        )
+        def of_one(function: Callable[[], Any]) -> float:
+            adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
+            number = self._operations(function)
+            adam.param_groups[0]["foreach"] = None
+            return self._time(f"dispatch, {function.__name__}", function, "host") / number
+
+        return Dispatch(forward=of_one(forward), backward=of_one(backward), optimizer=of_one(step))
 
     def _operations(self, function: Callable[[], Any]) -> int:
         function()  # a first call may do more than others
@@ -316,6 +324,29 @@ class Bench:
             seconds.append(self._time(f"{op} of {kind.size}", once))
         how = f"{len(amounts)} sizes, bytes sent by a rank; all groups at the same time"
         return Series(op, "B", how, amounts, seconds)
+
+    def _waiting(self, kind: Group, group: dist.ProcessGroup) -> Series:
+        """Processes are never equally fast, less so if they take turns at a core."""
+        comm, number = Collectives({"world": group}), torch.zeros(1, device=self.device)
+        rows, inputs, outputs = self.sizes.products[0]
+        x, w = (torch.randn(shape, device=self.device) for shape in ((rows, inputs), (inputs, outputs)))
+
+        def meet() -> None:
+            comm.all_reduce(number, "world", tag="calibrate", phase="metrics")
+
+        def compute(times: int) -> None:
+            for _ in range(times):
+                x @ w
+
+        def compute_and_meet(times: int) -> None:
+            compute(times)
+            meet()
+
+        what = f"waiting for {kind.size}"
+        once, meeting = self._time(what, partial(compute, 100)) / 100, self._time(what, meet)
+        amounts = [times * once for times in self.sizes.repeats]
+        seconds = [self._time(what, partial(compute_and_meet, times)) - meeting for times in self.sizes.repeats]
+        return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
 
     def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
         """Seconds of one call, mean over processes, in the median of several blocks.

@@ -98,7 +98,18 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
             f"op: {op}, size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, bandwidth: {line.rate:.4g}"
         )
         lines.append(f"  - {{{values}}}  # {_how(measured.collectives[op, kind], line)}")
+    if fits:
+        lines.append("waits:  # for the slowest of a group: latency + share of the seconds since the last collective")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        values = f"size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, share: {_share(line):.4g}"
+        lines.append(f"  - {{{values}}}  # {_how(series, line)}")
     return "\n".join(lines) + "\n"
+
+
+def _share(line: Line) -> float:
+    """Of the time between collectives that is added by waiting, of a line from the one to both."""
+    return max(0.0, 1 / line.rate - 1)
 
 
 Key = tuple[Operation, Group]
@@ -145,6 +156,14 @@ def fit_table(measured: Measured, title: str) -> Table:
         line = fit(series)
         rate = f"{line.rate / 1e9:,.2f} G{'FLOP' if series.unit == 'FLOP' else 'B'}/s"
         table.add_row(name, f"{line.latency * 1e6:,.1f}", rate, f"{largest_error(series, line):.0%}")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        table.add_row(
+            f"waiting for {kind.size} on {kind.nodes}",
+            f"{line.latency * 1e6:,.1f}",
+            f"{_share(line):.1%} of the time",
+            f"{largest_error(series, line):.0%}",
+        )
     if measured.fresh is not None:
         table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
     for phase, seconds in asdict(measured.dispatch).items():
