@@ -42,6 +42,8 @@ SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", 
 SMALL += ["model.vocab_size=512", "moe.num_experts=16", "parallel.tensor=4", "parallel.expert=16"]
 ALONE = [*SMALL, "parallel=single", "parallel.tensor=1", "parallel.expert=1", "data.batch_size=2"]
 ALONE += ["data.micro_batch_size=2"]
+WIDE = [*SMALL, "model.layers=1", "model.hidden=1024", "model.ffn=4096", "moe.num_experts=0"]
+WIDE += ["parallel=dp2", "data.batch_size=4", "parallel.tensor=1", "parallel.expert=1", "data.micro_batch_size=2"]
 WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_batch_size=2"]  # 5 micro-batches
 
 
@@ -164,6 +166,17 @@ def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -
 def with_waits(config: TrainConfig, wait: MeasuredWait) -> Simulation:
     with out_of_the_pools_group():
         return simulate(config, replace(load_cluster("summit"), waits=[wait]))
+
+
+def test_large_results_of_collectives_are_fresh_memory_but_not_what_is_given_to_them(pool: WorkerPool) -> None:
+    whole, sharded = (pool.run(1, fresh_results, checked(*WIDE, f"optim.zero={zero}"))[0] for zero in ("false", "true"))
+    assert [size > 2**25 for size in whole] == [True]  # the sum of a bucket's gradients
+    assert sharded == []  # half of it is less than 32 MiB, and parameters are gathered into a bucket that is there
+
+
+def fresh_results(config: TrainConfig) -> list[float]:
+    with out_of_the_pools_group():
+        return [work.fresh for _, work in simulate(config, load_cluster("this_machine")).kernels if not work.bytes]
 
 
 def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:

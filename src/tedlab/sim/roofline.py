@@ -85,12 +85,18 @@ class Work(NamedTuple):
 
 
 def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
-    """The work of a call of an aten operation; None for one that does none, such as a view."""
+    """The work of a call of an aten operation; None for one that does none, such as a view.
+
+    Of a functional collective it is the memory for its result; the rest is not a kernel's.
+    """
     packet = func._overloadpacket
-    if func.namespace != "aten" or func.is_view or packet in _FREE:
-        return None
     operands, results = list(_tensors(args)), list(_tensors((out,)))
-    if not results:
+    known = {operand.untyped_storage()._cdata for operand in operands}
+    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    fresh = sum(size for size in sizes if size >= _MAPPED)
+    if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
+        return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
+    if func.namespace != "aten" or func.is_view or packet in _FREE or not results:
         return None
     written = sum(map(_bytes, results))
     if packet in _LOOKUPS:
@@ -106,9 +112,7 @@ def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], ou
         kind = "attention"
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
-    known = {operand.untyped_storage()._cdata for operand in operands}
-    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
-    return Work(flops, moved, first.dtype, kind, sum(size for size in sizes if size >= _MAPPED))
+    return Work(flops, moved, first.dtype, kind, fresh)
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
