@@ -120,6 +120,8 @@ def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
     assert first.seconds_on(load_cluster("dgx_h100")) == pytest.approx(there.seconds)
     with pytest.raises(ValueError, match=r"optim\.overlap"):
         in_pool(pool, *WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
+    with pytest.raises(ValueError, match="dispatch"):
+        first.seconds_on(replace(load_cluster("summit"), kernels=Kernels(Dispatch(forward=1e-5))))
 
 
 def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
