@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +38,7 @@ from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.cluster import ClusterConfig, load_cluster
-from tedlab.comm.ledger import Totals
+from tedlab.comm.ledger import Totals, summed
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
 from tedlab.run import language_model, quieten, strategy_arguments
@@ -49,6 +50,8 @@ from tedlab.validate import check_simulated
 _RESULTS = Path(__file__).parent / "results"
 _STEPS = {"cpu": 3, "cuda": 6}  # timed in a round, after one that is not
 _ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is short of its time
+_MEASURED = ["output_dir=unused", "choices={}", "logger=none", "comm.ledger.time=true"]
+_PARTS = ("forward", "backward", "optimizer", "loop")  # of a step; recomputation is part of backward
 _GIB = 2**30
 
 _WIDE = ["model.layers=4", "model.hidden=512", "model.heads=8", "model.ffn=2048", "model.sequence_length=256"]
@@ -151,14 +154,14 @@ class Measured:
     """One configuration in this process.
 
     Attributes:
-        seconds: of steps.
-        collectives: seconds of a step that its collectives took.
+        steps: seconds of each, by part.
+        collectives: seconds that the collectives of each step took, by phase and operation.
         differences: between what was communicated and the closed form: calls and bytes.
         sent: bytes of a step.
     """
 
-    seconds: list[float] = field(default_factory=list)
-    collectives: list[float] = field(default_factory=list)
+    steps: list[dict[str, float]] = field(default_factory=list)
+    collectives: list[dict[str, float]] = field(default_factory=list)
     differences: int = 0
     sent: float = 0.0
 
@@ -174,19 +177,61 @@ class Job:
 
 
 class Clock(Callback):
-    """When optimizer steps end."""
+    """When the parts of optimizer steps begin: ``forward``, ``backward``, ``optimizer`` (as in a simulation, with all
+    that is done with gradients), ``loop`` (Lightning's, from one batch to the next).
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
+    """
+
+    def __init__(self, ledger: CommunicationLedger) -> None:
+        self.ledger = ledger
+        self.steps: list[list[tuple[str, Any]]] = [[]]
+        self._totals: list[dict[str, float]] = []  # of collectives until each step's end
+
+    def collectives(self) -> list[dict[str, float]]:
+        """Seconds by phase and operation, of every step but the first."""
+        return [{cause: b - a[cause] for cause, b in after.items()} for a, after in pairwise(self._totals)]
+
+    def seconds(self) -> list[dict[str, float]]:
+        """By part, of every step but the first."""
+        steps = []
+        for before, marks in zip(self.steps, self.steps[1:-1], strict=False):
+            steps.append(dict.fromkeys(_PARTS, 0.0))
+            for (part, begin), (_, end) in pairwise([before[-1], *marks]):
+                taken = begin.elapsed_time(end) / 1e3 if isinstance(begin, torch.cuda.Event) else end - begin
+                steps[-1][part] += taken
+        return steps
+
+    def _begins(self, part: str) -> None:
+        mark: Any = time.perf_counter()
+        if torch.cuda.is_initialized():
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self.steps[-1].append((part, mark))
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._begins("forward")
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        self._begins("backward")
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begins("optimizer")
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._begins("loop")
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
-            self.ends.append(time.perf_counter())
+            self.steps.append([])
+            totals = summed(self.ledger.ledger.totals, "phase", "op")
+            self._totals.append({"/".join(key): count.seconds for key, count in totals.items()})
 
 
 class RandomBatches(Batches):
@@ -218,13 +263,14 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _round(config: TrainConfig, steps: int, result: Measured) -> None:
-    clock, ledger = Clock(), CommunicationLedger(config)
+    ledger = CommunicationLedger(config)
+    clock = Clock(ledger)
     trainer = _trainer(config, [clock, ledger], steps)
     _clear("cuda" if config.trainer["accelerator"] == "gpu" else "cpu")
     trainer.fit(language_model(config), RandomBatches(config))
-    result.seconds += [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)]
+    result.steps += clock.seconds()
     totals: Totals = ledger.ledger.totals
-    result.collectives.append(sum(count.seconds for count in totals.values()) / steps)
+    result.collectives += clock.collectives()
     result.sent = sum(count.wire_bytes for count in totals.values()) / steps
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
@@ -308,7 +354,7 @@ def _clear(device: str) -> None:
 def composed(overrides: list[str]) -> TrainConfig:
     """A complete configuration of overrides."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
+        config = hydra.compose("train", overrides=[*_MEASURED, *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
     check_simulated(typed)
@@ -351,6 +397,7 @@ class Report:
             "collectives, s",
             "bytes",
         )
+        parts = _table("configuration: predicted / measured, s", *_PARTS)
         memory = _table("configuration", "allocated, GiB", "simulated, GiB", "ratio")
         for row in self.rows:
             if "error" in row:
@@ -361,10 +408,12 @@ class Report:
                 shown += [f"{row['quickest_s']:.3f}"]
                 shown += [f"{row['predicted_collectives_s']:.3f} / {row['measured_collectives_s']:.3f}"]
                 times.add_row(*shown, "equal" if row["equal_bytes"] else "DIFFERENT")
+                both = [(row["predicted_s_by_part"][part], row["measured_s_by_part"][part]) for part in _PARTS]
+                parts.add_row(row["name"], *(f"{predicted:.4f} / {measured:.4f}" for predicted, measured in both))
             elif row["kind"] == "memory":
                 sizes = [f"{row[key] / _GIB:.3f}" for key in ("measured_bytes", "predicted_bytes")]
                 memory.add_row(row["name"], *sizes, f"{row['ratio']:.4f}")
-        for table in (times, memory):
+        for table in (times, parts, memory):
             if table.row_count:
                 console.print(table)
         console.print(f"saved in {self.path}")
@@ -412,15 +461,27 @@ def _compared(config: TrainConfig, measured: Measured | str, cluster: ClusterCon
     if isinstance(measured, str):
         return {"error": measured}
     simulation = simulate(config, cluster)
-    seconds = median(measured.seconds)
+    steps = [sum(step.values()) for step in measured.steps]
+    seconds = median(steps)
+    predicted = dict.fromkeys(_PARTS, 0.0)
+    for (phase, _), taken in simulation.seconds.items():
+        predicted["backward" if phase == "recompute" else phase] += taken
     return {
         "predicted_s": simulation.step_seconds,
         "measured_s": seconds,
         "ratio": simulation.step_seconds / seconds,
-        "quickest_s": min(measured.seconds),
-        "measured_steps_s": measured.seconds,
+        "quickest_s": min(steps),
+        "measured_steps_s": steps,
+        "predicted_s_by_part": predicted,
+        "measured_s_by_part": {part: median(step[part] for step in measured.steps) for part in _PARTS},
         "predicted_collectives_s": sum(count.seconds for count in simulation.ledger.values()),
-        "measured_collectives_s": min(measured.collectives),
+        "measured_collectives_s": median(sum(step.values()) for step in measured.collectives),
+        "predicted_collectives_s_by_cause": {
+            "/".join(key): count.seconds for key, count in summed(simulation.ledger, "phase", "op").items()
+        },
+        "measured_collectives_s_by_cause": {
+            cause: median(step[cause] for step in measured.collectives) for cause in measured.collectives[0]
+        },
         "predicted_s_by_cause": {f"{p}/{cause}": taken for (p, cause), taken in simulation.seconds.items()},
         "sent_bytes": measured.sent,
         "equal_bytes": measured.differences == 0

@@ -47,13 +47,24 @@ class Efficiency:
 
 
 @dataclass
+class Dispatch:
+    """Seconds that the host is busy with one operation: Python, autograd, dispatcher, the launch of a kernel."""
+
+    forward: float = 0.0  # recomputation included
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass
 class Kernels:
     """What keeps operations from the roofline. By default nothing does; ``tedlab.calibrate`` measures it."""
 
-    dispatch: float = 0.0  # seconds that the host is busy with one operation
+    dispatch: Dispatch = field(default_factory=Dispatch)
     asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
     gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
     attention_latency: float = 0.0  # seconds of a fused attention, its size apart
+    memory_latency: float = 0.0  # seconds of any other kernel, its size apart
+    arithmetic_latency: float | None = None  # likewise, of norms, softmax, GELU; None: as any other
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
     fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
 
@@ -67,6 +78,16 @@ class MeasuredCollective:
     nodes: int = MISSING  # that the group is on
     latency: float = MISSING  # seconds of the whole collective, its size apart
     bandwidth: float = MISSING  # bytes/s that a rank sends
+
+
+@dataclass
+class MeasuredWait:
+    """How long a rank waits in a collective for the slowest of its group: latency + share × seconds since the last."""
+
+    size: int = MISSING  # ranks of the group
+    nodes: int = MISSING  # that the group is on
+    latency: float = MISSING  # seconds, however long ago the last collective was
+    share: float = MISSING  # of the time since then
 
 
 @dataclass
@@ -86,10 +107,11 @@ class ClusterConfig:
     efficiency: Efficiency = MISSING
     kernels: Kernels = field(default_factory=Kernels)
     collectives: list[MeasuredCollective] = field(default_factory=list)  # in place of the formulas, where they fit
+    waits: list[MeasuredWait] = field(default_factory=list)  # for groups of other kinds: all ranks are equally fast
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
-            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives."))):
+            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives.", "waits."))):
                 raise ValueError(f"{name} is {value:g}; it must be positive")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")

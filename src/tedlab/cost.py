@@ -30,6 +30,7 @@ A part without bytes to send costs nothing; a group of one costs nothing.
 
 **Measured collectives** (``cluster.collectives``, from ``tedlab.calibrate``) replace all this for groups of the same
 operation, n and m: seconds = latency + V / bandwidth, with V the bytes that a rank sends (P·(n−1)/n in an all-to-all).
+Likewise measured ``waits`` say how long a rank waits for the slowest of n on m nodes; elsewhere all are equally fast.
 """
 
 from collections import Counter
@@ -91,6 +92,23 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
         latency += rounds * (place.nodes - 1) * outside.latency
         slowest = max(slowest, place.groups_out * passed / (outside.bandwidth * efficiency.between_nodes))
     return latency + slowest
+
+
+def waiting_seconds(since: float, members: Sequence[int], cluster: ClusterConfig) -> float:
+    """Seconds that a rank waits for the slowest of its group, where the cluster's ``waits`` say so.
+
+    Args:
+        since: seconds since it last communicated.
+        members: the global ranks of the group, evenly spaced.
+        cluster: where they are.
+    """
+    if len(members) == 1:
+        return 0.0
+    place = placement_of(_as_range(members), cluster.gpus_per_node)
+    for wait in cluster.waits:
+        if (wait.size, wait.nodes) == (place.size, place.nodes):
+            return wait.latency + wait.share * since
+    return 0.0
 
 
 def link_of(members: Sequence[int], gpus_per_node: int) -> LinkClass:

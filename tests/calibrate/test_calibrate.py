@@ -11,8 +11,8 @@ from tedlab.calibrate.fit import Line, Series, fit, largest_error
 from tedlab.calibrate.measure import Group, Measured
 from tedlab.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.cli import UsageError
-from tedlab.cluster import ClusterConfig, load_cluster
-from tedlab.cost import collective_seconds
+from tedlab.cluster import ClusterConfig, Dispatch, load_cluster
+from tedlab.cost import collective_seconds, waiting_seconds
 from tedlab.sim.roofline import Work, seconds, work_of
 from tests.pool import WorkerPool
 
@@ -48,27 +48,33 @@ def test_a_latency_is_never_negative_and_a_rate_always_positive(timings: list[fl
 # ---- the file ------------------------------------------------------------------------------------------------------
 
 PRODUCTS, ATTENTION = Line(1e-5, 1e11), Line(2e-5, 4e10)
-MOVEMENT, ARITHMETIC = Line(0.0, 3e10), Line(0.0, 1e10)
+MOVEMENT, ARITHMETIC = Line(3e-6, 3e10), Line(7e-6, 1e10)
 REDUCE, EXCHANGE, OUTSIDE = Line(6e-4, 1e9), Line(5e-4, 2e9), Line(8e-4, 1e8)
+WAITING = Line(2e-3, 1 / 1.05)
 MEASURED = Measured(
     products={name: series(PRODUCTS, FLOPS, "FLOP") for name in ("fp64", "fp32", "fp16", "bf16")},
     attention=series(ATTENTION, FLOPS, "FLOP"),
     movement=series(MOVEMENT, BYTES),
     arithmetic=series(ARITHMETIC, BYTES),
-    dispatch=1e-5,
+    dispatch=Dispatch(2e-5, 1e-5, 3e-5),
     fresh=2e9,
     collectives={
         ("all_reduce", Group(4, 1)): series(REDUCE, BYTES),
         ("all_to_all", Group(4, 1)): series(EXCHANGE, BYTES),
         ("all_reduce", Group(2, 2)): series(OUTSIDE, BYTES),
     },
+    waits={Group(4, 1): series(WAITING, [1e-2, 3e-2, 1e-1], "s")},
 )
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> ClusterConfig:
-    facts = Facts(8, 4, 1, "a machine", 8e9, False, "fp32", "2026-01-01")
-    path = tmp_path / "mine.yaml"
+    return written(tmp_path, asynchronous=True)
+
+
+def written(folder: Path, asynchronous: bool) -> ClusterConfig:
+    facts = Facts(8, 4, 1, "a machine", 8e9, asynchronous, "fp32", "2026-01-01")
+    path = folder / "mine.yaml"
     path.write_text(cluster_yaml(MEASURED, facts))
     return load_cluster(path)
 
@@ -89,17 +95,28 @@ def test_the_file_predicts_what_was_measured(cluster: ClusterConfig) -> None:
         assert collective_seconds(op, 1e6, members, cluster) == pytest.approx(line.seconds(wire * 1e6), 1e-3)
 
 
-def test_large_results_and_wide_norms_are_fresh_memory() -> None:
+def test_the_file_says_how_long_a_rank_waits_for_the_slowest(cluster: ClusterConfig) -> None:
+    assert waiting_seconds(0.4, range(4), cluster) == pytest.approx(2e-3 + 0.05 * 0.4, 1e-3)
+    assert waiting_seconds(0.4, range(2), cluster) == 0  # not measured
+    assert waiting_seconds(0.4, range(1), cluster) == 0
+
+
+def test_where_the_host_computes_dispatch_has_small_kernels_latencies(tmp_path: Path) -> None:
+    cluster = written(tmp_path, asynchronous=False)
+    assert seconds(Work(0, 1e6, torch.float32, "movement"), cluster) == pytest.approx(1e6 / MOVEMENT.rate, 1e-3)
+    assert seconds(Work(0, 1e6, torch.float32, "arithmetic"), cluster) == pytest.approx(1e6 / ARITHMETIC.rate, 1e-3)
+    assert cluster.kernels.dispatch == MEASURED.dispatch
+
+
+def test_large_results_are_fresh_memory() -> None:
     aten, x = torch.ops.aten, torch.empty(2**23 + 1)  # just above 32 MiB
-    for func, args, kwargs, fresh in (
-        (aten.exp.default, (x,), {}, 4 * len(x)),
-        (aten.exp_.default, (x,), {}, 0),
-        (aten.exp.default, (x[1:],), {}, 4 * (len(x) - 1)),
-        (aten.exp.default, (x[2:],), {}, 0),
-        (aten.linalg_vector_norm.default, (x,), {"dtype": torch.float64}, 8 * len(x)),
-        (aten.linalg_vector_norm.default, (x,), {}, 0),
+    for func, operand, fresh in (
+        (aten.exp.default, x, 4 * len(x)),
+        (aten.exp_.default, x, 0),
+        (aten.exp.default, x[1:], 4 * (len(x) - 1)),
+        (aten.exp.default, x[2:], 0),
     ):
-        work = work_of(func, args, kwargs, func(*args, **kwargs))
+        work = work_of(func, (operand,), {}, func(operand))
         assert work is not None
         assert work.fresh == fresh
 
@@ -144,7 +161,7 @@ def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -
     assert cluster.in_node is None
     assert not cluster.kernels.asynchronous
     assert 1e8 < cluster.peak_flops.fp32 < 1e15
-    assert 0 < cluster.kernels.dispatch < 1e-2
+    assert 0 < cluster.kernels.dispatch.backward < 1e-2
     assert (tmp_path / "mine.png").exists()
 
 

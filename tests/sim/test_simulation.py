@@ -3,8 +3,10 @@
 import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify, record
 from tedlab.cli import UsageError
-from tedlab.cluster import load_cluster
+from tedlab.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.comm import Collectives, predict
 from tedlab.comm.ledger import differences
 from tedlab.comm.volumes import ClosedForm
@@ -38,6 +40,10 @@ from tests.pool import WorkerPool
 
 SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.sequence_length=32"]
 SMALL += ["model.vocab_size=512", "moe.num_experts=16", "parallel.tensor=4", "parallel.expert=16"]
+ALONE = [*SMALL, "parallel=single", "parallel.tensor=1", "parallel.expert=1", "data.batch_size=2"]
+ALONE += ["data.micro_batch_size=2"]
+WIDE = [*SMALL, "model.layers=1", "model.hidden=1024", "model.ffn=4096", "moe.num_experts=0"]
+WIDE += ["parallel=dp2", "data.batch_size=4", "parallel.tensor=1", "parallel.expert=1", "data.micro_batch_size=2"]
 WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_batch_size=2"]  # 5 micro-batches
 
 
@@ -114,11 +120,65 @@ def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
     assert first.seconds_on(load_cluster("dgx_h100")) == pytest.approx(there.seconds)
     with pytest.raises(ValueError, match=r"optim\.overlap"):
         in_pool(pool, *WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
+    with pytest.raises(ValueError, match="dispatch"):
+        first.seconds_on(replace(load_cluster("summit"), kernels=Kernels(Dispatch(forward=1e-5))))
 
 
 def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
     with out_of_the_pools_group():
         return simulate(config, load_cluster(cluster), 0)
+
+
+def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> None:
+    config = checked(*ALONE, "model.checkpoint=block")
+    simulation = pool.run(1, held_up, config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))[0]
+    operations = Counter[str]()
+    for (phase, _), times in simulation.kernels.items():
+        operations[phase] += times
+    for phase, dispatch in (("forward", 1.0), ("recompute", 1.0), ("backward", 10.0), ("optimizer", 100.0)):
+        taken = sum(seconds for (when, _), seconds in simulation.seconds.items() if when == phase)
+        assert taken == pytest.approx(dispatch * operations[phase], rel=1e-3)
+
+
+def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count(pool: WorkerPool) -> None:
+    slow, fast = (
+        pool.run(1, held_up, checked(*ALONE, "optim.tile=1000"), Dispatch(optimizer=each))[0] for each in (1e-9, 0.0)
+    )
+    tiles = slow.about["parameters/total"] / 1000
+    assert 0 < slow.step_seconds - fast.step_seconds < tiles * 1e-9 / 2  # the rest is hidden behind a slower device
+
+
+def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
+    cluster = replace(load_cluster("one_h200"), kernels=Kernels(dispatch))
+    with out_of_the_pools_group():
+        return simulate(config, cluster)
+
+
+def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -> None:
+    late, share = (
+        pool.run(1, with_waits, checked(*WORLD), MeasuredWait(4, 1, *given))[0] for given in ((1, 0), (0, 1))
+    )
+    sooner = in_pool(pool, *WORLD)
+    for entry, count in sooner.ledger.items():
+        waits = count.calls if entry.kind in ("tensor", "expert_tensor") else 0  # the only groups of 4 on one node
+        assert late.ledger[entry].seconds == pytest.approx(count.seconds + waits, rel=1e-6)
+    assert share.step_seconds < 2 * sooner.step_seconds  # nothing is waited for twice
+
+
+def with_waits(config: TrainConfig, wait: MeasuredWait) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, replace(load_cluster("summit"), waits=[wait]))
+
+
+def test_large_results_of_collectives_are_fresh_memory_but_not_what_is_given_to_them(pool: WorkerPool) -> None:
+    whole, sharded = (pool.run(1, fresh_results, checked(*WIDE, f"optim.zero={zero}"))[0] for zero in ("false", "true"))
+    assert [size > 2**25 for size in whole] == [True]  # the sum of a bucket's gradients
+    assert sharded == []  # half of it is less than 32 MiB, and parameters are gathered into a bucket that is there
+
+
+def fresh_results(config: TrainConfig) -> list[float]:
+    with out_of_the_pools_group():
+        return [work.fresh for _, work in simulate(config, load_cluster("this_machine")).kernels if not work.bytes]
 
 
 def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:

@@ -1,14 +1,17 @@
 """Timings on the machine at hand. Everything runs in all processes at the same time, as it does in training.
 
-Processes that share cores therefore show what each of them gets.
+Processes that share cores therefore show what each of them gets. On a GPU kernels are timed by its own clock, with all
+of them queued before the first one starts: what the host takes to launch them is measured apart.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
-from typing import Any, get_args
+from statistics import median
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -18,17 +21,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tedlab.calibrate.fit import Series
+from tedlab.cluster import Dispatch
 from tedlab.comm import Collectives
 from tedlab.comm.collectives import Operation
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models import GPT
+from tedlab.optim import ShardedOptimizer
 from tedlab.sim.roofline import work_of
 from tedlab.topology import Topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MIB = 2**20
-_BLOCKS = 5  # of calls, of which the quickest counts: others may use the machine, too
+_BLOCKS = 5  # of calls, of which the median counts
+_QUEUED = 200  # calls at most that wait for a GPU together: the driver's queue has room for a thousand kernels
+_CYCLES = 4e9  # twice what a GPU has in a second
+_TILE = 64  # elements; so that a tiny model has more tiles than parameters, as large ones do
 _FRESH = 64 * _MIB
 _HEADS = {"cpu": 64, "cuda": 128}  # width of one
 
@@ -45,6 +53,7 @@ class Sizes:
         streams: bytes of one operand.
         pool: bytes of all operands of a stream, which take turns.
         messages: bytes of a collective's buffer.
+        repeats: of the first linear layer between two collectives.
     """
 
     block: float
@@ -54,18 +63,19 @@ class Sizes:
     streams: Sequence[int]
     pool: int
     messages: Sequence[int]
+    repeats: Sequence[int]
 
     def shortened(self) -> "Sizes":
-        """A rough idea in seconds."""
-        few = slice(0, 2)
+        """A rough idea in seconds: of all sizes the first and the last."""
         return Sizes(
             self.block / 20,
-            self.products[few],
+            self.products[:: len(self.products) - 1],
             self.slow,
-            self.attention[few],
-            self.streams[few],
+            self.attention[:: len(self.attention) - 1],
+            self.streams[:: len(self.streams) - 1],
             self.pool // 8,
-            self.messages[few],
+            self.messages[:: len(self.messages) - 1],
+            self.repeats[:: len(self.repeats) - 1],
         )
 
 
@@ -85,7 +95,8 @@ SIZES = {
         attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
-        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # the cost of memory for larger ones is known apart
+        repeats=[8, 32, 128],
     ),
     "cuda": Sizes(
         block=0.03,
@@ -102,6 +113,7 @@ SIZES = {
         streams=[4 * _MIB, 8 * _MIB, 16 * _MIB, 64 * _MIB, 128 * _MIB],
         pool=1024 * _MIB,
         messages=[64 * 1024, _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB],
+        repeats=[8, 32, 128],
     ),
 }
 
@@ -123,18 +135,20 @@ class Measured:
         attention: forward and backward passes.
         movement: kernels that add and copy.
         arithmetic: kernels that compute for each element.
-        dispatch: seconds of one operation that has next to nothing to do.
+        dispatch: seconds of one operation that has next to nothing to do, by phase.
         fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
         collectives: by operation and kind of group.
+        waits: by kind of group: seconds of computing, and of that with waiting for the slowest.
     """
 
     products: dict[str, Series]
     attention: Series
     movement: Series
     arithmetic: Series
-    dispatch: float
+    dispatch: Dispatch
     fresh: float | None
     collectives: dict[tuple[Operation, Group], Series]
+    waits: dict[Group, Series]
 
 
 class Bench:
@@ -156,8 +170,8 @@ class Bench:
         """How many :meth:`measure` takes."""
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
-        messages = groups * len(get_args(Operation)) * len(sizes.messages)
-        return products + len(sizes.attention) + 2 * len(sizes.streams) + 1 + (self.device.type == "cpu") + messages
+        messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 2 + len(sizes.repeats))
+        return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
         """All of it."""
@@ -177,6 +191,7 @@ class Bench:
                 for kind, group in self._groups()
                 for op in get_args(Operation)
             },
+            {kind: self._waiting(kind, group) for kind, group in self._groups()},
         )
 
     def _products(self, dtype: str) -> Sequence[tuple[int, int, int]]:
@@ -238,21 +253,42 @@ class Bench:
             seconds.append(self._time(f"{name} of bytes", once) / len(kernels))
         return Series(name, "B", f"{what}; {self.main}, bytes read and written", amounts, seconds)
 
-    def _dispatch(self) -> float:
-        """Of a model so small that nothing but the host's work is left: Python, autograd, torch's dispatch."""
+    def _dispatch(self) -> Dispatch:
+        """Of a model so small that nothing but the host's work is left, per operation that a simulation would count."""
         model = ModelConfig(layers=4, hidden=16, heads=2, ffn=32, sequence_length=16, vocab_size=64)
         topology = Topology(ParallelDegrees(self.world), self.device)
         network = GPT(model, MoEConfig(num_experts=4), topology, seed=0)
         ids = torch.zeros(1, 16, dtype=torch.int64, device=self.device)
-        parameters = list(network.parameters())
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        adam = torch.optim.AdamW(list(names), lr=0.0)
+        sharded = ShardedOptimizer(adam, topology.comm, names, zero=False, tile=_TILE)
 
-        def both_passes() -> None:
-            torch.autograd.grad(network(ids)[0].sum(), parameters, allow_unused=True)
+        def forward() -> Tensor:
+            return network(ids)[0].sum()
 
-        both_passes()
+        loss = forward()
+
+        def backward() -> None:
+            torch.autograd.grad(loss, list(names), allow_unused=True, retain_graph=True)
+
+        def step() -> None:
+            for bucket in sharded.buckets:
+                bucket.gradient = torch.zeros_like(bucket.shard)
+            adam.step()
+
+        def of_one(function: Callable[[], Any]) -> float:
+            adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
+            number = self._operations(function)
+            adam.param_groups[0]["foreach"] = None
+            return self._time(f"dispatch, {function.__name__}", function, "host") / number
+
+        return Dispatch(forward=of_one(forward), backward=of_one(backward), optimizer=of_one(step))
+
+    def _operations(self, function: Callable[[], Any]) -> int:
+        function()  # a first call may do more than others
         with _Operations() as operations:
-            both_passes()
-        return self._time("dispatch", both_passes) / operations.number
+            function()
+        return operations.number
 
     def _fresh(self) -> float:
         """More than the C library keeps: the system maps, and clears, every page again."""
@@ -289,22 +325,70 @@ class Bench:
         how = f"{len(amounts)} sizes, bytes sent by a rank; all groups at the same time"
         return Series(op, "B", how, amounts, seconds)
 
-    def _time(self, what: str, function: Callable[[], Any]) -> float:
-        """Seconds of one call, mean over processes, in the quickest block."""
+    def _waiting(self, kind: Group, group: dist.ProcessGroup) -> Series:
+        """Processes are never equally fast, less so if they take turns at a core."""
+        comm, number = Collectives({"world": group}), torch.zeros(1, device=self.device)
+        rows, inputs, outputs = self.sizes.products[0]
+        x, w = (torch.randn(shape, device=self.device) for shape in ((rows, inputs), (inputs, outputs)))
+
+        def meet() -> None:
+            comm.all_reduce(number, "world", tag="calibrate", phase="metrics")
+
+        def compute(times: int) -> None:
+            for _ in range(times):
+                x @ w
+
+        def compute_and_meet(times: int) -> None:
+            compute(times)
+            meet()
+
+        what = f"waiting for {kind.size}"
+        once, meeting = self._time(what, partial(compute, 100)) / 100, self._time(what, meet)
+        amounts = [times * once for times in self.sizes.repeats]
+        seconds = [self._time(what, partial(compute_and_meet, times)) - meeting for times in self.sizes.repeats]
+        return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
+
+    def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
+        """Seconds of one call, mean over processes, in the median of several blocks.
+
+        Args:
+            what: for the progress bar.
+            function: to call.
+            clock: ``device``: how long the call keeps the device busy; ``host``: until it is done, launches included.
+        """
         self.progress(what)
         function()
-        once = self._block(function, 1)
+        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
+        once = self._mean(self._on_host(function, 1))
         calls = max(1, math.ceil(self.sizes.block / once))
-        return min(self._block(function, calls) for _ in range(_BLOCKS))
+        times = []
+        for _ in range(_BLOCKS):
+            self._mean(0.0)  # all begin together
+            times.append(self._mean(block(function, calls)))
+        return median(times)
 
-    def _block(self, function: Callable[[], Any], calls: int) -> float:
-        self._mean(0.0)  # all begin together
+    def _on_host(self, function: Callable[[], Any], calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
             function()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return self._mean((time.perf_counter() - began) / calls)
+        return (time.perf_counter() - began) / calls
+
+    def _on_gpu(self, function: Callable[[], Any], calls: int) -> float:
+        calls = min(calls, _QUEUED)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        launching = (time.perf_counter() - began) * calls
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(launching * _CYCLES))  # the device waits until all is launched
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
 
     def _mean(self, value: float) -> float:
         """Over processes, which all learn it: they must take the same number of calls."""

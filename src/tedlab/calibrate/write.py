@@ -1,7 +1,7 @@
 """What was measured, for the cost model (a cluster file) and for people (a table, a picture)."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -71,11 +71,22 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         "  all_to_all: 1  # measured figures above",
         f"  attention: {min(1.0, attention.rate / main.rate):.4g}  # {_how(measured.attention, attention)}",
         "kernels:",
-        f"  dispatch: {measured.dispatch:.4g}  # seconds per operation of a model too small to compute anything",
+        "  dispatch:  # seconds per operation of a model too small to compute anything",
+        f"    forward: {measured.dispatch.forward:.4g}  # a forward pass",
+        f"    backward: {measured.dispatch.backward:.4g}  # a backward pass",
+        f"    optimizer: {measured.dispatch.optimizer:.4g}  # AdamW, tile by tile",
         f"  asynchronous: {str(facts.asynchronous).lower()}  # "
         + ("the host only launches kernels" if facts.asynchronous else "the host computes"),
         f"  gemm_latency: {main.latency:.4g}  # of the line through {facts.main}'s matrix products",
         f"  attention_latency: {attention.latency:.4g}  # of the line through attention",
+        *(
+            [
+                f"  memory_latency: {movement.latency:.4g}  # of the line through adding and copying",
+                f"  arithmetic_latency: {arithmetic.latency:.4g}  # of the line through GELU, softmax and layer norm",
+            ]
+            if facts.asynchronous  # elsewhere dispatch has them
+            else []
+        ),
         f"  arithmetic_bandwidth: {arithmetic.rate:.4g}  # {_how(measured.arithmetic, arithmetic)}",
     ]
     if measured.fresh is not None:
@@ -87,7 +98,18 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
             f"op: {op}, size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, bandwidth: {line.rate:.4g}"
         )
         lines.append(f"  - {{{values}}}  # {_how(measured.collectives[op, kind], line)}")
+    if fits:
+        lines.append("waits:  # for the slowest of a group: latency + share of the seconds since the last collective")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        values = f"size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, share: {_share(line):.4g}"
+        lines.append(f"  - {{{values}}}  # {_how(series, line)}")
     return "\n".join(lines) + "\n"
+
+
+def _share(line: Line) -> float:
+    """Of the time between collectives that is added by waiting, of a line from the one to both."""
+    return max(0.0, 1 / line.rate - 1)
 
 
 Key = tuple[Operation, Group]
@@ -134,9 +156,18 @@ def fit_table(measured: Measured, title: str) -> Table:
         line = fit(series)
         rate = f"{line.rate / 1e9:,.2f} G{'FLOP' if series.unit == 'FLOP' else 'B'}/s"
         table.add_row(name, f"{line.latency * 1e6:,.1f}", rate, f"{largest_error(series, line):.0%}")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        table.add_row(
+            f"waiting for {kind.size} on {kind.nodes}",
+            f"{line.latency * 1e6:,.1f}",
+            f"{_share(line):.1%} of the time",
+            f"{largest_error(series, line):.0%}",
+        )
     if measured.fresh is not None:
         table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
-    table.add_row("an operation", f"{measured.dispatch * 1e6:,.1f}", "", "")
+    for phase, seconds in asdict(measured.dispatch).items():
+        table.add_row(f"an operation, {phase}", f"{seconds * 1e6:,.1f}", "", "")
     return table
 
 

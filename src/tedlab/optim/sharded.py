@@ -19,6 +19,8 @@ from tedlab.optim.bucket import Bucket, holders, local, reduction_group
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
+_NORM_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
+
 
 def check_elementwise(optimizer: type[Optimizer]) -> None:
     """Whether shards can be stepped as flat pieces.
@@ -195,10 +197,13 @@ class ShardedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                # Of half precision in one pass, which torch has in fp32 only; otherwise it would copy into float64.
-                precise = torch.float32 if bucket.gradient.itemsize == 2 else torch.float64
-                norm = torch.linalg.vector_norm(bucket.gradient, dtype=precise)
-                total += norm.double().square() / bucket.holders
+                # Of half precision in one pass, which torch has in fp32 only. Otherwise it would first copy into float64:
+                # all of a bucket, were it not taken in pieces.
+                gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
+                precise = torch.float32 if half else torch.float64
+                pieces = (gradient,) if half else gradient.split(_NORM_PIECE)
+                norms = [torch.linalg.vector_norm(piece, dtype=precise).double() for piece in pieces]
+                total += torch.stack(norms).square().sum() / bucket.holders
         return total
 
     @torch.no_grad()

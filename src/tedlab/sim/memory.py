@@ -80,6 +80,11 @@ class Memory:
             if found is not None:
                 self._categories[found[0]] = category
 
+    def category_of(self, tensor: Tensor) -> Category | None:
+        """What a tensor's storage is for; None if it was never seen."""
+        found = self._alive.get(tensor.untyped_storage()._cdata)
+        return None if found is None else self._categories[found[0]]
+
     def timeline(self) -> Timeline:
         """All changes so far."""
         storages, signs, stash, times = (np.array(column) for column in zip(*self._changes, strict=True))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from tedlab.cluster import ClusterConfig
 from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
-from tedlab.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
+from tedlab.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
 from tedlab.optim.bucket import local
 from tedlab.sim.memory import Category, Memory
 from tedlab.sim.roofline import Work, seconds, work_of
@@ -35,7 +35,7 @@ class Counts:
         flops: by phase.
         kernels: how often each work was done, by phase.
         seconds: predicted, by phase and cause: ``matrix products``, ``other kernels``, or ``<operation>, <link>``.
-        collectives: their predicted seconds, by the ledger's entries.
+        collectives: their predicted seconds, waiting for others included, by the ledger's entries.
         wire: bytes that this rank sends, by link.
     """
 
@@ -74,6 +74,7 @@ class Meter(TorchDispatchMode):
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
         self._in_forward = False
+        self._communicated = 0.0  # predicted seconds until the last collective ended
         self._host = 0.0  # predicted seconds until the host has issued what it issued so far
 
     @contextmanager
@@ -99,7 +100,8 @@ class Meter(TorchDispatchMode):
         if func is _WAIT:
             return args[0]
         if func is _READ:
-            self._host = max(self._host, self.memory.now)
+            if self.memory.category_of(args[0]) != "optimizer":  # of an optimizer's state steps are, kept by the host
+                self._host = max(self._host, self.memory.now)
             return 1.0 if args[0].is_floating_point() else 1
         # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
         out = args[0] if func is _DRAW else func(*args, **kwargs)
@@ -114,13 +116,19 @@ class Meter(TorchDispatchMode):
         phase = self.phase
         work = work_of(func, args, kwargs, out)
         if work is not None:
-            taken = self._advance(seconds(work, self.cluster), self.cluster.kernels.dispatch)
+            taken = self._advance(seconds(work, self.cluster), self._dispatch(phase))
             counts.flops[phase] += work.flops
             counts.kernels[phase, work] += 1
             counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+
+    def _dispatch(self, phase: Phase) -> float:
+        dispatch = self.cluster.kernels.dispatch
+        if phase == "optimizer":
+            return dispatch.optimizer
+        return dispatch.backward if phase == "backward" else dispatch.forward
 
     def _advance(self, device: float, host: float) -> float:
         """Issues something that keeps device and host busy for so long; returns the time until the device is done."""
@@ -143,7 +151,10 @@ class Meter(TorchDispatchMode):
             return
         counts, members = self.counts, self.members[call.kind]
         counts.ledger(call, event)
-        taken = self._advance(collective_seconds(call.op, call.even_payload_bytes, members, self.cluster), 0.0)
+        waiting = waiting_seconds(self.memory.now - self._communicated, members, self.cluster)
+        alone = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)
+        taken = self._advance(waiting + alone, 0.0)
+        self._communicated = self.memory.now
         link = link_of(members, self.cluster.gpus_per_node)
         counts.seconds[call.phase, f"{call.op}, {link}"] += taken
         counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken

@@ -1,7 +1,7 @@
 """What one operation costs: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009).
 
-A cluster's ``kernels`` say how far from this a machine is: a latency of matrix products and attention, a bandwidth of
-kernels that compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F + L·R), half the peak at L·R.
+A cluster's ``kernels`` say how far from this a machine is: a latency of every kind of kernel, a bandwidth of those that
+compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F + L·R), half the peak at L·R.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,7 +74,7 @@ class Work(NamedTuple):
         bytes: read and written, each operand once.
         dtype: that it computes in.
         kind: of kernel.
-        fresh: bytes of results, and of a norm's copy in a wider dtype, too large for a CPU's allocator to keep.
+        fresh: bytes of results that are too large for a CPU's allocator to keep.
     """
 
     flops: float
@@ -85,12 +85,18 @@ class Work(NamedTuple):
 
 
 def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
-    """The work of a call of an aten operation; None for one that does none, such as a view."""
+    """The work of a call of an aten operation; None for one that does none, such as a view.
+
+    Of a functional collective it is the memory for its result; the rest is not a kernel's.
+    """
     packet = func._overloadpacket
-    if func.namespace != "aten" or func.is_view or packet in _FREE:
-        return None
     operands, results = list(_tensors(args)), list(_tensors((out,)))
-    if not results:
+    known = {operand.untyped_storage()._cdata for operand in operands}
+    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    fresh = sum(size for size in sizes if size >= _MAPPED)
+    if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
+        return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
+    if func.namespace != "aten" or func.is_view or packet in _FREE or not results:
         return None
     written = sum(map(_bytes, results))
     if packet in _LOOKUPS:
@@ -106,27 +112,24 @@ def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], ou
         kind = "attention"
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
-    known = {operand.untyped_storage()._cdata for operand in operands}
-    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
-    if packet is aten.linalg_vector_norm and results[0].dtype != first.dtype:
-        sizes.append(first.numel() * results[0].itemsize)
-    return Work(flops, moved, first.dtype, kind, sum(size for size in sizes if size >= _MAPPED))
+    return Work(flops, moved, first.dtype, kind, fresh)
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
-    """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency."""
+    """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency and latency."""
     kernels, efficiency = cluster.kernels, cluster.efficiency
     peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
-    latency, share = 0.0, efficiency.gemm
+    computing = 0.0
     if work.kind == "gemm":
-        latency = kernels.gemm_latency
+        computing = kernels.gemm_latency + work.flops / (peak * efficiency.gemm)
     elif work.kind == "attention":
-        latency, share = kernels.attention_latency, efficiency.attention or efficiency.gemm
-    bandwidth = cluster.memory_bandwidth * efficiency.memory
+        computing = kernels.attention_latency + work.flops / (peak * (efficiency.attention or efficiency.gemm))
+    latency, bandwidth = kernels.memory_latency, cluster.memory_bandwidth * efficiency.memory
     if work.kind == "arithmetic":
+        latency = latency if kernels.arithmetic_latency is None else kernels.arithmetic_latency
         bandwidth = kernels.arithmetic_bandwidth or bandwidth
     mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
-    return mapping + max(latency + work.flops / (peak * share), work.bytes / bandwidth)
+    return mapping + max(computing, latency + work.bytes / bandwidth)
 
 
 def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

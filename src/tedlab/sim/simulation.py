@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from tedlab.cli import UsageError
-from tedlab.cluster import ClusterConfig
+from tedlab.cluster import ClusterConfig, Dispatch
 from tedlab.comm import GroupKind, Phase, predict
 from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.comm.volumes import with_rows
@@ -78,8 +78,11 @@ class Simulation:
         Of a collective's calls the mean payload counts, which is exact where all are equal, and for rings.
 
         Raises:
-            ValueError: if gradients' reduction overlaps; what hides behind what depends on the cluster.
+            ValueError: if gradients' reduction overlaps, or the host's part or waiting was measured there: what then
+                hides behind what depends on the cluster.
         """
+        if cluster.waits or cluster.kernels.dispatch != Dispatch():
+            raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
         if ("optimizer", HIDDEN) in self.seconds:
             raise ValueError("with optim.overlap=true a simulation cannot be priced again; simulate on that cluster")
         priced: defaultdict[tuple[Phase, str], float] = defaultdict(float)
