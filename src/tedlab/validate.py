@@ -7,6 +7,7 @@ files, devices, a checkpoint. Every complaint says what is wrong, the values, an
 import inspect
 import os
 from dataclasses import MISSING, asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -355,7 +356,7 @@ def _check_trainer(config: TrainConfig) -> None:
     for name in ("devices", "num_nodes", "max_steps"):
         if not isinstance(trainer[name], int):
             raise ValueError(f"trainer.{name}={trainer[name]} is not a whole number")
-    known = set(inspect.signature(Trainer).parameters)
+    known = _trainer_arguments()
     unknown = sorted(set(trainer) - known)
     if unknown:
         raise ValueError(
@@ -394,6 +395,11 @@ def _check_trainer(config: TrainConfig) -> None:
             "or null for the end only"
         )
     _check_checkpointing(config)
+
+
+@cache  # a plan validates thousands of configurations
+def _trainer_arguments() -> frozenset[str]:
+    return frozenset(inspect.signature(Trainer).parameters)
 
 
 def _check_checkpointing(config: TrainConfig) -> None:

@@ -145,7 +145,11 @@ class ClosedForm:
 
     def sites(self, block: int) -> tuple[Site, ...]:
         """Of a block's forward pass."""
-        return block_sites(self.routed(block), self.config.comm, self.sequence, self.groups)
+        return self._sites[self.routed(block)]
+
+    @cached_property
+    def _sites(self) -> dict[bool, tuple[Site, ...]]:
+        return {routed: block_sites(routed, self.config.comm, self.sequence, self.groups) for routed in (False, True)}
 
     def recompute(self, block: int, cac: object) -> Iterator[Collective]:
         """A block's second pass."""
@@ -197,7 +201,7 @@ class ClosedForm:
     def optimizer_step(self) -> Iterator[Collective]:
         """Reduction of gradients, their norm, and the gathering of parameters."""
         trainer, partial = self.config.trainer, 0
-        for bucket in self.buckets():
+        for bucket in self.buckets:
             shards = self.shards(bucket)
             shard = -(-bucket.elements // shards)
             if bucket.partial:
@@ -217,19 +221,21 @@ class ClosedForm:
         """How many processes divide a bucket's optimizer state among them."""
         return self.groups[bucket.kind] if self.config.optim.zero else 1
 
-    def buckets(self) -> Iterator["Bucket"]:
+    @cached_property
+    def buckets(self) -> list["Bucket"]:
         """Parameters of one kind, in order, until the next would not fit."""
+        full: list[Bucket] = []
         waiting: dict[tuple[object, ...], int] = {}
         for name, bucket in self._parameters():
             decayed = not ("bias" in name or "norm" in name)
             key = (decayed, bucket.kind, bucket.holders, bucket.partial)
             held = waiting.get(key, 0)
             if held and held + bucket.elements > self.config.optim.bucket_elements:
-                yield bucket._replace(elements=held)
+                full.append(bucket._replace(elements=held))
                 held = 0
             waiting[key] = held + bucket.elements
-        for (_, kind, holders, partial), held in waiting.items():
-            yield Bucket(kind, holders, partial, held)  # type: ignore[arg-type]
+        rest = ((kind, holders, partial, held) for (_, kind, holders, partial), held in waiting.items())
+        return full + [Bucket(*fields) for fields in rest]  # type: ignore[arg-type]
 
     def _parameters(self) -> Iterator[tuple[str, "Bucket"]]:
         """Name and local size of every parameter, in the model's order."""

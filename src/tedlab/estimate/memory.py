@@ -43,7 +43,7 @@ class Memory:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         form, optim = sizes.form, sizes.config.optim
-        self.buckets = [(bucket, form.shards(bucket)) for bucket in form.buckets()]
+        self.buckets = [(bucket, form.shards(bucket)) for bucket in form.buckets]
         self.shards = [-(-bucket.elements // shards) for bucket, shards in self.buckets]
         self.flat = sum(shards * shard for (_, shards), shard in zip(self.buckets, self.shards, strict=True))
         self.gradients = sum(bucket.elements for bucket, _ in self.buckets) * sizes.parameter
@@ -71,11 +71,9 @@ class Memory:
         logits = s.tokens * s.vocabulary_part * (s.compute + s.precise)
         earlier = self.gradients if s.accumulated > 1 else 0  # of micro-batches before, beside which these stand
 
-        kept = {
-            block: s.form.kept_bytes(first, s.config.comm.cac) if recomputed else 0
-            for first, blocks in s.kinds.items()
-            for block in blocks
-        }
+        kept: dict[int, int] = {}
+        for first, blocks in s.kinds.items():
+            kept |= dict.fromkeys(blocks, s.form.kept_bytes(first, s.config.comm.cac) if recomputed else 0)
         saved, stash = [0.0], [0.0]  # before each block, and after the last
         for block in range(model.layers):
             saved.append(saved[-1] + (stream if recomputed else self._saved(block)))

@@ -197,7 +197,7 @@ class ShardedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                # Of half precision in one pass, which torch has in fp32 only. Otherwise it would first copy into float64:
+                # Half precision in one pass, which torch has in fp32 only; anything else is first copied into float64:
                 # all of a bucket, were it not taken in pieces.
                 gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
                 precise = torch.float32 if half else torch.float64

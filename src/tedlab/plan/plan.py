@@ -199,8 +199,10 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
 
 @contextmanager
 def worker_processes() -> Iterator[Executor]:
-    """A fresh process for each core: the progress bar has threads, and what is forked beside threads can hang."""
-    executor = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn"))
+    """A process for each core, forked from one that has imported everything and has no threads, unlike this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tedlab.plan.plan", "tedlab.sim"])
+    executor = ProcessPoolExecutor(os.cpu_count(), context)
     try:
         yield executor
     finally:

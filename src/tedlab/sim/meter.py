@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -15,7 +16,6 @@ from tedlab.cluster import ClusterConfig
 from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
 from tedlab.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
-from tedlab.optim.bucket import local
 from tedlab.sim.memory import Category, Memory
 from tedlab.sim.roofline import Work, seconds, work_of
 
@@ -96,7 +96,7 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return func(*args, **kwargs)
+            return FakeTensor.__torch_dispatch__(func, types, args)  # which knows without asking its mode
         if func is _WAIT:
             return args[0]
         if func is _READ:
@@ -107,7 +107,7 @@ class Meter(TorchDispatchMode):
         out = args[0] if func is _DRAW else func(*args, **kwargs)
         if self.counts is not None:
             if DTensor in types:  # autograd accumulates these; counted is what happens to their local tensors
-                self._count(self.counts, func, *tree_map_only(DTensor, local, (args, kwargs, out)))
+                self._count(self.counts, func, *tree_map_only(DTensor, _inner, (args, kwargs, out)))
             else:
                 self._count(self.counts, func, args, kwargs, out)
         return out
@@ -142,7 +142,7 @@ class Meter(TorchDispatchMode):
     def label_gradient(self, gradient: Tensor | None) -> None:
         """Says that this tensor, if there is one, is a gradient to be kept."""
         if gradient is not None and self.counts is not None:
-            self.memory.label([local(gradient)], "gradients")
+            self.memory.label([_inner(gradient)], "gradients")
 
     def on_collective(self, call: Collective, event: Literal["start", "end"]) -> None:
         """Hears of a collective, as hooks do."""
@@ -161,3 +161,8 @@ class Meter(TorchDispatchMode):
         sent = wire_bytes_by_link(call.op, call.even_payload_bytes, members, self.cluster.gpus_per_node)
         for name, size in sent.items():
             counts.wire[name] += size
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    """What a DTensor has of its own, without an operation."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
