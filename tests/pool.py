@@ -15,6 +15,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+PRELOADED = [  # what tests import, pytest not least: each worker would take longer for that than for its work
+    *("pytest", "tedlab", "tedlab.certify", "tedlab.simulate"),
+    *("tests.pool", "tests.training", "tests.certify.runs"),
+]
+
 
 class WorkerPool:
     """See the module. ``run`` raises AssertionError with the traceback of the rank that failed first."""
@@ -22,7 +27,7 @@ class WorkerPool:
     def __init__(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: there are more of them than cores
         self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(["tedlab", "tedlab.certify", "tests.pool"])
+        self._context.set_forkserver_preload(PRELOADED)
 
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """``function(*args)`` in every rank; returns their results in order of rank."""

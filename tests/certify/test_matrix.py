@@ -103,11 +103,11 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
 )
+WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
     (layout, job)
     for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
-    # Of eight processes, which take longest, the fewest; of those that divide layers, all.
-    if (layout[1] > 1 and layout[0] < 8) or (number + place) % (6 if layout[0] == 8 else 3) in (0, 1)
+    if layout in WHOLE or (number + place) % (3 if layout[0] == 8 else 2) == 0
     if layout[1] > 1 or job not in TENSOR_ONLY
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
@@ -147,6 +147,10 @@ def test_dropless_layouts_equal_one_process(pool: WorkerPool, job: str) -> None:
 
 def test_the_matrix_is_large_and_reaches_far() -> None:
     assert len(CELLS) >= 100
+    assert {layout for layout, _ in CELLS} == set(LAYOUTS)
+    for job in JOBS:
+        assert len([layout for layout, its in CELLS if its == job]) >= 4, job
+        assert any(layout[0] == 8 for layout, its in CELLS if its == job), job
     assert max(world // tensor // expert for world, tensor, expert in LAYOUTS) == 8
 
 
