@@ -177,10 +177,10 @@ class Job:
 
 
 class Clock(Callback):
-    """When the parts of optimizer steps begin: ``forward``, ``backward``, ``optimizer`` (as in a simulation, with all
-    that is done with gradients), ``loop`` (Lightning's, from one batch to the next).
+    """When the parts of optimizer steps begin.
 
-    On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
+    ``optimizer`` is all that is done with gradients, as in a simulation; ``loop`` is Lightning's, from one batch to the
+    next. On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
     """
 
     def __init__(self, ledger: CommunicationLedger) -> None:

@@ -261,7 +261,10 @@ class Bench:
         ids = torch.zeros(1, 16, dtype=torch.int64, device=self.device)
         names = {parameter: name for name, parameter in network.named_parameters()}
         adam = torch.optim.AdamW(list(names), lr=0.0)
-        sharded = ShardedOptimizer(adam, topology.comm, names, zero=False, tile=_TILE)
+        alone, _ = dist.new_subgroups(1)  # so that nothing is communicated
+        comm = Collectives(dict.fromkeys(topology.comm.sizes, alone))
+        sharded = ShardedOptimizer(adam, comm, names, zero=True, tile=_TILE)
+        gradients = {parameter: torch.zeros_like(parameter) for parameter in names}
 
         def forward() -> Tensor:
             return network(ids)[0].sum()
@@ -269,11 +272,15 @@ class Bench:
         loss = forward()
 
         def backward() -> None:
-            torch.autograd.grad(loss, list(names), allow_unused=True, retain_graph=True)
+            for parameter in names:
+                parameter.grad = None
+            loss.backward(retain_graph=True)
 
         def step() -> None:
-            for bucket in sharded.buckets:
-                bucket.gradient = torch.zeros_like(bucket.shard)
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            sharded.reduce_gradients()
+            sharded.clip(1.0)
             adam.step()
 
         def of_one(function: Callable[[], Any]) -> float:

@@ -74,7 +74,7 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         "  dispatch:  # seconds per operation of a model too small to compute anything",
         f"    forward: {measured.dispatch.forward:.4g}  # a forward pass",
         f"    backward: {measured.dispatch.backward:.4g}  # a backward pass",
-        f"    optimizer: {measured.dispatch.optimizer:.4g}  # AdamW, tile by tile",
+        f"    optimizer: {measured.dispatch.optimizer:.4g}  # gradients gathered and clipped, AdamW tile by tile",
         f"  asynchronous: {str(facts.asynchronous).lower()}  # "
         + ("the host only launches kernels" if facts.asynchronous else "the host computes"),
         f"  gemm_latency: {main.latency:.4g}  # of the line through {facts.main}'s matrix products",
