@@ -6,7 +6,7 @@ See ``python -m benchmarks.moe_layer --help``, and README.md for what is compare
 import argparse
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from tedlab import Topology
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer
-from tedlab.nn import Init, initialize
+from tedlab.nn import Init
 
 GIB = 1 << 30
 STD = 0.02  # of weights
@@ -75,14 +76,17 @@ class PlainLayer(nn.Module):
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         super().__init__()
-        options = {"device": device, "dtype": torch.bfloat16}
-        columns = 2 * shape.inner if shape.gated else shape.inner
         self.shape = shape
-        self.router = nn.Parameter(torch.randn(shape.experts, shape.hidden, **options))
-        self.up = nn.Parameter(torch.randn(shape.experts, shape.hidden, columns, **options) * STD)
-        self.down = nn.Parameter(torch.randn(shape.experts, shape.inner, shape.hidden, **options) * STD)
 
-    def forward(self, x: Tensor) -> Tensor:
+        def weight(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(sizes, device=device, dtype=torch.bfloat16) * STD)
+
+        self.router = weight(shape.experts, shape.hidden)
+        self.up = weight(shape.experts, shape.hidden, 2 * shape.inner if shape.gated else shape.inner)
+        self.down = weight(shape.experts, shape.inner, shape.hidden)
+
+    def forward(self, x_1TH: Tensor) -> Tensor:
+        x = x_1TH.squeeze(0)
         probs = F.linear(x, self.router).float().softmax(-1)
         gate, expert = probs.topk(self.shape.top_k, -1)
         gate = (gate / gate.sum(-1, keepdim=True)).to(x.dtype)
@@ -96,7 +100,7 @@ class PlainLayer(nn.Module):
         else:
             h = F.gelu(z)
         y = F.grouped_mm(h, self.down, offs=ends) * gate.flatten()[order].unsqueeze(1)
-        return torch.zeros_like(x).index_add(0, token, y)
+        return torch.zeros_like(x).index_add(0, token, y).unsqueeze(0)
 
 
 def transformers_layer(shape: Shape, device: torch.device, experts: str) -> nn.Module:
@@ -133,7 +137,9 @@ def tedlab_layer(shape: Shape, device: torch.device, kernel: str) -> nn.Module:
         init=Init(std=STD),
         out_init=Init(std=STD),
     )
-    initialize(layer, seed=0)
+    with torch.no_grad():  # where the weights are: billions of numbers
+        for parameter in layer.parameters():
+            values_of(parameter).normal_(std=STD)
     return layer.to(torch.bfloat16)
 
 
@@ -148,10 +154,20 @@ def contenders(shape: Shape, device: torch.device) -> dict[str, Callable[[], nn.
     return layers
 
 
+def values_of(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter, which here is all of it."""
+    return getattr(parameter, "_local_tensor", parameter)
+
+
+def router_weight(layer: nn.Module) -> Tensor:
+    """(E, H)."""
+    names = ("router", "gate.weight", "router.weight")
+    return values_of(next(p for name, p in layer.named_parameters() if name in names))
+
+
 def plant_routing(layer: nn.Module, exponent: float) -> None:
     """Makes the router prefer experts as Zipf's law has it: their logits are log(rank^-exponent) plus noise."""
-    weight = next(p for name, p in layer.named_parameters() if name in ("router", "gate.weight", "router.weight"))
-    local = getattr(weight, "_local_tensor", weight)
+    local = router_weight(layer)
     experts, hidden = local.shape
     with torch.no_grad():
         local.copy_(torch.randn(local.shape, generator=torch.Generator().manual_seed(0)) / hidden**0.5)
@@ -167,8 +183,8 @@ def tokens(shape: Shape, device: torch.device) -> Tensor:
 
 def busiest(layer: nn.Module, x: Tensor, top_k: int) -> float:
     """Load of the busiest expert over the mean."""
-    weight = next(p for name, p in layer.named_parameters() if name in ("router", "gate.weight", "router.weight"))
-    chosen = F.linear(x.float(), getattr(weight, "_local_tensor", weight).float()).topk(top_k, -1).indices
+    weight = router_weight(layer)
+    chosen = F.linear(x.float(), weight.float()).topk(top_k, -1).indices
     load = torch.bincount(chosen.flatten(), minlength=len(weight))
     return (load.max() / load.float().mean()).item()
 
@@ -194,79 +210,74 @@ def dense_tflops(device: torch.device, repeats: int) -> list[float]:
     return [flops / t / 1e9 for t in milliseconds(lambda: a @ b, repeats)]
 
 
-def measure(
-    name: str, shape: Shape, routing: str, exponent: float, device: torch.device, repeats: int
-) -> Iterator[Row]:
+class Step:
+    """One forward and backward pass of a layer, gradients cleared before."""
+
+    def __init__(self, layer: nn.Module, x: Tensor) -> None:
+        self.layer, self.x = layer, x.unsqueeze(0).requires_grad_()
+        self.grad = torch.randn_like(self.x)
+
+    def forward(self) -> Tensor:
+        result = self.layer(self.x)
+        return result[0] if isinstance(result, tuple) else result
+
+    def clear(self) -> None:
+        self.x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+
+    def __call__(self) -> None:
+        self.clear()
+        self.forward().backward(self.grad)
+
+    def kept_bytes(self) -> int:
+        """What forward keeps for backward, beyond input, output and weights."""
+        self.clear()
+        before = torch.cuda.memory_allocated()
+        output = self.forward()
+        return torch.cuda.memory_allocated() - before - output.nbytes
+
+
+def measure(name: str, shape: Shape, routing: str, exponent: float, device: torch.device, repeats: int) -> list[Row]:
     """All contenders at one shape, one after the other, each warm."""
+    rows = []
     for contender, build in contenders(shape, device).items():
         layer, x = build(), tokens(shape, device)
         plant_routing(layer, exponent)
-        three_dimensional = contender.startswith(("tedlab", "transformers"))
-        inputs = (x.unsqueeze(0) if three_dimensional else x).requires_grad_()
-        grad = torch.randn_like(inputs)
-
-        def forward(layer: nn.Module = layer, inputs: Tensor = inputs) -> Tensor:
-            result = layer(inputs)
-            return result[0] if isinstance(result, tuple) else result
-
-        def step(layer: nn.Module = layer, inputs: Tensor = inputs, grad: Tensor = grad) -> None:
-            inputs.grad = None
-            for parameter in layer.parameters():
-                parameter.grad = None
-            forward(layer, inputs).backward(grad)
-
-        try:
-            for _ in range(3):
-                step()
-            inputs.grad = None
-            for parameter in layer.parameters():
-                parameter.grad = None
-            before = torch.cuda.memory_allocated(device)
-            output = forward()
-            kept = torch.cuda.memory_allocated(device) - before - output.nbytes
-            output.backward(grad)
-            del output
-            times = milliseconds(step, repeats)
-        except torch.OutOfMemoryError:
-            continue
-        yield Row(
-            shape=name,
-            routing=routing,
-            name=contender,
-            milliseconds=median(times),
-            quickest=min(times),
-            tflops=shape.flops / median(times) / 1e9,
-            kept_gib=kept / GIB,
-            busiest=busiest(layer, x, shape.top_k),
+        step = Step(layer, x)
+        for _ in range(3):
+            step()
+        times = milliseconds(step, repeats)
+        rows.append(
+            Row(
+                shape=name,
+                routing=routing,
+                name=contender,
+                milliseconds=median(times),
+                quickest=min(times),
+                tflops=shape.flops / median(times) / 1e9,
+                kept_gib=step.kept_bytes() / GIB,
+                busiest=busiest(layer, x, shape.top_k),
+            )
         )
+        del layer, step
+    return rows
 
 
 def table(rows: list[Row], dense: float, title: str) -> Table:
     """For people."""
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in (
-        "shape",
-        "routing",
-        "busiest",
-        "layer",
-        "ms",
-        "TFLOP/s",
-        "of dense",
-        "over transformers",
-        "kept GiB",
-    ):
-        left = column in ("shape", "routing", "layer")
-        result.add_column(column, justify="left" if left else "right", no_wrap=left)
+    left = ("shape", "routing", "layer")
+    for column in (*left, "busiest", "ms", "TFLOP/s", "of dense", "over transformers", "kept GiB"):
+        result.add_column(column, justify="left" if column in left else "right", no_wrap=column in left)
     for row in rows:
-        peer = [
-            r for r in rows if (r.shape, r.routing) == (row.shape, row.routing) and r.name.startswith("transformers")
-        ]
-        best = min((r.milliseconds for r in peer), default=None)
+        alike = [r for r in rows if (r.shape, r.routing) == (row.shape, row.routing)]
+        best = min((r.milliseconds for r in alike if r.name.startswith("transformers")), default=None)
         result.add_row(
             row.shape,
             row.routing,
-            f"{row.busiest:.1f}",
             row.name,
+            f"{row.busiest:.1f}",
             f"{row.milliseconds:.2f}",
             f"{row.tflops:.0f}",
             f"{row.tflops / dense:.0%}",
@@ -276,11 +287,29 @@ def table(rows: list[Row], dense: float, title: str) -> Table:
     return result
 
 
+def draw(rows: list[Row], dense: float, title: str, file: Path) -> None:
+    """Bars of TFLOP/s, a group for each shape and routing, and a line at the dense product."""
+    names = list(dict.fromkeys(row.name for row in rows))
+    groups = list(dict.fromkeys((row.shape, row.routing) for row in rows))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        of_name = {(r.shape, r.routing): r.tflops for r in rows if r.name == name}
+        bars = [(g, of_name[key]) for g, key in enumerate(groups) if key in of_name]
+        axes.bar([g + (i - len(names) / 2 + 0.5) * width for g, _ in bars], [t for _, t in bars], width, label=name)
+    axes.axhline(dense, color="black", linestyle="--", linewidth=1, label="dense matrix product")
+    axes.set_xticks(range(len(groups)), [f"{shape}\n{routing}" for shape, routing in groups], fontsize=8)
+    axes.set(ylabel="TFLOP/s, forward and backward", title=title)
+    axes.legend(fontsize=8, ncols=3)
+    figure.savefig(file, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=Path, help="JSON file for the results, and beside it a PNG")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU")
@@ -308,6 +337,7 @@ def main() -> None:
             "rows": [asdict(row) for row in rows],
         }
         arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        draw(rows, limit, title, arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
