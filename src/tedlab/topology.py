@@ -73,4 +73,6 @@ class Topology:
         """A world of one process, for tools that use a model without a launcher. Starts a process group if needed."""
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        if torch.device(device).type == "cuda":
+            torch.cuda.init()  # else torch's mesh would choose a device, and warn
         return cls(ParallelDegrees(1), device)

@@ -109,5 +109,7 @@ class TextDataModule(LightningDataModule):
             drop_last=True,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             num_workers=self.data.num_workers,
+            # They read a memory map, no more; by the launcher's way each would first import torch, for seconds.
+            multiprocessing_context="fork" if self.data.num_workers else None,
             persistent_workers=self.data.num_workers > 0,
         )
