@@ -1,11 +1,17 @@
 """The closed form of memory and time says what the simulator says."""
 
 import pytest
+import torch
 
 from tedlab.cluster import load_cluster
 from tedlab.config import TrainConfig
 from tedlab.estimate import Estimate, estimate
+from tedlab.estimate.estimate import OPTIMIZER
+from tedlab.estimate.memory import Memory
+from tedlab.estimate.sizes import Sizes
 from tedlab.sim import Simulation, simulate
+from tedlab.sim.meter import KERNELS
+from tedlab.sim.roofline import Work
 from tests.pool import WorkerPool
 from tests.sim.test_simulation import checked, out_of_the_pools_group
 
@@ -26,6 +32,8 @@ CASES = {
     "ted": [*AGAIN, "comm=ted"],
     "sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
     "no_zero": [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
+    "fused": [*HALF, "optim.tile=fused"],
+    "fused_fp32": [*ONE, "optim.tile=fused"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
 
@@ -66,6 +74,18 @@ def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simul
             name = "gradient sync" if phase == "optimizer" else cause
             passes[name] = passes.get(name, 0.0) + taken
     assert {name: closed.seconds[name] for name in passes} == pytest.approx(passes)
+
+
+@pytest.mark.parametrize("case", ["fused", "fused_fp32"])
+def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation], case: str) -> None:
+    config = checked(*CASES[case])
+    bytes_each = 2 + 6 * 4 + 2 if "16-true" in config.trainer["precision"] else 7 * 4
+    shards = Memory(Sizes(config)).shards
+    kernels = simulations[case].kernels
+    for shard in set(shards):
+        assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)
+    closed = estimate(config, load_cluster("summit")).seconds[OPTIMIZER]
+    assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.02)
 
 
 def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:

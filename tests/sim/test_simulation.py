@@ -25,7 +25,8 @@ from tedlab.comm.ledger import differences
 from tedlab.comm.volumes import ClosedForm
 from tedlab.compare.__main__ import main as compare
 from tedlab.config import TrainConfig
-from tedlab.degrees import parallel_degrees
+from tedlab.cost import placement_of
+from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.flops import forward_flops
 from tedlab.run import language_model, strategy_arguments
 from tedlab.sim import Simulation, simulate
@@ -327,6 +328,16 @@ def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) 
     seconds = {kind: {one.step_seconds for (k, _), one in zip(some, found, strict=True) if k == kind} for kind in kinds}
     assert all(len(equal) == 1 for equal in seconds.values())
     assert max(seconds[0]) < max(seconds[4])
+
+
+@pytest.mark.parametrize(("world", "tensor", "expert"), [(120, 4, 2), (128, 4, 16), (36, 12, 1), (64, 2, 16)])
+def test_ranks_of_a_kind_lie_alike_and_others_do_not(world: int, tensor: int, expert: int) -> None:
+    degrees, cluster = ParallelDegrees(world, tensor, expert), load_cluster("summit")
+    by_place: dict[tuple[object, ...], list[int]] = {}
+    for rank in range(world):
+        places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
+        by_place.setdefault(places, []).append(rank)
+    assert kinds_of_ranks(degrees, cluster) == {ranks[0]: ranks for ranks in by_place.values()}
 
 
 def test_every_rank_is_reported_and_the_slowest_is_shown(pool: WorkerPool, tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
     yield moved(shard * p)  # the norm
     half = master + p if p < master else 0
     if s.config.optim.tile == "fused":
-        yield moved(shard * (p + 6 * master + (p if half else 0)))
+        yield Work(0, shard * (p + 6 * master + (p if half else 0)), form.precise, "movement")
     elif memory.adam:
         yield moved(shard * (23 * master + 2 * half))
     else:

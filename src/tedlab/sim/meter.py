@@ -116,13 +116,16 @@ class Meter(TorchDispatchMode):
         phase = self.phase
         work = work_of(func, args, kwargs, out)
         if work is not None:
-            taken = self._advance(seconds(work, self.cluster), self._dispatch(phase))
-            counts.flops[phase] += work.flops
-            counts.kernels[phase, work] += 1
-            counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
+            self._do(counts, phase, work)
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+
+    def _do(self, counts: Counts, phase: Phase, work: Work) -> None:
+        taken = self._advance(seconds(work, self.cluster), self._dispatch(phase))
+        counts.flops[phase] += work.flops
+        counts.kernels[phase, work] += 1
+        counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
 
     def _dispatch(self, phase: Phase) -> float:
         dispatch = self.cluster.kernels.dispatch
@@ -138,6 +141,22 @@ class Meter(TorchDispatchMode):
         if not self.cluster.kernels.asynchronous:
             self._host = self.memory.now
         return taken
+
+    def on_fused_step(
+        self,
+        master: Tensor,
+        gradient: Tensor,
+        state: Mapping[str, Any],
+        group: Mapping[str, Any],
+        factor: float,
+        rounded: Tensor | None,
+    ) -> None:
+        """In place of the kernel of a fused Adam step: one pass over memory, as on a GPU; arguments as there."""
+        if self.counts is not None:
+            both_ways = master, state["exp_avg"], state["exp_avg_sq"]
+            one_way = (gradient,) if rounded is None else (gradient, rounded)
+            moved = sum(t.nbytes for t in (*both_ways, *both_ways, *one_way))
+            self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement"))
 
     def label_gradient(self, gradient: Tensor | None) -> None:
         """Says that this tensor, if there is one, is a gradient to be kept."""

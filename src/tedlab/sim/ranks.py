@@ -1,5 +1,7 @@
 """Which ranks of a world differ from each other."""
 
+import math
+
 from tedlab.cluster import ClusterConfig
 from tedlab.cost import placement_of
 from tedlab.degrees import ParallelDegrees
@@ -17,7 +19,11 @@ def kinds_of_ranks(
     """
     rows = [()] * degrees.expert if routing is None else [*map(tuple, routing.rows_by_expert_rank().T)]
     kinds: dict[tuple[object, ...], list[int]] = {}
-    for rank in range(degrees.world_size):
+    # From then on groups lie on other nodes, but as before.
+    period = min(math.lcm(degrees.tensor * degrees.expert, cluster.gpus_per_node), degrees.world_size)
+    for rank in range(period):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
-        kinds.setdefault((places, rows[rank // degrees.tensor % degrees.expert]), []).append(rank)
-    return {ranks[0]: ranks for ranks in kinds.values()}
+        kinds.setdefault((places, rows[rank // degrees.tensor % degrees.expert]), []).extend(
+            range(rank, degrees.world_size, period)
+        )
+    return {ranks[0]: sorted(ranks) for ranks in kinds.values()}

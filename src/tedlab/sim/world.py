@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
@@ -11,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from typing_extensions import override
 
+from tedlab.optim import fused
 from tedlab.sim.meter import Meter
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -86,6 +88,8 @@ class SimulatedStrategy(TEDStrategy):
         super().setup_environment()  # meshes are real tensors
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
+        # Its kernels return no tensors, by which the meter would know them, and those of a CPU work tile by tile.
+        self._modes.enter_context(mock.patch.object(fused, "_torch_step", self._meter.on_fused_step))
 
     @override
     def setup_optimizers(self, trainer: Any) -> None:
