@@ -96,7 +96,7 @@ SIZES = {
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
         messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # the cost of memory for larger ones is known apart
-        repeats=[8, 32, 128],
+        repeats=[32, 128],
     ),
     "cuda": Sizes(
         block=0.03,
@@ -113,7 +113,7 @@ SIZES = {
         streams=[4 * _MIB, 8 * _MIB, 16 * _MIB, 64 * _MIB, 128 * _MIB],
         pool=1024 * _MIB,
         messages=[64 * 1024, _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB],
-        repeats=[8, 32, 128],
+        repeats=[32, 128],
     ),
 }
 
@@ -170,7 +170,7 @@ class Bench:
         """How many :meth:`measure` takes."""
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
-        messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 2 + len(sizes.repeats))
+        messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 1 + len(sizes.repeats))
         return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
@@ -350,9 +350,14 @@ class Bench:
             meet()
 
         what = f"waiting for {kind.size}"
-        once, meeting = self._time(what, partial(compute, 100)) / 100, self._time(what, meet)
-        amounts = [times * once for times in self.sizes.repeats]
-        seconds = [self._time(what, partial(compute_and_meet, times)) - meeting for times in self.sizes.repeats]
+        meeting = self._time(what, meet)
+        amounts, seconds = [], []
+        for times in self.sizes.repeats:
+            self.progress(what)
+            alone, together = self._blocks([partial(compute, times), partial(compute_and_meet, times)])
+            longer = median((b - meeting) / a for a, b in zip(alone, together, strict=True))  # of neighbours in time
+            amounts.append(median(alone))
+            seconds.append(amounts[-1] * max(1.0, longer))
         return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
 
     def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
@@ -364,15 +369,25 @@ class Bench:
             clock: ``device``: how long the call keeps the device busy; ``host``: until it is done, launches included.
         """
         self.progress(what)
-        function()
-        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
-        once = self._mean(self._on_host(function, 1))
-        calls = max(1, math.ceil(self.sizes.block / once))
-        times = []
-        for _ in range(_BLOCKS):
-            self._mean(0.0)  # all begin together
-            times.append(self._mean(block(function, calls)))
+        (times,) = self._blocks([function], clock)
         return median(times)
+
+    def _blocks(
+        self, functions: Sequence[Callable[[], Any]], clock: Literal["device", "host"] = "device"
+    ) -> list[list[float]]:
+        """Seconds of one call of each function, mean over processes, in blocks that take turns."""
+        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
+        calls = []
+        for function in functions:
+            function()
+            once = self._mean(self._on_host(function, 1))
+            calls.append(max(1, math.ceil(self.sizes.block / once)))
+        times: list[list[float]] = [[] for _ in functions]
+        for _ in range(_BLOCKS):
+            for function, number, taken in zip(functions, calls, times, strict=True):
+                self._mean(0.0)  # all begin together
+                taken.append(self._mean(block(function, number)))
+        return times
 
     def _on_host(self, function: Callable[[], Any], calls: int) -> float:
         began = time.perf_counter()
