@@ -113,18 +113,17 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    rows = [
-        attempt(name, [*arguments.overrides, *ROWS[name]], arguments.steps, text=name == TEXT)
-        for name in arguments.rows
-    ]
     facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    rows: list[dict[str, Any]] = []
+    for name in arguments.rows:
+        rows.append(attempt(name, [*arguments.overrides, *ROWS[name]], arguments.steps, text=name == TEXT))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
     Console(width=130).print(table(rows, f"{' '.join(arguments.overrides)}; {facts['device']}"))
     if arguments.profile:
         profile = Profile(arguments.profile)
         train(composed(arguments.overrides), 1, False, profile)
         print(profile.table)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
