@@ -1,5 +1,6 @@
-"""The README's code runs as it stands there."""
+"""The README's code runs as it stands there, and what it names exists."""
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -7,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_pictures_and_modules_exist(document: Path) -> None:
+    text = document.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    modules = set(re.findall(r"python -m ((?:tedlab|experiments|benchmarks|tests)[\w.]*)", text))
+    missing = [link for link in links if not (document.parent / link).exists()]
+    missing += [module for module in modules if importlib.util.find_spec(module) is None]
+    assert not missing
 
 
 @pytest.mark.slow

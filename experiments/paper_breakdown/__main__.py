@@ -39,7 +39,7 @@ UNKNOWNS = {
         "sequences per micro-batch", (1, 2), "not known to us; with 4 and CAC it does not fit 16 GB", choice=True
     ),
     "einsum": Unknown(
-        "tokens dispatched by products",
+        "tokens dispatched by products (1: yes)",
         (0, 1),
         "DeepSpeed's MoE layer multiplies by one-hot masks; an index does without",
         choice=True,

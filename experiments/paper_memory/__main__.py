@@ -196,7 +196,7 @@ def largest_picture(rows: Sequence[Mapping[str, float]]) -> None:
     left.set_yticks([2, 3, 5, 10, 20], ["2", "3", "5", "10", "20"])
     left.minorticks_off()
     left.set_ylabel("parameters of the base model, in billions (16 experts)")
-    left.legend(frameon=False, title="tensor parallelism", loc="upper left")
+    left.legend(framealpha=1, edgecolor="none", title="tensor parallelism", loc="upper left")
     for experts, style in EXPERTS.items():
         for tensor in (4, 8):
             values = list(ratios(rows, experts, tensor).values())

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from experiments.breakdown import BOTH, RANK, parts, total
 from experiments.paper import MODEL_40B, MODES, Job, composed, configured, simulated
@@ -14,7 +15,7 @@ from experiments.paper_memory import __main__ as memory
 from experiments.paper_real import __main__ as real
 from experiments.paper_scaling import __main__ as scaling
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
-from tedlab.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
+from tedlab.cluster import ClusterConfig, load_cluster
 from tedlab.sim import Simulation
 from tests.pool import WorkerPool
 from tests.sim.test_simulation import out_of_the_pools_group
@@ -47,9 +48,9 @@ def extrapolated(two: float, four: float, layers: int) -> float:
 
 
 def as_assumed(results: Any) -> ClusterConfig:
-    tree = results["assumed"]
-    nested = {"peak_flops": PeakFlops, "in_node": Link, "between_nodes": Link, "efficiency": Efficiency}
-    return ClusterConfig(**{name: nested[name](**v) if name in nested else v for name, v in tree.items()})
+    cluster = OmegaConf.to_object(OmegaConf.merge(ClusterConfig, results["assumed"]))
+    assert isinstance(cluster, ClusterConfig)
+    return cluster
 
 
 # ---- paper_breakdown, paper_today ----------------------------------------------------------------------------------

@@ -213,9 +213,9 @@ def _memory_table(summary: dict[str, Any], cluster: ClusterConfig) -> Table:
     table.add_section()
     peak = summary["memory/peak_bytes"]
     table.add_row("all", f"{peak / _GIB:.3f}", "")
-    share = peak / cluster.memory_bytes
-    of = f"{share:.0%} of a GPU's {cluster.memory_bytes / _GIB:.1f} GiB"
-    table.caption = of if share <= 1 else f"[red]does not fit: {of}[/]"
+    has, over = f"a GPU's {cluster.memory_bytes / _GIB:.1f} GiB", (peak - cluster.memory_bytes) / _GIB
+    fits = f"{peak / cluster.memory_bytes:.0%} of {has}"
+    table.caption = fits if over <= 0 else f"[red]does not fit: {over:.1f} GiB more than {has}[/]"
     return table
 
 
