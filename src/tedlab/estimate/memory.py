@@ -153,6 +153,10 @@ class Memory:
         matrix = s.hidden * s.ffn_part * s.parameter
         if routed:
             yield "experts", self.experts * matrix, 0, s.slots * (s.hidden + s.ffn_part) * s.compute
+            if s.form.dropless and s.config.model.checkpoint == "block":
+                # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
+                copies = 5 if s.form.sharers > 1 else 3
+                yield "end of recomputing", 0, 0, copies * s.slots * s.hidden * s.compute
         else:
             yield "feed-forward layer", matrix, 0, matrix + s.tokens * s.ffn_part * s.compute  # transposed
         new = self._attention_gradients + self._feed_forward_gradients(routed)
