@@ -131,7 +131,7 @@ def one_step(
             loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), topology.comm).mean()
         results.append(loss.detach())
         (loss + sum(r.balance_loss + r.z_loss for r in reports)).backward()
-        optimizer.reduce_gradients() if number == accumulated - 1 else optimizer.collect_gradients()
+    optimizer.reduce_gradients()
     results += [bucket.gradient.clone() for bucket in optimizer.buckets if bucket.gradient is not None]
     if config.trainer["gradient_clip_val"]:
         optimizer.clip(0.5)
