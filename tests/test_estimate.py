@@ -25,15 +25,17 @@ AGAIN = [*HALF, "model.checkpoint=block"]
 
 
 CASES = {
-    "one": ONE,
+    "one_fused": [*ONE, "optim.tile=fused"],
     "recomputing": [*ONE, "model.checkpoint=block", "optim.tile=null"],
     "mixed": [*MANY, "trainer.precision=bf16-mixed", "trainer=gpu"],
     "top2": [*HALF, "parallel.tensor=1", "parallel.expert=4", "moe.top_k=2", "data.batch_size=1024"],
     "ted": [*AGAIN, "comm=ted"],
     "sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
     "no_zero": [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
+    "dropless": [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024", "moe.dispatch=dropless"],
+    "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
+    "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
     "fused": [*HALF, "optim.tile=fused"],
-    "fused_fp32": [*ONE, "optim.tile=fused"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
 
@@ -76,7 +78,7 @@ def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simul
     assert {name: closed.seconds[name] for name in passes} == pytest.approx(passes)
 
 
-@pytest.mark.parametrize("case", ["fused", "fused_fp32"])
+@pytest.mark.parametrize("case", ["fused", "one_fused"])
 def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation], case: str) -> None:
     config = checked(*CASES[case])
     bytes_each = 2 + 6 * 4 + 2 if "16-true" in config.trainer["precision"] else 7 * 4

@@ -279,6 +279,8 @@ class TEDStrategy(ParallelStrategy):
     def teardown(self) -> None:
         if self._writer is not None:
             self._writer.wait()
+        for optimizer in self.sharded_optimizers:
+            optimizer.release()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()
@@ -311,11 +313,9 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        for optimizer in self.sharded_optimizers:
-            if self._last_micro_batch:
+        if self._last_micro_batch:
+            for optimizer in self.sharded_optimizers:
                 optimizer.reduce_gradients()
-            else:
-                optimizer.collect_gradients()
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._sharded(optimizer).clip(clip_val)

@@ -72,18 +72,11 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
         UsageError: with a message of less than a screen.
     """
     try:
-        degrees = parallel_degrees(config.parallel)
-        _check_comm(config, degrees)
-        _check_model(config, degrees)
-        _check_trainer(config)
+        degrees = _check_settings(config)
         _check_processes(config, most_processes)
-        _check_batches(config, degrees)
-        _check_optim(config)
         data = TextDataModule(config.data, config.model.sequence_length, config.seed)
-        _complete_vocabulary(config, data.corpus.tokenizer.vocab_size)
+        _complete(config, degrees, data.corpus.tokenizer.vocab_size)
         _ = data.validation_samples  # raises if there is not one batch of them
-        if config.comm.cac == "auto":
-            _choose_what_to_keep(config, degrees)
         if config.ckpt_path is not None:
             _check_checkpoint(config, Path(config.ckpt_path))
         return degrees
@@ -100,18 +93,28 @@ def check_simulated(config: TrainConfig) -> ParallelDegrees:
         UsageError: as there.
     """
     try:
-        degrees = parallel_degrees(config.parallel)
-        _check_comm(config, degrees)
-        _check_model(config, degrees)
-        _check_trainer(config)
-        _check_batches(config, degrees)
-        _check_optim(config)
-        _complete_vocabulary(config, config.model.vocab_size or _GPT2_TOKENS)
-        if config.comm.cac == "auto":
-            _choose_what_to_keep(config, degrees)
+        degrees = _check_settings(config)
+        _complete(config, degrees, config.model.vocab_size or _GPT2_TOKENS)
         return degrees
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _check_settings(config: TrainConfig) -> ParallelDegrees:
+    """What fields must satisfy together, wherever the job runs and on whatever data."""
+    degrees = parallel_degrees(config.parallel)
+    _check_comm(config, degrees)
+    _check_model(config, degrees)
+    _check_trainer(config)
+    _check_batches(config, degrees)
+    _check_optim(config)
+    return degrees
+
+
+def _complete(config: TrainConfig, degrees: ParallelDegrees, tokens: int) -> None:
+    _complete_vocabulary(config, tokens)
+    if config.comm.cac == "auto":
+        _choose_what_to_keep(config, degrees)
 
 
 def notes(config: TrainConfig) -> list[str]:

@@ -130,7 +130,7 @@ def one_step(
             loss, reports = model.loss(batch[:, :-1], batch[:, 1:])
         results.append(loss.detach())
         (loss + sum(r.balance_loss + r.z_loss for r in reports)).backward()
-        optimizer.reduce_gradients() if number == accumulated - 1 else optimizer.collect_gradients()
+    optimizer.reduce_gradients()
     results += [bucket.gradient.clone() for bucket in optimizer.buckets if bucket.gradient is not None]
     if config.trainer["gradient_clip_val"]:
         optimizer.clip(0.5)

@@ -31,21 +31,21 @@ def searched(capacity: float, *fixed: str) -> tuple[TrainConfig, Found]:
 
 
 def test_every_candidate_validates_and_fits() -> None:
-    config, found = searched(200 * 2**20)
+    config, found = searched(140 * 2**20)
     assert len(found.fitting) > 100
     assert {c.settings["parallel.tensor"] for c in found.fitting} == {1, 2, 4, 8}
     for candidate in found.fitting[::10]:
         check_simulated(applied(config, candidate.settings))
-        assert candidate.peak_bytes <= 200 * 2**20
+        assert candidate.peak_bytes <= 140 * 2**20
 
 
 def test_what_is_refused_is_counted_by_reason_and_the_nearest_miss_is_the_smallest() -> None:
     _, everything = searched(float("inf"))
-    _, found = searched(200 * 2**20)
+    _, found = searched(140 * 2**20)
     assert found.refused["model.heads (8) is not divisible by parallel.tensor (16)"] == 1
     assert len(found.fitting) + found.too_large == len(everything.fitting)
     assert found.nearest is not None
-    assert found.nearest.peak_bytes == min(c.peak_bytes for c in everything.fitting if c.peak_bytes > 200 * 2**20)
+    assert found.nearest.peak_bytes == min(c.peak_bytes for c in everything.fitting if c.peak_bytes > 140 * 2**20)
 
 
 def test_the_front_has_all_that_nothing_beats_and_no_other() -> None:

@@ -114,7 +114,8 @@ class ClosedForm:
         return groups * group_capacity(moe, self.tokens // groups, groups)
 
     @cached_property
-    def _balanced(self) -> Rows:
+    def balanced(self) -> Rows:
+        """What the first process moves in a dropless layer when every expert is chosen equally often."""
         moe, degrees = self.config.moe, self.degrees
         counts = spread([1.0] * moe.num_experts, self.tokens * moe.top_k, self.tokens)
         sent = hands(np.tile(counts, (degrees.expert, 1)), self.sharers)
@@ -302,7 +303,7 @@ class ClosedForm:
         hidden = self.config.model.hidden
         if site.tag in ("dispatch.drop", "combine.gather"):
             return self.listed * hidden
-        rows = self._balanced if self.rows is None else self.rows[block]
+        rows = self.balanced if self.rows is None else self.rows[block]
         if site.op == "all_to_all":  # what goes out by the first comes back by the second, and each has its way back
             out = (site.tag == "dispatch.all_to_all") == (of == "forward")
             return (rows.sent if out else rows.received) * hidden

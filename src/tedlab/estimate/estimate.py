@@ -27,7 +27,7 @@ class Estimate:
 
     Attributes:
         memory: at the fullest moment, by category, in bytes.
-        seconds: by cause: ``kernels`` (of the passes), ``optimizer`` (kernels of its step and of accumulation),
+        seconds: by cause: ``kernels`` (of the passes, accumulation included), ``optimizer`` (kernels of its step),
             ``gradient sync`` (reductions, parameter gathers), and ``<operation>, <link>`` for the passes' collectives.
         wire: bytes that the rank sends, by link.
         tokens: of the step, over all ranks.
@@ -84,11 +84,12 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         backward += len(blocks) * _total(kernels.backward(first), cluster)
         if config.model.checkpoint == "block":
             passes += len(blocks) * _total(kernels.recompute(first), cluster)
-    taken[COMPUTE] = sizes.accumulated * (passes + backward)
+    adding = seconds(Work(0, 3 * memory.gradients, sizes.form.precise, "arithmetic"), cluster)  # to earlier gradients
+    taken[COMPUTE] = sizes.accumulated * (passes + backward) + (sizes.accumulated - 1) * adding
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
     links.add(sizes.form.optimizer_step(), 1, taken, wire)
     if config.optim.overlap:
-        taken[HIDDEN] = -min(links.reductions, backward)
+        taken[HIDDEN] = -min(links.reductions, backward + (adding if sizes.accumulated > 1 else 0))
     tokens = config.data.batch_size * config.model.sequence_length
     return Estimate(
         memory=memory.peak(),
@@ -141,7 +142,7 @@ def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:
 
 
 def _optimizer(memory: Memory) -> Iterable[Work]:
-    """Accumulation, reduction buffers, and the update of this rank's shards."""
+    """Reduction buffers, and the update of this rank's shards."""
     s = memory.sizes
     whole, shard, form = memory.gradients / s.parameter, sum(memory.shards), s.form
     p, master = s.parameter, memory.master
@@ -149,7 +150,6 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
     def moved(size: float) -> Work:
         return Work(0, size, form.precise, "arithmetic")
 
-    yield moved((s.accumulated - 1) * 3 * whole * p)
     yield moved(3 * whole * p)  # zeros, and gradients copied into them
     yield moved(2 * shard * p)  # the mean
     yield moved(shard * p)  # the norm

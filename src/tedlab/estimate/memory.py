@@ -69,7 +69,8 @@ class Memory:
         stream = s.outside * s.hidden * s.parameter
         table = s.vocabulary_part * s.hidden * s.parameter
         logits = s.tokens * s.vocabulary_part * (s.compute + s.precise)
-        earlier = self.gradients if s.accumulated > 1 else 0  # of micro-batches before, beside which these stand
+        several = s.accumulated > 1  # then there are sums of all, to which each gradient is added as it comes
+        before = self.gradients if several else 0
 
         kept: dict[int, int] = {}
         for first, blocks in s.kinds.items():
@@ -79,22 +80,24 @@ class Memory:
             saved.append(saved[-1] + (stream if recomputed else self._saved(block)))
             stash.append(stash[-1] + kept[block])
         last = 2 * stream + s.tokens * s.hidden * s.compute  # of the last norm
-        yield self._moment("loss", earlier, stash[-1], saved[-1] + last + logits, temporaries=0)
-        gradients = earlier + (table if model.tie_embeddings else 2 * table)
+        yield self._moment("loss", before, stash[-1], saved[-1] + last + logits, temporaries=0)
+        gradients = before + (table if model.tie_embeddings else 0 if several else 2 * table)
         for block in reversed(range(model.layers)):
             routed = s.form.routed(block)
             activations = saved[block + 1] + (self._saved(block) if recomputed else 0)
-            for name, new, freed, temporaries in self._working_sets(block):
+            for name, new, done, freed, temporaries in self._working_sets(block):
                 yield self._moment(
                     f"backward pass of block {block}, {name}",
-                    gradients + new,
+                    gradients + new + (0 if several else done),
                     stash[block + 1],
                     activations - freed,
                     temporaries + 2 * stream,
                 )
-            gradients += self._attention_gradients + self._feed_forward_gradients(routed)
+            if not several:
+                gradients += self._attention_gradients + self._feed_forward_gradients(routed)
         tables = 2 if model.tie_embeddings else 1  # from the logits, and summed
-        yield self._moment("gradient of the embedding", earlier + self.gradients, 0, 0, 2 * stream + tables * table)
+        gradients = self.gradients + (table if several else 0)
+        yield self._moment("gradient of the embedding", gradients, 0, 0, 2 * stream + tables * table)
         yield self._reduction()
         yield self._optimizer()
 
@@ -146,17 +149,24 @@ class Memory:
     def _saved(self, block: int) -> float:
         return self._saved_attention() + self._saved_feed_forward(block)
 
-    def _working_sets(self, block: int) -> Iterator[tuple[str, float, float, float]]:
-        """Fullest moments of a block's backward pass: name; bytes of new gradients, freed activations, temporaries."""
+    def _working_sets(self, block: int) -> Iterator[tuple[str, float, float, float, float]]:
+        """Fullest moments of a block's backward pass.
+
+        Yields name; bytes of gradients just made, of those of the block before them, of freed activations, temporaries.
+        """
         s, routed = self.sizes, self.sizes.form.routed(block)
         part = s.hidden // s.tensor
         matrix = s.hidden * s.ffn_part * s.parameter
         if routed:
-            yield "experts", self.experts * matrix, 0, s.slots * (s.hidden + s.ffn_part) * s.compute
+            yield "experts", self.experts * matrix, 0, 0, s.slots * (s.hidden + s.ffn_part) * s.compute
+            if s.form.dropless and s.config.model.checkpoint == "block":
+                # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
+                copies = 5 if s.form.sharers > 1 else 3
+                yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute
         else:
-            yield "feed-forward layer", matrix, 0, matrix + s.tokens * s.ffn_part * s.compute  # transposed
-        new = self._attention_gradients + self._feed_forward_gradients(routed)
-        yield "attention", new, self._saved_feed_forward(block), 6 * s.tokens * part * s.compute
+            yield "feed-forward layer", matrix, 0, 0, matrix + s.tokens * s.ffn_part * s.compute  # transposed
+        done = self._attention_gradients + self._feed_forward_gradients(routed)
+        yield "attention", 0, done, self._saved_feed_forward(block), 6 * s.tokens * part * s.compute
 
     def _reduction(self) -> Moment:
         """A bucket at a time leaves the parameters' gradients and becomes a shard's; with overlap all do at once."""

@@ -18,7 +18,8 @@ class Sizes:
         hidden, ffn, vocabulary: of the model (H, F, V); ``ffn_part`` and ``vocabulary_part`` are a tensor rank's.
         tokens: of a data rank's micro-batch (N).
         outside: tokens between layers: N, or N / T with sequence parallelism (n).
-        slots: that the experts here compute (R); ``sent``: of these, what this rank exchanges (X).
+        slots: that the experts here compute (R); ``sent``: of these, what this rank exchanges (X). Dropless: rows,
+            when experts are chosen equally often.
         parameter, compute, precise: bytes of a parameter and of the residual stream; of matrix products; of what is
             computed in fp32 or better (p, c, f).
         mixed: whether products are computed in another dtype than parameters have.
@@ -34,8 +35,10 @@ class Sizes:
         self.vocabulary_part = model.vocab_size // self.tensor
         self.tokens = form.tokens
         self.outside = form.tokens // self.tensor if form.sequence else form.tokens
-        self.slots = form.elements["slots"] // model.hidden
-        self.sent = form.elements["share"] // model.hidden
+        if form.dropless:
+            self.slots, self.sent = form.balanced.computed, form.balanced.sent
+        else:
+            self.slots, self.sent = (form.elements[buffer] // model.hidden for buffer in ("slots", "share"))
         self.parameter, self.compute = form.parameter.itemsize, form.compute.itemsize
         self.precise = form.precise.itemsize
         self.mixed = form.parameter != form.compute

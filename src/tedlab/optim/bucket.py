@@ -58,23 +58,24 @@ class Bucket:
         """How many processes hold each element of the shard."""
         return holders(self.parameters[0], self.comm) // self.shards
 
-    def collect_gradients(self) -> None:
-        """Takes the gradients of one backward pass from the parameters, adding to those of passes before.
+    def collect_gradient(self, parameter: nn.Parameter) -> None:
+        """Takes a parameter's gradient, if it has one, adding to those of backward passes before.
 
-        Left in place they would be added as DTensors, which takes torch many times as long.
+        Called as soon as it is there, so that beside the sum there are only ever a few new ones. Left in place it would
+        be added as a DTensor, which takes torch many times as long.
         """
-        for p in self.parameters:
-            if p.grad is not None:
-                gradient = local(p.grad)
-                self._collected[p] = self._collected[p].add_(gradient) if p in self._collected else gradient
-                p.grad = None
+        if parameter.grad is not None:
+            new, earlier = local(parameter.grad), self._collected.get(parameter)
+            self._collected[parameter] = new if earlier is None else earlier.add_(new)
+            parameter.grad = None
 
     def start_reduction(self) -> None:
         """Launches the sum of the parameters' gradients over the group, and frees them.
 
         A parameter without a gradient counts as zeros, provided that another of the bucket has one.
         """
-        self.collect_gradients()
+        for p in self.parameters:
+            self.collect_gradient(p)  # where it was not left by a backward pass
         if not self._collected:
             return
         self.finish_reduction()  # of an earlier pass

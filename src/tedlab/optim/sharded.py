@@ -96,10 +96,11 @@ class ShardedOptimizer:
         position = {parameter: n for n, parameter in enumerate(names)}
         self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
         self._incomplete: dict[Bucket, set[Tensor]] = {}  # buckets to launch, and whose gradients they wait for
-        if overlap:
-            for bucket in self.buckets:
-                for p in bucket.parameters:
-                    p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
+            for bucket in self.buckets
+            for p in bucket.parameters
+        ]
         self._norm: float | None = None  # of the gradient that waits for the step, once known
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
         self.applied_clip_factor = 1.0  # in the last step
@@ -152,18 +153,19 @@ class ShardedOptimizer:
             for gradient, whole in zip(gradients, summed, strict=True):
                 gradient.copy_(whole)
 
-    def collect_gradients(self) -> None:
-        """After a backward pass that is not the last of its step: nothing is reduced yet."""
-        for bucket in self.buckets:
-            bucket.collect_gradients()
-
     def expect_backward(self) -> None:
         """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
         if self.overlap:
             self._incomplete = {bucket: set(bucket.parameters) for bucket in self._in_order_of_backward}
 
-    def _on_gradient(self, bucket: Bucket, parameter: Tensor) -> None:
-        """Launches the reductions of complete buckets, in the same order on every process whatever completes first."""
+    def release(self) -> None:
+        """Leaves gradients to the parameters from now on, so that another optimizer may take them."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _on_gradient(self, bucket: Bucket, parameter: nn.Parameter) -> None:
+        """Collects it, and launches reductions of complete buckets, in the same order on every process."""
+        bucket.collect_gradient(parameter)
         if bucket not in self._incomplete:
             return
         self._incomplete[bucket].discard(parameter)

@@ -88,7 +88,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def phase(self) -> Phase:
-        """Where this thread is in the step. Outside passes: with the optimizer, gradients' accumulation included."""
+        """Where this thread is in the step; outside passes with the optimizer. Gradients are added up in backward."""
         if torch._C._current_graph_task_id() != -1:
             return "recompute" if recomputing() else "backward"
         return "forward" if self._in_forward else "optimizer"
