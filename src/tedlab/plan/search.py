@@ -150,10 +150,12 @@ def search(
                 break
             candidate = evaluated(checked, cluster, settings, rank)
             if candidate.peak_bytes > capacity:
-                found.too_large += len(micro_batches) - n  # larger ones need more
+                found.too_large += (
+                    1  # a larger one may fit: where it is the only one of a step, no sum stands beside it
+                )
                 found.miss(candidate)
-                break
-            found.fitting.append(candidate)
+            else:
+                found.fitting.append(candidate)
     return found
 
 
