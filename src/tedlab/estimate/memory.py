@@ -140,7 +140,7 @@ class Memory:
             weights = 2 * s.hidden * s.ffn_part * s.compute if s.mixed else 0
             return stream + inside + 2 * s.tokens * s.ffn_part * s.compute + weights
         chosen = s.outside * moe.top_k
-        router = s.outside * s.hidden * s.precise + s.outside * moe.num_experts * (3 * s.precise + _INDEX)
+        router = s.outside * s.hidden * s.parameter + s.outside * moe.num_experts * (3 * s.precise + _INDEX)
         indices = (4 * chosen + 2 * s.slots) * _INDEX
         weights = 2 * self.experts * s.hidden * s.ffn_part * s.compute if s.mixed else 0
         slots = s.slots * (s.hidden + 2 * s.ffn_part) * s.compute
