@@ -17,7 +17,7 @@ def measured() -> dict[str, vs_deepspeed.Row]:
         pytest.skip("the benchmark beside DeepSpeed needs the extra: pip install 'tedlab[deepspeed]'")
     vs_deepspeed.require_deepspeed()
     problem = vs_deepspeed.Problem(
-        ModelConfig(LAYERS, HIDDEN, 4, FFN, SEQUENCE, VOCABULARY),
+        ModelConfig(LAYERS, HIDDEN, 4, FFN, SEQUENCE, vocab_size=VOCABULARY),
         MoEConfig(EXPERTS, every=2, capacity_factor=1.0, gating="deepspeed_top1", random_token_selection=False),
         BATCH,
         {},

@@ -215,7 +215,7 @@ BATCH, SEQUENCE, HIDDEN, VOCABULARY = 2, 12, 16, 64
 def count(layers: int, moe: MoEConfig, tie: bool) -> tuple[dict[tuple[str, ...], list[int]], int]:
     """Calls and payload bytes by (tag, phase, op, kind), and how many collectives torch has seen."""
     here, calls = topology(), {}
-    config = ModelConfig(layers, HIDDEN, 4, 32, SEQUENCE, VOCABULARY, tie_embeddings=tie)
+    config = ModelConfig(layers, HIDDEN, 4, 32, SEQUENCE, vocab_size=VOCABULARY, tie_embeddings=tie)
     model = GPT(config, moe, here, seed=0)
 
     def hook(call: Collective, when: str) -> None:
