@@ -151,7 +151,8 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
         return Work(0, size, form.precise, "arithmetic")
 
     yield moved(3 * whole * p)  # zeros, and gradients copied into them
-    yield moved(2 * shard * p)  # the mean
+    if form.degrees.data > 1:
+        yield moved(2 * shard * p)  # the mean
     yield moved(shard * p)  # the norm
     half = master + p if p < master else 0
     if s.config.optim.tile == "fused":
