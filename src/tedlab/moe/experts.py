@@ -9,8 +9,7 @@ from tedlab.comm import matmul_into
 from tedlab.moe.dispatch import SlotRegion
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, RowRegion, arrange
-from tedlab.moe.rows import activate
-from tedlab.nn import Init, ShardedModule
+from tedlab.nn import Init, ShardedModule, activate
 from tedlab.topology import Topology
 
 

@@ -31,6 +31,11 @@ class Groups(NamedTuple):
     sizes: tuple[int, ...] | None
 
 
+def one_kernel(x: Tensor, *widths: int) -> bool:
+    """:func:`native`, of rows; but of fake tensors torch has neither shapes for all dtypes nor a count of FLOPs."""
+    return native(x.dtype, *widths) and not isinstance(x, FakeTensor)
+
+
 def native(dtype: torch.dtype, *widths: int) -> bool:
     """Whether torch multiplies groups of rows in one kernel, for which the host need not know their sizes.
 
@@ -61,7 +66,7 @@ def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
 class _GroupedMatmul(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
-        ctx.save_for_backward(x, weight, groups.ends)
+        ctx.save_for_backward(x, weight)
         ctx.groups = groups
         if tag is not None and is_dead(tag):
             return unused(torch.Size((len(x), weight.shape[-1])), x)
@@ -69,14 +74,14 @@ class _GroupedMatmul(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, _ = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         return times(grad, weight.mT, ctx.groups), transposed_times(x, grad, ctx.groups), None, None
 
 
 def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Each row (N, K) times the matrix (K, M) of its expert: (N, M)."""
-    if _one_kernel(x, weight):
+    if one_kernel(x, x.shape[-1], weight.shape[-1]):
         return F.grouped_mm(x, weight, offs=groups.ends)
     assert groups.sizes is not None
     out = x.new_empty(len(x), weight.shape[-1])
@@ -87,7 +92,7 @@ def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
     """Per expert xᵀ @ grad of its rows (N, K) and (N, M): (e, K, M); zeros where an expert has no rows."""
-    if _one_kernel(x, grad):
+    if one_kernel(x, x.shape[-1], grad.shape[-1]):
         return F.grouped_mm(x.mT, grad, offs=groups.ends)
     assert groups.sizes is not None
     out = x.new_empty(len(groups.sizes), x.shape[1], grad.shape[1])
@@ -96,9 +101,10 @@ def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
     return out
 
 
-def _one_kernel(x: Tensor, y: Tensor) -> bool:
-    # Of fake tensors torch has neither shapes for all dtypes nor a count of the product's FLOPs.
-    return native(x.dtype, x.shape[-1], y.shape[-1]) and not isinstance(x, FakeTensor)
+def sums_by_expert(x_NF: Tensor, expert_N: Tensor, experts: int) -> Tensor:
+    """Of each expert's rows the sum: (e, F)."""
+    each = torch.arange(experts, device=expert_N.device).unsqueeze(1)
+    return (each == expert_N).to(x_NF.dtype) @ x_NF
 
 
 class _BiasRows(Function):
@@ -113,5 +119,4 @@ class _BiasRows(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (expert,) = ctx.saved_tensors
-        each = torch.arange(ctx.experts, device=expert.device).unsqueeze(1)
-        return (each == expert).to(grads[0].dtype) @ grads[0], None
+        return sums_by_expert(grads[0], expert, ctx.experts), None

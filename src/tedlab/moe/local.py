@@ -14,7 +14,7 @@ from torch.autograd import Function
 from tedlab.comm import once, to_compute_dtype
 from tedlab.comm.rows import Rows
 from tedlab.moe.experts import Experts
-from tedlab.moe.grouped import Groups, native
+from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
 from tedlab.moe.products import Order, Products, products
 from tedlab.moe.router import Routing
 
@@ -50,8 +50,7 @@ class LocalExperts(Experts):
     def _order(self, x: Tensor, routing: Routing) -> Order:
         load, choices = routing.report.load, routing.slot_TK.shape[1]
         # Where products need the numbers of rows on the host it has to wait for the device: once, not in recomputation.
-        one_kernel = native(x.dtype, *self.widths) and type(x) is Tensor
-        sizes = None if one_kernel else once("experts.sizes", lambda: self._read(load))
+        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: self._read(load))
         ends = load.cumsum(0).int()
         each = torch.arange(len(load), device=load.device)
         expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())
@@ -81,13 +80,13 @@ class _Mixture(Function):
         computing: Products,
     ) -> Tensor:
         z, y_NH = computing.forward(x_TH, up, up_bias, down, order)
-        ctx.save_for_backward(x_TH, gate_TK, up, up_bias, down, down_bias, z, order.token_N, order.place_TK)
+        ctx.save_for_backward(x_TH, gate_TK, up, up_bias, down, down_bias, z)
         ctx.order, ctx.computing = order, computing
         return computing.rows.combine(y_NH, order.place_TK, gate_TK, down_bias, order.expert_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate_TK, up, up_bias, down, down_bias, z, _, _ = ctx.saved_tensors
+        x, gate_TK, up, up_bias, down, down_bias, z = ctx.saved_tensors
         order, computing, grad_TH = ctx.order, ctx.computing, grads[0].contiguous()
         gate_N = torch.empty_like(gate_TK).flatten().scatter_(0, order.place_TK.flatten(), gate_TK.flatten())
         grad_NH, grad_z, grad_gate_N, grad_up, grad_down = computing.backward(
@@ -96,10 +95,10 @@ class _Mixture(Function):
         grad_x = computing.rows.combine(grad_NH, order.place_TK, None, None, order.expert_TK)
         grad_gate = grad_gate_N[order.place_TK]
         grad_up_bias = grad_down_bias = None
-        each = torch.arange(len(up), device=x.device)
         if up_bias is not None:
-            grad_up_bias = (each.unsqueeze(1) == order.groups.expert_N).to(grad_z.dtype) @ grad_z
+            grad_up_bias = sums_by_expert(grad_z, order.groups.expert_N, len(up))
         if down_bias is not None:
+            each = torch.arange(len(up), device=x.device)
             # Of each token the gate of each expert: the bias is added gate times.
             gate_TE = (order.expert_TK.unsqueeze(-1) == each) * gate_TK.unsqueeze(-1)
             grad_down_bias = gate_TE.sum(1).to(grad_TH.dtype).mT @ grad_TH

@@ -17,8 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tedlab.moe import rows
 from tedlab.moe.grouped import Groups, times, transposed_times
 
-KERNELS = ("auto", "torch", "triton")
-
 
 class Order(NamedTuple):
     """The rows of a micro-batch.
@@ -103,7 +101,7 @@ def products(kernel: str, gated: bool, x: Tensor) -> Products:
     """With the row operations asked for, or with ``auto`` the fastest that take these rows.
 
     Args:
-        kernel: one of :data:`KERNELS`.
+        kernel: auto, torch or triton.
         gated: see :class:`Products`.
         x: like the tokens, in dtype and device.
 

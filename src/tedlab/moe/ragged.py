@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tedlab.comm import (
     Collectives,
@@ -44,7 +43,7 @@ from tedlab.comm import (
 )
 from tedlab.comm.rows import Rows, dealt, listed, rows_of
 from tedlab.moe.dispatch import gather_rows, merge_choices, spread_choices
-from tedlab.moe.grouped import Groups, native
+from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.router import Routing
 from tedlab.topology import Topology
 
@@ -126,8 +125,7 @@ class RaggedPath:
 
     def _without_waiting(self, counts_ise: Tensor, x_RH: Tensor) -> tuple[Exchange, Rows] | None:
         """Where only this process's own experts are there to choose, and the device alone needs to know how often."""
-        one_kernel = native(x_RH.dtype, *self.widths) and not isinstance(x_RH, FakeTensor)
-        if self.comm.size("expert") > 1 or not one_kernel:
+        if self.comm.size("expert") > 1 or not one_kernel(x_RH, *self.widths):
             return None
         rows = len(x_RH)
         exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None)

@@ -7,16 +7,9 @@ projection (F, or with SwiGLU 2·F: gate and linear part in turn).
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def activate(z: Tensor, gated: bool) -> Tensor:
-    """GELU of (…, F); or SwiGLU of (…, 2·F), silu(gate) · linear part (Shazeer 2020, eq. 6): (…, F)."""
-    if not gated:
-        return F.gelu(z)
-    gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
-    return F.silu(gate) * linear
+from tedlab.nn import activate
 
 
 def take(x_TH: Tensor, token_N: Tensor) -> Tensor:

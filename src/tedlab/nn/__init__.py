@@ -1,5 +1,6 @@
 """Tensor-parallel building blocks. With a tensor degree of 1 they are the ordinary layers."""
 
+from tedlab.nn.activation import activate
 from tedlab.nn.attention import SelfAttention
 from tedlab.nn.embedding import Embedding, VocabParallelEmbedding
 from tedlab.nn.feed_forward import FeedForward
@@ -20,6 +21,7 @@ __all__ = [
     "SelfAttention",
     "ShardedModule",
     "VocabParallelEmbedding",
+    "activate",
     "initialize",
     "linear_cross_entropy",
     "localised",

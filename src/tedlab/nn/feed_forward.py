@@ -1,8 +1,8 @@
 """The dense feed-forward layer, divided over the tensor group."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tedlab.nn.activation import activate
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tedlab.nn.sharded import Init
 from tedlab.topology import Topology
@@ -43,8 +43,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, H) → (B, S, H)."""
-        h = self.up(x)
-        if not self.gated:
-            return self.down(F.gelu(h))
-        gate, value = h.unflatten(-1, (-1, 2)).unbind(-1)  # each (B, S, F/T)
-        return self.down(F.silu(gate) * value)
+        return self.down(activate(self.up(x), self.gated))
