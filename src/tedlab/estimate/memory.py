@@ -154,15 +154,18 @@ class Memory:
 
         Yields name; bytes of gradients just made, of those of the block before them, of freed activations, temporaries.
         """
-        s, routed = self.sizes, self.sizes.form.routed(block)
+        s, moe, routed = self.sizes, self.sizes.config.moe, self.sizes.form.routed(block)
         part = s.hidden // s.tensor
         matrix = s.hidden * s.ffn_part * s.parameter
         if routed:
-            yield "experts", self.experts * matrix, 0, 0, s.slots * (s.hidden + s.ffn_part) * s.compute
+            # The results that gates weighted are gone, and the gradient of tokens is that of the block's result alone.
+            weighted, stream = (s.outside * s.hidden * size for size in (moe.top_k * s.compute, s.parameter))
+            held = s.slots * (s.hidden + s.ffn_part) * s.compute - stream
+            yield "experts", self.experts * matrix, 0, weighted, held
             if s.form.dropless and s.config.model.checkpoint == "block":
                 # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
                 copies = 5 if s.form.sharers > 1 else 3
-                yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute
+                yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute - stream
         else:
             yield "feed-forward layer", matrix, 0, 0, matrix + s.tokens * s.ffn_part * s.compute  # transposed
         done = self._attention_gradients + self._feed_forward_gradients(routed)
