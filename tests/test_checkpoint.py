@@ -461,6 +461,24 @@ def test_nothing_is_removed_after_a_failed_write_in_the_background(single: Topol
     assert not (tmp_path / "first").exists()
 
 
+def test_a_crash_while_removing_leaves_a_link_to_the_newest(
+    single: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1.0, 2.0, 3.0):
+        write(tmp_path / f"step_{step:.0f}", step)
+    (tmp_path / "last").symlink_to("step_1")
+
+    def cut_off(path: Path, ignore_errors: bool) -> None:
+        (path / "meta.pt").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.directory.shutil, "rmtree", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.writer.Writer(background=False).remove(tmp_path / "step_1")
+    assert read(tmp_path / "last") == read(tmp_path / "step_3")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last", "step_1", "step_2", "step_3"]
+
+
 def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_else(single: Topology, tmp_path: Path) -> None:
     for value in (1, 2, 3):
         write(tmp_path / "new" / "last", value)

@@ -81,6 +81,23 @@ def load(tensors: dict[str, Any], path: Path) -> None:
     dcp.load(tensors, checkpoint_id=path)
 
 
+def remove(path: Path) -> None:
+    """Deletes a checkpoint. For one process.
+
+    Links to it (Lightning moves ``last.ckpt`` only afterwards) first lead to the newest checkpoint beside it, so a
+    crash on the way leaves none that ends in half a checkpoint.
+    """
+    others = [file for file in path.parent.glob(f"*/{META}") if file.parent.resolve() != path.resolve()]
+    links = [link for link in path.parent.iterdir() if link.is_symlink() and link.resolve() == path.resolve()]
+    for link in links if others else []:
+        newest = max(others, key=lambda file: file.stat().st_mtime_ns).parent
+        moved = link.with_name(link.name + ".partial")
+        moved.unlink(missing_ok=True)
+        moved.symlink_to(newest.resolve().name)
+        moved.replace(link)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
     """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any.
 

@@ -1,6 +1,5 @@
 """Saves and removes checkpoints, in order, at once or in the background."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from tedlab.checkpoint.directory import save
+from tedlab.checkpoint.directory import remove, save
 
 
 class Writer:
@@ -40,7 +39,7 @@ class Writer:
 
     def remove(self, path: Path) -> None:
         """Deletes a checkpoint once everything before is safely written. For one process."""
-        self._run(lambda: shutil.rmtree(path, ignore_errors=True))
+        self._run(lambda: remove(path))
 
     def wait(self) -> None:
         """Returns when everything is written.
