@@ -5,11 +5,8 @@ See ``python -m benchmarks.moe_layer --help``, and README.md for what is compare
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.surroundings import surroundings
 from tedlab import Topology
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer
@@ -324,19 +322,12 @@ def main() -> None:
         torch.cuda.empty_cache()
         dense += dense_tflops(device, 5)
     limit = median(dense)
-    device_name = torch.cuda.get_device_name(device)
-    title = f"One MoE layer, forward and backward, bf16, {device_name}; a dense product runs at {limit:.0f} TFLOP/s"
+    facts = surroundings(device, "transformers")
+    title = f"One MoE layer, forward and backward, bf16, {facts['device']}; a dense product runs at {limit:.0f} TFLOP/s"
     Console(width=130).print(table(rows, limit, title))
     if arguments.out:
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": device_name,
-            "versions": {"python": platform.python_version()}
-            | {package: version(package) for package in ("torch", "triton", "transformers")},
-            "dense_tflops": dense,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        everything = facts | {"dense_tflops": dense, "rows": [asdict(row) for row in rows]}
+        arguments.out.write_text(json.dumps(everything, indent=1) + "\n")
         draw(rows, limit, title, arguments.out.with_suffix(".png"))
 
 

@@ -7,8 +7,6 @@ square of the width (the experts' inner width is half of the hidden one). See ``
 import argparse
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.moe_layer import Shape, Step, milliseconds, plant_routing, tedlab_layer, tokens
+from benchmarks.surroundings import surroundings
 
 BASE = Shape(tokens=16384, hidden=2048, inner=1024, experts=64, top_k=8)
 SWEEPS = {  # values, and how time per token should grow: with this power
@@ -81,8 +80,8 @@ def main() -> None:
     for name, value in track(jobs, "Layers", transient=True):
         times[name][value] = microseconds_per_token(shape_at(name, value), device, arguments.repeats)
         torch.cuda.empty_cache()
-    device_name = torch.cuda.get_device_name(device)
-    table = Table(title=f"One MoE layer, bf16, {device_name}: {BASE}", title_justify="left", box=SIMPLE_HEAD)
+    facts = surroundings(device)
+    table = Table(title=f"One MoE layer, bf16, {facts['device']}: {BASE}", title_justify="left", box=SIMPLE_HEAD)
     for column in ("what", "value", "µs per token", "TFLOP/s"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for name, value in jobs:
@@ -90,14 +89,9 @@ def main() -> None:
         table.add_row(name, f"{value:,}", f"{taken:.3f}", f"{shape.flops / shape.tokens / taken / 1e6:.0f}")
     Console(width=110).print(table)
     if arguments.out:
-        record = {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": device_name,
-            "versions": {package: version(package) for package in ("torch", "triton")},
-            "microseconds_per_token": times,
-        }
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
-        draw(times, f"One MoE layer, forward and backward, bf16, {device_name}", arguments.out.with_suffix(".png"))
+        everything = facts | {"microseconds_per_token": times}
+        arguments.out.write_text(json.dumps(everything, indent=1) + "\n")
+        draw(times, f"One MoE layer, forward and backward, bf16, {facts['device']}", arguments.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

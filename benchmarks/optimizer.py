@@ -5,15 +5,11 @@ See ``python -m benchmarks.optimizer --help``, and README.md for what is compare
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.surroundings import surroundings
 from tedlab import Topology
 from tedlab.optim import ShardedOptimizer
 
@@ -199,24 +196,6 @@ def table(rows: list[Row], elements: int, title: str) -> Table:
             f"{row.temporary_bytes / elements:.2f}",
         )
     return result
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """When, on what and with which versions."""
-    versions = {"python": platform.python_version()}
-    for package in ("tedlab", "torch", "triton"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:  # Triton, where there is no GPU
-            continue
-    cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions,
-    }
 
 
 def main() -> None:

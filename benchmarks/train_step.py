@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from benchmarks.optimizer import surroundings
 from benchmarks.steps import WARM_UP, composed, free, train
+from benchmarks.surroundings import surroundings
 
 TEXT = "on text"
 ROWS = {  # what each changes

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from benchmarks.optimizer import surroundings
+from benchmarks.surroundings import surroundings
 from tedlab import TEDStrategy
 from tedlab.calibrate import CalibrateConfig, calibrate
 from tedlab.callbacks import CommunicationLedger

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,8 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.optim import AdamW
 
-from benchmarks.optimizer import surroundings
 from benchmarks.recorder import CollectiveRecorder, Volume
+from benchmarks.surroundings import surroundings
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import CommConfig, ModelConfig, MoEConfig
 from tedlab.models import GPT
@@ -365,8 +364,7 @@ def main() -> None:
     for table in (agreement_table, comparison_table, volume_table):
         console.print(table(measured), "")
     if arguments.out is not None:
-        facts = surroundings(torch.device("cpu")) | {"processes": DEGREES.world_size, "threads": 1}
-        facts["versions"]["deepspeed"] = version("deepspeed")
+        facts = surroundings(torch.device("cpu"), "deepspeed") | {"processes": DEGREES.world_size, "threads": 1}
         settings = asdict(problem) | {"rounds": arguments.rounds}
         everything = facts | settings | {"rows": [asdict(row) for row in measured]}
         arguments.out.write_text(json.dumps(everything, indent=2) + "\n")

@@ -12,7 +12,6 @@ import json
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from benchmarks.optimizer import surroundings
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
+from benchmarks.surroundings import surroundings
 from benchmarks.train_step import attempt, table
 from tedlab.config import TrainConfig
 from tedlab.models import GPT
@@ -222,8 +221,7 @@ def main() -> None:
     unknown = sorted(set(arguments.shapes) - SHAPES.keys())
     if unknown:
         parser.error(f"there is no shape {unknown[0]}; valid: {', '.join(SHAPES)}")
-    facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    facts["versions"]["transformers"] = version("transformers")
+    facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "transformers")
     results: dict[str, Any] = {}
     for name in arguments.shapes:
         shape, overrides = SHAPES[name], [*SHAPES[name].overrides, *arguments.set]
