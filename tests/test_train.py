@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
 
 STEPS = 6
 CHECKPOINT = 4  # step of the one that is kept beside the last
