@@ -21,8 +21,6 @@ from tests.pool import WorkerPool
 from tests.training import Job, Layout, full, loader, trainer
 from tests.training import language_model as module_of
 
-pytestmark = pytest.mark.xdist_group("checkpoint")
-
 LENGTH, BATCH, MICRO_BATCH = 12, 8, 2
 SAVED, STEPS = 3, 7  # an epoch is five steps
 SOURCE = Layout(4, tensor=2, expert=2)

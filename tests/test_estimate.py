@@ -15,8 +15,6 @@ from tedlab.sim.roofline import Work
 from tests.pool import WorkerPool
 from tests.sim.test_simulation import checked, out_of_the_pools_group
 
-pytestmark = pytest.mark.xdist_group("estimate")
-
 MODEL = ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024", "model.sequence_length=256"]
 MODEL += ["model.vocab_size=2048", "moe.num_experts=16"]
 ONE = [*MODEL, "parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]

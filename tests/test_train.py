@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("train")]
+pytestmark = pytest.mark.slow
 
 STEPS = 6
 CHECKPOINT = 4  # step of the one that is kept beside the last
@@ -347,13 +347,10 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
 
 
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
-    settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.checkpoint=block", "comm=cac"]
-    place.train("compiled", *settings, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
-    budget = ["comm.cac=auto", "comm.cac_budget_bytes=3000", "parallel.sequence=true", "optim.overlap=true"]
-    run = place.train("sequence", *settings, *budget, "trainer.max_steps=2", "logger=none")
-    assert 0 < run.summary["memory/stash_bytes"] <= 3000
+    short = ["trainer.max_steps=2", "logger=none"]
+    kept = ["model.checkpoint=block", "comm.cac=auto", "comm.cac_budget_bytes=3000"]
+    kept += ["parallel=tp2", "parallel.sequence=true", "trainer.precision=bf16-mixed", "optim.overlap=true"]
+    assert 0 < place.train("sequence", *kept, *short).summary["memory/stash_bytes"] <= 3000
     today = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
     today += ["moe.dispatch=dropless", "model.compile=aot_eager", "model.loss_chunk=50", "optim.tile=fused"]
-    place.train(
-        "today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none"
-    )
+    place.train("today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, *short)
