@@ -183,6 +183,4 @@ def test_gradients_are_partial_along_the_data_axis_and_else_placed_as_their_para
         "whole": (Replicate(),),
     }
     expected = {name: ((Replicate(), *rest), (Partial(), *rest)) for name, rest in own.items()}
-    if torch.__version__ < "2.12":  # names no partial sum where nothing is sharded; values are the same
-        expected["whole"] = ((Replicate(), Replicate()), (Replicate(), Replicate()))
     assert pool.run(4, gradient_placements) == [expected] * 4
