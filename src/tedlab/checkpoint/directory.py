@@ -88,7 +88,7 @@ def remove(path: Path) -> None:
     crash on the way leaves none that ends in half a checkpoint.
     """
     others = [file for file in path.parent.glob(f"*/{META}") if file.parent.resolve() != path.resolve()]
-    links = [link for link in path.parent.iterdir() if link.is_symlink() and link.resolve() == path.resolve()]
+    links = [link for link in path.parent.glob("*") if link.is_symlink() and link.resolve() == path.resolve()]
     for link in links if others else []:
         newest = max(others, key=lambda file: file.stat().st_mtime_ns).parent
         moved = link.with_name(link.name + ".partial")
