@@ -85,9 +85,7 @@ def test_one_step_equals_one_process(pool: WorkerPool, layout: Layout, job_name:
 
 
 @pytest.mark.parametrize(
-    "layout",
-    [*LAYOUTS[1:6], pytest.param(Layout(8, tensor=2, expert=2), marks=pytest.mark.slow)],
-    ids=str,
+    "layout", [pytest.param(layout, marks=[pytest.mark.slow] * (layout.world_size > 4)) for layout in LAYOUTS], ids=str
 )
 def test_twenty_steps_equal_one_process(pool: WorkerPool, layout: Layout) -> None:
     job = Job(steps=20, lr=3e-3, micro_batches=layout.data)
