@@ -1,4 +1,5 @@
-"""On one GPU: layouts whose processes share it over gloo; NCCL alone; and streams, events and pinned memory."""
+"""On one GPU: layouts whose processes share it over gloo; NCCL alone; what layers do there in a way of their own; and
+streams, events and pinned memory."""
 
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from tedlab.certify import certify
 from tedlab.comm import Ledger
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.launch import launch
+from tedlab.moe.router import _PreciseLinear
+from tedlab.nn import causal_attention
 from tedlab.run import build, run
 from tedlab.validate import check
 from tests.certify.runs import composed, in_pool
@@ -59,6 +62,49 @@ def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str
     found = certify(config, continuations=["in this layout"])
     assert found.accelerator == "gpu"
     assert found.ok, str(found.culprit)
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def scattered(*sizes: int) -> Tensor:
+    return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
+
+
+def test_the_router_multiplies_in_fp32_what_is_in_bf16() -> None:
+    x, weight = scattered(4096, 256).requires_grad_(), scattered(16, 256).requires_grad_()
+    grad = torch.randn(4096, 16, device="cuda")
+    logits = _PreciseLinear.apply(x, weight)
+    precise = x.double() @ weight.double().mT
+    torch.testing.assert_close(logits.double(), precise, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(logits, (x, weight), grad)
+    for own, best in zip(ours, torch.autograd.grad(precise, (x, weight), grad.double()), strict=True):
+        assert (own == best).float().mean() > 0.99  # rounded once: were the gradient in bf16, about half would be
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
+def test_attention_is_as_precise_with_cudnn_and_deterministic_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    qkv, grad = scattered(2, 256, 4, 3, 64).requires_grad_(), scattered(2, 256, 4, 64).transpose(1, 2)
+
+    def parts(x: Tensor) -> tuple[Tensor, ...]:
+        return x.transpose(1, 2).unbind(-2)
+
+    def both_passes() -> tuple[Tensor, Tensor]:
+        y = causal_attention(*parts(qkv))
+        return y, torch.autograd.grad(y, qkv, grad)[0]
+
+    q, k, v = parts(qkv.double())
+    later = torch.ones(256, 256, dtype=torch.bool, device="cuda").triu(1)
+    y = ((q @ k.mT) / 8).masked_fill(later, -torch.inf).softmax(-1) @ v
+    for own, best in zip(both_passes(), (y, torch.autograd.grad(y, qkv, grad.double())[0]), strict=True):
+        torch.testing.assert_close(own.double(), best.double(), rtol=0.02, atol=0.02)
+    with torch.profiler.profile() as profile:
+        both_passes()
+    assert any("cudnn_attention" in event.name for event in profile.events())
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with torch.profiler.profile() as profile:
+        both_passes()
+    assert not any("cudnn_attention" in event.name for event in profile.events())
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------

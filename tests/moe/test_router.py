@@ -12,6 +12,7 @@ from tedlab import Topology
 from tedlab.capacity import expert_capacity
 from tedlab.config import MoEConfig
 from tedlab.moe import Router, Routing, assign_slots
+from tedlab.moe.router import bf16_parts
 from tedlab.nn import Init, initialize
 
 
@@ -174,3 +175,15 @@ def test_routing_of_low_precision_tokens_is_computed_in_fp32(single: Topology) -
     assert routing.gate_TK.dtype == routing.report.balance_loss.dtype == routing.report.z_loss.dtype == torch.float32
     expected = LOGITS.bfloat16().float().softmax(-1).amax(-1, keepdim=True)
     torch.testing.assert_close(routing.gate_TK, expected, rtol=1e-6, atol=0)
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_three_numbers_in_bf16_are_one_in_fp32(backend: str | None) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-25, 25, 1000)
+    split = bf16_parts if backend is None else torch.compile(bf16_parts, backend=backend)
+    parts = split(x)
+    assert all(part.dtype is torch.bfloat16 for part in parts)
+    assert torch.equal(torch.stack([part.double() for part in parts]).sum(0), x.double())

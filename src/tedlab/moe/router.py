@@ -168,13 +168,14 @@ class Router(ShardedModule):
 class _PreciseLinear(Function):
     """``F.linear`` in fp32 or better, which keeps its input as it came.
 
-    Of two bf16 numbers a tensor core's product is exact, and is summed in fp32: nothing need be converted.
+    Of two bf16 numbers a tensor core's product is exact, and is summed in fp32: nothing need be converted. The
+    gradient, which is fp32, takes part as the sum of three of them.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+        if _on_tensor_cores(x, weight):
             return torch.mm(x, weight.t(), out_dtype=torch.float32)
         precise = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(precise), weight.to(precise))
@@ -183,7 +184,29 @@ class _PreciseLinear(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad = grads[0]
+        if _on_tensor_cores(x, weight):
+            parts = torch.cat(bf16_parts(grad), -1)  # (T, 3·E)
+            of_x = torch.mm(parts, weight.repeat(3, 1), out_dtype=torch.float32)
+            of_weight = torch.mm(parts.t(), x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
+            return of_x.to(x.dtype), of_weight.to(weight.dtype)
         return (grad @ weight.to(grad.dtype)).to(x.dtype), (grad.mT @ x.to(grad.dtype)).to(weight.dtype)
+
+
+def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
+    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+
+
+def bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tensors in bf16, of 8 bits each, whose sum is a tensor in fp32, of 24 (unless near 1e-38)."""
+    first = _first_bits(x)
+    rest = x - first
+    second = _first_bits(rest)
+    return first.to(torch.bfloat16), second.to(torch.bfloat16), (rest - second).to(torch.bfloat16)
+
+
+def _first_bits(x: Tensor) -> Tensor:
+    """Without the 16 last. torch.compile would take a conversion to bf16 and back for pointless, and leave it out."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32)
 
 
 def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
