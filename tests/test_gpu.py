@@ -1,5 +1,5 @@
-"""On one GPU: layouts whose processes share it over gloo; NCCL alone; what layers do there in a way of their own; and
-streams, events and pinned memory."""
+"""On one GPU: layouts whose processes share it over gloo; NCCL alone; the router's products; and streams, events
+and pinned memory."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,6 @@ from tedlab.comm import Ledger
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.launch import launch
 from tedlab.moe.router import _PreciseLinear
-from tedlab.nn import causal_attention
 from tedlab.run import build, run
 from tedlab.validate import check
 from tests.certify.runs import composed, in_pool
@@ -80,31 +79,6 @@ def test_the_router_multiplies_in_fp32_what_is_in_bf16() -> None:
     ours = torch.autograd.grad(logits, (x, weight), grad)
     for own, best in zip(ours, torch.autograd.grad(precise, (x, weight), grad.double()), strict=True):
         assert (own == best).float().mean() > 0.99  # rounded once: were the gradient in bf16, about half would be
-
-
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9, reason="needs Hopper")
-def test_attention_is_as_precise_with_cudnn_and_deterministic_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    qkv, grad = scattered(2, 256, 4, 3, 64).requires_grad_(), scattered(2, 256, 4, 64).transpose(1, 2)
-
-    def parts(x: Tensor) -> tuple[Tensor, ...]:
-        return x.transpose(1, 2).unbind(-2)
-
-    def both_passes() -> tuple[Tensor, Tensor]:
-        y = causal_attention(*parts(qkv))
-        return y, torch.autograd.grad(y, qkv, grad)[0]
-
-    q, k, v = parts(qkv.double())
-    later = torch.ones(256, 256, dtype=torch.bool, device="cuda").triu(1)
-    y = ((q @ k.mT) / 8).masked_fill(later, -torch.inf).softmax(-1) @ v
-    for own, best in zip(both_passes(), (y, torch.autograd.grad(y, qkv, grad.double())[0]), strict=True):
-        torch.testing.assert_close(own.double(), best.double(), rtol=0.02, atol=0.02)
-    with torch.profiler.profile() as profile:
-        both_passes()
-    assert any("cudnn_attention" in event.name for event in profile.events())
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with torch.profiler.profile() as profile:
-        both_passes()
-    assert not any("cudnn_attention" in event.name for event in profile.events())
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ from tedlab.comm.collectives import Operation
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models import GPT
-from tedlab.nn import causal_attention
 from tedlab.optim import ShardedOptimizer
 from tedlab.sim.roofline import work_of
 from tedlab.topology import Topology
@@ -228,7 +227,7 @@ class Bench:
 
             def both_passes(inputs: list[Tensor] = inputs, g: Tensor = g) -> None:
                 q, k, v = inputs
-                torch.autograd.grad(causal_attention(q, k, v), inputs, g)
+                torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), inputs, g)
 
             amounts.append(7.0 * samples * heads * tokens**2 * width / 2)  # two products forward, five backward, halved
             seconds.append(self._time("attention", both_passes) / 2)

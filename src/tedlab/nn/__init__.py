@@ -1,7 +1,7 @@
 """Tensor-parallel building blocks. With a tensor degree of 1 they are the ordinary layers."""
 
 from tedlab.nn.activation import activate
-from tedlab.nn.attention import SelfAttention, causal_attention
+from tedlab.nn.attention import SelfAttention
 from tedlab.nn.embedding import Embedding, VocabParallelEmbedding
 from tedlab.nn.feed_forward import FeedForward
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
@@ -22,7 +22,6 @@ __all__ = [
     "ShardedModule",
     "VocabParallelEmbedding",
     "activate",
-    "causal_attention",
     "initialize",
     "linear_cross_entropy",
     "localised",

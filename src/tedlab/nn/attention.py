@@ -3,36 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
 from tedlab.nn.rotary import rotate
 from tedlab.nn.sharded import Init
 from tedlab.topology import Topology
-
-_PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What each position makes of itself and those before it.
-
-    On Hopper cuDNN's kernels take about half the time of FlashAttention 2, which torch prefers. They are not
-    deterministic, and are planned anew for each length, which a text that grows by a token at a time cannot wait for.
-
-    Args:
-        q, k, v: (B, heads, S, head_dim).
-
-    Returns:
-        (B, heads, S, head_dim).
-    """
-    if q.is_cuda and q.shape[-2] % 128 == 0 and not torch.are_deterministic_algorithms_enabled() and _hopper(q):
-        with sdpa_kernel(_PREFERRED, set_priority=True):  # the first that takes these tensors
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def _hopper(x: Tensor) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_properties(x.device).major == 9
 
 
 class SelfAttention(nn.Module):
@@ -70,5 +45,5 @@ class SelfAttention(nn.Module):
             qk = rotate(qkv[..., :2, :], rotation.unsqueeze(-2))
             qkv = torch.cat((qk, qkv[..., 2:, :]), -2)
         q, k, v = qkv.unbind(-2)  # each (B, heads/T, S, head_dim)
-        y = causal_attention(q, k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))
