@@ -40,10 +40,9 @@ class SelfAttention(nn.Module):
             x: activations.
             rotation: (2, S, head_dim/2) of queries and keys, see :func:`tedlab.nn.rotation`; None: they stay.
         """
-        qkv = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).transpose(1, 2)  # (B, heads/T, S, 3, head_dim)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)  # each (B, S, heads/T, head_dim)
         if rotation is not None:
-            qk = rotate(qkv[..., :2, :], rotation.unsqueeze(-2))
-            qkv = torch.cat((qk, qkv[..., 2:, :]), -2)
-        q, k, v = qkv.unbind(-2)  # each (B, heads/T, S, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            q, k = (rotate(part, rotation.unsqueeze(-2)) for part in (q, k))
+            v = v.clone()  # else all of the projection would be kept for it
+        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))

@@ -98,8 +98,8 @@ def _statistics(logits_CV: Tensor, column_C1: Tensor) -> tuple[Tensor, Tensor, T
     """Of each row: the largest, the sum of exponentials of the differences from it, and the one in a column."""
     precise_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     largest_C1 = precise_CV.amax(-1, keepdim=True)
-    sum_C = (precise_CV - largest_C1).exp().sum(-1)
-    return largest_C1.squeeze(-1), sum_C, precise_CV.gather(-1, column_C1).squeeze(-1)
+    sum_C1 = (precise_CV - largest_C1).exp().sum(-1, keepdim=True)  # so inductor sees a softmax, and reads once for both
+    return largest_C1.squeeze(-1), sum_C1.squeeze(-1), precise_CV.gather(-1, column_C1).squeeze(-1)
 
 
 def _to_probabilities(logits_CV: Tensor, largest_C: Tensor, sum_C: Tensor) -> None:
