@@ -1,6 +1,5 @@
 """Causal self-attention with its heads divided over the tensor group."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -98,7 +98,7 @@ def _statistics(logits_CV: Tensor, column_C1: Tensor) -> tuple[Tensor, Tensor, T
     """Of each row: the largest, the sum of exponentials of the differences from it, and the one in a column."""
     precise_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     largest_C1 = precise_CV.amax(-1, keepdim=True)
-    sum_C1 = (precise_CV - largest_C1).exp().sum(-1, keepdim=True)  # so inductor sees a softmax, and reads once for both
+    sum_C1 = (precise_CV - largest_C1).exp().sum(-1, keepdim=True)  # inductor sees a softmax: one reading for both
     return largest_C1.squeeze(-1), sum_C1.squeeze(-1), precise_CV.gather(-1, column_C1).squeeze(-1)
 
 
