@@ -43,5 +43,6 @@ class SelfAttention(nn.Module):
         if rotation is not None:
             q, k = (rotate(part, rotation.unsqueeze(-2)) for part in (q, k))
             v = v.clone()  # else all of the projection would be kept for it
-        y = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)), is_causal=True)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads/T, S, head_dim)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))
