@@ -211,6 +211,26 @@ def test_output_and_gradients_equal_plain_torch(pool: WorkerPool, name: str, ten
         assert max(errors.values()) < 1e-13, errors
 
 
+def test_rms_norm_is_torchs_and_keeps_its_input_and_a_number_a_row() -> None:
+    x, direction = (random(name, 3, 5, 64).bfloat16() for name in ("rms", "direction"))
+    weight, kept = random("weight", 64).bfloat16().requires_grad_(), []
+    norm = RMSNorm(64, Topology.single()).bfloat16()
+    with torch.no_grad():
+        norm.local("weight").copy_(weight)
+    x.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = norm(x)
+    assert {tuple(t.shape) for t in kept} == {(3, 5, 64), (64,), (3, 5, 1)}
+    assert all(t.dtype is torch.bfloat16 for t in kept if t.shape[-1] == 64)
+    expected = F.rms_norm(x, (64,), weight, 1e-5)
+    assert torch.equal(y, expected)
+    own = torch.autograd.grad(y, (x, norm.weight), direction)
+    best = torch.autograd.grad(expected, (x, weight), direction)
+    for a, b in zip(own, best, strict=True):
+        torch.testing.assert_close(a.to_local() if isinstance(a, DTensor) else a, b)
+    dist.destroy_process_group()
+
+
 def too_long() -> None:
     topology = Topology(ParallelDegrees(1))
     with pytest.raises(RuntimeError, match="8 positions, but the table has 7"):

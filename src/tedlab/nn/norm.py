@@ -1,7 +1,11 @@
 """Normalisation layers. Their parameters are replicated over the tensor group."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 from tedlab.nn.sharded import Init, ShardedModule
 from tedlab.topology import Topology
@@ -43,7 +47,32 @@ class RMSNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, H) → (…, H)."""
-        return F.rms_norm(x, (self.hidden,), self.local("weight"), self.eps)
+        weight = self.local("weight")
+        return F.rms_norm(x, (self.hidden,), weight, self.eps) if x.is_cuda else _RMSNorm.apply(x, weight, self.eps)
+
+
+class _RMSNorm(Function):
+    """``F.rms_norm``, which keeps its input and a number for each row.
+
+    torch's keeps no more on GPUs, but elsewhere, where simulations of GPUs run as well, several tensors in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        precise = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = (precise.square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (precise * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].to(scale.dtype)
+        normal = x * scale
+        of_normal = grad * weight
+        of_x = scale * (of_normal - normal * (of_normal * normal).mean(-1, keepdim=True))
+        of_weight = (grad * normal).flatten(0, -2).sum(0)
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
 def norm_layer(kind: str, hidden: int, topology: Topology) -> LayerNorm | RMSNorm:
