@@ -266,7 +266,7 @@ def table(rows: list[Row], dense: float, title: str) -> Table:
     """For people."""
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     left = ("shape", "routing", "layer")
-    for column in (*left, "busiest", "ms", "TFLOP/s", "of dense", "over transformers", "kept GiB"):
+    for column in (*left, "busiest", "kept GiB", "ms", "over transformers", "TFLOP/s", "of dense"):
         result.add_column(column, justify="left" if column in left else "right", no_wrap=column in left)
     for row in rows:
         alike = [r for r in rows if (r.shape, r.routing) == (row.shape, row.routing)]
@@ -276,11 +276,11 @@ def table(rows: list[Row], dense: float, title: str) -> Table:
             row.routing,
             row.name,
             f"{row.busiest:.1f}",
+            f"{row.kept_gib:.2f}",
             f"{row.milliseconds:.2f}",
+            "" if best is None else f"{best / row.milliseconds:.2f}",
             f"{row.tflops:.0f}",
             f"{row.tflops / dense:.0%}",
-            "" if best is None else f"{best / row.milliseconds:.2f}",
-            f"{row.kept_gib:.2f}",
         )
     return result
 

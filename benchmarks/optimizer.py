@@ -182,18 +182,18 @@ def measure(elements: int, device: torch.device, dtype: torch.dtype, repeats: in
 def table(rows: list[Row], elements: int, title: str) -> Table:
     """For people."""
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("step", "ms", "speedup", "GB/s", "of copy", "temp. MiB", "bytes each"):
+    for column in ("step", "temp. MiB", "bytes each", "ms", "speedup", "GB/s", "of copy"):
         first = column == "step"
         result.add_column(column, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         result.add_row(
             row.name,
+            f"{row.temporary_bytes / MIB:.2f}",
+            f"{row.temporary_bytes / elements:.2f}",
             f"{row.milliseconds:.2f}",
             f"{row.speedup:.2f}",
             f"{row.gigabytes_per_second:.1f}",
             f"{row.of_copy:.0%}",
-            f"{row.temporary_bytes / MIB:.2f}",
-            f"{row.temporary_bytes / elements:.2f}",
         )
     return result
 

@@ -83,7 +83,7 @@ def attempt(name: str, overrides: list[str], steps: int, text: bool = False) -> 
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """For people."""
     result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("", "tokens/s", "TFLOP/s", "MFU", "peak GiB", "step ms", "forward", "backward", "optimizer"):
+    for column in ("", "peak GiB", "forward", "backward", "optimizer", "step ms", "tokens/s", "TFLOP/s", "MFU"):
         result.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row in rows:
         if "error" in row:
@@ -92,12 +92,12 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
         phases = [f"{1e3 * row['phases_s'].get(name, 0.0):.1f}" for name in ("forward", "backward", "optimizer")]
         result.add_row(
             row["name"],
+            f"{row['peak_gib']:.1f}",
+            *phases,
+            f"{1e3 * row['step_s']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['tflops']:.0f}",
             "" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['peak_gib']:.1f}",
-            f"{1e3 * row['step_s']:.1f}",
-            *phases,
         )
     return result
 
