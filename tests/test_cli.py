@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -110,15 +109,12 @@ def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, overrid
     assert len(done.stdout.splitlines()) < SCREEN, done.stdout
 
 
-def test_help_lists_groups_presets_and_values_quickly(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_help_lists_groups_presets_and_values(tmp_path: Path) -> None:
     done = command("--help", cwd=tmp_path)
-    took = time.monotonic() - began
     assert done.returncode == 0
     for line in ("python -m tedlab.train ", "parallel: dp2, dp4, ep2", "model: gpt_1.3b", "  hidden: 128", "seed: 0"):
         assert line in done.stdout
     assert "${hydra.help" not in done.stdout
-    assert took < 15
     assert list(tmp_path.iterdir()) == []
 
 
