@@ -180,10 +180,16 @@ def test_routing_of_low_precision_tokens_is_computed_in_fp32(single: Topology) -
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", [None, "inductor"])
-def test_three_numbers_in_bf16_are_one_in_fp32(backend: str | None) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_three_numbers_in_bf16_are_one_in_fp32(compiled: bool) -> None:
+    split = bf16_parts
+    if compiled:
+        split = torch.compile(bf16_parts)  # inductor computes in fp32 what it may, and leaves out conversions
+        try:
+            torch.compile(torch.sin)(torch.ones(2))
+        except Exception as error:
+            pytest.skip(f"inductor compiles nothing here, such as for want of a C++ compiler: {error}")
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-25, 25, 1000)
-    split = bf16_parts if backend is None else torch.compile(bf16_parts, backend=backend)
     parts = split(x)
     assert all(part.dtype is torch.bfloat16 for part in parts)
     assert torch.equal(torch.stack([part.double() for part in parts]).sum(0), x.double())
