@@ -211,10 +211,10 @@ def test_output_and_gradients_equal_plain_torch(pool: WorkerPool, name: str, ten
         assert max(errors.values()) < 1e-13, errors
 
 
-def test_rms_norm_is_torchs_and_keeps_its_input_and_a_number_a_row() -> None:
+def rms_norm_beside_torchs() -> None:
     x, direction = (random(name, 3, 5, 64).bfloat16() for name in ("rms", "direction"))
     weight, kept = random("weight", 64).bfloat16().requires_grad_(), []
-    norm = RMSNorm(64, Topology.single()).bfloat16()
+    norm = RMSNorm(64, Topology(ParallelDegrees(1))).bfloat16()
     with torch.no_grad():
         norm.local("weight").copy_(weight)
     x.requires_grad_()
@@ -228,7 +228,10 @@ def test_rms_norm_is_torchs_and_keeps_its_input_and_a_number_a_row() -> None:
     best = torch.autograd.grad(expected, (x, weight), direction)
     for a, b in zip(own, best, strict=True):
         torch.testing.assert_close(a.to_local() if isinstance(a, DTensor) else a, b)
-    dist.destroy_process_group()
+
+
+def test_rms_norm_is_torchs_and_keeps_its_input_and_a_number_a_row(pool: WorkerPool) -> None:
+    pool.run(1, rms_norm_beside_torchs)
 
 
 def too_long() -> None:
