@@ -1,0 +1,58 @@
+"""The pool tells what went wrong, and where; a world is run again for nothing but a rank's sudden end."""
+
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.pool import WorkerPool
+
+
+def fall(mark: Path, falls: int) -> int:
+    """Rank 1 aborts in its first ``falls`` worlds, as C++ code does; its peer waits for it in a collective."""
+    if dist.get_rank() == 1:
+        mark.write_text(mark.read_text() + "x" if mark.exists() else "x")
+        if len(mark.read_text()) <= falls:
+            os.kill(os.getpid(), signal.SIGABRT)
+    dist.all_reduce(torch.ones(1))
+    return dist.get_rank()
+
+
+def be_wrong(mark: Path) -> None:
+    mark.touch(exist_ok=False)  # a second run would complain of that
+    raise ValueError("this rank is wrong")
+
+
+def hang(mark: Path) -> None:
+    if dist.get_rank() == 0:
+        mark.touch(exist_ok=False)
+    time.sleep(30)
+
+
+def test_a_world_in_which_a_rank_fell_is_run_once_more_with_a_warning(pool: WorkerPool, tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"rank 1 of 2 failed:\nended by SIGABRT(.|\n)*test_pool.py\", line \d+ in fall"
+    ):
+        assert pool.run(2, fall, tmp_path / "mark", 1) == [0, 1]
+
+
+def test_a_rank_that_falls_again_fails_and_is_the_one_to_blame(pool: WorkerPool, tmp_path: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="A world is run once more"),
+        pytest.raises(AssertionError, match=r"rank 1 of 2 failed:\nended by SIGABRT"),
+    ):
+        pool.run(2, fall, tmp_path / "mark", 2)
+
+
+def test_what_is_wrong_or_hangs_has_no_second_chance(pool: WorkerPool, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(AssertionError, match=r"rank 0 of 1 failed:(.|\n)*ValueError: this rank is wrong"):
+            pool.run(1, be_wrong, tmp_path / "wrong")
+        with pytest.raises(AssertionError, match=r"rank 0 of 2 failed:\nno answer in time"):
+            pool.run(2, hang, tmp_path / "hung", timeout=3)
