@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.surroundings import surroundings
+from benchmarks.surroundings import require, surroundings
 from tedlab import Topology
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer
@@ -311,6 +311,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a CUDA GPU")
+    require("transformers")
     device = torch.device("cuda")
     torch.manual_seed(0)
     dense = dense_tflops(device, 10)[3:]

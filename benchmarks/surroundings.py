@@ -1,5 +1,6 @@
-"""What a benchmark's JSON file says besides figures."""
+"""What a benchmark compares with must be there; and what its JSON file says besides figures."""
 
+import importlib.util
 import os
 import platform
 from datetime import UTC, datetime
@@ -7,6 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+
+def require(peer: str) -> None:
+    """Raises SystemExit if this package, which is also the name of tedlab's extra that has it, is not installed."""
+    if importlib.util.find_spec(peer) is None:
+        raise SystemExit(f"this benchmark runs {peer} too, which is not installed here: pip install -e '.[{peer}]'")
 
 
 def surroundings(device: torch.device, *peers: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ See ``python benchmarks/vs_deepspeed.py --help``, and README.md for what is comp
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -32,7 +31,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from benchmarks.recorder import CollectiveRecorder, Volume
-from benchmarks.surroundings import surroundings
+from benchmarks.surroundings import require, surroundings
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import CommConfig, ModelConfig, MoEConfig
 from tedlab.models import GPT
@@ -376,8 +375,7 @@ def require_deepspeed() -> None:
     Raises:
         SystemExit: if it, or what it needs, is missing.
     """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise SystemExit("DeepSpeed is not installed here: pip install -e '.[deepspeed]'")
+    require("deepspeed")
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Its communication backend is compiled when first used. ninja comes with it, but not onto the path.
     os.environ["PATH"] += os.pathsep + str(Path(sys.executable).parent)

@@ -1,6 +1,6 @@
 """tedlab and transformers side by side: the same models, batches and optimizer on one GPU.
 
-    pip install transformers
+    pip install -e '.[transformers]'
     python -m benchmarks.vs_transformers                    # all shapes
     python -m benchmarks.vs_transformers olmoe --layers 6   # one of them, with fewer blocks
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
-from benchmarks.surroundings import surroundings
+from benchmarks.surroundings import require, surroundings
 from benchmarks.train_step import attempt, table
 from tedlab.config import TrainConfig
 from tedlab.models import GPT
@@ -221,6 +221,7 @@ def main() -> None:
     unknown = sorted(set(arguments.shapes) - SHAPES.keys())
     if unknown:
         parser.error(f"there is no shape {unknown[0]}; valid: {', '.join(SHAPES)}")
+    require("transformers")
     facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "transformers")
     results: dict[str, Any] = {}
     for name in arguments.shapes:
