@@ -39,9 +39,9 @@ class WorkerPool:
     def run(self, world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
         """``function(*args)`` in every rank; returns their results in order of rank.
 
-        A world of which a signal ended a rank gets a second chance, with a warning: of some ten thousand worlds one
-        died of a heap that torch 2.13 had corrupted (nothing here is native code; AddressSanitizer, valgrind and five
-        thousand more of the same world found no cause). A wrong result, an exception and a hang get none.
+        A world of which a signal ended a rank gets a second chance, with a warning: one has died of a corrupted heap
+        (torch 2.13). The cause is not known: nothing here is native code, and AddressSanitizer, valgrind and seven
+        thousand more worlds like it found none. A wrong result, an exception and a hang get no second chance.
         """
         try:
             return self._run(world_size, function, args, timeout)
