@@ -251,6 +251,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
+    "differentiable": (["+optim.optimizer.differentiable=true"], ["AdamW", "differentiable=True"]),
     "clip_by_value": (["+trainer.gradient_clip_algorithm=value"], ["gradient_clip_algorithm=value", "use norm"]),
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
     "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),

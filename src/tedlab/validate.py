@@ -27,9 +27,9 @@ from tedlab.cost import collective_seconds
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
+from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import SCHEDULES
-from tedlab.optim.sharded import check_elementwise
 from tedlab.strategy import PRECISIONS
 
 _VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
@@ -478,7 +478,7 @@ def _check_optim(config: TrainConfig) -> None:
         optimizer = hydra.utils.get_class(str(target))
     except Exception as error:  # whatever importing it raises
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
-    check_elementwise(optimizer)
+    check_elementwise(optimizer, config.optim.optimizer)
     check_tile(config.optim.tile, optimizer, config.optim.optimizer)
     if config.optim.loss_scale is not None and config.optim.loss_scale < 1:
         raise ValueError(f"optim.loss_scale is {config.optim.loss_scale}; it must be at least 1, or null")

@@ -243,6 +243,8 @@ def test_the_benchmark_measures_every_kind_of_step(pool: WorkerPool) -> None:
 class OwnAdam(Adam):
     """What its step does is its own business."""
 
+    elementwise = True
+
 
 WRONG: dict[str, tuple[Callable[[list[Tensor]], Optimizer], Any, list[str]]] = {
     "sgd": (SGD, "fused", ["SGD", "torch.optim.AdamW and torch.optim.Adam", "null"]),

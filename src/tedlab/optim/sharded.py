@@ -16,24 +16,11 @@ from torch.optim import Optimizer
 
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, local, reduction_group
+from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
 _NORM_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
-
-
-def check_elementwise(optimizer: type[Optimizer]) -> None:
-    """Whether shards can be stepped as flat pieces.
-
-    Raises:
-        ValueError: for optimizers that need whole matrices, a line search or sparse gradients.
-    """
-    known = {"LBFGS", "Adafactor", "Muon", "Shampoo", "SOAP", "SparseAdam"} & {c.__name__ for c in optimizer.__mro__}
-    if known:
-        raise ValueError(
-            f"{known.pop()} does not update each element by itself, so its state cannot be sharded in flat pieces; "
-            "element-wise optimizers such as AdamW, Adam, SGD, RMSprop, Adagrad, NAdam can"
-        )
 
 
 class ShardedOptimizer:
@@ -76,8 +63,8 @@ class ShardedOptimizer:
         overlap: bool = False,
         scaler: LossScaler | None = None,
     ) -> None:
-        check_elementwise(type(optimizer))
         for group in optimizer.param_groups:
+            check_elementwise(type(optimizer), group)
             check_tile(tile, type(optimizer), group)
         self.optimizer = optimizer
         self.overlap = overlap
