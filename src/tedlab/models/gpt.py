@@ -21,6 +21,7 @@ from tedlab.nn import (
     initialize,
     linear_cross_entropy,
     localised,
+    mean_over_counted,
     norm_layer,
     rotation,
     vocab_parallel_cross_entropy,
@@ -155,12 +156,20 @@ class GPT(nn.Module):
 
         Args:
             ids: (B, S) int64.
-            targets: (B, S) int64, the tokens to be predicted.
+            targets: (B, S) int64, the tokens to be predicted; where -100, none is, and the position does not count.
+
+        Returns:
+            The mean over the targets of this micro-batch that count (0 if none does), and the reports. A step's loss is
+            the mean of its micro-batches' losses, over data ranks too, however many targets each of them counts.
+
+        Raises:
+            IndexError: for an id or a target outside the vocabulary, on a CPU; on a GPU the device asserts.
         """
         chunk = self.config.loss_chunk
         if chunk is None:
             logits, reports = self(ids)
-            return vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.comm).mean(), reports
+            losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.comm)
+            return mean_over_counted(losses, targets), reports
         x, reports = self._hidden(ids)
         region, layer = (
             (self.embedding.output_region, self.embedding) if self.output is None else (self.output.region, self.output)

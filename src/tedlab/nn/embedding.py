@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tedlab.nn.ids import check_ids
 from tedlab.nn.region import tensor_region
 from tedlab.nn.sharded import Init, ShardedModule
 from tedlab.topology import Topology
@@ -23,13 +24,19 @@ class VocabParallelEmbedding(ShardedModule):
         super().__init__()
         self.region, self.output_region = tensor_region(topology, "embedding"), tensor_region(topology, "output")
         comm = topology.comm
+        self.vocab_size = vocab_size
         self.start = comm.rank("tensor") * (vocab_size // comm.size("tensor"))
         self.add_parameter(
             "weight", (vocab_size, hidden), topology.dense, init=init, device=topology.device, shards={"tensor": 0}
         )
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, S) int64 → activations (B, S, H). Each rank looks up the ids it owns; the sum is the result."""
+        """Token ids (B, S) int64 → activations (B, S, H). Each rank looks up the ids it owns; the sum is the result.
+
+        Raises:
+            IndexError: for an id outside the vocabulary, on a CPU; on a GPU the device asserts.
+        """
+        check_ids(ids, self.vocab_size, "a token id")
         weight = self.local("weight")  # (V/T, H)
         row = ids - self.start
         elsewhere = (row < 0) | (row >= weight.shape[0])

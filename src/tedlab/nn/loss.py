@@ -1,6 +1,12 @@
-"""Cross-entropy over logits whose vocabulary is divided over the tensor group. Logits are never gathered."""
+"""Cross-entropy over logits whose vocabulary is divided over the tensor group. Logits are never gathered.
+
+Means are over counted targets: those that are not ``ignore_index``. Where the micro-batches of a step, or its data
+ranks, have unequal numbers of them, each micro-batch's mean counts alike, as it does in one process that accumulates
+the same micro-batches; a token of a micro-batch with few of them then weighs more.
+"""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +15,23 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab.comm import Collectives
+from tedlab.nn.ids import check_ids
+
+IGNORE_INDEX = -100  # torch's own
 
 
-def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, comm: Collectives) -> Tensor:
+def mean_over_counted(losses: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Sum of losses, which are 0 where targets are ignored, by the number of counted targets; 0 if none counts."""
+    return losses.sum() / _counted(targets != ignore_index)
+
+
+def _counted(counts: Tensor) -> Tensor:
+    return counts.sum().clamp(min=1)
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor, targets: Tensor, comm: Collectives, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
     """Cross-entropy of every position.
 
     Forward all-reduces two vectors of N values over the tensor group (the maximum; then the sum of exponentials
@@ -21,45 +41,62 @@ def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, comm: Collecti
         logits: (N, V/T), this rank's part of the vocabulary, in order of rank.
         targets: (N,) int64 global token ids, the same on every tensor rank.
         comm: the collectives of this process.
+        ignore_index: the target of positions whose loss and gradient are 0.
 
     Returns:
-        (N,) losses in nats, in fp32 or better, the same on every tensor rank.
+        (N,) losses in nats, in fp32 or better, the same on every tensor rank; see :func:`mean_over_counted`.
+
+    Raises:
+        IndexError: for a target outside the vocabulary, on a CPU; on a GPU the device asserts.
     """
-    return _VocabParallelCrossEntropy.apply(logits, targets, comm)
+    check_ids(targets, comm.size("tensor") * logits.shape[-1], "a target", ignore_index)
+    return _VocabParallelCrossEntropy.apply(logits, targets, comm, ignore_index)
 
 
 class _VocabParallelCrossEntropy(Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, comm: Collectives) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, comm: Collectives, ignore_index: int) -> Tensor:
         # A private copy in fp32 or better: it becomes the probabilities, and in backward the gradient.
         p_NV = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         largest_N = comm.all_reduce(p_NV.amax(-1), "tensor", tag="loss.max", phase="forward", op="max")
         p_NV.sub_(largest_N.unsqueeze(-1))
 
+        ignored_N = targets == ignore_index
         column_N = targets - comm.rank("tensor") * p_NV.shape[-1]
-        elsewhere_N = (column_N < 0) | (column_N >= p_NV.shape[-1])
+        elsewhere_N = (column_N < 0) | (column_N >= p_NV.shape[-1]) | ignored_N
         column_N = column_N.masked_fill(elsewhere_N, 0)
         target_N = p_NV.gather(-1, column_N.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere_N, 0.0)
 
         p_NV.exp_()
         totals = torch.stack((p_NV.sum(-1), target_N))  # (2, N)
         sum_N, target_N = comm.all_reduce(totals, "tensor", tag="loss.sum", phase="forward").unbind(0)
-        p_NV.div_(sum_N.unsqueeze(-1))
+        p_NV.div_(_infinite(sum_N, ignored_N).unsqueeze(-1))
 
         ctx.save_for_backward(p_NV, column_N, elsewhere_N)
         ctx.dtype = logits.dtype
-        return sum_N.log() - target_N
+        return (sum_N.log() - target_N).masked_fill(ignored_N, 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         p_NV, column_N, elsewhere_N = ctx.saved_tensors
         own_N = (~elsewhere_N).to(p_NV.dtype)
         p_NV.scatter_add_(-1, column_N.unsqueeze(-1), -own_N.unsqueeze(-1))  # softmax - one-hot
-        return p_NV.mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None
+        return p_NV.mul_(grads[0].unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+def _infinite(sum_N: Tensor, ignored_N: Tensor) -> Tensor:
+    """The sums that make all probabilities of ignored positions 0, without another pass over these."""
+    return sum_N.masked_fill(ignored_N, math.inf)
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, comm: Collectives, chunk: int, backend: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    comm: Collectives,
+    chunk: int,
+    backend: str = "none",
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Mean cross-entropy of the logits ``x @ weightᵀ``, of which never more than ``chunk`` rows exist.
 
@@ -74,11 +111,18 @@ def linear_cross_entropy(
         comm: the collectives of this process.
         chunk: rows of logits at a time.
         backend: of ``torch.compile`` for what is done with a chunk's logits; ``none``: one operation after the other.
+        ignore_index: the target of rows that do not count.
 
     Returns:
-        The mean loss in nats, in fp32 or better, the same on every tensor rank.
+        The mean loss in nats of the rows that count (0 if none does), in fp32 or better, the same on every tensor rank.
+
+    Raises:
+        IndexError: for a target outside the vocabulary, on a CPU; on a GPU the device asserts.
     """
-    return _LinearCrossEntropy.apply(x, weight, targets, comm, chunk, _softmax(backend), torch.is_grad_enabled())
+    check_ids(targets, comm.size("tensor") * len(weight), "a target", ignore_index)
+    return _LinearCrossEntropy.apply(
+        x, weight, targets, comm, chunk, _softmax(backend), torch.is_grad_enabled(), ignore_index
+    )
 
 
 class _Softmax(NamedTuple):
@@ -118,6 +162,7 @@ class _LinearCrossEntropy(Function):
         chunk: int,
         softmax: _Softmax,
         training: bool,
+        ignore_index: int,
     ) -> Tensor:
         cast_VH = weight_VH.to(x_NH.dtype)
         precise = torch.promote_types(x_NH.dtype, torch.float32)
@@ -125,10 +170,12 @@ class _LinearCrossEntropy(Function):
         of_x_NH = torch.empty_like(x_NH) if training else x_NH
         of_weight_VH = torch.zeros_like(weight_VH, dtype=precise) if training else weight_VH
         start = comm.rank("tensor") * len(weight_VH)
-        for x_CH, targets_C, of_x_CH in zip(*(t.split(chunk) for t in (x_NH, targets_N, of_x_NH)), strict=True):
+        ignored_N = targets_N == ignore_index
+        rows = x_NH, targets_N, ignored_N, of_x_NH
+        for x_CH, targets_C, ignored_C, of_x_CH in zip(*(t.split(chunk) for t in rows), strict=True):
             logits_CV = x_CH @ cast_VH.mT
             column_C = targets_C - start
-            elsewhere_C = (column_C < 0) | (column_C >= len(weight_VH))
+            elsewhere_C = (column_C < 0) | (column_C >= len(weight_VH)) | ignored_C
             column_C1 = column_C.masked_fill(elsewhere_C, 0).unsqueeze(-1)
 
             own_C, sum_C, found_C = softmax.statistics(logits_CV, column_C1)
@@ -136,21 +183,23 @@ class _LinearCrossEntropy(Function):
             found_C -= largest_C
             totals = torch.stack((sum_C * (own_C - largest_C).exp(), found_C.masked_fill(elsewhere_C, 0.0)))  # (2, C)
             sum_C, target_C = comm.all_reduce(totals, "tensor", tag="loss.sum", phase="forward").unbind(0)
-            loss += (sum_C.log() - target_C).sum()
+            loss += (sum_C.log() - target_C).masked_fill(ignored_C, 0.0).sum()
 
             if training:
+                sum_C = _infinite(sum_C, ignored_C)
                 softmax.to_probabilities(logits_CV, largest_C, sum_C)
                 # softmax - one-hot, where the difference is taken before rounding
                 at_column_C = found_C.exp() / sum_C - (~elsewhere_C).to(precise)
                 logits_CV.scatter_(-1, column_C1, at_column_C.to(logits_CV.dtype).unsqueeze(-1))
                 torch.mm(logits_CV, cast_VH, out=of_x_CH)
                 of_weight_VH += logits_CV.mT @ x_CH
-        ctx.save_for_backward(of_x_NH, of_weight_VH)
+        counted = _counted(~ignored_N)
+        ctx.save_for_backward(of_x_NH, of_weight_VH, counted)
         ctx.dtype = weight_VH.dtype
-        return loss / len(x_NH)
+        return loss / counted
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        of_x_NH, of_weight_VH = ctx.saved_tensors
-        scale = grads[0] / len(of_x_NH)
-        return of_x_NH * scale, (of_weight_VH * scale).to(ctx.dtype), None, None, None, None, None
+        of_x_NH, of_weight_VH, counted = ctx.saved_tensors
+        scale = grads[0] / counted
+        return of_x_NH * scale, (of_weight_VH * scale).to(ctx.dtype), None, None, None, None, None, None
