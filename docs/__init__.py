@@ -1,0 +1,1 @@
+"""What is exact, modelled and assumed, in Markdown; ``refresh`` writes the figures that the code gives."""

@@ -1,0 +1,224 @@
+"""``python -m docs.refresh [--check] [NAME …]``: writes into README and docs what commands print and simulations give.
+
+What stands between ``<!-- refresh NAME -->`` and ``<!-- end NAME -->`` in a document comes from here, and from nowhere
+else. Nothing of it depends on the machine: times are predicted ones. ``--check`` writes nothing and exits with 1 if a
+document says something else than the code; tests do that, too.
+"""
+
+import argparse
+import contextlib
+import io
+import multiprocessing
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from experiments.breakdown import NAMES, parts, total
+from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
+from tedlab.cluster import load_cluster
+from tedlab.sim import Simulation, simulate
+from tedlab.sim.memory import Category
+from tedlab.sim.meter import KERNELS, MATRICES
+from tedlab.sim.routing import routing_of
+from tedlab.sim.show import simulate_visibly
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "simulate.md")
+_BLOCK = re.compile(r"(<!-- refresh (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
+_GIB = 2**30
+
+# The paper's 40 B model, in micro-batches of one sequence; recomputation stops as soon as it can.
+_40B = (*(o for o in MODEL_40B if "early_stop" not in o and "skip_dead" not in o), "data.micro_batch_size=1")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A simulation that a block needs; ``routing``: ``sim.routing`` and ``sim.zipf`` of dropless routers."""
+
+    overrides: tuple[str, ...]
+    rank: int = 0
+    gpus_per_node: int = 6
+    routing: tuple[str, str | None] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands in one place of a document: text made from simulations."""
+
+    jobs: Mapping[str, Job]
+    text: Callable[[Mapping[str, Simulation]], str]
+
+
+# ---- the README's simulation -----------------------------------------------------------------------------------------
+
+
+def _printed(_: Mapping[str, Simulation]) -> str:
+    """What the README's command prints, from the second table on, without the place of its files."""
+    torch.set_num_threads(1)
+    (command,) = re.findall(r"python -m tedlab\.simulate (.*?)\n```", DOCUMENTS[0].read_text(), re.DOTALL)
+    overrides = [word for word in command.replace("\\\n", " ").split() if not word.startswith("cluster=")]
+    config = configured([word.replace("world_size", "parallel.world_size") for word in overrides])
+    out = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(None):
+        simulate_visibly(replace(config, output_dir=folder), "summit", load_cluster("summit"), 0)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    end = next(n for n, line in enumerate(lines) if "saved in" in line)
+    return "```\n" + "\n".join([*lines[lines.index("predicted seconds of a step") : end], lines[-1]]) + "\n```\n"
+
+
+# ---- docs/simulate.md ----------------------------------------------------------------------------------------------
+
+_LAYOUTS = {
+    "`comm=none`": ("comm=none",),
+    "`comm=dtd`": ("comm=dtd",),
+    "`comm=ted` (DTD, CAC)": ("comm=ted",),
+    "`parallel.sequence=true`": ("parallel.sequence=true",),
+    "`parallel.sequence=true comm.cac=shard`": ("parallel.sequence=true", "comm.cac=shard"),
+}
+
+
+def _memory(simulations: Mapping[str, Simulation]) -> str:
+    rows = []
+    for name in _LAYOUTS:
+        one, many = simulations[f"{name} 1"], simulations[f"{name} 32"]
+        rows.append((name, *_kept(many), f"{peak_gib(one):.2f}", f"{peak_gib(many):.2f}"))
+    return _table(
+        ("", "stash, most", "activations, most", "peak, 1 micro-batch a step", "peak, 32 micro-batches"), rows
+    )
+
+
+_TOGGLES = ("none", "dtd", "cac", "ted")
+
+
+def _seconds(simulations: Mapping[str, Simulation]) -> str:
+    """On four of a node's GPUs; the last two rows, which need no simulation of their own, on all six."""
+    rows = []
+    for title, toggles, gpus in (("", _TOGGLES, 4), (", 6 GPUs a node", ("none", "ted"), 6)):
+        cluster = replace(load_cluster("summit"), gpus_per_node=gpus)
+        first = None
+        for toggle in toggles:
+            of = parts(simulations[toggle].seconds_on(cluster))
+            first = first or total(of)
+            kernels = of[MATRICES] + of[KERNELS]
+            others = [of[name] for name in (*NAMES, "gradient sync", "optimizer")]
+            change = f"−{100 * (1 - total(of) / first):.1f} %" if toggle != "none" else ""
+            rows.append((f"`comm={toggle}`{title}", *(f"{x:.1f}" for x in (kernels, *others, total(of))), change))
+    return _table(("", "kernels", *NAMES.values(), "gradients, parameters", "optimizer", "step", ""), rows)
+
+
+_ROUTINGS = {
+    "balanced": (("balanced", None), 0),
+    "`zipf`, 0.5": (("zipf", "0.5"), 0),
+    "`zipf`, 1.2": (("zipf", "1.2"), 0),
+    "`zipf`, 1.2 ": (("zipf", "1.2"), 60),
+}
+
+
+def _dropless(simulations: Mapping[str, Simulation]) -> str:
+    config = configured([*_40B, "comm=ted", "moe.dispatch=dropless"])
+    rows = []
+    for name, (chosen, rank) in _ROUTINGS.items():
+        simulation = simulations[name]
+        routing = routing_of(config, *chosen, None)
+        assert routing is not None
+        computed = routing.rows_by_expert_rank().sum(0)
+        share = computed[rank // 4 % len(computed)] / computed.mean()
+        peak, step = f"{peak_gib(simulation):.2f}", f"{simulation.step_seconds:.1f}"
+        rows.append((name.strip(), f"{rank}", f"{share:.2f}", peak, *_kept(simulation), step))
+    return _table(
+        ("", "rank", "rows of a micro-batch, mean = 1", "peak, GiB", "stash, most", "activations, most", "step, s"),
+        rows,
+    )
+
+
+BLOCKS = {
+    "simulate": Block({}, _printed),
+    "memory": Block(
+        {
+            f"{name} {count}": Job((*_40B, f"data.batch_size={32 * count}", *overrides))
+            for name, overrides in _LAYOUTS.items()
+            for count in (1, 32)
+        },
+        _memory,
+    ),
+    "seconds": Block(
+        {name: Job((*MODEL_40B, "data.micro_batch_size=1", f"comm={name}"), gpus_per_node=4) for name in _TOGGLES},
+        _seconds,
+    ),
+    "dropless": Block(
+        {
+            name: Job((*_40B, "comm=ted", "moe.dispatch=dropless"), rank, routing=routing)
+            for name, (routing, rank) in _ROUTINGS.items()
+        },
+        _dropless,
+    ),
+}
+
+
+def _kept(simulation: Simulation) -> tuple[str, str]:
+    return _most(simulation, "stash"), _most(simulation, "activations")
+
+
+def _most(simulation: Simulation, category: Category) -> str:
+    most = simulation.memory.held[category].max() / _GIB
+    return f"{most:.2f}" if most else "0"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows)).replace("|  |", "| |")
+
+
+def _simulated(job: Job) -> Simulation:
+    torch.set_num_threads(1)
+    config = configured(job.overrides)
+    routing = routing_of(config, *job.routing, None) if job.routing else None
+    cluster = replace(load_cluster("summit"), gpus_per_node=job.gpus_per_node)
+    return simulate(config, cluster, job.rank, routing=routing)
+
+
+def texts(names: Sequence[str]) -> dict[str, str]:
+    """What the documents should say, by block; simulations run several at a time."""
+    jobs = {(name, key): job for name in names for key, job in BLOCKS[name].jobs.items()}
+    with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
+        done = dict(zip(jobs, pool.map(_simulated, jobs.values()), strict=True))
+    return {name: BLOCKS[name].text({key: done[name, key] for key in BLOCKS[name].jobs}) for name in names}
+
+
+def said() -> dict[str, str]:
+    """What the documents say, by block."""
+    return {match[2]: match[3] for path in DOCUMENTS for match in _BLOCK.finditer(path.read_text())}
+
+
+def refresh(right: Mapping[str, str]) -> None:
+    """Writes blocks into their documents."""
+    for path in DOCUMENTS:
+        path.write_text(_BLOCK.sub(lambda m: m[1] + right.get(m[2], m[3]) + m[4], path.read_text()))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m docs.refresh", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a document is stale")
+    parser.add_argument("names", nargs="*", help="blocks; all if none is named")
+    options = parser.parse_args()
+    unknown = sorted(set(options.names) - set(BLOCKS))
+    if unknown:
+        parser.error(f"there is no block {unknown[0]}; valid: {', '.join(BLOCKS)}")
+    right, before = texts(options.names or list(BLOCKS)), said()
+    stale = [name for name, text in right.items() if before[name] != text]
+    if options.check and stale:
+        sys.exit(f"Stale: {', '.join(stale)}. `python -m docs.refresh` writes what the code gives today.")
+    if not options.check:
+        refresh(right)
+    print(f"{len(stale)} of {len(right)} blocks {'are' if options.check else 'were'} stale")
+
+
+if __name__ == "__main__":
+    main()
