@@ -49,14 +49,18 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
+QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "dense")
+
+
 @pytest.fixture(scope="module")
-def simulations(pool: WorkerPool) -> dict[str, Simulation]:
-    """Of all cases, in one process: the first one there takes twice as long as those after it."""
-    configs = [checked(*overrides) for overrides in CASES.values()]
-    return dict(zip(CASES, pool.run(1, simulated, configs)[0], strict=True))
+def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, Simulation]:
+    """Of all cases that run, in one process: the first one there takes twice as long as those after it."""
+    cases = CASES if any("slow" in item.keywords for item in request.session.items) else QUICK
+    configs = [checked(*CASES[case]) for case in cases]
+    return dict(zip(cases, pool.run(1, simulated, configs)[0], strict=True))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
 def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulation], case: str) -> None:
     closed, simulation = closed_form(CASES[case]), simulations[case]
     held = simulation.memory.at_peak()

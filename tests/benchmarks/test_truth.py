@@ -62,6 +62,7 @@ def test_a_step_is_measured_in_parts_that_add_up(tiny: truth.Measured, compare: 
     assert row["equal_bytes"]
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_taken_for_a_slower_one_shows(tiny: truth.Measured, compare: Compare) -> None:
     assert compare(tiny, 1.0)["ratio"] > 1000 * compare(tiny, 1e-5)["ratio"]
 
@@ -89,6 +90,7 @@ def test_what_failed_is_reported_with_its_error(
     assert (tmp_path / "truth.json").read_text().count('"error"') == 2
 
 
+@pytest.mark.slow
 def test_peak_memory_is_the_allocators_and_the_simulations(pool: WorkerPool) -> None:
     real, simulated = pool.run(1, peaks)[0]
     assert simulated == pytest.approx(real, rel=0.05)

@@ -59,6 +59,7 @@ def as_assumed(results: Any) -> ClusterConfig:
 STUDIES = ["paper_breakdown", "paper_today"]
 
 
+@pytest.mark.slow
 def test_breakdowns_and_draws_are_what_the_model_gives(pool: WorkerPool) -> None:
     for mode in (BASELINE, BOTH):
         overrides = (*MODEL_40B, "data.micro_batch_size=1", f"comm={MODES[mode]}")

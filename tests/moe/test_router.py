@@ -181,7 +181,7 @@ def test_routing_of_low_precision_tokens_is_computed_in_fp32(single: Topology) -
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_three_numbers_in_bf16_are_one_in_fp32(compiled: bool) -> None:
     split = bf16_parts
     if compiled:

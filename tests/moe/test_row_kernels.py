@@ -15,6 +15,7 @@ from tedlab.moe.products import products, unfit
 HAS_GPU = torch.cuda.is_available()
 
 
+@pytest.mark.slow
 def test_kernels_are_as_far_from_float64_as_the_dtype_makes_them() -> None:
     triton = pytest.importorskip("triton")
     if not HAS_GPU and TorchVersion(triton.__version__) < "3.7":  # compares versions, not strings

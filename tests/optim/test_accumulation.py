@@ -69,7 +69,10 @@ def both_ways(overrides: Overrides) -> list[tuple[list[Tensor], list[Tensor]]]:
     return [(step(overrides, dtype, False), step(overrides, dtype, True)) for dtype in DTYPES]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("tied", "sequence_overlapped"))) for case in CASES],
+)
 def test_gradients_added_as_they_come_are_those_added_afterwards(pool: WorkerPool, case: str) -> None:
     for ours, theirs in (pair for pairs in pool.run(4, both_ways, CASES[case]) for pair in pairs):
         assert len(ours) == len(theirs) > 4

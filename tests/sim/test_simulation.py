@@ -114,6 +114,7 @@ def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool
     assert flops["recompute"] < flops["forward"] < flops["backward"]
 
 
+@pytest.mark.slow
 def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
     overrides = [*WORLD, "comm=ted", "model.checkpoint=block", "trainer.precision=16-true"]
     first = in_pool(pool, *overrides)
@@ -302,6 +303,7 @@ def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> No
             task(own, config)
 
 
+@pytest.mark.slow
 def test_compare_reads_simulations_and_marks_their_times(
     pool: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -316,6 +318,7 @@ def test_compare_reads_simulations_and_marks_their_times(
     assert "step time" in text
 
 
+@pytest.mark.slow
 def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) -> None:
     """On nodes of six GPUs tensor groups of four lie differently; on nodes of eight they do not."""
     config = checked(*WORLD)
