@@ -49,7 +49,7 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "dense")
+QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "fused", "dense")
 
 
 @pytest.fixture(scope="module")
