@@ -1,7 +1,7 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from tedlab import checkpoint
+from tedlab import checkpoint, contract
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
@@ -219,6 +219,7 @@ class TEDStrategy(ParallelStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self._share_plain_tensors()
+        contract.prepare(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -384,6 +385,8 @@ class TEDStrategy(ParallelStrategy):
         tensors = {"model": checkpoint_.pop("state_dict")}
         for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = state
+        if attached := checkpoint.detach(checkpoint_):
+            tensors["attached"] = attached
         if self.loss_scaler is not None:
             checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
         checkpoint_["layout"] = asdict(self.topology.degrees)
@@ -399,29 +402,46 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        assert self.model is not None
+        module = self.lightning_module
+        assert module is not None
         assert self._writer is not None
         self._writer.wait()
         path = Path(self.broadcast(checkpoint_path))
         meta = checkpoint.read_meta(path)
-        tensors: dict[str, Any] = {"model": self.model.state_dict()}
-        stepped = meta["global_step"] > 0  # before the first step there is no state
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "lr_schedulers" not in meta:
+            raise ValueError(
+                f"{path} holds weights only (save_weights_only, or save_checkpoint(weights_only=True)): validate, test "
+                "and predict can use it, but fit cannot go on from it without the optimizer; to start anew from these "
+                "weights, call tedlab.checkpoint.load_weights(self, path) in on_fit_start"
+            )
+        tensors: dict[str, Any] = {"model": self.lightning_module_state_dict()}
+        if attached := checkpoint.attach(meta, self.topology.mesh_of):
+            tensors["attached"] = attached
+        optimizers = self.sharded_optimizers if fitting else []
+        stored = checkpoint.stored_names(path)
         # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
-        masters_stored = any(name.endswith(".master") for name in checkpoint.stored_tensors(path))
-        for i, optimizer in enumerate(self.sharded_optimizers if stepped else ()):
-            optimizer.initialize_state()
-            tensors[f"optimizer_{i}"] = optimizer.state_dict(masters=masters_stored)
-        checkpoint.load(tensors, path)
-        self.model.load_state_dict(tensors["model"])
-        for i, optimizer in enumerate(self.sharded_optimizers):
-            if not (stepped and masters_stored):
-                optimizer.refresh_masters()
-            if stepped:
+        masters_stored = any(name.endswith(".master") for name in stored)
+        for i, optimizer in enumerate(optimizers):
+            if any(name.startswith(f"optimizer_{i}.") for name in stored):
+                tensors[f"optimizer_{i}"] = _room_for(optimizer, f"optimizer_{i}.", stored, masters_stored)
+        checkpoint.load(tensors, path, strict=module.strict_loading)
+        module.load_state_dict(tensors["model"], strict=module.strict_loading)
+        for i, optimizer in enumerate(optimizers):
+            if f"optimizer_{i}" in tensors:
                 optimizer.load_state_dict(tensors[f"optimizer_{i}"])
+            if not masters_stored:
+                optimizer.refresh_masters()
+        meta["state_dict"] = tensors["model"]  # for hooks, which may change it
         if self.loss_scaler is not None and "loss_scaler" in meta:
             self.loss_scaler.load_state_dict(meta["loss_scaler"])
         self._random_state_of = meta
         return meta
+
+    @override
+    def on_train_start(self) -> None:
+        for optimizer in self.sharded_optimizers:
+            optimizer.refresh_masters()  # of weights that a hook has set
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -449,11 +469,29 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Done in ``load_checkpoint``."""
+        """Takes over what ``on_load_checkpoint`` of the module changed; all else ``load_checkpoint`` has done."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done in ``load_checkpoint``."""
+
+
+def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:
+    """An optimizer's state to be filled from a checkpoint: of what it has, which before a first step is little."""
+    state = f"{prefix}state."
+    keys = [name.removeprefix(state).rsplit(".", 1) for name in stored if name.startswith(state)]
+    optimizer.initialize_state({name for name, key in keys if key != "master"})
+    room = optimizer.state_dict(masters=masters)
+    there = {name for name, _ in keys}
+    room["state"] = {name: values if name in there else {} for name, values in room["state"].items()}
+    known = optimizer.optimizer.defaults  # what schedulers added may be missing, not what makes this optimizer
+    room["param_groups"] = [
+        {k: v for k, v in group.items() if k in known or f"{prefix}param_groups.{i}.{k}" in stored}
+        for i, group in enumerate(room["param_groups"])
+    ]
+    return room
 
 
 StrategyRegistry.register("ted", TEDStrategy, description="Tensor × expert × data parallelism (DeepSpeed-TED)")

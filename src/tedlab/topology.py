@@ -8,6 +8,9 @@ This is the only module that knows about ranks. The same processes are seen thro
 The tensor index varies fastest, then expert, then expert_data, so that tensor groups sit inside a node.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -62,6 +65,14 @@ class Topology:
             "world": dist.group.WORLD,
         }
         self.comm = Collectives(groups)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
+        """Itself: a copy of a model stands in the same place as the model."""
+        return self
+
+    def mesh_of(self, axes: Sequence[str]) -> DeviceMesh:
+        """The mesh that has these axes."""
+        return next(mesh for mesh in (self.dense, self.expert) if mesh.mesh_dim_names == tuple(axes))
 
     @property
     def sequence_sharded(self) -> bool:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 META = "meta.pt"
+_MODEL = "model."  # before the names of the model's tensors
 
 
 def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -61,8 +62,13 @@ def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path, group: di
     dist.barrier(group)
 
 
-def load(tensors: dict[str, Any], path: Path) -> None:
+def load(tensors: dict[str, Any], path: Path, strict: bool = True) -> None:
     """Fills ``tensors`` (nested dictionaries of DTensors and tensors) in place. Collective.
+
+    Args:
+        tensors: ``model`` and whatever else the checkpoint holds.
+        path: of the checkpoint.
+        strict: whether it must hold the model's tensors and no other; False: those of the same name are taken.
 
     Raises:
         FileNotFoundError: if ``path`` is not a complete checkpoint.
@@ -71,7 +77,10 @@ def load(tensors: dict[str, Any], path: Path) -> None:
     path = _complete(path)
     metadata = dcp.FileSystemReader(path).read_metadata()
     _check_files(metadata, path)
-    _check_same_model(tensors["model"], metadata, path)
+    _check_same_model(tensors["model"], metadata, path, strict)
+    if not strict:
+        there = {name for name in tensors["model"] if f"{_MODEL}{name}" in metadata.state_dict_metadata}
+        tensors = {**tensors, "model": {name: tensors["model"][name] for name in there}}
     absent = sorted(set(flatten_state_dict(tensors)[0]) - set(metadata.state_dict_metadata))
     if absent:
         raise ValueError(
@@ -79,6 +88,23 @@ def load(tensors: dict[str, Any], path: Path) -> None:
             "it was saved with another optimizer"
         )
     dcp.load(tensors, checkpoint_id=path)
+
+
+def load_weights(module: nn.Module, path: str | Path, strict: bool = True) -> None:
+    """Gives a model, sharded under any layout, the weights of a checkpoint, and nothing else of it. Collective.
+
+    To begin a training from them, call it in ``on_fit_start`` of the LightningModule.
+
+    Args:
+        module: the LightningModule that was saved, or one with parameters of the same names.
+        path: of the checkpoint.
+        strict: whether names must be the same; False: those that both have are taken.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+        ValueError: if the checkpoint is of another model, or damaged.
+    """
+    load({"model": module.state_dict()}, Path(path), strict)
 
 
 def remove(path: Path) -> None:
@@ -96,6 +122,15 @@ def remove(path: Path) -> None:
         moved.symlink_to(newest.resolve().name)
         moved.replace(link)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def stored_names(path: Path) -> set[str]:
+    """Names of everything in the checkpoint beside ``meta.pt``: tensors, and what an optimizer has besides.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+    """
+    return set(dcp.FileSystemReader(_complete(path)).read_metadata().state_dict_metadata)
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
@@ -158,17 +193,18 @@ def _check_files(metadata: Metadata, path: Path) -> None:
             raise ValueError(f"{path} is damaged: {name} {found}")
 
 
-def _check_same_model(model: Mapping[str, Tensor], metadata: Metadata, path: Path) -> None:
+def _check_same_model(model: Mapping[str, Tensor], metadata: Metadata, path: Path, strict: bool) -> None:
     stored = metadata.state_dict_metadata
     there = {
-        name.removeprefix("model."): tuple(entry.size)
+        name.removeprefix(_MODEL): tuple(entry.size)
         for name, entry in stored.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith(_MODEL) and isinstance(entry, TensorStorageMetadata)
     }
     here = {name: tuple(tensor.shape) for name, tensor in model.items()}
+    compared = here.keys() | there.keys() if strict else here.keys() & there.keys()
     differences = [
         f"{name}: {there.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} in this model"
-        for name in sorted(here.keys() | there.keys())
+        for name in sorted(compared)
         if here.get(name) != there.get(name)
     ]
     if differences:

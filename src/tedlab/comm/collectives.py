@@ -110,6 +110,10 @@ class Collectives:
         self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Collectives":
+        """Itself: groups of processes cannot be copied, and a copy of a model communicates as the model does."""
+        return self
+
     @property
     def sizes(self) -> dict[GroupKind, int]:
         """Number of processes in this process's group of each kind."""

@@ -6,6 +6,7 @@ its groups are replaced, by tiles of this process's shards, and its ``step`` by 
 
 import functools
 import math
+import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import LossScaler
 
-_NORM_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
+_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
 
 
 class ShardedOptimizer:
@@ -95,10 +96,11 @@ class ShardedOptimizer:
         self._inner_step: Callable[[], Any] = optimizer.step
 
         @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
-        def step(closure: Callable[[], Any] | None = None) -> Any:
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return self.step(closure)
 
-        optimizer.step = step  # type: ignore[method-assign]
+        # A method, as the one that it replaces: schedulers made later wrap its ``__func__``.
+        optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
 
     def _fill_buckets(self, zero: bool, partial: Collection[nn.Parameter], elements: int) -> Iterator[Bucket]:
@@ -190,7 +192,7 @@ class ShardedOptimizer:
                 # all of a bucket, were it not taken in pieces.
                 gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
                 precise = torch.float32 if half else torch.float64
-                pieces = (gradient,) if half else gradient.split(_NORM_PIECE)
+                pieces = (gradient,) if half else gradient.split(_PIECE)
                 norms = [torch.linalg.vector_norm(piece, dtype=precise).double() for piece in pieces]
                 total += torch.stack(norms).square().sum() / bucket.holders
         return total
@@ -294,15 +296,24 @@ class ShardedOptimizer:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned, here or in another layout."""
+        """Takes over what :meth:`state_dict` returned, here or in another layout.
+
+        A parameter of which it has no state is left as before its first step, or with zeros where the parameters that
+        it shares a bucket with have state.
+        """
         for group, values in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
+            for key in group.keys() - values.keys() - self.optimizer.defaults.keys() - {"params"}:
+                del group[key]  # what a scheduler left that was not there yet
             group.update(values)
         for bucket in self.buckets:
-            states = [state_dict["state"][self.names[p]] for p in bucket.parameters]
+            states = [state_dict["state"].get(self.names[p], {}) for p in bucket.parameters]
             tiles = self._tiles[bucket]
-            for key, first in states[0].items():
+            for tile in tiles:
+                self.optimizer.state.pop(tile, None)
+            for key, first in next((state for state in states if state), {}).items():
                 if isinstance(first, Tensor) and first.dim() > 0:
-                    shard = bucket.shard_of([s[key] for s in states])
+                    pairs = zip(states, bucket.parameters, strict=True)
+                    shard = bucket.shard_of([s[key] if s else _without_state(p, key, first.dtype) for s, p in pairs])
                     parts: Sequence[Any] = shard.split([t.numel() for t in tiles])
                 else:
                     parts = [first] * len(tiles)
@@ -314,20 +325,22 @@ class ShardedOptimizer:
                     self.optimizer.state[tile][key] = value
 
     def refresh_masters(self) -> None:
-        """Takes over weights that were changed from outside into the fp32 master copies."""
+        """Takes over weights that were changed from outside into the fp32 master copies; the others keep theirs."""
         for bucket in self.buckets:
             if bucket.master is not bucket.shard:
-                bucket.master.copy_(bucket.shard)
+                for master, weight in zip(bucket.master.split(_PIECE), bucket.shard.split(_PIECE), strict=True):
+                    torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
 
-    def initialize_state(self) -> None:
-        """Creates the optimizer's state where there is none yet, without changing anything, to load into."""
+    def initialize_state(self, names: Collection[str] | None = None) -> None:
+        """Creates the state of these parameters (None: of all), without changing anything else, to load into."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         with self._parameters_apart():
             for bucket, tiles in self._tiles.items():
-                for tile in tiles:
-                    self._step_tile(bucket, tile, torch.zeros_like(tile))
+                if names is None or any(self.names[p] in names for p in bucket.parameters):
+                    for tile in tiles:
+                        self._step_tile(bucket, tile, torch.zeros_like(tile))
                 self.optimizer.param_groups[bucket.group]["params"] = []
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -341,6 +354,13 @@ class ShardedOptimizer:
             else:
                 joined[key] = first
         return joined
+
+
+def _without_state(parameter: nn.Parameter, key: str, dtype: torch.dtype) -> Tensor:
+    """What a parameter begins with that a checkpoint has no state of."""
+    if key == "master":
+        return parameter.detach().to(dtype)
+    return torch.zeros_like(parameter, dtype=dtype)
 
 
 def _chunks(parameters: list[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
