@@ -1,5 +1,6 @@
 """The launcher: rank 0's result comes back; one failure ends all processes, is told once, and leaves nothing behind."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
-from tedlab.launch import WorkerFailed, launch, started_outside
+from tedlab.launch import WorkerFailed, launch
 
 SOON = 30  # seconds in which everything has to be over
 
@@ -139,30 +140,6 @@ def test_one_failure_ends_all_processes_and_is_told_once(
     assert not pids & descendants(os.getpid())
 
 
-def _here(config: TrainConfig) -> dict[str, Any]:
-    return {"pid": os.getpid(), "seed": config.seed}
-
-
-@pytest.mark.parametrize(
-    ("environment", "outside"),
-    [
-        ({"LOCAL_RANK": "0"}, True),
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, True),
-        ({"SLURM_NTASKS": "4"}, True),
-        ({"SLURM_NTASKS": "1"}, False),
-        ({}, False),
-    ],
-)
-def test_processes_that_exist_already_are_used(
-    monkeypatch: pytest.MonkeyPatch, config: TrainConfig, environment: dict[str, str], outside: bool
-) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert started_outside() is outside
-    if outside:
-        assert launch(_here, config, 4) == {"pid": os.getpid(), "seed": 7}
-
-
 # ---- a real run, interrupted ----------------------------------------------------------------------------------------
 
 
@@ -173,21 +150,26 @@ def group_members(group: int) -> list[int]:
     return [int(pid) for pid, pgid, state in rows if int(pgid) == group and not state.startswith("Z")]
 
 
+def small(folder: Path, steps: int) -> list[str]:
+    """Overrides of a run in ``folder / "run"`` with a checkpoint every five steps."""
+    (folder / "corpus.txt").write_text("".join(f"line {n} of the corpus\n" for n in range(200)))
+    return [
+        *("data=text", "data.path=corpus.txt", f"data.cache_dir={folder}/cache", "logger=none"),
+        *("model.hidden=16", "model.ffn=32", "model.sequence_length=16", "data.batch_size=4"),
+        *("data.micro_batch_size=4", "data.validation_samples=4", "data.validation_fraction=0.2"),
+        *("parallel=tp2", "checkpoint.every=5", f"trainer.max_steps={steps}", "hydra.run.dir=run"),
+        "trainer.log_every_n_steps=1",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
     tmp_path: Path, number: signal.Signals, to_group: bool
 ) -> None:
     """Ctrl-C reaches the whole group of a terminal, a scheduler's SIGTERM the command alone."""
-    (tmp_path / "corpus.txt").write_text("".join(f"line {n} of the corpus\n" for n in range(200)))
-    arguments = [
-        *("data=text", "data.path=corpus.txt", f"data.cache_dir={tmp_path}/cache", "logger=none"),
-        *("model.hidden=16", "model.ffn=32", "model.sequence_length=16", "data.batch_size=4"),
-        *("data.micro_batch_size=4", "data.validation_samples=4", "data.validation_fraction=0.2"),
-        *("parallel=tp2", "checkpoint.every=5", "trainer.max_steps=1000000", "hydra.run.dir=run"),
-    ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tedlab.train", *arguments],
+        [sys.executable, "-m", "tedlab.train", *small(tmp_path, 1_000_000)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -213,6 +195,43 @@ def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
     finally:
         if group_members(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
+
+
+CRASHING = """
+import os, signal
+from tedlab.strategy import TEDStrategy
+from tedlab.train import main
+
+original = TEDStrategy.on_train_batch_start
+def crash_once(self, batch, batch_idx):
+    if batch_idx == 8 and self.global_rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, batch, batch_idx)
+TEDStrategy.on_train_batch_start = crash_once
+main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "crashing.py", *small(tmp_path, 12)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Restart 1 by torchrun: the run goes on from run/checkpoints/last.ckpt, step 5" in done.stdout.replace(
+        f"{tmp_path}/", ""
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        losses = {int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")}
+    assert losses == set(range(12))  # those of before the crash, too
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

@@ -7,12 +7,12 @@ several tasks, the processes exist already and the run takes place in them.
 """
 
 import atexit
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -26,7 +26,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tedlab import outside
+from tedlab.locks import Lock, scratch
+from tedlab.outside import started_outside
+
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
+_FAILURE, _WORKER = ".failure", ".worker"  # files in the folder that launcher and workers share
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -45,11 +50,6 @@ class WorkerFailed(CompactHydraException):
     """A worker raised or died; the message holds its traceback, and Hydra prints nothing else."""
 
 
-def started_outside() -> bool:
-    """Whether a launcher such as torchrun or srun has started this process as one of several."""
-    return "LOCAL_RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
 def leave_if_started_outside() -> None:
     """Ends a process of torchrun or srun whose work is done, without the interpreter's own clean-up.
 
@@ -63,18 +63,21 @@ def leave_if_started_outside() -> None:
         os._exit(0)
 
 
-def launch(run: Run, config: Job, processes: int) -> dict[str, Any]:
+def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> dict[str, Any]:
     """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
 
     Args:
         run: an importable function; its module must not be ``__main__``.
         config: handed to every process.
         processes: how many, one included. If they exist already, ``run`` is called right here.
+        lock: held by every process while it lives.
 
     Raises:
+        WrongEnvironment: if the environment looks as if they existed already, and they do not.
         WorkerFailed: if a process failed. The others were ended.
         SystemExit: if this process received a signal; the workers were ended.
     """
+    outside.check()
     if started_outside():
         return run(config)
     launch_config = LaunchConfig(
@@ -100,23 +103,28 @@ def launch(run: Run, config: Job, processes: int) -> dict[str, Any]:
     ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    failures = tempfile.TemporaryDirectory(prefix="tedlab-failures-")
-    try:
-        return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), failures.name)[0]
-    except ChildFailedError as error:
-        rank, cause = _first_failure(error, Path(failures.name))
-        raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
-    except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
-        print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
-        raise SystemExit(128 + error.sigval) from None
-    finally:
-        failures.cleanup()
-        for number, handler in handlers.items():  # the elastic launcher leaves its own behind
-            signal.signal(number, handler)
+    with scratch("failures") as folder:
+        over = threading.Event()
+        guard = threading.Thread(target=_end_after_failure, args=(folder, over), daemon=True)
+        guard.start()
+        try:
+            return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
+        except ChildFailedError as error:
+            rank, cause = _first_failure(error, folder)
+            raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
+        except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
+            print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
+            raise SystemExit(128 + error.sigval) from None
+        finally:
+            over.set()
+            guard.join()
+            for number, handler in handlers.items():  # the elastic launcher leaves its own behind
+                signal.signal(number, handler)
 
 
-def _worker(run: Run, config: Job, threads: int, launcher: int, failures: str) -> dict[str, Any]:
-    threading.Thread(target=_end_with, args=(launcher, Path(failures)), daemon=True).start()
+def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
+    Path(folder, f"{os.getpid()}{_WORKER}").touch()
+    threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
 
@@ -125,8 +133,13 @@ def _worker(run: Run, config: Job, threads: int, launcher: int, failures: str) -
         return run(config)
     except BaseException:
         # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
-        Path(failures, f"{time.time_ns()}_{os.environ['RANK']}").write_text(traceback.format_exc())
+        record_failure(Path(folder), traceback.format_exc())
         raise
+
+
+def record_failure(folder: Path, cause: str) -> None:
+    """Leaves word of why this process is about to end, for the launcher."""
+    Path(folder, f"{time.time_ns()}_{os.environ['RANK']}{_FAILURE}").write_text(cause)
 
 
 def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
@@ -134,9 +147,9 @@ def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
     for rank, failure in error.failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
-    tracebacks = sorted(recorded.iterdir())  # by time
+    tracebacks = sorted(recorded.glob(f"*{_FAILURE}"))  # by time
     if tracebacks:
-        return int(tracebacks[0].name.split("_")[1]), tracebacks[0].read_text()
+        return int(tracebacks[0].stem.split("_")[1]), tracebacks[0].read_text()
     rank, failure = error.get_first_failure()
     return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
 
@@ -146,17 +159,31 @@ def _where_to_resume(config: Job) -> str:
     return f" To go on from the last checkpoint: ckpt_path={last}" if last.exists() else ""
 
 
-def _end_with(launcher: int, failures: Path) -> None:
-    """Ends this process when the launching one is gone (killed, so that it could not say so), or a peer has failed.
+def _end_after_failure(folder: Path, over: threading.Event) -> None:
+    """Ends all workers some seconds after one has failed. A thread of the launcher.
 
-    torch's launcher asks the peers of a failed process to end and insists only after 30 seconds.
+    torch's launcher asks the peers of a failed process to end, which one that hangs or is stopped cannot hear, and
+    insists only after 30 seconds.
     """
+    while not over.wait(1):
+        if any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in folder.glob(f"*{_FAILURE}")):
+            _kill_workers(folder)
+            return
+
+
+def _end_with(launcher: int, folder: Path) -> None:
+    """Ends this process and its peers, who may be stopped, when the launching one is gone: killed, it cannot do so."""
     while True:
         time.sleep(2)
         try:
             os.kill(launcher, 0)
-            alone = False
         except ProcessLookupError:
-            alone = True
-        if alone or any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in failures.glob("*")):
+            _kill_workers(folder)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_workers(folder: Path) -> None:
+    workers = [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
+    for worker in sorted(workers, key=lambda pid: pid == os.getpid()):  # itself last
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)

@@ -12,7 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized,
     _get_default_process_group_backend_for_device,
@@ -34,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from tedlab import checkpoint, contract
+from tedlab import checkpoint, contract, outside
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
@@ -43,6 +47,7 @@ from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import Topology
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
+_CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
@@ -176,6 +181,8 @@ class TEDStrategy(ParallelStrategy):
     def set_world_ranks(self) -> None:
         """Called by Lightning as soon as the cluster environment is known."""
         assert self.cluster_environment is not None
+        if type(self.cluster_environment) in _CHECKED:
+            outside.check()
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]

@@ -1,22 +1,51 @@
 """``python -m tedlab.train``: composes a configuration, checks it, and launches the run."""
 
+from contextlib import nullcontext
+from pathlib import Path
+
 from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
 
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
-    from tedlab.launch import launch, started_outside
+    from tedlab import outside
+    from tedlab.launch import launch
+    from tedlab.locks import run_directory
     from tedlab.run import run
     from tedlab.validate import check, notes
 
+    outside.check(config.parallel.world_size)
+    started_outside = outside.started_outside()
+    if started_outside and outside.restarts():
+        go_on_after_restart(config)
     degrees = check(config)
-    if config.certificate:
-        certify_first(config)
-    if not started_outside():
-        print(*notes(config), f"Starting {degrees}.\nRun directory: {config.output_dir}", sep="\n", flush=True)
-    summary = launch(run, config, int(config.trainer["devices"]))
+    held = not started_outside or outside.first_outside()  # by one process for all
+    with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
+        if config.certificate:
+            certify_first(config)
+        if not started_outside:
+            print(*notes(config), f"Starting {degrees}.\nRun directory: {config.output_dir}", sep="\n", flush=True)
+        summary = launch(run, config, int(config.trainer["devices"]), lock)
     return float(summary.get(config.objective, float("nan")))
+
+
+def go_on_after_restart(config: TrainConfig) -> None:
+    """Lets processes that torchrun has started again (``--max-restarts``) go on where their run directory ends.
+
+    Without a checkpoint there they do what the first ones were told.
+    """
+    from tedlab import outside
+    from tedlab.checkpoint import read_meta
+
+    last = Path(config.output_dir, "checkpoints", "last.ckpt")
+    if last.exists():
+        config.ckpt_path = str(last)
+        where = f"from {last}, step {read_meta(last)['global_step']}"
+    else:
+        where = f"from the beginning: {last} does not exist (is hydra.run.dir the same for every start?)"
+    if outside.first_outside():
+        print(f"Restart {outside.restarts()} by torchrun: the run goes on {where}.", flush=True)
 
 
 def certify_first(config: TrainConfig) -> None:

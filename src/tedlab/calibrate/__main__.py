@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tedlab.calibrate.calibration import CalibrateConfig, calibrate
 from tedlab.cli import UsageError
-from tedlab.launch import WorkerFailed, launch, leave_if_started_outside, started_outside
+from tedlab.launch import WorkerFailed, launch, leave_if_started_outside
+from tedlab.outside import WrongEnvironment, started_outside
 
 _DEVICES = ("cpu", "cuda")
 
@@ -59,7 +60,7 @@ def main() -> None:
             calibrate(config)
         else:
             launch(calibrate, config, config.processes)
-    except (UsageError, WorkerFailed) as error:
+    except (UsageError, WorkerFailed, WrongEnvironment) as error:
         sys.exit(f"{error}")
     leave_if_started_outside()
 

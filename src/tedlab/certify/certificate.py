@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrin
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.launch import launch
+from tedlab.locks import scratch
 from tedlab.report import resolved_yaml
 from tedlab.validate import check
 
@@ -101,8 +101,7 @@ def certify(
     Raises:
         UsageError: if the configuration makes no sense.
     """
-    with tempfile.TemporaryDirectory(prefix="tedlab-certify-") as folder:
-        directory = Path(folder)
+    with scratch("certify") as directory:
         layout = shrink(config, directory, most_processes)
         one = reference(layout, directory)
         degrees = check(layout, most_processes)

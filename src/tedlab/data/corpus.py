@@ -7,7 +7,6 @@ Nothing here needs torch.
 import hashlib
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tedlab.config import DataConfig
 from tedlab.data.documents import Source, find_files, split
 from tedlab.data.tokenizers import Tokenizer, build_tokenizer
+from tedlab.locks import scratch
 
 _FORMAT = 1  # increase when the same text and tokenizer would give other files
 
@@ -73,8 +73,8 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
     if not directory.exists():
         train, validation = split(files, config.validation_fraction, config.field)
         corpora.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=corpora, prefix="tmp-") as temporary:
-            complete = Path(temporary) / directory.name
+        with scratch("corpus", corpora) as temporary:
+            complete = temporary / directory.name
             complete.mkdir()
             _tokenise(train, validation, tokenizer, complete)
             try:

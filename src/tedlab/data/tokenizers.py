@@ -6,7 +6,6 @@ Which tokenizer a configuration names is decided here. Reading text and storing 
 import difflib
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tedlab.config import DataConfig
+from tedlab.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
 _SAVED = "tokenizer.json"  # in a run directory
@@ -136,8 +136,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer
     tokenizer.train_from_iterator(texts, trainer)
 
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix="tmp-") as directory:
-        complete = Path(directory) / out.name
+    with scratch("tokenizer", out.parent) as directory:
+        complete = directory / out.name
         tokenizer.save(str(complete))
         os.replace(complete, out)
     return FileTokenizer(out)
