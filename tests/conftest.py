@@ -2,6 +2,12 @@
 
 import pytest
 
+from tests.deaths import (  # noqa: F401 (pytest's hooks)
+    pytest_configure,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_unconfigure,
+)
 from tests.pool import WorkerPool
 
 

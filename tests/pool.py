@@ -18,6 +18,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+from tests import deaths
+
 PRELOADED = [  # what tests import, pytest not least: each worker would take longer for that than for its work
     *("pytest", "tedlab", "tedlab.certify", "tedlab.simulate"),
     *("tests.pool", "tests.training", "tests.certify.runs"),
@@ -41,7 +43,8 @@ class WorkerPool:
 
         A world of which a signal ended a rank gets a second chance, with a warning: one has died of a corrupted heap
         (torch 2.13). The cause is not known: nothing here is native code, and AddressSanitizer, valgrind and seven
-        thousand more worlds like it found none. A wrong result, an exception and a hang get no second chance.
+        thousand more worlds like it found none. A wrong result, an exception and a hang get no second chance, and a
+        pytest run in which more than one world fell fails all the same (see ``deaths``).
         """
         try:
             return self._run(world_size, function, args, timeout)
@@ -75,6 +78,8 @@ class WorkerPool:
         ]
         if failures:
             *_, rank, error = min(failures)
+            if isinstance(error, WorkerDied):
+                deaths.record(f"rank {rank} of {world_size} in {function.__qualname__}: {error}")
             raise type(error)(f"rank {rank} of {world_size} failed:\n{error}")
         return [pickle.loads(answer) for *_, answer in answers]
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -10,7 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import deaths
 from tests.pool import WorkerPool
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where this file's deaths are counted, which are not those of the run."""
+    file = tmp_path / "deaths"
+    file.touch()
+    monkeypatch.setenv(deaths.FILE, str(file))
+    return file
 
 
 def fall(mark: Path, falls: int) -> int:
@@ -35,19 +47,45 @@ def hang(mark: Path) -> None:
     time.sleep(30)
 
 
-def test_a_world_in_which_a_rank_fell_is_run_once_more_with_a_warning(pool: WorkerPool, tmp_path: Path) -> None:
+def test_a_world_in_which_a_rank_fell_is_run_once_more_with_a_warning(
+    pool: WorkerPool, tmp_path: Path, counted: Path
+) -> None:
     with pytest.warns(
         UserWarning, match=r"rank 1 of 2 failed:\nended by SIGABRT(.|\n)*test_pool.py\", line \d+ in fall"
     ):
         assert pool.run(2, fall, tmp_path / "mark", 1) == [0, 1]
+    assert counted.read_text() == "rank 1 of 2 in fall: ended by SIGABRT\n"
 
 
-def test_a_rank_that_falls_again_fails_and_is_the_one_to_blame(pool: WorkerPool, tmp_path: Path) -> None:
+def test_a_rank_that_falls_again_fails_and_is_the_one_to_blame(pool: WorkerPool, tmp_path: Path, counted: Path) -> None:
     with (
         pytest.warns(UserWarning, match="A world is run once more"),
         pytest.raises(AssertionError, match=r"rank 1 of 2 failed:\nended by SIGABRT"),
     ):
         pool.run(2, fall, tmp_path / "mark", 2)
+    assert len(counted.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("fallen", "passes"), [(1, True), (2, False)])
+def test_a_pytest_run_with_more_than_one_death_over_all_its_processes_fails(
+    tmp_path: Path, fallen: int, passes: bool
+) -> None:
+    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    for number in range(2):
+        name, death = f"test_{number}.py", f'    deaths.record("rank {number} fell")\n' if number < fallen else ""
+        (tmp_path / name).write_text(f"from tests import deaths\ndef test_passes():\n{death}    assert True\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-c", os.devnull, "-q", str(tmp_path)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
+    assert (done.returncode == 0) is passes, done.stdout
+    assert f"ranks that a signal ended: {fallen}" in done.stdout
 
 
 def test_what_is_wrong_or_hangs_has_no_second_chance(pool: WorkerPool, tmp_path: Path) -> None:
