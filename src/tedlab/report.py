@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import TrainConfig
-from tedlab.data import TextDataModule, bigram_loss
+from tedlab.data import Corpus, TextDataModule, bigram_loss
+from tedlab.data.files import EMPTY, listed
 from tedlab.flops import training_flops
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 
 CERTIFICATE = "certificate.json"
+LEFT_OUT = "left_out.txt"
 _MEMORY = {  # how the closing table calls the categories
     "parameters": "parameters",
     "gradients": "gradients",
@@ -38,6 +40,23 @@ _MEMORY = {  # how the closing table calls the categories
 def resolved_yaml(config: TrainConfig) -> str:
     """The configuration with every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def report_left_out(corpus: Corpus, directory: Path) -> None:
+    """Writes which files of ``data.path`` are not in the corpus, and why, and says so unless all of them are empty."""
+    file = directory / LEFT_OUT
+    file.unlink(missing_ok=True)
+    if not corpus.left_out:
+        return
+    file.write_text("".join(f"{left.name}: {left.reason}\n" for left in corpus.left_out))
+    missing = [left for left in corpus.left_out if left.reason != EMPTY]
+    if missing:
+        named = corpus.source_files + len(missing)
+        print(
+            f"{len(missing)} of {named} files of data.path were left out: {listed(missing)}. All of them: {file}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def report(

@@ -23,7 +23,7 @@ from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.flops import training_flops
 from tedlab.module import LanguageModel
-from tedlab.report import report, resolved_yaml
+from tedlab.report import report, report_left_out, resolved_yaml
 from tedlab.strategy import TEDStrategy, gpus
 
 
@@ -56,6 +56,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             _keep_earlier_metrics(trainer, directory, before=read_meta(Path(config.ckpt_path))["global_step"])
         (directory / "config.yaml").write_text(resolved_yaml(config))
         data.corpus.tokenizer.save(directory)
+        report_left_out(data.corpus, directory)
     try:
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         last = directory / "checkpoints" / "last.ckpt"

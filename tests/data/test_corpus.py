@@ -124,7 +124,7 @@ def test_the_split_depends_on_names_and_sizes_only(tmp_path):
     ],
 )
 def test_the_share_of_bytes_held_out_is_near_the_fraction(tmp_path, sizes, fraction):
-    _write(tmp_path, {f"{i}.txt": "x" * size for i, size in enumerate(sizes)})
+    _write(tmp_path, {f"{i}.txt": f"{i}".rjust(size, "x")[:size] for i, size in enumerate(sizes)})
     train, validation = split(find_files(str(tmp_path)), fraction, "text")
     assert sum(source.size for source in train) + sum(source.size for source in validation) == sum(sizes)
     assert sum(source.size for source in validation) == pytest.approx(fraction * sum(sizes), rel=0.1)

@@ -7,9 +7,10 @@ Nothing here needs torch.
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tedlab.config import DataConfig
-from tedlab.data.documents import Source, find_files, split
+from tedlab.data.documents import Source, split
+from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.tokenizers import Tokenizer, build_tokenizer
 from tedlab.locks import scratch
 
-_FORMAT = 1  # increase when the same text and tokenizer would give other files
+_FORMAT = 2  # increase when the same text and tokenizer would give other files
+_META, _LEFT_OUT = "meta.json", "left_out.json"
+_SPLITS = ("train", "validation")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Corpus:
 
     ``train`` and ``validation`` have shape (tokens,) and the dtype of ``tokenizer.encode``. ``bytes_per_token`` is the
     mean number of UTF-8 bytes of a validation token, separators counted as tokens: a loss in nats per token divided by
-    ``bytes_per_token · ln 2`` is in bits per byte. ``directory`` holds the files.
+    ``bytes_per_token · ln 2`` is in bits per byte. ``directory`` holds the files. ``left_out`` is what ``data.path``
+    names and is not in it, and ``source_files`` how many files are.
     """
 
     train: np.memmap
@@ -40,12 +45,15 @@ class Corpus:
     tokenizer: Tokenizer
     bytes_per_token: float
     directory: Path
+    left_out: tuple[LeftOut, ...] = ()
+    source_files: int = 1
 
 
 def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
     """Tokenise the text that ``config`` names, unless that has been done before, and open the result.
 
-    Any number of processes may call this at once. Memory stays bounded however large the corpus is.
+    Any number of processes may call this at once. Memory stays bounded however large the corpus is. A corpus that is
+    damaged in the cache is made anew.
 
     Args:
         config: All but ``batch_size``, ``micro_batch_size``, ``validation_samples`` and ``num_workers`` is read.
@@ -53,36 +61,53 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
 
     Raises:
         FileNotFoundError: ``path`` or ``tokenizer`` names a file that does not exist.
-        ValueError: There is no text, too little of it, or something in it or in ``config`` cannot be used.
+        ValueError: There is no text, too little of it, something in it or in ``config`` cannot be used, or a file
+            changed while it was read.
     """
     if not 0 < config.validation_fraction < 1:
         raise ValueError(
             f"data.validation_fraction={config.validation_fraction} must lie strictly between 0 and 1, as 0.05 does."
         )
-    files = find_files(config.path)
+    cache_dir = Path(config.cache_dir).expanduser()
+    no_files: list[LeftOut] = []
+    files = find_files(config.path, no_files, cache_dir)
     text_key = _key([[f.name, f.size, f.modified_ns] for f in files], config.field, config.validation_fraction)
+    no_text: list[LeftOut] = []
+
+    @cache
+    def sides() -> tuple[list[Source], list[Source]]:
+        return split(files, config.validation_fraction, config.field, no_text)
 
     def training_text() -> Iterator[str]:
-        train, _ = split(files, config.validation_fraction, config.field)
+        train, _ = sides()
         with _progress("Training the tokenizer", train) as advance:
             yield from chain.from_iterable(chain.from_iterable(source.documents(advance) for source in train))
+        _refuse_changed(files)
 
-    tokenizer = build_tokenizer(config, text_key, training_text)
-    corpora = Path(config.cache_dir).expanduser() / "corpora"
-    directory = corpora / _key(text_key, tokenizer.fingerprint)
-    if not directory.exists():
-        train, validation = split(files, config.validation_fraction, config.field)
+    corpora = cache_dir / "corpora"
+    try:
         corpora.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir={config.cache_dir!r} cannot be written: {error.strerror}.") from None
+    tokenizer = build_tokenizer(config, text_key, training_text)
+    directory = corpora / _key(text_key, tokenizer.fingerprint)
+    if damage := _damage(directory, tokenizer):
+        print(f"The cached corpus {directory} is made anew: {damage}.", file=sys.stderr)
+        _set_aside(directory)
+    if not directory.exists():
         with scratch("corpus", corpora) as temporary:
             complete = temporary / directory.name
             complete.mkdir()
+            train, validation = sides()
             _tokenise(train, validation, tokenizer, complete)
+            _refuse_changed(files)
+            (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in no_text], indent=2) + "\n")
             try:
                 complete.rename(directory)
             except OSError:
                 if not directory.exists():  # otherwise another process was faster, and its files are the same
                     raise
-    return _open(directory, tokenizer, sequence_length)
+    return _open(directory, tokenizer, sequence_length, files, no_files)
 
 
 def _key(*parts: Any) -> str:
@@ -93,17 +118,17 @@ def _tokenise(train: list[Source], validation: list[Source], tokenizer: Tokenize
     """Write ``train.bin``, ``validation.bin`` and what :func:`_open` needs to know of them."""
     sizes = {}
     with _progress("Tokenising", [*train, *validation]) as advance:
-        for name, sources in (("train", train), ("validation", validation)):
+        for name, sources in zip(_SPLITS, (train, validation), strict=True):
             sizes[name] = _write(directory / f"{name}.bin", sources, tokenizer, advance)
     meta = {name: {"tokens": tokens, "bytes": size} for name, (tokens, size) in sizes.items()}
-    (directory / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def _write(
     path: Path, sources: list[Source], tokenizer: Tokenizer, advance: Callable[[int], object]
 ) -> tuple[int, int]:
     """Write the tokens of ``sources``; returns how many there are and the UTF-8 bytes they stand for."""
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    dtype = _dtype(tokenizer)
     separator = np.array([tokenizer.separator], dtype=dtype).tobytes()
     size = 0
     with path.open("wb") as file:
@@ -116,24 +141,76 @@ def _write(
         return file.tell() // dtype.itemsize, size
 
 
-def _open(directory: Path, tokenizer: Tokenizer, sequence_length: int) -> Corpus:
-    meta = json.loads((directory / "meta.json").read_text())
+def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
+    """What is wrong with a corpus in the cache; None if nothing is, or if it is not there.
+
+    A file cannot be cut short by a process that was killed, only by a disk or a machine that failed, or by hand.
+    """
+    if not directory.exists():
+        return None
+    try:
+        meta = json.loads((directory / _META).read_text())
+        json.loads((directory / _LEFT_OUT).read_text())
+        for name in _SPLITS:
+            size = (directory / f"{name}.bin").stat().st_size
+            expected = meta[name]["tokens"] * _dtype(tokenizer).itemsize
+            if size != expected:
+                return f"{name}.bin has {size:,} bytes in place of {expected:,}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def _set_aside(directory: Path) -> None:
+    """Removes a folder at once for all processes, several of which may try."""
+    with scratch("corpus", directory.parent) as temporary, suppress(FileNotFoundError):
+        directory.rename(temporary / directory.name)
+
+
+def _refuse_changed(files: Sequence[SourceFile]) -> None:
+    """Raises ``ValueError`` if a file is no longer what it was when the search found it."""
+    for file in files:
+        try:
+            status = file.path.stat()
+        except OSError:
+            status = None
+        if status is None or (status.st_size, status.st_mtime_ns) != (file.size, file.modified_ns):
+            raise ValueError(
+                f"{file.path} changed while it was read. Copy it to where nothing writes to it, or start again when it "
+                "is complete."
+            )
+
+
+def _open(
+    directory: Path, tokenizer: Tokenizer, sequence_length: int, files: Sequence[SourceFile], no_files: list[LeftOut]
+) -> Corpus:
+    meta = json.loads((directory / _META).read_text())
+    no_text = [LeftOut(*file) for file in json.loads((directory / _LEFT_OUT).read_text())]
+    left_out = sorted([*no_files, *no_text])
     needed = sequence_length + 1
-    if any(meta[name]["tokens"] < needed for name in ("train", "validation")):
+    if any(meta[name]["tokens"] < needed for name in _SPLITS):
+        missing = f" {len(left_out)} files were left out: {listed(left_out)}." if left_out else ""
         raise ValueError(
             f"The corpus is too short: it has {meta['train']['tokens']} training and "
             f"{meta['validation']['tokens']} validation tokens, and one sample of model.sequence_length="
             f"{sequence_length} needs {needed} in each split. Use more text, a shorter sequence_length, or another "
-            f"data.validation_fraction."
+            f"data.validation_fraction.{missing}"
         )
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    dtype = _dtype(tokenizer)
     return Corpus(
         train=np.memmap(directory / "train.bin", dtype=dtype, mode="r"),
         validation=np.memmap(directory / "validation.bin", dtype=dtype, mode="r"),
         tokenizer=tokenizer,
         bytes_per_token=meta["validation"]["bytes"] / meta["validation"]["tokens"],
         directory=directory,
+        left_out=tuple(left_out),
+        source_files=len(files) - len(no_text),
     )
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Of the files' tokens: the smallest that holds every id."""
+    return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 
 @contextmanager

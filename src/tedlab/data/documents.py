@@ -1,32 +1,23 @@
-"""Where text comes from: the files that ``data.path`` names, which of them are held out, and the documents they hold.
+"""What of a corpus is held out, and the documents that its files hold.
 
-Everything streams: no file is ever read as a whole. Turning documents into tokens is ``corpus.py``'s job.
+Everything streams: no file is ever read as a whole. Which files there are is found out in ``files.py``, what is in them
+in ``formats.py``. Turning documents into tokens is ``corpus.py``'s job.
 """
 
 import codecs
-import glob
 import hashlib
-import json
 import math
-import os
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-_BLOCK = 1 << 20  # bytes read at once
-_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+from tedlab.data.files import LeftOut, SourceFile, find_files, listed
+from tedlab.data.formats import BLOCK, LONGEST_LINE, Content, Unusable, examine, parse
 
+__all__ = ["JsonLines", "Source", "Text", "find_files", "split"]
 
-@dataclass(frozen=True, order=True)
-class SourceFile:
-    """A file of the corpus. ``name`` is its path relative to the corpus, the same on every machine."""
-
-    name: str
-    path: Path
-    size: int
-    modified_ns: int
+_BLOCK = BLOCK
 
 
 class Source(Protocol):
@@ -68,7 +59,7 @@ class Text:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One document per line of a JSONL file, from the field ``field``.
+    """One document per line of a JSONL file from byte ``start`` on, from the field ``field``.
 
     ``held_out`` is the share of lines that is held out and ``validation`` says which side this is; None is all lines.
     """
@@ -76,13 +67,22 @@ class JsonLines:
     path: Path
     size: int
     field: str
+    start: int = 0
     held_out: float | None = None
     validation: bool = False
 
     def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
         number = -1  # of the document; blank lines are none
+        line_number = 0
         with self.path.open("rb") as file:
-            for line_number, line in enumerate(file, start=1):
+            file.seek(self.start)
+            while line := file.readline(LONGEST_LINE):
+                line_number += 1
+                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                    raise ValueError(
+                        f"Line {line_number} of {self.path} is longer than {LONGEST_LINE:,} bytes. A line is one "
+                        "document and is read as a whole: divide it, or write the text without JSON around it."
+                    )
                 advance(len(line))
                 if not line.strip():
                     continue
@@ -93,7 +93,7 @@ class JsonLines:
     def _document(self, line: bytes, line_number: int) -> str:
         where = f"Line {line_number} of {self.path}"
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError as error:
             raise ValueError(f"{where} is not JSON ({error}). A .jsonl file holds one JSON object per line.") from None
         if not isinstance(row, dict):
@@ -112,120 +112,83 @@ class JsonLines:
         return text
 
 
-def find_files(path: str | None) -> list[SourceFile]:
-    """The files that ``path`` names, sorted by name, without reading any of them. Empty ones are left out.
-
-    Args:
-        path: A file, a folder (all of it but what is hidden), a glob (``**`` for any folders), or None for the source
-            of the Python standard library, without its tests.
-
-    Raises:
-        FileNotFoundError: There is nothing there.
-        ValueError: There are only empty files.
-    """
-    if path is None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = [file for file in _walk(root, skip=_NOT_LIBRARY) if file.suffix == ".py"]
-    else:
-        root = Path(path).expanduser()
-        if root.is_file():
-            root, paths = root.parent, [root]
-        elif root.is_dir():
-            paths = list(_walk(root, skip=frozenset()))
-        elif glob.has_magic(path):
-            paths = [Path(match) for match in glob.iglob(str(root), recursive=True) if os.path.isfile(match)]
-            while glob.has_magic(str(root)):
-                root = root.parent
-        else:
-            raise FileNotFoundError(f"data.path={path!r} does not exist. It must be a file, a folder or a glob.")
-        if not paths:
-            raise FileNotFoundError(f"data.path={path!r} names no file. Hidden files are left out.")
-    files = []
-    for file in paths:
-        status = file.stat()
-        if status.st_size:
-            files.append(SourceFile(file.relative_to(root).as_posix(), file, status.st_size, status.st_mtime_ns))
-    if not files:
-        raise ValueError(f"data.path={path!r} names {len(paths)} files, all of them empty.")
-    return sorted(set(files))  # a glob with several ** finds a file several times
-
-
-def split(files: list[SourceFile], fraction: float, field: str) -> tuple[list[Source], list[Source]]:
+def split(
+    files: list[SourceFile], fraction: float, field: str, left_out: list[LeftOut] | None = None
+) -> tuple[list[Source], list[Source]]:
     """What training and what validation read.
 
     Of several files, whole files are held out: which ones, the hash of their names decides, up to ``fraction`` of the
-    bytes. Of a single text file it is the last part; of a single JSONL file it is documents spread evenly over it.
+    bytes. Files with the same content are held out together or not at all. Of a single text file it is the last part;
+    of a single JSONL file it is documents spread evenly over it.
 
     Args:
-        files: From :func:`find_files`. Binary ones are left out if there are others.
+        files: From :func:`tedlab.data.files.find_files`. Those that cannot be used are left out if there are others.
         fraction: Share of the text to hold out, strictly between 0 and 1.
         field: The field of a JSONL line that holds the text.
+        left_out: Gets the files that were left out.
 
     Raises:
-        ValueError: A single file is binary, or all are.
+        ValueError: A single file cannot be used, or none can.
     """
-    files = _text_files(files)
-    if len(files) == 1:
-        file = files[0]
-        if _is_json_lines(file):
-            return (
-                [JsonLines(file.path, file.size, field, held_out=fraction)],
-                [JsonLines(file.path, file.size, field, held_out=fraction, validation=True)],
-            )
-        cut = _character_boundary(file, file.size - round(file.size * fraction))
-        return [Text(file.path, 0, cut)], [Text(file.path, cut, file.size)]
+    copies = _usable(files, field, left_out)
+    sizes = {group: sum(file.size for file, _ in group) for group in copies}
+    if len(copies) == 1:
+        (file, content), *others = copies[0]
+        if left_out is not None:
+            left_out += [LeftOut(other.name, f"it holds the same as {file.name}") for other, _ in others]
+        if content.json_lines:
+            lines = JsonLines(file.path, file.size, field, content.start, held_out=fraction)
+            return [lines], [replace(lines, validation=True)]
+        cut = _character_boundary(file, file.size - round((file.size - content.start) * fraction))
+        return [Text(file.path, content.start, cut)], [Text(file.path, cut, file.size)]
 
-    room = fraction * sum(file.size for file in files)
+    room = fraction * sum(sizes.values())
     held_out = set()
-    for file in sorted(files, key=lambda file: hashlib.sha256(file.name.encode()).digest()):
-        if file.size <= room:
-            room -= file.size
-            held_out.add(file)
-    held_out = held_out or {min(files, key=lambda file: (file.size, file.name))}
-
-    def source(file: SourceFile) -> Source:
-        return JsonLines(file.path, file.size, field) if _is_json_lines(file) else Text(file.path, 0, file.size)
-
-    train = [source(file) for file in files if file not in held_out]
-    return train, [source(file) for file in files if file in held_out]
-
-
-def _walk(root: Path, skip: frozenset[str]) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith(".") and Path(folder, name).is_file())
+    for group in sorted(copies, key=lambda group: hashlib.sha256(group[0][0].name.encode()).digest()):
+        if sizes[group] <= room:
+            room -= sizes[group]
+            held_out.add(group)
+    held_out = held_out or {min(copies, key=lambda group: (sizes[group], group[0][0].name))}
+    sides: tuple[list[_Member], list[_Member]] = ([], [])
+    for group in copies:
+        sides[group in held_out].extend(group)
+    train, validation = (
+        [_source(*member, field) for member in sorted(side, key=lambda member: member[0])] for side in sides
+    )
+    return train, validation
 
 
-def _is_json_lines(file: SourceFile) -> bool:
-    return file.path.suffix == ".jsonl"
+def _source(file: SourceFile, content: Content, field: str) -> Source:
+    if content.json_lines:
+        return JsonLines(file.path, file.size, field, content.start)
+    return Text(file.path, content.start, file.size)
 
 
-def _text_files(files: list[SourceFile]) -> list[SourceFile]:
-    problems = {file: _why_binary(file) for file in files}
-    text = [file for file in files if problems[file] is None]
-    if not text:
-        file, *others = files
+_Member = tuple[SourceFile, Content]
+_Copies = tuple[_Member, ...]
+
+
+def _usable(files: list[SourceFile], field: str, left_out: list[LeftOut] | None) -> list[_Copies]:
+    """What can be trained on: those with the same content together, by name, and each such group by its first name."""
+    groups: dict[bytes, list[_Member]] = {}
+    unusable = []
+    for file in files:
+        try:
+            content = examine(file, field)
+        except Unusable as reason:
+            unusable.append(LeftOut(file.name, str(reason)))
+        else:
+            groups.setdefault(content.digest, []).append((file, content))
+    if not groups:
+        others = listed(unusable[1:])
         raise ValueError(
-            f"{file.path} is not text: {problems[file]}."
-            + (f" Nor are the {len(others)} other files of data.path." if others else "")
+            f"{files[0].path} is not text: {unusable[0].reason}."
+            + (f" Nor are the {len(unusable) - 1} other files of data.path ({others})." if others else "")
             + " A corpus is UTF-8 text or JSONL."
         )
-    return text
-
-
-def _why_binary(file: SourceFile) -> str | None:
-    """What makes the file binary, None for text."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        with file.path.open("rb") as content:
-            while block := content.read(_BLOCK):
-                if b"\0" in block:
-                    return "it holds NUL bytes"
-                decoder.decode(block)
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 ({error.reason})"
-    return None
+    if left_out is not None:
+        left_out += unusable
+    return [tuple(group) for group in groups.values()]
 
 
 def _character_boundary(file: SourceFile, offset: int) -> int:

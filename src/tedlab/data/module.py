@@ -64,6 +64,20 @@ class TextDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         prepare_corpus(self.data, self.sequence_length)
 
+    def setup(self, stage: str) -> None:
+        """Every process looked for the files itself; one that saw others, as of a folder that changes, must not train.
+
+        Raises:
+            ValueError: if this one did.
+        """
+        assert self.trainer is not None
+        own = self.corpus.directory.name
+        if own != self.trainer.strategy.broadcast(own):
+            raise ValueError(
+                f"The processes found different files below data.path={self.data.path!r}, or different contents: "
+                "something writes there, perhaps this run itself. Copy the corpus to a folder of its own."
+            )
+
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         samples = PackedSamples(self.corpus.train, self.sequence_length)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from tedlab.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
 _SAVED = "tokenizer.json"  # in a run directory
+_LARGEST_VOCABULARY = 1 << 24
 _SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one that a file knows ends its documents
 
 
@@ -71,7 +73,7 @@ class FileTokenizer:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no tokenizer, or knows none of the usual separator tokens.
+        ValueError: It is no tokenizer, knows none of the usual separator tokens, or has ids beyond any vocabulary.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,7 +83,9 @@ class FileTokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
-        except Exception as error:  # tokenizers raises no narrower type
+        except BaseException as error:  # tokenizers raises no narrower type, and a panic of Rust is no Exception
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ValueError(
                 f"{path} is not a tokenizer saved by Hugging Face tokenizers (usually called tokenizer.json): {error}."
             ) from None
@@ -98,11 +102,21 @@ class FileTokenizer:
             )
         self.separator = separators[0]
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        if self.vocab_size > _LARGEST_VOCABULARY:
+            raise ValueError(
+                f"The tokenizer {path} has {len(vocabulary):,} tokens with ids of up to {self.vocab_size - 1:,}: the "
+                f"model would have an embedding for each id, of which there may be {_LARGEST_VOCABULARY:,} at most."
+            )
+        self._path = path
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=self._dtype)
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a vocabulary of words without one for those that are not in it, say
+            raise ValueError(f"The tokenizer {self._path} cannot encode the text of data.path: {error}.") from None
+        return np.array(ids, dtype=self._dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -118,7 +132,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer
     gives a smaller one.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for the bytes and the separator.
+        ValueError: ``vocab_size`` leaves no room for the bytes and the separator, or is beyond any vocabulary.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 1
@@ -127,6 +141,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer
             f"data.bpe_vocab_size={vocab_size} is too small: a byte-level BPE needs {len(alphabet)} bytes and one "
             f"separator, so at least {smallest}. Use data.tokenizer=byte for a smaller vocabulary."
         )
+    if vocab_size > _LARGEST_VOCABULARY:
+        raise ValueError(f"data.bpe_vocab_size={vocab_size} is too large: it may be {_LARGEST_VOCABULARY:,} at most.")
     tokenizer = HuggingFaceTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -166,7 +182,7 @@ def build_tokenizer(config: DataConfig, corpus_key: str, texts: Callable[[], Ite
         return ByteTokenizer()
     if name == "bpe":
         trained = Path(config.cache_dir).expanduser() / "tokenizers" / f"bpe-{config.bpe_vocab_size}-{corpus_key}.json"
-        if trained.is_file():
+        with suppress(FileNotFoundError, ValueError):  # damaged, by a disk or by hand: trained again
             return FileTokenizer(trained)
         return train_bpe(texts(), config.bpe_vocab_size, trained)
     if name.endswith(".json") or os.sep in name:
