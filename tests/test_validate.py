@@ -45,7 +45,8 @@ def corpus(tmp_path: Path) -> Path:
 
 def small(corpus: Path, *overrides: str, file: str = "good.txt") -> TrainConfig:
     cache = f"data.cache_dir={corpus.parent / 'cache'}"
-    return compose(*SMALL, f"data.path={corpus / file}", cache, "parallel=single", *overrides)
+    output = f"output_dir={corpus.parent / 'run'}"
+    return compose(*SMALL, f"data.path={corpus / file}", cache, output, "parallel=single", *overrides)
 
 
 # What is wrong, and what the message must say: the values, and which would do.
@@ -90,6 +91,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "rotary_base_1": (["model.rotary_base=1"], ["model.rotary_base is 1", "larger than 1"]),
     "loss_chunk_0": (["model.loss_chunk=0"], ["model.loss_chunk is 0", "at least 1", "null"]),
+    "weights_of_nan": (["model.init_std=nan"], ["model.init_std is nan", "a finite number, positive"]),
+    "weights_of_negative_spread": (["model.init_std=-1"], ["model.init_std is -1.0", "positive"]),
     "no_layers": (["model.layers=0"], ["layers is 0", "at least 1"]),
     # experts
     "experts_not_divisible": (
@@ -100,6 +103,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "top_k_larger_than_experts": (["moe.num_experts=2", "moe.top_k=3"], ["moe.top_k (3)", "moe.num_experts (2)"]),
     "top_k_0": (["moe.top_k=0"], ["top_k is 0", "at least 1"]),
     "capacity_factor_0": (["moe.capacity_factor=0"], ["moe.capacity_factor is 0", "positive", "null"]),
+    "balance_of_nan": (["moe.aux_loss=nan"], ["moe.aux_loss is nan", "a finite number, at least 0"]),
     "unknown_gating": (
         ["moe.gating=deepspeed_top3"],
         ["moe.gating=deepspeed_top3", "valid: default, deepspeed_top1, deepspeed_top2, deepspeed_topk"],
@@ -224,7 +228,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "micro_batch_too_large": (["data.micro_batch_size=16"], ["data.batch_size (8)", "16×1", "can be 1, 2, 4, 8"]),
     "no_micro_batch_fits": (["parallel=dp4", "data.batch_size=6"], ["data.batch_size (6)", "multiple of 4"]),
-    "micro_batch_0": (["data.micro_batch_size=0"], ["data.micro_batch_size (0)", "at least 1"]),
+    "micro_batch_0": (["data.micro_batch_size=0"], ["data.micro_batch_size is 0", "at least 1"]),
     "contradictory_accumulation": (
         ["trainer.accumulate_grad_batches=3"],
         ["trainer.accumulate_grad_batches=3", "= 4", "null"],
@@ -237,8 +241,24 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "max_steps_is_a_word": (["trainer.max_steps=ten"], ["trainer.max_steps", "ten"]),
     "max_steps_missing": (["~trainer.max_steps"], ["trainer.max_steps"]),
     "precision_missing": (["~trainer.precision"], ["trainer.precision"]),
-    "devices_is_a_word": (["trainer.devices=auto"], ["trainer.devices", "auto"]),
+    "devices_is_a_word": (["trainer.devices=auto"], ["trainer.devices is auto", "a whole number"]),
     "num_nodes_is_a_word": (["trainer.num_nodes=two"], ["trainer.num_nodes", "two"]),
+    "max_steps_is_true": (["trainer.max_steps=true"], ["trainer.max_steps is True", "a whole number"]),
+    "no_nodes": (["trainer.num_nodes=0"], ["trainer.num_nodes is 0", "at least 1"]),
+    "clip_by_nan": (["trainer.gradient_clip_val=nan"], ["gradient_clip_val is nan", "a finite number", "null"]),
+    "strategy_of_lightning": (["+trainer.strategy=ddp"], ["trainer.strategy=ddp", "parallel.…"]),
+    "callbacks_of_lightning": (["+trainer.callbacks=[]"], ["trainer.callbacks", "TEDStrategy"]),
+    "logger_of_lightning": (["+trainer.logger=true"], ["trainer.logger=True", "logger=none"]),
+    "validation_by_lightning": (["+trainer.val_check_interval=5"], ["val_check_interval=5", "validate_every"]),
+    "fast_dev_run": (["+trainer.fast_dev_run=true"], ["fast_dev_run=True", "trainer.max_steps=1"]),
+    "no_training_batch": (["+trainer.limit_train_batches=0"], ["limit_train_batches=0", "trainer.max_steps"]),
+    "one_validation_batch": (["+trainer.limit_val_batches=1"], ["limit_val_batches=1", "data.validation_samples"]),
+    "no_checkpoint_at_all": (["+trainer.enable_checkpointing=false"], ["checkpoint.every=null"]),
+    "time_of_another_kind": (["+trainer.max_time=soon"], ["trainer.max_time=soon", "Lightning"]),
+    "monitor_without_validation": (
+        ["+trainer.limit_val_batches=0", "checkpoint.monitor=val/loss"],
+        ["checkpoint.monitor=val/loss", "limit_val_batches is 0"],
+    ),
     "part_of_an_epoch": (["+trainer.limit_train_batches=5"], ["trainer.limit_train_batches", "trainer.max_steps"]),
     "validate_never": (["validate_every=0"], ["validate_every", "at least 1"]),
     "picture_every_0": (["router_picture_every=0"], ["router_picture_every is 0", "at least 1", "null"]),
@@ -248,6 +268,9 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown_backend": (["comm.backend=mpi"], ["comm.backend=mpi", "nccl, gloo"]),
     "nccl_on_a_cpu": (["comm.backend=nccl"], ["comm.backend=nccl", "GPUs only", "gloo"]),
     "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
+    "seed_beyond_numpys": (["seed=4294967296"], ["seed is 4294967296", "at most 4,294,967,295"]),
+    "no_time": (["comm.timeout_s=0"], ["comm.timeout_s is 0", "at least 1"]),
+    "output_below_a_file": (["output_dir=/dev/null/run"], ["output_dir=/dev/null/run", "Not a directory"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
@@ -260,16 +283,40 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "half_a_tile": (["optim.tile=0.5"], ["tile=0.5", "at least 1", "null", "fused"]),
     "fused_sgd": (["optim=sgd", "optim.tile=fused"], ["SGD", "torch.optim.AdamW and torch.optim.Adam", "null"]),
     "fused_amsgrad": (["optim.tile=fused", "+optim.optimizer.amsgrad=true"], ["amsgrad", "null"]),
+    "learning_rate_infinite": (["optim.lr=inf"], ["optim.lr is inf", "a finite number, positive"]),
+    "learning_rate_nan": (["optim.lr=nan"], ["optim.lr is nan", "a finite number, positive"]),
+    "negative_warm_up": (["optim.warmup_steps=-5"], ["optim.warmup_steps is -5", "at least 0"]),
+    "fifty_times_the_rate": (["optim.final_lr_fraction=50"], ["final_lr_fraction is 50", "at least 0 and at most 1"]),
+    "empty_buckets": (["optim.bucket_elements=0"], ["optim.bucket_elements is 0", "at least 1"]),
+    "betas_of_1": (["optim.optimizer.betas=[0.9,1.0]"], ["optim.optimizer", "beta", "1.0"]),
+    "one_beta": (["optim.optimizer.betas=[0.9]"], ["optim.optimizer"]),
+    "infinite_decay": (["optim.optimizer.weight_decay=inf"], ["optim.optimizer.weight_decay is inf", "finite"]),
+    "decay_is_true": (["optim.optimizer.weight_decay=true"], ["weight_decay is True", "a number"]),
+    "unknown_argument_of_the_optimizer": (
+        ["+optim.optimizer.amsgrid=true"],
+        ["optim.optimizer.amsgrid", "AdamW", "Did you mean 'amsgrad'?"],
+    ),
+    "rate_of_the_optimizer": (["+optim.optimizer.lr=1"], ["optim.optimizer.lr=1", "use optim.lr"]),
+    "momentum_of_1": (["optim=sgd", "optim.optimizer.momentum=1.5"], ["momentum is 1.5", "smaller than 1"]),
+    "fused_for_each": (["+optim.optimizer={fused: true, foreach: true}"], ["fused", "foreach"]),
     "learning_rate_0": (["optim.lr=0"], ["optim.lr is 0", "positive"]),
     # data
     "nothing_at_the_path": (["data.path=/nowhere/at/all"], ["/nowhere/at/all", "does not exist"]),
-    "validation_fraction_1": (["data.validation_fraction=1.0"], ["data.validation_fraction=1.0", "between 0 and 1"]),
+    "validation_fraction_1": (
+        ["data.validation_fraction=1.0"],
+        ["data.validation_fraction is 1.0", "positive and smaller than 1"],
+    ),
     "validation_samples_too_small": (
         ["data.validation_samples=4"],
         ["data.validation_samples=4", "data.batch_size=8", "Raise"],
     ),
     "unknown_tokenizer": (["data.tokenizer=bytes"], ["'bytes'", "byte, bpe", "Did you mean byte?"]),
-    "bpe_vocabulary_too_small": (["data.tokenizer=bpe", "data.bpe_vocab_size=100"], ["=100", "at least 257"]),
+    "bpe_vocabulary_too_small": (
+        ["data.tokenizer=bpe", "data.bpe_vocab_size=100"],
+        ["data.bpe_vocab_size is 100", "at least 257"],
+    ),
+    "cache_below_a_file": (["data.cache_dir=/dev/null/cache"], ["data.cache_dir=/dev/null/cache", "Not a directory"]),
+    "negative_workers": (["data.num_workers=-1"], ["data.num_workers is -1", "at least 0"]),
     # checkpoints
     "no_checkpoint": (["ckpt_path=/nowhere/last.ckpt"], ["/nowhere/last.ckpt", "does not exist"]),
 }

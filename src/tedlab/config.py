@@ -2,7 +2,8 @@
 
 Every value of a YAML file in ``conf/`` lands in one field here, and these objects themselves are what constructors
 take. Hydra uses the same classes as its schema, so a misspelt key or an ill-typed value never gets past composition.
-Nothing here imports torch. What fields must satisfy *together* is checked in ``validate.py``.
+Nothing here imports torch. A number declares its range beside its default, with ``whole`` or ``real``. What fields must
+satisfy *together* is checked in ``validate``.
 """
 
 from dataclasses import dataclass, field
@@ -10,25 +11,39 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from tedlab.ranges import real, whole
+
+# Bounds of numbers that nothing but a slip of the hand exceeds.
+_WIDEST = 1 << 24  # of a dimension of the model
+_MOST_PROCESSES = 1 << 20
+_YEAR_S = 365 * 24 * 3600
+
 
 @dataclass
 class ModelConfig:
     """A pre-norm decoder: GPT-3 by default, and with the choices below one like OLMoE or Mixtral."""
 
-    layers: int = MISSING
-    hidden: int = MISSING
-    heads: int = MISSING
-    ffn: int = MISSING  # width of the feed-forward layer, and of each expert
-    sequence_length: int = MISSING  # tokens of one sample; also the size of the position table
+    layers: int = whole(least=1, most=10_000)
+    hidden: int = whole(least=1, most=_WIDEST)
+    heads: int = whole(least=1, most=_WIDEST)
+    ffn: int = whole(least=1, most=_WIDEST)  # width of the feed-forward layer, and of each expert
+    sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
     activation: str = "gelu"  # gelu | swiglu
     bias: bool = True  # linear layers and experts have biases
     norm: str = "layer"  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
     positions: str = "learned"  # learned (a table) | rotary (queries and keys are rotated)
-    rotary_base: float = 10_000.0  # of rotary positions: feature pair i of d turns by base^(-2i/d) at each position
-    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 128
+    rotary_base: float = real(
+        10_000.0, above=1
+    )  # of rotary positions: feature pair i of d turns by base^(-2i/d) at each position
+    vocab_size: int | None = whole(
+        None, least=1, most=_WIDEST
+    )  # None: the tokenizer's, rounded up to a multiple of 128
     tie_embeddings: bool = True  # the output projection is the token embedding
-    init_std: float = 0.02  # standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers)
-    loss_chunk: int | None = None  # tokens whose logits exist at a time; None: all, and their gradient after them
+    # Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers).
+    init_std: float = real(0.02, above=0)
+    loss_chunk: int | None = whole(
+        None, least=1
+    )  # tokens whose logits exist at a time; None: all, and their gradient after them
     # torch.compile of each block (without dropless experts) and of the loss in chunks: none | inductor | aot_eager
     # (without code generation).
     compile: str = "none"
@@ -39,23 +54,25 @@ class ModelConfig:
 class MoEConfig:
     """Experts in place of the feed-forward layer of every ``every``-th block."""
 
-    num_experts: int = MISSING  # 0: a dense model
-    every: int = 2  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
-    top_k: int = 1
+    num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
+    every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
+    top_k: int = whole(1, least=1)
     dispatch: str = "capacity"  # capacity | dropless (experts take all that choose them; none of the capacity… applies)
-    capacity_factor: float | None = 1.25  # None: no token is ever dropped
-    capacity_multiple: int = 8  # capacity is rounded up to a multiple of this in every layout
+    capacity_factor: float | None = real(1.25, above=0)  # None: no token is ever dropped
+    capacity_multiple: int = whole(
+        8, least=1, most=_WIDEST
+    )  # capacity is rounded up to a multiple of this in every layout
     # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.
     # None: 1, or with parallel.sequence the tensor degree, since each tensor rank then sees its own positions only.
-    capacity_groups: int | None = None
+    capacity_groups: int | None = whole(None, least=1)
     kernel: str = (
         "auto"  # of dropless experts that are all in one process: auto (triton where it runs) | torch | triton
     )
-    aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over MoE layers
-    z_loss: float = 0.0  # coefficient of the router z-loss, summed over MoE layers
+    aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
+    z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers
     gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
     # Of DeepSpeed's gatings alone; None: as in DeepSpeed.
-    min_capacity: int | None = None  # all three: least capacity; None: 4
+    min_capacity: int | None = whole(None, least=0)  # all three: least capacity; None: 4
     random_token_selection: bool | None = None  # top1: a full expert keeps a random selection; None: true
     second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
     drop_policy: str | None = None  # topk: a full expert keeps the most probable (probs; None) or first (position)
@@ -69,9 +86,9 @@ class MoEConfig:
 class ParallelConfig:
     """Degrees of parallelism. ``world_size`` = tensor × data; ``data`` = expert × expert_data."""
 
-    world_size: int = MISSING  # processes in all, over all nodes
-    tensor: int = 1
-    expert: int = 1
+    world_size: int = whole(least=1, most=_MOST_PROCESSES)  # processes in all, over all nodes
+    tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
+    expert: int = whole(1, least=1, most=_MOST_PROCESSES)
     sequence: bool = False  # shard activations between layers over the tensor group (Megatron's sequence parallelism)
 
 
@@ -79,7 +96,7 @@ class ParallelConfig:
 class LedgerConfig:
     """The record of every collective."""
 
-    every: int = 100  # steps between totals in the log; 0: only at the end
+    every: int = whole(100, least=0)  # steps between totals in the log; 0: only at the end
     time: bool = False  # also measure durations, which synchronises every collective
 
 
@@ -88,19 +105,20 @@ class CommConfig:
     """How processes talk. No toggle changes what is computed."""
 
     backend: str | None = None  # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
-    timeout_s: int = 600  # a collective that takes longer ends the run
+    timeout_s: int = whole(600, least=1, most=_YEAR_S)  # a collective that takes longer ends the run
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
     fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
     # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
     # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives, see comm/sites.py;
     # auto: the best within cac_budget_bytes.
     cac: Any = False
-    cac_budget_bytes: int | None = None  # of each process, for cac=auto
+    cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # of each process, for cac=auto
     cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
     emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
-    emulate_dilation: float = 1.0  # times slower than that network, in proportion to a slower processor
-    emulate_ranks_per_node: int | None = None  # None: the cluster's
+    # Times slower than that network, in proportion to a slower processor; 0: count only, sleep never.
+    emulate_dilation: float = real(1.0, least=0, most=1e9)
+    emulate_ranks_per_node: int | None = whole(None, least=1)  # None: the cluster's
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
 
 
@@ -111,13 +129,14 @@ class DataConfig:
     path: str | None = MISSING  # file, folder or glob of text or JSONL; None: the Python standard library's source
     field: str = "text"  # the field of a JSONL line that holds the text
     tokenizer: str = "byte"  # byte | bpe (trained on the corpus on first use) | path of a tokenizers JSON file
-    bpe_vocab_size: int = 4096
-    batch_size: int = MISSING  # samples of one optimizer step, over all data ranks and accumulated micro-batches
-    micro_batch_size: int = MISSING  # samples of one forward pass of one data rank
-    validation_fraction: float = 0.05  # share of the files (of the documents, for a single file) held out
-    validation_samples: int = MISSING  # samples of one validation pass, over all data ranks
+    bpe_vocab_size: int = whole(4096, least=257, most=_WIDEST)  # 256 bytes, and what separates documents
+    batch_size: int = whole(least=1)  # samples of one optimizer step, over all data ranks and accumulated micro-batches
+    micro_batch_size: int = whole(least=1)  # samples of one forward pass of one data rank
+    # Share of the files (of the documents, for a single file) held out.
+    validation_fraction: float = real(0.05, above=0, below=1)
+    validation_samples: int = whole(least=1)  # samples of one validation pass, over all data ranks
     cache_dir: str = "~/.cache/tedlab"
-    num_workers: int = 0
+    num_workers: int = whole(0, least=0, most=1024)
 
 
 @dataclass
@@ -125,15 +144,16 @@ class OptimConfig:
     """The optimizer and its learning-rate schedule."""
 
     optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
-    lr: float = MISSING
+    lr: float = real(above=0)
     schedule: str = "cosine"  # cosine | constant | wsd (constant, then linear decay), each after a linear warm-up
-    warmup_steps: int = 0
-    final_lr_fraction: float = 0.1  # of the learning rate, where cosine and wsd end
-    decay_fraction: float = 0.2  # of the run, in which wsd decays
+    warmup_steps: int = whole(0, least=0)
+    final_lr_fraction: float = real(0.1, least=0, most=1)  # of the learning rate, where cosine and wsd end
+    decay_fraction: float = real(0.2, least=0, most=1)  # of the run, in which wsd decays
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients while the backward pass goes on
-    loss_scale: float | None = None  # initial dynamic loss scale; None: 65536 with fp16, otherwise none at all
-    bucket_elements: int = 1 << 24  # of each process, reduced in one collective
+    # Initial dynamic loss scale; None: 65536 with fp16, otherwise none at all.
+    loss_scale: float | None = real(None, least=1, most=2.0**64)
+    bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # of each process, reduced in one collective
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 
 
@@ -144,9 +164,9 @@ class CheckpointConfig:
     And, for want of another place by that name, ``early_stop`` of *activation* checkpointing (``model.checkpoint``).
     """
 
-    every: int | None = None  # steps between checkpoints; None: only at the end
+    every: int | None = whole(None, least=1)  # steps between checkpoints; None: only at the end
     monitor: str | None = None  # a metric such as val/loss: save after each validation, keep those with the lowest
-    keep: int = 1  # how many to keep, the newest or the best; -1: all
+    keep: int = whole(1, least=1, also=(-1,))  # how many to keep, the newest or the best; -1: all
     async_save: bool = False  # write while training goes on
     early_stop: bool = True  # recompute a block only as far as backward needs; false: all of it, the paper's baseline
 
@@ -164,12 +184,13 @@ class TrainConfig:
     trainer: dict[str, Any] = MISSING  # arguments of lightning.Trainer, as they are
     logger: dict[str, Any] = field(default_factory=dict)  # further loggers, each a ``_target_``
     experiment_name: str = MISSING
-    seed: int = MISSING
+    seed: int = whole(least=0, most=2**32 - 1)  # what numpy takes
     output_dir: str = MISSING
     ckpt_path: str | None = None  # a checkpoint directory to resume from
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    validate_every: int = 100  # steps between validations; there is always one at the end
-    router_picture_every: int | None = 100  # steps between pictures of the experts' load; None: only at the end
+    validate_every: int = whole(100, least=1)  # steps between validations; there is always one at the end
+    # Steps between pictures of the experts' load; None: only at the end.
+    router_picture_every: int | None = whole(100, least=1)
     certificate: bool = False  # first prove that a small likeness of this run equals one process
     certificate_precision: str = "64-true"  # of its runs: 64-true | bf16-true (as equal as rounding allows)
     objective: str = "val/loss"  # the metric that a sweeper minimises

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
@@ -90,20 +91,22 @@ class LanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        config = self.optim_config
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []  # biases and norms are not pulled towards zero
         for name, parameter in self.named_parameters():
             (plain if "bias" in name or "norm" in name else decayed).append(parameter)
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-        # Hydra would copy the groups into its own containers if they were arguments of instantiate.
-        optimizer = hydra.utils.instantiate(config.optimizer, _partial_=True)(groups, lr=config.lr)
-        factor = learning_rate_schedule(
-            config.schedule,
-            config.warmup_steps,
-            self.trainer.max_steps,
-            config.final_lr_fraction,
-            config.decay_fraction,
-        )
-        schedule = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}  # type: ignore[return-value]
+        optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def optimizer_with_schedule(
+    config: OptimConfig, groups: list[dict[str, Any]], total_steps: int
+) -> tuple[Optimizer, LambdaLR]:
+    """What ``config`` says, for groups of parameters and a run of so many steps."""
+    # Hydra would copy the groups into its own containers if they were arguments of instantiate.
+    optimizer = hydra.utils.instantiate(config.optimizer, _partial_=True)(groups, lr=config.lr)
+    factor = learning_rate_schedule(
+        config.schedule, config.warmup_steps, total_steps, config.final_lr_fraction, config.decay_fraction
+    )
+    return optimizer, LambdaLR(optimizer, factor)

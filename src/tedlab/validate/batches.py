@@ -1,0 +1,30 @@
+"""Batches: how samples of a step divide into micro-batches of data ranks."""
+
+from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees
+
+
+def complete_batches(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Fills in ``trainer.accumulate_grad_batches``.
+
+    Raises:
+        ValueError: if it is given and another, or the batch does not divide; says which micro-batches would.
+    """
+    batch, micro = config.data.batch_size, config.data.micro_batch_size
+    if batch % (micro * degrees.data):
+        fitting = (
+            ", ".join(str(m) for m in range(1, min(batch, 64) + 1) if batch % (m * degrees.data) == 0)
+            or f"none: make data.batch_size a multiple of {degrees.data}"
+        )
+        raise ValueError(
+            f"data.batch_size ({batch}) is not a multiple of data.micro_batch_size × data ranks = "
+            f"{micro}×{degrees.data}. With this batch and {degrees.data} data ranks the micro-batch can be {fitting}"
+        )
+    accumulate = batch // (micro * degrees.data)
+    given = config.trainer.setdefault("accumulate_grad_batches", None)
+    if given not in (None, accumulate):
+        raise ValueError(
+            f"trainer.accumulate_grad_batches={given}, but data.batch_size / (data.micro_batch_size × data ranks) = "
+            f"{batch} / ({micro}×{degrees.data}) = {accumulate}. Leave it null, or change the batch sizes"
+        )
+    config.trainer["accumulate_grad_batches"] = accumulate

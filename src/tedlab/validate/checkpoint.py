@@ -1,0 +1,43 @@
+"""The checkpoint to resume from: whether it is of this model, and leaves anything to train."""
+
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from tedlab.checkpoint import read_meta
+from tedlab.config import ModelConfig, MoEConfig, TrainConfig
+from tedlab.validate.experts import GATING_OPTIONS
+
+_DEFAULTS = {  # what a checkpoint means that is older than a field
+    section: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    for section, kind in (("model", ModelConfig), ("moe", MoEConfig))
+}
+
+
+def check_checkpoint(config: TrainConfig, path: Path) -> None:
+    """Of a configuration that is complete otherwise.
+
+    Raises:
+        OSError: if there is no such checkpoint.
+        ValueError: if it is of another model or of the last step.
+    """
+    meta = read_meta(path)
+    if "hyper_parameters" not in meta:
+        raise ValueError(f"{path} is not a checkpoint of this command: it says nothing of the model")
+    if meta["global_step"] >= config.trainer["max_steps"]:
+        raise ValueError(
+            f"{path} is of step {meta['global_step']}, so with trainer.max_steps ({config.trainer['max_steps']}) "
+            "nothing is left to train; raise trainer.max_steps"
+        )
+    stored = meta["hyper_parameters"]
+    ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
+    shape_free = {"init_std", "checkpoint", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
+    shape_free |= {*GATING_OPTIONS, "dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
+    differences = [
+        f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
+        for section, values in ours.items()
+        for name, value in values.items()
+        if name not in shape_free and stored[section].get(name, _DEFAULTS[section].get(name)) != value
+    ]
+    if differences:
+        raise ValueError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differences))

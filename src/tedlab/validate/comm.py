@@ -1,0 +1,97 @@
+"""Communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
+
+from tedlab.cluster import load_cluster
+from tedlab.comm.budget import within_budget
+from tedlab.comm.emulate import Emulation
+from tedlab.comm.sites import kept_tags
+from tedlab.comm.volumes import ClosedForm
+from tedlab.config import TrainConfig
+from tedlab.cost import collective_seconds
+from tedlab.degrees import ParallelDegrees
+from tedlab.validate.words import check_divides, check_known
+
+
+def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Options of ``comm``, beside those of ``model`` that they need.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    comm, model = config.comm, config.model
+    if comm.backend not in (None, "nccl", "gloo"):
+        raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
+    check_known("model.checkpoint", model.checkpoint, ("none", "block"))
+    if comm.cac != "auto":
+        kept_tags(comm.cac)
+    if (comm.cac == "auto") != (comm.cac_budget_bytes is not None):
+        raise ValueError(
+            f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "
+            "what a budget of bytes allows, and nothing else has one"
+        )
+    if comm.cac not in (False, None) and model.checkpoint == "none":
+        raise ValueError(
+            f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with model.checkpoint=none nothing "
+            "is recomputed; use model.checkpoint=block, or comm.cac=false"
+        )
+    check_known("model.compile", model.compile, ("none", "inductor", "aot_eager"))
+    if model.compile != "none":
+        _check_compiled(config)
+    if comm.fuse_reduce_scatter and not comm.dtd:
+        raise ValueError(
+            "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop, "
+            "but comm.dtd is false; use comm.dtd=true, or comm.fuse_reduce_scatter=false"
+        )
+    if degrees.sequence:
+        _check_sequence(config, degrees)
+    _check_emulation(config, degrees)
+
+
+def choose_what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Puts the entries that fit the budget in the place of ``comm.cac=auto``."""
+    if config.comm.cac != "auto":
+        return
+    cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
+    tensor, expert = range(degrees.tensor), range(0, degrees.expert * degrees.tensor, degrees.tensor)
+    members = {"tensor": tensor, "expert_tensor": tensor, "expert": expert}
+    assert config.comm.cac_budget_bytes is not None
+    config.comm.cac = within_budget(
+        ClosedForm(config),
+        config.comm.cac_budget_bytes,
+        lambda call: collective_seconds(call.op, call.payload_bytes, members[call.kind], cluster),
+    )
+
+
+def _check_compiled(config: TrainConfig) -> None:
+    if config.comm.cac in ("shard", "auto") or ":shard" in str(config.comm.cac):
+        raise ValueError(
+            f"comm.cac={config.comm.cac} keeps shards, which the compiler cannot; with model.compile="
+            f"{config.model.compile} use true, false or a list of collectives"
+        )
+    if not config.checkpoint.early_stop:
+        raise ValueError(
+            f"checkpoint.early_stop=false recomputes what nobody needs, which model.compile={config.model.compile} "
+            "leaves out; use one of the two"
+        )
+    if config.moe.num_experts and config.moe.gating != "default":
+        raise ValueError(f"model.compile={config.model.compile} needs moe.gating=default, not {config.moe.gating}")
+
+
+def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    moe = config.moe
+    if config.comm.dtd:
+        raise ValueError(
+            "comm.dtd=true drops duplicate tokens, but with parallel.sequence=true there are none: each tensor rank "
+            "has its own; use one of the two"
+        )
+    check_divides("model.sequence_length", config.model.sequence_length, "parallel.tensor", degrees.tensor)
+    if moe.num_experts and moe.gating != "default":
+        raise ValueError(f"parallel.sequence=true needs moe.gating=default; moe.gating is {moe.gating}")
+
+
+def _check_emulation(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    comm = config.comm
+    if comm.emulate is None:
+        return
+    everybody = {"world": range(degrees.world_size)}
+    Emulation(load_cluster(comm.emulate), everybody, comm.emulate_dilation, comm.emulate_ranks_per_node)  # type: ignore[arg-type]
+    comm.ledger.time = True  # without it nothing would show of the delays

@@ -1,0 +1,114 @@
+"""Experts: how many, how they are routed, and what their queues may be."""
+
+from tedlab.config import MoEConfig, TrainConfig
+from tedlab.degrees import ParallelDegrees
+from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
+from tedlab.validate.words import check_divides, check_known
+
+GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
+    "min_capacity": GATINGS,
+    "random_token_selection": ("deepspeed_top1",),
+    "second_expert_sampling": ("deepspeed_top2",),
+    "drop_policy": ("deepspeed_topk",),
+}
+
+
+def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Of a model that has any.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    model, moe = config.model, config.moe
+    if moe.num_experts == 0:
+        if degrees.expert > 1:
+            raise ValueError(
+                f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
+            )
+        return
+    check_divides("moe.num_experts", moe.num_experts, "parallel.expert", degrees.expert)
+    if moe.every > model.layers:
+        raise ValueError(
+            f"moe.every ({moe.every}) is larger than model.layers ({model.layers}): no block would have experts. "
+            f"Choose 1 to {model.layers}, or moe=dense"
+        )
+    if moe.top_k > moe.num_experts:
+        raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
+    check_known("moe.dispatch", moe.dispatch, ("capacity", "dropless"))
+    _check_kernel(config, degrees)
+    if moe.dispatch == "dropless":
+        _check_dropless(config)
+    else:
+        _check_capacity_groups(config, degrees)
+    _check_gating(moe)
+
+
+def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    kernel = config.moe.kernel
+    check_known("moe.kernel", kernel, ("auto", "torch", "triton"))
+    if kernel != "triton":
+        return
+    if config.moe.dispatch != "dropless" or degrees.tensor * degrees.expert > 1:
+        raise ValueError(
+            f"moe.kernel=triton is for dropless experts that are all in one process, not for "
+            f"moe.dispatch={config.moe.dispatch}, parallel.tensor={degrees.tensor}, parallel.expert={degrees.expert}; "
+            "use moe.kernel=auto"
+        )
+    if config.trainer.get("accelerator") == "cpu":
+        raise ValueError(
+            "moe.kernel=triton needs a GPU, not trainer.accelerator=cpu; use trainer=gpu or moe.kernel=auto"
+        )
+
+
+def _check_dropless(config: TrainConfig) -> None:
+    moe = config.moe
+    if moe.gating != "default":
+        raise ValueError(
+            f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch=dropless has none; use "
+            "moe.gating=default, or moe.dispatch=capacity"
+        )
+    if moe.capacity_groups not in (None, 1):
+        raise ValueError(
+            f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
+            "leave it null, or use moe.dispatch=capacity"
+        )
+    if config.model.compile != "none" and config.model.checkpoint != "none":
+        raise ValueError(
+            f"model.compile={config.model.compile} with moe.dispatch=dropless leaves the experts out, and a block of "
+            f"which parts are compiled cannot be recomputed (model.checkpoint={config.model.checkpoint}); use "
+            "model.checkpoint=none, model.compile=none, or moe.dispatch=capacity"
+        )
+
+
+def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    shards = degrees.tensor if degrees.sequence else 1
+    if config.moe.capacity_groups is None and shards > 1:
+        config.moe.capacity_groups = shards  # so that the run's configuration tells
+    groups, length = config.moe.capacity_groups or 1, config.model.sequence_length
+    if length % groups or groups % shards:
+        fitting = ", ".join(str(n) for n in range(1, min(length, 64) + 1) if length % n == 0 and n % shards == 0)
+        raise ValueError(
+            f"moe.capacity_groups is {groups}; it must divide model.sequence_length ({length})"
+            + (f" and be a multiple of parallel.tensor ({shards}) with parallel.sequence" if shards > 1 else "")
+            + f": {fitting or 'impossible here'}"
+        )
+    if groups > 1 and config.moe.gating != "default":
+        raise ValueError(f"moe.capacity_groups={groups} needs moe.gating=default; moe.gating is {config.moe.gating}")
+
+
+def _check_gating(moe: MoEConfig) -> None:
+    check_known("moe.gating", moe.gating, ("default", *GATINGS))
+    needed = {"deepspeed_top1": 1, "deepspeed_top2": 2}.get(moe.gating, moe.top_k)
+    if moe.top_k != needed:
+        raise ValueError(
+            f"moe.gating={moe.gating} needs moe.top_k={needed}, but moe.top_k is {moe.top_k}; "
+            "deepspeed_topk takes any top_k"
+        )
+    for name, users in GATING_OPTIONS.items():
+        if getattr(moe, name) is not None and moe.gating not in users:
+            raise ValueError(
+                f"moe.{name}={getattr(moe, name)} would have no effect with moe.gating={moe.gating}; leave it null, "
+                f"or choose moe.gating={' or '.join(users)}"
+            )
+    if moe.drop_policy is not None:
+        check_known("moe.drop_policy", moe.drop_policy, DROP_POLICIES)

@@ -1,0 +1,46 @@
+"""The model without its experts: its kinds of layers, sizes that degrees must divide, and its vocabulary."""
+
+from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees
+from tedlab.validate.words import check_divides, check_known
+
+_ARCHITECTURE = {
+    "activation": ("gelu", "swiglu"),
+    "norm": ("layer", "rms"),
+    "positions": ("learned", "rotary"),
+}
+_VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
+
+
+def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    """Kinds and sizes.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    model = config.model
+    for name, valid in _ARCHITECTURE.items():
+        check_known(f"model.{name}", getattr(model, name), valid)
+    if model.hidden % model.heads:
+        raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
+    if model.positions == "rotary" and model.hidden // model.heads % 2:
+        raise ValueError(
+            f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {model.hidden} / "
+            f"{model.heads} is odd; choose heads of even width, or model.positions=learned"
+        )
+    for name in ("heads", "ffn"):
+        check_divides(f"model.{name}", getattr(model, name), "parallel.tensor", degrees.tensor)
+
+
+def complete_vocabulary(config: TrainConfig, tokens: int) -> None:
+    """Fills in ``model.vocab_size`` for a tokenizer of so many tokens, if it is not given.
+
+    Raises:
+        ValueError: if it is too small, or the tensor degree does not divide it.
+    """
+    model = config.model
+    if model.vocab_size is None:
+        model.vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if model.vocab_size < tokens:
+        raise ValueError(f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's {tokens}")
+    check_divides("model.vocab_size", model.vocab_size, "parallel.tensor", config.parallel.tensor)

@@ -1,0 +1,102 @@
+"""The optimizer and its schedule: built once, for a parameter of one element that is stepped."""
+
+import difflib
+import inspect
+import math
+import numbers
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import hydra
+import torch
+from torch.optim import Optimizer
+
+from tedlab.config import TrainConfig
+from tedlab.optim.elementwise import check_elementwise
+from tedlab.optim.fused import check_tile
+from tedlab.optim.schedule import SCHEDULES
+from tedlab.validate.words import check_known
+
+_SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what they follow from
+_BELOW_ONE = ("momentum", "alpha")  # of which torch checks nothing, or the sign alone
+
+
+def check_optim(config: TrainConfig) -> None:
+    """Builds the optimizer and lets it take a step.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    optim = config.optim
+    check_known("optim.schedule", optim.schedule, SCHEDULES)
+    target = optim.optimizer.get("_target_")
+    try:
+        kind = hydra.utils.get_class(str(target))
+    except Exception as error:  # whatever importing it raises
+        raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
+    if not issubclass(kind, Optimizer):
+        raise ValueError(f"optim.optimizer._target_={target} is not an optimizer, but a {kind.__name__}")
+    check_elementwise(kind, optim.optimizer)
+    check_tile(optim.tile, kind, optim.optimizer)
+    _check_options(kind, {name: value for name, value in optim.optimizer.items() if name != "_target_"})
+    _try(config)
+
+
+def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
+    """Names and numbers of an optimizer's arguments."""
+    known = inspect.signature(kind).parameters
+    for name, value in options.items():
+        where = f"optim.optimizer.{name}"
+        if name in _SET_BY_US:
+            raise ValueError(f"{where}={value} is set by the run itself; use {_SET_BY_US[name]}")
+        if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+            valid = sorted(set(known) - set(_SET_BY_US))
+            near = difflib.get_close_matches(name, valid, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"{where}: {kind.__name__} has no such argument.{hint} Valid: {', '.join(valid)}")
+        if isinstance(value, bool) and _is_number(known[name].default if name in known else None):
+            raise ValueError(f"{where} is {value}; it must be a number")
+        for number in _numbers(value):
+            if not math.isfinite(number):
+                raise ValueError(f"{where} is {value}; it must be finite")
+        if name in _BELOW_ONE and _is_number(value) and not 0 <= value < 1:
+            raise ValueError(f"{where} is {value}; it must be at least 0 and smaller than 1")
+
+
+def _try(config: TrainConfig) -> None:
+    """A step of a parameter of one element in each of the two groups that a run has."""
+    from tedlab.module import optimizer_with_schedule  # which imports the model
+
+    decayed, plain = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    groups: list[dict[str, Any]] = [{"params": [decayed]}, {"params": [plain], "weight_decay": 0.0}]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer, schedule = optimizer_with_schedule(config.optim, groups, config.trainer["max_steps"])
+            if config.trainer["accelerator"] == "cpu":  # what works on GPUs alone is not to be refused for one
+                for parameter in (decayed, plain):
+                    parameter.grad = torch.ones(1)
+                optimizer.step()
+                schedule.step()
+    except Exception as error:  # whatever an optimizer raises for arguments that it does not like
+        raise ValueError(f"optim.optimizer cannot be built as configured: {_sentence(error)}") from None
+
+
+def _sentence(error: Exception) -> str:
+    """What the optimizer said, without what Hydra says around it."""
+    cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) and error.__cause__ else error
+    return f"{type(cause).__name__}: {cause}" if isinstance(cause, (KeyError, IndexError, TypeError)) else str(cause)
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """Those in a value, also inside of lists."""
+    if _is_number(value):
+        yield value  # type: ignore[misc]
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for item in value:
+            yield from _numbers(item)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

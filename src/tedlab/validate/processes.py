@@ -1,0 +1,48 @@
+"""Processes: whether this machine has room, and devices, for those of a run."""
+
+import os
+
+import torch
+
+from tedlab.config import TrainConfig
+
+
+def check_processes(config: TrainConfig, most: int | None) -> None:
+    """On this machine.
+
+    Args:
+        config: whose trainer has been checked.
+        most: processes on a CPU; None: as many as make sense for training.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
+    world = config.parallel.world_size
+    if devices * nodes != world:
+        raise ValueError(
+            f"trainer.devices × trainer.num_nodes = {devices}×{nodes} is not parallel.world_size ({world}). "
+            f"On one machine set parallel.world_size alone; on {nodes} nodes also trainer.devices={world // nodes or 1}"
+        )
+    if config.trainer["accelerator"] == "cpu":
+        cores = os.cpu_count() or 1
+        most = most or max(8, 4 * cores)
+        if devices > most:
+            raise ValueError(
+                f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "
+                "Use a smaller parallel=… preset, or more nodes (trainer.num_nodes)"
+            )
+        if config.comm.backend == "nccl":
+            raise ValueError("comm.backend=nccl works on GPUs only; with trainer=cpu use gloo, or null")
+        return
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        raise ValueError(
+            f"trainer.accelerator={config.trainer['accelerator']}, but this machine has no GPU that torch can use; "
+            "trainer=cpu needs none"
+        )
+    if devices > gpus and config.comm.backend != "gloo":
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: two processes on "
+            f"one GPU NCCL refuses; use comm.backend=gloo or fewer processes (at most {gpus}), or trainer=cpu"
+        )

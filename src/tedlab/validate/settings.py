@@ -1,0 +1,41 @@
+"""Values of the top level, of ``checkpoint`` and of ``logger``, and where a run may write."""
+
+import os
+from pathlib import Path
+
+from tedlab.config import TrainConfig
+from tedlab.validate.words import check_known
+
+VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
+OBJECTIVES = (*VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
+CERTIFIED_PRECISIONS = ("64-true", "bf16-true")
+
+
+def check_settings(config: TrainConfig) -> None:
+    """What does not depend on the machine.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    if config.objective not in OBJECTIVES:
+        raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
+    check_known("certificate_precision", config.certificate_precision, CERTIFIED_PRECISIONS)
+    monitor = config.checkpoint.monitor
+    if monitor not in (None, *VALIDATION_METRICS):
+        raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(VALIDATION_METRICS)}")
+    if monitor is not None and config.trainer.get("limit_val_batches") == 0:
+        raise ValueError(f"checkpoint.monitor={monitor} is measured in validations, and trainer.limit_val_batches is 0")
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Refuses a folder that cannot be made or written to.
+
+    Raises:
+        ValueError: with the operating system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name}={folder} cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}={folder} is a folder that this user may not write to")
