@@ -1,10 +1,13 @@
 """The clusters in ``conf/cluster/``: complete, sane, documented, and refused with a helpful word when they are not."""
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from tedlab.cli import CONF, UsageError
 from tedlab.cluster import ClusterConfig, cluster_names, load_cluster
@@ -124,3 +127,118 @@ def test_a_node_of_several_gpus_needs_a_link() -> None:
     cluster: ClusterConfig = load_cluster("summit")
     with pytest.raises(ValueError, match="gpus_per_node is 6, but in_node is null"):
         replace(cluster, in_node=None)
+
+
+def full() -> dict[str, Any]:
+    """A cluster whose every figure has a value."""
+    tree = asdict(load_cluster("summit"))
+    tree["efficiency"]["attention"] = 0.5
+    tree["kernels"] |= dict.fromkeys(("arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth"), 1.0)
+    tree["collectives"] = [{"op": "all_reduce", "size": 4, "nodes": 2, "latency": 1e-5, "bandwidth": 1e9}]
+    tree["waits"] = [{"size": 4, "nodes": 2, "latency": 1e-5, "share": 0.1}]
+    return tree
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the values of nested dictionaries and lists are."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+PLACES = [*places(full())]
+NULL = ("attention", "arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth")
+ZERO = ("forward", "backward", "optimizer", "share", "asynchronous")  # beside latencies of measured things
+
+
+def accepted(tmp_path: Path, place: tuple[Any, ...], value: Any) -> str | None:
+    """The complaint about a cluster with another value at one place; None if there is none."""
+    tree = full()
+    node = tree
+    for key in place[:-1]:
+        node = node[key]
+    node[place[-1]] = value
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    try:
+        load_cluster(tmp_path / "c.yaml")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, -1e-9, 0, "fast", None, [], {}, [1]])
+def test_no_figure_may_be_what_no_figure_can_be(tmp_path: Path, value: Any) -> None:
+    """Whatever fields there are: a new one is tried, too."""
+    assert accepted(tmp_path, ("gpus_per_node",), 6) is None
+    for place in PLACES:
+        old, last = full(), place[-1]
+        for key in place:
+            old = old[key]
+        if isinstance(old, dict | list):
+            continue  # the figures in it are tried
+        below = place[0] in ("kernels", "collectives", "waits")
+        fine = (
+            (value is None and last in NULL)
+            or (value == 0 and below and (last in ZERO or str(last).endswith("latency")))
+            or (value == -1 and last == "asynchronous")  # as true as any number but 0
+        )
+        complaint = accepted(tmp_path, place, value)
+        assert (complaint is None) == fine, (place, value, complaint)
+        if complaint:
+            assert str(last) in complaint, complaint
+            assert len(complaint.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("value", [None, [], 1, "x", {}, {"a": 1}])
+@pytest.mark.parametrize("group", ["peak_flops", "efficiency", "in_node", "kernels", "collectives", "waits"])
+def test_a_group_of_figures_is_a_group_of_figures(tmp_path: Path, group: str, value: Any) -> None:
+    fine = value == [] if group in ("collectives", "waits") else value == {} and group == "kernels"
+    complaint = accepted(tmp_path, (group,), value)
+    assert (complaint is None) == fine, complaint
+    if complaint:
+        assert group in complaint
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no keys"),
+        ("- 1", "holds no keys"),
+        ("just words", "holds no keys"),
+        ("a: {b", "flow mapping"),
+        ("gpus_per_node: 6\ngpus_per_node: 8", "duplicate key"),
+        ("a: &a 1\nb: *a", "it has an alias"),
+        ("gpus_per_node: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("gpus_per_node: ${oc.env:HOME}", "it has an interpolation"),
+        ("? [1, 2]\n: 3", "unhashable|no values|Key"),
+        ("a: \0", "special characters are not allowed"),
+        ("[" * 5000, "nested too deeply"),
+        ("# " + "x" * (1 << 20), "bytes; a cluster takes no"),
+        (b"\xff\xfe\xfa", "codec can't decode"),
+        ("? 1\n: 2", "1"),
+    ],
+    ids=range(14),
+)
+def test_a_file_that_is_no_cluster_is_refused_and_executes_nothing(
+    tmp_path: Path, text: str | bytes, complaint: str
+) -> None:
+    (tmp_path / "c.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=complaint) as error:
+        load_cluster(tmp_path / "c.yaml")
+    assert "c.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "complaint"),
+    [
+        ("collectives", "op", "allreduce", "collectives.0.op is allreduce; valid: all_reduce, all_gather"),
+        ("collectives", "nodes", 5, "collectives.0.nodes is 5, but a group of 4 ranks"),
+        ("waits", "nodes", 5, "waits.0.nodes is 5, but a group of 4 ranks"),
+        ("collectives", "speed", 5, "speed"),
+    ],
+)
+def test_what_was_measured_belongs_to_groups_that_there_are(
+    tmp_path: Path, group: str, key: str, value: Any, complaint: str
+) -> None:
+    assert complaint in str(accepted(tmp_path, (group, 0, key), value))

@@ -5,15 +5,24 @@ for a collective is in ``cost.py``.
 """
 
 import difflib
+import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import MISSING, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+from yaml.events import AliasEvent
+from yaml.nodes import Node
 
 from tedlab.cli import CONF, UsageError
+
+_OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+_LARGEST_FILE = 1 << 20
 
 
 @dataclass
@@ -111,10 +120,22 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
-            if value < 0 or (value == 0 and not name.startswith(("kernels.", "collectives.", "waits."))):
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value:g}; it must be a finite number")
+            if value < 0 or (value == 0 and not _may_be_zero(name)):
                 raise ValueError(f"{name} is {value:g}; it must be positive")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
+        for number, collective in enumerate(self.collectives):
+            if collective.op not in _OPS:
+                raise ValueError(f"collectives.{number}.op is {collective.op}; valid: {', '.join(_OPS)}")
+        for kind, measured in (("collectives", self.collectives), ("waits", self.waits)):
+            for number, of_group in enumerate(measured):
+                if of_group.nodes > of_group.size:
+                    raise ValueError(
+                        f"{kind}.{number}.nodes is {of_group.nodes}, but a group of {of_group.size} ranks is on no more "
+                        "nodes than it has ranks"
+                    )
         if (self.in_node is None) != (self.gpus_per_node == 1):
             raise ValueError(
                 f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
@@ -153,7 +174,7 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
     if not path.is_file():
         raise UsageError(f"{path} is not a file. Clusters known by name: {', '.join(cluster_names())}")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(path))
+        config = OmegaConf.merge(OmegaConf.structured(ClusterConfig), _plain(path))
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise ValueError(f"no value for {', '.join(missing)}")
@@ -164,8 +185,39 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
         known = ", ".join(field.name for field in fields(error.object_type or ClusterConfig))
         what = str(error).splitlines()[0]
         raise UsageError(f"{path}: {error.full_key}: {what}\nThere is: {known}") from None
-    except (YAMLError, ValueError) as error:
+    except (YAMLError, ValueError, OSError) as error:
         raise UsageError(f"{path}: {error}") from None
+
+
+class _Loader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's, which knows 9e9 for a number and no key twice. Aliases could stand for more than memory holds."""
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        if self.check_event(AliasEvent):
+            raise ValueError("it has an alias (*), which figures do not need")
+        node: Node | None = super().compose_node(parent, index)
+        return node
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """What is in a YAML file, which need not be one's own: figures, and nothing that stands for something else."""
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; a cluster takes no {_LARGEST_FILE:,}")
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no keys with values, as the files in conf/cluster do")
+    if "${" in json.dumps(tree, default=str):
+        raise ValueError("it has an interpolation (${…}); write the figure itself")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _may_be_zero(name: str) -> bool:
+    """Some times and shares, but never what something is divided by."""
+    group, _, last = name.partition(".")
+    return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "size", "nodes"))
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -1,5 +1,7 @@
 """What a simulated rank of a dropless layer is sent: by assumption, by Zipf's law, or as a real run's routers chose."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from tedlab.cli import UsageError
 from tedlab.cluster import load_cluster
+from tedlab.comm.rows import spread
 from tedlab.config import TrainConfig
 from tedlab.sim import Simulation, simulate
 from tedlab.sim.routing import Routing, routing_of
@@ -97,3 +100,79 @@ def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
     file = trace(tmp_path / "trace.npz", np.ones((1, 2, 8)))
     with pytest.raises(UsageError, match=r"2 MoE layers of 8 experts; this model has 1 of 16"):
         routing_of(checked(*DROPLESS), "trace", None, file)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def _load(*values: float, dtype: str = "float64") -> np.ndarray:
+    """(1, 1, 16): these values, and then ones."""
+    return np.array([*values, *[1] * (16 - len(values))], dtype=dtype).reshape(1, 1, 16)
+
+
+TRACES = {
+    "NaN": (_load(NAN), "must be finite, not negative, and not all 0"),
+    "infinite": (_load(INFINITE), "must be finite"),
+    "minus infinity": (_load(-INFINITE), "must be finite"),
+    "negative": (_load(-1), "not negative"),
+    "all 0": (_load() * 0, "not all 0"),
+    "NaN in half precision": (_load(NAN, dtype="float16"), "must be finite"),
+    "no step": (np.ones((0, 1, 16)), "has shape (0, 1, 16)"),
+    "one step alone": (np.ones((1, 16)), "has shape (1, 16)"),
+    "a number": (np.float64(3), "has shape ()"),
+    "four dimensions": (np.ones((1, 1, 16, 1)), "has shape (1, 1, 16, 1)"),
+    "complex": (_load().astype(complex), "type complex128"),
+    "truth values": (_load() > 0, "type bool"),
+    "strings": (_load().astype(str), "type <U"),
+    "objects": (_load().astype(object), "allow_pickle=False"),
+    "dates": (_load().astype("datetime64[s]"), "type datetime64"),
+}
+
+
+@pytest.mark.parametrize(("load", "said"), TRACES.values(), ids=TRACES)
+def test_a_trace_that_no_run_writes_is_refused(tmp_path: Path, load: np.ndarray, said: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run") as error:
+        routing_of(checked(*DROPLESS), "trace", None, trace(tmp_path / "t.npz", load))
+    assert said in str(error.value)
+
+
+def _damaged(file: Path) -> Iterator[bytes]:
+    whole = file.read_bytes()
+    yield b""
+    yield b"text"
+    yield whole[:100]
+    yield whole[:-30]
+    yield whole.replace(b"\x93NUMPY", b"\x93NUMPX")
+    middle = len(whole) // 3
+    yield whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+
+
+def test_a_damaged_trace_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.npz"
+    np.savez(file, load=np.random.default_rng(0).integers(100, size=(9, 1, 16)))
+    config = checked(*DROPLESS)
+    for content in [*_damaged(file)]:
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run"):
+            routing_of(config, "trace", None, str(file))
+    np.save(tmp_path / "t.npy", _load())
+    np.savez(tmp_path / "other.npz", step=_load())
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("t.npy", "other.npz", "pipe", "."):
+        with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run"):
+            routing_of(config, "trace", None, str(tmp_path / name))
+
+
+def test_very_large_numbers_of_choices_are_only_proportions(tmp_path: Path) -> None:
+    config = checked(*DROPLESS)
+    rows = [
+        routing_of(config, "trace", None, trace(tmp_path / "t.npz", _load(2, 3) * scale)).rows_by_expert_rank()
+        for scale in (1.0, 1e300, 5e307, 1e-300)
+    ]
+    assert all((others == rows[0]).all() for others in rows)
+
+
+@pytest.mark.parametrize("shares", [[NAN, 1.0], [INFINITE, 1.0], [-1.0, 2.0], [1.0, 1.0]])
+def test_what_cannot_be_divided_is_an_error_and_no_endless_loop(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="cannot be divided"):
+        spread(shares, 100, 50 if shares[0] != shares[1] else 49)

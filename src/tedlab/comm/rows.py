@@ -85,8 +85,14 @@ def spread(shares: Sequence[float], rows: int, most: int) -> np.ndarray:
         shares: (E,) not negative; none of the numbers need add up to anything.
         rows: at most E · ``most``.
         most: a token chooses an expert once, so an expert gets no more rows than there are tokens.
+
+    Raises:
+        ValueError: if there is no such division.
     """
     weights = np.asarray(shares, dtype=float)
+    if not np.all(np.isfinite(weights) & (weights >= 0)) or rows > len(weights) * most:
+        raise ValueError(f"{rows} rows cannot be divided in proportion to {weights}, with at most {most} for each")
+    weights = np.ldexp(weights, -int(np.frexp(weights.max(initial=0.0))[1]))  # the same digits, and a finite sum
     counts = np.zeros(len(weights), dtype=np.int64)
     while (left := rows - int(counts.sum())) > 0:
         room = most - counts

@@ -6,7 +6,6 @@ chooses alike, and every micro-batch; tensor ranks with tokens of their own divi
 """
 
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from torch import Tensor
@@ -132,15 +131,30 @@ def _exponent(text: str) -> float:
 
 
 def _traced(file: Path, layers: int, experts: int) -> np.ndarray:
-    """(L, E): the choices of the last step of a trace."""
+    """(L, E): the choices of the last step of a trace. Nothing in the file is executed."""
+    wrong = f"sim.trace={file} is not a router_trace.npz of a run"
+    if not file.is_file():
+        raise UsageError(f"{wrong}: there is no such file")
     try:
-        with np.load(file) as arrays:
+        with np.load(file, allow_pickle=False) as arrays:
             load_SLE = arrays["load"]
-    except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UsageError(f"sim.trace={file} is not a router_trace.npz of a run: {error}") from None
+    except Exception as error:  # NumPy, zipfile and zlib raise errors of a dozen kinds for damaged files
+        raise UsageError(f"{wrong}: {error}") from None
+    if load_SLE.ndim != 3 or not load_SLE.size or load_SLE.dtype.kind not in "iuf":
+        raise UsageError(
+            f"{wrong}: its array 'load' has shape {load_SLE.shape} and type {load_SLE.dtype}, and not (steps, layers, "
+            "experts) of numbers"
+        )
     if load_SLE.shape[1:] != (layers, experts):
         raise UsageError(
             f"sim.trace={file} is of {load_SLE.shape[1]} MoE layers of {load_SLE.shape[2]} experts; this model has "
             f"{layers} of {experts}. Record it with the same model.layers, moe.every and moe.num_experts"
         )
-    return np.asarray(load_SLE[-1])
+    load_LE = load_SLE[-1].astype(float)
+    for layer, load_E in enumerate(load_LE):
+        if not np.all(np.isfinite(load_E) & (load_E >= 0)) or not load_E.any():
+            raise UsageError(
+                f"{wrong}: in its last step, layer {layer}, experts are chosen {np.array2string(load_E, threshold=8)} "
+                "times; these must be finite, not negative, and not all 0"
+            )
+    return load_LE
