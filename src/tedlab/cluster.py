@@ -7,6 +7,7 @@ for a collective is in ``cost.py``.
 import difflib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,15 @@ class ClusterConfig:
         for number, collective in enumerate(self.collectives):
             if collective.op not in _OPS:
                 raise ValueError(f"collectives.{number}.op is {collective.op}; valid: {', '.join(_OPS)}")
-        for kind, measured in (("collectives", self.collectives), ("waits", self.waits)):
-            for number, of_group in enumerate(measured):
-                if of_group.nodes > of_group.size:
+        groups: dict[str, Sequence[MeasuredCollective | MeasuredWait]] = {
+            "collectives": self.collectives,
+            "waits": self.waits,
+        }
+        for kind, measured in groups.items():
+            for number, group in enumerate(measured):
+                if group.nodes > group.size:
                     raise ValueError(
-                        f"{kind}.{number}.nodes is {of_group.nodes}, but a group of {of_group.size} ranks is on no more "
-                        "nodes than it has ranks"
+                        f"{kind}.{number}.nodes is {group.nodes}, but a group of {group.size} ranks is on no more nodes"
                     )
         if (self.in_node is None) != (self.gpus_per_node == 1):
             raise ValueError(
