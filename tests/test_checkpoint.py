@@ -472,11 +472,14 @@ def test_a_crash_while_removing_leaves_a_link_to_the_newest(
         (path / "meta.pt").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.directory.shutil, "rmtree", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.writer.Writer(background=False).remove(tmp_path / "step_1")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.durable.shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.writer.Writer(background=False).remove(tmp_path / "step_1")
     assert read(tmp_path / "last") == read(tmp_path / "step_3")
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["last", "step_1", "step_2", "step_3"]
+    assert not (tmp_path / "step_1").exists()  # nor does anything look like it
+    write(tmp_path / "step_4", 4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["last", "step_2", "step_3", "step_4"]
 
 
 def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_else(single: Topology, tmp_path: Path) -> None:
@@ -491,22 +494,20 @@ def test_a_crash_while_saving_leaves_the_previous_checkpoint(
     single: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     write(tmp_path / "last", 1)
-    save_shards, save_tensor = dcp.save, torch.save
+    save_shards = dcp.save
 
     def crash_in_shards(*args: Any, **options: Any) -> None:
         if where == "after the shards":
             save_shards(*args, **options)
         raise OSError("no space left")
 
-    def crash_in_meta(value: object, file: Any, **options: Any) -> None:
-        if not isinstance(file, Path):  # the shards, which torch saves by the same function
-            return save_tensor(value, file, **options)
-        file.write_bytes(b"half")
+    def crash_in_meta(file: Path, content: bytes) -> None:
+        file.write_bytes(content[: len(content) // 2])
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         if where == "in the middle of meta.pt":
-            patch.setattr(torch, "save", crash_in_meta)
+            patch.setattr(checkpoint.durable, "write", crash_in_meta)
         else:
             patch.setattr(dcp, "save", crash_in_shards)
         with pytest.raises(OSError, match="no space left"):

@@ -3,26 +3,32 @@
 import argparse
 import math
 import sys
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from tedlab.checkpoint import read_meta, stored_tensors
+from tedlab.checkpoint import read, read_meta, stored_tensors, verify
 
 _MODEL = "model."
 
 
 def inspect(path: Path) -> Table:
-    """The model's parameters: global shape, dtype and in how many pieces; and what else is there."""
-    meta = read_meta(path)
-    tensors = stored_tensors(path)
+    """The model's parameters: global shape, dtype and in how many pieces; and what else is there.
+
+    Every file is read and compared with its checksum.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+        ValueError: if a file is damaged or of another save.
+    """
+    verify(path)
+    meta, tensors = read_meta(path), stored_tensors(path)
     parameters = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
-    table = Table(title=f"{path}: step {meta['global_step']}", title_justify="left")
+    table = Table(title=f"{path}: step {meta.get('global_step', 'unknown')}", title_justify="left")
     for heading in ("parameter", "shape", "dtype", "pieces"):
         table.add_column(heading, justify="right" if heading == "pieces" else "left", no_wrap=heading == "parameter")
     for name, tensor in sorted(parameters.items()):
@@ -40,15 +46,19 @@ def inspect(path: Path) -> Table:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process."""
+    """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process.
+
+    Raises:
+        FileNotFoundError: if ``path`` is not a complete checkpoint.
+        ValueError: if a file is damaged or of another save.
+    """
+    verify(path)
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored_tensors(path).items()
         if name.startswith(_MODEL)
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one process is the intent
-        dcp.load(tensors, checkpoint_id=path, no_dist=True)
+    read(tensors, path)
     partial = out.with_name(out.name + ".partial")
     save_file({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}, partial)
     partial.replace(out)
@@ -71,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
             out = options.out or options.directory.with_suffix(".safetensors")
             consolidate(options.directory, out)
             print(out)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{error}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from tedlab.checkpoint.directory import remove, save
+from tedlab.checkpoint.directory import link, prepare, remove, write
 
 
 class Writer:
@@ -33,13 +33,18 @@ class Writer:
     def save(self, tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:
         """See :func:`tedlab.checkpoint.save`. Collective."""
         self.wait()
+        prepared = prepare(tensors, meta)
         if self._thread is not None:
             tensors = tree_map_only(Tensor, _copied_to_cpu, tensors)
-        self._run(lambda: save(tensors, meta, path, self._group))
+        self._run(lambda: write(tensors, prepared, path, self._group))
 
     def remove(self, path: Path) -> None:
         """Deletes a checkpoint once everything before is safely written. For one process."""
         self._run(lambda: remove(path))
+
+    def link(self, target: Path, path: Path) -> None:
+        """Makes ``path`` a link to a checkpoint once everything before is safely written. Collective."""
+        self._run(lambda: link(target, path, self._group))
 
     def wait(self) -> None:
         """Returns when everything is written.

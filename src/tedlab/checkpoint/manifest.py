@@ -1,0 +1,113 @@
+"""``manifest.json``: which files a checkpoint consists of, with size and checksum, and which save they are of.
+
+The checksum is the CRC-32 of zip and gzip: a bit that flipped is always seen, another file's content but once in four
+billion times, and a core computes it faster than disks write. It is no signature: who can change a file can change the
+manifest too.
+"""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_BLOCK = 1 << 22  # bytes read at a time
+
+
+@dataclass(frozen=True)
+class File:
+    """Size in bytes, and CRC-32 as eight hexadecimal digits."""
+
+    size: int
+    crc32: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module.
+
+    Attributes:
+        save_id: different for every save.
+        step: optimizer steps that had been taken; None if whoever saved did not say.
+        files: by name.
+    """
+
+    save_id: str
+    step: int | None
+    files: Mapping[str, File]
+
+    def to_json(self) -> bytes:
+        """With a checksum of its own."""
+        files = {name: [file.size, file.crc32] for name, file in sorted(self.files.items())}
+        content = {"format": _FORMAT, "save_id": self.save_id, "step": self.step, "files": files}
+        own = of_bytes(json.dumps(content).encode()).crc32
+        return json.dumps({**content, "crc32": own}, indent=1).encode()
+
+    def check(self, directory: Path, names: Iterable[str]) -> str | None:
+        """What is wrong with the first of these files that is not as it was written; None if all are."""
+        for name in names:
+            expected, path = self.files.get(name), directory / name
+            if expected is None:
+                return f"{name} is not in its {MANIFEST}: it is of another save"
+            try:
+                size = path.stat().st_size
+                found = File(size, "") if size != expected.size else measure(path)
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except OSError as error:
+                return f"{name} cannot be read: {error}"
+            if found.size != expected.size:
+                return f"{name} has {found.size:,} bytes of {expected.size:,}"
+            if found != expected:
+                return (
+                    f"{name} has the checksum {found.crc32}, and {expected.crc32} when it was written: "
+                    "its content has changed since, or it is of another save"
+                )
+        return None
+
+
+def is_file_name(name: str) -> bool:
+    """Whether this can only be a file in the directory where it is looked for."""
+    return Path(name).name == name != ".."
+
+
+def measure(path: Path) -> File:
+    """Size and checksum of a file."""
+    size, checksum, block = 0, 0, memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            checksum = zlib.crc32(block[:count], checksum)
+            size += count
+    return File(size, f"{checksum:08x}")
+
+
+def of_bytes(content: bytes) -> File:
+    """What :func:`measure` says of a file of this content."""
+    return File(len(content), f"{zlib.crc32(content):08x}")
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a checkpoint; None if it has none: it was written before there were manifests.
+
+    Raises:
+        ValueError: if the file is damaged or of a later format.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        written = path.read_bytes()
+        content = json.loads(written)
+        version = content["format"]
+        if version == _FORMAT:
+            files = {name: File(size, crc32) for name, (size, crc32) in content["files"].items()}
+            manifest = Manifest(content["save_id"], content["step"], files)
+            if manifest.to_json() == written and all(map(is_file_name, files)):
+                return manifest
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        version = _FORMAT
+    if version != _FORMAT:
+        raise ValueError(f"{path} is of format {version}; this version of tedlab reads format {_FORMAT}")
+    raise ValueError(f"{directory} is damaged: {MANIFEST} is not as it was written")

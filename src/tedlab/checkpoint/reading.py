@@ -1,0 +1,101 @@
+"""torch.distributed.checkpoint's files, read without running any code that they ask for.
+
+torch reads ``.metadata`` and entries that are no tensors with ``pickle``, which calls what a file names. Here a file
+may name what such files consist of, and nothing else.
+"""
+
+import io
+import pathlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, metadata
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from typing_extensions import override
+
+from tedlab.checkpoint import values
+from tedlab.checkpoint.manifest import is_file_name
+
+METADATA = ".metadata"
+_CLASSES: set[type] = {
+    metadata.Metadata,
+    metadata.TensorStorageMetadata,
+    metadata.BytesStorageMetadata,
+    metadata.ChunkStorageMetadata,
+    metadata.TensorProperties,
+    metadata.MetadataIndex,
+    metadata.StorageMeta,
+    metadata._MEM_FORMAT_ENCODING,
+    filesystem._StorageInfo,
+    filesystem._StoragePrefix,
+    torch.Size,
+    pathlib.PosixPath,
+    pathlib.WindowsPath,
+}
+_ALLOWED = {(kind.__module__, kind.__qualname__): kind for kind in _CLASSES} | {
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # looks a name up in a dictionary
+    ("pathlib._local", "PosixPath"): pathlib.PosixPath,  # as Python 3.13 has it
+}
+
+
+class Reader(FileSystemReader):
+    """Reads ``.metadata`` with :func:`read_metadata`. Tensors torch reads safely by itself."""
+
+    @override
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path) / METADATA)
+
+
+class Planner(DefaultLoadPlanner):
+    """Reads entries that are no tensors as :mod:`tedlab.checkpoint.values` does."""
+
+    @override
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        set_element(self.original_state_dict, self.mappings[name], values.decode(value.getvalue()))
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What ``.metadata`` says: every tensor's shape, dtype and pieces, and where in which file these are.
+
+    Raises:
+        ValueError: if the file is damaged, asks for anything but such a description, or names a file elsewhere.
+    """
+    try:
+        found = _Unpickler(io.BytesIO(path.read_bytes())).load()
+        if not isinstance(found, Metadata):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        for name, entry in found.state_dict_metadata.items():
+            if isinstance(entry, metadata.TensorStorageMetadata) and not _is_whole(entry):
+                raise ValueError(f"it does not say what {name} is")
+        for index, place in found.storage_data.items():
+            if not isinstance(place, filesystem._StorageInfo) or not is_file_name(place.relative_path):
+                raise ValueError(f"it looks for {index.fqn} elsewhere: {place}")
+    except Exception as error:  # damaged bytes may raise anything
+        raise ValueError(f"{path} is damaged or is not of a checkpoint: {_one_line(error)}") from None
+    found.storage_meta = found.storage_meta or metadata.StorageMeta()
+    return found
+
+
+def _is_whole(entry: metadata.TensorStorageMetadata) -> bool:
+    dtype = entry.properties.dtype
+    return isinstance(entry.size, torch.Size) and isinstance(entry.chunks, list) and isinstance(dtype, torch.dtype)
+
+
+class _Unpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
