@@ -15,7 +15,14 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
-from tedlab.callbacks import CommunicationLedger, MemoryByCategory, RouterHealth, RunProgress, StepMetrics
+from tedlab.callbacks import (
+    CommunicationLedger,
+    MemoryByCategory,
+    RouterHealth,
+    RunProgress,
+    StepCheckpoint,
+    StepMetrics,
+)
 from tedlab.checkpoint import read_meta
 from tedlab.cluster import load_cluster
 from tedlab.comm.emulate import Emulation
@@ -132,22 +139,18 @@ def strategy_arguments(config: TrainConfig) -> dict[str, Any]:
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
     settings = config.checkpoint
-    # With a monitor Lightning counts validations, which it calls epochs; without, the "best" is the newest.
-    when: dict[str, Any] = (
-        {"monitor": settings.monitor, "every_n_epochs": 1}
-        if settings.monitor
-        else {"monitor": "step", "mode": "max", "every_n_train_steps": settings.every or config.trainer["max_steps"]}
-    )
-    return ModelCheckpoint(
-        directory / "checkpoints",
-        filename="step_{step}",
-        auto_insert_metric_name=False,
-        **when,
-        save_top_k=settings.keep,
-        save_last="link",
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,  # a second run in this directory replaces last.ckpt, not adds last-v1.ckpt
-    )
+    common: dict[str, Any] = {
+        "dirpath": directory / "checkpoints",
+        "filename": "step_{step}",
+        "auto_insert_metric_name": False,
+        "save_top_k": settings.keep,
+        "save_last": "link",
+        "enable_version_counter": False,  # a second run in this directory replaces last.ckpt, not adds last-v1.ckpt
+    }
+    if settings.monitor is None:
+        return StepCheckpoint(settings.every or config.trainer["max_steps"], **common)
+    # Lightning counts validations, which it calls epochs.
+    return ModelCheckpoint(**common, monitor=settings.monitor, every_n_epochs=1, save_on_train_epoch_end=False)
 
 
 def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:

@@ -25,8 +25,9 @@ from lightning.fabric.utilities.distributed import (
 )
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
@@ -230,6 +231,7 @@ class TEDStrategy(ParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        self._take_over_checkpoints(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
             # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
@@ -398,8 +400,28 @@ class TEDStrategy(ParallelStrategy):
             checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
         checkpoint_["layout"] = asdict(self.topology.degrees)
         checkpoint_["random"] = self._random_states()
+        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+            if key in checkpoint_:
+                checkpoint_[key] = checkpoint.plain(checkpoint_[key])
+        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE):
+            checkpoint_.pop(key, None)  # a class of OmegaConf, which they no longer are
         assert self._writer is not None
         self._writer.save(tensors, checkpoint_, Path(self.broadcast(filepath)))
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
+        assert self._writer is not None
+        self._writer.link(Path(filepath), Path(linkpath))
+
+    def _take_over_checkpoints(self, trainer: Trainer) -> None:
+        """Callbacks link through this strategy, and what no checkpoint could hold is refused before the first step."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+        if trainer.state.fn == TrainerFn.FITTING and trainer.checkpoint_callbacks:
+            for owner in filter(None, (trainer.lightning_module, getattr(trainer, "datamodule", None))):
+                key = owner.CHECKPOINT_HYPER_PARAMS_KEY
+                checkpoint.encode({key: checkpoint.plain(dict(owner.hparams))})
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

@@ -1,9 +1,10 @@
 """Lightning callbacks."""
 
+from tedlab.callbacks.checkpoints import StepCheckpoint
 from tedlab.callbacks.ledger import CommunicationLedger
 from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
 from tedlab.callbacks.router import RouterHealth
 
-__all__ = ["CommunicationLedger", "MemoryByCategory", "RouterHealth", "RunProgress", "StepMetrics"]
+__all__ = ["CommunicationLedger", "MemoryByCategory", "RouterHealth", "RunProgress", "StepCheckpoint", "StepMetrics"]

@@ -1,0 +1,51 @@
+"""When checkpoints are written: after every so many steps, then and not later."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from typing_extensions import override
+
+
+class StepCheckpoint(ModelCheckpoint):
+    """Saves after every ``every`` steps and keeps the newest ``save_top_k``.
+
+    Lightning's own class needs a metric to keep more than one, and with a metric it puts a save off whenever an epoch
+    ends with the step: until the next validation, however many steps later that is.
+
+    Args:
+        every: optimizer steps between checkpoints.
+        arguments: of ModelCheckpoint, but none of those that say when.
+    """
+
+    def __init__(self, every: int, **arguments: Any) -> None:
+        super().__init__(**arguments, monitor="step", mode="max", every_n_train_steps=every)
+        self.every = every
+
+    @property
+    @override
+    def state_key(self) -> str:
+        # That of the class in whose place it came: checkpoints have it.
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._last_global_step_saved = trainer.global_step  # what was resumed from is no news
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every == 0 and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: no save was put off."""
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: no save was put off."""
