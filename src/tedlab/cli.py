@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
 from tedlab.launch import leave_if_started_outside
+from tedlab.plan import file as plan_file
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -66,7 +67,7 @@ def with_plan(arguments: list[str]) -> list[str]:
     """Puts the overrides of the file in ``+plan=FILE``, one a line, in its place; others of the command line win.
 
     Raises:
-        UsageError: if there is no such file.
+        UsageError: if there is no such file, or it has what no plan has.
     """
     files = [argument for argument in arguments if argument.startswith(_PLAN)]
     others = [argument for argument in arguments if argument not in files]
@@ -76,7 +77,10 @@ def with_plan(arguments: list[str]) -> list[str]:
         path = Path(name.removeprefix(_PLAN))
         if not path.is_file():
             raise UsageError(f"{name}: there is no such file; `python -m tedlab.plan` writes one")
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+        try:
+            lines = plan_file.read(path)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"+plan={error}") from None
         for line in lines:
             key = line.partition("=")[0].lstrip("+~")
             if not any(key == ours or key.startswith(f"{ours}.") for ours in keys):

@@ -5,22 +5,17 @@ for a collective is in ``cost.py``.
 """
 
 import difflib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import MISSING, OmegaConf
-from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-from yaml.events import AliasEvent
-from yaml.nodes import Node
 
 from tedlab.cli import CONF, UsageError
+from tedlab.untrusted import interpolation, read_yaml
 
 _OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 _LARGEST_FILE = 1 << 20
@@ -189,33 +184,18 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
         known = ", ".join(field.name for field in fields(error.object_type or ClusterConfig))
         what = str(error).splitlines()[0]
         raise UsageError(f"{path}: {error.full_key}: {what}\nThere is: {known}") from None
-    except (YAMLError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UsageError(f"{path}: {error}") from None
-
-
-class _Loader(get_yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's, which knows 9e9 for a number and no key twice. Aliases could stand for more than memory holds."""
-
-    def compose_node(self, parent: Node | None, index: int) -> Node | None:
-        if self.check_event(AliasEvent):
-            raise ValueError("it has an alias (*), which figures do not need")
-        node: Node | None = super().compose_node(parent, index)
-        return node
 
 
 def _plain(path: Path) -> dict[str, Any]:
     """What is in a YAML file, which need not be one's own: figures, and nothing that stands for something else."""
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"it has {path.stat().st_size:,} bytes; a cluster takes no {_LARGEST_FILE:,}")
-    try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(tree, dict):
-        raise ValueError("it holds no keys with values, as the files in conf/cluster do")
-    if "${" in json.dumps(tree, default=str):
+    tree = read_yaml(path)
+    if interpolation(tree) is not None:
         raise ValueError("it has an interpolation (${…}); write the figure itself")
-    return {str(key): value for key, value in tree.items()}
+    return tree
 
 
 def _may_be_zero(name: str) -> bool:

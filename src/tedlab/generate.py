@@ -6,16 +6,18 @@ One process, whatever layout the run had: its sharded checkpoint is read into an
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tedlab import checkpoint
-from tedlab.config import TrainConfig
+from tedlab.config import ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.models import GPT
 from tedlab.topology import Topology
+from tedlab.untrusted import typed
 
 
 @dataclass
@@ -36,7 +38,7 @@ def generate(config: GenerateConfig) -> str:
 
     Raises:
         FileNotFoundError: if the run or its checkpoint is not there.
-        ValueError: if ``tokens`` or ``temperature`` is negative.
+        ValueError: if ``tokens`` or ``temperature`` is negative, or a file of the run is damaged; says which.
     """
     for name in ("tokens", "temperature"):
         if getattr(config, name) < 0:
@@ -44,22 +46,22 @@ def generate(config: GenerateConfig) -> str:
     directory = Path(config.run)
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
-    trained = OmegaConf.to_object(OmegaConf.merge(TrainConfig, OmegaConf.load(directory / "config.yaml")))
-    assert isinstance(trained, TrainConfig)
+    path = directory / "checkpoints" / config.checkpoint
+    shape, experts = _model(path)
     tokenizer = load_tokenizer(directory)
     # Capacity is about balance in training; a text must not change because its tokens crowd one expert. Nor is a
     # second expert drawn at random.
-    moe = replace(trained.moe, capacity_factor=None)
+    moe = replace(experts, capacity_factor=None)
     if moe.gating == "deepspeed_top2":
         moe.second_expert_sampling = False
-    model = GPT(replace(trained.model, compile="none"), moe, Topology.single(), seed=0)
+    model = GPT(replace(shape, compile="none"), moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.load({"model": weights}, directory / "checkpoints" / config.checkpoint)
+    checkpoint.load({"model": weights}, path)
 
     ids = tokenizer.encode(config.prompt).tolist() or [tokenizer.separator]
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.tokens):
-        window = torch.tensor([ids[-trained.model.sequence_length :]])
+        window = torch.tensor([ids[-shape.sequence_length :]])
         logits = model(window)[0][0, -1, : tokenizer.vocab_size].float()  # padding of the vocabulary is no token
         if config.temperature == 0:
             ids.append(int(logits.argmax()))
@@ -67,6 +69,15 @@ def generate(config: GenerateConfig) -> str:
             probabilities = (logits / config.temperature).softmax(-1)
             ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return tokenizer.decode(ids)
+
+
+def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
+    """What a checkpoint says of its model. The run's config.yaml would have to be believed: it has no checksum."""
+    stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
+    try:
+        return typed(ModelConfig, stored["model"]), typed(MoEConfig, stored["moe"])
+    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} says nothing of a model of this command: {error}") from None
 
 
 def main() -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from tedlab.cli import UsageError
+from tedlab.untrusted import read_yaml
 
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.csv"
+_NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # what such a name stands for
+_LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
 
 Curve = list[tuple[int, float]]
@@ -56,7 +57,7 @@ class Run:
     def number(self, key: str) -> float | None:
         """A value of the summary; None where the run has none."""
         value = self.summary.get(key)
-        return None if value is None else float(value)
+        return float(value) if isinstance(value, int | float) else None
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -133,14 +134,37 @@ def _read(directory: Path, name: str) -> Run:
     for needed, meaning in ((CONFIG, "it never started"), (SUMMARY, "it has not finished")):
         if not (directory / needed).exists():
             raise Unfinished(f"{meaning} (there is no {needed}).")
+    summary = _summary(directory)
     try:
-        summary = json.loads((directory / SUMMARY).read_text())
-    except json.JSONDecodeError as error:
-        raise Unfinished(f"{SUMMARY} is no whole JSON ({error}).") from error
-    if "steps" not in summary:
-        raise Unfinished(f"{SUMMARY} does not say how many steps it took.")
-    config: Any = OmegaConf.to_container(OmegaConf.load(directory / CONFIG))
+        config = flatten(read_yaml(directory / CONFIG))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unfinished(f"{CONFIG} cannot be read ({error}).") from None
     metrics = directory / METRICS
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    rows = csv.DictReader(lines)
-    return Run(name, str(directory), flatten(config), summary, curves(rows, "step", summary["steps"]))
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        losses = curves(csv.DictReader(lines), "step", summary["steps"])
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise Unfinished(f"{METRICS} is damaged ({type(error).__name__}: {error}).") from None
+    return Run(name, str(directory), config, summary, losses)
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise Unfinished(f"{SUMMARY} is no whole JSON ({error}).") from None
+    if not isinstance(summary, dict) or "steps" not in summary:
+        raise Unfinished(f"{SUMMARY} does not say how many steps it took.")
+    counts = {key: summary[key] for key in ("steps", "comm/steps") if key in summary}
+    wrong = {key: value for key, value in counts.items() if type(value) is not int or not 0 <= value < _LARGEST}
+    wrong |= {key: value for key, value in summary.items() if key.startswith(_NUMBERS) and not _is_number(value)}
+    for key, value in wrong.items():
+        raise Unfinished(f"{SUMMARY} is damaged ({key} is {str(value)[:40]!r}, which it cannot be).")
+    return summary
+
+
+def _is_number(value: Any) -> bool:
+    """Or none at all, or one for each rank."""
+    if value is None or isinstance(value, list):
+        return True
+    return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)

@@ -1,5 +1,6 @@
 """A plan for people: a progress bar, tables, and the file that ``tedlab.train +plan=`` takes."""
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.table import Table
 from tedlab.cluster import ClusterConfig
 from tedlab.config import TrainConfig
 from tedlab.plan.family import base_parameters
+from tedlab.plan.file import allowed
 from tedlab.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.plan.search import CHOSEN, Candidate
 
@@ -64,7 +66,8 @@ def plan_visibly(
     console.print(_refused_table(plan, usable))
     path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
     console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
-    console.print(f"python -m tedlab.train +plan={path}", soft_wrap=True)
+    apart = [shlex.quote(override) for override in given if not allowed(override)]
+    console.print(" ".join([f"python -m tedlab.train +plan={path}", *apart]), soft_wrap=True, markup=False)
     return plan
 
 
@@ -81,7 +84,7 @@ def fixed_by(given: Sequence[str]) -> list[str]:
 def write_overrides(
     plan: Plan, config: TrainConfig, cluster: ClusterConfig, given: Sequence[str], largest: bool, path: Path
 ) -> Path:
-    """The overrides that make the winner, one a line."""
+    """The overrides that make the winner, one a line; of those given, what such a file may have."""
     chosen = overrides(plan.winner)
     if largest:
         model = config.model
@@ -90,7 +93,7 @@ def write_overrides(
     if world > per_node and world % per_node == 0:
         chosen += [f"trainer.devices={per_node}", f"trainer.num_nodes={world // per_node}"]
     keys = {override.partition("=")[0] for override in chosen}
-    kept = [override for override in given if override.partition("=")[0] not in keys]
+    kept = [override for override in given if allowed(override) and override.partition("=")[0] not in keys]
     winner = plan.winner
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
