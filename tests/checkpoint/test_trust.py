@@ -293,8 +293,9 @@ def test_a_run_directory_given_to_compare_runs_and_looks_up_nothing(
     tmp_path: Path, fired: Path, resolver: None
 ) -> None:
     write_run(tmp_path / "runs" / "0")
-    target = {"_target_": "builtins.open", "_args_": [str(fired), "w"]}
-    planted = {"optim.optimizer": target, "logger.wandb": target, "model.note": "${fire:}", "seed": "${oc.env:HOME}"}
+    planted: dict[str, Any] = {"model.note": "${fire:}", "seed": "${oc.env:HOME}"}
+    for place in ("optim.optimizer", "logger.wandb", "model"):
+        planted |= {f"{place}._target_": "builtins.open", f"{place}._args_": [str(fired), "w"]}
     write_run(tmp_path / "runs" / "1", planted)
     tagged = write_run(tmp_path / "runs" / "2") / "config.yaml"
     tagged.write_text(tagged.read_text() + f"evil: !!python/object/apply:builtins.open [{fired}, w]\n")
