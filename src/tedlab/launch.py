@@ -26,12 +26,12 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tedlab import outside
+from tedlab import failures, outside
 from tedlab.locks import Lock, scratch
 from tedlab.outside import started_outside
 
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
-_FAILURE, _WORKER = ".failure", ".worker"  # files in the folder that launcher and workers share
+_WORKER = ".worker"  # a file for each in the folder that launcher and workers share
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -124,6 +124,7 @@ def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> d
 
 def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
     Path(folder, f"{os.getpid()}{_WORKER}").touch()
+    failures.keep_in(Path(folder))
     threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     import torch
@@ -132,24 +133,18 @@ def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, loc
     try:
         return run(config)
     except BaseException:
-        # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
-        record_failure(Path(folder), traceback.format_exc())
+        failures.record(traceback.format_exc())
         raise
 
 
-def record_failure(folder: Path, cause: str) -> None:
-    """Leaves word of why this process is about to end, for the launcher."""
-    Path(folder, f"{time.time_ns()}_{os.environ['RANK']}{_FAILURE}").write_text(cause)
-
-
-def _first_failure(error: ChildFailedError, recorded: Path) -> tuple[int, str]:
+def _first_failure(error: ChildFailedError, folder: Path) -> tuple[int, str]:
     """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
     for rank, failure in error.failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
-    tracebacks = sorted(recorded.glob(f"*{_FAILURE}"))  # by time
-    if tracebacks:
-        return int(tracebacks[0].stem.split("_")[1]), tracebacks[0].read_text()
+    causes = failures.recorded(folder)
+    if causes:
+        return failures.rank_of(causes[0]), causes[0].read_text()
     rank, failure = error.get_first_failure()
     return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
 
@@ -166,7 +161,7 @@ def _end_after_failure(folder: Path, over: threading.Event) -> None:
     insists only after 30 seconds.
     """
     while not over.wait(1):
-        if any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in folder.glob(f"*{_FAILURE}")):
+        if any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in failures.recorded(folder)):
             _kill_workers(folder)
             return
 

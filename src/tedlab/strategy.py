@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -40,12 +40,14 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from tedlab import checkpoint, contract, outside
+from tedlab.comm import Whereabouts
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.nn import partial_parameters
 from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import Topology
+from tedlab.watch import Watch, watch
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
 _CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
@@ -142,6 +144,7 @@ class TEDStrategy(ParallelStrategy):
         self._backend = process_group_backend
         self._timeout = timeout
         self._topology: Topology | None = None
+        self._watch: Watch | None = None
         self._writer: checkpoint.Writer | None = None
         self._random_state_of: Mapping[str, Any] | None = None  # what a checkpoint holds, until the first batch
         self._last_micro_batch = True
@@ -204,15 +207,23 @@ class TEDStrategy(ParallelStrategy):
         self.set_world_ranks()
         assert self.cluster_environment is not None
         backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        # NCCL aborts the process, which has then to have said why: the watch comes first.
+        timeout = self._timeout + timedelta(seconds=15) if backend == "nccl" else self._timeout
         _init_dist_connection(
             self.cluster_environment,
             backend,
-            timeout=self._timeout,
+            timeout=timeout,
             # With it NCCL connects at once. Of gloo torch would then want to split groups off, which it cannot.
             device_id=self.root_device if backend == "nccl" else None,
         )
-        self._topology = Topology(degrees, self.root_device, self.options)
-        self._writer = checkpoint.Writer(self.async_checkpoint)
+        place = Whereabouts()
+        self._watch = watch(place, self._timeout)
+        with place.within("start of process groups"):
+            limit = None if self._watch is None else timeout
+            self._topology = Topology(degrees, self.root_device, self.options, limit, place)
+            self._writer = checkpoint.Writer(self.async_checkpoint, self._timeout)
+        if self._watch is not None:
+            self._watch.groups = self._topology.comm.ranks
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -244,9 +255,10 @@ class TEDStrategy(ParallelStrategy):
     def _share_plain_tensors(self) -> None:
         """Gives every process the first one's values of parameters and buffers that are not sharded."""
         assert self.model is not None
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
-            if not isinstance(tensor, DTensor):
-                dist.broadcast(tensor.detach(), src=0)
+        with self._within("broadcast of initial values"):
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor.detach(), src=0)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -360,15 +372,21 @@ class TEDStrategy(ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         if _distributed_is_initialized():
-            dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+            with self._within(f"barrier {name or ''}".strip()):
+                dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not _distributed_is_initialized():
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src)
+        with self._within("broadcast of an object"):
+            dist.broadcast_object_list(box, src)
         return box[0]
+
+    def _within(self, what: str, limited: bool = True) -> AbstractContextManager[None]:
+        """Notes for the watch that this process waits in a collective of torch's."""
+        return nullcontext() if self._topology is None else self._topology.comm.place.within(what, limited)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -406,7 +424,9 @@ class TEDStrategy(ParallelStrategy):
         for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE):
             checkpoint_.pop(key, None)  # a class of OmegaConf, which they no longer are
         assert self._writer is not None
-        self._writer.save(tensors, checkpoint_, Path(self.broadcast(filepath)))
+        path = Path(self.broadcast(filepath))
+        with self._within("writing of a checkpoint", limited=False):
+            self._writer.save(tensors, checkpoint_, path)
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
@@ -454,7 +474,8 @@ class TEDStrategy(ParallelStrategy):
         for i, optimizer in enumerate(optimizers):
             if any(name.startswith(f"optimizer_{i}.") for name in stored):
                 tensors[f"optimizer_{i}"] = _room_for(optimizer, f"optimizer_{i}.", stored, masters_stored)
-        checkpoint.load(tensors, path, strict=module.strict_loading)
+        with self._within("reading of a checkpoint", limited=False):
+            checkpoint.load(tensors, path, strict=module.strict_loading)
         module.load_state_dict(tensors["model"], strict=module.strict_loading)
         for i, optimizer in enumerate(optimizers):
             if f"optimizer_{i}" in tensors:
@@ -474,6 +495,8 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        assert self.lightning_module is not None
+        self.topology.comm.place.step = self.lightning_module.trainer.global_step
         if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
             self._restore_random_state(self._random_state_of)
             self._random_state_of = None
@@ -481,7 +504,8 @@ class TEDStrategy(ParallelStrategy):
     def _random_states(self) -> list[dict[str, Any]]:
         """Of all processes."""
         states: list[Any] = [None] * self.topology.comm.size("world")
-        dist.all_gather_object(states, _collect_rng_states(include_cuda=self.root_device.type == "cuda"))
+        with self._within("gathering of random states"):
+            dist.all_gather_object(states, _collect_rng_states(include_cuda=self.root_device.type == "cuda"))
         return states
 
     def _restore_random_state(self, meta: Mapping[str, Any]) -> None:

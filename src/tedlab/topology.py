@@ -9,13 +9,15 @@ The tensor index varies fastest, then expert, then expert_data, so that tensor g
 """
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
-from tedlab.comm import Collectives, GroupKind, Recomputation
+from tedlab.comm import Collectives, GroupKind, Recomputation, Whereabouts
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
 
@@ -24,6 +26,13 @@ class Topology:
     """The meshes of this process, and the collectives over their groups.
 
     Needs an initialised default process group of ``degrees.world_size`` processes.
+
+    Args:
+        degrees: the parallel degrees.
+        device: where this process keeps its tensors.
+        options: the toggles of communication.
+        timeout: after which a collective fails, in every group; None: torch's.
+        place: where this process notes what it waits in.
 
     Attributes:
         degrees: the parallel degrees.
@@ -36,7 +45,12 @@ class Topology:
     """
 
     def __init__(
-        self, degrees: ParallelDegrees, device: torch.device | str = "cpu", options: CommConfig | None = None
+        self,
+        degrees: ParallelDegrees,
+        device: torch.device | str = "cpu",
+        options: CommConfig | None = None,
+        timeout: timedelta | None = None,
+        place: Whereabouts | None = None,
     ) -> None:
         if dist.get_world_size() != degrees.world_size:
             raise ValueError(
@@ -64,7 +78,10 @@ class Topology:
             "expert_tensor": self.expert.get_group("tensor"),
             "world": dist.group.WORLD,
         }
-        self.comm = Collectives(groups)
+        if timeout is not None:
+            for group in set(groups.values()):  # a mesh makes its groups with torch's, 30 minutes of gloo's
+                _set_timeout(timeout, group)
+        self.comm = Collectives(groups, place)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
         """Itself: a copy of a model stands in the same place as the model."""

@@ -92,7 +92,8 @@ class CommunicationLedger(Callback):
             _strategy(trainer).topology.recomputation.flips,
         ]
         everybody: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(everybody, own)
+        with _strategy(trainer).topology.comm.place.within("gathering of totals"):
+            dist.all_gather_object(everybody, own)
         size, calls, flips = map(max, zip(*everybody, strict=True))
         return {
             **self._metrics(),

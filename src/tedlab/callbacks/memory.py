@@ -47,7 +47,8 @@ class MemoryByCategory(Callback):
         peak = _peak_bytes(strategy.root_device)
         own = {"peak": peak, **held, "activations": max(0, peak - sum(held.values()))}
         everybody: list[Any] = [None] * trainer.world_size
-        dist.all_gather_object(everybody, own)
+        with strategy.topology.comm.place.within("gathering of totals"):
+            dist.all_gather_object(everybody, own)
         most = {f"memory/{category}_bytes": max(rank[category] for rank in everybody) for category in own}
         return {**most, "memory/peak_bytes_by_rank": [rank["peak"] for rank in everybody]}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ class Writer:
 
     Args:
         background: write while training goes on. Creates a process group, so construction is collective.
+        timeout: of that group's collectives; None: torch's.
     """
 
-    def __init__(self, background: bool) -> None:
+    def __init__(self, background: bool, timeout: timedelta | None = None) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
         # Collectives of a second thread need a group of their own, and tensors on the CPU one for these.
-        self._group = dist.new_group(backend="gloo") if background else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if background else None
         self._pending: list[Future[None]] = []
 
     def save(self, tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:

@@ -24,6 +24,7 @@ from tedlab.comm.differentiable import (
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
 from tedlab.comm.volumes import predict
+from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "Recomputation",
     "Second",
     "Splits",
+    "Waiting",
+    "Whereabouts",
     "all_to_all",
     "checkpoint",
     "copy_to",

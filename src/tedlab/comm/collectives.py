@@ -4,6 +4,7 @@ Nothing here is differentiable (see ``differentiable.py``) and nothing here know
 group of one process is not launched and no hook hears of it.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import compiled
 from tedlab.comm.raw import Wait, way_of
+from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
@@ -65,6 +67,9 @@ class Collective:
     dtype: torch.dtype
     exchanged_bytes: tuple[int, int] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.op} {self.tag} ({self.phase})"
+
     @property
     def payload_bytes(self) -> int:
         """Bytes in this process's buffer."""
@@ -99,13 +104,16 @@ class Collectives:
 
     Args:
         groups: the process group of each kind that this process belongs to.
+        place: where this process notes what it waits in; None: nobody asks.
 
     Attributes:
+        place: see above.
         reader: values of an integer tensor for the host, which waits for the device; a simulation has its own.
     """
 
-    def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup]) -> None:
+    def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup], place: Whereabouts | None = None) -> None:
         self._groups = dict(groups)
+        self.place = place or Whereabouts()
         self.reader: Callable[[Tensor], list[Any]] = Tensor.tolist
         self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
@@ -130,6 +138,11 @@ class Collectives:
     def group(self, kind: GroupKind) -> dist.ProcessGroup:
         """This process's group of the kind."""
         return self._groups[kind]
+
+    @property
+    def ranks(self) -> dict[GroupKind, list[int]]:
+        """The processes of this process's group of each kind, by their number among all."""
+        return {kind: dist.get_process_group_ranks(group) for kind, group in self._groups.items()}
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
         """Calls ``hook(collective, "start")`` before and ``hook(collective, "end")`` after every collective.
@@ -228,7 +241,21 @@ class Collectives:
         shape = x.shape if buffer is None else buffer
         call = Collective(op, kind, self.size(kind), phase, tag, shape, x.dtype, exchanged)
         self._tell(call, "start")
-        return Pending(launch(), lambda: self._tell(call, "end"))
+        place = self.place
+        number = place.launch(call, kind)
+        wait = launch()
+
+        def noted() -> Tensor:
+            place.waiting = Waiting(call, kind, number, time.monotonic())
+            try:
+                result = wait()
+            except RuntimeError as error:
+                place.failed(error)
+                raise
+            place.waiting = None
+            return result
+
+        return Pending(noted, lambda: self._tell(call, "end"))
 
     def _tell(self, call: Collective, event: Literal["start", "end"]) -> None:
         for hook in list(self._hooks.values()):

@@ -1,0 +1,138 @@
+"""No collective waits for ever, in whatever group, and who gives up says who waited for whom."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tedlab import failures, watch
+from tedlab.checkpoint import Writer
+from tedlab.comm import Whereabouts
+from tedlab.degrees import ParallelDegrees
+from tedlab.topology import Topology
+from tests.pool import WorkerPool
+
+TIMEOUT_S = 1.6
+HUNG = 3  # the rank that does not come; its tensor peer is 2, its data peer 1
+
+
+def started() -> tuple[Topology, watch.Watch]:
+    place = Whereabouts()
+    limit = timedelta(seconds=TIMEOUT_S)
+    watching = watch.watch(place, limit)
+    assert watching is not None
+    topology = Topology(ParallelDegrees(4, 2, 2), timeout=limit, place=place)
+    watching.groups = topology.comm.ranks
+    return topology, watching
+
+
+def hung(stopped: bool) -> dict[str, Any]:
+    """Rank 3 sleeps, or is stopped; the others go on as in training until they need it. Each says what it saw."""
+    rank = dist.get_rank()
+    topology, _ = started()
+    comm, x = topology.comm, torch.ones(4)
+    writer = Writer(background=True, timeout=timedelta(seconds=TIMEOUT_S))
+    comm.place.step = 12
+    comm.all_reduce(x, "world", tag="warm.up", phase="forward")
+    pids: list[Any] = [None] * 4
+    dist.all_gather_object(pids, os.getpid())
+    began = time.monotonic()
+    if rank == HUNG:
+        if stopped:
+            time.sleep(0.3)  # for a report or two
+            os.kill(os.getpid(), signal.SIGSTOP)
+        else:
+            time.sleep(2 * TIMEOUT_S)
+        return {}
+    try:
+        comm.all_reduce(x, "tensor", tag="attention.reduce", phase="forward")
+        comm.start_reduce_scatter(x, "data", tag="gradients.reduce", phase="optimizer").wait()
+    except RuntimeError as error:
+        seen = {"took": time.monotonic() - began, "message": "\n".join(error.__notes__)}
+    if rank == 0:
+        try:
+            dist.barrier(writer._group)
+        except RuntimeError:
+            seen["writer"] = time.monotonic() - began
+        os.kill(pids[HUNG], signal.SIGCONT)
+    else:
+        time.sleep(2 * TIMEOUT_S)
+    return seen
+
+
+def in_the_end(function: Any, *args: Any) -> Any:
+    """Its result, without the barrier at a world's end, which cannot work any more."""
+    answer = function(*args)
+    dist.barrier = lambda *_, **__: None
+    return answer
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["sleeps", "is_stopped"])
+def told(request: pytest.FixtureRequest, pool: WorkerPool) -> tuple[bool, list[dict[str, Any]]]:
+    return request.param, pool.run(4, in_the_end, hung, request.param, timeout=60)
+
+
+def test_every_group_has_the_timeout_that_was_asked_for(told: tuple[bool, list[dict[str, Any]]]) -> None:
+    """Those of meshes, which torch makes with one of 30 minutes, and that of the checkpoint's writer."""
+    _, seen = told
+    for rank in range(3):
+        assert seen[rank]["took"] < 5 * TIMEOUT_S
+    assert seen[2]["took"] > 0.9 * TIMEOUT_S
+    assert seen[0]["writer"] < 5 * TIMEOUT_S
+
+
+def test_who_waits_says_for_whom_and_in_which_collective(told: tuple[bool, list[dict[str, Any]]]) -> None:
+    stopped, seen = told
+    message = seen[2]["message"]
+    assert "comm.timeout_s=1.6" in message
+    assert "process 2: waits for process 3 in all_reduce attention.reduce (forward) (group tensor: 2, 3, number 1)" in (
+        message
+    )
+    assert "process 0: waits for process 2 in reduce_scatter gradients.reduce (optimizer) (group data: 0, 2" in message
+    if stopped:
+        assert "process 3: no sign of life for " in message
+        assert "in no collective, after all_reduce warm.up (forward), at step 12" in message
+    else:
+        assert "process 3: in no collective for " in message
+        assert "after all_reduce warm.up (forward), at step 12; it is at tests/test_watch.py:" in message
+        assert "in hung" in message
+
+
+def never_waits(folder: Path) -> None:
+    """Rank 0 starts a collective and, as with NCCL, is stuck elsewhere; its peer does not come."""
+    watch.TORCH_FIRST_S = 0.3
+    failures.keep_in(folder)
+    place = Whereabouts()
+    watching = watch.watch(place, timedelta(seconds=1))
+    topology = Topology(ParallelDegrees(2, 2), place=place)
+    assert watching is not None
+    watching.groups = topology.comm.ranks
+    if dist.get_rank() == 0:
+        topology.comm.start_all_reduce(torch.ones(1), "tensor", tag="attention.reduce", phase="forward")
+    time.sleep(4)
+
+
+def test_a_collective_that_nobody_waits_for_in_the_program_ends_the_process_too(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError, match="rank 0 of 2 failed:\nleft with exit code 1"):
+        pool.run(2, never_waits, tmp_path, timeout=20)
+    (failure,) = failures.recorded(tmp_path)
+    assert failures.rank_of(failure) == 0
+    message = failure.read_text()
+    assert "process 1: in no collective" in message
+    assert "process 0: in no collective for 1 s, after all_reduce attention.reduce (forward)" in message
+
+
+def test_who_waits_for_whom_is_told_for_processes_that_were_never_heard_of() -> None:
+    own = watch.Report(9, "barrier", "world", 0, [0, 1, 2], 10.0, step=3)
+    message = watch.explain(0, 10, {0: own, 1: own}, {})
+    assert "process 0: waits for process 2 in barrier (group world: 0, 1, 2) for 10 s, at step 3" in message
+    assert "process 1: waits for process 2 in barrier" in message
+    assert "process 2: nothing was heard of it" in message
