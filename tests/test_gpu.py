@@ -1,6 +1,8 @@
 """On one GPU: layouts whose processes share it over gloo; NCCL alone; the router's products; and streams, events
 and pinned memory."""
 
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -15,7 +18,8 @@ from tedlab import ParallelDegrees, Topology
 from tedlab.certify import certify
 from tedlab.comm import Ledger
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
-from tedlab.launch import launch
+from tedlab.config import TrainConfig
+from tedlab.launch import WorkerFailed, launch
 from tedlab.moe.router import _PreciseLinear
 from tedlab.run import build, run
 from tedlab.validate import check
@@ -61,6 +65,36 @@ def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str
     found = certify(config, continuations=["in this layout"])
     assert found.accelerator == "gpu"
     assert found.ok, str(found.culprit)
+
+
+class Stops(Callback):
+    """The second process is stopped before its third step, and so never comes to the next collective."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def stopped(config: TrainConfig) -> dict[str, Any]:
+    trainer, module, data = build(config, [Stops()], logged=False)
+    trainer.fit(module, data)
+    return {}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("parallel", ["tp2", "dp2"])
+def test_over_nccl_a_process_that_stops_ends_the_run_in_time_and_is_named(tmp_path: Path, parallel: str) -> None:
+    write_words(tmp_path / "text.txt", 0)
+    config = composed(
+        *("trainer=gpu", f"parallel={parallel}", "comm.timeout_s=15", *SMALL, f"data.path={tmp_path}/text.txt"),
+        *(f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/run"),
+    )
+    check(config)
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"process 1: no sign of life for \d+ s") as caught:
+        launch(stopped, config, 2)
+    print(f"{time.monotonic() - began:.1f} s\n{caught.value}")
+    assert time.monotonic() - began < 15 + 30 + 20  # and the start
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
