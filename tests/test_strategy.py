@@ -279,6 +279,7 @@ class Reducing(Mixture):
             "mean": reduce(x),
             "sum": reduce(x, reduce_op="sum"),
             "max": reduce(x, reduce_op="max"),
+            "min": reduce(x, reduce_op="min"),
             "SUM": reduce(x, reduce_op=ReduceOp.SUM),
             "AVG": reduce(x, reduce_op=ReduceOp.AVG),
             "whole numbers": reduce(torch.tensor(rank)),
@@ -295,13 +296,14 @@ def reductions() -> dict[str, Any]:
     return module.results
 
 
-def test_reduce_and_broadcast_are_over_all_processes(pool: WorkerPool) -> None:
+def test_reductions_count_each_data_rank_once_and_broadcasts_reach_all_processes(pool: WorkerPool) -> None:
     for rank, results in enumerate(pool.run(4, reductions)):
         assert {k: v.tolist() if isinstance(v, Tensor) else v for k, v in results.items()} == {
             "mean": [1.5, -1.5],
-            "sum": [6, -6],
+            "sum": [2, -2] if rank % 2 == 0 else [4, -4],  # of processes 0 and 2, or 1 and 3
             "max": [3, 0],
-            "SUM": [6, -6],
+            "min": [0, -3],
+            "SUM": [2, -2] if rank % 2 == 0 else [4, -4],
             "AVG": [1.5, -1.5],
             "whole numbers": 1.5,
             "tensor group": [1, -1] if rank < 2 else [5, -5],

@@ -261,6 +261,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "part_of_an_epoch": (["+trainer.limit_train_batches=5"], ["trainer.limit_train_batches", "trainer.max_steps"]),
     "validate_never": (["validate_every=0"], ["validate_every", "at least 1"]),
+    "replicas_every_0": (["check_replicas_every=0"], ["check_replicas_every is 0", "at least 1", "null"]),
     "picture_every_0": (["router_picture_every=0"], ["router_picture_every is 0", "at least 1", "null"]),
     "checkpoint_every_0": (["checkpoint.every=0"], ["checkpoint.every is 0", "at least 1", "null"]),
     "keep_no_checkpoint": (["checkpoint.keep=0"], ["checkpoint.keep is 0", "at least 1", "-1"]),

@@ -189,6 +189,8 @@ class TrainConfig:
     ckpt_path: str | None = None  # a checkpoint directory to resume from
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = whole(100, least=1)  # steps between validations; there is always one at the end
+    # Steps between checks that replicas are equal, bit by bit, also at the end; None: never.
+    check_replicas_every: int | None = whole(100, least=1)
     # Steps between pictures of the experts' load; None: only at the end.
     router_picture_every: int | None = whole(100, least=1)
     certificate: bool = False  # first prove that a small likeness of this run equals one process

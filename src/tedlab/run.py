@@ -134,6 +134,7 @@ def strategy_arguments(config: TrainConfig) -> dict[str, Any]:
         "async_checkpoint": config.checkpoint.async_save,
         "process_group_backend": config.comm.backend,
         "timeout": timedelta(seconds=config.comm.timeout_s),
+        "check_replicas_every": config.check_replicas_every,
     }
 
 

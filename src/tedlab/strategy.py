@@ -39,13 +39,16 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from tedlab import checkpoint, contract, outside
+from tedlab import checkpoint, contract, outside, seeding
+from tedlab.batches import Lengths, PredictionsInStep, check_lengths
 from tedlab.comm import Whereabouts
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
-from tedlab.degrees import ParallelDegrees
+from tedlab.degrees import GroupKind, ParallelDegrees
+from tedlab.metric_sync import sync_over_data_ranks
 from tedlab.nn import partial_parameters
 from tedlab.optim import LossScaler, ShardedOptimizer
+from tedlab.replicas import ReplicaCheck, check_batch
 from tedlab.topology import Topology
 from tedlab.watch import Watch, watch
 
@@ -67,9 +70,9 @@ class TEDStrategy(ParallelStrategy):
 
     The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``; everything else is as
     with any Lightning strategy: batches are drawn per data rank, gradients are reduced once per step, ``self.log(...,
-    sync_dist=True)`` averages, checkpoints are directories that load under any other layout. Parameters that are not
-    tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's initial values are given to all, and their
-    gradients are averaged over data ranks, as in DDP.
+    sync_dist=True)`` and metrics of torchmetrics count each sample once, checkpoints are directories that load under
+    any other layout. Parameters that are not tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's
+    initial values are given to all, and their gradients are averaged over data ranks, as in DDP.
 
     Args:
         tensor_parallel_size: T. Number of processes that share one layer.
@@ -90,6 +93,8 @@ class TEDStrategy(ParallelStrategy):
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
             GPU, see ``parallel_devices``.
         timeout: after which a collective counts as failed.
+        check_replicas_every: steps between checks that processes which should hold the same parameters do, to the last
+            bit (see ``replicas.py``); there is one at the end and before each checkpoint, too. None: no checks.
         parallel_devices: of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
         accelerator, cluster_environment, precision_plugin: set by the Trainer.
 
@@ -119,6 +124,7 @@ class TEDStrategy(ParallelStrategy):
         tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=10),
+        check_replicas_every: int | None = 100,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -138,6 +144,7 @@ class TEDStrategy(ParallelStrategy):
         self.async_checkpoint = async_checkpoint
         self.loss_scale = loss_scale
         self.tile = tile
+        self.replicas = ReplicaCheck(check_replicas_every)
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None
         self.num_nodes = 1
@@ -148,6 +155,9 @@ class TEDStrategy(ParallelStrategy):
         self._writer: checkpoint.Writer | None = None
         self._random_state_of: Mapping[str, Any] | None = None  # what a checkpoint holds, until the first batch
         self._last_micro_batch = True
+        self._seeds: seeding.Roots | None = None
+        self._first_batch = True  # of a loop
+        self._predictions: PredictionsInStep
 
     # ---- processes, devices, groups ------------------------------------------------------------------------------
 
@@ -224,6 +234,7 @@ class TEDStrategy(ParallelStrategy):
             self._writer = checkpoint.Writer(self.async_checkpoint, self._timeout)
         if self._watch is not None:
             self._watch.groups = self._topology.comm.ranks
+        self._topology.slots.patience = self._timeout / 2
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -239,6 +250,8 @@ class TEDStrategy(ParallelStrategy):
         self.model_to_device()
         self._share_plain_tensors()
         contract.prepare(trainer)
+        self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may ask for loaders
+        sync_over_data_ranks(self.model, self.topology.comm)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -251,6 +264,13 @@ class TEDStrategy(ParallelStrategy):
             if not isinstance(self.cluster_environment, SLURMEnvironment):  # which requeues jobs by signal
                 # Its handler broadcasts too, from whatever step each process is in. Let SIGTERM end the process.
                 trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        seeding.seed_generators(self._seeds, self.topology.comm.rank("data"))
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self._seeds is not None
+        seeding.seed_loader(dataloader, self._seeds, self.topology.comm.rank("data"))
+        return dataloader
 
     def _share_plain_tensors(self) -> None:
         """Gives every process the first one's values of parameters and buffers that are not sharded."""
@@ -353,21 +373,39 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
-        """Reduces over all processes (``mean``, ``sum``, ``max``), or over a group of torch.distributed.
+        """Reduces over data ranks (``mean``, ``sum``, ``max``, ``min``), or over a group of torch.distributed.
 
-        Tensor ranks hold equal values, so the mean over all processes is the mean over data ranks.
+        Tensor ranks hold equal values, so the mean over all processes is the mean over data ranks, and likewise the
+        extremes; the sum over all would count each sample T times.
         """
         if not isinstance(tensor, Tensor):
             return tensor
-        if group is not None:
+        if group is not None and group is not dist.group.WORLD:
             return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
         op = (reduce_op if isinstance(reduce_op, str) else reduce_op.name).lower()
         mean = op in ("mean", "avg")
         if mean and not tensor.is_floating_point():
             tensor = tensor.float()
         comm = self.topology.comm
-        total = comm.all_reduce(tensor, "world", tag="metrics.reduce", phase="metrics", op="sum" if mean else op)
+        kind: GroupKind = "data" if op == "sum" else "world"
+        total = comm.all_reduce(tensor, kind, tag="metrics.reduce", phase="metrics", op="sum" if mean else op)
         return total / comm.size("world") if mean else total
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes decided so, or any; Lightning itself compares a sum with the number of processes."""
+        own = torch.tensor(int(decision), device=self.root_device)
+        return bool(self.reduce(own, reduce_op="min" if all else "max"))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Every data rank's tensor, stacked (D, …); of all processes each would be there T times."""
+        comm = self.topology.comm
+        if group is not None and group is not dist.group.WORLD:  # Lightning's word for: no group was given
+            return super().all_gather(tensor, group, sync_grads)
+        if sync_grads:
+            return super().all_gather(tensor, comm.group("data"), sync_grads)
+        return comm.all_gather(tensor.detach().unsqueeze(0), "data", tag="metrics.gather", phase="metrics")
 
     @override
     def barrier(self, name: str | None = None) -> None:
@@ -387,6 +425,74 @@ class TEDStrategy(ParallelStrategy):
     def _within(self, what: str, limited: bool = True) -> AbstractContextManager[None]:
         """Notes for the watch that this process waits in a collective of torch's."""
         return nullcontext() if self._topology is None else self._topology.comm.place.within(what, limited)
+
+    # ---- replicas ------------------------------------------------------------------------------------------------
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @override
+    def on_train_start(self) -> None:
+        for optimizer in self.sharded_optimizers:
+            optimizer.refresh_masters()  # of weights that a hook has set
+        self._start([self._trainer.num_training_batches], "training")
+
+    @override
+    def on_validation_start(self) -> None:
+        trainer = self._trainer
+        sanity = trainer.sanity_checking
+        self._start(trainer.num_sanity_val_batches if sanity else trainer.num_val_batches, "validation")
+
+    @override
+    def on_test_start(self) -> None:
+        self._start(self._trainer.num_test_batches, "tests")
+
+    @override
+    def on_predict_start(self) -> None:
+        self._first_batch = True
+        self.topology.slots.uneven = True
+        self._predictions = PredictionsInStep(self._trainer.num_predict_batches, self.topology)
+
+    @override
+    def on_predict_end(self) -> None:
+        self.topology.slots.uneven = False
+
+    def _start(self, lengths: Lengths, stage: str) -> None:
+        """Of a loop of so many batches of each loader."""
+        self._first_batch = True
+        self.topology.slots.uneven = False
+        if stage == "training" or self.topology.comm.size("expert") > 1:  # else each goes through it for itself
+            check_lengths(lengths, stage, self.topology)
+
+    @override
+    def on_train_end(self) -> None:
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        assert self.model is not None
+        self.replicas.now(self._trainer.global_step, self.model, self.topology)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "validation")
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "test")
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "prediction")
+        return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
+
+    def _check_batch(self, batch: Any, stage: str, again: bool = False) -> None:
+        if self._first_batch or again:
+            check_batch(batch, stage, self.topology)
+        self._first_batch = False
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -409,6 +515,7 @@ class TEDStrategy(ParallelStrategy):
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
+        self._check_replicas()
         tensors = {"model": checkpoint_.pop("state_dict")}
         for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = state
@@ -489,14 +596,11 @@ class TEDStrategy(ParallelStrategy):
         return meta
 
     @override
-    def on_train_start(self) -> None:
-        for optimizer in self.sharded_optimizers:
-            optimizer.refresh_masters()  # of weights that a hook has set
-
-    @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        assert self.lightning_module is not None
-        self.topology.comm.place.step = self.lightning_module.trainer.global_step
+        self.topology.comm.place.step = self._trainer.global_step
+        self._check_batch(batch, "training", again=batch_idx == 0)
+        assert self.model is not None
+        self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
             self._restore_random_state(self._random_state_of)
             self._random_state_of = None

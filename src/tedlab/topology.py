@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
-from tedlab.comm import Collectives, GroupKind, Recomputation, Whereabouts
+from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
 
@@ -41,6 +41,7 @@ class Topology:
         expert: mesh (expert_data, expert, tensor).
         comm: every collective of the model, the strategy and the optimizer goes through this object.
         recomputation: counters of activation checkpointing.
+        slots: see to it that processes exchange as many slots as they expect of each other.
         device: where this process keeps its tensors.
     """
 
@@ -82,6 +83,7 @@ class Topology:
             for group in set(groups.values()):  # a mesh makes its groups with torch's, 30 minutes of gloo's
                 _set_timeout(timeout, group)
         self.comm = Collectives(groups, place)
+        self.slots = SlotAgreement(self.comm)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
         """Itself: a copy of a model stands in the same place as the model."""

@@ -98,7 +98,7 @@ def test_each_token_comes_back_from_its_experts_in_every_world(
 def test_identity_experts_return_the_gated_token_and_zeros_where_it_was_dropped(single: Topology, top_k: int) -> None:
     x, gates, experts = problem(0, top_k)
     routing = routing_of(experts, gates, capacity=2)
-    path = AllToAllPath(EXPERTS, single.comm)
+    path = AllToAllPath(EXPERTS, single)
     slots = path.dispatch(x, routing)
     assert slots.shape == (EXPERTS, 2, HIDDEN)
     kept = (routing.slot_TK >= 0).double() * gates
@@ -111,7 +111,7 @@ def test_identity_experts_return_the_gated_token_and_zeros_where_it_was_dropped(
 def test_empty_slots_are_zero_also_next_to_tokens_that_are_not_finite(single: Topology) -> None:
     x = torch.full((3, HIDDEN), torch.inf)
     routing = routing_of(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1), capacity=4)
-    slots = AllToAllPath(EXPERTS, single.comm).dispatch(x, routing)
+    slots = AllToAllPath(EXPERTS, single).dispatch(x, routing)
     assert torch.equal(slots[0, :3], x)
     assert (slots[0, 3] == 0).all()
     assert (slots[1:] == 0).all()

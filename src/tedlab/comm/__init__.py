@@ -1,5 +1,6 @@
 """Collectives by group kind: the raw operations with their hooks, the differentiable pairs, and recomputation (CAC)."""
 
+from tedlab.comm.agreement import SlotAgreement
 from tedlab.comm.collectives import (
     TRAINING_PHASES,
     Collective,
@@ -40,6 +41,7 @@ __all__ = [
     "Plan",
     "Recomputation",
     "Second",
+    "SlotAgreement",
     "Splits",
     "Waiting",
     "Whereabouts",

@@ -21,8 +21,9 @@ from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-# Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints.
-Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "metrics", "checkpoint"]
+# Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints, and
+# comparisons of what should be alike.
+Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "metrics", "checkpoint", "check"]
 TRAINING_PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "optimizer")
 
 
@@ -154,7 +155,7 @@ class Collectives:
         return handle
 
     def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
-        """Element-wise reduction over the group. Same shape on every process; ``op`` is ``sum`` or ``max``."""
+        """Element-wise reduction over the group. Same shape on every process; ``op``: ``sum``, ``max`` or ``min``."""
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             if op != "sum":
                 raise NotImplementedError(f"all-reduce with op={op} inside torch.compile: only sums are known there")

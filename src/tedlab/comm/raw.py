@@ -16,7 +16,7 @@ from torch.distributed import _functional_collectives as funcol
 Wait = Callable[[], Tensor]
 
 _ops = torch.ops._c10d_functional
-_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+_REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Named so from torch 2.13 on.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,7 +26,7 @@ class Way(Protocol):
     """How collectives are launched. Legend: n processes in the group."""
 
     def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
-        """Element-wise reduction; ``op`` is ``sum`` or ``max``."""
+        """Element-wise reduction; ``op`` is ``sum``, ``max`` or ``min``."""
         ...
 
     def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:

@@ -65,35 +65,47 @@ class Block(nn.Module):
         elif self.compiled:
             self._run = torch.compile(self._recomputed, backend=model.compile, fullgraph=True)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> tuple[Tensor, RouterReport | None]:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, RouterReport | None]:
         """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here.
 
         Args:
             x: activations.
             rotation: of queries and keys, see :class:`tedlab.nn.SelfAttention`.
+            padding_mask: see :class:`tedlab.moe.MoELayer`.
         """
         if not self.compiled:
-            return self._run(x, rotation)
+            return self._run(x, rotation, padding_mask)
+        if isinstance(self.feed_forward, MoELayer):
+            self.feed_forward.expect(x)
+            if self.topology.slots.uneven:  # numbers that the host has to ask for, as often as it does
+                return self._recomputed(x, rotation, padding_mask)
         with localised(self):
-            return self._run(x, rotation)
+            return self._run(x, rotation, padding_mask)
 
-    def _recomputed(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, RouterReport | None]:
+    def _recomputed(
+        self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, RouterReport | None]:
         if not (self.recomputed and torch.is_grad_enabled()):
-            return self._forward(x, rotation)
+            return self._forward(x, rotation, padding_mask)
         return checkpoint(
             self._forward,
             x,
             rotation,
+            padding_mask,
             counters=self.topology.recomputation,
             plan=self.plan,
             skip_dead_gemm=self.topology.options.skip_dead_gemm,
             early_stop=self.early_stop,
         )
 
-    def _forward(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, RouterReport | None]:
+    def _forward(
+        self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None
+    ) -> tuple[Tensor, RouterReport | None]:
         x, inside = self._attend(x, rotation)
         if self.routed:
-            y, report = self.feed_forward(inside)
+            y, report = self.feed_forward(inside, padding_mask)
             return x + y, report
         return x + self.feed_forward(inside), None
 
@@ -121,7 +133,7 @@ class GPT(nn.Module):
         assert model.vocab_size is not None
         init = Init(std=model.init_std)
         self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden, topology, init=init)
-        self.config, self.comm = model, topology.comm
+        self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
         self.positions = (
             Embedding(model.sequence_length, model.hidden, topology, init=init)
             if model.positions == "learned"
@@ -146,17 +158,26 @@ class GPT(nn.Module):
             if isinstance(layer, MoELayer) and layer.moved is not None
         }
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
-        """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer."""
-        x, reports = self._hidden(ids)
+    def forward(self, ids: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[RouterReport]]:
+        """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer.
+
+        Args:
+            ids: (B, S) int64.
+            padding_mask: (B, S) bool, the same on every tensor rank: True where routers are to see no token. Attention
+                is causal and does not look at it: put padding after a sample's tokens.
+        """
+        x, reports = self._hidden(ids, padding_mask)
         return self.embedding.logits(x) if self.output is None else self.output(x), reports
 
-    def loss(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, list[RouterReport]]:
+    def loss(
+        self, ids: Tensor, targets: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[RouterReport]]:
         """Mean cross-entropy of the tokens that follow, and one report per MoE layer.
 
         Args:
             ids: (B, S) int64.
             targets: (B, S) int64, the tokens to be predicted; where -100, none is, and the position does not count.
+            padding_mask: see :meth:`forward`; of targets it says nothing.
 
         Returns:
             The mean over the targets of this micro-batch that count (0 if none does), and the reports. A step's loss is
@@ -167,10 +188,10 @@ class GPT(nn.Module):
         """
         chunk = self.config.loss_chunk
         if chunk is None:
-            logits, reports = self(ids)
+            logits, reports = self(ids, padding_mask)
             losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.comm)
             return mean_over_counted(losses, targets), reports
-        x, reports = self._hidden(ids)
+        x, reports = self._hidden(ids, padding_mask)
         region, layer = (
             (self.embedding.output_region, self.embedding) if self.output is None else (self.output.region, self.output)
         )
@@ -180,7 +201,7 @@ class GPT(nn.Module):
         )
         return loss, reports
 
-    def _hidden(self, ids: Tensor) -> tuple[Tensor, list[RouterReport]]:
+    def _hidden(self, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, list[RouterReport]]:
         """What the logits are computed from (B, S, H), as activations outside layers, and reports."""
         x = self.embedding(ids)
         turns = None
@@ -189,9 +210,11 @@ class GPT(nn.Module):
         else:
             model = self.config
             turns = rotation(ids.shape[1], model.hidden // model.heads, model.rotary_base, x.device, x.dtype)
+        if padding_mask is not None and self.sequence_sharded:
+            padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports = []
         for block in self.blocks:
-            x, report = block(x, turns)
+            x, report = block(x, turns, padding_mask)
             if report is not None:
                 reports.append(report)
         return self.norm(x), reports

@@ -44,9 +44,9 @@ DROP_POLICIES = ("probs", "position")
 class DeepSpeedRouter(Router):
     """A router that decides as DeepSpeed does; see the module for what that means.
 
-    What is random follows torch's default CPU generator, which a run seeds alike in all processes
-    (``seed_everything``) and its checkpoints keep. The tensor ranks of a data rank therefore decide alike, as long as
-    none draws from that generator alone; data ranks differ; a recomputed forward pass decides as the first one did.
+    What is random follows torch's default CPU generator, which the strategy seeds by data rank and its checkpoints
+    keep. The tensor ranks of a data rank therefore decide alike, as long as none draws from that generator alone; data
+    ranks differ; a recomputed forward pass decides as the first one did.
     The numbers depend on how many data ranks there are: D of them select and draw otherwise than one process that
     accumulates their D micro-batches.
 
@@ -73,8 +73,14 @@ class DeepSpeedRouter(Router):
         self.second_expert_sampling = config.second_expert_sampling is not False  # None: on
         self.drop_policy = config.drop_policy or "probs"
 
-    def decide(self, logits_TE: Tensor, sequence: int) -> Decision:
-        """The configured rule, with random numbers where it wants them."""
+    def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
+        """The configured rule, with random numbers where it wants them.
+
+        Raises:
+            ValueError: if there is padding, which DeepSpeed's top2 and topk do not know and its top1 counts in losses.
+        """
+        if padding_T is not None:
+            raise ValueError(f"gating={self.config.gating} takes no padding_mask; moe.gating=default does")
         capacity = group_capacity(self.config, len(logits_TE), groups=1)
         if self.gating == "deepspeed_top1":
             return top1_gating(logits_TE, capacity, self._priorities(logits_TE))

@@ -61,13 +61,13 @@ class AllToAllPath:
 
     Args:
         num_experts: E, a multiple of the expert degree.
-        comm: the collectives of this process.
+        topology: where this process stands.
     """
 
-    def __init__(self, num_experts: int, comm: Collectives) -> None:
-        self.comm = comm
+    def __init__(self, num_experts: int, topology: Topology) -> None:
+        self.comm, self.agreement = topology.comm, topology.slots
         self.num_experts = num_experts
-        self.ranks = comm.size("expert")
+        self.ranks = self.comm.size("expert")
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
         return self._to_experts(self._slots(x_TH, routing))
@@ -76,8 +76,9 @@ class AllToAllPath:
         return self._tokens(self._from_experts(y_eNH), routing)
 
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens to their slots: (E, C, H)."""
-        return spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
+        """Tokens to their slots: (E, C, H), with C as all processes agree on."""
+        x_ECH = spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
+        return _grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
 
     def _to_experts(self, x_ECH: Tensor) -> Tensor:
         x = all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all")
@@ -88,7 +89,8 @@ class AllToAllPath:
         return all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
 
     def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
-        return merge_choices(y_ECH.flatten(0, 1), routing)
+        own = len(routing.choice_EC) // self.num_experts
+        return merge_choices(y_ECH[:, :own].flatten(0, 1), routing)
 
 
 class DroppingPath(AllToAllPath):
@@ -99,14 +101,19 @@ class DroppingPath(AllToAllPath):
     """
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        x_ECH = self._slots(x_TH, routing)
-        missing = -x_ECH.shape[1] % self.comm.size("tensor")
-        x_ECH = F.pad(x_ECH, (0, 0, 0, missing)) if missing else x_ECH
+        x_ECH, tensor = self._slots(x_TH, routing), self.comm.size("tensor")
+        x_ECH = _grown(x_ECH, -(-x_ECH.shape[1] // tensor) * tensor)
         return self._to_experts(slice_to(x_ECH, self.comm, "tensor", "dispatch.drop", dim=1))
 
     def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
         y_ECH = gather_from(self._from_experts(y_eNH), self.comm, "tensor", "combine.gather", dim=1)
-        return self._tokens(y_ECH[:, : len(routing.choice_EC) // self.num_experts], routing)
+        return self._tokens(y_ECH, routing)
+
+
+def _grown(x_ECH: Tensor, capacity: int) -> Tensor:
+    """With empty slots, up to a capacity."""
+    missing = capacity - x_ECH.shape[1]
+    return F.pad(x_ECH, (0, 0, 0, missing)) if missing else x_ECH
 
 
 class SlotRegion(Protocol):
@@ -171,10 +178,10 @@ def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotReg
     """The path and the region that the topology's toggles ask for."""
     comm, options = topology.comm, topology.options
     if topology.sequence_sharded:
-        return AllToAllPath(num_experts, comm), ScatteredSlots(comm)
+        return AllToAllPath(num_experts, topology), ScatteredSlots(comm)
     if not options.dtd:
-        return AllToAllPath(num_experts, comm), ReplicatedSlots(comm)
-    return DroppingPath(num_experts, comm), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
+        return AllToAllPath(num_experts, topology), ReplicatedSlots(comm)
+    return DroppingPath(num_experts, topology), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
 
 
 def spread_choices(x_TH: Tensor, routing: Routing) -> Tensor:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
@@ -39,7 +41,8 @@ class MoELayer(nn.Module):
             None  # None: the experts are all here, and take tokens; otherwise these take what it hands them
         )
         self.experts: Experts
-        if config.dispatch == "capacity":
+        self.capacity, self.agreement = config.dispatch == "capacity", topology.slots
+        if self.capacity:
             self.path, slots = token_path(config.num_experts, topology)
             self.experts = SlotExperts(slots, *sizes, init=init, **experts)
         elif topology.degrees.tensor == topology.degrees.expert == 1:
@@ -55,10 +58,41 @@ class MoELayer(nn.Module):
         dropless = self.experts if self.path is None else self.path
         return dropless.moved if isinstance(dropless, LocalExperts | RaggedPath) else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RouterReport]:
-        """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank."""
+    def expect(self, x: Tensor) -> None:
+        """Sees to it that the layer's collectives will fit those of other processes, before a forward pass.
+
+        What :meth:`forward` does itself, unless it is compiled. Fake tensors, of simulations, meet nobody.
+
+        Raises:
+            ValueError: if the processes of an expert group have unequal numbers of tokens, and experts a capacity.
+        """
+        if self.capacity and not isinstance(x, FakeTensor):
+            tokens = x.shape[0] * x.shape[1]
+            self.agreement.expect(tokens, self.router.capacity(tokens))
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
+        """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank.
+
+        Args:
+            x: activations.
+            padding_mask: (B, S) bool, True where there is no token but padding (as torch's ``key_padding_mask``). It
+                takes no slot, counts in no loss and no statistics, and its result is 0. None: there is none.
+
+        Raises:
+            ValueError: for a mask of another shape or type, and with DeepSpeed's gatings, which know no padding.
+        """
+        padding_T = None
+        if padding_mask is not None:
+            if padding_mask.dtype is not torch.bool or padding_mask.shape != x.shape[:2]:
+                raise ValueError(
+                    f"padding_mask is {padding_mask.dtype} {tuple(padding_mask.shape)}; it must be torch.bool "
+                    f"{tuple(x.shape[:2])}, True where there is padding"
+                )
+            padding_T = padding_mask.flatten()
+        if not torch.compiler.is_compiling():
+            self.expect(x)
         x_TH = x.flatten(0, 1)
-        routing = self.router(x_TH, x.shape[1])
+        routing = self.router(x_TH, x.shape[1], padding_T)
         if self.path is None:
             y_TH = self.experts(x_TH, routing)
         else:

@@ -48,7 +48,7 @@ class LocalExperts(Experts):
         )
 
     def _order(self, x: Tensor, routing: Routing) -> Order:
-        load, choices = routing.report.load, routing.slot_TK.shape[1]
+        load, choices = routing.counts_E, routing.slot_TK.shape[1]
         # Where products need the numbers of rows on the host it has to wait for the device: once, not in recomputation.
         sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: self._read(load))
         ends = load.cumsum(0).int()

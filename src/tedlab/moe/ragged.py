@@ -98,7 +98,7 @@ class RaggedPath:
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
         """Tokens of this rank (T, H) → rows of this process's experts."""
-        return self._to_experts(spread_choices(x_TH, routing), routing.report.load)
+        return self._to_experts(spread_choices(x_TH, routing), routing.counts_E)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
         """Experts' results → for each token of this rank the gate-weighted sum of its choices (T, H)."""
@@ -145,7 +145,7 @@ class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): of the rows that all tensor ranks list, each exchanges every T-th."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        x_RH, counts_E = spread_choices(x_TH, routing), routing.report.load
+        x_RH, counts_E = spread_choices(x_TH, routing), routing.counts_E
         missing = listed(len(x_RH), self.sharers) - len(x_RH)
         if missing:
             x_RH = F.pad(x_RH, (0, 0, 0, missing))

@@ -27,6 +27,8 @@ class RouterReport(NamedTuple):
         z_loss: router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
         load: (E,) choices that fell on each expert, before capacity; int64.
         dropped: choices that found no slot; int64 scalar.
+
+    Nothing here counts tokens that are padding.
     """
 
     balance_loss: Tensor
@@ -44,12 +46,19 @@ class Routing(NamedTuple):
             all T·K choices, sorted by expert.
         choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty. Dropless: (T·K,).
         report: losses and counts.
+        rows_E: with padding, dropless: choices by expert, those of padding included; None: the report's load.
     """
 
     gate_TK: Tensor
     slot_TK: Tensor
     choice_EC: Tensor
     report: RouterReport
+    rows_E: Tensor | None = None
+
+    @property
+    def counts_E(self) -> Tensor:
+        """How many choices each expert gets to see, where it sees all."""
+        return self.report.load if self.rows_E is None else self.rows_E
 
 
 class Decision(NamedTuple):
@@ -60,6 +69,7 @@ class Decision(NamedTuple):
         probs_TE: probability of each expert for each token.
         counted_TE: the choices that the load-balancing loss counts.
         load: see :class:`RouterReport`.
+        rows_E: see :class:`Routing`.
     """
 
     gate_TK: Tensor
@@ -68,6 +78,7 @@ class Decision(NamedTuple):
     probs_TE: Tensor
     counted_TE: Tensor
     load: Tensor
+    rows_E: Tensor | None = None
 
     @property
     def balance_loss(self) -> Tensor:
@@ -90,6 +101,10 @@ class Router(ShardedModule):
     and what its capacity is rounded up to a multiple of is divided among the groups.
 
     With ``dispatch=dropless`` there is no capacity: choices are sorted by expert, and within one by token.
+
+    Padding, where it is told, takes no slot, is counted in no loss, load or number of drops, and gets nothing from any
+    expert. The capacity is that of all tokens, with it: what is exchanged must not depend on what the batch holds. For
+    the same reason dropless rows of padding travel along, to all experts in turn, and weigh nothing.
 
     Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
     and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
@@ -123,29 +138,49 @@ class Router(ShardedModule):
             partial=self.sharded,
         )
 
-    def forward(self, x_TH: Tensor, sequence: int | None = None) -> Routing:
-        """Routes the T tokens of a micro-batch: samples of ``sequence`` positions, one after the other; None: one."""
+    def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
+        """Routes the T tokens of a micro-batch.
+
+        Args:
+            x_TH: tokens: samples of ``sequence`` positions, one after the other.
+            sequence: None: there is one sample.
+            padding_T: bool; True: not a token. None: all are.
+        """
         with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
             logits_TE = _PreciseLinear.apply(x_TH, self.local("weight"))
-        decision = self.decide(logits_TE, sequence or max(1, len(x_TH)))
+        decision = self.decide(logits_TE, sequence or max(1, len(x_TH)), padding_T)
         z_T = logits_TE.logsumexp(-1).square()
-        if self.sharded:
-            loss, z_loss = self._losses_of_all_positions(decision, z_T)
+        without_slot_TK = decision.slot_TK < 0
+        if padding_T is not None:
+            decision = _without_padding(decision, padding_T)
+            z_T = z_T.masked_fill(padding_T, 0.0)
+            without_slot_TK = without_slot_TK & ~padding_T.unsqueeze(1)
+        if self.sharded or padding_T is not None:
+            loss, z_loss = self._losses_of_sums(decision, z_T, padding_T)
         else:
             loss, z_loss = decision.balance_loss, z_T.mean()
-        report = RouterReport(loss, z_loss, decision.load, (decision.slot_TK < 0).sum())
-        return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report)
+        report = RouterReport(loss, z_loss, decision.load, without_slot_TK.sum())
+        return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report, decision.rows_E)
 
-    def _losses_of_all_positions(self, decision: Decision, z_T: Tensor) -> tuple[Tensor, Tensor]:
-        """The two losses of a micro-batch whose tokens are divided over the tensor group."""
+    def capacity(self, tokens: int) -> int:
+        """Slots that an expert offers to so many tokens of this process."""
+        return self.groups * group_capacity(self.config, tokens // self.groups, self.all_groups)
+
+    def _losses_of_sums(self, decision: Decision, z_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The two losses of a micro-batch whose tokens may be divided over the tensor group, and be padding."""
         counted_E, probs_E = decision.counted_TE.to(z_T.dtype).sum(0), decision.probs_TE.sum(0)
-        sums = torch.cat((counted_E, probs_E, z_T.sum().unsqueeze(0)))
-        means = reduce_from(sums, self.comm, "tensor", "router.statistics") / (len(z_T) * self.comm.size("tensor"))
-        counted_E, probs_E, z_loss = means.split([self.num_experts, self.num_experts, 1])
-        return balance_loss(counted_E, probs_E), z_loss.squeeze(0)
+        parts = [counted_E, probs_E, z_T.sum().unsqueeze(0)]
+        if padding_T is not None:  # how many tokens there are is to be summed, too
+            parts.append((~padding_T).sum().to(z_T.dtype).unsqueeze(0))
+        sums = torch.cat(parts)
+        if self.sharded:
+            sums = reduce_from(sums, self.comm, "tensor", "router.statistics")
+        counted_E, probs_E, rest = sums.tensor_split([self.num_experts, 2 * self.num_experts])
+        tokens: Tensor | int = len(z_T) * self.comm.size("tensor") if padding_T is None else rest[1].clamp(min=1)
+        return balance_loss(counted_E / tokens, probs_E / tokens), rest[0] / tokens
 
-    def decide(self, logits_TE: Tensor, sequence: int) -> Decision:
-        """The gating rule; logits are in fp32 or better."""
+    def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
+        """The gating rule; logits are in fp32 or better. Of padding only slots and load need say that it is."""
         probs_TE = logits_TE.softmax(-1)
         expert_TK = pin(probs_TE.detach().topk(self.top_k, dim=-1).indices)
         gate_TK = probs_TE.gather(1, expert_TK)
@@ -154,15 +189,39 @@ class Router(ShardedModule):
 
         first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
         if self.config.dispatch == "dropless":
-            places, choices, load = sort_choices(expert_TK, self.num_experts)
-            return Decision(gate_TK, places, choices, probs_TE, first_TE, load)
+            if padding_T is None:
+                places, choices, load = sort_choices(expert_TK, self.num_experts)
+                return Decision(gate_TK, places, choices, probs_TE, first_TE, load)
+            each_TK = torch.arange(expert_TK.numel(), device=expert_TK.device).view_as(expert_TK) % self.num_experts
+            places, choices, rows_E = sort_choices(
+                torch.where(padding_T.unsqueeze(1), each_TK, expert_TK), self.num_experts
+            )
+            load = rows_E - _histogram(each_TK.flatten(), self.num_experts, padding_T.repeat_interleave(self.top_k))
+            return Decision(gate_TK, places, choices, probs_TE, first_TE, load, rows_E)
         tokens, groups = len(logits_TE), self.groups
         capacity = group_capacity(self.config, tokens // groups, self.all_groups)
         # To the queues, group g of expert e is an expert of its own, number e·groups + g: slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
-        slot_TK, choice_EC, load = assign_slots(queue_TK, self.num_experts * groups, capacity)
+        queues = self.num_experts * groups
+        if padding_T is None:
+            slot_TK, choice_EC, load = assign_slots(queue_TK, queues, capacity)
+        else:  # padding queues where nobody is served
+            queue_TK = queue_TK.masked_fill(padding_T.unsqueeze(1), queues)
+            slot_TK, choice_EC, load = assign_slots(queue_TK, queues + 1, capacity)
+            slot_TK = slot_TK.masked_fill(padding_T.unsqueeze(1), -1)
+            choice_EC, load = choice_EC[: queues * capacity], load[:-1]
         return Decision(gate_TK, slot_TK, choice_EC, probs_TE, first_TE, load.view(-1, groups).sum(1))
+
+
+def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
+    """Padding has no part in any sum over tokens."""
+    padding_T1 = padding_T.unsqueeze(1)
+    return decision._replace(
+        gate_TK=decision.gate_TK.masked_fill(padding_T1, 0.0),
+        probs_TE=decision.probs_TE.masked_fill(padding_T1, 0.0),
+        counted_TE=decision.counted_TE.masked_fill(padding_T1, 0),
+    )
 
 
 class _PreciseLinear(Function):
@@ -257,9 +316,9 @@ def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
 
 
-def _histogram(expert: Tensor, num_experts: int) -> Tensor:
+def _histogram(expert: Tensor, num_experts: int, counting: Tensor | None = None) -> Tensor:
     load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return load_E.scatter_add_(0, expert, torch.ones_like(expert))
+    return load_E.scatter_add_(0, expert, torch.ones_like(expert) if counting is None else counting.to(expert.dtype))
 
 
 def choices_of_slots(slot_TK: Tensor, slots: int) -> Tensor:

@@ -201,7 +201,7 @@ def _arguments(config: TrainConfig) -> dict[str, Any]:
     arguments = strategy_arguments(config)
     if config.trainer["precision"] == "16-mixed":
         arguments["loss_scale"] = config.optim.loss_scale or 2.0**16
-    return arguments | {"process_group_backend": "fake", "async_checkpoint": False}
+    return arguments | {"process_group_backend": "fake", "async_checkpoint": False, "check_replicas_every": None}
 
 
 def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observer: Callback) -> Trainer:

@@ -92,6 +92,10 @@ class SimulatedStrategy(TEDStrategy):
         self._modes.enter_context(mock.patch.object(fused, "_torch_step", self._meter.on_fused_step))
 
     @override
+    def _start(self, lengths: Any, stage: str) -> None:
+        """Nobody would say how many batches it has."""
+
+    @override
     def setup_optimizers(self, trainer: Any) -> None:
         assert self.model is not None
         for parameter in self.model.parameters():  # before the optimizer's own hooks, which may take the gradient
