@@ -8,7 +8,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.topology import Topology
 
 Kinds = tuple[GroupKind, ...]
+_KINDS = get_args(GroupKind)  # also names of the axes of our meshes; a user's may have others
 
 
 class ReplicaCheck:
@@ -85,7 +86,7 @@ def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             axes = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
-            kinds: Any = tuple(axis for axis, placement in axes if isinstance(placement, Replicate))
+            kinds: Any = tuple(axis for axis, placement in axes if axis in _KINDS and isinstance(placement, Replicate))
             yield name, parameter.to_local(), kinds
         else:
             yield name, parameter, ("data", "tensor")
