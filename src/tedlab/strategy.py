@@ -72,7 +72,8 @@ class TEDStrategy(ParallelStrategy):
     with any Lightning strategy: batches are drawn per data rank, gradients are reduced once per step, ``self.log(...,
     sync_dist=True)`` and metrics of torchmetrics count each sample once, checkpoints are directories that load under
     any other layout. Parameters that are not tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's
-    initial values are given to all, and their gradients are averaged over data ranks, as in DDP.
+    initial values are given to all, and their gradients are averaged over data ranks, as in DDP. When a loop starts,
+    generators are seeded by data rank, and so are the workers of data loaders (see ``seeding.py``).
 
     Args:
         tensor_parallel_size: T. Number of processes that share one layer.
