@@ -107,6 +107,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         trainer=trainer,
         logger={},
         checkpoint=replace(config.checkpoint, every=SAVED, monitor=None, keep=-1),
+        check_replicas_every=None,  # the record compares them, and a difference is to be named, not to end the run
         ckpt_path=None,
         output_dir=str(directory / "layout"),
     )
