@@ -186,7 +186,11 @@ class TrainConfig:
     experiment_name: str = MISSING
     seed: int = whole(least=0, most=2**32 - 1)  # what numpy takes
     output_dir: str = MISSING
-    ckpt_path: str | None = None  # a checkpoint directory to resume from
+    ckpt_path: str | None = (
+        None  # a checkpoint to resume from; or a run directory or its checkpoints: the last one there
+    )
+    # auto: continue where this output_dir ends, in the same W&B run; without a checkpoint there as if it were null.
+    resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = whole(100, least=1)  # steps between validations; there is always one at the end
     # Steps between checks that replicas are equal, bit by bit, also at the end; None: never.

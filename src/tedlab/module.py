@@ -50,7 +50,8 @@ class LanguageModel(LightningModule):
         self.early_stop = early_stop
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed, self.bytes_per_token = seed, bytes_per_token
-        self.save_hyperparameters({"model": asdict(model), "moe": asdict(moe)}, logger=False)
+        stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
+        self.save_hyperparameters(stored, logger=False)
 
     @property
     def topology(self) -> Topology:
@@ -97,7 +98,34 @@ class LanguageModel(LightningModule):
             (plain if "bias" in name or "norm" in name else decayed).append(parameter)
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
+        self._options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the schedule and the step depend on beside the hyper-parameters."""
+        trainer = self.trainer
+        checkpoint["trainer"] = {"max_steps": trainer.max_steps, "gradient_clip_val": trainer.gradient_clip_val}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lets the optimizer go on with the state that was saved, and with the values that are configured now.
+
+        A checkpoint's parameter groups and schedule hold learning rate, betas, weight decay and so on, too; what is to
+        be taken over of them is in the configuration already (``resume.py``).
+        """
+        if self._trainer is None or not self.trainer.optimizers or not checkpoint.get("lr_schedulers"):
+            return
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        schedule, saved = config.scheduler, checkpoint["lr_schedulers"][0]
+        assert isinstance(schedule, LambdaLR)
+        saved["base_lrs"] = [self.optim_config.lr for _ in self._options]
+        saved["_last_lr"] = [
+            rate * factor(saved["last_epoch"])
+            for rate, factor in zip(saved["base_lrs"], schedule.lr_lambdas, strict=True)
+        ]
+        for group, options, rate in zip(optimizer.param_groups, self._options, saved["_last_lr"], strict=True):
+            group.update({**options, "lr": rate})
 
 
 def optimizer_with_schedule(

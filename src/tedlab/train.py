@@ -3,6 +3,8 @@
 from contextlib import nullcontext
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
+
 from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
@@ -12,6 +14,7 @@ def train(config: TrainConfig) -> float:
     from tedlab import outside
     from tedlab.launch import launch
     from tedlab.locks import run_directory
+    from tedlab.resume import named_values, resume
     from tedlab.run import run
     from tedlab.validate import check, notes
 
@@ -19,13 +22,15 @@ def train(config: TrainConfig) -> float:
     started_outside = outside.started_outside()
     if started_outside and outside.restarts():
         go_on_after_restart(config)
+    resumed = resume(config, named_values(HydraConfig.get()))
     degrees = check(config)
     held = not started_outside or outside.first_outside()  # by one process for all
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
         if config.certificate:
             certify_first(config)
         if not started_outside:
-            print(*notes(config), f"Starting {degrees}.\nRun directory: {config.output_dir}", sep="\n", flush=True)
+            said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
+            print(*said, sep="\n", flush=True)
         summary = launch(run, config, int(config.trainer["devices"]), lock)
     return float(summary.get(config.objective, float("nan")))
 

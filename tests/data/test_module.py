@@ -1,7 +1,7 @@
-import re
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 
@@ -77,12 +77,12 @@ class Save(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def _fit(data, steps=STEPS, callbacks=(), ckpt_path=None, **arguments):
+def _fit(data, steps=STEPS, callbacks=(), ckpt_path=None, batch=BATCH, **arguments):
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        accumulate_grad_batches=BATCH // data.data.micro_batch_size,
+        accumulate_grad_batches=batch // data.data.micro_batch_size,
         num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=False,
@@ -179,13 +179,43 @@ def test_workers_fetch_the_epoch_that_is_resumed(data, tmp_path):
     assert _fit(data(num_workers=1), 13, ckpt_path=checkpoint).seen == reference.seen[8 * BATCH :]
 
 
-def test_resuming_with_another_batch_size_is_refused(data, tmp_path):
+def test_runs_of_other_batch_sizes_read_on_in_the_order_of_the_epoch(data, tmp_path):
+    """51 samples. No sample comes twice or is left out, until fewer are left in an epoch than a step takes."""
+    orders = [np.random.default_rng([1, epoch]).permutation(SAMPLES).tolist() for epoch in range(4)]
+    seen, steps, checkpoint = [], 0, None
+    resumed = [(8, 2, 3), (4, 4, 3), (12, 2, 1), (1, 1, 3), (10, 5, 4), (2, 1, 7), (16, 4, 3)]  # batch, micro, steps
+    for batch, micro, more in resumed:
+        module = data(micro)
+        module.data.batch_size = batch
+        steps += more
+        following = tmp_path / f"{steps}"
+        run = _fit(module, steps, [Save("on_train_end", steps, following)], checkpoint, batch=batch)
+        assert run.steps == [*range(batch, more * batch + 1, batch)]
+        seen += run.seen
+        checkpoint = following
+    # The first epoch is read to its last sample; in the second a step of two does not fit any more; in the third there
+    # are, after four samples, two steps of sixteen left.
+    assert seen == orders[0] + orders[1][:50] + orders[2][: 4 + 32] + orders[3][:16]
+
+
+def test_another_order_begins_with_an_epoch_of_its_own(data, tmp_path):
     checkpoint = tmp_path / "checkpoint"
     _fit(data(), 3, [Save("on_train_end", 3, checkpoint)])
     other = data()
-    other.data.batch_size = 16
-    with pytest.raises(ValueError, match=re.escape("after 24 samples: that is no whole number of optimizer steps")):
-        _fit(other, ckpt_path=checkpoint)
+    other.seed = 2
+    with pytest.warns(UserWarning, match="another seed"):
+        seen = _fit(other, 5, ckpt_path=checkpoint).seen
+    assert seen == np.random.default_rng([2, 1]).permutation(SAMPLES).tolist()[: 2 * BATCH]
+
+
+def test_a_checkpoint_that_counts_samples_alone_goes_on_after_them(data, tmp_path):
+    """As they were saved while a batch size could not change."""
+    checkpoint = tmp_path / "checkpoint"
+    _fit(data(), 8, [Save("on_train_end", 8, checkpoint)])
+    saved = torch.load(checkpoint, weights_only=False)
+    saved["TextDataModule"] = {"samples": 8 * BATCH}
+    torch.save(saved, checkpoint)
+    assert _fit(data(), 10, ckpt_path=checkpoint).seen == _fit(data(), 10).seen[8 * BATCH :]
 
 
 def test_ranks_of_the_strategy_share_out_every_step(data):

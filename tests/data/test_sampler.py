@@ -1,5 +1,7 @@
+import numpy as np
 import pytest
 
+from tedlab.data.position import Position
 from tedlab.data.sampler import MicroBatchSampler
 
 BATCH = 16  # samples of one optimizer step
@@ -72,16 +74,35 @@ def test_a_resumed_run_reads_the_rest_of_an_uninterrupted_one(ranks, steps):
     for rank in range(ranks):
         uninterrupted = list(run(_sampler(ranks, rank), range(4)))
         resumed = _sampler(ranks, rank)
-        resumed.start_at(steps * BATCH)
+        resumed.start_at(Position().after(steps, BATCH, len(SAMPLES)).of_next_step(BATCH, len(SAMPLES)))
         assert list(run(resumed, range(steps // 5, 4))) == uninterrupted[steps * BATCH // ranks :]
 
 
 def test_resuming_makes_the_epoch_current_before_set_epoch_is_called():
     reference, resumed = _sampler(), _sampler()
     reference.set_epoch(1)
-    resumed.start_at(7 * BATCH)
+    resumed.start_at(Position(1, 2 * BATCH))
     assert list(resumed) == list(reference)[2 * BATCH :]
     assert len(resumed) == 5 * BATCH  # Lightning counts the batches that were read before
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (2, 3), (3, 2)])
+def test_from_anywhere_in_an_epoch_whole_steps_are_left(ranks, micro):
+    """87 samples, of which 20 have been read: 67 are left, five steps of 12."""
+    start, order = Position(3, 20), np.random.default_rng([1, 3]).permutation(87)
+    samplers = [
+        MicroBatchSampler(SAMPLES, num_replicas=ranks, rank=rank, batch_size=12, micro_batch_size=micro, seed=1)
+        for rank in range(ranks)
+    ]
+    for sampler in samplers:
+        sampler.start_at(start)
+    dealt = [i for together in zip(*map(_micro_batches, samplers), strict=True) for batch in together for i in batch]
+    assert dealt == order[20:80].tolist()
+    assert start.after(4, 12, 87) == Position(3, 68)
+    assert start.after(5, 12, 87) == Position(3, 80)
+    assert start.after(5, 12, 87).of_next_step(12, 87) == Position(4, 0)
+    assert start.after(5, 12, 87).of_next_step(7, 87) == Position(3, 80)
+    assert start.after(5 + 7 + 2, 12, 87) == Position(5, 24)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +114,6 @@ def test_resuming_makes_the_epoch_current_before_set_epoch_is_called():
             lambda: MicroBatchSampler(range(15), num_replicas=1, rank=0, batch_size=16, micro_batch_size=1),
             r"has 15 samples, fewer than one optimizer step takes \(data.batch_size=16\)",
         ),
-        (lambda: _sampler().start_at(24), r"after 24 samples: that is no whole number .* data.batch_size=16"),
     ],
 )
 def test_what_cannot_be_dealt_is_refused(build, message):

@@ -3,14 +3,17 @@
 Where text, tokens and the order of samples come from is decided in the modules imported here.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
 from tedlab.config import DataConfig
 from tedlab.data.corpus import Corpus, prepare_corpus
 from tedlab.data.packing import PackedSamples
+from tedlab.data.position import Position
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
 
@@ -33,7 +36,8 @@ class TextDataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.seed = seed
         self._corpus: Corpus | None = None
-        self._consumed = 0  # samples, over all data ranks and epochs, before the checkpoint that was loaded
+        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until the first loader
+        self._start, self._steps_before = Position(), 0  # where this run began in the data, and at which step
 
     @property
     def corpus(self) -> Corpus:
@@ -82,11 +86,16 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         samples = PackedSamples(self.corpus.train, self.sequence_length)
         sampler = self._sampler(samples, shuffle=True)
-        sampler.start_at(self._consumed)
+        if self._loaded is not None:
+            self._start, self._steps_before = self._position(self._loaded, len(samples)), self.trainer.global_step
+            self._loaded = None
+        sampler.start_at(self._start)
         if self.trainer.fit_loop.is_resuming:
-            epoch, offset = divmod(self._consumed, sampler.total_size)
-            micro_batch = self.data.micro_batch_size * sampler.num_replicas  # samples that all data ranks read at once
-            align_fit_loop(self.trainer, epoch, offset // micro_batch, self._consumed // micro_batch)
+            accumulated = self.data.batch_size // (self.data.micro_batch_size * sampler.num_replicas)
+            read = Position().steps_left(self.data.batch_size, len(samples))
+            read -= self._start.steps_left(self.data.batch_size, len(samples))
+            steps = self.trainer.global_step
+            align_fit_loop(self.trainer, self._start.epoch, read * accumulated, steps * accumulated)
         return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
@@ -94,11 +103,28 @@ class TextDataModule(LightningDataModule):
         return self._loader(samples, self._sampler(samples, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
+        """Where the next sample is, in the order of this seed and of so many samples."""
         assert self.trainer is not None
-        return {"samples": self.trainer.global_step * self.data.batch_size}
+        if self._loaded is not None:  # nothing has been read since
+            return self._loaded
+        samples = len(PackedSamples(self.corpus.train, self.sequence_length))
+        steps = self.trainer.global_step - self._steps_before
+        position = self._start.after(steps, self.data.batch_size, samples)
+        return {**asdict(position), "of": samples, "seed": self.seed, "batch_size": self.data.batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._consumed = state_dict["samples"]
+        self._loaded = state_dict
+
+    def _position(self, state: dict[str, Any], samples: int) -> Position:
+        """What a checkpoint says; in another text or order, where that has no meaning, the beginning of an epoch."""
+        if "epoch" not in state:  # saved before batch sizes could change
+            whole = samples // self.data.batch_size * self.data.batch_size
+            return Position(*divmod(state["samples"], whole)).of_next_step(self.data.batch_size, samples)
+        saved = Position(state["epoch"], state["offset"])
+        if (state["of"], state["seed"]) != (samples, self.seed):
+            rank_zero_warn("Other text or another seed than the checkpoint's: its samples begin with a new epoch.")
+            return Position(saved.epoch + 1)
+        return saved.of_next_step(self.data.batch_size, samples)
 
     def _sampler(self, samples: PackedSamples | Subset, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None

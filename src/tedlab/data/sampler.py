@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sized
 import numpy as np
 from torch.utils.data.distributed import DistributedSampler
 
+from tedlab.data.position import Position
+
 
 class MicroBatchSampler(DistributedSampler[int]):
     """Deals the micro-batches of an epoch to the data ranks in turn: rank d of D takes d, d + D, d + 2·D, …
@@ -60,31 +62,27 @@ class MicroBatchSampler(DistributedSampler[int]):
         self.micro_batch_size = micro_batch_size
         self.total_size = len(dataset) // batch_size * batch_size  # samples of one epoch over all ranks
         self.num_samples = self.total_size // num_replicas
-        self._resumed_epoch, self._resumed_offset = 0, 0
+        self._start = Position()
 
-    def start_at(self, samples: int) -> None:
-        """Continue a run that has consumed ``samples`` samples so far, over all ranks and epochs.
+    def start_at(self, start: Position) -> None:
+        """Continue a run that has come to ``start``, whatever its batch size and layout were.
 
         The epoch that holds the next sample starts there; every other epoch starts at its beginning. That epoch is
         also made the current one, because ``DataLoader`` workers fetch their first batches before Lightning calls
-        ``set_epoch``.
+        ``set_epoch``. The length stays that of a whole epoch.
 
-        Raises:
-            ValueError: ``samples`` is no whole number of optimizer steps.
+        Args:
+            start: with at least one step left in its epoch.
         """
-        if samples % self.batch_size:
-            raise ValueError(
-                f"Cannot continue after {samples} samples: that is no whole number of optimizer steps of "
-                f"data.batch_size={self.batch_size}. Resume with the batch size that the run was started with."
-            )
-        self._resumed_epoch, self._resumed_offset = divmod(samples, self.total_size)
-        self.epoch = self._resumed_epoch
+        self._start = start
+        self.epoch = start.epoch
 
     def __iter__(self) -> Iterator[int]:
         """Sample indices of this rank in this epoch, micro-batch by micro-batch."""
         count = len(self.dataset)  # type: ignore[arg-type]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
-        micro_batches = order[: self.total_size].reshape(-1, self.micro_batch_size)
-        first = self._resumed_offset // self.micro_batch_size if self.epoch == self._resumed_epoch else 0
-        for micro_batch in micro_batches[first + self.rank :: self.num_replicas]:
+        start = self._start if self.epoch == self._start.epoch else Position(self.epoch)
+        end = start.offset + start.steps_left(self.batch_size, count) * self.batch_size
+        micro_batches = order[start.offset : end].reshape(-1, self.micro_batch_size)
+        for micro_batch in micro_batches[self.rank :: self.num_replicas]:
             yield from micro_batch.tolist()

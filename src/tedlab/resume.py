@@ -1,0 +1,226 @@
+"""Where a run goes on, and which values it takes over from there.
+
+A checkpoint decides how its model is trained on: everything in ``DECIDED`` is as it was, but for what the command line
+names, or an experiment file that it names. A preset named for ``optim`` or ``moe`` names all of its group; one for
+``trainer``, ``data`` or ``parallel`` says where to run and on what, and names nothing. The configuration is changed
+before anything is launched, so that config.yaml and the loggers say what is true, and the optimizer obeys it, see
+:meth:`tedlab.module.LanguageModel.on_load_checkpoint`.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from tedlab.checkpoint import META, read_meta
+from tedlab.cli import UsageError
+from tedlab.config import TrainConfig
+
+DECIDED = (
+    *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr_fraction", "optim.decay_fraction"),
+    *("optim.optimizer", "optim.loss_scale", "trainer.gradient_clip_val", "trainer.max_steps"),
+    *("moe.top_k", "moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
+    *("moe.aux_loss", "moe.z_loss", "moe.gating", "moe.min_capacity", "moe.random_token_selection"),
+    *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "seed"),
+)
+_RECIPES = ("optim", "moe")  # groups whose presets say how to train
+_WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
+
+
+def resume(config: TrainConfig, named: Collection[str]) -> list[str]:
+    """Completes ``config`` in place by where it goes on: ``ckpt_path``, and what follows from it.
+
+    Args:
+        config: as composed.
+        named: see :func:`named_values`.
+
+    Returns:
+        What is to be said of it; nothing for a run that begins.
+
+    Raises:
+        UsageError: if there is no such checkpoint, or a value that is named cannot be changed.
+    """
+    if config.resume not in (None, "auto"):
+        raise UsageError(f"resume={config.resume} is unknown; valid: auto (go on where the run directory ends), null")
+    try:
+        last = Path(config.output_dir, "checkpoints", "last.ckpt")
+        if config.resume == "auto" and _is_checkpoint(last):
+            config.ckpt_path = str(last)
+            _same_wandb_run(config)
+        if config.ckpt_path is None:
+            return []
+        path = find_checkpoint(Path(config.ckpt_path))
+        config.ckpt_path = str(path)
+        meta = read_meta(path)
+        return [f"Going on from {path}, step {meta.get('global_step')}.", *take_over(config, meta, named)]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}") from None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that ``path`` is, or the last one of the run directory or folder of checkpoints that it is.
+
+    Raises:
+        FileNotFoundError: if there is none; names those that lie near.
+    """
+    for place in (path, path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
+        if _is_checkpoint(place):
+            return place
+    what = "has no last.ckpt, and no checkpoints/last.ckpt" if path.is_dir() else "does not exist"
+    near = ", ".join(map(str, _near(path))) or "none"
+    raise FileNotFoundError(f"ckpt_path={path} {what}; checkpoints near it: {near}")
+
+
+def named_values(hydra: Any) -> set[str]:
+    """What the command line names, and the experiment file that it chooses: dotted names of values and of sections.
+
+    Args:
+        hydra: Hydra's own configuration of the job.
+    """
+    named = {re.sub(r"^[+~]+", "", override).partition("=")[0].partition("@")[0] for override in hydra.overrides.task}
+    experiment = hydra.runtime.choices.get("experiment")
+    for source in hydra.runtime.config_sources:
+        file = Path(source.path, "experiment", f"{experiment}.yaml")
+        if source.schema == "file" and file.is_file():
+            content = OmegaConf.to_container(OmegaConf.load(file))
+            assert isinstance(content, dict)
+            for default in content.pop("defaults", []):
+                if isinstance(default, dict):
+                    named |= {str(key).removeprefix("override").strip(" /") for key in default}
+            named |= set(_leaves(content))
+    return named - ({"data", "model", "parallel", "trainer"} | {"experiment"})
+
+
+def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[str]) -> list[str]:
+    """Puts what a checkpoint decides into ``config``, unless it is named.
+
+    Args:
+        config: changed in place.
+        meta: of the checkpoint.
+        named: see :func:`named_values`.
+
+    Returns:
+        A sentence on what is other than in the checkpoint, and one on what is other than configured; each if any.
+
+    Raises:
+        ValueError: if another optimizer or loss scale is configured, which the state that was saved does not fit.
+    """
+    stored = _stored(meta)
+    kept, changed = [], []
+    for name in DECIDED:
+        if name not in stored:  # an older checkpoint, or another's
+            continue
+        section, _, field = name.rpartition(".")
+        place = getattr(config, section) if section else config
+        ours: Any = place.get(field) if isinstance(place, dict) else getattr(place, field)
+        value = _options(ours, stored[name], named) if name == "optim.optimizer" else stored[name]
+        if name != "optim.optimizer" and _is_named(name, named):
+            value = ours
+        if value != stored[name]:
+            changed += _differences(name, value, stored[name])
+        if value != ours:
+            kept += _differences(name, value, ours)
+        if isinstance(place, dict):
+            place[field] = value
+        else:
+            setattr(place, field, value)
+    if any(name == "optim.loss_scale" for name, *_ in changed):
+        raise ValueError(
+            f"optim.loss_scale={config.optim.loss_scale} is where a run begins; this one goes on with the scale that "
+            "the checkpoint has come to. Leave it out"
+        )
+    said = []
+    if changed:
+        text = ", ".join(f"{name}={_text(new)} (so far {_text(old)})" for name, new, old in changed)
+        said.append(f"Other than so far: {text}.")
+    if kept:
+        text = ", ".join(f"{name}={_text(new)} (not {_text(old)})" for name, new, old in kept)
+        said.append(f"As in the checkpoint, since not named here: {text}.")
+    return said
+
+
+def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a checkpoint by dotted name."""
+    hyper = _section(meta, "hyper_parameters")
+    sections = {"moe": _section(hyper, "moe"), "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
+    stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, "TextDataModule").get("batch_size")}
+    return stored | {name: value for name, value in others.items() if value is not None}
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Empty if there is none, or something else by that name: a checkpoint need not be one of this command."""
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _options(ours: Mapping[str, Any], stored: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
+    """Of the optimizer: those stored, but for those that are named. A checkpoint chooses no class."""
+    stored = stored if isinstance(stored, Mapping) else {}
+    kind, theirs = ours.get("_target_"), stored.get("_target_")
+    if kind != theirs:
+        raise ValueError(
+            f"optim.optimizer._target_ is {kind}, but the checkpoint has the state of {theirs}; "
+            f"add optim.optimizer._target_={theirs}, or a preset optim=… of it"
+        )
+    names = {name for name in {*ours, *stored} if _is_named(f"optim.optimizer.{name}", named)}
+    return {
+        **{name: value for name, value in stored.items() if name not in names and _is_plain(value)},
+        **{name: value for name, value in ours.items() if name in names},
+        "_target_": kind,
+    }
+
+
+def _is_named(name: str, named: Collection[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in named)
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers, words and lists of them: nothing that Hydra would make an object of."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _differences(name: str, new: Any, old: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(new, Mapping) and isinstance(old, Mapping):
+        keys = [key for key in {**old, **new} if new.get(key) != old.get(key)]
+        return [(f"{name}.{key}", new.get(key), old.get(key)) for key in keys]
+    return [(name, new, old)]
+
+
+def _text(value: object) -> str:
+    """As on a command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
+
+
+def _leaves(content: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Or what is left of one, of which reading says more."""
+    return any((path / name).is_file() for name in (META, ".metadata")) or path.with_name(f"{path.name}.old").is_dir()
+
+
+def _near(path: Path) -> list[Path]:
+    folder = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    if folder == Path(folder.anchor):
+        return []
+    patterns = (f"{above}{META}" for above in ("*/", "checkpoints/*/", "*/checkpoints/*/", "*/*/checkpoints/*/"))
+    return sorted({file.parent for pattern in patterns for file in folder.glob(pattern)})[:8]
+
+
+def _same_wandb_run(config: TrainConfig) -> None:
+    """Makes W&B continue the run that wrote into this run directory last; the folders of its runs end in their id."""
+    folders = sorted(Path(config.output_dir, "wandb").glob("*run-*"), key=lambda folder: folder.name.split("run-")[1])
+    ids = [match[1] for folder in folders if (match := _WANDB_RUN.fullmatch(folder.name))]
+    for logger in config.logger.values():
+        if ids and str(logger.get("_target_", "")).endswith("WandbLogger") and not logger.get("id"):
+            logger["id"] = ids[-1]
