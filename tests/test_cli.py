@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 
-from tedlab.cli import UsageError, check_overrides
+from tedlab.cli import UsageError, check_overrides, hydra_entry
+from tedlab.config import TrainConfig
 
 SCREEN = 25  # lines
 
@@ -78,6 +81,50 @@ def test_nothing_can_be_added_that_the_typed_configuration_has_no_field_for(over
     """Only arguments of the Trainer, of loggers and of the optimizer are open: elsewhere it would go unnoticed."""
     with pytest.raises(UsageError, match="Did you mean"):
         check_overrides([override])
+
+
+def count_layers(config: TrainConfig) -> float:
+    """A task that some configurations are wrong for, in each of the ways in which a task can end."""
+    if config.model.layers == 3:
+        raise UsageError("three layers are one too many")
+    if config.model.layers == 4:
+        raise ValueError("four layers fall over")
+    if config.model.layers == 5:
+        sys.exit("five layers have a mistake")
+    return config.model.layers
+
+
+def run_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: str) -> int | str | None:
+    """The exit code of a sweep in this process."""
+    arguments = ["train", "-m", overrides, f"hydra.sweep.dir={folder}", f"output_dir={folder}/${{hydra:job.num}}"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    try:
+        hydra_entry(count_layers)()
+    except SystemExit as end:
+        return end.code
+    finally:
+        HydraConfig.instance().cfg = None
+        GlobalHydra.instance().clear()
+    return 0
+
+
+def test_a_sweep_tells_each_failed_job_at_once_and_all_of_them_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_sweep(tmp_path, monkeypatch, "model.layers=2,3,4,5,6") == 1
+    shown = capfd.readouterr().err
+    told, _, listed = shown.partition("Failed jobs of this sweep: 3")
+    for job, layers, cause in ((1, 3, "one too many"), (2, 4, "four layers fall over"), (3, 5, "have a mistake")):
+        line = f"job {job} (model.layers={layers}"
+        assert line in told
+        assert [cause in listed_line for listed_line in listed.splitlines() if line in listed_line] == [True]
+        assert cause in told
+    assert "raise ValueError" in told  # an error that nobody expected is told with its traceback
+    assert (tmp_path / "4").is_dir()  # the jobs after them have run
+
+
+def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_sweep(tmp_path, monkeypatch, "model.layers=1,2") == 0
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.CompletedProcess[str]":

@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tedlab.config import TrainConfig
 from tedlab.launch import leave_if_started_outside
 from tedlab.plan import file as plan_file
+from tedlab.sweep import SweepFailures
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -37,14 +38,17 @@ class UsageError(CompactHydraException):
 def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
     """The entry point of a command that takes training overrides and calls ``task`` with what they compose to."""
 
+    failures = SweepFailures()
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
     def entry(config: DictConfig) -> float:
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
-        typed = OmegaConf.to_object(config)
-        assert isinstance(typed, TrainConfig)
-        return task(typed)
+        with failures.told():
+            missing = sorted(OmegaConf.missing_keys(config))
+            if missing:
+                raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
+            typed = OmegaConf.to_object(config)
+            assert isinstance(typed, TrainConfig)
+            return task(typed)
 
     def main() -> None:
         try:
@@ -57,7 +61,10 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
                 check_overrides(arguments.overrides)
             except UsageError as error:
                 sys.exit(f"{error}")
-        entry()
+        try:
+            entry()
+        finally:
+            failures.list_all()
         leave_if_started_outside()
 
     return main

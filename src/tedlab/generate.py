@@ -16,6 +16,7 @@ from tedlab import checkpoint
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.models import GPT
+from tedlab.ranges import check_ranges, real, whole
 from tedlab.topology import Topology
 from tedlab.untrusted import typed
 
@@ -26,9 +27,9 @@ class GenerateConfig:
 
     run: str  # directory of a finished run
     prompt: str = ""
-    tokens: int = 200  # to add
-    temperature: float = 0.8  # 0: always the most probable token
-    seed: int = 0
+    tokens: int = whole(200, least=0)  # to add
+    temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
+    seed: int = whole(0, least=0, most=2**63 - 1)
     checkpoint: str = "last.ckpt"  # name below checkpoints/
 
 
@@ -38,11 +39,9 @@ def generate(config: GenerateConfig) -> str:
 
     Raises:
         FileNotFoundError: if the run or its checkpoint is not there.
-        ValueError: if ``tokens`` or ``temperature`` is negative, or a file of the run is damaged; says which.
+        ValueError: if a number is not in its range, or a file of the run is damaged; says which.
     """
-    for name in ("tokens", "temperature"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 0")
+    check_ranges(config)
     directory = Path(config.run)
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")

@@ -49,6 +49,20 @@ class Range:
             null = ", or null" if optional else ""
             raise ValueError(f"{name} is {value}; it must be {self._described(value)}{null}")
 
+    def parse(self, name: str, text: str) -> Any:
+        """The number that a word of a command line is.
+
+        Raises:
+            ValueError: as :meth:`check`.
+        """
+        value: object
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = text
+        self.check(name, value)
+        return value
+
     def _contains(self, value: object) -> bool:
         if not self._is_number(value):
             return False
@@ -92,9 +106,10 @@ def real(
     most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    also: tuple[float, ...] = (),
 ) -> Any:
     """A dataclass field for a finite number, None where its type allows it."""
-    return field(default=default, metadata={"range": Range(least, most, above, below)})
+    return field(default=default, metadata={"range": Range(least, most, above, below, also)})
 
 
 class NumberField(NamedTuple):

@@ -39,7 +39,9 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     cluster = load_cluster(own["cluster"])
     ranks = _ranks(own.get("sim.rank", "0"))
     config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
-    check_simulated(config)
+    degrees = check_simulated(config)
+    if isinstance(ranks, int) and ranks >= degrees.world_size:
+        raise UsageError(f"sim.rank={ranks} is no rank of {degrees}: 0 to {degrees.world_size - 1}")
     routing = routing_of(config, own.get("sim.routing", "balanced"), own.get("sim.zipf"), own.get("sim.trace"))
     summary = simulate_visibly(config, own["cluster"], cluster, ranks, routing)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:

@@ -171,7 +171,7 @@ def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -
         (["out=x.yaml", "proceses=2"], "proceses=2: there is no such argument.*processes="),
         ([], r"out= is not a path that ends in \.yaml"),
         (["out=x.json"], r"out=x\.json is not a path"),
-        (["out=x.yaml", "processes=0"], "processes=0 is not a number of processes: 1 or more"),
+        (["out=x.yaml", "processes=0"], "processes is 0; it must be at least 1"),
         (["out=x.yaml", "device=tpu"], "device=tpu is unknown; valid: cpu, cuda"),
         (["out=x.yaml", "device=cuda", "processes=99"], "processes=99, but torch sees"),
         (["out=x.yaml", "quick=yes"], "quick=yes is neither true nor false"),

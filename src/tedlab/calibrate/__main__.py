@@ -8,6 +8,7 @@
 Then: ``python -m tedlab.simulate cluster=FILE.yaml …``.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tedlab.calibrate.calibration import CalibrateConfig, calibrate
 from tedlab.cli import UsageError
 from tedlab.launch import WorkerFailed, launch, leave_if_started_outside
 from tedlab.outside import WrongEnvironment, started_outside
+from tedlab.ranges import LARGEST, Range
 
 _DEVICES = ("cpu", "cuda")
 
@@ -27,6 +29,8 @@ def parse(arguments: list[str]) -> CalibrateConfig:
     """
     import torch
 
+    from tedlab.validate.settings import check_writable
+
     known = {"out": "", "processes": "1", "device": "cuda" if torch.cuda.is_available() else "cpu", "quick": "false"}
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -36,17 +40,21 @@ def parse(arguments: list[str]) -> CalibrateConfig:
     out = Path(known["out"])
     if out.suffix != ".yaml":
         raise UsageError(f"out={known['out']} is not a path that ends in .yaml: say where to put the cluster file")
-    if not known["processes"].isdecimal() or int(known["processes"]) < 1:
-        raise UsageError(f"processes={known['processes']} is not a number of processes: 1 or more")
     if known["device"] not in _DEVICES:
         raise UsageError(f"device={known['device']} is unknown; valid: {', '.join(_DEVICES)}")
-    if known["device"] == "cuda" and int(known["processes"]) > torch.cuda.device_count():
+    try:
+        most = LARGEST if known["device"] == "cuda" else max(8, 4 * (os.cpu_count() or 1))
+        processes = Range(1, most, whole=True).parse("processes", known["processes"])
+        check_writable("out", out.absolute().parent)
+    except ValueError as error:
+        raise UsageError(f"{error}") from None
+    if known["device"] == "cuda" and processes > torch.cuda.device_count():
         raise UsageError(
             f"processes={known['processes']}, but torch sees {torch.cuda.device_count()} CUDA devices here"
         )
     if known["quick"] not in ("true", "false"):
         raise UsageError(f"quick={known['quick']} is neither true nor false")
-    return CalibrateConfig(out, known["device"], int(known["processes"]), known["quick"] == "true")
+    return CalibrateConfig(out, known["device"], processes, known["quick"] == "true")
 
 
 def main() -> None:

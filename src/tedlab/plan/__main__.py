@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
+from tedlab.ranges import Range
 
 _OWN = {"cluster": "", "plan.reserve_gib": "1.2", "plan.simulate": "4", "plan.largest": "false"}
 
@@ -27,19 +28,19 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
 
     if not own["cluster"]:
         raise UsageError(f"Say what to plan for, with cluster=NAME. Valid: {', '.join(cluster_names())}")
-    reserve, simulations = own["plan.reserve_gib"], own["plan.simulate"]
-    if not reserve.replace(".", "", 1).isdecimal():
-        raise UsageError(f"plan.reserve_gib={reserve} is not a number of GiB")
-    if not simulations.isdecimal() or simulations == "0":
-        raise UsageError(f"plan.simulate={simulations} is not a number of candidates: at least 1")
+    try:
+        reserve = Range(0).parse("plan.reserve_gib", own["plan.reserve_gib"])
+        simulations = Range(1, 1000, whole=True).parse("plan.simulate", own["plan.simulate"])
+    except ValueError as error:
+        raise UsageError(f"{error}") from None
     if own["plan.largest"] not in ("true", "false"):
         raise UsageError(f"plan.largest={own['plan.largest']} is neither true nor false")
     plan = plan_visibly(
         config,
         own["cluster"],
         load_cluster(own["cluster"]),
-        reserve_gib=float(reserve),
-        simulations=int(simulations),
+        reserve_gib=reserve,
+        simulations=simulations,
         find_largest=own["plan.largest"] == "true",
         given=HydraConfig.get().overrides.task,
     )
