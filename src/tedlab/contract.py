@@ -1,14 +1,142 @@
 """What of Lightning needs care under TEDStrategy, or does not go with it, and why. All of it: docs/lightning.md."""
 
 import copy
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ModelPruning,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+)
+from lightning.pytorch.core import saving
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import nn
+from torch.distributed.tensor import Replicate
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from tedlab.checkpoint import META
+
+PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
+
+
+def check(trainer: Trainer, strategy: ParallelStrategy, tensor_ranks: int) -> None:
+    """Refuses what would go wrong, silently or late. The same on every process, before the first step.
+
+    Args:
+        trainer: about to run.
+        strategy: its strategy, with the model.
+        tensor_ranks: T, the number of processes that are given the same batches.
+
+    Raises:
+        ValueError: saying what does not work, why, and what does.
+    """
+    module = trainer.lightning_module
+    for reason in (*_settings(trainer, strategy, module), *_callbacks(trainer, tensor_ranks), *_parameters(module)):
+        raise ValueError(f"{reason} (docs/lightning.md)")
 
 
 def prepare(trainer: Trainer) -> None:
-    """Called once the model is built and on its device."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    """Makes work what does with a little help. Called once the model is built and on its device."""
+    for callback in _callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
             # It copied the module before ``configure_model`` made the layers, and would average only what was there.
             callback._average_model = copy.deepcopy(trainer.lightning_module)
+    if trainer._detect_anomaly:
+        _let_torch_look_for_nan()
+
+
+def explain_directories() -> None:
+    """Lets ``load_from_checkpoint``, which opens one file, say what to do with a checkpoint that is a directory."""
+    load = saving.pl_load
+
+    @functools.wraps(load)
+    def load_or_explain(path: Any, *args: Any, **options: Any) -> Any:
+        if isinstance(path, (str, Path)) and (Path(path) / META).exists():
+            raise ValueError(
+                f"{path} is a sharded checkpoint, a directory, which load_from_checkpoint cannot read since its layers "
+                "need a Trainer's topology: give it as ckpt_path to trainer.fit, validate, test or predict, call "
+                "tedlab.checkpoint.load_weights(self, path) in on_fit_start, or make one file of it with "
+                "python -m tedlab.checkpoint consolidate (docs/lightning.md)"
+            )
+        return load(path, *args, **options)
+
+    saving.pl_load = load_or_explain  # type: ignore[assignment]
+
+
+def _settings(trainer: Trainer, strategy: ParallelStrategy, module: LightningModule) -> Iterator[str]:
+    precision = strategy.precision_plugin
+    known = type(precision) is Precision or isinstance(precision, (MixedPrecision, HalfPrecision, DoublePrecision))
+    if precision.precision not in PRECISIONS or not known:
+        yield (
+            f"TEDStrategy does not support precision={precision.precision!r} of {type(precision).__name__} yet; "
+            f"valid: {', '.join(PRECISIONS)}"
+        )
+    if strategy._checkpoint_io is not None:
+        yield (
+            f"The plugin {type(strategy._checkpoint_io).__name__} would not be used: TEDStrategy writes a directory "
+            "through torch.distributed.checkpoint; leave it out (in the background: TEDStrategy(async_checkpoint=True))"
+        )
+    if strategy._layer_sync is not None and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+        yield (
+            "sync_batchnorm=True does not work under TEDStrategy: leave it out (each data rank then normalises with "
+            "its own samples), or use LayerNorm, RMSNorm or GroupNorm"
+        )
+
+
+def _callbacks(trainer: Trainer, tensor_ranks: int) -> Iterator[str]:
+    for callback in _callbacks_of(trainer):
+        on_exception = isinstance(callback, ModelCheckpoint) and callback.save_on_exception
+        if on_exception or isinstance(callback, OnExceptionCheckpoint):
+            yield (
+                f"{type(callback).__name__} would save when an exception is raised, but all processes write a "
+                "checkpoint together, and those without the exception would be waited for in vain: save every n steps"
+            )
+        if isinstance(callback, ModelPruning):
+            yield (
+                "ModelPruning replaces parameters by masked ones in the middle of training, of which the sharded "
+                "optimizer and its checkpoints know nothing: prune a consolidated model instead"
+            )
+        if isinstance(callback, ThroughputMonitor) and tensor_ranks > 1:
+            yield (
+                f"ThroughputMonitor counts the samples of every process, but the {tensor_ranks} processes of a tensor "
+                f"group share theirs, so its totals would be {tensor_ranks} times too large: use "
+                "tedlab.callbacks.StepMetrics"
+            )
+
+
+def _parameters(module: LightningModule) -> Iterator[str]:
+    for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            yield (
+                f"{name} has no shape before the first forward pass, and cannot be given to all processes: build the "
+                "layer with its sizes, not lazily, or run a batch through it in configure_model"
+            )
+        elif parameter.is_complex():
+            yield f"{name} is complex ({parameter.dtype}), which gradient buckets do not hold: use two real parameters"
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            yield (
+                f"{name} has sparse gradients (sparse=True), which cannot be reduced in flat buckets: use sparse=False"
+            )
+
+
+def _callbacks_of(trainer: Trainer) -> list[Any]:
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def _let_torch_look_for_nan() -> None:
+    """Anomaly detection asks this of every gradient, also of sharded ones, for which torch has no answer of its own."""
+    from torch.distributed.tensor.experimental import register_sharding  # takes a moment, so only where it is needed
+
+    @register_sharding(torch.ops.aten._is_any_true.default)
+    def whole(x: Any) -> list[tuple[list[Any], list[Any]]]:
+        return [([Replicate()], [Replicate()])]

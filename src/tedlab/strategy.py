@@ -54,7 +54,6 @@ from tedlab.watch import Watch, watch
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
 _CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
-PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
 def gpus(processes: int) -> list[torch.device]:
@@ -239,11 +238,7 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def setup(self, trainer: Trainer) -> None:
-        if self.precision_plugin.precision not in PRECISIONS:
-            raise ValueError(
-                f"TEDStrategy does not support precision={self.precision_plugin.precision!r} yet; "
-                f"valid: {', '.join(PRECISIONS)}"
-            )
+        contract.check(trainer, self, self.tensor_parallel_size)
         assert self.accelerator is not None
         assert self.model is not None
         self.accelerator.setup(trainer)
@@ -280,6 +275,14 @@ class TEDStrategy(ParallelStrategy):
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
                 if not isinstance(tensor, DTensor):
                     dist.broadcast(tensor.detach(), src=0)
+
+    def _share_buffers(self) -> None:
+        """Gives every process the first one's buffers, as DDP does: batch norm's follow what one process has seen."""
+        assert self.model is not None
+        with self._within("broadcast of buffers"):
+            for buffer in self.model.buffers():
+                if not isinstance(buffer, DTensor):
+                    dist.broadcast(buffer, src=0)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -442,6 +445,7 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def on_validation_start(self) -> None:
+        self._share_buffers()
         trainer = self._trainer
         sanity = trainer.sanity_checking
         self._start(trainer.num_sanity_val_batches if sanity else trainer.num_val_batches, "validation")
@@ -516,6 +520,7 @@ class TEDStrategy(ParallelStrategy):
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
+        self._share_buffers()  # the values in the state are these
         self._check_replicas()
         tensors = {"model": checkpoint_.pop("state_dict")}
         for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
@@ -601,6 +606,7 @@ class TEDStrategy(ParallelStrategy):
         self.topology.comm.place.step = self._trainer.global_step
         self._check_batch(batch, "training", again=batch_idx == 0)
         assert self.model is not None
+        self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
             self._restore_random_state(self._random_state_of)
@@ -652,4 +658,5 @@ def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str],
     return room
 
 
+contract.explain_directories()
 StrategyRegistry.register("ted", TEDStrategy, description="Tensor × expert × data parallelism (DeepSpeed-TED)")

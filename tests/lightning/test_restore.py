@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
@@ -68,6 +68,10 @@ class Larger(Mixture):
 
 class Loose(Larger):
     strict_loading = False
+
+
+class Data(LightningDataModule):
+    pass
 
 
 class FromWeights(Mixture):
@@ -151,6 +155,7 @@ def everything(folder: Path) -> dict[str, Any]:
     module = FromWeights(light)
     fit(module, max_epochs=0)
     results["from weights"] = weights(module)
+    results["load_from_checkpoint"] = [attempt(kind.load_from_checkpoint, light) for kind in (Mixture, Data)]
     # What a hook changes, and names that differ.
     module = Changing()
     trainer().validate(module, loader(), complete, verbose=False)
@@ -261,6 +266,11 @@ def test_weights_alone_cannot_be_gone_on_from_and_the_refusal_says_how_to_start_
     assert "holds weights only" in world["light fit"]
     assert "load_weights" in world["light fit"]
     assert_same(world["from weights"], world["trained"], rtol=0)
+
+
+def test_load_from_checkpoint_says_what_to_do_with_a_directory(world: Any) -> None:
+    for message in world["load_from_checkpoint"]:
+        assert "load_weights(self, path) in on_fit_start" in message
 
 
 def test_what_on_load_checkpoint_changes_arrives_in_the_model(world: Any) -> None:
