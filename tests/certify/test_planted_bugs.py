@@ -100,8 +100,8 @@ def experts_loaded_from_another_rank(patch: pytest.MonkeyPatch) -> None:
     """All expert ranks load the first experts (DeepSpeed #6589)."""
     right = directory.load
 
-    def wrong(tensors: dict[str, Any], path: Any) -> None:
-        right(tensors, path)
+    def wrong(tensors: dict[str, Any], path: Any, **options: Any) -> None:
+        right(tensors, path, **options)
         for name, tensor in tensors["model"].items():
             if "experts" in name:
                 tensor.to_local().copy_(tensor.full_tensor()[: len(tensor.to_local())])
@@ -142,8 +142,8 @@ def recompute_that_routes_anew(patch: pytest.MonkeyPatch) -> None:
     """Where the second pass computes other logits, tokens change their experts (torchtitan #1117)."""
     decide = router.Router.decide
 
-    def wrong(self: router.Router, logits_TE: Tensor, sequence: int) -> router.Decision:
-        return decide(self, -logits_TE if recompute._now.second else logits_TE, sequence)
+    def wrong(self: router.Router, logits_TE: Tensor, *rest: Any) -> router.Decision:
+        return decide(self, -logits_TE if recompute._now.second else logits_TE, *rest)
 
     patch.setattr(router, "pin", lambda decision: decision)
     patch.setattr(router.Router, "decide", wrong)
