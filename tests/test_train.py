@@ -109,9 +109,9 @@ def write_words(path: Path, seed: int) -> None:
     path.write_text("\n".join(" ".join(draw.choices(WORDS, k=8)) for _ in range(60)))
 
 
-def assert_close(ours: Sequence[float], theirs: Sequence[float]) -> None:
+def assert_close(ours: Sequence[float], theirs: Sequence[float], tolerance: float = TOLERANCE) -> None:
     assert len(ours) == len(theirs) > 0
-    assert list(ours) == pytest.approx(list(theirs), rel=TOLERANCE, abs=0)
+    assert list(ours) == pytest.approx(list(theirs), rel=tolerance, abs=0)
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +314,30 @@ def test_a_run_resumed_in_its_own_directory_adds_to_what_is_there(place: Place, 
     assert not list(checkpoints.glob("last-*")) + list(checkpoints.glob("*.partial")) + list(checkpoints.glob("*.old"))
 
 
+def test_auto_goes_on_in_its_directory_with_what_is_named_and_in_the_same_wandb_run(place: Place) -> None:
+    """The second run names a learning rate; the seed, the batch and the weight decay are as in the checkpoint."""
+    every = [
+        "parallel=single",
+        "resume=auto",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        "+trainer.limit_val_batches=0",
+    ]
+    before = ["seed=7", "optim.optimizer.weight_decay=0.25", "optim.lr=0.02"]
+    first = place.train("auto", *every, *before, "trainer.max_steps=2")
+    assert "Going on" not in first.shown
+    second = place.train("auto", *every, "optim.lr=1e-4", "trainer.max_steps=4")
+    assert "Going on from" in second.shown
+    assert "Other than so far: optim.lr=0.0001 (so far 0.02), trainer.max_steps=4 (so far 2)." in second.shown
+    assert_close([*second.column("train/learning_rate").values()], [0.02, 0.02, 1e-4, 1e-4], 1e-6)
+    config = OmegaConf.load(second.directory / "config.yaml")
+    assert (config.optim.lr, config.optim.optimizer.weight_decay, config.seed) == (1e-4, 0.25, 7)
+    runs = [folder.name for folder in (second.directory / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len({name.rpartition("-")[2] for name in runs}) == 1
+    assert config.logger.wandb.id == runs[0].rpartition("-")[2]
+
+
 # ---- ablations -------------------------------------------------------------------------------------------------------
 
 
@@ -348,7 +372,11 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
 
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
     settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.checkpoint=block", "comm=cac"]
-    place.train("compiled", *settings, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
+    quiet = ["+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
+    run = place.train("compiled", *settings, *quiet, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
+    assert "val/loss" not in run.summary
+    assert "objective, val/loss, will be nan" in run.shown
+    assert "step 1/2" not in run.progress
     budget = ["comm.cac=auto", "comm.cac_budget_bytes=3000", "parallel.sequence=true", "optim.overlap=true"]
     run = place.train("sequence", *settings, *budget, "trainer.max_steps=2", "logger=none")
     assert 0 < run.summary["memory/stash_bytes"] <= 3000

@@ -1,5 +1,7 @@
 """Whatever a configuration gets wrong is said before any process is started, in a few lines that say what would do."""
 
+import inspect
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -7,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tedlab.checkpoint import META
 from tedlab.cli import UsageError
 from tedlab.config import TrainConfig
 from tedlab.train import train
 from tedlab.validate import check, notes
+from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose
 
 SCREEN = 25  # lines
@@ -273,6 +278,13 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no_time": (["comm.timeout_s=0"], ["comm.timeout_s is 0", "at least 1"]),
     "output_below_a_file": (["output_dir=/dev/null/run"], ["output_dir=/dev/null/run", "Not a directory"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
+    # loggers
+    "unknown_logger": (["+logger.mine._target_=my.Logger"], ["logger.mine._target_=my.Logger", "cannot be imported"]),
+    "logger_without_a_class": (["+logger.mine.name=x"], ["logger.mine", "logger.mine._target_=…"]),
+    "no_logger_at_all": (["+logger.mine._target_=torch.optim.SGD"], ["logger.mine", "not a logger", "SGD"]),
+    "unknown_mode_of_wandb": (["logger.wandb.mode=of"], ["logger.wandb.mode=of", "online, offline, disabled"]),
+    "unknown_argument_of_wandb": (["+logger.wandb.projct=x"], ["logger.wandb.projct", "Did you mean 'project'?"]),
+    "strategy_is_null": (["+trainer.strategy=null"], ["trainer.strategy=None", "parallel.…"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
     "differentiable": (["+optim.optimizer.differentiable=true"], ["AdamW", "differentiable=True"]),
@@ -297,6 +309,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["+optim.optimizer.amsgrid=true"],
         ["optim.optimizer.amsgrid", "AdamW", "Did you mean 'amsgrad'?"],
     ),
+    "a_flag_of_words": (["+optim.optimizer.amsgrad=word"], ["amsgrad is word", "true, false or null"]),
+    "a_flag_that_is_a_number": (["+optim.optimizer.fused=2"], ["fused is 2", "true, false or null"]),
     "rate_of_the_optimizer": (["+optim.optimizer.lr=1"], ["optim.optimizer.lr=1", "use optim.lr"]),
     "momentum_of_1": (["optim=sgd", "optim.optimizer.momentum=1.5"], ["momentum is 1.5", "smaller than 1"]),
     "fused_for_each": (["+optim.optimizer={fused: true, foreach: true}"], ["fused", "foreach"]),
@@ -355,6 +369,52 @@ def test_wrong_configurations_are_refused(
 ) -> None:
     message = complaint(small(corpus, *overrides))
     assert [fragment for fragment in fragments if fragment not in message] == [], message
+
+
+ODD = (math.nan, math.inf, -1, 0, 2**40, 0.5, True, "word", [1], {"a": 1}, None)
+# What Lightning's Trainer may be given of these; of any other argument nothing.
+ACCEPTED: dict[str, tuple[object, ...]] = {
+    "max_epochs": (-1, None),
+    "limit_val_batches": (0, None),
+    "overfit_batches": (0, None),
+    "num_sanity_val_steps": (-1, 0, None),
+    "gradient_clip_val": (0, 2**40, 0.5, None),
+    "reload_dataloaders_every_n_epochs": (0, None),
+    **dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), (True, None)),
+    **dict.fromkeys(("deterministic", "benchmark"), (True, None)),
+    **dict.fromkeys(("inference_mode", "use_distributed_sampler", "detect_anomaly", "enable_autolog_hparams"), (True,)),
+    **dict.fromkeys(("min_epochs", "min_steps", "max_time", "log_every_n_steps", "accumulate_grad_batches"), (None,)),
+    **dict.fromkeys(("gradient_clip_algorithm", "profiler", "fast_dev_run", "limit_train_batches"), (None,)),
+    **dict.fromkeys(("barebones", "sync_batchnorm"), (None,)),
+}
+
+
+@pytest.mark.parametrize("name", inspect.signature(Trainer).parameters)
+def test_every_argument_of_the_trainer_is_refused_where_it_makes_no_sense(name: str) -> None:
+    """Also those of a Lightning to come: of an argument that is not known here a word and a list are refused, too."""
+    accepted, config = [], compose("parallel=single", "logger=none")
+    usual = config.trainer
+    for value in ODD:
+        config.trainer = dict(usual)
+        config.trainer[name] = value
+        try:
+            check_trainer(config)
+        except ValueError as error:
+            sentence = str(error)
+        else:
+            accepted.append(value)
+            continue
+        assert sentence.count(f"trainer.{name}") == 1
+        assert "\n" not in sentence
+    assert tuple(accepted) == ACCEPTED.get(name, ())
+
+
+def test_building_a_trainer_leaves_this_process_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    before = dict(os.environ), torch.are_deterministic_algorithms_enabled(), rank_zero_only.rank
+    config = compose("parallel=single", "logger=none", "+trainer.deterministic=true", "+trainer.max_time=00:00:01:07")
+    check_trainer(config)
+    assert (dict(os.environ), torch.are_deterministic_algorithms_enabled(), rank_zero_only.rank) == before
+    assert "".join(capfd.readouterr()) == ""
 
 
 def test_more_processes_than_gpus_need_gloo(corpus: Path, complaint: Any, monkeypatch: pytest.MonkeyPatch) -> None:

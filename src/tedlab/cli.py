@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from tedlab.config import TrainConfig
 from tedlab.launch import leave_if_started_outside
 from tedlab.plan import file as plan_file
+from tedlab.ranges import check_ranges
 from tedlab.sweep import SweepFailures
 
 _HERE = Path(__file__).resolve().parent
@@ -48,6 +49,10 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
                 raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
             typed = OmegaConf.to_object(config)
             assert isinstance(typed, TrainConfig)
+            try:
+                check_ranges(typed)  # before a command makes anything of a number
+            except ValueError as error:
+                raise UsageError(f"{error}") from None
             return task(typed)
 
     def main() -> None:

@@ -180,11 +180,12 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     table = Table(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    loss, bigram = summary["val/loss"], summary["baseline/bigram_loss"]
-    bits, bigram_bits = summary["val/bits_per_byte"], summary["baseline/bigram_bits_per_byte"]
+    bigram, bigram_bits = summary["baseline/bigram_loss"], summary["baseline/bigram_bits_per_byte"]
     if summary["train/loss"] is not None:
         table.add_row("train loss", f"{summary['train/loss']:.4f} nats/token")
-    table.add_row("validation loss", f"{loss:.4f} nats/token, {bits:.4f} bits/byte")
+    if "val/loss" in summary:  # not with trainer.limit_val_batches=0
+        bits = summary["val/bits_per_byte"]
+        table.add_row("validation loss", f"{summary['val/loss']:.4f} nats/token, {bits:.4f} bits/byte")
     table.add_row("bigram model", f"{bigram:.4f} nats/token, {bigram_bits:.4f} bits/byte, on the same text")
     if "perf/step_time_s" in summary:
         table.add_row("throughput", _speed(config, summary))

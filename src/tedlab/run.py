@@ -12,7 +12,7 @@ from typing import Any
 import hydra
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from tedlab.callbacks import (
@@ -98,6 +98,8 @@ def build(
     settings = dict(config.trainer)
     if devices is not None:
         settings["devices"] = len(set(devices))  # Lightning knows no GPU that several processes share
+    if settings.get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     trainer = Trainer(
         **settings,
         strategy=TEDStrategy(**strategy_arguments(config), parallel_devices=devices),

@@ -3,6 +3,7 @@
 Takes the overrides of ``tedlab.train``. Exits with 1 on a mismatch.
 """
 
+import copy
 import sys
 
 from tedlab.cli import hydra_entry
@@ -12,7 +13,9 @@ from tedlab.config import TrainConfig
 def task(config: TrainConfig) -> float:
     """Certifies one configuration and returns the largest error."""
     from tedlab.certify.show import certify_visibly
+    from tedlab.validate import check_simulated
 
+    check_simulated(copy.deepcopy(config))  # of which a small likeness is made; it need not fit this machine
     certificate = certify_visibly(config)
     if not certificate.ok:
         sys.exit(1)

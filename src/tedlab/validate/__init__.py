@@ -16,10 +16,17 @@ from tedlab.validate.batches import complete_batches
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm, choose_what_to_keep
 from tedlab.validate.experts import check_experts
+from tedlab.validate.loggers import check_loggers
 from tedlab.validate.model import check_model, complete_vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
-from tedlab.validate.settings import CERTIFIED_PRECISIONS, OBJECTIVES, check_settings, check_writable
+from tedlab.validate.settings import (
+    CERTIFIED_PRECISIONS,
+    OBJECTIVES,
+    VALIDATION_METRICS,
+    check_settings,
+    check_writable,
+)
 from tedlab.validate.trainer import check_trainer
 
 __all__ = ["CERTIFIED_PRECISIONS", "OBJECTIVES", "check", "check_simulated", "notes"]
@@ -84,6 +91,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_experts(config, degrees)
     check_trainer(config)
     check_settings(config)
+    check_loggers(config)
     complete_batches(config, degrees)
     check_optim(config)
     return degrees
@@ -101,4 +109,6 @@ def notes(config: TrainConfig) -> list[str]:
         for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
+    if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
+        found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
     return found

@@ -19,6 +19,7 @@ from tedlab.optim.schedule import SCHEDULES
 from tedlab.validate.words import check_known
 
 _SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what they follow from
+_FLAGS = ("foreach", "fused")  # whose default is null: torch chooses
 _BELOW_ONE = ("momentum", "alpha")  # of which torch checks nothing, or the sign alone
 
 
@@ -55,7 +56,10 @@ def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"{where}: {kind.__name__} has no such argument.{hint} Valid: {', '.join(valid)}")
-        if isinstance(value, bool) and _is_number(known[name].default if name in known else None):
+        default = known[name].default if name in known else None
+        if value is not None and not isinstance(value, bool) and (isinstance(default, bool) or name in _FLAGS):
+            raise ValueError(f"{where} is {value}; it must be true, false or null")
+        if isinstance(value, bool) and _is_number(default):
             raise ValueError(f"{where} is {value}; it must be a number")
         for number in _numbers(value):
             if not math.isfinite(number):

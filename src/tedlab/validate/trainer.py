@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -90,7 +91,8 @@ def check_trainer(config: TrainConfig) -> None:
 def _check_argument(name: str, value: object) -> None:
     if name in _OURS:
         harmless, instead = _OURS[name]
-        if value is not None and not any(_same(value, other) for other in harmless):
+        # None is Lightning's word for its default; but of those that have no harmless value a run sets some itself.
+        if not any(_same(value, other) for other in harmless) and not (value is None and harmless):
             raise ValueError(f"trainer.{name}={value} is not for this command: {instead}")
     elif name in _NUMBERS:
         _NUMBERS[name].check(f"trainer.{name}", value, optional=name not in _NEEDED)
@@ -130,10 +132,15 @@ def _try(arguments: Mapping[str, Any]) -> None:
 
 def _refusal(arguments: Mapping[str, Any]) -> Exception | None:
     harmless: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.WARNING)  # the run's own Trainer says which devices there are
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Trainer(accelerator="cpu", devices=1, **harmless, **arguments)
     except Exception as error:  # whatever a constructor raises
         return error
+    finally:
+        log.setLevel(level)
     return None

@@ -1,0 +1,61 @@
+"""Loggers: classes that can be imported, with arguments that they have."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from tedlab.config import TrainConfig
+from tedlab.validate.words import check_known
+
+_OF_WANDB = (
+    "entity",
+    "group",
+    "job_type",
+    "mode",
+    "notes",
+    "resume",
+    "tags",
+)  # known without importing it for a second
+_WANDB_MODES = ("online", "offline", "disabled", "shared")
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Of ``logger``. Nothing is built: W&B would start a process.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    for name, settings in config.logger.items():
+        if not isinstance(settings, Mapping) or "_target_" not in settings:
+            raise ValueError(f"logger.{name}={settings} is no logger: give it a class with logger.{name}._target_=…")
+        target = settings["_target_"]
+        try:
+            kind = hydra.utils.get_class(str(target))
+        except Exception as error:  # whatever importing it raises
+            raise ValueError(f"logger.{name}._target_={target} cannot be imported: {error}") from None
+        if not issubclass(kind, Logger):
+            raise ValueError(f"logger.{name}._target_={target} is not a logger of Lightning, but a {kind.__name__}")
+        _check_arguments(name, kind, settings)
+        if issubclass(kind, WandbLogger) and settings.get("mode") is not None:
+            check_known(f"logger.{name}.mode", settings["mode"], _WANDB_MODES)
+
+
+def _check_arguments(name: str, kind: type[Logger], settings: Mapping[str, Any]) -> None:
+    known = dict(inspect.signature(kind).parameters)
+    if issubclass(kind, WandbLogger):  # which hands others on
+        if {name for name in settings if not name.startswith("_")} <= {*known, *_OF_WANDB}:
+            return
+        import wandb
+
+        known |= inspect.signature(wandb.init).parameters
+    elif any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    for argument in settings:
+        if argument not in known and not argument.startswith("_"):  # Hydra's own
+            near = difflib.get_close_matches(argument, known, n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"logger.{name}.{argument}: {kind.__name__} has no such argument.{hint}")
