@@ -79,7 +79,6 @@ DRIFTS = {
     "feed_forward.up.weight": (2, ("process 2 differs from that of process 0", "the data group")),
     "experts.router.weight": (2, ("process 2 differs from that of process 0", "the data group")),
     "experts.experts.down_bias": (3, ("process 3 differs from that of process 2", "the tensor group")),
-    "offset": (2, ("process 3 differs from that of process 2", "the tensor group")),
 }
 
 

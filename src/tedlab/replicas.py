@@ -25,10 +25,10 @@ _KINDS = get_args(GroupKind)  # also names of the axes of our meshes; a user's m
 
 
 class ReplicaCheck:
-    """Compares checksums of parameters and buffers between all processes that hold the same, every so many steps.
+    """Compares checksums of parameters between all processes that hold the same, every so many steps.
 
     Compared are: parameters that tedlab shards, over the groups along which they are not divided; all others over the
-    tensor and the data group; buffers over the tensor group, since each data rank may have statistics of its own.
+    tensor and the data group. Buffers are not: before every step all processes get those of the first.
 
     A check reads parameters once, takes one all-gather of a few numbers over all processes, and waits for the device
     once.
@@ -52,7 +52,7 @@ class ReplicaCheck:
         """Checks, unless that was done at this step or is not wanted at all.
 
         Raises:
-            RuntimeError: on every process alike: names the first tensor that differs, the processes, and the step.
+            RuntimeError: on every process alike: names the first parameter that differs, the processes, and the step.
         """
         if self.every is None or self._checked == step or topology.degrees.world_size == 1:
             return
@@ -82,7 +82,7 @@ def _of_replicas(name: str, apart: tuple[int, int, GroupKind], step: int) -> str
 
 
 def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
-    """Name, this process's part, and the groups that hold it alike, of everything that several may hold."""
+    """Name, this process's part, and the groups that hold it alike, of every parameter."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             axes = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
@@ -90,9 +90,6 @@ def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
             yield name, parameter.to_local(), kinds
         else:
             yield name, parameter, ("data", "tensor")
-    for name, buffer in module.named_buffers():
-        if not isinstance(buffer, DTensor):
-            yield name, buffer, ("tensor",)
 
 
 def _gathered(sums: Sequence[Tensor], topology: Topology) -> np.ndarray:
