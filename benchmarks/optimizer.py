@@ -95,6 +95,8 @@ def contenders(elements: int, device: torch.device, dtype: torch.dtype) -> list[
 
         def prepare() -> None:
             bucket.gradient = gradient
+            bucket.present.add(parameter)
+            optimizer.global_norm()  # which a step would take, and which is the same for all
 
         return Contender(f"tile={'null' if tile is None else tile}", prepare, optimizer.step)
 

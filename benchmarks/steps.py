@@ -101,6 +101,8 @@ def _elapsed(before: Any, after: Any) -> float:
 class StepClock(Callback):
     """The parts of Lightning's steps."""
 
+    reads_grad = False
+
     def __init__(self) -> None:
         self.clock, self.loss = Clock(), torch.zeros(())
 

@@ -183,6 +183,8 @@ class Clock(Callback):
     next. On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
     """
 
+    reads_grad = False
+
     def __init__(self, ledger: CommunicationLedger) -> None:
         self.ledger = ledger
         self.steps: list[list[tuple[str, Any]]] = [[]]

@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
     "differentiable": (["+optim.optimizer.differentiable=true"], ["AdamW", "differentiable=True"]),
-    "clip_by_value": (["+trainer.gradient_clip_algorithm=value"], ["gradient_clip_algorithm=value", "use norm"]),
+    "clip_by_values": (["+trainer.gradient_clip_algorithm=values"], ["gradient_clip_algorithm", "values", "norm"]),
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
     "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),
     "tile_0": (["optim.tile=0"], ["tile=0", "at least 1", "null", "fused"]),

@@ -88,6 +88,8 @@ class Tokens(Dataset):
 class Recorder(Callback):
     """Collects a :class:`Record`. Gradients are taken reduced and not yet clipped."""
 
+    reads_grad = False
+
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.gradients: dict[str, Tensor] = {}

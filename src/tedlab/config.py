@@ -153,6 +153,7 @@ class OptimConfig:
     overlap: bool = False  # reduce gradients while the backward pass goes on
     # Initial dynamic loss scale; None: 65536 with fp16, otherwise none at all.
     loss_scale: float | None = real(None, least=1, most=2.0**64)
+    stop_on_nonfinite: bool = True  # end the run before a loss or gradient that is inf or NaN reaches a weight
     bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # of each process, reduced in one collective
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 

@@ -2,13 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
@@ -22,6 +23,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from tedlab.checkpoint import META
 
@@ -50,6 +52,8 @@ def prepare(trainer: Trainer) -> None:
         if isinstance(callback, StochasticWeightAveraging):
             # It copied the module before ``configure_model`` made the layers, and would average only what was there.
             callback._average_model = copy.deepcopy(trainer.lightning_module)
+        if isinstance(callback, BaseFinetuning):
+            BaseFinetuning.filter_on_optimizer = staticmethod(_not_in_optimizer)  # type: ignore[method-assign]
     if trainer._detect_anomaly:
         _let_torch_look_for_nan()
 
@@ -127,6 +131,12 @@ def _parameters(module: LightningModule) -> Iterator[str]:
             yield (
                 f"{name} has sparse gradients (sparse=True), which cannot be reduced in flat buckets: use sparse=False"
             )
+
+
+def _not_in_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """In place of Lightning's, which compares values: those of sharded parameters it cannot, and equal ones mislead."""
+    known = {p for group in optimizer.param_groups for p in group["params"]}
+    return [p for p in params if p not in known]
 
 
 def _callbacks_of(trainer: Trainer) -> list[Any]:

@@ -133,6 +133,7 @@ def strategy_arguments(config: TrainConfig) -> dict[str, Any]:
         "tile": config.optim.tile,
         "overlap": config.optim.overlap,
         "loss_scale": config.optim.loss_scale,
+        "stop_on_nonfinite": config.optim.stop_on_nonfinite,
         "async_checkpoint": config.checkpoint.async_save,
         "process_group_backend": config.comm.backend,
         "timeout": timedelta(seconds=config.comm.timeout_s),

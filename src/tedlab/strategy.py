@@ -1,7 +1,7 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -47,7 +47,9 @@ from tedlab.config import CommConfig
 from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.metric_sync import sync_over_data_ranks
 from tedlab.nn import partial_parameters
-from tedlab.optim import LossScaler, ShardedOptimizer
+from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
+from tedlab.optim.finite import check_saved
+from tedlab.reading import MANUAL, hooks_that_read
 from tedlab.replicas import ReplicaCheck, check_batch
 from tedlab.topology import Topology
 from tedlab.watch import Watch, watch
@@ -89,6 +91,8 @@ class TEDStrategy(ParallelStrategy):
         tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
             pass over memory, without temporaries.
         loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
+        stop_on_nonfinite: raise :class:`tedlab.optim.NonFiniteError` in all processes before a loss or gradient that is
+            infinite or NaN reaches a weight (with a loss scale: when even the smallest does not help).
         async_checkpoint: write checkpoints while training goes on.
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
             GPU, see ``parallel_devices``.
@@ -120,6 +124,7 @@ class TEDStrategy(ParallelStrategy):
         bucket_elements: int = 1 << 24,
         overlap: bool = False,
         loss_scale: float | None = None,
+        stop_on_nonfinite: bool = True,
         async_checkpoint: bool = False,
         tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
@@ -143,10 +148,12 @@ class TEDStrategy(ParallelStrategy):
         self.overlap = overlap
         self.async_checkpoint = async_checkpoint
         self.loss_scale = loss_scale
+        self.stop_on_nonfinite = stop_on_nonfinite
         self.tile = tile
         self.replicas = ReplicaCheck(check_replicas_every)
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None
+        self.guard: FiniteGuard | None = None
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout
@@ -158,6 +165,7 @@ class TEDStrategy(ParallelStrategy):
         self._seeds: seeding.Roots | None = None
         self._first_batch = True  # of a loop
         self._predictions: PredictionsInStep
+        self._read_in: frozenset[str] = frozenset()  # where the user's code may read ``.grad``
 
     # ---- processes, devices, groups ------------------------------------------------------------------------------
 
@@ -294,6 +302,7 @@ class TEDStrategy(ParallelStrategy):
                 self.precision_plugin.scaler = None
         assert self.model is not None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.guard = FiniteGuard(self.topology.comm) if self.stop_on_nonfinite else None
         self.sharded_optimizers = [
             ShardedOptimizer(
                 optimizer,
@@ -305,9 +314,13 @@ class TEDStrategy(ParallelStrategy):
                 tile=self.tile,
                 overlap=self.overlap,
                 scaler=self.loss_scaler,
+                guard=self.guard,
             )
             for optimizer in self.optimizers
         ]
+        self._read_in = hooks_that_read(trainer)
+        for sharded in self.sharded_optimizers:
+            sharded.collects_early = not self._read_in & {"on_after_backward", "backward"}
 
     @override
     def setup_precision_plugin(self) -> None:
@@ -315,6 +328,11 @@ class TEDStrategy(ParallelStrategy):
         # Lightning has no strategy hook for clipping, and a norm over local shards would be wrong.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
+        # What ``self.optimizers()`` returns has the methods of the optimizer's class, not those that were replaced.
+        for wrapper, sharded in zip(self._lightning_optimizers, self.sharded_optimizers, strict=True):
+            wrapper.zero_grad = sharded.zero_grad  # type: ignore[attr-defined]
+            wrapper.state_dict = sharded.state_dict  # type: ignore[attr-defined]
+            wrapper.load_state_dict = sharded.load_state_dict  # type: ignore[attr-defined]
 
     @override
     def model_to_device(self) -> None:
@@ -345,29 +363,65 @@ class TEDStrategy(ParallelStrategy):
         finally:
             self._last_micro_batch = True
 
+    @property
+    def gradients(self) -> Gradients:
+        """Norms and values of the gradient of the step under way, and a way to change it."""
+        return Gradients(self.sharded_optimizers, self.topology.comm)
+
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's; but if gradients are read in ``on_after_backward``, they are reduced then, as with DDP."""
+        module = self.lightning_module
+        assert module is not None
+        if self.guard is not None:
+            self.guard.note(module.trainer.global_step, module.trainer.fit_loop.batch_idx, closure_loss)
         if self.loss_scaler is not None:
             closure_loss = closure_loss * self.loss_scaler.scale
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        early = self._last_micro_batch and self._read_in & {"on_after_backward", MANUAL}
+        for sharded in self.sharded_optimizers if early else ():
+            sharded.reduce_gradients()
+            sharded.show_gradients()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        for sharded in self.sharded_optimizers if self._last_micro_batch and not early else ():
+            sharded.reduce_gradients()
+        self.post_backward(closure_loss)
+        return closure_loss
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        if self._last_micro_batch:
-            for optimizer in self.sharded_optimizers:
+        for optimizer in self.sharded_optimizers:
+            optimizer.adopt()
+            optimizer.hide_gradients()
+            if self._last_micro_batch and "backward" not in self._read_in:
                 optimizer.expect_backward()
 
     @override
-    def post_backward(self, closure_loss: Tensor) -> None:
-        if self._last_micro_batch:
-            for optimizer in self.sharded_optimizers:
-                optimizer.reduce_gradients()
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
+    ) -> Any:
+        sharded = self._sharded(optimizer)
+
+        def and_show() -> Any:
+            result = closure()
+            if sharded.stale:
+                raise RuntimeError(
+                    "optimizer.zero_grad() was not called between two steps: torch would add the gradients of both, "
+                    "and TEDStrategy keeps none after a step. Call it after each step, or before each backward pass."
+                )
+            if self._read_in:
+                sharded.show_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, and_show, model, **kwargs)
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._sharded(optimizer).clip(clip_val)
 
     def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        raise ValueError("TEDStrategy clips by the global norm only: gradient_clip_algorithm='norm'")
+        self._sharded(optimizer).clip_values(clip_val)
 
     def _sharded(self, optimizer: Optimizer) -> ShardedOptimizer:
         inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
@@ -522,6 +576,9 @@ class TEDStrategy(ParallelStrategy):
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
         self._share_buffers()  # the values in the state are these
         self._check_replicas()
+        if self.guard is not None:
+            weights = [bucket.flat for optimizer in self.sharded_optimizers for bucket in optimizer.buckets]
+            check_saved(weights, self.topology.comm, checkpoint_["global_step"])
         tensors = {"model": checkpoint_.pop("state_dict")}
         for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = state
@@ -529,6 +586,7 @@ class TEDStrategy(ParallelStrategy):
             tensors["attached"] = attached
         if self.loss_scaler is not None:
             checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
+        checkpoint_["optimizer_groups"] = [optimizer.group_names() for optimizer in self.sharded_optimizers]
         checkpoint_["layout"] = asdict(self.topology.degrees)
         checkpoint_["random"] = self._random_states()
         for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
@@ -584,6 +642,8 @@ class TEDStrategy(ParallelStrategy):
         stored = checkpoint.stored_names(path)
         # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
         masters_stored = any(name.endswith(".master") for name in stored)
+        for optimizer, groups in zip(optimizers, meta.get("optimizer_groups", []), strict=False):
+            optimizer.regroup(groups)
         for i, optimizer in enumerate(optimizers):
             if any(name.startswith(f"optimizer_{i}.") for name in stored):
                 tensors[f"optimizer_{i}"] = _room_for(optimizer, f"optimizer_{i}.", stored, masters_stored)

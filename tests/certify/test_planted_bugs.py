@@ -1,6 +1,5 @@
 """Certify notices what the field has shipped: each known bug, planted into a layout, is found, named and measured."""
 
-import math
 from typing import Any
 
 import pytest
@@ -172,13 +171,13 @@ def kept_result_of_another_rank(patch: pytest.MonkeyPatch) -> None:
 
 def overflow_that_is_not_skipped(patch: pytest.MonkeyPatch) -> None:
     """One process overflows, and the others' norms are what is looked at (Lightning's fp16 plugin)."""
-    right = ShardedOptimizer.global_norm
+    right = ShardedOptimizer._agree
 
-    def wrong(self: ShardedOptimizer) -> float:
-        norm = right(self)
-        return norm if math.isfinite(norm) else 1.0
+    def wrong(self: ShardedOptimizer) -> None:
+        right(self)
+        self._finite = True
 
-    patch.setattr(ShardedOptimizer, "global_norm", wrong)
+    patch.setattr(ShardedOptimizer, "_agree", wrong)
 
 
 def bias_added_by_each_tensor_rank(patch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,9 @@ def temporary_bytes(dtype: torch.dtype, tile: int | str | None, size: int) -> in
     module = module_of(dtype, size)
     optimizer = sharded(module, tile)
     take_step(module, optimizer, 1)  # makes the state
-    optimizer.buckets[0].gradient = numbers(size, 2, dtype)
+    (bucket,) = optimizer.buckets
+    bucket.gradient, bucket.present = numbers(size, 2, dtype), set(bucket.parameters)
+    optimizer.global_norm()  # whose temporaries have a bound of their own
     with Temporaries() as temporaries:
         optimizer.step()
     return temporaries.peak

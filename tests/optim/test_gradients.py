@@ -97,8 +97,7 @@ def test_gradients_of_all_kinds_are_the_mean_over_data_ranks(
 ) -> None:
     world_size, *degrees = layout
     for whole, calls in pool.run(world_size, reduced, *degrees, zero, 1 << 24):
-        assert whole.keys() == {*SHAPES, "plain", "unused"}
-        assert not whole.pop("unused").any()
+        assert whole.keys() == {*SHAPES, "plain"}  # what no process used has none
         for name, gradient in whole.items():
             torch.testing.assert_close(gradient, mean_share(world_size, degrees[0]) * numbers(name))
         assert {op for op, *_ in calls} <= {"reduce_scatter" if zero else "all_reduce"}
@@ -114,8 +113,7 @@ def test_small_buckets_mean_more_calls_but_the_same_values(pool: WorkerPool) -> 
     together = pool.run(8, reduced, 2, 2, True, 1 << 24)
     for bucket in (1, 13, 20):
         for (ours, calls), (theirs, once) in zip(pool.run(8, reduced, 2, 2, True, bucket), together, strict=True):
-            ours.pop("unused", None)
-            assert ours.keys() == theirs.keys() - {"unused"}  # alone in its bucket it has no gradient
+            assert ours.keys() == theirs.keys()
             for name in ours:  # gloo may add in another order
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-14, atol=1e-15)
             assert len(calls) > len(once)
@@ -123,7 +121,9 @@ def test_small_buckets_mean_more_calls_but_the_same_values(pool: WorkerPool) -> 
 
 def mixed() -> tuple[set[torch.dtype], list[torch.dtype]]:
     topology, dtypes = Topology(ParallelDegrees(2)), []
-    topology.comm.register_hook(lambda call, when: dtypes.append(call.dtype) if when == "end" else None)
+    topology.comm.register_hook(
+        lambda call, when: dtypes.append(call.dtype) if (call.tag, when) == ("gradients.reduce", "end") else None
+    )
     module = nn.ParameterList(torch.zeros(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     for p in module:
         p.grad = torch.full_like(p, dist.get_rank() + 1.0)
@@ -187,3 +187,21 @@ def no_gradients() -> float:
 
 def test_no_gradients_at_all_have_norm_zero(pool: WorkerPool) -> None:
     assert pool.run(2, no_gradients) == [0.0, 0.0]
+
+
+def twice() -> tuple[Tensor, Tensor]:
+    """The gradient of a parameter that each tensor rank used for its own tokens, of one backward pass and of two."""
+    module, topology = example(2, 1)
+    optimizer = optimizer_of(module, topology, True, partial={module.replicated})
+    optimizer.reduce_gradients()
+    once = full(optimizer.gradients()["replicated"])
+    (module.local("replicated") * numbers("replicated")).sum().backward()
+    optimizer.reduce_gradients()
+    return once, full(optimizer.gradients()["replicated"])
+
+
+def test_partial_sums_of_several_backward_passes_are_each_summed_once(pool: WorkerPool) -> None:
+    """In numbers, of 2 data × 2 tensor ranks: (1 + 2) · 2 / 2 = 3; a second pass adds (1 + 1) · 2 / 2 = 2."""
+    for once, both in pool.run(4, twice):
+        torch.testing.assert_close(once, 3 * numbers("replicated"))
+        torch.testing.assert_close(both, 5 * numbers("replicated"))

@@ -129,6 +129,8 @@ def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tenso
     seen: list[str] = []
 
     class Listen(Callback):
+        reads_grad = False  # for which gradients would be reduced before this is called
+
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
             seen.clear()
             if batch_idx == 0:

@@ -45,6 +45,8 @@ def record(config: TrainConfig) -> dict[str, Any]:
 class Recorder(Callback):
     """Collects, of every step, what :func:`tedlab.certify.compare` compares. Gradients are reduced, not yet clipped."""
 
+    reads_grad = False
+
     def __init__(self) -> None:
         self.record: Record = {}
         self._scalars: list[Tensor] = []

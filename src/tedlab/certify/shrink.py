@@ -79,6 +79,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
     tile = min(100, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile
     optim = replace(config.optim, optimizer=optimizer, tile=tile, warmup_steps=min(2, config.optim.warmup_steps))
+    optim.stop_on_nonfinite = False  # a certificate compares what comes of it, to the end
     if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
         optim.loss_scale = config.optim.loss_scale or 2.0**16
     accelerator = _accelerator(config, degrees.world_size)
@@ -90,7 +91,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         "deterministic": "warn",  # a run that is continued in its own layout must give equal bits
         "max_steps": STEPS,
         "max_epochs": -1,
-        "gradient_clip_val": config.trainer.get("gradient_clip_val"),
+        **{key: config.trainer.get(key) for key in ("gradient_clip_val", "gradient_clip_algorithm")},
         "limit_val_batches": 0,
         "num_sanity_val_steps": 0,
         "enable_model_summary": False,

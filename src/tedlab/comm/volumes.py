@@ -201,7 +201,7 @@ class ClosedForm:
 
     def optimizer_step(self) -> Iterator[Collective]:
         """Reduction of gradients, their norm, and the gathering of parameters."""
-        trainer, partial = self.config.trainer, 0
+        partial = 0
         for bucket in self.buckets:
             shards = self.shards(bucket)
             shard = -(-bucket.elements // shards)
@@ -214,9 +214,8 @@ class ClosedForm:
                 yield self._optimizer("all_gather", bucket.kind, "parameters.gather", shards * shard, self.parameter)
         if partial:
             yield self._optimizer("all_reduce", "tensor", "gradients.partial", partial, self.parameter)
-        scaled = trainer["precision"] in ("16-true", "16-mixed") or self.config.optim.loss_scale is not None
-        if (trainer.get("gradient_clip_val") or scaled) and self.groups["world"] > 1:
-            yield self._optimizer("all_reduce", "world", "gradients.norm", 1, torch.float64)
+        if self.groups["world"] > 1:  # its squares, gradients that are lacking, losses that are not finite
+            yield self._optimizer("all_reduce", "world", "gradients.norm", 3, torch.float64)
 
     def shards(self, bucket: "Bucket") -> int:
         """How many processes divide a bucket's optimizer state among them."""

@@ -1,7 +1,16 @@
 """What happens between the backward pass and the next: gradient reduction, the sharded and tiled step, schedules."""
 
+from tedlab.optim.finite import FiniteGuard, NonFiniteError
+from tedlab.optim.gradients import Gradients
 from tedlab.optim.loss_scale import LossScaler
 from tedlab.optim.schedule import learning_rate_schedule
 from tedlab.optim.sharded import ShardedOptimizer
 
-__all__ = ["LossScaler", "ShardedOptimizer", "learning_rate_schedule"]
+__all__ = [
+    "FiniteGuard",
+    "Gradients",
+    "LossScaler",
+    "NonFiniteError",
+    "ShardedOptimizer",
+    "learning_rate_schedule",
+]

@@ -3,14 +3,14 @@
 Here is the memory and its communication; what an optimizer does with it is in ``sharded.py``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tedlab.comm import Collectives, GroupKind, Pending
+from tedlab.comm import Collectives, GroupKind, Pending, Phase
 
 
 class Bucket:
@@ -21,19 +21,20 @@ class Bucket:
 
     Args:
         parameters: what it holds, in order.
-        group: index of the optimizer's parameter group that they belong to.
         comm: the collectives of this process.
         sharded: whether each process of the reduction group owns a part (ZeRO-1), or all of them everything.
         partial: whether gradients are also partial sums over the tensor group (of parameters that each tensor rank
             used for its own tokens); see :meth:`ShardedOptimizer.reduce_gradients`.
+
+    Attributes:
+        present: parameters that got a gradient since the last step; those of this process, until all have agreed.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], group: int, comm: Collectives, sharded: bool, partial: bool = False
+        self, parameters: Sequence[nn.Parameter], comm: Collectives, sharded: bool, partial: bool = False
     ) -> None:
         self.partial = partial
         self.parameters = list(parameters)
-        self.group = group
         self.comm = comm
         self.kind = reduction_group(parameters[0])
         self.sharded = sharded and comm.size(self.kind) > 1
@@ -42,16 +43,18 @@ class Bucket:
         self.shards = comm.size(self.kind) if self.sharded else 1
         self.shard_size = -(-sum(self.sizes) // self.shards)
         self.flat = locals_[0].new_zeros(self.shards * self.shard_size)
-        for p, x, part in zip(parameters, locals_, self._parts(self.flat), strict=True):
+        for p, x, part in zip(parameters, locals_, self.parts(self.flat), strict=True):
             part.copy_(x.flatten())
             _set_local(p, part.view(x.shape))
         rank = comm.rank(self.kind) if self.sharded else 0
-        self._own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
-        self.shard = self.flat[self._own]
+        self.own = slice(rank * self.shard_size, (rank + 1) * self.shard_size)
+        self.shard = self.flat[self.own]
         self.master = self.shard.float() if self.flat.dtype in (torch.float16, torch.bfloat16) else self.shard
+        self.present: set[nn.Parameter] = set()
         self._collected: dict[nn.Parameter, Tensor] = {}  # local gradients, not yet reduced
         self._reduction: Pending | None = None
         self.gradient: Tensor | None = None  # of the shard, reduced, in the parameters' dtype
+        self.new_partial: Tensor | None = None  # of the last pass, not yet summed over the tensor group
 
     @property
     def holders(self) -> int:
@@ -67,20 +70,22 @@ class Bucket:
         if parameter.grad is not None:
             new, earlier = local(parameter.grad), self._collected.get(parameter)
             self._collected[parameter] = new if earlier is None else earlier.add_(new)
+            self.present.add(parameter)
             parameter.grad = None
 
     def start_reduction(self) -> None:
         """Launches the sum of the parameters' gradients over the group, and frees them.
 
-        A parameter without a gradient counts as zeros, provided that another of the bucket has one.
+        A parameter without a gradient adds zeros: another process of the group may have one. So whether a process
+        takes part depends on what all know alike, which parameters are to have gradients.
         """
         for p in self.parameters:
             self.collect_gradient(p)  # where it was not left by a backward pass
-        if not self._collected:
+        if not (self._collected or any(p.requires_grad for p in self.parameters)):
             return
         self.finish_reduction()  # of an earlier pass
         flat = torch.zeros_like(self.flat)
-        for p, part in zip(self.parameters, self._parts(flat), strict=True):
+        for p, part in zip(self.parameters, self.parts(flat), strict=True):
             if p in self._collected:
                 part.copy_(self._collected.pop(p).flatten())
         start = self.comm.start_reduce_scatter if self.sharded else self.comm.start_all_reduce
@@ -94,41 +99,89 @@ class Bucket:
         if self.comm.size("data") > 1:
             reduced.div_(self.comm.size("data"))
         self._reduction = None
+        if self.partial:  # what earlier passes left is no partial sum any more
+            self.new_partial = reduced if self.new_partial is None else self.new_partial.add_(reduced)
+        else:
+            self._add(reduced)
+
+    def add_partial(self) -> None:
+        """Adds the new part of the gradient, once it is summed over the tensor group."""
+        if self.new_partial is not None:
+            self._add(self.new_partial)
+            self.new_partial = None
+
+    def _add(self, reduced: Tensor) -> None:
         self.gradient = reduced if self.gradient is None else self.gradient.add_(reduced)
 
-    def clear_gradients(self) -> None:
-        """Forgets the shard's gradient and those of the parameters."""
+    @property
+    def unreduced(self) -> bool:
+        """Whether there are gradients that no reduction has taken yet."""
+        return bool(self._collected)
+
+    def clear_gradients(self, set_to_none: bool = True) -> None:
+        """Forgets the shard's gradient and those of the parameters; or lets those that there are be zero."""
         self.finish_reduction()
-        self.gradient = None
         self._collected.clear()
+        self.new_partial = None
         for p in self.parameters:
             p.grad = None
+        if set_to_none:
+            self.gradient = None
+            self.present.clear()
+        elif self.gradient is not None:
+            self.gradient.zero_()
 
     def gather_parameters(self) -> None:
         """Spreads the updated shards over the group."""
         if self.sharded:
             self.comm.all_gather_into(self.flat, self.shard, self.kind, tag="parameters.gather", phase="optimizer")
 
-    def unshard(self, shard: Tensor) -> list[Tensor]:
-        """A tensor of the shard's size (a gradient, an optimizer's moment) as one tensor per parameter.
+    def gather(self, shard: Tensor, *, tag: str = "state.gather", phase: Phase = "checkpoint") -> Tensor:
+        """All shards of what is divided like the bucket (a gradient, an optimizer's moment), in new memory.
+
+        Collective over the group.
+        """
+        if not self.sharded:
+            return shard.clone()
+        flat = shard.new_empty(self.flat.numel())
+        self.comm.all_gather_into(flat, shard.contiguous(), self.kind, tag=tag, phase=phase)
+        return flat
+
+    def unshard(self, shard: Tensor, *, tag: str = "state.gather", phase: Phase = "checkpoint") -> list[Tensor]:
+        """A tensor of the shard's size as one tensor per parameter.
 
         Sharded like the parameters (DTensors for DTensors). Collective over the group.
         """
-        flat = shard
-        if self.sharded:
-            flat = shard.new_empty(self.flat.numel())
-            self.comm.all_gather_into(flat, shard.contiguous(), self.kind, tag="state.gather", phase="checkpoint")
-        return [_like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, self._parts(flat), strict=True)]
+        parts = self.parts(self.gather(shard, tag=tag, phase=phase))
+        return [_like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, parts, strict=True)]
 
     def shard_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """The inverse of :meth:`unshard`: this process's shard of one tensor per parameter."""
         flat = local(tensors[0]).new_zeros(self.flat.numel())
-        for tensor, part in zip(tensors, self._parts(flat), strict=True):
+        for tensor, part in zip(tensors, self.parts(flat), strict=True):
             part.copy_(local(tensor).flatten())
-        return flat[self._own]
+        return flat[self.own]
 
-    def _parts(self, flat: Tensor) -> Sequence[Tensor]:
+    def parts(self, flat: Tensor) -> Sequence[Tensor]:
+        """Of each parameter the part of a tensor that is laid out like the bucket, flat."""
         return flat[: sum(self.sizes)].split(self.sizes)
+
+    def ranges(self, parameters: Collection[nn.Parameter]) -> list[slice]:
+        """Where in this process's shard these parameters' elements are, in order; the padding is the last one's.
+
+        One empty range, if there are none.
+        """
+        found: list[slice] = []
+        start = 0
+        for p, size in zip(self.parameters, self.sizes, strict=True):
+            end = self.flat.numel() if p is self.parameters[-1] else start + size
+            first, last = max(start, self.own.start) - self.own.start, min(end, self.own.stop) - self.own.start
+            if p in parameters and first < last:
+                if found and found[-1].stop == first:
+                    first = found.pop().start
+                found.append(slice(first, last))
+            start = end
+        return found or [slice(0, 0)]
 
 
 def reduction_group(parameter: nn.Parameter) -> GroupKind:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+SMALLEST = 1.0  # what overflows even with this is not the scale's fault
+
 
 class LossScaler:
     """The factor that keeps fp16 gradients representable: halved at an overflow, doubled after a while without one.
@@ -22,7 +24,7 @@ class LossScaler:
     def update(self, overflow: bool) -> None:
         """Takes note of one step."""
         if overflow:
-            self.scale = max(1.0, self.scale / 2)
+            self.scale = max(SMALLEST, self.scale / 2)
             self.good_steps = 0
             self.skipped_steps += 1
             return

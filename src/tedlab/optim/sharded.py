@@ -1,25 +1,29 @@
 """ZeRO-1 for any element-wise torch optimizer, with the paper's tiled step.
 
-The user's optimizer stays the user's: the same object, with its schedulers and parameter groups. Only the tensors in
-its groups are replaced, by tiles of this process's shards, and its ``step`` by one that feeds it tile after tile.
+The user's optimizer stays the user's: the same object, with its schedulers and parameter groups, to which parameters
+may be added. Only its ``step`` is replaced, by one that feeds it tile after tile of this process's shards.
 """
 
 import functools
 import math
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, local, reduction_group
 from tedlab.optim.elementwise import check_elementwise
+from tedlab.optim.finite import FiniteGuard
 from tedlab.optim.fused import check_tile, fused_adam_step
-from tedlab.optim.loss_scale import LossScaler
+from tedlab.optim.loss_scale import SMALLEST, LossScaler
+from tedlab.optim.segment import Segment
+from tedlab.optim.shown import Shown
 
 _PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
 
@@ -32,8 +36,9 @@ class ShardedOptimizer:
     tile by tile and gathers the parameters. Half-precision gradients are upcast one tile at a time, so the temporary
     takes 4 bytes × ``tile`` whatever the size of the model (paper §4.2).
 
-    Tensors in the optimizer's groups have no shape but a length, so the optimizer must be element-wise. Parameters that
-    got no gradient in a step in which others of their bucket did count as having a gradient of zero.
+    Tiles have no shape but a length, so the optimizer must be element-wise. As with torch, a parameter that got no
+    gradient is left alone, with its state and step count: one that is frozen, that no process used, or whose ``.grad``
+    the user set to None. One that some process used has a gradient in all, to which the others add zeros.
 
     Args:
         optimizer: what ``configure_optimizers`` returned; modified in place.
@@ -46,6 +51,11 @@ class ShardedOptimizer:
         bucket_elements: local elements reduced in one collective; a larger tensor has a bucket to itself.
         overlap: reduce each bucket's gradients while the backward pass computes the others'.
         scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
+        guard: what stops a step whose loss or gradient is not finite; None: nothing does.
+
+    Attributes:
+        collects_early: whether gradients are taken from parameters as they come. False: those of micro-batches before a
+            step's last stay in ``.grad``, where torch adds to them.
 
     Raises:
         ValueError: if the optimizer is not element-wise, or cannot be stepped with this ``tile``.
@@ -55,7 +65,7 @@ class ShardedOptimizer:
         self,
         optimizer: Optimizer,
         comm: Collectives,
-        names: dict[nn.Parameter, str],
+        names: Mapping[nn.Parameter, str],
         *,
         zero: bool,
         tile: int | str | None,
@@ -63,6 +73,7 @@ class ShardedOptimizer:
         bucket_elements: int = 1 << 24,
         overlap: bool = False,
         scaler: LossScaler | None = None,
+        guard: FiniteGuard | None = None,
     ) -> None:
         for group in optimizer.param_groups:
             check_elementwise(type(optimizer), group)
@@ -70,29 +81,32 @@ class ShardedOptimizer:
         self.optimizer = optimizer
         self.overlap = overlap
         self.scaler = scaler
+        self.guard = guard
         self.comm = comm
         self.names = names
-        self.buckets = list(self._fill_buckets(zero, partial, bucket_elements))
+        self.collects_early = True
+        self.buckets: list[Bucket] = []
+        self._zero, self._partial, self._bucket_elements = zero, partial, bucket_elements
         self._fused = tile == "fused"
-        length = tile if isinstance(tile, int) else None
-        self._tiles = {
-            bucket: [nn.Parameter(part) for part in bucket.master.split(length or max(1, bucket.shard_size))]
-            for bucket in self.buckets
-        }
-        for index, group in enumerate(optimizer.param_groups):
-            group["params"] = [t for b in self.buckets if b.group == index for t in self._tiles[b]]
-        position = {parameter: n for n, parameter in enumerate(names)}
-        self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
-        self._incomplete: dict[Bucket, set[Tensor]] = {}  # buckets to launch, and whose gradients they wait for
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, bucket))
-            for bucket in self.buckets
-            for p in bucket.parameters
-        ]
-        self._norm: float | None = None  # of the gradient that waits for the step, once known
+        self._tile = tile if isinstance(tile, int) else None
+        self._segments: dict[Bucket, list[Segment]] = {}
+        self._bucket_of: dict[nn.Parameter, Bucket] = {}
+        self._hooks: dict[nn.Parameter, RemovableHandle] = {}
+        self._in_order_of_backward: list[Bucket] = []
+        self._incomplete: dict[Bucket, set[nn.Parameter]] = {}  # buckets to launch, and whose gradients they wait for
+        self._last_backward = False  # the pass under way is the last before the step
+        self._shown: list[Shown] = []  # gradients that are in ``.grad`` now
+        self._norm: float | None = None  # of the gradient that waits for the step, once known; before any clipping
+        self._first = True  # no norm was taken in this step yet
+        self._finite = True  # that norm, and all losses of the step
+        self._clamped = False  # since the norm was taken
+        self._finite_when_clamped = True
+        self._clipped_since = 1.0  # product of clip factors since the norm was taken
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
+        self._stepped = False  # and nobody has called zero_grad since
+        self.stale = False  # a backward pass came after a step without zero_grad between them
         self.applied_clip_factor = 1.0  # in the last step
-        self.last_norm: float | None = None  # of the last step's gradient, if anything asked for it
+        self.last_norm: float | None = None  # of the last step's gradient before clipping
         self._inner_step: Callable[[], Any] = optimizer.step
 
         @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
@@ -102,39 +116,93 @@ class ShardedOptimizer:
         # A method, as the one that it replaces: schedulers made later wrap its ``__func__``.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+        optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
+        optimizer.load_state_dict = self.load_state_dict  # type: ignore[method-assign]
+        self.adopt()
 
-    def _fill_buckets(self, zero: bool, partial: Collection[nn.Parameter], elements: int) -> Iterator[Bucket]:
-        """The same buckets in the same order on every process."""
+    @property
+    def scale(self) -> float:
+        """Of the loss, and so of the buckets' gradients."""
+        return self.scaler.scale if self.scaler else 1.0
+
+    # ---- which parameters ----------------------------------------------------------------------------------------
+
+    def adopt(self, names: Collection[str] = ()) -> None:
+        """Takes in parameters that are to be trained and were not yet: added to a group, or frozen until now.
+
+        Cheap where there are none. Every process must have the same.
+
+        Args:
+            names: of others, that are frozen but have state.
+
+        Raises:
+            ValueError: for a parameter that has no name.
+        """
         waiting: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
-                if p.requires_grad:
-                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm), p in partial
+                if p.requires_grad and p in self._bucket_of and p not in self._hooks:
+                    self._listen(p)
+                elif p not in self._bucket_of and (p.requires_grad or self.names.get(p) in names):
+                    if p not in self.names:
+                        raise ValueError(
+                            f"The optimizer's parameter group {index} has a parameter of shape {tuple(p.shape)} that "
+                            "was not the LightningModule's when training started; make all parameters before that, "
+                            "and add them to the optimizer when you like"
+                        )
+                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm), p in self._partial
                     waiting.setdefault(key, []).append(p)
-        for index, *rest in sorted(waiting):
-            for parameters in _chunks(waiting[index, *rest], elements):
-                yield Bucket(parameters, index, self.comm, zero, partial=rest[-1])
+        if not waiting:
+            return
+        for key in sorted(waiting):
+            for parameters in _chunks(waiting[key], self._bucket_elements):
+                self._fill_bucket(parameters, partial=key[-1])
+        position = {parameter: n for n, parameter in enumerate(self.names)}
+        self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
+
+    def _fill_bucket(self, parameters: list[nn.Parameter], partial: bool) -> None:
+        bucket = Bucket(parameters, self.comm, self._zero, partial=partial)
+        self.buckets.append(bucket)
+        states = [self.optimizer.state.pop(p, {}) for p in parameters]  # Adagrad makes it in its constructor
+        self._segments[bucket] = [Segment(bucket, parameters, self.optimizer, self._tile)]
+        if any(states):
+            self._load(bucket, states)
+        for p in parameters:
+            self._bucket_of[p] = bucket
+            if p.requires_grad:
+                self._listen(p)
+
+    def _listen(self, parameter: nn.Parameter) -> None:
+        on_gradient = functools.partial(self._on_gradient, self._bucket_of[parameter])
+        self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(on_gradient)
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
     def reduce_gradients(self) -> None:
         """Adds what the backward pass left in the parameters to the reduced gradient of this process's shards."""
+        self.adopt()
+        self.hide_gradients()
         self._norm = None
-        self._incomplete = {}
-        for bucket in self._in_order_of_backward:
+        early = self.overlap and self._last_backward  # all but the incomplete ones are under way
+        waiting = list(self._incomplete) if early else self._in_order_of_backward
+        self._incomplete, self._last_backward = {}, False
+        self.stale = self._stepped
+        for bucket in waiting:
             bucket.start_reduction()
             if not self.overlap:
                 bucket.finish_reduction()  # so that there is one bucket's worth of temporary memory, not all
         for bucket in self.buckets:
             bucket.finish_reduction()
         self._sum_partial_gradients()
+        for bucket in self.buckets:
+            bucket.add_partial()
 
     def _sum_partial_gradients(self) -> None:
         """Over the tensor group: after the reduction, when of each there is only a shard left, and all in one call."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for bucket in self.buckets:
-            if bucket.partial and bucket.gradient is not None:
-                by_dtype.setdefault(bucket.gradient.dtype, []).append(bucket.gradient)
+            if bucket.new_partial is not None:
+                by_dtype.setdefault(bucket.new_partial.dtype, []).append(bucket.new_partial)
         for gradients in by_dtype.values():
             summed = self.comm.all_reduce(
                 torch.cat(gradients), "tensor", tag="gradients.partial", phase="optimizer"
@@ -144,16 +212,20 @@ class ShardedOptimizer:
 
     def expect_backward(self) -> None:
         """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
+        self._last_backward = True
         if self.overlap:
-            self._incomplete = {bucket: set(bucket.parameters) for bucket in self._in_order_of_backward}
+            trained = {b: {p for p in b.parameters if p.requires_grad} for b in self._in_order_of_backward}
+            self._incomplete = {bucket: parameters for bucket, parameters in trained.items() if parameters}
 
     def release(self) -> None:
         """Leaves gradients to the parameters from now on, so that another optimizer may take them."""
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
 
     def _on_gradient(self, bucket: Bucket, parameter: nn.Parameter) -> None:
         """Collects it, and launches reductions of complete buckets, in the same order on every process."""
+        if not (self.collects_early or self._last_backward):
+            return
         bucket.collect_gradient(parameter)
         if bucket not in self._incomplete:
             return
@@ -165,27 +237,140 @@ class ShardedOptimizer:
             first.start_reduction()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """In place of the optimizer's own: forgets gradients, reduced or not."""
+        """In place of the optimizer's own: forgets gradients, reduced or not; or makes them zero."""
+        self._shown.clear()
         for bucket in self.buckets:
-            bucket.clear_gradients()
-        self._norm, self._clip_factor = None, 1.0
+            bucket.clear_gradients(set_to_none)
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            p.grad = None  # of those that are not adopted yet
+        self._forget_norm()
+        self._stepped = self.stale = False
+
+    def _forget_norm(self) -> None:
+        self._norm, self._first = None, True
+        self._finite = self._finite_when_clamped = True
+        self._clamped = False
+        self._clip_factor = self._clipped_since = 1.0
+
+    @property
+    def reduced(self) -> bool:
+        """Whether there is a gradient that waits for a step."""
+        return any(bucket.gradient is not None for bucket in self.buckets)
+
+    def with_gradient(self) -> list[tuple[Bucket, nn.Parameter]]:
+        """Parameters that have a gradient in some process, with their buckets; the same everywhere. Collective."""
+        self._heed()
+        self._agree()
+        return [(b, p) for b in self.buckets for p in b.parameters if b.gradient is not None and p in b.present]
+
+    def show_gradients(self) -> None:
+        """Gives parameters their reduced gradient as ``.grad``, sharded as they are, until it is used or hidden.
+
+        As DDP would: the mean over data ranks, without the loss scale. Whatever the user does to it counts. Collective;
+        takes the memory of all gradients of this process.
+        """
+        if not self._shown and self.reduced:
+            self._agree()
+            self._shown = [Shown(bucket, self.scale) for bucket in self.buckets if bucket.gradient is not None]
+
+    def hide_gradients(self) -> None:
+        """Takes ``.grad`` away from the parameters again, and heeds what the user did to it."""
+        if self._shown:
+            for shown in self._shown:
+                shown.take()
+            self._shown = []
+            self._norm = None
+
+    def _heed(self) -> None:
+        """Takes over what the user has done to ``.grad`` so far, and leaves it there."""
+        if self._shown:
+            for shown in self._shown:
+                shown.take()
+                shown.give()
+            self._norm = None
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Within, gradients of the shards may be changed; afterwards those that were shown are shown again."""
+        shown = bool(self._shown)
+        self.hide_gradients()
+        self._norm = None
+        yield
+        if shown:
+            self.show_gradients()
 
     def clip(self, max_norm: float) -> None:
         """Makes the next step use the gradient scaled to at most this norm, the whole model's, on every process."""
-        self._clip_factor = min(1.0, max_norm / (self.global_norm() + 1e-6))  # torch's clip_grad_norm_ does the same
+        if self._clamped:
+            self._norm = None
+        norm = self.global_norm() * self._clipped_since
+        factor = min(1.0, max_norm / (norm + 1e-6))  # torch's clip_grad_norm_ does the same
+        self._clipped_since *= factor
+        self.applied_clip_factor *= factor
+        for shown in self._shown:
+            shown.scale_by(factor)
+        if not self._shown:
+            self._clip_factor *= factor
+
+    def clip_values(self, limit: float) -> None:
+        """Makes the next step use a gradient whose elements are at most ±limit, as torch's clip_grad_value_ does."""
+        self.global_norm()
+        self._clamped = True
+        self._finite_when_clamped &= self._finite  # which clamping hides
+        for shown in self._shown:
+            shown.clamp(limit)
+        for bucket in [] if self._shown else self.buckets:
+            if bucket.gradient is not None:
+                bound = limit * self.scale / self._clip_factor
+                bucket.gradient.clamp_(-bound, bound)
 
     def global_norm(self) -> float:
-        """Euclidean norm of the whole gradient, the same on every process; needs one all-reduce of a number.
-
-        Each element counts once: a process contributes its squares divided by the number of their holders.
-        """
-        if self._norm is None:
-            squares = self.comm.all_reduce(self._squares(), "world", tag="gradients.norm", phase="optimizer")
-            self._norm = math.sqrt(squares.item()) / (self.scaler.scale if self.scaler else 1.0)
+        """Euclidean norm of the whole gradient, the same on every process, and without the loss scale."""
+        self._heed()
+        self._agree()
+        assert self._norm is not None
         return self._norm
 
+    def _agree(self) -> None:
+        """Finds the norm, whether all losses are finite, and who has gradients: one all-reduce of three numbers.
+
+        Each element counts once: a process contributes its squares divided by the number of their holders. Only if a
+        process lacks the gradient of a parameter that is to be trained is there a second: whether others have it.
+        """
+        if self._norm is not None:
+            return
+        squares = self._squares()
+        lacking = sum(p.requires_grad and p not in b.present for b in self.buckets for p in b.parameters)
+        wrong = 0 if self.guard is None else self.guard.wrong()
+        others = [torch.as_tensor(number, dtype=squares.dtype, device=squares.device) for number in (lacking, wrong)]
+        numbers = self.comm.all_reduce(
+            torch.stack([squares, *others]), "world", tag="gradients.norm", phase="optimizer"
+        )
+        self._norm = math.sqrt(numbers[0].item()) / self.scale
+        self._finite = math.isfinite(self._norm)
+        self._clipped_since, self._clamped = self._clip_factor, False
+        if self._first:
+            self.last_norm, self.applied_clip_factor, self._first = self._norm, 1.0, False
+        if numbers[1:].eq(0).all().double().item() != 1.0:  # what a simulation reads is 1
+            _, lacking, wrong = numbers.tolist()
+            self._finite &= wrong == 0
+            if lacking:
+                self._find_present()
+
+    def _find_present(self) -> None:
+        """What gradient is there in any process is there in all."""
+        flags = [float(p in b.present) for b in self.buckets for p in b.parameters]
+        device = local(next(iter(self.names))).device
+        together = self.comm.all_reduce(
+            torch.tensor(flags, device=device), "world", tag="gradients.present", phase="optimizer", op="max"
+        )
+        found = iter(together.tolist())
+        for bucket in self.buckets:
+            bucket.present = {p for p in bucket.parameters if next(found)}
+
     def _squares(self) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.buckets[0].flat.device)
+        device = local(next(iter(self.names))).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
                 # Half precision in one pass, which torch has in fp32 only; anything else is first copied into float64:
@@ -204,21 +389,42 @@ class ShardedOptimizer:
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        overflow = self.scaler is not None and not math.isfinite(self.global_norm())
-        factor = self._clip_factor / (self.scaler.scale if self.scaler else 1.0)
+        if any(bucket.unreduced for bucket in self.buckets):
+            raise RuntimeError(
+                "There are gradients that were not reduced over processes: call self.manual_backward(loss) in place "
+                "of loss.backward(), and step outside of toggle_model(sync_grad=False)."
+            )
+        self.hide_gradients()
+        self._agree()
+        finite = self._finite and self._finite_when_clamped
+        overflow = self.scaler is not None and not finite
+        if not finite and self.guard is not None and self.scale <= SMALLEST:
+            self.guard.stop(self._not_finite(), scaled=self.scaler is not None)
+        factor = self._clip_factor / self.scale
+        group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         with self._parameters_apart():
             for bucket in [] if overflow else self.buckets:
                 if bucket.gradient is not None:
-                    self._step_bucket(bucket, factor)
-            if overflow:
-                self._inner_step()  # of no parameters; by this call schedulers know that there was a step
-        self.applied_clip_factor, self.last_norm = self._clip_factor, self._norm
+                    self._step_bucket(bucket, factor, group_of)
+            self._inner_step()  # of no parameters; by this call schedulers know that there was a step
         if self.scaler is not None:
             self.scaler.update(overflow)
+        if self.guard is not None:
+            self.guard.forget()
         for bucket in self.buckets:
             bucket.gradient = None
-        self._norm, self._clip_factor = None, 1.0
+            bucket.present.clear()
+        self._forget_norm()
+        self._stepped = True
         return result
+
+    def _not_finite(self) -> Iterator[str]:
+        """Names of parameters of whose gradient this process's shards have parts that are not finite."""
+        for bucket in self.buckets:
+            for p in bucket.parameters if bucket.gradient is not None else ():
+                assert bucket.gradient is not None
+                if not all(bucket.gradient[where].isfinite().all() for where in bucket.ranges({p})):
+                    yield self.names[p]
 
     @contextmanager
     def _parameters_apart(self) -> Iterator[None]:
@@ -233,96 +439,146 @@ class ShardedOptimizer:
             for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
 
-    def _step_bucket(self, bucket: Bucket, factor: float) -> None:
-        if self._fused:
-            self._step_fused(bucket, factor)
-        else:
-            self._step_tiles(bucket, factor)
-        bucket.gather_parameters()
+    def _step_bucket(self, bucket: Bucket, factor: float, group_of: Mapping[nn.Parameter, int]) -> None:
+        """Steps the parameters that have a gradient, each with its group's settings."""
+        stepped: dict[int, set[nn.Parameter]] = {}
+        for p in bucket.parameters:
+            if p in bucket.present and p in group_of:
+                stepped.setdefault(group_of[p], set()).add(p)
+        for index, parameters in stepped.items():
+            self._segments[bucket] = [half for s in self._segments[bucket] for half in s.divide(parameters)]
+            for segment in self._segments[bucket]:
+                if segment.parameters[0] in parameters:
+                    step = self._step_fused if self._fused else self._step_tiles
+                    step(segment, factor, self.optimizer.param_groups[index])
+        if stepped:
+            bucket.gather_parameters()
 
-    def _step_fused(self, bucket: Bucket, factor: float) -> None:
+    def _step_fused(self, segment: Segment, factor: float, group: dict[str, Any]) -> None:
+        bucket = segment.bucket
         assert bucket.gradient is not None
-        (master,) = self._tiles[bucket]
-        state, group = self.optimizer.state[master], self.optimizer.param_groups[bucket.group]
-        rounded = None if bucket.master is bucket.shard else bucket.shard
-        fused_adam_step(master, bucket.gradient, state, group, factor=factor, rounded=rounded)
-        self._inner_step()  # of no parameters; by this call schedulers know that there was a step
+        gradients, rounded = segment.split(bucket.gradient), segment.split(bucket.shard)
+        for tile, gradient, half in zip(segment.tiles, gradients, rounded, strict=True):
+            copy = None if bucket.master is bucket.shard else half
+            fused_adam_step(tile, gradient, self.optimizer.state[tile], group, factor=factor, rounded=copy)
 
-    def _step_tiles(self, bucket: Bucket, factor: float) -> None:
+    def _step_tiles(self, segment: Segment, factor: float, group: dict[str, Any]) -> None:
+        bucket = segment.bucket
         assert bucket.gradient is not None
-        tiles = self._tiles[bucket]
-        parts = bucket.gradient.split([t.numel() for t in tiles])
-        for tile, part in zip(tiles, parts, strict=True):
+        for tile, part in zip(segment.tiles, segment.split(bucket.gradient), strict=True):
             gradient = part.to(tile.dtype)  # a copy where the gradient is half-precision, else the gradient itself
-            self._step_tile(bucket, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
-        self.optimizer.param_groups[bucket.group]["params"] = []
+            self._step_tile(group, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
         if bucket.master is not bucket.shard:
-            bucket.shard.copy_(bucket.master)
+            for where in segment.ranges:
+                bucket.shard[where].copy_(bucket.master[where])
 
-    def _step_tile(self, bucket: Bucket, tile: nn.Parameter, gradient: Tensor) -> None:
-        self.optimizer.param_groups[bucket.group]["params"] = [tile]
+    def _step_tile(self, group: dict[str, Any], tile: nn.Parameter, gradient: Tensor) -> None:
+        group["params"] = [tile]
         tile.grad = gradient
         self._inner_step()
         tile.grad = None
+        group["params"] = []
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def gradients(self) -> dict[str, Tensor]:
-        """Reduced gradients by parameter name, sharded like the parameters. Collective."""
-        return {
-            self.names[p]: g
-            for bucket in self.buckets
-            if bucket.gradient is not None
-            for p, g in zip(bucket.parameters, bucket.unshard(bucket.gradient), strict=True)
-        }
+        """Reduced gradients by parameter name, without the loss scale, sharded like the parameters. Collective."""
+        self._heed()
+        self._agree()
+        found: dict[str, Tensor] = {}
+        for bucket in self.buckets:
+            if bucket.gradient is not None:
+                parts = bucket.unshard(bucket.gradient / self.scale)
+                found |= {
+                    self.names[p]: g for p, g in zip(bucket.parameters, parts, strict=True) if p in bucket.present
+                }
+        return found
+
+    def group_names(self) -> list[list[str]]:
+        """Names of the parameters in each of the optimizer's groups."""
+        return [[self.names[p] for p in group["params"]] for group in self.optimizer.param_groups]
+
+    def regroup(self, names: Sequence[Sequence[str]]) -> None:
+        """Adds the groups that an optimizer had when its state was saved and this one has not yet.
+
+        Args:
+            names: of the parameters in each group, as :meth:`group_names` had them.
+        """
+        parameter = {name: p for p, name in self.names.items()}
+        for group in names[len(self.optimizer.param_groups) :]:
+            self.optimizer.add_param_group({"params": [parameter[name] for name in group]})
 
     def state_dict(self, masters: bool = True) -> dict[str, Any]:
         """State by parameter name, each tensor sharded like its parameter, so that any layout can load it. Collective.
 
         Tensors of one element (Adam's step count) are stored as they are; half-precision parameters also store their
-        fp32 master copy, unless ``masters`` is False.
+        fp32 master copy, unless ``masters`` is False. A parameter that never had a gradient has no state.
         """
         state: dict[str, dict[str, Any]] = {self.names[p]: {} for b in self.buckets for p in b.parameters}
         for bucket in self.buckets:
-            joined = self._bucket_state(bucket)
+            held = [(segment.parameters, segment.state()) for segment in self._segments[bucket]]
             if masters and bucket.master is not bucket.shard:
-                joined["master"] = bucket.master
-            for key, value in joined.items():
-                whole = isinstance(value, Tensor) and value.numel() == bucket.shard_size and value.dim() == 1
-                values = bucket.unshard(value) if whole else [value] * len(bucket.parameters)
-                for p, v in zip(bucket.parameters, values, strict=True):
-                    state[self.names[p]][key] = v
+                held.append((bucket.parameters, {"master": bucket.master}))
+            for key in sorted({key for _, values in held for key in values}):
+                having = [(parameters, values[key]) for parameters, values in held if key in values]
+                by_element = [value for _, value in having if _by_element(value)]
+                whole = bucket.unshard(sum(by_element[1:], by_element[0])) if by_element else []
+                of = dict(zip(bucket.parameters, whole, strict=False))
+                for parameters, value in having:
+                    for p in parameters:
+                        of_its_own = value.clone() if isinstance(value, Tensor) and not whole else value
+                        state[self.names[p]][key] = of.get(p, of_its_own)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what :meth:`state_dict` returned, here or in another layout.
 
-        A parameter of which it has no state is left as before its first step, or with zeros where the parameters that
-        it shares a bucket with have state.
+        A parameter of which it has no state is left as before its first step.
+
+        Raises:
+            ValueError: if it is of an optimizer with another number of parameter groups.
         """
-        for group, values in zip(self.optimizer.param_groups, state_dict["param_groups"], strict=True):
+        here, there = self.optimizer.param_groups, state_dict["param_groups"]
+        if len(here) != len(there):
+            raise ValueError(
+                f"The optimizer has {len(here)} parameter groups, its saved state is of {len(there)}; make the same"
+            )
+        for group, values in zip(here, there, strict=True):
             for key in group.keys() - values.keys() - self.optimizer.defaults.keys() - {"params"}:
                 del group[key]  # what a scheduler left that was not there yet
             group.update(values)
         for bucket in self.buckets:
-            states = [state_dict["state"].get(self.names[p], {}) for p in bucket.parameters]
-            tiles = self._tiles[bucket]
-            for tile in tiles:
-                self.optimizer.state.pop(tile, None)
-            for key, first in next((state for state in states if state), {}).items():
-                if isinstance(first, Tensor) and first.dim() > 0:
-                    pairs = zip(states, bucket.parameters, strict=True)
-                    shard = bucket.shard_of([s[key] if s else _without_state(p, key, first.dtype) for s, p in pairs])
-                    parts: Sequence[Any] = shard.split([t.numel() for t in tiles])
-                else:
-                    parts = [first] * len(tiles)
-                if key == "master":
-                    bucket.master.copy_(shard)
-                    continue
-                for tile, part in zip(tiles, parts, strict=True):
-                    value = part.clone() if isinstance(part, Tensor) else part
-                    self.optimizer.state[tile][key] = value
+            self._load(bucket, [state_dict["state"].get(self.names[p], {}) for p in bucket.parameters])
+
+    def _load(self, bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> None:
+        """State of each parameter, by key. Those with the same step count share a segment."""
+        of = dict(zip(bucket.parameters, states, strict=True))
+        if bucket.master is not bucket.shard and any("master" in state for state in states):
+            masters = [
+                state.get("master", p.detach().float()) for p, state in zip(bucket.parameters, states, strict=True)
+            ]
+            bucket.master.copy_(bucket.shard_of(masters))
+        alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        for p in bucket.parameters:
+            kept = sorted((key, value) for key, value in of[p].items() if key != "master")
+            alike.setdefault(tuple((key, _comparable(value)) for key, value in kept), []).append(p)
+        for segment in self._segments[bucket]:
+            segment.load({})
+        self._segments[bucket] = [Segment(bucket, group, self.optimizer, self._tile) for group in alike.values()]
+        for segment, keys in zip(self._segments[bucket], alike, strict=True):
+            first, joined = of[segment.parameters[0]], {}
+            for key, _ in keys:
+                joined[key] = first[key]
+                if _by_element(first[key]):
+                    nothing = torch.zeros_like(local(first[key])).flatten()
+                    joined[key] = bucket.shard_of(
+                        [
+                            of[p][key] if segment.holds(p) else nothing.new_zeros(local(p).shape)
+                            for p in bucket.parameters
+                        ]
+                    )
+            segment.load(joined)
 
     def refresh_masters(self) -> None:
         """Takes over weights that were changed from outside into the fp32 master copies; the others keep theirs."""
@@ -333,34 +589,30 @@ class ShardedOptimizer:
 
     def initialize_state(self, names: Collection[str] | None = None) -> None:
         """Creates the state of these parameters (None: of all), without changing anything else, to load into."""
+        self.adopt(names or ())
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
+        group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         with self._parameters_apart():
-            for bucket, tiles in self._tiles.items():
-                if names is None or any(self.names[p] in names for p in bucket.parameters):
-                    for tile in tiles:
-                        self._step_tile(bucket, tile, torch.zeros_like(tile))
-                self.optimizer.param_groups[bucket.group]["params"] = []
+            for segment in (segment for segments in self._segments.values() for segment in segments):
+                group = group_of.get(segment.parameters[0], self.optimizer.param_groups[0])
+                if names is None or any(self.names[p] in names for p in segment.parameters):
+                    for tile in segment.tiles:
+                        self._step_tile(group, tile, torch.zeros_like(tile))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def _bucket_state(self, bucket: Bucket) -> dict[str, Any]:
-        tiles = self._tiles[bucket]
-        joined: dict[str, Any] = {}
-        for key, first in self.optimizer.state[tiles[0]].items():
-            if isinstance(first, Tensor) and first.shape == tiles[0].shape:
-                joined[key] = torch.cat([self.optimizer.state[t][key] for t in tiles])
-            else:
-                joined[key] = first
-        return joined
+
+def _by_element(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
-def _without_state(parameter: nn.Parameter, key: str, dtype: torch.dtype) -> Tensor:
-    """What a parameter begins with that a checkpoint has no state of."""
-    if key == "master":
-        return parameter.detach().to(dtype)
-    return torch.zeros_like(parameter, dtype=dtype)
+def _comparable(value: Any) -> Any:
+    """What parameters of a segment must have in common of their state."""
+    if isinstance(value, Tensor):
+        return None if _by_element(value) else value.item()
+    return value
 
 
 def _chunks(parameters: list[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:

@@ -33,7 +33,7 @@ _OURS: dict[str, tuple[tuple[object, ...], str]] = {  # set by a run, or none of
     "limit_predict_batches": ((), "a run does not predict"),
     "enable_checkpointing": ((True,), "a run keeps its last checkpoint; checkpoint.every=null writes no other"),
     "barebones": ((False,), "a run logs and saves; use logger=none and checkpoint.every=null"),
-    "gradient_clip_algorithm": (("norm",), "gradients are sharded and clipped by their global norm; use norm"),
+    "gradient_clip_algorithm": (("norm", "value"), "gradients are clipped by their global norm, or element by element"),
     "reload_dataloaders_every_n_epochs": ((0,), "each epoch has an order of its own anyway"),
     "sync_batchnorm": ((False,), "no layer is a batch normalisation"),
     "model_registry": ((), "checkpoints stay in the run directory"),

@@ -1,0 +1,96 @@
+"""Stops training before a loss or a gradient that is not finite reaches a weight."""
+
+from collections.abc import Iterable
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tedlab.comm import Collectives
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss, a gradient or a weight is infinite or not a number. Raised in all processes alike."""
+
+
+class FiniteGuard:
+    """Knows the losses of the step under way, and says what went wrong in it.
+
+    Whether anything did, processes tell each other with the gradient's norm, see :class:`ShardedOptimizer`. What and
+    where is asked for only then.
+
+    Args:
+        comm: the collectives of this process.
+    """
+
+    def __init__(self, comm: Collectives) -> None:
+        self.comm = comm
+        self._step = 0
+        self._losses: list[tuple[int, Tensor]] = []  # of the batches of the step under way
+
+    def note(self, step: int, batch_idx: int, loss: Tensor) -> None:
+        """Takes note of a loss, on its device.
+
+        Args:
+            step: how many were finished before.
+            batch_idx: as Lightning counts.
+            loss: a scalar, not scaled.
+        """
+        self._step = step
+        self._losses.append((batch_idx, loss.detach()))
+
+    def wrong(self) -> Tensor | float:
+        """How many of this process's losses are not finite; a number on the device."""
+        if not self._losses:
+            return 0.0
+        return torch.stack([loss.double() for _, loss in self._losses]).isfinite().logical_not().sum()
+
+    def forget(self) -> None:
+        """The step is over."""
+        self._losses.clear()
+
+    def stop(self, parameters: Iterable[str], scaled: bool) -> NoReturn:
+        """Raises, with the same words in all processes. Collective.
+
+        Args:
+            parameters: of whose gradient this process has found parts that are not finite.
+            scaled: whether a loss scale as small as it gets was tried.
+        """
+        losses = [(batch, loss.item()) for batch, loss in self._losses]
+        own = ([(batch, loss) for batch, loss in losses if loss - loss != 0], list(parameters))
+        everybody: list[tuple[list[tuple[int, float]], list[str]]] = [own] * self.comm.size("world")
+        dist.all_gather_object(everybody, own, self.comm.group("world"))
+        wrong = [(batch, rank, loss) for rank, (found, _) in enumerate(everybody) for batch, loss in found]
+        if wrong:
+            first, _, value = min(wrong)
+            ranks = ", ".join(str(rank) for batch, rank, _ in wrong if batch == first)
+            what = f"the loss is {value} in batch {first} on rank {ranks}"
+        else:
+            names = list(dict.fromkeys(name for _, found in everybody for name in found))
+            more = f" and of {len(names) - 1} more" if names[1:] else ""
+            batches = sorted({batch for batch, _ in losses})
+            of = f" of batch {', '.join(map(str, batches))}" if batches else ""
+            what = f"the gradient{of} is not finite, of {names[0] if names else 'a parameter'}{more}; all losses are"
+        if scaled:
+            what += ", with the smallest loss scale"
+        raise NonFiniteError(
+            f"Stopped in step {self._step + 1} before any weight changed: {what}. Checkpoints are of finite weights; "
+            "resume from the last with a lower learning rate or other data. stop_on_nonfinite=False would train on"
+        )
+
+
+def check_saved(weights: Iterable[Tensor], comm: Collectives, step: int) -> None:
+    """Whether weights may be saved. Collective.
+
+    Raises:
+        NonFiniteError: in all processes, if one has found a weight that is not finite.
+    """
+    bad = sum(
+        (tensor.isfinite().all().logical_not().double() for tensor in weights), torch.zeros((), dtype=torch.double)
+    )
+    if comm.all_reduce(bad, "world", tag="checkpoint.finite", phase="checkpoint").item():
+        raise NonFiniteError(
+            f"Not saved: after step {step} there are weights that are not finite, though no gradient was; the last "
+            "checkpoint is kept. A lower learning rate may help"
+        )
