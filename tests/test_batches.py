@@ -74,8 +74,17 @@ def alone(pool: WorkerPool) -> dict[int, float]:
     return {sample: y for batch in batches for sample, y in batch.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+SAMPLE = {("T2_E2_dtd", "capacity"), ("E4", "capacity"), ("T2_E2", "dropless")}  # of what else takes longer
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        pytest.param(layout, kind, marks=[pytest.mark.slow] * ((layout, kind) not in SAMPLE))
+        for layout in LAYOUTS
+        for kind in KINDS
+    ],
+)
 def test_each_sample_is_predicted_once_whatever_divides_their_number(
     pool: WorkerPool, alone: dict[int, float], layout: str, kind: str
 ) -> None:

@@ -197,7 +197,10 @@ def close(ours: Tensor, theirs: Tensor, what: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("E2", "T2_E2", "T2_E2_fused"))) for name in LAYOUTS],
+)
 def test_padding_is_as_if_it_were_not_there_in_every_layout(
     pool: WorkerPool, weights: dict[str, Tensor], layout: str
 ) -> None:
