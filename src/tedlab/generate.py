@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 from tedlab import checkpoint
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
+from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.models import GPT
 from tedlab.ranges import check_ranges, real, whole
 from tedlab.topology import Topology
-from tedlab.untrusted import typed
+from tedlab.untrusted import read_yaml, typed
 
 
 @dataclass
@@ -47,7 +48,7 @@ def generate(config: GenerateConfig) -> str:
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
     shape, experts = _model(path)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = _tokenizer(directory, shape)
     # Capacity is about balance in training; a text must not change because its tokens crowd one expert. Nor is a
     # second expert drawn at random.
     moe = replace(experts, capacity_factor=None)
@@ -70,11 +71,34 @@ def generate(config: GenerateConfig) -> str:
     return tokenizer.decode(ids)
 
 
+def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:
+    """The run's. Without its file it would be bytes, whatever the model was trained on."""
+    if not (directory / SAVED).is_file():
+        try:
+            data = read_yaml(directory / "config.yaml").get("data")
+        except ValueError as error:
+            raise ValueError(f"{directory / 'config.yaml'} cannot be read: {error}") from None
+        named = data.get("tokenizer", "byte") if isinstance(data, dict) else "byte"
+        if named != "byte":
+            raise FileNotFoundError(f"{directory / SAVED} is missing, and the run has data.tokenizer={named}")
+    tokenizer = load_tokenizer(directory)
+    assert shape.vocab_size is not None
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise ValueError(
+            f"{directory} has a tokenizer of {tokenizer.vocab_size} tokens, and a model of {shape.vocab_size}: "
+            "one of them is not this run's"
+        )
+    return tokenizer
+
+
 def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
     """What a checkpoint says of its model. The run's config.yaml would have to be believed: it has no checksum."""
     stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
     try:
-        return typed(ModelConfig, stored["model"]), typed(MoEConfig, stored["moe"])
+        shape, moe = typed(ModelConfig, stored["model"]), typed(MoEConfig, stored["moe"])
+        if shape.vocab_size is None:
+            raise ValueError("it has no vocabulary")
+        return shape, moe
     except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} says nothing of a model of this command: {error}") from None
 

@@ -19,7 +19,7 @@ from tedlab.config import DataConfig
 from tedlab.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
-_SAVED = "tokenizer.json"  # in a run directory
+SAVED = "tokenizer.json"  # in a run directory
 _LARGEST_VOCABULARY = 1 << 24
 _SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one that a file knows ends its documents
 
@@ -122,7 +122,7 @@ class FileTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: Path) -> None:
-        self._tokenizer.save(str(directory / _SAVED))
+        self._tokenizer.save(str(directory / SAVED))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer:
@@ -161,7 +161,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer
 
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that was saved into a run directory."""
-    saved = directory / _SAVED
+    saved = directory / SAVED
     return FileTokenizer(saved) if saved.is_file() else ByteTokenizer()
 
 
