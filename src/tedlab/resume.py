@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from tedlab.checkpoint import META, read_meta
 from tedlab.cli import UsageError
 from tedlab.config import TrainConfig
+from tedlab.untrusted import interpolation
 
 DECIDED = (
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr_fraction", "optim.decay_fraction"),
@@ -105,9 +106,13 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
         A sentence on what is other than in the checkpoint, and one on what is other than configured; each if any.
 
     Raises:
-        ValueError: if another optimizer or loss scale is configured, which the state that was saved does not fit.
+        ValueError: if another optimizer or loss scale is configured, which the state that was saved does not fit; if
+            the checkpoint has a value that would be looked up.
     """
     stored = _stored(meta)
+    looked_up = interpolation({name: stored[name] for name in DECIDED if name in stored})
+    if looked_up is not None:
+        raise ValueError(f"the checkpoint's {looked_up} has ${{…}} in it, which is not looked up for a checkpoint")
     kept, changed = [], []
     for name in DECIDED:
         if name not in stored:  # an older checkpoint, or another's
@@ -167,7 +172,7 @@ def _options(ours: Mapping[str, Any], stored: Mapping[str, Any], named: Collecti
         )
     names = {name for name in {*ours, *stored} if _is_named(f"optim.optimizer.{name}", named)}
     return {
-        **{name: value for name, value in stored.items() if name not in names and _is_plain(value)},
+        **{n: value for n, value in stored.items() if n not in names and not n.startswith("_") and _is_plain(value)},
         **{name: value for name, value in ours.items() if name in names},
         "_target_": kind,
     }

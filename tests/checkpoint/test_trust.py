@@ -29,10 +29,12 @@ from tedlab.compare.runs import read_runs
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import FileTokenizer
 from tedlab.plan.file import KEYS
+from tedlab.resume import take_over
 from tedlab.sim.routing import _traced
 from tests.checkpoint.small import Payload, age, payload, read, seal, write
 from tests.compare.sweep import write_run
 from tests.pool import WorkerPool
+from tests.test_conf import compose
 from tests.training import Job, Layout, language_model, loader, trainer
 
 
@@ -284,6 +286,36 @@ def test_what_a_plan_may_not_have_is_left_to_the_command_line(tmp_path: Path) ->
         read(tmp_path / "plan")
     assert not allowed("data.path=my/corpus")
     assert allowed("data.batch_size=8")
+
+
+# ---- resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"optimizer": {"_target_": "builtins.open", "file": "{fired}", "mode": "w"}},
+        {"optimizer": {"_target_": "torch.optim.AdamW", "weight_decay": "${fire:}"}},
+        {"schedule": "${fire:}"},
+    ],
+    ids=["a class", "an option that is looked up", "a value that is looked up"],
+)
+def test_a_checkpoint_that_is_resumed_chooses_no_class_and_looks_nothing_up(
+    fired: Path, resolver: None, planted: dict[str, Any]
+) -> None:
+    config = compose("logger=none", "optim.optimizer._target_=torch.optim.AdamW")
+    for options in (values for values in planted.values() if isinstance(values, dict)):
+        options |= {name: text.format(fired=fired) for name, text in options.items() if "fired" in text}
+    with pytest.raises(ValueError, match=r"_target_ is torch.optim.AdamW, but|not looked up for a checkpoint"):
+        take_over(config, {"hyper_parameters": {"optim": planted}}, set())
+    assert not fired.exists()
+
+
+def test_a_checkpoint_that_is_resumed_gives_an_optimizer_plain_options_alone() -> None:
+    stored = {"_target_": "torch.optim.AdamW", "eps": 0.5, "_partial_": False, "foreach": {"_target_": "os.system"}}
+    config = compose("logger=none", "optim.optimizer={_target_:torch.optim.AdamW}")
+    take_over(config, {"hyper_parameters": {"optim": {"optimizer": stored}}}, set())
+    assert config.optim.optimizer == {"_target_": "torch.optim.AdamW", "eps": 0.5}
 
 
 # ---- run directories ---------------------------------------------------------------------------------------------
