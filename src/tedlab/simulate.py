@@ -65,7 +65,6 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
     """The certificate of a world that this machine has no processes for."""
     import torch
 
-    from tedlab.certify import record
     from tedlab.certify.show import certify_visibly
     from tedlab.sim.threads import MOST_THREADS, run_in_threads
 
@@ -80,7 +79,7 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
     if "sim.routing" in own:
         raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")
     threads = replace(config, trainer={**config.trainer, "accelerator": "cpu"}, certificate_precision="64-true")
-    certificate = certify_visibly(threads, functools.partial(run_in_threads, record), (), MOST_THREADS)
+    certificate = certify_visibly(threads, run_in_threads, (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)
     return max(row.error for row in certificate.rows)

@@ -1,19 +1,25 @@
 """Certification inside the shared worker pool, with or without a bug planted into the processes of the layout."""
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import hydra
 import pytest
-import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from tedlab.certify import record
-from tedlab.certify.certificate import Execute
+from tedlab.certify import Row, record
+from tedlab.certify.certificate import CONTINUATIONS, Execute, Run, Runs, runs_for
+from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tests.pool import WorkerPool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
+_RUNS_OF_A_WORLD = 8  # a hang costs no more than these
+_STEPS = 2  # of a run that nothing continues
 
 
 def composed(*overrides: str) -> TrainConfig:
@@ -26,16 +32,77 @@ def composed(*overrides: str) -> TrainConfig:
 
 
 def in_pool(pool: WorkerPool, plant: Plant | None = None) -> Execute:
-    """Runs :func:`tedlab.certify.record` in the pool; ``plant`` changes the code of layouts, not of one process."""
+    """Runs in the pool; ``plant`` changes the code of layouts, not of one process."""
 
-    def execute(config: TrainConfig) -> None:
-        pool.run(config.parallel.world_size, _record, config, plant)
+    def execute(run: Run, config: TrainConfig) -> None:
+        pool.run(config.parallel.world_size, _in_turn, [(run, config, plant)])
 
     return execute
 
 
-def _record(config: TrainConfig, plant: Plant | None) -> None:
+@dataclass(frozen=True)
+class Case:
+    """One certificate.
+
+    Attributes:
+        overrides: of the configuration.
+        plant: the bug in the processes of its layout; None: none.
+        continuations: see :func:`tedlab.certify.certify`.
+    """
+
+    overrides: tuple[str, ...]
+    plant: Plant | None = None
+    continuations: tuple[str, ...] = ()
+
+
+def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[Case, list[Row]]:
+    """Rows of many certificates, as of :func:`tedlab.certify.certify`, in few worlds.
+
+    Cases with the same overrides share a reference; all runs of as many processes share worlds, one after the other.
+    A run that nothing continues has two steps.
+    """
+    runs: dict[Case, Runs] = {}
+    shared: dict[tuple[tuple[str, ...], bool], Runs] = {}
+    for number, case in enumerate(cases):
+        key = case.overrides, bool(case.continuations)
+        if key not in shared:
+            saved = tuple(CONTINUATIONS) if case.continuations else ()
+            shared[key] = runs_for(composed(*case.overrides), directory / str(number), saved, MOST_PROCESSES)
+            if not case.continuations:
+                shared[key] = replace(shared[key], steps=_STEPS)
+                for config in (shared[key].layout, shared[key].one):
+                    config.trainer["max_steps"] = _STEPS
+        layout = replace(shared[key].layout, output_dir=f"{shared[key].layout.output_dir}_{number}")
+        runs[case] = replace(shared[key], layout=layout, continuations=case.continuations)
+    stages: list[dict[int, list[_Task]]] = [defaultdict(list) for _ in range(3)]
+    for case, its in runs.items():
+        for run, config in ((run, config) for _, run, config in its.planned()):
+            if run is record:
+                stages[1][config.parallel.world_size].append((run, config, case.plant))
+            elif config.ckpt_path is not None:
+                stages[2][1].append((run, config, None))
+            elif (run, config, None) not in stages[0][1]:
+                stages[0][1].append((run, config, None))
+    for stage in stages:
+        for processes, tasks in stage.items():
+            for start in range(0, len(tasks), _RUNS_OF_A_WORLD):
+                pool.run(processes, _in_turn, tasks[start : start + _RUNS_OF_A_WORLD])
+    return {case: list(its.compared()) for case, its in runs.items()}
+
+
+_Task = tuple[Run, TrainConfig, Plant | None]
+
+
+def _in_turn(tasks: Sequence[_Task]) -> None:
+    for run, config, plant in tasks:
+        with planted(plant if run is record else None):
+            run(config)
+
+
+@contextmanager
+def planted(plant: Plant | None) -> Iterator[None]:
+    """Within, this process has the bug."""
     with pytest.MonkeyPatch.context() as patch:
-        if plant is not None and dist.get_world_size() > 1:
+        if plant is not None:
             plant(patch)
-        record(config)
+        yield

@@ -5,37 +5,50 @@ from pathlib import Path
 import pytest
 import torch
 
-from tedlab.certify import certify, shrink
-from tedlab.certify.compare import TOLERANCES
+from tedlab.certify import Row, certify, shrink
+from tedlab.certify.compare import TOLERANCES, first_difference
 from tedlab.cli import UsageError
 from tedlab.strategy import gpus
-from tedlab.train import train
-from tedlab.validate import CERTIFIED_PRECISIONS
-from tests.certify.runs import Plant, composed, in_pool
-from tests.certify.test_planted_bugs import expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor
+from tedlab.validate import CERTIFIED_PRECISIONS, check
+from tests.certify.bugs import expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor
+from tests.certify.runs import Case, Plant, certified, composed
 from tests.pool import WorkerPool
 
-BF16 = ["parallel=tp2_ep2", "certificate_precision=bf16-true", "comm=dtd", "moe.top_k=2"]
+BF16 = ("certificate_precision=bf16-true", "moe.top_k=2")
+SOUND = {
+    "capacity": Case(("parallel=tp2", "comm=dtd", *BF16), continuations=("in this layout",)),
+    "dropless": Case(("parallel=ep2", "moe.dispatch=dropless", *BF16), continuations=("in this layout",)),
+}
+WRONG = {
+    plant: Case(SOUND["capacity"].overrides, plant)
+    for plant in (expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor)
+}
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-def test_a_layout_in_bf16_equals_one_process_within_rounding(pool: WorkerPool, dispatch: str) -> None:
-    found = certify(composed(*BF16, f"moe.dispatch={dispatch}"), in_pool(pool), continuations=["in this layout"])
-    assert found.ok, str(found.culprit)
-    assert (found.precision, found.accelerator) == ("bf16-true", "cpu")
-    assert max(row.error for row in found.rows) > 1e-4  # it was no float64
+@pytest.fixture(scope="module")
+def certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Row]]:
+    return certified(pool, tmp_path_factory.mktemp("certificates"), [*SOUND.values(), *WRONG.values()])
 
 
-@pytest.mark.parametrize("plant", [expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor])
-def test_what_is_wrong_everywhere_shows_in_bf16(pool: WorkerPool, plant: Plant) -> None:
-    found = certify(composed(*BF16), in_pool(pool, plant), continuations=[])
-    assert found.culprit is not None
-    assert found.culprit.quantity == "gradients"
+@pytest.mark.parametrize("dispatch", SOUND)
+def test_a_layout_in_bf16_equals_one_process_within_rounding(
+    certificates: dict[Case, list[Row]], dispatch: str
+) -> None:
+    rows = certificates[SOUND[dispatch]]
+    assert all(row.ok for row in rows), rows
+    assert max(row.error for row in rows) > 1e-4  # it was no float64
+
+
+@pytest.mark.parametrize("plant", WRONG, ids=lambda plant: plant.__name__)
+def test_what_is_wrong_everywhere_shows_in_bf16(certificates: dict[Case, list[Row]], plant: Plant) -> None:
+    culprit = first_difference(certificates[WRONG[plant]])
+    assert culprit is not None
+    assert culprit.quantity == "gradients"
 
 
 def test_no_other_precision_is_certified() -> None:
     assert tuple(TOLERANCES) == CERTIFIED_PRECISIONS
-    for run in (certify, train):
+    for run in (certify, check):
         with pytest.raises(UsageError, match="certificate_precision=16-true is unknown; valid: 64-true, bf16-true"):
             run(composed("certificate_precision=16-true"))
 

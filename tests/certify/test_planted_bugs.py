@@ -1,267 +1,329 @@
-"""Certify notices what the field has shipped: each known bug, planted into a layout, is found, named and measured."""
+"""What the field has shipped, and what is easily written: each mistake of ``bugs.py``, planted, is found.
 
-from typing import Any
+By the certificate of a layout, which also names and measures it; by the oracle, if one process has the mistake, too; or
+by a test that is named here, and fails with it. All certificates are made in a few worlds.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch.optim import AdamW
 
-from tedlab import capacity
-from tedlab.certify import certify
-from tedlab.certify.certificate import CONTINUATIONS
-from tedlab.checkpoint import directory
-from tedlab.comm import differentiable, recompute
-from tedlab.moe import router
-from tedlab.moe.ragged import Arrangement, ReplicatedRows
-from tedlab.nn import sharded
-from tedlab.optim import ShardedOptimizer
-from tedlab.optim.bucket import Bucket
-from tests.certify.runs import Plant, composed, in_pool
+from tedlab import Topology
+from tedlab.certify import Row
+from tedlab.certify.compare import first_difference
+from tedlab.optim.fused import _TILE
+from tests.certify import bugs
+from tests.certify.runs import Case, Plant, certified, planted
+from tests.data import test_sampler
+from tests.moe import test_router
+from tests.nn import test_sharded
+from tests.optim import test_fused, test_loss_scale, test_schedule
 from tests.pool import WorkerPool
+from tests.test_oracle import Errors, first_wrong, judged
+
+Overrides = tuple[str, ...]
+TP2: Overrides = ("parallel=tp2", "moe.capacity_factor=1.05")
+EP2: Overrides = ("parallel=ep2", "moe.top_k=2", "moe.z_loss=0.1", "data.micro_batch_size=4")
+DP2: Overrides = ("parallel=dp2", "optim.overlap=true", "data.micro_batch_size=4")
+EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2")
+CHUNKED: Overrides = ("parallel=tp2", "model.loss_chunk=7")
+FP16: Overrides = ("parallel=tp2", "trainer.precision=16-true")
+BF16: Overrides = ("parallel=dp2", "certificate_precision=bf16-true")
+SEQUENCE: Overrides = ("parallel=tp2", "parallel.sequence=true")
+TODAY: Overrides = (
+    *("parallel=tp2", "parallel.sequence=true", "model.activation=swiglu", "model.bias=false", "model.norm=rms"),
+    "model.positions=rotary",
+)
+SHARDS: Overrides = ("parallel=tp2", "model.checkpoint=block", "comm.dtd=true", "comm.cac=shard")
+WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.checkpoint=block", "comm.cac=true")
+DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
+DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
+FROM_ONE, AGAIN = "from one process", "in this layout"
 
 
-def _scale_expert_gradients(patch: pytest.MonkeyPatch, factor: float) -> None:
-    finish = Bucket.finish_reduction
+class Found(NamedTuple):
+    """By a certificate.
 
-    def wrong(self: Bucket) -> None:
-        pending = self._reduction is not None
-        finish(self)
-        if pending and self.kind == "expert_data":
-            assert self.gradient is not None
-            self.gradient.mul_(factor)
+    Attributes:
+        overrides: of its configuration.
+        quantity: the first that is wrong; of a run that was continued, ``FROM_ONE`` or ``AGAIN``.
+        said: part of the sentence about it.
+    """
 
-    patch.setattr(Bucket, "finish_reduction", wrong)
-
-
-def expert_gradient_divided_by_expert_data(patch: pytest.MonkeyPatch) -> None:
-    """Averaged over its own replicas although it is divided by D already."""
-    _scale_expert_gradients(patch, 1 / 2)
+    overrides: Overrides
+    quantity: str
+    said: str
 
 
-def expert_gradient_scaled_by_expert(patch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed #5618, pytorch #160285: E_p times too large."""
-    _scale_expert_gradients(patch, 4.0)
-
-
-def input_gradient_not_summed_over_tensor(patch: pytest.MonkeyPatch) -> None:
-    """Each tensor rank goes on with its own part of the gradient (Automodel #1260)."""
-    patch.setattr(differentiable._CopyTo, "backward", staticmethod(lambda ctx, grad: (grad, None, None, None)))
-
-
-def replicated_parameter_counted_by_each_tensor_rank(patch: pytest.MonkeyPatch) -> None:
-    """In the norm (Megatron #5916, DeepSpeed #8475)."""
-    right = Bucket.holders.fget
-    assert right is not None
-
-    def wrong(self: Bucket) -> int:
-        parameter = self.parameters[0]
-        replicated = not any(placement.is_shard() for placement in parameter.placements)
-        return right(self) // (parameter.device_mesh.size(-1) if replicated else 1)
-
-    patch.setattr(Bucket, "holders", property(wrong))
-
-
-def tensor_ranks_with_different_seeds(patch: pytest.MonkeyPatch) -> None:
-    """Of initial weights that all should hold alike."""
-    right = sharded._seed
-    patch.setattr(sharded, "_seed", lambda key: right(key) + dist.get_rank())
-
-
-def capacity_not_padded(patch: pytest.MonkeyPatch) -> None:
-    """Other tokens are dropped than in one process (DeepSpeed's capacity 17 under tensor 2)."""
-    right = capacity.expert_capacity
-    patch.setattr(capacity, "expert_capacity", lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1))
-
-
-def auxiliary_loss_divided_twice(patch: pytest.MonkeyPatch) -> None:
-    """Once more by the data ranks (Megatron #3672)."""
-    right = router.balance_loss
-    patch.setattr(router, "balance_loss", lambda *tensors: right(*tensors) / 2)
-
-
-def optimizer_state_of_another_shard(patch: pytest.MonkeyPatch) -> None:
-    """After loading, each rank holds its neighbour's moments (DeepSpeed #6589)."""
-    right = Bucket.shard_of
-
-    def wrong(self: Bucket, tensors: Any) -> Tensor:
-        own = self._own
-        self._own = slice((own.start + self.shard_size) % len(self.flat), None)
-        self._own = slice(self._own.start, self._own.start + self.shard_size)
-        shard = right(self, tensors)
-        self._own = own
-        return shard
-
-    patch.setattr(Bucket, "shard_of", wrong)
-
-
-def experts_loaded_from_another_rank(patch: pytest.MonkeyPatch) -> None:
-    """All expert ranks load the first experts (DeepSpeed #6589)."""
-    right = directory.load
-
-    def wrong(tensors: dict[str, Any], path: Any, **options: Any) -> None:
-        right(tensors, path, **options)
-        for name, tensor in tensors["model"].items():
-            if "experts" in name:
-                tensor.to_local().copy_(tensor.full_tensor()[: len(tensor.to_local())])
-
-    patch.setattr("tedlab.checkpoint.load", wrong)
-
-
-def step_of_a_stale_gradient(patch: pytest.MonkeyPatch) -> None:
-    """A reduction that is not waited for: the shard's first element is lost."""
-    finish = Bucket.finish_reduction
-
-    def wrong(self: Bucket) -> None:
-        finish(self)
-        if self.gradient is not None:
-            self.gradient[0] = 0.0
-
-    patch.setattr(Bucket, "finish_reduction", wrong)
-
-
-def replicas_that_drift(patch: pytest.MonkeyPatch) -> None:
-    """By so little, and on a rank that reports nothing, that outputs would tell only later."""
-    gather = Bucket.gather_parameters
-
-    def wrong(self: Bucket) -> None:
-        gather(self)
-        if dist.get_rank() == dist.get_world_size() - 1:
-            self.flat[0] += 1e-9
-
-    patch.setattr(Bucket, "gather_parameters", wrong)
-
-
-def router_gradient_not_summed_when_sliced(patch: pytest.MonkeyPatch) -> None:
-    """Each tensor rank has routed its own tokens, and keeps its part of the gradient (Automodel #1260)."""
-    patch.setattr(ShardedOptimizer, "_sum_partial_gradients", lambda self: None)
-
-
-def recompute_that_routes_anew(patch: pytest.MonkeyPatch) -> None:
-    """Where the second pass computes other logits, tokens change their experts (torchtitan #1117)."""
-    decide = router.Router.decide
-
-    def wrong(self: router.Router, logits_TE: Tensor, *rest: Any) -> router.Decision:
-        return decide(self, -logits_TE if recompute._now.second else logits_TE, *rest)
-
-    patch.setattr(router, "pin", lambda decision: decision)
-    patch.setattr(router.Router, "decide", wrong)
-
-
-def dropped_tokens_gradient_averaged(patch: pytest.MonkeyPatch) -> None:
-    """As if the slices were copies: what tokens get back is divided by T."""
-    right = differentiable._gathered
-
-    def wrong(*arguments: Any) -> Tensor:
-        return right(*arguments) / (2 if arguments[-1] == "backward" else 1)
-
-    patch.setattr(differentiable, "_gathered", wrong)
-
-
-def kept_result_of_another_rank(patch: pytest.MonkeyPatch) -> None:
-    """Shards are gathered from the wrong end: CAC's results are permuted."""
-    repeated = recompute._Region.repeated
-
-    def wrong(self: Any, *arguments: Any) -> Tensor:
-        result = repeated(self, *arguments)
-        return result.roll(1, 0) if self.plan.get(arguments[1]) is recompute.Second.SLICE else result
-
-    patch.setattr(recompute._Region, "repeated", wrong)
-
-
-def overflow_that_is_not_skipped(patch: pytest.MonkeyPatch) -> None:
-    """One process overflows, and the others' norms are what is looked at (Lightning's fp16 plugin)."""
-    right = ShardedOptimizer._agree
-
-    def wrong(self: ShardedOptimizer) -> None:
-        right(self)
-        self._finite = True
-
-    patch.setattr(ShardedOptimizer, "_agree", wrong)
-
-
-def bias_added_by_each_tensor_rank(patch: pytest.MonkeyPatch) -> None:
-    """To its part of an expert's result, before the parts are summed: T times too much."""
-
-    def wrong(self: ReplicatedRows, partial: Tensor, bias: Tensor, exchange: Any, arrangement: Arrangement) -> Tensor:
-        y = differentiable.reduce_from(partial + bias, self.comm, "expert_tensor", "experts.reduce")
-        return arrangement.restore(y)
-
-    patch.setattr(ReplicatedRows, "leave", wrong)
-
-
-def rows_returned_in_the_order_of_experts(patch: pytest.MonkeyPatch) -> None:
-    """Not in that of the senders who wait for them."""
-    patch.setattr(Arrangement, "restore", lambda self, y: y)
-
-
-TP2 = ["parallel=tp2"]
-RECOMPUTED = ["model.checkpoint=block"]
-CASES: list[tuple[Plant, list[str], str, str]] = [
-    # bug, layout, first wrong quantity, what is said of it
-    (
-        expert_gradient_divided_by_expert_data,
-        ["parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2"],
+CERTIFIED: dict[Plant, Found] = {
+    bugs.expert_gradient_divided_by_expert_data: Found(
+        EP2_DP2,
         "gradients",
-        "first in step 1: network.blocks.1.feed_forward.experts.up is 0.5 × what one process has = 1/expert or 1/exp",
+        "in step 1: network.blocks.1.feed_forward.experts.up is 0.5 × what one process has = 1/exp",
     ),
-    (
-        expert_gradient_scaled_by_expert,
-        ["parallel=ep4"],
+    bugs.expert_gradient_scaled_by_expert: Found(
+        ("parallel=ep4",),
         "gradients",
-        "first in step 1: network.blocks.1.feed_forward.experts.up is 4 × what one process has = expert or data",
+        "in step 1: network.blocks.1.feed_forward.experts.up is 4 × what one process has = expert or data",
     ),
-    (input_gradient_not_summed_over_tensor, TP2, "gradients", "no multiple of what one process has"),
-    (replicated_parameter_counted_by_each_tensor_rank, TP2, "gradient norm", "all parameters is 1."),
-    (tensor_ranks_with_different_seeds, TP2, "outputs", "in step 1: logits"),
-    (capacity_not_padded, [*TP2, "moe.capacity_factor=1.05"], "outputs", "in step 1"),
-    (
-        auxiliary_loss_divided_twice,
-        ["parallel=ep2"],
-        "losses and drops",
-        "in step 1: train/aux_loss is 0.5 × what one process has = 1/expert or 1/data",
+    bugs.replicated_gradient_summed_over_tensor: Found(TP2, "gradients", "is 2 × what one process has = tensor"),
+    bugs.experts_reduced_over_all_data_ranks: Found(EP2, "gradients", "experts"),
+    bugs.input_gradient_not_summed_over_tensor: Found(TP2, "gradients", "no multiple of what one process has"),
+    bugs.step_of_a_stale_gradient: Found(EP2, "gradients", "is no multiple"),
+    bugs.accumulated_gradients_lost: Found(DP2, "gradients", "in step 1"),
+    bugs.reduced_before_the_last_micro_batch: Found(DP2, "gradients", "in step 1"),
+    bugs.micro_batches_not_averaged: Found(EP2, "gradients", "is 2 × what one process has"),
+    bugs.bucket_filled_in_another_order: Found(DP2, "gradients", "in step 1"),
+    bugs.router_gradient_not_summed_when_sliced: Found(SEQUENCE, "gradients", "in step 1"),
+    bugs.partial_gradients_summed_twice: Found(SEQUENCE, "gradients", "is 2 × what one process has = tensor"),
+    bugs.replicated_parameter_counted_by_each_tensor_rank: Found(TP2, "gradient norm", "all parameters is 1."),
+    bugs.norm_of_the_first_piece: Found(DP2, "gradient norm", "all parameters is 0."),
+    bugs.norm_of_this_process_alone: Found(DP2, "gradient norm", "in step 1"),
+    bugs.norm_of_an_earlier_step: Found(DP2, "gradient norm", "in step 2"),
+    bugs.padding_counted_in_the_norm: Found(DP2, "gradient norm", "in step 1"),
+    bugs.tied_embedding_counted_twice: Found(TP2, "gradient norm", "all parameters is 1."),
+    bugs.clipped_before_unscaling: Found(FP16, "clip factor", "in step 2"),
+    bugs.overflow_that_is_not_skipped: Found(FP16, "gradients", "is absent in one process"),
+    bugs.last_tile_left_out: Found(DP2, "optimizer state", "in step 1"),
+    bugs.parameters_not_gathered: Found(DP2, "next weights", "in step 1"),
+    bugs.replicas_that_drift: Found(DP2, "next weights", "in step 1: network."),
+    bugs.tensor_ranks_with_different_seeds: Found(TP2, "outputs", "in step 1: logits"),
+    bugs.experts_seeded_by_their_local_index: Found(EP2, "outputs", "in step 1: logits"),
+    bugs.vocabulary_shard_off_by_one: Found(TP2, "outputs", "in step 1: logits"),
+    bugs.targets_of_other_ranks_off_by_one: Found(TP2, "losses and drops", "in step 1: train/loss"),
+    bugs.embedding_gradient_of_other_shards_tokens: Found(TP2, "gradients", "in step 1: network.embedding.weight"),
+    bugs.chunk_means_averaged: Found(CHUNKED, "losses and drops", "in step 1: train/loss"),
+    bugs.learned_positions_start_anew_in_each_slice: Found(SEQUENCE, "outputs", "in step 1"),
+    bugs.rotary_positions_start_anew_in_each_slice: Found(TODAY, "outputs", "in step 1"),
+    bugs.slices_gathered_in_another_order: Found(SEQUENCE, "outputs", "in step 1"),
+    bugs.attention_scaled_by_the_number_of_heads: Found(TP2, "outputs", "in step 1"),
+    bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
+    bugs.bias_added_by_each_tensor_rank: Found(DEALT, "outputs", "in step 2: logits"),
+    bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
+    bugs.capacity_not_padded: Found(TP2, "outputs", "in step 1"),
+    bugs.capacity_rounded_down: Found(TP2, "outputs", "in step 1"),
+    bugs.capacity_of_all_data_ranks: Found(EP2, "outputs", "in step 1"),
+    bugs.last_tokens_served_first: Found(EP2, "outputs", "in step 1"),
+    bugs.second_choices_beside_first_ones: Found(EP2, "outputs", "in step 1"),
+    bugs.dropped_tokens_get_somebody_elses_result: Found(EP2, "outputs", "in step 1"),
+    bugs.gates_detached: Found(TP2, "gradients", "in step 1"),
+    bugs.gates_not_renormalised: Found(EP2, "outputs", "in step 1"),
+    bugs.auxiliary_loss_divided_twice: Found(
+        EP2, "losses and drops", "in step 1: train/aux_loss is 0.5 × what one process has = 1/expert or 1/data"
     ),
-    (
-        optimizer_state_of_another_shard,
-        ["parallel=ep2"],
-        "checkpoint continued from one process",
-        "in step 3: optimizer state: network.",
+    bugs.auxiliary_loss_times_tensor: Found(
+        TP2, "losses and drops", "in step 1: train/aux_loss is 2 × what one process has = tensor"
     ),
-    (
-        experts_loaded_from_another_rank,
-        ["parallel=ep2"],
-        "checkpoint continued from one process",
-        "in step 3: outputs: logits",
+    bugs.z_loss_without_a_gradient: Found(EP2, "gradients", "in step 1"),
+    bugs.dropped_tokens_gradient_averaged: Found(SHARDS, "gradients", "in step 1"),
+    bugs.exchange_not_inverted_in_backward: Found(EP2, "gradients", "in step 1"),
+    bugs.padding_of_dropped_slots_cut_at_the_wrong_end: Found(SHARDS, "outputs", "in step 1"),
+    bugs.padding_of_dealt_rows_cut_at_the_wrong_end: Found(DEALT, "outputs", "in step 1"),
+    bugs.rows_returned_in_the_order_of_experts: Found(DROPLESS, "outputs", "in step 1"),
+    bugs.counts_of_experts_swapped: Found(DROPLESS, "outputs", "in step 1"),
+    bugs.recompute_that_routes_anew: Found(WHOLE, "gradients", "in step 1"),
+    bugs.kept_result_of_another_rank: Found(SHARDS, "gradients", "in step 1"),
+    bugs.kept_results_in_another_order: Found(WHOLE, "gradients", "in step 1"),
+    bugs.data_order_by_layout: Found(EP2, "losses and drops", "in step 1: train/loss"),
+    bugs.optimizer_state_of_another_shard: Found(EP2, FROM_ONE, "in step 3: optimizer state: network."),
+    bugs.experts_loaded_from_another_rank: Found(EP2, FROM_ONE, "in step 3: outputs: logits"),
+    bugs.experts_dealt_out_in_turn_on_loading: Found(EP2, FROM_ONE, "in step 3: outputs: logits"),
+    bugs.positions_off_by_one_on_resume: Found(DP2, AGAIN, "in step 3: outputs: logits"),
+    bugs.step_count_starts_anew_on_resume: Found(DP2, AGAIN, "in step 3: optimizer state"),
+    bugs.moments_start_anew_on_resume: Found(DP2, AGAIN, "in step 3: optimizer state"),
+    bugs.masters_not_restored: Found(BF16, AGAIN, "in step 3: optimizer state"),
+    bugs.loss_scale_starts_anew_on_resume: Found(FP16, AGAIN, "in step 3: loss scale: all processes is 2 ×"),
+    bugs.base_learning_rates_not_restored: Found(DP2, AGAIN, "in step 4: optimizer settings: lr of group 0 is 2 ×"),
+    bugs.schedule_off_by_one_on_resume: Found(DP2, AGAIN, "optimizer settings: lr of group 0"),
+    bugs.epoch_starts_anew_on_resume: Found(DP2, AGAIN, "in step 3: losses and drops: train/loss"),
+    bugs.next_epoch_is_the_first_again_on_resume: Found(DP2, AGAIN, "in step 4: losses and drops: train/loss"),
+    bugs.samples_counted_by_this_rank_on_saving: Found(DP2, AGAIN, "in step 3: losses and drops: train/loss"),
+}
+EVERY_DAY = {  # the others are planted where whole runs are tested, too
+    bugs.replicated_parameter_counted_by_each_tensor_rank,
+    bugs.targets_of_other_ranks_off_by_one,
+    bugs.embedding_gradient_of_other_shards_tokens,
+    bugs.capacity_not_padded,
+    bugs.exchange_not_inverted_in_backward,
+    bugs.micro_batches_not_averaged,
+    bugs.norm_of_the_first_piece,
+    bugs.padding_counted_in_the_norm,
+    bugs.last_tile_left_out,
+    bugs.accumulated_gradients_lost,
+    bugs.base_learning_rates_not_restored,
+    bugs.next_epoch_is_the_first_again_on_resume,
+    bugs.clipped_before_unscaling,
+    bugs.overflow_that_is_not_skipped,
+    bugs.chunk_means_averaged,
+    bugs.padding_of_dropped_slots_cut_at_the_wrong_end,
+    bugs.padding_of_dealt_rows_cut_at_the_wrong_end,
+    # which one process has, too
+    bugs.norms_decayed,
+    bugs.schedule_one_step_late,
+    bugs.gates_renormalised_after_dropping,
+    bugs.balance_of_all_choices,
+    bugs.rotary_pairs_are_neighbours,
+}
+ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setting, and what is wrong in it
+    bugs.norms_decayed: ("top1_clipped", "next weights"),
+    bugs.schedule_one_step_late: ("top1_clipped", "learning rate"),
+    bugs.norms_with_another_epsilon: ("dropless_today", "losses and drops"),
+    bugs.swiglu_in_halves: ("dropless_today", "losses and drops"),
+    bugs.rotary_pairs_are_neighbours: ("dropless_today", "losses and drops"),
+    bugs.gates_renormalised_after_dropping: ("top2_dropping_in_groups", "losses and drops"),
+    bugs.balance_of_all_choices: ("top2_dropping_in_groups", "losses and drops"),
+    bugs.last_tokens_served_first: ("top2_dropping_in_groups", "losses and drops"),
+    bugs.z_loss_summed_over_tokens: ("top1_clipped", "gradients"),
+    bugs.chunk_means_averaged: ("dense_chunked_scaled", "losses and drops"),
+    bugs.clipped_before_unscaling: ("dense_chunked_scaled", "clip factor"),
+    bugs.tied_embedding_counted_twice: ("top1_clipped", "gradient norm"),
+    bugs.last_tile_left_out: ("top1_clipped", "first moments"),
+    bugs.norm_of_the_first_piece: ("dense_chunked_scaled", "gradient norm"),
+}
+TESTED: dict[Plant, Callable[[Topology], None]] = {  # what fails with it
+    bugs.warm_up_from_zero: (
+        lambda single: test_schedule.test_the_first_step_already_moves_and_the_peak_is_reached_once_warm()
     ),
-    (replicas_that_drift, ["parallel=dp2"], "next weights", "in step 1: network."),
-    (step_of_a_stale_gradient, ["parallel=ep2"], "gradients", "is no multiple"),
-    (router_gradient_not_summed_when_sliced, [*TP2, "parallel.sequence=true"], "gradients", "first in step 1"),
-    (recompute_that_routes_anew, [*TP2, *RECOMPUTED], "gradients", "first in step 1"),
-    (dropped_tokens_gradient_averaged, [*TP2, "comm.dtd=true"], "gradients", "first in step 1"),
-    (kept_result_of_another_rank, [*TP2, *RECOMPUTED, "comm.cac=shard"], "gradients", "first in step 1"),
-    (bias_added_by_each_tensor_rank, [*TP2, "moe.dispatch=dropless"], "outputs", "first in step 2: logits"),
-    (rows_returned_in_the_order_of_experts, ["parallel=ep2", "moe.dispatch=dropless"], "outputs", "in step 1"),
-    (overflow_that_is_not_skipped, [*TP2, "trainer.precision=16-true"], "gradients", "is absent in one process"),
-]
+    bugs.every_epoch_in_the_same_order: (
+        lambda single: test_sampler.test_an_epoch_reads_no_sample_twice_and_epochs_and_seeds_differ()
+    ),
+    bugs.expert_numbers_in_one_byte: (lambda single: test_router.test_choices_of_any_number_of_experts_are_sorted()),
+    bugs.ties_to_the_last_expert: (
+        lambda single: test_router.test_ties_are_decided_alike_however_many_tokens_there_are(single, 1)
+    ),
+    bugs.loss_scale_that_never_grows: (
+        lambda single: test_loss_scale.test_the_scale_doubles_after_so_many_steps_without_overflow()
+    ),
+    bugs.last_piece_of_the_fused_step_left_out: (
+        lambda single: test_fused.test_steps_equal_torchs_in_float64(AdamW, torch.float64, None, _TILE + 5)
+    ),
+    bugs.second_block_of_initial_weights_like_the_first: (
+        lambda single: test_sharded.test_no_two_places_hold_the_same_values(
+            test_sharded.initialized(single, big=True), single
+        )
+    ),
+}
 
 
-@pytest.mark.parametrize(("bug", "overrides", "quantity", "said"), CASES, ids=[case[0].__name__ for case in CASES])
-def test_a_planted_bug_is_caught_and_named(
-    pool: WorkerPool, bug: Plant, overrides: list[str], quantity: str, said: str
-) -> None:
-    needed = [name for name in CONTINUATIONS if quantity.endswith(name)]  # what comes later would not be named
-    certificate = certify(composed(*overrides), in_pool(pool, bug), continuations=needed)
-    assert not certificate.ok
-    culprit = certificate.culprit
+def _case(plant: Plant | None, found: Found) -> Case:
+    return Case(found.overrides, plant, (found.quantity,) if found.quantity in (FROM_ONE, AGAIN) else ())
+
+
+def _made(pool: WorkerPool, directory: Path, every_day: bool) -> dict[Case, list[Row]]:
+    """Certificates of bugs, and of their configurations without one."""
+    cases = [_case(plant, found) for plant, found in CERTIFIED.items() if (plant in EVERY_DAY) == every_day]
+    return certified(pool, directory, [*cases, *dict.fromkeys(replace(case, plant=None) for case in cases)])
+
+
+@pytest.fixture(scope="module")
+def certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Row]]:
+    return _made(pool, tmp_path_factory.mktemp("certificates"), every_day=True)
+
+
+@pytest.fixture(scope="module")
+def more_certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Row]]:
+    return _made(pool, tmp_path_factory.mktemp("certificates"), every_day=False)
+
+
+def _assert_caught_and_named(made: dict[Case, list[Row]], plant: Plant) -> None:
+    found = CERTIFIED[plant]
+    rows = made[_case(plant, found)]
+    culprit = first_difference(rows)
     assert culprit is not None
-    assert culprit.quantity == quantity, certificate.rows
-    assert said in str(culprit)
-    assert culprit.error > 1e-6
+    assert culprit.quantity.removeprefix("checkpoint continued ") == found.quantity, rows
+    assert found.said in str(culprit)
+    assert culprit.error > 1e-7
+
+
+def _assert_that_without_a_bug_all_is_well(made: dict[Case, list[Row]]) -> None:
+    sound = {case: rows for case, rows in made.items() if case.plant is None}
+    assert {case.overrides for case in sound} == {case.overrides for case in made}
+    for case, rows in sound.items():
+        assert all(row.ok for row in rows), (case, rows)
+        assert min(row.compared for row in rows) >= 1
+
+
+def _each(bugs_of: Iterable[Plant], every_day: bool) -> pytest.MarkDecorator:
+    plants = [plant for plant in bugs_of if (plant in EVERY_DAY) == every_day]
+    return pytest.mark.parametrize("plant", plants, ids=lambda plant: plant.__name__)
+
+
+@_each(CERTIFIED, every_day=True)
+def test_a_planted_bug_is_caught_and_named(certificates: dict[Case, list[Row]], plant: Plant) -> None:
+    _assert_caught_and_named(certificates, plant)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", dict.fromkeys(tuple(case[1]) for case in CASES), ids=" ".join)
-def test_without_a_bug_the_same_configurations_pass(pool: WorkerPool, overrides: tuple[str, ...]) -> None:
-    certificate = certify(composed(*overrides), in_pool(pool))
-    assert certificate.ok, certificate.rows
-    assert torch.tensor([row.compared for row in certificate.rows]).min() >= 3
+@_each(CERTIFIED, every_day=False)
+def test_so_is_every_other(more_certificates: dict[Case, list[Row]], plant: Plant) -> None:
+    _assert_caught_and_named(more_certificates, plant)
+
+
+def test_without_a_bug_the_same_configurations_pass(certificates: dict[Case, list[Row]]) -> None:
+    _assert_that_without_a_bug_all_is_well(certificates)
+
+
+@pytest.mark.slow
+def test_without_a_bug_the_other_configurations_pass(more_certificates: dict[Case, list[Row]]) -> None:
+    _assert_that_without_a_bug_all_is_well(more_certificates)
+
+
+Verdicts = dict[tuple[str, Plant | None], Errors]
+
+
+def _judged(pool: WorkerPool, every_day: bool) -> Verdicts:
+    cases = [(setting, plant) for plant, (setting, _) in ORACLE.items() if (plant in EVERY_DAY) == every_day]
+    return judged(pool, "one process", cases)
+
+
+@pytest.fixture(scope="module")
+def verdicts(pool: WorkerPool) -> Verdicts:
+    return _judged(pool, every_day=True)
+
+
+@pytest.fixture(scope="module")
+def more_verdicts(pool: WorkerPool) -> Verdicts:
+    return _judged(pool, every_day=False)
+
+
+@_each(ORACLE, every_day=True)
+def test_what_one_process_has_too_is_caught_by_the_oracle(verdicts: Verdicts, plant: Plant) -> None:
+    setting, quantity = ORACLE[plant]
+    assert first_wrong(verdicts[setting, plant]) == quantity
+
+
+@pytest.mark.slow
+@_each(ORACLE, every_day=False)
+def test_so_is_every_other_that_one_process_has_too(more_verdicts: Verdicts, plant: Plant) -> None:
+    setting, quantity = ORACLE[plant]
+    assert first_wrong(more_verdicts[setting, plant]) == quantity
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[Topology]:
+    yield Topology.single()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("plant", TESTED, ids=lambda plant: plant.__name__)
+def test_what_no_small_run_meets_is_caught_by_a_test(single: Topology, plant: Plant) -> None:
+    TESTED[plant](single)
+    with planted(plant), pytest.raises(AssertionError):
+        TESTED[plant](single)
+
+
+def test_the_bugs_are_many_and_each_is_planted() -> None:
+    everything = {
+        value
+        for name, value in vars(bugs).items()
+        if callable(value) and value.__module__ == bugs.__name__ and not name.startswith("_")
+    }
+    assert everything == {*CERTIFIED, *ORACLE, *TESTED}
+    assert len(everything) >= 80
+    assert everything > EVERY_DAY

@@ -13,7 +13,7 @@ from tedlab import Topology
 from tedlab.capacity import expert_capacity
 from tedlab.config import MoEConfig
 from tedlab.moe import Router, Routing, assign_slots
-from tedlab.moe.router import bf16_parts
+from tedlab.moe.router import bf16_parts, sort_choices
 from tedlab.nn import Init, initialize
 
 
@@ -108,6 +108,18 @@ def test_a_second_choice_waits_until_all_first_choices_are_placed() -> None:
     assert slot_TK.tolist() == [[2, 1], [3, -1], [0, -1]]
 
 
+def test_choices_of_any_number_of_experts_are_sorted() -> None:
+    """Keys are one byte or two wide where these hold the number of every expert."""
+    for experts in (1, 255, 256, 257, 32_767, 32_768, 32_769, 70_000):
+        draw = random.Random(experts)
+        expert_TK = torch.tensor([[draw.randrange(experts), experts - 1 - number % experts] for number in range(20)])
+        place_TK, choice, load_E = sort_choices(expert_TK, experts)
+        flat = expert_TK.flatten().tolist()
+        assert choice.tolist() == sorted(range(40), key=lambda number: flat[number]), experts
+        assert place_TK.flatten()[choice].tolist() == list(range(40))
+        assert torch.equal(load_E, torch.bincount(expert_TK.flatten(), minlength=experts))
+
+
 # ---- the router --------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +167,17 @@ def test_losses_and_counts_are_as_defined(single: Topology, top_k: int, factor: 
     for loss in (report.balance_loss, report.z_loss):
         (gradient,) = torch.autograd.grad(loss, router.get_parameter("weight"), retain_graph=True)
         assert gradient.to_local().abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_ties_are_decided_alike_however_many_tokens_there_are(single: Topology, top_k: int) -> None:
+    """Else a slice of a sequence would route other than the whole."""
+    tied = torch.randint(2, (32, 6), generator=torch.Generator().manual_seed(0)).double()
+
+    def chosen(logits: Tensor) -> list[list[int]]:
+        return route(single, logits, top_k)[0].slot_TK.div(len(logits), rounding_mode="floor").tolist()
+
+    assert [row for start in range(0, 32, 4) for row in chosen(tied[start : start + 4])] == chosen(tied)
 
 
 def test_the_gate_of_one_choice_is_its_probability(single: Topology) -> None:

@@ -148,7 +148,7 @@ def norm_and_update(tensor: int, expert: int, zero: bool) -> dict[float, tuple[f
     found = {}
     for max_norm in (0.7, 1e3):
         module, topology = example(tensor, expert)
-        optimizer = optimizer_of(module, topology, zero)
+        optimizer = optimizer_of(module, topology, zero, piece=7)  # so that norms are taken of several
         optimizer.reduce_gradients()
         before = {name: full(p) for name, p in module.named_parameters()}
         optimizer.clip(max_norm)

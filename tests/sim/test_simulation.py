@@ -1,6 +1,5 @@
 """A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
 
-import functools
 import json
 import time
 from collections import Counter
@@ -17,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 
 from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
-from tedlab.certify import Certificate, certify, record
+from tedlab.certify import Certificate, certify
 from tedlab.cli import UsageError
 from tedlab.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.comm import Collectives, predict
@@ -365,7 +364,7 @@ def in_threads(config: TrainConfig, patch: str) -> Certificate:
                 "start_reduce_scatter",
                 lambda self, x, kind, **k: plain(self, x / (self.size(kind) if kind == "data" else 1), kind, **k),
             )
-        return certify(config, functools.partial(run_in_threads, record), continuations=(), most_processes=MOST_THREADS)
+        return certify(config, run_in_threads, continuations=(), most_processes=MOST_THREADS)
 
 
 THREADED = ["parallel.tensor=2", "parallel.expert=2", "comm=ted", "model.checkpoint=block"]

@@ -2,7 +2,7 @@
 
 from tedlab.certify.certificate import Certificate, certify
 from tedlab.certify.compare import Row, compare
-from tedlab.certify.record import Record, record
+from tedlab.certify.record import Record, record, record_reference
 from tedlab.certify.shrink import shrink
 
-__all__ = ["Certificate", "Record", "Row", "certify", "compare", "record", "shrink"]
+__all__ = ["Certificate", "Record", "Row", "certify", "compare", "record", "record_reference", "shrink"]

@@ -13,7 +13,15 @@ from rich.table import Table
 
 import tedlab
 from tedlab.certify.compare import TOLERANCES, Row, compare, first_difference
-from tedlab.certify.record import FILE, Record, record
+from tedlab.certify.record import (
+    FILE,
+    LOSS_SCALE,
+    QUANTITIES,
+    Record,
+    record,
+    record_reference,
+    record_reference_of_overflow,
+)
 from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -27,7 +35,8 @@ CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
     "from one process": ("one", "layout"),
     "in this layout": ("layout", "layout"),  # must give equal bits
 }
-Execute = Callable[[TrainConfig], None]  # calls `record` in every process of the configuration's layout
+Run = Callable[[TrainConfig], dict[str, Any]]
+Execute = Callable[[Run, TrainConfig], Any]  # calls a function in every process of the configuration's layout
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,11 @@ def certify(
     In float64, or in ``config.certificate_precision``; on the configuration's accelerator, if this machine has enough.
 
     Five runs: some steps in one process; the same in the layout; each continued by the other from a checkpoint in the
-    middle; and the layout continued by itself, which must give equal bits.
+    middle of an epoch, into the next; and the layout continued by itself, which must give equal bits.
 
     Args:
         config: any training configuration.
-        execute: how to run :func:`record`; by default in new processes of this machine.
+        execute: how to run a function of ``record.py``; by default in new processes of this machine.
         progress: is told what begins.
         continuations: which of :data:`CONTINUATIONS` to run.
         most_processes: a larger layout is made smaller.
@@ -102,54 +111,91 @@ def certify(
         UsageError: if the configuration makes no sense.
     """
     with scratch("certify") as directory:
-        layout = shrink(config, directory, most_processes)
-        one = reference(layout, directory)
-        degrees = check(layout, most_processes)
-        check(one)
-        rows = tuple(_compared(layout, one, degrees, execute or _launched, progress, continuations))
-        fingerprint = _fingerprint(layout, directory)
+        runs = runs_for(config, directory, tuple(continuations), most_processes)
+        for stage, run, small in runs.planned():
+            progress(stage)
+            (execute or _launched)(run, small)
+        rows = tuple(runs.compared())
+        fingerprint = _fingerprint(runs.layout, directory)
     asked = parallel_degrees(config.parallel)
-    accelerator = str(layout.trainer["accelerator"])
-    return Certificate(str(degrees), str(asked), rows, config.certificate_precision, accelerator, fingerprint)
+    accelerator = str(runs.layout.trainer["accelerator"])
+    return Certificate(str(runs.degrees), str(asked), rows, config.certificate_precision, accelerator, fingerprint)
 
 
-def _compared(
-    layout: TrainConfig,
-    one: TrainConfig,
-    degrees: ParallelDegrees,
-    execute: Execute,
-    progress: Callable[[str], None],
-    continuations: Iterable[str],
-) -> Iterator[Row]:
-    progress(f"one process, {STEPS} steps")
-    expected = _recorded(one, execute)
-    progress(f"{degrees.world_size} processes, {STEPS} steps")
-    found = _recorded(layout, execute)
-    # Whole tensors by themselves where rounding is small; see TOLERANCES.
-    within = TOLERANCES[layout.certificate_precision], layout.certificate_precision != "64-true"
-    yield from compare(found, expected, degrees, *within)
-    parties = {"layout": layout, "one": one}
-    for name in continuations:
-        progress(f"continued {name}")
-        source, target = (parties[party] for party in CONTINUATIONS[name])
-        resumed = _recorded(_continued(target, source), execute)
-        if source is target:
-            rows = compare(resumed, found, degrees, 0.0)
-        else:
-            rows = compare(resumed, expected, degrees, *within)
-        yield _summary(f"checkpoint continued {name}", rows)
+@dataclass(frozen=True)
+class Runs:
+    """The runs of a certificate, each of which leaves a record in its ``output_dir``.
+
+    Attributes:
+        layout: what is to be judged.
+        one: what it is judged by.
+        degrees: of the layout.
+        continuations: some of :data:`CONTINUATIONS`.
+        steps: of a run.
+    """
+
+    layout: TrainConfig
+    one: TrainConfig
+    degrees: ParallelDegrees
+    continuations: tuple[str, ...]
+    steps: int = STEPS
+
+    def planned(self) -> Iterator[tuple[str, Run, TrainConfig]]:
+        """What is to be run, in this order: a heading, and a function to be called with a configuration."""
+        runs = self._runs
+        yield f"one process, {self.steps} steps", runs["one"], self.one
+        yield f"{self.degrees.world_size} processes, {self.steps} steps", runs["layout"], self.layout
+        for name in self.continuations:
+            yield f"continued {name}", runs[CONTINUATIONS[name][1]], self._continued(name)
+
+    def compared(self) -> Iterator[Row]:
+        """A row for each quantity, and one for each run that was continued; after all that is planned."""
+        expected, found = _read(self.one), _read(self.layout)
+        # Whole tensors by themselves where rounding is small; see TOLERANCES.
+        precision = self.layout.certificate_precision
+        within = TOLERANCES[precision], precision != "64-true"
+        yield from compare(found, expected, self.degrees, *within, steps=range(1, self.steps + 1))
+        for name in self.continuations:
+            resumed, steps = _read(self._continued(name)), range(SAVED + 1, self.steps + 1)
+            if len(set(CONTINUATIONS[name])) == 1:
+                quantities = (*QUANTITIES, LOSS_SCALE) if self._scaled else QUANTITIES
+                rows = compare(resumed, found, self.degrees, 0.0, steps=steps, quantities=quantities)
+            else:
+                rows = compare(resumed, expected, self.degrees, *within, steps=steps)
+            yield _summary(f"checkpoint continued {name}", rows)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.layout.optim.loss_scale is not None
+
+    @property
+    def _runs(self) -> dict[str, Run]:
+        return {"layout": record, "one": record_reference_of_overflow if self._scaled else record_reference}
+
+    def _continued(self, name: str) -> TrainConfig:
+        source, target = ({"layout": self.layout, "one": self.one}[party] for party in CONTINUATIONS[name])
+        saved = Path(source.output_dir, "checkpoints", f"step_{SAVED}.ckpt")
+        directory = f"{Path(target.output_dir).name}_from_{Path(source.output_dir).name}"
+        return replace(target, ckpt_path=str(saved), output_dir=str(Path(target.output_dir).with_name(directory)))
 
 
-def _recorded(config: TrainConfig, execute: Execute) -> Record:
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    execute(config)
+def runs_for(config: TrainConfig, directory: Path, continuations: tuple[str, ...], most_processes: int) -> Runs:
+    """The runs that certify ``config``, in ``directory``; for other arguments see :func:`certify`.
+
+    Raises:
+        UsageError: if the configuration makes no sense.
+    """
+    layout = shrink(config, directory, most_processes)
+    if not continuations:  # nor need anything be saved
+        layout.checkpoint = replace(layout.checkpoint, every=STEPS + 1)
+    one = reference(layout, directory)
+    degrees = check(layout, most_processes)
+    check(one)
+    return Runs(layout, one, degrees, continuations)
+
+
+def _read(config: TrainConfig) -> Record:
     return torch.load(Path(config.output_dir, FILE))
-
-
-def _continued(target: TrainConfig, source: TrainConfig) -> TrainConfig:
-    saved = Path(source.output_dir, "checkpoints", f"step_{SAVED}.ckpt")
-    name = f"{Path(target.output_dir).name}_from_{Path(source.output_dir).name}"
-    return replace(target, ckpt_path=str(saved), output_dir=str(Path(target.output_dir).with_name(name)))
 
 
 def _summary(name: str, rows: list[Row]) -> Row:
@@ -161,8 +207,8 @@ def _summary(name: str, rows: list[Row]) -> Row:
     return Row(name, worst, compared, wrong.step, f"{wrong.quantity}: {wrong.first}", wrong.hint, wrong.tolerance)
 
 
-def _launched(config: TrainConfig) -> None:
-    launch(record, config, config.parallel.world_size)
+def _launched(run: Run, config: TrainConfig) -> None:
+    launch(run, config, config.parallel.world_size)
 
 
 def _fingerprint(config: TrainConfig, directory: Path) -> str:

@@ -1,6 +1,6 @@
 """Two records side by side: the largest difference of every quantity, and a hint at what made it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +64,12 @@ def compare(
     degrees: ParallelDegrees,
     tolerance: float = TOLERANCES["64-true"],
     together: bool = False,
+    steps: Collection[int] | None = None,
+    quantities: Sequence[str] = QUANTITIES,
 ) -> list[Row]:
-    """One row for each quantity of the steps that ``record`` has.
+    """One row for each quantity.
+
+    What only one of the two has, be it a step, a quantity or a tensor, is an infinite error.
 
     Args:
         record: what is to be judged.
@@ -73,8 +77,22 @@ def compare(
         degrees: of the layout, for hints.
         tolerance: relative; 0 demands equal bits.
         together: take all tensors of a quantity and step as one.
+        steps: that ``record`` must have, all of them and no other; None: those of ``reference``.
+        quantities: to compare.
     """
-    return [_row(quantity, record, reference, degrees, tolerance, together) for quantity in QUANTITIES]
+    needed = sorted({*(reference if steps is None else steps), *record})
+    allowed = set(reference if steps is None else steps)
+    return [
+        _row(
+            quantity,
+            {step: record.get(step, {}).get(quantity) for step in needed},
+            {step: reference.get(step, {}).get(quantity) if step in allowed else None for step in needed},
+            degrees,
+            tolerance,
+            together,
+        )
+        for quantity in quantities
+    ]
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -100,12 +118,24 @@ def _ratio(difference: Tensor, size: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+Tensors = Mapping[str, Tensor]  # by name
+_EVERYTHING: Tensors = {"everything": torch.tensor(0.0)}
+
+
 def _row(
-    quantity: str, record: Record, reference: Record, degrees: ParallelDegrees, tolerance: float, together: bool
+    quantity: str,
+    record: Mapping[int, Tensors | None],
+    reference: Mapping[int, Tensors | None],
+    degrees: ParallelDegrees,
+    tolerance: float,
+    together: bool,
 ) -> Row:
+    """Of one quantity, by step; None where there is none."""
     worst, compared, first_step, first, hint = 0.0, 0, 0, "", ""
-    for step, quantities in record.items():
-        ours, theirs = quantities[quantity], reference[step][quantity]
+    for step, ours in record.items():
+        theirs = reference[step]
+        if ours is None or theirs is None:  # of a step that one of them has not
+            ours, theirs = ({} if tensors is None else _EVERYTHING for tensors in (ours, theirs))
         names = [*theirs, *(name for name in ours if name not in theirs)]
         errors = {
             name: relative_error(ours[name], theirs[name]) if name in ours and name in theirs else float("inf")

@@ -1,9 +1,9 @@
 """One short run, inside one of its processes, with everything written down that two runs can differ in."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,39 +25,89 @@ QUANTITIES = (  # in the order in which a step computes them
     "gradients",
     "gradient norm",
     "clip factor",
+    "optimizer settings",
     "optimizer state",
     "next weights",
 )
+LOSS_SCALE = "loss scale"  # a further quantity, of which one process has none
 FILE = "record.pt"
 _REPLICAS = 1e-12  # relative difference of values that several processes hold
+_PIECE = 50  # elements whose norm is taken at a time, so that there are several pieces
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
     """Trains as configured; the first process leaves a :data:`Record` in ``output_dir``."""
-    recorder = Recorder()
+    return _recorded(config, Recorder(piece=_PIECE))
+
+
+def record_reference(config: TrainConfig) -> dict[str, Any]:
+    """:func:`record` of what others are compared with, see :func:`tedlab.certify.shrink.reference`."""
+    return _recorded(config, Recorder())
+
+
+def record_reference_of_overflow(config: TrainConfig) -> dict[str, Any]:
+    """:func:`record_reference` whose first step is left out, as where a loss scale overflows."""
+    return _recorded(config, Recorder(first_step_skipped=True))
+
+
+def _recorded(config: TrainConfig, recorder: "Recorder") -> dict[str, Any]:
     trainer, module, data = build(config, [recorder], logged=False)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
-    if trainer.is_global_zero:
-        torch.save(recorder.record, Path(config.output_dir, FILE))
+    everybody: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
+    dist.gather_object(recorder.parts, everybody)
+    if everybody is not None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(assembled(everybody), Path(config.output_dir, FILE))
     return {}
 
 
+class Part(NamedTuple):
+    """What one process has of a tensor.
+
+    Attributes:
+        shape: of the tensor.
+        offset: where the part begins.
+        values: the part, on the CPU.
+    """
+
+    shape: torch.Size
+    offset: tuple[int, ...]
+    values: Tensor
+
+
+Parts = dict[int, dict[str, dict[str, Part]]]  # as Record
+
+
 class Recorder(Callback):
-    """Collects, of every step, what :func:`tedlab.certify.compare` compares. Gradients are reduced, not yet clipped."""
+    """Collects, of every step, this process's part of what :func:`tedlab.certify.compare` compares.
+
+    Gradients are reduced, without the loss scale, and not yet clipped.
+
+    Args:
+        piece: of :class:`tedlab.optim.ShardedOptimizer`; None: its own.
+        first_step_skipped: whether the first step is made one that changes nothing.
+    """
 
     reads_grad = False
 
-    def __init__(self) -> None:
-        self.record: Record = {}
+    def __init__(self, piece: int | None = None, first_step_skipped: bool = False) -> None:
+        self.parts: Parts = {}
+        self._piece, self._first_step_skipped = piece, first_step_skipped
         self._scalars: list[Tensor] = []
         self._scale: float | None = None  # the true one, while an overflow is being provoked
-        self._quantities: dict[str, dict[str, Tensor]] = {}
+        self._quantities: dict[str, dict[str, Part]] = {}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._piece is not None:
+            for sharded in _strategy(trainer).sharded_optimizers:
+                sharded.piece = self._piece
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._scalars:  # the first micro-batch of a step
             assert isinstance(pl_module, LanguageModel)
-            self._quantities["outputs"] = {"logits": _probe(pl_module, len(batch))}
+            self._quantities["outputs"] = _parts({"logits": _probe(pl_module, len(batch))})
             self._provoke_overflow(trainer)
 
     def _provoke_overflow(self, trainer: Trainer) -> None:
@@ -75,11 +125,25 @@ class Recorder(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        (sharded,) = _strategy(trainer).sharded_optimizers
-        norm = sharded.global_norm()
+        strategy = _strategy(trainer)
+        (sharded,) = strategy.sharded_optimizers
+        if self._first_step_skipped and trainer.global_step == 0:
+            sharded.zero_grad()
+            norm = math.inf
+        else:
+            norm = sharded.global_norm()
         usable = math.isfinite(norm)  # after an overflow there is nothing to compare, but that the step was skipped
-        self._quantities["gradients"] = assembled(sharded.gradients()) if usable else {}
-        self._quantities["gradient norm"] = {"all parameters": torch.tensor(norm if usable else 0.0).double()}
+        self._quantities["gradients"] = _parts(sharded.gradients() if usable else {})
+        self._quantities["gradient norm"] = _parts({"all parameters": norm} if usable else {})
+        self._quantities["optimizer settings"] = _parts(
+            {
+                f"{name} of group {index}": value
+                for index, group in enumerate(sharded.optimizer.param_groups)
+                for name, value in group.items()
+                if name != "params" and isinstance(value, float | Sequence)
+            }
+        )
+        self._quantities[LOSS_SCALE] = _parts({} if strategy.loss_scaler is None else {"all processes": sharded.scale})
 
     @override
     def on_train_batch_end(
@@ -90,52 +154,69 @@ class Recorder(Callback):
         if len(self._scalars) < trainer.accumulate_grad_batches:
             return
         strategy = _strategy(trainer)
-        means = strategy.reduce(torch.stack(self._scalars).mean(0)).cpu()
-        self._quantities["losses and drops"] = dict(zip(names, means, strict=True))
+        means = strategy.reduce(torch.stack(self._scalars).mean(0))
+        self._quantities["losses and drops"] = _parts(dict(zip(names, means, strict=True)))
         (sharded,) = strategy.sharded_optimizers
-        self._quantities["clip factor"] = {
-            "all parameters": torch.tensor(sharded.applied_clip_factor, dtype=torch.float64)
-        }
+        usable = bool(self._quantities["gradient norm"])
+        self._quantities["clip factor"] = _parts({"all parameters": sharded.applied_clip_factor} if usable else {})
         state = sharded.state_dict()["state"]
-        self._quantities["optimizer state"] = assembled(
+        self._quantities["optimizer state"] = _parts(
             {f"{name} ({key})": value for name, entries in state.items() for key, value in entries.items()}
         )
-        self._quantities["next weights"] = assembled(dict(pl_module.named_parameters()))
-        self.record[trainer.global_step] = {quantity: self._quantities[quantity] for quantity in QUANTITIES}
+        self._quantities["next weights"] = _parts(dict(pl_module.named_parameters()))
+        self.parts[trainer.global_step] = {name: self._quantities[name] for name in (*QUANTITIES, LOSS_SCALE)}
         self._scalars, self._quantities = [], {}
 
 
-def assembled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Global tensors in the first process, from the parts that all hold; empty in the others. Collective.
+def assembled(everybody: Sequence[Parts]) -> Record:
+    """Global tensors from the parts that all processes hold.
 
     Where processes that hold the same elements disagree, the result is NaN: drifting replicas must not go unnoticed.
+    Nor must what only some processes have: all of it is NaN.
     """
-    own = {name: _part(torch.as_tensor(tensor).detach()) for name, tensor in tensors.items()}
-    everybody: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(own, everybody)
-    if everybody is None:
-        return {}
-    result = {}
-    for name, tensor in tensors.items():
-        shape = torch.as_tensor(tensor).shape
-        whole = torch.full(shape, math.nan, dtype=own[name][1].dtype)
-        filled = torch.zeros(shape, dtype=torch.bool)
-        for parts in everybody:
-            offset, values = parts[name]
-            place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
-            agreed = torch.isclose(whole[place], values, rtol=_REPLICAS, atol=0.0) | ~filled[place]
-            whole[place] = torch.where(agreed, values, math.nan)
-            filled[place] = True
-        result[name] = whole
-    return result
+    return {
+        step: {
+            quantity: {name: _whole([tensors.get(name) for tensors in of_quantity]) for name in _in_order(of_quantity)}
+            for quantity in _in_order(of_step)
+            for of_quantity in [[quantities.get(quantity, {}) for quantities in of_step]]
+        }
+        for step in _in_order(everybody)
+        for of_step in [[parts.get(step, {}) for parts in everybody]]
+    }
 
 
-def _part(tensor: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Where this process's part of a tensor begins, and its values, on the CPU."""
-    if not isinstance(tensor, DTensor):
-        return (0,) * tensor.dim(), tensor.cpu()
-    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(offset), tensor.to_local().cpu()
+def _in_order(mappings: Sequence[Mapping[Any, Any]]) -> list[Any]:
+    """The keys of all of them."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _whole(parts: Sequence[Part | None]) -> Tensor:
+    held = [part for part in parts if part is not None]
+    whole = torch.full(held[0].shape, math.nan, dtype=held[0].values.dtype)
+    if len(held) < len(parts):
+        return whole
+    filled = torch.zeros(whole.shape, dtype=torch.bool)
+    for _, offset, values in held:
+        place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+        agreed = torch.isclose(whole[place], values, rtol=_REPLICAS, atol=0.0) | ~filled[place]
+        whole[place] = torch.where(agreed, values, math.nan)
+        filled[place] = True
+    return whole
+
+
+def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
+    """This process's parts of tensors, copied: of DTensors a shard, of others, and of numbers, everything."""
+    parts = {}
+    for name, given in tensors.items():
+        if isinstance(given, DTensor):
+            _, offset = compute_local_shape_and_global_offset(given.shape, given.device_mesh, given.placements)
+            values = given.to_local().detach()
+        else:
+            values = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
+            offset = (0,) * values.dim()
+        shape = given.shape if isinstance(given, DTensor) else values.shape
+        parts[name] = Part(shape, tuple(offset), values.to("cpu", copy=True))
+    return parts
 
 
 @torch.no_grad()
@@ -149,7 +230,7 @@ def _probe(module: LanguageModel, samples: int) -> Tensor:
     shard = network(ids)[0].movedim(-1, 0).contiguous()
     out = shard.new_empty(shard.shape[0] * comm.size("tensor"), *shard.shape[1:])
     comm.all_gather_into(out, shard, "tensor", tag="certify.outputs", phase="forward")
-    return out.cpu()
+    return out
 
 
 def _strategy(trainer: Trainer) -> TEDStrategy:

@@ -1,12 +1,15 @@
 """A training configuration made small enough to be run on a laptop, and its one-process reference.
 
-Kept: the layout (up to 16 processes), experts per rank (up to 4), routing, clipping, optimizer and schedule, ZeRO,
-tiles, overlap, every toggle; of fp16 the loss scale, and a first step that overflows.
-Reduced: layers, widths, sequence, batch, the number of steps. Replaced: the text, and the precision. What would run on
-GPUs does so if this machine has enough of them, and else on the CPU.
+Kept: the layout (up to 16 processes), whether processes have one expert or several (then 3), routing, clipping,
+optimizer and schedule, ZeRO, tiles, overlap, every toggle; of fp16 the loss scale, and a first step that overflows.
+Reduced: layers, widths, sequence, batch, the number of steps, and whatever a computation is divided into pieces by, so
+that there are several pieces, the last of which is smaller. Sizes are odd where the layout allows, so that what is
+padded to be divided evenly is padded here, too.
+Replaced: the text, by one in which every tensor rank finds tokens of its own; and the precision. What would run on GPUs
+does so if this machine has enough of them, and else on the CPU.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,15 +17,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from tedlab.config import CommConfig, DataConfig, ParallelConfig, TrainConfig
+from tedlab.capacity import group_capacity
+from tedlab.config import CommConfig, DataConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
 
-STEPS, SAVED = 3, 2  # steps of a run, and after which it saves
+STEPS, SAVED = 4, 2  # steps of a run, and after which it saves
+STEPS_PER_EPOCH = 3  # so that a run is continued in the middle of one, and goes on into the next
 MOST_PROCESSES = 16  # of this machine
-_HEAD = 4  # width of an attention head
-_SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 16, 2, 2, 4
-_STEPS_PER_EPOCH = 4  # so that a run is continued in the middle of one
+_SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 13, 3, 2, 3
+_TILE, _BUCKET = 100, 50  # elements
+_BYTES = 256  # values of a byte
+_LAST_BYTE = 0xF4  # the largest in UTF-8
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """Of a shrunk model: odd, or in bf16 multiples of 8, which one kernel multiplies for all experts."""
+
+    head: int
+    ffn: int  # of each tensor rank
+
+    @staticmethod
+    def of(config: TrainConfig) -> "_Widths":
+        if config.certificate_precision == "bf16-true":
+            return _Widths(8, 16)
+        return _Widths(4 if config.model.positions == "rotary" else 3, 11)  # rotary positions turn pairs of features
 
 
 def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
@@ -38,33 +58,39 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     """
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
-    per_head_group = min(2, max(1, config.model.heads // given.tensor))
-    heads = degrees.tensor * per_head_group
+    dropless = config.moe.dispatch == "dropless"
+    # What sharded sequences do to capacity is asked of the one process, too.
+    groups = degrees.tensor if given.sequence and not dropless else config.moe.capacity_groups
+    widths = _Widths.of(config)
+    heads = degrees.tensor * min(3, max(1, config.model.heads // given.tensor))
+    micro_batch = _MICRO_BATCH if config.data.micro_batch_size > 1 else 1
+    length = _length(config.model.sequence_length, degrees.tensor if given.sequence else groups or 1)
     model = replace(
         config.model,
         layers=2,
         heads=heads,
-        hidden=heads * _HEAD,
-        ffn=2 * heads * _HEAD,
-        sequence_length=min(_SEQUENCE, config.model.sequence_length),
-        vocab_size=None,
+        hidden=heads * widths.head,
+        ffn=degrees.tensor * widths.ffn,
+        sequence_length=length,
+        vocab_size=_vocabulary(degrees.tensor),
         init_std=0.2,  # large enough for every path to matter
     )
-    dropless = config.moe.dispatch == "dropless"
-    experts = degrees.expert * min(_EXPERTS_PER_RANK, config.moe.num_experts // given.expert)
+    if config.model.loss_chunk is not None:
+        model.loss_chunk = min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2))
+    per_rank = config.moe.num_experts // given.expert
+    experts = degrees.expert * (per_rank if per_rank <= 1 else _EXPERTS_PER_RANK)
     moe = replace(
         config.moe,
         num_experts=experts,
-        top_k=min(config.moe.top_k, max(experts, 1)),
+        top_k=min(config.moe.top_k, max(2, experts - 1), max(experts, 1)),
         every=min(2, config.moe.every),
-        capacity_multiple=min(config.moe.capacity_multiple, degrees.tensor),  # else nothing would ever be dropped
-        # What sharded sequences do to capacity is asked of the one process, too.
-        capacity_groups=degrees.tensor if given.sequence and not dropless else config.moe.capacity_groups,
+        capacity_groups=groups,
     )
-    micro_batch = min(_MICRO_BATCH, config.data.micro_batch_size)
+    if experts:
+        moe.capacity_multiple = _capacity_multiple(moe, micro_batch * length, degrees.tensor)
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
     batch = micro_batch * accumulated * degrees.data
-    _write_samples(directory / "text", batch * _STEPS_PER_EPOCH * model.sequence_length, config.seed)
+    _write_samples(directory / "text", batch, length, config.seed)
     data = DataConfig(
         path=str(directory / "text"),
         batch_size=batch,
@@ -77,9 +103,15 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     if "Adam" in str(optimizer.get("_target_")):
         # The gradient of a key bias is zero in theory and rounding noise in practice, which Adam divides by eps.
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
-    tile = min(100, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile
-    optim = replace(config.optim, optimizer=optimizer, tile=tile, warmup_steps=min(2, config.optim.warmup_steps))
-    optim.stop_on_nonfinite = False  # a certificate compares what comes of it, to the end
+    optim = replace(
+        config.optim,
+        optimizer=optimizer,
+        tile=min(_TILE, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile,
+        bucket_elements=min(_BUCKET, config.optim.bucket_elements),
+        warmup_steps=min(2, config.optim.warmup_steps),
+        decay_fraction=max(0.5, config.optim.decay_fraction),  # two steps of four
+        stop_on_nonfinite=False,  # a certificate compares what comes of it, to the end
+    )
     if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
         optim.loss_scale = config.optim.loss_scale or 2.0**16
     accelerator = _accelerator(config, degrees.world_size)
@@ -115,14 +147,26 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
 
 
 def reference(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The same training in one process: micro-batches accumulated, nothing sharded, tiled, overlapped, recomputed."""
+    """The same training in one process, in the plainest way there is.
+
+    Micro-batches accumulated; nothing sharded, divided into pieces, overlapped, recomputed, compiled or scaled.
+    """
     return replace(
         config,
-        model=replace(config.model, checkpoint="none"),
+        model=replace(config.model, checkpoint="none", loss_chunk=None, compile="none"),
+        moe=replace(config.moe, kernel="torch" if config.moe.kernel == "triton" else config.moe.kernel),
         parallel=ParallelConfig(1),
         comm=CommConfig(backend=config.comm.backend, timeout_s=config.comm.timeout_s),
-        optim=replace(config.optim, zero=False, tile=None, overlap=False),
+        optim=replace(
+            config.optim,
+            zero=False,
+            tile=None,
+            overlap=False,
+            loss_scale=None,
+            bucket_elements=OptimConfig.bucket_elements,
+        ),
         trainer={**config.trainer, "devices": 1, "accumulate_grad_batches": None},
+        checkpoint=replace(config.checkpoint, async_save=False),
         output_dir=str(directory / "reference"),
     )
 
@@ -159,10 +203,40 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _write_samples(folder: Path, characters: int, seed: int) -> None:
-    """Two files of random letters, one of which becomes the validation split."""
+def _length(most: int, parts: int) -> int:
+    """Of sequences: a multiple of ``parts``, an odd one if that is not the only one."""
+    multiple = max(1, min(most, _SEQUENCE) // parts)
+    return parts * (multiple - 1 + multiple % 2 or 1)
+
+
+def _capacity_multiple(moe: MoEConfig, tokens: int, tensor: int) -> int:
+    """Small, else nothing would ever be dropped; and if possible such that tensor ranks cannot divide the capacity."""
+    groups = moe.capacity_groups or 1
+    multiples = [groups * multiple for multiple in (3, 5, 7, 2, 1) if groups * multiple <= moe.capacity_multiple]
+    for multiple in multiples:
+        if group_capacity(replace(moe, capacity_multiple=multiple), tokens // groups, groups) % tensor:
+            return multiple
+    return multiples[0] if multiples else moe.capacity_multiple
+
+
+def _vocabulary(tensor: int) -> int:
+    """Tokens: more than bytes, as where a vocabulary was rounded up, if text still reaches the last rank's part."""
+    smallest, padded = (-(-tokens // tensor) * tensor for tokens in (_BYTES, _BYTES + 1))
+    return padded if padded // tensor * (tensor - 1) <= _LAST_BYTE else smallest
+
+
+def _write_samples(folder: Path, batch: int, length: int, seed: int) -> None:
+    """Two files of random characters, one of which becomes the validation split.
+
+    Each has a few epochs' samples and, where a batch has several, one sample more: epochs leave another one out.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
+    size = (STEPS_PER_EPOCH * batch + min(1, batch - 1)) * length
+    # Characters of one to four bytes, so that their bytes are of all values but 13 that UTF-8 does not know.
+    firsts, ends = np.array([0x01, 0x80, 0x800, 0x10000]), np.array([0x80, 0x800, 0xD800, 0x110000])
     for name in ("one", "two"):
-        letters = draw.integers(ord("a"), ord("z") + 1, characters + _SEQUENCE, dtype=np.uint8)
-        (folder / f"{name}.txt").write_bytes(letters.tobytes())
+        kind = draw.choice(4, size, p=[0.64, 0.16, 0.1, 0.1])
+        text = "".join(map(chr, draw.integers(firsts[kind], ends[kind]))).encode()[:size]
+        whole = text.decode(errors="ignore").encode()
+        (folder / f"{name}.txt").write_bytes(whole + b"." * (size - len(whole)))

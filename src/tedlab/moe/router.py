@@ -311,9 +311,14 @@ def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     """
     expert = expert_TK.flatten()
     # A radix sort passes over the keys once for each of their bytes.
-    choice = expert.to(torch.uint8 if num_experts <= 256 else torch.int16).argsort(stable=True)
+    choice = expert.to(_narrowest(num_experts - 1)).argsort(stable=True)
     place = torch.empty_like(choice).scatter_(0, choice, torch.arange(len(choice), device=choice.device))
     return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
+
+
+def _narrowest(largest: int) -> torch.dtype:
+    """The smallest dtype of integers from 0 to ``largest``."""
+    return next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if largest <= torch.iinfo(dtype).max)
 
 
 def _histogram(expert: Tensor, num_experts: int, counting: Tensor | None = None) -> Tensor:

@@ -25,8 +25,6 @@ from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
 
-_PIECE = 1 << 21  # elements: on a CPU torch takes a norm in fp64 of a copy in fp64, here of 16 MiB at most
-
 
 class ShardedOptimizer:
     """Shards the state of an optimizer over each parameter's own data-parallel group (paper §4).
@@ -50,6 +48,8 @@ class ShardedOptimizer:
             for AdamW and Adam (see ``fused.py``).
         bucket_elements: local elements reduced in one collective; a larger tensor has a bucket to itself.
         overlap: reduce each bucket's gradients while the backward pass computes the others'.
+        piece: elements that temporaries other than the step's are made of at a time: on a CPU torch takes a norm in
+            fp64 of a copy in fp64, here of 16 MiB at most.
         scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
         guard: what stops a step whose loss or gradient is not finite; None: nothing does.
 
@@ -72,6 +72,7 @@ class ShardedOptimizer:
         partial: Collection[nn.Parameter] = (),
         bucket_elements: int = 1 << 24,
         overlap: bool = False,
+        piece: int = 1 << 21,
         scaler: LossScaler | None = None,
         guard: FiniteGuard | None = None,
     ) -> None:
@@ -80,6 +81,7 @@ class ShardedOptimizer:
             check_tile(tile, type(optimizer), group)
         self.optimizer = optimizer
         self.overlap = overlap
+        self.piece = piece
         self.scaler = scaler
         self.guard = guard
         self.comm = comm
@@ -377,7 +379,7 @@ class ShardedOptimizer:
                 # all of a bucket, were it not taken in pieces.
                 gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
                 precise = torch.float32 if half else torch.float64
-                pieces = (gradient,) if half else gradient.split(_PIECE)
+                pieces = (gradient,) if half else gradient.split(self.piece)
                 norms = [torch.linalg.vector_norm(piece, dtype=precise).double() for piece in pieces]
                 total += torch.stack(norms).square().sum() / bucket.holders
         return total
@@ -584,7 +586,7 @@ class ShardedOptimizer:
         """Takes over weights that were changed from outside into the fp32 master copies; the others keep theirs."""
         for bucket in self.buckets:
             if bucket.master is not bucket.shard:
-                for master, weight in zip(bucket.master.split(_PIECE), bucket.shard.split(_PIECE), strict=True):
+                for master, weight in zip(bucket.master.split(self.piece), bucket.shard.split(self.piece), strict=True):
                     torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
 
     def initialize_state(self, names: Collection[str] | None = None) -> None:

@@ -1,0 +1,944 @@
+"""Mistakes to plant: each a function that changes the code of this process, as it would be had somebody made it.
+
+What the field has shipped (with its thread), what nearly happened here, and what is easily written. Each trains on
+without an error. Which test notices which is in ``test_planted_bugs.py``.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from tedlab import TEDStrategy, capacity
+from tedlab.checkpoint import directory
+from tedlab.comm import Collectives, differentiable, recompute
+from tedlab.data import MicroBatchSampler, TextDataModule
+from tedlab.models import gpt
+from tedlab.module import LanguageModel
+from tedlab.moe import dispatch, experts, ragged, router
+from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
+from tedlab.nn import Embedding, VocabParallelEmbedding, attention, sharded
+from tedlab.nn import loss as losses
+from tedlab.nn.region import SequenceRegion
+from tedlab.optim import LossScaler, ShardedOptimizer
+from tedlab.optim.bucket import Bucket, local
+from tedlab.optim.segment import Segment
+
+Patch = pytest.MonkeyPatch
+
+
+def _after(patch: Patch, owner: Any, name: str, then: Callable[..., Any]) -> None:
+    """``then(result, *arguments)`` takes the place of the result, unless it is None."""
+    right = getattr(owner, name)
+
+    def wrong(*arguments: Any, **named: Any) -> Any:
+        result = right(*arguments, **named)
+        changed = then(result, *arguments)
+        return result if changed is None else changed
+
+    patch.setattr(owner, name, wrong)
+
+
+# ---- gradients: reduction, accumulation, buckets -----------------------------------------------------------------
+
+
+def _scale_gradients(patch: Patch, factor: float, chosen: Callable[[Bucket], bool]) -> None:
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        pending = self._reduction is not None
+        finish(self)
+        if pending and chosen(self):
+            assert self.gradient is not None
+            self.gradient.mul_(factor)
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+def expert_gradient_divided_by_expert_data(patch: Patch) -> None:
+    """Averaged over its own replicas although it is divided by D already."""
+    _scale_gradients(patch, 1 / 2, lambda bucket: bucket.kind == "expert_data")
+
+
+def expert_gradient_scaled_by_expert(patch: Patch) -> None:
+    """DeepSpeed #5618, pytorch #160285: E_p times too large, as if divided by D_e and not by D."""
+    _scale_gradients(patch, 4.0, lambda bucket: bucket.kind == "expert_data")
+
+
+def _replicated(bucket: Bucket) -> bool:
+    parameter: Any = bucket.parameters[0]
+    return not any(placement.is_shard() for placement in parameter.placements)
+
+
+def replicated_gradient_summed_over_tensor(patch: Patch) -> None:
+    """Of norms and biases, which all tensor ranks compute alike and whole."""
+    _scale_gradients(patch, 2.0, _replicated)
+
+
+def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
+    """Over processes that hold other experts."""
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        pending = self._reduction is not None
+        finish(self)
+        if pending and self.kind == "expert_data":
+            assert self.gradient is not None
+            self.gradient = self.comm.all_reduce(self.gradient, "data", tag="gradients.reduce", phase="optimizer")
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+def input_gradient_not_summed_over_tensor(patch: Patch) -> None:
+    """Each tensor rank goes on with its own part of the gradient (Automodel #1260)."""
+    patch.setattr(differentiable._CopyTo, "backward", staticmethod(lambda ctx, grad: (grad, None, None, None)))
+
+
+def step_of_a_stale_gradient(patch: Patch) -> None:
+    """A reduction that is not waited for: the shard's first element is lost."""
+
+    def lose(_: None, bucket: Bucket) -> None:
+        if bucket.gradient is not None:
+            bucket.gradient[0] = 0.0
+
+    _after(patch, Bucket, "finish_reduction", lose)
+
+
+def accumulated_gradients_lost(patch: Patch) -> None:
+    """Those of the last micro-batch take the place of the others'."""
+    right = Bucket.collect_gradient
+
+    def wrong(self: Bucket, parameter: Any) -> None:
+        if parameter.grad is not None:
+            self._collected.pop(parameter, None)
+        right(self, parameter)
+
+    patch.setattr(Bucket, "collect_gradient", wrong)
+
+
+def reduced_before_the_last_micro_batch(patch: Patch) -> None:
+    """With overlap: hooks launch in the first backward pass, and what later ones bring is forgotten."""
+    right = Bucket.start_reduction
+
+    def always(self: TEDStrategy, loss: Tensor) -> None:
+        for optimizer in self.sharded_optimizers:
+            optimizer.expect_backward()
+
+    def wrong(self: Bucket) -> None:
+        if self._reduction is None and self.gradient is None:
+            right(self)
+        self._collected.clear()
+
+    patch.setattr(TEDStrategy, "pre_backward", always)
+    patch.setattr(Bucket, "start_reduction", wrong)
+
+
+def micro_batches_not_averaged(patch: Patch) -> None:
+    """The gradients of a step's micro-batches are added up: as many times too large."""
+    right = TEDStrategy.backward
+
+    def wrong(self: TEDStrategy, closure_loss: Tensor, optimizer: Any, *arguments: Any, **named: Any) -> Tensor:
+        assert self.lightning_module is not None
+        times = self.lightning_module.trainer.accumulate_grad_batches
+        return right(self, closure_loss * times, optimizer, *arguments, **named)
+
+    patch.setattr(TEDStrategy, "backward", wrong)
+
+
+def _swapped(tensors: list[Any]) -> list[Any]:
+    """The first two of equal size in each other's place."""
+    for i, one in enumerate(tensors):
+        for j in range(i):
+            if tensors[j].numel() == one.numel():
+                tensors[i], tensors[j] = tensors[j], one
+                return tensors
+    return tensors
+
+
+def bucket_filled_in_another_order(patch: Patch) -> None:
+    """Gradients of two parameters of one size change places in a bucket."""
+    right = Bucket.start_reduction
+
+    def wrong(self: Bucket) -> None:
+        parameters = self.parameters
+        self.parameters = _swapped(list(parameters))
+        right(self)
+        self.parameters = parameters
+
+    patch.setattr(Bucket, "start_reduction", wrong)
+
+
+def router_gradient_not_summed_when_sliced(patch: Patch) -> None:
+    """Each tensor rank has routed its own tokens, and keeps its part of the gradient (Automodel #1260)."""
+    patch.setattr(ShardedOptimizer, "_sum_partial_gradients", lambda self: None)
+
+
+def partial_gradients_summed_twice(patch: Patch) -> None:
+    """Over the tensor group, of the router and of norms, with sequence parallelism."""
+
+    def double(_: None, self: ShardedOptimizer) -> None:
+        for bucket in self.buckets:
+            if bucket.new_partial is not None:
+                bucket.new_partial.mul_(2)
+
+    _after(patch, ShardedOptimizer, "_sum_partial_gradients", double)
+
+
+# ---- norm, clipping, loss scale ----------------------------------------------------------------------------------
+
+
+def replicated_parameter_counted_by_each_tensor_rank(patch: Patch) -> None:
+    """In the norm (Megatron #5916, DeepSpeed #8475)."""
+    right = Bucket.holders.fget
+    assert right is not None
+
+    def wrong(self: Bucket) -> int:
+        parameter: Any = self.parameters[0]
+        return right(self) // (parameter.device_mesh.size(-1) if _replicated(self) else 1)
+
+    patch.setattr(Bucket, "holders", property(wrong))
+
+
+def norm_of_the_first_piece(patch: Patch) -> None:
+    """Of each bucket's gradient; there is but one piece unless the model is large."""
+    right = ShardedOptimizer._squares
+
+    def wrong(self: ShardedOptimizer) -> Tensor:
+        whole = [bucket.gradient for bucket in self.buckets]
+        for bucket, gradient in zip(self.buckets, whole, strict=True):
+            bucket.gradient = None if gradient is None else gradient[: self.piece]
+        total = right(self)
+        for bucket, gradient in zip(self.buckets, whole, strict=True):
+            bucket.gradient = gradient
+        return total
+
+    patch.setattr(ShardedOptimizer, "_squares", wrong)
+
+
+def norm_of_this_process_alone(patch: Patch) -> None:
+    """The sum over all processes is forgotten."""
+    patch.setattr(ShardedOptimizer, "global_norm", lambda self: math.sqrt(self._squares().item()) / self.scale)
+
+
+def norm_of_an_earlier_step(patch: Patch) -> None:
+    """Kept from the first step on."""
+    right = ShardedOptimizer.global_norm
+
+    def wrong(self: ShardedOptimizer) -> float:
+        self._norm = getattr(self, "stale_norm", None)
+        self.stale_norm = right(self)  # type: ignore[attr-defined]
+        return self.stale_norm  # type: ignore[attr-defined]
+
+    patch.setattr(ShardedOptimizer, "global_norm", wrong)
+
+
+def padding_counted_in_the_norm(patch: Patch) -> None:
+    """What fills a bucket up to an even division is not zero."""
+    right = Bucket.start_reduction
+
+    def wrong(self: Bucket) -> None:
+        def zeros_like(flat: Tensor) -> Tensor:
+            filled = torch.zeros_like(flat)
+            filled[sum(self.sizes) :] = 1.0
+            return filled
+
+        from tedlab.optim import bucket
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(bucket, "torch", SimpleNamespace(zeros_like=zeros_like))
+            right(self)
+
+    patch.setattr(Bucket, "start_reduction", wrong)
+
+
+def tied_embedding_counted_twice(patch: Patch) -> None:
+    """In the norm: once for each of its two uses."""
+
+    def more(total: Tensor, self: ShardedOptimizer) -> Tensor:
+        for bucket in self.buckets:
+            if "network.embedding.weight" in [self.names[p] for p in bucket.parameters]:
+                assert bucket.gradient is not None
+                total = total + bucket.gradient.square().sum() / bucket.holders
+        return total
+
+    _after(patch, ShardedOptimizer, "_squares", more)
+
+
+def clipped_before_unscaling(patch: Patch) -> None:
+    """The norm that clipping sees is that of the gradient times the loss scale."""
+
+    def wrong(self: ShardedOptimizer, max_norm: float) -> None:
+        factor = min(1.0, max_norm / (self.global_norm() * self.scale + 1e-6))
+        self._clip_factor *= factor
+        self.applied_clip_factor *= factor
+
+    patch.setattr(ShardedOptimizer, "clip", wrong)
+
+
+def overflow_that_is_not_skipped(patch: Patch) -> None:
+    """One process overflows, and the others' norms are what is looked at (Lightning's fp16 plugin)."""
+
+    def overlook(_: None, self: ShardedOptimizer) -> None:
+        if not self._finite:
+            self._norm, self._finite = 1.0, True
+
+    _after(patch, ShardedOptimizer, "_agree", overlook)
+
+
+def loss_scale_that_never_grows(patch: Patch) -> None:
+    """Halved at every overflow, it ends at 1."""
+    right = LossScaler.update
+
+    def wrong(self: LossScaler, overflow: bool) -> None:
+        scale = self.scale
+        right(self, overflow)
+        self.scale = min(scale, self.scale)
+
+    patch.setattr(LossScaler, "update", wrong)
+
+
+# ---- the step, parameters, initial weights -----------------------------------------------------------------------
+
+
+def last_tile_left_out(patch: Patch) -> None:
+    """The gradient of the elements after the last whole tile is lost."""
+    right = ShardedOptimizer._step_tiles
+
+    def wrong(self: ShardedOptimizer, segment: Segment, factor: float, group: dict[str, Any]) -> None:
+        if len(segment.tiles[-1]) < len(segment.tiles[0]):
+            assert segment.bucket.gradient is not None
+            segment.split(segment.bucket.gradient)[-1].zero_()
+        right(self, segment, factor, group)
+
+    patch.setattr(ShardedOptimizer, "_step_tiles", wrong)
+
+
+def parameters_not_gathered(patch: Patch) -> None:
+    """Of experts: each process has what it updated, and of the rest what was there."""
+    right = Bucket.gather_parameters
+    patch.setattr(Bucket, "gather_parameters", lambda self: right(self) if self.kind == "data" else None)
+
+
+def replicas_that_drift(patch: Patch) -> None:
+    """By so little, and on a rank that reports nothing, that outputs would tell only later."""
+
+    def drift(_: None, bucket: Bucket) -> None:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            bucket.flat[0] += 1e-9
+
+    _after(patch, Bucket, "gather_parameters", drift)
+
+
+def tensor_ranks_with_different_seeds(patch: Patch) -> None:
+    """Of initial weights that all should hold alike."""
+    _after(patch, sharded, "_seed", lambda seed, key: seed + dist.get_rank())
+
+
+def experts_seeded_by_their_local_index(patch: Patch) -> None:
+    """The first expert of every process starts with the same weights."""
+    right = sharded._fill_matrix
+
+    def wrong(local: Tensor, shape: Any, starts: Any, init: Any, key: str) -> None:
+        right(local, shape, starts, init, re.sub(r"\[(\d+)\]", lambda found: f"[{int(found[1]) % 2}]", key))
+
+    patch.setattr(sharded, "_fill_matrix", wrong)
+
+
+def second_block_of_initial_weights_like_the_first(patch: Patch) -> None:
+    """A matrix of more than 2²⁰ values repeats itself."""
+    right = sharded._seed
+    patch.setattr(sharded, "_seed", lambda key: right(key.rpartition("/")[0]))
+
+
+def last_piece_of_the_fused_step_left_out(patch: Patch) -> None:
+    """What a whole piece of 2¹⁸ elements leaves is never updated."""
+    right = torch._fused_adamw_
+
+    def wrong(parameters: Any, *arguments: Any, **named: Any) -> None:
+        if parameters[0].numel() != 5:  # of 2¹⁸ + 5
+            right(parameters, *arguments, **named)
+
+    patch.setattr(torch, "_fused_adamw_", wrong)
+
+
+# ---- embeddings, positions, attention, feed-forward --------------------------------------------------------------
+
+
+def vocabulary_shard_off_by_one(patch: Patch) -> None:
+    """The second tensor rank takes its first token for its second."""
+
+    def shift(_: None, self: VocabParallelEmbedding, *arguments: Any) -> None:
+        self.start -= dist.get_rank() % 2
+
+    _after(patch, VocabParallelEmbedding, "__init__", shift)
+
+
+def targets_of_other_ranks_off_by_one(patch: Patch) -> None:
+    """In the loss: the second tensor rank looks its targets up one column too far."""
+    right = losses.vocab_parallel_cross_entropy
+
+    def wrong(logits: Tensor, targets: Tensor, comm: Collectives) -> Tensor:
+        own = targets >= logits.shape[-1]
+        return right(logits, torch.where(own, (targets - 1).clamp(min=logits.shape[-1]), targets), comm)
+
+    patch.setattr(gpt, "vocab_parallel_cross_entropy", wrong)
+
+
+def embedding_gradient_of_other_shards_tokens(patch: Patch) -> None:
+    """A token of another rank finds zeros, but its gradient goes to row 0."""
+
+    def forward(self: VocabParallelEmbedding, ids: Tensor) -> Tensor:
+        weight = self.local("weight")
+        row = ids - self.start
+        elsewhere = ((row < 0) | (row >= weight.shape[0])).unsqueeze(-1)
+        found = F.embedding(row.masked_fill(elsewhere.squeeze(-1), 0), weight)
+        return self.region.leave(found - (found * elsewhere).detach())
+
+    patch.setattr(VocabParallelEmbedding, "forward", forward)
+
+
+def chunk_means_averaged(patch: Patch) -> None:
+    """The mean loss is that of the chunks' means, though the last has fewer tokens."""
+    right = losses.linear_cross_entropy
+
+    def wrong(x: Tensor, weight: Tensor, targets: Tensor, comm: Collectives, chunk: int, backend: str) -> Tensor:
+        pairs = zip(x.split(chunk), targets.split(chunk), strict=True)
+        return torch.stack([right(rows, weight, its, comm, chunk, backend) for rows, its in pairs]).mean()
+
+    patch.setattr(gpt, "linear_cross_entropy", wrong)
+
+
+def learned_positions_start_anew_in_each_slice(patch: Patch) -> None:
+    """With sequence parallelism each tensor rank takes the first positions."""
+
+    def forget(_: None, self: Embedding, *arguments: Any) -> None:
+        self.slice = 0
+
+    _after(patch, Embedding, "__init__", forget)
+
+
+def rotary_positions_start_anew_in_each_slice(patch: Patch) -> None:
+    right = gpt.rotation
+
+    def wrong(length: int, *arguments: Any) -> Tensor:
+        half = -(-length // 2)
+        return torch.cat([right(half, *arguments)] * 2, 1)[:, :length]
+
+    patch.setattr(gpt, "rotation", wrong)
+
+
+def rotary_pairs_are_neighbours(patch: Patch) -> None:
+    """Features 2i and 2i + 1 turn together: right in itself, but another model than the weights were trained in."""
+
+    def wrong(x: Tensor, by: Tensor) -> Tensor:
+        cos, sin = by
+        first, second = x[..., ::2], x[..., 1::2]
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-2).to(x.dtype)
+
+    patch.setattr(attention, "rotate", wrong)
+
+
+def slices_gathered_in_another_order(patch: Patch) -> None:
+    """With sequence parallelism a layer sees the positions rotated by half."""
+
+    def rolled(x: Tensor, self: SequenceRegion, *arguments: Any) -> Tensor:
+        return x.roll(x.shape[1] // 2, 1) if self.name == "feed_forward" else x
+
+    _after(patch, SequenceRegion, "enter", rolled)
+
+
+def attention_scaled_by_the_number_of_heads(patch: Patch) -> None:
+    """Of this process: another temperature in every layout."""
+    right = F.scaled_dot_product_attention
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, **named: Any) -> Tensor:
+        return right(q / math.sqrt(q.shape[1]), k, v, **named)
+
+    patch.setattr(F, "scaled_dot_product_attention", wrong)
+
+
+def _halves(z: Tensor, gated: bool) -> Tensor:
+    if not gated:
+        return F.gelu(z)
+    gate, linear = z.chunk(2, -1)
+    return F.silu(gate) * linear
+
+
+def swiglu_in_halves(patch: Patch) -> None:
+    """First all gates, then all linear parts: another model in every layout, and in one process too."""
+    patch.setattr(experts, "activate", _halves)
+    patch.setattr("tedlab.nn.feed_forward.activate", _halves)
+    patch.setattr("tedlab.moe.rows.activate", _halves)
+
+
+def norms_with_another_epsilon(patch: Patch) -> None:
+    """1e-6 where 1e-5 was meant."""
+
+    def change(_: None, self: Any, *arguments: Any) -> None:
+        self.eps = 1e-6
+
+    from tedlab.nn import norm
+
+    _after(patch, norm._Norm, "__init__", change)
+
+
+def bias_added_by_each_tensor_rank(patch: Patch) -> None:
+    """To its part of an expert's result, before the parts are summed: T times too much."""
+
+    def wrong(self: ReplicatedRows, partial: Tensor, bias: Tensor, exchange: Any, arrangement: Arrangement) -> Tensor:
+        y = differentiable.reduce_from(partial + bias, self.comm, "expert_tensor", "experts.reduce")
+        return arrangement.restore(y)
+
+    patch.setattr(ReplicatedRows, "leave", wrong)
+
+
+def bias_gradient_of_this_slice_alone(patch: Patch) -> None:
+    """A bias that is added to a reduce-scatter's result gets its gradient from this process's slice."""
+    right = differentiable._ScatterFrom.backward
+
+    def wrong(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        whole, of_bias, *rest = right(ctx, *grads)
+        if of_bias is not None and ctx.bias_shape != whole.shape:
+            of_bias = grads[0].sum_to_size(ctx.bias_shape)
+        return whole, of_bias, *rest
+
+    patch.setattr(differentiable._ScatterFrom, "backward", staticmethod(wrong))
+
+
+# ---- routing, capacity, auxiliary losses -------------------------------------------------------------------------
+
+
+def capacity_not_padded(patch: Patch) -> None:
+    """Other tokens are dropped than in one process (DeepSpeed's capacity 17 under tensor 2)."""
+    right = capacity.expert_capacity
+    patch.setattr(capacity, "expert_capacity", lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1))
+
+
+def capacity_rounded_down(patch: Patch) -> None:
+    right = capacity.expert_capacity
+    patch.setattr(
+        capacity,
+        "expert_capacity",
+        lambda tokens, e, k, factor, multiple: right(tokens, e, k, factor, 1) // multiple * multiple,
+    )
+
+
+def capacity_of_all_data_ranks(patch: Patch) -> None:
+    """From the tokens of the whole expert group: fewer are dropped than by one rank's share."""
+    right = router.group_capacity
+    patch.setattr(router, "group_capacity", lambda moe, tokens, groups: right(moe, tokens * 2, groups))
+
+
+def last_tokens_served_first(patch: Patch) -> None:
+    """A full expert drops the tokens that came first."""
+    right = router.assign_slots
+
+    def wrong(expert_TK: Tensor, num_experts: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        slot_TK, _, load = right(expert_TK.flip(0), num_experts, slots)
+        slot_TK = slot_TK.flip(0).contiguous()
+        return slot_TK, router.choices_of_slots(slot_TK, num_experts * slots), load
+
+    patch.setattr(router, "assign_slots", wrong)
+
+
+def second_choices_beside_first_ones(patch: Patch) -> None:
+    """Token by token, each with all its choices, where first choices go before second ones."""
+    right = router.assign_slots
+
+    def wrong(expert_TK: Tensor, num_experts: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        slot, _, load = right(expert_TK.reshape(-1, 1), num_experts, slots)
+        slot_TK = slot.view_as(expert_TK)
+        return slot_TK, router.choices_of_slots(slot_TK, num_experts * slots), load
+
+    patch.setattr(router, "assign_slots", wrong)
+
+
+def dropped_tokens_get_somebody_elses_result(patch: Patch) -> None:
+    """A choice without a slot reads slot 0."""
+    patch.setattr(dispatch, "_rows", lambda x, index: x.index_select(0, index.clamp(min=0)))
+
+
+def gates_detached(patch: Patch) -> None:
+    """The router learns from its auxiliary losses alone."""
+    right = dispatch.merge_choices
+    patch.setattr(
+        dispatch, "merge_choices", lambda y, routing: right(y, routing._replace(gate_TK=routing.gate_TK.detach()))
+    )
+
+
+def _decided(patch: Patch, change: Callable[[router.Decision, Tensor], router.Decision]) -> None:
+    _after(patch, router.Router, "decide", lambda decision, self, logits_TE, *_: change(decision, logits_TE))
+
+
+def gates_not_renormalised(patch: Patch) -> None:
+    """The gates of several choices are their probabilities as they are."""
+    _decided(
+        patch,
+        lambda decision, logits: decision._replace(gate_TK=logits.softmax(-1).topk(decision.gate_TK.shape[1]).values),
+    )
+
+
+def gates_renormalised_after_dropping(patch: Patch) -> None:
+    """What a dropped choice had goes to the others."""
+
+    def change(decision: router.Decision, logits: Tensor) -> router.Decision:
+        kept = decision.gate_TK * (decision.slot_TK >= 0)
+        return decision._replace(gate_TK=kept / kept.sum(-1, keepdim=True).clamp(min=1e-9))
+
+    _decided(patch, change)
+
+
+def balance_of_all_choices(patch: Patch) -> None:
+    """The load-balancing loss counts second choices, too."""
+
+    def change(decision: router.Decision, logits: Tensor) -> router.Decision:
+        chosen = logits.topk(decision.gate_TK.shape[1]).indices
+        counted = F.one_hot(chosen, logits.shape[-1]).sum(1)
+        return decision._replace(counted_TE=counted / decision.gate_TK.shape[1])
+
+    _decided(patch, change)
+
+
+def ties_to_the_last_expert(patch: Patch) -> None:
+    """Of equally probable experts another is chosen where there are few tokens: in a slice of a sequence."""
+    right = Tensor.topk
+
+    def wrong(self: Tensor, k: int, dim: int = -1, **named: Any) -> Any:
+        if len(self) > 20:
+            return right(self, k, dim=dim, **named)
+        values, indices = right(self.flip(-1), k, dim=dim, **named)
+        return torch.return_types.topk((values, self.shape[-1] - 1 - indices))
+
+    patch.setattr(Tensor, "topk", wrong)
+
+
+def expert_numbers_in_one_byte(patch: Patch) -> None:
+    """Expert 256 is taken for expert 0 when choices are sorted."""
+    right = router.sort_choices
+
+    def wrong(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        place_TK, choice, _ = right(expert_TK % 256, num_experts)
+        return place_TK, choice, right(expert_TK, num_experts)[2]
+
+    patch.setattr("tests.moe.test_router.sort_choices", wrong)
+
+
+def auxiliary_loss_divided_twice(patch: Patch) -> None:
+    """Once more by the data ranks (Megatron #3672)."""
+    right = router.balance_loss
+    patch.setattr(router, "balance_loss", lambda *tensors: right(*tensors) / 2)
+
+
+def auxiliary_loss_times_tensor(patch: Patch) -> None:
+    """Added up over tensor ranks that all have it whole."""
+    right = router.balance_loss
+    patch.setattr(router, "balance_loss", lambda *tensors: right(*tensors) * 2)
+
+
+def z_loss_without_a_gradient(patch: Patch) -> None:
+    _after(patch, router.Router, "forward", lambda routing, *_: routing._replace(
+        report=routing.report._replace(z_loss=routing.report.z_loss.detach())
+    ))  # fmt: skip
+
+
+def z_loss_summed_over_tokens(patch: Patch) -> None:
+    """Not their mean; in every layout alike."""
+    _after(patch, router.Router, "forward", lambda routing, *_: routing._replace(
+        report=routing.report._replace(z_loss=routing.report.z_loss * len(routing.gate_TK))
+    ))  # fmt: skip
+
+
+# ---- token paths -------------------------------------------------------------------------------------------------
+
+
+def dropped_tokens_gradient_averaged(patch: Patch) -> None:
+    """As if the slices of duplicate token dropping were copies: what tokens get back is divided by T."""
+    _after(patch, differentiable, "_gathered", lambda x, *arguments: x / 2 if arguments[-1] == "backward" else None)
+
+
+def exchange_not_inverted_in_backward(patch: Patch) -> None:
+    """Gradients go to the next process, not to the one that sent the tokens."""
+    right = differentiable._AllToAll.backward
+
+    def wrong(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        comm, kind, _, splits = ctx.call
+        if splits is None:
+            grads = (grads[0].roll(len(grads[0]) // comm.size(kind), 0),)
+        return right(ctx, *grads)
+
+    patch.setattr(differentiable._AllToAll, "backward", staticmethod(wrong))
+
+
+def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:
+    """Where T does not divide the capacity, there is one empty slot more than the router knows of."""
+
+    def wrong(self: dispatch.DroppingPath, y_eNH: Tensor, routing: Any) -> Tensor:
+        y = differentiable.gather_from(self._from_experts(y_eNH), self.comm, "tensor", "combine.gather", dim=1)
+        return self._tokens(y[:, y.shape[1] - len(routing.choice_EC) // self.num_experts :], routing)
+
+    patch.setattr(dispatch.DroppingPath, "combine", wrong)
+
+
+def padding_of_dealt_rows_cut_at_the_wrong_end(patch: Patch) -> None:
+    """Where T does not divide the rows, the last one is nobody's."""
+
+    def wrong(self: DealtPath, y: Any, routing: Any) -> Tensor:
+        hand = self._from_experts(y).unsqueeze(1)
+        rows = differentiable.gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
+        return ragged.merge_choices(rows[len(rows) - len(routing.choice_EC) :], routing)
+
+    patch.setattr(DealtPath, "combine", wrong)
+
+
+def rows_returned_in_the_order_of_experts(patch: Patch) -> None:
+    """Not in that of the senders who wait for them."""
+    patch.setattr(Arrangement, "restore", lambda self, y: y)
+
+
+def counts_of_experts_swapped(patch: Patch) -> None:
+    """Of as many rows as came, the first expert takes the last one's share."""
+
+    def swapped(result: Any, self: RaggedPath, *arguments: Any) -> Any:
+        exchange, moved = result
+        return ragged.Exchange(
+            exchange.splits,
+            exchange.counts_ise.flip(-1),
+            exchange.width,
+            exchange.total,
+            exchange.sizes[::-1],
+        ), moved
+
+    _after(patch, RaggedPath, "_waiting", swapped)
+
+
+# ---- recomputation -----------------------------------------------------------------------------------------------
+
+
+def recompute_that_routes_anew(patch: Patch) -> None:
+    """Where the second pass computes other logits, tokens change their experts (torchtitan #1117)."""
+    decide = router.Router.decide
+
+    def wrong(self: router.Router, logits_TE: Tensor, *arguments: Any) -> router.Decision:
+        return decide(self, -logits_TE if recompute._now.second else logits_TE, *arguments)
+
+    patch.setattr(router, "pin", lambda decision: decision)
+    patch.setattr(router.Router, "decide", wrong)
+
+
+def kept_result_of_another_rank(patch: Patch) -> None:
+    """Shards are gathered from the wrong end: CAC's results are permuted."""
+
+    def rolled(result: Tensor, self: Any, comm: Collectives, tag: str, *arguments: Any) -> Tensor | None:
+        return result.roll(1, 0) if self.plan.get(tag) is recompute.Second.SLICE else None
+
+    _after(patch, recompute._Region, "repeated", rolled)
+
+
+def kept_results_in_another_order(patch: Patch) -> None:
+    """CAC takes the first two results of one shape for each other."""
+    right = recompute._Region.rewind
+
+    def wrong(self: Any) -> None:
+        right(self)
+        if not recompute._now.second:
+            return
+        tensors = [n for n, (_, value, _) in enumerate(self._kept) if isinstance(value, Tensor)]
+        for i in tensors:
+            for j in tensors:
+                (a, x, v), (b, y, w) = self._kept[i], self._kept[j]
+                if i < j and x.shape == y.shape and x.dtype == y.dtype:
+                    self._kept[i], self._kept[j] = (a, y, w), (b, x, v)
+                    return
+
+    patch.setattr(recompute._Region, "rewind", wrong)
+
+
+# ---- optimizer's settings, schedule, data ------------------------------------------------------------------------
+
+
+def norms_decayed(patch: Patch) -> None:
+    """Weight decay pulls norms and biases towards zero, in every layout alike."""
+
+    def change(result: Any, self: LanguageModel) -> None:
+        for group in result["optimizer"].param_groups:
+            group["weight_decay"] = 0.1
+
+    _after(patch, LanguageModel, "configure_optimizers", change)
+
+
+def schedule_one_step_late(patch: Patch) -> None:
+    """The first step has a learning rate of 0, in every layout alike."""
+    right = LanguageModel.configure_optimizers
+
+    def wrong(self: LanguageModel) -> Any:
+        result: Any = right(self)
+        scheduler = result["lr_scheduler"]["scheduler"]
+        factor = scheduler.lr_lambdas[0]
+        scheduler.lr_lambdas = [lambda step: factor(step - 1) if step else 0.0] * len(scheduler.lr_lambdas)
+        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = 0.0 * base
+        return result
+
+    patch.setattr(LanguageModel, "configure_optimizers", wrong)
+
+
+def warm_up_from_zero(patch: Patch) -> None:
+    from tedlab.optim import schedule
+    from tests.optim import test_schedule
+
+    right = schedule.learning_rate_schedule
+
+    def wrong(name: str, warmup: int, *arguments: Any) -> Callable[[int], float]:
+        factor = right(name, warmup, *arguments)
+        return lambda step: step / warmup if step < warmup else factor(step)
+
+    patch.setattr(test_schedule, "learning_rate_schedule", wrong)
+
+
+def data_order_by_layout(patch: Patch) -> None:
+    """The permutation is drawn from a seed that has the number of data ranks in it."""
+
+    right = MicroBatchSampler.__init__
+
+    def wrong(self: MicroBatchSampler, *arguments: Any, **named: Any) -> None:
+        right(self, *arguments, **named)
+        self.seed += self.num_replicas
+
+    patch.setattr(MicroBatchSampler, "__init__", wrong)
+
+
+def every_epoch_in_the_same_order(patch: Patch) -> None:
+    patch.setattr(MicroBatchSampler, "set_epoch", lambda self, epoch: None)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def optimizer_state_of_another_shard(patch: Patch) -> None:
+    """After loading, each rank holds its neighbour's moments (DeepSpeed #6589)."""
+    right = Bucket.shard_of
+
+    def wrong(self: Bucket, tensors: Any) -> Tensor:
+        own = self.own
+        start = (own.start + self.shard_size) % len(self.flat)
+        self.own = slice(start, start + self.shard_size)
+        shard = right(self, tensors)
+        self.own = own
+        return shard
+
+    patch.setattr(Bucket, "shard_of", wrong)
+
+
+def _loaded_experts(patch: Patch, choose: Callable[[Tensor, int, int], Tensor]) -> None:
+    def change(_: Any, tensors: dict[str, Any], *arguments: Any) -> None:
+        for name, tensor in tensors["model"].items():
+            if "experts" in name:
+                own = tensor.to_local()
+                own.copy_(choose(tensor.full_tensor(), dist.get_rank(), len(own)))
+
+    _after(patch, directory, "load", change)
+    patch.setattr("tedlab.checkpoint.load", directory.load)
+
+
+def experts_loaded_from_another_rank(patch: Patch) -> None:
+    """All expert ranks load the first experts (DeepSpeed #6589)."""
+    _loaded_experts(patch, lambda whole, rank, number: whole[:number])
+
+
+def experts_dealt_out_in_turn_on_loading(patch: Patch) -> None:
+    """Process r of E_p takes experts r, r + E_p, … where it holds a run of neighbours."""
+    _loaded_experts(patch, lambda whole, rank, number: whole[rank % (len(whole) // number) :: len(whole) // number])
+
+
+def _after_loading(patch: Patch, then: Callable[[TEDStrategy], None]) -> None:
+    _after(patch, TEDStrategy, "load_checkpoint", lambda meta, self, *arguments, **named: then(self))
+
+
+def positions_off_by_one_on_resume(patch: Patch) -> None:
+    def roll(strategy: TEDStrategy) -> None:
+        assert strategy.model is not None
+        for name, parameter in strategy.model.named_parameters():
+            if "positions" in name:
+                values = local(parameter)
+                values.copy_(values.roll(1, 0))
+
+    _after_loading(patch, roll)
+
+
+def step_count_starts_anew_on_resume(patch: Patch) -> None:
+    """Adam corrects its moments' bias as in a first step."""
+
+    def forget(_: None, self: ShardedOptimizer, *arguments: Any) -> None:
+        for state in filter(None, self.optimizer.state.values()):
+            state["step"] = torch.zeros_like(state["step"])
+
+    _after(patch, ShardedOptimizer, "load_state_dict", forget)
+
+
+def moments_start_anew_on_resume(patch: Patch) -> None:
+    def forget(_: None, self: ShardedOptimizer, *arguments: Any) -> None:
+        for state in filter(None, self.optimizer.state.values()):
+            state["exp_avg"] = torch.zeros_like(state["exp_avg"])
+
+    _after(patch, ShardedOptimizer, "load_state_dict", forget)
+
+
+def masters_not_restored(patch: Patch) -> None:
+    """In half precision: the fp32 copy is made of the rounded weights."""
+
+    def forget(_: None, self: ShardedOptimizer, *arguments: Any) -> None:
+        for bucket in self.buckets:
+            bucket.master.copy_(bucket.shard)
+
+    _after(patch, ShardedOptimizer, "load_state_dict", forget)
+
+
+def loss_scale_starts_anew_on_resume(patch: Patch) -> None:
+    patch.setattr(LossScaler, "load_state_dict", lambda self, state: None)
+
+
+def _restored_scheduler(patch: Patch, change: Callable[[Any], None]) -> None:
+    from torch.optim.lr_scheduler import LambdaLR
+
+    _after(patch, LambdaLR, "load_state_dict", lambda _, self, *arguments: change(self))
+
+
+def base_learning_rates_not_restored(patch: Patch) -> None:
+    """The rate of the first step after a resume is what was saved; those that follow are computed from others."""
+
+    def change(scheduler: Any) -> None:
+        scheduler.base_lrs = [2 * rate for rate in scheduler.base_lrs]
+
+    _restored_scheduler(patch, change)
+
+
+def schedule_off_by_one_on_resume(patch: Patch) -> None:
+    def change(scheduler: Any) -> None:
+        scheduler.last_epoch += 1
+
+    _restored_scheduler(patch, change)
+
+
+def epoch_starts_anew_on_resume(patch: Patch) -> None:
+    """The samples that an epoch had read before are read again."""
+    right = MicroBatchSampler.start_at
+    patch.setattr(MicroBatchSampler, "start_at", lambda self, start: right(self, replace(start, offset=0)))
+
+
+def next_epoch_is_the_first_again_on_resume(patch: Patch) -> None:
+    """A resumed run reads its epoch to the end, and then the order of the first."""
+    right = MicroBatchSampler.set_epoch
+    patch.setattr(MicroBatchSampler, "set_epoch", lambda self, epoch: right(self, 0 if self._start.offset else epoch))
+
+
+def samples_counted_by_this_rank_on_saving(patch: Patch) -> None:
+    """The position in the data is that of one data rank of two."""
+    _after(patch, TextDataModule, "state_dict", lambda state, self: {**state, "offset": state["offset"] // 2})

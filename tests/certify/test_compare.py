@@ -1,0 +1,82 @@
+"""What only one of two records has is a difference, whatever it is, and so is what processes do not agree on."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from tedlab.certify.compare import Row, compare
+from tedlab.certify.record import QUANTITIES, Part, Record, assembled
+from tedlab.degrees import ParallelDegrees
+
+
+def a_record(*steps: int) -> Record:
+    return {step: {name: {"all": torch.tensor([1.0, float(step)])} for name in QUANTITIES} for step in steps}
+
+
+def wrong(record: Record, reference: Record, **options: Any) -> dict[str, Row]:
+    return {row.quantity: row for row in compare(record, reference, ParallelDegrees(2), **options) if not row.ok}
+
+
+def test_equal_records_are_equal() -> None:
+    assert not wrong(a_record(1, 2, 3), a_record(1, 2, 3))
+
+
+@pytest.mark.parametrize(("ours", "theirs", "step"), [((1,), (1, 2, 3), 2), ((1, 2, 3), (1,), 2), ((2,), (1, 2), 1)])
+def test_a_step_that_one_of_them_has_not_is_a_difference(
+    ours: tuple[int, ...], theirs: tuple[int, ...], step: int
+) -> None:
+    found = wrong(a_record(*ours), a_record(*theirs))
+    assert found.keys() == set(QUANTITIES)
+    for row in found.values():
+        assert (row.error, row.step) == (math.inf, step)
+        assert row.hint.startswith("absent")
+
+
+def test_a_continued_run_has_the_steps_that_are_left_and_no_other() -> None:
+    assert not wrong(a_record(3, 4), a_record(1, 2, 3, 4), steps=(3, 4))
+    assert wrong(a_record(3), a_record(1, 2, 3, 4), steps=(3, 4))
+    assert wrong(a_record(2, 3, 4), a_record(1, 2, 3, 4), steps=(3, 4))
+    assert wrong(a_record(3, 4), a_record(1, 2, 3), steps=(3, 4))
+    assert wrong({}, {}).keys() == set(QUANTITIES)  # nothing was compared
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_quantity_or_a_tensor_that_one_of_them_has_not_is_a_difference(whose: int) -> None:
+    for remove in (lambda record: record[2].pop("gradients"), lambda record: record[2]["gradients"].pop("all")):
+        records = a_record(1, 2), a_record(1, 2)
+        remove(records[whose])
+        found = wrong(*records)
+        assert found.keys() == {"gradients"}
+        assert (found["gradients"].step, found["gradients"].error) == (2, math.inf)
+        assert wrong(*records, tolerance=0.3, together=True).keys() == {"gradients"}
+
+
+def test_a_number_that_is_none_is_a_difference() -> None:
+    record = a_record(1)
+    record[1]["next weights"]["all"][0] = math.nan
+    assert wrong(record, a_record(1)).keys() == {"next weights"}
+    assert wrong(a_record(1), record).keys() == {"next weights"}
+
+
+def parts(*values: float, offset: int = 0, name: str = "all") -> dict[int, dict[str, dict[str, Part]]]:
+    """What one of two processes holds of a tensor of four elements."""
+    return {1: {"next weights": {name: Part(torch.Size((4,)), (offset,), torch.tensor(values, dtype=torch.float64))}}}
+
+
+def test_parts_are_put_together() -> None:
+    whole = assembled([parts(1, 2), parts(3, 4, offset=2)])[1]["next weights"]["all"]
+    assert whole.tolist() == [1, 2, 3, 4]
+
+
+def test_what_two_processes_hold_and_do_not_agree_on_is_no_number() -> None:
+    whole = assembled([parts(1, 2, 3, 4), parts(3, 5, offset=2)])[1]["next weights"]["all"]
+    assert whole.isnan().tolist() == [False, False, False, True]
+
+
+def test_what_a_process_lacks_is_no_number() -> None:
+    assert assembled([parts(1, 2, 3), parts(1, 2)])[1]["next weights"]["all"].isnan().tolist() == [0, 0, 0, 1]
+    for everybody in ([parts(1, 2, 3, 4), {}], [{}, parts(1, 2, 3, 4)], [parts(1, 2, 3, 4), parts(1, name="other")]):
+        for tensor in assembled(everybody)[1]["next weights"].values():
+            assert tensor.isnan().all()

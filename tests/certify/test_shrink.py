@@ -1,0 +1,192 @@
+"""A small likeness has what a large run has: several of all pieces, padding, tokens of every rank, an epoch's end."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from tedlab.certify import shrink
+from tedlab.certify.record import _PIECE, Recorder
+from tedlab.certify.shrink import SAVED, STEPS, STEPS_PER_EPOCH, reference
+from tedlab.config import OptimConfig, TrainConfig
+from tedlab.data import MicroBatchSampler, PackedSamples, TextDataModule
+from tedlab.models import gpt
+from tedlab.moe.router import Router
+from tedlab.run import build
+from tedlab.validate import check
+from tests.certify.runs import composed
+from tests.pool import WorkerPool
+
+SMALL = ["data.micro_batch_size=2", "data.batch_size=32", "moe.num_experts=16"]
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 3, 4, 8, 16])
+def test_every_tensor_rank_has_tokens_of_its_own(tmp_path: Path, tensor: int) -> None:
+    heads = [f"model.heads={2 * tensor}", f"model.hidden={16 * tensor}", f"model.ffn={tensor}"]
+    layout = [f"parallel.world_size={tensor}", f"parallel.tensor={tensor}", "parallel.expert=1"]
+    small = shrink(composed(*SMALL, *heads, *layout), tmp_path)
+    check(small, 16)
+    data = TextDataModule(small.data, small.model.sequence_length, small.seed)
+    samples = PackedSamples(data.corpus.train, small.model.sequence_length)
+    batch = small.data.batch_size
+    order = list(MicroBatchSampler(samples, num_replicas=1, rank=0, batch_size=batch, micro_batch_size=batch))
+    assert len(order) == STEPS_PER_EPOCH * batch < len(samples)
+    assert small.model.vocab_size is not None
+    steps = STEPS_PER_EPOCH if tensor < 16 else 1  # with 16 ranks in an epoch, which is long enough
+    for numbers in np.array_split(order, steps):
+        tokens = torch.stack([samples[i] for i in numbers])
+        owners = tokens.div(small.model.vocab_size // tensor, rounding_mode="floor")
+        assert set(owners[:, :-1].flatten().tolist()) == set(owners[:, 1:].flatten().tolist()) == set(range(tensor))
+
+
+def test_a_run_that_is_continued_goes_on_into_the_next_epoch() -> None:
+    assert SAVED % STEPS_PER_EPOCH  # saved in the middle of one
+    assert SAVED < STEPS_PER_EPOCH < STEPS
+    assert STEPS - SAVED >= 2
+
+
+def test_the_reference_is_the_plainest(tmp_path: Path) -> None:
+    fancy = ["parallel=tp2_ep2", "model.loss_chunk=7", "trainer.precision=16-true", "optim.tile=fused", "comm=ted"]
+    fancy += ["optim.overlap=true", "model.checkpoint=block", "checkpoint.async_save=true"]
+    small = shrink(composed(*SMALL, *fancy), tmp_path)
+    one = reference(small, tmp_path)
+    assert (one.model.loss_chunk, one.model.checkpoint, one.model.compile) == (None, "none", "none")
+    optim = one.optim
+    assert (optim.loss_scale, optim.zero, optim.tile, optim.overlap) == (None, False, None, False)
+    assert optim.bucket_elements == OptimConfig.bucket_elements
+    assert (one.parallel.world_size, one.parallel.tensor, one.parallel.expert) == (1, 1, 1)
+    assert (one.comm.dtd, one.comm.cac, one.checkpoint.async_save) == (False, False, False)
+    assert small.optim.loss_scale == 2.0**16
+
+
+class Pieces(Callback):
+    """Counts, in one process, the pieces of everything that is divided."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (sharded,) = trainer.strategy.sharded_optimizers  # type: ignore[attr-defined]
+        groups = {p: index for index, group in enumerate(sharded.optimizer.param_groups) for p in group["params"]}
+        kinds = Counter((bucket.kind, groups[bucket.parameters[0]]) for bucket in sharded.buckets)
+        whole = [b for b in sharded.buckets if b.sharded]
+        self.seen |= {
+            "buckets": kinds,
+            "padded": {b.kind for b in whole if len(b.flat) > sum(b.sizes)},
+            "tiles": {
+                tuple(len(t) for t in segment.tiles) for b in sharded.buckets for segment in sharded._segments[b]
+            },
+            "norm": [len(b.shard) for b in sharded.buckets],
+            "piece": sharded.piece,
+        }
+
+
+def pieces(configs: list[TrainConfig]) -> list[dict[str, Any]]:
+    """Of one step of each configuration."""
+    return [_pieces(config) for config in configs]
+
+
+def _pieces(config: TrainConfig) -> dict[str, Any]:
+    counter = Pieces()
+    chunks: list[tuple[int, int]] = []  # rows in all, and at a time
+    capacities: list[tuple[int, int]] = []  # of an expert, and choices without a slot
+    decide, chunked = Router.decide, gpt.linear_cross_entropy
+
+    def deciding(self: Router, *arguments: Any) -> Any:
+        decision = decide(self, *arguments)
+        capacities.append((len(decision.choice_EC) // self.num_experts, int((decision.slot_TK < 0).sum())))
+        return decision
+
+    def chunking(x: Any, weight: Any, targets: Any, comm: Any, chunk: int, backend: str) -> Any:
+        chunks.append((len(x), chunk))
+        return chunked(x, weight, targets, comm, chunk, backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "decide", deciding)
+        patch.setattr(gpt, "linear_cross_entropy", chunking)
+        trainer, module, data = build(config, [Recorder(piece=_PIECE), counter], logged=False)
+        trainer.fit(module, data)
+    return counter.seen | {"chunks": chunks, "capacities": capacities}
+
+
+LAYOUTS = {
+    "tensor 2, expert 2": ["parallel=tp2_ep2", "comm.dtd=true"],
+    "expert 2, expert_data 2": ["parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2"],
+    "dropless": ["parallel=tp2_ep2", "comm.dtd=true", "moe.dispatch=dropless"],
+}
+
+
+@pytest.fixture(scope="module")
+def counted(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    configs = []
+    for number, overrides in enumerate(LAYOUTS.values()):
+        config = shrink(composed(*overrides, "model.loss_chunk=4096"), tmp_path_factory.mktemp(str(number)))
+        config.trainer["max_steps"] = 1
+        check(config)
+        configs.append(config)
+    return dict(zip(LAYOUTS, pool.run(4, pieces, configs)[0], strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whatever_is_divided_has_several_pieces_and_an_uneven_last_one(
+    counted: dict[str, dict[str, Any]], layout: str
+) -> None:
+    seen = counted[layout]
+    assert seen["buckets"]["data", 0] >= 3
+    assert seen["buckets"]["data", 1] >= 3  # what is not decayed
+    assert sum(number for (kind, _), number in seen["buckets"].items() if kind == "expert_data") >= 3
+    assert any(len(tiles) >= 3 and tiles[-1] < tiles[0] for tiles in seen["tiles"])
+    assert any(len(shard) >= 3 * seen["piece"] for shard in [range(n) for n in seen["norm"]])
+    assert any(n % seen["piece"] for n in seen["norm"])
+    assert seen["chunks"]
+    for rows, chunk in seen["chunks"]:
+        assert rows > 2 * chunk
+        assert rows % chunk
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_shards_of_dense_and_expert_parameters_are_padded(counted: dict[str, dict[str, Any]], layout: str) -> None:
+    assert "data" in counted[layout]["padded"]
+    if layout.endswith("expert_data 2"):
+        assert "expert_data" in counted[layout]["padded"]
+
+
+def test_tensor_ranks_cannot_divide_slots_or_rows_and_some_tokens_are_dropped(
+    counted: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    capacities = counted["tensor 2, expert 2"]["capacities"]
+    assert all(capacity % 2 for capacity, _ in capacities)
+    assert sum(dropped for _, dropped in capacities) > 0
+    small = shrink(composed(*LAYOUTS["dropless"]), tmp_path)
+    assert small.data.micro_batch_size * small.model.sequence_length * small.moe.top_k % 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "parallel.world_size=5",
+            "parallel.tensor=5",
+            "model.heads=5",
+            "model.hidden=40",
+            "model.ffn=40",
+            "parallel.expert=1",
+        ],
+        ["moe.capacity_groups=4", "model.sequence_length=32"],
+        ["moe.capacity_groups=32", "model.sequence_length=64"],
+        ["parallel=tp4", "parallel.sequence=true", "moe.capacity_groups=8"],
+        ["moe.num_experts=64", "moe.top_k=8", "moe.dispatch=dropless"],
+        ["moe.num_experts=64", "moe.top_k=2", "moe.gating=deepspeed_top2", "parallel.expert=2"],
+        ["moe=dense", "parallel=tp2", "data.micro_batch_size=1", "data.batch_size=1"],
+        ["parallel=tp2", "model.sequence_length=2", "parallel.sequence=true"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_valid_is_valid_when_small(tmp_path: Path, overrides: list[str]) -> None:
+    small = shrink(composed("data.batch_size=32", "data.micro_batch_size=4", "model.hidden=160", *overrides), tmp_path)
+    check(small, 16)
+    check(reference(small, tmp_path), 16)

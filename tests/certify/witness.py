@@ -1,0 +1,121 @@
+"""tedlab's side of what the oracle judges: short runs of small models, recorded, with what they were given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from tedlab.certify.record import Record, Recorder, assembled
+from tedlab.config import TrainConfig
+from tedlab.run import build
+from tests.certify.runs import Plant, planted
+
+STEPS = 4
+SMALL = {
+    **{"model.layers": 2, "model.hidden": 12, "model.heads": 4, "model.ffn": 14, "model.sequence_length": 6},
+    **{"model.vocab_size": 260, "model.init_std": 0.3, "moe.num_experts": 6, "moe.capacity_multiple": 1},
+    **{"moe.aux_loss": 0.1, "moe.z_loss": 0.05, "data.micro_batch_size": 3, "data.batch_size": 12},
+    **{"optim.tile": 50, "optim.bucket_elements": 100, "optim.warmup_steps": 2, "optim.lr": 0.01},
+    **{"optim.optimizer.eps": 1e-5, "trainer.max_steps": STEPS, "trainer.precision": "64-true"},
+    **{"+trainer.enable_progress_bar": False},
+    **{"data": "text", "data.validation_fraction": 0.5, "data.validation_samples": 12},
+}
+TODAY = {"model.activation": "swiglu", "model.bias": False, "model.norm": "rms", "model.positions": "rotary"}
+SETTINGS: dict[str, dict[str, object]] = {
+    "top1_clipped": {"moe.capacity_factor": 1.1, "moe.capacity_multiple": 3, "trainer.gradient_clip_val": 0.3},
+    "top2_dropping_in_groups": {
+        **{"moe.top_k": 2, "moe.capacity_factor": 0.7, "moe.capacity_groups": 3, "moe.every": 1},
+        **{"model.tie_embeddings": False, "optim.schedule": "wsd", "optim.decay_fraction": 0.5, "optim.overlap": True},
+    },
+    "dropless_today": {
+        **TODAY,
+        **{"model.heads": 2, "moe.dispatch": "dropless", "moe.top_k": 2, "model.tie_embeddings": False},
+        **{"model.loss_chunk": 7},
+    },
+    "dense_chunked_scaled": {
+        **{"moe": "dense", "model.loss_chunk": 5, "optim.loss_scale": 1024, "trainer.gradient_clip_val": 0.3},
+        **{"optim.schedule": "constant", "optim.zero": False},
+    },
+    "sequence_parallel": {"parallel.sequence": True, "moe.capacity_factor": 0.8, "moe.every": 1, "moe.top_k": 2},
+}
+MORE: dict[str, dict[str, object]] = {
+    "ted": {"comm": "ted", "model.checkpoint": "block", "moe.capacity_factor": 0.9, "moe.every": 1},
+    "ted_fused_dropless": {
+        "comm": "ted_fused",
+        "model.checkpoint": "block",
+        "moe.dispatch": "dropless",
+        "moe.top_k": 3,
+    },
+    "today_sequence": {
+        **TODAY,
+        **{"model.heads": 2, "parallel.sequence": True, "moe.dispatch": "dropless", "moe.every": 1},
+        **{"model.checkpoint": "block", "comm.cac": True, "model.loss_chunk": 7},
+    },
+    "fused_step_untied": {"optim.tile": "fused", "model.tie_embeddings": False, "trainer.gradient_clip_val": 0.1},
+    "no_drops": {"moe.capacity_factor": "null", "moe.top_k": 3, "moe.every": 1, "optim.schedule": "wsd"},
+}
+
+
+@dataclass
+class Observation:
+    """What a run did, in the first process; None in the others.
+
+    Attributes:
+        record: of its steps.
+        initial: a checkpoint of the weights that it started from.
+        batches: of every step and data rank the micro-batches.
+    """
+
+    record: Record
+    initial: Path
+    batches: list[list[Tensor]]
+
+
+class _Witness(Recorder):
+    def __init__(self, directory: Path) -> None:
+        super().__init__(piece=50)
+        self.initial = directory / "initial.ckpt"
+        self.batches: list[list[Tensor]] = [[]]
+
+    def _provoke_overflow(self, trainer: Trainer) -> None:
+        """Here no step is to be skipped."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self.initial)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if len(self.batches[-1]) == trainer.accumulate_grad_batches:
+            self.batches.append([])
+        self.batches[-1].append(batch)
+
+
+def observe(runs: Sequence[tuple[TrainConfig, Plant | None]]) -> list[Observation | None]:
+    """Trains one configuration after the other, in every process of a world."""
+    return [_trained(config, plant) for config, plant in runs]
+
+
+def _trained(config: TrainConfig, plant: Plant | None) -> Observation | None:
+    witness = _Witness(Path(config.output_dir))
+    with planted(plant):
+        trainer, module, data = build(config, [witness], logged=False)
+        trainer.fit(module, data)
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, (witness.parts, witness.batches))
+    if not trainer.is_global_zero:
+        return None
+    parts, batches = zip(*everybody, strict=True)
+    tensor = config.parallel.tensor
+    for rank, its in enumerate(batches):  # tensor ranks read the same
+        first = batches[rank - rank % tensor]
+        assert all(
+            a.equal(b) for ours, theirs in zip(its, first, strict=True) for a, b in zip(ours, theirs, strict=True)
+        )
+    of_steps = [[batch for its in of_step for batch in its] for of_step in zip(*batches[::tensor], strict=True)]
+    return Observation(assembled(parts), witness.initial, of_steps)

@@ -1,0 +1,151 @@
+"""Training is what an independent implementation in plain torch makes of it: of the same weights and the same tokens.
+
+A layout is compared with one process elsewhere, by code that both share. Here both are compared with ``oracle.py``,
+which shares nothing: what is wrong in both alike shows here.
+"""
+
+import tempfile
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tedlab.certify.compare import relative_error
+from tedlab.checkpoint.__main__ import consolidate
+from tedlab.config import TrainConfig
+from tedlab.validate import check
+from tests import oracle
+from tests.certify.runs import Plant, composed
+from tests.certify.witness import MORE, SETTINGS, SMALL, STEPS, Observation, observe
+from tests.pool import WorkerPool
+
+LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
+TOLERANCE = 1e-10
+
+
+def configuration(setting: str, layout: str, directory: Path, name: str = "") -> TrainConfig:
+    world, tensor, expert = LAYOUTS[layout]
+    text = directory / "text"
+    if not text.exists():
+        text.mkdir()
+        for file in ("one", "two"):
+            characters = np.random.default_rng(0).integers(1, 0x250, 500)  # tokens of all of the vocabulary
+            (text / file).write_text("".join(map(chr, characters)))
+    given = {**SMALL, **(SETTINGS | MORE)[setting], "data.path": text, "data.cache_dir": directory / "cache"}
+    degrees = {"parallel.world_size": world, "parallel.tensor": tensor, "parallel.expert": expert}
+    if given.get("moe") == "dense":
+        given = {key: value for key, value in given.items() if not key.startswith("moe.")}
+        degrees["parallel.expert"] = 1
+    if given.get("parallel.sequence"):  # tokens queue by slices of the sequence, which one process is told to do, too
+        if given.get("moe.dispatch") != "dropless":
+            given["moe.capacity_groups"] = 2
+        given["parallel.sequence"] = tensor > 1
+    if world == 1:
+        given = {key: value for key, value in given.items() if key not in ("comm", "comm.cac")}
+    config = composed(*(f"{key}={value}" for key, value in (given | degrees).items()))
+    config.output_dir = str(directory / f"{setting}_{world}{name}")
+    config = replace(config, checkpoint=replace(config.checkpoint, every=STEPS + 1))
+    check(config)
+    return config
+
+
+def expected(config: TrainConfig, found: Observation) -> list[oracle.Step]:
+    """What the oracle makes of a run's initial weights, as a consolidated checkpoint has them, and of its tokens."""
+    file = found.initial.with_suffix(".safetensors")
+    consolidate(found.initial, file)
+    optimizer, optim = config.optim.optimizer, config.optim
+    training = oracle.Training(
+        optim.lr,
+        optim.schedule,
+        optim.warmup_steps,
+        optim.final_lr_fraction,
+        optim.decay_fraction,
+        STEPS,
+        (optimizer["betas"][0], optimizer["betas"][1]),
+        optimizer["eps"],
+        optimizer["weight_decay"],
+        config.trainer.get("gradient_clip_val"),
+    )
+    return oracle.train(load_file(file), found.batches, config.model, config.moe, training)
+
+
+Errors = list[dict[str, float]]  # of every step the largest relative error of each quantity, as a step computes them
+
+
+def errors(found: Observation, steps: Sequence[oracle.Step]) -> Errors:
+    assert list(found.record) == list(range(1, len(steps) + 1))
+    return [_errors(found.record[number], step) for number, step in enumerate(steps, 1)]
+
+
+def _errors(record: dict[str, dict[str, Tensor]], step: oracle.Step) -> dict[str, float]:
+    def largest(ours: dict[str, Tensor], theirs: dict[str, Any]) -> float:
+        assert ours.keys() == theirs.keys()
+        return max(relative_error(ours[k], torch.as_tensor(v, dtype=torch.float64)) for k, v in theirs.items())
+
+    def moments(key: str) -> dict[str, Tensor]:
+        state, suffix = record["optimizer state"], f" ({key})"
+        return {name.removesuffix(suffix): value for name, value in state.items() if name.endswith(suffix)}
+
+    rates = {name: rate for name, rate in record["optimizer settings"].items() if name.startswith("lr ")}
+    return {
+        "losses and drops": largest(record["losses and drops"], step.losses),
+        "gradients": largest(record["gradients"], step.gradients),
+        "gradient norm": largest(record["gradient norm"], {"all parameters": step.norm}),
+        "clip factor": largest(record["clip factor"], {"all parameters": step.clip_factor}),
+        "learning rate": largest(rates, dict.fromkeys(rates, step.lr)),
+        "first moments": largest(moments("exp_avg"), step.first_moments),
+        "second moments": largest(moments("exp_avg_sq"), step.second_moments),
+        "next weights": largest(record["next weights"], step.weights),
+    }
+
+
+def first_wrong(found: Errors) -> str | None:
+    """The first quantity of the first step in which something is wrong."""
+    return next((name for step in found for name, error in step.items() if not error < TOLERANCE), None)
+
+
+def judged(
+    pool: WorkerPool, layout: str, cases: Collection[tuple[str, Plant | None]]
+) -> dict[tuple[str, Plant | None], Errors]:
+    """Errors of several settings, each with a planted bug or without, all trained in one world."""
+    with tempfile.TemporaryDirectory() as folder:
+        configs = [configuration(setting, layout, Path(folder), str(n)) for n, (setting, _) in enumerate(cases)]
+        runs = [(config, plant) for config, (_, plant) in zip(configs, cases, strict=True)]
+        found = pool.run(LAYOUTS[layout][0], observe, runs)[0]
+        return {
+            case: errors(observation, expected(config, observation))
+            for case, config, observation in zip(cases, configs, found, strict=True)
+        }
+
+
+_verdicts: dict[tuple[str, str], Errors] = {}
+
+
+def verdict(pool: WorkerPool, layout: str, setting: str, among: Iterable[str]) -> Errors:
+    """Errors of a setting; those of ``among`` are found together."""
+    if (layout, setting) not in _verdicts:
+        found = judged(pool, layout, [(name, None) for name in among])
+        _verdicts.update({(layout, name): its for (name, _), its in found.items()})
+    return _verdicts[layout, setting]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str, setting: str) -> None:
+    found = verdict(pool, layout, setting, SETTINGS)
+    assert len(found) == STEPS
+    assert first_wrong(found) is None, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("setting", MORE)
+def test_so_is_training_in_further_settings(pool: WorkerPool, layout: str, setting: str) -> None:
+    found = verdict(pool, layout, setting, MORE)
+    assert first_wrong(found) is None, found
