@@ -38,6 +38,7 @@ from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.cluster import ClusterConfig, load_cluster
+from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
 from tedlab.config import TrainConfig
 from tedlab.launch import launch
@@ -232,17 +233,23 @@ class Clock(Callback):
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
             self.steps.append([])
-            totals = summed(self.ledger.ledger.totals, "phase", "op")
+            every = summed(self.ledger.ledger.totals, "phase", "op")
+            totals = {key: count for key, count in every.items() if key[0] in TRAINING_PHASES}
             self._totals.append({"/".join(key): count.seconds for key, count in totals.items()})
 
 
 class RandomBatches(Batches):
     """As simulated, but of different tokens."""
 
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        assert config.model.vocab_size is not None
+        self.vocab_size = config.model.vocab_size
+
     def __iter__(self) -> Any:
         generator = torch.Generator().manual_seed(0)
         while True:
-            yield torch.randint(2048, self.shape, generator=generator)
+            yield torch.randint(self.vocab_size, self.shape, generator=generator)
 
 
 def measure(job: Job) -> dict[str, Any]:

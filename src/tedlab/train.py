@@ -22,7 +22,8 @@ def train(config: TrainConfig) -> float:
     started_outside = outside.started_outside()
     if started_outside and outside.restarts():
         go_on_after_restart(config)
-    resumed = resume(config, named_values(HydraConfig.get()))
+    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # called by a program
+    resumed = resume(config, named)
     degrees = check(config)
     held = not started_outside or outside.first_outside()  # by one process for all
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:

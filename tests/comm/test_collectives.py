@@ -213,7 +213,10 @@ BATCH, SEQUENCE, HIDDEN, VOCABULARY = 2, 12, 16, 64
 
 
 def count(layers: int, moe: MoEConfig, tie: bool) -> tuple[dict[tuple[str, ...], list[int]], int]:
-    """Calls and payload bytes by (tag, phase, op, kind), and how many collectives torch has seen."""
+    """Calls and payload bytes by (tag, phase, op, kind), and how many collectives torch has seen.
+
+    Of a second micro-batch: with the first, and whenever sizes change, processes agree on them.
+    """
     here, calls = topology(), {}
     config = ModelConfig(layers, HIDDEN, 4, 32, SEQUENCE, vocab_size=VOCABULARY, tie_embeddings=tie)
     model = GPT(config, moe, here, seed=0)
@@ -224,9 +227,10 @@ def count(layers: int, moe: MoEConfig, tie: bool) -> tuple[dict[tuple[str, ...],
             seen[0] += 1
             seen[1] += call.payload_bytes
 
-    here.comm.register_hook(hook)
     generator = torch.Generator().manual_seed(here.comm.rank("data"))
     batch = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=generator)
+    model(batch[:, :-1])
+    here.comm.register_hook(hook)
     with CommDebugMode() as witness:
         logits, reports = model(batch[:, :-1])
         loss = vocab_parallel_cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), here.comm).mean()

@@ -409,7 +409,7 @@ def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool:
     [
         ({}, [], ["cluster=NAME", "summit"]),
         ({"cluster": "sumit"}, [], ["no cluster 'sumit'", "summit", "dgx_h100"]),
-        ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank is 128", "0 to 127"]),
+        ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank=128 is no rank", "0 to 127"]),
         ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to", "stages"]),
         ({"sim.values": "true"}, WORLD, ["sim.values=true", "fake", "real"]),
         ({"sim.values": "real", "sim.rank": "3"}, WORLD, ["sim.rank", "sim.values=real"]),
