@@ -280,7 +280,7 @@ def _round(config: TrainConfig, steps: int, result: Measured) -> None:
     result.steps += clock.seconds()
     totals: Totals = ledger.ledger.totals
     result.collectives += clock.collectives()
-    result.sent = sum(count.wire_bytes for count in totals.values()) / steps
+    result.sent = sum(count.wire_bytes for entry, count in totals.items() if entry.phase in TRAINING_PHASES) / steps
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
