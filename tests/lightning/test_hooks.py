@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
 from tests.lightning.introspection import hooks_of
@@ -129,32 +128,6 @@ class Plateau(Small):
         self.calls.append(self.optimizers().param_groups[0]["lr"])
 
 
-class Two(Small):
-    """Two optimizers, by hand, that take turns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            with self.toggled_optimizer(optimizer):
-                optimizer.zero_grad()
-                self.manual_backward(self.loss(batch))
-                optimizer.step()
-        self.toggle_optimizer(self.optimizers()[0])
-        self.calls.append([p.requires_grad for p in self.parameters()])
-        self.untoggle_optimizer(self.optimizers()[0])
-        for scheduler in self.lr_schedulers():
-            scheduler.step()
-
-    def configure_optimizers(self) -> Any:
-        outer = [*self.inwards.parameters(), *self.outwards.parameters()]
-        first = torch.optim.SGD(outer, 0.1, momentum=0.9)
-        second = torch.optim.AdamW(self.feed_forward.parameters(), 0.02, eps=1e-5)
-        return [first, second], [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (first, second)]
-
-
 class NoOptimizer(Small):
     def configure_optimizers(self) -> None:
         return None
@@ -266,24 +239,6 @@ def from_datasets() -> Any:
     return data.name, run.global_step, sorted(i for _, batch in module.calls for i in batch)[:0]
 
 
-class Thawing(BaseFinetuning):
-    """Freezes the first layer for an epoch."""
-
-    def freeze_before_training(self, pl_module: Any) -> None:
-        self.freeze(pl_module.inwards)
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.inwards, optimizer, lr=0.05)
-
-
-class Trained(Small):
-    """An optimizer of what learns."""
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], self.lr, eps=1e-5)
-
-
 class FrozenWhole(Small):
     """All of it is frozen, and thawed again."""
 
@@ -308,15 +263,6 @@ class Tied(Small):
     def forward(self, x: Tensor) -> Tensor:
         x = self.inwards(x).unsqueeze(1)
         return (self.outwards(x + self.feed_forward(self.feed_forward(x))) + self.tied(x) + self.again(x)).flatten()
-
-
-class Frozen(Small):
-    """A layer that does not learn, and one that nothing uses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inwards.requires_grad_(False)
-        self.unused = nn.Linear(2, 2)
 
 
 class Normalised(Small):
@@ -372,13 +318,6 @@ CELLS = {
     "mixed": lambda: fit(Mixed(), precision="32-true"),
     "compiled": lambda: fit(Compiled()),
 }
-
-
-def unused() -> Any:
-    from tedlab import TEDStrategy
-    from tests.lightning.side_by_side import under_ted
-
-    return TEDStrategy(2, 2) if under_ted() else "ddp_find_unused_parameters_true"
 
 
 def everything() -> dict[str, Any]:
