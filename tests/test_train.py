@@ -4,17 +4,23 @@ import csv
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from tedlab.checkpoint import read_meta
+from tedlab.compare.runs import read_runs
 from tedlab.config import TrainConfig
+from tests.offline_wandb import read_offline_run
 
 pytestmark = pytest.mark.slow
 
@@ -30,18 +36,22 @@ class Place:
 
     folder: Path
 
-    def python(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """``python <arguments>`` here; stdout and stderr apart."""
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every command."""
         outside = ("SLURM_", "TORCHELASTIC_", "LOCAL_", "WANDB_", "MASTER_")
         environment = {name: value for name, value in os.environ.items() if not name.startswith(outside)}
-        environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_SILENT": "true"}
+        return environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "120", "WANDB_SILENT": "true"}
+
+    def python(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """``python <arguments>`` here; stdout and stderr apart."""
         return subprocess.run(
             [sys.executable, *arguments],
             cwd=self.folder,
             capture_output=True,
             text=True,
             timeout=150,
-            env=environment,
+            env=self.environment,
             check=False,
         )
 
@@ -91,6 +101,12 @@ class Run:
     def summary(self) -> dict:
         return json.loads((self.directory / "summary.json").read_text())
 
+    @property
+    def rows(self) -> list[dict[str, str]]:
+        """Of ``metrics.csv``; none before there is one."""
+        file = self.directory / "metrics.csv"
+        return [*csv.DictReader(file.read_text().splitlines())] if file.exists() else []
+
     def check_ledger(self) -> None:
         """In every run that a test makes: what was communicated is what the closed form says, in every process."""
         summary = self.summary
@@ -99,9 +115,8 @@ class Run:
         assert summary["router/recompute_flips"] == 0
 
     def column(self, name: str) -> dict[int, float]:
-        """Value by step, counted from 1."""
-        with (self.directory / "metrics.csv").open() as file:
-            return {int(row["step"]) + 1: float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+        """Value by step, which counts the optimizer steps done."""
+        return {int(row["step"]): float(row[name]) for row in self.rows if row.get(name)}
 
 
 def write_words(path: Path, seed: int) -> None:
@@ -129,7 +144,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def run(place: Place) -> Run:
     """The run that most claims are about: two tensor ranks, uninterrupted, with W&B."""
-    return place.train("run", "parallel=tp2")
+    return place.train("run", "parallel=tp2", "validate_every=4", "comm.ledger.every=2")
 
 
 # ---- what is left behind --------------------------------------------------------------------------------------------
@@ -163,8 +178,50 @@ def test_metrics_hold_every_logged_step_and_every_validation(run: Run) -> None:
     assert losses[STEPS] < losses[1] - 0.2  # it learns
     assert losses[1] == pytest.approx(5.6, abs=0.4)  # about ln 256
     assert all(0 < norm < 100 for norm in run.column("train/gradient_norm").values())
-    assert list(run.column("val/loss")) == [3, 6]
+    assert list(run.column("val/loss")) == [4, 6]  # and the closing one, after the same steps as the last of training
+    assert run.column("tokens") == {step: step * 8 * 16 for step in range(1, STEPS + 1)}
     assert all(value > 0 for value in run.column("perf/tokens_per_second").values())
+
+
+def test_wandb_knows_the_run_before_its_first_step_and_how_it_ended(run: Run) -> None:
+    logged = read_offline_run(run.directory)
+    kinds = [kind for kind, _ in logged.events]
+    assert "config" not in kinds[kinds.index("history") :]
+    config = yaml.safe_load((run.directory / "config.yaml").read_text())
+    del config["certificate"]  # there the verdict stands in its place
+    assert {key: logged.config[key] for key in config} == config
+    assert logged.config["layout"] == run.summary["layout"]
+    assert logged.config["parameters"]["total"] == run.summary["parameters/total"]
+    assert {"versions", "git_revision"} <= logged.config.keys()
+    assert logged.name.startswith("tp2 ")
+    assert logged.name == logged.name.strip()
+    assert len(logged.name) <= 128
+    assert logged.group.startswith("main 20")
+    assert logged.exit_code == 0
+    assert logged.summary["state"] == run.summary["state"] == "finished"
+
+
+def test_wandb_and_metrics_have_one_row_for_a_step_with_the_same_values(run: Run) -> None:
+    logged = read_offline_run(run.directory)
+    rows = [(row["trainer/global_step"], row) for row in logged.rows]
+    trained = [(step, row["tokens"], row["train/loss"]) for step, row in rows if "train/loss" in row]
+    assert [step for step, _, _ in trained] == [*range(1, STEPS + 1)]
+    assert {step: tokens for step, tokens, _ in trained} == run.column("tokens")
+    assert {step: loss for step, _, loss in trained} == run.column("train/loss")
+    assert {step: row["val/loss"] for step, row in rows if "val/loss" in row} == run.column("val/loss")
+    assert "tokens" in logged.axes
+
+
+def test_communication_of_a_step_is_logged_when_it_changes(run: Run) -> None:
+    """Here it never does: one row, of the average step, and in the summary the totals."""
+    logged = read_offline_run(run.directory)
+    totals = {name: v for name, v in run.summary.items() if name.startswith("comm/") and name.count("/") == 4}
+    training = {name: value for name, value in totals.items() if not name.startswith("comm/validation")}
+    assert len(training) >= 9
+    for name, total in training.items():
+        assert run.column(name) == {2: total / STEPS}, name
+        assert [row["trainer/global_step"] for row in logged.rows if name in row] == [2], name
+        assert logged.summary[name] == total
 
 
 def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
@@ -276,7 +333,45 @@ def test_the_jobs_of_a_sweep_are_wandb_runs_of_one_group(
     files = [list((place.folder / "sweep" / job).glob("wandb/offline-run-*/run-*.wandb")) for job in "12"]
     assert [len(found) for found in files] == [1, 1]
     assert len({file.name for (file,) in files}) == 2
-    assert all(b"my sweep" in file.read_bytes() for (file,) in files)
+    runs = [read_offline_run(place.folder / "sweep" / job) for job in "12"]
+    (group,) = {run.group for run in runs}
+    assert re.fullmatch(r"my sweep 20\d\d-\d\d-\d\d_\d\d-\d\d-\d\d", group)  # of this sweep, and of no other
+
+
+# ---- interrupted -----------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_says_so_in_its_summary_and_to_wandb(place: Place) -> None:
+    arguments = place.small("parallel=tp2", "hydra.run.dir=interrupted", "trainer.max_steps=100000")
+    directory = place.folder / "interrupted"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tedlab.train", *arguments],
+        cwd=place.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=place.environment,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while len(Run(directory).rows) < 4:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(timeout=40) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    run = Run(directory)
+    summary, logged = run.summary, read_offline_run(directory)
+    assert (summary["state"], summary["reason"]) == ("interrupted", "SIGTERM")
+    assert summary["steps"] >= max(run.column("train/loss"))
+    assert summary["train/loss"] == [*run.column("train/loss").values()][-1]
+    assert summary["parameters/total"] > 0
+    assert logged.exit_code == 1
+    assert logged.summary["state"] == "interrupted"
+    ((compared,), _) = read_runs([directory], stopped=True)
+    assert compared.name == f"interrupted (interrupted at step {summary['steps']})"
+    assert dict(compared.curves["train/loss"]) == run.column("train/loss")
 
 
 # ---- own data -------------------------------------------------------------------------------------------------------

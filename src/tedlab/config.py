@@ -96,7 +96,7 @@ class ParallelConfig:
 class LedgerConfig:
     """The record of every collective."""
 
-    every: int = whole(100, least=0)  # steps between totals in the log; 0: only at the end
+    every: int = whole(100, least=0)  # steps between averages in the log, where they change; 0: none
     time: bool = False  # also measure durations, which synchronises every collective
 
 

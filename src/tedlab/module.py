@@ -88,7 +88,9 @@ class LanguageModel(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         loss, _ = self.network.loss(batch[:, :-1], batch[:, 1:])
         bits = loss.double() / (math.log(2) * self.bytes_per_token)
-        self.log_dict({"val/loss": loss, "val/bits_per_byte": bits}, sync_dist=True, batch_size=len(batch))
+        metrics = {"val/loss": loss, "val/bits_per_byte": bits}
+        # Into callback_metrics; tedlab.callbacks.Journal gives them to the loggers.
+        self.log_dict(metrics, sync_dist=True, batch_size=len(batch), logger=False)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -1,6 +1,5 @@
 """What a finished run leaves behind: summary, loss curve, and the closing table."""
 
-import csv
 import json
 import math
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -22,8 +21,10 @@ from tedlab.config import TrainConfig
 from tedlab.data import Corpus, TextDataModule, bigram_loss
 from tedlab.data.files import EMPTY, listed
 from tedlab.flops import training_flops
+from tedlab.history import read_history
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
+from tedlab.outcome import FINISHED, write_summary
 
 CERTIFICATE = "certificate.json"
 LEFT_OUT = "left_out.txt"
@@ -87,33 +88,30 @@ def report(
     degrees = module.topology.degrees
     last_train_loss = [value for _, value in _column(directory / "metrics.csv", "train/loss")][-1:]
     summary: dict[str, Any] = {
+        "state": FINISHED,
         "train/loss": last_train_loss[0] if last_train_loss else None,
         **measured,
         "baseline/bigram_loss": bigram,
         "baseline/bigram_bits_per_byte": bigram / math.log(2) / data.corpus.bytes_per_token,
         **about(config, module),
         "steps": trainer.global_step,
-        "certificate": _certificate(directory),
+        "certificate": certified(directory),
         "output_dir": str(directory),
     }
-    (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_summary(directory, summary)
     (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's, empty; ours is config.yaml
     _plot(directory, bigram)
-    for logger in trainer.loggers[1:]:  # the first is metrics.csv
-        logger.log_hyperparams(
-            {
-                **asdict(config),
-                "parameters": {name: summary[f"parameters/{name}"] for name in ("total", "active")},
-                "layout": summary["layout"],
-                "certificate": summary["certificate"],
-            }
-        )
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(summary)
+    for logger in wandb_loggers(trainer):
+        logger.experiment.summary.update(summary)
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in (*tables, _table(config, summary, str(degrees))):
         console.print(table)
     return summary
+
+
+def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
+    """Those of the first process; only there they have a run."""
+    return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
 
 
 def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
@@ -131,7 +129,17 @@ def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
     }
 
 
-def _certificate(directory: Path) -> dict[str, Any] | None:
+def announce(config: TrainConfig, logger: Logger, module: LanguageModel | None = None) -> None:
+    """Tells a logger the whole configuration, nested as it is; once there is a model, also what follows from it."""
+    known: dict[str, Any] = {"certificate": certified(Path(config.output_dir))}
+    if module is not None:
+        facts = about(config, module)
+        known["parameters"] = {name: facts[f"parameters/{name}"] for name in ("total", "active")}
+        known |= {name: facts[name] for name in ("layout", "versions", "git_revision")}
+    logger.log_hyperparams({**asdict(config), **known})
+
+
+def certified(directory: Path) -> dict[str, Any] | None:
     """Verdict and fingerprint, if the run asked for a certificate."""
     file = directory / CERTIFICATE
     if not file.exists():
@@ -150,8 +158,7 @@ def _git_revision() -> str | None:
 
 def _column(metrics: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of one metric, in order."""
-    with metrics.open() as file:
-        return [(int(row["step"]) + 1, float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    return [(int(row["step"]), float(row[name])) for row in read_history(metrics) if name in row]
 
 
 def _plot(directory: Path, bigram: float) -> None:

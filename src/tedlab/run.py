@@ -1,10 +1,11 @@
 """One training run inside one of its processes: builds the parts from the configuration, fits, reports."""
 
-import csv
 import functools
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import hydra
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from tedlab.callbacks import (
     CommunicationLedger,
+    Journal,
     MemoryByCategory,
     RouterHealth,
     RunProgress,
@@ -29,9 +32,13 @@ from tedlab.comm.emulate import Emulation
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.flops import training_flops
+from tedlab.history import read_history
 from tedlab.module import LanguageModel
-from tedlab.report import report, report_left_out, resolved_yaml
+from tedlab.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
+from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.strategy import TEDStrategy, gpus
+
+_LONGEST_NAME = 128
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -40,6 +47,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     Returns:
         The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
     """
+    _tidy_names(config)
     directory = Path(config.output_dir)
     metrics = StepMetrics(
         config.data.batch_size * config.model.sequence_length, training_flops(config.model, config.moe)
@@ -56,15 +64,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
             ranks_per_node=comm.emulate_ranks_per_node,
         )
     ledger = CommunicationLedger(config, emulated)
-    trainer, module, data = build(config, [metrics, routers, memory, ledger, RunProgress()])
-    if trainer.is_global_zero:
-        directory.mkdir(parents=True, exist_ok=True)
-        if config.ckpt_path is not None:
-            _keep_earlier_metrics(trainer, directory, before=read_meta(Path(config.ckpt_path))["global_step"])
-        (directory / "config.yaml").write_text(resolved_yaml(config))
-        data.corpus.tokenizer.save(directory)
-        report_left_out(data.corpus, directory)
-    try:
+    journal = Journal(config.data.batch_size * config.model.sequence_length)
+    facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
+    trainer, module, data = build(config, [metrics, routers, memory, ledger, journal, facts, RunProgress()])
+    with _ending(config, trainer, module):
+        if trainer.is_global_zero:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / SUMMARY).unlink(missing_ok=True)  # of an earlier run here
+            if config.ckpt_path is not None:
+                _keep_earlier_metrics(trainer, directory, until=read_meta(Path(config.ckpt_path))["global_step"])
+            (directory / "config.yaml").write_text(resolved_yaml(config))
+            data.corpus.tokenizer.save(directory)
+            report_left_out(data.corpus, directory)
+        _announce(config, trainer)
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         last = directory / "checkpoints" / "last.ckpt"
         if not last.exists() or read_meta(last)["global_step"] < trainer.global_step:
@@ -75,13 +87,41 @@ def run(config: TrainConfig) -> dict[str, Any]:
         measured = {**metrics.overall(), **routers.overall(), **memory.overall(trainer), **validation}
         measured |= ledger.overall(trainer)
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
-    finally:
-        if trainer.is_global_zero and "wandb" in config.logger:
-            import wandb
-
-            wandb.finish()
     dist.destroy_process_group()
     return summary
+
+
+@contextmanager
+def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Iterator[None]:
+    """Lets ``summary.json`` and W&B say how the run ended, whichever way it does. The first process does so."""
+    if not trainer.is_global_zero:
+        yield
+        return
+
+    def unfinished(outcome: Outcome) -> dict[str, Any]:
+        known = {"steps": trainer.global_step, **(about(config, module) if hasattr(module, "network") else {})}
+        return write_unfinished(Path(config.output_dir), outcome, known)
+
+    # Where SLURM requeues jobs by signals, Lightning handles them.
+    slurm = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
+    with nullcontext() if slurm else signals_raised(unfinished):
+        try:
+            yield
+        except BaseException as error:
+            left = unfinished(Outcome.of(error))
+            for logger in wandb_loggers(trainer):
+                if logger._experiment is not None:  # otherwise it was W&B that would not start
+                    logger.experiment.summary.update(left)
+                    logger.experiment.finish(exit_code=1)
+            raise
+    for logger in wandb_loggers(trainer):
+        logger.experiment.finish()
+
+
+def _announce(config: TrainConfig, trainer: Trainer, module: LanguageModel | None = None) -> None:
+    if trainer.is_global_zero:
+        for logger in trainer.loggers[1:]:  # the first is metrics.csv
+            announce(config, logger, module)
 
 
 def build(
@@ -166,16 +206,21 @@ def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
     return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
 
 
-def _keep_earlier_metrics(trainer: Trainer, directory: Path, before: int) -> None:
+def _tidy_names(config: TrainConfig) -> None:
+    """A name made of parts, some of them empty, has no blanks around it; W&B takes 128 letters."""
+    for settings in config.logger.values():
+        if isinstance(settings.get("name"), str):
+            name = settings["name"].strip()
+            settings["name"] = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int) -> None:
     """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew."""
-    metrics = directory / "metrics.csv"
-    if not metrics.exists():
-        return
-    with metrics.open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) < before]
-    for row in rows:
+    for row in read_history(directory / METRICS):
         step = int(row.pop("step"))
-        trainer.loggers[0].log_metrics({name: float(value) for name, value in row.items() if value}, step)
+        if step <= until:
+            metrics = {name: int(value) if value.isdigit() else float(value) for name, value in row.items()}
+            trainer.loggers[0].log_metrics(metrics, step)
 
 
 def quieten() -> None:

@@ -1,5 +1,6 @@
 """``python -m tedlab.train``: composes a configuration, checks it, and launches the run."""
 
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tedlab.config import TrainConfig
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
     from tedlab import outside
-    from tedlab.launch import launch
+    from tedlab.launch import WorkerFailed, launch
     from tedlab.locks import run_directory
     from tedlab.resume import named_values, resume
     from tedlab.run import run
@@ -32,8 +33,27 @@ def train(config: TrainConfig) -> float:
         if not started_outside:
             said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
             print(*said, sep="\n", flush=True)
-        summary = launch(run, config, int(config.trainer["devices"]), lock)
+        try:
+            summary = launch(run, config, int(config.trainer["devices"]), lock)
+        except (WorkerFailed, SystemExit) as error:
+            if not started_outside:  # there the first process has said it
+                leave_summary(config, error)
+            raise
     return float(summary.get(config.objective, float("nan")))
+
+
+def leave_summary(config: TrainConfig, error: BaseException) -> None:
+    """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
+    from tedlab.launch import WorkerFailed
+    from tedlab.outcome import FAILED, INTERRUPTED, Outcome, write_unfinished
+
+    if isinstance(error, WorkerFailed):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        outcome = Outcome(FAILED, f"{lines[0]} {lines[-1]}")
+    else:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 128
+        outcome = Outcome(INTERRUPTED, signal.Signals(code - 128).name if code > 128 else "it was ended")
+    write_unfinished(Path(config.output_dir), outcome)
 
 
 def go_on_after_restart(config: TrainConfig) -> None:

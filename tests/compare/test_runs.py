@@ -1,10 +1,12 @@
 """Which runs a path stands for, and what is said of paths and runs that will not do."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from tedlab.cli import UsageError
+from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tests.compare.sweep import LOSSES, STEPS, write_run, write_sweep
 
@@ -32,6 +34,33 @@ def test_a_run_holds_its_flat_configuration_and_curves_by_steps_done(tmp_path: P
     assert run.config["optim.optimizer.betas"] == [0.9, 0.95]
     assert run.config["choices.hydra/launcher"] == "basic"
     assert run.curves == {"train/loss": [(10, LOSSES[0]), (20, LOSSES[1])], "val/loss": [(STEPS, 3.001272439956665)]}
+
+
+def test_a_run_that_counts_tokens_counts_the_steps_done(tmp_path: Path) -> None:
+    """All its rows do, also that of the closing validation."""
+    directory = write_run(tmp_path / "run")
+    rows = [("step", "tokens", "train/loss", "val/loss"), (10, 1, 3.5, ""), (20, 2, 3.1, ""), (20, 2, "", 3.0)]
+    (directory / "metrics.csv").write_text("".join(",".join(map(str, row)) + "\n" for row in rows))
+    ((run,), _) = read_runs([directory])
+    assert run.curves == {"train/loss": [(10, 3.5), (20, 3.1)], "val/loss": [(20, 3.0)]}
+
+
+def test_a_run_that_failed_or_was_interrupted_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    write_sweep(tmp_path)
+    for number, state in ((1, "failed"), (3, "interrupted")):
+        ended = {"state": state, "reason": "why", "steps": 10}
+        file = tmp_path / str(number) / "summary.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | ended))
+    runs, notes = read_runs([tmp_path])
+    assert [run.name for run in runs] == ["0", "2"]
+    assert notes == [
+        f"{tmp_path / '1'} is left out: it failed at step 10 (why); --force compares it as far as it came.",
+        f"{tmp_path / '3'} is left out: it was interrupted at step 10 (why); --force compares it as far as it came.",
+    ]
+    runs, notes = read_runs([tmp_path], stopped=True)
+    assert [run.name for run in runs] == ["0", "1 (failed at step 10)", "2", "3 (interrupted at step 10)"]
+    assert notes == []
+    assert len(compare(runs, force=True).runs) == 4
 
 
 def test_a_run_that_has_not_finished_is_named_and_left_out(tmp_path: Path) -> None:

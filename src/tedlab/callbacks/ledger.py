@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
 from typing_extensions import override
 
+from tedlab.callbacks.journal import log
 from tedlab.comm import TRAINING_PHASES, GroupKind, predict
 from tedlab.comm.emulate import Emulation
 from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
@@ -20,9 +21,10 @@ _MIB = 2**20
 
 
 class CommunicationLedger(Callback):
-    """Counts every collective of a run, logs totals, and in the end compares them with the closed form.
+    """Counts every collective of a run, and in the end compares totals with the closed form.
 
-    Forward passes of validation are kept apart from those of training.
+    Forward passes of validation are kept apart from those of training. What a training step communicates is logged
+    every ``comm.ledger.every`` steps, if it is not what was logged last.
 
     Args:
         config: of the run of a :class:`tedlab.module.LanguageModel`, completed by :func:`tedlab.validate.check`.
@@ -41,6 +43,8 @@ class CommunicationLedger(Callback):
         self.ledger = Ledger(config.comm.ledger.time)
         self._first_step = 0
         self._first_skipped = 0
+        self._marked: tuple[int, dict[str, float]] = (0, {})  # step and totals, where the last figures end
+        self._logged: dict[str, float] = {}
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,6 +55,7 @@ class CommunicationLedger(Callback):
             comm.register_hook(self.emulation)
         comm.register_hook(self.ledger)  # after the delay, which belongs to a collective's time
         self._first_step = trainer.global_step
+        self._marked = trainer.global_step, {}
         self._first_skipped = _skipped(strategy)
 
     @override
@@ -71,7 +76,10 @@ class CommunicationLedger(Callback):
     ) -> None:
         last_of_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if self.every and last_of_step and trainer.global_step % self.every == 0:
-            pl_module.log_dict(self._metrics(), batch_size=1)
+            figures = self._per_step(trainer.global_step)
+            if figures != self._logged:
+                log(trainer, figures)
+                self._logged = figures
 
     def steps(self, trainer: Trainer) -> int:
         """Optimizer steps that were counted."""
@@ -121,6 +129,12 @@ class CommunicationLedger(Callback):
         title = "communication of the first process, per step"
         steps = max(1, self.steps(trainer))
         return traffic_table(title, self.ledger.totals, steps, self.ledger.timed, self.differences(trainer))
+
+    def _per_step(self, step: int) -> dict[str, float]:
+        """What a training step has communicated on average since the last call, under the names of the totals."""
+        totals = {name: v for name, v in self._metrics().items() if name.split("/")[1] in TRAINING_PHASES}
+        (since, before), self._marked = self._marked, (step, totals)
+        return {name: (value - before.get(name, 0)) / (step - since) for name, value in totals.items()}
 
     def _metrics(self) -> dict[str, float]:
         values = ["calls", "payload_bytes", "wire_bytes", *(["seconds"] if self.ledger.timed else [])]

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from tedlab.callbacks.journal import log
 from tedlab.flops import peak_flops
 from tedlab.module import NOT_SCALARS
 from tedlab.strategy import TEDStrategy
@@ -71,7 +72,7 @@ class StepMetrics(Callback):
             values = torch.stack([value.to(precise) for value in self._sums.values()]) / self._micro_batches
             metrics = dict(zip(self._sums, trainer.strategy.reduce(values).tolist(), strict=True))
             metrics["train/learning_rate"] = trainer.optimizers[0].param_groups[0]["lr"]
-            pl_module.log_dict(metrics | _of_optimizer(trainer) | self._throughput(-2), batch_size=1)
+            log(trainer, metrics | _of_optimizer(trainer) | self._throughput(-2))
         self._sums.clear()
         self._micro_batches = 0
 

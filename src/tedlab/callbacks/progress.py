@@ -1,6 +1,9 @@
 """One progress bar for a whole run, in steps, with losses, tokens/s and the time that is left."""
 
 import sys
+import threading
+import time
+from datetime import timedelta
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Remaining
 from typing_extensions import override
 
+_SILENT_S = 60.0  # without a line, where output is not a terminal
 _SHOWN = {
     "train/loss": "loss {:.3f}",
     "val/loss": "val {:.3f}",
@@ -20,7 +24,9 @@ _SHOWN = {
 class RunProgress(ProgressBar):
     """Lightning's bars count the micro-batches of one epoch; this one counts the optimizer steps of the run.
 
-    Shown by the first process. Where output is not a terminal it is a line about every tenth of the run.
+    Shown by the first process. Where output is not a terminal it is a line about every tenth of the run, and whenever
+    there was none for a minute: also while nothing can be said but that a step, or what comes before or after them,
+    still goes on.
     """
 
     def __init__(self) -> None:
@@ -28,6 +34,33 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._doing = "setting up"
+        self._shown = ""  # metrics; only the main thread may ask for them, since that may be a collective
+        self._began = (0, 0.0)  # step and time, when training began
+        self._last = 0.0  # time of the last line
+        self._over = threading.Event()
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self._enabled and not sys.stderr.isatty():
+            self._over, self._last = threading.Event(), time.monotonic()
+            threading.Thread(target=self._remind, args=(trainer, self._over), daemon=True).start()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._over.set()
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        self._doing = "validating"
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._doing = "training"
+        self._shown = self._metrics(trainer)
 
     @override
     def disable(self) -> None:
@@ -39,6 +72,8 @@ class RunProgress(ProgressBar):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._doing = "training"
+        self._began = trainer.global_step, time.monotonic()
         if not self._enabled or not sys.stderr.isatty():
             return
         self._bar = Progress(
@@ -64,16 +99,37 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             assert self._task is not None
             self._bar.update(self._task, completed=step, metrics=self._metrics(trainer))
-        elif step % self._interval(trainer) == 0 or step == last:
-            print(f"step {step}/{last}  {self._metrics(trainer)}", file=sys.stderr, flush=True)
+        elif step % trainer.log_every_n_steps == 0 or step == last:  # type: ignore[attr-defined]
+            self._shown = self._metrics(trainer)
+            if step % self._interval(trainer) == 0 or step == last:
+                self._print(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._doing = "finishing"
         self._stop()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._over.set()
         self._stop()
+
+    def _remind(self, trainer: Trainer, over: threading.Event) -> None:
+        """A line whenever the last one is a minute old. The main thread may wait for a device or other processes."""
+        while not over.wait(max(0.0, self._last + _SILENT_S - time.monotonic())):
+            if time.monotonic() >= self._last + _SILENT_S:
+                self._print(trainer, self._doing)
+
+    def _print(self, trainer: Trainer, doing: str = "training") -> None:
+        self._last = time.monotonic()
+        step, last = trainer.global_step, trainer.max_steps
+        (first, began), parts = self._began, [f"step {step}/{last}", self._shown]
+        if doing != "training":
+            parts.append(doing)
+        elif first < step < last:
+            left = (last - step) * (self._last - began) / (step - first)
+            parts.append(f"ETA {timedelta(seconds=round(left))}")
+        print("  ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
     @staticmethod
     def _interval(trainer: Trainer) -> int:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from typing_extensions import override
 
+from tedlab.callbacks.journal import log
 from tedlab.moe import RouterReport, relative_load, router_health
 
 PICTURE = "router_load.png"
@@ -67,7 +68,7 @@ class RouterHealth(Callback):
             self._trace[step] = self._choices(trainer, self._latest[1])
             metrics = self.overall()
             # What training_step returns itself is logged by StepMetrics.
-            pl_module.log_dict({name: metrics[name] for name in metrics if name not in outputs}, batch_size=1)
+            log(trainer, {name: metrics[name] for name in metrics if name not in outputs})
             if self.picture_every is not None and step // self.picture_every > self._drawn // self.picture_every:
                 self._draw(trainer)
         self._micro_batches.clear()
@@ -113,8 +114,7 @@ class RouterHealth(Callback):
         draw_load(load_LE, self.blocks, self._drawn, self.directory / PICTURE)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                # Lightning numbers steps from 0 when it logs.
-                logger.log_image("router/load", [str(self.directory / PICTURE)], step=self._drawn - 1)
+                logger.log_image("router/load", [str(self.directory / PICTURE)], step=self._drawn)
 
 
 def draw_load(load_LE: Tensor, blocks: Sequence[int], step: int, file: Path) -> None:

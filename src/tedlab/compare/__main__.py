@@ -18,7 +18,7 @@ examples:
   python -m tedlab.compare runs/ablation_comm/<date>                    a sweep: one row for each of its runs
   python -m tedlab.compare runs/main/<date> runs/main/<other date>      single runs; the first is the reference
   python -m tedlab.compare <sweep> --by comm.dtd,comm.cac --out report.html
-  python -m tedlab.compare --wandb me/tedlab --group ablation_comm --out report.html --workspace
+  python -m tedlab.compare --wandb me/tedlab --group "ablation_comm <date>" --out report.html --workspace
 """
 
 
@@ -46,9 +46,9 @@ def _run(options: argparse.Namespace) -> None:
     if options.wandb:
         from tedlab.compare.wandb_runs import read_group
 
-        runs, notes = read_group(options.wandb, options.group)
+        runs, notes = read_group(options.wandb, options.group, options.force)
     else:
-        runs, notes = read_runs(options.directories)
+        runs, notes = read_runs(options.directories, options.force)
     by = [key.strip() for key in options.by.split(",")] if options.by else []
     comparison = compare(runs, by, notes, options.force)
     show(comparison)
@@ -97,11 +97,13 @@ def _parser() -> argparse.ArgumentParser:
         "--force",
         action="store_true",
         help="compare runs of different models, data or numbers of steps, with a note that their losses do not mean "
-        "the same; an error otherwise",
+        "the same (an error otherwise), and also runs that failed or were interrupted, as far as they came",
     )
     server = parser.add_argument_group("runs on a W&B server")
     server.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from there, not from directories")
-    server.add_argument("--group", help="of the runs; tedlab.train names it after experiment_name")
+    server.add_argument(
+        "--group", help="of the runs; tedlab.train names it after experiment_name and the time of the start"
+    )
     server.add_argument(
         "--workspace",
         action="store_true",

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tedlab.cli import UsageError
+from tedlab.history import steps_done
+from tedlab.outcome import FAILED, FINISHED
 from tedlab.untrusted import read_yaml
 
 CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.csv"
@@ -60,8 +62,12 @@ class Run:
         return float(value) if isinstance(value, int | float) else None
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], list[str]]:
     """The finished runs of run and sweep directories, and a note for each that has not finished.
+
+    Args:
+        paths: of the directories.
+        stopped: also those that failed or were interrupted, which their names then say.
 
     Raises:
         UsageError: if a path is not there, holds no run, or no run has finished.
@@ -70,12 +76,26 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
     runs, notes = [], []
     for directory, name in zip(directories, _names(directories), strict=True):
         try:
-            runs.append(_read(directory, name))
+            runs.append(_read(directory, name, stopped))
         except Unfinished as reason:
             notes.append(f"{directory} is left out: {reason}")
     if not runs:
         raise UsageError("\n".join(["There is no finished run to compare.", *notes]))
     return runs, notes
+
+
+def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
+    """What became of a run that did not finish; None of one that did, as all did that do not say."""
+    state = summary.get("state", FINISHED)
+    if state == FINISHED:
+        return None
+    return f"{state} at step {summary.get('steps')}"
+
+
+def why_left_out(summary: Mapping[str, Any]) -> str:
+    """A clause that begins with "it", of a run that failed or was interrupted."""
+    verb = "failed" if summary["state"] == FAILED else f"was {summary['state']}"
+    return f"it {verb} at step {summary.get('steps')} ({summary.get('reason')}); --force compares it as far as it came."
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -91,14 +111,14 @@ def curves(rows: Iterable[Mapping[str, Any]], step_key: str, steps: int) -> dict
 
     Args:
         rows: of metrics; those that were not logged at a row's step are absent, empty or None.
-        step_key: counts from 0 what the last finished step is, or, of the closing validation, from 1.
+        step_key: under which a row has its step, see :func:`tedlab.history.steps_done`.
         steps: of the run.
     """
     found: dict[str, Curve] = {name: [] for name in CURVES}
     for row in rows:
         for name, curve in found.items():
             if row.get(name) not in (None, ""):
-                curve.append((min(int(row[step_key]) + 1, steps), float(row[name])))
+                curve.append((min(steps_done(row, step_key), steps), float(row[name])))
     return found
 
 
@@ -130,7 +150,7 @@ def _names(directories: Sequence[Path]) -> list[str]:
     return names
 
 
-def _read(directory: Path, name: str) -> Run:
+def _read(directory: Path, name: str, stopped: bool) -> Run:
     for needed, meaning in ((CONFIG, "it never started"), (SUMMARY, "it has not finished")):
         if not (directory / needed).exists():
             raise Unfinished(f"{meaning} (there is no {needed}).")
@@ -139,6 +159,10 @@ def _read(directory: Path, name: str) -> Run:
         config = flatten(read_yaml(directory / CONFIG))
     except (OSError, ValueError, RecursionError) as error:
         raise Unfinished(f"{CONFIG} cannot be read ({error}).") from None
+    if (how := how_it_stopped(summary)) is not None:
+        if not stopped:
+            raise Unfinished(why_left_out(summary))
+        name = f"{name} ({how})"
     metrics = directory / METRICS
     try:
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []

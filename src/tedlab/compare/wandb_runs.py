@@ -3,17 +3,24 @@
 from typing import Any
 
 from tedlab.cli import UsageError
-from tedlab.compare.runs import Run, curves, flatten
+from tedlab.compare.runs import Run, curves, flatten, how_it_stopped, why_left_out
 
-_NO_SETTINGS = ("parameters", "layout", "certificate")  # results that tedlab.report adds to W&B's configuration
+_NO_SETTINGS = (
+    "parameters",
+    "layout",
+    "certificate",
+    "versions",
+    "git_revision",
+)  # results that tedlab.report adds to W&B's configuration
 
 
-def read_group(project: str, group: str) -> tuple[list[Run], list[str]]:
+def read_group(project: str, group: str, stopped: bool = False) -> tuple[list[Run], list[str]]:
     """The finished runs of a group, oldest first, and a note for each that has not finished.
 
     Args:
         project: ``entity/project``.
         group: of the runs.
+        stopped: also runs that failed or were interrupted, which their names then say.
 
     Raises:
         UsageError: if the server cannot be asked, or has no finished run in this group.
@@ -23,15 +30,25 @@ def read_group(project: str, group: str) -> tuple[list[Run], list[str]]:
     try:
         found = list(wandb.Api().runs(project, filters={"group": group}, order="+created_at"))
         groups = [] if found else sorted({run.group for run in wandb.Api().runs(project) if run.group})
-        complete = [run for run in found if "steps" in run.summary_metrics]
+        complete = [run for run in found if _is_whole(run.summary_metrics, stopped)]
         runs = [_read(run, name) for run, name in zip(complete, _names(complete), strict=True)]
     except (wandb.errors.Error, ValueError) as error:
         raise UsageError(f"W&B could not be asked for {project}: {error}") from error
-    notes = [f"{run.url} is left out: it is {run.state} and has no summary." for run in found if run not in complete]
+    notes = [f"{run.url} is left out: {_why(run)}" for run in found if run not in complete]
     if not runs:
         known = f" Its groups: {', '.join(groups)}." if groups else ""
         raise UsageError("\n".join([f"{project} has no finished run in group '{group}'.{known}", *notes]))
     return runs, notes
+
+
+def _is_whole(summary: Any, stopped: bool) -> bool:
+    return "steps" in summary and (stopped or how_it_stopped(summary) is None)
+
+
+def _why(run: Any) -> str:
+    if how_it_stopped(run.summary_metrics) is None:
+        return f"it is {run.state} and has no summary."
+    return why_left_out(run.summary_metrics)
 
 
 def _names(runs: list[Any]) -> list[str]:
@@ -42,6 +59,8 @@ def _names(runs: list[Any]) -> list[str]:
 
 def _read(run: Any, name: str) -> Run:
     summary = run.summary_metrics
+    if (how := how_it_stopped(summary)) is not None:
+        name = f"{name} ({how})"
     config = {key: value for key, value in run.config.items() if key not in _NO_SETTINGS}
     rows = run.scan_history()
     return Run(name, run.url, flatten(config), summary, curves(rows, "trainer/global_step", summary["steps"]))

@@ -1,0 +1,91 @@
+"""One row of metrics for each step that has any, in every logger, at the number of optimizer steps that were done.
+
+Lightning's own way is not taken: it numbers rows of training and the closing validation differently, and writes a value
+that was logged once into all later rows of the epoch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
+from typing_extensions import override
+
+from tedlab.history import TOKENS
+
+
+def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Adds metrics to the row of this step, and to ``trainer.callback_metrics``.
+
+    Without a :class:`Journal` among the callbacks they are a row of their own.
+    """
+    trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Journal):
+            callback.row.update(metrics)
+            return
+    _write(trainer, metrics)
+
+
+class Journal(Callback):
+    """Writes what the callbacks before it have logged in a step, and what validation has found, as one row each.
+
+    A row has ``step``: optimizer steps done; ``tokens``: read until then, over all data ranks; ``epoch``.
+
+    Args:
+        tokens_per_step: of one optimizer step over all data ranks.
+    """
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.row: dict[str, float] = {}
+        self._before: tuple[int, int] | None = None  # steps and tokens, where this run began
+        self._trainer: Trainer | None = None
+        self._epoch = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                logger.experiment.define_metric(TOKENS)  # so that any metric can be drawn over it
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._trainer is None else {"steps": self._trainer.global_step, TOKENS: self.tokens()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            self._before = state_dict["steps"], state_dict[TOKENS]
+
+    def tokens(self) -> int:
+        """Read so far. Runs before this one may have had another batch size: a checkpoint says what they read."""
+        assert self._trainer is not None
+        steps, tokens = self._before or (0, 0)
+        return tokens + (self._trainer.global_step - steps) * self.tokens_per_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._epoch = trainer.current_epoch
+        if self.row:
+            self._write_row(trainer, self.row)
+            self.row = {}
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        if found and not trainer.sanity_checking:
+            self._write_row(trainer, found)
+
+    def _write_row(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        _write(trainer, {"epoch": self._epoch, TOKENS: self.tokens(), **metrics})
+
+
+def _write(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=trainer.global_step)
+        logger.save()

@@ -1,0 +1,108 @@
+"""How a run ended, whichever way: the state that its summary and W&B keep, and what one that did not finish leaves."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tedlab.history import read_history
+
+SUMMARY, METRICS = "summary.json", "metrics.csv"
+FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+_KEPT = ("train/", "val/", "perf/", "router/")  # metrics whose last logged value says something of the whole run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``state`` is one of the three above, ``reason`` a line for people."""
+
+    state: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Outcome":
+        """Of a run that ``error`` ended."""
+        if isinstance(error, Signalled):
+            return cls(INTERRUPTED, signal.Signals(error.signal).name)
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            return cls(INTERRUPTED, "SIGINT")  # Lightning makes a SystemExit of it
+        if type(error).__name__ == "SIGTERMException":  # Lightning's, where SLURM requeues jobs
+            return cls(INTERRUPTED, "SIGTERM")
+        lines = str(error).strip().splitlines()
+        return cls(FAILED, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
+
+
+class Signalled(SystemExit):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+
+
+@contextmanager
+def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
+    """Raises :class:`Signalled` on SIGTERM, where otherwise the process would end without another word.
+
+    Args:
+        first: called before, in the midst of whatever is going on: a process that gets a second signal says nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for later in numbers:
+            signal.signal(later, signal.SIG_IGN)
+        error = Signalled(number)
+        first(Outcome.of(error))
+        raise error
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # not Python's
+                signal.signal(number, handler)
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Replaces ``summary.json`` at once."""
+    partial = directory / f"{SUMMARY}.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(partial, directory / SUMMARY)
+
+
+def write_unfinished(directory: Path, outcome: Outcome, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Leaves a summary of a run that ended early: its state, and the last value of each metric.
+
+    A summary that another process of this run has left already keeps what it says, but for state and reason.
+
+    Args:
+        directory: of the run.
+        outcome: why.
+        known: more that is known of the run; ``steps`` is otherwise that of the last row of ``metrics.csv``.
+
+    Returns:
+        The summary.
+    """
+    left: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        left = json.loads((directory / SUMMARY).read_text())
+    rows = read_history(directory / METRICS)
+    last = {name: float(value) for row in rows for name, value in row.items() if name.startswith(_KEPT)}
+    steps = max((int(row["step"]) for row in rows), default=0)
+    summary = {**last, "steps": steps, "output_dir": str(directory), **left, **(known or {})}
+    summary |= {"state": outcome.state, "reason": outcome.reason}
+    write_summary(directory, summary)
+    return summary
