@@ -84,6 +84,13 @@ def test_the_launcher_says_why_its_workers_ended(tmp_path: Path, error: BaseExce
     assert (summary_of(tmp_path)["state"], summary_of(tmp_path)["reason"]) == (state, reason)
 
 
+def test_a_finished_run_stays_finished_when_another_cannot_even_start_in_its_directory(tmp_path: Path) -> None:
+    for summary in ({"state": "finished", "steps": 3}, {"steps": 3}):  # the second of a version that did not say
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        leave_summary(TrainConfig(output_dir=str(tmp_path)), WorkerFailed("process 0 of 1 failed\n\nImportError"))
+        assert summary_of(tmp_path) == summary
+
+
 def test_sigterm_is_told_at_once_and_then_raised_and_a_second_one_disturbs_nothing() -> None:
     told: list[Outcome] = []
     numbers = (signal.SIGTERM, signal.SIGINT)

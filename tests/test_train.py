@@ -18,6 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from tedlab.checkpoint import read_meta
+from tedlab.comm import TRAINING_PHASES
 from tedlab.compare.runs import read_runs
 from tedlab.config import TrainConfig
 from tests.offline_wandb import read_offline_run
@@ -196,7 +197,7 @@ def test_wandb_knows_the_run_before_its_first_step_and_how_it_ended(run: Run) ->
     assert logged.name.startswith("tp2 ")
     assert logged.name == logged.name.strip()
     assert len(logged.name) <= 128
-    assert logged.group.startswith("main 20")
+    assert re.fullmatch(r"runs/main/20\d\d-\d\d-\d\d_\d\d-\d\d-\d\d", logged.group)
     assert logged.exit_code == 0
     assert logged.summary["state"] == run.summary["state"] == "finished"
 
@@ -216,7 +217,7 @@ def test_communication_of_a_step_is_logged_when_it_changes(run: Run) -> None:
     """Here it never does: one row, of the average step, and in the summary the totals."""
     logged = read_offline_run(run.directory)
     totals = {name: v for name, v in run.summary.items() if name.startswith("comm/") and name.count("/") == 4}
-    training = {name: value for name, value in totals.items() if not name.startswith("comm/validation")}
+    training = {name: value for name, value in totals.items() if name.split("/")[1] in TRAINING_PHASES}
     assert len(training) >= 9
     for name, total in training.items():
         assert run.column(name) == {2: total / STEPS}, name
@@ -334,8 +335,8 @@ def test_the_jobs_of_a_sweep_are_wandb_runs_of_one_group(
     assert [len(found) for found in files] == [1, 1]
     assert len({file.name for (file,) in files}) == 2
     runs = [read_offline_run(place.folder / "sweep" / job) for job in "12"]
-    (group,) = {run.group for run in runs}
-    assert re.fullmatch(r"my sweep 20\d\d-\d\d-\d\d_\d\d-\d\d-\d\d", group)  # of this sweep, and of no other
+    assert [run.group for run in runs] == ["sweep", "sweep"]  # its directory: of this sweep, and of no other
+    assert [run.config["experiment_name"] for run in runs] == ["my sweep", "my sweep"]
 
 
 # ---- interrupted -----------------------------------------------------------------------------------------------------

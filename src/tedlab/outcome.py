@@ -76,6 +76,14 @@ def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def read_summary(directory: Path) -> dict[str, Any]:
+    """What ``summary.json`` says; nothing if it is not there or not whole."""
+    with suppress(OSError, ValueError):
+        summary = json.loads((directory / SUMMARY).read_text())
+        return summary if isinstance(summary, dict) else {}
+    return {}
+
+
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Replaces ``summary.json`` at once."""
     partial = directory / f"{SUMMARY}.partial"
@@ -96,9 +104,7 @@ def write_unfinished(directory: Path, outcome: Outcome, known: Mapping[str, Any]
     Returns:
         The summary.
     """
-    left: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
-        left = json.loads((directory / SUMMARY).read_text())
+    left = read_summary(directory)
     rows = read_history(directory / METRICS)
     last = {name: float(value) for row in rows for name, value in row.items() if name.startswith(_KEPT)}
     steps = max((int(row["step"]) for row in rows), default=0)

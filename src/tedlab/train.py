@@ -45,15 +45,19 @@ def train(config: TrainConfig) -> float:
 def leave_summary(config: TrainConfig, error: BaseException) -> None:
     """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
     from tedlab.launch import WorkerFailed
-    from tedlab.outcome import FAILED, INTERRUPTED, Outcome, write_unfinished
+    from tedlab.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
 
+    directory = Path(config.output_dir)
+    summary = read_summary(directory)
+    if summary and summary.get("state", FINISHED) == FINISHED:
+        return  # this run had, or an earlier one here, to which this one has done nothing
     if isinstance(error, WorkerFailed):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         outcome = Outcome(FAILED, f"{lines[0]} {lines[-1]}")
     else:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 128
         outcome = Outcome(INTERRUPTED, signal.Signals(code - 128).name if code > 128 else "it was ended")
-    write_unfinished(Path(config.output_dir), outcome)
+    write_unfinished(directory, outcome)
 
 
 def go_on_after_restart(config: TrainConfig) -> None:

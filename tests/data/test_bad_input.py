@@ -365,6 +365,21 @@ def test_a_process_that_sees_another_corpus_than_the_first_one_does_not_train(tm
         data.setup("fit")
 
 
+def test_a_log_that_is_no_terminal_has_lines_while_a_corpus_is_read(tmp_path, monkeypatch, capsys):
+    write(tmp_path, {"text/a.txt": TEXT * 10_000, "text/b.txt": TEXT * 9_000})
+    prepare(tmp_path)
+    assert capsys.readouterr().err == ""  # it took less than a minute
+    monkeypatch.setattr(corpus_module, "_SILENT_S", 0.0)
+    prepare(tmp_path, validation_fraction=0.4, tokenizer="bpe", bpe_vocab_size=260)
+    lines = capsys.readouterr().err.splitlines()
+    assert list(dict.fromkeys(line.split(":")[0] for line in lines)) == [
+        "Reading",
+        "Training the tokenizer",
+        "Tokenising",
+    ]
+    assert lines[-1] == "Tokenising: 2 of 2 MB"
+
+
 # ---- files that change, and the cache -------------------------------------------------------------------------------
 
 
@@ -374,8 +389,8 @@ def test_a_file_that_changes_while_it_is_read_is_an_error_and_nothing_is_kept(tm
     write(tmp_path, {"text/a.txt": TEXT, "text/b.txt": TEXT * 2})
     examine = documents.examine
 
-    def examine_then_change(file, field):
-        content = examine(file, field)
+    def examine_then_change(file, *arguments):
+        content = examine(file, *arguments)
         if file.name == "b.txt":
             if change == "gone":
                 file.path.unlink()

@@ -18,7 +18,7 @@ examples:
   python -m tedlab.compare runs/ablation_comm/<date>                    a sweep: one row for each of its runs
   python -m tedlab.compare runs/main/<date> runs/main/<other date>      single runs; the first is the reference
   python -m tedlab.compare <sweep> --by comm.dtd,comm.cac --out report.html
-  python -m tedlab.compare --wandb me/tedlab --group "ablation_comm <date>" --out report.html --workspace
+  python -m tedlab.compare --wandb me/tedlab --group runs/ablation_comm/<date> --out report.html --workspace
 """
 
 
@@ -101,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     server = parser.add_argument_group("runs on a W&B server")
     server.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from there, not from directories")
-    server.add_argument(
-        "--group", help="of the runs; tedlab.train names it after experiment_name and the time of the start"
-    )
+    server.add_argument("--group", help="of the runs; tedlab.train calls it as the directory of a sweep")
     server.add_argument(
         "--workspace",
         action="store_true",

@@ -7,6 +7,7 @@ Nothing here needs torch.
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -28,6 +29,7 @@ from tedlab.locks import scratch
 _FORMAT = 2  # increase when the same text and tokenizer would give other files
 _META, _LEFT_OUT = "meta.json", "left_out.json"
 _SPLITS = ("train", "validation")
+_SILENT_S = 60.0  # without a line, where output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
 
     @cache
     def sides() -> tuple[list[Source], list[Source]]:
-        return split(files, config.validation_fraction, config.field, no_text)
+        with _progress("Reading", files) as advance:
+            return split(files, config.validation_fraction, config.field, no_text, advance)
 
     def training_text() -> Iterator[str]:
         train, _ = sides()
@@ -214,9 +217,22 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 @contextmanager
-def _progress(description: str, sources: list[Source]) -> Iterator[Callable[[int], object]]:
-    """A bar over the bytes of ``sources``, on a terminal; gives the function that advances it."""
+def _progress(description: str, files: Sequence[SourceFile | Source]) -> Iterator[Callable[[int], object]]:
+    """Gives the function that is told bytes of ``files`` as they are read: a bar on a terminal, or a line a minute."""
+    total = sum(file.size for file in files)
+    if not sys.stderr.isatty():
+        done, last = 0, time.monotonic()
+
+        def tell(size: int) -> None:
+            nonlocal done, last
+            done += size
+            if time.monotonic() >= last + _SILENT_S:
+                last = time.monotonic()
+                print(f"{description}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+
+        yield tell
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(description, total=sum(source.size for source in sources))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(description, total=total)
         yield lambda size: progress.advance(task, size)

@@ -113,7 +113,11 @@ class JsonLines:
 
 
 def split(
-    files: list[SourceFile], fraction: float, field: str, left_out: list[LeftOut] | None = None
+    files: list[SourceFile],
+    fraction: float,
+    field: str,
+    left_out: list[LeftOut] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
 ) -> tuple[list[Source], list[Source]]:
     """What training and what validation read.
 
@@ -126,11 +130,12 @@ def split(
         fraction: Share of the text to hold out, strictly between 0 and 1.
         field: The field of a JSONL line that holds the text.
         left_out: Gets the files that were left out.
+        advance: Is told the bytes as they are read: all files are read as a whole.
 
     Raises:
         ValueError: A single file cannot be used, or none can.
     """
-    copies = _usable(files, field, left_out)
+    copies = _usable(files, field, left_out, advance)
     sizes = {group: sum(file.size for file, _ in group) for group in copies}
     if len(copies) == 1:
         (file, content), *others = copies[0]
@@ -168,13 +173,15 @@ _Member = tuple[SourceFile, Content]
 _Copies = tuple[_Member, ...]
 
 
-def _usable(files: list[SourceFile], field: str, left_out: list[LeftOut] | None) -> list[_Copies]:
+def _usable(
+    files: list[SourceFile], field: str, left_out: list[LeftOut] | None, advance: Callable[[int], object]
+) -> list[_Copies]:
     """What can be trained on: those with the same content together, by name, and each such group by its first name."""
     groups: dict[bytes, list[_Member]] = {}
     unusable = []
     for file in files:
         try:
-            content = examine(file, field)
+            content = examine(file, field, advance)
         except Unusable as reason:
             unusable.append(LeftOut(file.name, str(reason)))
         else:

@@ -6,6 +6,7 @@ Nothing here decides what becomes of a file that cannot be used: alone it is an 
 import codecs
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,19 +58,20 @@ class Content:
     digest: bytes
 
 
-def examine(file: SourceFile, field: str) -> Content:
+def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lambda size: None) -> Content:
     """Reads a file from beginning to end, at most ``BLOCK`` bytes at once.
 
     Args:
         file: a regular file.
         field: of JSON lines, holds the text.
+        advance: is told the bytes as they are read.
 
     Raises:
         Unusable: if the file cannot be read, is neither UTF-8 text nor JSON lines, or is of a format whose syntax would
             be trained on in place of what it holds.
     """
     try:
-        head, digest = _read(file)
+        head, digest = _read(file, advance)
         start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
         json_lines = _is_json_lines(file, head, start, field)
     except OSError as error:
@@ -87,7 +89,7 @@ def parse(line: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read(file: SourceFile) -> tuple[bytes, bytes]:
+def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, bytes]:
     """The first block and the digest of a file that is UTF-8 without NUL."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     digest = hashlib.blake2b(digest_size=16)
@@ -100,6 +102,7 @@ def _read(file: SourceFile) -> tuple[bytes, bytes]:
             if b"\0" in block:
                 raise Unusable("it holds NUL bytes")
             digest.update(block)
+            advance(len(block))
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
