@@ -9,7 +9,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from tedlab.cli import UsageError, check_overrides, hydra_entry
+from tedlab.cli import UsageError, check_overrides, check_run_directory, hydra_entry
 from tedlab.config import TrainConfig
 
 SCREEN = 25  # lines
@@ -81,6 +81,15 @@ def test_nothing_can_be_added_that_the_typed_configuration_has_no_field_for(over
     """Only arguments of the Trainer, of loggers and of the optimizer are open: elsewhere it would go unnoticed."""
     with pytest.raises(UsageError, match="Did you mean"):
         check_overrides([override])
+
+
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, key: str) -> None:
+    (tmp_path / "file").touch()
+    for value in (f"{tmp_path}/file/run", f"'{tmp_path}/file'", f"{tmp_path}/file/${{now:%Y}}"):
+        with pytest.raises(UsageError, match=rf"^{key}=.* cannot be made: {tmp_path}/file is not a folder$"):
+            check_run_directory(["seed=1", f"{key}={value}"])
+    check_run_directory([f"{key}={tmp_path}/new/run", f"hydra.run.dir={tmp_path}/${{now:%Y}}"])
 
 
 def count_layers(config: TrainConfig) -> float:

@@ -276,6 +276,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown_objective": (["objective=val/los"], ["val/los", "val/loss"]),
     "seed_beyond_numpys": (["seed=4294967296"], ["seed is 4294967296", "at most 4,294,967,295"]),
     "no_time": (["comm.timeout_s=0"], ["comm.timeout_s is 0", "at least 1"]),
+    "output_nowhere": (["output_dir=''"], ["output_dir is empty"]),
+    "cache_nowhere": (["data.cache_dir=''"], ["data.cache_dir is empty"]),
+    "checkpoint_nowhere": (["ckpt_path=''"], ["ckpt_path", "no last.ckpt"]),
+    "checkpoint_of_one_file": (["ckpt_path=/dev/null"], ["ckpt_path=/dev/null", "near it"]),
     "output_below_a_file": (["output_dir=/dev/null/run"], ["output_dir=/dev/null/run", "Not a directory"]),
     "negative_seed": (["seed=-1"], ["seed", "-1", "0"]),
     # loggers

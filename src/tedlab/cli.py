@@ -1,6 +1,7 @@
 """How command lines become typed configurations: Hydra, the place of ``conf/``, and errors for misspelt overrides."""
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -64,6 +65,8 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
         if not (arguments.config_dir or arguments.config_path or arguments.config_name):
             try:
                 check_overrides(arguments.overrides)
+                if not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info):
+                    check_run_directory(arguments.overrides)
             except UsageError as error:
                 sys.exit(f"{error}")
         try:
@@ -98,6 +101,23 @@ def with_plan(arguments: list[str]) -> list[str]:
             if not any(key == ours or key.startswith(f"{ours}.") for ours in keys):
                 planned.append(line)
     return planned + others
+
+
+def check_run_directory(overrides: list[str]) -> None:
+    """Refuses a place for runs that cannot be made or written to; Hydra would fail there with a traceback.
+
+    Raises:
+        UsageError: naming the folder or file that is in the way.
+    """
+    given = [override.partition("=") for override in overrides]
+    places = {key: value.strip("'\"") for key, _, value in given if key in ("hydra.run.dir", "hydra.sweep.dir")}
+    for key, value in (places or {"hydra.run.dir": "runs"}).items():
+        path = Path(value.partition("${")[0]).absolute()  # as far as it is known
+        above = next(place for place in (path, *path.parents) if place.exists())
+        if not above.is_dir():
+            raise UsageError(f"{key}={value} cannot be made: {above} is not a folder")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UsageError(f"{key}={value} cannot be made: this user may not write to {above}")
 
 
 def check_overrides(overrides: list[str]) -> None:

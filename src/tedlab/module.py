@@ -50,6 +50,7 @@ class LanguageModel(LightningModule):
         self.early_stop = early_stop
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed, self.bytes_per_token = seed, bytes_per_token
+        self._options: list[dict[str, Any]] = []  # of each parameter group, as configured
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
 
@@ -118,8 +119,10 @@ class LanguageModel(LightningModule):
         """
         if self._trainer is None or not self.trainer.optimizers or not checkpoint.get("lr_schedulers"):
             return
-        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        schedule, saved = config.scheduler, checkpoint["lr_schedulers"][0]
+        optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        saved = checkpoint["lr_schedulers"][0]
+        if len(self._options) != len(saved["base_lrs"]):  # a callback has added groups, a subclass has its own
+            return
         assert isinstance(schedule, LambdaLR)
         saved["base_lrs"] = [self.optim_config.lr for _ in self._options]
         saved["_last_lr"] = [

@@ -69,7 +69,8 @@ def find_checkpoint(path: Path) -> Path:
     for place in (path, path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
         if _is_checkpoint(place):
             return place
-    what = "has no last.ckpt, and no checkpoints/last.ckpt" if path.is_dir() else "does not exist"
+    what = "is a file" if path.is_file() else "does not exist"
+    what = "has no last.ckpt, and no checkpoints/last.ckpt" if path.is_dir() else what
     near = ", ".join(map(str, _near(path))) or "none"
     raise FileNotFoundError(f"ckpt_path={path} {what}; checkpoints near it: {near}")
 
@@ -211,7 +212,7 @@ def _leaves(content: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
 
 def _is_checkpoint(path: Path) -> bool:
     """Or what is left of one, of which reading says more."""
-    return any((path / name).is_file() for name in (META, ".metadata")) or path.with_name(f"{path.name}.old").is_dir()
+    return any((path / name).is_file() for name in (META, ".metadata")) or (path.parent / f"{path.name}.old").is_dir()
 
 
 def _near(path: Path) -> list[Path]:

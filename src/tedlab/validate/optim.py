@@ -20,6 +20,7 @@ from tedlab.validate.words import check_known
 
 _SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what they follow from
 _FLAGS = ("foreach", "fused")  # whose default is null: torch chooses
+_tried: set[str] = set()  # what could be built and stepped
 _BELOW_ONE = ("momentum", "alpha")  # of which torch checks nothing, or the sign alone
 
 
@@ -40,8 +41,11 @@ def check_optim(config: TrainConfig) -> None:
         raise ValueError(f"optim.optimizer._target_={target} is not an optimizer, but a {kind.__name__}")
     check_elementwise(kind, optim.optimizer)
     check_tile(optim.tile, kind, optim.optimizer)
-    _check_options(kind, {name: value for name, value in optim.optimizer.items() if name != "_target_"})
-    _try(config)
+    _check_options(kind, {name: value for name, value in optim.optimizer.items() if not name.startswith("_")})
+    key = repr((optim, config.trainer["max_steps"], config.trainer["accelerator"]))
+    if key not in _tried:  # a plan validates thousands of configurations
+        _try(config)
+        _tried.add(key)
 
 
 def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:

@@ -17,6 +17,12 @@ def check_settings(config: TrainConfig) -> None:
     Raises:
         ValueError: saying what would do.
     """
+    for name, value in (
+        *(("output_dir", config.output_dir), ("experiment_name", config.experiment_name)),
+        *(("data.cache_dir", config.data.cache_dir), ("data.field", config.data.field)),
+    ):
+        if not value:
+            raise ValueError(f"{name} is empty; give it a value, or leave it out")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
     check_known("certificate_precision", config.certificate_precision, CERTIFIED_PRECISIONS)
