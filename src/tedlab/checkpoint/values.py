@@ -5,6 +5,7 @@ random states are. What it would refuse when the checkpoint is loaded is refused
 """
 
 import io
+import threading
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -26,6 +27,7 @@ _NUMPY: list[Any] = [
     *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
+_ONE_AT_A_TIME = threading.Lock()  # torch's list of what is safe is one for all threads, which may be ranks (sim)
 _ALLOW = (
     "A checkpoint is read without running any code, so it holds tensors, numbers, strings and plain containers only. "
     "Leave it out or convert it, or, if it is safe to construct, allow it where you save and where you load: "
@@ -57,7 +59,7 @@ def decode(content: bytes) -> dict[str, Any]:
     Raises:
         Exception: of many types, if the content is damaged or asks for more.
     """
-    with torch.serialization.safe_globals(_NUMPY):
+    with _ONE_AT_A_TIME, torch.serialization.safe_globals(_NUMPY):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
