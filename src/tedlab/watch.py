@@ -7,7 +7,6 @@ hang with the process that keeps it: it ends this process when a collective's ti
 """
 
 import atexit
-import contextlib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from tedlab import failures
-from tedlab.comm import Whereabouts
+from tedlab.comm import Collective, Whereabouts
 from tedlab.degrees import GroupKind
 
 TORCH_FIRST_S = 5.0  # so long torch has, after a collective's time, to raise in the thread that waits
@@ -39,8 +38,8 @@ class Report:
     Attributes:
         beat: how often it has told: alive if this grows.
         waiting: what it waits in; None: in nothing.
-        kind: of the group that it waits for.
-        number: of the collective it waits in, see :class:`tedlab.comm.Waiting`.
+        kind: of the group that it waits for, or that it started its last collective in.
+        number: of that collective, see :class:`tedlab.comm.Waiting`.
         group: the ranks of that group.
         waited: for so many seconds.
         launched: collectives by kind of group.
@@ -157,6 +156,9 @@ class Watch:
         if waiting is not None:
             report.waiting, report.kind, report.number = str(waiting.what), waiting.kind, waiting.number
             report.group, report.waited = self._ranks(waiting.kind), now - waiting.since
+        elif isinstance(last := self._place.last, Collective):
+            report.kind, report.number = last.kind, self._place.launched[last.kind]
+            report.group = self._ranks(last.kind)
         frame = sys._current_frames().get(self._main or 0)
         while frame is not None and frame.f_code.co_filename.startswith(_NO_CODE_OF_INTEREST):
             frame = frame.f_back
@@ -172,11 +174,15 @@ class Watch:
 
     def _talk(self) -> None:
         while True:
-            with contextlib.suppress(RuntimeError, ValueError):  # the store may be gone, or just going
+            try:
                 self._beat += 1
                 self._board.set(f"watch/{self._rank}", json.dumps(asdict(self._report())))
                 if self._seconds_still() > self._timeout_s / 2:
                     self._ask()
+            except dist.DistNetworkError:  # the store is gone
+                return
+            except (RuntimeError, ValueError):  # it did not answer in time
+                pass
             if self._over.wait(self._every_s):
                 return
 
@@ -256,7 +262,12 @@ def _state(rank: int, reports: Mapping[int, Report], silent: Mapping[int, float]
             f"at step {report.step}"
         )
     at = f"at step {report.step}"
+    numbered = f", number {report.number}" if report.number else ""
+    group = f"group {report.kind}: {', '.join(map(str, report.group))}{numbered}"
     if report.waiting is None:
+        absent = [other for other in report.group if other in reports and _is_behind(reports[other], report)]
+        if absent:
+            return f"started {report.last} ({group}) {report.idle:.0f} s ago, without {_named(absent)}, {at}"
         return f"in no collective for {report.idle:.0f} s, {_after(report)}, {at}; it is at {report.place}"
     missing = [
         other
@@ -264,9 +275,12 @@ def _state(rank: int, reports: Mapping[int, Report], silent: Mapping[int, float]
         if other != rank and (other in silent or not _is_there(reports.get(other), report))
     ]
     awaited = f" for {_named(missing)}" if missing else ""
-    numbered = f", number {report.number}" if report.number else ""
-    group = f"group {report.kind}: {', '.join(map(str, report.group))}{numbered}"
     return f"waits{awaited} in {report.waiting} ({group}) for {report.waited:.0f} s, {at}"
+
+
+def _is_behind(other: Report, report: Report) -> bool:
+    """Whether another process has not started the last collective of this one."""
+    return report.kind is not None and other.launched.get(report.kind, 0) < report.number
 
 
 def _is_there(other: Report | None, report: Report) -> bool:
