@@ -116,3 +116,33 @@ def test_parameters_without_a_gradient_are_left_alone_with_their_state(two: Any,
         for found in ways:
             for ours, theirs in zip(found, expected, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-15)
+
+
+def hooked() -> tuple[list[str], Tensor, Tensor]:
+    """Which hooks a step of many tiles calls, and how far it moves two parameters, of which one loses its gradient."""
+    topology, params = Topology(ParallelDegrees(2)), parameters()
+    names = {p: str(index) for index, p in enumerate(params)}
+    optimizer = SGD(params, lr=1.0)
+    called: list[str] = []
+
+    def before(*_: Any) -> None:
+        called.append("before")
+        assert params[1].grad is not None
+        params[1].grad.zero_()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    sharded = ShardedOptimizer(optimizer, topology.comm, names, zero=True, tile=4)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    sharded.reduce_gradients()
+    optimizer.step()
+    first, second = (start - p.detach() for p, start in zip(params[:2], parameters(), strict=False))
+    return called, first.detach(), second.detach()
+
+
+def test_hooks_on_the_step_run_once_and_see_gradients(pool: WorkerPool) -> None:
+    for called, first, second in pool.run(2, hooked):
+        assert called == ["before", "after"]
+        torch.testing.assert_close(first, torch.ones(5, dtype=torch.float64))
+        torch.testing.assert_close(second, torch.zeros(2, 3, dtype=torch.float64))

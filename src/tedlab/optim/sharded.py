@@ -7,6 +7,7 @@ may be added. Only its ``step`` is replaced, by one that feeds it tile after til
 import functools
 import math
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -396,6 +397,9 @@ class ShardedOptimizer:
                 "There are gradients that were not reduced over processes: call self.manual_backward(loss) in place "
                 "of loss.backward(), and step outside of toggle_model(sync_grad=False)."
             )
+        for hook in self._step_hooks("pre"):
+            self.show_gradients()
+            hook(self.optimizer, (), {})
         self.hide_gradients()
         self._agree()
         finite = self._finite and self._finite_when_clamped
@@ -418,7 +422,13 @@ class ShardedOptimizer:
             bucket.present.clear()
         self._forget_norm()
         self._stepped = True
+        for hook in self._step_hooks("post"):
+            hook(self.optimizer, (), {})
         return result
+
+    def _step_hooks(self, when: str) -> list[Callable[..., Any]]:
+        """Those that the user has registered on the optimizer's step: to be called once, not for every tile."""
+        return list(getattr(self.optimizer, f"_optimizer_step_{when}_hooks").values())
 
     def _not_finite(self) -> Iterator[str]:
         """Names of parameters of whose gradient this process's shards have parts that are not finite."""
@@ -430,14 +440,20 @@ class ShardedOptimizer:
 
     @contextmanager
     def _parameters_apart(self) -> Iterator[None]:
-        """The optimizer's groups are empty meanwhile, so that it sees just the tile that it is given."""
+        """The optimizer has no parameters meanwhile but the tile that it is given, and no hooks."""
         groups = self.optimizer.param_groups
         everything = [group["params"] for group in groups]
         for group in groups:
             group["params"] = []
+        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+        hooks = {name: getattr(self.optimizer, name) for name in names}
+        for name in names:
+            setattr(self.optimizer, name, OrderedDict())
         try:
             yield
         finally:
+            for name, registered in hooks.items():
+                setattr(self.optimizer, name, registered)
             for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
 
