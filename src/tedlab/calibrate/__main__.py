@@ -29,8 +29,6 @@ def parse(arguments: list[str]) -> CalibrateConfig:
     """
     import torch
 
-    from tedlab.validate.settings import check_writable
-
     known = {"out": "", "processes": "1", "device": "cuda" if torch.cuda.is_available() else "cpu", "quick": "false"}
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -40,12 +38,14 @@ def parse(arguments: list[str]) -> CalibrateConfig:
     out = Path(known["out"])
     if out.suffix != ".yaml":
         raise UsageError(f"out={known['out']} is not a path that ends in .yaml: say where to put the cluster file")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UsageError(f"out={out} cannot be written: {above} is not a folder")
     if known["device"] not in _DEVICES:
         raise UsageError(f"device={known['device']} is unknown; valid: {', '.join(_DEVICES)}")
     try:
         most = LARGEST if known["device"] == "cuda" else max(8, 4 * (os.cpu_count() or 1))
         processes = Range(1, most, whole=True).parse("processes", known["processes"])
-        check_writable("out", out.absolute().parent)
     except ValueError as error:
         raise UsageError(f"{error}") from None
     if known["device"] == "cuda" and processes > torch.cuda.device_count():
