@@ -92,6 +92,12 @@ def be_killed_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def be_stopped_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return {}
+
+
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +144,15 @@ def test_one_failure_ends_all_processes_and_is_told_once(
     pids = {int(path.read_text()) for path in Path(config.output_dir).glob("*.pid")}
     assert len(pids) == 2
     assert not pids & descendants(os.getpid())
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_end_when_the_first_is_done_is_ended(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tedlab.launch._LEAVE_S", 1)
+    with pytest.raises(WorkerFailed, match=r"process 1 of 2 failed(.|\n)*did not end within 1 s of process 0"):
+        launch(be_stopped_when_the_first_is_done, config, 2)
 
 
 # ---- a real run, interrupted ----------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ def test_processes_that_torchrun_starts_again_go_on_from_the_last_checkpoint(tmp
     )
     with (tmp_path / "run" / "metrics.csv").open() as file:
         losses = {int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")}
-    assert losses == set(range(1, 13))  # those of before the crash, too
+    assert losses == set(range(12))  # those of before the crash, too
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

@@ -31,7 +31,9 @@ from tedlab.locks import Lock, scratch
 from tedlab.outside import started_outside
 
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
-_WORKER = ".worker"  # a file for each in the folder that launcher and workers share
+_LEAVE_S = 20  # from the end of the first process's work to that of the others
+_DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
+_WORKER = ".worker"  # a file in that folder for each that is at work
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -131,16 +133,22 @@ def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, loc
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
-        return run(config)
+        result = run(config)
     except BaseException:
         failures.record(traceback.format_exc())
         raise
+    Path(folder, f"{os.getpid()}{_WORKER}").unlink()  # it only waits for the launcher to take its result
+    if os.environ["RANK"] == "0":
+        Path(folder, _DONE).touch()
+    return result
 
 
 def _first_failure(error: ChildFailedError, folder: Path) -> tuple[int, str]:
     """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
     for rank, failure in error.failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            if (folder / _DONE).exists():
+                return rank, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
             return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
     causes = failures.recorded(folder)
     if causes:
@@ -155,15 +163,22 @@ def _where_to_resume(config: Job) -> str:
 
 
 def _end_after_failure(folder: Path, over: threading.Event) -> None:
-    """Ends all workers some seconds after one has failed. A thread of the launcher.
+    """Ends all workers some seconds after one has failed, or the first is done. A thread of the launcher.
 
     torch's launcher asks the peers of a failed process to end, which one that hangs or is stopped cannot hear, and
     insists only after 30 seconds.
     """
     while not over.wait(1):
-        if any(time.time() - failure.stat().st_mtime > _GRACE_S for failure in failures.recorded(folder)):
+        done = folder / _DONE
+        if any(_age_s(failure) > _GRACE_S for failure in failures.recorded(folder)) or (
+            done.exists() and _age_s(done) > _LEAVE_S
+        ):
             _kill_workers(folder)
             return
+
+
+def _age_s(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
 
 
 def _end_with(launcher: int, folder: Path) -> None:

@@ -215,12 +215,21 @@ def _tidy_names(config: TrainConfig) -> None:
 
 
 def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int) -> None:
-    """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew."""
-    for row in read_history(directory / METRICS):
+    """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew.
+
+    Until all is in the new file the rows are in the old one, too: a run may be killed here as anywhere.
+    """
+    metrics, earlier = directory / METRICS, directory / f"{METRICS}.earlier"
+    if not earlier.exists():  # else a run was killed here, and the new file has not all of them
+        if not metrics.exists():
+            return
+        metrics.rename(earlier)
+    for row in read_history(earlier):
         step = int(row.pop("step"))
         if step <= until:
-            metrics = {name: int(value) if value.isdigit() else float(value) for name, value in row.items()}
-            trainer.loggers[0].log_metrics(metrics, step)
+            values = {name: int(value) if value.isdigit() else float(value) for name, value in row.items()}
+            trainer.loggers[0].log_metrics(values, step)
+    earlier.unlink()
 
 
 def quieten() -> None:
