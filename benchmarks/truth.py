@@ -290,7 +290,8 @@ def _round(config: TrainConfig, steps: int, result: Measured) -> None:
 def _trainer(config: TrainConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
     settings = {
         **config.trainer,
-        "strategy": TEDStrategy(**strategy_arguments(config)),
+        # To a rank of many that is alone nobody answers: what it gets may hold anything, NaN too.
+        "strategy": TEDStrategy(**strategy_arguments(config) | {"stop_on_nonfinite": False}),
         "max_steps": steps,
         "callbacks": callbacks,
         "logger": False,

@@ -245,7 +245,8 @@ def really_allocated(config: TrainConfig) -> int:
         devices=1,
         num_nodes=config.parallel.world_size,
         plugins=[OneOfMany(config.parallel.world_size, 0)],
-        strategy=TEDStrategy(**strategy_arguments(config)),
+        # What nobody answers may hold anything, NaN too.
+        strategy=TEDStrategy(**strategy_arguments(config) | {"stop_on_nonfinite": False}),
         precision=config.trainer["precision"],
         max_steps=2,
         gradient_clip_val=config.trainer["gradient_clip_val"],
