@@ -74,7 +74,15 @@ class Block(nn.Module):
             x: activations.
             rotation: of queries and keys, see :class:`tedlab.nn.SelfAttention`.
             padding_mask: see :class:`tedlab.moe.MoELayer`.
+
+        Raises:
+            ValueError: for padding in a compiled block before torch 2.13, whose results are not those of eager ones.
         """
+        if padding_mask is not None and self.compiled and torch.__version__ < "2.13":
+            raise ValueError(
+                f"model.compile with a padding_mask needs torch 2.13: in {torch.__version__} compiled blocks do not "
+                "compute what others do; use model.compile=none"
+            )
         if not self.compiled:
             return self._run(x, rotation, padding_mask)
         if isinstance(self.feed_forward, MoELayer):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._pytree import tree_map
@@ -41,11 +42,11 @@ def _completed(result: Any) -> Any:
         return result
     if any(placement.is_partial() for placement in result.placements):
         result = result.redistribute(placements=[Replicate() if p.is_partial() else p for p in result.placements])
-    return (
-        result.to_local()
-        if result.dim() == 0
-        else ShownGradient(result._local_tensor, result._spec, requires_grad=False)
-    )
+    if result.dim() > 0:
+        return ShownGradient(result._local_tensor, result._spec, requires_grad=False)
+    number = result.to_local()
+    # The all-reduce may still be under way (torch 2.11), and such a tensor has no memory that others could read.
+    return number.wait() if isinstance(number, AsyncCollectiveTensor) else number
 
 
 class Shown:
