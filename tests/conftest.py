@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import pytest
+import torch
 
 from tests.deaths import (  # noqa: F401 (pytest's hooks)
     pytest_configure,
@@ -9,6 +10,8 @@ from tests.deaths import (  # noqa: F401 (pytest's hooks)
     pytest_unconfigure,
 )
 from tests.pool import WorkerPool
+
+torch.set_num_threads(1)  # tests run beside each other: threads that wait for a core spin, and take it from others
 
 
 @pytest.fixture(scope="session")

@@ -154,7 +154,7 @@ def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.Comp
     ("override", "fragments"),
     [
         ("parallel.tensor=two", ["parallel.tensor", "two", "Integer"]),
-        ("data=text", ["data.path"]),
+        pytest.param("data=text", ["data.path"], marks=pytest.mark.slow),
     ],
 )
 def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, override: str, fragments: list[str]) -> None:
@@ -174,6 +174,7 @@ def test_help_lists_groups_presets_and_values(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_composed_configuration_is_printed_as_yaml_and_nothing_else_happens(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 

@@ -1,6 +1,7 @@
 """A run that goes on takes over what its checkpoint decides, obeys what is named, and says both."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,10 @@ def test_what_is_named_is_applied_and_said() -> None:
 
 def test_the_same_command_line_again_changes_nothing() -> None:
     overrides = ["optim=sgd", "optim.lr=0.3", "moe=top2", "seed=3"]
-    config = compose(*overrides)
-    assert take_over(config, saved(compose(*overrides)), named(*overrides)) == []
-    assert asdict(config) == asdict(compose(*overrides))
+    before = compose(*overrides)
+    config = deepcopy(before)
+    assert take_over(config, saved(before), named(*overrides)) == []
+    assert asdict(config) == asdict(before)
 
 
 def test_another_optimizer_and_another_loss_scale_are_refused() -> None:

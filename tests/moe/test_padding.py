@@ -269,6 +269,7 @@ def losses_of_models() -> None:
         assert (abs(told - untold) < 1e-12) == (dispatch == "dropless"), (dispatch, told, untold)
 
 
+@pytest.mark.slow
 def test_models_hand_padding_to_their_routers(pool: WorkerPool) -> None:
     pool.run(2, losses_of_models)
 

@@ -56,7 +56,7 @@ def losses_of_everything() -> dict[tuple[str, str], tuple[Tensor, Tensor, Tensor
     return found
 
 
-@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("tensor", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ignored_targets_count_neither_in_the_loss_nor_in_gradients(pool: WorkerPool, tensor: int) -> None:
     answers = pool.run(tensor, losses_of_everything)
     for (kind, way), (loss, _, _) in answers[0].items():

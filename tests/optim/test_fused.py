@@ -124,6 +124,7 @@ def test_a_step_on_a_gpu_allocates_nothing(half: torch.dtype | None) -> None:
 # ---- inside the sharded optimizer ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_three_steps_of_a_layout_equal_one_process_without_tiles(pool: WorkerPool) -> None:
     layout, job = Layout(4, tensor=2, expert=2), {"moe": MoEConfig(num_experts=4), "steps": 3, "clip": 0.1}
     record = pool.run(4, train, layout, Job(**job, tile="fused"))[0]

@@ -41,6 +41,7 @@ def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(pool: Work
         assert simulation.differences == {}
 
 
+@pytest.mark.slow
 def test_a_popular_experts_rank_computes_more_and_keeps_more(pool: WorkerPool) -> None:
     config = checked(*DROPLESS)
     routing = routing_of(config, "zipf", "1.2", None)

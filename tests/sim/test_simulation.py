@@ -142,6 +142,7 @@ def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> N
         assert taken == pytest.approx(dispatch * operations[phase], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count(pool: WorkerPool) -> None:
     slow, fast = (
         pool.run(1, held_up, checked(*ALONE, "optim.tile=8000"), Dispatch(optimizer=each))[0] for each in (1e-9, 0.0)
@@ -156,6 +157,7 @@ def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
         return simulate(config, cluster)
 
 
+@pytest.mark.slow
 def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -> None:
     late, share = (
         pool.run(1, with_waits, checked(*WORLD), MeasuredWait(4, 1, *given))[0] for given in ((1, 0), (0, 1))
@@ -262,18 +264,23 @@ def really_allocated(config: TrainConfig) -> int:
     return allocations.peak
 
 
+PEAKS = {
+    "accumulating": [],
+    "bf16": ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
+    "optimizer_spike": ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
+    "dropless": ["moe.dispatch=dropless", "moe.top_k=2", "trainer.precision=bf16-true", "data.micro_batch_size=2"],
+    "ted": [*MANY, "comm=ted", "model.checkpoint=block"],
+    "sequence": [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
+    "overlap": [*MANY, "comm=dtd", "optim.overlap=true"],
+}
+
+
 @pytest.mark.parametrize(
     "toggles",
     [
-        [],
-        ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
-        ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
-        ["moe.dispatch=dropless", "moe.top_k=2", "trainer.precision=bf16-true", "data.micro_batch_size=2"],
-        [*MANY, "comm=ted", "model.checkpoint=block"],
-        [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
-        [*MANY, "comm=dtd", "optim.overlap=true"],
+        pytest.param(toggles, id=name, marks=[pytest.mark.slow] * (name not in ("accumulating", "ted")))
+        for name, toggles in PEAKS.items()
     ],
-    ids=["accumulating", "bf16", "optimizer_spike", "dropless", "ted", "sequence", "overlap"],
 )
 def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
     real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
@@ -344,6 +351,7 @@ def test_ranks_of_a_kind_lie_alike_and_others_do_not(world: int, tensor: int, ex
     assert kinds_of_ranks(degrees, cluster) == {ranks[0]: ranks for ranks in by_place.values()}
 
 
+@pytest.mark.slow
 def test_every_rank_is_reported_and_the_slowest_is_shown(pool: WorkerPool, tmp_path: Path) -> None:
     config = checked(*WORLD, f"output_dir={tmp_path}", "data.batch_size=64")
     pool.run(1, command, {"cluster": "summit", "sim.rank": "all"}, config, None)
