@@ -27,7 +27,8 @@ def started() -> tuple[Topology, watch.Watch]:
     limit = timedelta(seconds=TIMEOUT_S)
     watching = watch.watch(place, limit)
     assert watching is not None
-    topology = Topology(ParallelDegrees(4, 2, 2), timeout=limit, place=place)
+    world_size = dist.get_world_size()
+    topology = Topology(ParallelDegrees(world_size, 2, world_size // 2), timeout=limit, place=place)
     watching.groups = topology.comm.ranks
     return topology, watching
 
@@ -118,6 +119,11 @@ def never_waits(folder: Path) -> None:
     time.sleep(4)
 
 
+def test_a_process_whose_last_words_reach_nobody_ends_all_the_same(pool: WorkerPool, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="rank 0 of 2 failed:\nleft with exit code 1"):
+        pool.run(2, never_waits, tmp_path / "is_gone", timeout=20)
+
+
 def test_a_collective_that_nobody_waits_for_in_the_program_ends_the_process_too(
     pool: WorkerPool, tmp_path: Path
 ) -> None:
@@ -130,6 +136,58 @@ def test_a_collective_that_nobody_waits_for_in_the_program_ends_the_process_too(
     began = "process 0: started all_reduce attention.reduce (forward) (group tensor: 0, 1, number 1) "
     assert began in message
     assert " s ago, without process 1, at step 0" in message
+
+
+def does_not_end() -> dict[str, Any]:
+    """Rank 1 is done and leaves; rank 0 goes on long after. Both had another watch before, and were ahead in it."""
+    watch.TORCH_FIRST_S = 0.3
+    x, rank = torch.ones(1), dist.get_rank()
+    earlier, before = started()
+    for _ in range(5):
+        earlier.comm.all_reduce(x, "tensor", tag="attention.reduce", phase="forward")
+    later, watching = started()
+    dist.barrier()
+    time.sleep(0.2)  # a report
+    dist.barrier()
+    later.comm.all_reduce(x, "tensor", tag="head.reduce", phase="forward")
+    if rank == 1:  # without another report: the next is due in 0.1 s
+        watching.stop()
+        time.sleep(TIMEOUT_S + 1)
+        return {}
+    time.sleep(TIMEOUT_S + 1)
+    return {
+        "threads": [thread.is_alive() for watching_ in (before, watching) for thread in watching_._threads],
+        "told": watching.explain(),
+    }
+
+
+@pytest.fixture(scope="module")
+def survivor(pool: WorkerPool) -> dict[str, Any]:
+    return pool.run(2, does_not_end, timeout=30)[0]
+
+
+def test_a_process_goes_on_when_its_peers_have_left_in_good_order(survivor: dict[str, Any]) -> None:
+    assert "process 1: it has ended, after all_reduce head.reduce (forward), at step 0" in survivor["told"]
+
+
+def test_a_process_has_one_watch_and_that_of_an_earlier_strategy_ends_nothing(survivor: dict[str, Any]) -> None:
+    assert survivor["threads"] == [False, False, True, True]
+
+
+def test_nobody_waits_for_a_process_that_has_ended_or_for_word_that_no_longer_comes() -> None:
+    place = Whereabouts()
+    place.launch("all_reduce", "world")
+    watching = watch.Watch(place, 600, 0, 2, dist.HashStore())
+    try:
+        watching._heard[1] = watch.Report(1), time.monotonic()
+        assert watching._is_ahead()
+        watching._heard[1] = watch.Report(2, ended=True), time.monotonic()
+        assert not watching._is_ahead()
+        watching._heard[1] = watch.Report(1), time.monotonic()
+        watching._board_is_gone = True
+        assert not watching._is_ahead()
+    finally:
+        watching.stop()
 
 
 def test_who_waits_for_whom_is_told_for_processes_that_were_never_heard_of() -> None:

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 _FOLDER = "TEDLAB_FAILURES"  # the environment variable by which a launcher of ours names the folder to its workers
@@ -15,13 +16,14 @@ def keep_in(folder: Path) -> None:
 
 
 def record(cause: str) -> None:
-    """Says why this process is about to end."""
+    """Says why this process is about to end: on stderr also if the folder is gone or its disk full."""
     folder = os.environ.get(_FOLDER)
-    if folder is None:
-        print(cause, file=sys.stderr, flush=True)
-        return
-    # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
-    Path(folder, f"{time.time_ns()}_{os.environ['RANK']}{_SUFFIX}").write_text(cause)
+    if folder is not None:
+        # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
+        with suppress(OSError):
+            Path(folder, f"{time.time_ns()}_{os.environ['RANK']}{_SUFFIX}").write_text(cause)
+            return
+    print(cause, file=sys.stderr, flush=True)
 
 
 def recorded(folder: Path) -> list[Path]:

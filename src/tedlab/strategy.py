@@ -219,7 +219,11 @@ class TEDStrategy(ParallelStrategy):
             self.sequence_parallel,
         )
         super().setup_environment()
-        if self._topology is not None:  # fit, then validate: the groups are still there
+        if self._topology is not None:  # fit, then validate: the groups are still there, and the watch goes on
+            if self._watch is not None and self._watch.stopped:  # by that of another strategy
+                self._watch = watch(self._topology.comm.place, self._timeout)
+                assert self._watch is not None
+                self._watch.groups = self._topology.comm.ranks
             return
         reset_seed()
         self.set_world_ranks()

@@ -7,6 +7,7 @@ hang with the process that keeps it: it ends this process when a collective's ti
 """
 
 import atexit
+import itertools
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from tedlab.degrees import GroupKind
 
 TORCH_FIRST_S = 5.0  # so long torch has, after a collective's time, to raise in the thread that waits
 UNWIND_S = 12.0  # so long a process has, after such an error, to end by itself
+_LAST_WORDS_S = 5.0  # so long it may take to say why, on a disk or a pipe that may hang as well
 _MOST_SHOWN = 16  # ranks in a message
 _NO_CODE_OF_INTEREST = (str(Path(torch.__file__).parent), str(Path(os.__file__).parent), "<frozen")
 
@@ -47,6 +49,7 @@ class Report:
         idle: seconds since then.
         step: of training.
         place: the line that its main thread is at, outside torch and Python's library.
+        ended: its watch was stopped, as at the end of the process: this is its last report.
     """
 
     beat: int
@@ -60,6 +63,7 @@ class Report:
     idle: float = 0.0
     step: int = 0
     place: str = ""
+    ended: bool = False
 
 
 class Board(Protocol):
@@ -78,8 +82,14 @@ class Board(Protocol):
         ...
 
 
+_numbers = itertools.count()  # of the watches of this process
+_live: "Watch | None" = None  # it speaks for the process: there is one at a time
+
+
 def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
-    """Starts the watch over this process; None where nobody could be waited for.
+    """Starts the watch over this process and stops the one before; None where nobody could be waited for.
+
+    All processes of the group call this as often as each other: those of one call hear each other.
 
     Args:
         place: what the process notes on its way.
@@ -90,7 +100,12 @@ def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
     # A connection of its own: one serves one at a time.
     store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
     store.set_timeout(timedelta(seconds=5))
-    return Watch(place, timeout.total_seconds(), dist.get_rank(), dist.get_world_size(), store)
+    global _live
+    if _live is not None:
+        _live.stop()
+    board = dist.PrefixStore(f"watch/{next(_numbers)}", store)
+    _live = Watch(place, timeout.total_seconds(), dist.get_rank(), dist.get_world_size(), board)
+    return _live
 
 
 class Watch:
@@ -113,6 +128,7 @@ class Watch:
         self._every_s = min(5.0, max(0.1, timeout_s / 20))
         self._beat = 0
         self._heard: dict[int, tuple[Report, float]] = {}  # the last of each, and when it first was there
+        self._board_is_gone = False
         self._failed_at: float | None = None
         self._over = threading.Event()
         self._main = threading.main_thread().ident
@@ -125,11 +141,17 @@ class Watch:
             thread.start()
         atexit.register(self.stop)  # a thread that is woken while Python ends would abort the process
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it watches no more."""
+        return self._over.is_set()
+
     def stop(self) -> None:
-        """Ends the threads."""
+        """Leaves a last report, which says that no other will follow, and ends the threads. Takes 2 s at most."""
         self._over.set()
         for thread in self._threads:
             thread.join(1.0)
+        atexit.unregister(self.stop)
 
     def annotate(self, error: RuntimeError) -> None:
         """Adds who waited for whom to the error that ended a collective. The process has some seconds left."""
@@ -139,9 +161,9 @@ class Watch:
 
     def explain(self) -> str:
         """Who waits for whom, as far as this process has heard."""
-        now = time.monotonic()
-        reports = {rank: report for rank, (report, _) in self._heard.items()}
-        silent = {rank: now - at for rank, (_, at) in self._heard.items() if now - at > max(0.5, 5 * self._every_s)}
+        now, heard = time.monotonic(), dict(self._heard)  # a copy: the other thread hears more
+        reports = {rank: report for rank, (report, _) in heard.items()}
+        silent = {rank: now - at for rank, (_, at) in heard.items() if now - at > max(0.5, 5 * self._every_s)}
         return explain(self._rank, self._timeout_s, {**reports, self._rank: self._report()}, silent)
 
     def _report(self) -> Report:
@@ -152,6 +174,7 @@ class Watch:
             last="" if self._place.last is None else str(self._place.last),
             idle=now - self._place.since,
             step=self._place.step,
+            ended=self.stopped,
         )
         if waiting is not None:
             report.waiting, report.kind, report.number = str(waiting.what), waiting.kind, waiting.number
@@ -173,18 +196,21 @@ class Watch:
     # ---- the thread that talks -----------------------------------------------------------------------------------
 
     def _talk(self) -> None:
-        while True:
+        last = False
+        while not last:
+            last = self.stopped  # before the report, which then says so
             try:
                 self._beat += 1
-                self._board.set(f"watch/{self._rank}", json.dumps(asdict(self._report())))
-                if self._seconds_still() > self._timeout_s / 2:
+                self._board.set(str(self._rank), json.dumps(asdict(self._report())))
+                if not last and self._seconds_still() > self._timeout_s / 2:
                     self._ask()
             except dist.DistNetworkError:  # the store is gone
+                self._board_is_gone = True
                 return
             except (RuntimeError, ValueError):  # it did not answer in time
                 pass
-            if self._over.wait(self._every_s):
-                return
+            if not last:
+                self._over.wait(self._every_s)
 
     def _seconds_still(self) -> float:
         """How long this process has waited, or started no collective."""
@@ -198,7 +224,7 @@ class Watch:
         while to_ask:
             rank = min(to_ask)
             asked.add(rank)
-            key = f"watch/{rank}"
+            key = str(rank)
             if self._board.check([key]):
                 report = Report(**json.loads(self._board.get(key)))
                 known = self._heard.get(rank)
@@ -219,13 +245,27 @@ class Watch:
                 over = waiting.limited and now - waiting.since > limit
             else:  # of NCCL the program waits for no collective, only for what becomes of it
                 over = now - self._place.since > limit and self._is_ahead()
-            if over and not self._over.is_set():
-                failures.record(self.explain())
-                os._exit(1)
+            if over and not self.stopped:
+                self._end()
+
+    def _end(self) -> None:
+        """Ends this process, whatever becomes of its last words."""
+        try:
+            words = threading.Thread(target=lambda: failures.record(self.explain()), daemon=True)
+            words.start()
+            words.join(_LAST_WORDS_S)
+        finally:
+            os._exit(1)
 
     def _is_ahead(self) -> bool:
-        """Whether a collective that this process has started lacks one of its group."""
-        heard = {rank: report for rank, (report, _) in list(self._heard.items())}
+        """Whether a collective that this process has started lacks one of its group, as far as is known by now.
+
+        Who has ended is not waited for, and what was heard on a board that is gone may be long past: with its keeper
+        others may have ended, after they had joined.
+        """
+        if self._board_is_gone:
+            return False
+        heard = {rank: report for rank, (report, _) in dict(self._heard).items() if not report.ended}
         return any(
             heard[rank].launched.get(kind, 0) < number
             for kind, number in list(self._place.launched.items())
@@ -256,6 +296,8 @@ def _state(rank: int, reports: Mapping[int, Report], silent: Mapping[int, float]
     report = reports.get(rank)
     if report is None:
         return "nothing was heard of it"
+    if report.ended:
+        return f"it has ended, {_after(report)}, at step {report.step}"
     if rank in silent:
         return (
             f"no sign of life for {silent[rank]:.0f} s (stopped, or cut off?); before that {_doing(report)}, "
