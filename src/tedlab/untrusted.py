@@ -42,7 +42,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeError) as error:
-        raise ValueError(f"it is no plain YAML: {_one_line(error)}") from None
+        raise ValueError(f"it is no plain YAML: {one_line(error)}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
@@ -69,15 +69,15 @@ def interpolation(values: Any, name: str = "") -> str | None:
     """The dotted key of the first value that OmegaConf would look up."""
     if isinstance(values, str):
         return name if "${" in values else None
-    entries = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in entries:
+    sequence = values if isinstance(values, (list, tuple, set, frozenset)) else ()
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(sequence):
         found = interpolation(value, f"{name}.{key}" if name else f"{key}")
         if found is not None:
             return found
     return None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The first line of a message, and where a parser was."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = ": ".join(filter(None, (error.context, error.problem)))

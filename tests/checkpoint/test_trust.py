@@ -26,11 +26,13 @@ from tedlab.checkpoint.directory import META
 from tedlab.cli import UsageError, with_plan
 from tedlab.cluster import CONF, load_cluster
 from tedlab.compare.runs import read_runs
+from tedlab.config import OptimConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import FileTokenizer
 from tedlab.plan.file import KEYS
 from tedlab.resume import take_over
 from tedlab.sim.routing import _traced
+from tedlab.untrusted import typed
 from tests.checkpoint.small import Payload, age, payload, read, seal, write
 from tests.compare.sweep import write_run
 from tests.pool import WorkerPool
@@ -92,6 +94,30 @@ def test_a_checkpoint_reads_its_own_files_only(single: Topology, tmp_path: Path,
     seal(tmp_path / "sent")
     with pytest.raises(ValueError, match=r"looks for .* elsewhere"):
         read(tmp_path / "sent")
+
+
+SHARED = {
+    "a class": b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n",
+    "a function": b"ctorch.serialization\n_get_layout\n",
+    "a member of an enumeration": b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nK\x00\x85R",
+}
+
+
+@pytest.mark.parametrize("shared", SHARED.values(), ids=SHARED)
+def test_a_checkpoint_changes_nothing_that_others_use(single: Topology, tmp_path: Path, shared: bytes) -> None:
+    write(tmp_path / "sent", 1)
+    file = tmp_path / "sent" / ".metadata"
+    change = shared + b"N}X\x07\x00\x00\x00planted\x88s\x86b0"  # setattr(shared, "planted", True)
+    file.write_bytes(change + file.read_bytes())
+    seal(tmp_path / "sent")
+    changed = pickle.loads(shared + b".")
+    try:
+        with pytest.raises(ValueError, match=r"sent.*it would change .*, which is not part of it"):
+            read(tmp_path / "sent")
+        assert not hasattr(changed, "planted")
+    finally:
+        if hasattr(changed, "planted"):
+            del changed.planted
 
 
 class Kind(Enum):
@@ -296,9 +322,10 @@ def test_what_a_plan_may_not_have_is_left_to_the_command_line(tmp_path: Path) ->
     [
         {"optimizer": {"_target_": "builtins.open", "file": "{fired}", "mode": "w"}},
         {"optimizer": {"_target_": "torch.optim.AdamW", "weight_decay": "${fire:}"}},
+        {"optimizer": {"_target_": "torch.optim.AdamW", "betas": ("${fire:}", 0.9)}},
         {"schedule": "${fire:}"},
     ],
-    ids=["a class", "an option that is looked up", "a value that is looked up"],
+    ids=["a class", "an option that is looked up", "a tuple that is looked up", "a value that is looked up"],
 )
 def test_a_checkpoint_that_is_resumed_chooses_no_class_and_looks_nothing_up(
     fired: Path, resolver: None, planted: dict[str, Any]
@@ -316,6 +343,15 @@ def test_a_checkpoint_that_is_resumed_gives_an_optimizer_plain_options_alone() -
     config = compose("logger=none", "optim.optimizer={_target_:torch.optim.AdamW}")
     take_over(config, {"hyper_parameters": {"optim": {"optimizer": stored}}}, set())
     assert config.optim.optimizer == {"_target_": "torch.optim.AdamW", "eps": 0.5}
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+def test_values_of_a_checkpoint_are_not_looked_up_in_whatever_holds_them(
+    fired: Path, resolver: None, kind: Callable[[list[str]], object]
+) -> None:
+    with pytest.raises(ValueError, match=r"^optimizer\.betas\.0 has"):
+        typed(OptimConfig, {"optimizer": {"_target_": "torch.optim.AdamW", "betas": kind(["${fire:}"])}})
+    assert not fired.exists()
 
 
 # ---- run directories ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ may name what such files consist of, and nothing else.
 import io
 import pathlib
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from tedlab.checkpoint import values
 from tedlab.checkpoint.manifest import is_file_name
+from tedlab.untrusted import one_line
 
 METADATA = ".metadata"
 _CLASSES: set[type] = {
@@ -76,7 +78,7 @@ def read_metadata(path: Path) -> Metadata:
             if not isinstance(place, filesystem._StorageInfo) or not is_file_name(place.relative_path):
                 raise ValueError(f"it looks for {index.fqn} elsewhere: {place}")
     except Exception as error:  # damaged bytes may raise anything
-        raise ValueError(f"{path} is damaged or is not of a checkpoint: {_one_line(error)}") from None
+        raise ValueError(f"{path} is damaged or is not of a checkpoint: {one_line(error)}") from None
     found.storage_meta = found.storage_meta or metadata.StorageMeta()
     return found
 
@@ -86,7 +88,7 @@ def _is_whole(entry: metadata.TensorStorageMetadata) -> bool:
     return isinstance(entry.size, torch.Size) and isinstance(entry.chunks, list) and isinstance(dtype, torch.dtype)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # in Python, whose instructions can be replaced
     @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -96,6 +98,12 @@ class _Unpickler(pickle.Unpickler):
             return dtype
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
 
+    @override
+    def load_build(self) -> None:
+        """Sets attributes of what the file has made; never of classes, functions and enumerations, which all share."""
+        made = self.stack[-2]
+        if type(made) not in _CLASSES or isinstance(made, Enum):
+            raise pickle.UnpicklingError(f"it would change {made!r}, which is not part of it")
+        super().load_build()
 
-def _one_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
