@@ -1,5 +1,6 @@
 """A checkpoint of any layout continues under any other as if nothing had happened."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -354,6 +355,45 @@ def test_a_checkpoint_written_in_the_background_is_of_the_step_it_was_asked_for(
     losses = pool.run(4, short, job, SOURCE, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert pool.run(4, short, job, SOURCE, None, tmp_path / "a") == [rank[2:] for rank in losses]
+
+
+def saved_at_the_end(folder: Path) -> list[bool]:
+    write = checkpoint.writer.write
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.3)
+        write(*args)
+
+    checkpoint.writer.write = slowly
+    batches = torch.utils.data.DataLoader(torch.zeros(4, LENGTH + 1, dtype=torch.long), batch_size=2)
+
+    def fit(*callbacks: Callback) -> Trainer:
+        strategy = TEDStrategy(async_checkpoint=True)
+        fit = trainer(Layout(), max_steps=1, callbacks=list(callbacks), accumulate_grad_batches=1, strategy=strategy)
+        fit.fit(language_model(), batches)
+        return fit
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(folder / "file" / "during")
+            seen.append(True)
+
+    seen: list[bool] = []
+    (folder / "file").touch()
+    finished = fit()
+    finished.save_checkpoint(folder / "after")
+    seen.append((folder / "after").exists())
+    with pytest.raises(OSError, match="after"):
+        finished.save_checkpoint(folder / "file" / "after")
+    with pytest.raises(OSError, match="during"):
+        fit(Saves())
+    return seen
+
+
+def test_the_last_checkpoint_in_the_background_is_written_or_its_failure_is_raised(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    assert pool.run(1, saved_at_the_end, tmp_path) == [[True, True]]
 
 
 def test_random_numbers_go_on_where_they_were(pool: WorkerPool, tmp_path: Path) -> None:

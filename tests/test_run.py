@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from tedlab.run import _keep_earlier_metrics
+from tedlab.run import _keep_earlier_metrics, _save_last
+from tests.test_validate import write_checkpoint
 
 
 class HasLogger:
@@ -43,3 +44,44 @@ def test_rows_of_metrics_outlive_a_death_while_they_are_taken_over(tmp_path: Pat
     _keep_earlier_metrics(HasLogger(tmp_path), tmp_path, until=5)  # type: ignore[arg-type]
     assert losses(tmp_path) == {step: loss for step, loss in rows.items() if step < 6}
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_run_that_begins_leaves_no_rows_of_an_earlier_one_to_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,tokens,train/loss\n0,0,3.0\n1,64,2.0\n")
+    with pytest.raises(KeyboardInterrupt):
+        _keep_earlier_metrics(HasLogger(tmp_path, 1), tmp_path, until=1)  # type: ignore[arg-type]
+    _keep_earlier_metrics(HasLogger(tmp_path), tmp_path, until=None)  # type: ignore[arg-type]
+    (tmp_path / "metrics.csv").write_text(
+        "step,tokens,train/loss\n0,0,0.5\n1,64,0.25\n"
+    )  # as the run that begins writes them
+    _keep_earlier_metrics(HasLogger(tmp_path), tmp_path, until=1)  # type: ignore[arg-type]
+    assert losses(tmp_path) == {0: 0.5, 1: 0.25}
+
+
+class Process:
+    """The part of a Trainer that matters here; the first process tells the others what it has decided."""
+
+    def __init__(self, rank: int, told: list[bool]) -> None:
+        self.is_global_zero, self.global_step, self.saved = rank == 0, 6, False
+        self.strategy, self._told = self, told
+
+    def broadcast(self, own: bool) -> bool:
+        if self.is_global_zero:
+            self._told.append(own)
+        return self._told[-1]
+
+    def save_checkpoint(self, path: Path) -> None:
+        self.saved = True
+
+
+@pytest.mark.parametrize("steps", [(5, 6), (6, 5), (None, 6), (6, None)])
+def test_all_processes_save_the_end_of_a_run_or_none_whatever_each_sees(
+    tmp_path: Path, steps: tuple[int | None, int | None]
+) -> None:
+    told: list[bool] = []
+    for rank, step in enumerate(steps):
+        last, process = tmp_path / str(rank), Process(rank, told)
+        if step is not None:
+            write_checkpoint(last, {"global_step": step})
+        _save_last(process, last)  # type: ignore[arg-type]
+        assert process.saved == (steps[0] != 6)

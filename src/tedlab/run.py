@@ -71,16 +71,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
         if trainer.is_global_zero:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / SUMMARY).unlink(missing_ok=True)  # of an earlier run here
-            if config.ckpt_path is not None:
-                _keep_earlier_metrics(trainer, directory, until=read_meta(Path(config.ckpt_path))["global_step"])
+            until = None if config.ckpt_path is None else read_meta(Path(config.ckpt_path))["global_step"]
+            _keep_earlier_metrics(trainer, directory, until)
             (directory / "config.yaml").write_text(resolved_yaml(config))
             data.corpus.tokenizer.save(directory)
             report_left_out(data.corpus, directory)
         _announce(config, trainer)
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
-        last = directory / "checkpoints" / "last.ckpt"
-        if not last.exists() or read_meta(last)["global_step"] < trainer.global_step:
-            trainer.save_checkpoint(last)
+        _save_last(trainer, directory / "checkpoints" / "last.ckpt")
         if trainer.global_step % config.validate_every:
             trainer.validate(module, data, verbose=False)
         validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -89,6 +87,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     dist.destroy_process_group()
     return summary
+
+
+def _save_last(trainer: Trainer, last: Path) -> None:
+    """Saves the end of a run unless ``last`` is of it. Collective.
+
+    The first process decides for all: a file system may show others an older ``last``, and saving needs them all.
+    """
+    behind = trainer.is_global_zero and (not last.exists() or read_meta(last)["global_step"] < trainer.global_step)
+    if trainer.strategy.broadcast(behind):
+        trainer.save_checkpoint(last)
 
 
 @contextmanager
@@ -214,12 +222,20 @@ def _tidy_names(config: TrainConfig) -> None:
             settings["name"] = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
-def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int) -> None:
+def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) -> None:
     """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew.
 
     Until all is in the new file the rows are in the old one, too: a run may be killed here as anywhere.
+
+    Args:
+        trainer: its first logger writes metrics.csv.
+        directory: of the run.
+        until: the last step whose row is kept; None for a run that begins, which keeps nothing of an earlier one.
     """
     metrics, earlier = directory / METRICS, directory / f"{METRICS}.earlier"
+    if until is None:
+        earlier.unlink(missing_ok=True)  # or the next run to go on here would take it for its own
+        return
     if not earlier.exists():  # else a run was killed here, and the new file has not all of them
         if not metrics.exists():
             return

@@ -32,7 +32,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -602,6 +602,9 @@ class TEDStrategy(ParallelStrategy):
         path = Path(self.broadcast(filepath))
         with self._within("writing of a checkpoint", limited=False):
             self._writer.save(tensors, checkpoint_, path)
+            state = self._trainer.state
+            if state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING:
+                self._writer.wait()  # no training to go on meanwhile, and nothing after it that would raise a failure
 
     def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
         """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
