@@ -468,6 +468,21 @@ def test_a_checkpoint_of_another_model_is_refused_by_what_differs(corpus: Path, 
     assert "layers" not in message
 
 
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"global_step": 5},
+        {"global_step": 5, "hyper_parameters": {"width": 8}},
+        {"global_step": 5, "hyper_parameters": {"model": "gpt", "moe": None}},
+        {"hyper_parameters": {"model": {}, "moe": {}}},
+    ],
+    ids=["no hyper-parameters", "others", "others by these names", "no step"],
+)
+def test_a_checkpoint_of_another_program_is_refused(corpus: Path, complaint: Any, meta: dict[str, Any]) -> None:
+    path = write_checkpoint(corpus / "own.ckpt", meta)
+    assert f"{path} is not a checkpoint of this command" in complaint(small(corpus, f"ckpt_path={path}"))
+
+
 def test_a_checkpoint_of_this_model_passes_whatever_the_layout(corpus: Path) -> None:
     path = write_checkpoint(corpus / "same.ckpt", hyper_parameters(small(corpus)))
     check(small(corpus, "parallel=tp2_ep2", f"ckpt_path={path}"))

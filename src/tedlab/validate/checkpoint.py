@@ -1,5 +1,6 @@
 """The checkpoint to resume from: whether it is of this model, and leaves anything to train."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,18 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         ValueError: if it is of another model or of the last step.
     """
     meta = read_meta(path)
-    if "hyper_parameters" not in meta:
-        raise ValueError(f"{path} is not a checkpoint of this command: it says nothing of the model")
+    stored = meta.get("hyper_parameters")
+    known = isinstance(stored, Mapping) and all(isinstance(stored.get(name), Mapping) for name in ("model", "moe"))
+    if not known or not isinstance(meta.get("global_step"), int):
+        raise ValueError(
+            f"{path} is not a checkpoint of this command, but of another program or of weights alone: it does not say "
+            "which model (hyper_parameters.model, .moe) and which step it is of"
+        )
     if meta["global_step"] >= config.trainer["max_steps"]:
         raise ValueError(
             f"{path} is of step {meta['global_step']}, so with trainer.max_steps ({config.trainer['max_steps']}) "
             "nothing is left to train; raise trainer.max_steps"
         )
-    stored = meta["hyper_parameters"]
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
     shape_free = {"init_std", "checkpoint", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
     shape_free |= {*GATING_OPTIONS, "dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
