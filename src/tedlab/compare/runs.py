@@ -10,10 +10,10 @@ from typing import Any
 
 from tedlab.cli import UsageError
 from tedlab.history import steps_done
-from tedlab.outcome import FAILED, FINISHED
+from tedlab.outcome import FAILED, FINISHED, METRICS, SUMMARY
 from tedlab.untrusted import read_yaml
 
-CONFIG, SUMMARY, METRICS = "config.yaml", "summary.json", "metrics.csv"
+CONFIG = "config.yaml"
 _NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # what such a name stands for
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
