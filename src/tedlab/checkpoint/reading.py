@@ -98,12 +98,11 @@ class _Unpickler(pickle._Unpickler):  # in Python, whose instructions can be rep
             return dtype
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
 
-    @override
     def load_build(self) -> None:
         """Sets attributes of what the file has made; never of classes, functions and enumerations, which all share."""
-        made = self.stack[-2]
+        made = self.stack[-2]  # type: ignore[attr-defined]
         if type(made) not in _CLASSES or isinstance(made, Enum):
             raise pickle.UnpicklingError(f"it would change {made!r}, which is not part of it")
-        super().load_build()
+        super().load_build()  # type: ignore[misc]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]

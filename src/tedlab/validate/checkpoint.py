@@ -23,7 +23,7 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         ValueError: if it is of another model or of the last step.
     """
     meta = read_meta(path)
-    stored = meta.get("hyper_parameters")
+    stored: Any = meta.get("hyper_parameters")
     known = isinstance(stored, Mapping) and all(isinstance(stored.get(name), Mapping) for name in ("model", "moe"))
     if not known or not isinstance(meta.get("global_step"), int):
         raise ValueError(
