@@ -174,3 +174,13 @@ def assert_equal(ours: Any, theirs: Any, where: str = "") -> None:
         assert abs(ours - theirs) <= 1e-9 * max(1.0, abs(theirs)), f"{where}: {ours} and {theirs}"
     else:
         assert ours == theirs, f"{where}: {ours} and {theirs}"
+
+
+def assert_as_under_ddp(ted: list[dict[str, Any]], ddp: list[dict[str, Any]], name: str) -> None:
+    """A cell ran on every rank of both; both data ranks saw, logged and became what DDP's two processes did."""
+    for rank, results in enumerate(ted):
+        expected = ddp[rank // 2][name]
+        assert not isinstance(expected, str), expected
+        assert not isinstance(results[name], str), results[name]
+        if rank in (0, 3):
+            assert_equal(results[name], expected, name)

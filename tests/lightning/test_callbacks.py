@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from tests.lightning.side_by_side import Small, assert_equal, attempt, fit, loader, run_cells, trainer
+from tests.lightning.side_by_side import Small, assert_as_under_ddp, attempt, fit, loader, run_cells, trainer
 from tests.lightning.test_arguments import Memory, broadcast
 from tests.pool import WorkerPool
 
@@ -141,9 +141,4 @@ def ted(pool: WorkerPool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_callback_does_what_it_does_under_ddp(ddp: Any, ted: Any, name: str) -> None:
-    for rank, results in enumerate(ted):
-        expected = ddp[rank // 2][name]
-        assert not isinstance(expected, str), expected
-        assert not isinstance(results[name], str), results[name]
-        if rank in (0, 3):
-            assert_equal(results[name], expected, name)
+    assert_as_under_ddp(ted, ddp, name)
