@@ -30,6 +30,10 @@ class WorkerDied(AssertionError):
     """A signal ended a rank: it fell, or was brought down, outside of Python."""
 
 
+class Silence(AssertionError):
+    """A rank did not answer in time."""
+
+
 class WorkerPool:
     """See the module. ``run`` raises AssertionError with the traceback of the rank that failed first."""
 
@@ -80,6 +84,8 @@ class WorkerPool:
             *_, rank, error = min(failures)
             if isinstance(error, WorkerDied):
                 deaths.record(f"rank {rank} of {world_size} in {function.__qualname__}: {error}")
+            if isinstance(error, Silence):
+                raise Silence("\n".join(f"rank {other} of {world_size}: {said}" for *_, other, said in failures))
             raise type(error)(f"rank {rank} of {world_size} failed:\n{error}")
         return [pickle.loads(answer) for *_, answer in answers]
 
@@ -97,10 +103,19 @@ def _collect(workers: list[tuple[Any, Any, str]], timeout: float) -> list[Answer
             if connection.poll(max(0.0, deadline - time.time())):
                 answers.append(connection.recv())
             else:
-                answers.append((time.time(), AssertionError("no answer in time"), None))
+                answers.append((time.time(), _silence(process, last_words), None))
         except EOFError:
             answers.append((time.time(), _death(process, last_words), None))
     return answers
+
+
+def _silence(process: Any, last_words: str) -> AssertionError:
+    """Says where a rank is that does not answer."""
+    with contextlib.suppress(ProcessLookupError):  # it left just now
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(1)
+    with open(last_words) as file:
+        return Silence(f"no answer in time; it was at\n{file.read()}")
 
 
 def _death(process: Any, last_words: str) -> AssertionError:
@@ -115,7 +130,9 @@ def _serve(connection: Any, setting: tuple[int, int, str, float], task: bytes, l
     import torch
     import torch.distributed as dist
 
-    faulthandler.enable(open(last_words, "w"))  # noqa: SIM115 (open as long as the process lives)
+    words = open(last_words, "w")  # noqa: SIM115 (open as long as the process lives)
+    faulthandler.enable(words)
+    faulthandler.register(signal.SIGUSR1, words)
     torch.set_num_threads(1)
     try:
         function, args = pickle.loads(task)

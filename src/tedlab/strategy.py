@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from tedlab import checkpoint, contract, outside, seeding
+from tedlab import checkpoint, contract, outside, rendezvous, seeding
 from tedlab.batches import Lengths, PredictionsInStep, check_lengths
 from tedlab.comm import Whereabouts
 from tedlab.comm.sites import kept_tags
@@ -235,6 +235,7 @@ class TEDStrategy(ParallelStrategy):
             self.cluster_environment,
             backend,
             timeout=timeout,
+            store=rendezvous.store(self.global_rank, degrees.world_size, self._timeout),
             # With it NCCL connects at once. Of gloo torch would then want to split groups off, which it cannot.
             device_id=self.root_device if backend == "nccl" else None,
         )
