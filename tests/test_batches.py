@@ -1,7 +1,9 @@
 """Data ranks with unequal numbers of samples, batches or tokens: it works, or a sentence comes before anybody waits."""
 
 import os
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tedlab import ParallelDegrees, TEDStrategy, Topology
 from tedlab.config import CommConfig, ModelConfig, MoEConfig
@@ -150,6 +152,30 @@ def test_numbers_that_become_unequal_are_refused(pool: WorkerPool) -> None:
         assert "process 0 12 tokens, 3 slots for each expert, process 1 16 tokens, 4 slots" in said[1]
 
 
+def said_by_second() -> tuple[list[str], int]:
+    """What a layer says in a process that had another topology before; and of two layers, how often they announced."""
+    rank = dist.get_rank()
+    said_of([[8, 8], [12, 12]], CAPACITY)
+    topology = Topology(ParallelDegrees(2, expert=2))
+    layers = [MoELayer(4, 8, CAPACITY, topology, init=INIT, out_init=INIT) for _ in range(2)]
+    said = []
+    for tokens in ([8, 8], [4, 4], [8, 8], [4, 4], [8, 8], [4, 4], [12, 16]):
+        if rank == 1 and tokens[0] == 12:
+            time.sleep(0.3)  # what the first topology announced is there before this process has spoken
+        try:
+            layers[tokens[0] == 4](torch.ones(1, tokens[rank], 4))
+        except ValueError as error:
+            said.append(str(error))
+    return said, topology.slots._changes
+
+
+def test_nobody_heeds_what_an_earlier_topology_announced_and_layers_differ_at_no_cost(pool: WorkerPool) -> None:
+    for said, changes in pool.run(2, said_by_second):
+        assert len(said) == 1
+        assert "process 0 12 tokens, 3 slots for each expert, process 1 16 tokens, 4 slots" in said[0]
+        assert changes == 2  # the second layer's first, and the last
+
+
 def said_alone(directory: str) -> None:
     """Process 1 alone has another number of tokens; it leaves as a process does that has raised."""
     patience = 1 if dist.get_rank() == 1 else 60
@@ -184,6 +210,22 @@ class Uneven(Dataset):
 class WithTests(Mixture):
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.loss(batch)
+
+
+class Sharded(IterableDataset):
+    """Of whose shards the second data rank, of tensor 2 × data 2, has none."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for index in range(2 if dist.get_rank() < 2 else 0):
+            yield [tensor[index] for tensor in DATA.tensors]
+
+
+def without_a_batch() -> None:
+    trainer(2, 1).test(WithTests(), DataLoader(Sharded()), verbose=False)
+
+
+def test_a_data_rank_without_a_batch_keeps_nobody_waiting(pool: WorkerPool) -> None:
+    pool.run(4, without_a_batch, timeout=30)
 
 
 def refusals() -> dict[str, str]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, SumMetric
@@ -77,8 +77,15 @@ def counted(tensor: int) -> dict[str, Any]:
     copy.deepcopy(module.measures)  # as callbacks that average weights do
     logged = {name: value.item() for name, value in fit.callback_metrics.items()}
     logged |= fit.test(module, loader, verbose=False)[0]
+    found = dict(module.found)
+    again = trainer(1)  # as many data ranks as there are processes
+    found["again"] = again.test(module, loader, verbose=False)[0]["test/SumMetric"]
+    own = torch.tensor(dist.get_rank())
+    gather = module.accuracy.dist_sync_fn
+    module.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)  # of another strategy
+    found["elsewhere"] = [x.item() for x in gather(own)]
     dist.barrier()
-    return module.found | {"logged": logged}
+    return found | {"logged": logged}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,12 @@ def test_gathered_metrics_hold_each_sample_once(four: list[dict[str, Any]]) -> N
     for rank in four:
         assert rank["cat"] == rank["tested"] == sorted(SAMPLES.tensors[0].tolist())
         assert rank["ragged"] == [0.0, 10.0, 11.0]
+
+
+def test_metrics_follow_their_module_to_another_strategy(four: list[dict[str, Any]]) -> None:
+    for rank in four:
+        assert rank["again"] == 87.0
+        assert rank["elsewhere"] == [0, 1, 2, 3]
 
 
 def test_a_module_gathers_from_data_ranks(four: list[dict[str, Any]]) -> None:

@@ -3,31 +3,44 @@
 By themselves they gather from all processes, and tensor ranks have counted the same samples.
 """
 
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from lightning.pytorch import LightningModule
+from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from tedlab.comm import Collectives
 
 
-def sync_over_data_ranks(module: nn.Module, comm: Collectives) -> None:
+def sync_over_data_ranks(module: LightningModule, comm: Collectives) -> None:
     """Makes every metric below a module gather from data ranks, unless it was told how, or among whom, to gather."""
+    gather = _FromDataRanks(module, comm)
     for metric in module.modules():
-        if isinstance(metric, Metric) and metric.dist_sync_fn is None and metric.process_group is None:
-            metric.dist_sync_fn = _gathering(comm)
+        if isinstance(metric, Metric) and metric.process_group is None:
+            earlier = metric.dist_sync_fn  # ours, if an earlier run left it
+            metric.dist_sync_fn = gather if earlier is None or isinstance(earlier, _FromDataRanks) else earlier
 
 
-def _gathering(comm: Collectives) -> Callable[..., list[Tensor]]:
-    # A function, which a copy of a metric shares; process groups cannot be copied.
-    def gather(state: Tensor, group: Any | None = None) -> list[Tensor]:
-        return gather_all_tensors(state, group) if group is not None else gather_ragged(state, comm)
+class _FromDataRanks:
+    """How a metric gathers for as long as its module is this trainer's, in hooks after the run, too.
 
-    return gather
+    Under another strategy, which does not replace it, torchmetrics' own way takes its place.
+    """
+
+    def __init__(self, module: LightningModule, comm: Collectives) -> None:
+        self._module, self._trainer, self._comm = weakref.ref(module), weakref.ref(module.trainer), comm
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_FromDataRanks":
+        return self  # which a copy of a metric shares
+
+    def __call__(self, state: Tensor, group: Any | None = None) -> list[Tensor]:
+        module = self._module()
+        moved = module is not None and module._trainer is not self._trainer()
+        return gather_all_tensors(state, group) if moved or group is not None else gather_ragged(state, self._comm)
 
 
 def gather_ragged(x: Tensor, comm: Collectives) -> list[Tensor]:

@@ -92,10 +92,10 @@ def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
             yield name, parameter, ("data", "tensor")
 
 
-def _gathered(sums: Sequence[Tensor], topology: Topology) -> np.ndarray:
-    """(processes, sums), as the host reads them."""
+def _gathered(sums: Sequence[Tensor], topology: Topology, kind: GroupKind = "world") -> np.ndarray:
+    """(processes of the group, sums), as the host reads them."""
     own = torch.stack(list(sums)).unsqueeze(0)
-    return topology.comm.all_gather(own, "world", tag="replicas.checksum", phase="check").cpu().numpy()
+    return topology.comm.all_gather(own, kind, tag="replicas.checksum", phase="check").cpu().numpy()
 
 
 def _apart(column: np.ndarray, kinds: Kinds, topology: Topology) -> tuple[int, int, GroupKind] | None:
@@ -117,7 +117,7 @@ def _first_of_group(degrees: ParallelDegrees, kind: GroupKind) -> np.ndarray:
 # ---- batches -----------------------------------------------------------------------------------------------------
 
 
-def check_batch(batch: Any, stage: str, topology: Topology) -> None:
+def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False) -> None:
     """Compares a batch between tensor ranks. Fake tensors, of simulations, have no values to compare.
 
     Compared are tensors, arrays, numbers and text in any nesting of sequences, mappings and data classes; of anything
@@ -127,9 +127,10 @@ def check_batch(batch: Any, stage: str, topology: Topology) -> None:
         batch: on the device.
         stage: where it is from, for the message.
         topology: where this process stands.
+        alone: whether each tensor group is to do so for itself, where others may have no batch at all.
 
     Raises:
-        ValueError: on every process alike: names two processes that do not agree.
+        ValueError: on every process alike (``alone``: on those of the group): names two that do not agree.
     """
     if topology.comm.size("tensor") == 1:
         return
@@ -139,7 +140,12 @@ def check_batch(batch: Any, stage: str, topology: Topology) -> None:
         return
     own = int.from_bytes(hashlib.blake2b(form.encode(), digest_size=8).digest(), "little", signed=True)
     form_sum = torch.tensor(own, dtype=torch.int64, device=topology.device)
-    table = _gathered([form_sum, checksum(tensors, topology.device)], topology)
+    sums = [form_sum, checksum(tensors, topology.device)]
+    table = _gathered(sums, topology, "tensor" if alone else "world")
+    if alone:  # as if the others agreed
+        members = topology.degrees.groups(topology.comm.rank("world"))["tensor"]
+        own_group, table = table, np.zeros((topology.degrees.world_size, len(sums)), table.dtype)
+        table[list(members)] = own_group
     for column in table.T:
         if apart := _apart(column, ("tensor",), topology):
             one, other, _ = apart

@@ -153,7 +153,6 @@ class TEDStrategy(ParallelStrategy):
         self.replicas = ReplicaCheck(check_replicas_every)
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None
-        self.guard: FiniteGuard | None = None
         self.num_nodes = 1
         self._backend = process_group_backend
         self._timeout = timeout
@@ -260,7 +259,7 @@ class TEDStrategy(ParallelStrategy):
         self._share_plain_tensors()
         contract.prepare(trainer)
         self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may ask for loaders
-        sync_over_data_ranks(self.model, self.topology.comm)
+        sync_over_data_ranks(trainer.lightning_module, self.topology.comm)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -307,7 +306,6 @@ class TEDStrategy(ParallelStrategy):
                 self.precision_plugin.scaler = None
         assert self.model is not None
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        self.guard = FiniteGuard(self.topology.comm) if self.stop_on_nonfinite else None
         self.sharded_optimizers = [
             ShardedOptimizer(
                 optimizer,
@@ -319,7 +317,7 @@ class TEDStrategy(ParallelStrategy):
                 tile=self.tile,
                 overlap=self.overlap,
                 scaler=self.loss_scaler,
-                guard=self.guard,
+                guard=FiniteGuard(self.topology.comm) if self.stop_on_nonfinite else None,
             )
             for optimizer in self.optimizers
         ]
@@ -378,13 +376,14 @@ class TEDStrategy(ParallelStrategy):
         """Lightning's; but if gradients are read in ``on_after_backward``, they are reduced then, as with DDP."""
         module = self.lightning_module
         assert module is not None
-        if self.guard is not None:
-            self.guard.note(module.trainer.global_step, module.trainer.fit_loop.batch_idx, closure_loss)
+        loss = closure_loss
         if self.loss_scaler is not None:
             closure_loss = closure_loss * self.loss_scaler.scale
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        for sharded in self.sharded_optimizers:
+            sharded.note_loss(module.trainer.global_step, module.trainer.fit_loop.batch_idx, loss)
         early = self._last_micro_batch and self._read_in & {"on_after_backward", MANUAL}
         for sharded in self.sharded_optimizers if early else ():
             sharded.reduce_gradients()
@@ -553,9 +552,10 @@ class TEDStrategy(ParallelStrategy):
         self._check_batch(args[0], "prediction")
         return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
 
-    def _check_batch(self, batch: Any, stage: str, again: bool = False) -> None:
-        if self._first_batch or again:
-            check_batch(batch, stage, self.topology)
+    def _check_batch(self, batch: Any, stage: str) -> None:
+        """Outside of training, where a data rank may have none."""
+        if self._first_batch:
+            check_batch(batch, stage, self.topology, alone=True)
         self._first_batch = False
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -581,9 +581,9 @@ class TEDStrategy(ParallelStrategy):
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
         self._share_buffers()  # the values in the state are these
         self._check_replicas()
-        if self.guard is not None:
+        if self.stop_on_nonfinite and self.sharded_optimizers:
             weights = [bucket.flat for optimizer in self.sharded_optimizers for bucket in optimizer.buckets]
-            check_saved(weights, self.topology.comm, checkpoint_["global_step"])
+            check_saved(weights, self.topology.comm, checkpoint_["global_step"], self.root_device)
         tensors = {"model": checkpoint_.pop("state_dict")}
         for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
             tensors[f"optimizer_{i}"] = state
@@ -672,7 +672,9 @@ class TEDStrategy(ParallelStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.topology.comm.place.step = self._trainer.global_step
-        self._check_batch(batch, "training", again=batch_idx == 0)
+        if self._first_batch or batch_idx == 0:
+            check_batch(batch, "training", self.topology)
+        self._first_batch = False
         assert self.model is not None
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)

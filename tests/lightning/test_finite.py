@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite ends a run in all processes alike, before a weight has changed."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tedlab import checkpoint
 from tedlab.optim import NonFiniteError
+from tedlab.optim.finite import check_saved
 from tests.lightning.plain import Seeded, ordered
 from tests.lightning.training import strategy, trainer, weights
 from tests.pool import WorkerPool
@@ -41,6 +43,39 @@ class Diverging(Seeded):
         return torch.optim.SGD(self.parameters(), rate)
 
 
+class Dropping(Seeded):
+    """With two optimizers; the second drops its batch whenever the loss is not finite: here, every other step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.manual_backward(self.inwards.weight.square().sum())
+        first.step()
+        first.zero_grad()
+        loss = self.outwards.weight.square().sum() * (torch.nan if batch_idx % 2 == 0 else 1.0)
+        self.manual_backward(loss)
+        if loss.isfinite():
+            second.step()
+        second.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD([layer.weight], 0.1) for layer in (self.inwards, self.outwards)]
+
+
+def dropped() -> dict[str, float]:
+    """By how much weights have shrunk."""
+    module = Dropping()
+    run = trainer(max_epochs=2)
+    before: dict[str, Tensor] = {}
+    module.on_fit_start = lambda: before.update(weights(module))  # type: ignore[method-assign]
+    run.fit(module, ordered())
+    names = ("inwards.weight", "outwards.weight")
+    return {name: (weights(module)[name] / before[name]).mean().item() for name in names}
+
+
 def stopped(folder: Path, case: str, always: bool = False, **options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     module = Diverging(case, always)
@@ -60,6 +95,7 @@ def stopped(folder: Path, case: str, always: bool = False, **options: Any) -> di
 def all_stopped(folder: Path) -> dict[str, Any]:
     results = {case: stopped(folder / "plain", case) for case in ("loss", "gradient")}
     results["rate"] = stopped(folder / "plain", "rate")
+    results["dropped"] = dropped()
     results["scaled"] = stopped(folder / "scaled", "gradient", always=True, loss_scale=4.0)
     return results
 
@@ -108,6 +144,23 @@ def test_a_loss_scale_at_its_smallest_is_not_to_blame(four: Any) -> None:
         assert rank["scaled"]["steps"] == 2
         assert "with the smallest loss scale" in rank["scaled"]["message"]
         assert rank["scaled"]["unchanged"]
+
+
+def test_a_batch_that_the_user_drops_stops_nothing(four: Any) -> None:
+    """A step of gradient descent on w² leaves 0.8 of a weight: four of one optimizer, two of the other."""
+    for rank in four:
+        assert rank["dropped"] == pytest.approx({"inwards.weight": 0.8**4, "outwards.weight": 0.8**2})
+
+
+def test_that_there_are_no_weights_is_said_on_the_device_of_collectives() -> None:
+    devices = []
+
+    def all_reduce(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        devices.append(x.device.type)
+        return torch.zeros(())
+
+    check_saved([], SimpleNamespace(all_reduce=all_reduce), 1, torch.device("meta"))  # type: ignore[arg-type]
+    assert devices == ["meta"]
 
 
 def test_it_can_be_told_to_go_on(pool: WorkerPool) -> None:

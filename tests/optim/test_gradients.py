@@ -189,6 +189,21 @@ def test_no_gradients_at_all_have_norm_zero(pool: WorkerPool) -> None:
     assert pool.run(2, no_gradients) == [0.0, 0.0]
 
 
+def overflowed_and_clipped_twice() -> float:
+    topology = Topology(ParallelDegrees(1))
+    module = Example(topology)
+    optimizer = optimizer_of(module, topology, True)
+    (module.plain * torch.inf).sum().backward()
+    optimizer.reduce_gradients()
+    optimizer.clip(1.0)
+    optimizer.clip_values(0.5)
+    return optimizer.global_norm()
+
+
+def test_an_overflow_may_be_clipped_by_norm_and_then_by_value(pool: WorkerPool) -> None:
+    assert pool.run(1, overflowed_and_clipped_twice) == [torch.inf]
+
+
 def twice() -> tuple[Tensor, Tensor]:
     """The gradient of a parameter that each tensor rank used for its own tokens, of one backward pass and of two."""
     module, topology = example(2, 1)

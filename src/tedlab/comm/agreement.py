@@ -3,14 +3,17 @@
 Slots follow from the tokens of a micro-batch. Where data ranks have unequal numbers of them, a library of collectives
 would abort, wait for ever or mix values up; here that is found before, and said. It costs nothing while a process's
 number of tokens stays what it was: the processes compare it in their first forward pass, and afterwards each for itself
-notices a change and waits for the others to announce theirs. One whose number alone has changed waits in vain.
+notices a layer's change and waits for the others to announce theirs. One whose number alone has changed waits in vain.
 """
 
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import distributed as dist
+from torch import nn
 from torch.distributed import DistNetworkError
 
 from tedlab.comm.collectives import Collectives
@@ -38,18 +41,28 @@ class SlotAgreement:
         self.comm = comm
         self.uneven = False
         self.patience = timedelta(minutes=5)
-        self._tokens: int | None = None  # of the last forward pass
+        self._tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of each layer's last forward pass
+        self._last: int | None = None  # what the last layer had whose number was new
         self._changes = 0
+        self._number = 0  # among the agreements that the group has made with its store
 
-    def expect(self, tokens: int, slots: int) -> None:
-        """Says what the forward pass to come sends for one expert; before every one, in every process.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SlotAgreement":
+        """Itself: a copy of a layer speaks with the same processes."""
+        return self
+
+    def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
+        """Says what the forward pass to come of a layer sends for one expert; before every one, in every process.
 
         Raises:
             ValueError: if the processes of the group do not send equally many; names them, and what they have.
         """
-        if self.uneven or tokens == self._tokens or recomputing() or self.comm.size("expert") == 1:
+        before = self._tokens.get(layer, self._last)  # a new layer is first taken to have as many as another
+        if self.uneven or recomputing() or self.comm.size("expert") == 1:
             return
-        before, self._tokens = self._tokens, tokens
+        self._tokens[layer] = tokens
+        if tokens == before:
+            return
+        self._last = tokens
         have = self._together(tokens, slots) if before is None else self._announced(before, tokens, slots)
         if len({theirs for _, theirs in have}) > 1:
             told = ", ".join(
@@ -73,10 +86,21 @@ class SlotAgreement:
         return dist.get_process_group_ranks(self.comm.group("expert"))
 
     @property
+    def _store(self) -> dist.Store:
+        return dist.distributed_c10d._get_default_store()
+
+    @property
+    def _place(self) -> str:
+        return f"tedlab/slots/{self.comm.group('expert').group_name}"
+
+    @property
     def _device(self) -> str:
         return "cuda" if dist.get_backend(self.comm.group("expert")) == "nccl" else "cpu"
 
     def _together(self, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
+        # An earlier agreement of the process may have left announcements. This is the first thing that one does, and
+        # all of the group do it, so that they count alike.
+        self._number = self._store.add(f"{self._place}/{self.comm.group('expert').rank()}", 1)
         own = torch.tensor([[tokens, slots]], device=self._device)
         table = self.comm.all_gather(own, "expert", tag="dispatch.slots", phase="check").tolist()
         return [(theirs, of_them) for theirs, of_them in table]
@@ -84,8 +108,8 @@ class SlotAgreement:
     def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         """Through the store of the process group: a collective would meet those of processes that know of no change."""
         self._changes += 1
-        store, group = dist.distributed_c10d._get_default_store(), self.comm.group("expert")
-        place = f"tedlab/slots/{group.group_name}"
+        store, group = self._store, self.comm.group("expert")
+        place = f"{self._place}/{self._number}"
         store.set(f"{place}/{self._changes}/{group.rank()}", f"{tokens} {slots}")
         keys = [f"{place}/{self._changes}/{rank}" for rank in range(group.size())]
         try:

@@ -68,7 +68,7 @@ class MoELayer(nn.Module):
         """
         if self.capacity and not isinstance(x, FakeTensor):
             tokens = x.shape[0] * x.shape[1]
-            self.agreement.expect(tokens, self.router.capacity(tokens))
+            self.agreement.expect(self, tokens, self.router.capacity(tokens))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
         """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank.

@@ -15,7 +15,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class FiniteGuard:
-    """Knows the losses of the step under way, and says what went wrong in it.
+    """Knows the losses of an optimizer's step under way, and says what went wrong in it.
 
     Whether anything did, processes tell each other with the gradient's norm, see :class:`ShardedOptimizer`. What and
     where is asked for only then.
@@ -47,7 +47,7 @@ class FiniteGuard:
         return torch.stack([loss.double() for _, loss in self._losses]).isfinite().logical_not().sum()
 
     def forget(self) -> None:
-        """The step is over."""
+        """The step is over, or the gradients of these losses were dropped."""
         self._losses.clear()
 
     def stop(self, parameters: Iterable[str], scaled: bool) -> NoReturn:
@@ -80,14 +80,21 @@ class FiniteGuard:
         )
 
 
-def check_saved(weights: Iterable[Tensor], comm: Collectives, step: int) -> None:
+def check_saved(weights: Iterable[Tensor], comm: Collectives, step: int, device: torch.device) -> None:
     """Whether weights may be saved. Collective.
+
+    Args:
+        weights: of this process; there may be none.
+        comm: the collectives of this process.
+        step: after which they are saved, for the message.
+        device: where the weights are, and collectives take place.
 
     Raises:
         NonFiniteError: in all processes, if one has found a weight that is not finite.
     """
     bad = sum(
-        (tensor.isfinite().all().logical_not().double() for tensor in weights), torch.zeros((), dtype=torch.double)
+        (tensor.isfinite().all().logical_not().double() for tensor in weights),
+        torch.zeros((), dtype=torch.double, device=device),
     )
     if comm.all_reduce(bad, "world", tag="checkpoint.finite", phase="checkpoint").item():
         raise NonFiniteError(

@@ -98,6 +98,7 @@ class ShardedOptimizer:
         self._in_order_of_backward: list[Bucket] = []
         self._incomplete: dict[Bucket, set[nn.Parameter]] = {}  # buckets to launch, and whose gradients they wait for
         self._last_backward = False  # the pass under way is the last before the step
+        self._reached = False  # by a gradient, since a loss was last noted
         self._shown: list[Shown] = []  # gradients that are in ``.grad`` now
         self._norm: float | None = None  # of the gradient that waits for the step, once known; before any clipping
         self._first = True  # no norm was taken in this step yet
@@ -213,6 +214,20 @@ class ShardedOptimizer:
             for gradient, whole in zip(gradients, summed, strict=True):
                 gradient.copy_(whole)
 
+    def note_loss(self, step: int, batch_idx: int, loss: Tensor) -> None:
+        """Takes note of the loss whose backward pass is over, if that has left a gradient to this optimizer.
+
+        With several optimizers each heeds the losses of its own gradients, for as long as it has these.
+
+        Args:
+            step: how many were finished before.
+            batch_idx: as Lightning counts.
+            loss: a scalar, not scaled.
+        """
+        if self.guard is not None and self._reached:
+            self.guard.note(step, batch_idx, loss)
+        self._reached = False
+
     def expect_backward(self) -> None:
         """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
         self._last_backward = True
@@ -227,6 +242,7 @@ class ShardedOptimizer:
 
     def _on_gradient(self, bucket: Bucket, parameter: nn.Parameter) -> None:
         """Collects it, and launches reductions of complete buckets, in the same order on every process."""
+        self._reached = True
         if not (self.collects_early or self._last_backward):
             return
         bucket.collect_gradient(parameter)
@@ -246,6 +262,8 @@ class ShardedOptimizer:
             bucket.clear_gradients(set_to_none)
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
             p.grad = None  # of those that are not adopted yet
+        if self.guard is not None:
+            self.guard.forget()
         self._forget_norm()
         self._stepped = self.stale = False
 
@@ -323,7 +341,7 @@ class ShardedOptimizer:
         for shown in self._shown:
             shown.clamp(limit)
         for bucket in [] if self._shown else self.buckets:
-            if bucket.gradient is not None:
+            if bucket.gradient is not None and self._clip_factor > 0:  # else the step is by zeros, whatever the limit
                 bound = limit * self.scale / self._clip_factor
                 bucket.gradient.clamp_(-bound, bound)
 
@@ -345,16 +363,18 @@ class ShardedOptimizer:
         squares = self._squares()
         lacking = sum(p.requires_grad and p not in b.present for b in self.buckets for p in b.parameters)
         wrong = 0 if self.guard is None else self.guard.wrong()
-        others = [torch.as_tensor(number, dtype=squares.dtype, device=squares.device) for number in (lacking, wrong)]
+        others = [n.to(squares) if isinstance(n, Tensor) else squares.new_full((), n) for n in (lacking, wrong)]
         numbers = self.comm.all_reduce(
             torch.stack([squares, *others]), "world", tag="gradients.norm", phase="optimizer"
         )
-        self._norm = math.sqrt(numbers[0].item()) / self.scale
+        # Read at once: each time the host waits for the device. What a simulation reads is 1: nothing is amiss.
+        total, none = torch.stack([numbers[0], numbers[1:].eq(0).all().double()]).tolist()
+        self._norm = math.sqrt(total) / self.scale
         self._finite = math.isfinite(self._norm)
         self._clipped_since, self._clamped = self._clip_factor, False
         if self._first:
             self.last_norm, self.applied_clip_factor, self._first = self._norm, 1.0, False
-        if numbers[1:].eq(0).all().double().item() != 1.0:  # what a simulation reads is 1
+        if none != 1.0:
             _, lacking, wrong = numbers.tolist()
             self._finite &= wrong == 0
             if lacking:

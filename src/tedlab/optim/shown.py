@@ -59,8 +59,7 @@ class Shown:
 
     def __init__(self, bucket: Bucket, scale: float) -> None:
         self.bucket, self.scale = bucket, scale
-        if bucket.gradient is None:  # nobody has one, but the user may give it to a parameter
-            bucket.gradient = torch.zeros_like(bucket.shard)
+        assert bucket.gradient is not None
         self._flat = bucket.gather(bucket.gradient, tag="gradients.gather", phase="metrics").div_(scale)
         # What the user leaves alone keeps the precision that unscaling may have cost: this tells which.
         self._before = self._flat[bucket.own].clone()
