@@ -1,5 +1,6 @@
 """No collective waits for ever, in whatever group, and who gives up says who waited for whom."""
 
+import gc
 import os
 import signal
 import time
@@ -172,6 +173,26 @@ def test_a_process_goes_on_when_its_peers_have_left_in_good_order(survivor: dict
 
 def test_a_process_has_one_watch_and_that_of_an_earlier_strategy_ends_nothing(survivor: dict[str, Any]) -> None:
     assert survivor["threads"] == [False, False, True, True]
+
+
+def kept() -> bool:
+    store = dist.distributed_c10d._get_default_store()
+    store.set("kept", "")
+    watches = [watch.watch(Whereabouts(), timedelta(minutes=1)) for _ in range(3)]
+    watches[-1].stop()
+    if not (child := os.fork()):  # a worker of a data loader, which collects what earlier trainers have left
+        watches.clear()
+        gc.collect()
+        os._exit(0)
+    os.waitpid(child, 0)
+    watches.clear()
+    gc.collect()
+    dist.barrier()
+    return store.check(["kept"])
+
+
+def test_the_file_of_a_file_store_outlives_watches_and_forked_workers(pool: WorkerPool) -> None:
+    assert all(pool.run(2, kept, timeout=30))
 
 
 def test_nobody_waits_for_a_process_that_has_ended_or_for_word_that_no_longer_comes() -> None:

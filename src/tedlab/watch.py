@@ -7,6 +7,7 @@ hang with the process that keeps it: it ends this process when a collective's ti
 """
 
 import atexit
+import functools
 import itertools
 import json
 import os
@@ -97,15 +98,25 @@ def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
     """
     if dist.get_world_size() == 1 or dist.get_backend() not in ("gloo", "nccl"):
         return None
-    # A connection of its own: one serves one at a time.
-    store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-    store.set_timeout(timedelta(seconds=5))
+    store = _second_connection(dist.distributed_c10d._get_default_store())
     global _live
     if _live is not None:
         _live.stop()
     board = dist.PrefixStore(f"watch/{next(_numbers)}", store)
     _live = Watch(place, timeout.total_seconds(), dist.get_rank(), dist.get_world_size(), board)
     return _live
+
+
+@functools.lru_cache(maxsize=1)
+def _second_connection(store: dist.Store) -> dist.Store:
+    """Another connection to a store, since one serves one at a time.
+
+    All watches share it, and it is kept: a FileStore counts the copies that are dropped, also those that a forked
+    worker of a data loader collects as garbage, and after so many as there are processes it removes the file.
+    """
+    second = store.clone()  # type: ignore[attr-defined]
+    second.set_timeout(timedelta(seconds=5))
+    return second
 
 
 class Watch:
