@@ -14,7 +14,7 @@ import torch
 from benchmarks.steps import composed
 from benchmarks.surroundings import surroundings
 from tedlab.checksum import checksum
-from tedlab.comm.volumes import ClosedForm
+from tedlab.predict.volumes import ClosedForm
 
 WARM_UP, ROUNDS = 3, 20
 

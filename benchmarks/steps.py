@@ -22,8 +22,8 @@ from tedlab import TEDStrategy
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
-from tedlab.flops import peak_flops, training_flops
 from tedlab.nn import ShardedModule
+from tedlab.predict.flops import peak_flops, training_flops
 from tedlab.run import language_model, quieten, strategy_arguments
 from tedlab.validate import check_simulated
 

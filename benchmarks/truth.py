@@ -33,19 +33,19 @@ from typing_extensions import override
 
 from benchmarks.surroundings import surroundings
 from tedlab import TEDStrategy
-from tedlab.calibrate import CalibrateConfig, calibrate
 from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
-from tedlab.cluster import ClusterConfig, load_cluster
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
 from tedlab.config import TrainConfig
-from tedlab.launch import launch
+from tedlab.launch.launcher import launch
+from tedlab.predict.calibrate import CalibrateConfig, calibrate
+from tedlab.predict.cluster import ClusterConfig, load_cluster
+from tedlab.predict.sim import simulate
+from tedlab.predict.sim.simulation import Batches
+from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.run import language_model, quieten, strategy_arguments
-from tedlab.sim import simulate
-from tedlab.sim.simulation import Batches
-from tedlab.sim.world import OneOfMany, fake_process_group
 from tedlab.validate import check_simulated
 
 _RESULTS = Path(__file__).parent / "results"

@@ -21,12 +21,12 @@ import torch
 
 from experiments.breakdown import NAMES, parts, total
 from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
-from tedlab.cluster import load_cluster
-from tedlab.sim import Simulation, simulate
-from tedlab.sim.memory import Category
-from tedlab.sim.meter import KERNELS, MATRICES
-from tedlab.sim.routing import routing_of
-from tedlab.sim.show import simulate_visibly
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.sim import Simulation, simulate
+from tedlab.predict.sim.memory import Category
+from tedlab.predict.sim.meter import KERNELS, MATRICES
+from tedlab.predict.sim.routing import routing_of
+from tedlab.predict.sim.show import simulate_visibly
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "simulate.md")

@@ -12,11 +12,11 @@ from rich.table import Table
 
 from experiments.paper import MODEL_40B, MODES, Job, canvas, configured, peak_gib, simulate_all, write_json
 from experiments.uncertainty import BASELINE, BOTH, READINGS, Draws, Unknown, einsum_flops, monte_carlo
-from tedlab.cluster import ClusterConfig
 from tedlab.comm import Phase
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from tedlab.sim import Simulation
-from tedlab.sim.meter import KERNELS, MATRICES
+from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.sim import Simulation
+from tedlab.predict.sim.meter import KERNELS, MATRICES
 
 RANK = 4  # of a tensor group that has two nodes where a node has 6 GPUs: the slowest, for which a job waits
 DRAWS = 4000

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tedlab.cli import CONF
-from tedlab.cluster import ClusterConfig
 from tedlab.config import TrainConfig
-from tedlab.sim import Simulation, simulate
+from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.sim import Simulation, simulate
 from tedlab.validate import check_simulated
 
 WORKERS = 2  # simulations at a time; each takes one core and some 0.5 GiB

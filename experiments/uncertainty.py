@@ -1,7 +1,7 @@
 """What a step takes, and what optimisations gain, when the machine's constants are known only within ranges.
 
 A step is simulated once; what it computes and communicates does not depend on the machine, and is priced again under
-each draw of the constants (:meth:`tedlab.sim.Simulation.seconds_on`).
+each draw of the constants (:meth:`tedlab.predict.sim.Simulation.seconds_on`).
 """
 
 import csv
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from experiments.paper import MODES, progress
-from tedlab.cluster import ClusterConfig, Efficiency
 from tedlab.config import TrainConfig
-from tedlab.sim import Simulation
+from tedlab.predict.cluster import ClusterConfig, Efficiency
+from tedlab.predict.sim import Simulation
 
 BASELINE, BOTH = "baseline", "+ both"
 CLAIM = 0.26  # the paper's abstract: "a speedup of 26% over a baseline"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tedlab import checkpoint
 from tedlab.config import TrainConfig
-from tedlab.locks import RUN_LOCK, Lock, run_directory
+from tedlab.launch.locks import RUN_LOCK, Lock, run_directory
 from tedlab.validate import check
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
@@ -49,7 +49,7 @@ KINDS = ("kill", "stop", "cut", "kill the launcher")
 
 def start(config: TrainConfig, control: Path) -> None:
     """``python -m tedlab.train`` without the start of Python: forked, it takes a fraction of the time."""
-    from tedlab.launch import launch
+    from tedlab.launch.launcher import launch
 
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # the server that this process comes from
     shown = (control / "shown").open("w")

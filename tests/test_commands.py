@@ -11,11 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
 from tedlab import simulate
-from tedlab.calibrate.__main__ import parse
 from tedlab.certify import __main__ as certify
 from tedlab.cli import UsageError
 from tedlab.generate import GenerateConfig, generate
-from tedlab.plan import __main__ as plan
+from tedlab.predict.calibrate.__main__ import parse
+from tedlab.predict.plan import __main__ as plan
 from tests.test_conf import compose
 
 SCREEN = 25  # lines

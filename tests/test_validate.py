@@ -354,7 +354,7 @@ def complaint(monkeypatch: pytest.MonkeyPatch) -> Any:
     def launch(*_: object) -> None:
         raise AssertionError("processes were launched for a wrong configuration")
 
-    monkeypatch.setattr("tedlab.launch.launch", launch)
+    monkeypatch.setattr("tedlab.launch.launcher.launch", launch)
 
     def complain(config: TrainConfig) -> str:
         with pytest.raises(UsageError) as caught:

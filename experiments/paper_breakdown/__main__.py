@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments.breakdown import print_summary, study
 from experiments.uncertainty import Unknown
-from tedlab.cluster import load_cluster
+from tedlab.predict.cluster import load_cluster
 
 HERE = Path(__file__).parent
 UNKNOWNS = {

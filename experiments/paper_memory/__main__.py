@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import Job, canvas, composed, configured, peak_gib, progress, simulate_all, write_json
-from tedlab.cluster import load_cluster
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, VERMILION
 from tedlab.config import TrainConfig
-from tedlab.estimate import estimate
-from tedlab.estimate.memory import Memory, Moment
-from tedlab.estimate.sizes import Sizes
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.estimate import estimate
+from tedlab.predict.estimate.memory import Memory, Moment
+from tedlab.predict.estimate.sizes import Sizes
 from tedlab.validate import check_simulated
 
 HERE = Path(__file__).parent

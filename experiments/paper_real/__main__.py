@@ -15,11 +15,11 @@ from rich.table import Table
 
 from experiments.breakdown import NAMES
 from experiments.paper import MODES, canvas, write_json
-from tedlab.cluster import load_cluster
 from tedlab.comm import TRAINING_PHASES
 from tedlab.compare.charts import BLUE, ORANGE
 from tedlab.config import TrainConfig
-from tedlab.sim import simulate
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.sim import simulate
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/paper_real")

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import PAPER, Job, canvas, configured, progress, simulate_all, write_json
-from tedlab.cluster import ClusterConfig, load_cluster
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, VERMILION
-from tedlab.estimate import estimate
+from tedlab.predict.cluster import ClusterConfig, load_cluster
+from tedlab.predict.estimate import estimate
 
 HERE = Path(__file__).parent
 GIB = 2**30

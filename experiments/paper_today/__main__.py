@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments.breakdown import RANK, breakdown_picture, parts, print_summary, study
 from experiments.paper import MODEL_40B, Job, peak_gib, simulate_all, write_json
 from experiments.uncertainty import BASELINE, BOTH, Unknown
-from tedlab.cluster import load_cluster
+from tedlab.predict.cluster import load_cluster
 
 HERE = Path(__file__).parent
 UNKNOWNS = {

@@ -19,10 +19,10 @@ from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
-from tedlab.launch import leave_if_started_outside
-from tedlab.plan import file as plan_file
+from tedlab.launch.launcher import leave_if_started_outside
+from tedlab.launch.sweep import SweepFailures
+from tedlab.predict.plan import file as plan_file
 from tedlab.ranges import check_ranges
-from tedlab.sweep import SweepFailures
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -91,7 +91,7 @@ def with_plan(arguments: list[str]) -> list[str]:
     for name in files:
         path = Path(name.removeprefix(_PLAN))
         if not path.is_file():
-            raise UsageError(f"{name}: there is no such file; `python -m tedlab.plan` writes one")
+            raise UsageError(f"{name}: there is no such file; `python -m tedlab.predict.plan` writes one")
         try:
             lines = plan_file.read(path)
         except (OSError, ValueError) as error:

@@ -20,11 +20,11 @@ from rich.table import Table
 from tedlab.config import TrainConfig
 from tedlab.data import Corpus, TextDataModule, bigram_loss
 from tedlab.data.files import EMPTY, listed
-from tedlab.flops import training_flops
 from tedlab.history import read_history
+from tedlab.launch.outcome import FINISHED, write_summary
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
-from tedlab.outcome import FINISHED, write_summary
+from tedlab.predict.flops import training_flops
 
 CERTIFICATE = "certificate.json"
 LEFT_OUT = "left_out.txt"

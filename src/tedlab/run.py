@@ -27,14 +27,14 @@ from tedlab.callbacks import (
     StepMetrics,
 )
 from tedlab.checkpoint import read_meta
-from tedlab.cluster import load_cluster
-from tedlab.comm.emulate import Emulation
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
-from tedlab.flops import training_flops
 from tedlab.history import read_history
+from tedlab.launch.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
-from tedlab.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.emulate import Emulation
+from tedlab.predict.flops import training_flops
 from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.strategy import TEDStrategy, gpus
 

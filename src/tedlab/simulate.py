@@ -20,7 +20,7 @@ from tedlab.cli import UsageError, hydra_entry
 from tedlab.config import TrainConfig
 
 if TYPE_CHECKING:
-    from tedlab.sim.show import Ranks
+    from tedlab.predict.sim.show import Ranks
 
 _OWN = ("cluster", "sim.rank", "sim.routing", "sim.zipf", "sim.trace", "sim.values")
 
@@ -29,9 +29,9 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     """Simulates one configuration and returns the predicted time of a step; with real values, the largest error."""
     if own.get("sim.values", "fake") != "fake":
         return _with_real_values(own, config)
-    from tedlab.cluster import cluster_names, load_cluster
-    from tedlab.sim.routing import routing_of
-    from tedlab.sim.show import simulate_visibly
+    from tedlab.predict.cluster import cluster_names, load_cluster
+    from tedlab.predict.sim.routing import routing_of
+    from tedlab.predict.sim.show import simulate_visibly
     from tedlab.validate import check_simulated
 
     if "cluster" not in own:
@@ -66,7 +66,7 @@ def _with_real_values(own: dict[str, str], config: TrainConfig) -> float:
     import torch
 
     from tedlab.certify.show import certify_visibly
-    from tedlab.sim.threads import MOST_THREADS, run_in_threads
+    from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 
     if own["sim.values"] != "real":
         raise UsageError(f"sim.values={own['sim.values']}: valid are fake (shapes only, the default) and real")

@@ -12,9 +12,9 @@ from tedlab.config import TrainConfig
 
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
-    from tedlab import outside
-    from tedlab.launch import WorkerFailed, launch
-    from tedlab.locks import run_directory
+    from tedlab.launch import outside
+    from tedlab.launch.launcher import WorkerFailed, launch
+    from tedlab.launch.locks import run_directory
     from tedlab.resume import named_values, resume
     from tedlab.run import run
     from tedlab.validate import check, notes
@@ -44,8 +44,8 @@ def train(config: TrainConfig) -> float:
 
 def leave_summary(config: TrainConfig, error: BaseException) -> None:
     """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
-    from tedlab.launch import WorkerFailed
-    from tedlab.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
+    from tedlab.launch.launcher import WorkerFailed
+    from tedlab.launch.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
 
     directory = Path(config.output_dir)
     summary = read_summary(directory)
@@ -65,8 +65,8 @@ def go_on_after_restart(config: TrainConfig) -> None:
 
     Without a checkpoint there they do what the first ones were told.
     """
-    from tedlab import outside
     from tedlab.checkpoint import read_meta
+    from tedlab.launch import outside
 
     last = Path(config.output_dir, "checkpoints", "last.ckpt")
     if last.exists():

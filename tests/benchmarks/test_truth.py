@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from benchmarks import truth
-from tedlab.cluster import Dispatch, load_cluster
+from tedlab.predict.cluster import Dispatch, load_cluster
 from tests.pool import WorkerPool
 
 SMALL = ["model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "model.sequence_length=16"]

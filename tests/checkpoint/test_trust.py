@@ -24,14 +24,14 @@ from tedlab import Topology, checkpoint
 from tedlab.checkpoint.__main__ import main as checkpoint_main
 from tedlab.checkpoint.directory import META
 from tedlab.cli import UsageError, with_plan
-from tedlab.cluster import CONF, load_cluster
 from tedlab.compare.runs import read_runs
 from tedlab.config import OptimConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import FileTokenizer
-from tedlab.plan.file import KEYS
+from tedlab.predict.cluster import CONF, load_cluster
+from tedlab.predict.plan.file import KEYS
+from tedlab.predict.sim.routing import _traced
 from tedlab.resume import take_over
-from tedlab.sim.routing import _traced
 from tedlab.untrusted import typed
 from tests.checkpoint.small import Payload, age, payload, read, seal, write
 from tests.compare.sweep import write_run
@@ -305,7 +305,7 @@ def test_a_plan_may_say_what_a_model_is_and_how_it_is_laid_out(tmp_path: Path) -
 
 
 def test_what_a_plan_may_not_have_is_left_to_the_command_line(tmp_path: Path) -> None:
-    from tedlab.plan.file import allowed, read
+    from tedlab.predict.plan.file import allowed, read
 
     (tmp_path / "plan").write_bytes(payload(tmp_path / "fired"))
     with pytest.raises(ValueError, match="is no plan: it is not text"):

@@ -17,13 +17,13 @@ from tedlab import Topology
 from tedlab.comm import Collective, Ledger, Recomputation, differentiable, predict, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.rows import Rows
-from tedlab.comm.volumes import ClosedForm, with_rows
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
 from tedlab.nn import partial_parameters
 from tedlab.optim import ShardedOptimizer
+from tedlab.predict.volumes import ClosedForm, with_rows
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 

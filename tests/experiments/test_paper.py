@@ -15,10 +15,10 @@ from experiments.paper_memory import __main__ as memory
 from experiments.paper_real import __main__ as real
 from experiments.paper_scaling import __main__ as scaling
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
-from tedlab.cluster import ClusterConfig, load_cluster
-from tedlab.sim import Simulation
+from tedlab.predict.cluster import ClusterConfig, load_cluster
+from tedlab.predict.sim import Simulation
 from tests.pool import WorkerPool
-from tests.sim.test_simulation import out_of_the_pools_group
+from tests.predict.sim.test_simulation import out_of_the_pools_group
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

@@ -17,7 +17,7 @@ CALLBACK = "tests/lightning/test_callbacks.py::test_a_callback_does_what_it_does
 HOOK = "tests/lightning/test_hooks.py::test_it_is_as_under_ddp"
 REFUSED = "tests/lightning/test_refused.py::test_it_is_refused_by_every_process_before_the_first_step"
 RESTORE = "tests/lightning/test_restore.py::"
-STRATEGY = "tests/test_strategy.py::"
+STRATEGY = "tests/strategy/test_strategy.py::"
 
 
 @dataclass(frozen=True)

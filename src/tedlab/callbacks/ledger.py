@@ -10,11 +10,11 @@ from typing_extensions import override
 
 from tedlab.callbacks.journal import log
 from tedlab.comm import TRAINING_PHASES, GroupKind, predict
-from tedlab.comm.emulate import Emulation
 from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
-from tedlab.comm.volumes import with_rows
 from tedlab.config import TrainConfig
 from tedlab.module import LanguageModel
+from tedlab.predict.emulate import Emulation
+from tedlab.predict.volumes import with_rows
 from tedlab.strategy import TEDStrategy
 
 _MIB = 2**20
@@ -28,7 +28,7 @@ class CommunicationLedger(Callback):
 
     Args:
         config: of the run of a :class:`tedlab.module.LanguageModel`, completed by :func:`tedlab.validate.check`.
-        emulated: delays collectives as a cluster's network would; see :class:`tedlab.comm.emulate.Emulation`.
+        emulated: delays collectives as a cluster's network would; see :class:`tedlab.predict.emulate.Emulation`.
     """
 
     def __init__(

@@ -9,8 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
-from tedlab.flops import peak_flops
 from tedlab.module import NOT_SCALARS
+from tedlab.predict.flops import peak_flops
 from tedlab.strategy import TEDStrategy
 
 

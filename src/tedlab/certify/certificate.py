@@ -25,8 +25,8 @@ from tedlab.certify.record import (
 from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, reference, shrink
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
-from tedlab.launch import launch
-from tedlab.locks import scratch
+from tedlab.launch.launcher import launch
+from tedlab.launch.locks import scratch
 from tedlab.report import resolved_yaml
 from tedlab.validate import check
 

@@ -24,9 +24,9 @@ from tedlab.comm.differentiable import (
 )
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
-from tedlab.comm.volumes import predict
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
+from tedlab.predict.volumes import predict
 
 __all__ = [
     "TRAINING_PHASES",

@@ -10,7 +10,7 @@ from typing import Any
 
 from tedlab.cli import UsageError
 from tedlab.history import steps_done
-from tedlab.outcome import FAILED, FINISHED, METRICS, SUMMARY
+from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
 from tedlab.untrusted import read_yaml
 
 CONFIG = "config.yaml"

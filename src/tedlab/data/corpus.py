@@ -24,7 +24,7 @@ from tedlab.config import DataConfig
 from tedlab.data.documents import Source, split
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.tokenizers import Tokenizer, build_tokenizer
-from tedlab.locks import scratch
+from tedlab.launch.locks import scratch
 
 _FORMAT = 2  # increase when the same text and tokenizer would give other files
 _META, _LEFT_OUT = "meta.json", "left_out.json"

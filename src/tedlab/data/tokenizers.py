@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tedlab.config import DataConfig
-from tedlab.locks import scratch
+from tedlab.launch.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
 SAVED = "tokenizer.json"  # in a run directory

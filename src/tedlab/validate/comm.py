@@ -1,13 +1,13 @@
 """Communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
 
-from tedlab.cluster import load_cluster
-from tedlab.comm.budget import within_budget
-from tedlab.comm.emulate import Emulation
 from tedlab.comm.sites import kept_tags
-from tedlab.comm.volumes import ClosedForm
 from tedlab.config import TrainConfig
-from tedlab.cost import collective_seconds
 from tedlab.degrees import ParallelDegrees
+from tedlab.predict.budget import within_budget
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.cost import collective_seconds
+from tedlab.predict.emulate import Emulation
+from tedlab.predict.volumes import ClosedForm
 from tedlab.validate.words import check_divides, check_known
 
 

@@ -12,8 +12,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from tedlab.config import TrainConfig
-from tedlab.contract import PRECISIONS
 from tedlab.ranges import LARGEST, Range
+from tedlab.strategy.contract import PRECISIONS
 
 _NEEDED = ("devices", "num_nodes", "max_steps", "precision", "accelerator")
 _EPOCHS = "Lightning's epochs would differ from the data's, and a resumed run go wrong"

@@ -1,5 +1,0 @@
-"""What this machine can do, measured: a cluster file for predictions, and a picture of how well it fits."""
-
-from tedlab.calibrate.calibration import CalibrateConfig, calibrate
-
-__all__ = ["CalibrateConfig", "calibrate"]

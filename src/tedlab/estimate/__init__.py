@@ -1,5 +1,0 @@
-"""Memory of a rank and time of a step in closed form (docs/plan.md)."""
-
-from tedlab.estimate.estimate import Estimate, estimate
-
-__all__ = ["Estimate", "estimate"]

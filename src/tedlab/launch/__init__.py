@@ -1,0 +1,1 @@
+"""How processes start, watch over each other, and end."""

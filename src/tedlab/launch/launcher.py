@@ -1,0 +1,199 @@
+"""Starts the processes of a run on this machine and brings back the first one's result.
+
+The process that Hydra runs in only composes; every run gets fresh workers, so that the jobs of a sweep share neither
+process group nor environment. Workers are forked from a server process that has imported everything and done nothing:
+four of them start in the time of one import, and those of a sweep's next job at once. Under torchrun, or srun with
+several tasks, the processes exist already and the run takes place in them.
+"""
+
+import atexit
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.errors import CompactHydraException
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tedlab.launch import failures, outside
+from tedlab.launch.locks import Lock, scratch
+from tedlab.launch.outside import started_outside
+
+_GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
+_LEAVE_S = 20  # from the end of the first process's work to that of the others
+_DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
+_WORKER = ".worker"  # a file in that folder for each that is at work
+_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Job(Protocol):
+    """What a run is told."""
+
+    @property
+    def output_dir(self) -> str:
+        """Where its files go."""
+
+
+Run = Callable[[Any], dict[str, Any]]
+
+
+class WorkerFailed(CompactHydraException):
+    """A worker raised or died; the message holds its traceback, and Hydra prints nothing else."""
+
+
+def leave_if_started_outside() -> None:
+    """Ends a process of torchrun or srun whose work is done, without the interpreter's own clean-up.
+
+    A thread of gloo may be about to drop the last reference to a tensor just then. It asks for the interpreter's lock,
+    gets none any more, and aborts the process (torch 2.13; in one of ten runs of two small processes).
+    """
+    if started_outside():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> dict[str, Any]:
+    """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
+
+    Args:
+        run: an importable function; its module must not be ``__main__``.
+        config: handed to every process.
+        processes: how many, one included. If they exist already, ``run`` is called right here.
+        lock: held by every process while it lives.
+
+    Raises:
+        WrongEnvironment: if the environment looks as if they existed already, and they do not.
+        WorkerFailed: if a process failed. The others were ended.
+        SystemExit: if this process received a signal; the workers were ended.
+    """
+    outside.check()
+    if started_outside():
+        return run(config)
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        monitor_interval=0.5,
+        start_method="forkserver",
+    )
+    multiprocessing.set_start_method("forkserver", force=True)  # joblib's own, which children inherit, has no server
+    multiprocessing.set_forkserver_preload([run.__module__])
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    # torch's launcher logs each worker's end with a traceback of its own; ours is shown once, below.
+    for name in (
+        "torch.distributed.elastic",
+        "torch.distributed.elastic.agent.server.api",
+        "torch.multiprocessing.spawn",
+    ):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
+    with scratch("failures") as folder:
+        over = threading.Event()
+        guard = threading.Thread(target=_end_after_failure, args=(folder, over), daemon=True)
+        guard.start()
+        try:
+            return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
+        except ChildFailedError as error:
+            rank, cause = _first_failure(error, folder)
+            raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
+        except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
+            print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
+            raise SystemExit(128 + error.sigval) from None
+        finally:
+            over.set()
+            guard.join()
+            for number, handler in handlers.items():  # the elastic launcher leaves its own behind
+                signal.signal(number, handler)
+
+
+def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
+    Path(folder, f"{os.getpid()}{_WORKER}").touch()
+    failures.keep_in(Path(folder))
+    threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    try:
+        result = run(config)
+    except BaseException:
+        failures.record(traceback.format_exc())
+        raise
+    Path(folder, f"{os.getpid()}{_WORKER}").unlink()  # it only waits for the launcher to take its result
+    if os.environ["RANK"] == "0":
+        Path(folder, _DONE).touch()
+    return result
+
+
+def _first_failure(error: ChildFailedError, folder: Path) -> tuple[int, str]:
+    """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
+            if (folder / _DONE).exists():
+                return rank, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
+            return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
+    causes = failures.recorded(folder)
+    if causes:
+        return failures.rank_of(causes[0]), causes[0].read_text()
+    rank, failure = error.get_first_failure()
+    return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
+
+
+def _where_to_resume(config: Job) -> str:
+    last = Path(config.output_dir, "checkpoints", "last.ckpt")
+    return f" To go on from the last checkpoint: ckpt_path={last}" if last.exists() else ""
+
+
+def _end_after_failure(folder: Path, over: threading.Event) -> None:
+    """Ends all workers some seconds after one has failed, or the first is done. A thread of the launcher.
+
+    torch's launcher asks the peers of a failed process to end, which one that hangs or is stopped cannot hear, and
+    insists only after 30 seconds.
+    """
+    while not over.wait(1):
+        done = folder / _DONE
+        if any(_age_s(failure) > _GRACE_S for failure in failures.recorded(folder)) or (
+            done.exists() and _age_s(done) > _LEAVE_S
+        ):
+            _kill_workers(folder)
+            return
+
+
+def _age_s(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
+
+
+def _end_with(launcher: int, folder: Path) -> None:
+    """Ends this process and its peers, who may be stopped, when the launching one is gone: killed, it cannot do so."""
+    while True:
+        time.sleep(2)
+        try:
+            os.kill(launcher, 0)
+        except ProcessLookupError:
+            _kill_workers(folder)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_workers(folder: Path) -> None:
+    workers = [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
+    for worker in sorted(workers, key=lambda pid: pid == os.getpid()):  # itself last
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)

@@ -1,1 +1,0 @@
-"""``python -m tedlab.plan``: the best layout for a model on a cluster (docs/plan.md)."""

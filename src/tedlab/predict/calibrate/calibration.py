@@ -1,0 +1,108 @@
+"""One calibration inside one of its processes: measures, fits, and writes what was found."""
+
+import os
+import platform
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tedlab.predict.calibrate.fit import fit
+from tedlab.predict.calibrate.measure import SIZES, Bench
+from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """What to measure on.
+
+    Attributes:
+        out: the cluster file to write; the picture goes beside it.
+        device: cpu or cuda.
+        processes: that measure at the same time, if they are not started already.
+        quick: a rough idea in seconds.
+    """
+
+    out: Path
+    device: str
+    processes: int = 1
+    quick: bool = False
+
+    @property
+    def output_dir(self) -> str:
+        """Where files go."""
+        return str(self.out.parent)
+
+
+def calibrate(config: CalibrateConfig) -> dict[str, Any]:
+    """Runs in every process; the first writes ``config.out`` and a PNG beside it.
+
+    Returns:
+        ``out``, the file that was written; nothing in other processes.
+    """
+    device = _join(config.device)
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sizes = SIZES[device.type].shortened() if config.quick else SIZES[device.type]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    first = dist.get_rank() == 0
+    with Progress(*columns, console=Console(stderr=True), disable=not first, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        bench = Bench(device, per_node, sizes, lambda what: bar.update(task, advance=1, description=what))
+        bar.update(task, total=bench.timings())
+        measured = bench.measure()
+    dist.destroy_process_group()
+    if not first:
+        return {}
+    facts = Facts(
+        processes=bench.world,
+        per_node=per_node,
+        threads=torch.get_num_threads(),
+        device=_device_name(device),
+        memory_bytes=_memory_bytes(device, per_node),
+        asynchronous=device.type == "cuda",
+        main=bench.main,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+    )
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    config.out.write_text(cluster_yaml(measured, facts))
+    picture(measured, config.out.with_suffix(".png"))
+    console = Console()
+    console.print(fit_table(measured, f"{facts.device}, {facts.processes} processes"))
+    console.print(f"saved in {config.out} and {config.out.with_suffix('.png')}", highlight=False)
+    return {"out": str(config.out), "gemm": fit(measured.products[bench.main]).rate}
+
+
+def _join(device: str) -> torch.device:
+    """The process group of those that take part, and this process's device."""
+    place = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return place
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{os.cpu_count()} cores, {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _memory_bytes(device: torch.device, per_node: int) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / per_node

@@ -1,0 +1,434 @@
+"""Timings on the machine at hand. Everything runs in all processes at the same time, as it does in training.
+
+Processes that share cores therefore show what each of them gets. On a GPU kernels are timed by its own clock, with all
+of them queued before the first one starts: what the host takes to launch them is measured apart.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from statistics import median
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tedlab.comm import Collectives
+from tedlab.comm.collectives import Operation
+from tedlab.config import ModelConfig, MoEConfig
+from tedlab.degrees import ParallelDegrees
+from tedlab.models import GPT
+from tedlab.optim import ShardedOptimizer
+from tedlab.predict.calibrate.fit import Series
+from tedlab.predict.cluster import Dispatch
+from tedlab.predict.sim.roofline import work_of
+from tedlab.topology import Topology
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MIB = 2**20
+_BLOCKS = 5  # of calls, of which the median counts
+_QUEUED = 200  # calls at most that wait for a GPU together: the driver's queue has room for a thousand kernels
+_CYCLES = 4e9  # twice what a GPU has in a second
+_TILE = 64  # elements; so that a tiny model has more tiles than parameters, as large ones do
+_FRESH = 64 * _MIB
+_HEADS = {"cpu": 64, "cuda": 128}  # width of one
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        block: seconds of calls that are timed together: long enough for processes to take turns at a core.
+        products: (rows, inputs, outputs) of linear layers.
+        slow: of dtypes that the machine has no units for, likewise.
+        attention: (samples, heads, tokens).
+        streams: bytes of one operand.
+        pool: bytes of all operands of a stream, which take turns.
+        messages: bytes of a collective's buffer.
+        repeats: of the first linear layer between two collectives.
+    """
+
+    block: float
+    products: Sequence[tuple[int, int, int]]
+    slow: tuple[int, int, int]
+    attention: Sequence[tuple[int, int, int]]
+    streams: Sequence[int]
+    pool: int
+    messages: Sequence[int]
+    repeats: Sequence[int]
+
+    def shortened(self) -> "Sizes":
+        """A rough idea in seconds: of all sizes the first and the last."""
+        return Sizes(
+            self.block / 20,
+            self.products[:: len(self.products) - 1],
+            self.slow,
+            self.attention[:: len(self.attention) - 1],
+            self.streams[:: len(self.streams) - 1],
+            self.pool // 8,
+            self.messages[:: len(self.messages) - 1],
+            self.repeats[:: len(self.repeats) - 1],
+        )
+
+
+SIZES = {
+    "cpu": Sizes(
+        block=0.06,
+        products=[
+            (128, 128, 512),
+            (256, 256, 512),
+            (512, 256, 1024),
+            (512, 512, 1024),
+            (512, 512, 2048),
+            (1024, 512, 2048),
+            (1024, 1024, 2048),
+        ],
+        slow=(128, 128, 512),
+        attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
+        streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
+        pool=96 * _MIB,
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # the cost of memory for larger ones is known apart
+        repeats=[32, 128],
+    ),
+    "cuda": Sizes(
+        block=0.03,
+        products=[
+            (2048, 1024, 2048),
+            (2048, 2048, 2048),
+            (2048, 2048, 8192),
+            (4096, 2048, 8192),
+            (4096, 4096, 8192),
+            (4096, 4096, 16384),
+        ],
+        slow=(2048, 1024, 2048),
+        attention=[(1, 16, 1024), (1, 16, 2048), (2, 16, 2048), (4, 16, 2048)],
+        streams=[4 * _MIB, 8 * _MIB, 16 * _MIB, 64 * _MIB, 128 * _MIB],
+        pool=1024 * _MIB,
+        messages=[64 * 1024, _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB],
+        repeats=[32, 128],
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """A kind of group: how many ranks, on how many nodes."""
+
+    size: int
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything.
+
+    Attributes:
+        products: of matrices, by dtype.
+        attention: forward and backward passes.
+        movement: kernels that add and copy.
+        arithmetic: kernels that compute for each element.
+        dispatch: seconds of one operation that has next to nothing to do, by phase.
+        fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
+        collectives: by operation and kind of group.
+        waits: by kind of group: seconds of computing, and of that with waiting for the slowest.
+    """
+
+    products: dict[str, Series]
+    attention: Series
+    movement: Series
+    arithmetic: Series
+    dispatch: Dispatch
+    fresh: float | None
+    collectives: dict[tuple[Operation, Group], Series]
+    waits: dict[Group, Series]
+
+
+class Bench:
+    """Measures in step with all other processes.
+
+    Args:
+        device: of this process.
+        per_node: processes on each node.
+        sizes: to measure.
+        progress: told what is measured next, before each timing.
+    """
+
+    def __init__(self, device: torch.device, per_node: int, sizes: Sizes, progress: Callable[[str], None]) -> None:
+        self.device, self.per_node, self.sizes, self.progress = device, per_node, sizes, progress
+        self.world = dist.get_world_size()
+        self.main = "bf16" if device.type == "cuda" else "fp32"  # what models are trained in there
+
+    def timings(self) -> int:
+        """How many :meth:`measure` takes."""
+        sizes, groups = self.sizes, len(list(self._kinds()))
+        products = sum(len(self._products(name)) for name in DTYPES)
+        messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 1 + len(sizes.repeats))
+        return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
+
+    def measure(self) -> Measured:
+        """All of it."""
+        return Measured(
+            {name: self._gemm(name) for name in DTYPES},
+            self._attention(),
+            self._stream("movement", [lambda x: x + x, torch.clone], "x + x, x.clone()"),
+            self._stream(
+                "arithmetic",
+                [F.gelu, lambda x: F.softmax(x, -1), lambda x: F.layer_norm(x, x.shape[-1:])],
+                "GELU, softmax and layer norm in turn",
+            ),
+            self._dispatch(),
+            self._fresh() if self.device.type == "cpu" else None,
+            {
+                (op, kind): self._collective(op, kind, group)
+                for kind, group in self._groups()
+                for op in get_args(Operation)
+            },
+            {kind: self._waiting(kind, group) for kind, group in self._groups()},
+        )
+
+    def _products(self, dtype: str) -> Sequence[tuple[int, int, int]]:
+        slow = self.device.type == "cpu" and dtype in ("fp64", "fp16")
+        return [self.sizes.slow] if slow else self.sizes.products
+
+    def _gemm(self, name: str) -> Series:
+        amounts, seconds = [], []
+        for rows, inputs, outputs in self._products(name):
+            x, w, g = (
+                torch.randn(shape, device=self.device, dtype=DTYPES[name])
+                for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+            )
+
+            def both_passes(x: Tensor = x, w: Tensor = w, g: Tensor = g) -> None:
+                x @ w.t()
+                g @ w
+                g.t() @ x
+
+            amounts.append(2.0 * rows * inputs * outputs)
+            seconds.append(self._time(f"matrix products in {name}", both_passes) / 3)
+        return Series(name, "FLOP", "linear layers, the three products of both passes", amounts, seconds)
+
+    def _attention(self) -> Series:
+        amounts, seconds = [], []
+        width = _HEADS[self.device.type]
+        for samples, heads, tokens in self.sizes.attention:
+            q, k, v, g = (
+                torch.randn(samples, heads, tokens, width, device=self.device, dtype=DTYPES[self.main])
+                for _ in range(4)
+            )
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+
+            def both_passes(inputs: list[Tensor] = inputs, g: Tensor = g) -> None:
+                q, k, v = inputs
+                torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), inputs, g)
+
+            amounts.append(7.0 * samples * heads * tokens**2 * width / 2)  # two products forward, five backward, halved
+            seconds.append(self._time("attention", both_passes) / 2)
+        how = f"causal, in {self.main}, heads of {width}, forward and backward pass"
+        return Series("attention", "FLOP", how, amounts, seconds)
+
+    def _stream(self, name: str, kernels: list[Callable[[Tensor], Tensor]], what: str) -> Series:
+        amounts, seconds = [], []
+        itemsize = DTYPES[self.main].itemsize
+        for size in self.sizes.streams:
+            number = max(2, self.sizes.pool // size)
+            pool = [
+                torch.randn(size // itemsize // 512, 512, device=self.device, dtype=DTYPES[self.main])
+                for _ in range(number)
+            ]
+            operands = cycle(pool)  # each has left the cache by its next turn
+
+            def once(operands: Iterator[Tensor] = operands) -> None:
+                for kernel in kernels:
+                    kernel(next(operands))
+
+            amounts.append(2.0 * size)
+            seconds.append(self._time(f"{name} of bytes", once) / len(kernels))
+        return Series(name, "B", f"{what}; {self.main}, bytes read and written", amounts, seconds)
+
+    def _dispatch(self) -> Dispatch:
+        """Of a model so small that nothing but the host's work is left, per operation that a simulation would count."""
+        model = ModelConfig(layers=4, hidden=16, heads=2, ffn=32, sequence_length=16, vocab_size=64)
+        topology = Topology(ParallelDegrees(self.world), self.device)
+        network = GPT(model, MoEConfig(num_experts=4), topology, seed=0)
+        ids = torch.zeros(1, 16, dtype=torch.int64, device=self.device)
+        names = {parameter: name for name, parameter in network.named_parameters()}
+        adam = torch.optim.AdamW(list(names), lr=0.0)
+        alone, _ = dist.new_subgroups(1)  # so that nothing is communicated
+        comm = Collectives(dict.fromkeys(topology.comm.sizes, alone))
+        sharded = ShardedOptimizer(adam, comm, names, zero=True, tile=_TILE)
+        gradients = {parameter: torch.zeros_like(parameter) for parameter in names}
+
+        def forward() -> Tensor:
+            return network(ids)[0].sum()
+
+        loss = forward()
+
+        def backward() -> None:
+            for parameter in names:
+                parameter.grad = None
+            loss.backward(retain_graph=True)
+
+        def step() -> None:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            sharded.reduce_gradients()
+            sharded.clip(1.0)
+            adam.step()
+
+        def of_one(function: Callable[[], Any]) -> float:
+            adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
+            number = self._operations(function)
+            adam.param_groups[0]["foreach"] = None
+            return self._time(f"dispatch, {function.__name__}", function, "host") / number
+
+        return Dispatch(forward=of_one(forward), backward=of_one(backward), optimizer=of_one(step))
+
+    def _operations(self, function: Callable[[], Any]) -> int:
+        function()  # a first call may do more than others
+        with _Operations() as operations:
+            function()
+        return operations.number
+
+    def _fresh(self) -> float:
+        """More than the C library keeps: the system maps, and clears, every page again."""
+        return _FRESH / self._time("fresh memory", lambda: torch.zeros(_FRESH // 4))
+
+    def _kinds(self) -> Iterator[tuple[Group, int, bool]]:
+        """Kinds of group, with their size and whether their ranks are neighbours."""
+        seen = set()
+        for size in (n for n in range(2, self.world + 1) if self.world % n == 0):
+            for neighbours in (True, False):
+                stride = 1 if neighbours else self.world // size
+                nodes = len({rank * stride // self.per_node for rank in range(size)})
+                if (size, nodes) not in seen:
+                    seen.add((size, nodes))
+                    yield Group(size, nodes), size, neighbours
+
+    def _groups(self) -> Iterator[tuple[Group, dist.ProcessGroup]]:
+        for kind, size, neighbours in self._kinds():
+            shape = (self.world // size, size) if neighbours else (size, self.world // size)
+            yield kind, init_device_mesh(self.device.type, shape).get_group(1 if neighbours else 0)
+
+    def _collective(self, op: Operation, kind: Group, group: dist.ProcessGroup) -> Series:
+        comm = Collectives({"world": group})
+        amounts, seconds = [], []
+        for size in self.sizes.messages:
+            rows = size // 4 // 256 // kind.size * kind.size or kind.size
+            x = torch.randn(rows // kind.size if op == "all_gather" else rows, 256, device=self.device)
+
+            def once(x: Tensor = x) -> None:
+                getattr(comm, op)(x, "world", tag="calibrate", phase="metrics")
+
+            amounts.append(rows * 1024 * (kind.size - 1) / kind.size * (2 if op == "all_reduce" else 1))
+            seconds.append(self._time(f"{op} of {kind.size}", once))
+        how = f"{len(amounts)} sizes, bytes sent by a rank; all groups at the same time"
+        return Series(op, "B", how, amounts, seconds)
+
+    def _waiting(self, kind: Group, group: dist.ProcessGroup) -> Series:
+        """Processes are never equally fast, less so if they take turns at a core."""
+        comm, number = Collectives({"world": group}), torch.zeros(1, device=self.device)
+        rows, inputs, outputs = self.sizes.products[0]
+        x, w = (torch.randn(shape, device=self.device) for shape in ((rows, inputs), (inputs, outputs)))
+
+        def meet() -> None:
+            comm.all_reduce(number, "world", tag="calibrate", phase="metrics")
+
+        def compute(times: int) -> None:
+            for _ in range(times):
+                x @ w
+
+        def compute_and_meet(times: int) -> None:
+            compute(times)
+            meet()
+
+        what = f"waiting for {kind.size}"
+        meeting = self._time(what, meet)
+        amounts, seconds = [], []
+        for times in self.sizes.repeats:
+            self.progress(what)
+            alone, together = self._blocks([partial(compute, times), partial(compute_and_meet, times)])
+            longer = median((b - meeting) / a for a, b in zip(alone, together, strict=True))  # of neighbours in time
+            amounts.append(median(alone))
+            seconds.append(amounts[-1] * max(1.0, longer))
+        return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
+
+    def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
+        """Seconds of one call, mean over processes, in the median of several blocks.
+
+        Args:
+            what: for the progress bar.
+            function: to call.
+            clock: ``device``: how long the call keeps the device busy; ``host``: until it is done, launches included.
+        """
+        self.progress(what)
+        (times,) = self._blocks([function], clock)
+        return median(times)
+
+    def _blocks(
+        self, functions: Sequence[Callable[[], Any]], clock: Literal["device", "host"] = "device"
+    ) -> list[list[float]]:
+        """Seconds of one call of each function, mean over processes, in blocks that take turns."""
+        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
+        calls = []
+        for function in functions:
+            function()
+            once = self._mean(self._on_host(function, 1))
+            calls.append(max(1, math.ceil(self.sizes.block / once)))
+        times: list[list[float]] = [[] for _ in functions]
+        for _ in range(_BLOCKS):
+            for function, number, taken in zip(functions, calls, times, strict=True):
+                self._mean(0.0)  # all begin together
+                taken.append(self._mean(block(function, number)))
+        return times
+
+    def _on_host(self, function: Callable[[], Any], calls: int) -> float:
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / calls
+
+    def _on_gpu(self, function: Callable[[], Any], calls: int) -> float:
+        calls = min(calls, _QUEUED)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        launching = (time.perf_counter() - began) * calls
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(launching * _CYCLES))  # the device waits until all is launched
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / calls
+
+    def _mean(self, value: float) -> float:
+        """Over processes, which all learn it: they must take the same number of calls."""
+        if self.world == 1:
+            return value
+        total = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.item() / self.world
+
+
+class _Operations(TorchDispatchMode):
+    """Counts operations as the simulation does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.number += work_of(func, args, kwargs or {}, out) is not None
+        return out

@@ -1,0 +1,210 @@
+"""What was measured, for the cost model (a cluster file) and for people (a table, a picture)."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from tedlab.comm.collectives import Operation
+from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
+from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
+from tedlab.predict.calibrate.measure import Group, Measured
+
+_COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
+_MARKS = "os^Dv*"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Where it was measured.
+
+    Attributes:
+        processes: in all.
+        per_node: of them.
+        threads: of each.
+        device: its name.
+        memory_bytes: that each process has.
+        asynchronous: whether the host goes on while kernels run.
+        main: dtype of models there.
+        date: of the measurement.
+    """
+
+    processes: int
+    per_node: int
+    threads: int
+    device: str
+    memory_bytes: float
+    asynchronous: bool
+    main: str
+    date: str
+
+
+def cluster_yaml(measured: Measured, facts: Facts) -> str:
+    """The text of a cluster file, every figure with how it was measured."""
+    products = {name: fit(series) for name, series in measured.products.items()}
+    main, attention = products[facts.main], fit(measured.attention)
+    movement, arithmetic = fit(measured.movement), fit(measured.arithmetic)
+    fits = {key: fit(series) for key, series in measured.collectives.items()}
+    inside = _widest(fits, nodes=1)
+    outside = next((key for key in reversed(fits) if key[1].nodes > 1 and key[0] == "all_reduce"), None)
+    lines = [
+        f"# Measured by tedlab calibrate on {facts.date}: {facts.processes} processes of {facts.threads} threads,",
+        f"# torch {torch.__version__}, {facts.device}. Figures are what is reached, so efficiencies are 1.",
+        f"gpus_per_node: {facts.per_node}  # processes on a node, started for the measurement",
+        f"memory_bytes: {facts.memory_bytes:.4g}  # "
+        + ("of the GPU" if facts.asynchronous else "of the machine, divided by the processes"),
+        f"memory_bandwidth: {movement.rate:.4g}  # {_how(measured.movement, movement)}",
+        "peak_flops:",
+        *(f"  {n}: {line.rate:.4g}  # {_how(measured.products[n], line)}" for n, line in products.items()),
+        *_link("in_node", fits, inside, 1),
+        *_link("between_nodes", fits, outside, facts.per_node),
+        "efficiency:",
+        "  gemm: 1  # measured figures above",
+        "  memory: 1  # measured figures above",
+        "  in_node: 1  # measured figures above",
+        "  between_nodes: 1  # measured figures above",
+        "  all_to_all: 1  # measured figures above",
+        f"  attention: {min(1.0, attention.rate / main.rate):.4g}  # {_how(measured.attention, attention)}",
+        "kernels:",
+        "  dispatch:  # seconds per operation of a model too small to compute anything",
+        f"    forward: {measured.dispatch.forward:.4g}  # a forward pass",
+        f"    backward: {measured.dispatch.backward:.4g}  # a backward pass",
+        f"    optimizer: {measured.dispatch.optimizer:.4g}  # gradients gathered and clipped, AdamW tile by tile",
+        f"  asynchronous: {str(facts.asynchronous).lower()}  # "
+        + ("the host only launches kernels" if facts.asynchronous else "the host computes"),
+        f"  gemm_latency: {main.latency:.4g}  # of the line through {facts.main}'s matrix products",
+        f"  attention_latency: {attention.latency:.4g}  # of the line through attention",
+        *(
+            [
+                f"  memory_latency: {movement.latency:.4g}  # of the line through adding and copying",
+                f"  arithmetic_latency: {arithmetic.latency:.4g}  # of the line through GELU, softmax and layer norm",
+            ]
+            if facts.asynchronous  # elsewhere dispatch has them
+            else []
+        ),
+        f"  arithmetic_bandwidth: {arithmetic.rate:.4g}  # {_how(measured.arithmetic, arithmetic)}",
+    ]
+    if measured.fresh is not None:
+        lines.append(f"  fresh_bandwidth: {measured.fresh:.4g}  # zeros of 64 MiB, mapped anew each time")
+    if fits:
+        lines.append("collectives:  # latency in seconds, bandwidth in bytes/s that a rank sends")
+    for (op, kind), line in fits.items():
+        values = (
+            f"op: {op}, size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, bandwidth: {line.rate:.4g}"
+        )
+        lines.append(f"  - {{{values}}}  # {_how(measured.collectives[op, kind], line)}")
+    if fits:
+        lines.append("waits:  # for the slowest of a group: latency + share of the seconds since the last collective")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        values = f"size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, share: {_share(line):.4g}"
+        lines.append(f"  - {{{values}}}  # {_how(series, line)}")
+    return "\n".join(lines) + "\n"
+
+
+def _share(line: Line) -> float:
+    """Of the time between collectives that is added by waiting, of a line from the one to both."""
+    return max(0.0, 1 / line.rate - 1)
+
+
+Key = tuple[Operation, Group]
+
+
+def _widest(fits: dict[Key, Line], nodes: int) -> Key | None:
+    """The all-reduce of most ranks on so many nodes."""
+    keys = [key for key in fits if key[0] == "all_reduce" and key[1].nodes == nodes]
+    return max(keys, key=lambda key: key[1].size, default=None)
+
+
+def _link(name: str, fits: dict[Key, Line], key: Key | None, share: int) -> Iterator[str]:
+    """For groups that were not measured themselves: the link that would make a ring as fast as this one."""
+    if key is None:
+        yield f"{name}: null  # no group of processes uses such a link"
+        return
+    _, kind = key
+    steps = 2 * (kind.size - 1 if kind.nodes == 1 else kind.nodes - 1)
+    source = f"from the all-reduce of {kind.size} on {kind.nodes} node{'s' if kind.nodes > 1 else ''}"
+    yield f"{name}:"
+    yield f"  bandwidth: {fits[key].rate * share:.4g}  # {source}"
+    yield f"  latency: {max(fits[key].latency / steps, 1e-9):.4g}  # {source}, one of {steps} steps"
+
+
+def _how(series: Series, line: Line) -> str:
+    worst = f", off by {largest_error(series, line):.0%} at most" if len(series.amounts) > 1 else ""
+    return f"{series.how}{worst}"
+
+
+def fit_table(measured: Measured, title: str) -> Table:
+    """Latency and rate of everything, with the worst error."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("measured")
+    for heading in ("latency, µs", "rate", "worst error"):
+        table.add_column(heading, justify="right")
+    everything = [
+        *((f"matrix products, {name}", series) for name, series in measured.products.items()),
+        ("attention", measured.attention),
+        ("moving bytes", measured.movement),
+        ("norms, softmax, GELU", measured.arithmetic),
+        *((f"{op} of {kind.size} on {kind.nodes}", series) for (op, kind), series in measured.collectives.items()),
+    ]
+    for name, series in everything:
+        line = fit(series)
+        rate = f"{line.rate / 1e9:,.2f} G{'FLOP' if series.unit == 'FLOP' else 'B'}/s"
+        table.add_row(name, f"{line.latency * 1e6:,.1f}", rate, f"{largest_error(series, line):.0%}")
+    for kind, series in measured.waits.items():
+        line = fit(series)
+        table.add_row(
+            f"waiting for {kind.size} on {kind.nodes}",
+            f"{line.latency * 1e6:,.1f}",
+            f"{_share(line):.1%} of the time",
+            f"{largest_error(series, line):.0%}",
+        )
+    if measured.fresh is not None:
+        table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
+    for phase, seconds in asdict(measured.dispatch).items():
+        table.add_row(f"an operation, {phase}", f"{seconds * 1e6:,.1f}", "", "")
+    return table
+
+
+def picture(measured: Measured, path: Path) -> None:
+    """Marks are measured, lines are the fit."""
+    by_group: dict[Group, list[tuple[str, Series]]] = {}
+    for (op, kind), series in measured.collectives.items():
+        by_group.setdefault(kind, []).append((op.replace("_", "-"), series))
+    panels = [
+        ("matrix products and attention", [*measured.products.items(), ("attention", measured.attention)]),
+        ("memory", [("add, copy", measured.movement), ("norm, softmax, GELU", measured.arithmetic)]),
+        *((f"groups of {kind.size} on {kind.nodes} node(s)", series) for kind, series in by_group.items()),
+    ]
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns, 3.6 * rows), dpi=130, layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
+    for place, (title, lines) in zip(axes, panels, strict=False):
+        _panel(place, title, lines)
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    figure.savefig(path)
+
+
+def _panel(axes: Axes, title: str, lines: list[tuple[str, Series]]) -> None:
+    for (name, series), colour, mark in zip(lines, _COLOURS, _MARKS, strict=False):
+        line = fit(series)
+        amounts = np.array(series.amounts)
+        axes.plot(amounts, amounts / series.seconds / 1e9, mark, color=colour, ms=5, label=name)
+        between = np.geomspace(amounts.min(), amounts.max(), 100)
+        axes.plot(between, between / (line.latency + between / line.rate) / 1e9, color=colour, lw=1)
+    unit = lines[0][1].unit
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("FLOP of one operation" if unit == "FLOP" else "bytes of one operation")
+    axes.set_ylabel("GFLOP/s" if unit == "FLOP" else "GB/s")
+    axes.grid(alpha=0.3, which="both", lw=0.4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7)

@@ -1,0 +1,217 @@
+"""The hardware that predictions are made for: what a cluster's GPUs, links and network can do, typed and from YAML.
+
+``conf/cluster/`` has one file per cluster, each figure with its source or the word *assumed*. What the figures mean
+for a collective is in ``cost.py``.
+"""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tedlab.cli import CONF, UsageError
+from tedlab.untrusted import interpolation, read_yaml
+
+_OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+_LARGEST_FILE = 1 << 20
+
+
+@dataclass
+class Link:
+    """One way for bytes to travel."""
+
+    bandwidth: float = MISSING  # bytes/s in each direction, as the maker states it
+    latency: float = MISSING  # seconds of one step of a collective over this link, its size apart
+
+
+@dataclass
+class PeakFlops:
+    """Floating-point operations per second of one GPU in dense matrix products, by dtype."""
+
+    fp64: float = MISSING
+    fp32: float = MISSING  # without TF32, as in torch's default
+    fp16: float = MISSING
+    bf16: float = MISSING
+
+
+@dataclass
+class Efficiency:
+    """The share of a stated peak that programs reach: above 0, at most 1."""
+
+    gemm: float = MISSING  # of the peak FLOP/s, in large matrix products
+    memory: float = MISSING  # of the memory bandwidth
+    in_node: float = MISSING  # of the link between the GPUs of a node
+    between_nodes: float = MISSING  # of the node's network, in a ring
+    all_to_all: float = MISSING  # of the node's network, in an all-to-all
+    attention: float | None = None  # of the peak FLOP/s, in fused attention; None: as gemm
+
+
+@dataclass
+class Dispatch:
+    """Seconds that the host is busy with one operation: Python, autograd, dispatcher, the launch of a kernel."""
+
+    forward: float = 0.0  # recomputation included
+    backward: float = 0.0
+    optimizer: float = 0.0
+
+
+@dataclass
+class Kernels:
+    """What keeps operations from the roofline. By default nothing does; ``tedlab.predict.calibrate`` measures it."""
+
+    dispatch: Dispatch = field(default_factory=Dispatch)
+    asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
+    gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
+    attention_latency: float = 0.0  # seconds of a fused attention, its size apart
+    memory_latency: float = 0.0  # seconds of any other kernel, its size apart
+    arithmetic_latency: float | None = None  # likewise, of norms, softmax, GELU; None: as any other
+    arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
+    fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
+
+
+@dataclass
+class MeasuredCollective:
+    """A collective in groups of one kind, all of them at the same time: latency + wire bytes / bandwidth."""
+
+    op: str = MISSING  # all_reduce, all_gather, reduce_scatter or all_to_all
+    size: int = MISSING  # ranks of the group
+    nodes: int = MISSING  # that the group is on
+    latency: float = MISSING  # seconds of the whole collective, its size apart
+    bandwidth: float = MISSING  # bytes/s that a rank sends
+
+
+@dataclass
+class MeasuredWait:
+    """How long a rank waits in a collective for the slowest of its group: latency + share × seconds since the last."""
+
+    size: int = MISSING  # ranks of the group
+    nodes: int = MISSING  # that the group is on
+    latency: float = MISSING  # seconds, however long ago the last collective was
+    share: float = MISSING  # of the time since then
+
+
+@dataclass
+class ClusterConfig:
+    """A cluster of equal nodes of equal GPUs.
+
+    Raises:
+        ValueError: if a figure cannot be: not positive, an efficiency above 1, a link that is missing or superfluous.
+    """
+
+    gpus_per_node: int = MISSING
+    memory_bytes: float = MISSING  # of one GPU, as the driver reports it
+    memory_bandwidth: float = MISSING  # bytes/s of one GPU
+    peak_flops: PeakFlops = MISSING
+    in_node: Link | None = MISSING  # bandwidth of one GPU towards the others of its node; None: it is alone
+    between_nodes: Link | None = MISSING  # bandwidth of a whole node, shared by its GPUs; None: there is one node
+    efficiency: Efficiency = MISSING
+    kernels: Kernels = field(default_factory=Kernels)
+    collectives: list[MeasuredCollective] = field(default_factory=list)  # in place of the formulas, where they fit
+    waits: list[MeasuredWait] = field(default_factory=list)  # for groups of other kinds: all ranks are equally fast
+
+    def __post_init__(self) -> None:
+        for name, value in _numbers(asdict(self)).items():
+            if not math.isfinite(value):
+                raise ValueError(f"{name} is {value:g}; it must be a finite number")
+            if value < 0 or (value == 0 and not _may_be_zero(name)):
+                raise ValueError(f"{name} is {value:g}; it must be positive")
+            if name.startswith("efficiency.") and value > 1:
+                raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
+        for number, collective in enumerate(self.collectives):
+            if collective.op not in _OPS:
+                raise ValueError(f"collectives.{number}.op is {collective.op}; valid: {', '.join(_OPS)}")
+        groups: dict[str, Sequence[MeasuredCollective | MeasuredWait]] = {
+            "collectives": self.collectives,
+            "waits": self.waits,
+        }
+        for kind, measured in groups.items():
+            for number, group in enumerate(measured):
+                if group.nodes > group.size:
+                    raise ValueError(
+                        f"{kind}.{number}.nodes is {group.nodes}, but a group of {group.size} ranks is on no more nodes"
+                    )
+        if (self.in_node is None) != (self.gpus_per_node == 1):
+            raise ValueError(
+                f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
+                "a node of several GPUs has a link between them, a single GPU has none (in_node: null)"
+            )
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of one GPU with Lightning's ``trainer.precision``."""
+        short = {"64": "fp64", "32": "fp32", "16": "fp16", "bf16": "bf16"}
+        peak: float = getattr(self.peak_flops, short[precision.split("-")[0]])
+        return peak
+
+
+def cluster_names() -> list[str]:
+    """The clusters in ``conf/cluster/``."""
+    return sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+
+
+def load_cluster(name_or_path: str | Path) -> ClusterConfig:
+    """A cluster by its name in ``conf/cluster/``, or from a file of one's own whose path ends in ``.yaml``.
+
+    Raises:
+        UsageError: if there is no such cluster, or its file has unknown, missing or impossible values; says which
+            would be valid.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".yaml":
+        names = cluster_names()
+        if str(name_or_path) not in names:
+            near = difflib.get_close_matches(str(name_or_path), names, n=1)
+            raise UsageError(
+                f"There is no cluster '{name_or_path}'.{f' Did you mean {near[0]}?' if near else ''}\n"
+                f"Valid: {', '.join(names)}, or the path of a .yaml file like those in {CONF / 'cluster'}"
+            )
+        path = CONF / "cluster" / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file. Clusters known by name: {', '.join(cluster_names())}")
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(ClusterConfig), _plain(path))
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ValueError(f"no value for {', '.join(missing)}")
+        cluster = OmegaConf.to_object(config)
+        assert isinstance(cluster, ClusterConfig)
+        return cluster
+    except OmegaConfBaseException as error:
+        known = ", ".join(field.name for field in fields(error.object_type or ClusterConfig))
+        what = str(error).splitlines()[0]
+        raise UsageError(f"{path}: {error.full_key}: {what}\nThere is: {known}") from None
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    """What is in a YAML file, which need not be one's own: figures, and nothing that stands for something else."""
+    if path.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"it has {path.stat().st_size:,} bytes; a cluster takes no {_LARGEST_FILE:,}")
+    tree = read_yaml(path)
+    if interpolation(tree) is not None:
+        raise ValueError("it has an interpolation (${…}); write the figure itself")
+    return tree
+
+
+def _may_be_zero(name: str) -> bool:
+    """Some times and shares, but never what something is divided by."""
+    group, _, last = name.partition(".")
+    return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "size", "nodes"))
+
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dictionaries and lists by dotted name."""
+    flat: dict[str, float] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, list):
+            flat |= _numbers({str(i): entry for i, entry in enumerate(value)}, f"{prefix}{name}.")
+        elif isinstance(value, int | float):
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,191 @@
+"""What a collective costs on a given cluster: seconds, and bytes by the kind of link they take.
+
+A hierarchical α–β model: every link has a latency α and a bandwidth; a node's network is shared by its GPUs. Ranks
+fill nodes in order, ``gpus_per_node`` each. Nothing here communicates, and nothing here knows about models.
+
+Notation, for a group of n ranks on m nodes and a buffer of P bytes (of each rank: the input of an all-reduce, a
+reduce-scatter or an all-to-all, the output of an all-gather):
+
+- B: bandwidth of one GPU inside its node × its efficiency; N: bandwidth of a whole node's network × its efficiency;
+- α_in, α_out: latency of one step inside a node and between nodes.
+
+**All groups of a kind communicate at the same time**: while this group runs a collective, so do its siblings, the
+groups of the same size and stride that make up the rest of the cluster, and a node's network carries all that its
+ranks send out. (Under tensor = 4, four data groups leave every node at once.)
+
+**Rings** (all-reduce, all-gather, reduce-scatter). Each rank passes V = r·P·(n−1)/n bytes to the next one, where r = 2
+for an all-reduce and 1 otherwise, in r·(n−1) steps. A ring leaves each of its m nodes once, however many members it has
+there, and is as fast as its slowest link; with s groups leaving the busiest node,
+
+    seconds = r·((n−m)·α_in + (m−1)·α_out) + max(V / B, s·V / N)
+
+With k members on each node of g GPUs, s = g/k: a GPU's share of the network is N/g, and a ring has k of them.
+
+**All-to-all.** A rank with k members of its group on its own node (itself included) sends P·(k−1)/n bytes inside the
+node and P·(n−k)/n out of it. Both parts overlap, all messages leave together:
+
+    seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
+
+A part without bytes to send costs nothing; a group of one costs nothing.
+
+**Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace all this for groups of the same
+operation, n and m: seconds = latency + V / bandwidth, with V the bytes that a rank sends (P·(n−1)/n in an all-to-all).
+Likewise measured ``waits`` say how long a rank waits for the slowest of n on m nodes; elsewhere all are equally fast.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from tedlab.predict.cluster import ClusterConfig
+
+if TYPE_CHECKING:  # keeps comm free to import this module
+    from tedlab.comm.collectives import Operation
+
+LinkClass = Literal["in_node", "between_nodes"]
+
+
+def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[int], cluster: ClusterConfig) -> float:
+    """Seconds that one collective takes; the formulas are at the top of this module.
+
+    Args:
+        op: the operation.
+        payload_bytes: bytes in the buffer of each rank (P).
+        members: the global ranks of the group, evenly spaced. A ``range`` is cheapest.
+        cluster: where they are.
+
+    Raises:
+        ValueError: if the ranks are not evenly spaced, or are more than the cluster's only node has.
+    """
+    if len(members) == 1:
+        return 0.0
+    place = placement_of(_as_range(members), cluster.gpus_per_node)
+    if cluster.between_nodes is None and members[-1] >= cluster.gpus_per_node:
+        raise ValueError(
+            f"there is no rank {members[-1]} on this cluster: it is one node of {cluster.gpus_per_node} "
+            "(between_nodes is null). Use fewer ranks, or a cluster of several nodes"
+        )
+    passed = _wire_bytes(op, payload_bytes, place.size)
+    for measured in cluster.collectives:
+        if (measured.op, measured.size, measured.nodes) == (op, place.size, place.nodes):
+            return measured.latency + passed / measured.bandwidth
+    inside = cluster.in_node if place.most_together > 1 else None
+    outside = cluster.between_nodes if place.nodes > 1 else None
+    efficiency = cluster.efficiency
+    if op == "all_to_all":
+        parts = []
+        if inside:
+            sent = payload_bytes * (place.most_together - 1) / place.size
+            parts.append(inside.latency + sent / (inside.bandwidth * efficiency.in_node))
+        if outside:
+            sent = payload_bytes * place.buffers_out
+            parts.append(outside.latency + sent / (outside.bandwidth * efficiency.all_to_all))
+        return max(parts)
+    rounds = 2 if op == "all_reduce" else 1
+    latency, slowest = 0.0, 0.0
+    if inside:
+        latency += rounds * (place.size - place.nodes) * inside.latency
+        slowest = passed / (inside.bandwidth * efficiency.in_node)
+    if outside:
+        latency += rounds * (place.nodes - 1) * outside.latency
+        slowest = max(slowest, place.groups_out * passed / (outside.bandwidth * efficiency.between_nodes))
+    return latency + slowest
+
+
+def waiting_seconds(since: float, members: Sequence[int], cluster: ClusterConfig) -> float:
+    """Seconds that a rank waits for the slowest of its group, where the cluster's ``waits`` say so.
+
+    Args:
+        since: seconds since it last communicated.
+        members: the global ranks of the group, evenly spaced.
+        cluster: where they are.
+    """
+    if len(members) == 1:
+        return 0.0
+    place = placement_of(_as_range(members), cluster.gpus_per_node)
+    for wait in cluster.waits:
+        if (wait.size, wait.nodes) == (place.size, place.nodes):
+            return wait.latency + wait.share * since
+    return 0.0
+
+
+def link_of(members: Sequence[int], gpus_per_node: int) -> LinkClass:
+    """Whether a group stays inside one node or has to use the network between nodes."""
+    return "in_node" if members[0] // gpus_per_node == members[-1] // gpus_per_node else "between_nodes"
+
+
+def wire_bytes_by_link(
+    op: "Operation", payload_bytes: float, members: Sequence[int], gpus_per_node: int
+) -> dict[LinkClass, float]:
+    """Bytes that a rank sends in one collective, by the kind of link they take: the mean over the group's ranks.
+
+    A ring's bytes take the link to the next member, so a ring over m > 1 nodes sends m/n of all bytes between nodes;
+    of an all-to-all those go between nodes whose receiver is on another node. The two always add up to the wire bytes
+    of the collective, (n−1)/n of its payload, or twice that for an all-reduce.
+    """
+    place = placement_of(_as_range(members), gpus_per_node)
+    total = _wire_bytes(op, payload_bytes, place.size)
+    if place.nodes == 1:
+        return {"in_node": total, "between_nodes": 0.0}
+    out = payload_bytes * place.mean_elsewhere if op == "all_to_all" else total * place.nodes / place.size
+    return {"in_node": total - out, "between_nodes": out}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a group lies on its nodes, and what it shares them with.
+
+    Attributes:
+        size: members (n).
+        nodes: nodes that have members (m).
+        most_together: members on the node that has most.
+        groups_out: groups with members both on and off the node, this group's siblings included; of the busiest node.
+        buffers_out: all-to-all payloads that leave the busiest node when all its groups exchange at once.
+        mean_elsewhere: share of its all-to-all payload that a member sends to other nodes, mean over the members.
+    """
+
+    size: int
+    nodes: int
+    most_together: int
+    groups_out: int
+    buffers_out: float
+    mean_elsewhere: float
+
+
+@cache
+def placement_of(members: range, gpus_per_node: int) -> Placement:
+    size, stride = len(members), members.step
+    block = size * stride  # consecutive ranks that a group and the siblings interleaved with it fill
+    origin = (members.start - members.start % stride) % block
+
+    def group_of(rank: int) -> range:
+        first = rank - (rank - origin) % block + rank % stride
+        return range(first, first + block, stride)
+
+    @cache
+    def count_by_node(group: range) -> Counter[int]:
+        return Counter(rank // gpus_per_node for rank in group)
+
+    own = count_by_node(members)
+    groups_out, buffers_out = 0, 0.0
+    for node in own:
+        ranks = range(node * gpus_per_node, (node + 1) * gpus_per_node)
+        here = {group: count_by_node(group)[node] for group in map(group_of, ranks)}
+        groups_out = max(groups_out, sum(count < size for count in here.values()))
+        buffers_out = max(buffers_out, sum(count * (size - count) for count in here.values()) / size)
+    elsewhere = sum(count * (size - count) for count in own.values()) / size**2
+    return Placement(size, len(own), max(own.values()), groups_out, buffers_out, elsewhere)
+
+
+def _as_range(members: Sequence[int]) -> range:
+    step = members[1] - members[0] if len(members) > 1 else 1
+    spaced = range(members[0], members[0] + step * len(members), step) if step > 0 else None
+    if spaced is None or (members != spaced and list(members) != list(spaced)):
+        raise ValueError(f"a group's ranks must be in order and evenly spaced, as in every topology; got {members}")
+    return spaced
+
+
+def _wire_bytes(op: "Operation", payload_bytes: float, size: int) -> float:
+    return payload_bytes * (size - 1) / size * (2 if op == "all_reduce" else 1)

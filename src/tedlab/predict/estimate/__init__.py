@@ -1,0 +1,5 @@
+"""Memory of a rank and time of a step in closed form (docs/plan.md)."""
+
+from tedlab.predict.estimate.estimate import Estimate, estimate
+
+__all__ = ["Estimate", "estimate"]

@@ -1,0 +1,63 @@
+"""The file that ``tedlab.predict.plan`` writes and ``+plan=FILE`` takes: overrides, one a line, of the keys below only.
+
+Such a file may come from others, and with any override it could make Hydra call any function: ``_target_`` below
+``optim.optimizer`` or ``logger``, ``hydra.launcher``, ``--config-dir``. So it says what a model is and how it is laid
+out, and nothing else.
+"""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from tedlab.config import CommConfig, DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig
+
+_GROUPS = {"experiment", "model", "moe", "parallel", "comm", "data", "optim", "trainer"}  # presets of the user's conf/
+_SECTIONS = {
+    "model": ModelConfig,
+    "moe": MoEConfig,
+    "parallel": ParallelConfig,
+    "comm": CommConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+}
+_APART = {"comm.ledger", "data.path", "data.field", "data.tokenizer", "data.cache_dir", "optim.optimizer"}
+_TRAINER = {"accelerator", "devices", "num_nodes", "precision", "max_steps", "accumulate_grad_batches"}
+KEYS = {f"{section}.{field.name}" for section, kind in _SECTIONS.items() for field in fields(kind)} - _APART
+KEYS |= {f"trainer.{name}" for name in (*_TRAINER, "gradient_clip_val")} | {"seed", "validate_every"}
+
+_OVERRIDE = re.compile(r"(?:\+\+?)?([\w.]+)=(.*)")
+_OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a group: a name, no path that leads out of conf/
+_VALUE = re.compile(r"[^${}()]*")  # no interpolation, no dictionary, no function of Hydra's
+
+
+def allowed(override: str) -> bool:
+    """Whether a plan's file may have it."""
+    parts = _OVERRIDE.fullmatch(override)
+    if parts is None:
+        return False
+    key, value = parts.groups()
+    if key in _GROUPS:
+        return _OPTION.fullmatch(value) is not None and ".." not in value
+    return key in KEYS and _VALUE.fullmatch(value) is not None
+
+
+def read(path: Path) -> list[str]:
+    """The overrides in a file.
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no text, or has a line that no plan has; names it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no plan: it is not text ({error.reason})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    for number, line in enumerate(lines, 1):
+        if not allowed(line):
+            raise ValueError(
+                f"{path}: {line[:80]!r} (override {number}) is nothing that `tedlab plan` writes: a plan "
+                "sets presets and numbers of model, moe, parallel, comm, data, optim and trainer. If you trust it, "
+                "give it on the command line."
+            )
+    return lines

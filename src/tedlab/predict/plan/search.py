@@ -1,0 +1,269 @@
+"""The search for a layout: every combination that validates, what it takes, and which of them are worth a simulation.
+
+Nothing here prints or simulates.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+from tedlab.cli import UsageError
+from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees
+from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.cost import collective_seconds, link_of
+from tedlab.predict.estimate import estimate
+from tedlab.validate import check_simulated
+
+Settings = dict[str, Any]  # by dotted name
+
+_CHECKPOINTING: tuple[Settings, ...] = (
+    {"model.checkpoint": "none", "comm.cac": False},
+    {"model.checkpoint": "block", "comm.cac": False},
+    {"model.checkpoint": "block", "comm.cac": "shard"},
+    {"model.checkpoint": "block", "comm.cac": True},
+)
+_DUPLICATES: tuple[Settings, ...] = (
+    {"comm.dtd": False, "comm.fuse_reduce_scatter": False, "parallel.sequence": False},
+    {"comm.dtd": True, "comm.fuse_reduce_scatter": False, "parallel.sequence": False},
+    {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "parallel.sequence": False},
+    {"comm.dtd": False, "comm.fuse_reduce_scatter": False, "parallel.sequence": True},
+)
+_TILES: tuple[Settings, ...] = ({"optim.tile": 1_800_000}, {"optim.tile": "fused"})
+TOGGLES = {name for group in (_CHECKPOINTING, _DUPLICATES, _TILES) for name in group[0]}
+CHOSEN = {"parallel.tensor", "parallel.expert", "data.micro_batch_size"} | TOGGLES  # what a search chooses
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its toggles, and what it takes.
+
+    Attributes:
+        settings: that make it.
+        rank: that a job waits for.
+        step_seconds, tokens_per_second, mfu: predicted.
+        peak_bytes: of the rank's memory.
+        between_nodes_bytes: that the rank sends to other nodes in a step.
+        fullest: the moment of the peak.
+    """
+
+    settings: Settings
+    rank: int
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+    peak_bytes: int
+    between_nodes_bytes: float
+    fullest: str
+
+    @property
+    def costs(self) -> tuple[float, float, float]:
+        """What should be small."""
+        return self.step_seconds, self.peak_bytes, self.between_nodes_bytes
+
+
+@dataclass
+class Found:
+    """What a search has found.
+
+    Attributes:
+        fitting: candidates that fit.
+        refused: how many combinations do not validate, by reason.
+        too_large: how many do not fit in memory.
+        nearest: the smallest of those.
+    """
+
+    fitting: list[Candidate] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    too_large: int = 0
+    nearest: Candidate | None = None
+
+    def add(self, other: "Found") -> None:
+        """Takes over what another part of the search has found."""
+        self.fitting += other.fitting
+        self.refused += other.refused
+        self.too_large += other.too_large
+        if other.nearest is not None:
+            self.miss(other.nearest)
+
+    def miss(self, candidate: Candidate) -> None:
+        """Remembers the smallest that does not fit."""
+        if self.nearest is None or candidate.peak_bytes < self.nearest.peak_bytes:
+            self.nearest = candidate
+
+
+class Degrees(NamedTuple):
+    """Of a layout."""
+
+    tensor: int
+    expert: int
+
+
+def layouts(config: TrainConfig, fixed: Sequence[str]) -> list[Degrees]:
+    """Every pair of degrees whose product divides the world, and of which experts can be divided by the second.
+
+    Settings named in ``fixed`` are kept as they are, whether that is possible or not.
+    """
+    world, experts = config.parallel.world_size, config.moe.num_experts
+    tensors = [config.parallel.tensor] if "parallel.tensor" in fixed else _divisors(world)
+    degrees = [config.parallel.expert] if "parallel.expert" in fixed else _divisors(experts or 1)
+    pairs = [Degrees(*pair) for pair in product(tensors, degrees)]
+    return [pair for pair in pairs if world % (pair.tensor * pair.expert) == 0] or pairs
+
+
+def search(
+    config: TrainConfig, cluster: ClusterConfig, capacity: float, fixed: Sequence[str], degrees: Degrees
+) -> Found:
+    """All combinations of one pair of degrees.
+
+    Args:
+        config: as composed, not yet completed.
+        cluster: that the job runs on.
+        capacity: bytes of a GPU that may be used.
+        fixed: dotted names of settings that are kept as they are in ``config``.
+        degrees: of the layout.
+
+    Raises:
+        ValueError: see :func:`tedlab.predict.estimate.estimate`.
+    """
+    found = Found()
+    layout: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
+    try:
+        smallest = 1 if "data.micro_batch_size" not in fixed else config.data.micro_batch_size
+        check_simulated(applied(config, layout | {"data.micro_batch_size": smallest, **_plain(config, fixed)}))
+        rank = slowest_rank(config.parallel.world_size, degrees.tensor, cluster)
+    except UsageError as error:
+        found.refused[_reason(error)] += 1
+        return found
+    micro_batches = _micro_batches(config, degrees, fixed)
+    for toggles in _toggles(config, degrees, fixed):
+        for n, size in enumerate(micro_batches):
+            settings = layout | {"data.micro_batch_size": size} | toggles
+            checked = applied(config, settings)
+            try:
+                check_simulated(checked)
+            except UsageError as error:
+                found.refused[_reason(error)] += len(micro_batches) - n
+                break
+            candidate = evaluated(checked, cluster, settings, rank)
+            if candidate.peak_bytes > capacity:
+                found.too_large += (
+                    1  # a larger one may fit: where it is the only one of a step, no sum stands beside it
+                )
+                found.miss(candidate)
+            else:
+                found.fitting.append(candidate)
+    return found
+
+
+def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, rank: int) -> Candidate:
+    """A candidate by the closed form; ``checked`` is its completed configuration."""
+    result = estimate(checked, cluster, rank)
+    return Candidate(
+        settings,
+        rank,
+        result.step_seconds,
+        result.tokens_per_second,
+        result.mfu,
+        result.memory.total,
+        result.wire["between_nodes"],
+        result.memory.name,
+    )
+
+
+def applied(config: TrainConfig, settings: Settings) -> TrainConfig:
+    """A copy with these settings."""
+    changed = copy.deepcopy(config)
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        setattr(getattr(changed, section), key, value)
+    return changed
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other equals or beats in time, memory and traffic between nodes all at once; fastest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: c.costs):
+        if not any(all(a <= b for a, b in zip(other.costs, candidate.costs, strict=True)) for other in front):
+            front.append(candidate)
+    return front
+
+
+def slowest_rank(world: int, tensor: int, cluster: ClusterConfig) -> int:
+    """The first rank whose tensor group is spread over nodes; 0 if none is.
+
+    Raises:
+        UsageError: if the cluster has not so many GPUs.
+    """
+    try:
+        collective_seconds("all_reduce", 0, range(world), cluster)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for first in range(0, min(world, tensor * cluster.gpus_per_node), tensor):
+        if link_of(range(first, first + tensor), cluster.gpus_per_node) == "between_nodes":
+            return first
+    return 0
+
+
+def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Iterator[Settings]:
+    """Combinations of what has an effect in this layout and is not fixed."""
+    several = degrees.tensor > 1
+    communicates = several or degrees.expert > 1
+    checkpointing = [c for c in _CHECKPOINTING if communicates or not c["comm.cac"]]
+    checkpointing = [c for c in checkpointing if several or c["comm.cac"] != "shard"]
+    duplicates = _DUPLICATES if config.moe.num_experts else (_DUPLICATES[0], _DUPLICATES[-1])
+    adam = str(config.optim.optimizer["_target_"]).endswith(("Adam", "AdamW"))
+    tiles = _TILES if adam else _TILES[:1]
+    kept = {name: _value(config, name) for name in TOGGLES.intersection(fixed)}
+    seen: list[Settings] = []
+    for parts in product(checkpointing, duplicates if several else duplicates[:1], tiles):
+        settings = {name: value for part in parts for name, value in part.items()} | kept
+        if settings not in seen:
+            seen.append(settings)
+            yield settings
+
+
+def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], degrees: Degrees) -> int | None:
+    """Peak bytes of the leanest combination of one pair of degrees; None if none validates."""
+    peaks = []
+    for toggles in ({"parallel.sequence": False}, {"parallel.sequence": True, "comm.dtd": False}):
+        lean = {"data.micro_batch_size": 1, "model.checkpoint": "block", "comm.cac": False, **toggles}
+        settings: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
+        settings |= {name: value for name, value in lean.items() if name not in fixed}
+        checked = applied(config, settings)
+        try:
+            check_simulated(checked)
+        except UsageError:
+            continue
+        peaks.append(evaluated(checked, cluster, settings, 0).peak_bytes)
+    return min(peaks, default=None)
+
+
+def _plain(config: TrainConfig, fixed: Sequence[str]) -> Settings:
+    """No toggles but those that are fixed: what tells whether the degrees alone are possible."""
+    plain = _CHECKPOINTING[0] | _DUPLICATES[0]
+    return {name: _value(config, name) if name in fixed else value for name, value in plain.items()}
+
+
+def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> list[int]:
+    """Powers of two that divide a data rank's samples; of the fixed size only."""
+    if "data.micro_batch_size" in fixed:
+        return [config.data.micro_batch_size]
+    samples = config.data.batch_size // ParallelDegrees(config.parallel.world_size, *degrees).data
+    return [1 << n for n in range(samples.bit_length()) if samples % (1 << n) == 0]
+
+
+def _value(config: TrainConfig, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _reason(error: UsageError) -> str:
+    return str(error).partition(". ")[0]

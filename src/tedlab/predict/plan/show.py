@@ -1,0 +1,197 @@
+"""A plan for people: a progress bar, tables, and the file that ``tedlab.train +plan=`` takes."""
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tedlab.config import TrainConfig
+from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.plan.family import base_parameters
+from tedlab.predict.plan.file import allowed
+from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
+from tedlab.predict.plan.search import CHOSEN, Candidate
+
+_GIB = 2**30
+_ROWS = 10
+_REASONS = 8
+
+
+def plan_visibly(
+    config: TrainConfig,
+    cluster_name: str,
+    cluster: ClusterConfig,
+    *,
+    reserve_gib: float,
+    simulations: int,
+    find_largest: bool,
+    given: Sequence[str],
+) -> Plan:
+    """:func:`make_plan` with a progress bar; prints what it found and writes the winner to a file.
+
+    Args:
+        config: as composed, not yet completed.
+        cluster_name, cluster: that the job runs on.
+        reserve_gib: of each GPU, for what is not modelled.
+        simulations: how many candidates are simulated.
+        find_largest: first look for the largest base model.
+        given: overrides of the command line; what they set stays.
+    """
+    fixed = fixed_by(given)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar, worker_processes() as workers:
+        task = bar.add_task("planning")
+
+        def progress(doing: str, done: int, of: int) -> None:
+            bar.update(task, description=doing, completed=done, total=of)
+
+        reserve = reserve_gib * _GIB
+        if find_largest:
+            models = largest_models(config, cluster, workers, reserve=reserve, fixed=fixed, progress=progress)
+            config = max(models.values(), key=base_parameters)
+        plan = make_plan(
+            config, cluster, workers, reserve=reserve, simulations=simulations, fixed=fixed, progress=progress
+        )
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    world = config.parallel.world_size
+    console.print(f"Planned: {world} GPUs of {cluster_name}. Times are predicted, none was measured.")
+    if find_largest:
+        console.print(_models_table(models))
+    usable = cluster.memory_bytes / _GIB - reserve_gib
+    console.print(_candidates_table(plan, usable))
+    console.print(_refused_table(plan, usable))
+    path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
+    console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
+    apart = [shlex.quote(override) for override in given if not allowed(override)]
+    console.print(" ".join([f"python -m tedlab.train +plan={path}", *apart]), soft_wrap=True, markup=False)
+    return plan
+
+
+def fixed_by(given: Sequence[str]) -> list[str]:
+    """The settings that a search would choose, but overrides have set, themselves or with their group."""
+    keys = [override.partition("=")[0].lstrip("+") for override in given]
+    return sorted(
+        name
+        for name in CHOSEN
+        if name in keys or (name.partition(".")[0] in keys and name.startswith(("comm.", "parallel.")))
+    )
+
+
+def write_overrides(
+    plan: Plan, config: TrainConfig, cluster: ClusterConfig, given: Sequence[str], largest: bool, path: Path
+) -> Path:
+    """The overrides that make the winner, one a line; of those given, what such a file may have."""
+    chosen = overrides(plan.winner)
+    if largest:
+        model = config.model
+        chosen = [f"model.{name}={getattr(model, name)}" for name in ("layers", "hidden", "heads", "ffn")] + chosen
+    world, per_node = config.parallel.world_size, cluster.gpus_per_node
+    if world > per_node and world % per_node == 0:
+        chosen += [f"trainer.devices={per_node}", f"trainer.num_nodes={world // per_node}"]
+    keys = {override.partition("=")[0] for override in chosen}
+    kept = [override for override in given if allowed(override) and override.partition("=")[0] not in keys]
+    winner = plan.winner
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"# predicted: {winner.step_seconds:.4g} s a step, {winner.peak_bytes / _GIB:.2f} GiB\n"
+        + "".join(f"{override}\n" for override in [*kept, *chosen])
+    )
+    return path
+
+
+def _models_table(models: Mapping[int, TrainConfig]) -> Table:
+    table = Table(title="largest base model that fits", title_justify="left")
+    for heading in ("tensor", "parameters", "layers", "hidden", "with experts"):
+        table.add_column(heading, justify="right")
+    best = max(models.values(), key=base_parameters)
+    for tensor, config in models.items():
+        base, model, moe = base_parameters(config), config.model, config.moe
+        experts = len(moe.blocks(model.layers)) * (moe.num_experts - 1) * 2 * model.hidden * model.ffn
+        table.add_row(
+            f"{tensor}",
+            f"{base / 1e9:.2f} B",
+            f"{model.layers}",
+            f"{model.hidden}",
+            f"{(base + max(0, experts)) / 1e9:.1f} B",
+            style="bold" if config is best else None,
+        )
+    table.caption = "the bold one is planned; parallel.tensor=… plans another"
+    return table
+
+
+def _candidates_table(plan: Plan, usable: float) -> Table:
+    shown = plan.front[:_ROWS]
+    table = Table(title="layouts that no other beats in everything", title_justify="left")
+    for heading in ("tensor", "expert", "batch"):
+        table.add_column(heading, justify="right")
+    for heading in ("recompute", "duplicates", "tile"):
+        table.add_column(heading)
+    for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB out"):
+        table.add_column(heading, justify="right")
+    for candidate in plan.simulated:
+        table.add_row(*_row(candidate), style="bold" if candidate is plan.winner else None)
+    table.add_section()
+    for candidate in shown:
+        if not any(candidate.settings == other.settings for other in plan.simulated):
+            table.add_row(*_row(candidate), style="dim")
+    more = len(plan.front) - len(shown)
+    table.caption = (
+        f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
+        f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
+        "batch: micro-batch; GB out: sent by a GPU to other nodes in a step"
+    )
+    return table
+
+
+def _largest_error(plan: Plan) -> float:
+    """Of the closed form's time and memory, against the simulator's."""
+    estimated = [next(c for c in plan.front if c.settings == simulated.settings) for simulated in plan.simulated]
+    return max(
+        abs(ours / theirs - 1)
+        for mine, simulated in zip(estimated, plan.simulated, strict=True)
+        for ours, theirs in zip(mine.costs[:2], simulated.costs[:2], strict=True)
+    )
+
+
+def _row(candidate: Candidate) -> list[str]:
+    s = candidate.settings
+    cac = {False: "", True: " cac", "shard": " cac shard"}.get(s["comm.cac"], " cac list")
+    duplicates = "sequence" if s["parallel.sequence"] else "dtd" if s["comm.dtd"] else ""
+    return [
+        f"{s['parallel.tensor']}",
+        f"{s['parallel.expert']}",
+        f"{s['data.micro_batch_size']}",
+        "" if s["model.checkpoint"] == "none" else f"block{cac}",
+        duplicates + (" fused" if s["comm.fuse_reduce_scatter"] else ""),
+        f"{s['optim.tile']}",
+        f"{candidate.step_seconds:.4g}",
+        f"{candidate.tokens_per_second:,.0f}",
+        f"{candidate.mfu:.1%}",
+        f"{candidate.peak_bytes / _GIB:.2f}",
+        f"{candidate.between_nodes_bytes / 1e9:.2f}",
+    ]
+
+
+def _refused_table(plan: Plan, usable: float) -> Table:
+    found = plan.found
+    table = Table(title="combinations", title_justify="left", show_header=False)
+    table.add_column(justify="right")
+    table.add_column()
+    table.add_row(f"{len(found.fitting):,}", "fit")
+    if found.nearest is not None:
+        over = found.nearest.peak_bytes / _GIB - usable
+        table.add_row(
+            f"{found.too_large:,}",
+            f"do not fit in memory; the nearest miss, by {over:.2f} GiB in the {found.nearest.fullest}: "
+            + " ".join(overrides(found.nearest)),
+        )
+    reasons = found.refused.most_common()
+    for reason, count in reasons[:_REASONS]:
+        table.add_row(f"{count:,}", reason)
+    if reasons[_REASONS:]:
+        table.add_row(f"{sum(count for _, count in reasons[_REASONS:]):,}", "for other reasons")
+    return table

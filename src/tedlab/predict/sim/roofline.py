@@ -1,0 +1,161 @@
+"""What one operation costs: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009).
+
+A cluster's ``kernels`` say how far from this a machine is: a latency of every kind of kernel, a bandwidth of those that
+compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F + L·R), half the peak at L·R.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from tedlab.predict.cluster import ClusterConfig
+
+aten = torch.ops.aten
+_FREE = {  # memory is allocated or seen otherwise, but neither read nor written
+    aten.empty,
+    aten.empty_like,
+    aten.empty_strided,
+    aten.new_empty,
+    aten.new_empty_strided,
+    aten._unsafe_view,
+    aten._local_scalar_dense,
+}
+_NOT_READ = {  # the first argument: it is overwritten, or gives a shape
+    aten.copy_,
+    aten.fill_,
+    aten.zero_,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
+_LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # of the first argument only what is asked for
+_SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # likewise, read and written
+_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
+_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATTENTIONS = {
+    _ATTENTION,
+    _ATTENTION_BACKWARD,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_backward,
+}
+_ARITHMETIC = {  # what computes so much for each element that memory need not be the limit
+    aten.native_layer_norm,
+    aten.native_layer_norm_backward,
+    aten.gelu,
+    aten.gelu_backward,
+    aten._softmax,
+    aten._softmax_backward_data,
+    aten._log_softmax,
+    aten._log_softmax_backward_data,
+    aten.exp,
+    aten.exp_,
+}
+_MAPPED = 32 * 2**20  # from this size on glibc asks the system for pages, and gives them back, every time
+_PEAKS = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+}
+
+
+class Work(NamedTuple):
+    """Of one operation.
+
+    Attributes:
+        flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
+        bytes: read and written, each operand once.
+        dtype: that it computes in.
+        kind: of kernel.
+        fresh: bytes of results that are too large for a CPU's allocator to keep.
+    """
+
+    flops: float
+    bytes: float
+    dtype: torch.dtype
+    kind: Literal["gemm", "attention", "arithmetic", "movement"]
+    fresh: float = 0.0
+
+
+def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
+    """The work of a call of an aten operation; None for one that does none, such as a view.
+
+    Of a functional collective it is the memory for its result; the rest is not a kernel's.
+    """
+    packet = func._overloadpacket
+    operands, results = list(_tensors(args)), list(_tensors((out,)))
+    known = {operand.untyped_storage()._cdata for operand in operands}
+    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    fresh = sum(size for size in sizes if size >= _MAPPED)
+    if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
+        return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
+    if func.namespace != "aten" or func.is_view or packet in _FREE or not results:
+        return None
+    written = sum(map(_bytes, results))
+    if packet in _LOOKUPS:
+        moved = 2 * written + sum(map(_bytes, operands[1:]))
+    elif packet in _SCATTERS:
+        moved = 3 * sum(map(_bytes, operands[1:]))
+    else:
+        moved = written + sum(map(_bytes, operands[1:] if packet in _NOT_READ else operands))
+    first = operands[0] if operands else results[0]
+    flops = _flops(func, args, kwargs, out)
+    kind: Literal["gemm", "attention", "arithmetic", "movement"] = "gemm" if flops else "movement"
+    if packet in _ATTENTIONS:
+        kind = "attention"
+    elif packet in _ARITHMETIC:
+        kind = "arithmetic"
+    return Work(flops, moved, first.dtype, kind, fresh)
+
+
+def seconds(work: Work, cluster: ClusterConfig) -> float:
+    """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency and latency."""
+    kernels, efficiency = cluster.kernels, cluster.efficiency
+    peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
+    computing = 0.0
+    if work.kind == "gemm":
+        computing = kernels.gemm_latency + work.flops / (peak * efficiency.gemm)
+    elif work.kind == "attention":
+        computing = kernels.attention_latency + work.flops / (peak * (efficiency.attention or efficiency.gemm))
+    latency, bandwidth = kernels.memory_latency, cluster.memory_bandwidth * efficiency.memory
+    if work.kind == "arithmetic":
+        latency = latency if kernels.arithmetic_latency is None else kernels.arithmetic_latency
+        bandwidth = kernels.arithmetic_bandwidth or bandwidth
+    mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
+    return mapping + max(computing, latency + work.bytes / bandwidth)
+
+
+def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+    packet = func._overloadpacket
+    if packet is _ATTENTION:
+        return sdpa_flop_count(*(t.shape for t in args[:3])) * _causal(func, args, kwargs)
+    if packet is _ATTENTION_BACKWARD:
+        return sdpa_backward_flop_count(*(t.shape for t in args[:4])) * _causal(func, args, kwargs)
+    count = flop_registry.get(packet)
+    return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
+
+
+def _causal(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    place = [argument.name for argument in func._schema.arguments].index("is_causal")
+    causal = args[place] if place < len(args) else kwargs.get("is_causal", False)
+    return 0.5 if causal else 1.0
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of the memory behind it: an expanded tensor is read once."""
+    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

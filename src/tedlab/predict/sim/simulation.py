@@ -1,0 +1,278 @@
+"""A simulated optimizer step: the model, strategy, optimizer and Trainer of a real run, on fake tensors.
+
+Only three micro-batches run, however many a step accumulates: the first, one that adds to gradients, and the last,
+after which the optimizer steps. All those between are like the second, so its counts are multiplied.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from tedlab.cli import UsageError
+from tedlab.comm import GroupKind, Phase, predict
+from tedlab.comm.ledger import Count, Entry, Totals, differences
+from tedlab.config import TrainConfig
+from tedlab.optim.bucket import local
+from tedlab.predict.cluster import ClusterConfig, Dispatch
+from tedlab.predict.cost import LinkClass, collective_seconds, link_of
+from tedlab.predict.sim.memory import Memory, Timeline
+from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
+from tedlab.predict.sim.roofline import Work
+from tedlab.predict.sim.roofline import seconds as kernel_seconds
+from tedlab.predict.sim.routing import Answers, Routing, routing_of
+from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
+from tedlab.predict.volumes import with_rows
+from tedlab.report import about
+from tedlab.run import language_model, quieten, strategy_arguments
+from tedlab.topology import Topology
+
+HIDDEN = "hidden by overlap"
+_MICRO_BATCHES = 3  # of different kinds
+_PRECISIONS = {"16-mixed": "bf16-mixed"}  # Lightning knows fp16 autocast on GPUs only; bf16 takes as many bytes
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One optimizer step of one rank.
+
+    Attributes:
+        rank: whose.
+        groups: the global ranks of its group of each kind.
+        ledger: what it communicates; seconds are predicted.
+        differences: between that and the closed form; empty, or there is a bug in one of them.
+        flops: by phase, of this rank; recomputation included.
+        kernels: how often each work is done, by phase.
+        seconds: predicted, by phase and cause.
+        wire: bytes that it sends, by link.
+        memory: over the micro-batches that ran.
+        micro_batches: of these, when each began in predicted seconds, and for how many it stands.
+        about: sizes, layout, versions: as in a run's summary.
+    """
+
+    rank: int
+    groups: Mapping[GroupKind, Sequence[int]]
+    ledger: Mapping[Entry, Count]
+    differences: Mapping[Entry, tuple[Count, Count]]
+    flops: Mapping[Phase, float]
+    kernels: Mapping[tuple[Phase, Work], float]
+    seconds: Mapping[tuple[Phase, str], float]
+    wire: Mapping[LinkClass, float]
+    memory: Timeline
+    micro_batches: Sequence[tuple[float, int]]
+    about: Mapping[str, Any]
+
+    @property
+    def step_seconds(self) -> float:
+        """Predicted time of the step."""
+        return sum(self.seconds.values())
+
+    def seconds_on(self, cluster: ClusterConfig) -> dict[tuple[Phase, str], float]:
+        """What :attr:`seconds` would be on another cluster, in milliseconds rather than by another simulation.
+
+        Of a collective's calls the mean payload counts, which is exact where all are equal, and for rings.
+
+        Raises:
+            ValueError: if gradients' reduction overlaps, or the host's part or waiting was measured there: what then
+                hides behind what depends on the cluster.
+        """
+        if cluster.waits or cluster.kernels.dispatch != Dispatch():
+            raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
+        if ("optimizer", HIDDEN) in self.seconds:
+            raise ValueError("with optim.overlap=true a simulation cannot be priced again; simulate on that cluster")
+        priced: defaultdict[tuple[Phase, str], float] = defaultdict(float)
+        for (phase, work), times in self.kernels.items():
+            priced[phase, MATRICES if work.flops else KERNELS] += times * kernel_seconds(work, cluster)
+        for entry, count in self.ledger.items():
+            members = self.groups[entry.kind]
+            taken = collective_seconds(entry.op, count.payload_bytes / count.calls, members, cluster)
+            priced[entry.phase, f"{entry.op}, {link_of(members, cluster.gpus_per_node)}"] += count.calls * taken
+        return dict(priced)
+
+
+def simulate(
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    rank: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+    routing: Routing | None = None,
+) -> Simulation:
+    """Runs one optimizer step of one rank on fake tensors. The process must not be part of a process group.
+
+    Args:
+        config: completed by :func:`tedlab.validate.check_simulated`.
+        cluster: that predicted times are for.
+        rank: of ``config.parallel.world_size``.
+        progress: called now and then with the share that is done.
+        routing: what routers choose, if experts take all that choose them; None: all experts equally often.
+
+    Raises:
+        UsageError: if there is no such rank, or the cluster has no room for the world.
+    """
+    world = config.parallel.world_size
+    if not 0 <= rank < world:
+        raise UsageError(f"sim.rank is {rank}; with parallel.world_size={world} it can be 0 to {world - 1}")
+    try:
+        collective_seconds("all_reduce", 0, range(world), cluster)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    quieten()
+    routing = routing or routing_of(config, "balanced", None, None)
+    shorter = copy.deepcopy(config)
+    shorter.model.compile = "none"  # the compiler fuses no fake tensors: counted are the operations before it does
+    shorter.trainer["accumulate_grad_batches"] = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
+    expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
+    told = 0
+
+    def one_more() -> None:
+        nonlocal told
+        told += 1
+        progress(min(1.0, told / 2 / expected_calls))  # a collective has a start and an end
+
+    def meter(topology: Topology) -> Meter:
+        memory = Memory(lambda: topology.recomputation.kept_bytes)
+        if routing is not None:
+            topology.comm.reader = Answers(routing, rank)
+        return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
+
+    with fake_process_group(world, rank):
+        strategy = SimulatedStrategy(meter, **_arguments(config))
+        observer, module = _Observer(), language_model(shorter)
+        _trainer(shorter, strategy, rank, observer).fit(module, Batches(config))
+        described = about(config, module)
+    accumulated = int(config.trainer["accumulate_grad_batches"])
+    moved = {} if routing is None else {block: rows * accumulated for block, rows in routing.rows(rank).items()}
+    expected = with_rows(predict(config), config, moved)
+    return _simulation(config, rank, strategy.meter.members, observer, described, expected)
+
+
+class _Observer(Callback):
+    """Prepares the step as if it were not a run's first, and keeps the counts of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.counts: list[Counts] = []
+        self.starts: list[float] = []
+        self.memory: Timeline
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = _strategy(trainer)
+        memory, state = strategy.meter.memory, []
+        for optimizer in strategy.sharded_optimizers:
+            optimizer.initialize_state()
+            memory.label((bucket.flat for bucket in optimizer.buckets), "parameters")
+            state += [x for values in optimizer.optimizer.state.values() for x in values.values()]
+            state += [bucket.master for bucket in optimizer.buckets if bucket.master is not bucket.shard]
+        memory.label((x for x in state if isinstance(x, torch.Tensor)), "optimizer")
+        memory.label(map(local, pl_module.parameters()), "parameters")  # those that are not trained have no bucket
+        strategy.topology.comm.register_hook(strategy.meter.on_collective)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        meter = _strategy(trainer).meter
+        self.counts.append(Counts())
+        self.starts.append(meter.memory.now)
+        meter.counts = self.counts[-1]
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        meter = _strategy(trainer).meter
+        meter.counts = None
+        self.memory = meter.memory.timeline()
+
+
+class Batches:
+    """Token ids without end, made where they are asked for: among fake tensors fake ones."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.shape = config.data.micro_batch_size, config.model.sequence_length + 1
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield torch.zeros(self.shape, dtype=torch.int64)
+
+
+def _arguments(config: TrainConfig) -> dict[str, Any]:
+    arguments = strategy_arguments(config)
+    if config.trainer["precision"] == "16-mixed":
+        arguments["loss_scale"] = config.optim.loss_scale or 2.0**16
+    return arguments | {"process_group_backend": "fake", "async_checkpoint": False, "check_replicas_every": None}
+
+
+def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observer: Callback) -> Trainer:
+    precision = config.trainer["precision"]
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_nodes=config.parallel.world_size,
+        strategy=strategy,
+        plugins=[OneOfMany(config.parallel.world_size, rank)],
+        precision=_PRECISIONS.get(precision, precision),
+        max_steps=1,
+        gradient_clip_val=config.trainer.get("gradient_clip_val"),
+        accumulate_grad_batches=config.trainer["accumulate_grad_batches"],
+        callbacks=[observer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+    )
+
+
+def _simulation(
+    config: TrainConfig,
+    rank: int,
+    groups: Mapping[GroupKind, Sequence[int]],
+    observer: _Observer,
+    described: dict[str, Any],
+    expected: Totals,
+) -> Simulation:
+    parts = observer.counts
+    times = [1] * len(parts)
+    if len(parts) == _MICRO_BATCHES:
+        times[1] = int(config.trainer["accumulate_grad_batches"]) - 2
+    ledger: defaultdict[Entry, Count] = defaultdict(Count)
+    for part, n in zip(parts, times, strict=True):
+        for entry, count in part.ledger.totals.items():
+            ledger[entry] += replace(count, seconds=part.collectives[entry]) * n
+    seconds = _summed([part.seconds for part in parts], times)
+    if config.optim.overlap:
+        reductions = sum(t for entry, t in parts[-1].collectives.items() if entry.tag == "gradients.reduce")
+        seconds["optimizer", HIDDEN] = -min(reductions, _computing(parts[-1], "backward"))
+    return Simulation(
+        rank=rank,
+        groups=groups,
+        ledger=dict(ledger),
+        differences=differences(ledger, expected),
+        flops=_summed([part.flops for part in parts], times),
+        kernels=_summed([part.kernels for part in parts], times),
+        seconds=seconds,
+        wire=_summed([part.wire for part in parts], times),
+        memory=observer.memory,
+        micro_batches=list(zip(observer.starts, times, strict=True)),
+        about=described,
+    )
+
+
+def _summed(totals: list[Any], times: list[int]) -> dict[Any, float]:
+    result: defaultdict[Any, float] = defaultdict(float)
+    for part, n in zip(totals, times, strict=True):
+        for key, value in part.items():
+            result[key] += n * value
+    return dict(result)
+
+
+def _computing(counts: Counts, phase: Phase) -> float:
+    return sum(t for (when, cause), t in counts.seconds.items() if when == phase and "," not in cause)
+
+
+def _strategy(trainer: Trainer) -> SimulatedStrategy:
+    assert isinstance(trainer.strategy, SimulatedStrategy)
+    return trainer.strategy

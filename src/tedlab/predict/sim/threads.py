@@ -1,0 +1,77 @@
+"""Every rank of a world as a thread of this process, with real numbers: what no laptop has the processes for.
+
+Built on the process group of torch's own multi-threaded tests, whose collectives copy between the threads' tensors.
+(torch's LocalTensorMode runs one program on tensors of all ranks; Lightning's loop and checkpoints are none such.)
+"""
+
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.multi_threaded_pg import (
+    ProcessLocalGroup,
+    _install_threaded_pg,
+    _uninstall_threaded_pg,
+)
+
+from tedlab.comm import Collectives, GroupKind, Phase
+from tedlab.config import TrainConfig
+from tedlab.predict.sim.world import OneOfMany
+
+MOST_THREADS = 128
+
+
+def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
+    """``function(config)`` in every rank of ``config.parallel.world_size``, in float64.
+
+    Raises:
+        RuntimeError: with the traceback of the rank that failed first; the others were ended. Also if this process is
+            part of a process group already.
+    """
+    world = config.parallel.world_size
+    if dist.is_initialized():
+        raise RuntimeError("simulating needs a process of its own, but this one is part of a process group already")
+    failures: list[str] = []
+    store = dist.HashStore()
+
+    def rank_of(rank: int) -> None:
+        dist.init_process_group("threaded", rank=rank, world_size=world, store=store, timeout=timedelta(minutes=10))
+        try:
+            trainer = {**config.trainer, "devices": 1, "num_nodes": world, "plugins": [OneOfMany(world, rank)]}
+            function(replace(config, trainer=trainer))
+        except BaseException as error:
+            failures.append(f"rank {rank} of {world} failed:\n{traceback.format_exc()}")
+            ProcessLocalGroup.exception_handle(error)  # ends those who wait for this one
+        finally:
+            dist.destroy_process_group()
+
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    # Lightning's 64-true sets the default for a while and then puts back what was there: the same to all threads.
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    isolate(True)
+    _install_threaded_pg()
+    in_place = mock.patch.object(Collectives, "all_gather_into", _gather_and_copy)  # which this group cannot do
+    try:
+        with in_place, ThreadPoolExecutor(world, "rank") as pool:
+            wait([pool.submit(rank_of, rank) for rank in range(world)])
+    finally:
+        _uninstall_threaded_pg()
+        isolate(False)
+        ProcessLocalGroup.reset()
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+    if failures:
+        raise RuntimeError(failures[0])
+
+
+def _gather_and_copy(comm: Collectives, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
+    out.copy_(comm.all_gather(x, kind, tag=tag, phase=phase))

@@ -1,0 +1,129 @@
+"""The world of a simulated rank: a process group that answers nothing, and a strategy that makes tensors fake."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from typing_extensions import override
+
+from tedlab.optim import fused
+from tedlab.predict.sim.meter import Meter
+from tedlab.strategy import TEDStrategy
+from tedlab.topology import Topology
+
+
+@contextmanager
+def fake_process_group(world_size: int, rank: int) -> Iterator[None]:
+    """Within: this process is one rank of so many. Collectives return at once; their results have no values.
+
+    Raises:
+        RuntimeError: if there is a process group already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a simulation needs a process of its own, but this one is part of a process group already")
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class OneOfMany(LightningEnvironment):
+    """Tells Lightning that this process is one rank of a world whose nodes have one process each."""
+
+    def __init__(self, world_size: int, rank: int) -> None:
+        super().__init__()
+        self._size, self._rank = world_size, rank
+
+    @property
+    @override
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @override
+    def world_size(self) -> int:
+        return self._size
+
+    @override
+    def global_rank(self) -> int:
+        return self._rank
+
+    @override
+    def node_rank(self) -> int:
+        return self._rank
+
+    @override
+    def local_rank(self) -> int:
+        return 0
+
+
+class SimulatedStrategy(TEDStrategy):
+    """TEDStrategy, with fake tensors from ``configure_model`` to the end, under a :class:`Meter`.
+
+    Args:
+        meter: made when the topology is there.
+        arguments: of TEDStrategy.
+    """
+
+    def __init__(self, meter: Callable[[Topology], Meter], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._make_meter = meter
+        self._meter: Meter | None = None
+        self._modes = ExitStack()
+
+    @property
+    def meter(self) -> Meter:
+        """From ``configure_model`` on."""
+        assert self._meter is not None
+        return self._meter
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()  # meshes are real tensors
+        self._modes.enter_context(FakeTensorMode())
+        self._meter = self._modes.enter_context(self._make_meter(self.topology))
+        # Its kernels return no tensors, by which the meter would know them, and those of a CPU work tile by tile.
+        self._modes.enter_context(mock.patch.object(fused, "_torch_step", self._meter.on_fused_step))
+
+    @override
+    def _start(self, lengths: Any, stage: str) -> None:
+        """Nobody would say how many batches it has."""
+
+    @override
+    def setup_optimizers(self, trainer: Any) -> None:
+        assert self.model is not None
+        for parameter in self.model.parameters():  # before the optimizer's own hooks, which may take the gradient
+            parameter.register_post_accumulate_grad_hook(self._label_gradient)
+        super().setup_optimizers(trainer)
+
+    def _label_gradient(self, parameter: Any) -> None:
+        self.meter.label_gradient(parameter.grad)
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.meter.forward_pass():
+            return super().training_step(*args, **kwargs)
+
+    @override
+    def post_backward(self, closure_loss: Any) -> None:
+        super().post_backward(closure_loss)
+        for optimizer in self.sharded_optimizers:
+            for bucket in optimizer.buckets:
+                if bucket.gradient is not None:
+                    self.meter.label_gradient(bucket.gradient)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return obj  # nobody would send it
+
+    @override
+    def teardown(self) -> None:
+        self._modes.close()
+        super().teardown()
+        rank_zero_only.rank = 0  # type: ignore[attr-defined]

@@ -1,0 +1,734 @@
+"""TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
+
+import random
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.utilities.distributed import (
+    _distributed_is_initialized,
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+    _sync_ddp_if_available,
+)
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from tedlab import checkpoint
+from tedlab.comm import Whereabouts
+from tedlab.comm.sites import kept_tags
+from tedlab.config import CommConfig
+from tedlab.degrees import GroupKind, ParallelDegrees
+from tedlab.launch import outside, rendezvous
+from tedlab.launch.watch import Watch, watch
+from tedlab.nn import partial_parameters
+from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
+from tedlab.optim.finite import check_saved
+from tedlab.optim.reading import MANUAL, hooks_that_read
+from tedlab.strategy import contract, seeding
+from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
+from tedlab.strategy.metric_sync import sync_over_data_ranks
+from tedlab.strategy.replicas import ReplicaCheck, check_batch
+from tedlab.topology import Topology
+
+HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
+_CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
+
+
+def gpus(processes: int) -> list[torch.device]:
+    """The GPU of each of so many processes of this node. Where there are fewer, several processes share one.
+
+    NCCL refuses that; gloo does not.
+    """
+    return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(processes)]
+
+
+class TEDStrategy(ParallelStrategy):
+    """Tensor × expert × data parallel training of any LightningModule built from tedlab's layers.
+
+    The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``; everything else is as
+    with any Lightning strategy: batches are drawn per data rank, gradients are reduced once per step, ``self.log(...,
+    sync_dist=True)`` and metrics of torchmetrics count each sample once, checkpoints are directories that load under
+    any other layout. Parameters that are not tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's
+    initial values are given to all, and their gradients are averaged over data ranks, as in DDP. When a loop starts,
+    generators are seeded by data rank, and so are the workers of data loaders (see ``seeding.py``).
+
+    Args:
+        tensor_parallel_size: T. Number of processes that share one layer.
+        expert_parallel_size: E_p. Number of groups that the experts are distributed over.
+        sequence_parallel: divide activations between layers over the tensor group, by position.
+        dtd: duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1).
+        fuse_reduce_scatter: with ``dtd``, one reduce-scatter in place of the experts' all-reduce and the drop after it.
+        cac: what recomputation takes from memory instead of communicating again (paper §5.2): False; True: every
+            collective's result; ``shard``: 1/T of each; or a list of collectives.
+        skip_dead_gemm: with ``cac``, do not recompute matrix products that only feed a result that was kept.
+        zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
+        bucket_elements: of each process, reduced in one collective.
+        overlap: reduce gradients while the backward pass goes on.
+        tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
+            pass over memory, without temporaries.
+        loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
+        stop_on_nonfinite: raise :class:`tedlab.optim.NonFiniteError` in all processes before a loss or gradient that is
+            infinite or NaN reaches a weight (with a loss scale: when even the smallest does not help).
+        async_checkpoint: write checkpoints while training goes on.
+        process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
+            GPU, see ``parallel_devices``.
+        timeout: after which a collective counts as failed.
+        check_replicas_every: steps between checks that processes which should hold the same parameters do, to the last
+            bit (see ``replicas.py``); there is one at the end and before each checkpoint, too. None: no checks.
+        parallel_devices: of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
+        accelerator, cluster_environment, precision_plugin: set by the Trainer.
+
+    Raises:
+        ValueError: when the Trainer starts, if tensor × expert does not divide the number of processes, or if the
+            Trainer's precision is not supported.
+    """
+
+    strategy_name = "ted"
+    is_distributed = True  # without this Lightning gives every process the same batches
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
+        *,
+        sequence_parallel: bool = False,
+        dtd: bool = False,
+        fuse_reduce_scatter: bool = False,
+        cac: bool | str | Sequence[str] = False,
+        skip_dead_gemm: bool = True,
+        zero: bool = True,
+        bucket_elements: int = 1 << 24,
+        overlap: bool = False,
+        loss_scale: float | None = None,
+        stop_on_nonfinite: bool = True,
+        async_checkpoint: bool = False,
+        tile: int | str | None = 1_800_000,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=10),
+        check_replicas_every: int | None = 100,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__(accelerator, parallel_devices, cluster_environment, precision_plugin=precision_plugin)
+        self.tensor_parallel_size = tensor_parallel_size
+        self.expert_parallel_size = expert_parallel_size
+        self.sequence_parallel = sequence_parallel
+        kept_tags(cac)  # raises if there is no such collective
+        self.options = CommConfig(
+            dtd=dtd, fuse_reduce_scatter=fuse_reduce_scatter, cac=cac, skip_dead_gemm=skip_dead_gemm
+        )
+        self.zero = zero
+        self.bucket_elements = bucket_elements
+        self.overlap = overlap
+        self.async_checkpoint = async_checkpoint
+        self.loss_scale = loss_scale
+        self.stop_on_nonfinite = stop_on_nonfinite
+        self.tile = tile
+        self.replicas = ReplicaCheck(check_replicas_every)
+        self.sharded_optimizers: list[ShardedOptimizer] = []
+        self.loss_scaler: LossScaler | None = None
+        self.num_nodes = 1
+        self._backend = process_group_backend
+        self._timeout = timeout
+        self._topology: Topology | None = None
+        self._watch: Watch | None = None
+        self._writer: checkpoint.Writer | None = None
+        self._random_state_of: Mapping[str, Any] | None = None  # what a checkpoint holds, until the first batch
+        self._last_micro_batch = True
+        self._seeds: seeding.Roots | None = None
+        self._first_batch = True  # of a loop
+        self._predictions: PredictionsInStep
+        self._read_in: frozenset[str] = frozenset()  # where the user's code may read ``.grad``
+
+    # ---- processes, devices, groups ------------------------------------------------------------------------------
+
+    @property
+    def topology(self) -> Topology:
+        """This process's place, from ``LightningModule.configure_model`` on."""
+        if self._topology is None:
+            raise RuntimeError("The topology exists once the Trainer has started: use it in `configure_model`.")
+        return self._topology
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Processes on this node."""
+        return len(self.parallel_devices or ())
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Tensor ranks read the same batches: samples are divided over data ranks only."""
+        comm = self.topology.comm
+        return {"num_replicas": comm.size("data"), "rank": comm.rank("data")}
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if not self.cluster_environment.creates_processes_externally:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def set_world_ranks(self) -> None:
+        """Called by Lightning as soon as the cluster environment is known."""
+        assert self.cluster_environment is not None
+        if type(self.cluster_environment) in _CHECKED:
+            outside.check()
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    @override
+    def setup_environment(self) -> None:
+        # Degrees are checked before anything can wait for anybody.
+        degrees = ParallelDegrees(
+            self.num_nodes * self.num_processes,
+            self.tensor_parallel_size,
+            self.expert_parallel_size,
+            self.sequence_parallel,
+        )
+        super().setup_environment()
+        if self._topology is not None:  # fit, then validate: the groups are still there, and the watch goes on
+            if self._watch is not None and self._watch.stopped:  # by that of another strategy
+                self._watch = watch(self._topology.comm.place, self._timeout)
+                assert self._watch is not None
+                self._watch.groups = self._topology.comm.ranks
+            return
+        reset_seed()
+        self.set_world_ranks()
+        assert self.cluster_environment is not None
+        backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        # NCCL aborts the process, which has then to have said why: the watch comes first.
+        timeout = self._timeout + timedelta(seconds=15) if backend == "nccl" else self._timeout
+        _init_dist_connection(
+            self.cluster_environment,
+            backend,
+            timeout=timeout,
+            store=rendezvous.store(self.global_rank, degrees.world_size, self._timeout),
+            # With it NCCL connects at once. Of gloo torch would then want to split groups off, which it cannot.
+            device_id=self.root_device if backend == "nccl" else None,
+        )
+        place = Whereabouts()
+        self._watch = watch(place, self._timeout)
+        with place.within("start of process groups"):
+            limit = None if self._watch is None else timeout
+            self._topology = Topology(degrees, self.root_device, self.options, limit, place)
+            self._writer = checkpoint.Writer(self.async_checkpoint, self._timeout)
+        if self._watch is not None:
+            self._watch.groups = self._topology.comm.ranks
+        self._topology.slots.patience = self._timeout / 2
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        contract.check(trainer, self, self.tensor_parallel_size)
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._share_plain_tensors()
+        contract.prepare(trainer)
+        self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may ask for loaders
+        sync_over_data_ranks(trainer.lightning_module, self.topology.comm)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self._take_over_checkpoints(trainer)
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+            # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
+            # and a framework that measures communication must not add any of its own.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            if not isinstance(self.cluster_environment, SLURMEnvironment):  # which requeues jobs by signal
+                # Its handler broadcasts too, from whatever step each process is in. Let SIGTERM end the process.
+                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        seeding.seed_generators(self._seeds, self.topology.comm.rank("data"))
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self._seeds is not None
+        seeding.seed_loader(dataloader, self._seeds, self.topology.comm.rank("data"))
+        return dataloader
+
+    def _share_plain_tensors(self) -> None:
+        """Gives every process the first one's values of parameters and buffers that are not sharded."""
+        assert self.model is not None
+        with self._within("broadcast of initial values"):
+            for tensor in [*self.model.parameters(), *self.model.buffers()]:
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor.detach(), src=0)
+
+    def _share_buffers(self) -> None:
+        """Gives every process the first one's buffers, as DDP does: batch norm's follow what one process has seen."""
+        assert self.model is not None
+        with self._within("broadcast of buffers"):
+            for buffer in self.model.buffers():
+                if not isinstance(buffer, DTensor):
+                    dist.broadcast(buffer, src=0)
+
+    @override
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        if self.loss_scale is not None or self.precision_plugin.precision in HALF_PRECISIONS:
+            # Lightning scales for 16-mixed only, and decides on overflow by what one process sees.
+            self.loss_scaler = LossScaler(self.loss_scale or 2.0**16)
+            if isinstance(self.precision_plugin, MixedPrecision):
+                self.precision_plugin.scaler = None
+        assert self.model is not None
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.sharded_optimizers = [
+            ShardedOptimizer(
+                optimizer,
+                self.topology.comm,
+                names,
+                partial=partial_parameters(self.model),
+                zero=self.zero,
+                bucket_elements=self.bucket_elements,
+                tile=self.tile,
+                overlap=self.overlap,
+                scaler=self.loss_scaler,
+                guard=FiniteGuard(self.topology.comm) if self.stop_on_nonfinite else None,
+            )
+            for optimizer in self.optimizers
+        ]
+        self._read_in = hooks_that_read(trainer)
+        for sharded in self.sharded_optimizers:
+            sharded.collects_early = not self._read_in & {"on_after_backward", "backward"}
+
+    @override
+    def setup_precision_plugin(self) -> None:
+        super().setup_precision_plugin()
+        # Lightning has no strategy hook for clipping, and a norm over local shards would be wrong.
+        self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
+        self.precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
+        # What ``self.optimizers()`` returns has the methods of the optimizer's class, not those that were replaced.
+        for wrapper, sharded in zip(self._lightning_optimizers, self.sharded_optimizers, strict=True):
+            wrapper.zero_grad = sharded.zero_grad  # type: ignore[attr-defined]
+            wrapper.state_dict = sharded.state_dict  # type: ignore[attr-defined]
+            wrapper.load_state_dict = sharded.load_state_dict  # type: ignore[attr-defined]
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def teardown(self) -> None:
+        if self._writer is not None:
+            self._writer.wait()
+        for optimizer in self.sharded_optimizers:
+            optimizer.release()
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    # ---- gradients -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Lightning enters this for every micro-batch of a step but the last."""
+        self._last_micro_batch = False
+        try:
+            yield
+        finally:
+            self._last_micro_batch = True
+
+    @property
+    def gradients(self) -> Gradients:
+        """Norms and values of the gradient of the step under way, and a way to change it."""
+        return Gradients(self.sharded_optimizers, self.topology.comm)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Lightning's; but if gradients are read in ``on_after_backward``, they are reduced then, as with DDP."""
+        module = self.lightning_module
+        assert module is not None
+        loss = closure_loss
+        if self.loss_scaler is not None:
+            closure_loss = closure_loss * self.loss_scaler.scale
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+        for sharded in self.sharded_optimizers:
+            sharded.note_loss(module.trainer.global_step, module.trainer.fit_loop.batch_idx, loss)
+        early = self._last_micro_batch and self._read_in & {"on_after_backward", MANUAL}
+        for sharded in self.sharded_optimizers if early else ():
+            sharded.reduce_gradients()
+            sharded.show_gradients()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        for sharded in self.sharded_optimizers if self._last_micro_batch and not early else ():
+            sharded.reduce_gradients()
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        for optimizer in self.sharded_optimizers:
+            optimizer.adopt()
+            optimizer.hide_gradients()
+            if self._last_micro_batch and "backward" not in self._read_in:
+                optimizer.expect_backward()
+
+    @override
+    def optimizer_step(
+        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any | None = None, **kwargs: Any
+    ) -> Any:
+        sharded = self._sharded(optimizer)
+
+        def and_show() -> Any:
+            result = closure()
+            if sharded.stale:
+                raise RuntimeError(
+                    "optimizer.zero_grad() was not called between two steps: torch would add the gradients of both, "
+                    "and TEDStrategy keeps none after a step. Call it after each step, or before each backward pass."
+                )
+            if self._read_in:
+                sharded.show_gradients()
+            return result
+
+        return super().optimizer_step(optimizer, and_show, model, **kwargs)
+
+    def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._sharded(optimizer).clip(clip_val)
+
+    def _clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        self._sharded(optimizer).clip_values(clip_val)
+
+    def _sharded(self, optimizer: Optimizer) -> ShardedOptimizer:
+        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return next(s for s in self.sharded_optimizers if s.optimizer is inner)
+
+    # ---- communication on Lightning's behalf ---------------------------------------------------------------------
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
+        """Reduces over data ranks (``mean``, ``sum``, ``max``, ``min``), or over a group of torch.distributed.
+
+        Tensor ranks hold equal values, so the mean over all processes is the mean over data ranks, and likewise the
+        extremes; the sum over all would count each sample T times.
+        """
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if group is not None and group is not dist.group.WORLD:
+            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+        op = (reduce_op if isinstance(reduce_op, str) else reduce_op.name).lower()
+        mean = op in ("mean", "avg")
+        if mean and not tensor.is_floating_point():
+            tensor = tensor.float()
+        comm = self.topology.comm
+        kind: GroupKind = "data" if op == "sum" else "world"
+        total = comm.all_reduce(tensor, kind, tag="metrics.reduce", phase="metrics", op="sum" if mean else op)
+        return total / comm.size("world") if mean else total
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether all processes decided so, or any; Lightning itself compares a sum with the number of processes."""
+        own = torch.tensor(int(decision), device=self.root_device)
+        return bool(self.reduce(own, reduce_op="min" if all else "max"))
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
+        """Every data rank's tensor, stacked (D, …); of all processes each would be there T times."""
+        comm = self.topology.comm
+        if group is not None and group is not dist.group.WORLD:  # Lightning's word for: no group was given
+            return super().all_gather(tensor, group, sync_grads)
+        if sync_grads:
+            return super().all_gather(tensor, comm.group("data"), sync_grads)
+        return comm.all_gather(tensor.detach().unsqueeze(0), "data", tag="metrics.gather", phase="metrics")
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if _distributed_is_initialized():
+            with self._within(f"barrier {name or ''}".strip()):
+                dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
+
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not _distributed_is_initialized():
+            return obj
+        box = [obj]
+        with self._within("broadcast of an object"):
+            dist.broadcast_object_list(box, src)
+        return box[0]
+
+    def _within(self, what: str, limited: bool = True) -> AbstractContextManager[None]:
+        """Notes for the watch that this process waits in a collective of torch's."""
+        return nullcontext() if self._topology is None else self._topology.comm.place.within(what, limited)
+
+    # ---- replicas ------------------------------------------------------------------------------------------------
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self.lightning_module is not None
+        return self.lightning_module.trainer
+
+    @override
+    def on_train_start(self) -> None:
+        for optimizer in self.sharded_optimizers:
+            optimizer.refresh_masters()  # of weights that a hook has set
+        self._start([self._trainer.num_training_batches], "training")
+
+    @override
+    def on_validation_start(self) -> None:
+        self._share_buffers()
+        trainer = self._trainer
+        sanity = trainer.sanity_checking
+        self._start(trainer.num_sanity_val_batches if sanity else trainer.num_val_batches, "validation")
+
+    @override
+    def on_test_start(self) -> None:
+        self._start(self._trainer.num_test_batches, "tests")
+
+    @override
+    def on_predict_start(self) -> None:
+        self._first_batch = True
+        self.topology.slots.uneven = True
+        self._predictions = PredictionsInStep(self._trainer.num_predict_batches, self.topology)
+
+    @override
+    def on_predict_end(self) -> None:
+        self.topology.slots.uneven = False
+
+    def _start(self, lengths: Lengths, stage: str) -> None:
+        """Of a loop of so many batches of each loader."""
+        self._first_batch = True
+        self.topology.slots.uneven = False
+        if stage == "training" or self.topology.comm.size("expert") > 1:  # else each goes through it for itself
+            check_lengths(lengths, stage, self.topology)
+
+    @override
+    def on_train_end(self) -> None:
+        self._check_replicas()
+
+    def _check_replicas(self) -> None:
+        assert self.model is not None
+        self.replicas.now(self._trainer.global_step, self.model, self.topology)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "validation")
+        return super().validation_step(*args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "test")
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_batch(args[0], "prediction")
+        return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
+
+    def _check_batch(self, batch: Any, stage: str) -> None:
+        """Outside of training, where a data rank may have none."""
+        if self._first_batch:
+            check_batch(batch, stage, self.topology, alone=True)
+        self._first_batch = False
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # shards are loaded into the sharded model and its optimizers
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State by parameter name, each tensor sharded as its parameter."""
+        return self._sharded(optimizer).state_dict()
+
+    @override
+    def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
+        self._share_buffers()  # the values in the state are these
+        self._check_replicas()
+        if self.stop_on_nonfinite and self.sharded_optimizers:
+            weights = [bucket.flat for optimizer in self.sharded_optimizers for bucket in optimizer.buckets]
+            check_saved(weights, self.topology.comm, checkpoint_["global_step"], self.root_device)
+        tensors = {"model": checkpoint_.pop("state_dict")}
+        for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
+            tensors[f"optimizer_{i}"] = state
+        if attached := checkpoint.detach(checkpoint_):
+            tensors["attached"] = attached
+        if self.loss_scaler is not None:
+            checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
+        checkpoint_["optimizer_groups"] = [optimizer.group_names() for optimizer in self.sharded_optimizers]
+        checkpoint_["layout"] = asdict(self.topology.degrees)
+        checkpoint_["random"] = self._random_states()
+        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
+            if key in checkpoint_:
+                checkpoint_[key] = checkpoint.plain(checkpoint_[key])
+        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE):
+            checkpoint_.pop(key, None)  # a class of OmegaConf, which they no longer are
+        assert self._writer is not None
+        path = Path(self.broadcast(filepath))
+        with self._within("writing of a checkpoint", limited=False):
+            self._writer.save(tensors, checkpoint_, path)
+            state = self._trainer.state
+            if state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING:
+                self._writer.wait()  # no training to go on meanwhile, and nothing after it that would raise a failure
+
+    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
+        """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
+        assert self._writer is not None
+        self._writer.link(Path(filepath), Path(linkpath))
+
+    def _take_over_checkpoints(self, trainer: Trainer) -> None:
+        """Callbacks link through this strategy, and what no checkpoint could hold is refused before the first step."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+        if trainer.state.fn == TrainerFn.FITTING and trainer.checkpoint_callbacks:
+            for owner in filter(None, (trainer.lightning_module, getattr(trainer, "datamodule", None))):
+                key = owner.CHECKPOINT_HYPER_PARAMS_KEY
+                checkpoint.encode({key: checkpoint.plain(dict(owner.hparams))})
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        assert self._writer is not None
+        if self.is_global_zero:
+            self._writer.remove(Path(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        module = self.lightning_module
+        assert module is not None
+        assert self._writer is not None
+        self._writer.wait()
+        path = Path(self.broadcast(checkpoint_path))
+        meta = checkpoint.read_meta(path)
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and "lr_schedulers" not in meta:
+            raise ValueError(
+                f"{path} holds weights only (save_weights_only, or save_checkpoint(weights_only=True)): validate, test "
+                "and predict can use it, but fit cannot go on from it without the optimizer; to start anew from these "
+                "weights, call tedlab.checkpoint.load_weights(self, path) in on_fit_start"
+            )
+        tensors: dict[str, Any] = {"model": self.lightning_module_state_dict()}
+        if attached := checkpoint.attach(meta, self.topology.mesh_of):
+            tensors["attached"] = attached
+        optimizers = self.sharded_optimizers if fitting else []
+        stored = checkpoint.stored_names(path)
+        # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
+        masters_stored = any(name.endswith(".master") for name in stored)
+        for optimizer, groups in zip(optimizers, meta.get("optimizer_groups", []), strict=False):
+            optimizer.regroup(groups)
+        for i, optimizer in enumerate(optimizers):
+            if any(name.startswith(f"optimizer_{i}.") for name in stored):
+                tensors[f"optimizer_{i}"] = _room_for(optimizer, f"optimizer_{i}.", stored, masters_stored)
+        with self._within("reading of a checkpoint", limited=False):
+            checkpoint.load(tensors, path, strict=module.strict_loading)
+        module.load_state_dict(tensors["model"], strict=module.strict_loading)
+        for i, optimizer in enumerate(optimizers):
+            if f"optimizer_{i}" in tensors:
+                optimizer.load_state_dict(tensors[f"optimizer_{i}"])
+            if not masters_stored:
+                optimizer.refresh_masters()
+        meta["state_dict"] = tensors["model"]  # for hooks, which may change it
+        if self.loss_scaler is not None and "loss_scaler" in meta:
+            self.loss_scaler.load_state_dict(meta["loss_scaler"])
+        self._random_state_of = meta
+        return meta
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.topology.comm.place.step = self._trainer.global_step
+        if self._first_batch or batch_idx == 0:
+            check_batch(batch, "training", self.topology)
+        self._first_batch = False
+        assert self.model is not None
+        self._share_buffers()
+        self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
+        if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
+            self._restore_random_state(self._random_state_of)
+            self._random_state_of = None
+
+    def _random_states(self) -> list[dict[str, Any]]:
+        """Of all processes."""
+        states: list[Any] = [None] * self.topology.comm.size("world")
+        with self._within("gathering of random states"):
+            dist.all_gather_object(states, _collect_rng_states(include_cuda=self.root_device.type == "cuda"))
+        return states
+
+    def _restore_random_state(self, meta: Mapping[str, Any]) -> None:
+        """The saved state in the layout that saved it; in another, one that no data rank shares and no step repeats."""
+        layout = asdict(self.topology.degrees)
+        if meta.get("layout") == layout:
+            _set_rng_states(meta["random"][self.global_rank])
+        else:
+            new = np.random.SeedSequence((torch.initial_seed(), meta["global_step"], self.topology.comm.rank("data")))
+            seed = int(new.generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes over what ``on_load_checkpoint`` of the module changed; all else ``load_checkpoint`` has done."""
+        assert self.lightning_module is not None
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Done in ``load_checkpoint``."""
+
+
+def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:
+    """An optimizer's state to be filled from a checkpoint: of what it has, which before a first step is little."""
+    state = f"{prefix}state."
+    keys = [name.removeprefix(state).rsplit(".", 1) for name in stored if name.startswith(state)]
+    optimizer.initialize_state({name for name, key in keys if key != "master"})
+    room = optimizer.state_dict(masters=masters)
+    there = {name for name, _ in keys}
+    room["state"] = {name: values if name in there else {} for name, values in room["state"].items()}
+    known = optimizer.optimizer.defaults  # what schedulers added may be missing, not what makes this optimizer
+    room["param_groups"] = [
+        {k: v for k, v in group.items() if k in known or f"{prefix}param_groups.{i}.{k}" in stored}
+        for i, group in enumerate(room["param_groups"])
+    ]
+    return room
+
+
+contract.explain_directories()
+StrategyRegistry.register("ted", TEDStrategy, description="Tensor × expert × data parallelism (DeepSpeed-TED)")

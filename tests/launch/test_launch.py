@@ -1,0 +1,256 @@
+"""The launcher: rank 0's result comes back; one failure ends all processes, is told once, and leaves nothing behind."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tedlab.checkpoint import read_meta
+from tedlab.config import TrainConfig
+from tedlab.launch.launcher import WorkerFailed, launch
+
+SOON = 30  # seconds in which everything has to be over
+
+
+@pytest.fixture(autouse=True)
+def _no_outside_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))] + ["LOCAL_RANK"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return TrainConfig(output_dir=str(tmp_path), seed=7)
+
+
+def descendants(pid: int) -> set[int]:
+    """Living processes below ``pid``, itself excluded."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split()[:3] for line in table.splitlines()]
+    found: set[int] = {pid}
+    while new := {int(p) for p, parent, state in rows if int(parent) in found and not state.startswith("Z")} - found:
+        found |= new
+    return found - {pid}
+
+
+# ---- what the workers run; each writes its process id ---------------------------------------------------------------
+
+
+def _note(config: TrainConfig) -> int:
+    rank = int(os.environ["RANK"])
+    Path(config.output_dir, f"{rank}.pid").write_text(str(os.getpid()))
+    return rank
+
+
+def sum_over_ranks(config: TrainConfig) -> dict[str, Any]:
+    """Uses the process group that the environment describes."""
+    import torch
+    import torch.distributed as dist
+
+    rank = _note(config)
+    dist.init_process_group("gloo")
+    total = torch.tensor(rank + config.seed)
+    dist.all_reduce(total)
+    dist.destroy_process_group()
+    return {"rank": rank, "total": int(total), "threads": torch.get_num_threads(), "pid": os.getpid()}
+
+
+def fail_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        time.sleep(1)
+        raise ValueError("a message of rank one")
+    time.sleep(60)
+    return {}
+
+
+def fail_while_others_communicate(config: TrainConfig) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    rank = _note(config)
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        raise ValueError("a message of rank one")
+    dist.all_reduce(torch.ones(1))
+    return {}
+
+
+def be_killed_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+    return {}
+
+
+def be_stopped_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return {}
+
+
+# ---- claims ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_process_runs_the_function_and_the_first_ones_result_comes_back(config: TrainConfig) -> None:
+    environment = dict(os.environ)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    result = launch(sum_over_ranks, config, 3)
+    assert (result["rank"], result["total"]) == (0, 0 + 1 + 2 + 3 * 7)
+    assert result["pid"] != os.getpid()
+    assert len({path.read_text() for path in Path(config.output_dir).glob("*.pid")}) == 3
+    changed = {name for name in {*environment, *os.environ} if os.environ.get(name) != environment.get(name)}
+    assert changed <= {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+    # Otherwise Ctrl-C between two jobs of a sweep would be a SignalException, which Hydra takes for a failed job.
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "fragments"),
+    [
+        (fail_while_others_sleep, ["process 1 of 2", "ValueError: a message of rank one"]),
+        (fail_while_others_communicate, ["ValueError: a message of rank one"]),
+        (be_killed_while_others_sleep, ["process 1 of 2", "SIGKILL"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_one_failure_ends_all_processes_and_is_told_once(
+    config: TrainConfig,
+    capfd: pytest.CaptureFixture[str],
+    run: Callable[[TrainConfig], dict[str, Any]],
+    fragments: list[str],
+) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed) as caught:
+        launch(run, config, 2)
+    assert time.monotonic() - began < SOON
+    message = str(caught.value)
+    for fragment in fragments:
+        assert message.count(fragment) == 1, message
+    assert message.count("Traceback (most recent call last)") <= 1
+    shown = "".join(capfd.readouterr())
+    assert "Traceback" not in shown, shown  # Hydra prints the message; nobody else may
+    pids = {int(path.read_text()) for path in Path(config.output_dir).glob("*.pid")}
+    assert len(pids) == 2
+    assert not pids & descendants(os.getpid())
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_end_when_the_first_is_done_is_ended(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tedlab.launch.launcher._LEAVE_S", 1)
+    with pytest.raises(WorkerFailed, match=r"process 1 of 2 failed(.|\n)*did not end within 1 s of process 0"):
+        launch(be_stopped_when_the_first_is_done, config, 2)
+
+
+# ---- a real run, interrupted ----------------------------------------------------------------------------------------
+
+
+def group_members(group: int) -> list[int]:
+    """Living processes of a process group."""
+    table = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split()[:3] for line in table.splitlines()]
+    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and not state.startswith("Z")]
+
+
+def small(folder: Path, steps: int) -> list[str]:
+    """Overrides of a run in ``folder / "run"`` with a checkpoint every five steps."""
+    (folder / "corpus.txt").write_text("".join(f"line {n} of the corpus\n" for n in range(200)))
+    return [
+        *("data=text", "data.path=corpus.txt", f"data.cache_dir={folder}/cache", "logger=none"),
+        *("model.hidden=16", "model.ffn=32", "model.sequence_length=16", "data.batch_size=4"),
+        *("data.micro_batch_size=4", "data.validation_samples=4", "data.validation_fraction=0.2"),
+        *("parallel=tp2", "checkpoint.every=5", f"trainer.max_steps={steps}", "hydra.run.dir=run"),
+        "trainer.log_every_n_steps=1",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
+    tmp_path: Path, number: signal.Signals, to_group: bool
+) -> None:
+    """Ctrl-C reaches the whole group of a terminal, a scheduler's SIGTERM the command alone."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tedlab.train", *small(tmp_path, 1_000_000)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    try:
+        wait_for(lambda: last.exists() or process.poll() is not None, 90)
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(1)
+        began = time.monotonic()
+        (os.killpg if to_group else os.kill)(process.pid, number)
+        output, _ = process.communicate(timeout=SOON)
+        assert time.monotonic() - began < SOON
+        assert process.returncode == 128 + number, output
+        wait_for(lambda: not group_members(process.pid), 2)
+        assert read_meta(last)["global_step"] % 5 == 0
+        assert "Traceback" not in output, output
+        assert f"ckpt_path={last}" in output
+        assert len(output.splitlines()) < 40, output
+    finally:
+        if group_members(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+CRASHING = """
+import os, signal
+from tedlab.strategy import TEDStrategy
+from tedlab.train import main
+
+original = TEDStrategy.on_train_batch_start
+def crash_once(self, batch, batch_idx):
+    if batch_idx == 8 and self.global_rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(self, batch, batch_idx)
+TEDStrategy.on_train_batch_start = crash_once
+main()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_again_go_on_from_the_last_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "crashing.py").write_text(CRASHING)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [*torchrun, "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "crashing.py", *small(tmp_path, 12)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Restart 1 by torchrun: the run goes on from run/checkpoints/last.ckpt, step 5" in done.stdout.replace(
+        f"{tmp_path}/", ""
+    )
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        losses = {int(row["step"]) for row in csv.DictReader(file) if row.get("train/loss")}
+    assert losses == set(range(1, 13))  # those of before the crash, too
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)

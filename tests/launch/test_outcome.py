@@ -1,0 +1,129 @@
+"""What a run leaves that did not finish, and that a failed one is a failed one everywhere."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+from tedlab import run as run_module
+from tedlab.config import TrainConfig
+from tedlab.launch.launcher import WorkerFailed
+from tedlab.launch.outcome import FAILED, INTERRUPTED, Outcome, Signalled, signals_raised, write_unfinished
+from tedlab.train import leave_summary
+from tests.offline_wandb import read_offline_run
+
+ROWS = "epoch,step,tokens,train/loss,val/loss,comm/a/b/c/calls\n0,10,100,3.5,,4.0\n0,20,200,3.25,,\n0,20,200,,3.0,\n"
+
+
+def summary_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "summary.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (ValueError("bad\nvery"), Outcome(FAILED, "ValueError: bad")),
+        (MemoryError(), Outcome(FAILED, "MemoryError")),
+        (KeyboardInterrupt(), Outcome(INTERRUPTED, "SIGINT")),
+        (Signalled(signal.SIGTERM), Outcome(INTERRUPTED, "SIGTERM")),
+        (SystemExit(3), Outcome(FAILED, "SystemExit: 3")),
+    ],
+)
+def test_what_ended_a_run_is_said_in_a_line(error: BaseException, outcome: Outcome) -> None:
+    assert Outcome.of(error) == outcome
+
+
+def test_lightnings_exit_after_ctrl_c_is_an_interruption() -> None:
+    error = SystemExit(1)
+    error.__context__ = KeyboardInterrupt()
+    assert Outcome.of(error) == Outcome(INTERRUPTED, "SIGINT")
+
+
+def test_the_last_values_of_a_run_that_did_not_finish_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text(f"{ROWS}0,3")  # and a line that was being written
+    write_unfinished(tmp_path, Outcome(FAILED, "why"))
+    assert summary_of(tmp_path) == {
+        "train/loss": 3.25,
+        "val/loss": 3.0,
+        "steps": 20,
+        "output_dir": str(tmp_path),
+        "state": "failed",
+        "reason": "why",
+    }
+    write_unfinished(tmp_path, Outcome(INTERRUPTED, "SIGTERM"), {"steps": 22, "parameters/total": 5})
+    write_unfinished(tmp_path, Outcome(FAILED, "what came first"))  # the launcher knows better than the first process
+    summary = summary_of(tmp_path)
+    assert (summary["steps"], summary["parameters/total"]) == (22, 5)
+    assert (summary["state"], summary["reason"]) == ("failed", "what came first")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.csv", "summary.json"]
+
+
+def test_a_run_that_logged_nothing_leaves_that(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"half')
+    write_unfinished(tmp_path, Outcome(FAILED, "why"))
+    assert summary_of(tmp_path) == {"steps": 0, "output_dir": str(tmp_path), "state": "failed", "reason": "why"}
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "reason"),
+    [
+        (WorkerFailed("process 1 of 4 failed; all were ended.\n\nTraceback\n  line\nValueError: bad\n"), "failed",
+         "process 1 of 4 failed; all were ended. ValueError: bad"),
+        (SystemExit(128 + signal.SIGINT), "interrupted", "SIGINT"),
+        (SystemExit(128 + signal.SIGHUP), "interrupted", "SIGHUP"),
+    ],
+)  # fmt: skip
+def test_the_launcher_says_why_its_workers_ended(tmp_path: Path, error: BaseException, state: str, reason: str) -> None:
+    leave_summary(TrainConfig(output_dir=str(tmp_path)), error)
+    assert (summary_of(tmp_path)["state"], summary_of(tmp_path)["reason"]) == (state, reason)
+
+
+def test_a_finished_run_stays_finished_when_another_cannot_even_start_in_its_directory(tmp_path: Path) -> None:
+    for summary in ({"state": "finished", "steps": 3}, {"steps": 3}):  # the second of a version that did not say
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        leave_summary(TrainConfig(output_dir=str(tmp_path)), WorkerFailed("process 0 of 1 failed\n\nImportError"))
+        assert summary_of(tmp_path) == summary
+
+
+def test_sigterm_is_told_at_once_and_then_raised_and_a_second_one_disturbs_nothing() -> None:
+    told: list[Outcome] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    error = None
+    with signals_raised(told.append):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Signalled as raised:
+            error = raised
+        assert told == [Outcome(INTERRUPTED, "SIGTERM")]
+        for number in numbers:
+            os.kill(os.getpid(), number)
+    assert error is not None
+    assert error.code == 143
+    assert len(told) == 1
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_wandb_marks_a_run_as_failed_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="tedlab", save_dir=tmp_path, mode="offline")
+    strategy = SimpleNamespace(cluster_environment=None)
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[None, logger], strategy=strategy)
+    logger.log_metrics({"train/loss": 3.0}, 7)
+    with (
+        pytest.raises(ValueError, match="bad"),
+        run_module._ending(TrainConfig(output_dir=str(tmp_path)), trainer, SimpleNamespace()),  # type: ignore[arg-type]
+    ):
+        raise ValueError("bad")
+    assert wandb.run is None
+    logged = read_offline_run(tmp_path)
+    assert logged.exit_code == 1
+    assert logged.summary["state"] == "failed"
+    assert logged.summary["reason"] == "ValueError: bad"
+    assert summary_of(tmp_path)["steps"] == 7

@@ -1,0 +1,187 @@
+"""What is measured becomes a cluster file that predicts it: fit, file, command line, and a whole calibration."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tedlab.cli import UsageError
+from tedlab.predict.calibrate.__main__ import parse
+from tedlab.predict.calibrate.calibration import CalibrateConfig, calibrate
+from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
+from tedlab.predict.calibrate.measure import Group, Measured
+from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
+from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
+from tedlab.predict.cost import collective_seconds, waiting_seconds
+from tedlab.predict.sim.roofline import Work, seconds, work_of
+from tests.pool import WorkerPool
+
+FLOPS = [1e6, 1e7, 1e8, 1e9]
+BYTES = [1e4, 1e5, 1e6, 1e7]
+
+
+def series(line: Line, amounts: list[float], unit: str = "B") -> Series:
+    return Series("x", unit, "made up", amounts, [line.seconds(amount) for amount in amounts])
+
+
+@pytest.mark.parametrize("line", [Line(2e-4, 1.5e9), Line(0.0, 3e10), Line(1e-6, 9e11)])
+def test_a_fit_recovers_latency_and_rate(line: Line) -> None:
+    found = fit(series(line, BYTES))
+    assert found.rate == pytest.approx(line.rate)
+    assert found.latency == pytest.approx(line.latency, abs=1e-12)
+    assert largest_error(series(line, BYTES), found) < 1e-9
+
+
+def test_small_amounts_count_as_much_as_large_ones() -> None:
+    exact = series(Line(1e-3, 1e9), BYTES)
+    noisy = Series("x", "B", "", exact.amounts, [*exact.seconds[:-1], exact.seconds[-1] * 1.1])
+    assert fit(noisy).latency == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize("timings", [[1e-3, 1.1e-2], [2e-3, 1e-3], [3e-3]], ids=["below 0", "falling", "one"])
+def test_a_latency_is_never_negative_and_a_rate_always_positive(timings: list[float]) -> None:
+    line = fit(Series("x", "B", "", [1e6, 1e7][: len(timings)], timings))
+    assert line.latency == 0
+    assert line.rate > 0
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+PRODUCTS, ATTENTION = Line(1e-5, 1e11), Line(2e-5, 4e10)
+MOVEMENT, ARITHMETIC = Line(3e-6, 3e10), Line(7e-6, 1e10)
+REDUCE, EXCHANGE, OUTSIDE = Line(6e-4, 1e9), Line(5e-4, 2e9), Line(8e-4, 1e8)
+WAITING = Line(2e-3, 1 / 1.05)
+MEASURED = Measured(
+    products={name: series(PRODUCTS, FLOPS, "FLOP") for name in ("fp64", "fp32", "fp16", "bf16")},
+    attention=series(ATTENTION, FLOPS, "FLOP"),
+    movement=series(MOVEMENT, BYTES),
+    arithmetic=series(ARITHMETIC, BYTES),
+    dispatch=Dispatch(2e-5, 1e-5, 3e-5),
+    fresh=2e9,
+    collectives={
+        ("all_reduce", Group(4, 1)): series(REDUCE, BYTES),
+        ("all_to_all", Group(4, 1)): series(EXCHANGE, BYTES),
+        ("all_reduce", Group(2, 2)): series(OUTSIDE, BYTES),
+    },
+    waits={Group(4, 1): series(WAITING, [1e-2, 3e-2, 1e-1], "s")},
+)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> ClusterConfig:
+    return written(tmp_path, asynchronous=True)
+
+
+def written(folder: Path, asynchronous: bool) -> ClusterConfig:
+    facts = Facts(8, 4, 1, "a machine", 8e9, asynchronous, "fp32", "2026-01-01")
+    path = folder / "mine.yaml"
+    path.write_text(cluster_yaml(MEASURED, facts))
+    return load_cluster(path)
+
+
+def test_the_file_predicts_what_was_measured(cluster: ClusterConfig) -> None:
+    for kind, line in (("gemm", PRODUCTS), ("attention", ATTENTION)):
+        for amount in FLOPS:
+            assert seconds(Work(amount, 8, torch.float32, kind), cluster) == pytest.approx(line.seconds(amount), 1e-3)
+    for kind, line in (("movement", MOVEMENT), ("arithmetic", ARITHMETIC)):
+        assert seconds(Work(0, 1e6, torch.float32, kind), cluster) == pytest.approx(line.seconds(1e6), 1e-3)
+    mapped = Work(0, 1e6, torch.float32, "movement", fresh=2e9)
+    assert seconds(mapped, cluster) == pytest.approx(1 + MOVEMENT.seconds(1e6), 1e-3)
+    for op, members, wire, line in (
+        ("all_reduce", range(4), 1.5, REDUCE),
+        ("all_to_all", range(4), 0.75, EXCHANGE),
+        ("all_reduce", range(0, 8, 4), 1, OUTSIDE),
+    ):
+        assert collective_seconds(op, 1e6, members, cluster) == pytest.approx(line.seconds(wire * 1e6), 1e-3)
+
+
+def test_the_file_says_how_long_a_rank_waits_for_the_slowest(cluster: ClusterConfig) -> None:
+    assert waiting_seconds(0.4, range(4), cluster) == pytest.approx(2e-3 + 0.05 * 0.4, 1e-3)
+    assert waiting_seconds(0.4, range(2), cluster) == 0  # not measured
+    assert waiting_seconds(0.4, range(1), cluster) == 0
+
+
+def test_where_the_host_computes_dispatch_has_small_kernels_latencies(tmp_path: Path) -> None:
+    cluster = written(tmp_path, asynchronous=False)
+    assert seconds(Work(0, 1e6, torch.float32, "movement"), cluster) == pytest.approx(1e6 / MOVEMENT.rate, 1e-3)
+    assert seconds(Work(0, 1e6, torch.float32, "arithmetic"), cluster) == pytest.approx(1e6 / ARITHMETIC.rate, 1e-3)
+    assert cluster.kernels.dispatch == MEASURED.dispatch
+
+
+def test_large_results_are_fresh_memory() -> None:
+    aten, x = torch.ops.aten, torch.empty(2**23 + 1)  # just above 32 MiB
+    for func, operand, fresh in (
+        (aten.exp.default, x, 4 * len(x)),
+        (aten.exp_.default, x, 0),
+        (aten.exp.default, x[1:], 4 * (len(x) - 1)),
+        (aten.exp.default, x[2:], 0),
+    ):
+        work = work_of(func, (operand,), {}, func(operand))
+        assert work is not None
+        assert work.fresh == fresh
+
+
+def test_groups_that_were_not_measured_go_by_the_links(cluster: ClusterConfig) -> None:
+    steps = 2 * (2 - 1)  # of a ring of two inside a node
+    expected = steps * REDUCE.latency / 6 + 1e6 / REDUCE.rate
+    assert collective_seconds("all_reduce", 1e6, range(2), cluster) == pytest.approx(expected, 1e-3)
+    assert cluster.between_nodes is not None
+    assert cluster.between_nodes.bandwidth == pytest.approx(4 * OUTSIDE.rate)  # four rings left each node at once
+
+
+def test_every_figure_of_the_file_says_how_it_was_measured() -> None:
+    text = cluster_yaml(MEASURED, Facts(1, 1, 2, "a machine", 8e9, True, "bf16", "2026-01-01"))
+    assert [line for line in text.splitlines() if line[-1] not in ":" and "# " not in line] == []
+
+
+def test_the_picture_is_one(tmp_path: Path) -> None:
+    picture(MEASURED, tmp_path / "fit.png")
+    assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ---- the whole -----------------------------------------------------------------------------------------------------
+
+
+def in_worker(config: CalibrateConfig) -> None:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("RANK")
+            patch.setenv("LOCAL_WORLD_SIZE", "1")
+            calibrate(config)
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -> None:
+    pool.run(1, in_worker, CalibrateConfig(tmp_path / "mine.yaml", "cpu", quick=True))
+    cluster = load_cluster(tmp_path / "mine.yaml")
+    assert cluster.in_node is None
+    assert not cluster.kernels.asynchronous
+    assert 1e8 < cluster.peak_flops.fp32 < 1e15
+    assert 0 < cluster.kernels.dispatch.backward < 1e-2
+    assert (tmp_path / "mine.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["out=x.yaml", "proceses=2"], "proceses=2: there is no such argument.*processes="),
+        ([], r"out= is not a path that ends in \.yaml"),
+        (["out=x.json"], r"out=x\.json is not a path"),
+        (["out=x.yaml", "processes=0"], "processes is 0; it must be at least 1"),
+        (["out=x.yaml", "device=tpu"], "device=tpu is unknown; valid: cpu, cuda"),
+        (["out=x.yaml", "device=cuda", "processes=99"], "processes=99, but torch sees"),
+        (["out=x.yaml", "quick=yes"], "quick=yes is neither true nor false"),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_do(arguments: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parse(arguments)
+
+
+def test_the_command_line_is_understood() -> None:
+    expected = CalibrateConfig(Path("a/b.yaml"), "cpu", 4, True)
+    assert parse(["out=a/b.yaml", "device=cpu", "processes=4", "quick=true"]) == expected

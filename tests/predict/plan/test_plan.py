@@ -1,0 +1,173 @@
+"""A plan is the fastest layout that fits, its file is what training takes, and what does not fit is named."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tedlab.cli import UsageError, with_plan
+from tedlab.config import TrainConfig
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.plan.__main__ import own_arguments, task
+from tedlab.predict.plan.family import base_parameters, member
+from tedlab.predict.plan.plan import Plan, largest_models, make_plan
+from tedlab.predict.plan.search import Found, applied, layouts, pareto_front, search, smallest
+from tedlab.predict.plan.show import fixed_by, plan_visibly
+from tedlab.validate import check_simulated
+from tests.certify.runs import composed
+
+GIVEN = ["trainer=gpu", "parallel.world_size=16", "data.batch_size=32", "trainer.precision=bf16-true"]
+GIVEN += ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024", "moe.num_experts=8"]
+SUMMIT = load_cluster("summit")
+
+
+@functools.cache
+def searched(capacity: float, *fixed: str) -> tuple[TrainConfig, Found]:
+    config, found = composed(*GIVEN), Found()
+    for degrees in layouts(config, fixed):
+        found.add(search(config, SUMMIT, capacity, fixed, degrees))
+    return config, found
+
+
+def test_every_candidate_validates_and_fits() -> None:
+    config, found = searched(140 * 2**20)
+    assert len(found.fitting) > 100
+    assert {c.settings["parallel.tensor"] for c in found.fitting} == {1, 2, 4, 8}
+    for candidate in found.fitting[::10]:
+        check_simulated(applied(config, candidate.settings))
+        assert candidate.peak_bytes <= 140 * 2**20
+
+
+def test_what_is_refused_is_counted_by_reason_and_the_nearest_miss_is_the_smallest() -> None:
+    _, everything = searched(float("inf"))
+    _, found = searched(140 * 2**20)
+    assert found.refused["model.heads (8) is not divisible by parallel.tensor (16)"] == 1
+    assert len(found.fitting) + found.too_large == len(everything.fitting)
+    assert found.nearest is not None
+    assert found.nearest.peak_bytes == min(c.peak_bytes for c in everything.fitting if c.peak_bytes > 140 * 2**20)
+
+
+def test_the_front_has_all_that_nothing_beats_and_no_other() -> None:
+    _, found = searched(float("inf"))
+    front = pareto_front(found.fitting)
+    assert [c.step_seconds for c in front] == sorted(c.step_seconds for c in front)
+    assert 1 < len(front) < len(found.fitting)
+    for candidate in found.fitting:
+        beaten = any(all(a <= b for a, b in zip(best.costs, candidate.costs, strict=True)) for best in front)
+        assert beaten
+    for one in front:
+        assert not any(
+            other is not one and all(a <= b for a, b in zip(other.costs, one.costs, strict=True)) for other in front
+        )
+
+
+def test_what_the_command_line_sets_stays() -> None:
+    assert fixed_by(["comm=ted", "parallel.tensor=2", "data.batch_size=32"]) == [
+        "comm.cac",
+        "comm.dtd",
+        "comm.fuse_reduce_scatter",
+        "parallel.tensor",
+    ]
+    _, found = searched(float("inf"), "parallel.tensor", "optim.tile")
+    assert {(c.settings["parallel.tensor"], c.settings["optim.tile"]) for c in found.fitting} == {(2, 1_800_000)}
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
+    """As from the command line, on a cluster of two nodes' worth of GPUs."""
+    directory = tmp_path_factory.mktemp("plan")
+    config = composed(*GIVEN, f"output_dir={directory}")
+    found = plan_visibly(
+        config,
+        "dgx_a100",
+        load_cluster("dgx_a100"),
+        reserve_gib=1.2,
+        simulations=2,
+        find_largest=False,
+        given=[*GIVEN, "optim.lr=0.001"],
+    )
+    return found, directory / "plan.overrides"
+
+
+def test_the_winner_is_the_fastest_that_was_simulated(plan: tuple[Plan, Path]) -> None:
+    found, _ = plan
+    assert found.winner.step_seconds == min(c.step_seconds for c in found.simulated)
+    estimated = next(c for c in found.front if c.settings == found.winner.settings)
+    assert found.winner.peak_bytes == pytest.approx(estimated.peak_bytes, rel=0.06)
+
+
+def test_training_takes_the_file_and_the_command_line_wins_over_it(plan: tuple[Plan, Path]) -> None:
+    found, path = plan
+    config = composed(*with_plan([f"+plan={path}"]))
+    assert config.parallel.tensor == found.winner.settings["parallel.tensor"]
+    assert (config.trainer["devices"], config.trainer["num_nodes"], config.optim.lr) == (8, 2, 0.001)
+    check_simulated(config)
+    changed = composed(*with_plan([f"+plan={path}", "optim.lr=0.5", "comm=ted", "model=gpt_tiny"]))
+    assert (changed.optim.lr, changed.comm.dtd, changed.comm.cac, changed.model.hidden) == (0.5, True, True, 128)
+    with pytest.raises(UsageError, match=r"no such file.*tedlab\.plan"):
+        with_plan(["+plan=nowhere"])
+
+
+def test_the_largest_model_fits_and_a_somewhat_larger_one_does_not() -> None:
+    capacity = SUMMIT.memory_bytes - 2**30
+    config = composed(*GIVEN)
+    fixed = ["parallel.tensor"]  # 2
+    best = largest_models(config, SUMMIT, ThreadPoolExecutor(1), reserve=2**30, fixed=fixed)[2]
+    peaks = [smallest(best, SUMMIT, fixed, pair) for pair in layouts(best, fixed)]
+    assert 0.9 * capacity < min(peak for peak in peaks if peak is not None) <= capacity
+    larger = member(config, best.model.hidden + 256, 2)
+    assert base_parameters(larger) > base_parameters(best)
+    peaks = [smallest(larger, SUMMIT, fixed, pair) for pair in layouts(larger, fixed)]
+    assert all(peak is not None and peak > capacity for peak in peaks)
+
+
+def test_the_family_has_gpt3s_models() -> None:
+    for name, width in (("gpt_1.3b", 2048), ("gpt_2.7b", 2560), ("gpt_6.7b", 4096), ("gpt_13b", 5120)):
+        theirs, ours = composed(f"model={name}").model, member(composed(), width).model
+        assert (ours.layers, ours.hidden, ours.ffn) == (theirs.layers, theirs.hidden, theirs.ffn)
+
+
+# ---- what the user gets wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "said"),
+    [
+        ([], [], ["cluster=NAME", "summit"]),
+        (["cluster=sumit"], [], ["no cluster 'sumit'", "dgx_h100"]),
+        (["cluster=summit", "plan.reserve_gib=much"], [], ["plan.reserve_gib is much", "finite number"]),
+        (["cluster=summit", "plan.simulate=0"], [], ["plan.simulate is 0", "at least 1"]),
+        (["cluster=summit", "plan.largest=1"], [], ["plan.largest=1", "true", "false"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_do(own: list[str], overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        task(own_arguments(own)[0], composed(*overrides))
+    assert all(text in str(error.value) for text in said), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "overrides", "said"),
+    [
+        ("summit", [*GIVEN, "parallel.world_size=7"], ["No layout is possible", "data.batch_size (32)", "tensor (7)"]),
+        ("one_h200", GIVEN, ["no rank 15", "one node of 1"]),
+        (
+            "summit",
+            ["trainer=gpu", "model=gpt_13b", "parallel.world_size=2", "data.batch_size=2"],
+            ["Nothing fits", "GiB more than there are", "parallel.tensor=", "fullest moment", "plan.largest=true"],
+        ),
+    ],
+)
+def test_without_a_layout_it_says_why(cluster: str, overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        make_plan(composed(*overrides), load_cluster(cluster), ThreadPoolExecutor(1), reserve=0, simulations=1)
+    assert all(text in str(error.value) for text in said), str(error.value)
+
+
+def test_own_arguments_are_told_from_overrides() -> None:
+    own, others = own_arguments(["cluster=summit", "world_size=8", "plan.largest=true", "model=gpt_tiny"])
+    assert own == {"cluster": "summit", "plan.reserve_gib": "1.2", "plan.simulate": "4", "plan.largest": "true"}
+    assert others == ["parallel.world_size=8", "model=gpt_tiny", "trainer=gpu"]
+    with pytest.raises(UsageError, match=r"plan\.reserv.*plan\.reserve_gib"):
+        own_arguments(["plan.reserv=1"])

@@ -1,0 +1,179 @@
+"""What a simulated rank of a dropless layer is sent: by assumption, by Zipf's law, or as a real run's routers chose."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tedlab.cli import UsageError
+from tedlab.comm.rows import spread
+from tedlab.config import TrainConfig
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.sim import Simulation, simulate
+from tedlab.predict.sim.routing import Routing, routing_of
+from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import WORLD, checked, out_of_the_pools_group
+
+DROPLESS = [*WORLD, "moe.dispatch=dropless"]
+TOKENS = 2 * 32  # of a micro-batch
+
+
+def simulated(config: TrainConfig, routing: Routing | None, *ranks: int) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(config, load_cluster("summit"), rank, routing=routing) for rank in ranks]
+
+
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        ["moe.top_k=2"],
+        ["model.checkpoint=block", "comm=ted", "moe.every=1"],
+        ["model.checkpoint=block", "parallel.sequence=true", "comm.cac=shard", "trainer.precision=bf16-true"],
+        ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
+    ],
+    ids=lambda toggles: ",".join(toggles),
+)
+def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(pool: WorkerPool, toggles: list[str]) -> None:
+    config = checked(*DROPLESS, *toggles)
+    for simulation in pool.run(1, simulated, config, routing_of(config, "zipf", "1.2", None), 0, 127)[0]:
+        assert simulation.differences == {}
+
+
+@pytest.mark.slow
+def test_a_popular_experts_rank_computes_more_and_keeps_more(pool: WorkerPool) -> None:
+    config = checked(*DROPLESS)
+    routing = routing_of(config, "zipf", "1.2", None)
+    assert routing is not None
+    (balanced, other) = pool.run(1, simulated, config, None, 0, 60)[0]
+    first, last = pool.run(1, simulated, config, routing, 0, 60)[0]
+    assert balanced.flops == other.flops
+    assert first.flops["forward"] > balanced.flops["forward"] > last.flops["forward"]
+    assert first.memory.total.max() > balanced.memory.total.max() > last.memory.total.max()
+    assert first.step_seconds > balanced.step_seconds
+
+
+def test_rows_by_expert_rank_are_those_of_the_law_and_the_busiest_is_named() -> None:
+    config = checked(*DROPLESS, "parallel.expert=4", "moe.top_k=2")
+    load = np.arange(1, 17) / np.arange(1, 17).sum() * TOKENS * 2
+    routing = Routing(config, load[None])
+    rows = routing.rows_by_expert_rank()
+    assert rows.shape == (1, 4)
+    assert rows.sum() == 4 * TOKENS * 2  # four senders; no choice is lost
+    assert rows[0].tolist() == pytest.approx(4 * load.reshape(4, 4).sum(1), abs=4 * 4)
+    assert routing.busiest_rank() == 12  # the last of four expert ranks of four tensor ranks each
+    assert routing.rows(12)[1].computed == routing.rows(31)[1].computed == rows[0, 3]  # of the next replica, too
+
+
+def trace(file: Path, load: np.ndarray) -> str:
+    np.savez_compressed(file, load=load)
+    return str(file)
+
+
+def test_a_trace_stands_for_its_last_step(tmp_path: Path) -> None:
+    load = np.ones((3, 1, 16))
+    load[-1, 0, 4:] = 0
+    routing = routing_of(checked(*DROPLESS), "trace", None, trace(tmp_path / "trace.npz", load))
+    assert routing is not None
+    assert routing.rows_by_expert_rank()[0].tolist() == [16 * TOKENS / 4] * 4 + [0] * 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "said"),
+    [
+        ([], ("ziph", None, None), "sim.routing=ziph is unknown; valid: balanced, zipf, trace"),
+        ([], ("zipf", None, None), "sim.routing=zipf and sim.zipf=… go together"),
+        ([], ("balanced", "1", None), "sim.routing=zipf and sim.zipf=… go together"),
+        ([], ("zipf", "steep", None), "sim.zipf=steep is not an exponent"),
+        ([], ("zipf", "-1", None), "a number from 0"),
+        ([], ("trace", None, "nowhere.npz"), "nowhere.npz is not a router_trace.npz"),
+        (["moe.dispatch=capacity"], ("zipf", "1", None), "has no effect"),
+    ],
+)
+def test_a_mistake_is_named(overrides: list[str], arguments: tuple[str, str | None, str | None], said: str) -> None:
+    with pytest.raises(UsageError) as error:
+        routing_of(checked(*DROPLESS, *overrides), *arguments)
+    assert said in str(error.value)
+
+
+def test_a_trace_of_another_model_is_refused(tmp_path: Path) -> None:
+    file = trace(tmp_path / "trace.npz", np.ones((1, 2, 8)))
+    with pytest.raises(UsageError, match=r"2 MoE layers of 8 experts; this model has 1 of 16"):
+        routing_of(checked(*DROPLESS), "trace", None, file)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def _load(*values: float, dtype: str = "float64") -> np.ndarray:
+    """(1, 1, 16): these values, and then ones."""
+    return np.array([*values, *[1] * (16 - len(values))], dtype=dtype).reshape(1, 1, 16)
+
+
+TRACES = {
+    "NaN": (_load(NAN), "must be finite, not negative, and not all 0"),
+    "infinite": (_load(INFINITE), "must be finite"),
+    "minus infinity": (_load(-INFINITE), "must be finite"),
+    "negative": (_load(-1), "not negative"),
+    "all 0": (_load() * 0, "not all 0"),
+    "NaN in half precision": (_load(NAN, dtype="float16"), "must be finite"),
+    "no step": (np.ones((0, 1, 16)), "has shape (0, 1, 16)"),
+    "one step alone": (np.ones((1, 16)), "has shape (1, 16)"),
+    "a number": (np.float64(3), "has shape ()"),
+    "four dimensions": (np.ones((1, 1, 16, 1)), "has shape (1, 1, 16, 1)"),
+    "complex": (_load().astype(complex), "type complex128"),
+    "truth values": (_load() > 0, "type bool"),
+    "strings": (_load().astype(str), "type <U"),
+    "objects": (_load().astype(object), "allow_pickle=False"),
+    "dates": (_load().astype("datetime64[s]"), "type datetime64"),
+}
+
+
+@pytest.mark.parametrize(("load", "said"), TRACES.values(), ids=TRACES)
+def test_a_trace_that_no_run_writes_is_refused(tmp_path: Path, load: np.ndarray, said: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run") as error:
+        routing_of(checked(*DROPLESS), "trace", None, trace(tmp_path / "t.npz", load))
+    assert said in str(error.value)
+
+
+def _damaged(file: Path) -> Iterator[bytes]:
+    whole = file.read_bytes()
+    yield b""
+    yield b"text"
+    yield whole[:100]
+    yield whole[:-30]
+    yield whole.replace(b"\x93NUMPY", b"\x93NUMPX")
+    middle = len(whole) // 3
+    yield whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :]
+
+
+def test_a_damaged_trace_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.npz"
+    np.savez(file, load=np.random.default_rng(0).integers(100, size=(9, 1, 16)))
+    config = checked(*DROPLESS)
+    for content in [*_damaged(file)]:
+        file.write_bytes(content)
+        with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run"):
+            routing_of(config, "trace", None, str(file))
+    np.save(tmp_path / "t.npy", _load())
+    np.savez(tmp_path / "other.npz", step=_load())
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("t.npy", "other.npz", "pipe", "."):
+        with pytest.raises(UsageError, match=r"is not a router_trace\.npz of a run"):
+            routing_of(config, "trace", None, str(tmp_path / name))
+
+
+def test_very_large_numbers_of_choices_are_only_proportions(tmp_path: Path) -> None:
+    config = checked(*DROPLESS)
+    rows = [
+        routing_of(config, "trace", None, trace(tmp_path / "t.npz", _load(2, 3) * scale)).rows_by_expert_rank()
+        for scale in (1.0, 1e300, 5e307, 1e-300)
+    ]
+    assert all((others == rows[0]).all() for others in rows)
+
+
+@pytest.mark.parametrize("shares", [[NAN, 1.0], [INFINITE, 1.0], [-1.0, 2.0], [1.0, 1.0]])
+def test_what_cannot_be_divided_is_an_error_and_no_endless_loop(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="cannot be divided"):
+        spread(shares, 100, 50 if shares[0] != shares[1] else 49)

@@ -1,0 +1,451 @@
+"""A simulated rank communicates, keeps and computes what a real one does, whatever the size of the world."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+
+from tedlab import TEDStrategy
+from tedlab.callbacks.memory import _held_bytes
+from tedlab.certify import Certificate, certify
+from tedlab.cli import UsageError
+from tedlab.comm import Collectives, predict
+from tedlab.comm.ledger import differences
+from tedlab.compare.__main__ import main as compare
+from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
+from tedlab.predict.cost import placement_of
+from tedlab.predict.flops import forward_flops
+from tedlab.predict.sim import Simulation, simulate
+from tedlab.predict.sim.ranks import kinds_of_ranks
+from tedlab.predict.sim.show import _memory_table
+from tedlab.predict.sim.simulation import HIDDEN, Batches
+from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
+from tedlab.predict.sim.world import OneOfMany, fake_process_group
+from tedlab.predict.volumes import ClosedForm
+from tedlab.run import language_model, strategy_arguments
+from tedlab.simulate import own_arguments, task
+from tedlab.validate import check_simulated
+from tests.certify.runs import composed
+from tests.pool import WorkerPool
+
+SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.sequence_length=32"]
+SMALL += ["model.vocab_size=512", "moe.num_experts=16", "parallel.tensor=4", "parallel.expert=16"]
+ALONE = [*SMALL, "parallel=single", "parallel.tensor=1", "parallel.expert=1", "data.batch_size=2"]
+ALONE += ["data.micro_batch_size=2"]
+WIDE = [*SMALL, "model.layers=1", "model.hidden=1024", "model.ffn=4096", "moe.num_experts=0"]
+WIDE += ["parallel=dp2", "data.batch_size=4", "parallel.tensor=1", "parallel.expert=1", "data.micro_batch_size=2"]
+WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_batch_size=2"]  # 5 micro-batches
+
+
+def checked(*overrides: str) -> TrainConfig:
+    config = composed(*overrides)
+    check_simulated(config)
+    return config
+
+
+@contextmanager
+def out_of_the_pools_group() -> Iterator[None]:
+    """In a worker: the process is part of no group meanwhile."""
+    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+
+def simulated(config: TrainConfig, *ranks: int) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(config, load_cluster("summit"), rank) for rank in ranks]
+
+
+def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
+    return pool.run(1, simulated, checked(*overrides), 0)[0][0]
+
+
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        ["optim.overlap=true"],
+        ["model.checkpoint=block", "checkpoint.early_stop=false", "comm=ted"],
+        ["model.checkpoint=block", "comm=ted_fused", "comm.cac=shard", "trainer.precision=16-mixed", "trainer=gpu"],
+        ["model.checkpoint=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
+        ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
+        ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
+    ],
+    ids=lambda toggles: ",".join(toggles),
+)
+def test_the_ledger_of_128_ranks_is_the_closed_form(pool: WorkerPool, toggles: list[str]) -> None:
+    simulation = in_pool(pool, *WORLD, *toggles)
+    assert simulation.differences == {}
+    assert len({entry.phase for entry in simulation.ledger}) >= 3
+    assert all(count.seconds > 0 for count in simulation.ledger.values())
+    overlapped = "optim.overlap=true" in toggles
+    assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
+
+
+def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -> None:
+    first, *others = pool.run(1, simulated, checked(*WORLD), 0, 1, 66, 127)[0]
+    for other in others:
+        assert differences(first.ledger, other.ledger) == {}
+        assert other.flops == first.flops
+        assert other.memory.at_peak() == first.memory.at_peak()
+
+
+def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "moe.capacity_factor=1", "moe.capacity_multiple=1", "model.checkpoint=block"]
+    config = checked(*overrides)
+    flops = in_pool(pool, *overrides).flops
+    tokens = config.data.batch_size * config.model.sequence_length / 32  # of a data rank
+    expected = forward_flops(config.model, config.moe)
+    routers = expected.pop("routers")  # which each tensor rank computes whole
+    assert flops["forward"] == pytest.approx(tokens * (sum(expected.values()) / 4 + routers))
+    assert flops["recompute"] < flops["forward"] < flops["backward"]
+
+
+@pytest.mark.slow
+def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "comm=ted", "model.checkpoint=block", "trainer.precision=16-true"]
+    first = in_pool(pool, *overrides)
+    there = pool.run(1, simulated_on, checked(*overrides), "dgx_h100")[0]
+    assert first.seconds_on(load_cluster("summit")) == pytest.approx(first.seconds)
+    assert first.seconds_on(load_cluster("dgx_h100")) == pytest.approx(there.seconds)
+    with pytest.raises(ValueError, match=r"optim\.overlap"):
+        in_pool(pool, *WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
+    with pytest.raises(ValueError, match="dispatch"):
+        first.seconds_on(replace(load_cluster("summit"), kernels=Kernels(Dispatch(forward=1e-5))))
+
+
+def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, load_cluster(cluster), 0)
+
+
+def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> None:
+    config = checked(*ALONE, "model.checkpoint=block")
+    simulation = pool.run(1, held_up, config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))[0]
+    operations = Counter[str]()
+    for (phase, _), times in simulation.kernels.items():
+        operations[phase] += times
+    for phase, dispatch in (("forward", 1.0), ("recompute", 1.0), ("backward", 10.0), ("optimizer", 100.0)):
+        taken = sum(seconds for (when, _), seconds in simulation.seconds.items() if when == phase)
+        assert taken == pytest.approx(dispatch * operations[phase], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count(pool: WorkerPool) -> None:
+    slow, fast = (
+        pool.run(1, held_up, checked(*ALONE, "optim.tile=8000"), Dispatch(optimizer=each))[0] for each in (1e-9, 0.0)
+    )
+    tiles = slow.about["parameters/total"] / 8000
+    assert 0 < slow.step_seconds - fast.step_seconds < tiles * 1e-9 / 2  # the rest is hidden behind a slower device
+
+
+def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
+    cluster = replace(load_cluster("one_h200"), kernels=Kernels(dispatch))
+    with out_of_the_pools_group():
+        return simulate(config, cluster)
+
+
+@pytest.mark.slow
+def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -> None:
+    late, share = (
+        pool.run(1, with_waits, checked(*WORLD), MeasuredWait(4, 1, *given))[0] for given in ((1, 0), (0, 1))
+    )
+    sooner = in_pool(pool, *WORLD)
+    for entry, count in sooner.ledger.items():
+        waits = count.calls if entry.kind in ("tensor", "expert_tensor") else 0  # the only groups of 4 on one node
+        assert late.ledger[entry].seconds == pytest.approx(count.seconds + waits, rel=1e-6)
+    assert share.step_seconds < 2 * sooner.step_seconds  # nothing is waited for twice
+
+
+def with_waits(config: TrainConfig, wait: MeasuredWait) -> Simulation:
+    with out_of_the_pools_group():
+        return simulate(config, replace(load_cluster("summit"), waits=[wait]))
+
+
+def test_large_results_of_collectives_are_fresh_memory_but_not_what_is_given_to_them(pool: WorkerPool) -> None:
+    whole, sharded = (pool.run(1, fresh_results, checked(*WIDE, f"optim.zero={zero}"))[0] for zero in ("false", "true"))
+    assert [size > 2**25 for size in whole] == [True]  # the sum of a bucket's gradients
+    assert sharded == []  # half of it is less than 32 MiB, and parameters are gathered into a bucket that is there
+
+
+def fresh_results(config: TrainConfig) -> list[float]:
+    with out_of_the_pools_group():
+        return [work.fresh for _, work in simulate(config, load_cluster("this_machine")).kernels if not work.bytes]
+
+
+def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:
+    seconds = {world: pool.run(1, timed, checked(*WORLD, *larger(world)), world - 5)[0] for world in (128, 16384)}
+    assert seconds[16384] < 2 * seconds[128] + 1
+
+
+def larger(world: int) -> list[str]:
+    return [f"parallel.world_size={world}", f"data.batch_size={world}", "data.micro_batch_size=1"]
+
+
+def timed(config: TrainConfig, rank: int) -> float:
+    began = time.perf_counter()
+    assert simulated(config, rank)[0].differences == {}
+    return time.perf_counter() - began
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+MEDIUM = ["model.layers=4", "model.hidden=128", "model.sequence_length=256", "model.vocab_size=1024"]
+MEDIUM += ["parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]
+MANY = ["parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "moe.num_experts=16"]
+MANY += ["data.batch_size=256"]
+
+
+class Allocations(Callback):
+    """What the allocator of the second step was asked for, from torch's profiler, on top of what training keeps."""
+
+    def __init__(self) -> None:
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.peak = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == trainer.accumulate_grad_batches:
+            held = _held_bytes(trainer.strategy)  # type: ignore[arg-type]
+            self.peak = held["parameters"] + held["optimizer"]
+            self.profile.start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.profile.stop()
+        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        assert most > 0
+        self.peak += most
+
+
+def peaks(config: TrainConfig) -> tuple[int, int]:
+    """Really allocated, and simulated."""
+    with out_of_the_pools_group(), fake_process_group(config.parallel.world_size, 0):
+        real = really_allocated(config)
+    return real, sum(simulated(config, 0)[0].memory.at_peak().values())
+
+
+def really_allocated(config: TrainConfig) -> int:
+    """By the first rank in two optimizer steps of TEDStrategy with real tensors; only others' answers are missing."""
+    allocations = Allocations()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        num_nodes=config.parallel.world_size,
+        plugins=[OneOfMany(config.parallel.world_size, 0)],
+        # What nobody answers may hold anything, NaN too.
+        strategy=TEDStrategy(**strategy_arguments(config) | {"stop_on_nonfinite": False}),
+        precision=config.trainer["precision"],
+        max_steps=2,
+        gradient_clip_val=config.trainer["gradient_clip_val"],
+        accumulate_grad_batches=config.trainer["accumulate_grad_batches"],
+        callbacks=[allocations],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(language_model(config), Batches(config))
+    return allocations.peak
+
+
+PEAKS = {
+    "accumulating": [],
+    "bf16": ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
+    "optimizer_spike": ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
+    "dropless": ["moe.dispatch=dropless", "moe.top_k=2", "trainer.precision=bf16-true", "data.micro_batch_size=2"],
+    "ted": [*MANY, "comm=ted", "model.checkpoint=block"],
+    "sequence": [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
+    "overlap": [*MANY, "comm=dtd", "optim.overlap=true"],
+}
+
+
+@pytest.mark.parametrize(
+    "toggles",
+    [
+        pytest.param(toggles, id=name, marks=[pytest.mark.slow] * (name not in ("accumulating", "ted")))
+        for name, toggles in PEAKS.items()
+    ],
+)
+def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
+    real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
+    assert predicted == pytest.approx(real, rel=0.05)
+
+
+def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> None:
+    overrides = [*WORLD, "trainer.precision=16-true", "model.checkpoint=block", "comm=ted"]
+    timeline = in_pool(pool, *overrides).memory
+    config, most = checked(*overrides), {category: int(values.max()) for category, values in timeline.held.items()}
+    assert all((values >= 0).all() for values in timeline.held.values())
+    assert sum(timeline.at_peak().values()) == timeline.total.max()
+    assert most["gradients"] >= most["parameters"] > 0
+    form = ClosedForm(config)
+    assert most["stash"] == sum(form.kept_bytes(block, config.comm.cac) for block in range(2)) > 0
+
+
+# ---- what is left behind -------------------------------------------------------------------------------------------
+
+
+def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> None:
+    """The command, in a worker; the closed form forgets the collectives of one tag."""
+    with pytest.MonkeyPatch.context() as patch:
+        expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
+        patch.setattr("tedlab.predict.sim.simulation.predict", lambda _: expected)
+        with out_of_the_pools_group():
+            task(own, config)
+
+
+@pytest.mark.slow
+def test_compare_reads_simulations_and_marks_their_times(
+    pool: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("none", "dtd"):
+        config = checked(*WORLD, f"comm={name}", f"output_dir={tmp_path / name}")
+        pool.run(1, command, {"cluster": "summit", "sim.rank": "9"}, config, None)
+        for picture in ("memory.png", "time.png"):
+            assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
+    compare([str(tmp_path / "none"), str(tmp_path / "dtd"), "--by", "comm.dtd,sim.rank"])
+    text = capsys.readouterr().out
+    assert "† Times of none, dtd were simulated (summit); none was measured." in text
+    assert "step time" in text
+
+
+@pytest.mark.slow
+def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) -> None:
+    """On nodes of six GPUs tensor groups of four lie differently; on nodes of eight they do not."""
+    config = checked(*WORLD)
+    degrees = parallel_degrees(config.parallel)
+    assert [*kinds_of_ranks(degrees, load_cluster("thetagpu"))] == [0]
+    kinds = kinds_of_ranks(degrees, load_cluster("summit"))
+    assert sorted(rank for ranks in kinds.values() for rank in ranks) == [*range(128)]
+    assert len(kinds) == 4
+    some = [(kind, rank) for kind, ranks in kinds.items() for rank in (kind, ranks[-1])]
+    found = pool.run(1, simulated, config, *(rank for _, rank in some))[0]
+    seconds = {kind: {one.step_seconds for (k, _), one in zip(some, found, strict=True) if k == kind} for kind in kinds}
+    assert all(len(equal) == 1 for equal in seconds.values())
+    assert max(seconds[0]) < max(seconds[4])
+
+
+@pytest.mark.parametrize(("world", "tensor", "expert"), [(120, 4, 2), (128, 4, 16), (36, 12, 1), (64, 2, 16)])
+def test_ranks_of_a_kind_lie_alike_and_others_do_not(world: int, tensor: int, expert: int) -> None:
+    degrees, cluster = ParallelDegrees(world, tensor, expert), load_cluster("summit")
+    by_place: dict[tuple[object, ...], list[int]] = {}
+    for rank in range(world):
+        places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
+        by_place.setdefault(places, []).append(rank)
+    assert kinds_of_ranks(degrees, cluster) == {ranks[0]: ranks for ranks in by_place.values()}
+
+
+@pytest.mark.slow
+def test_every_rank_is_reported_and_the_slowest_is_shown(pool: WorkerPool, tmp_path: Path) -> None:
+    config = checked(*WORLD, f"output_dir={tmp_path}", "data.batch_size=64")
+    pool.run(1, command, {"cluster": "summit", "sim.rank": "all"}, config, None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["memory/peak_bytes_by_rank"]) == len(summary["sim/step_time_s_by_rank"]) == 128
+    assert summary["perf/step_time_s"] == max(summary["sim/step_time_s_by_rank"])
+    assert len(set(summary["sim/step_time_s_by_rank"])) > 1
+
+
+# ---- real numbers --------------------------------------------------------------------------------------------------
+
+
+def in_threads(config: TrainConfig, patch: str) -> Certificate:
+    with out_of_the_pools_group(), pytest.MonkeyPatch.context() as monkeypatch:
+        if patch == "mean instead of sum":
+            plain = Collectives.start_reduce_scatter
+            monkeypatch.setattr(
+                Collectives,
+                "start_reduce_scatter",
+                lambda self, x, kind, **k: plain(self, x / (self.size(kind) if kind == "data" else 1), kind, **k),
+            )
+        return certify(config, run_in_threads, continuations=(), most_processes=MOST_THREADS)
+
+
+THREADED = ["parallel.tensor=2", "parallel.expert=2", "comm=ted", "model.checkpoint=block"]
+THREADED += ["data.batch_size=16", "data.micro_batch_size=1"]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="threads crash in older versions, and the command says so")
+@pytest.mark.parametrize(("world", "patch"), [(8, ""), (4, "mean instead of sum")])
+def test_all_ranks_as_threads_of_one_process_equal_one_process(pool: WorkerPool, world: int, patch: str) -> None:
+    certificate = pool.run(1, in_threads, composed(*THREADED, f"parallel.world_size={world}"), patch)[0]
+    assert certificate.layout.startswith(f"{world} processes: tensor 2 × expert 2")
+    assert certificate.ok == (not patch)
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_traceback(pool: WorkerPool) -> None:
+    with pytest.raises(AssertionError, match=r"rank 1 of 2 failed(.|\n)*rank one has had enough"):
+        pool.run(1, failing, composed("parallel.world_size=2"), timeout=30)
+
+
+def failing(config: TrainConfig) -> None:
+    with out_of_the_pools_group():
+        run_in_threads(fails_in_rank_one, config)
+
+
+def fails_in_rank_one(config: TrainConfig) -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank one has had enough")
+    dist.barrier()
+
+
+def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:
+    config = checked(*WORLD, f"output_dir={tmp_path}")
+    with pytest.raises(AssertionError, match="ledger is not what the closed form says"):
+        pool.run(1, command, {"cluster": "summit"}, config, "attention.reduce")
+
+
+# ---- what the user gets wrong --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "overrides", "said"),
+    [
+        ({}, [], ["cluster=NAME", "summit"]),
+        ({"cluster": "sumit"}, [], ["no cluster 'sumit'", "summit", "dgx_h100"]),
+        ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank=128 is no rank", "0 to 127"]),
+        ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to", "stages"]),
+        ({"sim.values": "true"}, WORLD, ["sim.values=true", "fake", "real"]),
+        ({"sim.values": "real", "sim.rank": "3"}, WORLD, ["sim.rank", "sim.values=real"]),
+        ({"cluster": "one_h200"}, WORLD, ["no rank 127", "one node of 1"]),
+        ({"cluster": "summit"}, [*WORLD, "parallel.world_size=130"], ["4×16 = 64", "world size 130", "192"]),
+        ({"cluster": "summit"}, [*WORLD, "data.batch_size=17"], ["data.batch_size (17)", "2×32"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_would_do(own: dict[str, str], overrides: list[str], said: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        task(own, composed(*overrides))
+    assert all(text in str(error.value) for text in said), str(error.value)
+
+
+def test_what_does_not_fit_is_said_with_by_how_much() -> None:
+    cluster = load_cluster("summit")
+    for peak, said in ((cluster.memory_bytes / 2, "50% of a GPU's 15.8 GiB"), (20 * 2**30, "not fit: 4.2 GiB more")):
+        assert said in str(_memory_table({"memory/peak_bytes": peak}, cluster).caption)
+
+
+def test_own_arguments_are_told_from_overrides() -> None:
+    own, others = own_arguments(["model=gpt_tiny", "cluster=summit", "world_size=8", "sim.rank=3", "-m"])
+    assert own == {"cluster": "summit", "sim.rank": "3"}
+    assert others == ["model=gpt_tiny", "parallel.world_size=8", "-m"]
+    with pytest.raises(UsageError, match=r"sim\.rank"):
+        own_arguments(["sim.rnk=3"])
+
+
+def test_without_a_tokenizer_the_vocabulary_is_that_of_gpt2() -> None:
+    assert checked(*WORLD, "model.vocab_size=null").model.vocab_size == 50304

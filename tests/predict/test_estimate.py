@@ -1,0 +1,130 @@
+"""The closed form of memory and time says what the simulator says."""
+
+import pytest
+import torch
+
+from tedlab.config import TrainConfig
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.estimate import Estimate, estimate
+from tedlab.predict.estimate.estimate import OPTIMIZER
+from tedlab.predict.estimate.memory import Memory
+from tedlab.predict.estimate.sizes import Sizes
+from tedlab.predict.sim import Simulation, simulate
+from tedlab.predict.sim.meter import KERNELS
+from tedlab.predict.sim.roofline import Work
+from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
+
+MODEL = ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024", "model.sequence_length=256"]
+MODEL += ["model.vocab_size=2048", "moe.num_experts=16"]
+ONE = [*MODEL, "parallel=single", "data.batch_size=12", "data.micro_batch_size=4"]
+MANY = [*MODEL, "parallel.tensor=4", "parallel.expert=16", "parallel.world_size=128", "data.batch_size=256"]
+MANY += ["data.micro_batch_size=4"]
+HALF = [*MANY, "trainer.precision=16-true"]
+AGAIN = [*HALF, "model.checkpoint=block"]
+
+
+CASES = {
+    "one_fused": [*ONE, "optim.tile=fused"],
+    "recomputing": [*ONE, "model.checkpoint=block", "optim.tile=null"],
+    "mixed": [*MANY, "trainer.precision=bf16-mixed", "trainer=gpu"],
+    "top2": [*HALF, "parallel.tensor=1", "parallel.expert=4", "moe.top_k=2", "data.batch_size=1024"],
+    "ted": [*AGAIN, "comm=ted"],
+    "sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
+    "no_zero": [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
+    "dropless": [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024", "moe.dispatch=dropless"],
+    "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
+    "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
+    "fused": [*HALF, "optim.tile=fused"],
+    "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
+}
+
+
+def closed_form(overrides: list[str]) -> Estimate:
+    return estimate(checked(*overrides), load_cluster("summit"))
+
+
+def simulated(configs: list[TrainConfig]) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(config, load_cluster("summit")) for config in configs]
+
+
+QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "fused", "dense")
+
+
+@pytest.fixture(scope="module")
+def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, Simulation]:
+    """Of all cases that run, in one process: the first one there takes twice as long as those after it."""
+    cases = CASES if any("slow" in item.keywords for item in request.session.items) else QUICK
+    configs = [checked(*CASES[case]) for case in cases]
+    return dict(zip(cases, pool.run(1, simulated, configs)[0], strict=True))
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
+def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulation], case: str) -> None:
+    closed, simulation = closed_form(CASES[case]), simulations[case]
+    held = simulation.memory.at_peak()
+    assert closed.memory.total == pytest.approx(sum(held.values()), rel=0.06)
+    for category in ("parameters", "optimizer"):
+        assert closed.memory.held[category] == pytest.approx(held[category], rel=0.01)
+    assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.04)
+    for link, sent in simulation.wire.items():
+        assert closed.wire[link] == pytest.approx(sent)
+
+
+def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simulation]) -> None:
+    closed, simulation = closed_form(CASES["ted"]), simulations["ted"]
+    passes: dict[str, float] = {}
+    for (phase, cause), taken in simulation.seconds.items():
+        if "," in cause:
+            name = "gradient sync" if phase == "optimizer" else cause
+            passes[name] = passes.get(name, 0.0) + taken
+    assert {name: closed.seconds[name] for name in passes} == pytest.approx(passes)
+
+
+@pytest.mark.parametrize("case", ["fused", "one_fused"])
+def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation], case: str) -> None:
+    config = checked(*CASES[case])
+    bytes_each = 2 + 6 * 4 + 2 if "16-true" in config.trainer["precision"] else 7 * 4
+    shards = Memory(Sizes(config)).shards
+    kernels = simulations[case].kernels
+    for shard in set(shards):
+        assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)
+    closed = estimate(config, load_cluster("summit")).seconds[OPTIMIZER]
+    assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.02)
+
+
+def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
+    config = checked(*HALF)
+    first, fifth = (estimate(config, load_cluster("summit"), rank) for rank in (0, 4))
+    assert fifth.step_seconds > 1.05 * first.step_seconds
+    assert fifth.memory == first.memory
+
+
+def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
+    config = checked(*ONE)
+    config.optim.optimizer = {"_target_": "torch.optim.NAdam"}
+    with pytest.raises(ValueError, match=r"NAdam.*Adam, AdamW, SGD"):
+        estimate(config, load_cluster("summit"))
+
+
+def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.activation=swiglu.*activation=gelu only.*tedlab\.simulate"):
+        estimate(checked(*ONE, "model.activation=swiglu"), load_cluster("summit"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.checkpoint=block", "comm=ted", "data.micro_batch_size=1"],
+        ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"],
+    ],
+    ids=["ted", "sequence"],
+)
+def test_the_papers_model_to_two_percent(pool: WorkerPool, overrides: list[str]) -> None:
+    layout = ["parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "trainer.precision=16-true"]
+    given = ["model=gpt_6.7b", "moe=paper16", *layout, "data.batch_size=1024", *overrides]
+    closed, (simulation,) = closed_form(given), pool.run(1, simulated, [checked(*given)])[0]
+    assert closed.memory.total == pytest.approx(sum(simulation.memory.at_peak().values()), rel=0.02)
+    assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.02)

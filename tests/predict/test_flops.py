@@ -1,0 +1,90 @@
+"""The closed form counts what torch counts, and every device gets the peak of its data sheet."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tedlab.capacity import expert_capacity
+from tedlab.config import ModelConfig, MoEConfig
+from tedlab.models import GPT
+from tedlab.predict.flops import forward_flops, peak_flops, training_flops
+from tedlab.topology import Topology
+
+MODEL = ModelConfig(layers=3, hidden=16, heads=4, ffn=40, sequence_length=12, vocab_size=64)
+SAMPLES = 2
+TOKENS = SAMPLES * MODEL.sequence_length
+MIXTURES = {
+    "dense": MoEConfig(num_experts=0),
+    "top1": MoEConfig(num_experts=4, capacity_factor=None),
+    "top2_everywhere": MoEConfig(num_experts=8, top_k=2, every=1, capacity_factor=None),
+}
+
+
+TODAY = replace(MODEL, activation="swiglu", bias=False, norm="rms", positions="rotary")
+
+
+def counted(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
+    """FLOPs of matrix products that torch sees in forward and in backward."""
+    network = GPT(model, moe, Topology.single(), seed=0)
+    ids = torch.randint(64, (SAMPLES, MODEL.sequence_length))
+    # Only this attention shows the counter its products, in backward, too.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        logits, _ = network(ids)
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+    return forward, counter.get_total_flops() - forward
+
+
+@pytest.mark.parametrize("model", [MODEL, TODAY], ids=["gpt", "today"])
+@pytest.mark.parametrize("moe", MIXTURES.values(), ids=MIXTURES)
+def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_slots(
+    model: ModelConfig, moe: MoEConfig
+) -> None:
+    parts = forward_flops(model, moe)
+    masked = TOKENS * parts["attention_scores"]  # torch counts tokens that come later as well: the other half
+    slots = moe.num_experts * expert_capacity(TOKENS, max(1, moe.num_experts), moe.top_k, None, moe.capacity_multiple)
+    empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS)
+    forward, backward = counted(model, moe)
+    assert forward == TOKENS * sum(parts.values()) + masked + empty
+    assert backward == 2 * forward
+    assert training_flops(model, moe) == 3 * sum(parts.values())
+
+
+def test_the_closed_form_by_hand() -> None:
+    """hidden 16, ffn 40, 12 positions; of three blocks the second has experts, two of eight for each token."""
+    moe = MoEConfig(num_experts=8, top_k=2)
+    assert forward_flops(MODEL, moe) == {
+        "attention_projections": 3 * 2 * (16 * 48 + 16 * 16),
+        "attention_scores": 3 * 2 * 12 * 16,
+        "feed_forward": 2 * 2 * 2 * 16 * 40,
+        "experts": 2 * 2 * 2 * 16 * 40,
+        "routers": 2 * 16 * 8,
+        "output": 2 * 16 * 64,
+    }
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "tera"),
+    [
+        ("Tesla V100-SXM2-32GB", "16-mixed", 125.0),
+        ("Tesla V100-SXM2-32GB", "bf16-true", None),  # it has no bf16
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312.0),
+        ("NVIDIA A100 80GB PCIe", "32-true", 19.5),
+        ("NVIDIA H100 80GB HBM3", "bf16-true", 989.5),
+        ("NVIDIA H100 80GB HBM3", "32-true", 67.0),
+        ("NVIDIA H100 PCIe", "16-true", 756.5),
+        ("NVIDIA H200", "bf16-true", 989.5),
+        ("NVIDIA H200 NVL", "bf16-true", 835.5),
+        ("NVIDIA B200", "16-mixed", 2250.0),
+        ("AMD Instinct MI250X", "bf16-true", 191.5),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16-true", None),  # a seventh of one
+        ("NVIDIA H100 80GB HBM3", "64-true", None),
+        ("NVIDIA GB200", "bf16-true", None),  # not a B200
+        ("NVIDIA GeForce RTX 3090", "bf16-true", None),
+    ],
+)
+def test_the_peak_of_a_device_by_precision(device: str, precision: str, tera: float | None) -> None:
+    assert peak_flops(device, precision) == (None if tera is None else pytest.approx(tera * 1e12))
