@@ -6,6 +6,7 @@ number of tokens stays what it was: the processes compare it in their first forw
 notices a layer's change and waits for the others to announce theirs. One whose number alone has changed waits in vain.
 """
 
+import itertools
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,8 @@ _ADVICE = (
     "Give each the same number of tokens, by padding (see padding_mask of MoELayer), or use moe.dispatch=dropless, "
     "which takes as many as there are"
 )
+
+_numbers = itertools.count()  # of the agreements that this process has begun
 
 
 class SlotAgreement:
@@ -86,30 +89,21 @@ class SlotAgreement:
         return dist.get_process_group_ranks(self.comm.group("expert"))
 
     @property
-    def _store(self) -> dist.Store:
-        return dist.distributed_c10d._get_default_store()
-
-    @property
-    def _place(self) -> str:
-        return f"tedlab/slots/{self.comm.group('expert').group_name}"
-
-    @property
     def _device(self) -> str:
         return "cuda" if dist.get_backend(self.comm.group("expert")) == "nccl" else "cpu"
 
     def _together(self, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
-        # An earlier agreement of the process may have left announcements. This is the first thing that one does, and
-        # all of the group do it, so that they count alike.
-        self._number = self._store.add(f"{self._place}/{self.comm.group('expert').rank()}", 1)
-        own = torch.tensor([[tokens, slots]], device=self._device)
+        own = torch.tensor([[tokens, slots, next(_numbers)]], device=self._device)
         table = self.comm.all_gather(own, "expert", tag="dispatch.slots", phase="check").tolist()
-        return [(theirs, of_them) for theirs, of_them in table]
+        # An earlier agreement of the group may have left announcements under its number, which was lower.
+        self._number = max(number for *_, number in table)
+        return [(theirs, of_them) for theirs, of_them, _ in table]
 
     def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         """Through the store of the process group: a collective would meet those of processes that know of no change."""
         self._changes += 1
-        store, group = self._store, self.comm.group("expert")
-        place = f"{self._place}/{self._number}"
+        store, group = dist.distributed_c10d._get_default_store(), self.comm.group("expert")
+        place = f"tedlab/slots/{group.group_name}/{self._number}"
         store.set(f"{place}/{self._changes}/{group.rank()}", f"{tokens} {slots}")
         keys = [f"{place}/{self._changes}/{rank}" for rank in range(group.size())]
         try:
