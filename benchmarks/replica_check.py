@@ -22,7 +22,7 @@ WARM_UP, ROUNDS = 3, 20
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.replica_check", description=__doc__)
-    parser.add_argument("overrides", nargs="*", help="of tedlab.train: a preset, and changes to it")
+    parser.add_argument("overrides", nargs="*", help="of tedlab train: a preset, and changes to it")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     form = ClosedForm(composed(arguments.overrides))

@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("overrides", nargs="+", help="of tedlab.train: a preset, and changes to it")
+    parser.add_argument("overrides", nargs="+", help="of tedlab train: a preset, and changes to it")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each row (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="to measure (default: all)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N longest kernels of a step")

@@ -61,7 +61,7 @@ class Block:
 def _printed(_: Mapping[str, Simulation]) -> str:
     """What the README's command prints, from the second table on, without the place of its files."""
     torch.set_num_threads(1)
-    (command,) = re.findall(r"python -m tedlab\.simulate (.*?)\n```", DOCUMENTS[0].read_text(), re.DOTALL)
+    (command,) = re.findall(r"tedlab simulate (.*?)\n```", DOCUMENTS[0].read_text(), re.DOTALL)
     overrides = [word for word in command.replace("\\\n", " ").split() if not word.startswith("cluster=")]
     config = configured([word.replace("world_size", "parallel.world_size") for word in overrides])
     out = io.StringIO()

@@ -21,7 +21,7 @@ from typing import Any
 from tests import deaths
 
 PRELOADED = [  # what tests import, pytest not least: each worker would take longer for that than for its work
-    *("pytest", "tedlab", "tedlab.certify", "tedlab.simulate"),
+    *("pytest", "tedlab", "tedlab.certify", "tedlab.predict.sim"),
     *("tests.pool", "tests.training", "tests.certify.runs"),
 ]
 

@@ -48,7 +48,7 @@ KINDS = ("kill", "stop", "cut", "kill the launcher")
 
 
 def start(config: TrainConfig, control: Path) -> None:
-    """``python -m tedlab.train`` without the start of Python: forked, it takes a fraction of the time."""
+    """``tedlab train`` without the start of Python: forked, it takes a fraction of the time."""
     from tedlab.launch.launcher import launch
 
     multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # the server that this process comes from

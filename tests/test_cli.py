@@ -9,10 +9,14 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
+import tedlab
+from tedlab.__main__ import COMMANDS
+from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import UsageError, check_overrides, check_run_directory, hydra_entry
 from tedlab.config import TrainConfig
 
 SCREEN = 25  # lines
+SOURCE = Path(tedlab.__file__).parent
 
 MISSPELT = {
     "key_of_a_section": ("model.hiden=3", ["model.hiden", "Did you mean 'hidden'?", "ffn, heads, hidden, init_std"]),
@@ -137,7 +141,7 @@ def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
-    """``python -m tedlab.train …`` as a user types it; stdout and stderr together, as on a terminal."""
+    """``tedlab train …`` as a user types it; stdout and stderr together, as on a terminal."""
     return subprocess.run(
         [sys.executable, "-m", "tedlab.train", *arguments],
         cwd=cwd,
@@ -168,7 +172,7 @@ def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, overrid
 def test_help_lists_groups_presets_and_values(tmp_path: Path) -> None:
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for line in ("python -m tedlab.train ", "parallel: dp2, dp4, ep2", "model: gpt_1.3b", "  hidden: 128", "seed: 0"):
+    for line in ("tedlab train ", "parallel: dp2, dp4, ep2", "model: gpt_1.3b", "  hidden: 128", "seed: 0"):
         assert line in done.stdout
     assert "${hydra.help" not in done.stdout
     assert list(tmp_path.iterdir()) == []
@@ -184,3 +188,70 @@ def test_the_composed_configuration_is_printed_as_yaml_and_nothing_else_happens(
     assert config.parallel.expert == 4
     assert config.model.hidden == 64
     assert list(tmp_path.iterdir()) == []
+
+
+COMPOSING = {
+    "help": ("tedlab", "--help"),
+    "train": ("tedlab", "train", "--cfg", "job"),
+    "train_as_before": ("tedlab.train", "--cfg", "job"),
+    "simulate": ("tedlab", "simulate", "cluster=summit", "--cfg", "job"),
+}
+
+
+@pytest.mark.parametrize("arguments", COMPOSING.values(), ids=COMPOSING)
+def test_a_command_composes_without_torch_and_lightning(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """They are nearly all of what starting takes, and neither help nor a configuration needs them."""
+    started = [sys.executable, "-X", "importtime", "-m", *arguments]
+    done = subprocess.run(started, cwd=tmp_path, text=True, capture_output=True, timeout=60, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "tedlab" in imported
+    assert not imported & {"torch", "lightning", "matplotlib", "wandb"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("program", "original", "command"),
+    [
+        ("/venv/bin/tedlab", ["python", "/venv/bin/tedlab", "train"], True),
+        ("-m", ["python", "-u", "-m", "tedlab.train"], True),
+        ("-m", ["python", "-mtedlab", "train"], True),
+        ("-m", ["python", "-m", "tedlab_of_mine", "tedlab"], False),
+        ("-m", ["python", "-m", "pytest", "-m", "slow"], False),
+        ("/home/me/script.py", ["python", "/home/me/script.py", "-m", "tedlab"], False),
+        ("", [""], False),
+    ],
+)
+def test_only_our_commands_put_off_what_importing_tedlab_does(
+    monkeypatch: pytest.MonkeyPatch, program: str, original: list[str], command: bool
+) -> None:
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(sys, "orig_argv", original)
+    assert tedlab._runs_a_command() is command
+
+
+def test_a_name_of_the_package_that_a_command_did_not_import_is_there_when_it_is_used() -> None:
+    assert [getattr(tedlab.__getattr__(name), "__name__", None) for name in tedlab.__all__] == tedlab.__all__
+    with pytest.raises(AttributeError, match="no attribute 'TEDStrat'"):
+        tedlab.__getattr__("TEDStrat")
+
+
+def test_the_commands_are_listed_with_what_they_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tedlab"])
+    tedlab_command()
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if line.startswith("  ")] == list(COMMANDS)
+    assert {f"{name}.py" for name in COMMANDS} <= {file.name for file in (SOURCE / "commands").iterdir()}
+
+
+def test_an_unknown_command_is_told_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tedlab", "simulat", "cluster=summit"])
+    with pytest.raises(SystemExit, match=r"(?s)no command 'simulat'.* Did you mean 'simulate'\?.*checkpoint"):
+        tedlab_command()
+
+
+def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tedlab", "checkpoint", "inspect", "/nowhere"])
+    with pytest.raises(SystemExit, match="/nowhere"):
+        tedlab_command()

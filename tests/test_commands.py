@@ -10,12 +10,10 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 
-from tedlab import simulate
-from tedlab.certify import __main__ as certify
 from tedlab.cli import UsageError
+from tedlab.commands import certify, plan, simulate
+from tedlab.commands.calibrate import parse
 from tedlab.generate import GenerateConfig, generate
-from tedlab.predict.calibrate.__main__ import parse
-from tedlab.predict.plan import __main__ as plan
 from tests.test_conf import compose
 
 SCREEN = 25  # lines

@@ -20,7 +20,7 @@ NEEDED = {"data=text": ["data.path=corpus.txt"]}  # values without which a prese
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """What ``python -m tedlab.train`` composes, with ``${hydra:…}`` resolvable as in a job."""
+    """What ``tedlab train`` composes, with ``${hydra:…}`` resolvable as in a job."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(
             "train",

@@ -1,4 +1,4 @@
-"""``python -m tedlab.generate``: errors of one line before anything is loaded; text that can be had again."""
+"""``tedlab generate``: errors of one line before anything is loaded; text that can be had again."""
 
 import sys
 from dataclasses import asdict, replace
@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tedlab.commands.generate import main
 from tedlab.config import ModelConfig, MoEConfig
-from tedlab.generate import GenerateConfig, generate, main
+from tedlab.generate import GenerateConfig, generate
 from tests.pool import WorkerPool
 from tests.test_conf import compose
 from tests.training import Job, Layout, language_model, loader, trainer

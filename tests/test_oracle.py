@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tedlab.certify.compare import relative_error
-from tedlab.checkpoint.__main__ import consolidate
+from tedlab.checkpoint.contents import consolidate
 from tedlab.config import TrainConfig
 from tedlab.validate import check
 from tests import oracle

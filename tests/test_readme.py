@@ -8,17 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from tedlab.__main__ import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/**/README.md")]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_pictures_and_modules_exist(document: Path) -> None:
+def test_links_pictures_modules_and_commands_exist(document: Path) -> None:
     text = document.read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
     modules = set(re.findall(r"python -m ((?:tedlab|experiments|benchmarks|tests)[\w.]*)", text))
     missing = [link for link in links if not (document.parent / link).exists()]
+    code = [*re.findall(r"```bash\n(.*?)```", text, re.DOTALL), *re.findall(r"`(tedlab [^`\n]+)`", text)]
+    commands = re.findall(r"(?:^|&& )tedlab (\w+)", "\n".join(code), re.MULTILINE)
+    missing += [command for command in commands if command not in COMMANDS]
     missing += [module for module in modules if importlib.util.find_spec(module) is None]
     assert not missing
 

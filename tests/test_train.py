@@ -1,4 +1,4 @@
-"""``python -m tedlab.train`` as a user types it: what a run leaves behind, resuming, sweeps, torchrun, own data."""
+"""``tedlab train`` as a user types it: what a run leaves behind, resuming, sweeps, torchrun, own data."""
 
 import csv
 import json
@@ -85,7 +85,7 @@ class Place:
         return run
 
     def generate(self, run: str, *arguments: str) -> str:
-        done = self.python("-m", "tedlab.generate", f"run={run}", *arguments)
+        done = self.python("-m", "tedlab", "generate", f"run={run}", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -261,7 +261,7 @@ def test_the_loss_curve_is_a_picture(run: Run) -> None:
 
 
 def test_the_closing_table_and_the_progress(run: Run) -> None:
-    for text in ("validation loss", "bigram model", "2 processes: tensor 2", "tedlab.generate run="):
+    for text in ("validation loss", "bigram model", "2 processes: tensor 2", "tedlab generate run="):
         assert text in run.shown
     for text in ("tokens/s", "TFLOP/s per process", "expert load", "gradients"):
         assert text in run.shown
@@ -460,7 +460,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
     assert between[0] > max(between[1:3])
     assert min(between[1:3]) > between[3]
     assert ted["memory/stash_bytes"] > 0 == none["memory/stash_bytes"]
-    report = place.python("-m", "tedlab.compare", "ablation", "--out", "report.html")
+    report = place.python("-m", "tedlab", "compare", "ablation", "--out", "report.html")
     assert report.returncode == 0, report.stdout + report.stderr
     assert "identical to the last digit in all runs" in report.stdout
     assert (place.folder / "report.html").stat().st_size > 10_000

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tedlab.checkpoint import META
 from tedlab.cli import UsageError
+from tedlab.commands.train import train
 from tedlab.config import TrainConfig
-from tedlab.train import train
 from tedlab.validate import check, notes
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose

@@ -91,7 +91,7 @@ def with_plan(arguments: list[str]) -> list[str]:
     for name in files:
         path = Path(name.removeprefix(_PLAN))
         if not path.is_file():
-            raise UsageError(f"{name}: there is no such file; `python -m tedlab.predict.plan` writes one")
+            raise UsageError(f"{name}: there is no such file; `tedlab plan` writes one")
         try:
             lines = plan_file.read(path)
         except (OSError, ValueError) as error:
@@ -185,5 +185,5 @@ def _check_known(name: str, known: list[str], where: str, what: str) -> None:
     suggestion = f" Did you mean '{near[0]}'?" if near else ""
     raise UsageError(
         f"{where}: there is no {what} '{name}'.{suggestion}\nValid: {', '.join(sorted(known))}\n"
-        "`python -m tedlab.train --help` shows everything with its value."
+        "`tedlab train --help` shows everything with its value."
     )

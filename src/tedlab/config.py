@@ -174,7 +174,7 @@ class CheckpointConfig:
 
 @dataclass
 class TrainConfig:
-    """The whole configuration of ``python -m tedlab.train``."""
+    """The whole configuration of ``tedlab train``."""
 
     model: ModelConfig = MISSING
     moe: MoEConfig = MISSING

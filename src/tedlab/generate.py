@@ -1,15 +1,13 @@
-"""``python -m tedlab.generate run=<dir> prompt="def "``: continues a text with the model of a finished run.
+"""Continues a text with the model of a finished run.
 
 One process, whatever layout the run had: its sharded checkpoint is read into an unsharded model.
 """
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tedlab import checkpoint
@@ -101,26 +99,3 @@ def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
         return shape, moe
     except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} says nothing of a model of this command: {error}") from None
-
-
-def main() -> None:
-    """Reads ``key=value`` arguments and prints the text."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print('usage: python -m tedlab.generate run=<dir> prompt="def " [key=value …]\n')
-        print(OmegaConf.to_yaml(OmegaConf.structured(GenerateConfig)).replace(": ", "="))
-        return
-    try:
-        wrong = [a for a in arguments if "=" not in a]
-        if wrong:
-            raise ValueError(f"'{wrong[0]}' is not of the form key=value; --help shows the keys")
-        settings = OmegaConf.merge(OmegaConf.structured(GenerateConfig), dict(a.split("=", 1) for a in arguments))
-        config = OmegaConf.to_object(settings)
-        assert isinstance(config, GenerateConfig)
-        print(generate(config))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        sys.exit(f"{error}")
-
-
-if __name__ == "__main__":
-    main()

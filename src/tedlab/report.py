@@ -215,7 +215,7 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     pictures = "loss.png, router_load.png" if "router/load_cv" in summary else "loss.png"
     table.add_row("saved in", directory)
     table.add_row("", f"summary.json, metrics.csv, config.yaml, {pictures}, checkpoints/last.ckpt")
-    table.add_row("sample text", f'python -m tedlab.generate run={directory} prompt="def "')
+    table.add_row("sample text", f'tedlab generate run={directory} prompt="def "')
     if config.logger.get("wandb", {}).get("mode") == "offline":
         table.add_row("upload to W&B", f"wandb sync {directory}/wandb/offline-run-*")
     return table

@@ -23,7 +23,7 @@ _STEPS = 2  # of a run that nothing continues
 
 
 def composed(*overrides: str) -> TrainConfig:
-    """What ``python -m tedlab.certify <overrides>`` would certify."""
+    """What ``tedlab certify <overrides>`` would certify."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
     typed = OmegaConf.to_object(config)

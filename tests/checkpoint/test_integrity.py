@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from tedlab import Topology, checkpoint
 from tedlab.checkpoint import durable
-from tedlab.checkpoint.__main__ import main
+from tedlab.commands.checkpoint import main
 from tests.checkpoint.small import DAMAGES, age, damaged, read, write
 from tests.pool import WorkerPool
 

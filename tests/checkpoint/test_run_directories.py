@@ -107,7 +107,7 @@ def generated(folder: Path) -> list[tuple[str, str, str, bool]]:
     """File, damage, what ``generate`` prints or exits with, and whether it failed, for every damage to every file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from tedlab.generate import main
+    from tedlab.commands.generate import main
 
     whole, bad = folder / "whole", folder / "bad"
     fit = trainer(Layout(), Job(), max_steps=1)

@@ -21,9 +21,9 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint.metadata import Metadata
 
 from tedlab import Topology, checkpoint
-from tedlab.checkpoint.__main__ import main as checkpoint_main
 from tedlab.checkpoint.directory import META
 from tedlab.cli import UsageError, with_plan
+from tedlab.commands.checkpoint import main as checkpoint_main
 from tedlab.compare.runs import read_runs
 from tedlab.config import OptimConfig
 from tedlab.data import load_tokenizer

@@ -1,4 +1,4 @@
-"""Run directories as ``tedlab.train`` leaves them, without training."""
+"""Run directories as ``tedlab train`` leaves them, without training."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def write_run(
 
 
 def write_sweep(directory: Path) -> Path:
-    """The four runs of DTD × CAC, as ``tedlab.train -m`` numbers them."""
+    """The four runs of DTD × CAC, as ``tedlab train -m`` numbers them."""
     for number in range(4):
         dtd, cac = divmod(number, 2)
         sent = ledger(dtd=bool(dtd), cac=bool(cac))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tedlab.compare.__main__ import main
+from tedlab.commands.compare import main
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.terminal import WIDTH, show

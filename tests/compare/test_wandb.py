@@ -12,7 +12,7 @@ import wandb
 import yaml
 
 from tedlab.cli import UsageError
-from tedlab.compare.__main__ import main
+from tedlab.commands.compare import main
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.wandb_runs import read_group
@@ -23,7 +23,7 @@ EXTRA = {"parameters": {"total": 841600}, "layout": {"tensor": 2}, "certificate"
 
 
 def server_run(directory: Path, identifier: str, state: str = "finished") -> SimpleNamespace:
-    """A run of ``wandb.Api`` as ``tedlab.train`` logs what lies in this directory."""
+    """A run of ``wandb.Api`` as ``tedlab train`` logs what lies in this directory."""
     summary = json.loads((directory / "summary.json").read_text())
     history = [
         {"_step": 0, "_runtime": 1.5, "trainer/global_step": 9, "train/loss": LOSSES[0], "val/loss": None},

@@ -215,7 +215,7 @@ def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
 CRASHING = """
 import os, signal
 from tedlab.strategy import TEDStrategy
-from tedlab.train import main
+from tedlab.commands.train import main
 
 original = TEDStrategy.on_train_batch_start
 def crash_once(self, batch, batch_idx):

@@ -12,10 +12,10 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from tedlab import run as run_module
+from tedlab.commands.train import leave_summary
 from tedlab.config import TrainConfig
 from tedlab.launch.launcher import WorkerFailed
 from tedlab.launch.outcome import FAILED, INTERRUPTED, Outcome, Signalled, signals_raised, write_unfinished
-from tedlab.train import leave_summary
 from tests.offline_wandb import read_offline_run
 
 ROWS = "epoch,step,tokens,train/loss,val/loss,comm/a/b/c/calls\n0,10,100,3.5,,4.0\n0,20,200,3.25,,\n0,20,200,,3.0,\n"

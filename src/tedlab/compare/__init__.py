@@ -1,1 +1,1 @@
-"""Finished runs side by side: ``python -m tedlab.compare`` prints tables and writes a report with charts."""
+"""Finished runs side by side: ``tedlab compare`` prints tables and writes a report with charts."""

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def simulated(self) -> str | None:
-        """The cluster that ``tedlab.simulate`` predicted for; None for a run."""
+        """The cluster that ``tedlab simulate`` predicted for; None for a run."""
         return self.config.get("sim.cluster")
 
     @property

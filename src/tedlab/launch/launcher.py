@@ -19,16 +19,16 @@ import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.errors import CompactHydraException
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tedlab.launch import failures, outside
 from tedlab.launch.locks import Lock, scratch
 from tedlab.launch.outside import started_outside
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
 _LEAVE_S = 20  # from the end of the first process's work to that of the others
@@ -82,6 +82,11 @@ def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> d
     outside.check()
     if started_outside():
         return run(config)
+    # Commands import this module to compose and to print their help, for which torch would take too long.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -143,7 +148,7 @@ def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, loc
     return result
 
 
-def _first_failure(error: ChildFailedError, folder: Path) -> tuple[int, str]:
+def _first_failure(error: "ChildFailedError", folder: Path) -> tuple[int, str]:
     """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
     for rank, failure in error.failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:

@@ -62,7 +62,7 @@ class Dispatch:
 
 @dataclass
 class Kernels:
-    """What keeps operations from the roofline. By default nothing does; ``tedlab.predict.calibrate`` measures it."""
+    """What keeps operations from the roofline. By default nothing does; ``tedlab calibrate`` measures it."""
 
     dispatch: Dispatch = field(default_factory=Dispatch)
     asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU

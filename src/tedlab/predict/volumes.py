@@ -39,7 +39,7 @@ _DTYPES = {  # trainer.precision → of parameters, of matrix products
 
 
 def predict(config: TrainConfig) -> dict[Entry, Count]:
-    """Calls and bytes of one optimizer step, in any process: of ``tedlab.train``'s model, strategy and optimizer.
+    """Calls and bytes of one optimizer step, in any process: of ``tedlab train``'s model, strategy and optimizer.
 
     Args:
         config: completed by :func:`tedlab.validate.check`. With dropless routing every expert is chosen equally often,

@@ -69,7 +69,7 @@ def explain_directories() -> None:
                 f"{path} is a sharded checkpoint, a directory, which load_from_checkpoint cannot read since its layers "
                 "need a Trainer's topology: give it as ckpt_path to trainer.fit, validate, test or predict, call "
                 "tedlab.checkpoint.load_weights(self, path) in on_fit_start, or make one file of it with "
-                "python -m tedlab.checkpoint consolidate (docs/lightning.md)"
+                "tedlab checkpoint consolidate (docs/lightning.md)"
             )
         return load(path, *args, **options)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tedlab.cli import UsageError
-from tedlab.predict.calibrate.__main__ import parse
+from tedlab.commands.calibrate import parse
 from tedlab.predict.calibrate.calibration import CalibrateConfig, calibrate
 from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
 from tedlab.predict.calibrate.measure import Group, Measured

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tedlab.cli import UsageError, with_plan
+from tedlab.commands.plan import own_arguments, task
 from tedlab.config import TrainConfig
 from tedlab.predict.cluster import load_cluster
-from tedlab.predict.plan.__main__ import own_arguments, task
 from tedlab.predict.plan.family import base_parameters, member
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan
 from tedlab.predict.plan.search import Found, applied, layouts, pareto_front, search, smallest

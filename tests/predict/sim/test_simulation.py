@@ -20,7 +20,8 @@ from tedlab.certify import Certificate, certify
 from tedlab.cli import UsageError
 from tedlab.comm import Collectives, predict
 from tedlab.comm.ledger import differences
-from tedlab.compare.__main__ import main as compare
+from tedlab.commands.compare import main as compare
+from tedlab.commands.simulate import own_arguments, task
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
@@ -34,7 +35,6 @@ from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.predict.volumes import ClosedForm
 from tedlab.run import language_model, strategy_arguments
-from tedlab.simulate import own_arguments, task
 from tedlab.validate import check_simulated
 from tests.certify.runs import composed
 from tests.pool import WorkerPool

@@ -108,7 +108,7 @@ def _check_known(config: TrainConfig) -> None:
         if value != known[name]:
             raise ValueError(
                 f"model.{name}={value}: the closed form of memory and time is that of model.{name}={known[name]} only; "
-                "`python -m tedlab.simulate` runs any model"
+                "`tedlab simulate` runs any model"
             )
 
 

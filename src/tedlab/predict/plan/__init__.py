@@ -1,1 +1,1 @@
-"""``python -m tedlab.predict.plan``: the best layout for a model on a cluster (docs/plan.md)."""
+"""``tedlab plan``: the best layout for a model on a cluster (docs/plan.md)."""

@@ -1,4 +1,4 @@
-"""The file that ``tedlab.predict.plan`` writes and ``+plan=FILE`` takes: overrides, one a line, of the keys below only.
+"""The file that ``tedlab plan`` writes and ``+plan=FILE`` takes: overrides, one a line, of the keys below only.
 
 Such a file may come from others, and with any override it could make Hydra call any function: ``_target_`` below
 ``optim.optimizer`` or ``logger``, ``hydra.launcher``, ``--config-dir``. So it says what a model is and how it is laid

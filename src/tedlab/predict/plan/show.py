@@ -1,4 +1,4 @@
-"""A plan for people: a progress bar, tables, and the file that ``tedlab.train +plan=`` takes."""
+"""A plan for people: a progress bar, tables, and the file that ``tedlab train +plan=`` takes."""
 
 import shlex
 import sys
@@ -67,7 +67,7 @@ def plan_visibly(
     path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
     console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
     apart = [shlex.quote(override) for override in given if not allowed(override)]
-    console.print(" ".join([f"python -m tedlab.train +plan={path}", *apart]), soft_wrap=True, markup=False)
+    console.print(" ".join([f"tedlab train +plan={path}", *apart]), soft_wrap=True, markup=False)
     return plan
 
 

@@ -1,4 +1,4 @@
-"""A simulation for people and for ``tedlab.compare``: tables, pictures, and a run directory."""
+"""A simulation for people and for ``tedlab compare``: tables, pictures, and a run directory."""
 
 import functools
 import json

@@ -1,11 +1,11 @@
-"""``python -m tedlab.predict.calibrate out=FILE.yaml``: measures this machine, for predictions that are about it.
+"""``tedlab calibrate out=FILE.yaml``: measures this machine, for predictions that are about it.
 
     out=FILE.yaml   the cluster file to write; a picture of the fit goes beside it
     processes=N     that measure at the same time and communicate (1); under torchrun or srun: those that it started
     device=D        cpu or cuda (cuda where there is a GPU)
     quick=true      a rough idea in seconds
 
-Then: ``python -m tedlab.simulate cluster=FILE.yaml …``.
+Then: ``tedlab simulate cluster=FILE.yaml …``.
 """
 
 import os
@@ -71,7 +71,3 @@ def main() -> None:
     except (UsageError, WorkerFailed, WrongEnvironment) as error:
         sys.exit(f"{error}")
     leave_if_started_outside()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""``python -m tedlab.certify [overrides]``: proves that a training configuration equals one process, or says where not.
+"""``tedlab certify [overrides]``: proves that a training configuration equals one process, or says where not.
 
-Takes the overrides of ``tedlab.train``. Exits with 1 on a mismatch.
+Takes the overrides of ``tedlab train``. Exits with 1 on a mismatch.
 """
 
 import copy
@@ -23,6 +23,3 @@ def task(config: TrainConfig) -> float:
 
 
 main = hydra_entry(task)
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""``python -m tedlab.predict.plan [overrides]``: the fastest layout that fits, for a job on any cluster.
+"""``tedlab plan [overrides]``: the fastest layout that fits, for a job on any cluster.
 
-Takes the overrides of ``tedlab.train``; what they set of layout, micro-batch and toggles stays as it is. Of its own:
+Takes the overrides of ``tedlab train``; what they set of layout, micro-batch and toggles stays as it is. Of its own:
 
     cluster=NAME         a file in conf/cluster, or the path of one (.yaml)
     world_size=N         GPUs in all; short for parallel.world_size=N
@@ -76,7 +76,3 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
     hydra_entry(functools.partial(task, own))()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,10 @@
-"""``python -m tedlab.checkpoint inspect|consolidate <dir>``: what is in a checkpoint, and the model as one file."""
+"""What is in a checkpoint, as a table, and its model as one file."""
 
-import argparse
 import math
-import sys
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from tedlab.checkpoint import read, read_meta, stored_tensors, verify
@@ -62,28 +58,3 @@ def consolidate(path: Path, out: Path) -> None:
     partial = out.with_name(out.name + ".partial")
     save_file({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}, partial)
     partial.replace(out)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tedlab.checkpoint", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("directory", type=Path, help="e.g. runs/main/<date>/checkpoints/last.ckpt")
-        if name == "consolidate":
-            command.add_argument("out", type=Path, nargs="?", help="default: <directory>.safetensors")
-    options = parser.parse_args(arguments)
-    try:
-        if options.command == "inspect":
-            Console().print(inspect(options.directory))
-        else:
-            out = options.out or options.directory.with_suffix(".safetensors")
-            consolidate(options.directory, out)
-            print(out)
-    except (OSError, ValueError, SafetensorError) as error:
-        sys.exit(f"{error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
-"""``python -m tedlab.simulate [overrides]``: one rank of a job on any cluster, simulated on this machine's CPU.
+"""``tedlab simulate [overrides]``: one rank of a job on any cluster, simulated on this machine's CPU.
 
-Takes the overrides of ``tedlab.train``, and of its own:
+Takes the overrides of ``tedlab train``, and of its own:
 
     cluster=NAME     what to predict times for: a file in conf/cluster, or the path of one (.yaml)
     world_size=N     GPUs in all; short for parallel.world_size=N
@@ -112,7 +112,3 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(__doc__)
     hydra_entry(functools.partial(task, own))()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""``python -m tedlab.compare``: the command line."""
+"""``tedlab compare``: the command line."""
 
 import argparse
 import sys
@@ -15,10 +15,10 @@ from tedlab.compare.terminal import show
 
 _EXAMPLES = """\
 examples:
-  python -m tedlab.compare runs/ablation_comm/<date>                    a sweep: one row for each of its runs
-  python -m tedlab.compare runs/main/<date> runs/main/<other date>      single runs; the first is the reference
-  python -m tedlab.compare <sweep> --by comm.dtd,comm.cac --out report.html
-  python -m tedlab.compare --wandb me/tedlab --group runs/ablation_comm/<date> --out report.html --workspace
+  tedlab compare runs/ablation_comm/<date>                    a sweep: one row for each of its runs
+  tedlab compare runs/main/<date> runs/main/<other date>      single runs; the first is the reference
+  tedlab compare <sweep> --by comm.dtd,comm.cac --out report.html
+  tedlab compare --wandb me/tedlab --group runs/ablation_comm/<date> --out report.html --workspace
 """
 
 
@@ -73,7 +73,7 @@ def write(comparison: Comparison, out: Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tedlab.compare",
+        prog="tedlab compare",
         description="Finished runs side by side: settings that differ, losses with all digits that tell them apart,\n"
         "speed, bytes by operation and phase, memory, and ratios to the first run.",
         epilog=_EXAMPLES,
@@ -101,14 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     server = parser.add_argument_group("runs on a W&B server")
     server.add_argument("--wandb", metavar="ENTITY/PROJECT", help="read the runs from there, not from directories")
-    server.add_argument("--group", help="of the runs; tedlab.train calls it as the directory of a sweep")
+    server.add_argument("--group", help="of the runs; tedlab train calls it as the directory of a sweep")
     server.add_argument(
         "--workspace",
         action="store_true",
         help="also save a view of the group with the same charts in the project (needs tedlab's extra 'wandb')",
     )
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,35 @@
+"""``tedlab COMMAND …``, or ``python -m tedlab COMMAND …``. Each command is the module of its name in ``commands/``."""
+
+import difflib
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "train": "train a model, or a sweep of them",
+    "simulate": "predict time, memory and traffic of a step on any cluster",
+    "plan": "find the fastest layout that fits on a cluster",
+    "calibrate": "measure this machine, for predictions about it",
+    "certify": "prove that a configuration equals one process",
+    "compare": "put finished runs side by side",
+    "generate": "continue a text with a trained model",
+    "checkpoint": "inspect a checkpoint, or make one file of it",
+}
+
+
+def main() -> None:
+    """Hands the rest of the command line to the command that its first word names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<12}{what}" for command, what in COMMANDS.items()]
+        print("usage: tedlab COMMAND …\n", *lines, "\ntedlab COMMAND --help shows what it takes.", sep="\n")
+        return
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        suggestion = f" Did you mean '{near[0]}'?" if near else ""
+        sys.exit(f"tedlab: there is no command '{name}'.{suggestion}\nValid: {', '.join(COMMANDS)}")
+    del sys.argv[1]
+    import_module(f"tedlab.commands.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""``tedlab train``: composes a configuration, checks it, and launches the run."""
+
+import signal
+from contextlib import nullcontext
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+
+from tedlab.cli import UsageError, hydra_entry
+from tedlab.config import TrainConfig
+
+
+def train(config: TrainConfig) -> float:
+    """Runs one job and returns the metric that a sweeper minimises."""
+    from tedlab.launch import outside
+    from tedlab.launch.launcher import WorkerFailed, launch
+    from tedlab.launch.locks import run_directory
+    from tedlab.resume import named_values, resume
+    from tedlab.run import run
+    from tedlab.validate import check, notes
+
+    outside.check(config.parallel.world_size)
+    started_outside = outside.started_outside()
+    if started_outside and outside.restarts():
+        go_on_after_restart(config)
+    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # called by a program
+    resumed = resume(config, named)
+    degrees = check(config)
+    held = not started_outside or outside.first_outside()  # by one process for all
+    with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
+        if config.certificate:
+            certify_first(config)
+        if not started_outside:
+            said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
+            print(*said, sep="\n", flush=True)
+        try:
+            summary = launch(run, config, int(config.trainer["devices"]), lock)
+        except (WorkerFailed, SystemExit) as error:
+            if not started_outside:  # there the first process has said it
+                leave_summary(config, error)
+            raise
+    return float(summary.get(config.objective, float("nan")))
+
+
+def leave_summary(config: TrainConfig, error: BaseException) -> None:
+    """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
+    from tedlab.launch.launcher import WorkerFailed
+    from tedlab.launch.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
+
+    directory = Path(config.output_dir)
+    summary = read_summary(directory)
+    if summary and summary.get("state", FINISHED) == FINISHED:
+        return  # this run had, or an earlier one here, to which this one has done nothing
+    if isinstance(error, WorkerFailed):
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        outcome = Outcome(FAILED, f"{lines[0]} {lines[-1]}")
+    else:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 128
+        outcome = Outcome(INTERRUPTED, signal.Signals(code - 128).name if code > 128 else "it was ended")
+    write_unfinished(directory, outcome)
+
+
+def go_on_after_restart(config: TrainConfig) -> None:
+    """Lets processes that torchrun has started again (``--max-restarts``) go on where their run directory ends.
+
+    Without a checkpoint there they do what the first ones were told.
+    """
+    from tedlab.checkpoint import read_meta
+    from tedlab.launch import outside
+
+    last = Path(config.output_dir, "checkpoints", "last.ckpt")
+    if last.exists():
+        config.ckpt_path = str(last)
+        where = f"from {last}, step {read_meta(last)['global_step']}"
+    else:
+        where = f"from the beginning: {last} does not exist (is hydra.run.dir the same for every start?)"
+    if outside.first_outside():
+        print(f"Restart {outside.restarts()} by torchrun: the run goes on {where}.", flush=True)
+
+
+def certify_first(config: TrainConfig) -> None:
+    """Certifies the configuration. ``certificate.json`` in the run directory and W&B's configuration keep the verdict.
+
+    Raises:
+        UsageError: if it does not equal one process.
+    """
+    from tedlab.certify.show import certify_visibly
+    from tedlab.report import CERTIFICATE
+
+    certificate = certify_visibly(config)
+    if not certificate.ok:
+        raise UsageError(
+            f"The configuration failed its certificate ({config.output_dir}/{CERTIFICATE}); nothing was trained."
+        )
+
+
+main = hydra_entry(train)
