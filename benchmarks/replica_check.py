@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     form = ClosedForm(composed(arguments.overrides))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = [bucket.elements for _, bucket in form._parameters()]
+    sizes = [parameter.elements(form.degrees) for parameter in form.spec.parameters()]
     parameters = [torch.rand(size, device=device, dtype=form.parameter) for size in sizes]
     seconds = []
     for _ in range(WARM_UP + ROUNDS):

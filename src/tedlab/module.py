@@ -8,7 +8,7 @@ import hydra
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -16,6 +16,7 @@ from typing_extensions import override
 from tedlab.config import ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import GPT
 from tedlab.moe import RouterReport
+from tedlab.nn import decay_groups
 from tedlab.optim import learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -95,10 +96,7 @@ class LanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []  # biases and norms are not pulled towards zero
-        for name, parameter in self.named_parameters():
-            (plain if "bias" in name or "norm" in name else decayed).append(parameter)
+        decayed, plain = decay_groups(self)
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
         optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
         self._options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tedlab import Topology
-from tedlab.comm import Collective, Ledger, Recomputation, differentiable, predict, recompute
+from tedlab.comm import Collective, Ledger, Recomputation, differentiable, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.rows import Rows
 from tedlab.config import TrainConfig
@@ -23,7 +23,7 @@ from tedlab.models import GPT
 from tedlab.moe import Router, grouped
 from tedlab.nn import partial_parameters
 from tedlab.optim import ShardedOptimizer
-from tedlab.predict.volumes import ClosedForm, with_rows
+from tedlab.predict.volumes import ClosedForm, predict, with_rows
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 

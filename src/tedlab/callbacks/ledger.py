@@ -9,12 +9,12 @@ from rich.table import Table
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
-from tedlab.comm import TRAINING_PHASES, GroupKind, predict
+from tedlab.comm import TRAINING_PHASES, GroupKind
 from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
 from tedlab.config import TrainConfig
 from tedlab.module import LanguageModel
 from tedlab.predict.emulate import Emulation
-from tedlab.predict.volumes import with_rows
+from tedlab.predict.volumes import predict, with_rows
 from tedlab.strategy import TEDStrategy
 
 _MIB = 2**20

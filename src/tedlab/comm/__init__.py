@@ -26,7 +26,6 @@ from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
-from tedlab.predict.volumes import predict
 
 __all__ = [
     "TRAINING_PHASES",
@@ -53,7 +52,6 @@ __all__ = [
     "matmul_into",
     "once",
     "pin",
-    "predict",
     "recomputing",
     "reduce_from",
     "scatter_from",

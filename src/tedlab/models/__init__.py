@@ -1,5 +1,5 @@
 """Models built from ``tedlab.nn`` and ``tedlab.moe``."""
 
-from tedlab.models.gpt import GPT, ParameterCount, count_parameters
+from tedlab.models.gpt import GPT, GPTSpec, ParameterCount, count_parameters
 
-__all__ = ["GPT", "ParameterCount", "count_parameters"]
+__all__ = ["GPT", "GPTSpec", "ParameterCount", "count_parameters"]

@@ -1,7 +1,9 @@
 """A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +12,19 @@ from tedlab.comm import checkpoint
 from tedlab.comm.rows import Rows
 from tedlab.comm.sites import block_sites, kept_tags, plan
 from tedlab.config import ModelConfig, MoEConfig
-from tedlab.moe import Experts, MoELayer, RouterReport
+from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
 from tedlab.nn import (
     ColumnParallelLinear,
+    ColumnParallelSpec,
     Embedding,
+    EmbeddingSpec,
     FeedForward,
-    Init,
+    FeedForwardSpec,
+    NormSpec,
     SelfAttention,
+    SelfAttentionSpec,
     VocabParallelEmbedding,
+    VocabParallelEmbeddingSpec,
     initialize,
     linear_cross_entropy,
     localised,
@@ -26,7 +33,46 @@ from tedlab.nn import (
     rotation,
     vocab_parallel_cross_entropy,
 )
+from tedlab.spec import Init, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class BlockSpec(Spec):
+    """Of :class:`Block`."""
+
+    parts = ("norm1", "attention", "norm2", "feed_forward")
+    index: int
+    model: ModelConfig
+    moe: MoEConfig
+
+    @property
+    def routed(self) -> bool:
+        """Whether it has experts."""
+        return self.index in self.moe.blocks(self.model.layers)
+
+    @property
+    def norm1(self) -> NormSpec:
+        return NormSpec(self.model.hidden, self.model.norm)
+
+    norm2 = norm1
+
+    @property
+    def inits(self) -> tuple[Init, Init]:
+        """Initial weights of projections into a layer, and out of it: those are scaled as in GPT-2."""
+        return Init(std=self.model.init_std), Init(std=self.model.init_std / math.sqrt(2 * self.model.layers))
+
+    @property
+    def attention(self) -> SelfAttentionSpec:
+        return SelfAttentionSpec(self.model.hidden, self.model.heads, *self.inits, self.model.bias)
+
+    @property
+    def feed_forward(self) -> FeedForwardSpec | MoESpec:
+        model = self.model
+        rest = *self.inits, model.activation, model.bias
+        if self.routed:
+            return MoESpec(model.hidden, model.ffn, self.moe, *rest)
+        return FeedForwardSpec(model.hidden, model.ffn, *rest)
 
 
 class Block(nn.Module):
@@ -39,22 +85,12 @@ class Block(nn.Module):
         super().__init__()
         self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
         self.compiled = model.compile != "none"
-        init = Init(std=model.init_std)
-        out_init = Init(std=model.init_std / math.sqrt(2 * model.layers))  # GPT-2's scaling of residual outputs
-        inits: dict[str, Any] = {"init": init, "out_init": out_init}
-        self.norm1 = norm_layer(model.norm, model.hidden, topology)
-        self.attention = SelfAttention(model.hidden, model.heads, topology, bias=model.bias, **inits)
-        self.norm2 = norm_layer(model.norm, model.hidden, topology)
-        self.routed = index in moe.blocks(model.layers)
-        self.feed_forward: nn.Module
-        if self.routed:
-            self.feed_forward = MoELayer(
-                model.hidden, model.ffn, moe, topology, activation=model.activation, bias=model.bias, **inits
-            )
-        else:
-            self.feed_forward = FeedForward(
-                model.hidden, model.ffn, topology, activation=model.activation, bias=model.bias, **inits
-            )
+        spec = BlockSpec(index, model, moe)
+        self.norm1 = norm_layer(spec.norm1, topology)
+        self.attention = SelfAttention.of(spec.attention, topology)
+        self.norm2 = norm_layer(spec.norm2, topology)
+        self.routed = spec.routed
+        self.feed_forward = (MoELayer if self.routed else FeedForward).of(spec.feed_forward, topology)
         options, comm = topology.options, topology.comm
         sites = block_sites(self.routed, options, topology.sequence_sharded, comm.sizes)
         self.plan = plan(sites, kept_tags(options.cac, index))
@@ -123,6 +159,48 @@ class Block(nn.Module):
         return x, self.norm2(x)
 
 
+@dataclass(frozen=True)
+class GPTSpec(Spec):
+    """Of :class:`GPT`, from its configuration."""
+
+    model: ModelConfig
+    moe: MoEConfig
+
+    @property
+    def embedding(self) -> VocabParallelEmbeddingSpec:
+        assert self.model.vocab_size is not None
+        return VocabParallelEmbeddingSpec(self.model.vocab_size, self.model.hidden, Init(std=self.model.init_std))
+
+    @property
+    def positions(self) -> EmbeddingSpec | None:
+        if self.model.positions != "learned":
+            return None
+        return EmbeddingSpec(self.model.sequence_length, self.model.hidden, Init(std=self.model.init_std))
+
+    @property
+    def blocks(self) -> list[BlockSpec]:
+        return [BlockSpec(index, self.model, self.moe) for index in range(self.model.layers)]
+
+    @property
+    def norm(self) -> NormSpec:
+        return NormSpec(self.model.hidden, self.model.norm)
+
+    @property
+    def output(self) -> ColumnParallelSpec | None:
+        """None: it is the embedding."""
+        table = self.embedding
+        if self.model.tie_embeddings:
+            return None
+        return ColumnParallelSpec(table.hidden, table.vocab_size, "output", table.init, bias=False)
+
+    def children(self) -> Iterator[tuple[str, Spec]]:
+        ends = (("embedding", self.embedding), ("positions", self.positions))
+        blocks = ((f"blocks.{block.index}", block) for block in self.blocks)
+        for name, part in (*ends, *blocks, ("norm", self.norm), ("output", self.output)):
+            if part is not None:
+                yield name, part
+
+
 class GPT(nn.Module):
     """Decoder-only language model, built as this process's shard, with initial weights.
 
@@ -138,22 +216,13 @@ class GPT(nn.Module):
         self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int, early_stop: bool = True
     ) -> None:
         super().__init__()
-        assert model.vocab_size is not None
-        init = Init(std=model.init_std)
-        self.embedding = VocabParallelEmbedding(model.vocab_size, model.hidden, topology, init=init)
+        spec = GPTSpec(model, moe)
+        self.embedding = VocabParallelEmbedding.of(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
-        self.positions = (
-            Embedding(model.sequence_length, model.hidden, topology, init=init)
-            if model.positions == "learned"
-            else None
-        )
+        self.positions = None if spec.positions is None else Embedding.of(spec.positions, topology)
         self.blocks = nn.ModuleList(Block(i, model, moe, topology, early_stop) for i in range(model.layers))
-        self.norm = norm_layer(model.norm, model.hidden, topology)
-        self.output = (
-            None
-            if model.tie_embeddings
-            else ColumnParallelLinear(model.hidden, model.vocab_size, topology, tag="output", init=init, bias=False)
-        )
+        self.norm = norm_layer(spec.norm, topology)
+        self.output = None if spec.output is None else ColumnParallelLinear.of(spec.output, topology)
         initialize(self, seed)
 
     @property

@@ -3,13 +3,14 @@
 from tedlab.moe.dispatch import AllToAllPath, token_path
 from tedlab.moe.experts import Experts
 from tedlab.moe.health import relative_load, router_health
-from tedlab.moe.layer import MoELayer
+from tedlab.moe.layer import MoELayer, MoESpec
 from tedlab.moe.router import Router, RouterReport, Routing, assign_slots
 
 __all__ = [
     "AllToAllPath",
     "Experts",
     "MoELayer",
+    "MoESpec",
     "Router",
     "RouterReport",
     "Routing",

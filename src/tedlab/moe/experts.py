@@ -1,5 +1,7 @@
 """The experts of one process, computed together, each divided over the expert-tensor group."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +11,32 @@ from tedlab.comm import matmul_into
 from tedlab.moe.dispatch import SlotRegion
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, RowRegion, arrange
-from tedlab.nn import Init, ShardedModule, activate
+from tedlab.nn import ShardedModule, activate
+from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class ExpertsSpec(Spec):
+    """Of :class:`Experts`."""
+
+    num_experts: int
+    hidden: int
+    ffn: int
+    init: Init
+    out_init: Init
+    activation: str = "gelu"
+    bias: bool = True
+
+    def own(self) -> Iterator[ParameterSpec]:
+        columns = 2 * self.ffn if self.activation == "swiglu" else self.ffn
+        by_column, by_row = {"expert": 0, "tensor": 2}, {"expert": 0, "tensor": 1}
+        yield ParameterSpec("up", (self.num_experts, self.hidden, columns), self.init, by_column, "expert")
+        yield ParameterSpec("down", (self.num_experts, self.ffn, self.hidden), self.out_init, by_row, "expert")
+        if self.bias:
+            biases = (("up_bias", columns, by_column), ("down_bias", self.hidden, {"expert": 0}))
+            for name, width, divided in biases:
+                yield ParameterSpec(name, (self.num_experts, 1, width), Init(), divided, "expert", decayed=False)
 
 
 class Experts(ShardedModule):
@@ -46,17 +72,7 @@ class Experts(ShardedModule):
         self.num_experts, self.comm = num_experts, topology.comm
         self.gated, self.bias = activation == "swiglu", bias
         self.widths = hidden, ffn // topology.degrees.tensor
-        mesh, device = topology.expert, topology.device
-        inner, columns = {"expert": 0, "tensor": 2}, 2 * ffn if self.gated else ffn
-        self.add_parameter("up", (num_experts, hidden, columns), mesh, init=init, device=device, shards=inner)
-        self.add_parameter(
-            "down", (num_experts, ffn, hidden), mesh, init=out_init, device=device, shards={"expert": 0, "tensor": 1}
-        )
-        if bias:
-            self.add_parameter("up_bias", (num_experts, 1, columns), mesh, init=Init(), device=device, shards=inner)
-            self.add_parameter(
-                "down_bias", (num_experts, 1, hidden), mesh, init=Init(), device=device, shards={"expert": 0}
-            )
+        self.build(ExpertsSpec(num_experts, hidden, ffn, init, out_init, activation, bias), topology)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """This process's part of both projections, each with its biases: (e, H, ·), (e, 1, ·), (e, ·, H), (e, 1, H)."""

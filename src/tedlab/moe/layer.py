@@ -1,24 +1,49 @@
 """The MoE layer: router, token path, experts, and back."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import token_path
-from tedlab.moe.experts import Experts, RowExperts, SlotExperts
+from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import RaggedPath, ragged_path
-from tedlab.moe.router import Router, RouterReport
-from tedlab.nn import Init
+from tedlab.moe.router import Router, RouterReport, RouterSpec
+from tedlab.nn import Layer
+from tedlab.spec import Init, Spec
 from tedlab.topology import Topology
 
 
-class MoELayer(nn.Module):
+@dataclass(frozen=True)
+class MoESpec(Spec):
+    """Of :class:`MoELayer`."""
+
+    parts = ("router", "experts")
+    hidden: int
+    ffn: int
+    config: MoEConfig
+    init: Init
+    out_init: Init
+    activation: str = "gelu"
+    bias: bool = True
+
+    @property
+    def router(self) -> RouterSpec:
+        return RouterSpec(self.hidden, self.config, self.init)
+
+    @property
+    def experts(self) -> ExpertsSpec:
+        widths = self.config.num_experts, self.hidden, self.ffn
+        return ExpertsSpec(*widths, self.init, self.out_init, self.activation, self.bias)
+
+
+class MoELayer(Layer):
     """Takes the place of a feed-forward layer (paper §2).
 
     Args:
@@ -26,17 +51,27 @@ class MoELayer(nn.Module):
         ffn: inner width of an expert.
         config: experts, gating, choices, capacity or none.
         topology: where this process stands.
-        experts: further arguments of :class:`Experts`: activation, biases, initial weights.
         init: initial weights of the router and of the experts' first projection.
+        out_init: initial weights of the experts' second projection.
+        activation: of the experts, ``gelu`` or ``swiglu``.
+        bias: whether their projections have biases.
     """
 
     def __init__(
-        self, hidden: int, ffn: int, config: MoEConfig, topology: Topology, *, init: Init, **experts: Any
+        self,
+        hidden: int,
+        ffn: int,
+        config: MoEConfig,
+        topology: Topology,
+        *,
+        init: Init,
+        out_init: Init,
+        activation: str = "gelu",
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        router = Router if config.gating == "default" else DeepSpeedRouter
-        self.router = router(hidden, config, topology, init=init)
-        sizes = config.num_experts, hidden, ffn, topology
+        spec = MoESpec(hidden, ffn, config, init, out_init, activation, bias)
+        self.router = (Router if config.gating == "default" else DeepSpeedRouter).of(spec.router, topology)
         self.path: Any = (
             None  # None: the experts are all here, and take tokens; otherwise these take what it hands them
         )
@@ -44,13 +79,13 @@ class MoELayer(nn.Module):
         self.capacity, self.agreement = config.dispatch == "capacity", topology.slots
         if self.capacity:
             self.path, slots = token_path(config.num_experts, topology)
-            self.experts = SlotExperts(slots, *sizes, init=init, **experts)
+            self.experts = SlotExperts.of(spec.experts, topology, region=slots)
         elif topology.degrees.tensor == topology.degrees.expert == 1:
-            self.experts = LocalExperts(config.kernel, *sizes, init=init, **experts)
+            self.experts = LocalExperts.of(spec.experts, topology, kernel=config.kernel)
         else:
             widths = hidden, ffn // topology.degrees.tensor
             self.path, rows = ragged_path(config.num_experts, widths, topology)
-            self.experts = RowExperts(rows, *sizes, init=init, **experts)
+            self.experts = RowExperts.of(spec.experts, topology, region=rows)
 
     @property
     def moved(self) -> Rows | None:

@@ -5,6 +5,8 @@ Every tensor rank routes the same tokens with the same weights and so decides th
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,8 @@ from torch.autograd import Function
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
 from tedlab.config import MoEConfig
-from tedlab.nn import Init, ShardedModule
+from tedlab.nn import ShardedModule
+from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
 
 
@@ -86,6 +89,18 @@ class Decision(NamedTuple):
         return balance_loss(self.counted_TE.to(self.probs_TE.dtype).mean(0), self.probs_TE.mean(0))
 
 
+@dataclass(frozen=True)
+class RouterSpec(Spec):
+    """Of :class:`Router`."""
+
+    hidden: int
+    config: MoEConfig
+    init: Init
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.config.num_experts, self.hidden), self.init, own_tokens=True)
+
+
 class Router(ShardedModule):
     """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
 
@@ -129,14 +144,7 @@ class Router(ShardedModule):
         if groups % shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
         self.groups, self.all_groups = groups // shards, groups  # of this process, of the data rank
-        self.add_parameter(
-            "weight",
-            (self.num_experts, hidden),
-            topology.dense,
-            init=init,
-            device=topology.device,
-            partial=self.sharded,
-        )
+        self.build(RouterSpec(hidden, config, init), topology)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
         """Routes the T tokens of a micro-batch.

@@ -1,28 +1,38 @@
 """Tensor-parallel building blocks. With a tensor degree of 1 they are the ordinary layers."""
 
 from tedlab.nn.activation import activate
-from tedlab.nn.attention import SelfAttention
-from tedlab.nn.embedding import Embedding, VocabParallelEmbedding
-from tedlab.nn.feed_forward import FeedForward
-from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
+from tedlab.nn.attention import SelfAttention, SelfAttentionSpec
+from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
+from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
+from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.loss import IGNORE_INDEX, linear_cross_entropy, mean_over_counted, vocab_parallel_cross_entropy
-from tedlab.nn.norm import LayerNorm, RMSNorm, norm_layer
+from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
 from tedlab.nn.rotary import rotation
-from tedlab.nn.sharded import Init, ShardedModule, initialize, localised, partial_parameters
+from tedlab.nn.sharded import Layer, ShardedModule, decay_groups, initialize, localised, partial_parameters
+from tedlab.spec import Init
 
 __all__ = [
     "IGNORE_INDEX",
     "ColumnParallelLinear",
+    "ColumnParallelSpec",
     "Embedding",
+    "EmbeddingSpec",
     "FeedForward",
+    "FeedForwardSpec",
     "Init",
+    "Layer",
     "LayerNorm",
+    "NormSpec",
     "RMSNorm",
     "RowParallelLinear",
+    "RowParallelSpec",
     "SelfAttention",
+    "SelfAttentionSpec",
     "ShardedModule",
     "VocabParallelEmbedding",
+    "VocabParallelEmbeddingSpec",
     "activate",
+    "decay_groups",
     "initialize",
     "linear_cross_entropy",
     "localised",

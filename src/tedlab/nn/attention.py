@@ -1,15 +1,38 @@
 """Causal self-attention with its heads divided over the tensor group."""
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from dataclasses import dataclass
 
-from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
+import torch.nn.functional as F
+from torch import Tensor
+
+from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.rotary import rotate
-from tedlab.nn.sharded import Init
+from tedlab.nn.sharded import Layer
+from tedlab.spec import Init, Spec
 from tedlab.topology import Topology
 
 
-class SelfAttention(nn.Module):
+@dataclass(frozen=True)
+class SelfAttentionSpec(Spec):
+    """Of :class:`SelfAttention`."""
+
+    parts = ("qkv", "out")
+    hidden: int
+    heads: int
+    init: Init
+    out_init: Init
+    bias: bool = True
+
+    @property
+    def qkv(self) -> ColumnParallelSpec:
+        return ColumnParallelSpec(self.hidden, 3 * self.hidden, "attention", self.init, self.bias)
+
+    @property
+    def out(self) -> RowParallelSpec:
+        return RowParallelSpec(self.hidden, self.hidden, "attention", self.out_init, self.bias)
+
+
+class SelfAttention(Layer):
     """Multi-head causal self-attention (Vaswani et al., 2017), each tensor rank computing heads / T of the heads.
 
     The rows of the fused projection are ordered head by head (q, k, v of head 0, then of head 1, …), so that an even
@@ -29,8 +52,9 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = hidden // heads
-        self.qkv = ColumnParallelLinear(hidden, 3 * hidden, topology, tag="attention", init=init, bias=bias)
-        self.out = RowParallelLinear(hidden, hidden, topology, tag="attention", init=out_init, bias=bias)
+        spec = SelfAttentionSpec(hidden, heads, init, out_init, bias)
+        self.qkv = ColumnParallelLinear.of(spec.qkv, topology)
+        self.out = RowParallelLinear.of(spec.out, topology)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         """(B, S, H) → (B, S, H).

@@ -1,13 +1,29 @@
 """Embedding tables: one divided by vocabulary over the tensor group, one replicated (for positions)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.nn.ids import check_ids
 from tedlab.nn.region import tensor_region
-from tedlab.nn.sharded import Init, ShardedModule
+from tedlab.nn.sharded import ShardedModule
+from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class VocabParallelEmbeddingSpec(Spec):
+    """Of :class:`VocabParallelEmbedding`."""
+
+    vocab_size: int
+    hidden: int
+    init: Init
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.vocab_size, self.hidden), self.init, {"tensor": 0})
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -26,9 +42,7 @@ class VocabParallelEmbedding(ShardedModule):
         comm = topology.comm
         self.vocab_size = vocab_size
         self.start = comm.rank("tensor") * (vocab_size // comm.size("tensor"))
-        self.add_parameter(
-            "weight", (vocab_size, hidden), topology.dense, init=init, device=topology.device, shards={"tensor": 0}
-        )
+        self.build(VocabParallelEmbeddingSpec(vocab_size, hidden, init), topology)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, S) int64 → activations (B, S, H). Each rank looks up the ids it owns; the sum is the result.
@@ -48,6 +62,18 @@ class VocabParallelEmbedding(ShardedModule):
         return F.linear(self.output_region.enter(x), self.local("weight"))
 
 
+@dataclass(frozen=True)
+class EmbeddingSpec(Spec):
+    """Of :class:`Embedding`."""
+
+    length: int
+    hidden: int
+    init: Init
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.length, self.hidden), self.init, own_tokens=True)
+
+
 class Embedding(ShardedModule):
     """A table of learned position embeddings, replicated over the tensor group."""
 
@@ -55,14 +81,7 @@ class Embedding(ShardedModule):
         super().__init__()
         self.slices = topology.degrees.tensor if topology.sequence_sharded else 1
         self.slice = topology.comm.rank("tensor") % self.slices
-        self.add_parameter(
-            "weight",
-            (length, hidden),
-            topology.dense,
-            init=init,
-            device=topology.device,
-            partial=topology.sequence_sharded,
-        )
+        self.build(EmbeddingSpec(length, hidden, init), topology)
 
     def forward(self, length: int) -> Tensor:
         """Embeddings of positions 0 … length-1: (length, H); of this tensor rank's slice of them, if it has one."""

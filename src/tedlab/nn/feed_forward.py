@@ -1,14 +1,39 @@
 """The dense feed-forward layer, divided over the tensor group."""
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from tedlab.nn.activation import activate
-from tedlab.nn.linear import ColumnParallelLinear, RowParallelLinear
-from tedlab.nn.sharded import Init
+from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
+from tedlab.nn.sharded import Layer
+from tedlab.spec import Init, Spec
 from tedlab.topology import Topology
 
 
-class FeedForward(nn.Module):
+@dataclass(frozen=True)
+class FeedForwardSpec(Spec):
+    """Of :class:`FeedForward`."""
+
+    parts = ("up", "down")
+    hidden: int
+    ffn: int
+    init: Init
+    out_init: Init
+    activation: str = "gelu"
+    bias: bool = True
+
+    @property
+    def up(self) -> ColumnParallelSpec:
+        inner = 2 * self.ffn if self.activation == "swiglu" else self.ffn
+        return ColumnParallelSpec(self.hidden, inner, "feed_forward", self.init, self.bias)
+
+    @property
+    def down(self) -> RowParallelSpec:
+        return RowParallelSpec(self.ffn, self.hidden, "feed_forward", self.out_init, self.bias)
+
+
+class FeedForward(Layer):
     """Linear, GELU, linear (GPT-3), or with SwiGLU (Shazeer, 2020): linear, SiLU of one half times the other, linear.
 
     The rows of SwiGLU's first projection are ordered feature by feature (gate and value of feature 0, then of feature
@@ -37,9 +62,9 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.gated = activation == "swiglu"
-        inner = 2 * ffn if self.gated else ffn
-        self.up = ColumnParallelLinear(hidden, inner, topology, tag="feed_forward", init=init, bias=bias)
-        self.down = RowParallelLinear(ffn, hidden, topology, tag="feed_forward", init=out_init, bias=bias)
+        spec = FeedForwardSpec(hidden, ffn, init, out_init, activation, bias)
+        self.up = ColumnParallelLinear.of(spec.up, topology)
+        self.down = RowParallelLinear.of(spec.down, topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, H) → (B, S, H)."""

@@ -1,12 +1,32 @@
 """Linear layers divided over the tensor group: by output features (column) and by input features (row)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.comm import matmul_into
 from tedlab.nn.region import tensor_region
-from tedlab.nn.sharded import Init, ShardedModule
+from tedlab.nn.sharded import ShardedModule
+from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class ColumnParallelSpec(Spec):
+    """Of :class:`ColumnParallelLinear`."""
+
+    in_features: int
+    out_features: int
+    tag: str
+    init: Init
+    bias: bool = True
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0})
+        if self.bias:
+            yield ParameterSpec("bias", (self.out_features,), divided={"tensor": 0}, decayed=False)
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -26,16 +46,29 @@ class ColumnParallelLinear(ShardedModule):
     ) -> None:
         super().__init__()
         self.region = tensor_region(topology, tag)
-        mesh, device = topology.dense, topology.device
-        self.add_parameter("weight", (out_features, in_features), mesh, init=init, device=device, shards={"tensor": 0})
-        if bias:
-            self.add_parameter("bias", (out_features,), mesh, init=Init(), device=device, shards={"tensor": 0})
+        self.build(ColumnParallelSpec(in_features, out_features, tag, init, bias), topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """Activations outside (B, S, in_features) → (B, S, out_features / T), this rank's part."""
         return F.linear(
             self.region.enter(x), self.local("weight"), self.local("bias") if "bias" in self.inits else None
         )
+
+
+@dataclass(frozen=True)
+class RowParallelSpec(Spec):
+    """Of :class:`RowParallelLinear`."""
+
+    in_features: int
+    out_features: int
+    tag: str
+    init: Init
+    bias: bool = True
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1})
+        if self.bias:  # added once, to the sum
+            yield ParameterSpec("bias", (self.out_features,), decayed=False)
 
 
 class RowParallelLinear(ShardedModule):
@@ -55,10 +88,7 @@ class RowParallelLinear(ShardedModule):
     ) -> None:
         super().__init__()
         self.region, self.tag = tensor_region(topology, tag), tag
-        mesh, device = topology.dense, topology.device
-        self.add_parameter("weight", (out_features, in_features), mesh, init=init, device=device, shards={"tensor": 1})
-        if bias:
-            self.add_parameter("bias", (out_features,), mesh, init=Init(), device=device)
+        self.build(RowParallelSpec(in_features, out_features, tag, init, bias), topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, S, in_features / T), this rank's part → activations outside (B, S, out_features)."""

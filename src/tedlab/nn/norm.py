@@ -1,39 +1,47 @@
 """Normalisation layers. Their parameters are replicated over the tensor group."""
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.nn.sharded import Init, ShardedModule
+from tedlab.nn.sharded import ShardedModule
+from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class NormSpec(Spec):
+    """Of the layer that ``kind`` names: ``layer`` or ``rms``."""
+
+    hidden: int
+    kind: str = "layer"
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.hidden,), Init(mean=1.0), own_tokens=True, decayed=False)
+        if self.kind == "layer":
+            yield ParameterSpec("bias", (self.hidden,), own_tokens=True, decayed=False)
 
 
 class _Norm(ShardedModule):
     """Over the last dimension, statistics in fp32 or better."""
 
-    inits_of: dict[str, Init]
+    kind: ClassVar[str]
 
     def __init__(self, hidden: int, topology: Topology, eps: float = 1e-5) -> None:
         super().__init__()
         self.hidden, self.eps = hidden, eps
-        for name, init in self.inits_of.items():
-            self.add_parameter(
-                name,
-                (hidden,),
-                topology.dense,
-                init=init,
-                device=topology.device,
-                partial=topology.sequence_sharded,
-            )
+        self.build(NormSpec(hidden, self.kind), topology)
 
 
 class LayerNorm(_Norm):
     """Layer normalisation (Ba et al., 2016)."""
 
-    inits_of = {"weight": Init(mean=1.0), "bias": Init()}
+    kind = "layer"
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, H) → (…, H)."""
@@ -43,7 +51,7 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """Division by the root mean square (Zhang & Sennrich, 2019)."""
 
-    inits_of = {"weight": Init(mean=1.0)}
+    kind = "rms"
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, H) → (…, H)."""
@@ -75,6 +83,6 @@ class _RMSNorm(Function):
         return of_x.to(x.dtype), of_weight.to(weight.dtype), None
 
 
-def norm_layer(kind: str, hidden: int, topology: Topology) -> LayerNorm | RMSNorm:
-    """The one that ``model.norm`` names: ``layer`` or ``rms``."""
-    return (RMSNorm if kind == "rms" else LayerNorm)(hidden, topology)
+def norm_layer(spec: NormSpec, topology: Topology) -> LayerNorm | RMSNorm:
+    """The layer that a specification describes."""
+    return (RMSNorm if spec.kind == "rms" else LayerNorm)(spec.hidden, topology)

@@ -8,8 +8,8 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,29 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+from tedlab.spec import Init, Spec, decayed_by_name
+from tedlab.topology import Topology
+
 _BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; part of the definition of initial weights
 
 
-@dataclass(frozen=True)
-class Init:
-    """Initial values: ``mean`` + ``std`` · standard normal."""
+class Layer(nn.Module):
+    """A layer that has a specification, whose fields are the arguments of its constructor."""
 
-    mean: float = 0.0
-    std: float = 0.0
+    @classmethod
+    def of(cls, spec: Spec, topology: Topology, **further: Any) -> Self:
+        """The layer that a specification describes, as this process's shard.
+
+        Args:
+            spec: of this kind of layer.
+            topology: where this process stands.
+            further: arguments that change nothing that is specified.
+        """
+        given = {field.name: getattr(spec, field.name) for field in fields(spec)}  # type: ignore[arg-type]
+        return cls(**given, topology=topology, **further)
 
 
-class ShardedModule(nn.Module):
+class ShardedModule(Layer):
     """Base of the layers that own sharded parameters.
 
     Parameters hold NaN until :func:`initialize` or a checkpoint fills them, so that forgetting both is noticed.
@@ -40,7 +51,22 @@ class ShardedModule(nn.Module):
         super().__init__()
         self.inits: dict[str, Init] = {}
         self.partial: set[str] = set()
+        self.decayed: dict[str, bool] = {}  # where it was said
         self._locals: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
+
+    def build(self, spec: Spec, topology: Topology) -> None:
+        """Declares the parameters of a specification that belong to none of its parts."""
+        for parameter in spec.own():
+            self.add_parameter(
+                parameter.name,
+                parameter.shape,
+                topology.dense if parameter.mesh == "dense" else topology.expert,
+                init=parameter.init,
+                device=topology.device,
+                shards=parameter.divided,
+                partial=parameter.own_tokens and topology.sequence_sharded,
+                decayed=parameter.decayed,
+            )
 
     def add_parameter(
         self,
@@ -52,6 +78,7 @@ class ShardedModule(nn.Module):
         device: torch.device,
         shards: Mapping[str, int] | None = None,
         partial: bool = False,
+        decayed: bool | None = None,
     ) -> None:
         """Declares a parameter and allocates this process's part of it, in torch's default dtype.
 
@@ -65,6 +92,7 @@ class ShardedModule(nn.Module):
             shards: mesh axis → tensor dimension that is divided along it; replicated along the other axes.
             partial: whether each tensor rank uses it for its own tokens, so that gradients are to be summed over the
                 tensor group, too.
+            decayed: whether weight decay pulls it towards zero; None: its name says so.
 
         Raises:
             ValueError: if a dimension cannot be divided evenly.
@@ -87,6 +115,8 @@ class ShardedModule(nn.Module):
         self.inits[name] = init
         if partial:
             self.partial.add(name)
+        if decayed is not None:
+            self.decayed[name] = decayed
 
     def local(self, name: str) -> Tensor:
         """This process's shard as a plain tensor, for computing.
@@ -123,6 +153,23 @@ def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
         if isinstance(module, ShardedModule)
         for name in module.partial
     }
+
+
+def decay_groups(root: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters below ``root`` that weight decay pulls towards zero, and the others.
+
+    A sharded parameter was declared as one of the two. For all else see :func:`tedlab.spec.decayed_by_name`.
+    """
+    stated = {
+        module.get_parameter(name): decayed
+        for module in root.modules()
+        if isinstance(module, ShardedModule)
+        for name, decayed in module.decayed.items()
+    }
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for name, parameter in root.named_parameters():
+        groups[not stated.get(parameter, decayed_by_name(name))].append(parameter)
+    return groups
 
 
 @contextmanager

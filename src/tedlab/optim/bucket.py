@@ -3,7 +3,8 @@
 Here is the memory and its communication; what an optimizer does with it is in ``sharded.py``.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,41 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
+
+Key = TypeVar("Key", bound=tuple[Any, ...])
+Parameter = TypeVar("Parameter")
+
+
+def lay_out(
+    parameters: Iterable[Parameter],
+    key: Callable[[Parameter], Key],
+    elements: Callable[[Parameter], int],
+    most: int,
+) -> Iterator[tuple[Key, list[Parameter]]]:
+    """Which parameters share a bucket: those with the same key, in order, until the next would not fit.
+
+    Both the optimizer and the closed form of what it communicates are laid out by this.
+
+    Args:
+        parameters: themselves, or their specifications.
+        key: what those of a bucket have in common; buckets are in the order of their keys.
+        elements: that this process holds of a parameter.
+        most: elements of a bucket; a larger parameter has one to itself.
+    """
+    alike: dict[Key, list[Parameter]] = {}
+    for parameter in parameters:
+        alike.setdefault(key(parameter), []).append(parameter)
+    for common in sorted(alike):
+        bucket: list[Parameter] = []
+        held = 0
+        for parameter in alike[common]:
+            size = elements(parameter)
+            if bucket and held + size > most:
+                yield common, bucket
+                bucket, held = [], 0
+            bucket.append(parameter)
+            held += size
+        yield common, bucket
 
 
 class Bucket:

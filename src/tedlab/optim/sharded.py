@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import Collectives
-from tedlab.optim.bucket import Bucket, holders, local, reduction_group
+from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
 from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.finite import FiniteGuard
 from tedlab.optim.fused import check_tile, fused_adam_step
@@ -142,7 +142,7 @@ class ShardedOptimizer:
         Raises:
             ValueError: for a parameter that has no name.
         """
-        waiting: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        group_of: dict[nn.Parameter, int] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for p in group["params"]:
                 if p.requires_grad and p in self._bucket_of and p not in self._hooks:
@@ -154,13 +154,15 @@ class ShardedOptimizer:
                             "was not the LightningModule's when training started; make all parameters before that, "
                             "and add them to the optimizer when you like"
                         )
-                    key = index, reduction_group(p), str(p.dtype), holders(p, self.comm), p in self._partial
-                    waiting.setdefault(key, []).append(p)
-        if not waiting:
+                    group_of[p] = index
+        if not group_of:
             return
-        for key in sorted(waiting):
-            for parameters in _chunks(waiting[key], self._bucket_elements):
-                self._fill_bucket(parameters, partial=key[-1])
+
+        def key(p: nn.Parameter) -> tuple[int, str, str, int, bool]:
+            return group_of[p], reduction_group(p), str(p.dtype), holders(p, self.comm), p in self._partial
+
+        for (*_, partial), parameters in lay_out(group_of, key, lambda p: local(p).numel(), self._bucket_elements):
+            self._fill_bucket(parameters, partial)
         position = {parameter: n for n, parameter in enumerate(self.names)}
         self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
 
@@ -651,16 +653,3 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, Tensor):
         return None if _by_element(value) else value.item()
     return value
-
-
-def _chunks(parameters: list[nn.Parameter], most: int) -> Iterator[list[nn.Parameter]]:
-    chunk: list[nn.Parameter] = []
-    elements = 0
-    for p in parameters:
-        size = local(p).numel()
-        if chunk and elements + size > most:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(p)
-        elements += size
-    yield chunk

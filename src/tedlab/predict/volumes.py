@@ -23,6 +23,9 @@ from tedlab.comm.rows import Rows, hands, listed, rows_of, spread
 from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
 from tedlab.config import TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
+from tedlab.models import GPTSpec
+from tedlab.optim.bucket import lay_out
+from tedlab.spec import ParameterSpec
 
 _OF_ROWS = {  # collectives whose size depends on what routers choose
     *("dispatch.all_to_all", "dispatch.gather", "experts.copy", "experts.reduce", "combine.drop"),
@@ -80,7 +83,7 @@ class ClosedForm:
 
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
         degrees, model, moe = parallel_degrees(config.parallel), config.model, config.moe
-        self.config, self.degrees = config, degrees
+        self.config, self.degrees, self.spec = config, degrees, GPTSpec(model, moe)
         self.sequence = degrees.sequence and degrees.tensor > 1
         self.groups: Mapping[GroupKind, int] = {
             "tensor": degrees.tensor,
@@ -217,74 +220,26 @@ class ClosedForm:
         if self.groups["world"] > 1:  # its squares, gradients that are lacking, losses that are not finite
             yield self._optimizer("all_reduce", "world", "gradients.norm", 3, torch.float64)
 
-    def shards(self, bucket: "Bucket") -> int:
+    def shards(self, bucket: "BucketSize") -> int:
         """How many processes divide a bucket's optimizer state among them."""
         return self.groups[bucket.kind] if self.config.optim.zero else 1
 
     @cached_property
-    def buckets(self) -> list["Bucket"]:
-        """Parameters of one kind, in order, until the next would not fit."""
-        full: list[Bucket] = []
-        waiting: dict[tuple[object, ...], int] = {}
-        for name, bucket in self._parameters():
-            decayed = not ("bias" in name or "norm" in name)
-            key = (decayed, bucket.kind, bucket.holders, bucket.partial)
-            held = waiting.get(key, 0)
-            if held and held + bucket.elements > self.config.optim.bucket_elements:
-                full.append(bucket._replace(elements=held))
-                held = 0
-            waiting[key] = held + bucket.elements
-        rest = ((kind, holders, partial, held) for (_, kind, holders, partial), held in waiting.items())
-        return full + [Bucket(*fields) for fields in rest]  # type: ignore[arg-type]
+    def buckets(self) -> list["BucketSize"]:
+        """What is reduced together, in the order of reduction groups."""
 
-    def _parameters(self) -> Iterator[tuple[str, "Bucket"]]:
-        """Name and local size of every parameter, in the model's order."""
-        model, moe, degrees = self.config.model, self.config.moe, self.degrees
-        tensor, hidden, world = degrees.tensor, model.hidden, degrees.world_size
-        assert model.vocab_size is not None
+        def key(p: ParameterSpec) -> tuple[bool, GroupKind, int, bool]:
+            partial = p.own_tokens and self.sequence
+            return not p.decayed, p.group, self.degrees.world_size // p.parts(self.degrees), partial
 
-        def whole(name: str, elements: int) -> tuple[str, Bucket]:
-            return name, Bucket("data", world, self.sequence, elements)
+        def local(p: ParameterSpec) -> int:
+            return p.elements(self.degrees)
 
-        def after(name: str, elements: int) -> tuple[str, Bucket]:  # a row-parallel layer's sum
-            return name, Bucket("data", world, False, elements)
-
-        def divided(name: str, elements: int) -> tuple[str, Bucket]:
-            return name, Bucket("data", world // tensor, False, elements // tensor)
-
-        def experts(name: str, elements: int, parts: int) -> tuple[str, Bucket]:
-            local = elements * moe.num_experts // degrees.expert // parts
-            return name, Bucket("expert_data", world // degrees.expert // parts, False, local)
-
-        def norm(name: str) -> Iterator[tuple[str, Bucket]]:
-            yield whole(f"{name}.weight", hidden)
-            if model.norm == "layer":
-                yield whole(f"{name}.bias", hidden)
-
-        def biased(weight: tuple[str, Bucket], bias: tuple[str, Bucket]) -> Iterator[tuple[str, Bucket]]:
-            yield weight
-            if model.bias:
-                yield bias
-
-        inner = 2 * model.ffn if model.activation == "swiglu" else model.ffn
-        yield divided("embedding", model.vocab_size * hidden)
-        if model.positions == "learned":
-            yield whole("positions", model.sequence_length * hidden)
-        for block in range(model.layers):
-            yield from norm("norm1")
-            yield from biased(divided("qkv", 3 * hidden * hidden), divided("qkv.bias", 3 * hidden))
-            yield from biased(divided("out", hidden * hidden), after("out.bias", hidden))
-            yield from norm("norm2")
-            if self.routed(block):
-                yield whole("router", moe.num_experts * hidden)
-                yield from biased(experts("up", hidden * inner, tensor), experts("up_bias", inner, tensor))
-                yield from biased(experts("down", hidden * model.ffn, tensor), experts("down_bias", hidden, 1))
-            else:
-                yield from biased(divided("up", hidden * inner), divided("up.bias", inner))
-                yield from biased(divided("down", hidden * model.ffn), after("down.bias", hidden))
-        yield from norm("norm")
-        if not model.tie_embeddings:
-            yield divided("output", model.vocab_size * hidden)
+        buckets = lay_out(self.spec.parameters(), key, local, self.config.optim.bucket_elements)
+        return [
+            BucketSize(group, holders, partial, sum(map(local, together)))
+            for (_, group, holders, partial), together in buckets
+        ]
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -327,8 +282,8 @@ class ClosedForm:
         return Collective(op, kind, self.groups[kind], phase, tag, torch.Size([elements]), dtype)
 
 
-class Bucket(NamedTuple):
-    """Parameters, or one, that are reduced together.
+class BucketSize(NamedTuple):
+    """Of parameters that are reduced together.
 
     Attributes:
         kind: the group over which.

@@ -18,7 +18,7 @@ from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify
 from tedlab.cli import UsageError
-from tedlab.comm import Collectives, predict
+from tedlab.comm import Collectives
 from tedlab.comm.ledger import differences
 from tedlab.commands.compare import main as compare
 from tedlab.commands.simulate import own_arguments, task
@@ -33,7 +33,7 @@ from tedlab.predict.sim.show import _memory_table
 from tedlab.predict.sim.simulation import HIDDEN, Batches
 from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
-from tedlab.predict.volumes import ClosedForm
+from tedlab.predict.volumes import ClosedForm, predict
 from tedlab.run import language_model, strategy_arguments
 from tedlab.validate import check_simulated
 from tests.certify.runs import composed

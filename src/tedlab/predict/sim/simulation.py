@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from tedlab.cli import UsageError
-from tedlab.comm import GroupKind, Phase, predict
+from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.config import TrainConfig
 from tedlab.optim.bucket import local
@@ -27,7 +27,7 @@ from tedlab.predict.sim.roofline import Work
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
 from tedlab.predict.sim.routing import Answers, Routing, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
-from tedlab.predict.volumes import with_rows
+from tedlab.predict.volumes import predict, with_rows
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_arguments
 from tedlab.topology import Topology
