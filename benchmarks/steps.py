@@ -25,7 +25,7 @@ from tedlab.data import TextDataModule
 from tedlab.nn import ShardedModule
 from tedlab.predict.flops import peak_flops, training_flops
 from tedlab.run import language_model, quieten, strategy_arguments
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 
 WARM_UP = 3  # untimed steps: they compile, and allocate what stays
 _GIB = 2**30
@@ -147,8 +147,7 @@ def composed(overrides: list[str]) -> TrainConfig:
         config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
-    check_simulated(typed)
-    return typed
+    return complete_simulated(typed)
 
 
 def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> Measured:

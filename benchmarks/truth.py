@@ -38,7 +38,7 @@ from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.launch.launcher import launch
 from tedlab.predict.calibrate import CalibrateConfig, calibrate
 from tedlab.predict.cluster import ClusterConfig, load_cluster
@@ -46,7 +46,7 @@ from tedlab.predict.sim import simulate
 from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.run import language_model, quieten, strategy_arguments
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 
 _RESULTS = Path(__file__).parent / "results"
 _STEPS = {"cpu": 3, "cuda": 6}  # timed in a round, after one that is not
@@ -344,7 +344,7 @@ class Allocations(Callback):
 def allocated(config: TrainConfig, device: str) -> int:
     """By the first rank in two steps with real tensors; what others would send has no values."""
     quieten()
-    config.comm.backend = "fake"
+    config = with_values(config, {"comm.backend": "fake"})
     _clear(device)
     allocations, world = Allocations(device), config.parallel.world_size
     before = torch.cuda.memory_allocated() if device == "cuda" else 0
@@ -367,8 +367,7 @@ def composed(overrides: list[str]) -> TrainConfig:
         config = hydra.compose("train", overrides=[*_MEASURED, *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
-    check_simulated(typed)
-    return typed
+    return complete_simulated(typed)
 
 
 class Report:

@@ -20,7 +20,7 @@ from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.sim import Simulation, simulate
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 
 WORKERS = 2  # simulations at a time; each takes one core and some 0.5 GiB
 MODES = {"baseline": "none", "+ DTD": "dtd", "+ CAC": "cac", "+ both": "ted"}  # name → preset of comm
@@ -62,10 +62,8 @@ def composed(overrides: Sequence[str]) -> TrainConfig:
 
 
 def configured(overrides: Sequence[str]) -> TrainConfig:
-    """The checked configuration of a simulation."""
-    config = composed(overrides)
-    check_simulated(config)
-    return config
+    """The complete configuration of a simulation."""
+    return complete_simulated(composed(overrides))
 
 
 def simulated(job: Job) -> Simulation:

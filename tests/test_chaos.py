@@ -27,7 +27,7 @@ from torch import Tensor
 from tedlab import checkpoint
 from tedlab.config import TrainConfig
 from tedlab.launch.locks import RUN_LOCK, Lock, run_directory
-from tedlab.validate import check
+from tedlab.validate import complete
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 
@@ -278,9 +278,7 @@ def config(tmp_path: Path) -> TrainConfig:
         *("trainer.log_every_n_steps=1", f"checkpoint.every={EVERY}", "checkpoint.keep=-1", "seed=1"),
         *(f"comm.timeout_s={TIMEOUT_S}", f"router_picture_every={STEPS}"),
     )
-    config.output_dir = str(tmp_path / "undisturbed")
-    check(config)
-    return config
+    return complete(replace(config, output_dir=str(tmp_path / "undisturbed")))
 
 
 def test_nothing_is_lost_hangs_or_is_left_over_whenever_a_process_is_killed_stopped_or_cut_off(

@@ -22,7 +22,7 @@ from tedlab.config import TrainConfig
 from tedlab.launch.launcher import WorkerFailed, launch
 from tedlab.moe.router import _PreciseLinear
 from tedlab.run import build, run
-from tedlab.validate import check
+from tedlab.validate import complete
 from tests.certify.runs import composed, in_pool
 from tests.certify.test_matrix import overrides
 from tests.comm.test_raw import results
@@ -89,7 +89,7 @@ def test_over_nccl_a_process_that_stops_ends_the_run_in_time_and_is_named(tmp_pa
         *("trainer=gpu", f"parallel={parallel}", "comm.timeout_s=15", *SMALL, f"data.path={tmp_path}/text.txt"),
         *(f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/run"),
     )
-    check(config)
+    config = complete(config)
     began = time.monotonic()
     with pytest.raises(WorkerFailed, match=r"process 1: no sign of life for \d+ s") as caught:
         launch(stopped, config, 2)
@@ -180,7 +180,7 @@ def pinned_batches(folder: str) -> list[tuple[bool, str]]:
         *("parallel=single", "trainer=gpu", "comm.backend=gloo", "trainer.max_steps=2", *SMALL),
         *(f"data.path={folder}/text.txt", f"data.cache_dir={folder}/cache", f"output_dir={folder}/run"),
     )
-    check(config)
+    config = complete(config)
     trainer, module, data = build(config, [], logged=False)
     seen: list[tuple[bool, str]] = []
 
@@ -207,7 +207,7 @@ def trained(folder: Path, *overrides: str) -> dict[str, Any]:
         *("trainer.log_every_n_steps=1", "data.num_workers=1"),
         *(f"data.path={folder}/text.txt", f"data.cache_dir={folder}/cache", f"output_dir={folder}/run", *overrides),
     )
-    check(config)
+    config = complete(config)
     return launch(run, config, config.parallel.world_size)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tedlab.certify.compare import relative_error
 from tedlab.checkpoint.contents import consolidate
 from tedlab.config import TrainConfig
-from tedlab.validate import check
+from tedlab.validate import complete
 from tests import oracle
 from tests.certify.runs import Plant, composed
 from tests.certify.witness import MORE, SETTINGS, SMALL, STEPS, Observation, observe
@@ -49,10 +49,8 @@ def configuration(setting: str, layout: str, directory: Path, name: str = "") ->
     if world == 1:
         given = {key: value for key, value in given.items() if key not in ("comm", "comm.cac")}
     config = composed(*(f"{key}={value}" for key, value in (given | degrees).items()))
-    config.output_dir = str(directory / f"{setting}_{world}{name}")
-    config = replace(config, checkpoint=replace(config.checkpoint, every=STEPS + 1))
-    check(config)
-    return config
+    output_dir = str(directory / f"{setting}_{world}{name}")
+    return complete(replace(config, output_dir=output_dir, checkpoint=replace(config.checkpoint, every=STEPS + 1)))
 
 
 def expected(config: TrainConfig, found: Observation) -> list[oracle.Step]:

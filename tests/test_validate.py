@@ -3,7 +3,7 @@
 import inspect
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tedlab.checkpoint import META
 from tedlab.cli import UsageError
 from tedlab.commands.train import train
 from tedlab.config import TrainConfig
-from tedlab.validate import check, notes
+from tedlab.validate import check, complete, notes
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose
 
@@ -399,10 +399,8 @@ def test_every_argument_of_the_trainer_is_refused_where_it_makes_no_sense(name: 
     accepted, config = [], compose("parallel=single", "logger=none")
     usual = config.trainer
     for value in ODD:
-        config.trainer = dict(usual)
-        config.trainer[name] = value
         try:
-            check_trainer(config)
+            check_trainer(replace(config, trainer={**usual, name: value}))
         except ValueError as error:
             sentence = str(error)
         else:
@@ -453,7 +451,7 @@ def write_checkpoint(path: Path, meta: dict[str, Any]) -> Path:
 
 
 def hyper_parameters(config: TrainConfig) -> dict[str, Any]:
-    check(config)
+    config = complete(config)
     return {"global_step": 5, "hyper_parameters": {"model": asdict(config.model), "moe": asdict(config.moe)}}
 
 
@@ -527,10 +525,10 @@ def test_a_checkpoint_that_is_not_tedlabs_is_refused(corpus: Path, complaint: An
     ("parallel", "accumulate"),
     [("single", 4), ("dp2", 2), ("dp4", 1), ("ep2", 2), ("tp2", 4), ("tp2_ep2", 2), ("tp2_ep2_dp2", 1), ("tp4", 4)],
 )
-def test_check_completes_batches_and_vocabulary_of_every_layout(corpus: Path, parallel: str, accumulate: int) -> None:
+def test_batches_and_vocabulary_of_every_layout_are_completed(corpus: Path, parallel: str, accumulate: int) -> None:
     config = small(corpus, f"parallel={parallel}")
     assert config.model.vocab_size is None
-    check(config)
+    config = complete(config)
     assert config.trainer["accumulate_grad_batches"] == accumulate
     assert config.model.vocab_size == 256
 
@@ -554,22 +552,30 @@ def test_every_gating_passes_with_its_own_options(corpus: Path, overrides: list[
 def test_the_vocabulary_is_the_tokenizers_rounded_up_to_128(corpus: Path, tokens: int, rounded: int) -> None:
     (corpus / "good.txt").write_text(LINES + " ".join(f"w{n:x}{n * 7919:x}" for n in range(4000)))
     config = small(corpus, "data.tokenizer=bpe", f"data.bpe_vocab_size={tokens}", "parallel=tp4")
-    check(config)
+    config = complete(config)
     assert config.model.vocab_size == rounded
 
 
-def test_checking_twice_changes_nothing(corpus: Path) -> None:
-    config = small(corpus)
+def test_a_check_and_a_completion_leave_the_configuration_as_it_is(corpus: Path) -> None:
+    emulated = ["comm.emulate=summit", "parallel=tp2_ep2", "parallel.sequence=true", "model.checkpoint=block"]
+    config = small(corpus, *emulated, "comm.cac=auto", "comm.cac_budget_bytes=3000")
+    before = asdict(config)
     check(config)
-    once = asdict(config)
-    check(config)
-    assert asdict(config) == once
+    completed = complete(config)
+    assert asdict(config) == before
+    assert (completed.comm.ledger.time, completed.moe.capacity_groups) == (True, 2)
+    assert completed.comm.cac != "auto"
+
+
+def test_a_complete_configuration_is_completed_by_itself(corpus: Path) -> None:
+    once = complete(small(corpus, "parallel=tp2", "parallel.sequence=true"))
+    assert complete(once) == once
 
 
 def test_a_given_vocabulary_and_the_right_accumulation_are_kept(corpus: Path) -> None:
     config = small(corpus, "model.vocab_size=260", "trainer.accumulate_grad_batches=4", "parallel=tp2")
-    check(config)
-    assert config.model.vocab_size == 260
+    config = complete(config)
+    assert (config.model.vocab_size, config.trainer["accumulate_grad_batches"]) == (260, 4)
 
 
 def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
@@ -582,7 +588,6 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
 def test_auto_becomes_what_it_keeps(corpus: Path) -> None:
     settings = ["parallel=tp2_ep2", "model.checkpoint=block", "comm.cac=auto"]
     for budget, kept in ((0, 0), (3000, 1), (10**9, 4)):
-        config = small(corpus, *settings, f"comm.cac_budget_bytes={budget}")
-        check(config)
+        config = complete(small(corpus, *settings, f"comm.cac_budget_bytes={budget}"))
         assert len(config.comm.cac) >= kept
         assert bool(config.comm.cac) == bool(kept)

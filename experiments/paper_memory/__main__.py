@@ -1,8 +1,8 @@
 """``python -m experiments.paper_memory``: see README.md."""
 
-import copy
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import estimate
 from tedlab.predict.estimate.memory import Memory, Moment
 from tedlab.predict.estimate.sizes import Sizes
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 
 HERE = Path(__file__).parent
 GIB = 2**30
@@ -86,11 +86,10 @@ def largest_hidden(template: TrainConfig, accumulated: int = 1) -> int:
     low, high = 8, 512  # in 32 channels; the first fits, the second does not
     while high - low > 1:
         middle = (low + high) // 2
-        config = copy.deepcopy(template)
         hidden = 32 * middle
-        config.model.hidden, config.model.ffn, config.model.layers = hidden, 4 * hidden, layers_of(hidden)
-        config.data.batch_size *= accumulated
-        check_simulated(config)
+        model = replace(template.model, hidden=hidden, ffn=4 * hidden, layers=layers_of(hidden))
+        data = replace(template.data, batch_size=template.data.batch_size * accumulated)
+        config = complete_simulated(replace(template, model=model, data=data))
         fits = Memory(Sizes(config)).peak().total <= USABLE * GIB
         low, high = (middle, high) if fits else (low, middle)
     return 32 * low

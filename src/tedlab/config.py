@@ -6,7 +6,8 @@ Nothing here imports torch. A number declares its range beside its default, with
 satisfy *together* is checked in ``validate``.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING
@@ -202,3 +203,29 @@ class TrainConfig:
     certificate_precision: str = "64-true"  # of its runs: 64-true | bf16-true (as equal as rounding allows)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """A copy with other values, each by its dotted name: ``{"optim.lr": 0.1, "trainer.max_steps": 5}``.
+
+    Raises:
+        TypeError: if a dataclass has no such field.
+    """
+    for name, value in values.items():
+        config = _with_value(config, name.split("."), value)
+    return config
+
+
+def value_of(config: TrainConfig, name: str) -> Any:
+    """The value of a dotted name; None where a dictionary has none."""
+    place: Any = config
+    for part in name.split("."):
+        place = place.get(part) if isinstance(place, dict) else getattr(place, part)
+    return place
+
+
+def _with_value(place: Any, path: Sequence[str], value: Any) -> Any:
+    name, *below = path
+    if below:
+        value = _with_value(place[name] if isinstance(place, dict) else getattr(place, name), below, value)
+    return {**place, name: value} if isinstance(place, dict) else replace(place, **{name: value})

@@ -51,7 +51,7 @@ def generate(config: GenerateConfig) -> str:
     # second expert drawn at random.
     moe = replace(experts, capacity_factor=None)
     if moe.gating == "deepspeed_top2":
-        moe.second_expert_sampling = False
+        moe = replace(moe, second_expert_sampling=False)
     model = GPT(replace(shape, compile="none"), moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, path)

@@ -9,6 +9,7 @@ before anything is launched, so that config.yaml and the loggers say what is tru
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from tedlab.checkpoint import META, read_meta
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, value_of, with_values
 from tedlab.untrusted import interpolation
 
 DECIDED = (
@@ -30,15 +31,15 @@ _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
-def resume(config: TrainConfig, named: Collection[str]) -> list[str]:
-    """Completes ``config`` in place by where it goes on: ``ckpt_path``, and what follows from it.
+def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, list[str]]:
+    """Completes a configuration by where it goes on: ``ckpt_path``, and what follows from it.
 
     Args:
         config: as composed.
         named: see :func:`named_values`.
 
     Returns:
-        What is to be said of it; nothing for a run that begins.
+        A copy, and what is to be said of it; nothing for a run that begins.
 
     Raises:
         UsageError: if there is no such checkpoint, or a value that is named cannot be changed.
@@ -48,14 +49,13 @@ def resume(config: TrainConfig, named: Collection[str]) -> list[str]:
     try:
         last = Path(config.output_dir, "checkpoints", "last.ckpt")
         if config.resume == "auto" and _is_checkpoint(last):
-            config.ckpt_path = str(last)
-            _same_wandb_run(config)
+            config = replace(config, ckpt_path=str(last), logger=_same_wandb_run(config))
         if config.ckpt_path is None:
-            return []
+            return config, []
         path = find_checkpoint(Path(config.ckpt_path))
-        config.ckpt_path = str(path)
         meta = read_meta(path)
-        return [f"Going on from {path}, step {meta.get('global_step')}.", *take_over(config, meta, named)]
+        config, said = take_over(replace(config, ckpt_path=str(path)), meta, named)
+        return config, [f"Going on from {path}, step {meta.get('global_step')}.", *said]
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
 
@@ -95,16 +95,16 @@ def named_values(hydra: Any) -> set[str]:
     return named - ({"data", "model", "parallel", "trainer"} | {"experiment"})
 
 
-def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[str]) -> list[str]:
-    """Puts what a checkpoint decides into ``config``, unless it is named.
+def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[str]) -> tuple[TrainConfig, list[str]]:
+    """Puts what a checkpoint decides into a copy of ``config``, unless it is named.
 
     Args:
-        config: changed in place.
+        config: as composed.
         meta: of the checkpoint.
         named: see :func:`named_values`.
 
     Returns:
-        A sentence on what is other than in the checkpoint, and one on what is other than configured; each if any.
+        The copy; a sentence on what is other than in the checkpoint, and one on what is other than configured, if any.
 
     Raises:
         ValueError: if another optimizer or loss scale is configured, which the state that was saved does not fit; if
@@ -114,13 +114,11 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
     looked_up = interpolation({name: stored[name] for name in DECIDED if name in stored})
     if looked_up is not None:
         raise ValueError(f"the checkpoint's {looked_up} has ${{…}} in it, which is not looked up for a checkpoint")
-    kept, changed = [], []
+    kept, changed, values = [], [], {}
     for name in DECIDED:
         if name not in stored:  # an older checkpoint, or another's
             continue
-        section, _, field = name.rpartition(".")
-        place = getattr(config, section) if section else config
-        ours: Any = place.get(field) if isinstance(place, dict) else getattr(place, field)
+        ours = value_of(config, name)
         value = _options(ours, stored[name], named) if name == "optim.optimizer" else stored[name]
         if name != "optim.optimizer" and _is_named(name, named):
             value = ours
@@ -128,10 +126,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
             changed += _differences(name, value, stored[name])
         if value != ours:
             kept += _differences(name, value, ours)
-        if isinstance(place, dict):
-            place[field] = value
-        else:
-            setattr(place, field, value)
+        values[name] = value
     if any(name == "optim.loss_scale" for name, *_ in changed):
         raise ValueError(
             f"optim.loss_scale={config.optim.loss_scale} is where a run begins; this one goes on with the scale that "
@@ -144,7 +139,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
     if kept:
         text = ", ".join(f"{name}={_text(new)} (not {_text(old)})" for name, new, old in kept)
         said.append(f"As in the checkpoint, since not named here: {text}.")
-    return said
+    return with_values(config, values), said
 
 
 def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,10 +218,13 @@ def _near(path: Path) -> list[Path]:
     return sorted({file.parent for pattern in patterns for file in folder.glob(pattern)})[:8]
 
 
-def _same_wandb_run(config: TrainConfig) -> None:
-    """Makes W&B continue the run that wrote into this run directory last; the folders of its runs end in their id."""
+def _same_wandb_run(config: TrainConfig) -> dict[str, Any]:
+    """Loggers of which W&B continues the run that wrote into this run directory last; its folders end in its id."""
     folders = sorted(Path(config.output_dir, "wandb").glob("*run-*"), key=lambda folder: folder.name.split("run-")[1])
     ids = [match[1] for folder in folders if (match := _WANDB_RUN.fullmatch(folder.name))]
-    for logger in config.logger.values():
-        if ids and str(logger.get("_target_", "")).endswith("WandbLogger") and not logger.get("id"):
-            logger["id"] = ids[-1]
+    return {
+        name: {**logger, "id": ids[-1]}
+        if ids and str(logger.get("_target_", "")).endswith("WandbLogger") and not logger.get("id")
+        else logger
+        for name, logger in config.logger.items()
+    }

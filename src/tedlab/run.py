@@ -4,8 +4,9 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,12 @@ _LONGEST_NAME = 128
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains as configured (and completed by :func:`tedlab.validate.check`).
+    """Trains as configured (and completed by :func:`tedlab.validate.complete`).
 
     Returns:
         The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
     """
-    _tidy_names(config)
+    config = replace(config, logger=_with_tidy_names(config.logger))
     directory = Path(config.output_dir)
     metrics = StepMetrics(
         config.data.batch_size * config.model.sequence_length, training_flops(config.model, config.moe)
@@ -214,12 +215,16 @@ def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
     return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
 
 
-def _tidy_names(config: TrainConfig) -> None:
+def _with_tidy_names(loggers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """A name made of parts, some of them empty, has no blanks around it; W&B takes 128 letters."""
-    for settings in config.logger.values():
-        if isinstance(settings.get("name"), str):
-            name = settings["name"].strip()
-            settings["name"] = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    tidy = {}
+    for key, settings in loggers.items():
+        name = settings.get("name")
+        if isinstance(name, str):
+            name = name.strip()
+            settings = {**settings, "name": name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"}
+        tidy[key] = settings
+    return tidy
 
 
 def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) -> None:

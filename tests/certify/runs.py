@@ -14,7 +14,7 @@ from tedlab.certify import Row, record
 from tedlab.certify.certificate import CONTINUATIONS, Execute, Run, Runs, runs_for
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.cli import CONF
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tests.pool import WorkerPool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -69,9 +69,9 @@ def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[
             saved = tuple(CONTINUATIONS) if case.continuations else ()
             shared[key] = runs_for(composed(*case.overrides), directory / str(number), saved, MOST_PROCESSES)
             if not case.continuations:
-                shared[key] = replace(shared[key], steps=_STEPS)
-                for config in (shared[key].layout, shared[key].one):
-                    config.trainer["max_steps"] = _STEPS
+                shorter = {"trainer.max_steps": _STEPS}
+                layout, one = with_values(shared[key].layout, shorter), with_values(shared[key].one, shorter)
+                shared[key] = replace(shared[key], layout=layout, one=one, steps=_STEPS)
         layout = replace(shared[key].layout, output_dir=f"{shared[key].layout.output_dir}_{number}")
         runs[case] = replace(shared[key], layout=layout, continuations=case.continuations)
     stages: list[dict[int, list[_Task]]] = [defaultdict(list) for _ in range(3)]

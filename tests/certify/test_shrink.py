@@ -12,12 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tedlab.certify import shrink
 from tedlab.certify.record import _PIECE, Recorder
 from tedlab.certify.shrink import SAVED, STEPS, STEPS_PER_EPOCH, reference
-from tedlab.config import OptimConfig, TrainConfig
+from tedlab.config import OptimConfig, TrainConfig, with_values
 from tedlab.data import MicroBatchSampler, PackedSamples, TextDataModule
 from tedlab.models import gpt
 from tedlab.moe.router import Router
 from tedlab.run import build
-from tedlab.validate import check
+from tedlab.validate import check, complete
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 
@@ -29,7 +29,7 @@ def test_every_tensor_rank_has_tokens_of_its_own(tmp_path: Path, tensor: int) ->
     heads = [f"model.heads={2 * tensor}", f"model.hidden={16 * tensor}", f"model.ffn={tensor}"]
     layout = [f"parallel.world_size={tensor}", f"parallel.tensor={tensor}", "parallel.expert=1"]
     small = shrink(composed(*SMALL, *heads, *layout), tmp_path)
-    check(small, 16)
+    small = complete(small, 16)
     data = TextDataModule(small.data, small.model.sequence_length, small.seed)
     samples = PackedSamples(data.corpus.train, small.model.sequence_length)
     batch = small.data.batch_size
@@ -125,9 +125,7 @@ def counted(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[
     configs = []
     for number, overrides in enumerate(LAYOUTS.values()):
         config = shrink(composed(*overrides, "model.loss_chunk=4096"), tmp_path_factory.mktemp(str(number)))
-        config.trainer["max_steps"] = 1
-        check(config)
-        configs.append(config)
+        configs.append(complete(with_values(config, {"trainer.max_steps": 1})))
     return dict(zip(LAYOUTS, pool.run(4, pieces, configs)[0], strict=True))
 
 

@@ -5,7 +5,7 @@ wrappers must agree; results must equal those of the same layout without recompu
 """
 
 from collections import Counter
-from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from tedlab import Topology
 from tedlab.comm import Collective, Ledger, Recomputation, differentiable, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.rows import Rows
-from tedlab.config import TrainConfig
+from tedlab.config import ParallelConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
@@ -85,17 +85,9 @@ BASE = composed(
 
 def configuration(layout: tuple[int, int, int], overrides: Overrides) -> TrainConfig:
     """Hydra would take longer to compose a cell than the cell to run."""
-    config = deepcopy(BASE)
-    config.parallel.world_size, config.parallel.tensor, config.parallel.expert = layout
-    config.trainer["accumulate_grad_batches"] = overrides.get("accumulated", 1)
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        if section == "trainer":
-            config.trainer[name] = value
-        elif name:
-            assert hasattr(getattr(config, section), name)
-            setattr(getattr(config, section), name, value)
-    return config
+    config = replace(BASE, parallel=ParallelConfig(*layout))
+    named = {key: value for key, value in overrides.items() if "." in key}
+    return with_values(config, {"trainer.accumulate_grad_batches": overrides.get("accumulated", 1), **named})
 
 
 def one_step(

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from tedlab import TEDStrategy
-from tedlab.commands.train import go_on_after_restart
+from tedlab.commands.train import after_restart
 from tedlab.config import TrainConfig
 from tedlab.launch.launcher import launch
 from tedlab.launch.outside import WrongEnvironment, check, started_outside
@@ -92,11 +92,9 @@ def test_a_restarted_group_goes_on_from_its_last_checkpoint(
     monkeypatch.setattr("tedlab.checkpoint.read_meta", lambda path: {"global_step": 40})
     put(monkeypatch, {**TORCHRUN, "RANK": "0", "TORCHELASTIC_RESTART_COUNT": "2"})
     config = TrainConfig(output_dir=str(tmp_path), ckpt_path="elsewhere.ckpt")
-    go_on_after_restart(config)
-    assert config.ckpt_path == "elsewhere.ckpt"
+    assert after_restart(config).ckpt_path == "elsewhere.ckpt"
     assert "Restart 2 by torchrun: the run goes on from the beginning" in capsys.readouterr().out
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.mkdir(parents=True)
-    go_on_after_restart(config)
-    assert config.ckpt_path == str(last)
+    assert after_restart(config).ckpt_path == str(last)
     assert f"from {last}, step 40" in capsys.readouterr().out

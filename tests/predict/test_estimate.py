@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.estimate import OPTIMIZER
@@ -102,8 +102,7 @@ def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
 
 
 def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
-    config = checked(*ONE)
-    config.optim.optimizer = {"_target_": "torch.optim.NAdam"}
+    config = with_values(checked(*ONE), {"optim.optimizer._target_": "torch.optim.NAdam"})
     with pytest.raises(ValueError, match=r"NAdam.*Adam, AdamW, SGD"):
         estimate(config, load_cluster("summit"))
 

@@ -28,7 +28,7 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.launch.launcher import launch
 from tedlab.launch.locks import scratch
 from tedlab.report import resolved_yaml
-from tedlab.validate import check
+from tedlab.validate import complete
 
 CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
     "in one process": ("layout", "one"),
@@ -187,11 +187,10 @@ def runs_for(config: TrainConfig, directory: Path, continuations: tuple[str, ...
     """
     layout = shrink(config, directory, most_processes)
     if not continuations:  # nor need anything be saved
-        layout.checkpoint = replace(layout.checkpoint, every=STEPS + 1)
+        layout = replace(layout, checkpoint=replace(layout.checkpoint, every=STEPS + 1))
     one = reference(layout, directory)
-    degrees = check(layout, most_processes)
-    check(one)
-    return Runs(layout, one, degrees, continuations)
+    layout, one = complete(layout, most_processes), complete(one)
+    return Runs(layout, one, parallel_degrees(layout.parallel), continuations)
 
 
 def _read(config: TrainConfig) -> Record:

@@ -76,7 +76,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         init_std=0.2,  # large enough for every path to matter
     )
     if config.model.loss_chunk is not None:
-        model.loss_chunk = min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2))
+        model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
     per_rank = config.moe.num_experts // given.expert
     experts = degrees.expert * (per_rank if per_rank <= 1 else _EXPERTS_PER_RANK)
     moe = replace(
@@ -87,7 +87,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         capacity_groups=groups,
     )
     if experts:
-        moe.capacity_multiple = _capacity_multiple(moe, micro_batch * length, degrees.tensor)
+        moe = replace(moe, capacity_multiple=_capacity_multiple(moe, micro_batch * length, degrees.tensor))
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
     batch = micro_batch * accumulated * degrees.data
     _write_samples(directory / "text", batch, length, config.seed)
@@ -113,7 +113,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         stop_on_nonfinite=False,  # a certificate compares what comes of it, to the end
     )
     if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
-        optim.loss_scale = config.optim.loss_scale or 2.0**16
+        optim = replace(optim, loss_scale=config.optim.loss_scale or 2.0**16)
     accelerator = _accelerator(config, degrees.world_size)
     trainer: dict[str, Any] = {
         "accelerator": accelerator,

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tedlab.cli import UsageError, hydra_entry
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 
 if TYPE_CHECKING:
     from tedlab.predict.sim.show import Ranks
@@ -29,17 +29,18 @@ def task(own: dict[str, str], config: TrainConfig) -> float:
     """Simulates one configuration and returns the predicted time of a step; with real values, the largest error."""
     if own.get("sim.values", "fake") != "fake":
         return _with_real_values(own, config)
+    from tedlab.degrees import parallel_degrees
     from tedlab.predict.cluster import cluster_names, load_cluster
     from tedlab.predict.sim.routing import routing_of
     from tedlab.predict.sim.show import simulate_visibly
-    from tedlab.validate import check_simulated
+    from tedlab.validate import complete_simulated
 
     if "cluster" not in own:
         raise UsageError(f"Say what to predict for, with cluster=NAME. Valid: {', '.join(cluster_names())}")
     cluster = load_cluster(own["cluster"])
     ranks = _ranks(own.get("sim.rank", "0"))
-    config.comm.cac_cluster = own["cluster"]  # what cac=auto reckons with
-    degrees = check_simulated(config)
+    config = complete_simulated(with_values(config, {"comm.cac_cluster": own["cluster"]}))  # for cac=auto
+    degrees = parallel_degrees(config.parallel)
     if isinstance(ranks, int) and ranks >= degrees.world_size:
         raise UsageError(f"sim.rank={ranks} is no rank of {degrees}: 0 to {degrees.world_size - 1}")
     routing = routing_of(config, own.get("sim.routing", "balanced"), own.get("sim.zipf"), own.get("sim.trace"))

@@ -2,6 +2,7 @@
 
 import signal
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -12,20 +13,22 @@ from tedlab.config import TrainConfig
 
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
+    from tedlab.degrees import parallel_degrees
     from tedlab.launch import outside
     from tedlab.launch.launcher import WorkerFailed, launch
     from tedlab.launch.locks import run_directory
     from tedlab.resume import named_values, resume
     from tedlab.run import run
-    from tedlab.validate import check, notes
+    from tedlab.validate import complete, notes
 
     outside.check(config.parallel.world_size)
     started_outside = outside.started_outside()
     if started_outside and outside.restarts():
-        go_on_after_restart(config)
+        config = after_restart(config)
     named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # called by a program
-    resumed = resume(config, named)
-    degrees = check(config)
+    config, resumed = resume(config, named)
+    config = complete(config)
+    degrees = parallel_degrees(config.parallel)
     held = not started_outside or outside.first_outside()  # by one process for all
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
         if config.certificate:
@@ -60,8 +63,8 @@ def leave_summary(config: TrainConfig, error: BaseException) -> None:
     write_unfinished(directory, outcome)
 
 
-def go_on_after_restart(config: TrainConfig) -> None:
-    """Lets processes that torchrun has started again (``--max-restarts``) go on where their run directory ends.
+def after_restart(config: TrainConfig) -> TrainConfig:
+    """A copy by which processes that torchrun has started again (``--max-restarts``) go on where their run ends.
 
     Without a checkpoint there they do what the first ones were told.
     """
@@ -70,12 +73,13 @@ def go_on_after_restart(config: TrainConfig) -> None:
 
     last = Path(config.output_dir, "checkpoints", "last.ckpt")
     if last.exists():
-        config.ckpt_path = str(last)
+        config = replace(config, ckpt_path=str(last))
         where = f"from {last}, step {read_meta(last)['global_step']}"
     else:
         where = f"from the beginning: {last} does not exist (is hydra.run.dir the same for every start?)"
     if outside.first_outside():
         print(f"Restart {outside.restarts()} by torchrun: the run goes on {where}.", flush=True)
+    return config
 
 
 def certify_first(config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""Checks a whole configuration before any process is launched, and fills in what follows from it.
+"""Checks a whole configuration before any process is launched, and completes a copy of it by what follows.
 
 Types and names are Hydra's concern, and each number's range is declared at its field; here it is what the fields must
 satisfy together and what they need from outside: files, devices, a checkpoint. One module for each part of the
@@ -8,16 +8,17 @@ configuration. Every complaint says what is wrong, the values, and what would be
 from pathlib import Path
 
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.ranges import check_ranges
-from tedlab.validate.batches import complete_batches
+from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
-from tedlab.validate.comm import check_comm, choose_what_to_keep
+from tedlab.validate.comm import check_comm
+from tedlab.validate.complete import filled_in
 from tedlab.validate.experts import check_experts
 from tedlab.validate.loggers import check_loggers
-from tedlab.validate.model import check_model, complete_vocabulary
+from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
 from tedlab.validate.settings import (
@@ -29,17 +30,15 @@ from tedlab.validate.settings import (
 )
 from tedlab.validate.trainer import check_trainer
 
-__all__ = ["CERTIFIED_PRECISIONS", "OBJECTIVES", "check", "check_simulated", "notes"]
+__all__ = ["CERTIFIED_PRECISIONS", "OBJECTIVES", "check", "check_simulated", "complete", "complete_simulated", "notes"]
 
 _GPT2_TOKENS = 50_257
 
 
 def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDegrees:
-    """Validates ``config`` and completes it in place.
+    """Validates a configuration, which stays as it is.
 
-    Completed: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
-    ``comm.cac=auto`` by what it chooses, and
-    the corpus itself, which is tokenised into the cache if it is not there yet.
+    The corpus is tokenised into the cache if it is not there yet.
 
     Args:
         config: as composed.
@@ -51,33 +50,64 @@ def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDeg
     Raises:
         UsageError: with a message of less than a screen.
     """
+    return _checked(config, most_processes)[0]
+
+
+def complete(config: TrainConfig, most_processes: int | None = None) -> TrainConfig:
+    """A copy in which every value that follows from others is filled in, once all has been checked.
+
+    Filled in: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
+    ``moe.capacity_groups`` where sequences are sharded, ``comm.ledger.time`` where a network is emulated, and
+    ``comm.cac=auto`` by what it chooses.
+
+    Args and exceptions: as of :func:`check`.
+    """
+    return filled_in(config, *_checked(config, most_processes))
+
+
+def check_simulated(config: TrainConfig) -> ParallelDegrees:
+    """:func:`check` of what depends neither on this machine nor on data.
+
+    Raises:
+        UsageError: as there.
+    """
+    return _checked_alone(config)[0]
+
+
+def complete_simulated(config: TrainConfig) -> TrainConfig:
+    """:func:`complete` for a job that need not fit this machine.
+
+    Without a tokenizer, ``model.vocab_size=null`` is that of GPT-2's, rounded up: 50,304.
+
+    Raises:
+        UsageError: as of :func:`check`.
+    """
+    return filled_in(config, *_checked_alone(config))
+
+
+def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelDegrees, int]:
+    """Degrees, and the number of the tokenizer's tokens."""
     try:
         degrees = _check_together(config)
         check_processes(config, most_processes)
         check_writable("output_dir", Path(config.output_dir))
         check_writable("data.cache_dir", Path(config.data.cache_dir).expanduser())
         data = TextDataModule(config.data, config.model.sequence_length, config.seed)
-        _complete(config, degrees, data.corpus.tokenizer.vocab_size)
+        tokens = data.corpus.tokenizer.vocab_size
+        size = vocabulary(config, tokens)
         _ = data.validation_samples  # raises if there is not one batch of them
         if config.ckpt_path is not None:
-            check_checkpoint(config, Path(config.ckpt_path))
-        return degrees
+            check_checkpoint(with_values(config, {"model.vocab_size": size}), Path(config.ckpt_path))
+        return degrees, tokens
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
 
 
-def check_simulated(config: TrainConfig) -> ParallelDegrees:
-    """:func:`check` of what depends neither on this machine nor on data, and completes ``config`` likewise.
-
-    Without a tokenizer, ``model.vocab_size=null`` is that of GPT-2's, rounded up: 50,304.
-
-    Raises:
-        UsageError: as there.
-    """
+def _checked_alone(config: TrainConfig) -> tuple[ParallelDegrees, int]:
     try:
-        degrees = _check_together(config)
-        _complete(config, degrees, config.model.vocab_size or _GPT2_TOKENS)
-        return degrees
+        degrees, tokens = _check_together(config), config.model.vocab_size or _GPT2_TOKENS
+        vocabulary(config, tokens)
+        return degrees, tokens
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -92,14 +122,9 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_trainer(config)
     check_settings(config)
     check_loggers(config)
-    complete_batches(config, degrees)
+    accumulation(config, degrees)
     check_optim(config)
     return degrees
-
-
-def _complete(config: TrainConfig, degrees: ParallelDegrees, tokens: int) -> None:
-    complete_vocabulary(config, tokens)
-    choose_what_to_keep(config, degrees)
 
 
 def notes(config: TrainConfig) -> list[str]:

@@ -4,8 +4,8 @@ from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
 
 
-def complete_batches(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Fills in ``trainer.accumulate_grad_batches``.
+def accumulation(config: TrainConfig, degrees: ParallelDegrees) -> int:
+    """Micro-batches of a step in each data rank: ``trainer.accumulate_grad_batches``.
 
     Raises:
         ValueError: if it is given and another, or the batch does not divide; says which micro-batches would.
@@ -21,10 +21,10 @@ def complete_batches(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"{micro}×{degrees.data}. With this batch and {degrees.data} data ranks the micro-batch can be {fitting}"
         )
     accumulate = batch // (micro * degrees.data)
-    given = config.trainer.setdefault("accumulate_grad_batches", None)
+    given = config.trainer.get("accumulate_grad_batches")
     if given not in (None, accumulate):
         raise ValueError(
             f"trainer.accumulate_grad_batches={given}, but data.batch_size / (data.micro_batch_size × data ranks) = "
             f"{batch} / ({micro}×{degrees.data}) = {accumulate}. Leave it null, or change the batch sizes"
         )
-    config.trainer["accumulate_grad_batches"] = accumulate
+    return accumulate

@@ -1,5 +1,7 @@
 """Communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
 
+from typing import Any
+
 from tedlab.comm.sites import kept_tags
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
@@ -21,7 +23,9 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if comm.backend not in (None, "nccl", "gloo"):
         raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
     check_known("model.checkpoint", model.checkpoint, ("none", "block"))
-    if comm.cac != "auto":
+    if comm.cac == "auto":
+        load_cluster(comm.emulate or comm.cac_cluster)
+    else:
         kept_tags(comm.cac)
     if (comm.cac == "auto") != (comm.cac_budget_bytes is not None):
         raise ValueError(
@@ -46,15 +50,15 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     _check_emulation(config, degrees)
 
 
-def choose_what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Puts the entries that fit the budget in the place of ``comm.cac=auto``."""
+def what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> Any:
+    """``comm.cac``; for ``auto`` the entries that fit the budget. All else must be complete."""
     if config.comm.cac != "auto":
-        return
+        return config.comm.cac
     cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
     tensor, expert = range(degrees.tensor), range(0, degrees.expert * degrees.tensor, degrees.tensor)
     members = {"tensor": tensor, "expert_tensor": tensor, "expert": expert}
     assert config.comm.cac_budget_bytes is not None
-    config.comm.cac = within_budget(
+    return within_budget(
         ClosedForm(config),
         config.comm.cac_budget_bytes,
         lambda call: collective_seconds(call.op, call.payload_bytes, members[call.kind], cluster),
@@ -94,4 +98,3 @@ def _check_emulation(config: TrainConfig, degrees: ParallelDegrees) -> None:
         return
     everybody = {"world": range(degrees.world_size)}
     Emulation(load_cluster(comm.emulate), everybody, comm.emulate_dilation, comm.emulate_ranks_per_node)  # type: ignore[arg-type]
-    comm.ledger.time = True  # without it nothing would show of the delays

@@ -39,7 +39,7 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if moe.dispatch == "dropless":
         _check_dropless(config)
     else:
-        _check_capacity_groups(config, degrees)
+        capacity_groups(config, degrees)
     _check_gating(moe)
 
 
@@ -80,11 +80,19 @@ def _check_dropless(config: TrainConfig) -> None:
         )
 
 
-def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> None:
+def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None:
+    """``moe.capacity_groups``; if it is not given and sequences are sharded, one for each shard.
+
+    Raises:
+        ValueError: if positions cannot be divided so; says what would do.
+    """
     shards = degrees.tensor if degrees.sequence else 1
-    if config.moe.capacity_groups is None and shards > 1:
-        config.moe.capacity_groups = shards  # so that the run's configuration tells
-    groups, length = config.moe.capacity_groups or 1, config.model.sequence_length
+    given = config.moe.capacity_groups
+    if not config.moe.num_experts or config.moe.dispatch == "dropless":
+        return given
+    if given is None and shards > 1:
+        given = shards
+    groups, length = given or 1, config.model.sequence_length
     if length % groups or groups % shards:
         fitting = ", ".join(str(n) for n in range(1, min(length, 64) + 1) if length % n == 0 and n % shards == 0)
         raise ValueError(
@@ -94,6 +102,7 @@ def _check_capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> Non
         )
     if groups > 1 and config.moe.gating != "default":
         raise ValueError(f"moe.capacity_groups={groups} needs moe.gating=default; moe.gating is {config.moe.gating}")
+    return given
 
 
 def _check_gating(moe: MoEConfig) -> None:

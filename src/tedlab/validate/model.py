@@ -32,15 +32,16 @@ def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         check_divides(f"model.{name}", getattr(model, name), "parallel.tensor", degrees.tensor)
 
 
-def complete_vocabulary(config: TrainConfig, tokens: int) -> None:
-    """Fills in ``model.vocab_size`` for a tokenizer of so many tokens, if it is not given.
+def vocabulary(config: TrainConfig, tokens: int) -> int:
+    """``model.vocab_size``; if it is not given, that of a tokenizer of so many tokens, rounded up.
 
     Raises:
         ValueError: if it is too small, or the tensor degree does not divide it.
     """
-    model = config.model
-    if model.vocab_size is None:
-        model.vocab_size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
-    if model.vocab_size < tokens:
-        raise ValueError(f"model.vocab_size ({model.vocab_size}) is smaller than the tokenizer's {tokens}")
-    check_divides("model.vocab_size", model.vocab_size, "parallel.tensor", config.parallel.tensor)
+    size = config.model.vocab_size
+    if size is None:
+        size = -(-tokens // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if size < tokens:
+        raise ValueError(f"model.vocab_size ({size}) is smaller than the tokenizer's {tokens}")
+    check_divides("model.vocab_size", size, "parallel.tensor", config.parallel.tensor)
+    return size

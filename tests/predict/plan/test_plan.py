@@ -8,11 +8,11 @@ import pytest
 
 from tedlab.cli import UsageError, with_plan
 from tedlab.commands.plan import own_arguments, task
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.plan.family import base_parameters, member
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan
-from tedlab.predict.plan.search import Found, applied, layouts, pareto_front, search, smallest
+from tedlab.predict.plan.search import Found, layouts, pareto_front, search, smallest
 from tedlab.predict.plan.show import fixed_by, plan_visibly
 from tedlab.validate import check_simulated
 from tests.certify.runs import composed
@@ -35,7 +35,7 @@ def test_every_candidate_validates_and_fits() -> None:
     assert len(found.fitting) > 100
     assert {c.settings["parallel.tensor"] for c in found.fitting} == {1, 2, 4, 8}
     for candidate in found.fitting[::10]:
-        check_simulated(applied(config, candidate.settings))
+        check_simulated(with_values(config, candidate.settings))
         assert candidate.peak_bytes <= 140 * 2**20
 
 
@@ -105,7 +105,7 @@ def test_training_takes_the_file_and_the_command_line_wins_over_it(plan: tuple[P
     check_simulated(config)
     changed = composed(*with_plan([f"+plan={path}", "optim.lr=0.5", "comm=ted", "model=gpt_tiny"]))
     assert (changed.optim.lr, changed.comm.dtd, changed.comm.cac, changed.model.hidden) == (0.5, True, True, 128)
-    with pytest.raises(UsageError, match=r"no such file.*tedlab\.plan"):
+    with pytest.raises(UsageError, match=r"no such file.*tedlab\.predict\.plan"):
         with_plan(["+plan=nowhere"])
 
 

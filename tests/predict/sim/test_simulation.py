@@ -35,7 +35,7 @@ from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.predict.volumes import ClosedForm, predict
 from tedlab.run import language_model, strategy_arguments
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 
@@ -49,9 +49,7 @@ WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_b
 
 
 def checked(*overrides: str) -> TrainConfig:
-    config = composed(*overrides)
-    check_simulated(config)
-    return config
+    return complete_simulated(composed(*overrides))
 
 
 @contextmanager

@@ -59,7 +59,7 @@ class Estimate:
 
 
 def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Estimate:
-    """The closed form of a configuration completed by :func:`tedlab.validate.check_simulated`.
+    """The closed form of a configuration completed by :func:`tedlab.validate.complete_simulated`.
 
     Args:
         config: of the job.

@@ -1,7 +1,7 @@
 """Base models of any size: GPT-3's table, continued between its rows; and the largest that fits a cluster."""
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 from tedlab.config import TrainConfig
 
@@ -16,16 +16,13 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     Its layers lie between those of GPT-3's models (Brown et al., 2020, table 2.1), an even number, since every second
     has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times the model's width.
     """
-    changed = copy.deepcopy(config)
-    model = changed.model
-    model.heads = tensor * max(1, -(-width // (_HEAD * tensor)))
-    model.hidden = model.heads * max(8, width // model.heads // 8 * 8)
-    model.ffn = 4 * model.hidden
-    below = max((row for row in _GPT3 if row[0] <= model.hidden), default=_GPT3[0])
-    above = min((row for row in _GPT3 if row[0] >= model.hidden), default=_GPT3[-1])
-    share = 0.0 if above[0] == below[0] else (model.hidden - below[0]) / (above[0] - below[0])
-    model.layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
-    return changed
+    heads = tensor * max(1, -(-width // (_HEAD * tensor)))
+    hidden = heads * max(8, width // heads // 8 * 8)
+    below = max((row for row in _GPT3 if row[0] <= hidden), default=_GPT3[0])
+    above = min((row for row in _GPT3 if row[0] >= hidden), default=_GPT3[-1])
+    share = 0.0 if above[0] == below[0] else (hidden - below[0]) / (above[0] - below[0])
+    layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
+    return replace(config, model=replace(config.model, layers=layers, hidden=hidden, heads=heads, ffn=4 * hidden))
 
 
 def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:

@@ -8,21 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import largest
 from tedlab.predict.plan.search import (
     Candidate,
     Degrees,
     Found,
-    applied,
     layouts,
     pareto_front,
     search,
     slowest_rank,
     smallest,
 )
-from tedlab.validate import check_simulated
+from tedlab.validate import complete_simulated
 
 _GIB = 2**30
 
@@ -192,8 +191,7 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
     """The candidate as the simulator sees it. The process must not be part of a process group."""
     from tedlab.predict.sim import simulate
 
-    checked = applied(config, candidate.settings)
-    check_simulated(checked)
+    checked = complete_simulated(with_values(config, candidate.settings))
     result = simulate(checked, cluster, candidate.rank)
     held = result.memory.at_peak()
     faster = candidate.step_seconds / result.step_seconds

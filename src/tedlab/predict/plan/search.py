@@ -3,7 +3,6 @@
 Nothing here prints or simulates.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,12 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, value_of, with_values
 from tedlab.degrees import ParallelDegrees
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
 from tedlab.predict.estimate import estimate
-from tedlab.validate import check_simulated
+from tedlab.validate import check_simulated, complete_simulated
 
 Settings = dict[str, Any]  # by dotted name
 
@@ -133,7 +132,7 @@ def search(
     layout: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
     try:
         smallest = 1 if "data.micro_batch_size" not in fixed else config.data.micro_batch_size
-        check_simulated(applied(config, layout | {"data.micro_batch_size": smallest, **_plain(config, fixed)}))
+        check_simulated(with_values(config, layout | {"data.micro_batch_size": smallest, **_plain(config, fixed)}))
         rank = slowest_rank(config.parallel.world_size, degrees.tensor, cluster)
     except UsageError as error:
         found.refused[_reason(error)] += 1
@@ -142,9 +141,8 @@ def search(
     for toggles in _toggles(config, degrees, fixed):
         for n, size in enumerate(micro_batches):
             settings = layout | {"data.micro_batch_size": size} | toggles
-            checked = applied(config, settings)
             try:
-                check_simulated(checked)
+                checked = complete_simulated(with_values(config, settings))
             except UsageError as error:
                 found.refused[_reason(error)] += len(micro_batches) - n
                 break
@@ -172,15 +170,6 @@ def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, 
         result.wire["between_nodes"],
         result.memory.name,
     )
-
-
-def applied(config: TrainConfig, settings: Settings) -> TrainConfig:
-    """A copy with these settings."""
-    changed = copy.deepcopy(config)
-    for name, value in settings.items():
-        section, _, key = name.partition(".")
-        setattr(getattr(changed, section), key, value)
-    return changed
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -217,7 +206,7 @@ def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Ite
     duplicates = _DUPLICATES if config.moe.num_experts else (_DUPLICATES[0], _DUPLICATES[-1])
     adam = str(config.optim.optimizer["_target_"]).endswith(("Adam", "AdamW"))
     tiles = _TILES if adam else _TILES[:1]
-    kept = {name: _value(config, name) for name in TOGGLES.intersection(fixed)}
+    kept = {name: value_of(config, name) for name in TOGGLES.intersection(fixed)}
     seen: list[Settings] = []
     for parts in product(checkpointing, duplicates if several else duplicates[:1], tiles):
         settings = {name: value for part in parts for name, value in part.items()} | kept
@@ -233,9 +222,8 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
         lean = {"data.micro_batch_size": 1, "model.checkpoint": "block", "comm.cac": False, **toggles}
         settings: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
         settings |= {name: value for name, value in lean.items() if name not in fixed}
-        checked = applied(config, settings)
         try:
-            check_simulated(checked)
+            checked = complete_simulated(with_values(config, settings))
         except UsageError:
             continue
         peaks.append(evaluated(checked, cluster, settings, 0).peak_bytes)
@@ -245,7 +233,7 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
 def _plain(config: TrainConfig, fixed: Sequence[str]) -> Settings:
     """No toggles but those that are fixed: what tells whether the degrees alone are possible."""
     plain = _CHECKPOINTING[0] | _DUPLICATES[0]
-    return {name: _value(config, name) if name in fixed else value for name, value in plain.items()}
+    return {name: value_of(config, name) if name in fixed else value for name, value in plain.items()}
 
 
 def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> list[int]:
@@ -254,11 +242,6 @@ def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) 
         return [config.data.micro_batch_size]
     samples = config.data.batch_size // ParallelDegrees(config.parallel.world_size, *degrees).data
     return [1 << n for n in range(samples.bit_length()) if samples % (1 << n) == 0]
-
-
-def _value(config: TrainConfig, name: str) -> Any:
-    section, _, key = name.partition(".")
-    return getattr(getattr(config, section), key)
 
 
 def _divisors(number: int) -> list[int]:

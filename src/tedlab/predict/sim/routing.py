@@ -93,7 +93,7 @@ def routing_of(config: TrainConfig, name: str, zipf: str | None, trace: str | No
     """The routing that a command line asks for; None for a configuration with capacity or without experts.
 
     Args:
-        config: completed by :func:`tedlab.validate.check_simulated`.
+        config: completed by :func:`tedlab.validate.complete_simulated`.
         name: of :data:`ROUTINGS`.
         zipf: ``sim.zipf``, for ``zipf`` alone.
         trace: ``sim.trace``, for ``trace`` alone.

@@ -42,7 +42,7 @@ def simulate_visibly(
     """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
 
     Args:
-        config: completed by :func:`tedlab.validate.check_simulated`.
+        config: completed by :func:`tedlab.validate.complete_simulated`.
         cluster_name: what ``cluster`` is called.
         cluster: that predicted times are for.
         ranks: one of them; or "stages", one of each kind that differs; or "all", whose summary lists every rank.

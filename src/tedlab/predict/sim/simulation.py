@@ -105,7 +105,7 @@ def simulate(
     """Runs one optimizer step of one rank on fake tensors. The process must not be part of a process group.
 
     Args:
-        config: completed by :func:`tedlab.validate.check_simulated`.
+        config: completed by :func:`tedlab.validate.complete_simulated`.
         cluster: that predicted times are for.
         rank: of ``config.parallel.world_size``.
         progress: called now and then with the share that is done.
