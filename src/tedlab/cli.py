@@ -9,7 +9,6 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -18,6 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import CompactHydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from tedlab._compat.hydra import arguments_parser
 from tedlab.config import TrainConfig
 from tedlab.launch.launcher import leave_if_started_outside
 from tedlab.launch.sweep import SweepFailures
@@ -61,7 +61,7 @@ def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
             sys.argv[1:] = with_plan(sys.argv[1:])
         except UsageError as error:
             sys.exit(f"{error}")
-        arguments = get_args_parser().parse_args()
+        arguments = arguments_parser().parse_args()
         if not (arguments.config_dir or arguments.config_path or arguments.config_name):
             try:
                 check_overrides(arguments.overrides)

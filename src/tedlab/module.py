@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
+from tedlab._compat.lightning import trainer_of
+from tedlab._compat.torch import LAST_LEARNING_RATES
 from tedlab.config import ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import GPT
 from tedlab.moe import RouterReport
@@ -115,7 +117,7 @@ class LanguageModel(LightningModule):
         A checkpoint's parameter groups and schedule hold learning rate, betas, weight decay and so on, too; what is to
         be taken over of them is in the configuration already (``resume.py``).
         """
-        if self._trainer is None or not self.trainer.optimizers or not checkpoint.get("lr_schedulers"):
+        if trainer_of(self) is None or not self.trainer.optimizers or not checkpoint.get("lr_schedulers"):
             return
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         saved = checkpoint["lr_schedulers"][0]
@@ -123,11 +125,11 @@ class LanguageModel(LightningModule):
             return
         assert isinstance(schedule, LambdaLR)
         saved["base_lrs"] = [self.optim_config.lr for _ in self._options]
-        saved["_last_lr"] = [
+        saved[LAST_LEARNING_RATES] = [
             rate * factor(saved["last_epoch"])
             for rate, factor in zip(saved["base_lrs"], schedule.lr_lambdas, strict=True)
         ]
-        for group, options, rate in zip(optimizer.param_groups, self._options, saved["_last_lr"], strict=True):
+        for group, options, rate in zip(optimizer.param_groups, self._options, saved[LAST_LEARNING_RATES], strict=True):
             group.update({**options, "lr": rate})
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, Progres
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from tedlab._compat.lightning import forget_anonymous, has_started
 from tedlab.callbacks import (
     CommunicationLedger,
     Journal,
@@ -119,7 +120,7 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
         except BaseException as error:
             left = unfinished(Outcome.of(error))
             for logger in wandb_loggers(trainer):
-                if logger._experiment is not None:  # otherwise it was W&B that would not start
+                if has_started(logger):  # otherwise it was W&B that would not start
                     logger.experiment.summary.update(left)
                     logger.experiment.finish(exit_code=1)
             raise
@@ -210,8 +211,7 @@ def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
     loggers = [hydra.utils.instantiate(settings) for settings in config.logger.values()]
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            # Lightning passes this dead argument even when it is not given, and W&B warns of it.
-            logger._wandb_init.pop("anonymous", None)
+            forget_anonymous(logger)
     return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
 
 

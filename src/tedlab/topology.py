@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
+from tedlab._compat.torch import set_timeout, unflatten
 from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
@@ -64,11 +64,8 @@ class Topology:
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
         )
-        # Unflattening shares the tensor group; two independent meshes would create it twice. By index: torch 2.11
-        # refuses the name.
-        self.expert: DeviceMesh = self.dense._unflatten(
-            0, (degrees.expert_data, degrees.expert), ("expert_data", "expert")
-        )
+        sizes = degrees.expert_data, degrees.expert
+        self.expert: DeviceMesh = unflatten(self.dense, 0, sizes, ("expert_data", "expert"))
         assert dist.group.WORLD is not None
         groups: dict[GroupKind, dist.ProcessGroup] = {
             "tensor": self.dense.get_group("tensor"),
@@ -81,7 +78,7 @@ class Topology:
         }
         if timeout is not None:
             for group in set(groups.values()):  # a mesh makes its groups with torch's, 30 minutes of gloo's
-                _set_timeout(timeout, group)
+                set_timeout(timeout, group)
         self.comm = Collectives(groups, place)
         self.slots = SlotAgreement(self.comm)
 

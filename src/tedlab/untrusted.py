@@ -10,14 +10,15 @@ from typing import Any, TypeVar
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf._utils import get_yaml_loader
 from yaml.events import AliasEvent
 from yaml.nodes import Node
+
+from tedlab._compat.hydra import yaml_loader
 
 T = TypeVar("T")
 
 
-class _Loader(get_yaml_loader()):  # type: ignore[misc]
+class _Loader(yaml_loader()):  # type: ignore[misc]
     """OmegaConf's, which knows 9e9 for a number and no key twice. Aliases could stand for more than memory holds."""
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:

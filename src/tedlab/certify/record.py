@@ -10,9 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from typing_extensions import override
 
+from tedlab._compat.torch import shape_and_offset_of_shard
 from tedlab.config import TrainConfig
 from tedlab.module import NOT_SCALARS, LanguageModel
 from tedlab.run import build
@@ -209,7 +209,7 @@ def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
     parts = {}
     for name, given in tensors.items():
         if isinstance(given, DTensor):
-            _, offset = compute_local_shape_and_global_offset(given.shape, given.device_mesh, given.placements)
+            _, offset = shape_and_offset_of_shard(given.shape, given.device_mesh, given.placements)
             values = given.to_local().detach()
         else:
             values = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)

@@ -18,10 +18,10 @@ from typing import Any
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from tedlab._compat.torch import flatten_state_dict
 from tedlab.checkpoint import durable, values
 from tedlab.checkpoint.manifest import MANIFEST, File, Manifest, measure, of_bytes, read_manifest
 from tedlab.checkpoint.reading import METADATA, Planner, Reader, read_metadata

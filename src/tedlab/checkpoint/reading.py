@@ -12,34 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, filesystem, metadata
-from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, metadata
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 from typing_extensions import override
 
+from tedlab._compat.python import PythonUnpickler
+from tedlab._compat.torch import CHECKPOINT_CLASSES, StorageInfo, layout_by_name, set_element
 from tedlab.checkpoint import values
 from tedlab.checkpoint.manifest import is_file_name
 from tedlab.untrusted import one_line
 
 METADATA = ".metadata"
-_CLASSES: set[type] = {
-    metadata.Metadata,
-    metadata.TensorStorageMetadata,
-    metadata.BytesStorageMetadata,
-    metadata.ChunkStorageMetadata,
-    metadata.TensorProperties,
-    metadata.MetadataIndex,
-    metadata.StorageMeta,
-    metadata._MEM_FORMAT_ENCODING,
-    filesystem._StorageInfo,
-    filesystem._StoragePrefix,
-    torch.Size,
-    pathlib.PosixPath,
-    pathlib.WindowsPath,
-}
+_CLASSES = CHECKPOINT_CLASSES | {torch.Size, pathlib.PosixPath, pathlib.WindowsPath}
 _ALLOWED = {(kind.__module__, kind.__qualname__): kind for kind in _CLASSES} | {
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,  # looks a name up in a dictionary
+    ("torch.serialization", "_get_layout"): layout_by_name,
     ("pathlib._local", "PosixPath"): pathlib.PosixPath,  # as Python 3.13 has it
 }
 
@@ -75,7 +62,7 @@ def read_metadata(path: Path) -> Metadata:
             if isinstance(entry, metadata.TensorStorageMetadata) and not _is_whole(entry):
                 raise ValueError(f"it does not say what {name} is")
         for index, place in found.storage_data.items():
-            if not isinstance(place, filesystem._StorageInfo) or not is_file_name(place.relative_path):
+            if not isinstance(place, StorageInfo) or not is_file_name(place.relative_path):
                 raise ValueError(f"it looks for {index.fqn} elsewhere: {place}")
     except Exception as error:  # damaged bytes may raise anything
         raise ValueError(f"{path} is damaged or is not of a checkpoint: {one_line(error)}") from None
@@ -88,7 +75,7 @@ def _is_whole(entry: metadata.TensorStorageMetadata) -> bool:
     return isinstance(entry.size, torch.Size) and isinstance(entry.chunks, list) and isinstance(dtype, torch.dtype)
 
 
-class _Unpickler(pickle._Unpickler):  # in Python, whose instructions can be replaced
+class _Unpickler(PythonUnpickler):
     @override
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -100,9 +87,9 @@ class _Unpickler(pickle._Unpickler):  # in Python, whose instructions can be rep
 
     def load_build(self) -> None:
         """Sets attributes of what the file has made; never of classes, functions and enumerations, which all share."""
-        made = self.stack[-2]  # type: ignore[attr-defined]
+        made = self.stack[-2]
         if type(made) not in _CLASSES or isinstance(made, Enum):
             raise pickle.UnpicklingError(f"it would change {made!r}, which is not part of it")
         super().load_build()  # type: ignore[misc]
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[dict-item]
+    dispatch = {**PythonUnpickler.dispatch, pickle.BUILD[0]: load_build}

@@ -9,8 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
+from tedlab._compat.torch import set_local_tensor, tree_map_only
 from tedlab.checkpoint.directory import link, prepare, remove, write
 
 
@@ -76,6 +76,7 @@ def _copied_to_cpu(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor.detach().to("cpu", copy=True)
     copied = tensor.detach()
+    assert isinstance(copied, DTensor)
     # torch's own stagers fail on our shards.
-    copied._local_tensor = tensor.to_local().detach().to("cpu", copy=True)  # type: ignore[attr-defined]
+    set_local_tensor(copied, tensor.to_local().detach().to("cpu", copy=True))
     return copied

@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import DistNetworkError
 
+from tedlab._compat.torch import default_store
 from tedlab.comm.collectives import Collectives
 from tedlab.comm.recompute import recomputing
 
@@ -102,7 +103,7 @@ class SlotAgreement:
     def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         """Through the store of the process group: a collective would meet those of processes that know of no change."""
         self._changes += 1
-        store, group = dist.distributed_c10d._get_default_store(), self.comm.group("expert")
+        store, group = default_store(), self.comm.group("expert")
         place = f"tedlab/slots/{group.group_name}/{self._number}"
         store.set(f"{place}/{self._changes}/{group.rank()}", f"{tokens} {slots}")
         keys = [f"{place}/{self._changes}/{rank}" for rank in range(group.size())]

@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from tedlab._compat.torch import in_backward
+
 _instances: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of Collectives
 _numbers = itertools.count()
 
@@ -25,7 +27,7 @@ def register(comm: Any) -> int:
 @torch.library.custom_op("tedlab::collective", mutates_args=())
 def run(x: Tensor, op: str, kind: str, tag: str, phase: str, number: int) -> Tensor:
     """``Collectives.<op>(x, kind, tag, phase)`` of a registered instance."""
-    if phase == "forward" and torch._C._current_graph_task_id() != -1:
+    if phase == "forward" and in_backward():
         phase = "recompute"  # the compiler has put a copy of the forward pass into the backward pass
     result: Tensor = getattr(_instances[number], op)(x, kind, tag=tag, phase=phase)
     return result.clone() if result is x else result

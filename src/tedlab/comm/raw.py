@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as funcol
+
+from tedlab._compat.torch import collective_operators, functional_collectives
 
 Wait = Callable[[], Tensor]
 
-_ops = torch.ops._c10d_functional
+_ops = collective_operators
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # Named so from torch 2.13 on.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -53,13 +54,15 @@ def way_of(x: Tensor, group: ProcessGroup) -> Way:
 
 class _Functional:
     def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
-        return _awaited(funcol.all_reduce(x.contiguous(), op, group))
+        return _awaited(functional_collectives.all_reduce(x.contiguous(), op, group))
 
     def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:
-        return _awaited(funcol.all_to_all_single(x.contiguous(), received, sent, group))
+        return _awaited(functional_collectives.all_to_all_single(x.contiguous(), received, sent, group))
 
     def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Wait:
-        return _awaited(_ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))
+        return _awaited(
+            collective_operators.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
+        )
 
     def all_gather(self, x: Tensor, group: ProcessGroup) -> Wait:
         return _awaited(_ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
@@ -69,7 +72,7 @@ class _Functional:
 
 
 def _awaited(result: Tensor) -> Wait:
-    return lambda: funcol.wait_tensor(result)
+    return lambda: functional_collectives.wait_tensor(result)
 
 
 class _InPlace:

@@ -21,6 +21,7 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from tedlab._compat.torch import version
 from tedlab.comm.collectives import Collectives, Phase
 
 
@@ -245,7 +246,7 @@ class _Region:
 
 
 def _version(value: Any) -> int:
-    return value._version if isinstance(value, Tensor) else 0
+    return version(value) if isinstance(value, Tensor) else 0
 
 
 def unused(shape: torch.Size, like: Tensor) -> Tensor:

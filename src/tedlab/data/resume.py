@@ -8,6 +8,8 @@ import warnings
 
 from lightning.pytorch import Trainer
 
+from tedlab._compat.lightning import BATCHES_THAT_STEPPED
+
 
 def align_fit_loop(trainer: Trainer, epoch: int, epoch_batches: int, total_batches: int) -> None:
     """Make a fit loop that was restored from a checkpoint continue after ``epoch_batches`` batches of ``epoch``.
@@ -40,4 +42,4 @@ def align_fit_loop(trainer: Trainer, epoch: int, epoch_batches: int, total_batch
         state = {"ready": count, "started": count, "processed": count, "completed": count - unfinished}
         batches.load_state_dict(state)
     progress.is_last_batch = False
-    batch_loop.on_load_checkpoint({"_batches_that_stepped": trainer.global_step - unfinished})
+    batch_loop.on_load_checkpoint({BATCHES_THAT_STEPPED: trainer.global_step - unfinished})

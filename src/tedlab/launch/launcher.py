@@ -6,7 +6,6 @@ four of them start in the time of one import, and those of a sweep's next job at
 several tasks, the processes exist already and the run takes place in them.
 """
 
-import atexit
 import contextlib
 import logging
 import multiprocessing
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from hydra.errors import CompactHydraException
 
+from tedlab._compat.python import run_exit_functions
 from tedlab.launch import failures, outside
 from tedlab.launch.locks import Lock, scratch
 from tedlab.launch.outside import started_outside
@@ -59,7 +59,7 @@ def leave_if_started_outside() -> None:
     gets none any more, and aborts the process (torch 2.13; in one of ten runs of two small processes).
     """
     if started_outside():
-        atexit._run_exitfuncs()
+        run_exit_functions()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from tedlab._compat.torch import default_store
 from tedlab.comm import Collective, Whereabouts
 from tedlab.degrees import GroupKind
 from tedlab.launch import failures
@@ -98,7 +99,7 @@ def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
     """
     if dist.get_world_size() == 1 or dist.get_backend() not in ("gloo", "nccl"):
         return None
-    store = _second_connection(dist.distributed_c10d._get_default_store())
+    store = _second_connection(default_store())
     global _live
     if _live is not None:
         _live.stop()

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tedlab._compat.torch import require
 from tedlab.nn.ids import check_ids
 from tedlab.nn.region import tensor_region
 from tedlab.nn.sharded import ShardedModule
@@ -86,5 +86,5 @@ class Embedding(ShardedModule):
     def forward(self, length: int) -> Tensor:
         """Embeddings of positions 0 … length-1: (length, H); of this tensor rank's slice of them, if it has one."""
         weight = self.local("weight")
-        torch._check(length <= weight.shape[0], lambda: f"{length} positions, but the table has {weight.shape[0]}")
+        require(length <= weight.shape[0], lambda: f"{length} positions, but the table has {weight.shape[0]}")
         return weight[:length].chunk(self.slices)[self.slice]

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tedlab._compat.torch import assert_on_device
+
 
 def check_ids(ids: Tensor, vocab_size: int, what: str, ignore_index: int | None = None) -> None:
     """Refuses ids outside the vocabulary. Fake tensors, of simulations, have no values to check.
@@ -26,7 +28,7 @@ def check_ids(ids: Tensor, vocab_size: int, what: str, ignore_index: int | None 
     if ignore_index is not None:
         known |= ids == ignore_index
     if ids.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(known.all(), f"{what} lies outside the vocabulary of {vocab_size} tokens")
+        assert_on_device(known.all(), f"{what} lies outside the vocabulary of {vocab_size} tokens")
     elif not known.all():
         allowed = f"0 to {vocab_size - 1}" + ("" if ignore_index is None else f", or {ignore_index} to be ignored")
         raise IndexError(

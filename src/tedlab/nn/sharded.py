@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
+from tedlab._compat.torch import local_tensor, spec_of
 
 from tedlab.spec import Init, Spec, decayed_by_name
 from tedlab.topology import Topology
@@ -137,8 +138,8 @@ class _Local(Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor, grad_placements: tuple[Placement, ...]) -> Tensor:
-        ctx.spec = DTensorSpec(parameter.device_mesh, grad_placements, parameter._spec.tensor_meta)
-        return parameter._local_tensor.detach()
+        ctx.spec = spec_of(parameter, grad_placements)
+        return local_tensor(parameter).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from tedlab._compat.torch import set_local_tensor
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
@@ -252,7 +253,7 @@ def _axes(mesh: DeviceMesh) -> tuple[str, ...]:
 
 def _set_local(parameter: nn.Parameter, values: Tensor) -> None:
     if isinstance(parameter, DTensor):
-        parameter._local_tensor = values  # DTensor offers no public way to move its memory
+        set_local_tensor(parameter, values)
     else:
         parameter.data = values
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from tedlab._compat.torch import fused_adam
+
 _TILE = 1 << 18  # elements: with moments and master copy 5 MiB, small enough for a cache, large enough for threads
 
 
@@ -82,7 +84,7 @@ def _torch_step(
     factor: float,
     rounded: Tensor | None,
 ) -> None:
-    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    kernel = fused_adam(group["decoupled_weight_decay"])
     beta1, beta2 = map(float, group["betas"])
     options: dict[str, Any] = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
     options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}

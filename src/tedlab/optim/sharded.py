@@ -7,7 +7,6 @@ may be added. Only its ``step`` is replaced, by one that feeds it tile after til
 import functools
 import math
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from tedlab._compat.torch import step_hooks, without_step_hooks
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
 from tedlab.optim.elementwise import check_elementwise
@@ -419,7 +419,7 @@ class ShardedOptimizer:
                 "There are gradients that were not reduced over processes: call self.manual_backward(loss) in place "
                 "of loss.backward(), and step outside of toggle_model(sync_grad=False)."
             )
-        for hook in self._step_hooks("pre"):
+        for hook in step_hooks(self.optimizer, "pre"):
             self.show_gradients()
             hook(self.optimizer, (), {})
         self.hide_gradients()
@@ -444,13 +444,9 @@ class ShardedOptimizer:
             bucket.present.clear()
         self._forget_norm()
         self._stepped = True
-        for hook in self._step_hooks("post"):
+        for hook in step_hooks(self.optimizer, "post"):
             hook(self.optimizer, (), {})
         return result
-
-    def _step_hooks(self, when: str) -> list[Callable[..., Any]]:
-        """Those that the user has registered on the optimizer's step: to be called once, not for every tile."""
-        return list(getattr(self.optimizer, f"_optimizer_step_{when}_hooks").values())
 
     def _not_finite(self) -> Iterator[str]:
         """Names of parameters of whose gradient this process's shards have parts that are not finite."""
@@ -467,15 +463,10 @@ class ShardedOptimizer:
         everything = [group["params"] for group in groups]
         for group in groups:
             group["params"] = []
-        names = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        hooks = {name: getattr(self.optimizer, name) for name in names}
-        for name in names:
-            setattr(self.optimizer, name, OrderedDict())
         try:
-            yield
+            with without_step_hooks(self.optimizer):
+                yield
         finally:
-            for name, registered in hooks.items():
-                setattr(self.optimizer, name, registered)
             for group, params in zip(groups, everything, strict=True):
                 group["params"] = params
 

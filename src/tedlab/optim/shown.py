@@ -4,11 +4,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.utils._pytree import tree_map
 
+from tedlab._compat.torch import (
+    AsyncCollectiveTensor,
+    local_tensor,
+    operator_name,
+    shape_and_offset_of_shard,
+    spec_of,
+    tree_map,
+)
 from tedlab.optim.bucket import Bucket, local
 
 
@@ -25,7 +30,7 @@ class ShownGradient(DTensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
+        name = operator_name(func).removeprefix("aten::")
         if name.startswith("_foreach_"):  # one by one: tensors may be on different meshes, or on none
             name = {"_foreach_norm": "linalg_vector_norm"}.get(name, name.removeprefix("_foreach_"))
             single = getattr(torch.ops.aten, name)
@@ -43,7 +48,7 @@ def _completed(result: Any) -> Any:
     if any(placement.is_partial() for placement in result.placements):
         result = result.redistribute(placements=[Replicate() if p.is_partial() else p for p in result.placements])
     if result.dim() > 0:
-        return ShownGradient(result._local_tensor, result._spec, requires_grad=False)
+        return ShownGradient(local_tensor(result), spec_of(result), requires_grad=False)
     number = result.to_local()
     # The all-reduce may still be under way (torch 2.11), and such a tensor has no memory that others could read.
     return number.wait() if isinstance(number, AsyncCollectiveTensor) else number
@@ -71,7 +76,7 @@ class Shown:
         for p, part in zip(self.bucket.parameters, self.bucket.parts(self._flat), strict=True):
             if p in self.bucket.present:
                 values = part.view(local(p).shape)
-                p.grad = ShownGradient(values, p._spec, requires_grad=False) if isinstance(p, DTensor) else values
+                p.grad = ShownGradient(values, spec_of(p), requires_grad=False) if isinstance(p, DTensor) else values
                 self._given[p] = p.grad
 
     def take(self) -> None:
@@ -112,5 +117,5 @@ def local_part(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     if isinstance(tensor, DTensor):
         with torch.no_grad():
             return local(tensor.redistribute(parameter.device_mesh, parameter.placements)).clone()
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    shape, offset = shape_and_offset_of_shard(parameter.shape, parameter.device_mesh, parameter.placements)
     return tensor.detach()[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].clone()

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
@@ -21,10 +20,16 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning.pytorch.strategies import ParallelStrategy
 from torch import nn
 from torch.distributed.tensor import Replicate
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from tedlab._compat.lightning import (
+    detects_anomalies,
+    given_checkpoint_io,
+    set_average_model,
+    synchronises_batch_norm,
+)
+from tedlab._compat.torch import IS_ANY_TRUE, BatchNorm
 from tedlab.checkpoint import META
 
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
@@ -51,10 +56,10 @@ def prepare(trainer: Trainer) -> None:
     for callback in _callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
             # It copied the module before ``configure_model`` made the layers, and would average only what was there.
-            callback._average_model = copy.deepcopy(trainer.lightning_module)
+            set_average_model(callback, copy.deepcopy(trainer.lightning_module))
         if isinstance(callback, BaseFinetuning):
             BaseFinetuning.filter_on_optimizer = staticmethod(_not_in_optimizer)  # type: ignore[method-assign]
-    if trainer._detect_anomaly:
+    if detects_anomalies(trainer):
         _let_torch_look_for_nan()
 
 
@@ -84,12 +89,13 @@ def _settings(trainer: Trainer, strategy: ParallelStrategy, module: LightningMod
             f"TEDStrategy does not support precision={precision.precision!r} of {type(precision).__name__} yet; "
             f"valid: {', '.join(PRECISIONS)}"
         )
-    if strategy._checkpoint_io is not None:
+    plugin = given_checkpoint_io(strategy)
+    if plugin is not None:
         yield (
-            f"The plugin {type(strategy._checkpoint_io).__name__} would not be used: TEDStrategy writes a directory "
+            f"The plugin {type(plugin).__name__} would not be used: TEDStrategy writes a directory "
             "through torch.distributed.checkpoint; leave it out (in the background: TEDStrategy(async_checkpoint=True))"
         )
-    if strategy._layer_sync is not None and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+    if synchronises_batch_norm(strategy) and any(isinstance(layer, BatchNorm) for layer in module.modules()):
         yield (
             "sync_batchnorm=True does not work under TEDStrategy: leave it out (each data rank then normalises with "
             "its own samples), or use LayerNorm, RMSNorm or GroupNorm"
@@ -147,6 +153,6 @@ def _let_torch_look_for_nan() -> None:
     """Anomaly detection asks this of every gradient, also of sharded ones, for which torch has no answer of its own."""
     from torch.distributed.tensor.experimental import register_sharding  # takes a moment, so only where it is needed
 
-    @register_sharding(torch.ops.aten._is_any_true.default)
+    @register_sharding(IS_ANY_TRUE)
     def whole(x: Any) -> list[tuple[list[Any], list[Any]]]:
         return [([Replicate()], [Replicate()])]

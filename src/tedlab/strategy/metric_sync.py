@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from tedlab._compat.lightning import trainer_of
 from tedlab.comm import Collectives
 
 
@@ -39,7 +40,7 @@ class _FromDataRanks:
 
     def __call__(self, state: Tensor, group: Any | None = None) -> list[Tensor]:
         module = self._module()
-        moved = module is not None and module._trainer is not self._trainer()
+        moved = module is not None and trainer_of(module) is not self._trainer()
         return gather_all_tensors(state, group) if moved or group is not None else gather_ragged(state, self._comm)
 
 

@@ -20,6 +20,8 @@ from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSamplerWrapper
 from torch.utils.data import DataLoader
 
+from tedlab._compat.lightning import sampler_inside
+
 Roots = tuple[int, int, int]  # of the generators of Python, NumPy and torch
 
 
@@ -63,6 +65,6 @@ def seed_loader(loader: object, from_roots: Roots, data_rank: int) -> None:
         loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=data_rank)
     for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
         if isinstance(sampler, DistributedSamplerWrapper | UnrepeatedDistributedSamplerWrapper):
-            whole = sampler.dataset._sampler  # type: ignore[attr-defined]
+            whole = sampler_inside(sampler)
             if getattr(whole, "generator", 0) is None:
                 whole.generator = torch.Generator().manual_seed(from_roots[2] % 2**63)

@@ -17,21 +17,13 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.fabric.utilities.distributed import (
-    _distributed_is_initialized,
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-    _sync_ddp_if_available,
-)
-from lightning.fabric.utilities.optimizer import _optimizers_to_device
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states, reset_seed
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import ParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -40,6 +32,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from tedlab import checkpoint
+from tedlab._compat import lightning as compat
 from tedlab.comm import Whereabouts
 from tedlab.comm.sites import kept_tags
 from tedlab.config import CommConfig
@@ -68,7 +61,7 @@ def gpus(processes: int) -> list[torch.device]:
     return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(processes)]
 
 
-class TEDStrategy(ParallelStrategy):
+class TEDStrategy(compat.SubprocessStrategy):
     """Tensor × expert × data parallel training of any LightningModule built from tedlab's layers.
 
     The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``; everything else is as
@@ -184,22 +177,11 @@ class TEDStrategy(ParallelStrategy):
         return self.parallel_devices[self.local_rank]
 
     @property
-    def num_processes(self) -> int:
-        """Processes on this node."""
-        return len(self.parallel_devices or ())
-
-    @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Tensor ranks read the same batches: samples are divided over data ranks only."""
         comm = self.topology.comm
         return {"num_replicas": comm.size("data"), "rank": comm.rank("data")}
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if not self.cluster_environment.creates_processes_externally:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def set_world_ranks(self) -> None:
         """Called by Lightning as soon as the cluster environment is known."""
@@ -229,10 +211,10 @@ class TEDStrategy(ParallelStrategy):
         reset_seed()
         self.set_world_ranks()
         assert self.cluster_environment is not None
-        backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        backend = self._backend or compat.backend_for(self.root_device)
         # NCCL aborts the process, which has then to have said why: the watch comes first.
         timeout = self._timeout + timedelta(seconds=15) if backend == "nccl" else self._timeout
-        _init_dist_connection(
+        compat.init_process_group(
             self.cluster_environment,
             backend,
             timeout=timeout,
@@ -267,13 +249,13 @@ class TEDStrategy(ParallelStrategy):
         self.setup_precision_plugin()
         self._take_over_checkpoints(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
-            _optimizers_to_device(self.optimizers, self.root_device)
+            compat.optimizers_to_device(self.optimizers, self.root_device)
             # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
             # and a framework that measures communication must not add any of its own.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+            compat.leave_out_sigterm_broadcast(trainer)
             if not isinstance(self.cluster_environment, SLURMEnvironment):  # which requeues jobs by signal
                 # Its handler broadcasts too, from whatever step each process is in. Let SIGTERM end the process.
-                trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+                compat.leave_signals_alone(trainer)
         seeding.seed_generators(self._seeds, self.topology.comm.rank("data"))
 
     @override
@@ -334,7 +316,7 @@ class TEDStrategy(ParallelStrategy):
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
         # What ``self.optimizers()`` returns has the methods of the optimizer's class, not those that were replaced.
-        for wrapper, sharded in zip(self._lightning_optimizers, self.sharded_optimizers, strict=True):
+        for wrapper, sharded in zip(compat.wrapped_optimizers(self), self.sharded_optimizers, strict=True):
             wrapper.zero_grad = sharded.zero_grad  # type: ignore[attr-defined]
             wrapper.state_dict = sharded.state_dict  # type: ignore[attr-defined]
             wrapper.load_state_dict = sharded.load_state_dict  # type: ignore[attr-defined]
@@ -430,7 +412,7 @@ class TEDStrategy(ParallelStrategy):
         self._sharded(optimizer).clip_values(clip_val)
 
     def _sharded(self, optimizer: Optimizer) -> ShardedOptimizer:
-        inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return next(s for s in self.sharded_optimizers if s.optimizer is inner)
 
     # ---- communication on Lightning's behalf ---------------------------------------------------------------------
@@ -445,7 +427,7 @@ class TEDStrategy(ParallelStrategy):
         if not isinstance(tensor, Tensor):
             return tensor
         if group is not None and group is not dist.group.WORLD:
-            return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op)
+            return compat.reduce_in_group(tensor, group, reduce_op=reduce_op)
         op = (reduce_op if isinstance(reduce_op, str) else reduce_op.name).lower()
         mean = op in ("mean", "avg")
         if mean and not tensor.is_floating_point():
@@ -473,13 +455,13 @@ class TEDStrategy(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        if _distributed_is_initialized():
+        if dist.is_initialized():
             with self._within(f"barrier {name or ''}".strip()):
                 dist.barrier(device_ids=[self.root_device.index] if dist.get_backend() == "nccl" else None)
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if not _distributed_is_initialized():
+        if not dist.is_initialized():
             return obj
         box = [obj]
         with self._within("broadcast of an object"):
@@ -618,7 +600,7 @@ class TEDStrategy(ParallelStrategy):
         """Callbacks link through this strategy, and what no checkpoint could hold is refused before the first step."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
-                callback._link_checkpoint = self._link_checkpoint  # type: ignore[method-assign]
+                compat.link_through(callback, self._link_checkpoint)
         if trainer.state.fn == TrainerFn.FITTING and trainer.checkpoint_callbacks:
             for owner in filter(None, (trainer.lightning_module, getattr(trainer, "datamodule", None))):
                 key = owner.CHECKPOINT_HYPER_PARAMS_KEY
@@ -688,14 +670,14 @@ class TEDStrategy(ParallelStrategy):
         """Of all processes."""
         states: list[Any] = [None] * self.topology.comm.size("world")
         with self._within("gathering of random states"):
-            dist.all_gather_object(states, _collect_rng_states(include_cuda=self.root_device.type == "cuda"))
+            dist.all_gather_object(states, compat.random_states(include_cuda=self.root_device.type == "cuda"))
         return states
 
     def _restore_random_state(self, meta: Mapping[str, Any]) -> None:
         """The saved state in the layout that saved it; in another, one that no data rank shares and no step repeats."""
         layout = asdict(self.topology.degrees)
         if meta.get("layout") == layout:
-            _set_rng_states(meta["random"][self.global_rank])
+            compat.set_random_states(meta["random"][self.global_rank])
         else:
             new = np.random.SeedSequence((torch.initial_seed(), meta["global_step"], self.topology.comm.rank("data")))
             seed = int(new.generate_state(1)[0])

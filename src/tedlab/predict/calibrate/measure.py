@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tedlab._compat.torch import TorchDispatchMode, delay_gpu
 from tedlab.comm import Collectives
 from tedlab.comm.collectives import Operation
 from tedlab.config import ModelConfig, MoEConfig
@@ -404,7 +404,7 @@ class Bench:
         function()
         launching = (time.perf_counter() - began) * calls
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int(launching * _CYCLES))  # the device waits until all is launched
+        delay_gpu(int(launching * _CYCLES))  # the device waits until all is launched
         start.record()
         for _ in range(calls):
             function()

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from tedlab._compat.simulation import storage_address
+
 Category = Literal["parameters", "optimizer", "gradients", "stash", "activations", "temporaries"]
 CATEGORIES: tuple[Category, ...] = ("parameters", "optimizer", "gradients", "stash", "activations", "temporaries")
 
@@ -62,7 +64,7 @@ class Memory:
         """Takes note of tensors whose storage is new."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            address = storage._cdata
+            address = storage_address(tensor)
             if address in self._alive or not storage.nbytes():
                 continue
             number = len(self._sizes)
@@ -76,13 +78,13 @@ class Memory:
         tensors = list(tensors)
         self.see(tensors, category)
         for tensor in tensors:
-            found = self._alive.get(tensor.untyped_storage()._cdata)
+            found = self._alive.get(storage_address(tensor))
             if found is not None:
                 self._categories[found[0]] = category
 
     def category_of(self, tensor: Tensor) -> Category | None:
         """What a tensor's storage is for; None if it was never seen."""
-        found = self._alive.get(tensor.untyped_storage()._cdata)
+        found = self._alive.get(storage_address(tensor))
         return None if found is None else self._categories[found[0]]
 
     def timeline(self) -> Timeline:

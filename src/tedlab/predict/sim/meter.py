@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+from tedlab._compat.simulation import READ_SCALAR, FakeTensor
+from tedlab._compat.torch import TorchDispatchMode, collective_operators, in_backward, local_tensor, tree_map_only
 from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
 from tedlab.predict.cluster import ClusterConfig
@@ -19,8 +18,8 @@ from tedlab.predict.cost import LinkClass, collective_seconds, link_of, waiting_
 from tedlab.predict.sim.memory import Category, Memory
 from tedlab.predict.sim.roofline import Work, seconds, work_of
 
-_READ = torch.ops.aten._local_scalar_dense.default
-_WAIT = torch.ops._c10d_functional.wait_tensor.default
+_READ = READ_SCALAR.default
+_WAIT = collective_operators.wait_tensor.default
 _DRAW = torch.ops.aten.exponential_.default
 _DEVICE = torch.ops.prim.device.default  # asked of fake tensors all the time
 
@@ -89,7 +88,7 @@ class Meter(TorchDispatchMode):
     @property
     def phase(self) -> Phase:
         """Where this thread is in the step; outside passes with the optimizer. Gradients are added up in backward."""
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return "recompute" if recomputing() else "backward"
         return "forward" if self._in_forward else "optimizer"
 
@@ -184,4 +183,4 @@ class Meter(TorchDispatchMode):
 
 def _inner(tensor: Tensor) -> Tensor:
     """What a DTensor has of its own, without an operation."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local_tensor(tensor) if isinstance(tensor, DTensor) else tensor

@@ -9,9 +9,20 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from tedlab._compat.simulation import (
+    CPU_ATTENTION,
+    CPU_ATTENTION_BACKWARD,
+    GPU_ATTENTIONS,
+    READ_SCALAR,
+    SOFTMAXES,
+    UNSAFE_VIEW,
+    Operator,
+    argument_names,
+    packet_of,
+    storage_address,
+)
 from tedlab.predict.cluster import ClusterConfig
 
 aten = torch.ops.aten
@@ -21,8 +32,8 @@ _FREE = {  # memory is allocated or seen otherwise, but neither read nor written
     aten.empty_strided,
     aten.new_empty,
     aten.new_empty_strided,
-    aten._unsafe_view,
-    aten._local_scalar_dense,
+    UNSAFE_VIEW,
+    READ_SCALAR,
 }
 _NOT_READ = {  # the first argument: it is overwritten, or gives a shape
     aten.copy_,
@@ -37,23 +48,13 @@ _NOT_READ = {  # the first argument: it is overwritten, or gives a shape
 }
 _LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # of the first argument only what is asked for
 _SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # likewise, read and written
-_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
-_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-_ATTENTIONS = {
-    _ATTENTION,
-    _ATTENTION_BACKWARD,
-    aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_backward,
-}
+_ATTENTIONS = {CPU_ATTENTION, CPU_ATTENTION_BACKWARD, *GPU_ATTENTIONS}
 _ARITHMETIC = {  # what computes so much for each element that memory need not be the limit
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
     aten.gelu,
     aten.gelu_backward,
-    aten._softmax,
-    aten._softmax_backward_data,
-    aten._log_softmax,
-    aten._log_softmax_backward_data,
+    *SOFTMAXES,
     aten.exp,
     aten.exp_,
 }
@@ -84,15 +85,15 @@ class Work(NamedTuple):
     fresh: float = 0.0
 
 
-def work_of(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
+def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
     """The work of a call of an aten operation; None for one that does none, such as a view.
 
     Of a functional collective it is the memory for its result; the rest is not a kernel's.
     """
-    packet = func._overloadpacket
+    packet = packet_of(func)
     operands, results = list(_tensors(args)), list(_tensors((out,)))
-    known = {operand.untyped_storage()._cdata for operand in operands}
-    sizes = [_bytes(result) for result in results if result.untyped_storage()._cdata not in known]
+    known = {storage_address(operand) for operand in operands}
+    sizes = [_bytes(result) for result in results if storage_address(result) not in known]
     fresh = sum(size for size in sizes if size >= _MAPPED)
     if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
         return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
@@ -132,18 +133,18 @@ def seconds(work: Work, cluster: ClusterConfig) -> float:
     return mapping + max(computing, latency + work.bytes / bandwidth)
 
 
-def _flops(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
-    packet = func._overloadpacket
-    if packet is _ATTENTION:
+def _flops(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:
+    packet = packet_of(func)
+    if packet is CPU_ATTENTION:
         return sdpa_flop_count(*(t.shape for t in args[:3])) * _causal(func, args, kwargs)
-    if packet is _ATTENTION_BACKWARD:
+    if packet is CPU_ATTENTION_BACKWARD:
         return sdpa_backward_flop_count(*(t.shape for t in args[:4])) * _causal(func, args, kwargs)
     count = flop_registry.get(packet)
     return 0.0 if count is None else float(count(*args, **kwargs, out_val=out))
 
 
-def _causal(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
-    place = [argument.name for argument in func._schema.arguments].index("is_causal")
+def _causal(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    place = argument_names(func).index("is_causal")
     causal = args[place] if place < len(args) else kwargs.get("is_causal", False)
     return 0.5 if causal else 1.0
 

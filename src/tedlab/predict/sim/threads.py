@@ -15,12 +15,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.testing._internal.distributed.multi_threaded_pg import (
-    ProcessLocalGroup,
-    _install_threaded_pg,
-    _uninstall_threaded_pg,
-)
 
+from tedlab._compat.simulation import ThreadedGroup, make_ranks_of_processes, make_ranks_of_threads
 from tedlab.comm import Collectives, GroupKind, Phase
 from tedlab.config import TrainConfig
 from tedlab.predict.sim.world import OneOfMany
@@ -48,7 +44,7 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
             function(replace(config, trainer=trainer))
         except BaseException as error:
             failures.append(f"rank {rank} of {world} failed:\n{traceback.format_exc()}")
-            ProcessLocalGroup.exception_handle(error)  # ends those who wait for this one
+            ThreadedGroup.exception_handle(error)  # ends those who wait for this one
         finally:
             dist.destroy_process_group()
 
@@ -56,17 +52,13 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
     # Lightning's 64-true sets the default for a while and then puts back what was there: the same to all threads.
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    isolate = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
-    isolate(True)
-    _install_threaded_pg()
+    make_ranks_of_threads()
     in_place = mock.patch.object(Collectives, "all_gather_into", _gather_and_copy)  # which this group cannot do
     try:
         with in_place, ThreadPoolExecutor(world, "rank") as pool:
             wait([pool.submit(rank_of, rank) for rank in range(world)])
     finally:
-        _uninstall_threaded_pg()
-        isolate(False)
-        ProcessLocalGroup.reset()
+        make_ranks_of_processes()
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
     if failures:

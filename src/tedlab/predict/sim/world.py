@@ -8,10 +8,9 @@ from unittest import mock
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from typing_extensions import override
 
+from tedlab._compat.simulation import FakeStore, FakeTensorMode
 from tedlab.optim import fused
 from tedlab.predict.sim.meter import Meter
 from tedlab.strategy import TEDStrategy
