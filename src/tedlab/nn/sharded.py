@@ -19,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from tedlab._compat.torch import local_tensor, spec_of
-
 from tedlab.spec import Init, Spec, decayed_by_name
 from tedlab.topology import Topology
 
@@ -53,7 +52,7 @@ class ShardedModule(Layer):
         self.inits: dict[str, Init] = {}
         self.partial: set[str] = set()
         self.decayed: dict[str, bool] = {}  # where it was said
-        self._locals: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
+        self.substitutes: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
 
     def build(self, spec: Spec, topology: Topology) -> None:
         """Declares the parameters of a specification that belong to none of its parts."""
@@ -125,8 +124,8 @@ class ShardedModule(Layer):
         Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
         mesh's data axis (and its tensor axis, if so declared), which the strategy reduces once per step.
         """
-        if name in self._locals:
-            return self._locals[name]
+        if name in self.substitutes:
+            return self.substitutes[name]
         parameter = self.get_parameter(name)
         assert isinstance(parameter, DTensor)
         inner = [Partial()] if name in self.partial else parameter.placements[1:]
@@ -178,12 +177,12 @@ def localised(root: nn.Module) -> Iterator[None]:
     """Within, parameters below ``root`` are plain tensors already: the compiler cannot keep a DTensor's mesh."""
     modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
     for module in modules:
-        module._locals = {name: module.local(name) for name in module.inits}
+        module.substitutes = {name: module.local(name) for name in module.inits}
     try:
         yield
     finally:
         for module in modules:
-            module._locals = {}
+            module.substitutes = {}
 
 
 def initialize(root: nn.Module, seed: int) -> None:
