@@ -110,8 +110,8 @@ class CommConfig:
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
     fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
     # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
-    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives, see comm/sites.py;
-    # auto: the best within cac_budget_bytes.
+    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (see TAGS in
+    # models/gpt.py); auto: the best within cac_budget_bytes.
     cac: Any = False
     cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # of each process, for cac=auto
     cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated

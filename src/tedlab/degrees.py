@@ -74,6 +74,11 @@ class ParallelDegrees:
             "world": range(self.world_size),
         }
 
+    @property
+    def sizes(self) -> dict[GroupKind, int]:
+        """How many processes a group of each kind has."""
+        return {kind: len(ranks) for kind, ranks in self.groups(0).items()}
+
     def __str__(self) -> str:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         return (

@@ -6,9 +6,18 @@ A specification never runs a layer and is never run by one, so that a prediction
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 from tedlab.degrees import GroupKind, ParallelDegrees
+
+if TYPE_CHECKING:
+    from tedlab.comm import Operation
+
+# Rows that a mixture of experts moves, see ``comm/rows.py``: of how many, routers may decide.
+Routed = Literal["sent", "received", "computed", "gathered"]
+ROUTED = get_args(Routed)
+RowCount = Literal["tokens", "once", Routed]
+Number = Literal["parameter", "compute", "precise", "index"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,96 @@ def decayed_by_name(name: str) -> bool:
     return not ("bias" in name or "norm" in name)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How processes divide a model, and the toggles of communication that its collectives depend on."""
+
+    degrees: ParallelDegrees
+    dtd: bool = False
+    fuse_reduce_scatter: bool = False
+
+    @property
+    def sequence(self) -> bool:
+        """Whether each tensor rank holds its own positions between layers."""
+        return self.degrees.sequence and self.degrees.tensor > 1
+
+    @property
+    def sharers(self) -> int:
+        """How many tensor ranks exchange tokens of their own with other processes' experts."""
+        return self.degrees.tensor if self.dtd or self.sequence else 1
+
+    @property
+    def scattered(self) -> bool:
+        """Whether each of these gets only the sums of its own tokens, by a reduce-scatter."""
+        return self.sharers > 1 and (self.sequence or self.fuse_reduce_scatter)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where a layer calls a collective.
+
+    Attributes:
+        tag: its name.
+        op: the operation.
+        kind: the group.
+        width: elements of a row that it moves.
+        rows: how many it moves: one for each token of a data rank's micro-batch, one at all, or as a mixture does.
+        dtype: of parameters, of matrix products, fp32 or better, or of indices.
+        feeds: the site that alone uses its result; ``end``: no collective or weight of the block uses it any more.
+        replicated: whether all tensor ranks hold the same result, so that each may keep a part for all.
+        result: rows of an all-to-all's result, where these are others.
+        chunk: rows that it moves at a time; None: all.
+        recomputed: whether a second pass comes by.
+    """
+
+    tag: str
+    op: "Operation"
+    kind: GroupKind
+    width: int
+    rows: RowCount = "tokens"
+    dtype: Number = "compute"
+    feeds: str | None = None
+    replicated: bool = False
+    result: RowCount | None = None
+    chunk: int | None = None
+    recomputed: bool = True
+
+
+class Sites(NamedTuple):
+    """The collectives of a layer, in the order of its passes; those of the backward pass are adjoints."""
+
+    forward: tuple[Site, ...] = ()
+    backward: tuple[Site, ...] = ()
+
+    @property
+    def recomputed(self) -> tuple[Site, ...]:
+        """Those that a second pass comes by."""
+        return tuple(site for site in self.forward if site.recomputed)
+
+    def then(self, later: "Sites") -> "Sites":
+        """Of this layer and one behind it."""
+        return Sites(self.forward + later.forward, later.backward + self.backward)
+
+    def present(self, degrees: ParallelDegrees) -> "Sites":
+        """Without those of groups of one process, which communicate nothing."""
+        sizes = degrees.sizes
+        there = {site.tag for site in self.forward if sizes[site.kind] > 1} | {"end"}
+        feeds = {site.tag: site.feeds for site in self.forward}
+
+        def next_present(tag: str | None) -> str | None:
+            while tag is not None and tag not in there:
+                tag = feeds[tag]
+            return tag
+
+        several = sizes["tensor"] > 1
+        forward = (
+            replace(site, feeds=next_present(site.feeds), replicated=site.replicated and several)
+            for site in self.forward
+            if site.tag in there
+        )
+        return Sites(tuple(forward), tuple(site for site in self.backward if sizes[site.kind] > 1))
+
+
 class Spec:
     """Base of specifications: frozen dataclasses whose fields are the arguments of the layer, but for its topology.
 
@@ -84,3 +183,10 @@ class Spec:
         for name, part in self.children():
             for parameter in part.parameters():
                 yield replace(parameter, name=f"{name}.{parameter.name}")
+
+    def sites(self, layout: Layout) -> Sites:
+        """Its collectives, also those of groups that may have one process."""
+        together = Sites()
+        for _, part in self.children():
+            together = together.then(part.sites(layout))
+        return together

@@ -20,6 +20,7 @@ from tedlab._compat.torch import set_timeout, unflatten
 from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
 from tedlab.config import CommConfig
 from tedlab.degrees import ParallelDegrees
+from tedlab.spec import Layout
 
 
 class Topology:
@@ -93,7 +94,12 @@ class Topology:
     @property
     def sequence_sharded(self) -> bool:
         """Whether each tensor rank holds its own positions of the activations between layers."""
-        return self.degrees.sequence and self.degrees.tensor > 1
+        return self.layout.sequence
+
+    @property
+    def layout(self) -> Layout:
+        """What specifications are asked with."""
+        return Layout(self.degrees, self.options.dtd, self.options.fuse_reduce_scatter)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":

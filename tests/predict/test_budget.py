@@ -27,7 +27,7 @@ def cost(of: ClosedForm, entries: list[str]) -> tuple[int, float]:
 
 
 def possibilities(of: ClosedForm) -> list[tuple[int, float]]:
-    places = [f"{block}/{site.tag}" for block in range(of.config.model.layers) for site in of.sites(block)]
+    places = [f"{block}/{site.tag}" for block in range(of.config.model.layers) for site in of.sites[block].recomputed]
     suffixes = product(("", ":shard", None), repeat=len(places))
     return [cost(of, [p + s for p, s in zip(places, chosen, strict=True) if s is not None]) for chosen in suffixes]
 

@@ -108,7 +108,7 @@ def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
 
 
 def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.activation=swiglu.*activation=gelu only.*tedlab\.simulate"):
+    with pytest.raises(ValueError, match=r"model\.activation=swiglu.*activation=gelu only.*tedlab simulate"):
         estimate(checked(*ONE, "model.activation=swiglu"), load_cluster("summit"))
 
 

@@ -2,7 +2,7 @@
 
 A checkpointed region runs twice: first without keeping activations, then, in the backward pass, again. The second pass
 repeats the collectives of the first, unless their results were kept. What it does at each call site is a :class:`Plan`,
-by tag; :func:`tedlab.comm.sites.plan` makes one. Whatever the plan, the experts that tokens go to are those of the
+by tag; :func:`tedlab.comm.keep.plan` makes one. Whatever the plan, the experts that tokens go to are those of the
 first pass (:func:`pin`): recomputed arithmetic may differ in the last bit, and a token must not change its expert.
 
 torch's selective checkpointing could keep collectives' results, too, but sees every operation of the region (twice the

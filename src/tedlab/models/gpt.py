@@ -1,21 +1,24 @@
 """A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tedlab.comm import checkpoint
+from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.rows import Rows
-from tedlab.comm.sites import block_sites, kept_tags, plan
 from tedlab.config import ModelConfig, MoEConfig
+from tedlab.degrees import ParallelDegrees
 from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
 from tedlab.nn import (
     ColumnParallelLinear,
     ColumnParallelSpec,
+    CrossEntropySpec,
     Embedding,
     EmbeddingSpec,
     FeedForward,
@@ -33,7 +36,7 @@ from tedlab.nn import (
     rotation,
     vocab_parallel_cross_entropy,
 )
-from tedlab.spec import Init, Spec
+from tedlab.spec import Init, Layout, Spec
 from tedlab.topology import Topology
 
 
@@ -42,14 +45,8 @@ class BlockSpec(Spec):
     """Of :class:`Block`."""
 
     parts = ("norm1", "attention", "norm2", "feed_forward")
-    index: int
     model: ModelConfig
-    moe: MoEConfig
-
-    @property
-    def routed(self) -> bool:
-        """Whether it has experts."""
-        return self.index in self.moe.blocks(self.model.layers)
+    moe: MoEConfig | None  # None: it has no experts
 
     @property
     def norm1(self) -> NormSpec:
@@ -70,9 +67,14 @@ class BlockSpec(Spec):
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
         model = self.model
         rest = *self.inits, model.activation, model.bias
-        if self.routed:
+        if self.moe is not None:
             return MoESpec(model.hidden, model.ffn, self.moe, *rest)
         return FeedForwardSpec(model.hidden, model.ffn, *rest)
+
+    def rows(self, layout: Layout, tokens: int) -> Rows:
+        """What it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
+        inner = self.feed_forward
+        return inner.dispatch.rows(layout, tokens) if isinstance(inner, MoESpec) else Rows()
 
 
 class Block(nn.Module):
@@ -85,15 +87,14 @@ class Block(nn.Module):
         super().__init__()
         self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
         self.compiled = model.compile != "none"
-        spec = BlockSpec(index, model, moe)
+        spec = GPTSpec(model, moe).blocks[index]
         self.norm1 = norm_layer(spec.norm1, topology)
         self.attention = SelfAttention.of(spec.attention, topology)
         self.norm2 = norm_layer(spec.norm2, topology)
-        self.routed = spec.routed
+        self.routed = spec.moe is not None
         self.feed_forward = (MoELayer if self.routed else FeedForward).of(spec.feed_forward, topology)
-        options, comm = topology.options, topology.comm
-        sites = block_sites(self.routed, options, topology.sequence_sharded, comm.sizes)
-        self.plan = plan(sites, kept_tags(options.cac, index))
+        sites = spec.sites(topology.layout).present(topology.degrees).recomputed
+        self.plan = plan(sites, kept_tags(topology.options.cac, TAGS, index))
 
         self._run, self._attend = self._recomputed, self._attended
         if self.compiled and self.routed and moe.dispatch == "dropless":
@@ -177,28 +178,50 @@ class GPTSpec(Spec):
             return None
         return EmbeddingSpec(self.model.sequence_length, self.model.hidden, Init(std=self.model.init_std))
 
-    @property
+    @cached_property
     def blocks(self) -> list[BlockSpec]:
-        return [BlockSpec(index, self.model, self.moe) for index in range(self.model.layers)]
+        routed = self.moe.blocks(self.model.layers)
+        return [BlockSpec(self.model, self.moe if n in routed else None) for n in range(self.model.layers)]
 
     @property
     def norm(self) -> NormSpec:
         return NormSpec(self.model.hidden, self.model.norm)
 
     @property
-    def output(self) -> ColumnParallelSpec | None:
-        """None: it is the embedding."""
+    def logits(self) -> ColumnParallelSpec:
+        """Of the product that makes them, with whatever weights."""
         table = self.embedding
-        if self.model.tie_embeddings:
-            return None
         return ColumnParallelSpec(table.hidden, table.vocab_size, "output", table.init, bias=False)
 
+    @property
+    def output(self) -> ColumnParallelSpec | None:
+        """None: its weights are the embedding's."""
+        return None if self.model.tie_embeddings else self.logits
+
+    @property
+    def ends(self) -> Sequence[Spec]:
+        """What is computed before the first block, and after the last."""
+        ends = (self.embedding, self.positions, self.norm, self.logits, CrossEntropySpec(self.model.loss_chunk))
+        return [part for part in ends if part is not None]
+
     def children(self) -> Iterator[tuple[str, Spec]]:
-        ends = (("embedding", self.embedding), ("positions", self.positions))
-        blocks = ((f"blocks.{block.index}", block) for block in self.blocks)
-        for name, part in (*ends, *blocks, ("norm", self.norm), ("output", self.output)):
+        before = (("embedding", self.embedding), ("positions", self.positions))
+        blocks = ((f"blocks.{index}", block) for index, block in enumerate(self.blocks))
+        for name, part in (*before, *blocks, ("norm", self.norm), ("output", self.output)):
             if part is not None:
                 yield name, part
+
+
+def _tags() -> tuple[str, ...]:
+    """Of the collectives of blocks that a second pass may meet, in any layout."""
+    model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
+    layouts = [Layout(ParallelDegrees(2, 2, sequence=sequence), dtd=not sequence) for sequence in (True, False)]
+    blocks = GPTSpec(model, MoEConfig(num_experts=1)).blocks
+    sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
+    return tuple(dict.fromkeys(site.tag for site in sites))
+
+
+TAGS = _tags()
 
 
 class GPT(nn.Module):

@@ -21,12 +21,15 @@ sequence parallel  all-to-all,           each tensor rank has its own tokens, so
 Legend as in ``router.py``; in addition e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from tedlab.capacity import group_capacity
 from tedlab.comm import (
     Collectives,
     all_to_all,
@@ -38,8 +41,71 @@ from tedlab.comm import (
     slice_to,
     to_compute_dtype,
 )
+from tedlab.comm.rows import Rows, hands, rows_of, spread
+from tedlab.config import MoEConfig
 from tedlab.moe.router import Routing
+from tedlab.spec import Layout, Site, Sites, Spec
 from tedlab.topology import Topology
+
+
+@dataclass(frozen=True)
+class DispatchSpec(Spec):
+    """Of a token path and its region, with slots or, dropless, with rows."""
+
+    hidden: int
+    config: MoEConfig
+
+    def sites(self, layout: Layout) -> Sites:
+        sliced, scattered, hidden = layout.sharers > 1, layout.scattered, self.hidden
+        dealt = sliced and not layout.sequence
+        to = Site("dispatch.all_to_all", "all_to_all", "expert", hidden, "sent", result="received")
+        back = Site("combine.all_to_all", "all_to_all", "expert", hidden, "received", result="sent")
+        spread = Site("dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=True)
+        summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True)
+        whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
+        if scattered:
+            summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False)
+        forward = [
+            *self._counts(layout),
+            replace(to, feeds=spread.tag if sliced else None, replicated=not sliced),
+            *([spread] if sliced else []),
+            replace(summed, feeds=back.tag),
+            replace(back, feeds=whole.tag if dealt else None, replicated=not sliced),
+            *([whole] if dealt else []),
+        ]
+        if scattered:
+            inside = [replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")]
+        else:
+            inside = [replace(spread, tag="combine.drop")] if sliced else []
+            inside.append(replace(summed, tag="experts.copy"))
+        dropped = [replace(whole, tag="dispatch.drop")] if dealt else []
+        # The way back of the gradient is that of the rows, in turn.
+        return Sites(tuple(forward), (replace(back, rows="sent"), *inside, replace(to, rows="received"), *dropped))
+
+    def _counts(self, layout: Layout) -> list[Site]:
+        """Dropless, processes say how many rows they will send; once, whatever is recomputed."""
+        if self.config.dispatch != "dropless":
+            return []
+        experts = self.config.num_experts
+        own = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
+        width = layout.degrees.tensor * experts
+        all_ranks = replace(own, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=width)
+        return [own, all_ranks] if layout.sharers > 1 else [own]
+
+    def rows(self, layout: Layout, tokens: int) -> Rows:
+        """What the first process moves of a data rank's micro-batch; dropless if all experts are chosen equally often.
+
+        Slots count as rows, all of them.
+        """
+        moe, sharers, senders = self.config, layout.sharers, layout.degrees.expert
+        if moe.dispatch == "dropless":
+            counts = spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens)
+            sent = hands(np.tile(counts, (senders, 1)), sharers)
+            return rows_of(sent[:, :, : moe.num_experts // senders], int(sent[0, 0].sum()), 0)
+        groups = moe.capacity_groups or (sharers if layout.sequence else 1)
+        capacity = groups * group_capacity(moe, tokens // groups, groups)
+        slots = -(-capacity // sharers) * moe.num_experts  # grown until each tensor rank has as many
+        return Rows(slots, slots, sharers * slots, sharers * slots)
 
 
 class TokenPath(Protocol):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
-from tedlab.moe.dispatch import token_path
+from tedlab.moe.dispatch import DispatchSpec, token_path
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import RaggedPath, ragged_path
@@ -24,7 +24,7 @@ from tedlab.topology import Topology
 class MoESpec(Spec):
     """Of :class:`MoELayer`."""
 
-    parts = ("router", "experts")
+    parts = ("router", "dispatch", "experts")
     hidden: int
     ffn: int
     config: MoEConfig
@@ -36,6 +36,10 @@ class MoESpec(Spec):
     @property
     def router(self) -> RouterSpec:
         return RouterSpec(self.hidden, self.config, self.init)
+
+    @property
+    def dispatch(self) -> DispatchSpec:
+        return DispatchSpec(self.hidden, self.config)
 
     @property
     def experts(self) -> ExpertsSpec:

@@ -18,7 +18,7 @@ from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
 from tedlab.config import MoEConfig
 from tedlab.nn import ShardedModule
-from tedlab.spec import Init, ParameterSpec, Spec
+from tedlab.spec import Init, Layout, ParameterSpec, Site, Sites, Spec
 from tedlab.topology import Topology
 
 
@@ -99,6 +99,12 @@ class RouterSpec(Spec):
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.config.num_experts, self.hidden), self.init, own_tokens=True)
+
+    def sites(self, layout: Layout) -> Sites:
+        if not layout.sequence:
+            return Sites()
+        width = 2 * self.config.num_experts + 1
+        return Sites((Site("router.statistics", "all_reduce", "tensor", width, "once", "precise"),))
 
 
 class Router(ShardedModule):

@@ -5,7 +5,13 @@ from tedlab.nn.attention import SelfAttention, SelfAttentionSpec
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
-from tedlab.nn.loss import IGNORE_INDEX, linear_cross_entropy, mean_over_counted, vocab_parallel_cross_entropy
+from tedlab.nn.loss import (
+    IGNORE_INDEX,
+    CrossEntropySpec,
+    linear_cross_entropy,
+    mean_over_counted,
+    vocab_parallel_cross_entropy,
+)
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
 from tedlab.nn.rotary import rotation
 from tedlab.nn.sharded import Layer, ShardedModule, decay_groups, initialize, localised, partial_parameters
@@ -15,6 +21,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ColumnParallelLinear",
     "ColumnParallelSpec",
+    "CrossEntropySpec",
     "Embedding",
     "EmbeddingSpec",
     "FeedForward",

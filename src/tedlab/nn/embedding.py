@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tedlab._compat.torch import require
 from tedlab.nn.ids import check_ids
-from tedlab.nn.region import tensor_region
+from tedlab.nn.region import leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, ParameterSpec, Spec
+from tedlab.spec import Init, Layout, ParameterSpec, Sites, Spec
 from tedlab.topology import Topology
 
 
@@ -24,6 +24,9 @@ class VocabParallelEmbeddingSpec(Spec):
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.vocab_size, self.hidden), self.init, {"tensor": 0})
+
+    def sites(self, layout: Layout) -> Sites:
+        return leave_sites("embedding", self.hidden, layout, dtype="parameter")
 
 
 class VocabParallelEmbedding(ShardedModule):

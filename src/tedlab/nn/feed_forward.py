@@ -1,13 +1,13 @@
 """The dense feed-forward layer, divided over the tensor group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from tedlab.nn.activation import activate
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.sharded import Layer
-from tedlab.spec import Init, Spec
+from tedlab.spec import Init, Layout, Sites, Spec
 from tedlab.topology import Topology
 
 
@@ -31,6 +31,10 @@ class FeedForwardSpec(Spec):
     @property
     def down(self) -> RowParallelSpec:
         return RowParallelSpec(self.ffn, self.hidden, "feed_forward", self.out_init, self.bias)
+
+    def sites(self, layout: Layout) -> Sites:
+        (*inner, last), backward = super().sites(layout)
+        return Sites((*inner, replace(last, feeds="end")), backward)
 
 
 class FeedForward(Layer):

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.comm import matmul_into
-from tedlab.nn.region import tensor_region
+from tedlab.nn.region import enter_sites, leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, ParameterSpec, Spec
+from tedlab.spec import Init, Layout, ParameterSpec, Sites, Spec
 from tedlab.topology import Topology
 
 
@@ -27,6 +27,9 @@ class ColumnParallelSpec(Spec):
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0})
         if self.bias:
             yield ParameterSpec("bias", (self.out_features,), divided={"tensor": 0}, decayed=False)
+
+    def sites(self, layout: Layout) -> Sites:
+        return enter_sites(self.tag, self.in_features, layout)
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -69,6 +72,9 @@ class RowParallelSpec(Spec):
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1})
         if self.bias:  # added once, to the sum
             yield ParameterSpec("bias", (self.out_features,), decayed=False)
+
+    def sites(self, layout: Layout) -> Sites:
+        return leave_sites(self.tag, self.out_features, layout)
 
 
 class RowParallelLinear(ShardedModule):

@@ -8,6 +8,7 @@ the same micro-batches; a token of a micro-batch with few of them then weighs mo
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,20 @@ from torch.autograd import Function
 
 from tedlab.comm import Collectives
 from tedlab.nn.ids import check_ids
+from tedlab.spec import Layout, Site, Sites, Spec
 
 IGNORE_INDEX = -100  # torch's own
+
+
+@dataclass(frozen=True)
+class CrossEntropySpec(Spec):
+    """Of the functions below; ``chunk``: tokens whose logits exist at a time."""
+
+    chunk: int | None = None
+
+    def sites(self, layout: Layout) -> Sites:
+        maximum = Site("loss.max", "all_reduce", "tensor", 1, dtype="precise", chunk=self.chunk)
+        return Sites((maximum, replace(maximum, tag="loss.sum", width=2)))
 
 
 def mean_over_counted(losses: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

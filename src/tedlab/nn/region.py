@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tedlab.comm import Collectives, copy_to, gather_to, reduce_from, scatter_from, to_compute_dtype
+from tedlab.spec import Layout, Number, Site, Sites
 from tedlab.topology import Topology
 
 _POSITIONS = 1  # the dimension of (B, S, H) that sequence parallelism divides
@@ -53,6 +54,22 @@ class SequenceRegion:
     def leave(self, partial: Tensor, bias: Tensor | None = None) -> Tensor:
         bias = None if bias is None else bias.to(partial.dtype)
         return scatter_from(partial, self.comm, "tensor", f"{self.name}.reduce", _POSITIONS, bias)
+
+
+def enter_sites(name: str, width: int, layout: Layout) -> Sites:
+    """The collectives of a region's way in, for activations of ``width`` features."""
+    if layout.sequence:
+        forward = Site(f"{name}.gather", "all_gather", "tensor", width, replicated=True)
+        return Sites((forward,), (Site(forward.tag, "reduce_scatter", "tensor", width),))
+    return Sites((), (Site(f"{name}.copy", "all_reduce", "tensor", width),))
+
+
+def leave_sites(name: str, width: int, layout: Layout, dtype: Number = "compute") -> Sites:
+    """Those of its way out."""
+    if layout.sequence:
+        forward = Site(f"{name}.reduce", "reduce_scatter", "tensor", width, dtype=dtype)
+        return Sites((forward,), (Site(forward.tag, "all_gather", "tensor", width, dtype=dtype),))
+    return Sites((Site(f"{name}.reduce", "all_reduce", "tensor", width, dtype=dtype, replicated=True),))
 
 
 def tensor_region(topology: Topology, name: str) -> TensorRegion:

@@ -37,15 +37,14 @@ def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective],
         Entries for ``comm.cac``, in the order of blocks.
     """
     best = [Choice(0, 0.0, ())]
-    options: dict[bool, list[Choice]] = {}  # blocks with experts are alike, and blocks without
-    for block in range(form.config.model.layers):
-        routed = form.routed(block)
-        if routed not in options:
-            options[routed] = _efficient(_options(form, block, seconds), budget)
+    options: dict[int, list[Choice]] = {}  # of the first of blocks that are alike
+    for block, first in enumerate(form.first):
+        if first == block:
+            options[first] = _efficient(_options(form, block, seconds), budget)
         best = _efficient(
             (
                 Choice(a.size + b.size, a.seconds + b.seconds, a.entries + tuple(f"{block}/{e}" for e in b.entries))
-                for a, b in product(best, options[routed])
+                for a, b in product(best, options[first])
             ),
             budget,
         )
@@ -53,7 +52,7 @@ def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective],
 
 
 def _options(form: ClosedForm, block: int, seconds: Callable[[Collective], float]) -> Iterable[Choice]:
-    tags = [site.tag for site in form.sites(block)]
+    tags = [site.tag for site in form.sites[block].recomputed]
     for suffixes in product(("", ":shard", None), repeat=len(tags)):
         entries = tuple(f"{tag}{suffix}" for tag, suffix in zip(tags, suffixes, strict=True) if suffix is not None)
         again = sum(seconds(call) for call in form.recompute(block, entries))

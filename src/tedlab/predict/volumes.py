@@ -7,30 +7,25 @@ Written from the algorithm, not from the code that runs: at the end of every run
 difference is a bug in one of them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
-from typing import Literal, NamedTuple
+from functools import cached_property, reduce
+from itertools import chain
+from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from tedlab.capacity import group_capacity
 from tedlab.comm.collectives import Collective, Operation, Phase
+from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.ledger import Count, Entry, Totals, counted
-from tedlab.comm.recompute import Second
-from tedlab.comm.rows import Rows, hands, listed, rows_of, spread
-from tedlab.comm.sites import Buffer, Site, backward_sites, block_sites, kept_tags, plan
+from tedlab.comm.recompute import Plan, Second
+from tedlab.comm.rows import Rows
 from tedlab.config import TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
-from tedlab.models import GPTSpec
+from tedlab.models.gpt import TAGS, GPTSpec
 from tedlab.optim.bucket import lay_out
-from tedlab.spec import ParameterSpec
+from tedlab.spec import ROUTED, Layout, ParameterSpec, RowCount, Site, Sites
 
-_OF_ROWS = {  # collectives whose size depends on what routers choose
-    *("dispatch.all_to_all", "dispatch.gather", "experts.copy", "experts.reduce", "combine.drop"),
-    "combine.all_to_all",
-}
 _DTYPES = {  # trainer.precision → of parameters, of matrix products
     "32-true": (torch.float32, torch.float32),
     "64-true": (torch.float64, torch.float64),
@@ -64,7 +59,9 @@ def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) 
     """
     if not moved:
         return dict(expected)
-    calls = (call for call in ClosedForm(config, moved).micro_batch() if call.tag in _OF_ROWS)
+    form = ClosedForm(config, moved)
+    routed = {site.tag for block in moved for site in chain(*form.sites[block]) if site.rows in ROUTED}
+    calls = (call for call in form.micro_batch() if call.tag in routed)
     payload = {entry: count.payload_bytes for entry, count in counted(calls).items()}
     return {
         entry: replace(count, payload_bytes=payload.get(entry, count.payload_bytes))
@@ -79,100 +76,80 @@ class ClosedForm:
         config: completed by :func:`tedlab.validate.check`.
         rows: that a dropless layer moves in one micro-batch, by block; None: as in the first process when every expert
             is chosen equally often.
+
+    Attributes:
+        spec: of the model.
+        layout: of its processes.
+        tokens: of a data rank's micro-batch.
+        parameter, compute, precise: dtypes of parameters, of matrix products, and of what is in fp32 or better.
+        sites: of each block's passes.
     """
 
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
-        degrees, model, moe = parallel_degrees(config.parallel), config.model, config.moe
-        self.config, self.degrees, self.spec = config, degrees, GPTSpec(model, moe)
-        self.sequence = degrees.sequence and degrees.tensor > 1
-        self.groups: Mapping[GroupKind, int] = {
-            "tensor": degrees.tensor,
-            "data": degrees.data,
-            "expert": degrees.expert,
-            "expert_data": degrees.expert_data,
-            "expert_tensor": degrees.tensor,
-            "world": degrees.world_size,
-        }
+        self.config, self.spec = config, GPTSpec(config.model, config.moe)
+        self.degrees = parallel_degrees(config.parallel)
+        self.layout = Layout(self.degrees, config.comm.dtd, config.comm.fuse_reduce_scatter)
+        self.groups = self.degrees.sizes
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
-        self.tokens = config.data.micro_batch_size * model.sequence_length
-        self.sharers = sharers = degrees.tensor if config.comm.dtd or self.sequence else 1
-        slots = sharers * -(-self._capacity() // sharers) * moe.num_experts  # grown until each has as many
-        self.elements: Mapping[Buffer, int] = {
-            "tokens": self.tokens * model.hidden,
-            "slots": slots * model.hidden,
-            "share": slots * model.hidden // sharers,
-            "statistics": 2 * moe.num_experts + 1,
-        }
-        self.dropless = moe.dispatch == "dropless" and moe.num_experts > 0
-        self.listed = listed(self.tokens * moe.top_k, sharers)  # rows of a data rank
-        self.rows = rows
+        self.tokens = config.data.micro_batch_size * config.model.sequence_length
+        self.first = [self.spec.blocks.index(block) for block in self.spec.blocks]
+        alike = {n: self.spec.blocks[n].sites(self.layout).present(self.degrees) for n in set(self.first)}
+        self.sites = [alike[n] for n in self.first]
+        self.moved = rows
 
-    def _capacity(self) -> int:
-        """Slots that each expert offers to a data rank's micro-batch."""
-        moe = self.config.moe
-        if not moe.num_experts:
-            return 0
-        groups = moe.capacity_groups or (self.degrees.tensor if self.sequence else 1)
-        return groups * group_capacity(moe, self.tokens // groups, groups)
+    def rows(self, block: int) -> Rows:
+        """That a block moves between its experts and other processes; of one without experts none."""
+        if self.moved is not None:
+            return self.moved.get(block, Rows())
+        return self._rows[self.first[block]]
 
     @cached_property
-    def balanced(self) -> Rows:
-        """What the first process moves in a dropless layer when every expert is chosen equally often."""
-        moe, degrees = self.config.moe, self.degrees
-        counts = spread([1.0] * moe.num_experts, self.tokens * moe.top_k, self.tokens)
-        sent = hands(np.tile(counts, (degrees.expert, 1)), self.sharers)
-        return rows_of(sent[:, :, : moe.num_experts // degrees.expert], int(sent[0, 0].sum()), 0)
+    def _rows(self) -> dict[int, Rows]:
+        return {n: self.spec.blocks[n].rows(self.layout, self.tokens) for n in set(self.first)}
 
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 
     def micro_batch(self) -> Iterator[Collective]:
         """Forward and backward pass of one micro-batch."""
         yield from self.ends()
-        for block in range(self.config.model.layers):
+        for block in range(len(self.sites)):
             yield from self.block(block)
 
     def block(self, block: int) -> Iterator[Collective]:
         """A block's passes."""
-        for site in self.sites(block):
-            yield self._at(site, "forward", block)
-        if self.dropless and self.routed(block):
-            yield from self._counts()
+        yield from self._calls(self.sites[block].forward, "forward", self.rows(block))
         if self.config.model.checkpoint == "block":
             yield from self.recompute(block, self.config.comm.cac)
-        for site in backward_sites(self.routed(block), self.config.comm, self.sequence, self.groups):
-            yield self._at(site, "backward", block)
+        yield from self._calls(self.sites[block].backward, "backward", self.rows(block))
 
-    def routed(self, block: int) -> bool:
-        """Whether a block has experts."""
-        return block in self.config.moe.blocks(self.config.model.layers)
+    def ends(self) -> Iterator[Collective]:
+        """Before the first block and after the last."""
+        sites = reduce(Sites.then, (part.sites(self.layout) for part in self.spec.ends)).present(self.degrees)
+        yield from self._calls(sites.forward, "forward", Rows())
+        yield from self._calls(sites.backward, "backward", Rows())
 
-    def sites(self, block: int) -> tuple[Site, ...]:
-        """Of a block's forward pass."""
-        return self._sites[self.routed(block)]
-
-    @cached_property
-    def _sites(self) -> dict[bool, tuple[Site, ...]]:
-        return {routed: block_sites(routed, self.config.comm, self.sequence, self.groups) for routed in (False, True)}
+    def second_pass(self, block: int, cac: object) -> Plan:
+        """What recomputation does at each collective of a block."""
+        return plan(self.sites[block].recomputed, kept_tags(cac, TAGS, block))
 
     def recompute(self, block: int, cac: object) -> Iterator[Collective]:
         """A block's second pass."""
-        sites = self.sites(block)
-        second = plan(sites, kept_tags(cac, block))
-        for site in sites:
+        second = self.second_pass(block, cac)
+        for site in self.sites[block].recomputed:
             # What is used after the block only is recomputed for nothing.
             if second[site.tag] is Second.AGAIN and not (site.feeds == "end" and self.config.checkpoint.early_stop):
-                yield self._at(site, "recompute", block)
+                yield from self._calls([site], "recompute", self.rows(block))
             elif second[site.tag] is Second.SLICE:
-                result = self._elements(site, block, "result")
-                yield self._call("all_gather", "tensor", "recompute", site.tag, result, self._dtype(site))
+                gathered = replace(site, op="all_gather", kind="tensor", rows=site.result or site.rows)
+                yield from self._calls([gathered], "recompute", self.rows(block))
 
     def kept_bytes(self, block: int, cac: object) -> int:
         """What CAC keeps of a block between its two passes, in each process."""
         total = 0
-        second = plan(self.sites(block), kept_tags(cac, block))
-        for site in self.sites(block):
-            result = self._elements(site, block, "result") * self._dtype(site).itemsize
+        second = self.second_pass(block, cac)
+        for site in self.sites[block].recomputed:
+            result = self._count(site.result or site.rows, self.rows(block)) * site.width * self._dtype(site).itemsize
             if site.op == "reduce_scatter":
                 result //= self.groups[site.kind]
             if second[site.tag] is Second.WHOLE:
@@ -180,25 +157,6 @@ class ClosedForm:
             elif second[site.tag] is Second.SLICE:
                 total += result // self.degrees.tensor
         return total
-
-    def ends(self) -> Iterator[Collective]:
-        """Before the first block and after the last."""
-        tokens = self.elements["tokens"]
-        if self.degrees.tensor == 1:
-            return
-        if self.sequence:
-            yield self._call("reduce_scatter", "tensor", "forward", "embedding.reduce", tokens, self.parameter)
-            yield self._call("all_gather", "tensor", "backward", "embedding.reduce", tokens, self.parameter)
-            yield self._call("all_gather", "tensor", "forward", "output.gather", tokens, self.compute)
-            yield self._call("reduce_scatter", "tensor", "backward", "output.gather", tokens, self.compute)
-        else:
-            yield self._call("all_reduce", "tensor", "forward", "embedding.reduce", tokens, self.parameter)
-            yield self._call("all_reduce", "tensor", "backward", "output.copy", tokens, self.compute)
-        chunk = self.config.model.loss_chunk or self.tokens
-        for start in range(0, self.tokens, chunk):
-            rows = min(chunk, self.tokens - start)
-            yield self._call("all_reduce", "tensor", "forward", "loss.max", rows, self.precise)
-            yield self._call("all_reduce", "tensor", "forward", "loss.sum", 2 * rows, self.precise)
 
     # ---- once per step -------------------------------------------------------------------------------------------
 
@@ -208,17 +166,18 @@ class ClosedForm:
         for bucket in self.buckets:
             shards = self.shards(bucket)
             shard = -(-bucket.elements // shards)
+            whole = shards * shard
             if bucket.partial:
                 partial += shard
             if self.groups[bucket.kind] > 1:
                 op: Operation = "reduce_scatter" if shards > 1 else "all_reduce"
-                yield self._optimizer(op, bucket.kind, "gradients.reduce", shards * shard, self.parameter)
+                yield self._call(op, bucket.kind, "optimizer", "gradients.reduce", whole, self.parameter)
             if shards > 1:
-                yield self._optimizer("all_gather", bucket.kind, "parameters.gather", shards * shard, self.parameter)
+                yield self._call("all_gather", bucket.kind, "optimizer", "parameters.gather", whole, self.parameter)
         if partial:
-            yield self._optimizer("all_reduce", "tensor", "gradients.partial", partial, self.parameter)
+            yield self._call("all_reduce", "tensor", "optimizer", "gradients.partial", partial, self.parameter)
         if self.groups["world"] > 1:  # its squares, gradients that are lacking, losses that are not finite
-            yield self._optimizer("all_reduce", "world", "gradients.norm", 3, torch.float64)
+            yield self._call("all_reduce", "world", "optimizer", "gradients.norm", 3, torch.float64)
 
     def shards(self, bucket: "BucketSize") -> int:
         """How many processes divide a bucket's optimizer state among them."""
@@ -229,7 +188,7 @@ class ClosedForm:
         """What is reduced together, in the order of reduction groups."""
 
         def key(p: ParameterSpec) -> tuple[bool, GroupKind, int, bool]:
-            partial = p.own_tokens and self.sequence
+            partial = p.own_tokens and self.layout.sequence
             return not p.decayed, p.group, self.degrees.world_size // p.parts(self.degrees), partial
 
         def local(p: ParameterSpec) -> int:
@@ -243,38 +202,21 @@ class ClosedForm:
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    def _at(self, site: Site, phase: Phase, block: int) -> Collective:
-        elements = self._elements(site, block, "backward" if phase == "backward" else "forward")
-        return self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
+    def _calls(self, sites: Iterable[Site], phase: Phase, moved: Rows) -> Iterator[Collective]:
+        for site in sites:
+            rows = self._count(site.rows, moved)
+            chunk = site.chunk or rows
+            for start in range(0, rows, chunk) if chunk else [0]:
+                elements = min(chunk, rows - start) * site.width
+                yield self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
+
+    def _count(self, rows: RowCount, moved: Rows) -> int:
+        if rows == "tokens":
+            return self.tokens
+        return 1 if rows == "once" else int(getattr(moved, rows))
 
     def _dtype(self, site: Site) -> torch.dtype:
-        return self.precise if site.buffer == "statistics" else self.compute
-
-    def _elements(self, site: Site, block: int, of: Literal["forward", "backward", "result"]) -> int:
-        """Of the buffer of a call, or of its result."""
-        if not self.dropless or site.buffer not in ("slots", "share"):
-            return self.elements[site.buffer]
-        hidden = self.config.model.hidden
-        if site.tag in ("dispatch.drop", "combine.gather"):
-            return self.listed * hidden
-        rows = self.balanced if self.rows is None else self.rows[block]
-        if site.op == "all_to_all":  # what goes out by the first comes back by the second, and each has its way back
-            out = (site.tag == "dispatch.all_to_all") == (of == "forward")
-            return (rows.sent if out else rows.received) * hidden
-        return (rows.computed if site.op == "all_reduce" else rows.gathered) * hidden
-
-    def _counts(self) -> Iterator[Collective]:
-        """With dropless routing processes say how many rows they will send; once, whatever is recomputed."""
-        experts, tensor = self.config.moe.num_experts, self.degrees.tensor
-        if self.groups["expert"] > 1:
-            yield self._call("all_to_all", "expert", "forward", "dispatch.counts", experts, torch.int64)
-        if self.sharers > 1:
-            yield self._call(
-                "all_gather", "expert_tensor", "forward", "dispatch.gather_counts", tensor * experts, torch.int64
-            )
-
-    def _optimizer(self, op: Operation, kind: GroupKind, tag: str, elements: int, dtype: torch.dtype) -> Collective:
-        return self._call(op, kind, "optimizer", tag, elements, dtype)
+        return torch.int64 if site.dtype == "index" else getattr(self, site.dtype)
 
     def _call(
         self, op: Operation, kind: GroupKind, phase: Phase, tag: str, elements: int, dtype: torch.dtype

@@ -34,7 +34,7 @@ from typing_extensions import override
 from tedlab import checkpoint
 from tedlab._compat import lightning as compat
 from tedlab.comm import Whereabouts
-from tedlab.comm.sites import kept_tags
+from tedlab.comm.keep import kept_tags
 from tedlab.config import CommConfig
 from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.launch import outside, rendezvous
@@ -134,7 +134,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.tensor_parallel_size = tensor_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.sequence_parallel = sequence_parallel
-        kept_tags(cac)  # raises if there is no such collective
+        kept_tags(cac, tags=None)  # raises for what cannot be; a model knows which collectives it has
         self.options = CommConfig(
             dtd=dtd, fuse_reduce_scatter=fuse_reduce_scatter, cac=cac, skip_dead_gemm=skip_dead_gemm
         )

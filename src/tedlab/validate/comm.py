@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from tedlab.comm.sites import kept_tags
+from tedlab.comm.keep import kept_tags
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
+from tedlab.models.gpt import TAGS
 from tedlab.predict.budget import within_budget
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.cost import collective_seconds
@@ -26,7 +27,7 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if comm.cac == "auto":
         load_cluster(comm.emulate or comm.cac_cluster)
     else:
-        kept_tags(comm.cac)
+        kept_tags(comm.cac, TAGS)
     if (comm.cac == "auto") != (comm.cac_budget_bytes is not None):
         raise ValueError(
             f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "

@@ -21,31 +21,38 @@ class Kernels:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         config, form = sizes.config, sizes.form
-        self.sequence, self.sliced = form.sequence, form.sequence or (config.comm.dtd and sizes.tensor > 1)
-        self.scattered = form.sequence or (self.sliced and config.comm.fuse_reduce_scatter)
+        self.sequence, self.sliced = (
+            form.layout.sequence,
+            form.layout.sequence or (config.comm.dtd and sizes.tensor > 1),
+        )
+        self.scattered = form.layout.sequence or (self.sliced and config.comm.fuse_reduce_scatter)
         self.experts_here = config.moe.num_experts // form.degrees.expert  # e
         self.reordered = form.degrees.expert > 1 and self.experts_here > 1
 
     # ---- blocks --------------------------------------------------------------------------------------------------
 
+    def routed(self, block: int) -> bool:
+        """Whether a block has experts."""
+        return self.sizes.form.spec.blocks[block].moe is not None
+
     def forward(self, block: int) -> Iterator[Work]:
         """A block's first pass."""
         yield from self._attention()
-        yield from self._routed() if self.sizes.form.routed(block) else self._dense()
+        yield from self._routed() if self.routed(block) else self._dense()
 
     def recompute(self, block: int) -> Iterator[Work]:
         """A block's second pass: without products that nobody needs, and with early stop only as far as needed."""
         s = self.sizes
         second, early = s.second_pass(block), s.config.checkpoint.early_stop
         yield from self._attention(dead=s.product_is_dead("attention.reduce", second))
-        if s.form.routed(block):
+        if s.form.spec.blocks[block].moe is not None:
             yield from self._routed(dead=s.product_is_dead("experts.reduce", second), early=early)
         else:
             yield from self._dense(dead=early or s.product_is_dead("feed_forward.reduce", second), early=early)
 
     def backward(self, block: int) -> Iterator[Work]:
         """A block's gradients."""
-        yield from self._routed_backward() if self.sizes.form.routed(block) else self._dense_backward()
+        yield from (self._routed_backward() if self.routed(block) else self._dense_backward())
         yield from self._attention_backward()
 
     def _attention(self, dead: bool = False) -> Iterator[Work]:
@@ -77,7 +84,7 @@ class Kernels:
         if s.mixed:
             yield self._moved(s.outside * width, s.parameter + s.compute)
             yield self._moved(2 * self.experts_here * width * s.ffn_part, s.parameter + s.compute)
-        yield from self._rows(s.sent if s.form.sequence else s.slots)
+        yield from self._rows(s.sent if s.form.layout.sequence else s.slots)
         yield from self._to_experts()
         yield from self._expert_product(width, s.ffn_part)
         yield self._moved(2 * s.slots * s.ffn_part)  # GELU
@@ -113,7 +120,7 @@ class Kernels:
         yield self._moved(3 * chosen * width)  # of the gate
         yield self._moved(2 * chosen * width)  # through it
         yield self._moved(chosen * width)
-        yield from self._rows(s.sent if s.form.sequence else s.slots)
+        yield from self._rows(s.sent if s.form.layout.sequence else s.slots)
         yield from self._to_experts()
         yield self._moved(s.slots * width)  # of the bias
         for k, n in ((width, s.ffn_part), (s.ffn_part, width)):

@@ -83,7 +83,7 @@ class Memory:
         yield self._moment("loss", before, stash[-1], saved[-1] + last + logits, temporaries=0)
         gradients = before + (table if model.tie_embeddings else 0 if several else 2 * table)
         for block in reversed(range(model.layers)):
-            routed = s.form.routed(block)
+            routed = s.form.spec.blocks[block].moe is not None
             activations = saved[block + 1] + (self._saved(block) if recomputed else 0)
             for name, new, done, freed, temporaries in self._working_sets(block):
                 yield self._moment(
@@ -136,7 +136,7 @@ class Memory:
         s, moe = self.sizes, self.sizes.config.moe
         stream = s.outside * s.hidden * s.parameter
         inside = s.tokens * s.hidden * s.compute
-        if not s.form.routed(block):
+        if not (s.form.spec.blocks[block].moe is not None):
             weights = 2 * s.hidden * s.ffn_part * s.compute if s.mixed else 0
             return stream + inside + 2 * s.tokens * s.ffn_part * s.compute + weights
         chosen = s.outside * moe.top_k
@@ -154,7 +154,7 @@ class Memory:
 
         Yields name; bytes of gradients just made, of those of the block before them, of freed activations, temporaries.
         """
-        s, moe, routed = self.sizes, self.sizes.config.moe, self.sizes.form.routed(block)
+        s, moe, routed = self.sizes, self.sizes.config.moe, (self.sizes.form.spec.blocks[block].moe is not None)
         part = s.hidden // s.tensor
         matrix = s.hidden * s.ffn_part * s.parameter
         if routed:
@@ -162,9 +162,9 @@ class Memory:
             weighted, stream = (s.outside * s.hidden * size for size in (moe.top_k * s.compute, s.parameter))
             held = s.slots * (s.hidden + s.ffn_part) * s.compute - stream
             yield "experts", self.experts * matrix, 0, weighted, held
-            if s.form.dropless and s.config.model.checkpoint == "block":
+            if moe.dispatch == "dropless" and s.config.model.checkpoint == "block":
                 # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
-                copies = 5 if s.form.sharers > 1 else 3
+                copies = 5 if s.form.layout.sharers > 1 else 3
                 yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute - stream
         else:
             yield "feed-forward layer", matrix, 0, 0, matrix + s.tokens * s.ffn_part * s.compute  # transposed

@@ -2,9 +2,11 @@
 
 from functools import cached_property
 
+from tedlab.comm.keep import kept_tags
 from tedlab.comm.recompute import Plan, Second
-from tedlab.comm.sites import kept_tags, plan
+from tedlab.comm.rows import Rows
 from tedlab.config import TrainConfig
+from tedlab.models.gpt import TAGS
 from tedlab.predict.volumes import ClosedForm
 
 
@@ -34,11 +36,9 @@ class Sizes:
         self.hidden, self.ffn_part = model.hidden, model.ffn // self.tensor
         self.vocabulary_part = model.vocab_size // self.tensor
         self.tokens = form.tokens
-        self.outside = form.tokens // self.tensor if form.sequence else form.tokens
-        if form.dropless:
-            self.slots, self.sent = form.balanced.computed, form.balanced.sent
-        else:
-            self.slots, self.sent = (form.elements[buffer] // model.hidden for buffer in ("slots", "share"))
+        self.outside = form.tokens // self.tensor if form.layout.sequence else form.tokens
+        rows = next((rows for n in self.kinds if (rows := form.rows(n)).sent), Rows())
+        self.slots, self.sent = rows.computed, rows.sent
         self.parameter, self.compute = form.parameter.itemsize, form.compute.itemsize
         self.precise = form.precise.itemsize
         self.mixed = form.parameter != form.compute
@@ -48,13 +48,14 @@ class Sizes:
         """Blocks that are alike, by the first of them: with or without experts, and what CAC keeps of them."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block in range(self.config.model.layers):
-            key = (self.form.routed(block), *sorted(kept_tags(self.config.comm.cac, block).items()))
+            kept = kept_tags(self.config.comm.cac, TAGS, block)
+            key = (self.form.first[block], *sorted(kept.items()))
             alike.setdefault(key, []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
 
     def second_pass(self, block: int) -> Plan:
         """What recomputation does at each collective of a block."""
-        return plan(self.form.sites(block), kept_tags(self.config.comm.cac, block))
+        return self.form.second_pass(block, self.config.comm.cac)
 
     def product_is_dead(self, tag: str, second: Plan) -> bool:
         """Whether recomputation leaves out the matrix product that feeds a collective."""

@@ -1,0 +1,72 @@
+"""What CAC keeps: a plan of a second pass from a region's collectives and ``comm.cac``."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from tedlab.comm.recompute import Plan, Second
+from tedlab.spec import Site
+
+
+def plan(sites: Iterable[Site], keep: Mapping[str, str]) -> Plan:
+    """What a second pass does at each site.
+
+    Args:
+        sites: of the first pass, in order.
+        keep: tag → ``whole`` or ``shard``; the others communicate again. A shard is 1/T of a result that all tensor
+            ranks hold alike, gathered again in the second pass; of an all-gather, its input.
+    """
+    result: dict[str, Second] = {}
+    for site in reversed(tuple(sites)):
+        kept = keep.get(site.tag)
+        # What is not read in the second pass: the result of a site whose consumer does not run again.
+        consumer = Second.NOTHING if site.feeds == "end" else result.get(site.feeds or "", Second.AGAIN)
+        if kept is None and consumer is not Second.AGAIN and site.feeds != "end":
+            result[site.tag] = Second.NOTHING
+        elif kept is None:
+            result[site.tag] = Second.AGAIN
+        elif consumer is not Second.AGAIN:
+            result[site.tag] = Second.NOTHING
+        elif kept == "shard" and site.op == "all_gather":
+            result[site.tag] = Second.AGAIN
+        elif kept == "shard" and site.replicated:
+            result[site.tag] = Second.SLICE
+        else:
+            result[site.tag] = Second.WHOLE
+    return result
+
+
+def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = None) -> Mapping[str, str]:
+    """``comm.cac`` as the argument ``keep`` of :func:`plan`.
+
+    Args:
+        cac: false, true (every result), ``shard`` (1/T of each), or a list of entries ``[block/]tag[:shard]``.
+        tags: that there are; None: of a model that is not known yet.
+        block: whose entries; those without a block are for all.
+
+    Raises:
+        ValueError: for anything else, and for tags that do not exist, with the nearest that does.
+    """
+    if isinstance(cac, bool) or cac is None:
+        return dict.fromkeys(tags or (), "whole") if cac else {}
+    if cac == "shard":
+        return dict.fromkeys(tags or (), "shard")
+    if not isinstance(cac, Sequence) or isinstance(cac, str):
+        raise ValueError(
+            f"comm.cac={cac} is not valid: false, true (keep every result), shard (1/T of each), auto (what "
+            "comm.cac_budget_bytes allows), or a list of collectives to keep"
+        )
+    kept = {}
+    for entry in cac:
+        match = re.fullmatch(r"(?:(\d+)/)?([^/:]+)(:shard)?", str(entry))
+        if match is None or (tags is not None and match[2] not in tags):
+            tag = match[2] if match else str(entry)
+            near = difflib.get_close_matches(tag, tags or (), n=1)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise ValueError(
+                f"comm.cac: there is no collective '{tag}'.{hint} Valid: {', '.join(tags or ['TAG'])}, each also as "
+                "TAG:shard, and for one block as BLOCK/TAG"
+            )
+        if match[1] is None or block is None or int(match[1]) == block:
+            kept[match[2]] = "shard" if match[3] else "whole"
+    return kept
