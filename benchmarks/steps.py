@@ -18,13 +18,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from typing_extensions import override
 
-from tedlab import TEDStrategy
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.nn import ShardedModule
 from tedlab.predict.flops import peak_flops, training_flops
-from tedlab.run import language_model, quieten, strategy_arguments
+from tedlab.run import language_model, quieten, strategy_of
 from tedlab.validate import complete_simulated
 
 WARM_UP = 3  # untimed steps: they compile, and allocate what stays
@@ -164,7 +163,7 @@ def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> 
     clock = StepClock()
     trainer = Trainer(
         **{**config.trainer, "max_steps": WARM_UP + steps},
-        strategy=TEDStrategy(**strategy_arguments(config)),
+        strategy=strategy_of(config),
         callbacks=[clock, *callbacks],
         logger=False,
         enable_checkpointing=False,

@@ -32,7 +32,6 @@ from rich.table import Table
 from typing_extensions import override
 
 from benchmarks.surroundings import surroundings
-from tedlab import TEDStrategy
 from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
@@ -45,7 +44,7 @@ from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.sim import simulate
 from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
-from tedlab.run import language_model, quieten, strategy_arguments
+from tedlab.run import language_model, quieten, strategy_of
 from tedlab.validate import complete_simulated
 
 _RESULTS = Path(__file__).parent / "results"
@@ -291,7 +290,7 @@ def _trainer(config: TrainConfig, callbacks: list[Callback], steps: int, **optio
     settings = {
         **config.trainer,
         # To a rank of many that is alone nobody answers: what it gets may hold anything, NaN too.
-        "strategy": TEDStrategy(**strategy_arguments(config) | {"stop_on_nonfinite": False}),
+        "strategy": strategy_of(config, stop_on_nonfinite=False),
         "max_steps": steps,
         "callbacks": callbacks,
         "logger": False,

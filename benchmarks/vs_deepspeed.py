@@ -33,7 +33,7 @@ from torch.optim import AdamW
 from benchmarks.recorder import CollectiveRecorder, Volume
 from benchmarks.surroundings import require, surroundings
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommConfig, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.models import GPT
 from tedlab.nn import partial_parameters, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
@@ -78,7 +78,7 @@ class Contender(Protocol):
 class Tedlab:
     """GPT and ShardedOptimizer, driven as TEDStrategy drives them, with its defaults."""
 
-    def __init__(self, problem: Problem, comm: CommConfig, checkpoint: str) -> None:
+    def __init__(self, problem: Problem, comm: CommOptions, checkpoint: str) -> None:
         self.topology = Topology(DEGREES, "cpu", comm)
         self.network = GPT(replace(problem.model, checkpoint=checkpoint), problem.moe, self.topology, seed=0)
         names = {p: name for name, p in self.network.named_parameters()}
@@ -112,7 +112,7 @@ class DeepSpeed:
         from benchmarks.deepspeed_gpt import engine  # imports DeepSpeed, for which the processes must exist
 
         model, moe = replace(problem.model, checkpoint=checkpoint), problem.moe
-        topology = Topology(DEGREES, "cpu", CommConfig())
+        topology = Topology(DEGREES, "cpu", CommOptions())
         ours = GPT(model, moe, topology, seed=0)
         self.engine = engine(
             ours, model, moe, topology, lr=LR, weight_decay=WEIGHT_DECAY, clip=CLIP, zero=problem.peer_zero
@@ -128,9 +128,9 @@ class DeepSpeed:
         return float(self.engine.get_global_grad_norm())
 
 
-PLAIN = CommConfig(dtd=False, fuse_reduce_scatter=False, cac=False)
-DTD = CommConfig(dtd=True, fuse_reduce_scatter=True, cac=False)
-CAC = CommConfig(dtd=True, fuse_reduce_scatter=True, cac=True)
+PLAIN = CommOptions(dtd=False, fuse_reduce_scatter=False, cac=False)
+DTD = CommOptions(dtd=True, fuse_reduce_scatter=True, cac=False)
+CAC = CommOptions(dtd=True, fuse_reduce_scatter=True, cac=True)
 # Name: how to build it, and with whom it is compared.
 CONTENDERS: dict[str, tuple[Any, str]] = {
     "DeepSpeed": (partial(DeepSpeed, checkpoint="none"), "DeepSpeed"),

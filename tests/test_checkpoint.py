@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from tedlab import TEDStrategy, Topology, checkpoint
-from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig
+from tedlab.config import CheckpointOptions, DataConfig, ModelConfig, MoEConfig, OptimConfig, ShardingOptions
 from tedlab.data import TextDataModule
 from tedlab.module import LanguageModel
 from tests.pool import WorkerPool
@@ -338,7 +338,12 @@ def short(job: Short, layout: Layout, save: Path | None = None, resume: Path | N
     shape = ModelConfig(2, 16, 4, 32, LENGTH, vocab_size=256, init_std=0.2)
     optim = OptimConfig({"_target_": job.optimizer}, lr=1e-2, schedule="constant")
     module = Noisy(shape, MoEConfig(num_experts=4), optim, seed=0)
-    strategy = TEDStrategy(layout.tensor, layout.expert, tile=300, async_checkpoint=job.asynchronous)
+    strategy = TEDStrategy(
+        layout.tensor,
+        layout.expert,
+        sharding=ShardingOptions(tile=300),
+        checkpoints=CheckpointOptions(async_save=job.asynchronous),
+    )
     fit = trainer(layout, max_steps=4, callbacks=[Watch()], precision=job.precision, strategy=strategy)
     sample = torch.randint(256, (1, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     batches = sample.repeat(32, 1)  # all alike: where a plain DataLoader goes on is not the subject
@@ -368,7 +373,7 @@ def saved_at_the_end(folder: Path) -> list[bool]:
     batches = torch.utils.data.DataLoader(torch.zeros(4, LENGTH + 1, dtype=torch.long), batch_size=2)
 
     def fit(*callbacks: Callback) -> Trainer:
-        strategy = TEDStrategy(async_checkpoint=True)
+        strategy = TEDStrategy(checkpoints=CheckpointOptions(async_save=True))
         fit = trainer(Layout(), max_steps=1, callbacks=list(callbacks), accumulate_grad_batches=1, strategy=strategy)
         fit.fit(language_model(), batches)
         return fit

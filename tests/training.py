@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from tedlab import TEDStrategy
-from tedlab.config import ModelConfig, MoEConfig, OptimConfig
+from tedlab.config import ModelConfig, MoEConfig, OptimConfig, ShardingOptions
 from tedlab.data import MicroBatchSampler
 from tedlab.module import LanguageModel
 
@@ -125,10 +125,9 @@ def trainer(layout: Layout, job: Job | None = None, **options: Any) -> Trainer:
         "strategy": TEDStrategy(
             layout.tensor,
             layout.expert,
-            zero=job.zero,
-            tile=job.tile,
-            overlap=job.overlap,
-            bucket_elements=job.bucket_elements,
+            sharding=ShardingOptions(
+                zero=job.zero, tile=job.tile, overlap=job.overlap, bucket_elements=job.bucket_elements
+            ),
         ),
     }
     warnings.filterwarnings("ignore")

@@ -1,13 +1,15 @@
 """The typed configuration: one dataclass per config group.
 
 Every value of a YAML file in ``conf/`` lands in one field here, and these objects themselves are what constructors
-take. Hydra uses the same classes as its schema, so a misspelt key or an ill-typed value never gets past composition.
+take: the options of communication, sharding and checkpoints are one object each from the command line to the line that
+obeys them. None of them changes once it is made. Hydra uses the same classes as its schema, so a misspelt key or an
+ill-typed value never gets past composition.
 Nothing here imports torch. A number declares its range beside its default, with ``whole`` or ``real``. What fields must
 satisfy *together* is checked in ``validate``.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import FrozenInstanceError, dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING
@@ -20,8 +22,20 @@ _MOST_PROCESSES = 1 << 20
 _YEAR_S = 365 * 24 * 3600
 
 
+class Frozen:
+    """A dataclass whose fields are set once; ``dataclasses.replace`` makes a copy with others.
+
+    ``dataclass(frozen=True)`` would not do: OmegaConf lets no command line set the fields of such a class.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise FrozenInstanceError(f"{type(self).__name__}.{name} is set: make a copy, with dataclasses.replace")
+        super().__setattr__(name, value)
+
+
 @dataclass
-class ModelConfig:
+class ModelConfig(Frozen):
     """A pre-norm decoder: GPT-3 by default, and with the choices below one like OLMoE or Mixtral."""
 
     layers: int = whole(least=1, most=10_000)
@@ -52,7 +66,7 @@ class ModelConfig:
 
 
 @dataclass
-class MoEConfig:
+class MoEConfig(Frozen):
     """Experts in place of the feed-forward layer of every ``every``-th block."""
 
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
@@ -84,7 +98,7 @@ class MoEConfig:
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Frozen):
     """Degrees of parallelism. ``world_size`` = tensor × data; ``data`` = expert × expert_data."""
 
     world_size: int = whole(least=1, most=_MOST_PROCESSES)  # processes in all, over all nodes
@@ -94,28 +108,34 @@ class ParallelConfig:
 
 
 @dataclass
-class LedgerConfig:
+class LedgerConfig(Frozen):
     """The record of every collective."""
 
     every: int = whole(100, least=0)  # steps between averages in the log, where they change; 0: none
     time: bool = False  # also measure durations, which synchronises every collective
 
 
-@dataclass
-class CommConfig:
-    """How processes talk. No toggle changes what is computed."""
+@dataclass(kw_only=True)
+class CommOptions(Frozen):
+    """What layers, strategy and closed form do about communication. No toggle changes what is computed."""
 
-    backend: str | None = None  # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
-    timeout_s: int = whole(600, least=1, most=_YEAR_S)  # a collective that takes longer ends the run
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
     fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
     # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
     # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (see TAGS in
     # models/gpt.py); auto: the best within cac_budget_bytes.
     cac: Any = False
+    skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
+
+
+@dataclass
+class CommConfig(CommOptions):
+    """How processes talk."""
+
+    backend: str | None = None  # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
+    timeout_s: int = whole(600, least=1, most=_YEAR_S)  # a collective that takes longer ends the run
     cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # of each process, for cac=auto
     cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
-    skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
     emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
     # Times slower than that network, in proportion to a slower processor; 0: count only, sleep never.
     emulate_dilation: float = real(1.0, least=0, most=1e9)
@@ -124,7 +144,7 @@ class CommConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Frozen):
     """Text, how it becomes tokens, and how tokens become batches."""
 
     path: str | None = MISSING  # file, folder or glob of text or JSONL; None: the Python standard library's source
@@ -140,8 +160,18 @@ class DataConfig:
     num_workers: int = whole(0, least=0, most=1024)
 
 
+@dataclass(kw_only=True)
+class ShardingOptions(Frozen):
+    """How optimizer state and gradients are divided over data ranks, and stepped."""
+
+    zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
+    overlap: bool = False  # reduce gradients while the backward pass goes on
+    bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # of each process, reduced in one collective
+    tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
+
+
 @dataclass
-class OptimConfig:
+class OptimConfig(ShardingOptions):
     """The optimizer and its learning-rate schedule."""
 
     optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
@@ -150,17 +180,20 @@ class OptimConfig:
     warmup_steps: int = whole(0, least=0)
     final_lr_fraction: float = real(0.1, least=0, most=1)  # of the learning rate, where cosine and wsd end
     decay_fraction: float = real(0.2, least=0, most=1)  # of the run, in which wsd decays
-    zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
-    overlap: bool = False  # reduce gradients while the backward pass goes on
     # Initial dynamic loss scale; None: 65536 with fp16, otherwise none at all.
     loss_scale: float | None = real(None, least=1, most=2.0**64)
     stop_on_nonfinite: bool = True  # end the run before a loss or gradient that is inf or NaN reaches a weight
-    bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # of each process, reduced in one collective
-    tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions(Frozen):
+    """How checkpoints are written."""
+
+    async_save: bool = False  # write while training goes on
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(CheckpointOptions):
     """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there.
 
     And, for want of another place by that name, ``early_stop`` of *activation* checkpointing (``model.checkpoint``).
@@ -169,12 +202,11 @@ class CheckpointConfig:
     every: int | None = whole(None, least=1)  # steps between checkpoints; None: only at the end
     monitor: str | None = None  # a metric such as val/loss: save after each validation, keep those with the lowest
     keep: int = whole(1, least=1, also=(-1,))  # how many to keep, the newest or the best; -1: all
-    async_save: bool = False  # write while training goes on
     early_stop: bool = True  # recompute a block only as far as backward needs; false: all of it, the paper's baseline
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Frozen):
     """The whole configuration of ``tedlab train``."""
 
     model: ModelConfig = MISSING

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -152,7 +152,7 @@ def build(
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     trainer = Trainer(
         **settings,
-        strategy=TEDStrategy(**strategy_arguments(config), parallel_devices=devices),
+        strategy=strategy_of(config, parallel_devices=devices),
         val_check_interval=config.validate_every * config.trainer["accumulate_grad_batches"],
         check_val_every_n_epoch=None,
         callbacks=[*callbacks, _checkpoints(config, directory)],
@@ -168,27 +168,26 @@ def language_model(config: TrainConfig, bytes_per_token: float = 1.0) -> Languag
     return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token, early_stop)
 
 
-def strategy_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Those of :class:`TEDStrategy` that a configuration has."""
-    return {
-        "tensor_parallel_size": config.parallel.tensor,
-        "expert_parallel_size": config.parallel.expert,
+def strategy_of(config: TrainConfig, kind: Callable[..., TEDStrategy] = TEDStrategy, **others: Any) -> TEDStrategy:
+    """The strategy of a configuration.
+
+    Args:
+        config: complete.
+        kind: TEDStrategy, or what makes another with its arguments.
+        others: arguments in place of the configuration's, or beside them.
+    """
+    arguments: dict[str, Any] = {
+        "comm": config.comm,
+        "sharding": config.optim,
+        "checkpoints": config.checkpoint,
         "sequence_parallel": config.parallel.sequence,
-        "dtd": config.comm.dtd,
-        "fuse_reduce_scatter": config.comm.fuse_reduce_scatter,
-        "cac": config.comm.cac,
-        "skip_dead_gemm": config.comm.skip_dead_gemm,
-        "zero": config.optim.zero,
-        "bucket_elements": config.optim.bucket_elements,
-        "tile": config.optim.tile,
-        "overlap": config.optim.overlap,
         "loss_scale": config.optim.loss_scale,
         "stop_on_nonfinite": config.optim.stop_on_nonfinite,
-        "async_checkpoint": config.checkpoint.async_save,
         "process_group_backend": config.comm.backend,
         "timeout": timedelta(seconds=config.comm.timeout_s),
         "check_replicas_every": config.check_replicas_every,
     }
+    return kind(config.parallel.tensor, config.parallel.expert, **(arguments | others))
 
 
 def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:

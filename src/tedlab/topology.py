@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from tedlab._compat.torch import set_timeout, unflatten
 from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
-from tedlab.config import CommConfig
+from tedlab.config import CommOptions
 from tedlab.degrees import ParallelDegrees
 from tedlab.spec import Layout
 
@@ -50,7 +50,7 @@ class Topology:
         self,
         degrees: ParallelDegrees,
         device: torch.device | str = "cpu",
-        options: CommConfig | None = None,
+        options: CommOptions | None = None,
         timeout: timedelta | None = None,
         place: Whereabouts | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class Topology:
                 f"degrees are for {degrees.world_size} processes, but {dist.get_world_size()} were started"
             )
         self.degrees = degrees
-        self.options = options or CommConfig()
+        self.options = options or CommOptions()
         self.recomputation = Recomputation()
         self.device = torch.device(device)
         self.dense: DeviceMesh = init_device_mesh(

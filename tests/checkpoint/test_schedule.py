@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from tedlab import TEDStrategy, checkpoint
-from tedlab.config import CheckpointConfig
+from tedlab.config import CheckpointConfig, CheckpointOptions
 from tedlab.run import _checkpoints
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -109,7 +109,7 @@ def whole_at_every_moment(folder: Path) -> list[int]:
     dcp.save = slow
     try:
         callbacks = [Look(), ModelCheckpoint(folder, save_last="link", save_top_k=-1, every_n_train_steps=2)]
-        strategy = TEDStrategy(async_checkpoint=True)
+        strategy = TEDStrategy(checkpoints=CheckpointOptions(async_save=True))
         fit = trainer(Layout(2), max_steps=6, enable_checkpointing=True, callbacks=callbacks, strategy=strategy)
         fit.fit(language_model(Job()), loader(Layout(2), Job(), fit.global_rank))
     finally:

@@ -345,7 +345,11 @@ PROFILERS = [
 _IO = "TEDStrategy writes a directory through torch.distributed.checkpoint."
 _OTHER_PRECISION = "Not a precision of TEDStrategy."
 PLUGINS = [
-    refused("AsyncCheckpointIO", f"{REFUSED}[AsyncCheckpointIO]", "Use `TEDStrategy(async_checkpoint=True)`."),
+    refused(
+        "AsyncCheckpointIO",
+        f"{REFUSED}[AsyncCheckpointIO]",
+        "Use `CheckpointOptions(async_save=True)`.",
+    ),
     refused("CheckpointIO", f"{REFUSED}[CheckpointIO]", _IO),
     refused("TorchCheckpointIO", f"{REFUSED}[CheckpointIO]", _IO),
     refused("XLACheckpointIO", f"{REFUSED}[CheckpointIO]", _IO),

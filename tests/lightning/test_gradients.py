@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import grad_norm
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
+from tedlab.config import ShardingOptions
 from tests.lightning.plain import Plain, Seeded, adamw, batches, ordered
 from tests.lightning.training import assert_same, strategy, trainer, weights
 from tests.pool import WorkerPool
@@ -209,13 +210,15 @@ def guests() -> dict[str, Any]:
     results = {name: run(Edited, edit) for name, edit in CASES.items()}
     for name in ("clip", "assign"):
         results[f"{name}, scaled"] = run(Edited, CASES[name], strategy=strategy(loss_scale=2.0**10))
-    results["clip, replicated"] = run(Edited, clip, strategy=strategy(zero=False))
-    results["clip, overlapped"] = run(Edited, clip, strategy=strategy(overlap=True, bucket_elements=100, tile=7))
+    options = ShardingOptions(overlap=True, bucket_elements=100, tile=7)
+    replicated = ShardingOptions(zero=False)
+    results["clip, replicated"] = run(Edited, clip, strategy=strategy(sharding=replicated))
+    results["clip, overlapped"] = run(Edited, clip, strategy=strategy(sharding=options))
     results["clip, in its own hook"] = run(Clipping, clip)
     results["clip, by hand"] = run(Manual, clip)
     results["adversaries"] = run(Adversaries, clip)
     results["accessor"] = run(Accessor, clip)
-    results["accessor, scaled"] = run(Accessor, clip, strategy=strategy(loss_scale=2.0**10, zero=False))
+    results["accessor, scaled"] = run(Accessor, clip, strategy=strategy(loss_scale=2.0**10, sharding=replicated))
     results["nobody"] = run(Nobody, clip)
     results["halve, accumulated"] = run(Nobody, clip, callbacks=[AfterBackward()], accumulate_grad_batches=2)
     by_value: dict[str, Any] = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}

@@ -104,7 +104,7 @@ SAID = {
     "precision": "valid: 32-true",
     "transformer-engine": "transformer_engine",
     "CheckpointIO": "TorchCheckpointIO would not be used",
-    "AsyncCheckpointIO": "async_checkpoint=True",
+    "AsyncCheckpointIO": "CheckpointOptions(async_save=True)",
     "sync_batchnorm": "use LayerNorm, RMSNorm or GroupNorm",
     "OnExceptionCheckpoint": "waited for in vain",
     "save_on_exception": "waited for in vain",

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
 
+from tedlab.config import ShardingOptions
 from tests.lightning.plain import Plain, Seeded, adamw, batches, ordered
 from tests.lightning.training import STEPS, Mixture, assert_same, fit, strategy, trainer, weights
 from tests.pool import WorkerPool
@@ -71,9 +72,9 @@ class Changing(Seeded):
 CASES = ("freeze", "thaw", "add", "unused")
 HOW: dict[str, dict[str, Any]] = {
     "": {},
-    "fused": {"tile": "fused"},
-    "tiled, overlapped, small buckets": {"tile": 7, "overlap": True, "bucket_elements": 100},
-    "replicated": {"zero": False},
+    "fused": {"sharding": ShardingOptions(tile="fused")},
+    "tiled, overlapped, small buckets": {"sharding": ShardingOptions(tile=7, overlap=True, bucket_elements=100)},
+    "replicated": {"sharding": ShardingOptions(zero=False)},
 }
 
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommConfig
+from tedlab.config import CommOptions
 from tedlab.moe import AllToAllPath, RouterReport, Routing, assign_slots, token_path
 from tests.pool import WorkerPool
 
@@ -53,9 +53,9 @@ def through_experts(x: Tensor, routing: Routing, topology: Topology) -> Tensor:
 
 
 MODES = {
-    "plain": CommConfig(),
-    "dtd": CommConfig(dtd=True),
-    "fused": CommConfig(dtd=True, fuse_reduce_scatter=True),
+    "plain": CommOptions(),
+    "dtd": CommOptions(dtd=True),
+    "fused": CommOptions(dtd=True, fuse_reduce_scatter=True),
 }
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommConfig, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.models import GPT
 from tedlab.moe import MoELayer
 from tedlab.nn import Init, initialize
@@ -153,13 +153,13 @@ def run(config: MoEConfig, topology: Topology, pattern: str, noise: float = 0.0)
     )
 
 
-LAYOUTS: dict[str, tuple[ParallelDegrees, CommConfig]] = {
-    "alone": (ParallelDegrees(1), CommConfig()),
-    "E2": (ParallelDegrees(2, 1, 2), CommConfig()),
-    "T2_E2": (ParallelDegrees(4, 2, 2), CommConfig()),
-    "T2_E2_dtd": (ParallelDegrees(4, 2, 2), CommConfig(dtd=True)),
-    "T2_E2_fused": (ParallelDegrees(4, 2, 2), CommConfig(dtd=True, fuse_reduce_scatter=True)),
-    "T2_E2_sequence": (ParallelDegrees(4, 2, 2, sequence=True), CommConfig()),
+LAYOUTS: dict[str, tuple[ParallelDegrees, CommOptions]] = {
+    "alone": (ParallelDegrees(1), CommOptions()),
+    "E2": (ParallelDegrees(2, 1, 2), CommOptions()),
+    "T2_E2": (ParallelDegrees(4, 2, 2), CommOptions()),
+    "T2_E2_dtd": (ParallelDegrees(4, 2, 2), CommOptions(dtd=True)),
+    "T2_E2_fused": (ParallelDegrees(4, 2, 2), CommOptions(dtd=True, fuse_reduce_scatter=True)),
+    "T2_E2_sequence": (ParallelDegrees(4, 2, 2, sequence=True), CommOptions()),
 }
 
 

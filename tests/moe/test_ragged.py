@@ -12,7 +12,7 @@ from tedlab import ParallelDegrees, Topology
 from tedlab.comm import Recomputation, Second
 from tedlab.comm.recompute import _Pass, _Region
 from tedlab.comm.rows import Rows
-from tedlab.config import CommConfig, MoEConfig
+from tedlab.config import CommOptions, MoEConfig
 from tedlab.moe import MoELayer
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
@@ -22,10 +22,10 @@ from tests.pool import WorkerPool
 
 EXPERTS, HIDDEN = 4, 3
 MODES = {
-    "plain": (CommConfig(), False),
-    "dtd": (CommConfig(dtd=True), False),
-    "fused": (CommConfig(dtd=True, fuse_reduce_scatter=True), False),
-    "sequence": (CommConfig(), True),
+    "plain": (CommOptions(), False),
+    "dtd": (CommOptions(dtd=True), False),
+    "fused": (CommOptions(dtd=True, fuse_reduce_scatter=True), False),
+    "sequence": (CommOptions(), True),
 }
 CHOICES = ["uniform", "skewed", "one_expert", "tokens_of_some_ranks_alike"]
 

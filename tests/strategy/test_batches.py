@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from tedlab import ParallelDegrees, TEDStrategy, Topology
-from tedlab.config import CommConfig, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.models import GPT
 from tedlab.moe import MoELayer
 from tedlab.nn import initialize
@@ -61,8 +61,8 @@ def predictions(tensor: int, expert: int, kind: str, samples: list[int], options
 
 LAYOUTS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "T2_E2": (4, (2, 2), {}),
-    "T2_E2_dtd": (4, (2, 2), {"dtd": True}),
-    "T2_E2_fused": (4, (2, 2), {"dtd": True, "fuse_reduce_scatter": True}),
+    "T2_E2_dtd": (4, (2, 2), {"comm": CommOptions(dtd=True)}),
+    "T2_E2_fused": (4, (2, 2), {"comm": CommOptions(dtd=True, fuse_reduce_scatter=True)}),
     "E2_D2": (4, (1, 2), {}),
     "E4": (4, (1, 4), {}),
 }
@@ -256,7 +256,7 @@ def compiled(uneven: bool) -> list[list[float]]:
     moe = replace(EVERYTHING, every=1)
     results = []
     for layout in (ParallelDegrees(size, expert=size),):
-        topology = Topology(layout, options=CommConfig())
+        topology = Topology(layout, options=CommOptions())
         network = GPT(model, moe, topology, seed=0)
         topology.slots.uneven = uneven
         ids = torch.arange(16).view(2, 8)[: 2 - topology.comm.rank("data") % 2]

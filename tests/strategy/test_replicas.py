@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tedlab import ParallelDegrees, TEDStrategy, Topology
 from tedlab.checksum import checksum
+from tedlab.config import ShardingOptions
 from tedlab.strategy.replicas import check_batch
 from tests.pool import WorkerPool
 from tests.strategy.test_strategy import Mixture, loader, trainer
@@ -85,13 +86,13 @@ DRIFTS = {
 def drift() -> dict[str, str]:
     said = {}
     for what, (culprit, _) in DRIFTS.items():
-        fit = trainer(2, 2, strategy=TEDStrategy(2, 2, check_replicas_every=2, zero=False))
+        fit = trainer(2, 2, strategy=TEDStrategy(2, 2, check_replicas_every=2, sharding=ShardingOptions(zero=False)))
         with pytest.raises(RuntimeError, match="Replicas") as caught:
             fit.fit(Drifting(what, culprit), loader(2))
         said[what] = str(caught.value)
         dist.barrier()
     for every, zero in ((None, False), (1, True), (1, False)):
-        fit = trainer(2, 2, strategy=TEDStrategy(2, 2, check_replicas_every=every, zero=zero))
+        fit = trainer(2, 2, strategy=TEDStrategy(2, 2, check_replicas_every=every, sharding=ShardingOptions(zero=zero)))
         fit.fit(Drifting("inwards.weight" if every is None else None, 3), loader(2))
     return said
 
@@ -107,7 +108,7 @@ def test_the_first_parameter_that_drifts_is_named_on_every_process(pool: WorkerP
 
 
 def drift_of_experts() -> str:
-    fit = trainer(1, 2, strategy=TEDStrategy(1, 2, check_replicas_every=1, zero=False))
+    fit = trainer(1, 2, strategy=TEDStrategy(1, 2, check_replicas_every=1, sharding=ShardingOptions(zero=False)))
     with pytest.raises(RuntimeError, match="Replicas") as caught:
         fit.fit(Drifting("experts.experts.up", 3), loader(1))
     dist.barrier()

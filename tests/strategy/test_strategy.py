@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from tedlab import TEDStrategy
-from tedlab.config import MoEConfig
+from tedlab.config import CheckpointOptions, CommOptions, MoEConfig, ShardingOptions
 from tedlab.moe import MoELayer
 from tedlab.nn import FeedForward, Init, LayerNorm, initialize
 from tests.pool import WorkerPool
@@ -266,6 +267,27 @@ def test_degrees_that_do_not_fit_the_devices_are_refused_at_the_start(
 def test_there_is_no_topology_before_the_start() -> None:
     with pytest.raises(RuntimeError, match="configure_model"):
         _ = TEDStrategy(2, 2).topology
+
+
+def test_options_by_their_old_names_are_taken_and_their_new_place_is_told() -> None:
+    with pytest.warns(FutureWarning) as told:
+        old = TEDStrategy(2, 4, dtd=True, tile="fused", async_checkpoint=True)
+    assert (old.comm, old.sharding) == (CommOptions(dtd=True), ShardingOptions(tile="fused"))
+    assert old.checkpoints == CheckpointOptions(async_save=True)
+    assert [str(warning.message) for warning in told] == [
+        "TEDStrategy(dtd=…) is now TEDStrategy(comm=CommOptions(dtd=True))",
+        "TEDStrategy(tile=…) is now TEDStrategy(sharding=ShardingOptions(tile='fused'))",
+        "TEDStrategy(async_checkpoint=…) is now TEDStrategy(checkpoints=CheckpointOptions(async_save=True))",
+    ]
+    with pytest.raises(TypeError, match="no argument 'dtb'"):
+        TEDStrategy(2, 4, dtb=True)
+
+
+def test_options_do_not_change_once_they_are_made() -> None:
+    options = CommOptions(dtd=True)
+    with pytest.raises(FrozenInstanceError, match=r"CommOptions\.dtd is set: make a copy"):
+        options.dtd = False
+    assert options.dtd
 
 
 # ---- communication on Lightning's behalf -------------------------------------------------------------------------

@@ -93,7 +93,8 @@ def _settings(trainer: Trainer, strategy: ParallelStrategy, module: LightningMod
     if plugin is not None:
         yield (
             f"The plugin {type(plugin).__name__} would not be used: TEDStrategy writes a directory "
-            "through torch.distributed.checkpoint; leave it out (in the background: TEDStrategy(async_checkpoint=True))"
+            "through torch.distributed.checkpoint; leave it out (in the background: "
+            "TEDStrategy(checkpoints=CheckpointOptions(async_save=True)))"
         )
     if synchronises_batch_norm(strategy) and any(isinstance(layer, BatchNorm) for layer in module.modules()):
         yield (

@@ -1,9 +1,10 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from tedlab import checkpoint
 from tedlab._compat import lightning as compat
 from tedlab.comm import Whereabouts
 from tedlab.comm.keep import kept_tags
-from tedlab.config import CommConfig
+from tedlab.config import CheckpointOptions, CommOptions, ShardingOptions
 from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.launch import outside, rendezvous
 from tedlab.launch.watch import Watch, watch
@@ -51,6 +52,14 @@ from tedlab.topology import Topology
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
 _CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
+
+
+# Arguments of the strategy in 0.x, and the field of which of its objects they are now. They go with the next release.
+_OLD = {
+    **{name: ("comm", name) for name in ("dtd", "fuse_reduce_scatter", "cac", "skip_dead_gemm")},
+    **{name: ("sharding", name) for name in ("zero", "bucket_elements", "overlap", "tile")},
+    "async_checkpoint": ("checkpoints", "async_save"),
+}
 
 
 def gpus(processes: int) -> list[torch.device]:
@@ -74,21 +83,15 @@ class TEDStrategy(compat.SubprocessStrategy):
     Args:
         tensor_parallel_size: T. Number of processes that share one layer.
         expert_parallel_size: E_p. Number of groups that the experts are distributed over.
+        comm: what layers do about communication: duplicate token dropping (``dtd``), what recomputation takes from
+            memory instead of communicating again (``cac``), … None: nothing; see :class:`CommOptions`.
+        sharding: how optimizer state and gradients are divided and stepped: ZeRO-1 (``zero``), the size of buckets,
+            overlap, tiles. None: see the defaults of :class:`ShardingOptions`.
+        checkpoints: how they are written, see :class:`CheckpointOptions`.
         sequence_parallel: divide activations between layers over the tensor group, by position.
-        dtd: duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1).
-        fuse_reduce_scatter: with ``dtd``, one reduce-scatter in place of the experts' all-reduce and the drop after it.
-        cac: what recomputation takes from memory instead of communicating again (paper §5.2): False; True: every
-            collective's result; ``shard``: 1/T of each; or a list of collectives.
-        skip_dead_gemm: with ``cac``, do not recompute matrix products that only feed a result that was kept.
-        zero: shard optimizer state over data-parallel groups (ZeRO-1); False keeps it everywhere.
-        bucket_elements: of each process, reduced in one collective.
-        overlap: reduce gradients while the backward pass goes on.
-        tile: elements that the optimizer updates at a time; None: as many as there are; ``fused``: AdamW or Adam in one
-            pass over memory, without temporaries.
         loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
         stop_on_nonfinite: raise :class:`tedlab.optim.NonFiniteError` in all processes before a loss or gradient that is
             infinite or NaN reaches a weight (with a loss scale: when even the smallest does not help).
-        async_checkpoint: write checkpoints while training goes on.
         process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
             GPU, see ``parallel_devices``.
         timeout: after which a collective counts as failed.
@@ -96,6 +99,7 @@ class TEDStrategy(compat.SubprocessStrategy):
             bit (see ``replicas.py``); there is one at the end and before each checkpoint, too. None: no checks.
         parallel_devices: of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
         accelerator, cluster_environment, precision_plugin: set by the Trainer.
+        old: names of 0.x that have moved into the objects above; they work for one more release.
 
     Raises:
         ValueError: when the Trainer starts, if tensor × expert does not divide the number of processes, or if the
@@ -110,18 +114,12 @@ class TEDStrategy(compat.SubprocessStrategy):
         tensor_parallel_size: int = 1,
         expert_parallel_size: int = 1,
         *,
+        comm: CommOptions | None = None,
+        sharding: ShardingOptions | None = None,
+        checkpoints: CheckpointOptions | None = None,
         sequence_parallel: bool = False,
-        dtd: bool = False,
-        fuse_reduce_scatter: bool = False,
-        cac: bool | str | Sequence[str] = False,
-        skip_dead_gemm: bool = True,
-        zero: bool = True,
-        bucket_elements: int = 1 << 24,
-        overlap: bool = False,
         loss_scale: float | None = None,
         stop_on_nonfinite: bool = True,
-        async_checkpoint: bool = False,
-        tile: int | str | None = 1_800_000,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=10),
         check_replicas_every: int | None = 100,
@@ -129,22 +127,19 @@ class TEDStrategy(compat.SubprocessStrategy):
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,
+        **old: Any,
     ) -> None:
         super().__init__(accelerator, parallel_devices, cluster_environment, precision_plugin=precision_plugin)
         self.tensor_parallel_size = tensor_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.sequence_parallel = sequence_parallel
-        kept_tags(cac, tags=None)  # raises for what cannot be; a model knows which collectives it has
-        self.options = CommConfig(
-            dtd=dtd, fuse_reduce_scatter=fuse_reduce_scatter, cac=cac, skip_dead_gemm=skip_dead_gemm
-        )
-        self.zero = zero
-        self.bucket_elements = bucket_elements
-        self.overlap = overlap
-        self.async_checkpoint = async_checkpoint
+        moved = _moved(old)
+        self.comm = replace(comm or CommOptions(), **moved["comm"])
+        self.sharding = replace(sharding or ShardingOptions(), **moved["sharding"])
+        self.checkpoints = replace(checkpoints or CheckpointOptions(), **moved["checkpoints"])
+        kept_tags(self.comm.cac, tags=None)  # raises for what cannot be; a model knows which collectives it has
         self.loss_scale = loss_scale
         self.stop_on_nonfinite = stop_on_nonfinite
-        self.tile = tile
         self.replicas = ReplicaCheck(check_replicas_every)
         self.sharded_optimizers: list[ShardedOptimizer] = []
         self.loss_scaler: LossScaler | None = None
@@ -226,8 +221,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._watch = watch(place, self._timeout)
         with place.within("start of process groups"):
             limit = None if self._watch is None else timeout
-            self._topology = Topology(degrees, self.root_device, self.options, limit, place)
-            self._writer = checkpoint.Writer(self.async_checkpoint, self._timeout)
+            self._topology = Topology(degrees, self.root_device, self.comm, limit, place)
+            self._writer = checkpoint.Writer(self.checkpoints.async_save, self._timeout)
         if self._watch is not None:
             self._watch.groups = self._topology.comm.ranks
         self._topology.slots.patience = self._timeout / 2
@@ -296,10 +291,10 @@ class TEDStrategy(compat.SubprocessStrategy):
                 self.topology.comm,
                 names,
                 partial=partial_parameters(self.model),
-                zero=self.zero,
-                bucket_elements=self.bucket_elements,
-                tile=self.tile,
-                overlap=self.overlap,
+                zero=self.sharding.zero,
+                bucket_elements=self.sharding.bucket_elements,
+                tile=self.sharding.tile,
+                overlap=self.sharding.overlap,
                 scaler=self.loss_scaler,
                 guard=FiniteGuard(self.topology.comm) if self.stop_on_nonfinite else None,
             )
@@ -694,6 +689,23 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Done in ``load_checkpoint``."""
+
+
+def _moved(old: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Values of arguments by their old names, for the objects that they belong to now; says where that is.
+
+    Raises:
+        TypeError: if there never was such an argument.
+    """
+    values: dict[str, dict[str, Any]] = {"comm": {}, "sharding": {}, "checkpoints": {}}
+    for name, value in old.items():
+        if name not in _OLD:
+            raise TypeError(f"TEDStrategy has no argument '{name}'")
+        place, field = _OLD[name]
+        values[place][field] = value
+        new = f"{place}={place.removesuffix('s').capitalize()}Options({field}={value!r})"
+        warnings.warn(f"TEDStrategy({name}=…) is now TEDStrategy({new})", FutureWarning, stacklevel=3)
+    return values
 
 
 def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
-from tedlab import TEDStrategy
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify
 from tedlab.cli import UsageError
@@ -34,7 +33,7 @@ from tedlab.predict.sim.simulation import HIDDEN, Batches
 from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.predict.volumes import ClosedForm, predict
-from tedlab.run import language_model, strategy_arguments
+from tedlab.run import language_model, strategy_of
 from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
@@ -246,7 +245,7 @@ def really_allocated(config: TrainConfig) -> int:
         num_nodes=config.parallel.world_size,
         plugins=[OneOfMany(config.parallel.world_size, 0)],
         # What nobody answers may hold anything, NaN too.
-        strategy=TEDStrategy(**strategy_arguments(config) | {"stop_on_nonfinite": False}),
+        strategy=strategy_of(config, stop_on_nonfinite=False),
         precision=config.trainer["precision"],
         max_steps=2,
         gradient_clip_val=config.trainer["gradient_clip_val"],

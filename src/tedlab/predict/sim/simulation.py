@@ -4,7 +4,7 @@ Only three micro-batches run, however many a step accumulates: the first, one th
 after which the optimizer steps. All those between are like the second, so its counts are multiplied.
 """
 
-import copy
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from typing_extensions import override
 from tedlab.cli import UsageError
 from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
-from tedlab.config import TrainConfig
+from tedlab.config import CheckpointOptions, TrainConfig, with_values
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig, Dispatch
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
@@ -29,7 +29,7 @@ from tedlab.predict.sim.routing import Answers, Routing, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.predict.volumes import predict, with_rows
 from tedlab.report import about
-from tedlab.run import language_model, quieten, strategy_arguments
+from tedlab.run import language_model, quieten, strategy_of
 from tedlab.topology import Topology
 
 HIDDEN = "hidden by overlap"
@@ -123,9 +123,9 @@ def simulate(
         raise UsageError(str(error)) from None
     quieten()
     routing = routing or routing_of(config, "balanced", None, None)
-    shorter = copy.deepcopy(config)
-    shorter.model.compile = "none"  # the compiler fuses no fake tensors: counted are the operations before it does
-    shorter.trainer["accumulate_grad_batches"] = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
+    micro_batches = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
+    # The compiler fuses no fake tensors: counted are the operations before it does.
+    shorter = with_values(config, {"model.compile": "none", "trainer.accumulate_grad_batches": micro_batches})
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
     told = 0
 
@@ -141,14 +141,14 @@ def simulate(
         return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
 
     with fake_process_group(world, rank):
-        strategy = SimulatedStrategy(meter, **_arguments(config))
+        simulated = _simulated(config, meter)
         observer, module = _Observer(), language_model(shorter)
-        _trainer(shorter, strategy, rank, observer).fit(module, Batches(config))
+        _trainer(shorter, simulated, rank, observer).fit(module, Batches(config))
         described = about(config, module)
     accumulated = int(config.trainer["accumulate_grad_batches"])
     moved = {} if routing is None else {block: rows * accumulated for block, rows in routing.rows(rank).items()}
     expected = with_rows(predict(config), config, moved)
-    return _simulation(config, rank, strategy.meter.members, observer, described, expected)
+    return _simulation(config, rank, simulated.meter.members, observer, described, expected)
 
 
 class _Observer(Callback):
@@ -197,11 +197,18 @@ class Batches:
             yield torch.zeros(self.shape, dtype=torch.int64)
 
 
-def _arguments(config: TrainConfig) -> dict[str, Any]:
-    arguments = strategy_arguments(config)
-    if config.trainer["precision"] == "16-mixed":
-        arguments["loss_scale"] = config.optim.loss_scale or 2.0**16
-    return arguments | {"process_group_backend": "fake", "async_checkpoint": False, "check_replicas_every": None}
+def _simulated(config: TrainConfig, meter: Callable[[Topology], Meter]) -> SimulatedStrategy:
+    scale = config.optim.loss_scale
+    simulated = strategy_of(
+        config,
+        functools.partial(SimulatedStrategy, meter),
+        checkpoints=CheckpointOptions(),
+        process_group_backend="fake",
+        check_replicas_every=None,
+        loss_scale=scale or 2.0**16 if config.trainer["precision"] == "16-mixed" else scale,
+    )
+    assert isinstance(simulated, SimulatedStrategy)
+    return simulated
 
 
 def _trainer(config: TrainConfig, strategy: SimulatedStrategy, rank: int, observer: Callback) -> Trainer:

@@ -67,11 +67,11 @@ class SimulatedStrategy(TEDStrategy):
 
     Args:
         meter: made when the topology is there.
-        arguments: of TEDStrategy.
+        arguments, options: of TEDStrategy.
     """
 
-    def __init__(self, meter: Callable[[Topology], Meter], **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, meter: Callable[[Topology], Meter], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self._make_meter = meter
         self._meter: Meter | None = None
         self._modes = ExitStack()
