@@ -37,9 +37,9 @@ from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF, UsageError
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
-from tedlab.config import TrainConfig, with_values
+from tedlab.config import CalibrateConfig, TrainConfig, with_values
 from tedlab.launch.launcher import launch
-from tedlab.predict.calibrate import CalibrateConfig, calibrate
+from tedlab.predict.calibrate import calibrate
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.sim import simulate
 from tedlab.predict.sim.simulation import Batches
@@ -438,7 +438,7 @@ def step_times(report: Report, overrides: dict[str, list[str]], processes: int, 
     """Calibrates, measures, predicts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "mine.yaml")
-        settings = CalibrateConfig(path, device, processes)
+        settings = CalibrateConfig(str(path), processes, device)
         began = time.perf_counter()
         started(calibrate, settings, processes)
         cluster = load_cluster(path)

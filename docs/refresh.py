@@ -44,7 +44,7 @@ class Job:
     overrides: tuple[str, ...]
     rank: int = 0
     gpus_per_node: int = 6
-    routing: tuple[str, str | None] | None = None
+    routing: tuple[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ def _seconds(simulations: Mapping[str, Simulation]) -> str:
 
 _ROUTINGS = {
     "balanced": (("balanced", None), 0),
-    "`zipf`, 0.5": (("zipf", "0.5"), 0),
-    "`zipf`, 1.2": (("zipf", "1.2"), 0),
-    "`zipf`, 1.2 ": (("zipf", "1.2"), 60),
+    "`zipf`, 0.5": (("zipf", 0.5), 0),
+    "`zipf`, 1.2": (("zipf", 1.2), 0),
+    "`zipf`, 1.2 ": (("zipf", 1.2), 60),
 }
 
 

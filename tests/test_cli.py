@@ -1,19 +1,24 @@
 """Misspelt and ill-typed overrides end in a message of a few lines that names the nearest and the valid ones."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
+from hydra import compose, initialize_config_dir
 
 import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
-from tedlab.cli import UsageError, check_overrides, check_run_directory, hydra_entry
+from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory
+from tedlab.commands.application import hydra_entry
+from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig
+from tests.commands import run_command
 
 SCREEN = 25  # lines
 SOURCE = Path(tedlab.__file__).parent
@@ -107,24 +112,16 @@ def count_layers(config: TrainConfig) -> float:
     return config.model.layers
 
 
-def run_sweep(folder: Path, monkeypatch: pytest.MonkeyPatch, overrides: str) -> int | str | None:
+def run_sweep(folder: Path, overrides: str) -> int | str | None:
     """The exit code of a sweep in this process."""
-    arguments = ["train", "-m", overrides, f"hydra.sweep.dir={folder}", f"output_dir={folder}/${{hydra:job.num}}"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    try:
-        hydra_entry(count_layers)()
-    except SystemExit as end:
-        return end.code
-    finally:
-        HydraConfig.instance().cfg = None
-        GlobalHydra.instance().clear()
-    return 0
+    arguments = ["-m", overrides, f"hydra.sweep.dir={folder}", f"output_dir={folder}/${{hydra:job.num}}"]
+    return run_command(hydra_entry(count_layers, "train", TrainConfig), *arguments) or 0
 
 
 def test_a_sweep_tells_each_failed_job_at_once_and_all_of_them_at_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_sweep(tmp_path, monkeypatch, "model.layers=2,3,4,5,6") == 1
+    assert run_sweep(tmp_path, "model.layers=2,3,4,5,6") == 1
     shown = capfd.readouterr().err
     told, _, listed = shown.partition("Failed jobs of this sweep: 3")
     for job, layers, cause in ((1, 3, "one too many"), (2, 4, "four layers fall over"), (3, 5, "have a mistake")):
@@ -136,8 +133,8 @@ def test_a_sweep_tells_each_failed_job_at_once_and_all_of_them_at_the_end(
     assert (tmp_path / "4").is_dir()  # the jobs after them have run
 
 
-def test_a_sweep_without_failures_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_sweep(tmp_path, monkeypatch, "model.layers=1,2") == 0
+def test_a_sweep_without_failures_ends_well(tmp_path: Path) -> None:
+    assert run_sweep(tmp_path, "model.layers=1,2") == 0
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.CompletedProcess[str]":
@@ -169,13 +166,73 @@ def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, overrid
     assert len(done.stdout.splitlines()) < SCREEN, done.stdout
 
 
-def test_help_lists_groups_presets_and_values(tmp_path: Path) -> None:
-    done = command("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for line in ("tedlab train ", "parallel: dp2, dp4, ep2", "model: gpt_1.3b", "  hidden: 128", "seed: 0"):
-        assert line in done.stdout
-    assert "${hydra.help" not in done.stdout
-    assert list(tmp_path.iterdir()) == []
+def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
+    shown = help_text("train", ["model.hidden=96", "optim=sgd"]).splitlines()
+    assert [line for line in shown if line.startswith("parallel: dp2, dp4, ep2")]
+    assert "  hidden: 96" in shown
+    beside = [tuple(part.strip() for part in line.split("  # ")) for line in shown if "  # " in line]
+    for said in (
+        ("every: 2", "experts in blocks every-1, 2·every-1, … (the paper: every second layer)"),  # in config.py
+        ("vocab_size: null", "null: the tokenizer's, rounded up to a multiple of 128"),  # on the last of three lines
+        ("accumulate_grad_batches: null", "follows from data.batch_size"),  # in trainer/cpu.yaml
+        ("group: ${hydra:sweep.dir}", "one for each sweep, and called as its directory"),  # in logger/wandb.yaml
+    ):
+        assert said in beside
+    above = shown.index("  # Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers).")
+    assert shown[above + 1].startswith("  init_std: ")
+    assert [line for line in shown if line.startswith("    momentum: 0.0")]
+    assert not [line for line in shown if "cluster" in line.partition(":")[0].split() or "hydra.help" in line]
+
+
+@pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify"])
+def test_every_command_has_help_of_every_value_that_it_takes(name: str) -> None:
+    import_module(f"tedlab.commands.{name}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(name)
+    shown = help_text(name, [])
+    assert f"tedlab {name} " in shown
+    values = shown.partition("Values (KEY=VALUE)")[2].rpartition("\n\n")[0]
+    assert sorted(re.findall(r"^(\w+):", values, re.MULTILINE)) == sorted(config)
+
+
+def test_help_that_does_not_compose_says_why() -> None:
+    with pytest.raises(UsageError, match="two"):
+        help_text("train", ["parallel.tensor=two"])
+
+
+@dataclass
+class Commented:
+    """A class whose source is read."""
+
+    # Two lines
+    # above.
+    above: int = 1
+    beside: str = "# no comment"  # one beside
+    lines: list[int] = field(  # the first
+        default_factory=list
+    )  # and the last
+    none: int = 3
+
+    def method(self) -> None:
+        """# No comment either."""
+        # nor this
+
+
+def test_comments_of_fields_are_found_where_they_stand() -> None:
+    assert field_comments(Commented) == {
+        "above": (("Two lines", "above."), ""),
+        "beside": ((), "one beside"),
+        "lines": ((), "the first and the last"),
+    }
+
+
+def test_presets_of_ones_own_folder_are_known(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [gpt_tiny]\nhidden: 64  # of mine\n")
+    check_overrides(["model=mine", "model.hidden=32"], folder=str(tmp_path))
+    with pytest.raises(UsageError, match=r"model=mien.*Did you mean 'mine'"):
+        check_overrides(["model=mien"], folder=str(tmp_path))
+    assert "model: gpt_1.3b, gpt_13b, gpt_2.7b, gpt_6.7b, gpt_tiny, mine" in help_text("train", [], str(tmp_path))
 
 
 @pytest.mark.slow

@@ -1,19 +1,24 @@
 """Every command refuses a value that makes no sense with a sentence that names it, before it does anything."""
 
 import math
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 
-from tedlab.cli import UsageError
-from tedlab.commands import certify, plan, simulate
-from tedlab.commands.calibrate import parse
-from tedlab.generate import GenerateConfig, generate
+from tedlab.cli import CONF, UsageError
+from tedlab.commands import calibrate, certify, plan, simulate
+from tedlab.commands.on_cluster import job_alone, on_cluster, prepare
+from tedlab.config import GenerateConfig
+from tedlab.generate import generate
+from tedlab.predict.cluster import cluster_names, load_cluster
+from tedlab.ranges import check_ranges
+from tests.commands import run_command
 from tests.test_conf import compose
 
 SCREEN = 25  # lines
@@ -27,71 +32,117 @@ def _no_hydra_left_behind() -> Iterator[None]:
 
 
 SIMULATED = {
-    "no_cluster": ({}, "cluster=NAME"),
-    "unknown_cluster": ({"cluster": "sumit"}, "summit"),
-    "negative_rank": ({"cluster": "summit", "sim.rank": "-1"}, "sim.rank=-1"),
-    "rank_beyond_the_world": ({"cluster": "summit", "sim.rank": "4"}, "sim.rank=4 is no rank of 4 processes"),
-    "rank_of_words": ({"cluster": "summit", "sim.rank": "first"}, "sim.rank=first"),
-    "unknown_routing": ({"cluster": "summit", "sim.routing": "random"}, "sim.routing=random"),
-    "zipf_of_nan": ({"cluster": "summit", "sim.routing": "zipf", "sim.zipf": "nan"}, "sim.zipf=nan"),
-    "zipf_of_infinity": ({"cluster": "summit", "sim.routing": "zipf", "sim.zipf": "inf"}, "sim.zipf=inf"),
-    "negative_zipf": ({"cluster": "summit", "sim.routing": "zipf", "sim.zipf": "-1"}, "sim.zipf=-1"),
-    "zipf_without_routing": ({"cluster": "summit", "sim.zipf": "1"}, "sim.zipf"),
-    "no_trace": ({"cluster": "summit", "sim.routing": "trace", "sim.trace": "/nowhere.npz"}, "sim.trace=/nowhere.npz"),
-    "unknown_values": ({"sim.values": "complex"}, "sim.values=complex"),
-    "a_rank_of_real_values": ({"sim.values": "real", "sim.rank": "0"}, "sim.rank"),
+    "no_cluster": ([], "cluster=NAME"),
+    "negative_rank": (["cluster=summit", "sim.rank=-1"], "sim.rank=-1"),
+    "rank_beyond_the_world": (["cluster=summit", "sim.rank=4"], "sim.rank=4 is no rank of 4 processes"),
+    "rank_of_words": (["cluster=summit", "sim.rank=first"], "sim.rank=first"),
+    "unknown_routing": (["cluster=summit", "sim.routing=random"], "sim.routing=random"),
+    "zipf_without_routing": (["cluster=summit", "sim.zipf=1"], "sim.zipf"),
+    "no_trace": (["cluster=summit", "sim.routing=trace", "sim.trace=/nowhere.npz"], "sim.trace=/nowhere.npz"),
+    "unknown_values": (["sim.values=complex"], "sim.values=complex"),
+    "a_rank_of_real_values": (["sim.values=real", "sim.rank=0"], "sim.rank"),
 }
 
 
 @pytest.mark.parametrize(("own", "said"), SIMULATED.values(), ids=SIMULATED)
-def test_simulate_refuses(own: dict[str, str], said: str) -> None:
-    config = compose("logger=none", "moe.dispatch=dropless")
+def test_simulate_refuses(own: list[str], said: str) -> None:
+    config = compose("logger=none", "moe.dispatch=dropless", *own, name="simulate")
     with pytest.raises(UsageError) as caught:
-        simulate.task(own, config)
+        simulate.task(config)
     assert said in str(caught.value)
 
 
-PLANNED = {
-    "no_cluster": ({}, "cluster=NAME"),
-    "unknown_cluster": ({"cluster": "sumit"}, "summit"),
+def test_plan_needs_a_cluster() -> None:
+    with pytest.raises(UsageError, match="cluster=NAME"):
+        plan.task(compose("logger=none", name="plan"))
+
+
+OUT_OF_RANGE = {
+    **{f"zipf_{value}": ("simulate", f"sim.zipf={value}", f"sim.zipf is {value}") for value in ("nan", "inf", "-1")},
     **{
-        f"reserve_{value}": ({"cluster": "summit", "plan.reserve_gib": value}, f"plan.reserve_gib is {value}")
-        for value in ("nan", "inf", "much", "1.2.3", "")
+        f"reserve_{value}": ("plan", f"plan.reserve_gib={value}", f"plan.reserve_gib is {value}")
+        for value in ("nan", "inf", "-1.0")
     },
-    "negative_reserve": (
-        {"cluster": "summit", "plan.reserve_gib": "-1"},
-        "plan.reserve_gib is -1.0; it must be at least",
-    ),
     **{
-        f"simulate_{value}": ({"cluster": "summit", "plan.simulate": value}, f"plan.simulate is {value}")
-        for value in ("0", "-1", "1.5", "some", "100000000000", "nan")
+        f"simulate_{value}": ("plan", f"plan.simulate={value}", f"plan.simulate is {value}")
+        for value in ("0", "-1", "100000000000")
     },
-    "largest_of_words": ({"cluster": "summit", "plan.largest": "yes"}, "plan.largest=yes"),
+    **{
+        f"processes_{value}": ("calibrate", f"processes={value}", f"processes is {value}")
+        for value in ("-1", "1000000000000")
+    },
 }
 
 
-@pytest.mark.parametrize(("own", "said"), PLANNED.values(), ids=PLANNED)
-def test_plan_refuses(own: dict[str, str], said: str) -> None:
-    config = compose("logger=none")
-    with pytest.raises(UsageError) as caught:
-        plan.task({**plan._OWN, **own}, config)
-    assert said in str(caught.value)
+@pytest.mark.parametrize(("name", "override", "said"), OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+def test_a_number_of_a_command_has_a_range(name: str, override: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        check_ranges(compose(override, *(["out=x.yaml"] if name == "calibrate" else []), name=name))
 
 
-@pytest.mark.parametrize(
-    ("argument", "said"),
-    [
-        *((f"processes={value}", f"processes is {value}") for value in ("-1", "nan", "1.5", "many", "", "1000000000")),
-        ("out=/dev/null/x.yaml", "out=/dev/null"),
-        ("out=x", "out=x"),
-        ("quick=maybe", "quick=maybe"),
-        ("device=abacus", "device=abacus"),
-    ],
-)
-def test_calibrate_refuses(tmp_path: Path, argument: str, said: str) -> None:
+OF_ANOTHER_KIND = ["plan.reserve_gib=much", "plan.simulate=1.5", "plan.largest=maybe", "cluster.gpus_per_node=few"]
+
+
+@pytest.mark.parametrize("override", OF_ANOTHER_KIND)
+def test_a_value_of_another_kind_is_refused(override: str) -> None:
+    with pytest.raises(HydraException, match=override.partition("=")[2]):
+        compose("cluster=summit", override, name="plan")
+
+
+def test_a_clusters_figures_can_be_overridden(tmp_path: Path) -> None:
+    whole = load_cluster("summit")
+    config = compose("cluster=summit", "cluster.efficiency.gemm=0.25", name="simulate")
+    assert on_cluster(config) == ("summit", replace(whole, efficiency=replace(whole.efficiency, gemm=0.25)))
+    with pytest.raises(ValueError, match=r"efficiency.gemm is 2; it is a share of a peak"):
+        compose("cluster=summit", "cluster.efficiency.gemm=2", name="simulate")
+
+
+def test_every_cluster_is_the_same_by_its_preset_and_by_its_file() -> None:
+    for name in cluster_names():
+        assert on_cluster(compose(f"cluster={name}", name="simulate")) == (name, load_cluster(name))
+
+
+def test_a_cluster_may_be_a_file_of_ones_own(tmp_path: Path) -> None:
+    """Two of the same name are two."""
+    known = (CONF / "cluster" / "summit.yaml").read_text()
+    for folder, gpus in (("one", 3), ("an other", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.yaml").write_text(known.replace("gpus_per_node: 6", f"gpus_per_node: {gpus}"))
+    for folder, gpus in (("one", 3), ("an other", 5), ("one", 3)):
+        path = f"{tmp_path}/{folder}/mine.yaml"
+        for typed in (path, f"'{path}'"):
+            overrides = prepare([f"cluster={typed}", "cluster.memory_bytes=1e9", "world_size=8"])
+            config = compose(*overrides, name="plan")
+            name, cluster = on_cluster(config)
+            assert (name, cluster.gpus_per_node, cluster.memory_bytes) == (path, gpus, 1e9)
+            assert config.parallel.world_size == 8
+
+
+def test_clusters_can_be_swept_over() -> None:
+    assert prepare(["-m", "cluster=summit,dgx_a100", "world_size=8,16"]) == [
+        *("-m", "cluster=summit,dgx_a100", "parallel.world_size=8,16")
+    ]
+
+
+WRONG_CLUSTERS = {
+    "unknown": (["cluster=sumit"], "no cluster 'sumit'. Did you mean summit"),
+    "no_file": (["cluster=nowhere/mine.yaml"], "nowhere/mine.yaml is not a file"),
+    "figures_of_none": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4: of which cluster?"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), WRONG_CLUSTERS.values(), ids=WRONG_CLUSTERS)
+def test_a_cluster_that_there_is_not_is_refused(arguments: list[str], said: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse([f"out={tmp_path}/x.yaml", "device=cpu", argument])
+        prepare(arguments)
     assert said in str(caught.value)
+    assert "frontier" in str(caught.value)
+
+
+def test_a_job_on_a_cluster_is_the_job_and_nothing_else() -> None:
+    config = compose("cluster=summit", "trainer=cpu", "seed=3", "plan.simulate=2", "logger=none", name="plan")
+    job, choices = compose("seed=3", "logger=none"), {"cluster": "summit"}
+    assert job_alone(config) == replace(job, choices=job.choices | choices)
 
 
 GENERATED = [
@@ -103,8 +154,7 @@ GENERATED = [
 
 @pytest.mark.parametrize(("name", "value"), GENERATED)
 def test_generate_refuses(name: str, value: Any) -> None:
-    config = GenerateConfig(run="/nowhere")
-    setattr(config, name, value)
+    config = replace(GenerateConfig(run="/nowhere"), **{name: value})
     with pytest.raises(ValueError, match=f"^{name} is {value}; it must be"):
         generate(config)
 
@@ -112,26 +162,21 @@ def test_generate_refuses(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
+        (calibrate.main, ["out=x.yaml", "processes=0"], "processes is 0; it must be at least 1"),
+        (calibrate.main, ["out=x.json"], "out=x.json is not a path that ends in .yaml"),
         (simulate.main, ["cluster=summit", "world_size=0"], "parallel.world_size is 0; it must be at least 1"),
         (plan.main, ["cluster=summit", "data.micro_batch_size=0"], "data.micro_batch_size is 0"),
         (certify.main, ["data.micro_batch_size=0"], "data.micro_batch_size is 0"),
         (certify.main, ["~trainer.accelerator"], "trainer.accelerator is missing"),
     ],
-    ids=["simulate", "plan", "certify", "certify_trainer"],
+    ids=["calibrate", "calibrate_out", "simulate", "plan", "certify", "certify_trainer"],
 )
 def test_a_number_out_of_range_ends_every_command(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    main: Callable[[], None],
-    arguments: list[str],
-    said: str,
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], main: Callable[[], None], arguments: list[str], said: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["command", *arguments, f"hydra.run.dir={tmp_path}/run", "logger=none"])
-    with pytest.raises(SystemExit) as end:
-        main()
+    code = run_command(main, *arguments, f"hydra.run.dir={tmp_path}/run")
     shown = capfd.readouterr().err
-    assert end.value.code == 1
+    assert code == 1
     assert said in shown
     assert "Traceback" not in shown
     assert len(shown.splitlines()) < SCREEN

@@ -19,11 +19,11 @@ PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / gro
 NEEDED = {"data=text": ["data.path=corpus.txt"]}  # values without which a preset is incomplete on purpose
 
 
-def compose_config(*overrides: str) -> DictConfig:
-    """What ``tedlab train`` composes, with ``${hydra:…}`` resolvable as in a job."""
+def compose_config(*overrides: str, name: str = "train") -> DictConfig:
+    """What ``tedlab train``, or another command, composes, with ``${hydra:…}`` resolvable as in a job."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose(
-            "train",
+            name,
             overrides=["hydra.runtime.output_dir=/run", "hydra.job.num=0", *overrides],
             return_hydra_config=True,
         )
@@ -33,10 +33,9 @@ def compose_config(*overrides: str) -> DictConfig:
     return config
 
 
-def compose(*overrides: str) -> TrainConfig:
-    config = OmegaConf.to_object(compose_config(*overrides))
-    assert isinstance(config, TrainConfig)
-    return config
+def compose(*overrides: str, name: str = "train") -> Any:
+    """That, typed."""
+    return OmegaConf.to_object(compose_config(*overrides, name=name))
 
 
 @pytest.fixture(autouse=True)

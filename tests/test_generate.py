@@ -1,15 +1,15 @@
 """``tedlab generate``: errors of one line before anything is loaded; text that can be had again."""
 
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tedlab.commands.generate import main
-from tedlab.config import ModelConfig, MoEConfig
-from tedlab.generate import GenerateConfig, generate
+from tedlab.commands.generate import main, prepare
+from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
+from tedlab.generate import generate
+from tests.commands import run_command
 from tests.pool import WorkerPool
 from tests.test_conf import compose
 from tests.training import Job, Layout, language_model, loader, trainer
@@ -17,45 +17,41 @@ from tests.training import Job, Layout, language_model, loader, trainer
 PROMPT = "the prompt, exactly "
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str | int | None:
-    """Runs ``main``; returns what it exits with: a message, a code, or None."""
-    monkeypatch.setattr(sys, "argv", ["generate", *arguments])
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
-    return None
-
-
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [
         (["run=nowhere/at/all"], ["nowhere/at/all", "not a run directory", "config.yaml"]),
         (["run={empty}"], ["not a run directory", "config.yaml"]),
-        (["runs=x"], ["runs"]),
+        (["runs=x"], ["runs", "Did you mean 'run'?"]),
         (["prompt=x"], ["run"]),
         (["run={empty}", "tokens=many"], ["tokens", "many"]),
         (["run={empty}", "temperature=hot"], ["temperature", "hot"]),
         (["some_directory"], ["some_directory", "key=value"]),
         (["run={empty}", "tokens=-1"], ["tokens", "-1"]),
         (["run={empty}", "temperature=-1"], ["temperature", "-1"]),
+        (["run={empty}", "parallel=tp2"], ["'parallel'", "temperature"]),
     ],
     ids=lambda value: " ".join(value[-1:]),
 )
 def test_bad_arguments_end_in_a_short_message(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], fragments: list[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], fragments: list[str]
 ) -> None:
-    message = command(monkeypatch, *(argument.format(empty=tmp_path) for argument in arguments))
-    assert isinstance(message, str)  # sys.exit of a string: printed to stderr, exit code 1
+    code = run_command(main, *(argument.format(empty=tmp_path) for argument in arguments))
+    assert code  # a message, which Python prints to stderr, or 1
+    message = f"{code}" if isinstance(code, str) else capfd.readouterr().err
     assert [fragment for fragment in fragments if fragment not in message] == [], message
-    assert len(message.splitlines()) <= 4, message
+    assert len(message.strip().splitlines()) <= 7, message
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(monkeypatch, "--help") in (None, 0)
-    shown = capsys.readouterr().out
-    for field in asdict(GenerateConfig(run="")):
-        assert f"{field}=" in shown
+PROMPTS = ["def ", " a, b = c[0]  # it's {x}\n", "${seed} \\${seed} \\", '"quoted"', "'quoted'", "100", "null", ""]
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
+    assert compose(*prepare([f"prompt={text}", "run=here", "tokens=3"]), name="generate") == GenerateConfig(
+        run="here", prompt=text, tokens=3
+    )
 
 
 # ---- a trained model ------------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 from tedlab.cli import UsageError
-from tedlab.config import TrainConfig, with_values
-from tedlab.generate import GenerateConfig
+from tedlab.config import CalibrateConfig, GenerateConfig, PlanConfig, SimulationConfig, TrainConfig, with_values
 from tedlab.ranges import Range, check_ranges, number_fields, real, whole
 from tedlab.validate import check_simulated
 from tests.test_conf import compose
@@ -27,7 +26,8 @@ def sections(kind: type, path: str = "") -> Iterator[tuple[type, str]]:
             yield from sections(hint, f"{path}{name}.")
 
 
-SECTIONS = [*sections(TrainConfig), (GenerateConfig, "generate.")]
+OF_OTHER_COMMANDS = (CalibrateConfig, GenerateConfig, PlanConfig, SimulationConfig)
+SECTIONS = [*sections(TrainConfig), *((kind, f"{kind.__name__}.") for kind in OF_OTHER_COMMANDS)]
 NUMBERS = [(kind, f"{path}{number.name}", number) for kind, path in SECTIONS for number in number_fields(kind)]
 
 
@@ -100,7 +100,7 @@ def test_whatever_number_is_tried_is_in_range_or_refused_in_a_sentence() -> None
     check_simulated(base)
     sentences = {}
     for kind, name, number in NUMBERS:
-        for value in TRIED if kind is not GenerateConfig else ():
+        for value in TRIED if kind not in OF_OTHER_COMMANDS else ():
             try:
                 check_simulated(with_values(base, {name: value}))
             except UsageError as error:

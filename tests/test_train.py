@@ -460,7 +460,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
     assert between[0] > max(between[1:3])
     assert min(between[1:3]) > between[3]
     assert ted["memory/stash_bytes"] > 0 == none["memory/stash_bytes"]
-    report = place.python("-m", "tedlab", "compare", "ablation", "--out", "report.html")
+    report = place.python("-m", "tedlab", "compare", "ablation", "out=report.html")
     assert report.returncode == 0, report.stdout + report.stderr
     assert "identical to the last digit in all runs" in report.stdout
     assert (place.folder / "report.html").stat().st_size > 10_000

@@ -1,32 +1,26 @@
-"""How command lines become typed configurations: Hydra, the place of ``conf/``, and errors for misspelt overrides."""
+"""The place of ``conf/``, and errors for misspelt overrides, before Hydra composes them."""
 
 import difflib
 import os
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 
 import hydra
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import CompactHydraException, OverrideParseException
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from tedlab._compat.hydra import arguments_parser
 from tedlab.config import TrainConfig
-from tedlab.launch.launcher import leave_if_started_outside
-from tedlab.launch.sweep import SweepFailures
 from tedlab.predict.plan import file as plan_file
-from tedlab.ranges import check_ranges
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
-_OTHER_GROUPS = ("hydra", "cluster")  # below conf/ or Hydra's own, but no part of a training configuration
 
 _PLAN = "+plan="
 
@@ -35,47 +29,6 @@ ConfigStore.instance().store("schema", TrainConfig)
 
 class UsageError(CompactHydraException):
     """Something that the user can put right; Hydra prints the message alone, and a sweep goes on with its next job."""
-
-
-def hydra_entry(task: Callable[[TrainConfig], float]) -> Callable[[], None]:
-    """The entry point of a command that takes training overrides and calls ``task`` with what they compose to."""
-
-    failures = SweepFailures()
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
-    def entry(config: DictConfig) -> float:
-        with failures.told():
-            missing = sorted(OmegaConf.missing_keys(config))
-            if missing:
-                raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
-            typed = OmegaConf.to_object(config)
-            assert isinstance(typed, TrainConfig)
-            try:
-                check_ranges(typed)  # before a command makes anything of a number
-            except ValueError as error:
-                raise UsageError(f"{error}") from None
-            return task(typed)
-
-    def main() -> None:
-        try:
-            sys.argv[1:] = with_plan(sys.argv[1:])
-        except UsageError as error:
-            sys.exit(f"{error}")
-        arguments = arguments_parser().parse_args()
-        if not (arguments.config_dir or arguments.config_path or arguments.config_name):
-            try:
-                check_overrides(arguments.overrides)
-                if not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info):
-                    check_run_directory(arguments.overrides)
-            except UsageError as error:
-                sys.exit(f"{error}")
-        try:
-            entry()
-        finally:
-            failures.list_all()
-        leave_if_started_outside()
-
-    return main
 
 
 def with_plan(arguments: list[str]) -> list[str]:
@@ -120,38 +73,71 @@ def check_run_directory(overrides: list[str]) -> None:
             raise UsageError(f"{key}={value} cannot be made: this user may not write to {above}")
 
 
-def check_overrides(overrides: list[str]) -> None:
+def check_overrides(overrides: list[str], name: str = "train", folder: str | None = None) -> None:
     """Refuses overrides of keys, groups or group options that do not exist, and says which come nearest.
+
+    Args:
+        overrides: of the command line.
+        name: of the command's file in ``conf/``.
+        folder: ``--config-dir``, with presets of the user's own.
 
     Raises:
         UsageError: naming the first such override.
     """
+    wrong = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    if wrong:
+        raise UsageError(f"'{wrong[0]}' is not of the form key=value; `tedlab {name} --help` shows the keys")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException:
         return  # Hydra's own message points at the character
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
+    searched = [o.input_line or "" for o in parsed if o.key_or_group == "hydra.searchpath"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        groups = {name: _options(loader, name) for name in loader.list_groups("") if name not in _OTHER_GROUPS}
+        try:
+            groups = presets(name, folder, searched)
+        except MissingConfigException:
+            return  # Hydra says where it has looked
         chosen = []
         for override in ours:
             if override.key_or_group in groups:
                 options = _values(override)
                 for option in options:
-                    _check_known(option, groups[override.key_or_group], f"{override.key_or_group}={option}", "option")
+                    where = f"{override.key_or_group}={option}"
+                    _check_known(option, groups[override.key_or_group], where, "option", name)
                 chosen.append(f"{override.key_or_group}={options[0]}")
         experiment = [c for c in chosen if c.startswith("experiment=")]
-        config = hydra.compose("train", overrides=experiment + [c for c in chosen if c not in experiment])
+        chosen = experiment + [c for c in chosen if c not in experiment]
+        config = hydra.compose(name, [*searched, *from_folder(folder), *chosen])
     for override in ours:
         if override.key_or_group not in groups:
-            _check_key(config, override.key_or_group, list(groups), override.is_add() or override.is_force_add())
+            added = override.is_add() or override.is_force_add()
+            _check_key(config, override.key_or_group, list(groups), added, name)
 
 
-def _options(loader: ConfigLoader, group: str) -> list[str]:
-    """Those of a group, with those in folders below it."""
-    below = [f"{name}/{option}" for name in loader.list_groups(group) for option in _options(loader, f"{group}/{name}")]
-    return loader.get_group_options(group) + below
+def from_folder(folder: str | None) -> list[str]:
+    """What ``--config-dir`` is as an override."""
+    return [f"hydra.searchpath=[file://{Path(folder).absolute()}]"] if folder else []
+
+
+def presets(name: str, folder: str | None = None, searched: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The options of each group of a command, where Hydra is initialised.
+
+    Args:
+        name: of the command's file in ``conf/``.
+        folder: ``--config-dir``, with presets of the user's own.
+        searched: overrides of ``hydra.searchpath``.
+    """
+    places = [*searched, *from_folder(folder)]
+    loader = GlobalHydra.instance().config_loader()
+    choices = hydra.compose(name, places, return_hydra_config=True).hydra.runtime.choices
+
+    def options(group: str) -> list[str]:
+        inner = loader.get_group_options(group, ObjectType.GROUP, name, places)
+        below = [f"{folder}/{option}" for folder in inner for option in options(f"{group}/{folder}")]
+        return loader.get_group_options(group, ObjectType.CONFIG, name, places) + below
+
+    return {group: options(group) for group in sorted(choices) if not group.startswith("hydra")}
 
 
 def _values(override: Override) -> list[str]:
@@ -161,7 +147,7 @@ def _values(override: Override) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _check_key(config: DictConfig, key: str, groups: list[str], added: bool) -> None:
+def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, name: str) -> None:
     """Every part of the key must exist; only dictionaries without a type of their own take additions."""
     node, path = config, ""
     for part in key.split("."):
@@ -171,19 +157,19 @@ def _check_key(config: DictConfig, key: str, groups: list[str], added: bool) -> 
             return
         known = [str(k) for k in node]
         where = f"{key}" if not path else f"{key} (below '{path}')"
-        _check_known(part, known if path else sorted({*known, *groups} - {"hydra"}), where, "key")
+        _check_known(part, known if path else sorted({*known, *groups}), where, "key", name)
         path = f"{path}.{part}" if path else part
         if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
             return
         node = node[part]
 
 
-def _check_known(name: str, known: list[str], where: str, what: str) -> None:
-    if name in known or name == "null":
+def _check_known(word: str, known: list[str], where: str, what: str, name: str) -> None:
+    if word in known or word == "null":
         return
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(word, known, n=1)
     suggestion = f" Did you mean '{near[0]}'?" if near else ""
     raise UsageError(
-        f"{where}: there is no {what} '{name}'.{suggestion}\nValid: {', '.join(sorted(known))}\n"
-        "`tedlab train --help` shows everything with its value."
+        f"{where}: there is no {what} '{word}'.{suggestion}\nValid: {', '.join(sorted(known))}\n"
+        f"`tedlab {name} --help` shows everything with its value."
     )

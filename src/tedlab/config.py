@@ -10,6 +10,7 @@ satisfy *together* is checked in ``validate``.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -235,6 +236,73 @@ class TrainConfig(Frozen):
     certificate_precision: str = "64-true"  # of its runs: 64-true | bf16-true (as equal as rounding allows)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
+
+
+@dataclass
+class SimulationConfig(Frozen):
+    """What ``tedlab simulate`` takes beside a job and a cluster."""
+
+    rank: Any = None  # which to simulate; stages: one of each kind that differs; all: every one reported; None: 0
+    routing: str | None = None  # how often dropless experts are chosen: balanced | zipf | trace; None: balanced
+    zipf: float | None = real(None, least=0, most=100)  # its exponent: the r-th expert in proportion to r^-zipf
+    trace: str | None = None  # router_trace.npz of a run
+    # fake: tensors that have shapes only; real: instead, all ranks (128 at most) with real numbers, small and in
+    # float64, against one process.
+    values: str = "fake"
+
+
+@dataclass
+class PlanConfig(Frozen):
+    """What ``tedlab plan`` takes beside a job and a cluster."""
+
+    reserve_gib: float = real(1.2, least=0)  # of a GPU, left for the CUDA context, NCCL and kernels' workspaces
+    simulate: int = whole(4, least=1, most=1000)  # how many of the best are simulated
+    largest: bool = False  # first find the largest base model that fits
+
+
+@dataclass
+class CalibrateConfig(Frozen):
+    """What ``tedlab calibrate`` measures, and where that goes."""
+
+    out: str = MISSING  # the cluster file (.yaml) to write; a picture of the fit goes beside it
+    # How many measure at the same time and communicate; under torchrun or srun: those that it started.
+    processes: int = whole(1, least=1)
+    device: str | None = None  # cpu | cuda; None: cuda where there is a GPU
+    quick: bool = False  # a rough idea in seconds
+
+    @property
+    def output_dir(self) -> str:
+        """Where files go."""
+        return str(Path(self.out).parent)
+
+
+@dataclass
+class GenerateConfig(Frozen):
+    """What to continue, and how."""
+
+    run: str  # directory of a finished run
+    prompt: str = ""
+    tokens: int = whole(200, least=0)  # to add
+    temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
+    seed: int = whole(0, least=0, most=2**63 - 1)
+    checkpoint: str = "last.ckpt"  # name below checkpoints/
+
+
+@dataclass
+class CompareConfig(Frozen):
+    """Which runs ``tedlab compare`` puts side by side, and how."""
+
+    # Run directories (with config.yaml), or directories with runs directly below them, such as a sweep's. On the
+    # command line they need no key: tedlab compare DIR DIR.
+    runs: list[str] = field(default_factory=list)
+    by: str | None = None  # show these settings: KEY,KEY,…; None: all that differ
+    out: str | None = None  # FILE.html: write a self-contained report; its charts go into FILE_charts/ beside it
+    # Compare runs of different models, data or numbers of steps, with a note that their losses do not mean the same
+    # (an error otherwise), and also runs that failed or were interrupted, as far as they came.
+    force: bool = False
+    wandb: str | None = None  # ENTITY/PROJECT: read the runs from a W&B server, not from directories
+    group: str | None = None  # of those runs; tedlab train calls it as the directory of a sweep
+    workspace: bool = False  # also save a view of the group with the same charts there (needs tedlab's extra 'wandb')
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

@@ -3,7 +3,7 @@
 One process, whatever layout the run had: its sharded checkpoint is read into an unsharded model.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,13 @@ import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from tedlab import checkpoint
-from tedlab.config import ModelConfig, MoEConfig
+from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.models import GPT
-from tedlab.ranges import check_ranges, real, whole
+from tedlab.ranges import check_ranges
 from tedlab.topology import Topology
 from tedlab.untrusted import read_yaml, typed
-
-
-@dataclass
-class GenerateConfig:
-    """What to continue, and how."""
-
-    run: str  # directory of a finished run
-    prompt: str = ""
-    tokens: int = whole(200, least=0)  # to add
-    temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
-    seed: int = whole(0, least=0, most=2**63 - 1)
-    checkpoint: str = "last.ckpt"  # name below checkpoints/
 
 
 @torch.inference_mode()

@@ -141,7 +141,7 @@ def number_fields(kind: type) -> tuple[NumberField, ...]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Checks every number of a dataclass and of those inside of it.
+    """Checks every number of a dataclass and of those inside of it, but for such as check themselves when made.
 
     Args:
         config: an instance.
@@ -154,5 +154,5 @@ def check_ranges(config: Any, prefix: str = "") -> None:
         range_.check(f"{prefix}{name}", getattr(config, name), optional)
     for inner in fields(config):
         value = getattr(config, inner.name)
-        if is_dataclass(value):
+        if is_dataclass(value) and not hasattr(value, "__post_init__"):
             check_ranges(value, f"{prefix}{inner.name}.")

@@ -3,13 +3,13 @@
 import json
 import random
 import shutil
-import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tedlab.cli import UsageError
 from tedlab.compare.comparison import compare
 from tedlab.compare.page import page
 from tedlab.compare.runs import read_runs
@@ -107,7 +107,8 @@ def generated(folder: Path) -> list[tuple[str, str, str, bool]]:
     """File, damage, what ``generate`` prints or exits with, and whether it failed, for every damage to every file."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from tedlab.commands.generate import main
+    from tedlab.commands.generate import task
+    from tedlab.config import GenerateConfig
 
     whole, bad = folder / "whole", folder / "bad"
     fit = trainer(Layout(), Job(), max_steps=1)
@@ -122,11 +123,10 @@ def generated(folder: Path) -> list[tuple[str, str, str, bool]]:
     tokenizer.save(str(whole / "tokenizer.json"))
 
     def outcome(directory: Path) -> tuple[str, bool]:
-        sys.argv = ["generate", f"run={directory}", "tokens=1", "prompt=abc"]
         try:
-            main()
-        except SystemExit as end:
-            return str(end.code), True
+            task(GenerateConfig(run=str(directory), tokens=1, prompt="abc"))
+        except UsageError as error:
+            return str(error), True
         return "", False
 
     said = [("nothing", "", *outcome(whole))]

@@ -341,7 +341,7 @@ def test_a_checkpoint_that_is_resumed_chooses_no_class_and_looks_nothing_up(
 def test_a_checkpoint_that_is_resumed_gives_an_optimizer_plain_options_alone() -> None:
     stored = {"_target_": "torch.optim.AdamW", "eps": 0.5, "_partial_": False, "foreach": {"_target_": "os.system"}}
     config = compose("logger=none", "optim.optimizer={_target_:torch.optim.AdamW}")
-    take_over(config, {"hyper_parameters": {"optim": {"optimizer": stored}}}, set())
+    config, _ = take_over(config, {"hyper_parameters": {"optim": {"optimizer": stored}}}, set())
     assert config.optim.optimizer == {"_target_": "torch.optim.AdamW", "eps": 0.5}
 
 
@@ -377,7 +377,8 @@ def test_a_run_directory_given_to_compare_runs_and_looks_up_nothing(
 
 
 def generated(directory: Path, planted: str) -> str:
-    from tedlab.generate import GenerateConfig, generate
+    from tedlab.config import GenerateConfig
+    from tedlab.generate import generate
 
     OmegaConf.register_new_resolver("fire", lambda: (directory / "fired").touch())
     job, module = Job(moe=Job().moe), language_model(Job())

@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+from tedlab.commands.compare import prepare, task
+from tests.test_conf import compose
+
 STEPS = 20
 MIB = 2**20
 CONFIG: dict[str, Any] = {
@@ -100,3 +103,8 @@ def write_sweep(directory: Path) -> Path:
             directory / str(number), {"comm.dtd": bool(dtd), "comm.cac": bool(cac)}, {**sent, **speed, **timed(sent)}
         )
     return directory
+
+
+def compare_command(*arguments: str) -> None:
+    """``tedlab compare …`` in this process."""
+    task(compose(*prepare([*arguments]), name="compare"))

@@ -42,7 +42,7 @@ def test_by_shows_exactly_the_settings_it_names(tmp_path: Path) -> None:
 
 
 def test_by_of_an_unknown_key_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"--by comm.dtb: .*Did you mean 'comm.dtd'\?\nThose that differ: seed"):
+    with pytest.raises(UsageError, match=r"by=comm.dtb: .*Did you mean 'comm.dtd'\?\nThose that differ: seed"):
         compare(runs_of(tmp_path, {}, {"seed": 1}), ["comm.dtb"])
 
 
@@ -78,7 +78,7 @@ def test_runs_of_other_models_data_or_lengths_are_compared_by_force_only(
     with pytest.raises(UsageError, match="cannot be compared") as error:
         compare(runs)
     assert said in str(error.value)
-    assert "--force" in str(error.value)
+    assert "force=true" in str(error.value)
     assert said in compare(runs, force=True).notes[0]
 
 

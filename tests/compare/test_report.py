@@ -11,8 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from tedlab.commands.compare import main
-from tests.compare.sweep import ledger, write_run, write_sweep
+from tests.compare.sweep import compare_command, ledger, write_run, write_sweep
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = """</td><script>alert(1)</script>"'&{{ 7 * 7 }}$x$[red]"""
@@ -52,7 +51,7 @@ class Tags(HTMLParser):
 
 def report(folder: Path, *options: str) -> str:
     """The report on the runs of a folder."""
-    main([str(folder), "--out", str(folder / "report.html"), *options])
+    compare_command(str(folder), "--out", str(folder / "report.html"), *options)
     return (folder / "report.html").read_text()
 
 

@@ -54,8 +54,8 @@ def test_a_run_that_failed_or_was_interrupted_is_left_out_unless_asked_for(tmp_p
     runs, notes = read_runs([tmp_path])
     assert [run.name for run in runs] == ["0", "2"]
     assert notes == [
-        f"{tmp_path / '1'} is left out: it failed at step 10 (why); --force compares it as far as it came.",
-        f"{tmp_path / '3'} is left out: it was interrupted at step 10 (why); --force compares it as far as it came.",
+        f"{tmp_path / '1'} is left out: it failed at step 10 (why); force=true compares it as far as it came.",
+        f"{tmp_path / '3'} is left out: it was interrupted at step 10 (why); force=true compares it as far as it came.",
     ]
     runs, notes = read_runs([tmp_path], stopped=True)
     assert [run.name for run in runs] == ["0", "1 (failed at step 10)", "2", "3 (interrupted at step 10)"]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tedlab.commands.compare import main
+from tedlab.cli import UsageError
+from tedlab.commands.compare import prepare
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.terminal import WIDTH, show
-from tests.compare.sweep import STEPS, ledger, write_run, write_sweep
+from tests.compare.sweep import STEPS, compare_command, ledger, write_run, write_sweep
 
 
 def rows(text: str, table: str) -> list[list[str]]:
@@ -21,7 +22,7 @@ def rows(text: str, table: str) -> list[list[str]]:
 
 
 def test_a_sweep_is_one_row_a_run_in_three_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(write_sweep(tmp_path))])
+    compare_command(str(write_sweep(tmp_path)))
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= WIDTH
     assert rows(text, "Results")[0] == ["0", "false", "false", "3.12603", "3.00127", "8,000", "256", "42.0", "400"]
@@ -41,7 +42,7 @@ def test_tables_that_are_too_wide_are_split(tmp_path: Path, capsys: pytest.Captu
     settings = {f"optim.optimizer.some_rather_long_name_{number}": "value" * 10 for number in range(5)}
     for number, values in enumerate(({}, settings)):
         write_run(tmp_path / str(number), values, ledger(dtd=True, cac=False))
-    main([str(tmp_path)])
+    compare_command(str(tmp_path))
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "Settings (continued)" in text
@@ -61,7 +62,7 @@ def test_a_few_bytes_are_no_column_of_a_breakdown_but_of_the_total(
 ) -> None:
     few = {f"comm/optimizer/world/all_reduce/{what}": 12 * STEPS for what in ("calls", "payload_bytes", "wire_bytes")}
     write_run(tmp_path / "0", None, ledger(dtd=False, cac=False) | few)
-    main([str(tmp_path), "--out", str(tmp_path / "r.html")])
+    compare_command(str(tmp_path), "--out", str(tmp_path / "r.html"))
     text = capsys.readouterr().out
     assert "in a step; less than 1 KiB is left out" in text
     assert "world" not in text
@@ -72,7 +73,7 @@ def test_a_few_bytes_are_no_column_of_a_breakdown_but_of_the_total(
 def test_old_runs_without_ledger_have_no_such_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
         write_run(tmp_path / str(number), {"seed": number})
-    main([str(tmp_path)])
+    compare_command(str(tmp_path))
     text = capsys.readouterr().out
     assert "Communication" not in text
     assert "sent" not in text
@@ -82,7 +83,7 @@ def test_settings_are_printed_as_they_are(tmp_path: Path, capsys: pytest.Capture
     """Square brackets are markup to rich."""
     for number, value in enumerate(("[red]a[/red]", "[/]")):
         write_run(tmp_path / str(number), {"comm.cac": value})
-    main([str(tmp_path)])
+    compare_command(str(tmp_path))
     text = capsys.readouterr().out
     assert [row[1] for row in rows(text, "Results")] == ["[red]a[/red]", "[/]"]
     assert "comm.cac=[/]:" in text
@@ -93,7 +94,7 @@ def test_emulated_times_are_marked_wherever_they_stand(tmp_path: Path, capsys: p
     for number, cluster in enumerate((None, "summit")):
         summary = {**ledger(dtd=False, cac=False), **(delays if cluster else {})}
         write_run(tmp_path / str(number), {"comm.emulate": cluster}, summary)
-    main([str(tmp_path)])
+    compare_command(str(tmp_path))
     text = capsys.readouterr().out
     assert rows(text, "Results")[1][4:6] == ["8,000† ×1.00", "256† ×1.00"]
     assert rows(text, "Results")[0][4:6] == ["8,000", "256"]
@@ -102,35 +103,49 @@ def test_emulated_times_are_marked_wherever_they_stand(tmp_path: Path, capsys: p
     assert "† Times of 1 include the delays of an emulated network (summit); none was measured." in text
 
 
+@pytest.mark.parametrize(
+    ("typed", "overrides"),
+    [
+        (["runs/a", "runs/b, c"], ["runs=['runs/a','runs/b, c']"]),
+        (["runs/it's"], ["runs=['runs/it\\'s']"]),
+        (["a", "--by", "comm.dtd,comm.cac", "--force"], ["by='comm.dtd,comm.cac'", "force=true", "runs=['a']"]),
+        (["a", "by=comm.dtd,comm.cac", "force=true"], ["by='comm.dtd,comm.cac'", "force=true", "runs=['a']"]),
+        (["--out=${x}.html", "runs=[a]"], ["out='\\${x}.html'", "runs=[a]"]),
+        (["--help"], ["--help"]),
+    ],
+)
+def test_directories_and_options_become_overrides(typed: list[str], overrides: list[str]) -> None:
+    assert prepare(typed) == overrides
+
+
 WRONG = {
-    "nothing_to_compare": ([], "give run or sweep directories"),
-    "directories_and_server": (["x", "--wandb", "me/tedlab"], "give run or sweep directories"),
+    "nothing_to_compare": ([], "Give run or sweep directories"),
+    "directories_and_server": (["x", "--wandb", "me/tedlab"], "Give run or sweep directories"),
     "server_without_group": (["--wandb", "me/tedlab"], "belong together"),
     "no_project": (["--wandb", "tedlab", "--group", "g"], "ENTITY/PROJECT"),
-    "workspace_without_server": (["x", "--workspace"], "--workspace needs --wandb"),
+    "workspace_without_server": (["x", "--workspace"], "workspace=true needs wandb="),
     "report_of_another_kind": (["x", "--out", "report.pdf"], "must end in .html"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_options_that_do_not_go_together_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_go_together_are_refused(name: str) -> None:
     arguments, said = WRONG[name]
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert said in capsys.readouterr().err
+    with pytest.raises(UsageError, match=said):
+        compare_command(*arguments)
 
 
 def test_runs_that_cannot_be_compared_end_the_command_with_words_and_no_traceback(tmp_path: Path) -> None:
     for number, size in enumerate((128, 256)):
         write_run(tmp_path / str(number), {"model.hidden": size})
-    with pytest.raises(SystemExit, match=r"cannot be compared[^:]*:\n  model.hidden is 128 in 0, 256 in 1\n--force"):
-        main([str(tmp_path)])
+    with pytest.raises(UsageError, match=r"cannot be compared[^:]*:\n  model.hidden is 128 in 0, 256 in 1\nforce=true"):
+        compare_command(str(tmp_path))
 
 
 def test_forced_comparisons_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, size in enumerate((128, 256)):
         write_run(tmp_path / str(number), {"model.hidden": size})
-    main([str(tmp_path), "--force", "--out", str(tmp_path / "r.html")])
+    compare_command(str(tmp_path), "--force", "--out", str(tmp_path / "r.html"))
     said = r"not alike, and their\s+losses do not mean the same: model.hidden is 128 in 0, 256 in 1"
     assert re.search(said, capsys.readouterr().out)
     assert re.search(said, (tmp_path / "r.html").read_text())

@@ -12,12 +12,11 @@ import wandb
 import yaml
 
 from tedlab.cli import UsageError
-from tedlab.commands.compare import main
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.wandb_runs import read_group
 from tedlab.compare.workspace import save_workspace
-from tests.compare.sweep import LOSSES, STEPS, write_sweep
+from tests.compare.sweep import LOSSES, STEPS, compare_command, write_sweep
 
 EXTRA = {"parameters": {"total": 841600}, "layout": {"tensor": 2}, "certificate": None}
 
@@ -87,7 +86,7 @@ def test_runs_of_one_name_are_told_apart_by_their_identifiers(server: Server) ->
 
 
 def test_the_report_links_to_the_server(tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--wandb", "me/tedlab", "--group", "ablation", "--out", str(tmp_path / "r.html")])
+    compare_command("--wandb", "me/tedlab", "--group", "ablation", "--out", str(tmp_path / "r.html"))
     assert '<a href="https://wandb.example/me/tedlab/runs/id2">' in (tmp_path / "r.html").read_text()
     assert "ablation 3" in capsys.readouterr().out
 

@@ -5,7 +5,7 @@ Takes the overrides of ``tedlab train``. Exits with 1 on a mismatch.
 
 import sys
 
-from tedlab.cli import hydra_entry
+from tedlab.commands.application import hydra_entry
 from tedlab.config import TrainConfig
 
 
@@ -21,4 +21,4 @@ def task(config: TrainConfig) -> float:
     return max(row.error for row in certificate.rows)
 
 
-main = hydra_entry(task)
+main = hydra_entry(task, "certify", TrainConfig)

@@ -1,27 +1,24 @@
 """``tedlab generate run=<dir> prompt="def "``: continues a text with the model of a finished run."""
 
-import sys
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from tedlab.generate import GenerateConfig, generate
+from tedlab.cli import UsageError
+from tedlab.commands.application import hydra_entry
+from tedlab.commands.literal import quoted
+from tedlab.config import GenerateConfig
 
 
-def main() -> None:
-    """Reads ``key=value`` arguments and prints the text."""
-    arguments = sys.argv[1:]
-    if not arguments or {"-h", "--help"} & set(arguments):
-        print('usage: tedlab generate run=<dir> prompt="def " [key=value …]\n')
-        print(OmegaConf.to_yaml(OmegaConf.structured(GenerateConfig)).replace(": ", "="))
-        return
+def prepare(arguments: list[str]) -> list[str]:
+    """Quotes what is text."""
+    return quoted(arguments, ("run", "prompt"))
+
+
+def task(config: GenerateConfig) -> None:
+    """Prints the text."""
+    from tedlab.generate import generate
+
     try:
-        wrong = [a for a in arguments if "=" not in a]
-        if wrong:
-            raise ValueError(f"'{wrong[0]}' is not of the form key=value; --help shows the keys")
-        settings = OmegaConf.merge(OmegaConf.structured(GenerateConfig), dict(a.split("=", 1) for a in arguments))
-        config = OmegaConf.to_object(settings)
-        assert isinstance(config, GenerateConfig)
         print(generate(config))
-    except (OmegaConfBaseException, OSError, ValueError) as error:
-        sys.exit(f"{error}")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}") from None
+
+
+main = hydra_entry(task, "generate", GenerateConfig, prepare)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from tedlab.cli import UsageError, hydra_entry
+from tedlab.cli import UsageError
+from tedlab.commands.application import hydra_entry
 from tedlab.config import TrainConfig
 
 
@@ -98,4 +99,4 @@ def certify_first(config: TrainConfig) -> None:
         )
 
 
-main = hydra_entry(train)
+main = hydra_entry(train, "train", TrainConfig)

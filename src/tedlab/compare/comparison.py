@@ -179,13 +179,13 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
             near = difflib.get_close_matches(key, known, n=1)
             suggestion = f" Did you mean '{near[0]}'?" if near else ""
             listed = ", ".join(differing) or "none"
-            raise UsageError(f"--by {key}: no configuration has that key.{suggestion}\nThose that differ: {listed}")
+            raise UsageError(f"by={key}: no configuration has that key.{suggestion}\nThose that differ: {listed}")
     unlike = _unlike(runs, known)
     if unlike and not force:
         raise UsageError(
             "These runs cannot be compared, their losses do not mean the same:\n"
             + "\n".join(f"  {difference}" for difference in unlike)
-            + "\n--force compares them nevertheless, and says so in the report."
+            + "\nforce=true compares them nevertheless, and says so in the report."
         )
     forced = [f"These runs are not alike, and their losses do not mean the same: {'; '.join(unlike)}."] * bool(unlike)
     return Comparison(runs, by or differing, differing, [*forced, *notes, *_warnings(runs)])

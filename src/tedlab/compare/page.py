@@ -3,17 +3,18 @@
 import base64
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
 from tedlab.compare import sheets
-from tedlab.compare.charts import Chart
+from tedlab.compare.charts import Chart, charts
 from tedlab.compare.comparison import Comparison
 from tedlab.compare.quantities import FURTHER, RESULTS
 from tedlab.compare.traffic import traffic
 
 
-def page(comparison: Comparison, charts: Sequence[Chart]) -> str:
+def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
     """The report. Everything that comes from a run is escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
@@ -31,13 +32,24 @@ def page(comparison: Comparison, charts: Sequence[Chart]) -> str:
         results=results,
         more=more,
         communication=[sheet for sheet in communication if sheet.columns],
-        charts=charts,
+        charts=drawn,
         headline=headline,
         headline_cells=sheets.effect_cells(headline) if headline else {},
         effects=[(effect, sheets.effect_cells(effect)) for effect in comparison.effects()],
         collectives=[(run, traffic(run)) for run in comparison.runs],
         definitions=[q for q in (*RESULTS, *FURTHER) if q.heading in shown],
     )
+
+
+def write(comparison: Comparison, out: Path) -> Path:
+    """Writes the report, and its charts as PNG into the folder ``<stem>_charts`` beside it."""
+    drawn = charts(comparison)
+    folder = out.with_name(f"{out.stem}_charts")
+    folder.mkdir(parents=True, exist_ok=True)
+    for chart in drawn:
+        (folder / f"{chart.name}.png").write_bytes(chart.light)
+    out.write_text(page(comparison, drawn), encoding="utf-8")
+    return out
 
 
 def exact(value: float) -> str:

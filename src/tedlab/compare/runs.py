@@ -95,7 +95,8 @@ def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
 def why_left_out(summary: Mapping[str, Any]) -> str:
     """A clause that begins with "it", of a run that failed or was interrupted."""
     verb = "failed" if summary["state"] == FAILED else f"was {summary['state']}"
-    return f"it {verb} at step {summary.get('steps')} ({summary.get('reason')}); --force compares it as far as it came."
+    stopped = f"it {verb} at step {summary.get('steps')} ({summary.get('reason')})"
+    return f"{stopped}; force=true compares it as far as it came."
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

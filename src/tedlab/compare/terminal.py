@@ -44,7 +44,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         what = "; ".join(f"{name} {text}" for name, text in sheets.effect_cells(effect).items())
         console.print(f"[bold]{escape(effect.change)}[/]: {what}")
     if len(effects) > _LINES:
-        console.print(f"… and {len(effects) - _LINES} more changes, in the report (--out).")
+        console.print(f"… and {len(effects) - _LINES} more changes, in the report (out=…).")
     for note in comparison.notes:
         console.print(escape(note), style="yellow")
 

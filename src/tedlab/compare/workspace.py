@@ -22,7 +22,7 @@ def save_workspace(comparison: Comparison, project: str, group: str) -> None:
     try:
         from wandb_workspaces import workspaces
     except ImportError as error:
-        raise UsageError("--workspace needs wandb-workspaces: pip install 'tedlab[wandb]'") from error
+        raise UsageError("workspace=true needs wandb-workspaces: pip install 'tedlab[wandb]'") from error
     import wandb
 
     entity, name = project.split("/")

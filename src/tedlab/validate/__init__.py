@@ -11,6 +11,7 @@ from tedlab.cli import UsageError
 from tedlab.config import TrainConfig, with_values
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.predict.cluster import ClusterConfig
 from tedlab.ranges import check_ranges
 from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
@@ -74,15 +75,19 @@ def check_simulated(config: TrainConfig) -> ParallelDegrees:
     return _checked_alone(config)[0]
 
 
-def complete_simulated(config: TrainConfig) -> TrainConfig:
+def complete_simulated(config: TrainConfig, cluster: ClusterConfig | None = None) -> TrainConfig:
     """:func:`complete` for a job that need not fit this machine.
 
     Without a tokenizer, ``model.vocab_size=null`` is that of GPT-2's, rounded up: 50,304.
 
+    Args:
+        config: as composed.
+        cluster: what ``comm.cac=auto`` reckons with; None: ``comm.cac_cluster``.
+
     Raises:
         UsageError: as of :func:`check`.
     """
-    return filled_in(config, *_checked_alone(config))
+    return filled_in(config, *_checked_alone(config), cluster)
 
 
 def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelDegrees, int]:

@@ -7,7 +7,7 @@ from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.gpt import TAGS
 from tedlab.predict.budget import within_budget
-from tedlab.predict.cluster import load_cluster
+from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import ClosedForm
@@ -51,11 +51,18 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     _check_emulation(config, degrees)
 
 
-def what_to_keep(config: TrainConfig, degrees: ParallelDegrees) -> Any:
-    """``comm.cac``; for ``auto`` the entries that fit the budget. All else must be complete."""
+def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: ClusterConfig | None = None) -> Any:
+    """``comm.cac``; for ``auto`` the entries that fit the budget. All else must be complete.
+
+    Args:
+        config: of the job.
+        degrees: its parallel degrees.
+        cluster: whose links ``auto`` reckons with; None: ``comm.cac_cluster``. An emulated one comes before both.
+    """
     if config.comm.cac != "auto":
         return config.comm.cac
-    cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
+    if config.comm.emulate is not None or cluster is None:
+        cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
     tensor, expert = range(degrees.tensor), range(0, degrees.expert * degrees.tensor, degrees.tensor)
     members = {"tensor": tensor, "expert_tensor": tensor, "expert": expert}
     assert config.comm.cac_budget_bytes is not None

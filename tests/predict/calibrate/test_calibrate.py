@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tedlab.cli import UsageError
-from tedlab.commands.calibrate import parse
-from tedlab.predict.calibrate.calibration import CalibrateConfig, calibrate
+from tedlab.commands.calibrate import checked
+from tedlab.config import CalibrateConfig
+from tedlab.predict.calibrate.calibration import calibrate
 from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
 from tedlab.predict.calibrate.measure import Group, Measured
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
@@ -156,7 +157,7 @@ def in_worker(config: CalibrateConfig) -> None:
 
 
 def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -> None:
-    pool.run(1, in_worker, CalibrateConfig(tmp_path / "mine.yaml", "cpu", quick=True))
+    pool.run(1, in_worker, CalibrateConfig(str(tmp_path / "mine.yaml"), quick=True, device="cpu"))
     cluster = load_cluster(tmp_path / "mine.yaml")
     assert cluster.in_node is None
     assert not cluster.kernels.asynchronous
@@ -166,22 +167,20 @@ def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("config", "said"),
     [
-        (["out=x.yaml", "proceses=2"], "proceses=2: there is no such argument.*processes="),
-        ([], r"out= is not a path that ends in \.yaml"),
-        (["out=x.json"], r"out=x\.json is not a path"),
-        (["out=x.yaml", "processes=0"], "processes is 0; it must be at least 1"),
-        (["out=x.yaml", "device=tpu"], "device=tpu is unknown; valid: cpu, cuda"),
-        (["out=x.yaml", "device=cuda", "processes=99"], "processes=99, but torch sees"),
-        (["out=x.yaml", "quick=yes"], "quick=yes is neither true nor false"),
+        (CalibrateConfig("x.json"), r"out=x\.json is not a path that ends in \.yaml"),
+        (CalibrateConfig("/dev/null/x.yaml"), "out=/dev/null/x.yaml cannot be written: /dev/null is not a folder"),
+        (CalibrateConfig("x.yaml", device="tpu"), "device=tpu is unknown; valid: cpu, cuda"),
+        (CalibrateConfig("x.yaml", 1_000_000_000, "cpu"), "processes is 1000000000; it must be at least 1 and at most"),
+        (CalibrateConfig("x.yaml", 99, "cuda"), "processes=99, but torch sees"),
     ],
 )
-def test_a_mistake_is_named_with_what_would_do(arguments: list[str], said: str) -> None:
+def test_a_mistake_is_named_with_what_would_do(config: CalibrateConfig, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        parse(arguments)
+        checked(config)
 
 
-def test_the_command_line_is_understood() -> None:
-    expected = CalibrateConfig(Path("a/b.yaml"), "cpu", 4, True)
-    assert parse(["out=a/b.yaml", "device=cpu", "processes=4", "quick=true"]) == expected
+def test_without_a_gpu_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checked(CalibrateConfig("a/b.yaml", 2)) == CalibrateConfig("a/b.yaml", 2, "cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tedlab.cli import UsageError, with_plan
-from tedlab.commands.plan import own_arguments, task
+from tedlab.commands.plan import overrides_of_the_job
 from tedlab.config import TrainConfig, with_values
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.plan.family import base_parameters, member
@@ -105,7 +105,7 @@ def test_training_takes_the_file_and_the_command_line_wins_over_it(plan: tuple[P
     check_simulated(config)
     changed = composed(*with_plan([f"+plan={path}", "optim.lr=0.5", "comm=ted", "model=gpt_tiny"]))
     assert (changed.optim.lr, changed.comm.dtd, changed.comm.cac, changed.model.hidden) == (0.5, True, True, 128)
-    with pytest.raises(UsageError, match=r"no such file.*tedlab\.predict\.plan"):
+    with pytest.raises(UsageError, match=r"no such file.*`tedlab plan` writes one"):
         with_plan(["+plan=nowhere"])
 
 
@@ -132,22 +132,6 @@ def test_the_family_has_gpt3s_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "overrides", "said"),
-    [
-        ([], [], ["cluster=NAME", "summit"]),
-        (["cluster=sumit"], [], ["no cluster 'sumit'", "dgx_h100"]),
-        (["cluster=summit", "plan.reserve_gib=much"], [], ["plan.reserve_gib is much", "finite number"]),
-        (["cluster=summit", "plan.simulate=0"], [], ["plan.simulate is 0", "at least 1"]),
-        (["cluster=summit", "plan.largest=1"], [], ["plan.largest=1", "true", "false"]),
-    ],
-)
-def test_a_mistake_is_named_with_what_would_do(own: list[str], overrides: list[str], said: list[str]) -> None:
-    with pytest.raises(UsageError) as error:
-        task(own_arguments(own)[0], composed(*overrides))
-    assert all(text in str(error.value) for text in said), str(error.value)
-
-
-@pytest.mark.parametrize(
     ("cluster", "overrides", "said"),
     [
         ("summit", [*GIVEN, "parallel.world_size=7"], ["No layout is possible", "data.batch_size (32)", "tensor (7)"]),
@@ -165,9 +149,13 @@ def test_without_a_layout_it_says_why(cluster: str, overrides: list[str], said: 
     assert all(text in str(error.value) for text in said), str(error.value)
 
 
-def test_own_arguments_are_told_from_overrides() -> None:
-    own, others = own_arguments(["cluster=summit", "world_size=8", "plan.largest=true", "model=gpt_tiny"])
-    assert own == {"cluster": "summit", "plan.reserve_gib": "1.2", "plan.simulate": "4", "plan.largest": "true"}
-    assert others == ["parallel.world_size=8", "model=gpt_tiny", "trainer=gpu"]
-    with pytest.raises(UsageError, match=r"plan\.reserv.*plan\.reserve_gib"):
-        own_arguments(["plan.reserv=1"])
+def test_what_was_asked_of_the_plan_is_no_part_of_the_job() -> None:
+    asked = [
+        "cluster=summit",
+        "parallel.world_size=8",
+        "+plan.largest=true",
+        "cluster.gpus_per_node=4",
+        "model=gpt_tiny",
+    ]
+    assert overrides_of_the_job(asked) == ["parallel.world_size=8", "model=gpt_tiny", "trainer=gpu"]
+    assert overrides_of_the_job(["trainer=cpu"]) == ["trainer=cpu"]

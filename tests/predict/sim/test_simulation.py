@@ -19,9 +19,8 @@ from tedlab.certify import Certificate, certify
 from tedlab.cli import UsageError
 from tedlab.comm import Collectives
 from tedlab.comm.ledger import differences
-from tedlab.commands.compare import main as compare
-from tedlab.commands.simulate import own_arguments, task
-from tedlab.config import TrainConfig
+from tedlab.commands.simulate import SimulateConfig, task
+from tedlab.config import SimulationConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.predict.cost import placement_of
@@ -36,6 +35,7 @@ from tedlab.predict.volumes import ClosedForm, predict
 from tedlab.run import language_model, strategy_of
 from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
+from tests.compare.sweep import compare_command
 from tests.pool import WorkerPool
 
 SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.sequence_length=32"]
@@ -298,13 +298,20 @@ def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> Non
 # ---- what is left behind -------------------------------------------------------------------------------------------
 
 
-def command(own: dict[str, str], config: TrainConfig, missing: str | None) -> None:
+def asked(config: TrainConfig, cluster: str | None = "summit", **sim: Any) -> SimulateConfig:
+    """What ``tedlab simulate cluster=… sim.…=…`` composes of a job."""
+    on = None if cluster is None else load_cluster(cluster)
+    job = {**vars(config), "choices": {"cluster": cluster}}
+    return SimulateConfig(**job, cluster=on, sim=SimulationConfig(**sim))
+
+
+def command(config: SimulateConfig, missing: str | None) -> None:
     """The command, in a worker; the closed form forgets the collectives of one tag."""
     with pytest.MonkeyPatch.context() as patch:
         expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
         patch.setattr("tedlab.predict.sim.simulation.predict", lambda _: expected)
         with out_of_the_pools_group():
-            task(own, config)
+            task(config)
 
 
 @pytest.mark.slow
@@ -313,10 +320,10 @@ def test_compare_reads_simulations_and_marks_their_times(
 ) -> None:
     for name in ("none", "dtd"):
         config = checked(*WORLD, f"comm={name}", f"output_dir={tmp_path / name}")
-        pool.run(1, command, {"cluster": "summit", "sim.rank": "9"}, config, None)
+        pool.run(1, command, asked(config, rank=9), None)
         for picture in ("memory.png", "time.png"):
             assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
-    compare([str(tmp_path / "none"), str(tmp_path / "dtd"), "--by", "comm.dtd,sim.rank"])
+    compare_command(str(tmp_path / "none"), str(tmp_path / "dtd"), "by=comm.dtd,sim.rank")
     text = capsys.readouterr().out
     assert "† Times of none, dtd were simulated (summit); none was measured." in text
     assert "step time" in text
@@ -351,7 +358,7 @@ def test_ranks_of_a_kind_lie_alike_and_others_do_not(world: int, tensor: int, ex
 @pytest.mark.slow
 def test_every_rank_is_reported_and_the_slowest_is_shown(pool: WorkerPool, tmp_path: Path) -> None:
     config = checked(*WORLD, f"output_dir={tmp_path}", "data.batch_size=64")
-    pool.run(1, command, {"cluster": "summit", "sim.rank": "all"}, config, None)
+    pool.run(1, command, asked(config, rank="all"), None)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["memory/peak_bytes_by_rank"]) == len(summary["sim/step_time_s_by_rank"]) == 128
     assert summary["perf/step_time_s"] == max(summary["sim/step_time_s_by_rank"])
@@ -404,29 +411,30 @@ def fails_in_rank_one(config: TrainConfig) -> None:
 def test_a_collective_that_the_closed_form_does_not_have_fails_the_command(pool: WorkerPool, tmp_path: Path) -> None:
     config = checked(*WORLD, f"output_dir={tmp_path}")
     with pytest.raises(AssertionError, match="ledger is not what the closed form says"):
-        pool.run(1, command, {"cluster": "summit"}, config, "attention.reduce")
+        pool.run(1, command, asked(config), "attention.reduce")
 
 
 # ---- what the user gets wrong --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("own", "overrides", "said"),
+    ("cluster", "sim", "overrides", "said"),
     [
-        ({}, [], ["cluster=NAME", "summit"]),
-        ({"cluster": "sumit"}, [], ["no cluster 'sumit'", "summit", "dgx_h100"]),
-        ({"cluster": "summit", "sim.rank": "128"}, WORLD, ["sim.rank=128 is no rank", "0 to 127"]),
-        ({"cluster": "summit", "sim.rank": "-1"}, WORLD, ["sim.rank=-1", "0 to", "stages"]),
-        ({"sim.values": "true"}, WORLD, ["sim.values=true", "fake", "real"]),
-        ({"sim.values": "real", "sim.rank": "3"}, WORLD, ["sim.rank", "sim.values=real"]),
-        ({"cluster": "one_h200"}, WORLD, ["no rank 127", "one node of 1"]),
-        ({"cluster": "summit"}, [*WORLD, "parallel.world_size=130"], ["4×16 = 64", "world size 130", "192"]),
-        ({"cluster": "summit"}, [*WORLD, "data.batch_size=17"], ["data.batch_size (17)", "2×32"]),
+        (None, {}, [], ["cluster=NAME", "summit"]),
+        ("summit", {"rank": 128}, WORLD, ["sim.rank=128 is no rank", "0 to 127"]),
+        ("summit", {"rank": -1}, WORLD, ["sim.rank=-1", "0 to", "stages"]),
+        (None, {"values": "true"}, WORLD, ["sim.values=true", "fake", "real"]),
+        (None, {"values": "real", "rank": 3}, WORLD, ["sim.rank", "sim.values=real"]),
+        ("one_h200", {}, WORLD, ["no rank 127", "one node of 1"]),
+        ("summit", {}, [*WORLD, "parallel.world_size=130"], ["4×16 = 64", "world size 130", "192"]),
+        ("summit", {}, [*WORLD, "data.batch_size=17"], ["data.batch_size (17)", "2×32"]),
     ],
 )
-def test_a_mistake_is_named_with_what_would_do(own: dict[str, str], overrides: list[str], said: list[str]) -> None:
+def test_a_mistake_is_named_with_what_would_do(
+    cluster: str | None, sim: dict[str, Any], overrides: list[str], said: list[str]
+) -> None:
     with pytest.raises(UsageError) as error:
-        task(own, composed(*overrides))
+        task(asked(composed(*overrides), cluster, **sim))
     assert all(text in str(error.value) for text in said), str(error.value)
 
 
@@ -434,14 +442,6 @@ def test_what_does_not_fit_is_said_with_by_how_much() -> None:
     cluster = load_cluster("summit")
     for peak, said in ((cluster.memory_bytes / 2, "50% of a GPU's 15.8 GiB"), (20 * 2**30, "not fit: 4.2 GiB more")):
         assert said in str(_memory_table({"memory/peak_bytes": peak}, cluster).caption)
-
-
-def test_own_arguments_are_told_from_overrides() -> None:
-    own, others = own_arguments(["model=gpt_tiny", "cluster=summit", "world_size=8", "sim.rank=3", "-m"])
-    assert own == {"cluster": "summit", "sim.rank": "3"}
-    assert others == ["model=gpt_tiny", "parallel.world_size=8", "-m"]
-    with pytest.raises(UsageError, match=r"sim\.rank"):
-        own_arguments(["sim.rnk=3"])
 
 
 def test_without_a_tokenizer_the_vocabulary_is_that_of_gpt2() -> None:

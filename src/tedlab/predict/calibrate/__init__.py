@@ -1,5 +1,5 @@
 """What this machine can do, measured: a cluster file for predictions, and a picture of how well it fits."""
 
-from tedlab.predict.calibrate.calibration import CalibrateConfig, calibrate
+from tedlab.predict.calibrate.calibration import calibrate
 
-__all__ = ["CalibrateConfig", "calibrate"]
+__all__ = ["calibrate"]

@@ -2,7 +2,6 @@
 
 import os
 import platform
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,10 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tedlab.config import CalibrateConfig
 from tedlab.predict.calibrate.fit import fit
 from tedlab.predict.calibrate.measure import SIZES, Bench
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """What to measure on.
-
-    Attributes:
-        out: the cluster file to write; the picture goes beside it.
-        device: cpu or cuda.
-        processes: that measure at the same time, if they are not started already.
-        quick: a rough idea in seconds.
-    """
-
-    out: Path
-    device: str
-    processes: int = 1
-    quick: bool = False
-
-    @property
-    def output_dir(self) -> str:
-        """Where files go."""
-        return str(self.out.parent)
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
@@ -45,7 +23,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     Returns:
         ``out``, the file that was written; nothing in other processes.
     """
-    device = _join(config.device)
+    device, out = _join(config.device or default_device()), Path(config.out)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sizes = SIZES[device.type].shortened() if config.quick else SIZES[device.type]
     columns = (
@@ -74,13 +52,18 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         main=bench.main,
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    config.out.write_text(cluster_yaml(measured, facts))
-    picture(measured, config.out.with_suffix(".png"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(cluster_yaml(measured, facts))
+    picture(measured, out.with_suffix(".png"))
     console = Console()
     console.print(fit_table(measured, f"{facts.device}, {facts.processes} processes"))
-    console.print(f"saved in {config.out} and {config.out.with_suffix('.png')}", highlight=False)
-    return {"out": str(config.out), "gemm": fit(measured.products[bench.main]).rate}
+    console.print(f"saved in {out} and {out.with_suffix('.png')}", highlight=False)
+    return {"out": str(out), "gemm": fit(measured.products[bench.main]).rate}
+
+
+def default_device() -> str:
+    """Where there is a GPU, that."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _join(device: str) -> torch.device:

@@ -89,13 +89,13 @@ class Answers:
         return numbers.tolist()
 
 
-def routing_of(config: TrainConfig, name: str, zipf: str | None, trace: str | None) -> Routing | None:
+def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | None) -> Routing | None:
     """The routing that a command line asks for; None for a configuration with capacity or without experts.
 
     Args:
         config: completed by :func:`tedlab.validate.complete_simulated`.
         name: of :data:`ROUTINGS`.
-        zipf: ``sim.zipf``, for ``zipf`` alone.
+        zipf: ``sim.zipf``, the exponent, for ``zipf`` alone.
         trace: ``sim.trace``, for ``trace`` alone.
 
     Raises:
@@ -116,18 +116,8 @@ def routing_of(config: TrainConfig, name: str, zipf: str | None, trace: str | No
         return None
     if zipf is not None:
         ranks = np.arange(1, experts + 1, dtype=float)
-        return Routing(config, np.tile(ranks ** -_exponent(zipf), (layers, 1)))
+        return Routing(config, np.tile(ranks**-zipf, (layers, 1)))
     return Routing(config, None if trace is None else _traced(Path(trace), layers, experts))
-
-
-def _exponent(text: str) -> float:
-    try:
-        exponent = float(text)
-    except ValueError:
-        exponent = -1.0
-    if not 0.0 <= exponent <= 100.0:
-        raise UsageError(f"sim.zipf={text} is not an exponent: a number from 0 (balanced) to 100")
-    return exponent
 
 
 def _traced(file: Path, layers: int, experts: int) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""What every command is: a file in ``conf/``, a dataclass that types it, and a task that takes what they compose to."""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from tedlab._compat.hydra import arguments_parser
+from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, with_plan
+from tedlab.commands.help import help_text
+from tedlab.config import TrainConfig
+from tedlab.launch.launcher import leave_if_started_outside
+from tedlab.launch.sweep import SweepFailures
+from tedlab.ranges import check_ranges
+
+C = TypeVar("C")
+
+
+def hydra_entry(
+    task: Callable[[C], float | None],
+    name: str,
+    schema: type[C],
+    prepare: Callable[[list[str]], list[str]] = lambda arguments: arguments,
+) -> Callable[[], None]:
+    """The entry point of a command: composes ``conf/<name>.yaml`` with the command line and calls ``task`` with it.
+
+    Args:
+        task: what the command does. What it returns is what a sweeper minimises.
+        name: of the command.
+        schema: the dataclass that types the configuration, ``<name>_schema`` in the file's defaults.
+        prepare: makes Hydra's overrides of what a command line says in a way of its own.
+    """
+    ConfigStore.instance().store(f"{name}_schema", schema)
+    failures = SweepFailures()
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+    def entry(config: DictConfig) -> float | None:
+        with failures.told():
+            missing = sorted(OmegaConf.missing_keys(config))
+            if missing:
+                raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
+            try:
+                typed = OmegaConf.to_object(config)
+                check_ranges(typed)  # before a command makes anything of a number
+            except ValueError as error:
+                raise UsageError(f"{error}") from None
+            return task(cast(C, typed))
+
+    def main() -> None:
+        try:
+            sys.argv[1:] = prepare(with_plan(sys.argv[1:]))
+            arguments = arguments_parser().parse_args()
+            if arguments.config_path is None:
+                file = arguments.config_name or name
+                check_overrides(arguments.overrides, file, arguments.config_dir)
+                if arguments.help:
+                    print(help_text(file, arguments.overrides, arguments.config_dir))
+                    return
+            if issubclass(schema, TrainConfig) and not (arguments.hydra_help or arguments.cfg or arguments.info):
+                check_run_directory(arguments.overrides)
+        except UsageError as error:
+            sys.exit(f"{error}")
+        try:
+            entry()
+        finally:
+            failures.list_all()
+        leave_if_started_outside()
+
+    return main
