@@ -228,3 +228,14 @@ def test_a_data_set_that_differs_between_tensor_ranks_is_refused_in_every_loop(p
         for stage, message in zip(("training", "validation", "test", "prediction"), said, strict=True):
             own = 1 if stage == "training" or rank < 2 else 3  # outside training each tensor group compares its own
             assert f"first {stage} batch of process {own}" in message
+
+
+def threads() -> int:
+    torch.set_num_threads(2 + dist.get_rank())
+    run = trainer(1, max_steps=1)
+    run.fit(Mixture(), loader(1))
+    return torch.get_num_threads()
+
+
+def test_all_processes_compute_with_as_many_threads(pool: WorkerPool) -> None:
+    assert pool.run(2, threads) == [2, 2]

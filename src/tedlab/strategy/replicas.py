@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate
@@ -181,3 +182,14 @@ def _described(item: Any, tensors: list[Tensor]) -> Iterator[str]:
             yield from _described(getattr(item, entry.name), tensors)
     else:
         yield type(item).__qualname__
+
+
+def agree_on_threads() -> None:
+    """Gives every process as many threads on its CPU as the one that has fewest. Collective.
+
+    A sum over more threads is rounded otherwise, and replicas would drift apart. Lightning's launcher leaves the first
+    process with fewer threads than those that it starts, and nodes may have different numbers of cores.
+    """
+    threads = torch.tensor(torch.get_num_threads())
+    dist.all_reduce(threads, dist.ReduceOp.MIN)
+    torch.set_num_threads(int(threads))

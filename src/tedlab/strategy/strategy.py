@@ -47,7 +47,7 @@ from tedlab.optim.reading import MANUAL, hooks_that_read
 from tedlab.strategy import contract, seeding
 from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
 from tedlab.strategy.metric_sync import sync_over_data_ranks
-from tedlab.strategy.replicas import ReplicaCheck, check_batch
+from tedlab.strategy.replicas import ReplicaCheck, agree_on_threads, check_batch
 from tedlab.topology import Topology
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
@@ -223,6 +223,8 @@ class TEDStrategy(compat.SubprocessStrategy):
             limit = None if self._watch is None else timeout
             self._topology = Topology(degrees, self.root_device, self.comm, limit, place)
             self._writer = checkpoint.Writer(self.checkpoints.async_save, self._timeout)
+            if self.root_device.type == "cpu":
+                agree_on_threads()
         if self._watch is not None:
             self._watch.groups = self._topology.comm.ranks
         self._topology.slots.patience = self._timeout / 2
