@@ -196,7 +196,7 @@ class PeerGPT(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         self.comm, self.group = topology.comm, mpu.get_model_parallel_group()
-        self.recompute = model.checkpoint == "block"
+        self.recompute = model.recompute.granularity == "block"
         rows = model.vocab_size // self.group.size()
         self.start = self.group.rank() * rows
         self.embedding = nn.Embedding(rows, model.hidden)

@@ -62,31 +62,41 @@ _WIDER = [*_WIDE, "model.layers=2", "model.hidden=768", "model.heads=12", "model
 CPU: dict[int, dict[str, list[str]]] = {
     1: {
         "one process": [*_WIDE, "parallel=single", "data.batch_size=4", "data.micro_batch_size=4"],
-        "… recomputing": [*_WIDE, "parallel=single", "data.batch_size=4", "model.checkpoint=block"],
+        "… recomputing": [*_WIDE, "parallel=single", "data.batch_size=4", "model.recompute.granularity=block"],
         "… narrower, 4 micro-batches": [*_NARROW, "parallel=single", "data.batch_size=4"],
     },
     2: {
         "tensor 2": [*_WIDE, "parallel=tp2", "data.micro_batch_size=4"],
-        "expert 2, recomputing": [*_WIDE, "parallel=ep2", "model.checkpoint=block", "data.micro_batch_size=4"],
+        "expert 2, recomputing": [
+            *_WIDE,
+            "parallel=ep2",
+            "model.recompute.granularity=block",
+            "data.micro_batch_size=4",
+        ],
         "data 2, dense, wider": [*_WIDER, "parallel=dp2", *_DENSE, "data.micro_batch_size=4"],
         "sequence 2, narrower": [*_NARROW, "parallel=tp2", "parallel.sequence=true", "data.micro_batch_size=4"],
     },
     4: {
         "tensor 2 × expert 2": [*_WIDE, "parallel=tp2_ep2", "data.micro_batch_size=4"],
-        "… DTD, CAC, recomputing": [*_WIDE, "parallel=tp2_ep2", "comm=ted", "model.checkpoint=block"],
+        "… DTD, CAC, recomputing": [*_WIDE, "parallel=tp2_ep2", "comm=ted", "model.recompute.granularity=block"],
         "tensor 4, wider": [*_WIDER, "parallel=tp4", "data.micro_batch_size=4"],
         "expert 4, top-2": [*_NARROW, "parallel=ep4", "moe.top_k=2", "data.micro_batch_size=2"],
     },
     8: {
         "tensor 2 × expert 4, DTD": [*_WIDE, "parallel=tp2_ep4", "comm=dtd", "data.micro_batch_size=2"],
         "tensor 4 × expert 2, wider": [*_WIDER, "parallel=tp4_ep2", "data.micro_batch_size=4"],
-        "2 × 2 × 2, DTD, CAC, recomputing": [*_WIDE, "parallel=tp2_ep2_dp2", "comm=ted", "model.checkpoint=block"],
+        "2 × 2 × 2, DTD, CAC, recomputing": [
+            *_WIDE,
+            "parallel=tp2_ep2_dp2",
+            "comm=ted",
+            "model.recompute.granularity=block",
+        ],
     },
 }
 
 _GPU = ["trainer=gpu", "parallel=single", "model=gpt_1.3b", "model.vocab_size=50304", "moe=dense"]
 _RANK = ["trainer=gpu", "parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "moe=paper16"]
-_RANK += ["comm=ted", "model.checkpoint=block", "trainer.precision=bf16-true", "model.vocab_size=50304"]
+_RANK += ["comm=ted", "model.recompute.granularity=block", "trainer.precision=bf16-true", "model.vocab_size=50304"]
 _RANK += ["data.batch_size=32", "data.micro_batch_size=1"]
 CUDA = {
     "1.3B's width, 4 layers, bf16-true": [
@@ -108,7 +118,7 @@ CUDA = {
         "model.layers=4",
         "moe=top1",
         "moe.num_experts=8",
-        "model.checkpoint=block",
+        "model.recompute.granularity=block",
         "trainer.precision=bf16-true",
         "data.batch_size=8",
         "data.micro_batch_size=8",
@@ -144,7 +154,7 @@ CPU_MEMORY = {
         "data.batch_size=128",
         "data.micro_batch_size=4",
         "comm=ted",
-        "model.checkpoint=block",
+        "model.recompute.granularity=block",
     ],
 }
 

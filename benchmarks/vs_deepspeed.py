@@ -33,7 +33,7 @@ from torch.optim import AdamW
 from benchmarks.recorder import CollectiveRecorder, Volume
 from benchmarks.surroundings import require, surroundings
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommOptions, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig, RecomputeConfig
 from tedlab.models import GPT
 from tedlab.nn import partial_parameters, vocab_parallel_cross_entropy
 from tedlab.optim import ShardedOptimizer
@@ -78,9 +78,11 @@ class Contender(Protocol):
 class Tedlab:
     """GPT and ShardedOptimizer, driven as TEDStrategy drives them, with its defaults."""
 
-    def __init__(self, problem: Problem, comm: CommOptions, checkpoint: str) -> None:
+    def __init__(self, problem: Problem, comm: CommOptions, recompute: str) -> None:
         self.topology = Topology(DEGREES, "cpu", comm)
-        self.network = GPT(replace(problem.model, checkpoint=checkpoint), problem.moe, self.topology, seed=0)
+        self.network = GPT(
+            replace(problem.model, recompute=RecomputeConfig(recompute)), problem.moe, self.topology, seed=0
+        )
         names = {p: name for name, p in self.network.named_parameters()}
         self.optimizer = ShardedOptimizer(
             AdamW(names, lr=LR, weight_decay=WEIGHT_DECAY),
@@ -108,10 +110,10 @@ class Tedlab:
 class DeepSpeed:
     """The same model under DeepSpeed's engine."""
 
-    def __init__(self, problem: Problem, checkpoint: str) -> None:
+    def __init__(self, problem: Problem, recompute: str) -> None:
         from benchmarks.deepspeed_gpt import engine  # imports DeepSpeed, for which the processes must exist
 
-        model, moe = replace(problem.model, checkpoint=checkpoint), problem.moe
+        model, moe = replace(problem.model, recompute=RecomputeConfig(recompute)), problem.moe
         topology = Topology(DEGREES, "cpu", CommOptions())
         ours = GPT(model, moe, topology, seed=0)
         self.engine = engine(
@@ -133,11 +135,11 @@ DTD = CommOptions(dtd=True, fuse_reduce_scatter=True, cac=False)
 CAC = CommOptions(dtd=True, fuse_reduce_scatter=True, cac=True)
 # Name: how to build it, and with whom it is compared.
 CONTENDERS: dict[str, tuple[Any, str]] = {
-    "DeepSpeed": (partial(DeepSpeed, checkpoint="none"), "DeepSpeed"),
-    "plain TED": (partial(Tedlab, comm=PLAIN, checkpoint="none"), "DeepSpeed"),
-    "DTD": (partial(Tedlab, comm=DTD, checkpoint="none"), "DeepSpeed"),
-    "DeepSpeed ckpt": (partial(DeepSpeed, checkpoint="block"), "DeepSpeed ckpt"),
-    "DTD+CAC ckpt": (partial(Tedlab, comm=CAC, checkpoint="block"), "DeepSpeed ckpt"),
+    "DeepSpeed": (partial(DeepSpeed, recompute="none"), "DeepSpeed"),
+    "plain TED": (partial(Tedlab, comm=PLAIN, recompute="none"), "DeepSpeed"),
+    "DTD": (partial(Tedlab, comm=DTD, recompute="none"), "DeepSpeed"),
+    "DeepSpeed ckpt": (partial(DeepSpeed, recompute="block"), "DeepSpeed ckpt"),
+    "DTD+CAC ckpt": (partial(Tedlab, comm=CAC, recompute="block"), "DeepSpeed ckpt"),
 }
 
 

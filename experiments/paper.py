@@ -27,8 +27,8 @@ MODES = {"baseline": "none", "+ DTD": "dtd", "+ CAC": "cac", "+ both": "ted"}  #
 # fp16, activation checkpointing that recomputes all of a block, 1024 sequences a step, no empty slots.
 PAPER = (
     "trainer.precision=16-true",
-    "model.checkpoint=block",
-    "checkpoint.early_stop=false",
+    "model.recompute.granularity=block",
+    "model.recompute.early_stop=false",
     "comm.skip_dead_gemm=false",
     "moe.capacity_factor=1",
     "data.batch_size=1024",

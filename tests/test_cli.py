@@ -14,11 +14,13 @@ from hydra import compose, initialize_config_dir
 import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
-from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory
+from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.help import field_comments, help_text
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, value_of
+from tedlab.renamed import RENAMED, nested
 from tests.commands import run_command
+from tests.test_conf import compose as compose_typed
 
 SCREEN = 25  # lines
 SOURCE = Path(tedlab.__file__).parent
@@ -76,6 +78,38 @@ VALID = {
 @pytest.mark.parametrize("overrides", VALID.values(), ids=VALID)
 def test_valid_overrides_pass(overrides: list[str]) -> None:
     check_overrides(overrides)
+
+
+def test_old_names_are_taken_and_the_new_ones_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["++model.checkpoint=none,block", "checkpoint.early_stop=false", "checkpoint.every=5", "-m"]
+    words = renamed(given)
+    assert words == ["++model.recompute.granularity=none,block", "model.recompute.early_stop=false", *given[2:]]
+    check_overrides(words[:-1])
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.partition(";")[0] for note in notes] == [
+        "model.checkpoint is now model.recompute.granularity",
+        "checkpoint.early_stop is now model.recompute.early_stop",
+    ]
+    plan = tmp_path / "plan.overrides"
+    plan.write_text("model.checkpoint=block\nmodel.layers=3\n")
+    assert with_plan([f"+plan={plan}"]) == ["model.recompute.granularity=block", "model.layers=3"]
+    assert with_plan([f"+plan={plan}", words[0]]) == ["model.layers=3", words[0]]
+
+
+def test_every_name_that_moved_has_become_one_that_is() -> None:
+    config = compose_typed()
+    for old, new in RENAMED.items():
+        assert value_of(config, new) is not None
+        with pytest.raises(AttributeError):
+            value_of(config, old)
+
+
+def test_what_an_old_run_has_stored_is_read_by_the_names_of_now() -> None:
+    old = {"model": {"layers": 2, "checkpoint": "block"}, "checkpoint": {"every": 5, "early_stop": False}, "seed": 1}
+    new = {"model": {"layers": 2, "recompute": {"granularity": "block", "early_stop": False}}}
+    assert nested(old) == {**new, "checkpoint": {"every": 5}, "seed": 1}
+    assert nested(new) == new
+    assert old["model"] == {"layers": 2, "checkpoint": "block"}
 
 
 def test_a_value_that_the_chosen_preset_does_not_have_is_refused() -> None:

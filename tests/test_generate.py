@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tedlab.commands.generate import main, prepare
-from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
-from tedlab.generate import generate
+from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig
+from tedlab.generate import _model, generate
 from tests.commands import run_command
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -100,6 +100,14 @@ def run_directory(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) ->
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+def test_a_model_of_the_last_release_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = {"layers": 2, "hidden": 8, "heads": 2, "ffn": 16, "sequence_length": 8, "vocab_size": 64}
+    stored = {"hyper_parameters": {"model": {**model, "checkpoint": "block"}, "moe": {"num_experts": 4}}}
+    monkeypatch.setattr("tedlab.checkpoint.read_meta", lambda path: stored)
+    shape, _ = _model(Path("unused"))
+    assert shape == ModelConfig(**model, recompute=RecomputeConfig("block"))
 
 
 def text(pool: WorkerPool, run: Path, **options: Any) -> str:

@@ -216,7 +216,7 @@ def test_a_run_of_four_processes_on_one_gpu_has_the_loss_of_one_with_nccl(tmp_pa
     one = trained(tmp_path, "parallel=single", "comm.backend=nccl", "moe.dispatch=dropless")
     four = trained(
         *(tmp_path, "parallel=tp2_ep2", "comm=ted", "comm.backend=gloo", "moe.dispatch=dropless"),
-        *("model.checkpoint=block", "optim.overlap=true", "comm.ledger.time=true"),
+        *("model.recompute.granularity=block", "optim.overlap=true", "comm.ledger.time=true"),
     )
     assert_close([four["val/loss"], four["train/loss"]], [one["val/loss"], one["train/loss"]])
     assert four["comm/predicted_difference_bytes"] == four["comm/predicted_difference_calls"] == 0

@@ -96,7 +96,7 @@ def test_a_word_of_a_command_line_is_a_number_in_range_or_refused() -> None:
 
 def test_whatever_number_is_tried_is_in_range_or_refused_in_a_sentence() -> None:
     """Every field of the whole configuration, one at a time, through the check that needs no machine and no data."""
-    base = compose("parallel=single", "comm=ted", "model.checkpoint=block", "logger=none", "choices={}")
+    base = compose("parallel=single", "comm=ted", "model.recompute.granularity=block", "logger=none", "choices={}")
     check_simulated(base)
     sentences = {}
     for kind, name, number in NUMBERS:

@@ -467,7 +467,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
 
 
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
-    settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.checkpoint=block", "comm=cac"]
+    settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.recompute.granularity=block", "comm=cac"]
     quiet = ["+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
     run = place.train("compiled", *settings, *quiet, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
     assert "val/loss" not in run.summary

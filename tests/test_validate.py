@@ -148,25 +148,28 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     # communication
     "cac_of_nothing": (
         ["comm.cac=true"],
-        ["comm.cac=True", "model.checkpoint=none", "model.checkpoint=block", "comm.cac=false"],
+        ["comm.cac=True", "model.recompute.granularity=none", "model.recompute.granularity=block", "comm.cac=false"],
     ),
     "unknown_collective": (
-        ["model.checkpoint=block", "comm.cac=[dispatch.alltoall]"],
+        ["model.recompute.granularity=block", "comm.cac=[dispatch.alltoall]"],
         ["no collective 'dispatch.alltoall'", "Did you mean 'dispatch.all_to_all'?", "combine.gather"],
     ),
     "unknown_cac": (
-        ["model.checkpoint=block", "comm.cac=everything"],
+        ["model.recompute.granularity=block", "comm.cac=everything"],
         ["comm.cac=everything", "true", "shard", "auto", "list"],
     ),
     "auto_without_a_budget": (
-        ["model.checkpoint=block", "comm.cac=auto"],
+        ["model.recompute.granularity=block", "comm.cac=auto"],
         ["comm.cac=auto", "comm.cac_budget_bytes=None"],
     ),
     "budget_without_auto": (
-        ["model.checkpoint=block", "comm.cac=true", "comm.cac_budget_bytes=1000"],
+        ["model.recompute.granularity=block", "comm.cac=true", "comm.cac_budget_bytes=1000"],
         ["comm.cac=True", "comm.cac_budget_bytes=1000"],
     ),
-    "unknown_checkpointing": (["model.checkpoint=layer"], ["model.checkpoint=layer", "none, block"]),
+    "unknown_checkpointing": (
+        ["model.recompute.granularity=layer"],
+        ["model.recompute.granularity=layer", "none, block"],
+    ),
     "fusion_without_dtd": (
         ["comm.fuse_reduce_scatter=true"],
         ["comm.fuse_reduce_scatter=true", "comm.dtd=true", "comm.fuse_reduce_scatter=false"],
@@ -193,8 +196,8 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.capacity_groups=2", "moe.dispatch=dropless has none", "null"],
     ),
     "dropless_compiled": (
-        ["moe.dispatch=dropless", "model.compile=inductor", "model.checkpoint=block"],
-        ["model.compile=inductor", "moe.dispatch=dropless", "model.checkpoint=none"],
+        ["moe.dispatch=dropless", "model.compile=inductor", "model.recompute.granularity=block"],
+        ["model.compile=inductor", "moe.dispatch=dropless", "model.recompute.granularity=none"],
     ),
     "capacity_groups_not_dividing": (
         ["moe.capacity_groups=3"],
@@ -214,12 +217,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "loss_scale_too_small": (["optim.loss_scale=0.5"], ["optim.loss_scale is 0.5", "at least 1", "null"]),
     "unknown_compiler": (["model.compile=max"], ["model.compile=max", "none, inductor, aot_eager"]),
     "shards_of_a_compiled_block": (
-        ["model.compile=inductor", "model.checkpoint=block", "comm.cac=shard"],
+        ["model.compile=inductor", "model.recompute.granularity=block", "comm.cac=shard"],
         ["comm.cac=shard", "model.compile=inductor", "true, false or a list"],
     ),
     "all_of_a_compiled_block": (
-        ["model.compile=inductor", "model.checkpoint=block", "checkpoint.early_stop=false"],
-        ["checkpoint.early_stop=false", "model.compile=inductor"],
+        ["model.compile=inductor", "model.recompute.granularity=block", "model.recompute.early_stop=false"],
+        ["model.recompute.early_stop=false", "model.compile=inductor"],
     ),
     "compiled_deepspeed_gating": (
         ["model.compile=inductor", "moe.gating=deepspeed_top1"],
@@ -557,7 +560,12 @@ def test_the_vocabulary_is_the_tokenizers_rounded_up_to_128(corpus: Path, tokens
 
 
 def test_a_check_and_a_completion_leave_the_configuration_as_it_is(corpus: Path) -> None:
-    emulated = ["comm.emulate=summit", "parallel=tp2_ep2", "parallel.sequence=true", "model.checkpoint=block"]
+    emulated = [
+        "comm.emulate=summit",
+        "parallel=tp2_ep2",
+        "parallel.sequence=true",
+        "model.recompute.granularity=block",
+    ]
     config = small(corpus, *emulated, "comm.cac=auto", "comm.cac_budget_bytes=3000")
     before = asdict(config)
     check(config)
@@ -586,7 +594,7 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
 
 
 def test_auto_becomes_what_it_keeps(corpus: Path) -> None:
-    settings = ["parallel=tp2_ep2", "model.checkpoint=block", "comm.cac=auto"]
+    settings = ["parallel=tp2_ep2", "model.recompute.granularity=block", "comm.cac=auto"]
     for budget, kept in ((0, 0), (3000, 1), (10**9, 4)):
         config = complete(small(corpus, *settings, f"comm.cac_budget_bytes={budget}"))
         assert len(config.comm.cac) >= kept

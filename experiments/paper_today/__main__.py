@@ -24,9 +24,9 @@ UNKNOWNS = {
 ALTERNATIVES = {  # what 80 GB allow, recomputing only what the backward pass needs
     "tensor 2, both": ("parallel.tensor=2", "comm=ted"),
     "tensor 1": ("parallel.tensor=1",),
-    "tensor 1, nothing recomputed": ("parallel.tensor=1", "model.checkpoint=none"),
+    "tensor 1, nothing recomputed": ("parallel.tensor=1", "model.recompute.granularity=none"),
 }
-MODERN = ("checkpoint.early_stop=true", "comm.skip_dead_gemm=true", "data.micro_batch_size=1")
+MODERN = ("model.recompute.early_stop=true", "comm.skip_dead_gemm=true", "data.micro_batch_size=1")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from hydra.errors import CompactHydraException, MissingConfigException, Override
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
+from tedlab.launch.outside import first_outside
 from tedlab.predict.plan import file as plan_file
+from tedlab.renamed import overrides
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -46,7 +49,7 @@ def with_plan(arguments: list[str]) -> list[str]:
         if not path.is_file():
             raise UsageError(f"{name}: there is no such file; `tedlab plan` writes one")
         try:
-            lines = plan_file.read(path)
+            lines = renamed(plan_file.read(path))
         except (OSError, ValueError) as error:
             raise UsageError(f"+plan={error}") from None
         for line in lines:
@@ -54,6 +57,14 @@ def with_plan(arguments: list[str]) -> list[str]:
             if not any(key == ours or key.startswith(f"{ours}.") for ours in keys):
                 planned.append(line)
     return planned + others
+
+
+def renamed(given: list[str]) -> list[str]:
+    """Overrides by the names of now; a note says which had old ones."""
+    words, notes = overrides(given)
+    for note in notes if first_outside() else ():
+        print(note, file=sys.stderr)
+    return words
 
 
 def check_run_directory(overrides: list[str]) -> None:

@@ -36,6 +36,14 @@ class Frozen:
 
 
 @dataclass
+class RecomputeConfig(Frozen):
+    """Activation checkpointing: what the backward pass computes again, so that it need not be kept."""
+
+    granularity: str = "none"  # none | block (each block as a whole)
+    early_stop: bool = True  # only as far as backward needs; false: all of it, the paper's baseline
+
+
+@dataclass
 class ModelConfig(Frozen):
     """A pre-norm decoder: GPT-3 by default, and with the choices below one like OLMoE or Mixtral."""
 
@@ -63,7 +71,7 @@ class ModelConfig(Frozen):
     # torch.compile of each block (without dropless experts) and of the loss in chunks: none | inductor | aot_eager
     # (without code generation).
     compile: str = "none"
-    checkpoint: str = "none"  # activation checkpointing: none | block (recompute each block in the backward pass)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 @dataclass
@@ -195,15 +203,11 @@ class CheckpointOptions(Frozen):
 
 @dataclass
 class CheckpointConfig(CheckpointOptions):
-    """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there.
-
-    And, for want of another place by that name, ``early_stop`` of *activation* checkpointing (``model.checkpoint``).
-    """
+    """When to save and what to keep, below ``output_dir/checkpoints``; ``last.ckpt`` is always there."""
 
     every: int | None = whole(None, least=1)  # steps between checkpoints; None: only at the end
     monitor: str | None = None  # a metric such as val/loss: save after each validation, keep those with the lowest
     keep: int = whole(1, least=1, also=(-1,))  # how many to keep, the newest or the best; -1: all
-    early_stop: bool = True  # recompute a block only as far as backward needs; false: all of it, the paper's baseline
 
 
 @dataclass

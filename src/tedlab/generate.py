@@ -16,6 +16,7 @@ from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.models import GPT
 from tedlab.ranges import check_ranges
+from tedlab.renamed import nested
 from tedlab.topology import Topology
 from tedlab.untrusted import read_yaml, typed
 
@@ -81,6 +82,7 @@ def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
     """What a checkpoint says of its model. The run's config.yaml would have to be believed: it has no checksum."""
     stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
     try:
+        stored = nested(stored)
         shape, moe = typed(ModelConfig, stored["model"]), typed(MoEConfig, stored["moe"])
         if shape.vocab_size is None:
             raise ValueError("it has no vocabulary")

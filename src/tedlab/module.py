@@ -37,7 +37,6 @@ class LanguageModel(LightningModule):
         optim: optimizer and schedule.
         seed: of the initial weights.
         bytes_per_token: mean UTF-8 bytes of a token, for bits per byte.
-        early_stop: of recomputation, see :func:`tedlab.comm.checkpoint`.
     """
 
     def __init__(
@@ -47,10 +46,8 @@ class LanguageModel(LightningModule):
         optim: OptimConfig,
         seed: int,
         bytes_per_token: float = 1.0,
-        early_stop: bool = True,
     ) -> None:
         super().__init__()
-        self.early_stop = early_stop
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed, self.bytes_per_token = seed, bytes_per_token
         self._options: list[dict[str, Any]] = []  # of each parameter group, as configured
@@ -67,7 +64,7 @@ class LanguageModel(LightningModule):
     @override
     def configure_model(self) -> None:
         if not hasattr(self, "network"):  # Lightning calls this again before validation
-            self.network = GPT(self.model_config, self.moe_config, self.topology, self.seed, self.early_stop)
+            self.network = GPT(self.model_config, self.moe_config, self.topology, self.seed)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:

@@ -164,8 +164,7 @@ def build(
 
 def language_model(config: TrainConfig, bytes_per_token: float = 1.0) -> LanguageModel:
     """The module of a configuration."""
-    early_stop = config.checkpoint.early_stop
-    return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token, early_stop)
+    return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token)
 
 
 def strategy_of(config: TrainConfig, kind: Callable[..., TEDStrategy] = TEDStrategy, **others: Any) -> TEDStrategy:

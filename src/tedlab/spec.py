@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
+from tedlab.config import CommOptions
 from tedlab.degrees import GroupKind, ParallelDegrees
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ class Layout:
     """How processes divide a model, and the toggles of communication that its collectives depend on."""
 
     degrees: ParallelDegrees
-    dtd: bool = False
-    fuse_reduce_scatter: bool = False
+    options: CommOptions = field(default_factory=CommOptions)
 
     @property
     def sequence(self) -> bool:
@@ -86,12 +86,12 @@ class Layout:
     @property
     def sharers(self) -> int:
         """How many tensor ranks exchange tokens of their own with other processes' experts."""
-        return self.degrees.tensor if self.dtd or self.sequence else 1
+        return self.degrees.tensor if self.options.dtd or self.sequence else 1
 
     @property
     def scattered(self) -> bool:
         """Whether each of these gets only the sums of its own tokens, by a reduce-scatter."""
-        return self.sharers > 1 and (self.sequence or self.fuse_reduce_scatter)
+        return self.sharers > 1 and (self.sequence or self.options.fuse_reduce_scatter)
 
 
 @dataclass(frozen=True)

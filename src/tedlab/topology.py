@@ -99,7 +99,7 @@ class Topology:
     @property
     def layout(self) -> Layout:
         """What specifications are asked with."""
-        return Layout(self.degrees, self.options.dtd, self.options.fuse_reduce_scatter)
+        return Layout(self.degrees, self.options)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":

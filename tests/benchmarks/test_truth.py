@@ -13,7 +13,7 @@ from tedlab.predict.cluster import Dispatch, load_cluster
 from tests.pool import WorkerPool
 
 SMALL = ["model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "model.sequence_length=16"]
-SMALL += ["model.vocab_size=64", "moe.num_experts=4", "model.checkpoint=block", "parallel=tp2"]
+SMALL += ["model.vocab_size=64", "moe.num_experts=4", "model.recompute.granularity=block", "parallel=tp2"]
 SMALL += ["data.batch_size=4", "data.micro_batch_size=2"]
 STEPS = 3
 

@@ -49,11 +49,17 @@ JOBS: dict[str, dict[str, object]] = {
     },
     "fp16_scaled": {EXPERTS_PER_RANK: 2, "trainer.precision": "16-true", "optim.tile": 50, "moe.top_k": 2},
     "ted": {
-        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "comm": "ted", "model.checkpoint": "block"},
-        **{"moe.capacity_factor": 0.7, "checkpoint.early_stop": False},
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "comm": "ted", "model.recompute.granularity": "block"},
+        **{"moe.capacity_factor": 0.7, "model.recompute.early_stop": False},
     },
     "ted_fused_sharded": {
-        **{EXPERTS_PER_RANK: 2, "comm": "ted_fused", "comm.cac": "shard", "model.checkpoint": "block", "moe.top_k": 2},
+        **{
+            EXPERTS_PER_RANK: 2,
+            "comm": "ted_fused",
+            "comm.cac": "shard",
+            "model.recompute.granularity": "block",
+            "moe.top_k": 2,
+        },
         **{"moe.capacity_factor": 0.6, "moe.capacity_multiple": 1, "optim.overlap": True},
     },
     "sequence": {
@@ -61,7 +67,7 @@ JOBS: dict[str, dict[str, object]] = {
         **{"moe.z_loss": 0.01, "moe.aux_loss": 0.1, "optim.overlap": True, "model.tie_embeddings": False},
     },
     "sequence_cac": {
-        **{EXPERTS_PER_RANK: 1, "parallel.sequence": True, "model.checkpoint": "block", "comm.cac": True},
+        **{EXPERTS_PER_RANK: 1, "parallel.sequence": True, "model.recompute.granularity": "block", "comm.cac": True},
         **{"optim.zero": False, "moe.every": 1},
     },
     "deepspeed_topk": {
@@ -70,20 +76,20 @@ JOBS: dict[str, dict[str, object]] = {
     },
     "dropless_top2": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1},
     "dropless_recomputed": {
-        **{EXPERTS_PER_RANK: 4, "moe.dispatch": "dropless", "model.checkpoint": "block", "moe.z_loss": 0.01},
-        **{"checkpoint.early_stop": False, "optim.overlap": True, "optim.zero": False},
+        **{EXPERTS_PER_RANK: 4, "moe.dispatch": "dropless", "model.recompute.granularity": "block", "moe.z_loss": 0.01},
+        **{"model.recompute.early_stop": False, "optim.overlap": True, "optim.zero": False},
     },
     "dropless_ted": {
-        **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "comm": "ted", "model.checkpoint": "block"},
+        **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "comm": "ted", "model.recompute.granularity": "block"},
         **{"model.sequence_length": 3, "data.micro_batch_size": 1, "moe.top_k": 2},  # T does not divide the rows
     },
     "dropless_ted_fused_sharded": {
         **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "comm": "ted_fused", "comm.cac": "shard"},
-        **{"model.checkpoint": "block", ACCUMULATED: 2},
+        **{"model.recompute.granularity": "block", ACCUMULATED: 2},
     },
     "dropless_sequence": {
         **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "parallel.sequence": True, "moe.top_k": 2},
-        **{"model.checkpoint": "block", "comm.cac": True},
+        **{"model.recompute.granularity": "block", "comm.cac": True},
     },
     "today": {
         **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **TODAY, "moe.dispatch": "dropless", "moe.top_k": 2},
@@ -92,11 +98,11 @@ JOBS: dict[str, dict[str, object]] = {
     "today_dense_chunked": {EXPERTS_PER_RANK: 1, **TODAY, "moe.every": 2, "model.loss_chunk": 5, "optim.overlap": True},
     "today_sequence": {
         **{EXPERTS_PER_RANK: 2, **TODAY, "parallel.sequence": True, "moe.dispatch": "dropless", "model.loss_chunk": 7},
-        **{"model.checkpoint": "block", "comm.cac": True},
+        **{"model.recompute.granularity": "block", "comm.cac": True},
     },
     "rotary_ted": {
         **{EXPERTS_PER_RANK: 2, "model.positions": "rotary", "model.norm": "rms", "comm": "ted"},
-        **{"model.checkpoint": "block", "model.loss_chunk": 5},
+        **{"model.recompute.granularity": "block", "model.loss_chunk": 5},
     },
 }
 TENSOR_ONLY = (  # toggles that do nothing without

@@ -40,8 +40,8 @@ TODAY: Overrides = (
     *("parallel=tp2", "parallel.sequence=true", "model.activation=swiglu", "model.bias=false", "model.norm=rms"),
     "model.positions=rotary",
 )
-SHARDS: Overrides = ("parallel=tp2", "model.checkpoint=block", "comm.dtd=true", "comm.cac=shard")
-WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.checkpoint=block", "comm.cac=true")
+SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.dtd=true", "comm.cac=shard")
+WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
 FROM_ONE, AGAIN = "from one process", "in this layout"

@@ -51,10 +51,10 @@ def test_a_run_that_is_continued_goes_on_into_the_next_epoch() -> None:
 
 def test_the_reference_is_the_plainest(tmp_path: Path) -> None:
     fancy = ["parallel=tp2_ep2", "model.loss_chunk=7", "trainer.precision=16-true", "optim.tile=fused", "comm=ted"]
-    fancy += ["optim.overlap=true", "model.checkpoint=block", "checkpoint.async_save=true"]
+    fancy += ["optim.overlap=true", "model.recompute.granularity=block", "checkpoint.async_save=true"]
     small = shrink(composed(*SMALL, *fancy), tmp_path)
     one = reference(small, tmp_path)
-    assert (one.model.loss_chunk, one.model.checkpoint, one.model.compile) == (None, "none", "none")
+    assert (one.model.loss_chunk, one.model.recompute.granularity, one.model.compile) == (None, "none", "none")
     optim = one.optim
     assert (optim.loss_scale, optim.zero, optim.tile, optim.overlap) == (None, False, None, False)
     assert optim.bucket_elements == OptimConfig.bucket_elements

@@ -43,17 +43,17 @@ SETTINGS: dict[str, dict[str, object]] = {
     "sequence_parallel": {"parallel.sequence": True, "moe.capacity_factor": 0.8, "moe.every": 1, "moe.top_k": 2},
 }
 MORE: dict[str, dict[str, object]] = {
-    "ted": {"comm": "ted", "model.checkpoint": "block", "moe.capacity_factor": 0.9, "moe.every": 1},
+    "ted": {"comm": "ted", "model.recompute.granularity": "block", "moe.capacity_factor": 0.9, "moe.every": 1},
     "ted_fused_dropless": {
         "comm": "ted_fused",
-        "model.checkpoint": "block",
+        "model.recompute.granularity": "block",
         "moe.dispatch": "dropless",
         "moe.top_k": 3,
     },
     "today_sequence": {
         **TODAY,
         **{"model.heads": 2, "parallel.sequence": True, "moe.dispatch": "dropless", "moe.every": 1},
-        **{"model.checkpoint": "block", "comm.cac": True, "model.loss_chunk": 7},
+        **{"model.recompute.granularity": "block", "comm.cac": True, "model.loss_chunk": 7},
     },
     "fused_step_untied": {"optim.tile": "fused", "model.tie_embeddings": False, "trainer.gradient_clip_val": 0.1},
     "no_drops": {"moe.capacity_factor": "null", "moe.top_k": 3, "moe.every": 1, "optim.schedule": "wsd"},

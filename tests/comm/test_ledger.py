@@ -39,10 +39,10 @@ ALL = list(MODES)
 MODES |= {f"dropless_{name}": {**mode, "moe.dispatch": "dropless"} for name, mode in MODES.items()}
 DROPLESS = list(MODES)[len(ALL) :]
 RECOMPUTED: dict[str, Overrides] = {
-    "stored": {"model.checkpoint": "none"},
+    "stored": {"model.recompute.granularity": "none"},
     "recomputed": {},
-    "paper_baseline": {"checkpoint.early_stop": False},
-    "cac": {"comm.cac": True, "checkpoint.early_stop": False},
+    "paper_baseline": {"model.recompute.early_stop": False},
+    "cac": {"comm.cac": True, "model.recompute.early_stop": False},
     "cac_with_gemms": {"comm.cac": True, "comm.skip_dead_gemm": False},
     "shard": {"comm.cac": "shard"},
     "some": {"comm.cac": ["combine.all_to_all", "1/dispatch.all_to_all", "attention.reduce:shard"]},
@@ -78,7 +78,12 @@ class Recorder(TorchDispatchMode):
 
 BASE = composed(
     *("model.layers=3", "model.hidden=16", "model.heads=4", "model.ffn=24", f"model.sequence_length={SEQUENCE}"),
-    *(f"model.vocab_size={VOCABULARY}", "model.init_std=0.2", "model.checkpoint=block", "moe.capacity_factor=0.7"),
+    *(
+        f"model.vocab_size={VOCABULARY}",
+        "model.init_std=0.2",
+        "model.recompute.granularity=block",
+        "moe.capacity_factor=0.7",
+    ),
     *("moe.top_k=2", "moe.capacity_multiple=1", f"data.micro_batch_size={MICRO_BATCH}"),
 )
 
@@ -97,7 +102,7 @@ def one_step(
     precision = str(config.trainer["precision"])
     torch.set_default_dtype({"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32))
     try:
-        model = GPT(config.model, config.moe, topology, 0, config.checkpoint.early_stop)
+        model = GPT(config.model, config.moe, topology, 0)
     finally:
         torch.set_default_dtype(torch.float32)
     names = {p: n for n, p in model.named_parameters()}
@@ -227,7 +232,7 @@ def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
 
 def rows_of_step(layout: tuple[int, int, int], mode: str) -> tuple[list[tuple[int, list[Tensor]]], dict[int, Rows]]:
     """Expert rank and loads of each router of the expert group's processes, and the rows that this process moved."""
-    config = configuration(layout, {**MODES[mode], "model.checkpoint": "block"})
+    config = configuration(layout, {**MODES[mode], "model.recompute.granularity": "block"})
     topology, loads = topology_of(config), []
     decide = Router.decide
 
@@ -292,11 +297,16 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
 
 
 COMPILED: list[Overrides] = [
-    {"comm.dtd": True, "model.checkpoint": "none"},
+    {"comm.dtd": True, "model.recompute.granularity": "none"},
     {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
     {"parallel.sequence": True},
     {"comm.cac": ["dispatch.all_to_all"], "accumulated": 2},
-    {"model.checkpoint": "none", "moe.dispatch": "dropless", "model.positions": "rotary", "model.loss_chunk": 5},
+    {
+        "model.recompute.granularity": "none",
+        "moe.dispatch": "dropless",
+        "model.positions": "rotary",
+        "model.loss_chunk": 5,
+    },
 ]
 
 

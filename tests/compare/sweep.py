@@ -13,7 +13,7 @@ from tests.test_conf import compose
 STEPS = 20
 MIB = 2**20
 CONFIG: dict[str, Any] = {
-    "model": {"layers": 2, "hidden": 128, "vocab_size": 256, "checkpoint": "block"},
+    "model": {"layers": 2, "hidden": 128, "vocab_size": 256, "recompute": {"granularity": "block"}},
     "moe": {"num_experts": 4, "every": 2, "top_k": 1},
     "parallel": {"world_size": 4, "tensor": 2, "expert": 2},
     "comm": {"backend": None, "dtd": False, "cac": False, "emulate": None},

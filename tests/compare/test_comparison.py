@@ -88,7 +88,7 @@ def test_runs_that_stopped_at_different_steps_cannot_be_compared(tmp_path: Path)
 
 
 def test_what_changes_no_maths_may_differ(tmp_path: Path) -> None:
-    compare(runs_of(tmp_path, {}, {"model.checkpoint": "none", "parallel.tensor": 1, "seed": 1}))
+    compare(runs_of(tmp_path, {}, {"model.recompute.granularity": "none", "parallel.tensor": 1, "seed": 1}))
 
 
 # Losses
@@ -110,6 +110,12 @@ def test_losses_are_identical_only_to_the_last_digit_at_every_step(tmp_path: Pat
         "train/loss: identical to the last digit in runs 0, 1; the others differ by up to 1.0e-09."
     )
     assert [effect.loss_distance == 0.0 for effect in comparison.against_first()] == [True, False]
+
+
+def test_a_run_of_the_last_release_has_its_settings_by_the_names_of_now(tmp_path: Path) -> None:
+    old, new = runs_of(tmp_path, {"model.checkpoint": "none"}, {"model.recompute.granularity": "none"})
+    assert compare([old, new]).differing == []
+    assert old.config["model.recompute.granularity"] == "none"
 
 
 def test_losses_are_written_with_the_digits_that_tell_them_apart() -> None:

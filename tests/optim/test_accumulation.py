@@ -20,7 +20,7 @@ CASES: dict[str, Overrides] = {
     "tied": {"optim.tile": 50},
     "untied_overlapped": {"model.tie_embeddings": False, "optim.overlap": True, "optim.bucket_elements": 500},
     "sequence_overlapped": {"parallel.sequence": True, "optim.overlap": True},
-    "replicated": {"optim.zero": False, "model.checkpoint": "none"},
+    "replicated": {"optim.zero": False, "model.recompute.granularity": "none"},
 }
 
 

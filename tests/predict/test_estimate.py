@@ -21,12 +21,12 @@ ONE = [*MODEL, "parallel=single", "data.batch_size=12", "data.micro_batch_size=4
 MANY = [*MODEL, "parallel.tensor=4", "parallel.expert=16", "parallel.world_size=128", "data.batch_size=256"]
 MANY += ["data.micro_batch_size=4"]
 HALF = [*MANY, "trainer.precision=16-true"]
-AGAIN = [*HALF, "model.checkpoint=block"]
+AGAIN = [*HALF, "model.recompute.granularity=block"]
 
 
 CASES = {
     "one_fused": [*ONE, "optim.tile=fused"],
-    "recomputing": [*ONE, "model.checkpoint=block", "optim.tile=null"],
+    "recomputing": [*ONE, "model.recompute.granularity=block", "optim.tile=null"],
     "mixed": [*MANY, "trainer.precision=bf16-mixed", "trainer=gpu"],
     "top2": [*HALF, "parallel.tensor=1", "parallel.expert=4", "moe.top_k=2", "data.batch_size=1024"],
     "ted": [*AGAIN, "comm=ted"],
@@ -116,7 +116,7 @@ def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.checkpoint=block", "comm=ted", "data.micro_batch_size=1"],
+        ["model.recompute.granularity=block", "comm=ted", "data.micro_batch_size=1"],
         ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"],
     ],
     ids=["ted", "sequence"],

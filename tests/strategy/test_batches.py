@@ -252,7 +252,7 @@ def test_unequal_numbers_of_batches_are_refused_where_processes_meet_in_each(poo
 def compiled(uneven: bool) -> list[list[float]]:
     """Losses of a compiled model with unequal tokens, where these may be, or else what it says."""
     size = dist.get_world_size()
-    model = ModelConfig(1, 8, 2, 16, 8, vocab_size=32, init_std=0.5, compile="aot_eager", checkpoint="none")
+    model = ModelConfig(1, 8, 2, 16, 8, vocab_size=32, init_std=0.5, compile="aot_eager")
     moe = replace(EVERYTHING, every=1)
     results = []
     for layout in (ParallelDegrees(size, expert=size),):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from tedlab.capacity import group_capacity
-from tedlab.config import CommConfig, DataConfig, MoEConfig, OptimConfig, ParallelConfig, TrainConfig
+from tedlab.config import CommConfig, DataConfig, MoEConfig, OptimConfig, ParallelConfig, RecomputeConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
 
@@ -153,7 +153,7 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
     """
     return replace(
         config,
-        model=replace(config.model, checkpoint="none", loss_chunk=None, compile="none"),
+        model=replace(config.model, recompute=RecomputeConfig(), loss_chunk=None, compile="none"),
         moe=replace(config.moe, kernel="torch" if config.moe.kernel == "triton" else config.moe.kernel),
         parallel=ParallelConfig(1),
         comm=CommConfig(backend=config.comm.backend, timeout_s=config.comm.timeout_s),

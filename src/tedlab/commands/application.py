@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, with_plan
+from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
 from tedlab.launch.launcher import leave_if_started_outside
@@ -51,7 +51,7 @@ def hydra_entry(
 
     def main() -> None:
         try:
-            sys.argv[1:] = prepare(with_plan(sys.argv[1:]))
+            sys.argv[1:] = prepare(with_plan(renamed(sys.argv[1:])))
             arguments = arguments_parser().parse_args()
             if arguments.config_path is None:
                 file = arguments.config_name or name

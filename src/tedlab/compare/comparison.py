@@ -37,7 +37,7 @@ MUST_AGREE = (
     "data.validation_samples",
     "trainer.max_steps",
 )
-MAY_DIFFER = ("model.checkpoint",)  # … except these, which change no maths
+MAY_DIFFER = ("model.recompute",)  # … except these, which change no maths
 
 ABSENT = "–"  # a setting that a run's version did not have
 

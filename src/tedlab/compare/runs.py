@@ -11,6 +11,7 @@ from typing import Any
 from tedlab.cli import UsageError
 from tedlab.history import steps_done
 from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
+from tedlab.renamed import nested
 from tedlab.untrusted import read_yaml
 
 CONFIG = "config.yaml"
@@ -157,7 +158,7 @@ def _read(directory: Path, name: str, stopped: bool) -> Run:
             raise Unfinished(f"{meaning} (there is no {needed}).")
     summary = _summary(directory)
     try:
-        config = flatten(read_yaml(directory / CONFIG))
+        config = flatten(nested(read_yaml(directory / CONFIG)))
     except (OSError, ValueError, RecursionError) as error:
         raise Unfinished(f"{CONFIG} cannot be read ({error}).") from None
     if (how := how_it_stopped(summary)) is not None:

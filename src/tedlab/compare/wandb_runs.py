@@ -4,6 +4,7 @@ from typing import Any
 
 from tedlab.cli import UsageError
 from tedlab.compare.runs import Run, curves, flatten, how_it_stopped, why_left_out
+from tedlab.renamed import nested
 
 _NO_SETTINGS = (
     "parameters",
@@ -63,4 +64,4 @@ def _read(run: Any, name: str) -> Run:
         name = f"{name} ({how})"
     config = {key: value for key, value in run.config.items() if key not in _NO_SETTINGS}
     rows = run.scan_history()
-    return Run(name, run.url, flatten(config), summary, curves(rows, "trainer/global_step", summary["steps"]))
+    return Run(name, run.url, flatten(nested(config)), summary, curves(rows, "trainer/global_step", summary["steps"]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tedlab.comm import checkpoint
 from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.rows import Rows
-from tedlab.config import ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
 from tedlab.nn import (
@@ -83,9 +83,10 @@ class Block(nn.Module):
     Compiled is all of it or, where experts take as many tokens as choose them, all but these.
     """
 
-    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology, early_stop: bool) -> None:
+    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
-        self.topology, self.recomputed, self.early_stop = topology, model.checkpoint == "block", early_stop
+        self.topology, self.recomputed = topology, model.recompute.granularity == "block"
+        self.early_stop = model.recompute.early_stop
         self.compiled = model.compile != "none"
         spec = GPTSpec(model, moe).blocks[index]
         self.norm1 = norm_layer(spec.norm1, topology)
@@ -215,7 +216,9 @@ class GPTSpec(Spec):
 def _tags() -> tuple[str, ...]:
     """Of the collectives of blocks that a second pass may meet, in any layout."""
     model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
-    layouts = [Layout(ParallelDegrees(2, 2, sequence=sequence), dtd=not sequence) for sequence in (True, False)]
+    layouts = (
+        Layout(ParallelDegrees(2, 2, sequence=sequence), CommOptions(dtd=not sequence)) for sequence in (True, False)
+    )
     blocks = GPTSpec(model, MoEConfig(num_experts=1)).blocks
     sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
     return tuple(dict.fromkeys(site.tag for site in sites))
@@ -232,18 +235,15 @@ class GPT(nn.Module):
         moe: experts; ``num_experts = 0`` makes a dense model.
         topology: where this process stands.
         seed: of the initial weights, which depend on nothing else.
-        early_stop: of recomputation, see :func:`tedlab.comm.checkpoint`.
     """
 
-    def __init__(
-        self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int, early_stop: bool = True
-    ) -> None:
+    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int) -> None:
         super().__init__()
         spec = GPTSpec(model, moe)
         self.embedding = VocabParallelEmbedding.of(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
         self.positions = None if spec.positions is None else Embedding.of(spec.positions, topology)
-        self.blocks = nn.ModuleList(Block(i, model, moe, topology, early_stop) for i in range(model.layers))
+        self.blocks = nn.ModuleList(Block(i, model, moe, topology) for i in range(model.layers))
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear.of(spec.output, topology)
         initialize(self, seed)

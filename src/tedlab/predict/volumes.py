@@ -88,7 +88,7 @@ class ClosedForm:
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
         self.config, self.spec = config, GPTSpec(config.model, config.moe)
         self.degrees = parallel_degrees(config.parallel)
-        self.layout = Layout(self.degrees, config.comm.dtd, config.comm.fuse_reduce_scatter)
+        self.layout = Layout(self.degrees, config.comm)
         self.groups = self.degrees.sizes
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
@@ -119,7 +119,7 @@ class ClosedForm:
     def block(self, block: int) -> Iterator[Collective]:
         """A block's passes."""
         yield from self._calls(self.sites[block].forward, "forward", self.rows(block))
-        if self.config.model.checkpoint == "block":
+        if self.config.model.recompute.granularity == "block":
             yield from self.recompute(block, self.config.comm.cac)
         yield from self._calls(self.sites[block].backward, "backward", self.rows(block))
 
@@ -138,7 +138,9 @@ class ClosedForm:
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
             # What is used after the block only is recomputed for nothing.
-            if second[site.tag] is Second.AGAIN and not (site.feeds == "end" and self.config.checkpoint.early_stop):
+            if second[site.tag] is Second.AGAIN and not (
+                site.feeds == "end" and self.config.model.recompute.early_stop
+            ):
                 yield from self._calls([site], "recompute", self.rows(block))
             elif second[site.tag] is Second.SLICE:
                 gathered = replace(site, op="all_gather", kind="tensor", rows=site.result or site.rows)

@@ -36,7 +36,7 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
             "nothing is left to train; raise trainer.max_steps"
         )
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
-    shape_free = {"init_std", "checkpoint", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
+    shape_free = {"init_std", "recompute", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
     shape_free |= {*GATING_OPTIONS, "dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"

@@ -23,7 +23,7 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm, model = config.comm, config.model
     if comm.backend not in (None, "nccl", "gloo"):
         raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
-    check_known("model.checkpoint", model.checkpoint, ("none", "block"))
+    check_known("model.recompute.granularity", model.recompute.granularity, ("none", "block"))
     if comm.cac == "auto":
         load_cluster(comm.emulate or comm.cac_cluster)
     else:
@@ -33,10 +33,11 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "
             "what a budget of bytes allows, and nothing else has one"
         )
-    if comm.cac not in (False, None) and model.checkpoint == "none":
+    if comm.cac not in (False, None) and model.recompute.granularity == "none":
         raise ValueError(
-            f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with model.checkpoint=none nothing "
-            "is recomputed; use model.checkpoint=block, or comm.cac=false"
+            f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with "
+            "model.recompute.granularity=none nothing is recomputed; use model.recompute.granularity=block, or "
+            "comm.cac=false"
         )
     check_known("model.compile", model.compile, ("none", "inductor", "aot_eager"))
     if model.compile != "none":
@@ -79,10 +80,10 @@ def _check_compiled(config: TrainConfig) -> None:
             f"comm.cac={config.comm.cac} keeps shards, which the compiler cannot; with model.compile="
             f"{config.model.compile} use true, false or a list of collectives"
         )
-    if not config.checkpoint.early_stop:
+    if not config.model.recompute.early_stop:
         raise ValueError(
-            f"checkpoint.early_stop=false recomputes what nobody needs, which model.compile={config.model.compile} "
-            "leaves out; use one of the two"
+            f"model.recompute.early_stop=false recomputes what nobody needs, which "
+            f"model.compile={config.model.compile} leaves out; use one of the two"
         )
     if config.moe.num_experts and config.moe.gating != "default":
         raise ValueError(f"model.compile={config.model.compile} needs moe.gating=default, not {config.moe.gating}")

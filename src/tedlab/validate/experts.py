@@ -72,11 +72,12 @@ def _check_dropless(config: TrainConfig) -> None:
             f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
             "leave it null, or use moe.dispatch=capacity"
         )
-    if config.model.compile != "none" and config.model.checkpoint != "none":
+    if config.model.compile != "none" and config.model.recompute.granularity != "none":
         raise ValueError(
             f"model.compile={config.model.compile} with moe.dispatch=dropless leaves the experts out, and a block of "
-            f"which parts are compiled cannot be recomputed (model.checkpoint={config.model.checkpoint}); use "
-            "model.checkpoint=none, model.compile=none, or moe.dispatch=capacity"
+            f"which parts are compiled cannot be recomputed "
+            f"(model.recompute.granularity={config.model.recompute.granularity}); use "
+            "model.recompute.granularity=none, model.compile=none, or moe.dispatch=capacity"
         )
 
 

@@ -29,8 +29,13 @@ def simulated(config: TrainConfig, routing: Routing | None, *ranks: int) -> list
     "toggles",
     [
         ["moe.top_k=2"],
-        ["model.checkpoint=block", "comm=ted", "moe.every=1"],
-        ["model.checkpoint=block", "parallel.sequence=true", "comm.cac=shard", "trainer.precision=bf16-true"],
+        ["model.recompute.granularity=block", "comm=ted", "moe.every=1"],
+        [
+            "model.recompute.granularity=block",
+            "parallel.sequence=true",
+            "comm.cac=shard",
+            "trainer.precision=bf16-true",
+        ],
         ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
     ],
     ids=lambda toggles: ",".join(toggles),

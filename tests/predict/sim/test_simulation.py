@@ -74,9 +74,15 @@ def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
     "toggles",
     [
         ["optim.overlap=true"],
-        ["model.checkpoint=block", "checkpoint.early_stop=false", "comm=ted"],
-        ["model.checkpoint=block", "comm=ted_fused", "comm.cac=shard", "trainer.precision=16-mixed", "trainer=gpu"],
-        ["model.checkpoint=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
+        ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
+        [
+            "model.recompute.granularity=block",
+            "comm=ted_fused",
+            "comm.cac=shard",
+            "trainer.precision=16-mixed",
+            "trainer=gpu",
+        ],
+        ["model.recompute.granularity=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
         ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
         ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
     ],
@@ -100,7 +106,7 @@ def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -
 
 
 def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool) -> None:
-    overrides = [*WORLD, "moe.capacity_factor=1", "moe.capacity_multiple=1", "model.checkpoint=block"]
+    overrides = [*WORLD, "moe.capacity_factor=1", "moe.capacity_multiple=1", "model.recompute.granularity=block"]
     config = checked(*overrides)
     flops = in_pool(pool, *overrides).flops
     tokens = config.data.batch_size * config.model.sequence_length / 32  # of a data rank
@@ -112,7 +118,7 @@ def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool
 
 @pytest.mark.slow
 def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
-    overrides = [*WORLD, "comm=ted", "model.checkpoint=block", "trainer.precision=16-true"]
+    overrides = [*WORLD, "comm=ted", "model.recompute.granularity=block", "trainer.precision=16-true"]
     first = in_pool(pool, *overrides)
     there = pool.run(1, simulated_on, checked(*overrides), "dgx_h100")[0]
     assert first.seconds_on(load_cluster("summit")) == pytest.approx(first.seconds)
@@ -129,7 +135,7 @@ def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
 
 
 def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> None:
-    config = checked(*ALONE, "model.checkpoint=block")
+    config = checked(*ALONE, "model.recompute.granularity=block")
     simulation = pool.run(1, held_up, config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))[0]
     operations = Counter[str]()
     for (phase, _), times in simulation.kernels.items():
@@ -266,8 +272,8 @@ PEAKS = {
     "bf16": ["trainer.precision=bf16-true", "optim.tile=null", "data.batch_size=4"],
     "optimizer_spike": ["optim.tile=null", "data.batch_size=1", "data.micro_batch_size=1", "moe.num_experts=16"],
     "dropless": ["moe.dispatch=dropless", "moe.top_k=2", "trainer.precision=bf16-true", "data.micro_batch_size=2"],
-    "ted": [*MANY, "comm=ted", "model.checkpoint=block"],
-    "sequence": [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.checkpoint=block"],
+    "ted": [*MANY, "comm=ted", "model.recompute.granularity=block"],
+    "sequence": [*MANY, "comm.cac=shard", "parallel.sequence=true", "model.recompute.granularity=block"],
     "overlap": [*MANY, "comm=dtd", "optim.overlap=true"],
 }
 
@@ -285,7 +291,7 @@ def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: lis
 
 
 def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> None:
-    overrides = [*WORLD, "trainer.precision=16-true", "model.checkpoint=block", "comm=ted"]
+    overrides = [*WORLD, "trainer.precision=16-true", "model.recompute.granularity=block", "comm=ted"]
     timeline = in_pool(pool, *overrides).memory
     config, most = checked(*overrides), {category: int(values.max()) for category, values in timeline.held.items()}
     assert all((values >= 0).all() for values in timeline.held.values())
@@ -380,7 +386,7 @@ def in_threads(config: TrainConfig, patch: str) -> Certificate:
         return certify(config, run_in_threads, continuations=(), most_processes=MOST_THREADS)
 
 
-THREADED = ["parallel.tensor=2", "parallel.expert=2", "comm=ted", "model.checkpoint=block"]
+THREADED = ["parallel.tensor=2", "parallel.expert=2", "comm=ted", "model.recompute.granularity=block"]
 THREADED += ["data.batch_size=16", "data.micro_batch_size=1"]
 
 

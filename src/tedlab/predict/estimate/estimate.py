@@ -82,7 +82,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         links.add(sizes.form.block(first), len(blocks) * sizes.accumulated, taken, wire)
         passes += len(blocks) * _total(kernels.forward(first), cluster)
         backward += len(blocks) * _total(kernels.backward(first), cluster)
-        if config.model.checkpoint == "block":
+        if config.model.recompute.granularity == "block":
             passes += len(blocks) * _total(kernels.recompute(first), cluster)
     adding = seconds(Work(0, 3 * memory.gradients, sizes.form.precise, "arithmetic"), cluster)  # to earlier gradients
     taken[COMPUTE] = sizes.accumulated * (passes + backward) + (sizes.accumulated - 1) * adding

@@ -43,7 +43,7 @@ class Kernels:
     def recompute(self, block: int) -> Iterator[Work]:
         """A block's second pass: without products that nobody needs, and with early stop only as far as needed."""
         s = self.sizes
-        second, early = s.second_pass(block), s.config.checkpoint.early_stop
+        second, early = s.second_pass(block), s.config.model.recompute.early_stop
         yield from self._attention(dead=s.product_is_dead("attention.reduce", second))
         if s.form.spec.blocks[block].moe is not None:
             yield from self._routed(dead=s.product_is_dead("experts.reduce", second), early=early)

@@ -65,7 +65,7 @@ class Memory:
     def at_moments(self) -> Iterator[Moment]:
         """Those that can be fullest."""
         s, model = self.sizes, self.sizes.config.model
-        recomputed = model.checkpoint == "block"
+        recomputed = model.recompute.granularity == "block"
         stream = s.outside * s.hidden * s.parameter
         table = s.vocabulary_part * s.hidden * s.parameter
         logits = s.tokens * s.vocabulary_part * (s.compute + s.precise)
@@ -162,7 +162,7 @@ class Memory:
             weighted, stream = (s.outside * s.hidden * size for size in (moe.top_k * s.compute, s.parameter))
             held = s.slots * (s.hidden + s.ffn_part) * s.compute - stream
             yield "experts", self.experts * matrix, 0, weighted, held
-            if moe.dispatch == "dropless" and s.config.model.checkpoint == "block":
+            if moe.dispatch == "dropless" and s.config.model.recompute.granularity == "block":
                 # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
                 copies = 5 if s.form.layout.sharers > 1 else 3
                 yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute - stream

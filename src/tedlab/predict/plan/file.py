@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from tedlab.config import CommConfig, DataConfig, ModelConfig, MoEConfig, OptimConfig, ParallelConfig
+from tedlab.renamed import RENAMED
 
 _GROUPS = {"experiment", "model", "moe", "parallel", "comm", "data", "optim", "trainer"}  # presets of the user's conf/
 _SECTIONS = {
@@ -20,9 +21,18 @@ _SECTIONS = {
     "data": DataConfig,
     "optim": OptimConfig,
 }
-_APART = {"comm.ledger", "data.path", "data.field", "data.tokenizer", "data.cache_dir", "optim.optimizer"}
+_APART = {
+    "comm.ledger",
+    "data.path",
+    "data.field",
+    "data.tokenizer",
+    "data.cache_dir",
+    "optim.optimizer",
+    "model.recompute",
+}
 _TRAINER = {"accelerator", "devices", "num_nodes", "precision", "max_steps", "accumulate_grad_batches"}
 KEYS = {f"{section}.{field.name}" for section, kind in _SECTIONS.items() for field in fields(kind)} - _APART
+KEYS |= {*RENAMED, *RENAMED.values()}
 KEYS |= {f"trainer.{name}" for name in (*_TRAINER, "gradient_clip_val")} | {"seed", "validate_every"}
 
 _OVERRIDE = re.compile(r"(?:\+\+?)?([\w.]+)=(.*)")

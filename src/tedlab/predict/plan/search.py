@@ -20,10 +20,10 @@ from tedlab.validate import check_simulated, complete_simulated
 Settings = dict[str, Any]  # by dotted name
 
 _CHECKPOINTING: tuple[Settings, ...] = (
-    {"model.checkpoint": "none", "comm.cac": False},
-    {"model.checkpoint": "block", "comm.cac": False},
-    {"model.checkpoint": "block", "comm.cac": "shard"},
-    {"model.checkpoint": "block", "comm.cac": True},
+    {"model.recompute.granularity": "none", "comm.cac": False},
+    {"model.recompute.granularity": "block", "comm.cac": False},
+    {"model.recompute.granularity": "block", "comm.cac": "shard"},
+    {"model.recompute.granularity": "block", "comm.cac": True},
 )
 _DUPLICATES: tuple[Settings, ...] = (
     {"comm.dtd": False, "comm.fuse_reduce_scatter": False, "parallel.sequence": False},
@@ -219,7 +219,7 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
     """Peak bytes of the leanest combination of one pair of degrees; None if none validates."""
     peaks = []
     for toggles in ({"parallel.sequence": False}, {"parallel.sequence": True, "comm.dtd": False}):
-        lean = {"data.micro_batch_size": 1, "model.checkpoint": "block", "comm.cac": False, **toggles}
+        lean = {"data.micro_batch_size": 1, "model.recompute.granularity": "block", "comm.cac": False, **toggles}
         settings: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
         settings |= {name: value for name, value in lean.items() if name not in fixed}
         try:

@@ -165,7 +165,7 @@ def _row(candidate: Candidate) -> list[str]:
         f"{s['parallel.tensor']}",
         f"{s['parallel.expert']}",
         f"{s['data.micro_batch_size']}",
-        "" if s["model.checkpoint"] == "none" else f"block{cac}",
+        "" if s["model.recompute.granularity"] == "none" else f"block{cac}",
         duplicates + (" fused" if s["comm.fuse_reduce_scatter"] else ""),
         f"{s['optim.tile']}",
         f"{candidate.step_seconds:.4g}",
