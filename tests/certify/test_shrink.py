@@ -78,7 +78,7 @@ class Pieces(Callback):
             "buckets": kinds,
             "padded": {b.kind for b in whole if len(b.flat) > sum(b.sizes)},
             "tiles": {
-                tuple(len(t) for t in segment.tiles) for b in sharded.buckets for segment in sharded._segments[b]
+                tuple(len(t) for t in segment.tiles) for b in sharded.buckets for segment in sharded.state.segments[b]
             },
             "norm": [len(b.shard) for b in sharded.buckets],
             "piece": sharded.piece,

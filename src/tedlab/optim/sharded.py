@@ -7,7 +7,7 @@ may be added. Only its ``step`` is replaced, by one that feeds it tile after til
 import functools
 import math
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from tedlab.optim.fused import check_tile, fused_adam_step
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
+from tedlab.optim.state import ShardedState
 
 
 class ShardedOptimizer:
@@ -91,8 +92,7 @@ class ShardedOptimizer:
         self.buckets: list[Bucket] = []
         self._zero, self._partial, self._bucket_elements = zero, partial, bucket_elements
         self._fused = tile == "fused"
-        self._tile = tile if isinstance(tile, int) else None
-        self._segments: dict[Bucket, list[Segment]] = {}
+        self.state = ShardedState(optimizer, names, tile if isinstance(tile, int) else None)
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._in_order_of_backward: list[Bucket] = []
@@ -169,10 +169,7 @@ class ShardedOptimizer:
     def _fill_bucket(self, parameters: list[nn.Parameter], partial: bool) -> None:
         bucket = Bucket(parameters, self.comm, self._zero, partial=partial)
         self.buckets.append(bucket)
-        states = [self.optimizer.state.pop(p, {}) for p in parameters]  # Adagrad makes it in its constructor
-        self._segments[bucket] = [Segment(bucket, parameters, self.optimizer, self._tile)]
-        if any(states):
-            self._load(bucket, states)
+        self.state.add(bucket)
         for p in parameters:
             self._bucket_of[p] = bucket
             if p.requires_grad:
@@ -477,11 +474,9 @@ class ShardedOptimizer:
             if p in bucket.present and p in group_of:
                 stepped.setdefault(group_of[p], set()).add(p)
         for index, parameters in stepped.items():
-            self._segments[bucket] = [half for s in self._segments[bucket] for half in s.divide(parameters)]
-            for segment in self._segments[bucket]:
-                if segment.parameters[0] in parameters:
-                    step = self._step_fused if self._fused else self._step_tiles
-                    step(segment, factor, self.optimizer.param_groups[index])
+            step = self._step_fused if self._fused else self._step_tiles
+            for segment in self.state.divided(bucket, parameters):
+                step(segment, factor, self.optimizer.param_groups[index])
         if stepped:
             bucket.gather_parameters()
 
@@ -510,7 +505,7 @@ class ShardedOptimizer:
         tile.grad = None
         group["params"] = []
 
-    # ---- checkpoints ---------------------------------------------------------------------------------------------
+    # ---- what is known of parameters -----------------------------------------------------------------------------
 
     def gradients(self) -> dict[str, Tensor]:
         """Reduced gradients by parameter name, without the loss scale, sharded like the parameters. Collective."""
@@ -525,98 +520,13 @@ class ShardedOptimizer:
                 }
         return found
 
-    def group_names(self) -> list[list[str]]:
-        """Names of the parameters in each of the optimizer's groups."""
-        return [[self.names[p] for p in group["params"]] for group in self.optimizer.param_groups]
-
-    def regroup(self, names: Sequence[Sequence[str]]) -> None:
-        """Adds the groups that an optimizer had when its state was saved and this one has not yet.
-
-        Args:
-            names: of the parameters in each group, as :meth:`group_names` had them.
-        """
-        parameter = {name: p for p, name in self.names.items()}
-        for group in names[len(self.optimizer.param_groups) :]:
-            self.optimizer.add_param_group({"params": [parameter[name] for name in group]})
-
     def state_dict(self, masters: bool = True) -> dict[str, Any]:
-        """State by parameter name, each tensor sharded like its parameter, so that any layout can load it. Collective.
-
-        Tensors of one element (Adam's step count) are stored as they are; half-precision parameters also store their
-        fp32 master copy, unless ``masters`` is False. A parameter that never had a gradient has no state.
-        """
-        state: dict[str, dict[str, Any]] = {self.names[p]: {} for b in self.buckets for p in b.parameters}
-        for bucket in self.buckets:
-            held = [(segment.parameters, segment.state()) for segment in self._segments[bucket]]
-            if masters and bucket.master is not bucket.shard:
-                held.append((bucket.parameters, {"master": bucket.master}))
-            for key in sorted({key for _, values in held for key in values}):
-                having = [(parameters, values[key]) for parameters, values in held if key in values]
-                by_element = [value for _, value in having if _by_element(value)]
-                whole = bucket.unshard(sum(by_element[1:], by_element[0])) if by_element else []
-                of = dict(zip(bucket.parameters, whole, strict=False))
-                for parameters, value in having:
-                    for p in parameters:
-                        of_its_own = value.clone() if isinstance(value, Tensor) and not whole else value
-                        state[self.names[p]][key] = of.get(p, of_its_own)
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        return {"state": state, "param_groups": groups}
+        """In place of the optimizer's own, see :meth:`ShardedState.state_dict`."""
+        return self.state.state_dict(masters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned, here or in another layout.
-
-        A parameter of which it has no state is left as before its first step.
-
-        Raises:
-            ValueError: if it is of an optimizer with another number of parameter groups.
-        """
-        here, there = self.optimizer.param_groups, state_dict["param_groups"]
-        if len(here) != len(there):
-            raise ValueError(
-                f"The optimizer has {len(here)} parameter groups, its saved state is of {len(there)}; make the same"
-            )
-        for group, values in zip(here, there, strict=True):
-            for key in group.keys() - values.keys() - self.optimizer.defaults.keys() - {"params"}:
-                del group[key]  # what a scheduler left that was not there yet
-            group.update(values)
-        for bucket in self.buckets:
-            self._load(bucket, [state_dict["state"].get(self.names[p], {}) for p in bucket.parameters])
-
-    def _load(self, bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> None:
-        """State of each parameter, by key. Those with the same step count share a segment."""
-        of = dict(zip(bucket.parameters, states, strict=True))
-        if bucket.master is not bucket.shard and any("master" in state for state in states):
-            masters = [
-                state.get("master", p.detach().float()) for p, state in zip(bucket.parameters, states, strict=True)
-            ]
-            bucket.master.copy_(bucket.shard_of(masters))
-        alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
-        for p in bucket.parameters:
-            kept = sorted((key, value) for key, value in of[p].items() if key != "master")
-            alike.setdefault(tuple((key, _comparable(value)) for key, value in kept), []).append(p)
-        for segment in self._segments[bucket]:
-            segment.load({})
-        self._segments[bucket] = [Segment(bucket, group, self.optimizer, self._tile) for group in alike.values()]
-        for segment, keys in zip(self._segments[bucket], alike, strict=True):
-            first, joined = of[segment.parameters[0]], {}
-            for key, _ in keys:
-                joined[key] = first[key]
-                if _by_element(first[key]):
-                    nothing = torch.zeros_like(local(first[key])).flatten()
-                    joined[key] = bucket.shard_of(
-                        [
-                            of[p][key] if segment.holds(p) else nothing.new_zeros(local(p).shape)
-                            for p in bucket.parameters
-                        ]
-                    )
-            segment.load(joined)
-
-    def refresh_masters(self) -> None:
-        """Takes over weights that were changed from outside into the fp32 master copies; the others keep theirs."""
-        for bucket in self.buckets:
-            if bucket.master is not bucket.shard:
-                for master, weight in zip(bucket.master.split(self.piece), bucket.shard.split(self.piece), strict=True):
-                    torch.where(master.to(weight.dtype) == weight, master, weight.float(), out=master)
+        """In place of the optimizer's own, see :meth:`ShardedState.load_state_dict`."""
+        self.state.load_state_dict(state_dict)
 
     def initialize_state(self, names: Collection[str] | None = None) -> None:
         """Creates the state of these parameters (None: of all), without changing anything else, to load into."""
@@ -626,21 +536,10 @@ class ShardedOptimizer:
             group["lr"] = 0.0
         group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         with self._parameters_apart():
-            for segment in (segment for segments in self._segments.values() for segment in segments):
+            for segment in (segment for segments in self.state.segments.values() for segment in segments):
                 group = group_of.get(segment.parameters[0], self.optimizer.param_groups[0])
                 if names is None or any(self.names[p] in names for p in segment.parameters):
                     for tile in segment.tiles:
                         self._step_tile(group, tile, torch.zeros_like(tile))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def _by_element(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
-
-
-def _comparable(value: Any) -> Any:
-    """What parameters of a segment must have in common of their state."""
-    if isinstance(value, Tensor):
-        return None if _by_element(value) else value.item()
-    return value

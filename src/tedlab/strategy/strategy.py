@@ -1,15 +1,13 @@
 """TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
 
-import random
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
@@ -19,9 +17,8 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import StrategyRegistry
@@ -32,7 +29,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from tedlab import checkpoint
 from tedlab._compat import lightning as compat
 from tedlab.comm import Whereabouts
 from tedlab.comm.keep import kept_tags
@@ -46,6 +42,7 @@ from tedlab.optim.finite import check_saved
 from tedlab.optim.reading import MANUAL, hooks_that_read
 from tedlab.strategy import contract, seeding
 from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
+from tedlab.strategy.checkpointing import Checkpointing
 from tedlab.strategy.metric_sync import sync_over_data_ranks
 from tedlab.strategy.replicas import ReplicaCheck, agree_on_threads, check_batch
 from tedlab.topology import Topology
@@ -148,8 +145,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._timeout = timeout
         self._topology: Topology | None = None
         self._watch: Watch | None = None
-        self._writer: checkpoint.Writer | None = None
-        self._random_state_of: Mapping[str, Any] | None = None  # what a checkpoint holds, until the first batch
+        self._checkpointing: Checkpointing | None = None
         self._last_micro_batch = True
         self._seeds: seeding.Roots | None = None
         self._first_batch = True  # of a loop
@@ -222,7 +218,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         with place.within("start of process groups"):
             limit = None if self._watch is None else timeout
             self._topology = Topology(degrees, self.root_device, self.comm, limit, place)
-            self._writer = checkpoint.Writer(self.checkpoints.async_save, self._timeout)
+            self._checkpointing = Checkpointing(self._topology, self.checkpoints, self._timeout)
             if self.root_device.type == "cpu":
                 agree_on_threads()
         if self._watch is not None:
@@ -244,7 +240,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        self._take_over_checkpoints(trainer)
+        self.checkpointing.take_over(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             compat.optimizers_to_device(self.optimizers, self.root_device)
             # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
@@ -325,8 +321,8 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def teardown(self) -> None:
-        if self._writer is not None:
-            self._writer.wait()
+        if self._checkpointing is not None:
+            self._checkpointing.writer.wait()
         for optimizer in self.sharded_optimizers:
             optimizer.release()
         assert self.cluster_environment is not None
@@ -479,7 +475,7 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def on_train_start(self) -> None:
         for optimizer in self.sharded_optimizers:
-            optimizer.refresh_masters()  # of weights that a hook has set
+            optimizer.state.refresh_masters(optimizer.piece)  # of weights that a hook has set
         self._start([self._trainer.num_training_batches], "training")
 
     @override
@@ -542,6 +538,12 @@ class TEDStrategy(compat.SubprocessStrategy):
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     @property
+    def checkpointing(self) -> Checkpointing:
+        """What writes and reads checkpoints, from ``setup_environment`` on."""
+        assert self._checkpointing is not None
+        return self._checkpointing
+
+    @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
         return True  # shards are loaded into the sharded model and its optimizers
@@ -565,90 +567,25 @@ class TEDStrategy(compat.SubprocessStrategy):
         if self.stop_on_nonfinite and self.sharded_optimizers:
             weights = [bucket.flat for optimizer in self.sharded_optimizers for bucket in optimizer.buckets]
             check_saved(weights, self.topology.comm, checkpoint_["global_step"], self.root_device)
-        tensors = {"model": checkpoint_.pop("state_dict")}
-        for i, state in enumerate(checkpoint_.pop("optimizer_states", [])):
-            tensors[f"optimizer_{i}"] = state
-        if attached := checkpoint.detach(checkpoint_):
-            tensors["attached"] = attached
-        if self.loss_scaler is not None:
-            checkpoint_["loss_scaler"] = self.loss_scaler.state_dict()
-        checkpoint_["optimizer_groups"] = [optimizer.group_names() for optimizer in self.sharded_optimizers]
-        checkpoint_["layout"] = asdict(self.topology.degrees)
-        checkpoint_["random"] = self._random_states()
-        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY):
-            if key in checkpoint_:
-                checkpoint_[key] = checkpoint.plain(checkpoint_[key])
-        for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE):
-            checkpoint_.pop(key, None)  # a class of OmegaConf, which they no longer are
-        assert self._writer is not None
+        state = self._trainer.state
+        # Outside of training nothing goes on meanwhile, and nothing comes after it that would raise a failure.
+        wait = state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING
         path = Path(self.broadcast(filepath))
-        with self._within("writing of a checkpoint", limited=False):
-            self._writer.save(tensors, checkpoint_, path)
-            state = self._trainer.state
-            if state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING:
-                self._writer.wait()  # no training to go on meanwhile, and nothing after it that would raise a failure
-
-    def _link_checkpoint(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
-        """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
-        assert self._writer is not None
-        self._writer.link(Path(filepath), Path(linkpath))
-
-    def _take_over_checkpoints(self, trainer: Trainer) -> None:
-        """Callbacks link through this strategy, and what no checkpoint could hold is refused before the first step."""
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint):
-                compat.link_through(callback, self._link_checkpoint)
-        if trainer.state.fn == TrainerFn.FITTING and trainer.checkpoint_callbacks:
-            for owner in filter(None, (trainer.lightning_module, getattr(trainer, "datamodule", None))):
-                key = owner.CHECKPOINT_HYPER_PARAMS_KEY
-                checkpoint.encode({key: checkpoint.plain(dict(owner.hparams))})
+        self.checkpointing.save(checkpoint_, path, self.sharded_optimizers, self.loss_scaler, wait)
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        assert self._writer is not None
         if self.is_global_zero:
-            self._writer.remove(Path(filepath))
+            self.checkpointing.writer.remove(Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         module = self.lightning_module
         assert module is not None
-        assert self._writer is not None
-        self._writer.wait()
-        path = Path(self.broadcast(checkpoint_path))
-        meta = checkpoint.read_meta(path)
-        fitting = module.trainer.state.fn == TrainerFn.FITTING
-        if fitting and "lr_schedulers" not in meta:
-            raise ValueError(
-                f"{path} holds weights only (save_weights_only, or save_checkpoint(weights_only=True)): validate, test "
-                "and predict can use it, but fit cannot go on from it without the optimizer; to start anew from these "
-                "weights, call tedlab.checkpoint.load_weights(self, path) in on_fit_start"
-            )
-        tensors: dict[str, Any] = {"model": self.lightning_module_state_dict()}
-        if attached := checkpoint.attach(meta, self.topology.mesh_of):
-            tensors["attached"] = attached
-        optimizers = self.sharded_optimizers if fitting else []
-        stored = checkpoint.stored_names(path)
-        # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
-        masters_stored = any(name.endswith(".master") for name in stored)
-        for optimizer, groups in zip(optimizers, meta.get("optimizer_groups", []), strict=False):
-            optimizer.regroup(groups)
-        for i, optimizer in enumerate(optimizers):
-            if any(name.startswith(f"optimizer_{i}.") for name in stored):
-                tensors[f"optimizer_{i}"] = _room_for(optimizer, f"optimizer_{i}.", stored, masters_stored)
-        with self._within("reading of a checkpoint", limited=False):
-            checkpoint.load(tensors, path, strict=module.strict_loading)
-        module.load_state_dict(tensors["model"], strict=module.strict_loading)
-        for i, optimizer in enumerate(optimizers):
-            if f"optimizer_{i}" in tensors:
-                optimizer.load_state_dict(tensors[f"optimizer_{i}"])
-            if not masters_stored:
-                optimizer.refresh_masters()
-        meta["state_dict"] = tensors["model"]  # for hooks, which may change it
-        if self.loss_scaler is not None and "loss_scaler" in meta:
-            self.loss_scaler.load_state_dict(meta["loss_scaler"])
-        self._random_state_of = meta
-        return meta
+        self.checkpointing.writer.wait()
+        path, fitting = Path(self.broadcast(checkpoint_path)), module.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.sharded_optimizers if fitting else None
+        return self.checkpointing.load(path, module, self.lightning_module_state_dict(), optimizers, self.loss_scaler)
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -659,28 +596,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         assert self.model is not None
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
-        if self._random_state_of is not None:  # as late as this: starting a data loader draws a number
-            self._restore_random_state(self._random_state_of)
-            self._random_state_of = None
-
-    def _random_states(self) -> list[dict[str, Any]]:
-        """Of all processes."""
-        states: list[Any] = [None] * self.topology.comm.size("world")
-        with self._within("gathering of random states"):
-            dist.all_gather_object(states, compat.random_states(include_cuda=self.root_device.type == "cuda"))
-        return states
-
-    def _restore_random_state(self, meta: Mapping[str, Any]) -> None:
-        """The saved state in the layout that saved it; in another, one that no data rank shares and no step repeats."""
-        layout = asdict(self.topology.degrees)
-        if meta.get("layout") == layout:
-            compat.set_random_states(meta["random"][self.global_rank])
-        else:
-            new = np.random.SeedSequence((torch.initial_seed(), meta["global_step"], self.topology.comm.rank("data")))
-            seed = int(new.generate_state(1)[0])
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
+        self.checkpointing.restore_random_state()  # as late as this: starting a data loader draws a number
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -708,22 +624,6 @@ def _moved(old: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         new = f"{place}={place.removesuffix('s').capitalize()}Options({field}={value!r})"
         warnings.warn(f"TEDStrategy({name}=…) is now TEDStrategy({new})", FutureWarning, stacklevel=3)
     return values
-
-
-def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:
-    """An optimizer's state to be filled from a checkpoint: of what it has, which before a first step is little."""
-    state = f"{prefix}state."
-    keys = [name.removeprefix(state).rsplit(".", 1) for name in stored if name.startswith(state)]
-    optimizer.initialize_state({name for name, key in keys if key != "master"})
-    room = optimizer.state_dict(masters=masters)
-    there = {name for name, _ in keys}
-    room["state"] = {name: values if name in there else {} for name, values in room["state"].items()}
-    known = optimizer.optimizer.defaults  # what schedulers added may be missing, not what makes this optimizer
-    room["param_groups"] = [
-        {k: v for k, v in group.items() if k in known or f"{prefix}param_groups.{i}.{k}" in stored}
-        for i, group in enumerate(room["param_groups"])
-    ]
-    return room
 
 
 contract.explain_directories()
