@@ -6,10 +6,19 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from tedlab.cli import UsageError
-from tedlab.config import CalibrateConfig, GenerateConfig, PlanConfig, SimulationConfig, TrainConfig, with_values
-from tedlab.ranges import Range, check_ranges, number_fields, real, whole
+from tedlab.config import (
+    Activation,
+    CalibrateConfig,
+    GenerateConfig,
+    PlanConfig,
+    SimulationConfig,
+    TrainConfig,
+    with_values,
+)
+from tedlab.ranges import Range, check_ranges, number_fields, real, whole, word
 from tedlab.validate import check_simulated
 from tests.test_conf import compose
 
@@ -59,6 +68,14 @@ class Example:
     rate: float | None = real(None, above=0)
 
 
+@dataclass
+class Words:
+    """One that must be given, one that need not."""
+
+    kind: str = word(Activation.GELU)
+    other: str | None = word(None, Activation)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -84,6 +101,27 @@ def test_a_number_outside_is_refused_with_what_would_do(name: str, value: Any, m
 @pytest.mark.parametrize(("name", "value"), [("steps", -1), ("steps", 9), ("share", 1e-9), ("rate", None), ("rate", 3)])
 def test_a_number_inside_is_accepted(name: str, value: Any) -> None:
     check_ranges(Example(**{name: value}))
+
+
+@pytest.mark.parametrize(("name", "value"), [("kind", "gelu"), ("kind", Activation.SWIGLU), ("other", None)])
+def test_a_word_of_an_enumeration_is_accepted_and_equals_its_member(name: str, value: Any) -> None:
+    check_ranges(Words(**{name: value}))
+    assert Words().kind == Activation.GELU
+    assert OmegaConf.to_yaml(OmegaConf.structured(Words())) == "kind: gelu\nother: null\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kind", "relu", "x.kind=relu is unknown; valid: gelu, swiglu"),
+        ("kind", None, "x.kind=None is unknown; valid: gelu, swiglu"),
+        ("other", "relu", "x.other=relu is unknown; valid: gelu, swiglu, or null"),
+    ],
+)
+def test_another_word_is_refused_with_those_that_would_do(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="unknown") as caught:
+        check_ranges(Words(**{name: value}), "x.")
+    assert str(caught.value) == message
 
 
 def test_a_word_of_a_command_line_is_a_number_in_range_or_refused() -> None:

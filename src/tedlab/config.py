@@ -4,23 +4,105 @@ Every value of a YAML file in ``conf/`` lands in one field here, and these objec
 take: the options of communication, sharding and checkpoints are one object each from the command line to the line that
 obeys them. None of them changes once it is made. Hydra uses the same classes as its schema, so a misspelt key or an
 ill-typed value never gets past composition.
-Nothing here imports torch. A number declares its range beside its default, with ``whole`` or ``real``. What fields must
+Nothing here imports torch. A number declares its range beside its default, with ``whole`` or ``real``; a
+word that is one of few its enumeration, with ``word``. What fields must
 satisfy *together* is checked in ``validate``.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from tedlab.ranges import real, whole
+from tedlab.ranges import real, whole, word
 
 # Bounds of numbers that nothing but a slip of the hand exceeds.
 _WIDEST = 1 << 24  # of a dimension of the model
 _MOST_PROCESSES = 1 << 20
 _YEAR_S = 365 * 24 * 3600
+
+
+class Activation(StrEnum):
+    """Of feed-forward layers and experts."""
+
+    GELU = "gelu"
+    SWIGLU = "swiglu"
+
+
+class Norm(StrEnum):
+    """LayerNorm, or RMSNorm, which has no bias."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+class Positions(StrEnum):
+    """A table of embeddings, or queries and keys that are rotated."""
+
+    LEARNED = "learned"
+    ROTARY = "rotary"
+
+
+class Compiler(StrEnum):
+    """torch.compile's backends; the last one generates no code."""
+
+    NONE = "none"
+    INDUCTOR = "inductor"
+    AOT_EAGER = "aot_eager"
+
+
+class Granularity(StrEnum):
+    """What is recomputed: nothing, or each block as a whole."""
+
+    NONE = "none"
+    BLOCK = "block"
+
+
+class TokenDispatch(StrEnum):
+    """Queues with a capacity, or experts that take all tokens that choose them."""
+
+    CAPACITY = "capacity"
+    DROPLESS = "dropless"
+
+
+class ExpertKernel(StrEnum):
+    """What computes dropless experts; auto: triton where it runs."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    TRITON = "triton"
+
+
+class DropPolicy(StrEnum):
+    """Whom a full expert keeps: the most probable, or the first."""
+
+    PROBS = "probs"
+    POSITION = "position"
+
+
+class Backend(StrEnum):
+    """Of torch.distributed. Several processes of gloo may share a GPU."""
+
+    NCCL = "nccl"
+    GLOO = "gloo"
+
+
+class Schedule(StrEnum):
+    """Of the learning rate, after a linear warm-up; wsd: constant, then linear decay."""
+
+    COSINE = "cosine"
+    CONSTANT = "constant"
+    WSD = "wsd"
+
+
+class CertificatePrecision(StrEnum):
+    """What a certificate computes in; in bf16 runs are as equal as rounding allows."""
+
+    DOUBLE = "64-true"
+    BF16 = "bf16-true"
 
 
 class Frozen:
@@ -39,7 +121,7 @@ class Frozen:
 class RecomputeConfig(Frozen):
     """Activation checkpointing: what the backward pass computes again, so that it need not be kept."""
 
-    granularity: str = "none"  # none | block (each block as a whole)
+    granularity: str = word(Granularity.NONE)  # none | block (each block as a whole)
     early_stop: bool = True  # only as far as backward needs; false: all of it, the paper's baseline
 
 
@@ -52,10 +134,10 @@ class ModelConfig(Frozen):
     heads: int = whole(least=1, most=_WIDEST)
     ffn: int = whole(least=1, most=_WIDEST)  # width of the feed-forward layer, and of each expert
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
-    activation: str = "gelu"  # gelu | swiglu
+    activation: str = word(Activation.GELU)  # gelu | swiglu
     bias: bool = True  # linear layers and experts have biases
-    norm: str = "layer"  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
-    positions: str = "learned"  # learned (a table) | rotary (queries and keys are rotated)
+    norm: str = word(Norm.LAYER)  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
+    positions: str = word(Positions.LEARNED)  # learned (a table) | rotary (queries and keys are rotated)
     rotary_base: float = real(
         10_000.0, above=1
     )  # of rotary positions: feature pair i of d turns by base^(-2i/d) at each position
@@ -70,7 +152,7 @@ class ModelConfig(Frozen):
     )  # tokens whose logits exist at a time; None: all, and their gradient after them
     # torch.compile of each block (without dropless experts) and of the loss in chunks: none | inductor | aot_eager
     # (without code generation).
-    compile: str = "none"
+    compile: str = word(Compiler.NONE)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
@@ -81,7 +163,8 @@ class MoEConfig(Frozen):
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
     top_k: int = whole(1, least=1)
-    dispatch: str = "capacity"  # capacity | dropless (experts take all that choose them; none of the capacity… applies)
+    # capacity | dropless (experts take all that choose them; none of the capacity… applies)
+    dispatch: str = word(TokenDispatch.CAPACITY)
     capacity_factor: float | None = real(1.25, above=0)  # None: no token is ever dropped
     capacity_multiple: int = whole(
         8, least=1, most=_WIDEST
@@ -89,9 +172,8 @@ class MoEConfig(Frozen):
     # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.
     # None: 1, or with parallel.sequence the tensor degree, since each tensor rank then sees its own positions only.
     capacity_groups: int | None = whole(None, least=1)
-    kernel: str = (
-        "auto"  # of dropless experts that are all in one process: auto (triton where it runs) | torch | triton
-    )
+    # Of dropless experts that are all in one process: auto (triton where it runs) | torch | triton.
+    kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers
     gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
@@ -99,7 +181,8 @@ class MoEConfig(Frozen):
     min_capacity: int | None = whole(None, least=0)  # all three: least capacity; None: 4
     random_token_selection: bool | None = None  # top1: a full expert keeps a random selection; None: true
     second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
-    drop_policy: str | None = None  # topk: a full expert keeps the most probable (probs; None) or first (position)
+    # topk: a full expert keeps the most probable (probs; None) or first (position)
+    drop_policy: str | None = word(None, DropPolicy)
 
     def blocks(self, layers: int) -> range:
         """Indices of the blocks that have experts, in a model of so many."""
@@ -141,7 +224,8 @@ class CommOptions(Frozen):
 class CommConfig(CommOptions):
     """How processes talk."""
 
-    backend: str | None = None  # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
+    # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
+    backend: str | None = word(None, Backend)
     timeout_s: int = whole(600, least=1, most=_YEAR_S)  # a collective that takes longer ends the run
     cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # of each process, for cac=auto
     cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
@@ -185,7 +269,8 @@ class OptimConfig(ShardingOptions):
 
     optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
     lr: float = real(above=0)
-    schedule: str = "cosine"  # cosine | constant | wsd (constant, then linear decay), each after a linear warm-up
+    # cosine | constant | wsd (constant, then linear decay), each after a linear warm-up
+    schedule: str = word(Schedule.COSINE)
     warmup_steps: int = whole(0, least=0)
     final_lr_fraction: float = real(0.1, least=0, most=1)  # of the learning rate, where cosine and wsd end
     decay_fraction: float = real(0.2, least=0, most=1)  # of the run, in which wsd decays
@@ -237,7 +322,8 @@ class TrainConfig(Frozen):
     # Steps between pictures of the experts' load; None: only at the end.
     router_picture_every: int | None = whole(100, least=1)
     certificate: bool = False  # first prove that a small likeness of this run equals one process
-    certificate_precision: str = "64-true"  # of its runs: 64-true | bf16-true (as equal as rounding allows)
+    # of its runs: 64-true | bf16-true (as equal as rounding allows)
+    certificate_precision: str = word(CertificatePrecision.DOUBLE)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
 

@@ -1,12 +1,14 @@
-"""The numbers that a field of a configuration takes: declared beside the field, checked for every field alike.
+"""The numbers and words that a field of a configuration takes: declared beside the field, checked for all alike.
 
-``whole`` and ``real`` make dataclass fields with a range; :func:`check_ranges` walks a configuration and refuses the
-first number outside of its own. What numbers must satisfy *together* is ``validate``'s.
+``whole`` and ``real`` make dataclass fields with a range, ``word`` those with an enumeration; :func:`check_ranges`
+walks a configuration and refuses the first value outside of its own. What values must satisfy *together* is
+``validate``'s.
 """
 
 import math
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
 from functools import cache
 from types import UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -112,6 +114,16 @@ def real(
     return field(default=default, metadata={"range": Range(least, most, above, below, also)})
 
 
+def word(default: StrEnum | None, kind: type[StrEnum] | None = None) -> Any:
+    """A dataclass field for one of the words of an enumeration, which is that of the default, or ``kind``.
+
+    The field's type is ``str``, for OmegaConf would take the names of an enumeration's members, not their values. A
+    word and its member are equal.
+    """
+    words = kind if default is None else type(default)
+    return field(default=None if default is None else default.value, metadata={"words": words})
+
+
 class NumberField(NamedTuple):
     """A field that holds a number."""
 
@@ -141,18 +153,22 @@ def number_fields(kind: type) -> tuple[NumberField, ...]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Checks every number of a dataclass and of those inside of it, but for such as check themselves when made.
+    """Checks numbers and words of a dataclass and of those inside of it, but for such as check themselves when made.
 
     Args:
         config: an instance.
         prefix: of the names in messages, with a dot at its end.
 
     Raises:
-        ValueError: naming the first number that is not in its range.
+        ValueError: naming the first number that is not in its range, or the first word that is unknown.
     """
     for name, range_, optional in number_fields(type(config)):  # type: ignore[arg-type]
         range_.check(f"{prefix}{name}", getattr(config, name), optional)
     for inner in fields(config):
         value = getattr(config, inner.name)
+        words = inner.metadata.get("words")
+        if words is not None and value not in (*words, inner.default):
+            null = ", or null" if inner.default is None else ""
+            raise ValueError(f"{prefix}{inner.name}={value} is unknown; valid: {', '.join(words)}{null}")
         if is_dataclass(value) and not hasattr(value, "__post_init__"):
             check_ranges(value, f"{prefix}{inner.name}.")

@@ -8,8 +8,9 @@ import torch
 from tedlab.certify import Row, certify, shrink
 from tedlab.certify.compare import TOLERANCES, first_difference
 from tedlab.cli import UsageError
+from tedlab.config import CertificatePrecision
 from tedlab.strategy import gpus
-from tedlab.validate import CERTIFIED_PRECISIONS, check
+from tedlab.validate import check
 from tests.certify.bugs import expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor
 from tests.certify.runs import Case, Plant, certified, composed
 from tests.pool import WorkerPool
@@ -47,7 +48,7 @@ def test_what_is_wrong_everywhere_shows_in_bf16(certificates: dict[Case, list[Ro
 
 
 def test_no_other_precision_is_certified() -> None:
-    assert tuple(TOLERANCES) == CERTIFIED_PRECISIONS
+    assert tuple(TOLERANCES) == tuple(CertificatePrecision)
     for run in (certify, check):
         with pytest.raises(UsageError, match="certificate_precision=16-true is unknown; valid: 64-true, bf16-true"):
             run(composed("certificate_precision=16-true"))

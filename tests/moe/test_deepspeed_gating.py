@@ -14,10 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.capacity import deepspeed_capacity
-from tedlab.config import MoEConfig
+from tedlab.config import DropPolicy, MoEConfig
 from tedlab.moe import MoELayer, Router, Routing
 from tedlab.moe.deepspeed_gating import (
-    DROP_POLICIES,
     GATINGS,
     DeepSpeedRouter,
     top1_gating,
@@ -108,7 +107,7 @@ RULES = {
         lambda logits, capacity, _: top2_gating(logits, capacity, None),
         lambda ds, *args, **kwargs: ds.top2gating(*args, top2_2nd_expert_sampling=False, **kwargs),
     ),
-} | {f"top{k}_{policy}": topk_rule(k, policy) for k in (1, 2, 3) for policy in DROP_POLICIES}
+} | {f"top{k}_{policy}": topk_rule(k, policy) for k in (1, 2, 3) for policy in DropPolicy}
 
 LOGITS: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda noise_TE: noise_TE,

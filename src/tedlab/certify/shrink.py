@@ -18,7 +18,20 @@ import numpy as np
 import torch
 
 from tedlab.capacity import group_capacity
-from tedlab.config import CommConfig, DataConfig, MoEConfig, OptimConfig, ParallelConfig, RecomputeConfig, TrainConfig
+from tedlab.config import (
+    Backend,
+    CertificatePrecision,
+    CommConfig,
+    DataConfig,
+    ExpertKernel,
+    MoEConfig,
+    OptimConfig,
+    ParallelConfig,
+    Positions,
+    RecomputeConfig,
+    TokenDispatch,
+    TrainConfig,
+)
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
 
@@ -40,9 +53,10 @@ class _Widths:
 
     @staticmethod
     def of(config: TrainConfig) -> "_Widths":
-        if config.certificate_precision == "bf16-true":
+        if config.certificate_precision == CertificatePrecision.BF16:
             return _Widths(8, 16)
-        return _Widths(4 if config.model.positions == "rotary" else 3, 11)  # rotary positions turn pairs of features
+        rotary = config.model.positions == Positions.ROTARY  # which turns pairs of features
+        return _Widths(4 if rotary else 3, 11)
 
 
 def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
@@ -58,7 +72,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     """
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
-    dropless = config.moe.dispatch == "dropless"
+    dropless = config.moe.dispatch == TokenDispatch.DROPLESS
     # What sharded sequences do to capacity is asked of the one process, too.
     groups = degrees.tensor if given.sequence and not dropless else config.moe.capacity_groups
     widths = _Widths.of(config)
@@ -151,10 +165,11 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
 
     Micro-batches accumulated; nothing sharded, divided into pieces, overlapped, recomputed, compiled or scaled.
     """
+    kernel = ExpertKernel.TORCH.value if config.moe.kernel == ExpertKernel.TRITON else config.moe.kernel
     return replace(
         config,
         model=replace(config.model, recompute=RecomputeConfig(), loss_chunk=None, compile="none"),
-        moe=replace(config.moe, kernel="torch" if config.moe.kernel == "triton" else config.moe.kernel),
+        moe=replace(config.moe, kernel=kernel),
         parallel=ParallelConfig(1),
         comm=CommConfig(backend=config.comm.backend, timeout_s=config.comm.timeout_s),
         optim=replace(
@@ -195,7 +210,7 @@ def _accelerator(config: TrainConfig, processes: int) -> str:
     """The configuration's own, unless this machine cannot run so many processes on it."""
     wanted = str(config.trainer["accelerator"])
     available = torch.cuda.device_count()
-    enough = processes <= available or (available > 0 and config.comm.backend == "gloo")
+    enough = processes <= available or (available > 0 and config.comm.backend == Backend.GLOO)
     return wanted if wanted == "cpu" or enough else "cpu"
 
 

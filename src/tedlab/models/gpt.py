@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tedlab.comm import checkpoint
 from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.rows import Rows
-from tedlab.config import CommOptions, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, Compiler, Granularity, ModelConfig, MoEConfig, Positions
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
 from tedlab.nn import (
@@ -85,9 +85,9 @@ class Block(nn.Module):
 
     def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
         super().__init__()
-        self.topology, self.recomputed = topology, model.recompute.granularity == "block"
+        self.topology, self.recomputed = topology, model.recompute.granularity == Granularity.BLOCK
         self.early_stop = model.recompute.early_stop
-        self.compiled = model.compile != "none"
+        self.compiled = model.compile != Compiler.NONE
         spec = GPTSpec(model, moe).blocks[index]
         self.norm1 = norm_layer(spec.norm1, topology)
         self.attention = SelfAttention.of(spec.attention, topology)
@@ -175,7 +175,7 @@ class GPTSpec(Spec):
 
     @property
     def positions(self) -> EmbeddingSpec | None:
-        if self.model.positions != "learned":
+        if self.model.positions != Positions.LEARNED:
             return None
         return EmbeddingSpec(self.model.sequence_length, self.model.hidden, Init(std=self.model.init_std))
 

@@ -32,13 +32,12 @@ from torch import Tensor
 
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin
-from tedlab.config import MoEConfig
+from tedlab.config import DropPolicy, MoEConfig
 from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots
 from tedlab.nn import Init
 from tedlab.topology import Topology
 
 GATINGS = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")
-DROP_POLICIES = ("probs", "position")
 
 
 class DeepSpeedRouter(Router):
@@ -71,7 +70,7 @@ class DeepSpeedRouter(Router):
         self.gating = config.gating
         self.random_token_selection = config.random_token_selection is not False  # None: on
         self.second_expert_sampling = config.second_expert_sampling is not False  # None: on
-        self.drop_policy = config.drop_policy or "probs"
+        self.drop_policy = config.drop_policy or DropPolicy.PROBS
 
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
         """The configured rule, with random numbers where it wants them.
@@ -156,7 +155,7 @@ def topk_gating(logits_TE: Tensor, top_k: int, capacity: int, drop_policy: str) 
     expert_TK = pin(probs_TE.detach().topk(top_k, dim=-1).indices)
     chosen_TE = _mask(expert_TK, probs_TE)
     kept_TE = chosen_TE
-    if drop_policy == "probs":
+    if drop_policy == DropPolicy.PROBS:
         kept_TE = pin(chosen_TE & _largest(probs_TE.detach() * chosen_TE, capacity))
     slot_TK = _slots_in_order(expert_TK, kept_TE, capacity)
     gate_TK = _normalised_survivors(probs_TE.gather(1, expert_TK), slot_TK)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-SCHEDULES = ("cosine", "constant", "wsd")
+from tedlab.config import Schedule
 
 
 def learning_rate_schedule(
@@ -23,9 +23,9 @@ def learning_rate_schedule(
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if name == "constant":
+        if name == Schedule.CONSTANT:
             return 1.0
-        if name == "wsd":
+        if name == Schedule.WSD:
             left = max(0.0, (total_steps - step) / max(1.0, decay_fraction * total_steps))
             return final_fraction + (1.0 - final_fraction) * min(1.0, left)
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))

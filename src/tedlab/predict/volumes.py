@@ -20,7 +20,7 @@ from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import Plan, Second
 from tedlab.comm.rows import Rows
-from tedlab.config import TrainConfig
+from tedlab.config import Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models.gpt import TAGS, GPTSpec
 from tedlab.optim.bucket import lay_out
@@ -119,7 +119,7 @@ class ClosedForm:
     def block(self, block: int) -> Iterator[Collective]:
         """A block's passes."""
         yield from self._calls(self.sites[block].forward, "forward", self.rows(block))
-        if self.config.model.recompute.granularity == "block":
+        if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
         yield from self._calls(self.sites[block].backward, "backward", self.rows(block))
 

@@ -23,7 +23,6 @@ from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
 from tedlab.validate.settings import (
-    CERTIFIED_PRECISIONS,
     OBJECTIVES,
     VALIDATION_METRICS,
     check_settings,
@@ -31,7 +30,7 @@ from tedlab.validate.settings import (
 )
 from tedlab.validate.trainer import check_trainer
 
-__all__ = ["CERTIFIED_PRECISIONS", "OBJECTIVES", "check", "check_simulated", "complete", "complete_simulated", "notes"]
+__all__ = ["OBJECTIVES", "check", "check_simulated", "complete", "complete_simulated", "notes"]
 
 _GPT2_TOKENS = 50_257
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tedlab.comm.keep import kept_tags
-from tedlab.config import TrainConfig
+from tedlab.config import Compiler, Granularity, TrainConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.gpt import TAGS
 from tedlab.predict.budget import within_budget
@@ -11,7 +11,7 @@ from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import ClosedForm
-from tedlab.validate.words import check_divides, check_known
+from tedlab.validate.words import check_divides
 
 
 def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -21,9 +21,6 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         ValueError: saying what would do.
     """
     comm, model = config.comm, config.model
-    if comm.backend not in (None, "nccl", "gloo"):
-        raise ValueError(f"comm.backend={comm.backend} is unknown; valid: nccl, gloo, or null (by device)")
-    check_known("model.recompute.granularity", model.recompute.granularity, ("none", "block"))
     if comm.cac == "auto":
         load_cluster(comm.emulate or comm.cac_cluster)
     else:
@@ -33,14 +30,13 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "
             "what a budget of bytes allows, and nothing else has one"
         )
-    if comm.cac not in (False, None) and model.recompute.granularity == "none":
+    if comm.cac not in (False, None) and model.recompute.granularity == Granularity.NONE:
         raise ValueError(
             f"comm.cac={comm.cac} keeps collectives' results for recomputation, but with "
             "model.recompute.granularity=none nothing is recomputed; use model.recompute.granularity=block, or "
             "comm.cac=false"
         )
-    check_known("model.compile", model.compile, ("none", "inductor", "aot_eager"))
-    if model.compile != "none":
+    if model.compile != Compiler.NONE:
         _check_compiled(config)
     if comm.fuse_reduce_scatter and not comm.dtd:
         raise ValueError(

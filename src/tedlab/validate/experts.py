@@ -1,8 +1,8 @@
 """Experts: how many, how they are routed, and what their queues may be."""
 
-from tedlab.config import MoEConfig, TrainConfig
+from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TokenDispatch, TrainConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.moe.deepspeed_gating import DROP_POLICIES, GATINGS
+from tedlab.moe.deepspeed_gating import GATINGS
 from tedlab.validate.words import check_divides, check_known
 
 GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
@@ -34,9 +34,8 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
-    check_known("moe.dispatch", moe.dispatch, ("capacity", "dropless"))
     _check_kernel(config, degrees)
-    if moe.dispatch == "dropless":
+    if moe.dispatch == TokenDispatch.DROPLESS:
         _check_dropless(config)
     else:
         capacity_groups(config, degrees)
@@ -45,10 +44,9 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
 
 def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
     kernel = config.moe.kernel
-    check_known("moe.kernel", kernel, ("auto", "torch", "triton"))
-    if kernel != "triton":
+    if kernel != ExpertKernel.TRITON:
         return
-    if config.moe.dispatch != "dropless" or degrees.tensor * degrees.expert > 1:
+    if config.moe.dispatch != TokenDispatch.DROPLESS or degrees.tensor * degrees.expert > 1:
         raise ValueError(
             f"moe.kernel=triton is for dropless experts that are all in one process, not for "
             f"moe.dispatch={config.moe.dispatch}, parallel.tensor={degrees.tensor}, parallel.expert={degrees.expert}; "
@@ -72,7 +70,7 @@ def _check_dropless(config: TrainConfig) -> None:
             f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
             "leave it null, or use moe.dispatch=capacity"
         )
-    if config.model.compile != "none" and config.model.recompute.granularity != "none":
+    if config.model.compile != Compiler.NONE and config.model.recompute.granularity != Granularity.NONE:
         raise ValueError(
             f"model.compile={config.model.compile} with moe.dispatch=dropless leaves the experts out, and a block of "
             f"which parts are compiled cannot be recomputed "
@@ -89,7 +87,7 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     """
     shards = degrees.tensor if degrees.sequence else 1
     given = config.moe.capacity_groups
-    if not config.moe.num_experts or config.moe.dispatch == "dropless":
+    if not config.moe.num_experts or config.moe.dispatch == TokenDispatch.DROPLESS:
         return given
     if given is None and shards > 1:
         given = shards
@@ -120,5 +118,3 @@ def _check_gating(moe: MoEConfig) -> None:
                 f"moe.{name}={getattr(moe, name)} would have no effect with moe.gating={moe.gating}; leave it null, "
                 f"or choose moe.gating={' or '.join(users)}"
             )
-    if moe.drop_policy is not None:
-        check_known("moe.drop_policy", moe.drop_policy, DROP_POLICIES)

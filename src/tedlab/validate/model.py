@@ -1,29 +1,22 @@
 """The model without its experts: its kinds of layers, sizes that degrees must divide, and its vocabulary."""
 
-from tedlab.config import TrainConfig
+from tedlab.config import Positions, TrainConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.validate.words import check_divides, check_known
+from tedlab.validate.words import check_divides
 
-_ARCHITECTURE = {
-    "activation": ("gelu", "swiglu"),
-    "norm": ("layer", "rms"),
-    "positions": ("learned", "rotary"),
-}
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
 
 def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Kinds and sizes.
+    """Sizes.
 
     Raises:
         ValueError: saying what would do.
     """
     model = config.model
-    for name, valid in _ARCHITECTURE.items():
-        check_known(f"model.{name}", getattr(model, name), valid)
     if model.hidden % model.heads:
         raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
-    if model.positions == "rotary" and model.hidden // model.heads % 2:
+    if model.positions == Positions.ROTARY and model.hidden // model.heads % 2:
         raise ValueError(
             f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {model.hidden} / "
             f"{model.heads} is odd; choose heads of even width, or model.positions=learned"

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from tedlab.config import TrainConfig
+from tedlab.config import Backend, TrainConfig
 
 
 def check_processes(config: TrainConfig, most: int | None) -> None:
@@ -32,7 +32,7 @@ def check_processes(config: TrainConfig, most: int | None) -> None:
                 f"{devices} processes on a machine of {cores} cores would hardly move; at most {most} make sense here. "
                 "Use a smaller parallel=… preset, or more nodes (trainer.num_nodes)"
             )
-        if config.comm.backend == "nccl":
+        if config.comm.backend == Backend.NCCL:
             raise ValueError("comm.backend=nccl works on GPUs only; with trainer=cpu use gloo, or null")
         return
     gpus = torch.cuda.device_count()
@@ -41,7 +41,7 @@ def check_processes(config: TrainConfig, most: int | None) -> None:
             f"trainer.accelerator={config.trainer['accelerator']}, but this machine has no GPU that torch can use; "
             "trainer=cpu needs none"
         )
-    if devices > gpus and config.comm.backend != "gloo":
+    if devices > gpus and config.comm.backend != Backend.GLOO:
         raise ValueError(
             f"trainer.devices is {devices}, but this machine has {gpus} GPU{'s' if gpus > 1 else ''}: two processes on "
             f"one GPU NCCL refuses; use comm.backend=gloo or fewer processes (at most {gpus}), or trainer=cpu"

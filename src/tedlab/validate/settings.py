@@ -4,11 +4,9 @@ import os
 from pathlib import Path
 
 from tedlab.config import TrainConfig
-from tedlab.validate.words import check_known
 
 VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
 OBJECTIVES = (*VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
-CERTIFIED_PRECISIONS = ("64-true", "bf16-true")
 
 
 def check_settings(config: TrainConfig) -> None:
@@ -25,7 +23,6 @@ def check_settings(config: TrainConfig) -> None:
             raise ValueError(f"{name} is empty; give it a value, or leave it out")
     if config.objective not in OBJECTIVES:
         raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
-    check_known("certificate_precision", config.certificate_precision, CERTIFIED_PRECISIONS)
     monitor = config.checkpoint.monitor
     if monitor not in (None, *VALIDATION_METRICS):
         raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(VALIDATION_METRICS)}")

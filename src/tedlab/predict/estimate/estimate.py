@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tedlab.comm import Collective
-from tedlab.config import ModelConfig, TrainConfig
+from tedlab.config import Granularity, ModelConfig, TrainConfig
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.predict.estimate.kernels import Kernels
@@ -82,7 +82,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         links.add(sizes.form.block(first), len(blocks) * sizes.accumulated, taken, wire)
         passes += len(blocks) * _total(kernels.forward(first), cluster)
         backward += len(blocks) * _total(kernels.backward(first), cluster)
-        if config.model.recompute.granularity == "block":
+        if config.model.recompute.granularity == Granularity.BLOCK:
             passes += len(blocks) * _total(kernels.recompute(first), cluster)
     adding = seconds(Work(0, 3 * memory.gradients, sizes.form.precise, "arithmetic"), cluster)  # to earlier gradients
     taken[COMPUTE] = sizes.accumulated * (passes + backward) + (sizes.accumulated - 1) * adding

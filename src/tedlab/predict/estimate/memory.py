@@ -7,6 +7,7 @@ attention), the embedding's gradient, the reduction of gradients, the optimizer'
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tedlab.config import Granularity
 from tedlab.predict.estimate.sizes import Sizes
 from tedlab.predict.sim.memory import CATEGORIES, Category
 
@@ -65,7 +66,7 @@ class Memory:
     def at_moments(self) -> Iterator[Moment]:
         """Those that can be fullest."""
         s, model = self.sizes, self.sizes.config.model
-        recomputed = model.recompute.granularity == "block"
+        recomputed = model.recompute.granularity == Granularity.BLOCK
         stream = s.outside * s.hidden * s.parameter
         table = s.vocabulary_part * s.hidden * s.parameter
         logits = s.tokens * s.vocabulary_part * (s.compute + s.precise)
@@ -162,7 +163,7 @@ class Memory:
             weighted, stream = (s.outside * s.hidden * size for size in (moe.top_k * s.compute, s.parameter))
             held = s.slots * (s.hidden + s.ffn_part) * s.compute - stream
             yield "experts", self.experts * matrix, 0, weighted, held
-            if moe.dispatch == "dropless" and s.config.model.recompute.granularity == "block":
+            if moe.dispatch == "dropless" and s.config.model.recompute.granularity == Granularity.BLOCK:
                 # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
                 copies = 5 if s.form.layout.sharers > 1 else 3
                 yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute - stream
