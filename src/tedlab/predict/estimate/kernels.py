@@ -21,11 +21,8 @@ class Kernels:
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         config, form = sizes.config, sizes.form
-        self.sequence, self.sliced = (
-            form.layout.sequence,
-            form.layout.sequence or (config.comm.dtd and sizes.tensor > 1),
-        )
-        self.scattered = form.layout.sequence or (self.sliced and config.comm.fuse_reduce_scatter)
+        layout = form.layout
+        self.sequence, self.sliced, self.scattered = layout.sequence, layout.sharers > 1, layout.scattered
         self.experts_here = config.moe.num_experts // form.degrees.expert  # e
         self.reordered = form.degrees.expert > 1 and self.experts_here > 1
 

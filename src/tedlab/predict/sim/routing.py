@@ -14,6 +14,7 @@ from tedlab.cli import UsageError
 from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import TrainConfig
 from tedlab.degrees import parallel_degrees
+from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")
 
@@ -30,7 +31,7 @@ class Routing:
         moe, degrees = config.moe, parallel_degrees(config.parallel)
         self.blocks = moe.blocks(config.model.layers)
         self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
-        sharers = degrees.tensor if config.comm.dtd or degrees.sequence else 1
+        sharers = Layout(degrees, config.comm).sharers
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
