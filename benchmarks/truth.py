@@ -34,10 +34,11 @@ from typing_extensions import override
 from benchmarks.surroundings import surroundings
 from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
-from tedlab.cli import CONF, UsageError
+from tedlab.cli import CONF
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
 from tedlab.config import CalibrateConfig, TrainConfig, with_values
+from tedlab.errors import UsageError
 from tedlab.launch.launcher import launch
 from tedlab.predict.calibrate import calibrate
 from tedlab.predict.cluster import ClusterConfig, load_cluster

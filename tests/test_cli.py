@@ -14,10 +14,11 @@ from hydra import compose, initialize_config_dir
 import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
-from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, renamed, with_plan
+from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig, value_of
+from tedlab.errors import UsageError
 from tedlab.renamed import RENAMED, nested
 from tests.commands import run_command
 from tests.test_conf import compose as compose_typed

@@ -11,10 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 
-from tedlab.cli import CONF, UsageError
+from tedlab.cli import CONF
 from tedlab.commands import calibrate, certify, plan, simulate
 from tedlab.commands.on_cluster import job_alone, on_cluster, prepare
 from tedlab.config import GenerateConfig
+from tedlab.errors import UsageError
 from tedlab.generate import generate
 from tedlab.predict.cluster import cluster_names, load_cluster
 from tedlab.ranges import check_ranges

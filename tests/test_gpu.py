@@ -19,7 +19,8 @@ from tedlab.certify import certify
 from tedlab.comm import Ledger
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.config import TrainConfig
-from tedlab.launch.launcher import WorkerFailed, launch
+from tedlab.errors import WorkerFailed
+from tedlab.launch.launcher import launch
 from tedlab.moe.router import _PreciseLinear
 from tedlab.run import build, run
 from tedlab.validate import complete

@@ -8,7 +8,6 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from tedlab.cli import UsageError
 from tedlab.config import (
     Activation,
     CalibrateConfig,
@@ -18,6 +17,7 @@ from tedlab.config import (
     TrainConfig,
     with_values,
 )
+from tedlab.errors import UsageError
 from tedlab.ranges import Range, check_ranges, number_fields, real, whole, word
 from tedlab.validate import check_simulated
 from tests.test_conf import compose

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from tedlab.checkpoint import META
-from tedlab.cli import UsageError
 from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from tedlab.data import TextDataModule
+from tedlab.errors import UsageError
 from tedlab.module import LanguageModel
 from tedlab.resume import find_checkpoint, named_values, resume, take_over
 from tests.pool import WorkerPool

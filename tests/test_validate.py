@@ -13,9 +13,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tedlab.checkpoint import META
-from tedlab.cli import UsageError
 from tedlab.commands.train import train
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 from tedlab.validate import check, complete, notes
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose

@@ -14,10 +14,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 from tedlab.launch.outside import first_outside
 from tedlab.predict.plan import file as plan_file
 from tedlab.renamed import overrides
@@ -28,10 +29,6 @@ CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir()
 _PLAN = "+plan="
 
 ConfigStore.instance().store("schema", TrainConfig)
-
-
-class UsageError(CompactHydraException):
-    """Something that the user can put right; Hydra prints the message alone, and a sweep goes on with its next job."""
 
 
 def with_plan(arguments: list[str]) -> list[str]:

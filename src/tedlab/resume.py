@@ -16,8 +16,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tedlab.checkpoint import META, read_meta
-from tedlab.cli import UsageError
 from tedlab.config import TrainConfig, value_of, with_values
+from tedlab.errors import UsageError
 from tedlab.untrusted import interpolation
 
 DECIDED = (

@@ -7,8 +7,8 @@ import torch
 
 from tedlab.certify import Row, certify, shrink
 from tedlab.certify.compare import TOLERANCES, first_difference
-from tedlab.cli import UsageError
 from tedlab.config import CertificatePrecision
+from tedlab.errors import UsageError
 from tedlab.strategy import gpus
 from tedlab.validate import check
 from tests.certify.bugs import expert_gradient_scaled_by_expert, input_gradient_not_summed_over_tensor

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tedlab.cli import UsageError
 from tedlab.compare.comparison import compare
 from tedlab.compare.page import page
 from tedlab.compare.runs import read_runs
 from tedlab.compare.terminal import show
+from tedlab.errors import UsageError
 from tests.checkpoint.small import DAMAGES, damaged
 from tests.compare.sweep import ledger, write_run
 from tests.pool import WorkerPool

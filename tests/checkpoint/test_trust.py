@@ -22,12 +22,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tedlab import Topology, checkpoint
 from tedlab.checkpoint.directory import META
-from tedlab.cli import UsageError, with_plan
+from tedlab.cli import with_plan
 from tedlab.commands.checkpoint import main as checkpoint_main
 from tedlab.compare.runs import read_runs
 from tedlab.config import OptimConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import FileTokenizer
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import CONF, load_cluster
 from tedlab.predict.plan.file import KEYS
 from tedlab.predict.sim.routing import _traced

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from tedlab.cli import UsageError
 from tedlab.compare.comparison import compare
 from tedlab.compare.quantities import PEAK, SENT, STEP_TIME, significant, telling
 from tedlab.compare.runs import Run, read_runs
 from tedlab.compare.traffic import seconds_by_phase, traffic, wire_by, wire_total
+from tedlab.errors import UsageError
 from tests.compare.sweep import LOSSES, MIB, STEPS, SUMMARY, write_run, write_sweep
 
 

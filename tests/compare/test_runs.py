@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tedlab.cli import UsageError
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
+from tedlab.errors import UsageError
 from tests.compare.sweep import LOSSES, STEPS, write_run, write_sweep
 
 

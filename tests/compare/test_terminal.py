@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tedlab.cli import UsageError
 from tedlab.commands.compare import prepare
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.terminal import WIDTH, show
+from tedlab.errors import UsageError
 from tests.compare.sweep import STEPS, compare_command, ledger, write_run, write_sweep
 
 

@@ -11,11 +11,11 @@ import pytest
 import wandb
 import yaml
 
-from tedlab.cli import UsageError
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
 from tedlab.compare.wandb_runs import read_group
 from tedlab.compare.workspace import save_workspace
+from tedlab.errors import UsageError
 from tests.compare.sweep import LOSSES, STEPS, compare_command, write_sweep
 
 EXTRA = {"parameters": {"total": 841600}, "layout": {"tensor": 2}, "certificate": None}

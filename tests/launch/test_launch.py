@@ -14,7 +14,8 @@ import pytest
 
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
-from tedlab.launch.launcher import WorkerFailed, launch
+from tedlab.errors import WorkerFailed
+from tedlab.launch.launcher import launch
 
 SOON = 30  # seconds in which everything has to be over
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tedlab.launch.locks import RUN_LOCK, DirectoryInUse, Lock, run_directory, scratch
+from tedlab.errors import DirectoryInUse
+from tedlab.launch.locks import RUN_LOCK, Lock, run_directory, scratch
 from tests.pool import WorkerPool
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from tedlab import run as run_module
 from tedlab.commands.train import leave_summary
 from tedlab.config import TrainConfig
-from tedlab.launch.launcher import WorkerFailed
+from tedlab.errors import WorkerFailed
 from tedlab.launch.outcome import FAILED, INTERRUPTED, Outcome, Signalled, signals_raised, write_unfinished
 from tests.offline_wandb import read_offline_run
 

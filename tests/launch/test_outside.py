@@ -10,8 +10,9 @@ from lightning.pytorch import Trainer
 from tedlab import TEDStrategy
 from tedlab.commands.train import after_restart
 from tedlab.config import TrainConfig
+from tedlab.errors import WrongEnvironment
 from tedlab.launch.launcher import launch
-from tedlab.launch.outside import WrongEnvironment, check, started_outside
+from tedlab.launch.outside import check, started_outside
 
 TORCHRUN = {"LOCAL_RANK": "1", "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tedlab.cli import CONF, UsageError
+from tedlab.cli import CONF
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
 
 NAMES = cluster_names()

@@ -9,9 +9,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab.cli import CONF, UsageError, check_overrides, check_run_directory, renamed, with_plan
+from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 from tedlab.launch.launcher import leave_if_started_outside
 from tedlab.launch.sweep import SweepFailures
 from tedlab.ranges import check_ranges

@@ -4,10 +4,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from tedlab.cli import UsageError
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.literal import quoted
 from tedlab.config import CalibrateConfig
+from tedlab.errors import UsageError
 from tedlab.ranges import LARGEST, Range
 
 _DEVICES = ("cpu", "cuda")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from tedlab.cli import UsageError
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.literal import quote, quoted
 from tedlab.config import CompareConfig
+from tedlab.errors import UsageError
 
 _TEXTS = ("by", "out", "wandb", "group")
 _SWITCHES = ("force", "workspace")

@@ -1,9 +1,9 @@
 """``tedlab generate run=<dir> prompt="def "``: continues a text with the model of a finished run."""
 
-from tedlab.cli import UsageError
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.literal import quoted
 from tedlab.config import GenerateConfig
+from tedlab.errors import UsageError
 
 
 def prepare(arguments: list[str]) -> list[str]:

@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tedlab.cli import CONF, UsageError, from_folder, presets
+from tedlab.cli import CONF, from_folder, presets
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 
 _BESIDE = 34  # column of comments beside values, where these are not longer
 

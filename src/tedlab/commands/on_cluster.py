@@ -6,8 +6,8 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
-from tedlab.cli import UsageError
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
 
 _files: dict[str, str] = {}  # paths of the user's own clusters, by the name under which Hydra knows them

@@ -4,10 +4,10 @@ import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from tedlab.cli import UsageError
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import JobOnCluster, job_alone, on_cluster, prepare
 from tedlab.config import SimulationConfig, TrainConfig, with_values
+from tedlab.errors import UsageError
 
 if TYPE_CHECKING:
     from tedlab.predict.sim.show import Ranks

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from tedlab.cli import UsageError
 from tedlab.commands.application import hydra_entry
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 
 
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
     from tedlab.degrees import parallel_degrees
+    from tedlab.errors import WorkerFailed
     from tedlab.launch import outside
-    from tedlab.launch.launcher import WorkerFailed, launch
+    from tedlab.launch.launcher import launch
     from tedlab.launch.locks import run_directory
     from tedlab.resume import named_values, resume
     from tedlab.run import run
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> float:
 
 def leave_summary(config: TrainConfig, error: BaseException) -> None:
     """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
-    from tedlab.launch.launcher import WorkerFailed
+    from tedlab.errors import WorkerFailed
     from tedlab.launch.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
 
     directory = Path(config.output_dir)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tedlab.cli import UsageError
 from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
+from tedlab.errors import UsageError
 
 # Where a run writes and what it is called, and what follows from other settings.
 PLUMBING = (

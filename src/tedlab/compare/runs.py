@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tedlab.cli import UsageError
+from tedlab.errors import UsageError
 from tedlab.history import steps_done
 from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
 from tedlab.renamed import nested

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from tedlab.cli import UsageError
 from tedlab.compare.runs import Run, curves, flatten, how_it_stopped, why_left_out
+from tedlab.errors import UsageError
 from tedlab.renamed import nested
 
 _NO_SETTINGS = (

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from tedlab.cli import UsageError
 from tedlab.compare.comparison import Comparison
 from tedlab.compare.runs import CURVES
 from tedlab.compare.traffic import PHASES
+from tedlab.errors import UsageError
 
 
 def save_workspace(comparison: Comparison, project: str, group: str) -> None:

@@ -20,9 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hydra.errors import CompactHydraException
-
 from tedlab._compat.python import run_exit_functions
+from tedlab.errors import WorkerFailed
 from tedlab.launch import failures, outside
 from tedlab.launch.locks import Lock, scratch
 from tedlab.launch.outside import started_outside
@@ -46,10 +45,6 @@ class Job(Protocol):
 
 
 Run = Callable[[Any], dict[str, Any]]
-
-
-class WorkerFailed(CompactHydraException):
-    """A worker raised or died; the message holds its traceback, and Hydra prints nothing else."""
 
 
 def leave_if_started_outside() -> None:

@@ -18,15 +18,11 @@ from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import CompactHydraException
+from tedlab.errors import DirectoryInUse
 
 RUN_LOCK = "run.lock"
 _OWNER = ".owner"  # in a scratch folder: who locks it owns the folder
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-
-
-class DirectoryInUse(CompactHydraException):
-    """Another run writes into the directory; Hydra prints the message alone."""
 
 
 class Lock:

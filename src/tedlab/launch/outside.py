@@ -5,13 +5,9 @@ Without the check a process that only looks like one of several waits for the ot
 
 import os
 
-from hydra.errors import CompactHydraException
+from tedlab.errors import WrongEnvironment
 
 _LEAST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers the steps of a batch script, an interactive shell and the like so
-
-
-class WrongEnvironment(CompactHydraException, ValueError):
-    """The environment describes processes that nobody has started; Hydra prints the message alone."""
 
 
 def started_outside() -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tedlab.cli import CONF, UsageError
+from tedlab.cli import CONF
+from tedlab.errors import UsageError
 from tedlab.untrusted import interpolation, read_yaml
 
 _OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")

@@ -7,10 +7,10 @@ configuration. Every complaint says what is wrong, the values, and what would be
 
 from pathlib import Path
 
-from tedlab.cli import UsageError
 from tedlab.config import TrainConfig, with_values
 from tedlab.data import TextDataModule
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.ranges import check_ranges
 from tedlab.validate.batches import accumulation

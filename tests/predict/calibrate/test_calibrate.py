@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tedlab.cli import UsageError
 from tedlab.commands.calibrate import checked
 from tedlab.config import CalibrateConfig
+from tedlab.errors import UsageError
 from tedlab.predict.calibrate.calibration import calibrate
 from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
 from tedlab.predict.calibrate.measure import Group, Measured

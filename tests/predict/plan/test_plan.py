@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tedlab.cli import UsageError, with_plan
+from tedlab.cli import with_plan
 from tedlab.commands.plan import overrides_of_the_job
 from tedlab.config import TrainConfig, with_values
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.plan.family import base_parameters, member
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan

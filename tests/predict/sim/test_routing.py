@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tedlab.cli import UsageError
 from tedlab.comm.rows import spread
 from tedlab.config import TrainConfig
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.routing import Routing, routing_of

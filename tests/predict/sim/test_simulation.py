@@ -16,12 +16,12 @@ from lightning.pytorch import Callback, Trainer
 
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify
-from tedlab.cli import UsageError
 from tedlab.comm import Collectives
 from tedlab.comm.ledger import differences
 from tedlab.commands.simulate import SimulateConfig, task
 from tedlab.config import SimulationConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.predict.cost import placement_of
 from tedlab.predict.flops import forward_flops

@@ -7,8 +7,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from tedlab.cli import UsageError
 from tedlab.config import TrainConfig, with_values
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import largest
 from tedlab.predict.plan.search import (

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
-from tedlab.cli import UsageError
 from tedlab.config import TrainConfig, value_of, with_values
 from tedlab.degrees import ParallelDegrees
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
 from tedlab.predict.estimate import estimate

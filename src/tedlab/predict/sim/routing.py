@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tedlab.cli import UsageError
 from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import TrainConfig
 from tedlab.degrees import parallel_degrees
+from tedlab.errors import UsageError
 from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")

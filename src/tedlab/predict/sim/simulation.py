@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from tedlab.cli import UsageError
 from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.config import CheckpointOptions, TrainConfig, with_values
+from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig, Dispatch
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
