@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from tedlab.certify.shrink import shrink
 from tedlab.checkpoint import META
 from tedlab.commands.train import train
 from tedlab.config import TrainConfig
@@ -573,6 +575,22 @@ def test_a_check_and_a_completion_leave_the_configuration_as_it_is(corpus: Path)
     assert asdict(config) == before
     assert (completed.comm.ledger.time, completed.moe.capacity_groups) == (True, 2)
     assert completed.comm.cac != "auto"
+
+
+def test_a_certificate_is_of_what_was_composed_not_completed_for_the_size_of_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[TrainConfig] = []
+
+    def certify(config: TrainConfig) -> SimpleNamespace:
+        given.append(config)
+        return SimpleNamespace(ok=False)
+
+    monkeypatch.setattr("tedlab.certify.show.certify_visibly", certify)
+    kept = ["model.recompute.granularity=block", "comm.cac=auto", "comm.cac_budget_bytes=3000"]
+    with pytest.raises(UsageError, match="failed its certificate"):
+        train(small(corpus, "parallel=tp2", "certificate=true", *kept))
+    assert isinstance(complete(shrink(given[0], tmp_path)).comm.cac, list)
 
 
 def test_a_complete_configuration_is_completed_by_itself(corpus: Path) -> None:

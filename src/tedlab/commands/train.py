@@ -29,12 +29,12 @@ def train(config: TrainConfig) -> float:
         config = after_restart(config)
     named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # called by a program
     config, resumed = resume(config, named)
-    config = complete(config)
+    composed, config = config, complete(config)
     degrees = parallel_degrees(config.parallel)
     held = not started_outside or outside.first_outside()  # by one process for all
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
         if config.certificate:
-            certify_first(config)
+            certify_first(composed)
         if not started_outside:
             said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
             print(*said, sep="\n", flush=True)
