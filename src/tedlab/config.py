@@ -25,84 +25,18 @@ _MOST_PROCESSES = 1 << 20
 _YEAR_S = 365 * 24 * 3600
 
 
-class Activation(StrEnum):
-    """Of feed-forward layers and experts."""
-
-    GELU = "gelu"
-    SWIGLU = "swiglu"
-
-
-class Norm(StrEnum):
-    """LayerNorm, or RMSNorm, which has no bias."""
-
-    LAYER = "layer"
-    RMS = "rms"
-
-
-class Positions(StrEnum):
-    """A table of embeddings, or queries and keys that are rotated."""
-
-    LEARNED = "learned"
-    ROTARY = "rotary"
-
-
-class Compiler(StrEnum):
-    """torch.compile's backends; the last one generates no code."""
-
-    NONE = "none"
-    INDUCTOR = "inductor"
-    AOT_EAGER = "aot_eager"
-
-
-class Granularity(StrEnum):
-    """What is recomputed: nothing, or each block as a whole."""
-
-    NONE = "none"
-    BLOCK = "block"
-
-
-class TokenDispatch(StrEnum):
-    """Queues with a capacity, or experts that take all tokens that choose them."""
-
-    CAPACITY = "capacity"
-    DROPLESS = "dropless"
-
-
-class ExpertKernel(StrEnum):
-    """What computes dropless experts; auto: triton where it runs."""
-
-    AUTO = "auto"
-    TORCH = "torch"
-    TRITON = "triton"
-
-
-class DropPolicy(StrEnum):
-    """Whom a full expert keeps: the most probable, or the first."""
-
-    PROBS = "probs"
-    POSITION = "position"
-
-
-class Backend(StrEnum):
-    """Of torch.distributed. Several processes of gloo may share a GPU."""
-
-    NCCL = "nccl"
-    GLOO = "gloo"
-
-
-class Schedule(StrEnum):
-    """Of the learning rate, after a linear warm-up; wsd: constant, then linear decay."""
-
-    COSINE = "cosine"
-    CONSTANT = "constant"
-    WSD = "wsd"
-
-
-class CertificatePrecision(StrEnum):
-    """What a certificate computes in; in bf16 runs are as equal as rounding allows."""
-
-    DOUBLE = "64-true"
-    BF16 = "bf16-true"
+# Words that are one of few. Members have the words' names in capitals.
+Activation = StrEnum("Activation", "GELU SWIGLU")
+Norm = StrEnum("Norm", "LAYER RMS")
+Positions = StrEnum("Positions", "LEARNED ROTARY")
+Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
+Granularity = StrEnum("Granularity", "NONE BLOCK")
+TokenDispatch = StrEnum("TokenDispatch", "CAPACITY DROPLESS")
+ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
+DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
+Backend = StrEnum("Backend", "NCCL GLOO")
+Schedule = StrEnum("Schedule", "COSINE CONSTANT WSD")
+CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
 class Frozen:
