@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tedlab import Topology
 from tests.deaths import (  # noqa: F401 (pytest's hooks)
     pytest_configure,
     pytest_sessionfinish,
@@ -22,6 +23,13 @@ torch.set_num_threads(1)  # tests run beside each other: threads that wait for a
 def pool() -> WorkerPool:
     """The server of worker processes that all tests share."""
     return WorkerPool()
+
+
+@pytest.fixture(scope="module")
+def single() -> Iterator[Topology]:
+    """A world of this process alone."""
+    yield Topology.single()
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

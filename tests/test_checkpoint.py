@@ -1,7 +1,6 @@
 """A checkpoint of any layout continues under any other as if nothing had happened."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,12 +227,6 @@ def test_lightning_s_checkpoint_callback_links_the_last_and_removes_the_old(pool
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
 
 
 def write(path: Path, value: float) -> None:

@@ -28,7 +28,7 @@ from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
 from tedlab.nn import Embedding, VocabParallelEmbedding, attention, sharded
 from tedlab.nn import loss as losses
 from tedlab.nn.region import SequenceRegion
-from tedlab.optim import LossScaler, ShardedOptimizer
+from tedlab.optim import LossScaler, ShardedOptimizer, fused
 from tedlab.optim.bucket import Bucket, local
 from tedlab.optim.segment import Segment
 
@@ -47,30 +47,38 @@ def _after(patch: Patch, owner: Any, name: str, then: Callable[..., Any]) -> Non
     patch.setattr(owner, name, wrong)
 
 
+def _collective(
+    patch: Patch, op: str, change: Callable[[Callable[[Tensor], Any], Tensor, Collectives], Any], **where: str
+) -> None:
+    """``change(launch, x, comm)`` in place of ``launch(x)``, in all collectives of this kind, tag and phase."""
+    right = getattr(Collectives, op)
+
+    def wrong(self: Collectives, x: Tensor, kind: str, *, tag: str, phase: str, **options: Any) -> Any:
+        def launch(given: Tensor) -> Any:
+            return right(self, given, kind, tag=tag, phase=phase, **options)
+
+        asked_for = where.items() <= {"kind": kind, "tag": tag, "phase": phase}.items()
+        return change(launch, x, self) if asked_for else launch(x)
+
+    patch.setattr(Collectives, op, wrong)
+
+
 # ---- gradients: reduction, accumulation, buckets -----------------------------------------------------------------
 
 
-def _scale_gradients(patch: Patch, factor: float, chosen: Callable[[Bucket], bool]) -> None:
-    finish = Bucket.finish_reduction
-
-    def wrong(self: Bucket) -> None:
-        pending = self._reduction is not None
-        finish(self)
-        if pending and chosen(self):
-            assert self.gradient is not None
-            self.gradient.mul_(factor)
-
-    patch.setattr(Bucket, "finish_reduction", wrong)
+def _scale_expert_gradients(patch: Patch, factor: float) -> None:
+    for op in ("start_reduce_scatter", "start_all_reduce"):
+        _collective(patch, op, lambda launch, x, comm: launch(factor * x), kind="expert_data", tag="gradients.reduce")
 
 
 def expert_gradient_divided_by_expert_data(patch: Patch) -> None:
     """Averaged over its own replicas although it is divided by D already."""
-    _scale_gradients(patch, 1 / 2, lambda bucket: bucket.kind == "expert_data")
+    _scale_expert_gradients(patch, 1 / 2)
 
 
 def expert_gradient_scaled_by_expert(patch: Patch) -> None:
     """DeepSpeed #5618, pytorch #160285: E_p times too large, as if divided by D_e and not by D."""
-    _scale_gradients(patch, 4.0, lambda bucket: bucket.kind == "expert_data")
+    _scale_expert_gradients(patch, 4.0)
 
 
 def _replicated(bucket: Bucket) -> bool:
@@ -80,7 +88,16 @@ def _replicated(bucket: Bucket) -> bool:
 
 def replicated_gradient_summed_over_tensor(patch: Patch) -> None:
     """Of norms and biases, which all tensor ranks compute alike and whole."""
-    _scale_gradients(patch, 2.0, _replicated)
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        pending = self._reduction is not None
+        finish(self)
+        if pending and _replicated(self):
+            assert self.gradient is not None
+            self.gradient.mul_(2.0)
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
 
 
 def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
@@ -99,7 +116,7 @@ def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
 
 def input_gradient_not_summed_over_tensor(patch: Patch) -> None:
     """Each tensor rank goes on with its own part of the gradient (Automodel #1260)."""
-    patch.setattr(differentiable._CopyTo, "backward", staticmethod(lambda ctx, grad: (grad, None, None, None)))
+    _collective(patch, "all_reduce", lambda launch, x, comm: x, phase="backward")
 
 
 def step_of_a_stale_gradient(patch: Patch) -> None:
@@ -178,18 +195,12 @@ def bucket_filled_in_another_order(patch: Patch) -> None:
 
 def router_gradient_not_summed_when_sliced(patch: Patch) -> None:
     """Each tensor rank has routed its own tokens, and keeps its part of the gradient (Automodel #1260)."""
-    patch.setattr(ShardedOptimizer, "_sum_partial_gradients", lambda self: None)
+    _collective(patch, "all_reduce", lambda launch, x, comm: x, tag="gradients.partial")
 
 
 def partial_gradients_summed_twice(patch: Patch) -> None:
     """Over the tensor group, of the router and of norms, with sequence parallelism."""
-
-    def double(_: None, self: ShardedOptimizer) -> None:
-        for bucket in self.buckets:
-            if bucket.new_partial is not None:
-                bucket.new_partial.mul_(2)
-
-    _after(patch, ShardedOptimizer, "_sum_partial_gradients", double)
+    _collective(patch, "all_reduce", lambda launch, x, comm: 2 * launch(x), tag="gradients.partial")
 
 
 # ---- norm, clipping, loss scale ----------------------------------------------------------------------------------
@@ -225,7 +236,7 @@ def norm_of_the_first_piece(patch: Patch) -> None:
 
 def norm_of_this_process_alone(patch: Patch) -> None:
     """The sum over all processes is forgotten."""
-    patch.setattr(ShardedOptimizer, "global_norm", lambda self: math.sqrt(self._squares().item()) / self.scale)
+    _collective(patch, "all_reduce", lambda launch, x, comm: x, tag="gradients.norm")
 
 
 def norm_of_an_earlier_step(patch: Patch) -> None:
@@ -360,13 +371,16 @@ def second_block_of_initial_weights_like_the_first(patch: Patch) -> None:
 
 def last_piece_of_the_fused_step_left_out(patch: Patch) -> None:
     """What a whole piece of 2¹⁸ elements leaves is never updated."""
-    right = torch._fused_adamw_
+    right = fused.fused_adam
 
-    def wrong(parameters: Any, *arguments: Any, **named: Any) -> None:
-        if parameters[0].numel() != 5:  # of 2¹⁸ + 5
-            right(parameters, *arguments, **named)
+    def wrong(decoupled: bool) -> Callable[..., None]:
+        def kernel(parameters: Any, *arguments: Any, **named: Any) -> None:
+            if parameters[0].numel() != 5:  # of 2¹⁸ + 5
+                right(decoupled)(parameters, *arguments, **named)
 
-    patch.setattr(torch, "_fused_adamw_", wrong)
+        return kernel
+
+    patch.setattr(fused, "fused_adam", wrong)
 
 
 # ---- embeddings, positions, attention, feed-forward --------------------------------------------------------------
@@ -661,20 +675,16 @@ def z_loss_summed_over_tokens(patch: Patch) -> None:
 
 def dropped_tokens_gradient_averaged(patch: Patch) -> None:
     """As if the slices of duplicate token dropping were copies: what tokens get back is divided by T."""
-    _after(patch, differentiable, "_gathered", lambda x, *arguments: x / 2 if arguments[-1] == "backward" else None)
+    _collective(patch, "all_gather", lambda launch, x, comm: launch(x) / 2, phase="backward")
 
 
 def exchange_not_inverted_in_backward(patch: Patch) -> None:
     """Gradients go to the next process, not to the one that sent the tokens."""
-    right = differentiable._AllToAll.backward
 
-    def wrong(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        comm, kind, _, splits = ctx.call
-        if splits is None:
-            grads = (grads[0].roll(len(grads[0]) // comm.size(kind), 0),)
-        return right(ctx, *grads)
+    def wrong(launch: Callable[[Tensor], Any], x: Tensor, comm: Collectives) -> Any:
+        return launch(x.roll(len(x) // comm.size("expert"), 0))
 
-    patch.setattr(differentiable._AllToAll, "backward", staticmethod(wrong))
+    _collective(patch, "all_to_all", wrong, kind="expert", phase="backward")
 
 
 def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:
@@ -727,7 +737,7 @@ def recompute_that_routes_anew(patch: Patch) -> None:
     decide = router.Router.decide
 
     def wrong(self: router.Router, logits_TE: Tensor, *arguments: Any) -> router.Decision:
-        return decide(self, -logits_TE if recompute._now.second else logits_TE, *arguments)
+        return decide(self, -logits_TE if recompute.recomputing() else logits_TE, *arguments)
 
     patch.setattr(router, "pin", lambda decision: decision)
     patch.setattr(router.Router, "decide", wrong)
@@ -736,10 +746,10 @@ def recompute_that_routes_anew(patch: Patch) -> None:
 def kept_result_of_another_rank(patch: Patch) -> None:
     """Shards are gathered from the wrong end: CAC's results are permuted."""
 
-    def rolled(result: Tensor, self: Any, comm: Collectives, tag: str, *arguments: Any) -> Tensor | None:
-        return result.roll(1, 0) if self.plan.get(tag) is recompute.Second.SLICE else None
+    def wrong(launch: Callable[[Tensor], Any], x: Tensor, comm: Collectives) -> Any:
+        return launch(x).roll(len(x), 0)
 
-    _after(patch, recompute._Region, "repeated", rolled)
+    _collective(patch, "all_gather", wrong, kind="tensor", phase="recompute")
 
 
 def kept_results_in_another_order(patch: Patch) -> None:

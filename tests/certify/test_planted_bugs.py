@@ -4,14 +4,13 @@ By the certificate of a layout, which also names and measures it; by the oracle,
 by a test that is named here, and fails with it. All certificates are made in a few worlds.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.optim import AdamW
 
 from tedlab import Topology
@@ -303,12 +302,6 @@ def test_what_one_process_has_too_is_caught_by_the_oracle(verdicts: Verdicts, pl
 def test_so_is_every_other_that_one_process_has_too(more_verdicts: Verdicts, plant: Plant) -> None:
     setting, quantity = ORACLE[plant]
     assert first_wrong(more_verdicts[setting, plant]) == quantity
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("plant", TESTED, ids=lambda plant: plant.__name__)

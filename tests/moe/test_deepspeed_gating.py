@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -27,12 +27,6 @@ from tedlab.moe.router import Decision
 from tedlab.nn import Init, initialize
 from tests.pool import WorkerPool
 from tests.training import Job, Layout, Record, train
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """Tokens to experts and back. The experts here are formulas, so that every result has a closed form."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,12 +11,6 @@ from tedlab.moe import AllToAllPath, RouterReport, Routing, assign_slots, token_
 from tests.pool import WorkerPool
 
 EXPERTS, HIDDEN = 4, 3
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
 
 
 def routing_of(expert_TK: Tensor, gate_TK: Tensor, capacity: int) -> Routing:

@@ -1,11 +1,9 @@
 """Which expert a token goes to, with which weight, and into which slot."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._inductor.exc import InductorError
 
@@ -15,13 +13,6 @@ from tedlab.config import MoEConfig
 from tedlab.moe import Router, Routing, assign_slots
 from tedlab.moe.router import bf16_parts, sort_choices
 from tedlab.nn import Init, initialize
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
-
 
 # ---- capacity ----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,5 @@
 """Parameters that exist only as shards: their values, and the placements of their gradients."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -49,12 +47,6 @@ def initialized(topology: Topology, seed: int = 0, big: bool = False) -> dict[st
     model = nn.ModuleDict({"a": Example(topology), "b": Example(topology, big)})
     initialize(model, seed)
     return {name: parameter.detach().to_local() for name, parameter in model.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
-    yield Topology.single()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ MIXTURES = {
 TODAY = replace(MODEL, activation="swiglu", bias=False, norm="rms", positions="rotary")
 
 
-def counted(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
+def counted(model: ModelConfig, moe: MoEConfig, topology: Topology) -> tuple[int, int]:
     """FLOPs of matrix products that torch sees in forward and in backward."""
-    network = GPT(model, moe, Topology.single(), seed=0)
+    network = GPT(model, moe, topology, seed=0)
     ids = torch.randint(64, (SAMPLES, MODEL.sequence_length))
     # Only this attention shows the counter its products, in backward, too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -41,13 +41,13 @@ def counted(model: ModelConfig, moe: MoEConfig) -> tuple[int, int]:
 @pytest.mark.parametrize("model", [MODEL, TODAY], ids=["gpt", "today"])
 @pytest.mark.parametrize("moe", MIXTURES.values(), ids=MIXTURES)
 def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_slots(
-    model: ModelConfig, moe: MoEConfig
+    model: ModelConfig, moe: MoEConfig, single: Topology
 ) -> None:
     parts = forward_flops(model, moe)
     masked = TOKENS * parts["attention_scores"]  # torch counts tokens that come later as well: the other half
     slots = moe.num_experts * expert_capacity(TOKENS, max(1, moe.num_experts), moe.top_k, None, moe.capacity_multiple)
     empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS)
-    forward, backward = counted(model, moe)
+    forward, backward = counted(model, moe, single)
     assert forward == TOKENS * sum(parts.values()) + masked + empty
     assert backward == 2 * forward
     assert training_flops(model, moe) == 3 * sum(parts.values())
