@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import wandb
@@ -110,6 +111,7 @@ def test_sigterm_is_told_at_once_and_then_raised_and_a_second_one_disturbs_nothi
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+@mock.patch.dict(os.environ)  # W&B notes in it where its service is
 def test_wandb_marks_a_run_as_failed_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(project="tedlab", save_dir=tmp_path, mode="offline")
