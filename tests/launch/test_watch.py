@@ -102,7 +102,7 @@ def test_who_waits_says_for_whom_and_in_which_collective(told: tuple[bool, list[
         assert "in no collective, after all_reduce warm.up (forward), at step 12" in message
     else:
         assert "process 3: in no collective for " in message
-        assert "after all_reduce warm.up (forward), at step 12; it is at tests/launch/test_watch.py:" in message
+        assert "after all_reduce warm.up (forward), at step 12; it is at launch/test_watch.py:" in message
         assert "in hung" in message
 
 
