@@ -1,6 +1,8 @@
-"""Text to batches: ``documents`` and ``tokenizers``, then ``corpus``, ``packing``, ``sampler`` and ``module``.
+"""The data pipeline, from text to batches.
 
-``resume`` and ``bigram`` stand beside them.
+``files``, ``formats`` and ``documents`` find and read text; ``tokenizers`` and ``corpus`` turn it into token files;
+``packing``, ``sampler`` and ``module`` make batches of those. ``position`` and ``resume`` continue an interrupted run,
+and ``bigram`` computes a baseline loss.
 """
 
 from tedlab.data.bigram import bigram_loss

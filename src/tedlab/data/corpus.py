@@ -1,7 +1,7 @@
-"""The corpus as tokens: two memory-mapped files, written once and found again by a fingerprint of all they depend on.
+"""The tokenised corpus: two memory-mapped files, written once and cached under a fingerprint of all they depend on.
 
-Which files there are and what is held out is decided in ``documents.py``; how tokens become samples in ``packing.py``.
-Nothing here needs torch.
+``files.py`` finds the source files, ``documents.py`` decides what is held out, and ``packing.py`` cuts tokens into
+samples. Nothing here needs torch.
 """
 
 import hashlib
@@ -26,20 +26,25 @@ from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.tokenizers import Tokenizer, build_tokenizer
 from tedlab.launch.locks import scratch
 
-_FORMAT = 2  # increase when the same text and tokenizer would give other files
+_FORMAT = 2  # increase it whenever the same text and tokenizer would give different files
 _META, _LEFT_OUT = "meta.json", "left_out.json"
 _SPLITS = ("train", "validation")
-_SILENT_S = 60.0  # without a line, where output is not a terminal
+_SILENT_S = 60.0  # seconds between lines of progress where output is not a terminal
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A tokenised corpus: documents end to end, each followed by ``tokenizer.separator``.
 
-    ``train`` and ``validation`` have shape (tokens,) and the dtype of ``tokenizer.encode``. ``bytes_per_token`` is the
-    mean number of UTF-8 bytes of a validation token, separators counted as tokens: a loss in nats per token divided by
-    ``bytes_per_token · ln 2`` is in bits per byte. ``directory`` holds the files. ``left_out`` is what ``data.path``
-    names and is not in it, and ``source_files`` how many files are.
+    Attributes:
+        train: Training tokens, shape (tokens,), in the dtype of ``tokenizer.encode``.
+        validation: Validation tokens, likewise.
+        tokenizer: Encodes and decodes the tokens.
+        bytes_per_token: Mean UTF-8 bytes per validation token, separators included. A loss in nats per token divided
+            by ``bytes_per_token · ln 2`` is in bits per byte.
+        directory: Holds the token files.
+        left_out: Files and folders that ``data.path`` names but the corpus does not contain.
+        source_files: Number of files that the corpus contains.
     """
 
     train: np.memmap
@@ -52,19 +57,19 @@ class Corpus:
 
 
 def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
-    """Tokenise the text that ``config`` names, unless that has been done before, and open the result.
+    """Tokenises the text that ``config`` names, unless the cache already holds the result, and opens the result.
 
-    Any number of processes may call this at once. Memory stays bounded however large the corpus is. A corpus that is
-    damaged in the cache is made anew.
+    Any number of processes may call this at once. Memory stays bounded however large the corpus is. A damaged corpus
+    in the cache is built again.
 
     Args:
-        config: All but ``batch_size``, ``micro_batch_size``, ``validation_samples`` and ``num_workers`` is read.
+        config: Every field is read but ``batch_size``, ``micro_batch_size``, ``validation_samples``, ``num_workers``.
         sequence_length: Each split must hold at least one sample of this many inputs.
 
     Raises:
-        FileNotFoundError: ``path`` or ``tokenizer`` names a file that does not exist.
-        ValueError: There is no text, too little of it, something in it or in ``config`` cannot be used, or a file
-            changed while it was read.
+        FileNotFoundError: If ``path`` or ``tokenizer`` names a file that does not exist.
+        ValueError: If there is too little text or none, if the text or ``config`` cannot be used, or if a file changes
+            while it is read.
     """
     if not 0 < config.validation_fraction < 1:
         raise ValueError(
@@ -108,7 +113,7 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
             try:
                 complete.rename(directory)
             except OSError:
-                if not directory.exists():  # otherwise another process was faster, and its files are the same
+                if not directory.exists():  # else another process was faster and wrote the same files
                     raise
     return _open(directory, tokenizer, sequence_length, files, no_files)
 
@@ -118,7 +123,7 @@ def _key(*parts: Any) -> str:
 
 
 def _tokenise(train: list[Source], validation: list[Source], tokenizer: Tokenizer, directory: Path) -> None:
-    """Write ``train.bin``, ``validation.bin`` and what :func:`_open` needs to know of them."""
+    """Writes ``train.bin``, ``validation.bin``, and their numbers of tokens and bytes for :func:`_open`."""
     sizes = {}
     with _progress("Tokenising", [*train, *validation]) as advance:
         for name, sources in zip(_SPLITS, (train, validation), strict=True):
@@ -130,7 +135,7 @@ def _tokenise(train: list[Source], validation: list[Source], tokenizer: Tokenize
 def _write(
     path: Path, sources: list[Source], tokenizer: Tokenizer, advance: Callable[[int], object]
 ) -> tuple[int, int]:
-    """Write the tokens of ``sources``; returns how many there are and the UTF-8 bytes they stand for."""
+    """Writes the tokens of ``sources``; returns their number, separators included, and the text's UTF-8 bytes."""
     dtype = _dtype(tokenizer)
     separator = np.array([tokenizer.separator], dtype=dtype).tobytes()
     size = 0
@@ -145,9 +150,9 @@ def _write(
 
 
 def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """What is wrong with a corpus in the cache; None if nothing is, or if it is not there.
+    """Says what is wrong with a cached corpus; returns None if it is sound or absent.
 
-    A file cannot be cut short by a process that was killed, only by a disk or a machine that failed, or by hand.
+    A killed process cannot leave a truncated file; a failing disk or machine, or somebody editing by hand, can.
     """
     if not directory.exists():
         return None
@@ -165,13 +170,13 @@ def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _set_aside(directory: Path) -> None:
-    """Removes a folder at once for all processes, several of which may try."""
+    """Removes a folder in one rename, which several processes may attempt at once."""
     with scratch("corpus", directory.parent) as temporary, suppress(FileNotFoundError):
         directory.rename(temporary / directory.name)
 
 
 def _refuse_changed(files: Sequence[SourceFile]) -> None:
-    """Raises ``ValueError`` if a file is no longer what it was when the search found it."""
+    """Raises ``ValueError`` if a file's size or time has changed since the search found it."""
     for file in files:
         try:
             status = file.path.stat()
@@ -212,13 +217,13 @@ def _open(
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Of the files' tokens: the smallest that holds every id."""
+    """Returns the dtype of the token files: the smallest unsigned integer that holds every id."""
     return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 
 @contextmanager
 def _progress(description: str, files: Sequence[SourceFile | Source]) -> Iterator[Callable[[int], object]]:
-    """Gives the function that is told bytes of ``files`` as they are read: a bar on a terminal, or a line a minute."""
+    """Yields a function that takes each number of bytes read; it draws a bar, or off a terminal prints every minute."""
     total = sum(file.size for file in files)
     if not sys.stderr.isatty():
         done, last = 0, time.monotonic()

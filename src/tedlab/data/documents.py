@@ -1,7 +1,7 @@
-"""What of a corpus is held out, and the documents that its files hold.
+"""Splits a corpus into training and validation, and reads the documents of its files.
 
-Everything streams: no file is ever read as a whole. Which files there are is found out in ``files.py``, what is in them
-in ``formats.py``. Turning documents into tokens is ``corpus.py``'s job.
+Everything streams: no file is ever in memory as a whole. ``files.py`` finds the files, ``formats.py`` determines what
+is in them, and ``corpus.py`` turns documents into tokens.
 """
 
 import codecs
@@ -21,19 +21,22 @@ _BLOCK = BLOCK
 
 
 class Source(Protocol):
-    """What one split reads of one file."""
+    """The part of one file that one split reads."""
 
     @property
     def size(self) -> int:
-        """Bytes that are read."""
+        """Number of bytes that :meth:`documents` reads."""
 
     def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        """The documents, each in blocks to be read in turn; ``advance`` is told the bytes as they are read."""
+        """Yields each document as an iterable of blocks, to be consumed before the next document.
+
+        ``advance`` is called with each number of bytes read.
+        """
 
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes ``start`` to ``stop`` of a text file, one document."""
+    """Bytes ``start`` to ``stop`` of a text file, which form one document."""
 
     path: Path
     start: int
@@ -59,9 +62,10 @@ class Text:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """One document per line of a JSONL file from byte ``start`` on, from the field ``field``.
+    """The documents of a JSONL file: the field ``field`` of each line from byte ``start`` on.
 
-    ``held_out`` is the share of lines that is held out and ``validation`` says which side this is; None is all lines.
+    ``held_out`` is the share of documents that is held out, and ``validation`` selects those rather than the others.
+    With ``held_out=None`` all documents are read.
     """
 
     path: Path
@@ -72,7 +76,7 @@ class JsonLines:
     validation: bool = False
 
     def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        number = -1  # of the document; blank lines are none
+        number = -1  # index of the document; blank lines do not count
         line_number = 0
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -106,7 +110,7 @@ class JsonLines:
         text = row[self.field]
         if not isinstance(text, str):
             raise ValueError(f"{where} holds a {type(text).__name__} in field {self.field!r}, not text.")
-        # The file itself is UTF-8 without NUL, so that only an escape can give these.
+        # examine() has found UTF-8 without NUL, so only an escape can produce these characters.
         if b"\\u" in line and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
             raise ValueError(f"{where} holds NUL or half a surrogate pair in field {self.field!r}, which no text does.")
         return text
@@ -119,21 +123,24 @@ def split(
     left_out: list[LeftOut] | None = None,
     advance: Callable[[int], object] = lambda size: None,
 ) -> tuple[list[Source], list[Source]]:
-    """What training and what validation read.
+    """Splits files into what training reads and what validation reads.
 
-    Of several files, whole files are held out: which ones, the hash of their names decides, up to ``fraction`` of the
-    bytes. Files with the same content are held out together or not at all. Of a single text file it is the last part;
-    of a single JSONL file it is documents spread evenly over it.
+    Several files are held out as a whole, in an order given by the hash of their names, up to ``fraction`` of the
+    bytes; files with the same content stay together. A single text file is cut, and its last part is held out. Of a
+    single JSONL file, evenly spaced documents are held out.
 
     Args:
-        files: From :func:`tedlab.data.files.find_files`. Those that cannot be used are left out if there are others.
+        files: Result of :func:`tedlab.data.files.find_files`. Unusable files are left out as long as one is usable.
         fraction: Share of the text to hold out, strictly between 0 and 1.
-        field: The field of a JSONL line that holds the text.
-        left_out: Gets the files that were left out.
-        advance: Is told the bytes as they are read: all files are read as a whole.
+        field: Field of a JSONL line that holds the text.
+        left_out: List that receives the files left out.
+        advance: Called with each number of bytes read; every file is read from beginning to end.
+
+    Returns:
+        The sources of training and those of validation.
 
     Raises:
-        ValueError: A single file cannot be used, or none can.
+        ValueError: If no file can be used.
     """
     copies = _usable(files, field, left_out, advance)
     sizes = {group: sum(file.size for file, _ in group) for group in copies}
@@ -176,7 +183,7 @@ _Copies = tuple[_Member, ...]
 def _usable(
     files: list[SourceFile], field: str, left_out: list[LeftOut] | None, advance: Callable[[int], object]
 ) -> list[_Copies]:
-    """What can be trained on: those with the same content together, by name, and each such group by its first name."""
+    """Examines files and groups the usable ones by content; groups and their members keep the order of ``files``."""
     groups: dict[bytes, list[_Member]] = {}
     unusable = []
     for file in files:
@@ -199,7 +206,7 @@ def _usable(
 
 
 def _character_boundary(file: SourceFile, offset: int) -> int:
-    """The first byte at or after ``offset`` that starts a UTF-8 character, or the end."""
+    """Returns the offset of the first byte from ``offset`` on that starts a UTF-8 character, or the end of the file."""
     with file.path.open("rb") as content:
         content.seek(offset)
         following = content.read(3)
@@ -207,5 +214,5 @@ def _character_boundary(file: SourceFile, offset: int) -> int:
 
 
 def _is_held_out(number: int, fraction: float) -> bool:
-    """Whether document ``number`` is one of an evenly spaced ``fraction``, of which document 1 is the first."""
+    """Tells whether document ``number`` belongs to the evenly spaced ``fraction``, which begins with document 1."""
     return math.ceil(number * fraction) > math.ceil((number - 1) * fraction)

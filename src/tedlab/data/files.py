@@ -1,7 +1,7 @@
-"""Which files ``data.path`` names: each real file once, by whatever links it is reached. None is opened here.
+"""Finds the files that ``data.path`` names, each real file once however many links lead to it, without opening any.
 
-Links are followed, to files and to folders, in folders as in globs, but for those that lead back to where the search
-began or above it. What a file holds, and whether it can be used, is decided in ``formats.py``.
+The search follows links to files and folders, in folders as in globs, except those that lead back to where it began or
+above. ``formats.py`` determines what a file holds and whether it can be used.
 """
 
 import fnmatch
@@ -18,7 +18,7 @@ from pathlib import Path
 
 EMPTY = "it is empty"
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-_KINDS = {  # by the type of the file; opening any of these may wait for ever
+_KINDS = {  # file type → what it is called; opening any of these may block for ever
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
@@ -28,7 +28,7 @@ _KINDS = {  # by the type of the file; opening any of these may wait for ever
 
 @dataclass(frozen=True, order=True)
 class SourceFile:
-    """A file of the corpus. ``name`` is its path relative to the corpus, the same on every machine."""
+    """A file of the corpus. ``name`` is its path relative to the corpus, which is the same on every machine."""
 
     name: str
     path: Path
@@ -38,7 +38,7 @@ class SourceFile:
 
 @dataclass(frozen=True, order=True)
 class LeftOut:
-    """A file or folder that ``data.path`` names and no token comes from; ``reason`` begins with "it"."""
+    """A file or folder that ``data.path`` names but the corpus does not use; ``reason`` is a clause, "it …"."""
 
     name: str
     reason: str
@@ -47,18 +47,21 @@ class LeftOut:
 def find_files(
     path: str | None, left_out: list[LeftOut] | None = None, cache_dir: Path | None = None
 ) -> list[SourceFile]:
-    """The files that ``path`` names, sorted by name, without reading any of them.
+    """Finds the files that ``path`` names, without reading any of them.
 
     Args:
         path: A file, a folder (all of it but what is hidden), a glob (``**`` for any folders), or None for the source
             text of the Python standard library, which every machine has.
-        left_out: Gets what is not among them: empty files, pipes, sockets, devices, links to nothing, and folders that
-            may not be read.
-        cache_dir: What tedlab keeps there is no text, even if it lies below ``path``.
+        left_out: List that receives what cannot be used: empty files, pipes, sockets, devices, broken links, and
+            folders that may not be read.
+        cache_dir: tedlab's own cache; the search skips what tedlab keeps there, even if it lies below ``path``.
+
+    Returns:
+        The files, sorted by name.
 
     Raises:
-        FileNotFoundError: ``path`` does not exist or names no file.
-        ValueError: All files are empty, or ``path`` is no file that can be read twice.
+        FileNotFoundError: If ``path`` does not exist or names no file.
+        ValueError: If no file that ``path`` names can be used, or if ``path`` is a pipe, socket or device.
     """
     left_out = [] if left_out is None else left_out
     skip: frozenset[str] = frozenset()
@@ -88,7 +91,7 @@ def find_files(
         name = file.relative_to(root).as_posix()
         real = os.path.realpath(file) if file.is_symlink() else os.path.join(real_folder(file.parent), file.name)
         own = os.path.normpath(os.path.join(real_folder(root), name))
-        candidate = (real != own, name, file)  # its own path is preferred to a link's
+        candidate = (real != own, name, file)  # a file's own path wins over a link's
         by_real_path[real] = min(candidate, by_real_path.get(real, candidate))
     files = []
     for _, name, file in by_real_path.values():
@@ -114,12 +117,12 @@ def find_files(
 
 
 def cannot_be_read(error: OSError) -> str:
-    """The reason for leaving out what raised ``error``."""
+    """Returns the reason for leaving out the file or folder that raised ``error``."""
     return f"it cannot be read ({error.strerror})"
 
 
 def listed(left_out: Sequence[LeftOut], most: int = 3) -> str:
-    """The first few with their reasons, and how many more there are of which kinds."""
+    """Lists the first ``most`` with their reasons, then counts the remaining ones by reason."""
     text = "; ".join(f"{file.name}: {file.reason}" for file in left_out[:most])
     rest = Counter(file.reason for file in left_out[most:])
     if not rest:
@@ -129,7 +132,7 @@ def listed(left_out: Sequence[LeftOut], most: int = 3) -> str:
 
 
 class _Search:
-    """Of folders and patterns; what cannot be listed is noted."""
+    """Walks folders along a pattern, and notes the folders that it cannot list."""
 
     def __init__(self, root: Path, skip: frozenset[str], cache_dir: Path | None, left_out: list[LeftOut]) -> None:
         self.root, self.skip, self.left_out = root, skip, left_out
@@ -139,7 +142,7 @@ class _Search:
         self._unreadable: set[Path] = set()
 
     def matches(self, folder: Path, pattern: Sequence[str]) -> Iterator[Path]:
-        """What below ``folder`` matches, files and whatever else is no folder; the same one maybe several times."""
+        """Yields everything below ``folder`` that matches and is not a folder, some of it perhaps repeatedly."""
         part, *rest = pattern
         if part == "**":
             while rest and rest[0] == "**":
@@ -164,7 +167,7 @@ class _Search:
                 yield path
 
     def _folders(self, folder: Path) -> Iterator[Path]:
-        """``folder`` and all below it, each real one once: by its own path, or by the first link that leads there."""
+        """Yields ``folder`` and all folders below, each real one once, by its own path or else the first link."""
         seen = set(self._cache)
         links = [folder] if folder.is_dir() else []
         while links:
@@ -195,7 +198,7 @@ class _Search:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Also a link to one; without ``DirEntry``'s exception for a link to itself."""
+    """Tells whether an entry is a folder or a link to one. ``DirEntry.is_dir`` raises for a link to itself."""
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 

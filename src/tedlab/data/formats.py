@@ -1,6 +1,6 @@
-"""What a file of the corpus holds, found out by reading all of it: text, JSON lines, or nothing that can be used.
+"""Determines what a file of the corpus holds by reading all of it: text, JSON lines, or nothing usable.
 
-Nothing here decides what becomes of a file that cannot be used: alone it is an error, among others it is left out.
+The caller decides what becomes of an unusable file: alone it is an error, among others it is left out.
 """
 
 import codecs
@@ -12,13 +12,13 @@ from typing import Any
 
 from tedlab.data.files import SourceFile, cannot_be_read
 
-BLOCK = 1 << 20  # bytes read at once
-LONGEST_LINE = 1 << 28  # bytes of a line of JSON, which must be in memory as a whole
-JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")  # files so named hold JSON lines whatever their content looks like
+BLOCK = 1 << 20  # bytes per read
+LONGEST_LINE = 1 << 28  # bytes; a line of JSON must fit into memory as a whole
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")  # such files hold JSON lines, whatever their content looks like
 _TABLES = (".csv", ".tsv")
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _PDF = b"%PDF-"
-_MAGIC = {  # how files begin whose name says more than that they are no text
+_MAGIC = {  # first bytes of a file → advice more useful than "not UTF-8"
     b"\x1f\x8b": "compressed by gzip; decompress it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it first (unzstd)",
     b"BZh": "compressed by bzip2; decompress it first (bunzip2)",
@@ -40,17 +40,17 @@ _MAGIC = {  # how files begin whose name says more than that they are no text
 
 
 class Unusable(Exception):
-    """Why no token can come from a file, as a clause that begins with "it"."""
+    """A file cannot be used; the message is a clause that begins with "it" and says why."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What is in a file that can be used.
+    """The content of a usable file.
 
     Attributes:
-        json_lines: one JSON object per line, with the text in a field of it; otherwise the file is text.
-        start: where it begins, after a byte-order mark.
-        digest: of all its bytes.
+        json_lines: Whether each line is a JSON object that holds text in a field; otherwise the file is plain text.
+        start: Byte offset where the content begins, after a byte-order mark.
+        digest: Hash of all bytes of the file.
     """
 
     json_lines: bool
@@ -59,16 +59,16 @@ class Content:
 
 
 def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lambda size: None) -> Content:
-    """Reads a file from beginning to end, at most ``BLOCK`` bytes at once.
+    """Reads a file from beginning to end, in blocks of ``BLOCK`` bytes, and determines its content.
 
     Args:
-        file: a regular file.
-        field: of JSON lines, holds the text.
-        advance: is told the bytes as they are read.
+        file: A regular file.
+        field: Field of a JSON line that holds the text.
+        advance: Called with each number of bytes read.
 
     Raises:
-        Unusable: if the file cannot be read, is neither UTF-8 text nor JSON lines, or is of a format whose syntax would
-            be trained on in place of what it holds.
+        Unusable: If the file cannot be read, is neither UTF-8 text nor JSON lines, or has a format whose syntax the
+            model would learn along with the text.
     """
     try:
         head, digest = _read(file, advance)
@@ -82,7 +82,7 @@ def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lam
 
 
 def parse(line: bytes) -> Any:
-    """The JSON of a line; ``ValueError`` says what is wrong with it."""
+    """Parses a line of JSON; raises ``ValueError`` with what is wrong."""
     try:
         return json.loads(line)
     except RecursionError:
@@ -90,7 +90,7 @@ def parse(line: bytes) -> Any:
 
 
 def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, bytes]:
-    """The first block and the digest of a file that is UTF-8 without NUL."""
+    """Returns the first block and the digest of a file, after checking that it is UTF-8 without NUL."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     digest = hashlib.blake2b(digest_size=16)
     head = b""
@@ -116,7 +116,7 @@ def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, by
 
 def _refuse_known(head: bytes) -> None:
     for magic, what in _MAGIC.items():
-        if head.startswith(magic) and (magic == _PDF or not _is_ascii(head[:64])):  # a text may begin with "PAR1", too
+        if head.startswith(magic) and (magic == _PDF or not _is_ascii(head[:64])):  # text may begin with "PAR1", too
             raise Unusable(f"it is {what}")
 
 
@@ -125,7 +125,7 @@ def _is_ascii(head: bytes) -> bool:
 
 
 def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> bool:
-    """By name, or else by the first two lines that are not blank."""
+    """Decides by the file's name, or else by its first two lines that are not blank."""
     suffix = file.path.suffix.lower()
     if suffix in JSON_LINES:
         return True
@@ -143,7 +143,7 @@ def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> boo
                 "lines of a list)"
             )
     elif None in rows or not rows or (len(rows) == 1 and field not in (rows[0] or {})):
-        return False  # a text that begins with a brace
+        return False  # plain text that begins with a brace
     if field not in (rows[0] or {}):
         fields = ", ".join(map(repr, rows[0] or {})) or "none at all"
         raise Unusable(f"it holds JSON lines without a field {field!r} (those of the first are {fields})")
@@ -151,7 +151,7 @@ def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> boo
 
 
 def _first_rows(file: SourceFile, start: int) -> list[dict[str, Any] | None]:
-    """Of the first two lines that are not blank; None for one that is no JSON object."""
+    """Parses the first two lines that are not blank; gives None for a line that is not a JSON object."""
     rows: list[dict[str, Any] | None] = []
     with file.path.open("rb") as content:
         content.seek(start)

@@ -1,7 +1,4 @@
-"""The corpus as Lightning sees it: a data module whose loaders read the same samples in every layout.
-
-Where text, tokens and the order of samples come from is decided in the modules imported here.
-"""
+"""The Lightning data module: its loaders read the same samples in the same order under every layout."""
 
 from dataclasses import asdict
 from typing import Any
@@ -19,15 +16,15 @@ from tedlab.data.sampler import MicroBatchSampler
 
 
 class TextDataModule(LightningDataModule):
-    """Batches of packed text: int64 tensors of shape (micro_batch_size, sequence_length + 1).
+    """Provides batches of packed text: int64 tensors of shape (micro_batch_size, sequence_length + 1).
 
-    Ranks of one data rank read the same batches, told apart by ``trainer.strategy.distributed_sampler_kwargs``. A run
-    resumed from a checkpoint continues with the next sample, also under another layout.
+    ``trainer.strategy.distributed_sampler_kwargs`` gives each process its data rank; processes of the same data rank
+    read the same batches. A run resumed from a checkpoint continues with the next sample, also under another layout.
 
     Args:
         data: Where the text is and how it is batched.
-        sequence_length: Inputs of one sample.
-        seed: Of the order of training samples.
+        sequence_length: Number of inputs in a sample.
+        seed: Seed of the order of training samples.
     """
 
     def __init__(self, data: DataConfig, sequence_length: int, seed: int) -> None:
@@ -36,22 +33,22 @@ class TextDataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.seed = seed
         self._corpus: Corpus | None = None
-        self._loaded: dict[str, Any] | None = None  # from a checkpoint, until the first loader
-        self._start, self._steps_before = Position(), 0  # where this run began in the data, and at which step
+        self._loaded: dict[str, Any] | None = None  # state from a checkpoint, until the first loader uses it
+        self._start, self._steps_before = Position(), 0  # where in the data, and at which step, this run began
 
     @property
     def corpus(self) -> Corpus:
-        """The tokenised corpus, prepared on first use; errors as of :func:`prepare_corpus`."""
+        """The tokenised corpus, prepared on first use; see :func:`prepare_corpus` for the errors."""
         if self._corpus is None:
             self._corpus = prepare_corpus(self.data, self.sequence_length)
         return self._corpus
 
     @property
     def validation_samples(self) -> int:
-        """Samples of one validation pass over all data ranks: whole batches, at most ``data.validation_samples``.
+        """Number of samples in a validation pass over all data ranks: whole batches, up to ``data.validation_samples``.
 
         Raises:
-            ValueError: There is not one whole batch.
+            ValueError: If there is less than one whole batch.
         """
         available = len(PackedSamples(self.corpus.validation, self.sequence_length))
         batch_size = self.data.batch_size
@@ -69,10 +66,10 @@ class TextDataModule(LightningDataModule):
         prepare_corpus(self.data, self.sequence_length)
 
     def setup(self, stage: str) -> None:
-        """Every process looked for the files itself; one that saw others, as of a folder that changes, must not train.
+        """Checks that this process found the same corpus as the first one: files may change between the searches.
 
         Raises:
-            ValueError: if this one did.
+            ValueError: If this process found another corpus.
         """
         assert self.trainer is not None
         own = self.corpus.directory.name
@@ -103,9 +100,9 @@ class TextDataModule(LightningDataModule):
         return self._loader(samples, self._sampler(samples, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next sample is, in the order of this seed and of so many samples."""
+        """Returns the position of the next sample, with the seed and number of samples that define the order."""
         assert self.trainer is not None
-        if self._loaded is not None:  # nothing has been read since
+        if self._loaded is not None:  # no sample has been read since
             return self._loaded
         samples = len(PackedSamples(self.corpus.train, self.sequence_length))
         steps = self.trainer.global_step - self._steps_before
@@ -116,7 +113,7 @@ class TextDataModule(LightningDataModule):
         self._loaded = state_dict
 
     def _position(self, state: dict[str, Any], samples: int) -> Position:
-        """What a checkpoint says; in another text or order, where that has no meaning, the beginning of an epoch."""
+        """Returns a checkpoint's position, or the beginning of the next epoch if the text or the order has changed."""
         if "epoch" not in state:  # saved before batch sizes could change
             whole = samples // self.data.batch_size * self.data.batch_size
             return Position(*divmod(state["samples"], whole)).of_next_step(self.data.batch_size, samples)
@@ -128,7 +125,7 @@ class TextDataModule(LightningDataModule):
 
     def _sampler(self, samples: PackedSamples | Subset, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None
-        # A strategy for a single device has no such attribute.
+        # Lightning's strategy for a single device has no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
         return MicroBatchSampler(
             samples,
@@ -149,7 +146,7 @@ class TextDataModule(LightningDataModule):
             drop_last=True,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             num_workers=self.data.num_workers,
-            # They read a memory map, no more; by the launcher's way each would first import torch, for seconds.
+            # Workers only read a memory map. Started the launcher's way, each would first import torch, for seconds.
             multiprocessing_context="fork" if self.data.num_workers else None,
             persistent_workers=self.data.num_workers > 0,
         )

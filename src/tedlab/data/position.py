@@ -1,11 +1,11 @@
-"""Where in the data a run is, so that another one can go on there with whatever batch and layout it has."""
+"""The position of a run in its data, from which another run can continue with any batch size and layout."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Position:
-    """Of the order of ``epoch``, from 0, the first ``offset`` samples have been read.
+    """A run has read the first ``offset`` samples in the order of ``epoch``, which counts from 0.
 
     An epoch ends where it has fewer samples left than a step takes; smaller steps can read on from there.
     """
@@ -14,11 +14,11 @@ class Position:
     offset: int = 0
 
     def steps_left(self, batch_size: int, samples: int) -> int:
-        """Steps of ``batch_size`` samples until the end of this epoch, of a data set of so many samples."""
+        """Returns how many steps of ``batch_size`` samples this epoch has left, in a data set of ``samples``."""
         return (samples - self.offset) // batch_size
 
     def after(self, steps: int, batch_size: int, samples: int) -> "Position":
-        """Where so many steps lead; the end of an epoch, not the beginning of the next."""
+        """Returns the position after ``steps``; at a boundary, the end of an epoch, not the start of the next."""
         left = self.steps_left(batch_size, samples)
         if steps <= left:
             return Position(self.epoch, self.offset + steps * batch_size)
@@ -26,5 +26,5 @@ class Position:
         return Position(self.epoch + 1 + epochs, (before + 1) * batch_size)
 
     def of_next_step(self, batch_size: int, samples: int) -> "Position":
-        """Here, or the beginning of the next epoch if there is no room for a step here."""
+        """Returns this position, or the beginning of the next epoch if this one has no whole step left."""
         return self if self.steps_left(batch_size, samples) else Position(self.epoch + 1)

@@ -1,7 +1,7 @@
-"""Lightning's own count of where a resumed run is, made to agree with the samples it has consumed.
+"""Makes the counters of Lightning's fit loop agree with the samples that a resumed run has consumed.
 
-The data itself resumes in ``sampler.py``; here only the loop's counters are set, which decide when an epoch ends, when
-gradients are applied, when validation is due and which step the loggers are told.
+``sampler.py`` resumes the data itself. The counters set here decide when an epoch ends, when gradients are applied,
+when validation is due and which step the loggers get.
 """
 
 import warnings
@@ -12,21 +12,21 @@ from tedlab._compat.lightning import BATCHES_THAT_STEPPED
 
 
 def align_fit_loop(trainer: Trainer, epoch: int, epoch_batches: int, total_batches: int) -> None:
-    """Make a fit loop that was restored from a checkpoint continue after ``epoch_batches`` batches of ``epoch``.
+    """Makes a fit loop that was restored from a checkpoint continue after ``epoch_batches`` batches of ``epoch``.
 
     Lightning's restored counters cannot be used as they are, for two reasons. They count micro-batches of one rank,
-    so that they mean something else once the number of data ranks or the micro-batch size has changed. And when a run
-    stops at ``max_steps``, Lightning closes its epoch, so that a checkpoint saved afterwards (from ``on_train_end``,
-    say) claims an epoch too many. The state set here is the one of a checkpoint saved in ``on_train_batch_end``,
-    whichever hook saved it.
+    so they mean something else once the number of data ranks or the micro-batch size has changed. And when a run stops
+    at ``max_steps``, Lightning closes its epoch, so a checkpoint saved afterwards (from ``on_train_end``, say) claims
+    one epoch too many. This sets the state that a checkpoint saved in ``on_train_batch_end`` would have, whichever
+    hook saved it.
 
     Args:
         trainer: A trainer whose ``fit_loop`` has been restored and has not yet run.
-        epoch: The epoch that holds the next batch, from 0.
-        epoch_batches: Batches of this rank in that epoch which have been trained on; fewer than it has.
-        total_batches: The same over all epochs.
+        epoch: Index of the epoch that holds the next batch, from 0.
+        epoch_batches: How many batches of that epoch this rank has trained on; fewer than the epoch has.
+        total_batches: How many batches this rank has trained on over all epochs.
     """
-    # Lightning looks for a loader with a state_dict; here the data module has it.
+    # Lightning looks for a loader with a state_dict, but here the data module keeps that state.
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
     fit_loop = trainer.fit_loop

@@ -1,7 +1,7 @@
-"""Which samples a data rank reads, and in which order.
+"""Decides which samples a data rank reads, and in which order.
 
-The order is a function of (seed, epoch, number of the micro-batch in the epoch) and never of the layout: one process
-that accumulates D micro-batches sees exactly what D data ranks see. Building the ``DataLoader`` is ``module.py``'s job.
+The order depends on (seed, epoch, index of the micro-batch in the epoch) and never on the layout: one process that
+accumulates D micro-batches sees exactly what D data ranks see. ``module.py`` builds the ``DataLoader``.
 """
 
 from collections.abc import Iterator, Sized
@@ -19,20 +19,20 @@ class MicroBatchSampler(DistributedSampler[int]):
     identity. An epoch is a whole number of optimizer steps, so its length does not depend on the layout either; the
     samples left over are different ones in every epoch.
 
-    A ``DistributedSampler`` only so that Lightning keeps it and calls ``set_epoch``.
+    This class is a ``DistributedSampler`` only so that Lightning keeps it and calls ``set_epoch``.
 
     Args:
-        dataset: What is sampled; only its length is read.
-        num_replicas: Data ranks.
-        rank: This data rank.
-        batch_size: Samples of one optimizer step, over all data ranks and accumulated micro-batches.
-        micro_batch_size: Samples of one forward pass of one data rank; give the ``DataLoader`` the same batch size.
-        seed: Of the permutations; non-negative.
+        dataset: The samples; only its length is read.
+        num_replicas: Number of data ranks.
+        rank: Index of this data rank.
+        batch_size: Samples per optimizer step, over all data ranks and accumulated micro-batches.
+        micro_batch_size: Samples per forward pass of one data rank; give the ``DataLoader`` the same batch size.
+        seed: Seed of the permutations; non-negative.
         shuffle: Whether to permute.
 
     Raises:
-        ValueError: The dataset has fewer samples than one optimizer step takes, or the micro-batches of a step cannot
-            be dealt evenly to the ranks.
+        ValueError: If the dataset has fewer samples than one optimizer step takes, or the micro-batches of a step
+            cannot be dealt evenly to the ranks.
     """
 
     def __init__(
@@ -60,25 +60,25 @@ class MicroBatchSampler(DistributedSampler[int]):
             )
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
-        self.total_size = len(dataset) // batch_size * batch_size  # samples of one epoch over all ranks
+        self.total_size = len(dataset) // batch_size * batch_size  # samples per epoch over all ranks
         self.num_samples = self.total_size // num_replicas
         self._start = Position()
 
     def start_at(self, start: Position) -> None:
-        """Continue a run that has come to ``start``, whatever its batch size and layout were.
+        """Continues a run from ``start``, whatever its batch size and layout were.
 
-        The epoch that holds the next sample starts there; every other epoch starts at its beginning. That epoch is
-        also made the current one, because ``DataLoader`` workers fetch their first batches before Lightning calls
-        ``set_epoch``. The length stays that of a whole epoch.
+        The epoch of ``start`` begins there; every other epoch begins with its first sample. That epoch also becomes
+        the current one, because ``DataLoader`` workers fetch their first batches before Lightning calls ``set_epoch``.
+        The sampler's length stays that of a whole epoch.
 
         Args:
-            start: with at least one step left in its epoch.
+            start: A position with at least one step left in its epoch.
         """
         self._start = start
         self.epoch = start.epoch
 
     def __iter__(self) -> Iterator[int]:
-        """Sample indices of this rank in this epoch, micro-batch by micro-batch."""
+        """Yields this rank's sample indices of the current epoch, micro-batch by micro-batch."""
         count = len(self.dataset)  # type: ignore[arg-type]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
         start = self._start if self.epoch == self._start.epoch else Position(self.epoch)

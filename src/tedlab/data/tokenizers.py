@@ -1,6 +1,6 @@
-"""Text to token ids and back: plain bytes, a BPE trained on the corpus, or any ``tokenizers`` JSON file.
+"""Tokenizers: plain bytes, a BPE trained on the corpus, or any ``tokenizers`` JSON file.
 
-Which tokenizer a configuration names is decided here. Reading text and storing token ids is done in ``corpus.py``.
+:func:`build_tokenizer` chooses the one that a configuration names. ``corpus.py`` reads text and stores token ids.
 """
 
 import difflib
@@ -19,38 +19,38 @@ from tedlab.config import DataConfig
 from tedlab.launch.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
-SAVED = "tokenizer.json"  # in a run directory
+SAVED = "tokenizer.json"  # file name in a run directory
 _LARGEST_VOCABULARY = 1 << 24
-_SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one that a file knows ends its documents
+_SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one in a vocabulary separates documents
 
 
 class Tokenizer(Protocol):
-    """What the rest of the package needs of a tokenizer."""
+    """The interface that the rest of the package needs of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
-        """Every id is below this."""
+        """One more than the largest id."""
 
     @property
     def separator(self) -> int:
-        """The id stored after every document; no text encodes to it."""
+        """The id that follows every document; no text encodes to it."""
 
     @property
     def fingerprint(self) -> str:
-        """A short name that changes whenever ``encode`` would."""
+        """A short identifier that changes whenever the result of ``encode`` would."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids, shape (tokens,), in the smallest unsigned dtype that holds ``vocab_size - 1``."""
+        """Returns token ids of shape (tokens,) in the smallest unsigned dtype that holds ``vocab_size - 1``."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; an incomplete character becomes U+FFFD."""
+        """Returns the text of ``ids``; an incomplete character becomes U+FFFD."""
 
     def save(self, directory: Path) -> None:
-        """Writes what :func:`load_tokenizer` needs there."""
+        """Writes the file that :func:`load_tokenizer` reads, if one is needed."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as they are. NUL, which never occurs in text, separates documents."""
+    """Uses UTF-8 bytes as token ids. NUL, which never occurs in text, separates documents."""
 
     vocab_size = 256
     separator = 0
@@ -63,17 +63,17 @@ class ByteTokenizer:
         return bytes(ids).decode(errors="replace")
 
     def save(self, directory: Path) -> None:
-        """Nothing to write: the absence of a file means bytes."""
+        """Writes nothing: the absence of a file means bytes."""
 
 
 class FileTokenizer:
     """A tokenizer saved by Hugging Face ``tokenizers`` (``tokenizer.json``).
 
-    Special tokens are never added, nor found in text: a document that spells one out is encoded letter by letter.
+    It neither adds special tokens nor recognises them in text: a document that spells one out is encoded as plain text.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no tokenizer, knows none of the usual separator tokens, or has ids beyond any vocabulary.
+        FileNotFoundError: If the file does not exist.
+        ValueError: If the file is not a tokenizer, has none of the usual separator tokens, or has too large an id.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -83,7 +83,7 @@ class FileTokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
-        except BaseException as error:  # tokenizers raises no narrower type, and a panic of Rust is no Exception
+        except BaseException as error:  # bare Exceptions, and Rust panics, which are none
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(
@@ -114,7 +114,7 @@ class FileTokenizer:
     def encode(self, text: str) -> np.ndarray:
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # a vocabulary of words without one for those that are not in it, say
+        except Exception as error:  # e.g. a word-level vocabulary without an unknown token
             raise ValueError(f"The tokenizer {self._path} cannot encode the text of data.path: {error}.") from None
         return np.array(ids, dtype=self._dtype)
 
@@ -126,13 +126,13 @@ class FileTokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer:
-    """Train a byte-level BPE on ``texts`` and save it as ``out``, which appears only once it is complete.
+    """Trains a byte-level BPE on ``texts`` and saves it as ``out``, which appears only once it is complete.
 
-    The vocabulary holds ``<|endoftext|>``, the 256 bytes and then merges; text too short for ``vocab_size`` of them
-    gives a smaller one.
+    The vocabulary holds ``<|endoftext|>``, the 256 bytes and then merges. It stays smaller than ``vocab_size`` if the
+    text does not have enough pairs to merge.
 
     Raises:
-        ValueError: ``vocab_size`` leaves no room for the bytes and the separator, or is beyond any vocabulary.
+        ValueError: If ``vocab_size`` is too large, or too small for the bytes and the separator.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 1
@@ -160,29 +160,29 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer that was saved into a run directory."""
+    """Loads the tokenizer that was saved into a run directory."""
     saved = directory / SAVED
     return FileTokenizer(saved) if saved.is_file() else ByteTokenizer()
 
 
 def build_tokenizer(config: DataConfig, corpus_key: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
-    """The tokenizer that ``config.tokenizer`` names.
+    """Returns the tokenizer that ``config.tokenizer`` names, and trains it first if that is necessary.
 
     Args:
-        config: ``tokenizer``, ``bpe_vocab_size`` and ``cache_dir`` are read.
-        corpus_key: Names the text that a BPE is trained on: the cached one of the same key is used if there is one.
-        texts: Gives that text; called only to train.
+        config: Only ``tokenizer``, ``bpe_vocab_size`` and ``cache_dir`` are read.
+        corpus_key: Identifies the text that a BPE is trained on; a cached BPE of the same key is reused.
+        texts: Returns that text; called only to train.
 
     Raises:
-        FileNotFoundError: The name is the path of a file that does not exist.
-        ValueError: The name is neither ``byte`` nor ``bpe`` nor a path, or the file cannot be used.
+        FileNotFoundError: If the name is the path of a file that does not exist.
+        ValueError: If the name is neither ``byte`` nor ``bpe`` nor a path, or the file cannot be used.
     """
     name = config.tokenizer
     if name == "byte":
         return ByteTokenizer()
     if name == "bpe":
         trained = Path(config.cache_dir).expanduser() / "tokenizers" / f"bpe-{config.bpe_vocab_size}-{corpus_key}.json"
-        with suppress(FileNotFoundError, ValueError):  # damaged, by a disk or by hand: trained again
+        with suppress(FileNotFoundError, ValueError):  # absent or damaged: train it again
             return FileTokenizer(trained)
         return train_bpe(texts(), config.bpe_vocab_size, trained)
     if name.endswith(".json") or os.sep in name:
