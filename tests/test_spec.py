@@ -1,5 +1,6 @@
 """What layers state about themselves is what they are: their parameters, and how these are divided and reduced."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_the_closed_form_has_the_optimizer_s_buckets(real: Any, layout: tuple[in
     tensor, expert, sequence = layout
     for most, buckets in zip((200, 1 << 20), real[layout][1], strict=True):
         config = configuration((4, tensor, expert), {"parallel.sequence": sequence, "optim.bucket_elements": most})
-        config.model, config.moe = GPT3, EXPERTS
+        config = replace(config, model=GPT3, moe=EXPERTS)
         assert [tuple(bucket) for bucket in ClosedForm(config).buckets] == buckets
 
 

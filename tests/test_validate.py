@@ -257,7 +257,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no_nodes": (["trainer.num_nodes=0"], ["trainer.num_nodes is 0", "at least 1"]),
     "clip_by_nan": (["trainer.gradient_clip_val=nan"], ["gradient_clip_val is nan", "a finite number", "null"]),
     "strategy_of_lightning": (["+trainer.strategy=ddp"], ["trainer.strategy=ddp", "parallel.…"]),
-    "callbacks_of_lightning": (["+trainer.callbacks=[]"], ["trainer.callbacks", "TEDStrategy"]),
+    "callbacks_of_lightning": (["+trainer.callbacks=[]"], ["trainer.callbacks", "+callbacks.NAME._target_"]),
     "logger_of_lightning": (["+trainer.logger=true"], ["trainer.logger=True", "logger=none"]),
     "validation_by_lightning": (["+trainer.val_check_interval=5"], ["val_check_interval=5", "validate_every"]),
     "fast_dev_run": (["+trainer.fast_dev_run=true"], ["fast_dev_run=True", "trainer.max_steps=1"]),

@@ -6,6 +6,7 @@ import numpy as np
 
 from tedlab.config import MoEConfig
 
+DEEPSPEED = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")  # gatings with its rule of capacity
 MIN_CAPACITY = 4  # default of deepspeed.moe.layer.MoE
 
 
@@ -18,7 +19,7 @@ def group_capacity(moe: MoEConfig, tokens: int, groups: int) -> int:
         groups: that a data rank's micro-batch has, over which the multiple is divided.
     """
     multiple = max(1, moe.capacity_multiple // groups)
-    if moe.gating == "default":
+    if moe.gating not in DEEPSPEED:
         return expert_capacity(tokens, moe.num_experts, moe.top_k, moe.capacity_factor, multiple)
     least = MIN_CAPACITY if moe.min_capacity is None else moe.min_capacity
     return deepspeed_capacity(tokens, moe.num_experts, moe.top_k, moe.capacity_factor, least, multiple)

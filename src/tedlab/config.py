@@ -31,11 +31,9 @@ Norm = StrEnum("Norm", "LAYER RMS")
 Positions = StrEnum("Positions", "LEARNED ROTARY")
 Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
-TokenDispatch = StrEnum("TokenDispatch", "CAPACITY DROPLESS")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
 DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
 Backend = StrEnum("Backend", "NCCL GLOO")
-Schedule = StrEnum("Schedule", "COSINE CONSTANT WSD")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
@@ -88,6 +86,7 @@ class ModelConfig(Frozen):
     # (without code generation).
     compile: str = word(Compiler.NONE)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    architecture: str = "gpt"  # gpt | a model that a package registers, see docs/guests.md
 
 
 @dataclass
@@ -97,8 +96,8 @@ class MoEConfig(Frozen):
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
     top_k: int = whole(1, least=1)
-    # capacity | dropless (experts take all that choose them; none of the capacity… applies)
-    dispatch: str = word(TokenDispatch.CAPACITY)
+    # capacity | dropless (experts take all that choose them; none of the capacity… applies) | one of a package
+    dispatch: str = "capacity"
     capacity_factor: float | None = real(1.25, above=0)  # None: no token is ever dropped
     capacity_multiple: int = whole(
         8, least=1, most=_WIDEST
@@ -121,6 +120,11 @@ class MoEConfig(Frozen):
     def blocks(self, layers: int) -> range:
         """Indices of the blocks that have experts, in a model of so many."""
         return range(self.every - 1, layers, self.every) if self.num_experts else range(0)
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether experts take all tokens that choose them, so that shapes depend on what routers choose."""
+        return self.dispatch == "dropless"
 
 
 @dataclass
@@ -185,6 +189,7 @@ class DataConfig(Frozen):
     validation_samples: int = whole(least=1)  # samples of one validation pass, over all data ranks
     cache_dir: str = "~/.cache/tedlab"
     num_workers: int = whole(0, least=0, most=1024)
+    module: str = "tedlab.data.TextDataModule"  # the class that makes batches of all this; a subclass of this one
 
 
 @dataclass(kw_only=True)
@@ -203,8 +208,8 @@ class OptimConfig(ShardingOptions):
 
     optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
     lr: float = real(above=0)
-    # cosine | constant | wsd (constant, then linear decay), each after a linear warm-up
-    schedule: str = word(Schedule.COSINE)
+    # cosine | constant | wsd (constant, then linear decay) | one of a package; each after a linear warm-up
+    schedule: str = "cosine"
     warmup_steps: int = whole(0, least=0)
     final_lr_fraction: float = real(0.1, least=0, most=1)  # of the learning rate, where cosine and wsd end
     decay_fraction: float = real(0.2, least=0, most=1)  # of the run, in which wsd decays
@@ -241,6 +246,7 @@ class TrainConfig(Frozen):
     optim: OptimConfig = MISSING
     trainer: dict[str, Any] = MISSING  # arguments of lightning.Trainer, as they are
     logger: dict[str, Any] = field(default_factory=dict)  # further loggers, each a ``_target_``
+    callbacks: dict[str, Any] = field(default_factory=dict)  # of Lightning, beside a run's own, each a ``_target_``
     experiment_name: str = MISSING
     seed: int = whole(least=0, most=2**32 - 1)  # what numpy takes
     output_dir: str = MISSING

@@ -14,7 +14,7 @@ from tedlab import checkpoint
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
-from tedlab.models import GPT
+from tedlab.models import models
 from tedlab.ranges import check_ranges
 from tedlab.renamed import nested
 from tedlab.topology import Topology
@@ -41,7 +41,7 @@ def generate(config: GenerateConfig) -> str:
     moe = replace(experts, capacity_factor=None)
     if moe.gating == "deepspeed_top2":
         moe = replace(moe, second_expert_sampling=False)
-    model = GPT(replace(shape, compile="none"), moe, Topology.single(), seed=0)
+    model = models[shape.architecture](replace(shape, compile="none"), moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, path)
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from tedlab._compat.lightning import trainer_of
 from tedlab._compat.torch import LAST_LEARNING_RATES
 from tedlab.config import ModelConfig, MoEConfig, OptimConfig
-from tedlab.models import GPT
+from tedlab.models import models
 from tedlab.moe import RouterReport
 from tedlab.nn import decay_groups
 from tedlab.optim import learning_rate_schedule
@@ -49,7 +49,8 @@ class LanguageModel(LightningModule):
     ) -> None:
         super().__init__()
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
-        self.seed, self.bytes_per_token = seed, bytes_per_token
+        self.seed: int | None = seed
+        self.bytes_per_token = bytes_per_token
         self._options: list[dict[str, Any]] = []  # of each parameter group, as configured
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
@@ -64,7 +65,8 @@ class LanguageModel(LightningModule):
     @override
     def configure_model(self) -> None:
         if not hasattr(self, "network"):  # Lightning calls this again before validation
-            self.network = GPT(self.model_config, self.moe_config, self.topology, self.seed)
+            network = models[self.model_config.architecture]
+            self.network = network(self.model_config, self.moe_config, self.topology, self.seed)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from tedlab.callbacks import (
 )
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
-from tedlab.data import TextDataModule
+from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
@@ -141,7 +141,7 @@ def build(
     quieten()
     seed_everything(config.seed, verbose=False)
     directory = Path(config.output_dir)
-    data = TextDataModule(config.data, config.model.sequence_length, config.seed)
+    data = data_module(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
     module = language_model(config, data.corpus.bytes_per_token)
     devices = None if config.trainer["accelerator"] == "cpu" else gpus(config.trainer["devices"])
@@ -150,6 +150,7 @@ def build(
         settings["devices"] = len(set(devices))  # Lightning knows no GPU that several processes share
     if settings.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    callbacks += [hydra.utils.instantiate(further) for further in config.callbacks.values()]
     trainer = Trainer(
         **settings,
         strategy=strategy_of(config, parallel_devices=devices),

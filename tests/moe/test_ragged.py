@@ -158,7 +158,7 @@ def test_one_process_in_bf16_never_waits_for_the_device(single: Topology) -> Non
     initialize(layer, seed=0)
     x = torch.rand(1, 6, 16)
     layer.to(torch.bfloat16)(x.bfloat16())[0].sum().backward()
-    assert layer.moved == Rows(6, 6, 6, 6)
+    assert layer.experts.moved == Rows(6, 6, 6, 6)
     with pytest.raises(RuntimeError, match="the host waits"):  # torch's kernel takes no fp32 on all devices
         layer.float()(x)
 

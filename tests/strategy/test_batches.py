@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tedlab import ParallelDegrees, TEDStrategy, Topology
 from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.models import GPT
-from tedlab.moe import MoELayer
+from tedlab.moe import MoELayer, SlotExperts
 from tedlab.nn import initialize
 from tests.pool import WorkerPool
 from tests.strategy.test_strategy import DATA, INIT, Mixture, loader, trainer
@@ -35,7 +35,7 @@ class Predictor(Mixture):
 
     def configure_model(self) -> None:
         super().configure_model()
-        if self.experts.capacity != (self.moe.dispatch == "capacity"):
+        if isinstance(self.experts.experts, SlotExperts) != (self.moe.dispatch == "capacity"):
             self.experts = MoELayer(8, 16, self.moe, self.trainer.strategy.topology, init=INIT, out_init=INIT)
             initialize(self, seed=0)
 

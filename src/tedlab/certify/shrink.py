@@ -29,7 +29,6 @@ from tedlab.config import (
     ParallelConfig,
     Positions,
     RecomputeConfig,
-    TokenDispatch,
     TrainConfig,
 )
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -72,9 +71,9 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     """
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
-    dropless = config.moe.dispatch == TokenDispatch.DROPLESS
+    unlimited = config.moe.unlimited
     # What sharded sequences do to capacity is asked of the one process, too.
-    groups = degrees.tensor if given.sequence and not dropless else config.moe.capacity_groups
+    groups = degrees.tensor if given.sequence and not unlimited else config.moe.capacity_groups
     widths = _Widths.of(config)
     heads = degrees.tensor * min(3, max(1, config.model.heads // given.tensor))
     micro_batch = _MICRO_BATCH if config.data.micro_batch_size > 1 else 1

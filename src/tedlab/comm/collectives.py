@@ -109,7 +109,7 @@ class Collectives:
 
     Attributes:
         place: see above.
-        reader: values of an integer tensor for the host, which waits for the device; a simulation has its own.
+        reader: values of an integer tensor for the host, which waits for the device.
     """
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup], place: Whereabouts | None = None) -> None:

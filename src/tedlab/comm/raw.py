@@ -49,10 +49,14 @@ class Way(Protocol):
 
 def way_of(x: Tensor, group: ProcessGroup) -> Way:
     """The one that is safe for this tensor in this group."""
-    return _IN_PLACE if x.is_cuda and dist.get_backend(group) == "gloo" else _FUNCTIONAL
+    if x.is_cuda and dist.get_backend(group) == "gloo":
+        return _IN_PLACE
+    return ways.get(dist.get_backend(group), _FUNCTIONAL) if ways else _FUNCTIONAL
 
 
-class _Functional:
+class Functional:
+    """Torch's functional collectives."""
+
     def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
         return _awaited(functional_collectives.all_reduce(x.contiguous(), op, group))
 
@@ -103,4 +107,5 @@ def _filled(out: Tensor, work: dist.Work) -> Wait:
     return wait
 
 
-_FUNCTIONAL, _IN_PLACE = _Functional(), _InPlace()
+_FUNCTIONAL, _IN_PLACE = Functional(), _InPlace()
+ways: dict[str, Way] = {}  # of backends that cannot do what others can

@@ -1,4 +1,4 @@
-"""How many rows dropless routing moves: arithmetic on counts, shared by the layers, the closed form and simulations.
+"""How many rows routers without a capacity move: arithmetic on counts, shared by layers, closed form and simulations.
 
 A row is one choice of one token. A data rank lists its R = tokens · top_k rows by expert, and sends each to the process
 that has its expert. With DTD the tensor ranks divide the list like a hand of cards: row r is for rank r mod T, so that

@@ -27,12 +27,13 @@ def prepare(arguments: list[str]) -> list[str]:
         UsageError: for a cluster that there is not, and for a file that is none.
     """
     made = []
+    elsewhere = any(argument.startswith("hydra.searchpath=") for argument in arguments)
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key == "world_size":
             argument = f"parallel.{argument}"
         elif equals and key == "cluster":
-            argument = f"cluster={','.join(_preset(name) for name in value.split(','))}"
+            argument = f"cluster={','.join(_preset(name, elsewhere) for name in value.split(','))}"
         made.append(argument)
     of_cluster = [argument for argument in made if argument.startswith("cluster.")]
     if of_cluster and not any(argument.startswith("cluster=") for argument in made):
@@ -61,10 +62,15 @@ def _choose() -> str:
     return f"Choose it with cluster=NAME. Valid: {', '.join(cluster_names())}"
 
 
-def _preset(name: str) -> str:
-    """The option of the group ``cluster`` for what stands behind ``cluster=``; a file becomes one."""
-    cluster = load_cluster(name.strip("'\""))  # raises for what there is not
+def _preset(name: str, elsewhere: bool) -> str:
+    """The option of the group ``cluster`` for what stands behind ``cluster=``; a file becomes one.
+
+    ``elsewhere``: Hydra looks in other places, too, and will say if there is none of this name.
+    """
     path = Path(name.strip("'\""))
+    if path.suffix != ".yaml" and elsewhere:
+        return name
+    cluster = load_cluster(path)  # raises for what there is not
     if path.suffix != ".yaml":
         return name
     option = re.sub(r"[^\w.-]", "_", path.name)

@@ -7,7 +7,7 @@ and ``bigram`` computes a baseline loss.
 
 from tedlab.data.bigram import bigram_loss
 from tedlab.data.corpus import Corpus, prepare_corpus
-from tedlab.data.module import TextDataModule
+from tedlab.data.module import TextDataModule, data_module
 from tedlab.data.packing import PackedSamples
 from tedlab.data.sampler import MicroBatchSampler
 from tedlab.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -21,6 +21,7 @@ __all__ = [
     "TextDataModule",
     "Tokenizer",
     "bigram_loss",
+    "data_module",
     "load_tokenizer",
     "prepare_corpus",
     "train_bpe",

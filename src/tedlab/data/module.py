@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+import hydra
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
@@ -13,6 +14,21 @@ from tedlab.data.packing import PackedSamples
 from tedlab.data.position import Position
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
+
+
+def data_module(data: DataConfig, sequence_length: int, seed: int) -> "TextDataModule":
+    """The data module that a configuration names.
+
+    Raises:
+        ValueError: if there is none by that name; says why.
+    """
+    try:
+        kind = hydra.utils.get_class(data.module)
+    except Exception as error:  # whatever importing it raises
+        raise ValueError(f"data.module={data.module} cannot be imported: {error}") from None
+    if not issubclass(kind, TextDataModule):
+        raise ValueError(f"data.module={data.module} is not a subclass of tedlab.data.TextDataModule")
+    return kind(data, sequence_length, seed)
 
 
 class TextDataModule(LightningDataModule):

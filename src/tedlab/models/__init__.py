@@ -1,5 +1,15 @@
 """Models built from ``tedlab.nn`` and ``tedlab.moe``."""
 
-from tedlab.models.gpt import GPT, GPTSpec, ParameterCount, count_parameters
+from tedlab.models.gpt import GPT, Block, BlockSpec, GPTSpec, ParameterCount, count_parameters, models
+from tedlab.models.wrap import wrap
 
-__all__ = ["GPT", "GPTSpec", "ParameterCount", "count_parameters"]
+__all__ = [
+    "GPT",
+    "Block",
+    "BlockSpec",
+    "GPTSpec",
+    "ParameterCount",
+    "count_parameters",
+    "models",
+    "wrap",
+]

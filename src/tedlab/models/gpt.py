@@ -4,16 +4,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from tedlab.comm import checkpoint
 from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.rows import Rows
-from tedlab.config import CommOptions, Compiler, Granularity, ModelConfig, MoEConfig, Positions
+from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions
 from tedlab.degrees import ParallelDegrees
+from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
 from tedlab.nn import (
     ColumnParallelLinear,
@@ -30,12 +29,12 @@ from tedlab.nn import (
     VocabParallelEmbeddingSpec,
     initialize,
     linear_cross_entropy,
-    localised,
     mean_over_counted,
     norm_layer,
     rotation,
     vocab_parallel_cross_entropy,
 )
+from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, Spec
 from tedlab.topology import Topology
 
@@ -78,30 +77,15 @@ class BlockSpec(Spec):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts.
+    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts."""
 
-    Compiled is all of it or, where experts take as many tokens as choose them, all but these.
-    """
-
-    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, topology: Topology) -> None:
+    def __init__(self, spec: BlockSpec, topology: Topology) -> None:
         super().__init__()
-        self.topology, self.recomputed = topology, model.recompute.granularity == Granularity.BLOCK
-        self.early_stop = model.recompute.early_stop
-        self.compiled = model.compile != Compiler.NONE
-        spec = GPTSpec(model, moe).blocks[index]
         self.norm1 = norm_layer(spec.norm1, topology)
         self.attention = SelfAttention.of(spec.attention, topology)
         self.norm2 = norm_layer(spec.norm2, topology)
         self.routed = spec.moe is not None
         self.feed_forward = (MoELayer if self.routed else FeedForward).of(spec.feed_forward, topology)
-        sites = spec.sites(topology.layout).present(topology.degrees).recomputed
-        self.plan = plan(sites, kept_tags(topology.options.cac, TAGS, index))
-
-        self._run, self._attend = self._recomputed, self._attended
-        if self.compiled and self.routed and moe.dispatch == "dropless":
-            self._attend = torch.compile(self._attended, backend=model.compile, fullgraph=True)
-        elif self.compiled:
-            self._run = torch.compile(self._recomputed, backend=model.compile, fullgraph=True)
 
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None
@@ -112,53 +96,12 @@ class Block(nn.Module):
             x: activations.
             rotation: of queries and keys, see :class:`tedlab.nn.SelfAttention`.
             padding_mask: see :class:`tedlab.moe.MoELayer`.
-
-        Raises:
-            ValueError: for padding in a compiled block before torch 2.13, whose results are not those of eager ones.
         """
-        if padding_mask is not None and self.compiled and torch.__version__ < "2.13":
-            raise ValueError(
-                f"model.compile with a padding_mask needs torch 2.13: in {torch.__version__} compiled blocks do not "
-                "compute what others do; use model.compile=none"
-            )
-        if not self.compiled:
-            return self._run(x, rotation, padding_mask)
-        if isinstance(self.feed_forward, MoELayer):
-            self.feed_forward.expect(x)
-            if self.topology.slots.uneven:  # numbers that the host has to ask for, as often as it does
-                return self._recomputed(x, rotation, padding_mask)
-        with localised(self):
-            return self._run(x, rotation, padding_mask)
-
-    def _recomputed(
-        self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None
-    ) -> tuple[Tensor, RouterReport | None]:
-        if not (self.recomputed and torch.is_grad_enabled()):
-            return self._forward(x, rotation, padding_mask)
-        return checkpoint(
-            self._forward,
-            x,
-            rotation,
-            padding_mask,
-            counters=self.topology.recomputation,
-            plan=self.plan,
-            skip_dead_gemm=self.topology.options.skip_dead_gemm,
-            early_stop=self.early_stop,
-        )
-
-    def _forward(
-        self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None
-    ) -> tuple[Tensor, RouterReport | None]:
-        x, inside = self._attend(x, rotation)
-        if self.routed:
-            y, report = self.feed_forward(inside, padding_mask)
-            return x + y, report
-        return x + self.feed_forward(inside), None
-
-    def _attended(self, x: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The first half of the block, and what the second half works on."""
         x = x + self.attention(self.norm1(x), rotation)
-        return x, self.norm2(x)
+        if not self.routed:
+            return x + self.feed_forward(self.norm2(x)), None
+        y, report = self.feed_forward(self.norm2(x), padding_mask)
+        return x + y, report
 
 
 @dataclass(frozen=True)
@@ -227,36 +170,52 @@ def _tags() -> tuple[str, ...]:
 TAGS = _tags()
 
 
+models: "Registry[type[GPT]]" = Registry("model.architecture")
+
+
+@models.register("gpt")
 class GPT(nn.Module):
     """Decoder-only language model, built as this process's shard, with initial weights.
+
+    Another model is a subclass under ``@models.register(NAME)``.
 
     Args:
         model: architecture; ``vocab_size`` must be set.
         moe: experts; ``num_experts = 0`` makes a dense model.
         topology: where this process stands.
-        seed: of the initial weights, which depend on nothing else.
+        seed: of the initial weights, which depend on nothing else; None: parameters are still to be filled.
+
+    Attributes:
+        spec: the class of its specification; a model with the layers of this one keeps it.
+        block: the class of its blocks.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int) -> None:
+    spec: ClassVar[type[GPTSpec]] = GPTSpec
+    block: ClassVar[type[Block]] = Block
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int | None) -> None:
         super().__init__()
-        spec = GPTSpec(model, moe)
+        spec = self.spec(model, moe)
         self.embedding = VocabParallelEmbedding.of(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
         self.positions = None if spec.positions is None else Embedding.of(spec.positions, topology)
-        self.blocks = nn.ModuleList(Block(i, model, moe, topology) for i in range(model.layers))
+        self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear.of(spec.output, topology)
-        initialize(self, seed)
+        if seed is not None:
+            initialize(self, seed)
+        for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
+            sites = of.sites(topology.layout).present(topology.degrees).recomputed
+            second = plan(sites, kept_tags(topology.options.cac, TAGS, index))
+            recomputed = model.recompute.granularity == Granularity.BLOCK
+            wrap(block, topology, second if recomputed else None, model.compile, model.recompute.early_stop)
 
     @property
     def moved(self) -> dict[int, Rows]:
-        """Rows that dropless layers have moved in training so far, by block; empty if there are none."""
+        """Rows that mixtures have moved in training so far, where routers decide how many, by block."""
         layers = {index: block.feed_forward for index, block in enumerate(self.blocks)}
-        return {
-            index: layer.moved
-            for index, layer in layers.items()
-            if isinstance(layer, MoELayer) and layer.moved is not None
-        }
+        mixtures = {index: layer.experts for index, layer in layers.items() if isinstance(layer, MoELayer)}
+        return {index: mixture.moved for index, mixture in mixtures.items() if mixture.moved is not None}
 
     def forward(self, ids: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[RouterReport]]:
         """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer.

@@ -1,21 +1,41 @@
 """Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and the layer they make."""
 
-from tedlab.moe.dispatch import AllToAllPath, token_path
-from tedlab.moe.experts import Experts
+from tedlab.moe.deepspeed_gating import DeepSpeedRouter
+from tedlab.moe.dispatch import AllToAllPath, DispatchSpec, ReplicatedSlots, token_path
+from tedlab.moe.experts import Experts, ExpertsSpec, SlotExperts, mixtures
 from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer, MoESpec
-from tedlab.moe.router import Router, RouterReport, Routing, assign_slots
+from tedlab.moe.local import LocalExperts
+from tedlab.moe.router import (
+    Decision,
+    Router,
+    RouterReport,
+    RouterSpec,
+    Routing,
+    assign_slots,
+    routers,
+)
 
 __all__ = [
     "AllToAllPath",
+    "Decision",
+    "DeepSpeedRouter",
+    "DispatchSpec",
     "Experts",
+    "ExpertsSpec",
+    "LocalExperts",
     "MoELayer",
     "MoESpec",
+    "ReplicatedSlots",
     "Router",
     "RouterReport",
+    "RouterSpec",
     "Routing",
+    "SlotExperts",
     "assign_slots",
+    "mixtures",
     "relative_load",
     "router_health",
+    "routers",
     "token_path",
 ]

@@ -30,14 +30,13 @@ noise for first choices (``noisy_gate_policy``), off there unless asked for, doe
 import torch
 from torch import Tensor
 
+from tedlab.capacity import DEEPSPEED as GATINGS
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin
 from tedlab.config import DropPolicy, MoEConfig
-from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots
+from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots, routers
 from tedlab.nn import Init
 from tedlab.topology import Topology
-
-GATINGS = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")
 
 
 class DeepSpeedRouter(Router):
@@ -58,6 +57,8 @@ class DeepSpeedRouter(Router):
     Raises:
         ValueError: if ``config.gating`` is not one of DeepSpeed's.
     """
+
+    supports = ()
 
     def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         if config.gating not in GATINGS:
@@ -103,6 +104,29 @@ class DeepSpeedRouter(Router):
         # A key for every data rank, so that all processes advance the default generator alike.
         keys = torch.randint(2**62, (self.comm.size("data"),), device="cpu")
         return torch.Generator(device).manual_seed(int(keys[self.comm.rank("data")]))
+
+
+@routers.register("deepspeed_top1")
+class Top1Router(DeepSpeedRouter):
+    """``moe.gating=deepspeed_top1``."""
+
+    needed_top_k = 1
+    options = ("min_capacity", "random_token_selection")
+
+
+@routers.register("deepspeed_top2")
+class Top2Router(DeepSpeedRouter):
+    """``moe.gating=deepspeed_top2``."""
+
+    needed_top_k = 2
+    options = ("min_capacity", "second_expert_sampling")
+
+
+@routers.register("deepspeed_topk")
+class TopKRouter(DeepSpeedRouter):
+    """``moe.gating=deepspeed_topk``."""
+
+    options = ("min_capacity", "drop_policy")
 
 
 def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> Decision:

@@ -1,4 +1,4 @@
-"""Token paths: how tokens reach their experts and how results come back. Those of dropless routing: ``ragged.py``.
+"""Token paths: how tokens reach their experts and how results come back. Those without a capacity: ``ragged.py``.
 
 A token path has two methods, ``dispatch`` and ``combine``, between a token's place in the micro-batch and its slot at
 an expert; a slot region has two, ``enter`` and ``leave``, between the slots of one tensor rank and those that an expert
@@ -50,7 +50,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class DispatchSpec(Spec):
-    """Of a token path and its region, with slots or, dropless, with rows."""
+    """Of a token path and its region, with slots or with rows."""
 
     hidden: int
     config: MoEConfig
@@ -83,8 +83,8 @@ class DispatchSpec(Spec):
         return Sites(tuple(forward), (replace(back, rows="sent"), *inside, replace(to, rows="received"), *dropped))
 
     def _counts(self, layout: Layout) -> list[Site]:
-        """Dropless, processes say how many rows they will send; once, whatever is recomputed."""
-        if self.config.dispatch != "dropless":
+        """Without a capacity, processes say how many rows they will send; once, whatever is recomputed."""
+        if not self.config.unlimited:
             return []
         experts = self.config.num_experts
         own = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
@@ -93,12 +93,12 @@ class DispatchSpec(Spec):
         return [own, all_ranks] if layout.sharers > 1 else [own]
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
-        """What the first process moves of a data rank's micro-batch; dropless if all experts are chosen equally often.
+        """What the first process moves of a data rank's micro-batch; of rows if all experts are chosen equally often.
 
         Slots count as rows, all of them.
         """
         moe, sharers, senders = self.config, layout.sharers, layout.degrees.expert
-        if moe.dispatch == "dropless":
+        if moe.unlimited:
             counts = spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)
             return rows_of(sent[:, :, : moe.num_experts // senders], int(sent[0, 0].sum()), 0)

@@ -2,16 +2,20 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tedlab.comm import matmul_into
-from tedlab.moe.dispatch import SlotRegion
+from tedlab.comm.rows import Rows
+from tedlab.config import MoEConfig
+from tedlab.moe.dispatch import DispatchSpec, token_path
 from tedlab.moe.grouped import bias_rows, grouped_matmul
-from tedlab.moe.ragged import RaggedRows, RowRegion, arrange
+from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
+from tedlab.moe.router import Routing
 from tedlab.nn import ShardedModule, activate
+from tedlab.registry import Registry
 from tedlab.spec import Init, ParameterSpec, Spec
 from tedlab.topology import Topology
 
@@ -39,60 +43,76 @@ class ExpertsSpec(Spec):
                 yield ParameterSpec(name, (self.num_experts, 1, width), Init(), divided, "expert", decayed=False)
 
 
-class Experts(ShardedModule):
-    """The parameters of feed-forward experts: linear, GELU, linear; or with SwiGLU in its place.
+mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")
 
-    Divided over the expert group by expert, and inside by width. The first projection of SwiGLU has gate and linear
+
+class Experts(ShardedModule):
+    """The mixture: what the experts that a router has chosen make of tokens. Each way of it is a subclass; a
+    configuration names those that are registered.
+
+    Here are their parameters, those of feed-forward experts: linear, GELU, linear; or with SwiGLU in its place. They
+    are divided over the expert group by expert, and inside by width. The first projection of SwiGLU has gate and linear
     part in turn, so that an even division gives each process both.
 
     Args:
-        num_experts: E, over all processes; the expert degree must divide it.
-        hidden: model width.
-        ffn: inner width of an expert; the tensor degree must divide it.
+        spec: experts E, which the expert degree must divide; their inner width, which the tensor degree must divide.
         topology: where this process stands.
-        activation: gelu or swiglu.
-        bias: whether the projections have biases.
-        init: initial weights of the first projection.
-        out_init: initial weights of the second.
+
+    Attributes:
+        dispatch: the class of the specification of its collectives.
+        compilable: whether all shapes are known before routers choose.
+        moved: rows of all forward passes so far that a backward pass may follow, where routers decide how many.
     """
 
-    def __init__(
-        self,
-        num_experts: int,
-        hidden: int,
-        ffn: int,
-        topology: Topology,
-        *,
-        activation: str = "gelu",
-        bias: bool = True,
-        init: Init,
-        out_init: Init,
-    ) -> None:
+    dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
+    compilable: ClassVar[bool] = True
+    moved: Rows | None = None
+
+    @classmethod
+    def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> "Experts":
+        """The experts of a layer, for a configuration that names this class."""
+        return cls(spec, topology)
+
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__()
-        self.num_experts, self.comm = num_experts, topology.comm
-        self.gated, self.bias = activation == "swiglu", bias
-        self.widths = hidden, ffn // topology.degrees.tensor
-        self.build(ExpertsSpec(num_experts, hidden, ffn, init, out_init, activation, bias), topology)
+        self.num_experts, self.comm = spec.num_experts, topology.comm
+        self.gated, self.bias = spec.activation == "swiglu", spec.bias
+        self.widths = spec.hidden, spec.ffn // topology.degrees.tensor
+        self.build(spec, topology)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """This process's part of both projections, each with its biases: (e, H, ·), (e, 1, ·), (e, ·, H), (e, 1, H)."""
         up_bias, down_bias = (self.local("up_bias"), self.local("down_bias")) if self.bias else (None, None)
         return self.local("up"), up_bias, self.local("down"), down_bias
 
+    def expect(self, tokens: int, slots: int) -> None:
+        """Hears, before a forward pass, of how many tokens it will be, and how many slots each expert offers them.
 
+        Raises:
+            ValueError: if its collectives would not fit those of other processes.
+        """
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Tokens of this rank (T, H) → for each the gate-weighted sum of its experts' results (T, H)."""
+        raise NotImplementedError
+
+
+@mixtures.register("capacity")
 class SlotExperts(Experts):
-    """Experts of as many slots each.
+    """Experts of as many slots each, which processes exchange as the topology's toggles say."""
 
-    Args:
-        region: the way of slots into the computation and of results out of it.
-        arguments: of :class:`Experts`.
-    """
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
+        super().__init__(spec, topology)
+        self.path, self.region = token_path(spec.num_experts, topology)
+        self.agreement = topology.slots
 
-    def __init__(self, region: SlotRegion, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.region = region
+    def expect(self, tokens: int, slots: int) -> None:
+        self.agreement.expect(self, tokens, slots)
 
-    def forward(self, x_eNH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
+
+    def compute(self, x_eNH: Tensor) -> Tensor:
         """Slots of this process's experts (e, N, H) → their results (e, N, H)."""
         up, up_bias, down, down_bias = self.weights()
         x_eNH = self.region.enter(x_eNH)
@@ -101,18 +121,22 @@ class SlotExperts(Experts):
 
 
 class RowExperts(Experts):
-    """Experts of as many rows as were chosen for each.
+    """Experts of as many rows as were chosen for each, which processes exchange as the topology's toggles say."""
 
-    Args:
-        region: the way of rows into the computation and of results out of it.
-        arguments: of :class:`Experts`.
-    """
+    compilable = False
 
-    def __init__(self, region: RowRegion, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.region = region
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
+        super().__init__(spec, topology)
+        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology)
 
-    def forward(self, x: RaggedRows) -> RaggedRows:
+    @property
+    def moved(self) -> Rows:  # type: ignore[override]
+        return self.path.moved
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
+
+    def compute(self, x: RaggedRows) -> RaggedRows:
         """Rows of this process's experts → their results, which go back the way they came."""
         up, up_bias, down, down_bias = self.weights()
         arrangement = arrange(x.exchange)

@@ -3,12 +3,13 @@
 Legend as in ``ragged.py``: N rows of e experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 
 from tedlab.comm import to_compute_dtype
@@ -31,9 +32,23 @@ class Groups(NamedTuple):
     sizes: tuple[int, ...] | None
 
 
+_joined = True
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Within, each expert's product is one of torch's ordinary ones, whose shapes and FLOPs are known everywhere."""
+    global _joined
+    before, _joined = _joined, False
+    try:
+        yield
+    finally:
+        _joined = before
+
+
 def one_kernel(x: Tensor, *widths: int) -> bool:
-    """:func:`native`, of rows; but of fake tensors torch has neither shapes for all dtypes nor a count of FLOPs."""
-    return native(x.dtype, *widths) and not isinstance(x, FakeTensor)
+    """Whether the products of rows are one kernel: :func:`native`, but not within :func:`one_by_one`."""
+    return _joined and native(x.dtype, *widths)
 
 
 def native(dtype: torch.dtype, *widths: int) -> bool:

@@ -1,20 +1,14 @@
-"""The MoE layer: router, token path, experts, and back."""
+"""The MoE layer: a router, and the mixture of what it chooses."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
-from tedlab.moe.deepspeed_gating import DeepSpeedRouter
-from tedlab.moe.dispatch import DispatchSpec, token_path
-from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts
-from tedlab.moe.local import LocalExperts
-from tedlab.moe.ragged import RaggedPath, ragged_path
-from tedlab.moe.router import Router, RouterReport, RouterSpec
+from tedlab.moe.dispatch import DispatchSpec
+from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
+from tedlab.moe.router import RouterReport, RouterSpec, routers
 from tedlab.nn import Layer
 from tedlab.spec import Init, Spec
 from tedlab.topology import Topology
@@ -35,11 +29,11 @@ class MoESpec(Spec):
 
     @property
     def router(self) -> RouterSpec:
-        return RouterSpec(self.hidden, self.config, self.init)
+        return routers[self.config.gating].spec(self.hidden, self.config, self.init)
 
     @property
     def dispatch(self) -> DispatchSpec:
-        return DispatchSpec(self.hidden, self.config)
+        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config)
 
     @property
     def experts(self) -> ExpertsSpec:
@@ -75,39 +69,19 @@ class MoELayer(Layer):
     ) -> None:
         super().__init__()
         spec = MoESpec(hidden, ffn, config, init, out_init, activation, bias)
-        self.router = (Router if config.gating == "default" else DeepSpeedRouter).of(spec.router, topology)
-        self.path: Any = (
-            None  # None: the experts are all here, and take tokens; otherwise these take what it hands them
-        )
-        self.experts: Experts
-        self.capacity, self.agreement = config.dispatch == "capacity", topology.slots
-        if self.capacity:
-            self.path, slots = token_path(config.num_experts, topology)
-            self.experts = SlotExperts.of(spec.experts, topology, region=slots)
-        elif topology.degrees.tensor == topology.degrees.expert == 1:
-            self.experts = LocalExperts.of(spec.experts, topology, kernel=config.kernel)
-        else:
-            widths = hidden, ffn // topology.degrees.tensor
-            self.path, rows = ragged_path(config.num_experts, widths, topology)
-            self.experts = RowExperts.of(spec.experts, topology, region=rows)
-
-    @property
-    def moved(self) -> Rows | None:
-        """Rows that a dropless layer has moved in training so far; None for one with capacity."""
-        dropless = self.experts if self.path is None else self.path
-        return dropless.moved if isinstance(dropless, LocalExperts | RaggedPath) else None
+        self.router = routers[config.gating].of(spec.router, topology)
+        self.experts: Experts = mixtures[config.dispatch].make(spec.experts, config, topology)
 
     def expect(self, x: Tensor) -> None:
         """Sees to it that the layer's collectives will fit those of other processes, before a forward pass.
 
-        What :meth:`forward` does itself, unless it is compiled. Fake tensors, of simulations, meet nobody.
+        What :meth:`forward` does itself, unless it is compiled.
 
         Raises:
             ValueError: if the processes of an expert group have unequal numbers of tokens, and experts a capacity.
         """
-        if self.capacity and not isinstance(x, FakeTensor):
-            tokens = x.shape[0] * x.shape[1]
-            self.agreement.expect(self, tokens, self.router.capacity(tokens))
+        tokens = x.shape[0] * x.shape[1]
+        self.experts.expect(tokens, self.router.capacity(tokens))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
         """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank.
@@ -132,8 +106,4 @@ class MoELayer(Layer):
             self.expect(x)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        if self.path is None:
-            y_TH = self.experts(x_TH, routing)
-        else:
-            y_TH = self.path.combine(self.experts(self.path.dispatch(x_TH, routing)), routing)
-        return y_TH.view_as(x), routing.report
+        return self.experts(x_TH, routing).view_as(x), routing.report

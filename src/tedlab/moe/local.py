@@ -1,5 +1,5 @@
-"""Dropless experts that are all in one process, undivided: rows never leave it, so that what is kept for the backward
-pass is little, and gathering, activation and weighting can be parts of fused kernels.
+"""Experts without a capacity, all in one process and undivided: rows never leave it, so that what is kept for
+the backward pass is little, and gathering, activation and weighting can be parts of fused kernels.
 
 Kept are the tokens, which the rest of the block keeps anyway, and the first projection of every row; each row's input,
 activation and result are computed anew or not needed. Legend as in ``rows.py``.
@@ -13,30 +13,31 @@ from torch.autograd import Function
 
 from tedlab.comm import once, to_compute_dtype
 from tedlab.comm.rows import Rows
-from tedlab.moe.experts import Experts
+from tedlab.config import MoEConfig
+from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
 from tedlab.moe.products import Order, Products, products
 from tedlab.moe.router import Routing
+from tedlab.topology import Topology
 
 
 class LocalExperts(Experts):
     """Experts that take as many tokens as choose them, all in this process.
 
     Args:
+        spec: see :class:`Experts`.
+        topology: where this process stands, whose groups of experts and tensors are itself.
         kernel: what computes them, see ``products.py``.
-        arguments: of :class:`Experts`.
-
-    Attributes:
-        moved: rows of all forward passes so far that a backward pass may follow.
     """
 
-    def __init__(self, kernel: str, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
+    compilable = False
+
+    def __init__(self, spec: ExpertsSpec, topology: Topology, kernel: str) -> None:
+        super().__init__(spec, topology)
         self.kernel = kernel
-        self.moved = Rows()
+        self.moved: Rows = Rows()
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens (T, H) → for each the gate-weighted sum of its experts' results (T, H)."""
         x = to_compute_dtype(x_TH)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
         computing = products(self.kernel, self.gated, x)
@@ -50,16 +51,23 @@ class LocalExperts(Experts):
     def _order(self, x: Tensor, routing: Routing) -> Order:
         load, choices = routing.counts_E, routing.slot_TK.shape[1]
         # Where products need the numbers of rows on the host it has to wait for the device: once, not in recomputation.
-        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: self._read(load))
+        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: tuple(self.comm.reader(load)))
         ends = load.cumsum(0).int()
         each = torch.arange(len(load), device=load.device)
         expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())
         token_N = routing.choice_EC.div(choices, rounding_mode="floor")
         return Order(token_N, routing.slot_TK, expert_N[routing.slot_TK], Groups(expert_N, ends, sizes))
 
-    def _read(self, load: Tensor) -> tuple[int, ...]:
-        sent_and_arriving = load.expand(2, 1, -1)  # as where rows travel: a simulation answers both alike
-        return tuple(self.comm.reader(sent_and_arriving)[1][0])
+
+@mixtures.register("dropless")
+class Dropless(RowExperts):
+    """Those that are all in one process, or else :class:`RowExperts`."""
+
+    @classmethod
+    def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> Experts:
+        if topology.degrees.tensor == topology.degrees.expert == 1:
+            return LocalExperts(spec, topology, config.kernel)
+        return RowExperts(spec, topology)
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What dropless experts compute where all of them are in one process, forward and backward.
+"""What experts without a capacity compute where all of them are in one process, forward and backward.
 
 Matrix products are torch's ``grouped_mm``, or one by one (see ``grouped.py``); ``moe.kernel`` chooses what gathers,
 activates and weights the rows around them: ``torch`` (``rows.py``) or ``triton`` (``row_kernels.py``). Legend as there.
@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from tedlab.moe import rows
 from tedlab.moe.grouped import Groups, times, transposed_times
@@ -108,8 +107,7 @@ def products(kernel: str, gated: bool, x: Tensor) -> Products:
     Warns:
         UserWarning: once, if the kernel asked for does not take them, with the reason.
     """
-    # Simulation sees operations, not what a kernel does inside: to it all kernels are torch's.
-    if kernel == "torch" or isinstance(x, FakeTensor):
+    if kernel == "torch":
         return Products(rows, gated)
     reason = unfit(x.dtype, x.device)
     if reason is None:

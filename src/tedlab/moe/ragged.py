@@ -1,4 +1,4 @@
-"""Token paths of dropless routing: every choice is a row, and each process gets as many as were chosen for its experts.
+"""Token paths without a capacity: every choice is a row, and each process gets as many as were chosen for its experts.
 
 The modes are those of ``dispatch.py``, and so are the collectives, with rows in the place of slots; before them the
 processes tell each other how many rows there will be. Between path and experts goes a :class:`RaggedRows`.

@@ -7,7 +7,7 @@ routes the tokens of its own positions, and T counts these. A recomputed forward
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
 from tedlab.config import MoEConfig
 from tedlab.nn import ShardedModule
+from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, ParameterSpec, Site, Sites, Spec
 from tedlab.topology import Topology
 
@@ -45,11 +46,12 @@ class Routing(NamedTuple):
 
     Attributes:
         gate_TK: weight of each choice in the combination.
-        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped. Dropless: its place among
-            all T·K choices, sorted by expert.
-        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty. Dropless: (T·K,).
+        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped. Without a capacity: its
+            place among all T·K choices, sorted by expert.
+        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty. Without a
+            capacity: (T·K,).
         report: losses and counts.
-        rows_E: with padding, dropless: choices by expert, those of padding included; None: the report's load.
+        rows_E: with padding, without a capacity: choices by expert, with those of padding; None: the report's load.
     """
 
     gate_TK: Tensor
@@ -107,10 +109,15 @@ class RouterSpec(Spec):
         return Sites((Site("router.statistics", "all_reduce", "tensor", width, "once", "precise"),))
 
 
+routers: "Registry[type[Router]]" = Registry("moe.gating")
+
+
+@routers.register("default")
 class Router(ShardedModule):
     """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
 
-    Another gating rule is a subclass with a :meth:`decide` of its own, as in ``deepspeed_gating.py``.
+    Another gating rule is a subclass with a :meth:`decide` or :meth:`probabilities` of its own, under
+    ``@routers.register(NAME)``, as in ``deepspeed_gating.py``.
 
     Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
     normalised to sum to one before any is dropped.
@@ -121,11 +128,11 @@ class Router(ShardedModule):
     groups all this holds within each: a group is the tokens of S / groups neighbouring positions of every sample,
     and what its capacity is rounded up to a multiple of is divided among the groups.
 
-    With ``dispatch=dropless`` there is no capacity: choices are sorted by expert, and within one by token.
+    Where experts take all that choose them, choices are sorted by expert, and within one by token.
 
     Padding, where it is told, takes no slot, is counted in no loss, load or number of drops, and gets nothing from any
     expert. The capacity is that of all tokens, with it: what is exchanged must not depend on what the batch holds. For
-    the same reason dropless rows of padding travel along, to all experts in turn, and weigh nothing.
+    the same reason, without a capacity, rows of padding travel along, to all experts in turn, and weigh nothing.
 
     Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
     and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
@@ -137,9 +144,21 @@ class Router(ShardedModule):
         topology: where this process stands.
         init: initial weights.
 
+    Attributes:
+        spec: the class of its specification.
+        needed_top_k: the only ``moe.top_k`` that it takes; None: any.
+        options: values of :class:`tedlab.config.MoEConfig` that mean something to it, and null to others.
+        supports: what it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
+            (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``.
+
     Raises:
         ValueError: if the tensor ranks of a sequence-sharded layout cannot divide the capacity groups among them.
     """
+
+    spec: ClassVar[type[RouterSpec]] = RouterSpec
+    needed_top_k: ClassVar[int | None] = None
+    options: ClassVar[tuple[str, ...]] = ()
+    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile")
 
     def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
         super().__init__()
@@ -150,7 +169,7 @@ class Router(ShardedModule):
         if groups % shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
         self.groups, self.all_groups = groups // shards, groups  # of this process, of the data rank
-        self.build(RouterSpec(hidden, config, init), topology)
+        self.build(self.spec(hidden, config, init), topology)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
         """Routes the T tokens of a micro-batch.
@@ -193,16 +212,20 @@ class Router(ShardedModule):
         tokens: Tensor | int = len(z_T) * self.comm.size("tensor") if padding_T is None else rest[1].clamp(min=1)
         return balance_loss(counted_E / tokens, probs_E / tokens), rest[0] / tokens
 
+    def probabilities(self, logits_TE: Tensor) -> Tensor:
+        """Of each expert for each token (T, E), which add up to one."""
+        return logits_TE.softmax(-1)
+
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
         """The gating rule; logits are in fp32 or better. Of padding only slots and load need say that it is."""
-        probs_TE = logits_TE.softmax(-1)
+        probs_TE = self.probabilities(logits_TE)
         expert_TK = pin(probs_TE.detach().topk(self.top_k, dim=-1).indices)
         gate_TK = probs_TE.gather(1, expert_TK)
         if self.top_k > 1:
             gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
 
         first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
-        if self.config.dispatch == "dropless":
+        if self.config.unlimited:
             if padding_T is None:
                 places, choices, load = sort_choices(expert_TK, self.num_experts)
                 return Decision(gate_TK, places, choices, probs_TE, first_TE, load)

@@ -1,4 +1,4 @@
-"""What happens to rows around the matrix products of dropless experts, in plain torch; on GPUs ``row_kernels.py``.
+"""What happens to rows around the matrix products of local experts, in plain torch; on GPUs ``row_kernels.py``.
 
 Legend as in ``router.py`` and ``ragged.py``: N = T·K rows sorted by expert, F inner width, Z width of the first
 projection (F, or with SwiGLU 2·F: gate and linear part in turn).

@@ -62,7 +62,7 @@ class RMSNorm(_Norm):
 class _RMSNorm(Function):
     """``F.rms_norm``, which keeps its input and a number for each row.
 
-    torch's keeps no more on GPUs, but elsewhere, where simulations of GPUs run as well, several tensors in fp32.
+    torch's keeps no more on GPUs, but elsewhere several tensors in fp32.
     """
 
     @staticmethod

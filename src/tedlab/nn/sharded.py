@@ -13,7 +13,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
@@ -190,7 +189,7 @@ def initialize(root: nn.Module, seed: int) -> None:
 
     A value depends on the seed, the parameter's name relative to ``root``, its global position, and, for parameters
     of three dimensions, the index along the first (the expert), but never on the layout. No more than 4 MiB of values
-    outside the process's own shard exist at any time. Fake tensors, of simulations, have no values to fill.
+    outside the process's own shard exist at any time.
     """
     for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
@@ -202,8 +201,6 @@ def initialize(root: nn.Module, seed: int) -> None:
 
 def _fill(parameter: DTensor, init: Init, key: str) -> None:
     local = parameter.to_local()
-    if isinstance(local, FakeTensor):
-        return
     if init.std == 0.0:
         local.fill_(init.mean)
         return

@@ -3,7 +3,7 @@
 from tedlab.optim.finite import FiniteGuard, NonFiniteError
 from tedlab.optim.gradients import Gradients
 from tedlab.optim.loss_scale import LossScaler
-from tedlab.optim.schedule import learning_rate_schedule
+from tedlab.optim.schedule import learning_rate_schedule, schedules
 from tedlab.optim.sharded import ShardedOptimizer
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "NonFiniteError",
     "ShardedOptimizer",
     "learning_rate_schedule",
+    "schedules",
 ]

@@ -5,7 +5,7 @@ gradient, master copy and moments is read once and written once, and the half-pr
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from tedlab._compat.torch import fused_adam
 
+Kernel = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], float, Tensor | None], None]
 _TILE = 1 << 18  # elements: with moments and master copy 5 MiB, small enough for a cache, large enough for threads
 
 
@@ -51,6 +52,7 @@ def fused_adam_step(
     *,
     factor: float = 1.0,
     rounded: Tensor | None = None,
+    kernel: Kernel | None = None,
 ) -> None:
     """One step of what ``torch.optim.Adam`` or ``AdamW`` computes, in place, up to rounding.
 
@@ -66,14 +68,15 @@ def fused_adam_step(
         group: the optimizer's parameter group, with ``decoupled_weight_decay`` for AdamW.
         factor: what the gradient is multiplied by (clipping, loss scale).
         rounded: half-precision copy of ``master``, to be updated with it.
+        kernel: what computes it, given the arguments before; None: the fastest that the device has.
 
     Source: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
     """
     if not state:
         state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
     state["step"] += 1
-    step = _triton_step if master.is_cuda and master.dtype == torch.float32 else _torch_step
-    step(master, gradient, state, group, factor, rounded)
+    fastest = _triton_step if master.is_cuda and master.dtype == torch.float32 else _torch_step
+    (kernel or fastest)(master, gradient, state, group, factor, rounded)
 
 
 def _torch_step(

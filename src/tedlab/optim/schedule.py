@@ -1,9 +1,46 @@
-"""Learning-rate schedules."""
+"""Learning-rate schedules, after a linear warm-up."""
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
-from tedlab.config import Schedule
+from tedlab.registry import Registry
+
+
+class Schedule(Protocol):
+    """The factor on the learning rate after the warm-up."""
+
+    def __call__(self, step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
+        """The factor at a step.
+
+        Args:
+            step: from ``warmup_steps`` on.
+            warmup_steps: steps before.
+            total_steps: length of the run.
+            final: ``optim.final_lr_fraction``.
+            decay: ``optim.decay_fraction``.
+        """
+        ...
+
+
+schedules: Registry[Schedule] = Registry("optim.schedule")
+
+
+@schedules.register("cosine")
+def _cosine(step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@schedules.register("constant")
+def _constant(step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
+    return 1.0
+
+
+@schedules.register("wsd")
+def _stable_then_linear(step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
+    left = max(0.0, (total_steps - step) / max(1.0, decay * total_steps))
+    return final + (1.0 - final) * min(1.0, left)
 
 
 def learning_rate_schedule(
@@ -12,23 +49,18 @@ def learning_rate_schedule(
     """The factor on the learning rate at each step, for ``torch.optim.lr_scheduler.LambdaLR``.
 
     Args:
-        name: after a linear warm-up ``cosine`` (to ``final_fraction`` at ``total_steps``), ``constant``, or ``wsd``
-            (warm-up, stable, decay: constant, then linear to ``final_fraction``).
+        name: after a linear warm-up ``cosine`` (to ``final_fraction`` at ``total_steps``), ``constant``, ``wsd``
+            (warm-up, stable, decay: constant, then linear to ``final_fraction``), or a registered one.
         warmup_steps: steps until the factor is 1; the first step already moves.
         total_steps: length of the run.
         final_fraction: the last factor of ``cosine`` and ``wsd``.
         decay_fraction: share of the run that ``wsd`` decays in.
     """
+    schedule = schedules[name]
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
-        if name == Schedule.CONSTANT:
-            return 1.0
-        if name == Schedule.WSD:
-            left = max(0.0, (total_steps - step) / max(1.0, decay_fraction * total_steps))
-            return final_fraction + (1.0 - final_fraction) * min(1.0, left)
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        return schedule(step, warmup_steps, total_steps, final_fraction, decay_fraction)
 
     return factor

@@ -21,7 +21,7 @@ from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
 from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.finite import FiniteGuard
-from tedlab.optim.fused import check_tile, fused_adam_step
+from tedlab.optim.fused import Kernel, check_tile, fused_adam_step
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
@@ -56,6 +56,7 @@ class ShardedOptimizer:
         guard: what stops a step whose loss or gradient is not finite; None: nothing does.
 
     Attributes:
+        kernel: what computes a fused step, see ``fused.py``; None: the fastest that the device has.
         collects_early: whether gradients are taken from parameters as they come. False: those of micro-batches before a
             step's last stay in ``.grad``, where torch adds to them.
 
@@ -92,6 +93,7 @@ class ShardedOptimizer:
         self.buckets: list[Bucket] = []
         self._zero, self._partial, self._bucket_elements = zero, partial, bucket_elements
         self._fused = tile == "fused"
+        self.kernel: Kernel | None = None
         self.state = ShardedState(optimizer, names, tile if isinstance(tile, int) else None)
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
@@ -366,7 +368,7 @@ class ShardedOptimizer:
         numbers = self.comm.all_reduce(
             torch.stack([squares, *others]), "world", tag="gradients.norm", phase="optimizer"
         )
-        # Read at once: each time the host waits for the device. What a simulation reads is 1: nothing is amiss.
+        # Read at once: each time the host waits for the device.
         total, none = torch.stack([numbers[0], numbers[1:].eq(0).all().double()]).tolist()
         self._norm = math.sqrt(total) / self.scale
         self._finite = math.isfinite(self._norm)
@@ -486,7 +488,9 @@ class ShardedOptimizer:
         gradients, rounded = segment.split(bucket.gradient), segment.split(bucket.shard)
         for tile, gradient, half in zip(segment.tiles, gradients, rounded, strict=True):
             copy = None if bucket.master is bucket.shard else half
-            fused_adam_step(tile, gradient, self.optimizer.state[tile], group, factor=factor, rounded=copy)
+            fused_adam_step(
+                tile, gradient, self.optimizer.state[tile], group, factor=factor, rounded=copy, kernel=self.kernel
+            )
 
     def _step_tiles(self, segment: Segment, factor: float, group: dict[str, Any]) -> None:
         bucket = segment.bucket

@@ -1,6 +1,6 @@
 """The closed form: what a configuration communicates in one optimizer step, from the configuration alone.
 
-With dropless routing the bytes of some collectives depend on what routers choose, wherever an expert group has several
+Without a capacity the bytes of some collectives depend on what routers choose, wherever an expert group has several
 processes: here also on how many rows each layer moved, or on the assumption that all experts are chosen equally often.
 
 Written from the algorithm, not from the code that runs: at the end of every run the ledger is held against it, and a
@@ -22,7 +22,7 @@ from tedlab.comm.recompute import Plan, Second
 from tedlab.comm.rows import Rows
 from tedlab.config import Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
-from tedlab.models.gpt import TAGS, GPTSpec
+from tedlab.models.gpt import TAGS, models
 from tedlab.optim.bucket import lay_out
 from tedlab.spec import ROUTED, Layout, ParameterSpec, RowCount, Site, Sites
 
@@ -40,7 +40,7 @@ def predict(config: TrainConfig) -> dict[Entry, Count]:
     """Calls and bytes of one optimizer step, in any process: of ``tedlab train``'s model, strategy and optimizer.
 
     Args:
-        config: completed by :func:`tedlab.validate.check`. With dropless routing every expert is chosen equally often,
+        config: completed by :func:`tedlab.validate.check`. Without a capacity every expert is chosen equally often,
             see :func:`with_rows`.
     """
     form = ClosedForm(config)
@@ -50,12 +50,12 @@ def predict(config: TrainConfig) -> dict[Entry, Count]:
 
 
 def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) -> dict[Entry, Count]:
-    """Expected totals, in which dropless layers moved so many rows instead of the same for each expert.
+    """Expected totals, in which mixtures without a capacity moved so many rows instead of the same for each expert.
 
     Args:
         expected: multiples of what :func:`predict` says.
         config: as there.
-        moved: rows of all micro-batches, by block; empty without dropless layers.
+        moved: rows of all micro-batches, by block; empty if there is no such mixture.
     """
     if not moved:
         return dict(expected)
@@ -74,7 +74,7 @@ class ClosedForm:
 
     Args:
         config: completed by :func:`tedlab.validate.check`.
-        rows: that a dropless layer moves in one micro-batch, by block; None: as in the first process when every expert
+        rows: that such a mixture moves in one micro-batch, by block; None: as in the first process when every expert
             is chosen equally often.
 
     Attributes:
@@ -86,7 +86,7 @@ class ClosedForm:
     """
 
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
-        self.config, self.spec = config, GPTSpec(config.model, config.moe)
+        self.config, self.spec = config, models[config.model.architecture].spec(config.model, config.moe)
         self.degrees = parallel_degrees(config.parallel)
         self.layout = Layout(self.degrees, config.comm)
         self.groups = self.degrees.sizes

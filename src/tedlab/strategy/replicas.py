@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from tedlab.checksum import checksum
@@ -119,7 +118,7 @@ def _first_of_group(degrees: ParallelDegrees, kind: GroupKind) -> np.ndarray:
 
 
 def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False) -> None:
-    """Compares a batch between tensor ranks. Fake tensors, of simulations, have no values to compare.
+    """Compares a batch between tensor ranks.
 
     Compared are tensors, arrays, numbers and text in any nesting of sequences, mappings and data classes; of anything
     else, its type.
@@ -137,8 +136,6 @@ def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False)
         return
     tensors: list[Tensor] = []
     form = "\n".join(_described(batch, tensors))
-    if any(isinstance(tensor, FakeTensor) for tensor in tensors):
-        return
     own = int.from_bytes(hashlib.blake2b(form.encode(), digest_size=8).digest(), "little", signed=True)
     form_sum = torch.tensor(own, dtype=torch.int64, device=topology.device)
     sums = [form_sum, checksum(tensors, topology.device)]

@@ -529,10 +529,10 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._check_batch(args[0], "prediction")
         return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
 
-    def _check_batch(self, batch: Any, stage: str) -> None:
-        """Outside of training, where a data rank may have none."""
+    def _check_batch(self, batch: Any, stage: str, alone: bool = True) -> None:
+        """``alone``: outside of training, where a data rank may have none."""
         if self._first_batch:
-            check_batch(batch, stage, self.topology, alone=True)
+            check_batch(batch, stage, self.topology, alone)
         self._first_batch = False
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
@@ -590,9 +590,8 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.topology.comm.place.step = self._trainer.global_step
-        if self._first_batch or batch_idx == 0:
-            check_batch(batch, "training", self.topology)
-        self._first_batch = False
+        self._first_batch |= batch_idx == 0
+        self._check_batch(batch, "training", alone=False)
         assert self.model is not None
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)

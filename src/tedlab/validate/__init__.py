@@ -8,7 +8,7 @@ configuration. Every complaint says what is wrong, the values, and what would be
 from pathlib import Path
 
 from tedlab.config import TrainConfig, with_values
-from tedlab.data import TextDataModule
+from tedlab.data import data_module
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
@@ -18,7 +18,7 @@ from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm
 from tedlab.validate.complete import filled_in
 from tedlab.validate.experts import check_experts
-from tedlab.validate.loggers import check_loggers
+from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
@@ -96,7 +96,7 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         check_processes(config, most_processes)
         check_writable("output_dir", Path(config.output_dir))
         check_writable("data.cache_dir", Path(config.data.cache_dir).expanduser())
-        data = TextDataModule(config.data, config.model.sequence_length, config.seed)
+        data = data_module(config.data, config.model.sequence_length, config.seed)
         tokens = data.corpus.tokenizer.vocab_size
         size = vocabulary(config, tokens)
         _ = data.validation_samples  # raises if there is not one batch of them
@@ -126,6 +126,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_trainer(config)
     check_settings(config)
     check_loggers(config)
+    check_callbacks(config)
     accumulation(config, degrees)
     check_optim(config)
     return degrees

@@ -6,6 +6,7 @@ from tedlab.comm.keep import kept_tags
 from tedlab.config import Compiler, Granularity, TrainConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.gpt import TAGS
+from tedlab.moe import routers
 from tedlab.predict.budget import within_budget
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
@@ -81,7 +82,7 @@ def _check_compiled(config: TrainConfig) -> None:
             f"model.recompute.early_stop=false recomputes what nobody needs, which "
             f"model.compile={config.model.compile} leaves out; use one of the two"
         )
-    if config.moe.num_experts and config.moe.gating != "default":
+    if config.moe.num_experts and "compile" not in routers[config.moe.gating].supports:
         raise ValueError(f"model.compile={config.model.compile} needs moe.gating=default, not {config.moe.gating}")
 
 
@@ -93,7 +94,7 @@ def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
             "has its own; use one of the two"
         )
     check_divides("model.sequence_length", config.model.sequence_length, "parallel.tensor", degrees.tensor)
-    if moe.num_experts and moe.gating != "default":
+    if moe.num_experts and "groups" not in routers[moe.gating].supports:
         raise ValueError(f"parallel.sequence=true needs moe.gating=default; moe.gating is {moe.gating}")
 
 

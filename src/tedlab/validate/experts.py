@@ -1,16 +1,11 @@
 """Experts: how many, how they are routed, and what their queues may be."""
 
-from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TokenDispatch, TrainConfig
+from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.moe.deepspeed_gating import GATINGS
-from tedlab.validate.words import check_divides, check_known
+from tedlab.moe import mixtures, routers
+from tedlab.validate.words import check_divides
 
-GATING_OPTIONS = {  # options that are null unless one of these gatings is chosen
-    "min_capacity": GATINGS,
-    "random_token_selection": ("deepspeed_top1",),
-    "second_expert_sampling": ("deepspeed_top2",),
-    "drop_policy": ("deepspeed_topk",),
-}
+GATING_OPTIONS = ("min_capacity", "random_token_selection", "second_expert_sampling", "drop_policy")
 
 
 def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -34,9 +29,10 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
+    mixtures[moe.dispatch]  # raises if there is none
     _check_kernel(config, degrees)
-    if moe.dispatch == TokenDispatch.DROPLESS:
-        _check_dropless(config)
+    if moe.unlimited:
+        _check_unlimited(config)
     else:
         capacity_groups(config, degrees)
     _check_gating(moe)
@@ -46,7 +42,7 @@ def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
     kernel = config.moe.kernel
     if kernel != ExpertKernel.TRITON:
         return
-    if config.moe.dispatch != TokenDispatch.DROPLESS or degrees.tensor * degrees.expert > 1:
+    if not config.moe.unlimited or degrees.tensor * degrees.expert > 1:
         raise ValueError(
             f"moe.kernel=triton is for dropless experts that are all in one process, not for "
             f"moe.dispatch={config.moe.dispatch}, parallel.tensor={degrees.tensor}, parallel.expert={degrees.expert}; "
@@ -58,9 +54,9 @@ def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
 
 
-def _check_dropless(config: TrainConfig) -> None:
+def _check_unlimited(config: TrainConfig) -> None:
     moe = config.moe
-    if moe.gating != "default":
+    if "dropless" not in routers[moe.gating].supports:
         raise ValueError(
             f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch=dropless has none; use "
             "moe.gating=default, or moe.dispatch=capacity"
@@ -87,7 +83,7 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     """
     shards = degrees.tensor if degrees.sequence else 1
     given = config.moe.capacity_groups
-    if not config.moe.num_experts or config.moe.dispatch == TokenDispatch.DROPLESS:
+    if not config.moe.num_experts or config.moe.unlimited:
         return given
     if given is None and shards > 1:
         given = shards
@@ -99,21 +95,21 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
             + (f" and be a multiple of parallel.tensor ({shards}) with parallel.sequence" if shards > 1 else "")
             + f": {fitting or 'impossible here'}"
         )
-    if groups > 1 and config.moe.gating != "default":
+    if groups > 1 and "groups" not in routers[config.moe.gating].supports:
         raise ValueError(f"moe.capacity_groups={groups} needs moe.gating=default; moe.gating is {config.moe.gating}")
     return given
 
 
 def _check_gating(moe: MoEConfig) -> None:
-    check_known("moe.gating", moe.gating, ("default", *GATINGS))
-    needed = {"deepspeed_top1": 1, "deepspeed_top2": 2}.get(moe.gating, moe.top_k)
-    if moe.top_k != needed:
+    router = routers[moe.gating]
+    if router.needed_top_k not in (None, moe.top_k):
         raise ValueError(
-            f"moe.gating={moe.gating} needs moe.top_k={needed}, but moe.top_k is {moe.top_k}; "
+            f"moe.gating={moe.gating} needs moe.top_k={router.needed_top_k}, but moe.top_k is {moe.top_k}; "
             "deepspeed_topk takes any top_k"
         )
-    for name, users in GATING_OPTIONS.items():
-        if getattr(moe, name) is not None and moe.gating not in users:
+    for name in GATING_OPTIONS:
+        if getattr(moe, name) is not None and name not in router.options:
+            users = [gating for gating in routers.names if name in routers[gating].options]
             raise ValueError(
                 f"moe.{name}={getattr(moe, name)} would have no effect with moe.gating={moe.gating}; leave it null, "
                 f"or choose moe.gating={' or '.join(users)}"

@@ -1,4 +1,4 @@
-"""Loggers: classes that can be imported, with arguments that they have."""
+"""Loggers and callbacks: classes that can be imported, with arguments that they have."""
 
 import difflib
 import inspect
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import hydra
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from tedlab.config import TrainConfig
@@ -30,21 +31,36 @@ def check_loggers(config: TrainConfig) -> None:
         ValueError: saying what would do.
     """
     for name, settings in config.logger.items():
-        if not isinstance(settings, Mapping) or "_target_" not in settings:
-            raise ValueError(f"logger.{name}={settings} is no logger: give it a class with logger.{name}._target_=…")
-        target = settings["_target_"]
-        try:
-            kind = hydra.utils.get_class(str(target))
-        except Exception as error:  # whatever importing it raises
-            raise ValueError(f"logger.{name}._target_={target} cannot be imported: {error}") from None
-        if not issubclass(kind, Logger):
-            raise ValueError(f"logger.{name}._target_={target} is not a logger of Lightning, but a {kind.__name__}")
-        _check_arguments(name, kind, settings)
+        kind = _class(f"logger.{name}", settings, Logger, "logger")
+        _check_arguments(f"logger.{name}", kind, settings)
         if issubclass(kind, WandbLogger) and settings.get("mode") is not None:
             check_known(f"logger.{name}.mode", settings["mode"], _WANDB_MODES)
 
 
-def _check_arguments(name: str, kind: type[Logger], settings: Mapping[str, Any]) -> None:
+def check_callbacks(config: TrainConfig) -> None:
+    """Of ``callbacks``. Nothing is built.
+
+    Raises:
+        ValueError: saying what would do.
+    """
+    for name, settings in config.callbacks.items():
+        _check_arguments(f"callbacks.{name}", _class(f"callbacks.{name}", settings, Callback, "callback"), settings)
+
+
+def _class(key: str, settings: Any, base: type[Any], what: str) -> type[Any]:
+    if not isinstance(settings, Mapping) or "_target_" not in settings:
+        raise ValueError(f"{key}={settings} is no {what}: give it a class with {key}._target_=…")
+    target = settings["_target_"]
+    try:
+        kind = hydra.utils.get_class(str(target))
+    except Exception as error:  # whatever importing it raises
+        raise ValueError(f"{key}._target_={target} cannot be imported: {error}") from None
+    if not issubclass(kind, base):
+        raise ValueError(f"{key}._target_={target} is not a {what} of Lightning, but a {kind.__name__}")
+    return kind
+
+
+def _check_arguments(key: str, kind: type[Any], settings: Mapping[str, Any]) -> None:
     known = dict(inspect.signature(kind).parameters)
     if issubclass(kind, WandbLogger):  # which hands others on
         if {name for name in settings if not name.startswith("_")} <= {*known, *_OF_WANDB}:
@@ -58,4 +74,4 @@ def _check_arguments(name: str, kind: type[Logger], settings: Mapping[str, Any])
         if argument not in known and not argument.startswith("_"):  # Hydra's own
             near = difflib.get_close_matches(argument, known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"logger.{name}.{argument}: {kind.__name__} has no such argument.{hint}")
+            raise ValueError(f"{key}.{argument}: {kind.__name__} has no such argument.{hint}")

@@ -2,6 +2,7 @@
 
 from tedlab.config import Positions, TrainConfig
 from tedlab.degrees import ParallelDegrees
+from tedlab.models import models
 from tedlab.validate.words import check_divides
 
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
@@ -14,6 +15,7 @@ def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         ValueError: saying what would do.
     """
     model = config.model
+    models[model.architecture]  # raises if there is none
     if model.hidden % model.heads:
         raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
     if model.positions == Positions.ROTARY and model.hidden // model.heads % 2:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tedlab.config import TrainConfig
 from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
+from tedlab.optim.schedule import schedules
 
 _SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what they follow from
 _FLAGS = ("foreach", "fused")  # whose default is null: torch chooses
@@ -29,6 +30,7 @@ def check_optim(config: TrainConfig) -> None:
         ValueError: saying what would do.
     """
     optim = config.optim
+    schedules[optim.schedule]  # raises if there is none
     target = optim.optimizer.get("_target_")
     try:
         kind = hydra.utils.get_class(str(target))

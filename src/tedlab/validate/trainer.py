@@ -20,7 +20,7 @@ _EPOCHS = "Lightning's epochs would differ from the data's, and a resumed run go
 _OURS: dict[str, tuple[tuple[object, ...], str]] = {  # set by a run, or none of its: what is harmless, what to use
     "strategy": ((), "it is tedlab's; use parallel.… and comm.…"),
     "logger": ((), "use the group logger: logger=none, or +logger.NAME._target_=…"),
-    "callbacks": ((), "they are tedlab's; with others write a script of your own around TEDStrategy (README)"),
+    "callbacks": ((), "use +callbacks.NAME._target_=…, beside tedlab's own"),
     "plugins": ((), "they follow from parallel.… and trainer.precision"),
     "default_root_dir": ((), "use hydra.run.dir"),
     "val_check_interval": ((), "use validate_every, which counts steps"),

@@ -163,7 +163,7 @@ class Memory:
             weighted, stream = (s.outside * s.hidden * size for size in (moe.top_k * s.compute, s.parameter))
             held = s.slots * (s.hidden + s.ffn_part) * s.compute - stream
             yield "experts", self.experts * matrix, 0, weighted, held
-            if moe.dispatch == "dropless" and s.config.model.recompute.granularity == Granularity.BLOCK:
+            if moe.unlimited and s.config.model.recompute.granularity == Granularity.BLOCK:
                 # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
                 copies = 5 if s.form.layout.sharers > 1 else 3
                 yield "end of recomputing", 0, 0, 0, copies * s.slots * s.hidden * s.compute - stream

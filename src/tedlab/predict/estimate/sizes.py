@@ -20,7 +20,7 @@ class Sizes:
         hidden, ffn, vocabulary: of the model (H, F, V); ``ffn_part`` and ``vocabulary_part`` are a tensor rank's.
         tokens: of a data rank's micro-batch (N).
         outside: tokens between layers: N, or N / T with sequence parallelism (n).
-        slots: that the experts here compute (R); ``sent``: of these, what this rank exchanges (X). Dropless: rows,
+        slots: that the experts here compute (R); ``sent``: of these, what this rank exchanges (X). No capacity: rows,
             when experts are chosen equally often.
         parameter, compute, precise: bytes of a parameter and of the residual stream; of matrix products; of what is
             computed in fp32 or better (p, c, f).

@@ -14,8 +14,8 @@ def kinds_of_ranks(
     """All ranks, by the first one of their kind.
 
     Ranks hold, compute and exchange alike, but for two things: where their groups lie on the cluster's nodes, if nodes
-    cannot be divided into tensor groups, and how many rows a dropless ``routing`` sends to their experts. (Of these,
-    tensor ranks of one group that divide them differ by one of each sender at most, and count as alike.)
+    cannot be divided into tensor groups, and how many rows without a capacity a ``routing`` sends to their experts. (Of
+    these, tensor ranks of one group that divide them differ by one of each sender at most, and count as alike.)
     """
     rows = [()] * degrees.expert if routing is None else [*map(tuple, routing.rows_by_expert_rank().T)]
     kinds: dict[tuple[object, ...], list[int]] = {}

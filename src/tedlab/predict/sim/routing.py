@@ -1,4 +1,4 @@
-"""How often each expert is chosen in a simulated step: the one thing that dropless routing's shapes depend on.
+"""How often each expert is chosen in a simulated step: the one thing that shapes without a capacity depend on.
 
 ``balanced``: all equally often. ``zipf``: the r-th expert of a layer, counted from 1, in proportion to r^-exponent, the
 first of every layer the most. ``trace``: as in the last step of a real run's ``router_trace.npz``. Every data rank
@@ -23,7 +23,7 @@ class Routing:
     """What each process of an expert group sends and receives in one micro-batch.
 
     Args:
-        config: with dropless routing.
+        config: with experts that have no capacity.
         shares_LE: how often each expert of each MoE layer is chosen, in proportion; None: all equally often.
     """
 
@@ -85,8 +85,10 @@ class Answers:
 
     def __call__(self, values: Tensor) -> list[object]:
         numbers = self.routing.numbers(self._reads % len(self.routing.blocks), self.rank)
-        assert numbers.shape == values.shape
         self._reads += 1
+        if values.dim() == 1:  # where rows do not travel: only what arrives
+            numbers = numbers[1, 0]
+        assert numbers.shape == values.shape
         return numbers.tolist()
 
 
@@ -108,7 +110,7 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
         if (name == key) != (value is not None):
             raise UsageError(f"sim.routing={key} and sim.{key}=… go together; sim.routing is {name}, sim.{key} {value}")
     layers, experts = len(config.moe.blocks(config.model.layers)), config.moe.num_experts
-    if not layers or config.moe.dispatch != "dropless":
+    if not layers or not config.moe.unlimited:
         if name != "balanced":
             raise UsageError(
                 f"sim.routing={name} has no effect: what experts are sent depends on what is chosen with "

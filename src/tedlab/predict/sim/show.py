@@ -46,7 +46,7 @@ def simulate_visibly(
         cluster_name: what ``cluster`` is called.
         cluster: that predicted times are for.
         ranks: one of them; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
-        routing: what is chosen, with dropless routing.
+        routing: what is chosen, where experts have no capacity.
 
     Returns:
         The summary of the rank, or of the slowest, which is also in ``summary.json``.

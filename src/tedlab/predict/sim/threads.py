@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from tedlab._compat.simulation import ThreadedGroup, make_ranks_of_processes, make_ranks_of_threads
-from tedlab.comm import Collectives, GroupKind, Phase
+from tedlab.comm import raw
 from tedlab.config import TrainConfig
 from tedlab.predict.sim.world import OneOfMany
 
@@ -53,11 +53,12 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     make_ranks_of_threads()
-    in_place = mock.patch.object(Collectives, "all_gather_into", _gather_and_copy)  # which this group cannot do
+    raw.ways["threaded"] = _Copying()
     try:
-        with in_place, ThreadPoolExecutor(world, "rank") as pool:
+        with ThreadPoolExecutor(world, "rank") as pool:
             wait([pool.submit(rank_of, rank) for rank in range(world)])
     finally:
+        del raw.ways["threaded"]
         make_ranks_of_processes()
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
@@ -65,5 +66,10 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
         raise RuntimeError(failures[0])
 
 
-def _gather_and_copy(comm: Collectives, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
-    out.copy_(comm.all_gather(x, kind, tag=tag, phase=phase))
+class _Copying(raw.Functional):
+    """This group cannot gather in place."""
+
+    @override
+    def all_gather_into(self, out: Tensor, x: Tensor, group: dist.ProcessGroup) -> raw.Wait:
+        gathered = self.all_gather(x, group)
+        return lambda: out.copy_(gathered())

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
 from typing_extensions import override
 
 from tedlab._compat.simulation import FakeStore, FakeTensorMode
-from tedlab.optim import fused
+from tedlab.comm import SlotAgreement
+from tedlab.moe.grouped import one_by_one
+from tedlab.nn.ids import unchecked
 from tedlab.predict.sim.meter import Meter
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -62,6 +64,14 @@ class OneOfMany(LightningEnvironment):
         return 0
 
 
+class _Unasked(SlotAgreement):
+    """Takes it that all send alike: nobody would say otherwise."""
+
+    @override
+    def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
+        pass
+
+
 class SimulatedStrategy(TEDStrategy):
     """TEDStrategy, with fake tensors from ``configure_model`` to the end, under a :class:`Meter`.
 
@@ -85,14 +95,19 @@ class SimulatedStrategy(TEDStrategy):
     @override
     def setup_environment(self) -> None:
         super().setup_environment()  # meshes are real tensors
+        self.topology.slots = _Unasked(self.topology.comm)
+        self._modes.enter_context(unchecked())  # fake tensors have no values
+        self._modes.enter_context(one_by_one())  # of grouped products torch knows neither all shapes nor FLOPs
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
-        # Its kernels return no tensors, by which the meter would know them, and those of a CPU work tile by tile.
-        self._modes.enter_context(mock.patch.object(fused, "_torch_step", self._meter.on_fused_step))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
         """Nobody would say how many batches it has."""
+
+    @override
+    def _check_batch(self, batch: Any, stage: str, alone: bool = True) -> None:
+        """Nobody would say what is in its batch."""
 
     @override
     def setup_optimizers(self, trainer: Any) -> None:
@@ -100,6 +115,9 @@ class SimulatedStrategy(TEDStrategy):
         for parameter in self.model.parameters():  # before the optimizer's own hooks, which may take the gradient
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         super().setup_optimizers(trainer)
+        for optimizer in self.sharded_optimizers:
+            # Real kernels return no tensors, by which the meter would know them, and on a CPU work tile by tile.
+            optimizer.kernel = self.meter.on_fused_step
 
     def _label_gradient(self, parameter: Any) -> None:
         self.meter.label_gradient(parameter.grad)

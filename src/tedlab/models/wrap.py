@@ -1,0 +1,97 @@
+"""How a block is run: recomputed in the backward pass, compiled, both or neither. The block itself knows of none.
+
+Layers that cannot be compiled (``compilable`` is False, as where shapes depend on what routers choose) are left out:
+the compiler sees the block up to them, and again behind them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tedlab.comm import Plan, checkpoint
+from tedlab.moe import MoELayer
+from tedlab.nn import localised
+from tedlab.topology import Topology
+
+
+def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, early_stop: bool = True) -> None:
+    """Replaces a block's ``forward`` by one that does the same, recomputed or compiled.
+
+    Args:
+        block: its forward takes activations, the rotation of positions or None, and a padding mask or None.
+        topology: where this process stands.
+        plan: what a recomputation does at each collective; None: the block is not recomputed.
+        backend: of ``torch.compile``; ``none``: the block is not compiled.
+        early_stop: of recomputation, see :func:`tedlab.comm.checkpoint`.
+    """
+    run = block.forward if plan is None else _Recomputed(block, topology, plan, early_stop)
+    if backend != "none":
+        run = _Compiled(block, topology, run, backend)
+    if run is not block.forward:
+        block.forward = run
+
+
+class _Recomputed:
+    """Runs a block's own forward, without keeping its activations."""
+
+    def __init__(self, block: nn.Module, topology: Topology, plan: Plan, early_stop: bool) -> None:
+        self.block, self.topology, self.plan, self.early_stop = block, topology, plan, early_stop
+
+    def _forward(self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None) -> Any:
+        return type(self.block).forward(self.block, x, rotation, padding_mask)
+
+    def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
+        if not torch.is_grad_enabled():
+            return self._forward(x, rotation, padding_mask)
+        return checkpoint(
+            self._forward,
+            x,
+            rotation,
+            padding_mask,
+            counters=self.topology.recomputation,
+            plan=self.plan,
+            skip_dead_gemm=self.topology.options.skip_dead_gemm,
+            early_stop=self.early_stop,
+        )
+
+
+class _Compiled:
+    """Compiles what runs a block, and does before what the compiler could not."""
+
+    def __init__(self, block: nn.Module, topology: Topology, run: Any, backend: str) -> None:
+        self.block, self.topology, self.eager = block, topology, run
+        self.mixtures = [layer for layer in block.modules() if isinstance(layer, MoELayer)]
+        left_out = [layer for layer in self.mixtures if not layer.experts.compilable]
+        for layer in left_out:
+            layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
+        self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out)
+
+    def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
+        """What the block does.
+
+        Raises:
+            ValueError: for padding before torch 2.13, where compiled blocks do not compute what others do.
+        """
+        if padding_mask is not None and torch.__version__ < "2.13":
+            raise ValueError(
+                f"model.compile with a padding_mask needs torch 2.13: in {torch.__version__} compiled blocks do not "
+                "compute what others do; use model.compile=none"
+            )
+        for layer in self.mixtures:
+            layer.expect(x)
+        if self.mixtures and self.topology.slots.uneven:  # numbers that the host has to ask for, as often as it does
+            return self.eager(x, rotation, padding_mask)
+        with localised(self.block):
+            return self.compiled(x, rotation, padding_mask)
+
+
+class _LeftOut:
+    """Runs a layer's own forward, which the compiler does not look into."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+
+    @torch.compiler.disable
+    def __call__(self, *arguments: Any) -> Any:
+        return type(self.layer).forward(self.layer, *arguments)

@@ -1,0 +1,101 @@
+"""Parts that other packages add: by name, by class, and with a configuration of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tedlab.cli import UsageError, check_overrides
+from tedlab.moe import Router, routers
+from tedlab.optim import learning_rate_schedule
+from tedlab.registry import Registry
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "guest_package"
+CONF = EXAMPLE / "guest_package" / "conf"
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_name_is_refused_with_all_that_there_are() -> None:
+    registry: Registry[int] = Registry("moe.gating")
+    registry.register("one")(1)
+    registry.register("two")(2)
+    assert registry["two"] == 2
+    with pytest.raises(ValueError, match=r"moe\.gating=three is unknown; valid: one, two"):
+        registry["three"]
+
+
+def test_a_name_stands_for_one_part() -> None:
+    with pytest.raises(ValueError, match=r"moe\.gating=default is taken"):
+        routers.register("default")(type("Another", (Router,), {}))
+    with pytest.raises(ValueError, match=r"optim\.schedule=triangle is unknown; valid: cosine, constant, wsd"):
+        learning_rate_schedule("triangle", 0, 10, 0.1)
+
+
+# ---- configuration files -----------------------------------------------------------------------------------------
+
+
+def test_options_in_a_folder_of_ones_own_are_known() -> None:
+    check_overrides([f"hydra.searchpath=[file://{CONF}]", "experiment=guest", "callbacks.bytes=null"])
+    with pytest.raises(UsageError, match="there is no option 'guest'"):
+        check_overrides(["experiment=guest"])
+    with pytest.raises(UsageError, match=r"there is no option 'quest'\. Did you mean 'guest'"):
+        check_overrides([f"hydra.searchpath=[file://{CONF}]", "experiment=quest"])
+
+
+# ---- a whole package ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a corpus, and the example package installed in a folder below it, as a wheel would be."""
+    folder = tmp_path_factory.mktemp("guests")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*pip, str(folder / "site"), str(EXAMPLE)], check=True, timeout=120)
+    (folder / "corpus").mkdir()
+    for number in range(12):
+        (folder / "corpus" / f"{number}.txt").write_text(f"{number} alpha beta gamma delta print range\n" * 20)
+    return folder
+
+
+SMALL = ["data=text", "data.path=corpus", "data.cache_dir=cache", "data.batch_size=8", "data.micro_batch_size=2"]
+SMALL += ["data.validation_samples=8", "data.validation_fraction=0.2", "model.layers=2", "model.hidden=32"]
+SMALL += ["model.ffn=64", "model.sequence_length=16", "optim.warmup_steps=1", "trainer.max_steps=3", "comm=dtd"]
+GUEST = ["hydra.searchpath=[pkg://guest_package.conf]", "experiment=guest"]
+
+
+def command(folder: Path, name: str, *overrides: str) -> str:
+    path = os.pathsep.join((str(folder / "site"), os.environ.get("PYTHONPATH", "")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    arguments = [sys.executable, "-m", "tedlab", name, *SMALL, *overrides]
+    done = subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=150, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_made_of_the_parts_of_another_package(installed: Path) -> None:
+    command(installed, "train", *GUEST, "hydra.run.dir=run", "trainer.log_every_n_steps=1")
+    run = installed / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["comm/predicted_difference_calls"] == summary["comm/predicted_difference_bytes"] == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # Of the step that follows: the bottom of the triangle, its top, its bottom.
+    rates = {line["step"]: line["train/learning_rate"] for line in lines if "train/learning_rate" in line}
+    assert [rates[step] for step in sorted(rates)] == pytest.approx([1e-4, 1e-3, 1e-4], rel=1e-6)
+    spread = json.loads((run / "loss_spread.json").read_text())
+    assert spread["micro_batches"] == 6
+    assert 0 < spread["lowest"] < spread["highest"] < 10
+    assert json.loads((run / "bytes_by_group.json").read_text())["expert"] > 0
+
+
+@pytest.mark.slow
+def test_it_is_certified_and_simulated_like_any_other(installed: Path) -> None:
+    command(installed, "certify", *GUEST)  # ends with 1 if the layout computes anything else than one process
+    command(installed, "simulate", *GUEST, "cluster=two_desks")  # ends with 1 if ledger and closed form differ
