@@ -553,6 +553,38 @@ def test_every_gating_passes_with_its_own_options(corpus: Path, overrides: list[
     check(small(corpus, *overrides))
 
 
+def test_presets_that_look_for_trouble_pass_in_every_job(corpus: Path) -> None:
+    for preset, (name, value) in {
+        "fast": ("max_steps", 3),
+        "profile": ("profiler", "simple"),
+        "anomaly": ("detect_anomaly", True),
+    }.items():
+        config = small(corpus, "logger=wandb", f"debug={preset}")
+        check(config)
+        assert config.trainer[name] == value
+        assert not config.logger
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["+callbacks.mine=1"], "callbacks.mine=1 is no callback"),
+        (["+callbacks.mine._target_=no.such.Class"], "callbacks.mine._target_=no.such.Class cannot be imported"),
+        (["+callbacks.mine._target_=torch.nn.Linear"], "is not a callback of Lightning, but a Linear"),
+        (
+            ["data.module=torch.nn.Linear"],
+            "data.module=torch.nn.Linear is not a subclass of tedlab.data.TextDataModule",
+        ),
+        (["model.architecture=llama"], "model.architecture=llama is unknown; valid: gpt"),
+    ],
+    ids=lambda given: given[0] if isinstance(given, list) else "",
+)
+def test_a_part_that_is_none_is_refused(corpus: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        check(small(corpus, *overrides))
+    assert said in str(refused.value)
+
+
 @pytest.mark.parametrize(("tokens", "rounded"), [(257, 384), (300, 384), (384, 384)])
 def test_the_vocabulary_is_the_tokenizers_rounded_up_to_128(corpus: Path, tokens: int, rounded: int) -> None:
     (corpus / "good.txt").write_text(LINES + " ".join(f"w{n:x}{n * 7919:x}" for n in range(4000)))
