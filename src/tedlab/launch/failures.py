@@ -1,4 +1,4 @@
-"""How a process that is about to end leaves word of why: in a folder of its launcher's, or on stderr."""
+"""Records why a process is about to end, in a folder that its launcher reads, or on stderr."""
 
 import os
 import sys
@@ -6,20 +6,20 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-_FOLDER = "TEDLAB_FAILURES"  # the environment variable by which a launcher of ours names the folder to its workers
+_FOLDER = "TEDLAB_FAILURES"  # the environment variable in which our launcher passes the folder to its workers
 _SUFFIX = ".failure"
 
 
 def keep_in(folder: Path) -> None:
-    """Lets this process leave word in the folder."""
+    """Makes this process and its children record failures in the folder."""
     os.environ[_FOLDER] = str(folder)
 
 
 def record(cause: str) -> None:
-    """Says why this process is about to end: on stderr also if the folder is gone or its disk full."""
+    """Records why this process is about to end; on stderr if there is no folder or it cannot be written to."""
     folder = os.environ.get(_FOLDER)
     if folder is not None:
-        # torch's own record counts whole seconds: who failed first, and who merely lost its peer, is then a guess.
+        # torch's own record has whole seconds, which do not tell who failed first from who merely lost its peer.
         with suppress(OSError):
             Path(folder, f"{time.time_ns()}_{os.environ['RANK']}{_SUFFIX}").write_text(cause)
             return
@@ -27,10 +27,10 @@ def record(cause: str) -> None:
 
 
 def recorded(folder: Path) -> list[Path]:
-    """What was left in the folder, by time."""
+    """Returns the files of recorded failures in the folder, the earliest first."""
     return sorted(folder.glob(f"*{_SUFFIX}"))
 
 
 def rank_of(failure: Path) -> int:
-    """The process that left it."""
+    """Returns the rank of the process that recorded a failure."""
     return int(failure.stem.split("_")[1])

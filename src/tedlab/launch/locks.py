@@ -1,7 +1,7 @@
-"""What belongs to a living run: its directory, and its temporary folders, which the next run removes if it cannot.
+"""Locks on a run's directory and on its temporary folders, which the next run removes if their owner has died.
 
-Both are a file that is locked (``flock``) for as long as its owner lives. The kernel unlocks it when the owner ends,
-however it ends, so that neither a process number that is used again nor a crash can deceive.
+Each lock is a file that its owner keeps locked (``flock``) while it lives. The kernel releases the lock however the
+owner ends, so neither a crash nor a reused process id leaves a stale lock behind.
 """
 
 import errno
@@ -21,14 +21,14 @@ from typing import Any
 from tedlab.errors import DirectoryInUse
 
 RUN_LOCK = "run.lock"
-_OWNER = ".owner"  # in a scratch folder: who locks it owns the folder
+_OWNER = ".owner"  # whoever locks this file owns the scratch folder that it is in
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 class Lock:
-    """A file that is locked. It stays locked until no process has it open any more.
+    """A locked file. It stays locked until every process that has it open has closed it.
 
-    Pickled into a process that multiprocessing starts, it keeps the file open there, too.
+    When multiprocessing pickles a lock into a new process, that process keeps the file open, too.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -39,7 +39,7 @@ class Lock:
 
     @classmethod
     def on(cls, path: Path) -> "Lock | None":
-        """Locks a file, which is made if need be; None if another process holds it."""
+        """Locks a file, creating it if needed. Returns None if another process holds the lock."""
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -47,7 +47,7 @@ class Lock:
                 if os.fstat(descriptor).st_ino == path.stat().st_ino:
                     return cls(descriptor)
             except FileNotFoundError:
-                pass  # its owner has just removed it: a new one
+                pass  # the owner has just removed the file, so try again with a new one
             except BlockingIOError:
                 os.close(descriptor)
                 return None
@@ -59,12 +59,12 @@ class Lock:
             os.close(descriptor)
 
     def write(self, text: str) -> None:
-        """Replaces what is in the file."""
+        """Replaces the contents of the file."""
         os.truncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text.encode(), 0)
 
     def close(self) -> None:
-        """Lets go of it in this process."""
+        """Closes the file in this process."""
         os.close(self._descriptor)
 
 
@@ -74,17 +74,17 @@ def _received(duplicate: Any) -> Lock:
 
 @contextmanager
 def run_directory(directory: Path, patience_s: float = 5.0) -> Iterator[Lock]:
-    """Holds a run directory, which is made if need be: no other run writes into it meanwhile.
+    """Locks a run directory, creating it if needed, so that no other run writes into it.
 
     Args:
-        directory: of the run.
-        patience_s: how long to wait for the last processes of a run that was killed to end.
+        directory: The run directory.
+        patience_s: Seconds to wait for the last processes of a killed run to end.
 
     Yields:
-        The lock. The directory stays held while any process has it: hand it to all that write there.
+        The lock. Pass it to every process that writes there: the directory stays locked while any of them has it.
 
     Raises:
-        DirectoryInUse: if another run holds it; says which, and since when.
+        DirectoryInUse: If another run holds the lock; the message says which run, and since when.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / RUN_LOCK
@@ -107,11 +107,11 @@ def run_directory(directory: Path, patience_s: float = 5.0) -> Iterator[Lock]:
 
 @contextmanager
 def scratch(name: str, parent: Path | None = None) -> Iterator[Path]:
-    """A temporary folder ``tedlab-<name>-…``. Those of the same name whose owners are dead are removed first.
+    """Creates a temporary folder ``tedlab-<name>-…``, after removing those of the same name whose owners are dead.
 
     Args:
-        name: what for.
-        parent: where; None: the system's folder for temporary files.
+        name: A word for the folder's purpose.
+        parent: The folder to create it in; None means the system's folder for temporary files.
     """
     where = Path(tempfile.gettempdir()) if parent is None else parent
     for owner in where.glob(f"tedlab-{name}-*/{_OWNER}"):
@@ -120,7 +120,7 @@ def scratch(name: str, parent: Path | None = None) -> Iterator[Path]:
     unnamed = folder / f"{_OWNER}-new"
     lock = Lock.on(unnamed)
     assert lock is not None
-    unnamed.rename(folder / _OWNER)  # nobody ever sees it unlocked
+    unnamed.rename(folder / _OWNER)  # renamed once locked, so that no process ever sees it unlocked
     try:
         yield folder
     finally:

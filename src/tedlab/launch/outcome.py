@@ -1,4 +1,4 @@
-"""How a run ended, whichever way: the state that its summary and W&B keep, and what one that did not finish leaves."""
+"""How a run ended: the state that its summary and W&B keep, and the summary of a run that did not finish."""
 
 import json
 import os
@@ -15,31 +15,36 @@ from tedlab.history import read_history
 
 SUMMARY, METRICS = "summary.json", "metrics.csv"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
-_KEPT = ("train/", "val/", "perf/", "router/")  # metrics whose last logged value says something of the whole run
+_KEPT = ("train/", "val/", "perf/", "router/")  # metrics whose last logged value describes the whole run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """``state`` is one of the three above, ``reason`` a line for people."""
+    """How a run ended.
+
+    Attributes:
+        state: ``finished``, ``failed`` or ``interrupted``.
+        reason: One line for people.
+    """
 
     state: str
     reason: str
 
     @classmethod
     def of(cls, error: BaseException) -> "Outcome":
-        """Of a run that ``error`` ended."""
+        """Returns the outcome of a run that ``error`` ended."""
         if isinstance(error, Signalled):
             return cls(INTERRUPTED, signal.Signals(error.signal).name)
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
-            return cls(INTERRUPTED, "SIGINT")  # Lightning makes a SystemExit of it
-        if type(error).__name__ == "SIGTERMException":  # Lightning's, where SLURM requeues jobs
+            return cls(INTERRUPTED, "SIGINT")  # Lightning turns it into a SystemExit
+        if type(error).__name__ == "SIGTERMException":  # Lightning raises it where SLURM requeues jobs
             return cls(INTERRUPTED, "SIGTERM")
         lines = str(error).strip().splitlines()
         return cls(FAILED, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
 
 class Signalled(SystemExit):
-    """A signal asked the run to end."""
+    """Raised when a signal asks the run to end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -48,10 +53,10 @@ class Signalled(SystemExit):
 
 @contextmanager
 def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
-    """Raises :class:`Signalled` on SIGTERM, where otherwise the process would end without another word.
+    """Raises :class:`Signalled` on SIGTERM, which would otherwise end the process silently.
 
     Args:
-        first: called before, in the midst of whatever is going on: a process that gets a second signal says nothing.
+        first: Called in the signal handler before it raises, since SIGKILL may follow before the stack unwinds.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -72,12 +77,12 @@ def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # not Python's
+            if handler is not None:  # None stands for a handler that was not installed from Python
                 signal.signal(number, handler)
 
 
 def read_summary(directory: Path) -> dict[str, Any]:
-    """What ``summary.json`` says; nothing if it is not there or not whole."""
+    """Returns the contents of ``summary.json``; an empty dictionary if the file is missing or incomplete."""
     with suppress(OSError, ValueError):
         summary = json.loads((directory / SUMMARY).read_text())
         return summary if isinstance(summary, dict) else {}
@@ -85,21 +90,21 @@ def read_summary(directory: Path) -> dict[str, Any]:
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
-    """Replaces ``summary.json`` at once."""
+    """Replaces ``summary.json`` atomically."""
     partial = directory / f"{SUMMARY}.partial"
     partial.write_text(json.dumps(summary, indent=2) + "\n")
     os.replace(partial, directory / SUMMARY)
 
 
 def write_unfinished(directory: Path, outcome: Outcome, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Leaves a summary of a run that ended early: its state, and the last value of each metric.
+    """Writes the summary of a run that ended early: its state, and the last value of each metric.
 
-    A summary that another process of this run has left already keeps what it says, but for state and reason.
+    If another process of this run has already written a summary, only its state and reason are replaced, and ``known``.
 
     Args:
-        directory: of the run.
-        outcome: why.
-        known: more that is known of the run; ``steps`` is otherwise that of the last row of ``metrics.csv``.
+        directory: The run directory.
+        outcome: How the run ended.
+        known: Further entries; ``steps`` defaults to the largest step in ``metrics.csv``.
 
     Returns:
         The summary.

@@ -1,38 +1,38 @@
-"""Whether torchrun or srun has started this process as one of several, and whether all is there that this takes.
+"""Detects processes that torchrun or srun has started, and checks that their environment is complete.
 
-Without the check a process that only looks like one of several waits for the others until the connection times out.
+Without the check, a process that only looks like one of several waits for the others until the connection times out.
 """
 
 import os
 
 from tedlab.errors import WrongEnvironment
 
-_LEAST_SPECIAL_STEP = 0xFFFFFFF0  # SLURM numbers the steps of a batch script, an interactive shell and the like so
+_LEAST_SPECIAL_STEP = 0xFFFFFFF0  # from here on SLURM numbers the steps of batch scripts, interactive shells and so on
 
 
 def started_outside() -> bool:
-    """Whether a launcher such as torchrun or srun has started this process as one of several."""
+    """Returns whether a launcher such as torchrun or srun has started this process as one of several."""
     return "LOCAL_RANK" in os.environ or _slurm_tasks() > 1
 
 
 def first_outside() -> bool:
-    """Whether this process is the first of those that a launcher has started."""
+    """Returns whether this process is the first of those that a launcher has started."""
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def restarts() -> int:
-    """How often torchrun has started the processes again (``--max-restarts``)."""
+    """Returns how often torchrun has restarted the processes (see its ``--max-restarts``)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def check(processes: int | None = None) -> None:
-    """Raises if the environment promises processes that will not come.
+    """Checks that the processes that the environment describes were really started.
 
     Args:
-        processes: that this run takes over all nodes; None: not to be compared.
+        processes: The number of processes that this run needs over all nodes; None skips the comparison.
 
     Raises:
-        WrongEnvironment: says what was found, what is missing, and what to run instead.
+        WrongEnvironment: If they were not; the message says what was found, what is missing, and what to run instead.
     """
     if "LOCAL_RANK" in os.environ:
         _check_launched()
@@ -52,7 +52,7 @@ def check(processes: int | None = None) -> None:
 
 def _check_launched() -> None:
     needed = ["MASTER_ADDR", "MASTER_PORT"]
-    if not os.environ.get("NODE_RANK"):  # Lightning's own way counts nodes, and multiplies
+    if not os.environ.get("NODE_RANK"):  # from it Lightning's own scheme computes these two
         needed = ["RANK", "WORLD_SIZE", *needed]
     missing = [name for name in needed if not os.environ.get(name)]
     if missing:

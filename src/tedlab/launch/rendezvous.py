@@ -1,8 +1,8 @@
-"""Where processes that torchrun has started again find each other, and not what is left of those before them.
+"""A rendezvous in which processes that torchrun has restarted do not find what the previous attempt left behind.
 
 torchrun may keep one store over all its attempts (torch 2.13 does for its c10d and its static rendezvous), and torch
-looks in it under the names of the attempt before: a process connects to the address of one that is dead. torchrun's
-count of restarts does not tell attempts apart, since each node counts its own.
+looks up the same keys in every attempt, so that a process may connect to the address of one that is dead. torchrun's
+restart count does not identify the attempt, since each node counts its own restarts.
 """
 
 import os
@@ -14,16 +14,16 @@ from torch import distributed as dist
 
 
 def store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
-    """A store that only the processes of this attempt know; None where torch's own way is right.
+    """Returns a store that only the processes of this attempt use, or None where torch's own rendezvous is safe.
 
     Args:
-        rank: of this process.
-        world_size: how many there are.
-        timeout: for the others to come.
+        rank: The rank of this process.
+        world_size: The number of processes.
+        timeout: How long to wait for the other processes.
 
     Raises:
-        TimeoutError: if some did not; in the first process, which names them.
-        torch.distributed.DistNetworkError: if the store cannot be reached.
+        TimeoutError: In the first process, if others did not start in time; the message names them.
+        torch.distributed.DistNetworkError: If the store cannot be reached.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not shared or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
@@ -34,10 +34,10 @@ def store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
 
 
 def _attempt(meeting: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name that the first process has thought of and all others of this attempt have heard from it.
+    """Returns a name for this attempt, which the first process draws and tells the others.
 
-    Each asks under a number that it has drawn itself, so that an answer from before cannot be one to it; the first
-    answers, until all have said that they have heard, whatever questions it may still find of processes that are gone.
+    Each process asks with a random token, so that an answer from a previous attempt cannot match its question. The
+    first process keeps answering, dead processes' questions included, until all have confirmed the name.
     """
     if rank > 0:
         question = secrets.token_hex(8)

@@ -1,4 +1,4 @@
-"""Failed jobs of a sweep: each is told in full when it fails, and all of them again, a line each, at the end."""
+"""Reports the failed jobs of a sweep: each in full when it fails, and all of them at the end with a line each."""
 
 import sys
 import traceback
@@ -9,22 +9,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
-_LINE = 300  # characters of a failure in the closing list
+_LINE = 300  # the most characters of a failure in the closing list
 
 
 class SweepFailures:
-    """What went wrong in the jobs of a sweep that run in this process; Hydra itself would tell the first one only."""
+    """Collects the failures of a sweep's jobs in this process; Hydra itself would report only the first."""
 
     def __init__(self) -> None:
         self._lines: list[str] = []
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Around one job. Outside of a sweep this does nothing.
+        """Runs one job and reports its failure. Does nothing outside of a sweep.
 
         Raises:
-            CompactHydraException: in place of what a job raises, or in place of an exit that is not a signal's; by it
-                Hydra knows that the job failed, goes on with the next, and ends with an exit code of 1.
+            CompactHydraException: Replaces the job's exception, or its exit with a message or code 1. It tells Hydra
+                that the job failed, so that Hydra continues with the next one and ends with exit code 1.
         """
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             yield
@@ -44,7 +44,7 @@ class SweepFailures:
             raise CompactHydraException(self._lines[-1]) from None
 
     def list_all(self) -> None:
-        """Prints a line for each."""
+        """Prints one line for each failed job."""
         if self._lines:
             print(f"\nFailed jobs of this sweep: {len(self._lines)}", *self._lines, sep="\n  ", file=sys.stderr)
 

@@ -1,9 +1,9 @@
-"""A watch over each process's collectives: none waits for ever, and whoever gives up says who waited for whom.
+"""A watchdog for the collectives of each process: none hangs forever, and the error says who waited for whom.
 
-A collective that others do not join fails in gloo after its timeout, with an error that names nobody; NCCL aborts the
-process. The watch is two threads beside a process's work. One tells the others, through the store of the process group,
-where this process is, and hears from them when there is reason to ask. The other never touches the store, which may
-hang with the process that keeps it: it ends this process when a collective's time is over and torch has not done so.
+If some processes do not join a collective, gloo fails after the timeout with an error that names nobody, and NCCL
+aborts the process. The watch runs two threads in each process. One publishes this process's state through the store of
+the process group, and reads the others' reports once this process has waited long. The other never touches the store,
+which may hang with the process that hosts it; it ends this process if a collective times out and torch does not react.
 """
 
 import atexit
@@ -28,30 +28,30 @@ from tedlab.comm import Collective, Whereabouts
 from tedlab.degrees import GroupKind
 from tedlab.launch import failures
 
-TORCH_FIRST_S = 5.0  # so long torch has, after a collective's time, to raise in the thread that waits
-UNWIND_S = 12.0  # so long a process has, after such an error, to end by itself
-_LAST_WORDS_S = 5.0  # so long it may take to say why, on a disk or a pipe that may hang as well
-_MOST_SHOWN = 16  # ranks in a message
+TORCH_FIRST_S = 5.0  # how long torch has, after the timeout, to raise in the waiting thread
+UNWIND_S = 12.0  # how long a process has, after such an error, to end by itself
+_LAST_WORDS_S = 5.0  # how long it may take to say why, since the disk or pipe may hang as well
+_MOST_SHOWN = 16  # the most ranks that a message lists
 _NO_CODE_OF_INTEREST = (str(Path(torch.__file__).parent), str(Path(os.__file__).parent), "<frozen")
 
 
 @dataclass
 class Report:
-    """What one process tells the others.
+    """What one process tells the others about itself.
 
     Attributes:
-        beat: how often it has told: alive if this grows.
-        waiting: what it waits in; None: in nothing.
-        kind: of the group that it waits for, or that it started its last collective in.
-        number: of that collective, see :class:`tedlab.comm.Waiting`.
-        group: the ranks of that group.
-        waited: for so many seconds.
-        launched: collectives by kind of group.
-        last: the collective that it started last.
-        idle: seconds since then.
-        step: of training.
-        place: the line that its main thread is at, outside torch and Python's library.
-        ended: its watch was stopped, as at the end of the process: this is its last report.
+        beat: The number of reports so far; a process is alive as long as it grows.
+        waiting: The operation that it waits in, or None.
+        kind: The kind of the group that it waits for, or in which it started its last collective.
+        number: The number of that collective, see :class:`tedlab.comm.Waiting`.
+        group: The ranks of that group.
+        waited: How long it has waited, in seconds.
+        launched: The number of collectives it has started, by kind of group.
+        last: The collective that it started last.
+        idle: Seconds since it started that collective.
+        step: The training step.
+        place: The line that its main thread is executing, outside torch and the standard library.
+        ended: Whether its watch was stopped, which makes this its last report.
     """
 
     beat: int
@@ -69,33 +69,36 @@ class Report:
 
 
 class Board(Protocol):
-    """Where processes tell each other; a store of torch.distributed."""
+    """The key-value store that processes exchange reports through, such as a ``torch.distributed`` store."""
 
     def set(self, key: str, value: str) -> None:
-        """Puts a value there."""
+        """Stores a value under a key."""
         ...
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all of these are there."""
+        """Returns whether all of these keys exist."""
         ...
 
     def get(self, key: str) -> bytes:
-        """What is there."""
+        """Returns the value of a key."""
         ...
 
 
-_numbers = itertools.count()  # of the watches of this process
-_live: "Watch | None" = None  # it speaks for the process: there is one at a time
+_numbers = itertools.count()  # numbers the watches of this process
+_live: "Watch | None" = None  # a process has one watch at a time
 
 
 def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
-    """Starts the watch over this process and stops the one before; None where nobody could be waited for.
+    """Starts a watch over this process and stops the previous one.
 
-    All processes of the group call this as often as each other: those of one call hear each other.
+    All processes of the group must call this equally often, since the watches of the n-th calls talk to each other.
 
     Args:
-        place: what the process notes on its way.
-        timeout: of a collective.
+        place: The process's record of its collectives.
+        timeout: The timeout of a collective.
+
+    Returns:
+        The watch, or None if there is one process or the backend is neither gloo nor NCCL.
     """
     if dist.get_world_size() == 1 or dist.get_backend() not in ("gloo", "nccl"):
         return None
@@ -110,10 +113,10 @@ def watch(place: Whereabouts, timeout: timedelta) -> "Watch | None":
 
 @functools.lru_cache(maxsize=1)
 def _second_connection(store: dist.Store) -> dist.Store:
-    """Another connection to a store, since one serves one at a time.
+    """Opens another connection to a store, since a connection serves one request at a time.
 
-    All watches share it, and it is kept: a FileStore counts the copies that are dropped, also those that a forked
-    worker of a data loader collects as garbage, and after so many as there are processes it removes the file.
+    All watches share it, and the cache keeps it alive: a FileStore counts the copies that are destroyed, even those
+    that a forked data loader worker garbage-collects, and deletes its file after as many as there are processes.
     """
     second = store.clone()  # type: ignore[attr-defined]
     second.set_timeout(timedelta(seconds=5))
@@ -121,17 +124,17 @@ def _second_connection(store: dist.Store) -> dist.Store:
 
 
 class Watch:
-    """See the module.
+    """The watch over one process; the module docstring describes it.
 
     Args:
-        place: what the process notes on its way.
-        timeout_s: of a collective.
-        rank: of this process.
-        world_size: of all.
-        board: see :class:`Board`.
+        place: The process's record of its collectives.
+        timeout_s: The timeout of a collective, in seconds.
+        rank: The rank of this process.
+        world_size: The number of processes.
+        board: The store that processes exchange reports through.
 
     Attributes:
-        groups: this process's ranks of each kind of group; until they are there it has one, ``world``.
+        groups: The ranks in this process's group of each kind; only ``world`` until the strategy sets the others.
     """
 
     def __init__(self, place: Whereabouts, timeout_s: float, rank: int, world_size: int, board: Board) -> None:
@@ -139,7 +142,7 @@ class Watch:
         self.groups: Mapping[GroupKind, Sequence[int]] = {"world": range(world_size)}
         self._every_s = min(5.0, max(0.1, timeout_s / 20))
         self._beat = 0
-        self._heard: dict[int, tuple[Report, float]] = {}  # the last of each, and when it first was there
+        self._heard: dict[int, tuple[Report, float]] = {}  # each rank's last report, and when it arrived
         self._board_is_gone = False
         self._failed_at: float | None = None
         self._over = threading.Event()
@@ -151,29 +154,29 @@ class Watch:
         ]
         for thread in self._threads:
             thread.start()
-        atexit.register(self.stop)  # a thread that is woken while Python ends would abort the process
+        atexit.register(self.stop)  # a thread that wakes up during interpreter shutdown would abort the process
 
     @property
     def stopped(self) -> bool:
-        """Whether it watches no more."""
+        """Whether the watch was stopped."""
         return self._over.is_set()
 
     def stop(self) -> None:
-        """Leaves a last report, which says that no other will follow, and ends the threads. Takes 2 s at most."""
+        """Publishes a last report, marked as such, and ends the threads. Takes at most 2 s."""
         self._over.set()
         for thread in self._threads:
             thread.join(1.0)
         atexit.unregister(self.stop)
 
     def annotate(self, error: RuntimeError) -> None:
-        """Adds who waited for whom to the error that ended a collective. The process has some seconds left."""
+        """Adds a note on who waited for whom to the error of a collective; the process then has seconds to end."""
         if self._failed_at is None:
             self._failed_at = time.monotonic()
             error.add_note(self.explain())
 
     def explain(self) -> str:
-        """Who waits for whom, as far as this process has heard."""
-        now, heard = time.monotonic(), dict(self._heard)  # a copy: the other thread hears more
+        """Returns a message about who waits for whom, as far as this process knows."""
+        now, heard = time.monotonic(), dict(self._heard)  # copied, since the other thread keeps adding to it
         reports = {rank: report for rank, (report, _) in heard.items()}
         silent = {rank: now - at for rank, (_, at) in heard.items() if now - at > max(0.5, 5 * self._every_s)}
         return explain(self._rank, self._timeout_s, {**reports, self._rank: self._report()}, silent)
@@ -210,27 +213,27 @@ class Watch:
     def _talk(self) -> None:
         last = False
         while not last:
-            last = self.stopped  # before the report, which then says so
+            last = self.stopped  # read before the report is made, so that the last report says that it is the last
             try:
                 self._beat += 1
                 self._board.set(str(self._rank), json.dumps(asdict(self._report())))
                 if not last and self._seconds_still() > self._timeout_s / 2:
                     self._ask()
-            except dist.DistNetworkError:  # the store is gone
+            except dist.DistNetworkError:  # the store no longer exists
                 self._board_is_gone = True
                 return
-            except (RuntimeError, ValueError):  # it did not answer in time
+            except (RuntimeError, ValueError):  # the store did not answer in time
                 pass
             if not last:
                 self._over.wait(self._every_s)
 
     def _seconds_still(self) -> float:
-        """How long this process has waited, or started no collective."""
+        """Returns how long this process has been waiting, or has started no collective."""
         waiting = self._place.waiting
         return time.monotonic() - (self._place.since if waiting is None else waiting.since)
 
     def _ask(self) -> None:
-        """Hears from those that this process may wait for, from those that these wait for, and so on."""
+        """Reads the reports of the processes that this one may wait for, of those that they wait for, and so on."""
         asked = {self._rank}
         to_ask = {rank for kind in self.groups for rank in self._ranks(kind)} - asked
         while to_ask:
@@ -255,13 +258,13 @@ class Watch:
                 over = now - failed_at > UNWIND_S
             elif waiting is not None:
                 over = waiting.limited and now - waiting.since > limit
-            else:  # of NCCL the program waits for no collective, only for what becomes of it
+            else:  # with NCCL the program does not wait for the collective itself, only for later uses of its result
                 over = now - self._place.since > limit and self._is_ahead()
             if over and not self.stopped:
                 self._end()
 
     def _end(self) -> None:
-        """Ends this process, whatever becomes of its last words."""
+        """Ends this process, even if it cannot record why."""
         try:
             words = threading.Thread(target=lambda: failures.record(self.explain()), daemon=True)
             words.start()
@@ -270,10 +273,10 @@ class Watch:
             os._exit(1)
 
     def _is_ahead(self) -> bool:
-        """Whether a collective that this process has started lacks one of its group, as far as is known by now.
+        """Returns whether some process is known not to have joined a collective that this one has started.
 
-        Who has ended is not waited for, and what was heard on a board that is gone may be long past: with its keeper
-        others may have ended, after they had joined.
+        Processes that have ended do not count. Nor do reports from a store that no longer exists: they may be out of
+        date, because other processes may have joined and ended together with the one that hosted the store.
         """
         if self._board_is_gone:
             return False
@@ -287,13 +290,13 @@ class Watch:
 
 
 def explain(rank: int, timeout_s: float, reports: Mapping[int, Report], silent: Mapping[int, float]) -> str:
-    """A message about who waits for whom.
+    """Returns a message about who waits for whom.
 
     Args:
-        rank: who gives up.
-        timeout_s: of a collective.
-        reports: the last of each process, as far as there is one.
-        silent: seconds for which a process that must report has not.
+        rank: The process that gives up.
+        timeout_s: The timeout of a collective, in seconds.
+        reports: The last report of each process that has sent one, by rank.
+        silent: Seconds since the last report of each process that is overdue, by rank.
     """
     involved = {*reports, *reports[rank].group, *(other for report in reports.values() for other in report.group)}
     to_tell = [rank, *sorted(involved - {rank})]
@@ -333,12 +336,12 @@ def _state(rank: int, reports: Mapping[int, Report], silent: Mapping[int, float]
 
 
 def _is_behind(other: Report, report: Report) -> bool:
-    """Whether another process has not started the last collective of this one."""
+    """Returns whether another process has not yet started the last collective of this one."""
     return report.kind is not None and other.launched.get(report.kind, 0) < report.number
 
 
 def _is_there(other: Report | None, report: Report) -> bool:
-    """Whether another process of the group waits in the same collective."""
+    """Returns whether another process of the group waits in the same collective."""
     return other is not None and (other.waiting, other.kind, other.number) == (
         report.waiting,
         report.kind,
