@@ -13,12 +13,14 @@ from hydra.errors import HydraException
 
 from tedlab.cli import CONF
 from tedlab.commands import calibrate, certify, plan, simulate
+from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import job_alone, on_cluster, prepare
 from tedlab.config import GenerateConfig
 from tedlab.errors import UsageError
 from tedlab.generate import generate
 from tedlab.predict.cluster import cluster_names, load_cluster
 from tedlab.ranges import check_ranges
+from tedlab.validate import complete_simulated
 from tests.commands import run_command
 from tests.test_conf import compose
 
@@ -123,6 +125,34 @@ def test_clusters_can_be_swept_over() -> None:
     assert prepare(["-m", "cluster=summit,dgx_a100", "world_size=8,16"]) == [
         *("-m", "cluster=summit,dgx_a100", "parallel.world_size=8,16")
     ]
+
+
+def test_a_sweep_over_clusters_gives_each_job_its_own(tmp_path: Path) -> None:
+    own = tmp_path / "dgx_a100.yaml"  # as a preset is called
+    own.write_text((CONF / "cluster" / "summit.yaml").read_text().replace("gpus_per_node: 6", "gpus_per_node: 3"))
+    seen = []
+
+    def look(config: simulate.SimulateConfig) -> float:
+        name, cluster = on_cluster(config)
+        seen.append((name, cluster.gpus_per_node, config.sim.rank))
+        return 0.0
+
+    main = hydra_entry(look, "simulate", simulate.SimulateConfig, prepare)
+    swept = [f"cluster=dgx_a100,{own}", "sim.rank=0,stages", "logger=none", f"hydra.sweep.dir={tmp_path}/sweep"]
+    assert run_command(main, "-m", *swept) is None
+    assert seen == [(name, gpus, rank) for name, gpus in (("dgx_a100", 8), (f"{own}", 3)) for rank in (0, "stages")]
+
+
+def test_what_cac_auto_keeps_depends_on_the_clusters_figures_as_overridden() -> None:
+    """Slow links inside a node make a collective of the tensor group worth its memory, slow ones outside the others."""
+    asked = ["model.checkpoint=block", "comm=ted", "comm.cac=auto", "comm.cac_budget_bytes=700000", "logger=none"]
+    asked += ["data.batch_size=256", "moe.num_experts=8"]
+    layout = ["parallel.world_size=32", "parallel.tensor=2", "parallel.expert=8"]
+    kept = []
+    for slow in ("in_node", "between_nodes"):
+        config = compose("cluster=dgx_a100", f"cluster.{slow}.bandwidth=1e3", *asked, *layout, name="simulate")
+        kept.append(complete_simulated(job_alone(config), on_cluster(config)[1]).comm.cac)
+    assert kept == [["1/combine.gather"], ["1/dispatch.all_to_all", "1/combine.all_to_all"]]
 
 
 WRONG_CLUSTERS = {

@@ -73,8 +73,8 @@ def _preset(name: str, elsewhere: bool) -> str:
     cluster = load_cluster(path)  # raises for what there is not
     if path.suffix != ".yaml":
         return name
-    option = re.sub(r"[^\w.-]", "_", path.name)
-    while _files.get(option, str(path)) != str(path):
+    option = re.sub(r"\W", "_", path.stem)
+    while option in cluster_names() or _files.get(option, str(path)) != str(path):
         option = f"another_{option}"
     _files[option] = str(path)
     ConfigStore.instance().store(group="cluster", name=option, node=asdict(cluster))
