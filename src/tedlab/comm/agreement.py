@@ -1,9 +1,9 @@
-"""Whether the processes of an expert group send each other equally many slots, as their all-to-all takes for granted.
+"""Checks that the processes of an expert group send each other equally many slots, as their all-to-all assumes.
 
-Slots follow from the tokens of a micro-batch. Where data ranks have unequal numbers of them, a library of collectives
-would abort, wait for ever or mix values up; here that is found before, and said. It costs nothing while a process's
-number of tokens stays what it was: the processes compare it in their first forward pass, and afterwards each for itself
-notices a layer's change and waits for the others to announce theirs. One whose number alone has changed waits in vain.
+The number of slots follows from the tokens of a micro-batch. If data ranks have unequal numbers of tokens, a
+communication library aborts, hangs or mixes values up; this check raises an error first. It costs nothing while the
+numbers stay the same: the processes compare them in their first forward pass. Afterwards a process whose number changes
+announces it and waits for the others to announce theirs; if no other number has changed, it times out.
 """
 
 import itertools
@@ -26,41 +26,47 @@ _ADVICE = (
     "which takes as many as there are"
 )
 
-_numbers = itertools.count()  # of the agreements that this process has begun
+_numbers = itertools.count()  # numbers the agreements that this process has begun
 
 
 class SlotAgreement:
-    """See the module. One for all MoE layers of a process.
+    """The check that the module docstring describes. All MoE layers of a process share one.
 
     Args:
-        comm: the collectives of this process.
+        comm: The collectives of this process.
 
     Attributes:
-        uneven: whether numbers may differ, as at the end of predictions: each forward pass then agrees on the largest.
-            To be set by all processes alike.
-        patience: how long to wait for the others' announcements.
+        uneven: Whether the numbers may differ, as at the end of predictions; each forward pass then agrees on the
+            largest. All processes must set the same value.
+        patience: How long to wait for the others' announcements.
     """
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
         self.uneven = False
         self.patience = timedelta(minutes=5)
-        self._tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # of each layer's last forward pass
-        self._last: int | None = None  # what the last layer had whose number was new
+        self._tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in each layer's last forward pass
+        self._last: int | None = None  # the tokens of the last layer whose number changed
         self._changes = 0
-        self._number = 0  # among the agreements that the group has made with its store
+        self._number = 0  # tells the keys of this agreement from those of the group's earlier ones in the store
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SlotAgreement":
-        """Itself: a copy of a layer speaks with the same processes."""
+        """Returns itself, since a copy of a layer communicates with the same processes."""
         return self
 
     def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
-        """Says what the forward pass to come of a layer sends for one expert; before every one, in every process.
+        """Checks what a layer is about to send. Every process calls it before every forward pass of the layer.
+
+        Args:
+            layer: The MoE layer.
+            tokens: The number of tokens in this process's micro-batch.
+            slots: The number of slots that it sends for each expert.
 
         Raises:
-            ValueError: if the processes of the group do not send equally many; names them, and what they have.
+            ValueError: If the processes of the group do not send equally many slots; the message lists their numbers,
+                or says that the others announced none.
         """
-        before = self._tokens.get(layer, self._last)  # a new layer is first taken to have as many as another
+        before = self._tokens.get(layer, self._last)  # a new layer is assumed to have as many tokens as the last one
         if self.uneven or recomputing() or self.comm.size("expert") == 1:
             return
         self._tokens[layer] = tokens
@@ -79,7 +85,7 @@ class SlotAgreement:
             )
 
     def largest(self, slots: int) -> int:
-        """How many slots to send for each expert: these, or where they may differ the most that any process has."""
+        """Returns the slots to send for each expert: ``slots``, or the group's maximum where numbers may differ."""
         if not self.uneven or self.comm.size("expert") == 1:
             return slots
         own = torch.tensor([slots], device=self._device)
@@ -96,12 +102,12 @@ class SlotAgreement:
     def _together(self, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         own = torch.tensor([[tokens, slots, next(_numbers)]], device=self._device)
         table = self.comm.all_gather(own, "expert", tag="dispatch.slots", phase="check").tolist()
-        # An earlier agreement of the group may have left announcements under its number, which was lower.
+        # The group's earlier agreements may have left announcements in the store, under lower numbers.
         self._number = max(number for *_, number in table)
         return [(theirs, of_them) for theirs, of_them, _ in table]
 
     def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
-        """Through the store of the process group: a collective would meet those of processes that know of no change."""
+        """Exchanges numbers through the store: processes that see no change would not join a collective."""
         self._changes += 1
         store, group = default_store(), self.comm.group("expert")
         place = f"tedlab/slots/{group.group_name}/{self._number}"
@@ -109,7 +115,7 @@ class SlotAgreement:
         keys = [f"{place}/{self._changes}/{rank}" for rank in range(group.size())]
         try:
             store.wait(keys, self.patience)
-        except RuntimeError as error:  # by which stores of some kinds say that they have waited long enough
+        except RuntimeError as error:  # some kinds of store raise it when their wait times out
             if isinstance(error, DistNetworkError):
                 raise
             raise ValueError(
@@ -118,7 +124,7 @@ class SlotAgreement:
                 f"{self.patience.total_seconds():g} s for others of processes {', '.join(map(str, self._ranks))} to "
                 f"have another number, too. {_ADVICE}."
             ) from None
-        # Whoever announced this change has read all announcements of the last but one.
+        # A process that announces this change has read all announcements of the one before the previous.
         store.delete_key(f"{place}/{self._changes - 2}/{group.rank()}")
         announced = [store.get(key).decode().split() for key in keys]
         return [(int(theirs), int(of_them)) for theirs, of_them in announced]

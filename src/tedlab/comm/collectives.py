@@ -1,7 +1,7 @@
 """Every collective of tedlab, by the kind of group it runs in, observable through hooks.
 
-Nothing here is differentiable (see ``differentiable.py``) and nothing here knows about models. A collective over a
-group of one process is not launched and no hook hears of it.
+Nothing here is differentiable (see ``differentiable.py``) or knows about models. A collective over a group of one
+process is not launched, and no hook is called for it.
 """
 
 import time
@@ -21,18 +21,18 @@ from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
-# Training, in order; then what is not: validation, averages for the log, states brought together for checkpoints, and
-# comparisons of what should be alike.
+# The phases of a training step in order, then the others: validation, averages for the log, states gathered for
+# checkpoints, and checks that processes agree.
 Phase = Literal["forward", "recompute", "backward", "optimizer", "validation", "metrics", "checkpoint", "check"]
 TRAINING_PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward", "optimizer")
 
 
 class Splits(NamedTuple):
-    """How an all-to-all divides dimension 0 where it is not into equal parts.
+    """How an all-to-all divides dimension 0 into unequal parts.
 
     Attributes:
-        sent: rows to each process of the group.
-        received: rows from each.
+        sent: The number of rows sent to each process of the group.
+        received: The number of rows received from each.
     """
 
     sent: tuple[int, ...]
@@ -40,7 +40,7 @@ class Splits(NamedTuple):
 
     @property
     def reverse(self) -> "Splits":
-        """Of the way back."""
+        """The splits of the all-to-all that sends everything back."""
         return Splits(self.received, self.sent)
 
 
@@ -49,14 +49,14 @@ class Collective:
     """One collective call, as hooks see it.
 
     Attributes:
-        op: the operation.
-        kind: the kind of group it runs in.
-        group_size: number of processes in that group.
-        phase: the part of a training step it belongs to.
-        tag: the call site, e.g. ``attention.reduce``; stable across layouts.
-        shape: shape of this process's buffer: the input of a reduction or an all-to-all, the output of an all-gather.
-        dtype: dtype of this process's buffer.
-        exchanged_bytes: of an all-to-all with uneven splits: sent to other processes, and received from them.
+        op: The operation.
+        kind: The kind of group it runs in.
+        group_size: The number of processes in that group.
+        phase: The part of a training step it belongs to.
+        tag: The call site, e.g. ``attention.reduce``, which is the same in all layouts.
+        shape: Shape of this process's buffer: the input of a reduction or an all-to-all, the output of an all-gather.
+        dtype: Dtype of this process's buffer.
+        exchanged_bytes: The bytes sent to and received from other processes in an all-to-all with uneven splits.
     """
 
     op: Operation
@@ -78,7 +78,7 @@ class Collective:
 
     @property
     def wire_bytes(self) -> float:
-        """Bytes that this process sends in a bandwidth-optimal algorithm (ring)."""
+        """Bytes that this process sends in a bandwidth-optimal (ring) algorithm."""
         if self.exchanged_bytes is not None:
             return self.exchanged_bytes[0]
         share = (self.group_size - 1) / self.group_size
@@ -86,9 +86,9 @@ class Collective:
 
     @property
     def even_payload_bytes(self) -> float:
-        """Payload of the collective with equal splits in which this process is as busy: what cost models know.
+        """Payload bytes of the evenly split collective that would keep this process as busy, as cost models assume.
 
-        With uneven splits the process is as busy as the larger of what it sends and what it receives makes it.
+        With uneven splits the larger of what the process sends and what it receives determines how busy it is.
         """
         if self.exchanged_bytes is None:
             return self.payload_bytes
@@ -101,15 +101,15 @@ Hook = Callable[[Collective, Literal["start", "end"]], None]
 class Collectives:
     """Raw collectives over the groups of one process.
 
-    Results are new tensors and inputs stay as they were, which activation checkpointing relies on.
+    Results are new tensors and inputs do not change, which activation checkpointing relies on.
 
     Args:
-        groups: the process group of each kind that this process belongs to.
-        place: where this process notes what it waits in; None: nobody asks.
+        groups: This process's process group of each kind.
+        place: The record in which this process notes what it waits in; None creates one of its own.
 
     Attributes:
-        place: see above.
-        reader: values of an integer tensor for the host, which waits for the device.
+        place: The record in which this process notes what it waits in.
+        reader: Copies the values of an integer tensor to the host, which waits for the device.
     """
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup], place: Whereabouts | None = None) -> None:
@@ -117,10 +117,10 @@ class Collectives:
         self.place = place or Whereabouts()
         self.reader: Callable[[Tensor], list[Any]] = Tensor.tolist
         self._number = compiled.register(self)
-        self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a weak reference
+        self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a type that allows weak references
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Collectives":
-        """Itself: groups of processes cannot be copied, and a copy of a model communicates as the model does."""
+        """Returns itself: process groups cannot be copied, and a copy of a model communicates as the model does."""
         return self
 
     @property
@@ -129,20 +129,20 @@ class Collectives:
         return {kind: group.size() for kind, group in self._groups.items()}
 
     def size(self, kind: GroupKind) -> int:
-        """Number of processes in this process's group of the kind."""
+        """Returns the number of processes in this process's group of the kind."""
         return self.group(kind).size()
 
     def rank(self, kind: GroupKind) -> int:
-        """Position of this process in its group of the kind."""
+        """Returns this process's rank in its group of the kind."""
         return self.group(kind).rank()
 
     def group(self, kind: GroupKind) -> dist.ProcessGroup:
-        """This process's group of the kind."""
+        """Returns this process's group of the kind."""
         return self._groups[kind]
 
     @property
     def ranks(self) -> dict[GroupKind, list[int]]:
-        """The processes of this process's group of each kind, by their number among all."""
+        """The global ranks in this process's group of each kind."""
         return {kind: dist.get_process_group_ranks(group) for kind, group in self._groups.items()}
 
     def register_hook(self, hook: Hook) -> RemovableHandle:
@@ -155,7 +155,7 @@ class Collectives:
         return handle
 
     def all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> Tensor:
-        """Element-wise reduction over the group. Same shape on every process; ``op``: ``sum``, ``max`` or ``min``."""
+        """Reduces ``x``, of the same shape on every process, element-wise; ``op`` is ``sum``, ``max`` or ``min``."""
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             if op != "sum":
                 raise NotImplementedError(f"all-reduce with op={op} inside torch.compile: only sums are known there")
@@ -163,16 +163,15 @@ class Collectives:
         return self.start_all_reduce(x, kind, tag=tag, phase=phase, op=op).wait()
 
     def start_all_reduce(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, op: str = "sum") -> "Pending":
-        """:meth:`all_reduce`, under way when this returns."""
+        """Starts an :meth:`all_reduce` without waiting for it."""
         group = self.group(kind)
         return self._start("all_reduce", x, kind, tag, phase, lambda: way_of(x, group).all_reduce(x, op, group))
 
     def all_to_all(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, splits: Splits | None = None) -> Tensor:
-        """Sends the i-th of n slices along dimension 0 to process i; returns what came, in order of sender.
+        """Sends slice i along dimension 0 to process i, and returns the received slices in order of sender.
 
-        The slices are equal, and the size of dimension 0 must be a multiple of the group size, unless ``splits`` says
-        otherwise; what one process sends another must then be what the other receives. Uneven splits are not for code
-        that is compiled.
+        Without ``splits`` the slices are equal, and the group size must divide dimension 0. With ``splits``, the rows
+        that one process sends to another must be as many as the other receives. Compiled code cannot use ``splits``.
         """
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             return compiled.run(x, "all_to_all", kind, tag, phase, self._number)
@@ -192,18 +191,18 @@ class Collectives:
         return self._start("all_to_all", x, kind, tag, phase, launch, exchanged=exchanged).wait()
 
     def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
-        """Sums over the group and leaves process i the i-th of n equal slices along dimension 0."""
+        """Sums over the group and returns the i-th of n equal slices along dimension 0 on process i."""
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             return compiled.run(x, "reduce_scatter", kind, tag, phase, self._number)
         return self.start_reduce_scatter(x, kind, tag=tag, phase=phase).wait()
 
     def start_reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
-        """:meth:`reduce_scatter`, under way when this returns."""
+        """Starts a :meth:`reduce_scatter` without waiting for it."""
         group = self.group(kind)
         return self._start("reduce_scatter", x, kind, tag, phase, lambda: way_of(x, group).reduce_scatter(x, group))
 
     def all_gather(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
-        """Every process's ``x``, stacked along dimension 0 in order of rank: n times its size."""
+        """Concatenates every process's ``x`` along dimension 0 in order of rank, which makes it n times as large."""
         if self.size(kind) == 1:
             return x
         if torch.compiler.is_compiling():
@@ -217,8 +216,8 @@ class Collectives:
     def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
         """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.
 
-        :meth:`all_gather` into given memory, the one collective that does so: ``x`` may be this process's slice of
-        ``out``. Not for code that is recomputed.
+        This is the one collective that writes into given memory; ``x`` may be this process's slice of ``out``. It must
+        not be used in code that is recomputed.
         """
         if self.size(kind) == 1:
             out.copy_(x)
@@ -265,13 +264,13 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective under way. Wait exactly once."""
+    """A collective in flight. Call :meth:`wait` exactly once."""
 
     _wait: Wait
-    _on_end: Callable[[], None] | None = None  # None: there was nothing to do
+    _on_end: Callable[[], None] | None = None  # None if nothing was launched
 
     def wait(self) -> Tensor:
-        """Its result, when it is there. Hooks hear of the end now: time in between may have been spent elsewhere."""
+        """Waits for the result and returns it. Hooks get the end event now, however long ago the collective ended."""
         result = self._wait()
         if self._on_end is not None:
             self._on_end()

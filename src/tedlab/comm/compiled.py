@@ -1,7 +1,7 @@
 """Collectives inside ``torch.compile``.
 
-The compiler must neither look into a collective nor lose sight of it: here each is one opaque operation, so that hooks
-hear of it when it runs, in the compiled program as in the eager one.
+The compiler must neither trace into a collective nor drop it. Each is therefore one opaque custom operator, and hooks
+are called when it runs, in a compiled program as in an eager one.
 """
 
 import itertools
@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 
 def register(comm: Any) -> int:
-    """A number for an instance of ``Collectives``: operations take no objects."""
+    """Returns a number for an instance of ``Collectives``, because custom operators take no objects."""
     number = next(_numbers)
     _instances[number] = comm
     return number
@@ -26,7 +26,7 @@ def register(comm: Any) -> int:
 
 @torch.library.custom_op("tedlab::collective", mutates_args=())
 def run(x: Tensor, op: str, kind: str, tag: str, phase: str, number: int) -> Tensor:
-    """``Collectives.<op>(x, kind, tag, phase)`` of a registered instance."""
+    """Calls ``Collectives.<op>(x, kind, tag=tag, phase=phase)`` on a registered instance."""
     if phase == "forward" and in_backward():
         phase = "recompute"  # the compiler has put a copy of the forward pass into the backward pass
     result: Tensor = getattr(_instances[number], op)(x, kind, tag=tag, phase=phase)

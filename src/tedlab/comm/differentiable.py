@@ -1,8 +1,8 @@
-"""Collectives as differentiable functions, each with its adjoint spelt out.
+"""Collectives as differentiable functions, each with an explicit adjoint.
 
-torch's own autograd for functional collectives treats the result as a *different* tensor on every process; in tensor
-parallelism it is the same tensor, held by all, and the adjoints differ. Hence these pairs (Megatron-LM calls the
-first two f and g):
+torch's own autograd for functional collectives treats the result as a *different* tensor on every process. In tensor
+parallelism all processes hold the same tensor, which has other adjoints, so this module defines the following pairs
+(Megatron-LM calls the first two f and g):
 
 ==================  ====================  =======================================
 function            forward               backward
@@ -49,17 +49,17 @@ def reduce_from(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Tens
 
 
 def slice_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: int) -> Tensor:
-    """Of the same ``x`` on every process of the group, each goes on with one of n equal slices along ``dim``.
+    """Slices an ``x`` that is the same on all n processes, each of which continues with 1/n of it along ``dim``.
 
-    Forward: the slice. Backward: the slices' gradients are put together.
+    Forward: this process's slice. Backward: all-gather of the slices' gradients.
     """
     return x if comm.size(kind) == 1 else _SliceTo.apply(x, comm, kind, tag, dim)
 
 
 def gather_from(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: int) -> Tensor:
-    """The inverse of :func:`slice_to`: every process has the whole, and goes on to do the same with it as the others.
+    """The inverse of :func:`slice_to`: every process gets the whole and computes the same from it as the others.
 
-    Forward: all-gather along ``dim``. Backward: all hold the same gradient, of which each takes its slice.
+    Forward: all-gather along ``dim``. Backward: all processes hold the same gradient, and each takes its slice.
     """
     return x if comm.size(kind) == 1 else _GatherFrom.apply(x, comm, kind, tag, dim)
 
@@ -67,8 +67,8 @@ def gather_from(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: in
 def gather_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: int) -> Tensor:
     """:func:`gather_from` and :func:`copy_to` in one: every process uses the whole for its part of a joint result.
 
-    Forward: all-gather along ``dim``. Backward: the gradient's parts are summed, and each process keeps its slice:
-    reduce-scatter, half the bytes of an all-reduce.
+    Forward: all-gather along ``dim``. Backward: reduce-scatter, which sums the parts of the gradient, leaves each
+    process its slice, and moves half the bytes of an all-reduce.
     """
     return x if comm.size(kind) == 1 else _GatherTo.apply(x, comm, kind, tag, dim)
 
@@ -76,11 +76,11 @@ def gather_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: int)
 def scatter_from(
     x: Tensor, comm: Collectives, kind: GroupKind, tag: str, dim: int, bias: Tensor | None = None
 ) -> Tensor:
-    """:func:`reduce_from`, plus a bias, and :func:`slice_to` in one: half the bytes of an all-reduce.
+    """:func:`reduce_from`, a bias and :func:`slice_to` in one, with half the bytes of an all-reduce.
 
-    Forward: reduce-scatter along ``dim``, and the bias, the same on every process: one that fits every slice, or one of
-    the shape of ``x``. Backward: the gradient's slices are put together, for ``x`` and for the bias, whose gradient is
-    thereby whole on every process.
+    Forward: reduce-scatter along ``dim``, then adds the bias, which is the same on every process and either broadcasts
+    to every slice or has the shape of ``x``. Backward: all-gather of the gradient's slices, so that the gradients of
+    ``x`` and of the bias are complete on every process.
     """
     if comm.size(kind) == 1:
         return x if bias is None else x + bias
@@ -88,26 +88,25 @@ def scatter_from(
 
 
 def all_to_all(x: Tensor, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None = None) -> Tensor:
-    """Exchanges slices along dimension 0: slice i goes to process i, what returns is in order of sender.
+    """Exchanges slices along dimension 0: slice i goes to process i, and the result is in order of sender.
 
-    Forward: all-to-all, with equal slices unless ``splits`` says otherwise. Backward: the all-to-all of the gradient
-    that sends back what was received, since sending slice i to process i and receiving slice i from process i are each
-    other's transpose.
+    Forward: all-to-all, with equal slices unless ``splits`` is given. Backward: the all-to-all that sends the gradient
+    back the way it came, which is the transpose of the forward one.
     """
     return x if comm.size(kind) == 1 else _AllToAll.apply(x, comm, kind, tag, splits)
 
 
 def matmul_into(x: Tensor, weight: Tensor, tag: str) -> Tensor:
-    """``x @ weight`` for a product that only feeds the collective ``tag``.
+    """Computes ``x @ weight`` for a product that only feeds the collective ``tag``.
 
-    A second pass that does not repeat the collective does not compute the product either: of its inputs alone backward
-    needs anything. Inputs are cast as autocast would; (…, n, k) × (k, m), or batched (e, n, k) × (e, k, m).
+    A second pass that does not repeat the collective skips the product, too, since backward needs only its inputs. They
+    are cast as autocast would; shapes are (…, n, k) × (k, m), or batched (e, n, k) × (e, k, m).
     """
     return _MatmulInto.apply(to_compute_dtype(x), to_compute_dtype(weight), tag)
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast computes matrix products in, if it is on: what is sent is no wider than that."""
+    """Casts ``x`` to autocast's dtype for matrix products, if autocast is on, so that no wider data is sent."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
@@ -227,7 +226,7 @@ class _MatmulInto(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         of_x = grads[0] @ weight.mT
-        if weight.dim() == 2:  # the transpose of a parameter, whose gradient is to lie in memory as it does
+        if weight.dim() == 2:  # the transpose of a parameter; gives the gradient the parameter's memory layout
             return of_x, (grads[0].flatten(0, -2).mT @ x.flatten(0, -2)).mT, None
         return of_x, x.mT @ grads[0], None
 

@@ -1,4 +1,4 @@
-"""What CAC keeps: a plan of a second pass from a region's collectives and ``comm.cac``."""
+"""Derives what CAC keeps: the plan of a second pass, from a region's collectives and ``comm.cac``."""
 
 import difflib
 import re
@@ -9,17 +9,18 @@ from tedlab.spec import Site
 
 
 def plan(sites: Iterable[Site], keep: Mapping[str, str]) -> Plan:
-    """What a second pass does at each site.
+    """Returns what a second pass does at each site.
 
     Args:
-        sites: of the first pass, in order.
-        keep: tag → ``whole`` or ``shard``; the others communicate again. A shard is 1/T of a result that all tensor
-            ranks hold alike, gathered again in the second pass; of an all-gather, its input.
+        sites: The collectives of the first pass, in order.
+        keep: Maps the tags whose results are kept to ``whole`` or ``shard``; the others communicate again. A shard is
+            the 1/T that each tensor rank keeps of a result that all hold alike, to be gathered in the second pass; for
+            an all-gather, it is the input.
     """
     result: dict[str, Second] = {}
     for site in reversed(tuple(sites)):
         kept = keep.get(site.tag)
-        # What is not read in the second pass: the result of a site whose consumer does not run again.
+        # The second pass does not read the result of a site whose consumer does not run again.
         consumer = Second.NOTHING if site.feeds == "end" else result.get(site.feeds or "", Second.AGAIN)
         if kept is None and consumer is not Second.AGAIN and site.feeds != "end":
             result[site.tag] = Second.NOTHING
@@ -37,15 +38,15 @@ def plan(sites: Iterable[Site], keep: Mapping[str, str]) -> Plan:
 
 
 def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = None) -> Mapping[str, str]:
-    """``comm.cac`` as the argument ``keep`` of :func:`plan`.
+    """Converts ``comm.cac`` into the argument ``keep`` of :func:`plan`.
 
     Args:
         cac: false, true (every result), ``shard`` (1/T of each), or a list of entries ``[block/]tag[:shard]``.
-        tags: that there are; None: of a model that is not known yet.
-        block: whose entries; those without a block are for all.
+        tags: The tags that exist; None if the model is not known yet.
+        block: The block whose entries are wanted; entries without a block apply to all.
 
     Raises:
-        ValueError: for anything else, and for tags that do not exist, with the nearest that does.
+        ValueError: For any other value, and for a tag that does not exist; the message suggests the nearest one.
     """
     if isinstance(cac, bool) or cac is None:
         return dict.fromkeys(tags or (), "whole") if cac else {}

@@ -1,4 +1,4 @@
-"""The ledger: what every collective moved, by phase, kind of group, operation and call site."""
+"""The ledger, which counts what every collective moves, by phase, kind of group, operation and call site."""
 
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ from tedlab.degrees import GroupKind
 
 
 class Entry(NamedTuple):
-    """What a line of the ledger is about."""
+    """The key of a line of the ledger."""
 
     phase: Phase
     kind: GroupKind
@@ -23,13 +23,13 @@ class Entry(NamedTuple):
 
 @dataclass
 class Count:
-    """What was counted.
+    """The totals of a line of the ledger.
 
     Attributes:
-        calls: collectives.
-        payload_bytes: in this process's buffers, see :class:`Collective`.
-        wire_bytes: sent by this process in a bandwidth-optimal algorithm.
-        seconds: from launch to result; 0 unless timed.
+        calls: The number of collectives.
+        payload_bytes: Bytes in this process's buffers, see :class:`Collective`.
+        wire_bytes: Bytes that this process sends in a bandwidth-optimal algorithm.
+        seconds: Time from launch to result; 0 unless the ledger is timed.
     """
 
     calls: int = 0
@@ -48,7 +48,7 @@ Totals = Mapping[Entry, Count]
 
 
 def counted(calls: Iterable[Collective]) -> dict[Entry, Count]:
-    """Totals of calls that happened or are to be expected."""
+    """Returns the totals of calls, whether they happened or are expected."""
     totals: defaultdict[Entry, Count] = defaultdict(Count)
     for call in calls:
         totals[Entry(call.phase, call.kind, call.op, call.tag)] += Count(1, call.payload_bytes, call.wire_bytes)
@@ -56,7 +56,7 @@ def counted(calls: Iterable[Collective]) -> dict[Entry, Count]:
 
 
 def differences(measured: Totals, expected: Totals) -> dict[Entry, tuple[Count, Count]]:
-    """Entries of the training phases whose calls or bytes are not what they should be, with both."""
+    """Returns the entries of the training phases whose calls or payload bytes differ, with both counts."""
     return {
         entry: (ours, theirs)
         for entry in sorted(measured.keys() | expected.keys())
@@ -67,7 +67,7 @@ def differences(measured: Totals, expected: Totals) -> dict[Entry, tuple[Count, 
 
 
 def summed(totals: Totals, *by: str) -> dict[tuple[str, ...], Count]:
-    """Totals by some of an entry's fields, in the order of phases."""
+    """Sums totals by some of an entry's fields, in the order of phases."""
     order = sorted(totals, key=lambda entry: ([*TRAINING_PHASES, entry.phase].index(entry.phase), entry))
     result: defaultdict[tuple[str, ...], Count] = defaultdict(Count)
     for entry in order:
@@ -76,23 +76,23 @@ def summed(totals: Totals, *by: str) -> dict[tuple[str, ...], Count]:
 
 
 class Ledger:
-    """Counts the collectives that it hears of: register it as a hook of :class:`tedlab.comm.Collectives`.
+    """Counts collectives once it is registered as a hook of :class:`tedlab.comm.Collectives`.
 
     Args:
-        timed: also measure durations: on a GPU by events in the stream, elsewhere by the clock, which costs nothing
-            more, since collectives on a CPU are waited for anyway.
+        timed: Whether to measure durations, too: by events in the stream on a GPU, and by the clock elsewhere, which
+            is free, since collectives on a CPU are waited for anyway.
     """
 
     def __init__(self, timed: bool = False) -> None:
         self.timed = timed
-        self.standing_for: Phase | None = None  # what forward passes count as, such as validation; None: themselves
+        self.standing_for: Phase | None = None  # a phase to count instead of the calls' own, such as validation
         self._totals: defaultdict[Entry, Count] = defaultdict(Count)
-        self._began: dict[int, Any] = {}  # by identity of the call
+        self._began: dict[int, Any] = {}  # by id() of the call
         self._events: list[tuple[Entry, Any, Any]] = []
 
     @property
     def totals(self) -> Totals:
-        """Everything so far. With timing on a GPU, waits for the collectives under way."""
+        """Everything counted so far. With timing on a GPU, this waits for the collectives in flight."""
         for entry, start, end in self._events:
             end.synchronize()
             self._totals[entry].seconds += start.elapsed_time(end) / 1e3
@@ -119,7 +119,7 @@ class Ledger:
 
 
 def _now() -> Any:
-    if not torch.cuda.is_initialized():  # this process uses none
+    if not torch.cuda.is_initialized():  # this process uses no GPU
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -1,7 +1,7 @@
-"""The collectives as torch launches them, each in two ways: one of torch's functional collectives, or one in place.
+"""Launches torch's collectives in one of two ways: as functional collectives, or in place.
 
-A launch returns a function that waits for the result, a new tensor or the one to be filled; inputs stay as they were.
-The functional way is the usual one. On CUDA tensors gloo gets the other, the only one that it survives (torch 2.11).
+A launch returns a function that waits for the result, which is a new tensor or the one to be filled. Inputs do not
+change. The functional way is the default; gloo on CUDA tensors crashes with it (torch 2.11) and gets the other.
 """
 
 from collections.abc import Callable
@@ -18,37 +18,37 @@ Wait = Callable[[], Tensor]
 
 _ops = collective_operators
 _REDUCTIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-# Named so from torch 2.13 on.
+# The first names exist from torch 2.13 on.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Way(Protocol):
-    """How collectives are launched. Legend: n processes in the group."""
+    """A way to launch collectives. Below, n is the number of processes in the group."""
 
     def all_reduce(self, x: Tensor, op: str, group: ProcessGroup) -> Wait:
-        """Element-wise reduction; ``op`` is ``sum``, ``max`` or ``min``."""
+        """Reduces element-wise; ``op`` is ``sum``, ``max`` or ``min``."""
         ...
 
     def all_to_all(self, x: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Wait:
-        """Slices along dimension 0, of these sizes; None: n equal ones."""
+        """Exchanges slices along dimension 0, of the given sizes or, if they are None, n equal ones."""
         ...
 
     def reduce_scatter(self, x: Tensor, group: ProcessGroup) -> Wait:
-        """The sum's slice of this process: 1/n of dimension 0."""
+        """Sums over the group and returns this process's slice, 1/n of dimension 0."""
         ...
 
     def all_gather(self, x: Tensor, group: ProcessGroup) -> Wait:
-        """All along dimension 0: n times its size."""
+        """Concatenates all processes' ``x`` along dimension 0, which becomes n times as large."""
         ...
 
     def all_gather_into(self, out: Tensor, x: Tensor, group: ProcessGroup) -> Wait:
-        """The same in given memory, of which ``x`` may be a part."""
+        """Gathers into ``out``, of which ``x`` may be a part."""
         ...
 
 
 def way_of(x: Tensor, group: ProcessGroup) -> Way:
-    """The one that is safe for this tensor in this group."""
+    """Returns the way that is safe for this tensor in this group."""
     if x.is_cuda and dist.get_backend(group) == "gloo":
         return _IN_PLACE
     return ways.get(dist.get_backend(group), _FUNCTIONAL) if ways else _FUNCTIONAL

@@ -1,13 +1,13 @@
-"""Activation checkpointing that knows about communication: the paper's CAC (§5.2), and routing that cannot flip.
+"""Communication-aware activation checkpointing: the paper's CAC (§5.2), and routing that cannot flip.
 
-A checkpointed region runs twice: first without keeping activations, then, in the backward pass, again. The second pass
-repeats the collectives of the first, unless their results were kept. What it does at each call site is a :class:`Plan`,
-by tag; :func:`tedlab.comm.keep.plan` makes one. Whatever the plan, the experts that tokens go to are those of the
-first pass (:func:`pin`): recomputed arithmetic may differ in the last bit, and a token must not change its expert.
+A checkpointed region runs twice: once without keeping activations, and again in the backward pass. The second pass
+repeats the collectives of the first unless their results were kept. A :class:`Plan` says by tag what it does at each
+call site; :func:`tedlab.comm.keep.plan` makes one. Under any plan, tokens go to the experts of the first pass
+(:func:`pin`): recomputed arithmetic may differ in the last bit, but a token must not change its expert.
 
-torch's selective checkpointing could keep collectives' results, too, but sees every operation of the region (twice the
-time of a small eager forward pass), and cannot leave out what the kept results make superfluous. Where the region is
-compiled neither matters, and it is used.
+torch's selective checkpointing could also keep collectives' results, but it intercepts every operation of the region
+(which doubles the time of a small eager forward pass) and cannot skip the operations that kept results make
+superfluous. Neither matters in a compiled region, which therefore uses it.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Second(Enum):
     AGAIN = "again"  # it communicates
     WHOLE = "whole"  # it takes the first pass's result, kept whole
     SLICE = "slice"  # it gathers the result, which all tensor ranks hold alike, from the 1/T that each has kept
-    NOTHING = "nothing"  # nobody needs the result: neither kept nor communicated, its memory is never read
+    NOTHING = "nothing"  # it neither keeps nor communicates the result, which nobody reads
 
 
 Plan = Mapping[str, Second]  # by tag; AGAIN where a tag is missing
@@ -45,20 +45,19 @@ def checkpoint(
     skip_dead_gemm: bool = True,
     early_stop: bool = True,
 ) -> Any:
-    """``function(*args)``, whose activations are recomputed in the backward pass instead of kept.
+    """Calls ``function(*args)`` and recomputes its activations in the backward pass instead of keeping them.
 
     Args:
-        function: with collectives from ``tedlab.comm`` and no other.
-        args: its arguments; their gradients flow.
-        counters: of the process; see ``Topology.recomputation``.
-        plan: what the second pass does at each collective.
-        skip_dead_gemm: leave out of the second pass matrix products whose result only feeds a collective that is not
-            repeated.
-        early_stop: end the second pass as soon as everything that backward needs is there; False repeats all of it, as
-            the paper's baseline does.
+        function: A function whose collectives are all from ``tedlab.comm``.
+        args: Its arguments, through which gradients flow.
+        counters: The counters of the process, see ``Topology.recomputation``.
+        plan: What the second pass does at each collective.
+        skip_dead_gemm: Whether the second pass skips matrix products that only feed a collective it does not repeat.
+        early_stop: Whether the second pass ends as soon as it has everything that backward needs; False repeats all of
+            it, as the paper's baseline does.
 
     Raises:
-        RuntimeError: if the second pass meets other collectives than the first, or a kept result was changed in place.
+        RuntimeError: If the second pass meets other collectives than the first, or a kept result was changed in place.
     """
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(
@@ -75,9 +74,9 @@ def checkpoint(
 
 
 def _compiled_contexts(plan: Plan) -> Callable[[], Any]:
-    """The ``context_fn`` of a region that is checkpointed and compiled: keeps what the plan keeps, and decisions.
+    """Returns the ``context_fn`` of a compiled region, which keeps routing decisions and the plan's whole results.
 
-    A plan's slices are not known here, only whole results.
+    It does not support a plan's slices.
     """
     kept = {tag for tag, second in plan.items() if second is Second.WHOLE}
 
@@ -94,14 +93,14 @@ def _compiled_contexts(plan: Plan) -> Callable[[], Any]:
 def collective(
     comm: Collectives, tag: str, launch: Callable[[Phase], Tensor], shape: torch.Size, like: Tensor
 ) -> Tensor:
-    """The result of a collective of the forward pass: launched, or in a second pass what the plan says.
+    """Returns the result of a forward-pass collective: launches it, or does what the plan says in a second pass.
 
     Args:
-        comm: the collectives of this process.
-        tag: its call site.
-        launch: communicates, given the phase.
-        shape: of the result.
-        like: a tensor with the result's dtype and device.
+        comm: The collectives of this process.
+        tag: The call site.
+        launch: Communicates in the given phase and returns the result.
+        shape: The shape of the result.
+        like: A tensor with the result's dtype and device.
     """
     region = _now.region
     if region is None:
@@ -114,7 +113,7 @@ def collective(
 
 
 def is_dead(tag: str) -> bool:
-    """Whether a matrix product that only feeds the collective ``tag`` need not be computed: its result is not used."""
+    """Returns whether a matrix product that only feeds the collective ``tag`` can be skipped in this pass."""
     region = _now.region
     if region is None or not (_now.second and region.skip_dead_gemm):
         return False
@@ -122,12 +121,12 @@ def is_dead(tag: str) -> bool:
 
 
 def recomputing() -> bool:
-    """Whether this thread is in the second pass of a checkpointed region."""
+    """Returns whether this thread is in the second pass of a checkpointed region."""
     return _now.region is not None and _now.second
 
 
 def once(tag: str, compute: Callable[[], Any]) -> Any:
-    """What ``compute`` returns, no part of which has a gradient; a second pass takes over what the first computed."""
+    """Returns ``compute()``, which must not need gradients; a second pass reuses the first pass's result."""
     region = _now.region
     if region is None:
         return compute()
@@ -139,7 +138,7 @@ def once(tag: str, compute: Callable[[], Any]) -> Any:
 
 
 def pin(decision: Tensor) -> Tensor:
-    """A decision (an integer tensor) that a second pass takes over from the first; how often it differs is counted."""
+    """Returns a decision (an integer tensor), in a second pass that of the first, and counts where the two differ."""
     region = _now.region
     if region is None:
         return decision
@@ -152,42 +151,42 @@ def pin(decision: Tensor) -> Tensor:
 
 
 class Recomputation:
-    """What all checkpointed regions of a process have in common: counters.
+    """Counters that all checkpointed regions of a process share.
 
     Attributes:
-        kept_bytes: results of collectives that are kept at present.
-        peak_kept_bytes: at most so far.
+        kept_bytes: Bytes of the collectives' results that are kept at present.
+        peak_kept_bytes: The largest ``kept_bytes`` so far.
     """
 
     def __init__(self) -> None:
         self.kept_bytes = 0
         self.peak_kept_bytes = 0
-        self._flips: Tensor | None = None  # on the device, so that counting waits for nothing
+        self._flips: Tensor | None = None  # on the device, so that counting does not synchronise
 
     @property
     def flips(self) -> int:
-        """Choices that a second pass would have made differently from the first, had they not been pinned."""
+        """The number of choices that second passes would have made differently, had they not been pinned."""
         return 0 if self._flips is None else int(self._flips.item())
 
     def count_flips(self, again: Tensor, kept: Tensor) -> None:
-        """Adds the elements in which two decisions differ."""
+        """Counts the elements in which two decisions differ."""
         flips = (again != kept).sum()
         self._flips = flips if self._flips is None else self._flips + flips
 
     def count_kept(self, size: int) -> None:
-        """Adds bytes; negative when they are freed."""
+        """Adds ``size`` bytes, which is negative when they are freed."""
         self.kept_bytes += size
         self.peak_kept_bytes = max(self.peak_kept_bytes, self.kept_bytes)
 
 
 class _Region:
-    """One checkpointed call: what its first pass keeps for the second, in order."""
+    """One checkpointed call, with what its first pass keeps for the second, in order."""
 
     def __init__(self, plan: Plan, skip_dead_gemm: bool, counters: Recomputation) -> None:
         self.plan = plan
         self.skip_dead_gemm = skip_dead_gemm
         self.counters = counters
-        self._kept: list[tuple[str, Any, int]] = []  # tag, value, version: a tensor's change in place would show in it
+        self._kept: list[tuple[str, Any, int]] = []  # tag, value, and version, which in-place changes raise
         self._bytes = 0
         self._next = 0
 
@@ -213,7 +212,7 @@ class _Region:
         if _version(value) != version:
             raise RuntimeError(f"the result of '{tag}', kept for recomputation, was changed in place meanwhile")
         self._next += 1
-        # A new tensor: autograd writes on what it is given.
+        # detach() makes a new tensor, because autograd sets attributes of the one it is given.
         return value.detach() if isinstance(value, Tensor) else value
 
     def keep_result(self, comm: Collectives, tag: str, result: Tensor) -> None:
@@ -250,12 +249,12 @@ def _version(value: Any) -> int:
 
 
 def unused(shape: torch.Size, like: Tensor) -> Tensor:
-    """Memory that nobody reads."""
+    """Returns uninitialised memory, for a result that nobody reads."""
     return like.new_empty(shape)
 
 
 class _Pass:
-    """Within, this thread is in the first or second pass of a region. A second pass comes again if a graph is kept."""
+    """A context in which this thread is in a pass of a region. The second pass repeats if the graph is retained."""
 
     def __init__(self, region: _Region, second: bool) -> None:
         self.region, self.second = region, second
@@ -271,7 +270,7 @@ class _Pass:
 
 
 class _Now(threading.local):
-    """Where this thread is; on GPUs the second pass runs in a thread of autograd's."""
+    """The region and pass that this thread is in. On GPUs the second pass runs in one of autograd's threads."""
 
     region: _Region | None = None
     second: bool = False

@@ -1,9 +1,9 @@
-"""How many rows routers without a capacity move: arithmetic on counts, shared by layers, closed form and simulations.
+"""Computes how many rows routers without a capacity move, for the layers, the closed form and simulations.
 
 A row is one choice of one token. A data rank lists its R = tokens · top_k rows by expert, and sends each to the process
-that has its expert. With DTD the tensor ranks divide the list like a hand of cards: row r is for rank r mod T, so that
-all send the same number, and of each expert's rows as many as the others or one less. A list that T does not divide is
-made longer by rows of zeros for the last expert; nobody reads their results.
+that holds its expert. With DTD the tensor ranks deal the list like cards: row r goes to rank r mod T, so that all send
+the same number of rows, and numbers of one expert's rows that differ by at most one. If T does not divide the list, it
+is padded with rows of zeros for the last expert, whose results nobody reads.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rows:
-    """What one process moves in one layer: of a micro-batch, or summed over several.
+    """The rows that one process moves in one layer, for one micro-batch or summed over several.
 
     Attributes:
-        sent: rows that it sends into its expert group, itself included.
-        received: rows that arrive there.
-        gathered: rows in the buffer that its tensor group makes of what each was sent: all are as wide as the widest.
-        computed: rows that its experts see.
+        sent: Rows that it sends to its expert group, itself included.
+        received: Rows that it receives from its expert group.
+        gathered: Rows in the buffer in which its tensor group gathers what each rank received, padded to the longest.
+        computed: Rows that its experts compute.
     """
 
     sent: int = 0
@@ -37,28 +37,28 @@ class Rows:
 
 
 def listed(rows: int, sharers: int) -> int:
-    """The length of a list of rows that so many processes can share evenly."""
+    """Returns the length of a list of rows after padding it to a multiple of ``sharers``."""
     return -(-rows // sharers) * sharers
 
 
 def dealt(counts: Any, sharers: int, rank: int) -> Any:
-    """Of a list with ``counts`` rows of each expert, how many of each fall to one of those who share it.
+    """Returns how many rows of each expert one of the ranks that share a list gets, (…, E) like ``counts``.
 
     Args:
-        counts: (…, E) integers, an array or a tensor; E experts in the order of the list.
-        sharers: T.
-        rank: of 0 … T-1.
+        counts: (…, E) integers, an array or a tensor: the list's rows for each of E experts, in the list's order.
+        sharers: The number of ranks that share the list, T.
+        rank: The rank among them, 0 … T-1.
     """
     ends = counts.cumsum(-1)
     return (ends + sharers - 1 - rank) // sharers - (ends - counts + sharers - 1 - rank) // sharers
 
 
 def hands(counts_sE: np.ndarray, sharers: int) -> np.ndarray:
-    """What each of those who share a list sends: (sharers, senders, E).
+    """Returns how many rows each of the ranks that share a list sends, (sharers, senders, E).
 
     Args:
-        counts_sE: (senders, E), rows of each sender's list; those of its end are added here.
-        sharers: tensor ranks that send rows of their own.
+        counts_sE: (senders, E) integers: the rows of each sender's list, without padding.
+        sharers: The number of tensor ranks that send rows of their own.
     """
     counts = counts_sE.copy()
     counts[:, -1] += [listed(rows, sharers) - rows for rows in counts.sum(1)]
@@ -66,38 +66,41 @@ def hands(counts_sE: np.ndarray, sharers: int) -> np.ndarray:
 
 
 def rows_of(counts_ise: np.ndarray, sent: int, rank: int) -> Rows:
-    """What a process moves.
+    """Returns the rows that a process moves.
 
     Args:
-        counts_ise: (tensor ranks, senders, experts of this process): rows that arrive at each tensor rank; one tensor
-            rank where all receive the same.
-        sent: rows that the process sends.
-        rank: of the process among the tensor ranks.
+        counts_ise: (tensor ranks, senders, experts of this process) integers: the rows that arrive at each tensor
+            rank; the first dimension is 1 if all receive the same.
+        sent: The number of rows that the process sends.
+        rank: The process's index in the first dimension.
     """
     arriving = counts_ise.sum((1, 2))
     return Rows(sent, int(arriving[rank]), len(arriving) * int(arriving.max()), int(arriving.sum()))
 
 
 def spread(shares: Sequence[float], rows: int, most: int) -> np.ndarray:
-    """Whole numbers in proportion to ``shares`` as far as possible, that add up to ``rows``, each at most ``most``.
+    """Divides ``rows`` into whole numbers as close to proportional to ``shares`` as possible.
 
     Args:
-        shares: (E,) not negative; none of the numbers need add up to anything.
-        rows: at most E · ``most``.
-        most: a token chooses an expert once, so an expert gets no more rows than there are tokens.
+        shares: (E,) non-negative numbers of any sum.
+        rows: The sum of the result, at most E · ``most``.
+        most: The largest number for one expert: the number of tokens, since a token chooses an expert only once.
+
+    Returns:
+        (E,) int64.
 
     Raises:
-        ValueError: if there is no such division.
+        ValueError: If there is no such division.
     """
     weights = np.asarray(shares, dtype=float)
     if not np.all(np.isfinite(weights) & (weights >= 0)) or rows > len(weights) * most:
         raise ValueError(f"{rows} rows cannot be divided in proportion to {weights}, with at most {most} for each")
-    weights = np.ldexp(weights, -int(np.frexp(weights.max(initial=0.0))[1]))  # the same digits, and a finite sum
+    weights = np.ldexp(weights, -int(np.frexp(weights.max(initial=0.0))[1]))  # scaled by a power of 2 for a finite sum
     counts = np.zeros(len(weights), dtype=np.int64)
     while (left := rows - int(counts.sum())) > 0:
         room = most - counts
         open_weights = np.where(room > 0, weights, 0.0)
-        if open_weights.sum() == 0.0:  # what has weight is full
+        if open_weights.sum() == 0.0:  # all experts with weight are full
             open_weights = (room > 0).astype(float)
         wanted = open_weights / open_weights.sum() * left
         added = np.minimum(wanted.astype(np.int64), room)

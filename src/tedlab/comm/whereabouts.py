@@ -1,4 +1,4 @@
-"""Where a process is, as far as its collectives tell. It writes this down on its way; its watch reads it."""
+"""A record of a process's collectives, which the process writes as it runs and its watch reads."""
 
 import time
 from collections import defaultdict
@@ -12,14 +12,14 @@ from tedlab.degrees import GroupKind
 
 
 class Waiting(NamedTuple):
-    """What a process waits in.
+    """The operation that a process waits in.
 
     Attributes:
-        what: the collective (a :class:`tedlab.comm.Collective`), or a word for one that torch makes for us.
-        kind: of group.
-        number: of the collective among those of this kind; 0: not one of ours, but torch's.
-        since: by ``time.monotonic``.
-        limited: whether all the time is spent waiting for others; not so when a checkpoint is written, say.
+        what: The collective (a :class:`tedlab.comm.Collective`), or a description of one that torch launches for us.
+        kind: The kind of group.
+        number: The collective's number among those of this kind; 0 for one that torch launches.
+        since: When the wait began, by ``time.monotonic``.
+        limited: Whether the timeout applies; it does not where the process also works, as when it saves a checkpoint.
     """
 
     what: object
@@ -30,15 +30,15 @@ class Waiting(NamedTuple):
 
 
 class Whereabouts:
-    """What one process does. Costs a collective some attributes' writes, and wakes nobody.
+    """What one process is doing. It costs each collective a few attribute writes, and wakes no thread.
 
     Attributes:
-        launched: collectives that were started, by kind of group.
-        last: the last of them.
-        since: when that was, by ``time.monotonic``.
-        waiting: what it waits in; None: in nothing.
-        step: of training.
-        on_failure: hears of an error that ended a collective, and may add a note to it.
+        launched: The number of collectives started, by kind of group.
+        last: The last collective started.
+        since: When it was started, by ``time.monotonic``.
+        waiting: The operation that the process waits in, or None.
+        step: The training step.
+        on_failure: Called with an error that ended a collective, to which it may add a note.
     """
 
     def __init__(self) -> None:
@@ -50,14 +50,14 @@ class Whereabouts:
         self.on_failure: Callable[[RuntimeError], None] | None = None
 
     def launch(self, what: object, kind: GroupKind) -> int:
-        """Notes that a collective starts; returns its number."""
+        """Records that a collective starts, and returns its number among those of its kind of group."""
         number = self.launched[kind] = self.launched[kind] + 1
         self.last, self.since = what, time.monotonic()
         return number
 
     @contextmanager
     def within(self, what: str, limited: bool = True) -> Iterator[None]:
-        """Notes that this process waits for all others, for as long as it does."""
+        """Records, for the duration of a ``with`` block, that this process waits for all others."""
         before, self.waiting = self.waiting, Waiting(what, "world", 0, time.monotonic(), limited)
         try:
             yield
@@ -68,6 +68,6 @@ class Whereabouts:
             self.waiting = before
 
     def failed(self, error: RuntimeError) -> None:
-        """Tells of an error that ended a collective, if it is one of those."""
+        """Passes an error to ``on_failure`` if it is one that ends a collective."""
         if self.on_failure is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             self.on_failure(error)
