@@ -12,10 +12,10 @@ class PlainSpec(DispatchSpec):
     """Its collectives: those of tedlab's own paths without DTD."""
 
     def sites(self, layout: Layout) -> Sites:
-        return super().sites(replace(layout, dtd=False))
+        return super().sites(replace(layout, options=replace(layout.options, dtd=False)))
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
-        return super().rows(replace(layout, dtd=False), tokens)
+        return super().rows(replace(layout, options=replace(layout.options, dtd=False)), tokens)
 
 
 @mixtures.register("guest_plain")
