@@ -1,4 +1,4 @@
-"""Proof, in float64 and on any machine, that a configuration trains exactly as one process would."""
+"""Proves, in float64 and on any machine, that a configuration trains exactly as one process would."""
 
 from tedlab.certify.certificate import Certificate, certify
 from tedlab.certify.compare import Row, compare

@@ -1,4 +1,4 @@
-"""The runs that make a certificate, and the certificate."""
+"""The certificate, and the runs that it is made from."""
 
 import hashlib
 import platform
@@ -30,10 +30,10 @@ from tedlab.launch.locks import scratch
 from tedlab.report import resolved_yaml
 from tedlab.validate import complete
 
-CONTINUATIONS = {  # of a run that was interrupted: who saved, and who goes on
+CONTINUATIONS = {  # which run saves the checkpoint, and which continues from it
     "in one process": ("layout", "one"),
     "from one process": ("one", "layout"),
-    "in this layout": ("layout", "layout"),  # must give equal bits
+    "in this layout": ("layout", "layout"),  # must be bitwise equal
 }
 Run = Callable[[TrainConfig], dict[str, Any]]
 Execute = Callable[[Run, TrainConfig], Any]  # calls a function in every process of the configuration's layout
@@ -41,15 +41,15 @@ Execute = Callable[[Run, TrainConfig], Any]  # calls a function in every process
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found.
+    """The result of a certification.
 
     Attributes:
-        layout: the degrees that were run.
-        asked: those of the configuration that was to be certified; larger where these do not fit a laptop.
-        rows: one for each quantity.
-        precision: that was computed in.
-        accelerator: that it was computed on.
-        fingerprint: of the configuration that was run, tedlab's source and torch's version.
+        layout: The degrees of the layout that was run.
+        asked: The degrees of the given configuration, which are larger if they exceed the allowed processes.
+        rows: The verdicts, one for each quantity and continued run.
+        precision: The precision that the runs computed in.
+        accelerator: The accelerator that they ran on.
+        fingerprint: A hash of the configuration that was run, tedlab's source, torch's version and the machine type.
     """
 
     layout: str
@@ -66,15 +66,15 @@ class Certificate:
 
     @property
     def culprit(self) -> Row | None:
-        """What went wrong first, the likeliest cause of the rest."""
+        """The difference that appears first, which is the likeliest cause of the others; None if all are equal."""
         return first_difference(self.rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns the certificate as a dictionary for JSON."""
         return {"ok": self.ok, **asdict(self)}
 
     def table(self) -> Table:
-        """For people."""
+        """Returns the certificate as a table for people."""
         table = Table(title="equal to one process" if self.ok else "NOT equal to one process", title_justify="left")
         for heading in ("quantity", "tensors", "largest error", "verdict"):
             table.add_column(heading, justify="right" if heading in ("tensors", "largest error") else "left")
@@ -93,22 +93,24 @@ def certify(
     continuations: Iterable[str] = CONTINUATIONS,
     most_processes: int = MOST_PROCESSES,
 ) -> Certificate:
-    """Runs a small likeness of ``config`` in its layout and in one process, and compares everything.
+    """Runs a scaled-down ``config`` in its layout and in one process, and compares everything.
 
-    In float64, or in ``config.certificate_precision``; on the configuration's accelerator, if this machine has enough.
+    The runs compute in ``config.certificate_precision`` (float64 by default), on the configuration's accelerator if
+    this machine has enough of them.
 
-    Five runs: some steps in one process; the same in the layout; each continued by the other from a checkpoint in the
-    middle of an epoch, into the next; and the layout continued by itself, which must give equal bits.
+    There are five runs: a few steps in one process; the same steps in the layout; each of the two continued by the
+    other, from a checkpoint in the middle of an epoch into the next one; and the layout continued by itself, which must
+    be bitwise equal.
 
     Args:
-        config: any training configuration.
-        execute: how to run a function of ``record.py``; by default in new processes of this machine.
-        progress: is told what begins.
-        continuations: which of :data:`CONTINUATIONS` to run.
-        most_processes: a larger layout is made smaller.
+        config: Any training configuration.
+        execute: Runs a function of ``record.py`` in every process; by default in new processes on this machine.
+        progress: Called with a description of each run before it starts.
+        continuations: The keys of :data:`CONTINUATIONS` to run.
+        most_processes: The most processes to use; a larger layout is scaled down.
 
     Raises:
-        UsageError: if the configuration makes no sense.
+        UsageError: If the configuration is not valid.
     """
     with scratch("certify") as directory:
         runs = runs_for(config, directory, tuple(continuations), most_processes)
@@ -124,14 +126,14 @@ def certify(
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a certificate, each of which leaves a record in its ``output_dir``.
+    """The runs of a certificate, each of which writes a record to its ``output_dir``.
 
     Attributes:
-        layout: what is to be judged.
-        one: what it is judged by.
-        degrees: of the layout.
-        continuations: some of :data:`CONTINUATIONS`.
-        steps: of a run.
+        layout: The configuration to be judged.
+        one: The one-process configuration that it is judged by.
+        degrees: The degrees of the layout.
+        continuations: The keys of :data:`CONTINUATIONS` to run.
+        steps: The number of steps of a run.
     """
 
     layout: TrainConfig
@@ -141,7 +143,7 @@ class Runs:
     steps: int = STEPS
 
     def planned(self) -> Iterator[tuple[str, Run, TrainConfig]]:
-        """What is to be run, in this order: a heading, and a function to be called with a configuration."""
+        """Yields the runs in order: a heading, and a function with the configuration to call it with."""
         runs = self._runs
         yield f"one process, {self.steps} steps", runs["one"], self.one
         yield f"{self.degrees.world_size} processes, {self.steps} steps", runs["layout"], self.layout
@@ -149,9 +151,9 @@ class Runs:
             yield f"continued {name}", runs[CONTINUATIONS[name][1]], self._continued(name)
 
     def compared(self) -> Iterator[Row]:
-        """A row for each quantity, and one for each run that was continued; after all that is planned."""
+        """Yields a row for each quantity and one for each continued run, once all planned runs are done."""
         expected, found = _read(self.one), _read(self.layout)
-        # Whole tensors by themselves where rounding is small; see TOLERANCES.
+        # In float64 each tensor is compared separately, otherwise all of them together; see TOLERANCES.
         precision = self.layout.certificate_precision
         within = TOLERANCES[precision], precision != "64-true"
         yield from compare(found, expected, self.degrees, *within, steps=range(1, self.steps + 1))
@@ -180,13 +182,13 @@ class Runs:
 
 
 def runs_for(config: TrainConfig, directory: Path, continuations: tuple[str, ...], most_processes: int) -> Runs:
-    """The runs that certify ``config``, in ``directory``; for other arguments see :func:`certify`.
+    """Returns the runs that certify ``config`` in ``directory``; :func:`certify` describes the other arguments.
 
     Raises:
-        UsageError: if the configuration makes no sense.
+        UsageError: If the configuration is not valid.
     """
     layout = shrink(config, directory, most_processes)
-    if not continuations:  # nor need anything be saved
+    if not continuations:  # then nothing needs to be saved either
         layout = replace(layout, checkpoint=replace(layout.checkpoint, every=STEPS + 1))
     one = reference(layout, directory)
     layout, one = complete(layout, most_processes), complete(one)
@@ -198,7 +200,7 @@ def _read(config: TrainConfig) -> Record:
 
 
 def _summary(name: str, rows: list[Row]) -> Row:
-    """All quantities of a continued run as one row."""
+    """Summarises all quantities of a continued run in one row."""
     worst, compared = max(row.error for row in rows), sum(row.compared for row in rows)
     wrong = first_difference(rows)
     if wrong is None:

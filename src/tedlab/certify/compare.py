@@ -1,4 +1,4 @@
-"""Two records side by side: the largest difference of every quantity, and a hint at what made it."""
+"""Compares two records: the largest difference in every quantity, and a hint at its cause."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from tedlab.certify.record import QUANTITIES, Record
 from tedlab.degrees import ParallelDegrees
 
 TOLERANCES = {
-    "64-true": 1e-10,  # of every tensor by itself
-    # Of all tensors of a step together: rounding sends a few tokens to another expert, whose gradient then differs by
-    # tenths. Of 20 certificates 0.12 was the largest error; a factor that is wrong everywhere makes one of 0.5 or more.
-    # What is wrong in a small tensor alone need not show here: that is for float64 to find.
+    "64-true": 1e-10,  # for each tensor separately
+    # For all tensors of a step together: rounding sends a few tokens to another expert, whose gradient then differs by
+    # tenths. The largest error of 20 certificates was 0.12; a wrong factor in all tensors makes an error of 0.5 or
+    # more. An error in one small tensor may not show here; float64 finds it.
     "bf16-true": 0.3,
 }
-_NO_MULTIPLE = 1e-6  # of the tensor's norm: what may be left after taking away the multiple
+_NO_MULTIPLE = 1e-6  # the residual allowed in a multiple, relative to the tensor's norm
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Row:
     """The verdict on one quantity.
 
     Attributes:
-        quantity: what was compared.
-        error: largest absolute difference over the reference tensor's largest magnitude, over all steps and tensors;
-            in bf16 the largest of all steps of the Euclidean norm of what differs over that of the reference.
-        compared: how many tensors.
-        step: the first in which something differs; 0 if nothing does.
-        first: the first tensor of that step, in the order of recording, that differs.
-        hint: what the difference looks like.
-        tolerance: above which ``error`` is a difference.
+        quantity: The quantity that was compared.
+        error: The largest absolute difference divided by the reference tensor's largest magnitude, over all steps and
+            tensors; in bf16, the Euclidean norm of the difference divided by the reference's, for the worst step.
+        compared: The number of tensors compared.
+        step: The first step in which something differs, or 0.
+        first: The first tensor of that step that differs, in the order of recording.
+        hint: A description of the difference.
+        tolerance: The largest ``error`` that counts as equal.
     """
 
     quantity: str
@@ -54,7 +54,7 @@ class Row:
 
 
 def first_difference(rows: Sequence[Row]) -> Row | None:
-    """What went wrong first: the earliest step, and in it the first quantity; None if all are equal."""
+    """Returns the first difference, by step and then by order of the rows; None if all are equal."""
     return min((row for row in rows if not row.ok), key=lambda row: row.step, default=None)
 
 
@@ -67,18 +67,18 @@ def compare(
     steps: Collection[int] | None = None,
     quantities: Sequence[str] = QUANTITIES,
 ) -> list[Row]:
-    """One row for each quantity.
+    """Compares two records and returns one row for each quantity.
 
-    What only one of the two has, be it a step, a quantity or a tensor, is an infinite error.
+    A step, quantity or tensor that only one of the two has counts as an infinite error.
 
     Args:
-        record: what is to be judged.
-        reference: what it should be.
-        degrees: of the layout, for hints.
-        tolerance: relative; 0 demands equal bits.
-        together: take all tensors of a quantity and step as one.
-        steps: that ``record`` must have, all of them and no other; None: those of ``reference``.
-        quantities: to compare.
+        record: The record to be judged.
+        reference: The record that it should equal.
+        degrees: The degrees of the layout, for hints.
+        tolerance: The largest relative error that counts as equal; 0 demands exact equality.
+        together: Whether to compare all tensors of a quantity and step as one vector.
+        steps: The exact set of steps that ``record`` must have; None means those of ``reference``.
+        quantities: The quantities to compare.
     """
     needed = sorted({*(reference if steps is None else steps), *record})
     allowed = set(reference if steps is None else steps)
@@ -96,7 +96,7 @@ def compare(
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest absolute difference over the largest magnitude of ``theirs``; infinite for NaN or another shape."""
+    """Returns the largest absolute difference over ``theirs``'s largest magnitude; inf for NaN or another shape."""
     if ours.shape != theirs.shape:
         return float("inf")
     ours, theirs = ours.double(), theirs.double()
@@ -111,7 +111,7 @@ def _error_together(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) ->
 
 
 def _ratio(difference: Tensor, size: Tensor) -> float:
-    """0 if nothing differs, infinite if anything is NaN."""
+    """Divides a difference by a size; returns 0 if nothing differs, and infinity if anything is NaN."""
     if difference == 0.0:
         return 0.0
     error = (difference / size).item()
@@ -130,11 +130,11 @@ def _row(
     tolerance: float,
     together: bool,
 ) -> Row:
-    """Of one quantity, by step; None where there is none."""
+    """Compares one quantity, given by step; None stands for a step without it."""
     worst, compared, first_step, first, hint = 0.0, 0, 0, "", ""
     for step, ours in record.items():
         theirs = reference[step]
-        if ours is None or theirs is None:  # of a step that one of them has not
+        if ours is None or theirs is None:  # one of the two lacks this step or quantity
             ours, theirs = ({} if tensors is None else _EVERYTHING for tensors in (ours, theirs))
         names = [*theirs, *(name for name in ours if name not in theirs)]
         errors = {

@@ -1,4 +1,4 @@
-"""One short run, inside one of its processes, with everything written down that two runs can differ in."""
+"""Runs one process of a short training run, and records everything in which two runs can differ."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,24 +29,24 @@ QUANTITIES = (  # in the order in which a step computes them
     "optimizer state",
     "next weights",
 )
-LOSS_SCALE = "loss scale"  # a further quantity, of which one process has none
+LOSS_SCALE = "loss scale"  # a further quantity, which the one-process run does not have
 FILE = "record.pt"
-_REPLICAS = 1e-12  # relative difference of values that several processes hold
-_PIECE = 50  # elements whose norm is taken at a time, so that there are several pieces
+_REPLICAS = 1e-12  # the largest relative difference between replicas
+_PIECE = 50  # elements whose norm is taken at a time, few enough to make several pieces
 
 
 def record(config: TrainConfig) -> dict[str, Any]:
-    """Trains as configured; the first process leaves a :data:`Record` in ``output_dir``."""
+    """Trains as configured; the first process saves a :data:`Record` in ``output_dir``."""
     return _recorded(config, Recorder(piece=_PIECE))
 
 
 def record_reference(config: TrainConfig) -> dict[str, Any]:
-    """:func:`record` of what others are compared with, see :func:`tedlab.certify.shrink.reference`."""
+    """Does the same as :func:`record` for the reference, see :func:`tedlab.certify.shrink.reference`."""
     return _recorded(config, Recorder())
 
 
 def record_reference_of_overflow(config: TrainConfig) -> dict[str, Any]:
-    """:func:`record_reference` whose first step is left out, as where a loss scale overflows."""
+    """Does the same as :func:`record_reference` but skips the first step, as when a loss scale overflows."""
     return _recorded(config, Recorder(first_step_skipped=True))
 
 
@@ -62,12 +62,12 @@ def _recorded(config: TrainConfig, recorder: "Recorder") -> dict[str, Any]:
 
 
 class Part(NamedTuple):
-    """What one process has of a tensor.
+    """The part of a tensor that one process holds.
 
     Attributes:
-        shape: of the tensor.
-        offset: where the part begins.
-        values: the part, on the CPU.
+        shape: The shape of the whole tensor.
+        offset: The index of the part's first element in each dimension.
+        values: The part, on the CPU.
     """
 
     shape: torch.Size
@@ -75,17 +75,17 @@ class Part(NamedTuple):
     values: Tensor
 
 
-Parts = dict[int, dict[str, dict[str, Part]]]  # as Record
+Parts = dict[int, dict[str, dict[str, Part]]]  # step → quantity → name → part
 
 
 class Recorder(Callback):
-    """Collects, of every step, this process's part of what :func:`tedlab.certify.compare` compares.
+    """Collects this process's part of everything that :func:`tedlab.certify.compare` compares, in every step.
 
-    Gradients are reduced, without the loss scale, and not yet clipped.
+    Gradients are recorded after reduction and unscaling, before clipping.
 
     Args:
-        piece: of :class:`tedlab.optim.ShardedOptimizer`; None: its own.
-        first_step_skipped: whether the first step is made one that changes nothing.
+        piece: ``piece`` of :class:`tedlab.optim.ShardedOptimizer`; None keeps its default.
+        first_step_skipped: Whether the first step's gradients are dropped.
     """
 
     reads_grad = False
@@ -94,7 +94,7 @@ class Recorder(Callback):
         self.parts: Parts = {}
         self._piece, self._first_step_skipped = piece, first_step_skipped
         self._scalars: list[Tensor] = []
-        self._scale: float | None = None  # the true one, while an overflow is being provoked
+        self._scale: float | None = None  # the true scale while an overflow is being provoked
         self._quantities: dict[str, dict[str, Part]] = {}
 
     @override
@@ -111,7 +111,7 @@ class Recorder(Callback):
             self._provoke_overflow(trainer)
 
     def _provoke_overflow(self, trainer: Trainer) -> None:
-        """With a loss scale, the first micro-batch of the run overflows in one process, and all must skip its step."""
+        """Makes the run's first micro-batch overflow in one process if losses are scaled; all must skip that step."""
         scaler = _strategy(trainer).loss_scaler
         if scaler is not None and trainer.global_step == 0 and trainer.global_rank == trainer.world_size - 1:
             self._scale, scaler.scale = scaler.scale, math.inf
@@ -132,7 +132,7 @@ class Recorder(Callback):
             norm = math.inf
         else:
             norm = sharded.global_norm()
-        usable = math.isfinite(norm)  # after an overflow there is nothing to compare, but that the step was skipped
+        usable = math.isfinite(norm)  # an overflow leaves nothing to compare but the skipped step
         self._quantities["gradients"] = _parts(sharded.gradients() if usable else {})
         self._quantities["gradient norm"] = _parts({"all parameters": norm} if usable else {})
         self._quantities["optimizer settings"] = _parts(
@@ -169,10 +169,10 @@ class Recorder(Callback):
 
 
 def assembled(everybody: Sequence[Parts]) -> Record:
-    """Global tensors from the parts that all processes hold.
+    """Assembles global tensors from the parts of all processes.
 
-    Where processes that hold the same elements disagree, the result is NaN: drifting replicas must not go unnoticed.
-    Nor must what only some processes have: all of it is NaN.
+    Elements on which processes disagree become NaN, so that drifting replicas do not go unnoticed. So does all of a
+    tensor that only some processes have.
     """
     return {
         step: {
@@ -186,7 +186,7 @@ def assembled(everybody: Sequence[Parts]) -> Record:
 
 
 def _in_order(mappings: Sequence[Mapping[Any, Any]]) -> list[Any]:
-    """The keys of all of them."""
+    """Returns the keys of all mappings, in the order of first appearance."""
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
@@ -205,7 +205,7 @@ def _whole(parts: Sequence[Part | None]) -> Tensor:
 
 
 def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
-    """This process's parts of tensors, copied: of DTensors a shard, of others, and of numbers, everything."""
+    """Copies this process's parts of tensors: its shard of a DTensor, and all of another tensor or of a number."""
     parts = {}
     for name, given in tensors.items():
         if isinstance(given, DTensor):
@@ -221,7 +221,7 @@ def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
 
 @torch.no_grad()
 def _probe(module: LanguageModel, samples: int) -> Tensor:
-    """(V, B, S): the model's logits for fixed random tokens."""
+    """Returns the model's logits for fixed random tokens, (V, B, S)."""
     network, comm = module.network, module.topology.comm
     config = module.model_config
     assert config.vocab_size is not None

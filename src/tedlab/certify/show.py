@@ -1,4 +1,4 @@
-"""Certification on a terminal: a progress bar, then the table."""
+"""Shows a certification on a terminal: a progress bar, then the table."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ def certify_visibly(
     continuations: Collection[str] = CONTINUATIONS,
     most_processes: int = MOST_PROCESSES,
 ) -> Certificate:
-    """:func:`certify` with a progress bar; prints the table and writes ``certificate.json`` into ``output_dir``."""
+    """Calls :func:`certify` with a progress bar, prints the table and writes ``output_dir/certificate.json``."""
     runs = 2 + len(continuations)
     columns = (TextColumn("certifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:

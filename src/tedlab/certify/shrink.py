@@ -1,12 +1,11 @@
-"""A training configuration made small enough to be run on a laptop, and its one-process reference.
+"""Scales a training configuration down so that a laptop can run it, and derives its one-process reference.
 
-Kept: the layout (up to 16 processes), whether processes have one expert or several (then 3), routing, clipping,
-optimizer and schedule, ZeRO, tiles, overlap, every toggle; of fp16 the loss scale, and a first step that overflows.
-Reduced: layers, widths, sequence, batch, the number of steps, and whatever a computation is divided into pieces by, so
-that there are several pieces, the last of which is smaller. Sizes are odd where the layout allows, so that what is
-padded to be divided evenly is padded here, too.
-Replaced: the text, by one in which every tensor rank finds tokens of its own; and the precision. What would run on GPUs
-does so if this machine has enough of them, and else on the CPU.
+It keeps the layout (up to 16 processes), whether a process has one expert or several (then 3), routing, clipping,
+optimizer and schedule, ZeRO, tiles, overlap and every toggle; for fp16, loss scaling with a first step that overflows.
+It reduces layers, widths, sequence, batch, the number of steps, and the sizes of the pieces that a computation is
+divided into, so that there are several pieces and the last is smaller. Sizes are odd where the layout allows, so that
+whatever needs padding is padded here, too. It replaces the precision, and the text with one that contains tokens of
+every tensor rank. GPU configurations run on GPUs if this machine has enough of them, and on the CPU otherwise.
 """
 
 from dataclasses import dataclass, replace
@@ -34,21 +33,21 @@ from tedlab.config import (
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.strategy import HALF_PRECISIONS
 
-STEPS, SAVED = 4, 2  # steps of a run, and after which it saves
-STEPS_PER_EPOCH = 3  # so that a run is continued in the middle of one, and goes on into the next
-MOST_PROCESSES = 16  # of this machine
+STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
+STEPS_PER_EPOCH = 3  # a run that continues after step 2 starts in the middle of an epoch and reaches the next
+MOST_PROCESSES = 16  # on this machine
 _SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 13, 3, 2, 3
 _TILE, _BUCKET = 100, 50  # elements
-_BYTES = 256  # values of a byte
-_LAST_BYTE = 0xF4  # the largest in UTF-8
+_BYTES = 256  # the number of values of a byte
+_LAST_BYTE = 0xF4  # the largest byte in UTF-8
 
 
 @dataclass(frozen=True)
 class _Widths:
-    """Of a shrunk model: odd, or in bf16 multiples of 8, which one kernel multiplies for all experts."""
+    """Widths of a scaled-down model: odd, or in bf16 multiples of 8, as the kernel for all experts at once requires."""
 
     head: int
-    ffn: int  # of each tensor rank
+    ffn: int  # on each tensor rank
 
     @staticmethod
     def of(config: TrainConfig) -> "_Widths":
@@ -59,20 +58,20 @@ class _Widths:
 
 
 def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
-    """The configuration to certify ``config`` by.
+    """Returns the scaled-down configuration by which ``config`` is certified.
 
     Args:
-        config: any training configuration; need not fit this machine.
-        directory: for its text, cache and runs.
-        most_processes: that the layout may have.
+        config: Any training configuration, which need not fit this machine.
+        directory: The folder for text, cache and runs.
+        most_processes: The most processes that the layout may have.
 
     Raises:
-        ValueError: if the degrees do not fit the world size.
+        ValueError: If the degrees do not fit the world size, or no smaller layout is like them.
     """
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
     unlimited = config.moe.unlimited
-    # What sharded sequences do to capacity is asked of the one process, too.
+    # Sharded sequences divide the capacity into groups; the one process must use the same groups.
     groups = degrees.tensor if given.sequence and not unlimited else config.moe.capacity_groups
     widths = _Widths.of(config)
     heads = degrees.tensor * min(3, max(1, config.model.heads // given.tensor))
@@ -114,7 +113,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     )
     optimizer = dict(config.optim.optimizer)
     if "Adam" in str(optimizer.get("_target_")):
-        # The gradient of a key bias is zero in theory and rounding noise in practice, which Adam divides by eps.
+        # A key bias has a gradient of zero in theory and of rounding noise in practice, which Adam divides by eps.
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
     optim = replace(
         config.optim,
@@ -122,10 +121,10 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         tile=min(_TILE, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile,
         bucket_elements=min(_BUCKET, config.optim.bucket_elements),
         warmup_steps=min(2, config.optim.warmup_steps),
-        decay_fraction=max(0.5, config.optim.decay_fraction),  # two steps of four
-        stop_on_nonfinite=False,  # a certificate compares what comes of it, to the end
+        decay_fraction=max(0.5, config.optim.decay_fraction),  # two of the four steps
+        stop_on_nonfinite=False,  # a certificate compares all steps, non-finite ones included
     )
-    if config.trainer.get("precision") in HALF_PRECISIONS:  # fp16's logic, if not its numbers
+    if config.trainer.get("precision") in HALF_PRECISIONS:  # tests the logic of fp16, though not its arithmetic
         optim = replace(optim, loss_scale=config.optim.loss_scale or 2.0**16)
     accelerator = _accelerator(config, degrees.world_size)
     trainer: dict[str, Any] = {
@@ -133,7 +132,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         "devices": degrees.world_size,
         "num_nodes": 1,
         "precision": config.certificate_precision,
-        "deterministic": "warn",  # a run that is continued in its own layout must give equal bits
+        "deterministic": "warn",  # a run continued in its own layout must be bitwise equal
         "max_steps": STEPS,
         "max_epochs": -1,
         **{key: config.trainer.get(key) for key in ("gradient_clip_val", "gradient_clip_algorithm")},
@@ -153,16 +152,16 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         trainer=trainer,
         logger={},
         checkpoint=replace(config.checkpoint, every=SAVED, monitor=None, keep=-1),
-        check_replicas_every=None,  # the record compares them, and a difference is to be named, not to end the run
+        check_replicas_every=None,  # the record compares them; a difference should be reported, not end the run
         ckpt_path=None,
         output_dir=str(directory / "layout"),
     )
 
 
 def reference(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The same training in one process, in the plainest way there is.
+    """Returns the configuration of the same training in one process, in the plainest way there is.
 
-    Micro-batches accumulated; nothing sharded, divided into pieces, overlapped, recomputed, compiled or scaled.
+    It accumulates micro-batches; it shards, tiles, overlaps, recomputes, compiles and scales nothing.
     """
     kernel = ExpertKernel.TORCH.value if config.moe.kernel == ExpertKernel.TRITON else config.moe.kernel
     return replace(
@@ -186,12 +185,12 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:
-    """The largest layout of so many processes at most in which every degree divides the given one.
+    """Returns the largest layout of at most ``most_processes`` in which every degree divides the given one.
 
     A degree is 1 only if the given one is.
 
     Raises:
-        ValueError: if there is none: three prime degrees, all large.
+        ValueError: If there is no such layout, as for three large prime degrees.
     """
     wanted = (degrees.tensor, degrees.expert, degrees.expert_data)
     fitting = [
@@ -206,7 +205,7 @@ def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegr
 
 
 def _accelerator(config: TrainConfig, processes: int) -> str:
-    """The configuration's own, unless this machine cannot run so many processes on it."""
+    """Returns the configuration's accelerator, or ``cpu`` if this machine cannot run so many processes on it."""
     wanted = str(config.trainer["accelerator"])
     available = torch.cuda.device_count()
     enough = processes <= available or (available > 0 and config.comm.backend == Backend.GLOO)
@@ -218,13 +217,13 @@ def _divisors(number: int) -> list[int]:
 
 
 def _length(most: int, parts: int) -> int:
-    """Of sequences: a multiple of ``parts``, an odd one if that is not the only one."""
+    """Returns the length of sequences: an odd multiple of ``parts``, as large as allowed."""
     multiple = max(1, min(most, _SEQUENCE) // parts)
     return parts * (multiple - 1 + multiple % 2 or 1)
 
 
 def _capacity_multiple(moe: MoEConfig, tokens: int, tensor: int) -> int:
-    """Small, else nothing would ever be dropped; and if possible such that tensor ranks cannot divide the capacity."""
+    """Returns a multiple that lets tokens be dropped and, if possible, a capacity not divisible by ``tensor``."""
     groups = moe.capacity_groups or 1
     multiples = [groups * multiple for multiple in (3, 5, 7, 2, 1) if groups * multiple <= moe.capacity_multiple]
     for multiple in multiples:
@@ -234,20 +233,20 @@ def _capacity_multiple(moe: MoEConfig, tokens: int, tensor: int) -> int:
 
 
 def _vocabulary(tensor: int) -> int:
-    """Tokens: more than bytes, as where a vocabulary was rounded up, if text still reaches the last rank's part."""
+    """Returns a padded vocabulary, larger than the bytes, if text can still contain tokens of the last rank's part."""
     smallest, padded = (-(-tokens // tensor) * tensor for tokens in (_BYTES, _BYTES + 1))
     return padded if padded // tensor * (tensor - 1) <= _LAST_BYTE else smallest
 
 
 def _write_samples(folder: Path, batch: int, length: int, seed: int) -> None:
-    """Two files of random characters, one of which becomes the validation split.
+    """Writes two files of random characters, one of which becomes the validation split.
 
-    Each has a few epochs' samples and, where a batch has several, one sample more: epochs leave another one out.
+    Each has the samples of an epoch and, if a batch has several, one more, so that epochs leave out different ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     draw = np.random.default_rng(seed)
     size = (STEPS_PER_EPOCH * batch + min(1, batch - 1)) * length
-    # Characters of one to four bytes, so that their bytes are of all values but 13 that UTF-8 does not know.
+    # Characters of one to four bytes contain all byte values but the 13 that never occur in UTF-8.
     firsts, ends = np.array([0x01, 0x80, 0x800, 0x10000]), np.array([0x80, 0x800, 0xD800, 0x110000])
     for name in ("one", "two"):
         kind = draw.choice(4, size, p=[0.64, 0.16, 0.1, 0.1])
