@@ -1,4 +1,4 @@
-"""When checkpoints are written: after every so many steps, then and not later."""
+"""Saves checkpoints after a fixed number of steps, never later."""
 
 from typing import Any
 
@@ -10,14 +10,14 @@ from tedlab._compat.lightning import count_as_saved, save_now
 
 
 class StepCheckpoint(ModelCheckpoint):
-    """Saves after every ``every`` steps and keeps the newest ``save_top_k``.
+    """Saves a checkpoint every ``every`` steps and keeps the newest ``save_top_k``.
 
-    Lightning's own class needs a metric to keep more than one, and with a metric it puts a save off whenever an epoch
-    ends with the step: until the next validation, however many steps later that is.
+    Lightning's own class needs a metric to keep more than one. With a metric it postpones a save whenever an epoch
+    ends with the step, until the next validation, which may be many steps later.
 
     Args:
-        every: optimizer steps between checkpoints.
-        arguments: of ModelCheckpoint, but none of those that say when.
+        every: Number of optimizer steps between checkpoints.
+        arguments: Arguments of ``ModelCheckpoint``, except those that say when to save.
     """
 
     def __init__(self, every: int, **arguments: Any) -> None:
@@ -27,13 +27,13 @@ class StepCheckpoint(ModelCheckpoint):
     @property
     @override
     def state_key(self) -> str:
-        # That of the class in whose place it came: checkpoints have it.
+        # Checkpoints hold the key of ModelCheckpoint, which this class replaced.
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        count_as_saved(self, trainer.global_step)  # what was resumed from is no news
+        count_as_saved(self, trainer.global_step)  # the checkpoint that the run resumed from exists already
 
     @override
     def on_train_batch_end(
@@ -44,8 +44,8 @@ class StepCheckpoint(ModelCheckpoint):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: no save was put off."""
+        """Does nothing: no save was postponed."""
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing: no save was put off."""
+        """Does nothing: no save was postponed."""

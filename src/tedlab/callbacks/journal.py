@@ -1,7 +1,7 @@
-"""One row of metrics for each step that has any, in every logger, at the number of optimizer steps that were done.
+"""Writes one row of metrics per step that has any to every logger, numbered by the optimizer steps done.
 
-Lightning's own way is not taken: it numbers rows of training and the closing validation differently, and writes a value
-that was logged once into all later rows of the epoch.
+Lightning's own logging is not used: it numbers rows of training and the final validation differently, and repeats a
+value that was logged once in all later rows of the epoch.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from tedlab.history import TOKENS
 def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     """Adds metrics to the row of this step, and to ``trainer.callback_metrics``.
 
-    Without a :class:`Journal` among the callbacks they are a row of their own.
+    If the callbacks include no :class:`Journal`, the metrics become a row of their own.
     """
     trainer.callback_metrics.update({name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()})
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -29,18 +29,19 @@ def log(trainer: Trainer, metrics: Mapping[str, float]) -> None:
 
 
 class Journal(Callback):
-    """Writes what the callbacks before it have logged in a step, and what validation has found, as one row each.
+    """Writes one row with what earlier callbacks log in a step, and one with the results of each validation.
 
-    A row has ``step``: optimizer steps done; ``tokens``: read until then, over all data ranks; ``epoch``.
+    Each row also has ``step``, the number of optimizer steps done; ``tokens``, the number of tokens read by then over
+    all data ranks; and ``epoch``.
 
     Args:
-        tokens_per_step: of one optimizer step over all data ranks.
+        tokens_per_step: Number of tokens in an optimizer step over all data ranks.
     """
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
         self.row: dict[str, float] = {}
-        self._before: tuple[int, int] | None = None  # steps and tokens, where this run began
+        self._before: tuple[int, int] | None = None  # steps and tokens at the start of this run
         self._trainer: Trainer | None = None
         self._epoch = 0
 
@@ -49,7 +50,7 @@ class Journal(Callback):
         self._trainer = trainer
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                logger.experiment.define_metric(TOKENS)  # so that any metric can be drawn over it
+                logger.experiment.define_metric(TOKENS)  # lets W&B plot any metric over tokens
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class Journal(Callback):
             self._before = state_dict["steps"], state_dict[TOKENS]
 
     def tokens(self) -> int:
-        """Read so far. Runs before this one may have had another batch size: a checkpoint says what they read."""
+        """Returns the tokens read so far. A checkpoint holds those of earlier runs, whose batch size may differ."""
         assert self._trainer is not None
         steps, tokens = self._before or (0, 0)
         return tokens + (self._trainer.global_step - steps) * self.tokens_per_step

@@ -1,4 +1,4 @@
-"""The ledger of a run: what was communicated, beside what the closed form says."""
+"""The ledger of a run: what it communicated, compared with the closed form."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,14 +21,16 @@ _MIB = 2**20
 
 
 class CommunicationLedger(Callback):
-    """Counts every collective of a run, and in the end compares totals with the closed form.
+    """Counts every collective of a run and compares the totals with the closed form at the end.
 
-    Forward passes of validation are kept apart from those of training. What a training step communicates is logged
-    every ``comm.ledger.every`` steps, if it is not what was logged last.
+    Forward passes of validation are counted apart from those of training. Every ``comm.ledger.every`` steps the
+    communication of a training step is logged, unless it equals what was logged last.
 
     Args:
-        config: of the run of a :class:`tedlab.module.LanguageModel`, completed by :func:`tedlab.validate.check`.
-        emulated: delays collectives as a cluster's network would; see :class:`tedlab.predict.emulate.Emulation`.
+        config: Configuration of a :class:`tedlab.module.LanguageModel`'s run, completed by
+            :func:`tedlab.validate.check`.
+        emulated: Makes the hook that delays collectives as a cluster's network would, from the ranks of each process
+            group; see :class:`tedlab.predict.emulate.Emulation`.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class CommunicationLedger(Callback):
         self.ledger = Ledger(config.comm.ledger.time)
         self._first_step = 0
         self._first_skipped = 0
-        self._marked: tuple[int, dict[str, float]] = (0, {})  # step and totals, where the last figures end
+        self._marked: tuple[int, dict[str, float]] = (0, {})  # step and totals at the last logging
         self._logged: dict[str, float] = {}
 
     @override
@@ -53,7 +55,7 @@ class CommunicationLedger(Callback):
         if self.emulated is not None:
             self.emulation = self.emulated(strategy.topology.degrees.groups(strategy.global_rank))
             comm.register_hook(self.emulation)
-        comm.register_hook(self.ledger)  # after the delay, which belongs to a collective's time
+        comm.register_hook(self.ledger)  # after the emulation: a collective's time includes its delay
         self._first_step = trainer.global_step
         self._marked = trainer.global_step, {}
         self._first_skipped = _skipped(strategy)
@@ -82,16 +84,18 @@ class CommunicationLedger(Callback):
                 self._logged = figures
 
     def steps(self, trainer: Trainer) -> int:
-        """Optimizer steps that were counted."""
+        """Returns the number of optimizer steps counted."""
         return trainer.global_step - self._first_step
 
     def overall(self, trainer: Trainer) -> dict[str, Any]:
-        """For the summary: this process's totals, and how far the one farthest from the closed form is from it.
+        """Returns the values for the summary. Collective; call it after training.
 
-        ``comm/<phase>/<group>/<op>/{calls, payload_bytes, wire_bytes}``, with timing also ``seconds``;
-        ``comm/predicted_difference_bytes`` and ``…_calls``, which must be 0; ``comm/steps`` that were counted; with an
-        emulated network ``comm/link/<link>/{wire_bytes, emulated_seconds}``; ``router/recompute_flips``: choices of
-        experts that recomputation would have changed, had they not been kept. Collective, after training.
+        - ``comm/<phase>/<group>/<op>/{calls, payload_bytes, wire_bytes}``: this process's totals; ``seconds`` if timed;
+        - ``comm/predicted_difference_bytes`` and ``…_calls``: the largest deviation of any process from the closed
+          form, which must be 0;
+        - ``comm/steps``: the number of steps counted;
+        - ``comm/link/<link>/{wire_bytes, emulated_seconds}``: only with an emulated network;
+        - ``router/recompute_flips``: expert choices that recomputation would have changed if they were not kept.
         """
         wrong = self.differences(trainer)
         own = [
@@ -113,10 +117,10 @@ class CommunicationLedger(Callback):
         }
 
     def differences(self, trainer: Trainer) -> Mapping[Entry, tuple[Count, Count]]:
-        """Where this process's ledger differs from the closed form: what was counted, what should have been."""
+        """Returns the entries where this process's ledger differs from the closed form, as (counted, expected)."""
         steps, skipped = self.steps(trainer), _skipped(_strategy(trainer)) - self._first_skipped
         expected = {
-            # A step that overflowed leaves the parameters as they are.
+            # A step whose gradients overflowed is skipped and gathers no parameters.
             entry: count * (steps - skipped if entry.tag == "parameters.gather" else steps)
             for entry, count in predict(self.config).items()
         }
@@ -125,13 +129,13 @@ class CommunicationLedger(Callback):
         return differences(self.ledger.totals, with_rows(expected, self.config, moved))
 
     def table(self, trainer: Trainer) -> Table:
-        """What one process communicated in a step, for people."""
+        """Returns a table for people of what the first process communicated per step."""
         title = "communication of the first process, per step"
         steps = max(1, self.steps(trainer))
         return traffic_table(title, self.ledger.totals, steps, self.ledger.timed, self.differences(trainer))
 
     def _per_step(self, step: int) -> dict[str, float]:
-        """What a training step has communicated on average since the last call, under the names of the totals."""
+        """Returns the mean communication per training step since the last call, under the names of the totals."""
         totals = {name: v for name, v in self._metrics().items() if name.split("/")[1] in TRAINING_PHASES}
         (since, before), self._marked = self._marked, (step, totals)
         return {name: (value - before.get(name, 0)) / (step - since) for name, value in totals.items()}
@@ -148,14 +152,14 @@ class CommunicationLedger(Callback):
 def traffic_table(
     title: str, totals: Totals, steps: int, timed: bool, wrong: Mapping[Entry, tuple[Count, Count]]
 ) -> Table:
-    """What was communicated in a step, for people.
+    """Makes a table for people of what was communicated per step.
 
     Args:
-        title: above it.
-        totals: of the steps.
-        steps: how many.
-        timed: whether to show times.
-        wrong: differences from the closed form.
+        title: Title above the table.
+        totals: Totals over all steps.
+        steps: Number of steps.
+        timed: Whether to show times.
+        wrong: Differences from the closed form, as (counted, expected).
     """
     table = Table(title=title, title_justify="left")
     for heading in ("phase", "group", "operation"):

@@ -1,4 +1,4 @@
-"""What the memory of a run was for: parameters, gradients, optimizer state, and the rest."""
+"""Breaks the peak memory of a run down into parameters, gradients, optimizer state and the rest."""
 
 import resource
 import sys
@@ -17,8 +17,8 @@ from tedlab.strategy import TEDStrategy
 class MemoryByCategory(Callback):
     """Divides each process's peak memory into categories.
 
-    On a GPU the peak is that of torch's allocator. On a CPU it is that of the process's resident memory, in which
-    interpreter and libraries come first: what was resident before there was a model is a category of its own.
+    On a GPU the peak is that of torch's allocator. On a CPU it is that of the process's resident memory, which includes
+    the interpreter and libraries: what was resident before the model existed is a category of its own.
     """
 
     def __init__(self) -> None:
@@ -30,16 +30,16 @@ class MemoryByCategory(Callback):
             self._before = _present_bytes(trainer.strategy.root_device)
 
     def overall(self, trainer: Trainer) -> dict[str, Any]:
-        """Bytes by category, each of the process with the most. Collective, after training.
+        """Returns bytes by category, each the maximum over processes. Collective; call it after training.
 
-        - ``memory/peak_bytes``, and ``memory/peak_bytes_by_rank``;
-        - ``memory/before_bytes``: what was there before the model;
+        - ``memory/peak_bytes``, and ``memory/peak_bytes_by_rank`` with one value per process;
+        - ``memory/before_bytes``: memory in use before the model existed;
         - ``memory/parameters_bytes``: weights, with the padding that sharding adds;
-        - ``memory/gradients_bytes``: of all local parameters, which is what they take at most, after a backward pass;
-        - ``memory/optimizer_bytes``: this process's shard of state and fp32 master copies;
-        - ``memory/stash_bytes``: collectives' results kept for recomputation (CAC), at most;
-        - ``memory/activations_bytes``: the peak less all of these: activations, and whatever else was alive then. 0
-          where that fitted into memory that the process had and did not use.
+        - ``memory/gradients_bytes``: gradients of all local parameters, their maximum after a backward pass;
+        - ``memory/optimizer_bytes``: the process's shard of optimizer state and fp32 master weights;
+        - ``memory/stash_bytes``: peak of the collectives' results kept for recomputation (CAC);
+        - ``memory/activations_bytes``: the peak less all of these, so activations and whatever else was alive. It is 0
+          if these fitted into memory that the process held without using it.
         """
         strategy = trainer.strategy
         assert isinstance(strategy, TEDStrategy)
@@ -54,7 +54,7 @@ class MemoryByCategory(Callback):
 
 
 def _held_bytes(strategy: TEDStrategy) -> dict[str, int]:
-    """What training keeps in this process by category; gradients at their most."""
+    """Returns the bytes that training keeps in this process by category, with gradients at their maximum."""
     assert strategy.model is not None
     optimizers = strategy.sharded_optimizers
     buckets = [bucket for optimizer in optimizers for bucket in optimizer.buckets]
@@ -81,6 +81,6 @@ def _present_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = Path("/proc/self/statm")
-    if not pages.exists():  # macOS: the peak until now is all that the standard library tells
+    if not pages.exists():  # macOS: the standard library reports only the peak so far
         return _peak_bytes(device)
     return int(pages.read_text().split()[1]) * resource.getpagesize()

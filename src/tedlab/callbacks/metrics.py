@@ -1,4 +1,4 @@
-"""Losses and throughput of training steps, averaged over data ranks in one collective each time they are logged."""
+"""Logs losses and throughput of training steps, with one collective per logged step to average over data ranks."""
 
 import time
 from typing import Any
@@ -15,18 +15,18 @@ from tedlab.strategy import TEDStrategy
 
 
 class StepMetrics(Callback):
-    """Logs the scalars that ``training_step`` returned, and of the step: learning rate, time, tokens/s, TFLOP/s, MFU.
+    """Logs the scalars that ``training_step`` returns, and learning rate, step time, tokens/s, TFLOP/s and MFU.
 
-    ``perf/tflops`` is of one device (on CPU: one process), in model FLOPs, see ``flops.py``; ``perf/mfu`` is its share
-    of the device's peak, where that is known. With clipping also the gradient's norm before it, with fp16 the loss
-    scale and the number of skipped steps.
+    ``perf/tflops`` counts model FLOPs per device (on CPU: per process), see ``flops.py``; ``perf/mfu`` is its share of
+    the device's peak, where that is known. With clipping, the gradient norm before clipping is logged too; with fp16,
+    the loss scale and the number of skipped steps.
 
-    Values are means over a step's micro-batches and data ranks. Between two logged steps nothing is reduced and no
-    value is read from the device. Validation does not count as step time.
+    Scalars are means over a step's micro-batches and data ranks. Between two logged steps nothing is reduced and no
+    value is read from the device. Step time excludes validation.
 
     Args:
-        tokens_per_step: tokens of one optimizer step over all data ranks.
-        flops_per_token: model FLOPs of forward and backward pass.
+        tokens_per_step: Number of tokens in an optimizer step over all data ranks.
+        flops_per_token: Model FLOPs of a token's forward and backward pass.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_token: int) -> None:
@@ -36,7 +36,7 @@ class StepMetrics(Callback):
         self._peak: float | None = None  # FLOP/s of one device
         self._sums: dict[str, Tensor] = {}
         self._micro_batches = 0
-        self._marks: list[tuple[int, float]] = []  # step and seconds of training, at the start and at each logging
+        self._marks: list[tuple[int, float]] = []  # step and training seconds, at the start and at each logging
         self._validation_began = 0.0
         self._validating = 0.0  # seconds spent in validation
 
@@ -77,7 +77,7 @@ class StepMetrics(Callback):
         self._micro_batches = 0
 
     def overall(self) -> dict[str, float]:
-        """Mean throughput of the run after the first logged step (warm-up); of all of it if nothing came after."""
+        """Returns mean throughput after the first logged step (warm-up), or of the whole run if that was the last."""
         return self._throughput(1 if len(self._marks) > 2 else 0)
 
     def _mark(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""One progress bar for a whole run, in steps, with losses, tokens/s and the time that is left."""
+"""A progress bar over the steps of a whole run, with losses, tokens/s and the remaining time."""
 
 import sys
 import threading
@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.progress import TimeRemainingColumn as Remaining
 from typing_extensions import override
 
-_SILENT_S = 60.0  # without a line, where output is not a terminal
+_SILENT_S = 60.0  # longest time without a line where output is not a terminal
 _SHOWN = {
     "train/loss": "loss {:.3f}",
     "val/loss": "val {:.3f}",
@@ -22,11 +22,11 @@ _SHOWN = {
 
 
 class RunProgress(ProgressBar):
-    """Lightning's bars count the micro-batches of one epoch; this one counts the optimizer steps of the run.
+    """Shows the optimizer steps of the run, whereas Lightning's bars count the micro-batches of one epoch.
 
-    Shown by the first process. Where output is not a terminal it is a line about every tenth of the run, and whenever
-    there was none for a minute: also while nothing can be said but that a step, or what comes before or after them,
-    still goes on.
+    Only the first process shows it. Where output is not a terminal, it prints a line about every tenth of the run and
+    whenever a minute has passed without one, even if only to say that setup, a step or the end of the run still takes
+    its time.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class RunProgress(ProgressBar):
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._doing = "setting up"
-        self._shown = ""  # metrics; only the main thread may ask for them, since that may be a collective
+        self._shown = ""  # metrics; only the main thread may read them, which may be a collective
         self._began = (0, 0.0)  # step and time, when training began
         self._last = 0.0  # time of the last line
         self._over = threading.Event()
@@ -115,7 +115,7 @@ class RunProgress(ProgressBar):
         self._stop()
 
     def _remind(self, trainer: Trainer, over: threading.Event) -> None:
-        """A line whenever the last one is a minute old. The main thread may wait for a device or other processes."""
+        """Prints a line whenever the last one is a minute old: the main thread may be waiting and print none."""
         while not over.wait(max(0.0, self._last + _SILENT_S - time.monotonic())):
             if time.monotonic() >= self._last + _SILENT_S:
                 self._print(trainer, self._doing)
@@ -133,7 +133,7 @@ class RunProgress(ProgressBar):
 
     @staticmethod
     def _interval(trainer: Trainer) -> int:
-        """About a tenth of the run, and a multiple of the steps between new values."""
+        """Returns about a tenth of the run's steps, as a multiple of the steps between logged values."""
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every * max(1, round(trainer.max_steps / 10 / every))
 

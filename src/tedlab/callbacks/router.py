@@ -1,4 +1,4 @@
-"""Router health: a few scalars whenever metrics are logged, and now and then a picture of every expert's load."""
+"""Logs router health: scalars whenever metrics are logged, and occasionally a picture of every expert's load."""
 
 import json
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from tedlab.moe import RouterReport, relative_load, router_health
 PICTURE = "router_load.png"
 DATA = "router_load.json"
 TRACE = "router_trace.npz"
-_WRITTEN_CELLS = 200  # up to so many cells of the picture have their value written into them
+_WRITTEN_CELLS = 200  # the picture shows values in its cells if it has at most this many
 
 
 class RouterHealth(Callback):
     """Logs :func:`tedlab.moe.router_health` as ``router/…``, and draws the load of a step by layer and expert.
 
-    Takes what the routers reported from ``training_step``'s result (``routers``), over all micro-batches of a step and
-    all processes. That is one collective each time metrics are logged and at the last step; in between nothing is
+    It averages the routers' reports (``routers`` in the result of ``training_step``) over a step's micro-batches and
+    all processes. This takes one collective each time metrics are logged and at the last step; in between nothing is
     reduced and no value is read from the device.
 
-    ``router_load.png`` and ``router_load.json`` in the run directory show the last step that was drawn; W&B keeps all
-    pictures. ``router_trace.npz`` has every step whose metrics were logged: ``step`` (n,), ``block`` (L,), and ``load``
-    (n, L, E), the choices that fell on each expert.
+    ``router_load.png`` and ``router_load.json`` in the run directory show the last step drawn; W&B keeps all pictures.
+    ``router_trace.npz`` covers every step whose metrics were logged: ``step`` (n,), ``block`` (L,), and ``load``
+    (n, L, E), the number of choices that fell on each expert.
 
     Args:
-        blocks: indices of the blocks with experts.
-        directory: of the run.
-        picture_every: a picture is drawn at the first logged step of every so many; None: only at the end.
+        blocks: Indices of the blocks with experts.
+        directory: The run directory.
+        picture_every: Number of steps between pictures, each drawn at the next logged step; None draws only at the end.
     """
 
     def __init__(self, blocks: Sequence[int], directory: Path, picture_every: int | None) -> None:
@@ -45,7 +45,7 @@ class RouterHealth(Callback):
         self.directory = directory
         self.picture_every = picture_every
         self._micro_batches: list[RouterReport] = []
-        self._latest: tuple[int, RouterReport] | None = None  # step, and averages over micro-batches and processes
+        self._latest: tuple[int, RouterReport] | None = None  # step, and its averages over micro-batches and processes
         self._drawn = 0  # the step of the last picture
         self._trace: dict[int, np.ndarray] = {}  # step → load (L, E)
 
@@ -67,7 +67,7 @@ class RouterHealth(Callback):
             self._latest = step, self._average(trainer)
             self._trace[step] = self._choices(trainer, self._latest[1])
             metrics = self.overall()
-            # What training_step returns itself is logged by StepMetrics.
+            # StepMetrics logs what training_step itself returns.
             log(trainer, {name: metrics[name] for name in metrics if name not in outputs})
             if self.picture_every is not None and step // self.picture_every > self._drawn // self.picture_every:
                 self._draw(trainer)
@@ -81,16 +81,16 @@ class RouterHealth(Callback):
             np.savez_compressed(self.directory / TRACE, step=steps, block=np.array(self.blocks), load=loads)
 
     def overall(self) -> dict[str, float]:
-        """The values of the last step whose metrics were logged, or of the last step of all."""
+        """Returns the values of the latest step that was logged; the run's last step always counts as one."""
         if self._latest is None:
             return {}
         return {f"router/{name}": value for name, value in router_health(self._latest[1]).items()}
 
     def _average(self, trainer: Trainer) -> RouterReport:
-        """Of a step's micro-batches and processes, in fp64.
+        """Averages the reports of a step's micro-batches over all processes, in fp64.
 
-        An average of counts over all processes is in proportion to their sum over data ranks, whether tensor ranks
-        hold copies or each the counts of its own tokens.
+        The average of counts over all processes is proportional to their sum over data ranks, whether tensor ranks
+        hold copies of the counts or each counts its own tokens.
         """
         own = [torch.stack(values).double().mean(0) for values in zip(*self._micro_batches, strict=True)]
         joined = trainer.strategy.reduce(torch.cat([values.flatten() for values in own])).cpu()
@@ -98,7 +98,7 @@ class RouterHealth(Callback):
         return RouterReport(*(part.view(values.shape) for part, values in zip(parts, own, strict=True)))
 
     def _choices(self, trainer: Trainer, average: RouterReport) -> np.ndarray:
-        """(L, E) int64: choices of the step that fell on each expert."""
+        """Returns how many choices of the step fell on each expert: (L, E), int64."""
         topology = trainer.strategy.topology  # type: ignore[attr-defined]
         shares = topology.degrees.world_size if topology.sequence_sharded else topology.degrees.data
         choices = average.load * (len(self._micro_batches) * shares)
@@ -118,13 +118,13 @@ class RouterHealth(Callback):
 
 
 def draw_load(load_LE: Tensor, blocks: Sequence[int], step: int, file: Path) -> None:
-    """A heat map, layer × expert, of loads relative to their layer's mean.
+    """Draws a heat map, layer × expert, of loads relative to their layer's mean.
 
     Args:
-        load_LE: see :func:`tedlab.moe.relative_load`.
-        blocks: indices of the L blocks, to name the rows by.
-        step: to name the picture by.
-        file: PNG to write.
+        load_LE: Relative loads, (L, E); see :func:`tedlab.moe.relative_load`.
+        blocks: Indices of the L blocks, which label the rows.
+        step: Number of the step, for the title.
+        file: PNG file to write.
     """
     layers, experts = load_LE.shape
     size = min(12.0, 3.5 + 0.5 * experts), min(9.0, 1.9 + 0.45 * layers)  # inches
