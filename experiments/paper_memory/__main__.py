@@ -16,7 +16,7 @@ from tedlab.config import TrainConfig
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import estimate
 from tedlab.predict.estimate.memory import Memory, Moment
-from tedlab.predict.estimate.sizes import Sizes
+from tedlab.predict.volumes import ClosedForm
 from tedlab.validate import complete_simulated
 
 HERE = Path(__file__).parent
@@ -90,7 +90,7 @@ def largest_hidden(template: TrainConfig, accumulated: int = 1) -> int:
         model = replace(template.model, hidden=hidden, ffn=4 * hidden, layers=layers_of(hidden))
         data = replace(template.data, batch_size=template.data.batch_size * accumulated)
         config = complete_simulated(replace(template, model=model, data=data))
-        fits = Memory(Sizes(config)).peak().total <= USABLE * GIB
+        fits = Memory(ClosedForm(config)).peak().total <= USABLE * GIB
         low, high = (middle, high) if fits else (low, middle)
     return 32 * low
 
@@ -129,7 +129,7 @@ def ratios(rows: Sequence[Mapping[str, float]], experts: int, tensor: int) -> di
 
 def optimizer_step(experts: int, own: Sequence[str]) -> dict[str, float]:
     """GiB of the 6.7 B base's optimizer step on 128 GPUs, its temporaries, and the fullest moment before it."""
-    moments = list(Memory(Sizes(configured(step_overrides(experts, own)))).at_moments())
+    moments = list(Memory(ClosedForm(configured(step_overrides(experts, own)))).at_moments())
     step = next(moment for moment in moments if moment.name == "optimizer step")
     before = (moment for moment in moments if not _belongs_to_step(moment))
     return {

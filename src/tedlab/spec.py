@@ -3,7 +3,8 @@
 A specification never runs a layer and is never run by one, so that a prediction and a measurement are independent.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
@@ -12,7 +13,10 @@ from tedlab.config import CommOptions
 from tedlab.degrees import GroupKind, ParallelDegrees
 
 if TYPE_CHECKING:
+    import torch
+
     from tedlab.comm import Operation
+    from tedlab.comm.rows import Rows
 
 # Rows that a mixture of experts moves, see ``comm/rows.py``: of how many, routers may decide.
 Routed = Literal["sent", "received", "computed", "gathered"]
@@ -160,6 +164,95 @@ class Sites(NamedTuple):
         return Sites(tuple(forward), tuple(site for site in self.backward if sizes[site.kind] > 1))
 
 
+class Work(NamedTuple):
+    """What a kernel does.
+
+    Attributes:
+        flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
+        bytes: read and written, each operand once.
+        dtype: that it computes in.
+        kind: of kernel.
+        fresh: bytes of results that are too large for a CPU's allocator to keep.
+    """
+
+    flops: float
+    bytes: float
+    dtype: "torch.dtype"
+    kind: Literal["gemm", "attention", "arithmetic", "movement"]
+    fresh: float = 0.0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a layer computes with in one process.
+
+    Attributes:
+        layout: of the processes.
+        tokens: of a data rank's micro-batch.
+        length: tokens of a sample.
+        parameter, compute, precise: dtypes of parameters and of activations between layers; of matrix products; of what
+            is computed in fp32 or better.
+        rows: that it moves between experts and other processes.
+    """
+
+    layout: Layout
+    tokens: int
+    length: int
+    parameter: "torch.dtype"
+    compute: "torch.dtype"
+    precise: "torch.dtype"
+    rows: "Rows"
+
+    @property
+    def tensor(self) -> int:
+        """The tensor degree."""
+        return self.layout.degrees.tensor
+
+    @property
+    def outside(self) -> int:
+        """Tokens of this process between layers."""
+        return self.tokens // self.tensor if self.layout.sequence else self.tokens
+
+    @property
+    def mixed(self) -> bool:
+        """Whether products are computed in another dtype than parameters have."""
+        return self.parameter != self.compute
+
+    def moved(self, elements: float, *dtypes: "torch.dtype") -> Work:
+        """An operation limited by memory that moves so many elements of each dtype; by default of ``compute``."""
+        return Work(0, elements * sum(d.itemsize for d in dtypes or (self.compute,)), self.precise, "arithmetic")
+
+    def product(self, m: int, k: int, n: int, *, times: int = 1, precise: bool = False) -> Work:
+        """So many products of matrices (m, k) and (k, n)."""
+        dtype = self.precise if precise else self.compute
+        return Work(times * 2 * m * k * n, times * (m * k + k * n + m * n) * dtype.itemsize, dtype, "gemm")
+
+    def product_backward(self, m: int, k: int, n: int) -> Iterator[Work]:
+        """Gradients of both factors, of which the second is a weight."""
+        yield self.product(m, n, k)
+        yield self.product(k, m, n)
+        if self.mixed:
+            yield self.moved(k * n, self.parameter, self.compute)
+
+
+class WorkingSet(NamedTuple):
+    """A moment of a layer's backward pass that may be its fullest.
+
+    Attributes:
+        name: of it.
+        new: bytes of gradients just made.
+        done: bytes of those that the layers behind it left.
+        freed: bytes of activations that are not needed any more.
+        temporaries: bytes of everything else.
+    """
+
+    name: str
+    new: int = 0
+    done: int = 0
+    freed: int = 0
+    temporaries: int = 0
+
+
 class Spec:
     """Base of specifications: frozen dataclasses whose fields are the arguments of the layer, but for its topology.
 
@@ -190,3 +283,35 @@ class Spec:
         for _, part in self.children():
             together = together.then(part.sites(layout))
         return together
+
+    def flops(self, length: int) -> Counter[str]:
+        """Model FLOPs of the forward pass for each token of a sample of so many, by part of the model."""
+        return sum((part.flops(length) for _, part in self.children()), Counter())
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        """The kernels of its forward pass, or of a second one.
+
+        Args:
+            b: that it computes.
+            dead: collectives whose input nobody needs, so that the product that would make it is left out.
+            stop: whether the pass ends as soon as everything is there that the backward pass needs.
+        """
+        for _, part in self.children():
+            yield from part.forward(b, dead)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        """The kernels of its backward pass."""
+        for _, part in reversed(tuple(self.children())):
+            yield from part.backward(b)
+
+    def saved(self, b: MicroBatch) -> int:
+        """Bytes that its forward pass keeps for the backward pass."""
+        return sum(part.saved(b) for _, part in self.children())
+
+    def gradients(self, b: MicroBatch) -> int:
+        """Bytes of the gradients of its parameters."""
+        return sum(p.elements(b.layout.degrees) for p in self.parameters()) * b.parameter.itemsize
+
+    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        """Moments of its backward pass, which may follow a second forward pass, that can be the fullest."""
+        return iter(())

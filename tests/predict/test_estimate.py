@@ -8,10 +8,10 @@ from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.estimate import OPTIMIZER
 from tedlab.predict.estimate.memory import Memory
-from tedlab.predict.estimate.sizes import Sizes
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
-from tedlab.predict.sim.roofline import Work
+from tedlab.predict.volumes import ClosedForm
+from tedlab.spec import Work
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
 
@@ -86,7 +86,7 @@ def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simul
 def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation], case: str) -> None:
     config = checked(*CASES[case])
     bytes_each = 2 + 6 * 4 + 2 if "16-true" in config.trainer["precision"] else 7 * 4
-    shards = Memory(Sizes(config)).shards
+    shards = Memory(ClosedForm(config)).shards
     kernels = simulations[case].kernels
     for shard in set(shards):
         assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)

@@ -1,7 +1,8 @@
 """A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
@@ -35,7 +36,7 @@ from tedlab.nn import (
     vocab_parallel_cross_entropy,
 )
 from tedlab.registry import Registry
-from tedlab.spec import Init, Layout, Spec
+from tedlab.spec import Init, Layout, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -74,6 +75,44 @@ class BlockSpec(Spec):
         """What it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
         inner = self.feed_forward
         return inner.dispatch.rows(layout, tokens) if isinstance(inner, MoESpec) else Rows()
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        residual = b.moved(b.outside * self.model.hidden, b.parameter, b.parameter, b.compute)
+        yield from self.norm1.forward(b)
+        yield from self.attention.forward(b, dead)
+        yield residual
+        yield from self.norm2.forward(b)
+        yield from self.feed_forward.forward(b, dead, stop)
+        if not stop:
+            yield residual
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        for layer, norm in ((self.feed_forward, self.norm2), (self.attention, self.norm1)):
+            yield from layer.backward(b)
+            yield from norm.backward(b)
+            yield b.moved(3 * b.outside * self.model.hidden, b.parameter)  # of the residual
+
+    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        yield from self.feed_forward.working_sets(b, recomputed)
+        freed = self.norm2.saved(b) + self.feed_forward.saved(b)
+        for moment in self.attention.working_sets(b, recomputed):
+            yield moment._replace(done=self.gradients(b), freed=freed)
+
+
+@dataclass(frozen=True)
+class LogitsSpec(ColumnParallelSpec):
+    """Of the product that makes logits, with weights of its own or, ``tied``, the embedding's."""
+
+    tied: bool = False
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        k, n = self.widths(b)
+        yield from b.product_backward(b.tokens, k, n)
+        if self.tied:
+            yield b.moved(3 * k * n, b.parameter)  # the sum of both gradients
+
+    def saved(self, b: MicroBatch) -> int:
+        return b.tokens * self.in_features * b.compute.itemsize
 
 
 class Block(nn.Module):
@@ -132,21 +171,33 @@ class GPTSpec(Spec):
         return NormSpec(self.model.hidden, self.model.norm)
 
     @property
-    def logits(self) -> ColumnParallelSpec:
-        """Of the product that makes them, with whatever weights."""
-        table = self.embedding
-        return ColumnParallelSpec(table.hidden, table.vocab_size, "output", table.init, bias=False)
-
-    @property
     def output(self) -> ColumnParallelSpec | None:
         """None: its weights are the embedding's."""
-        return None if self.model.tie_embeddings else self.logits
+        table = self.embedding
+        if self.model.tie_embeddings:
+            return None
+        return ColumnParallelSpec(table.hidden, table.vocab_size, "output", table.init, bias=False)
 
     @property
     def ends(self) -> Sequence[Spec]:
         """What is computed before the first block, and after the last."""
-        ends = (self.embedding, self.positions, self.norm, self.logits, CrossEntropySpec(self.model.loss_chunk))
+        table = self.embedding
+        logits = LogitsSpec(table.hidden, table.vocab_size, "output", table.init, False, self.model.tie_embeddings)
+        loss = CrossEntropySpec(table.vocab_size, self.model.loss_chunk)
+        ends = (table, self.positions, self.norm, logits, loss)
         return [part for part in ends if part is not None]
+
+    @cached_property
+    def first(self) -> list[int]:
+        """For each block the first that is like it."""
+        return [self.blocks.index(block) for block in self.blocks]
+
+    def flops(self, length: int) -> Counter[str]:
+        parts = Counter(self.first)
+        total = sum((end.flops(length) for end in self.ends), Counter[str]())
+        for first, blocks in parts.items():
+            total.update({name: blocks * flops for name, flops in self.blocks[first].flops(length).items()})
+        return total
 
     def children(self) -> Iterator[tuple[str, Spec]]:
         before = (("embedding", self.embedding), ("positions", self.positions))

@@ -21,10 +21,12 @@ sequence parallel  all-to-all,           each tensor rank has its own tokens, so
 Legend as in ``router.py``; in addition e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
@@ -44,7 +46,7 @@ from tedlab.comm import (
 from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import MoEConfig
 from tedlab.moe.router import Routing
-from tedlab.spec import Layout, Site, Sites, Spec
+from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -106,6 +108,45 @@ class DispatchSpec(Spec):
         capacity = groups * group_capacity(moe, tokens // groups, groups)
         slots = -(-capacity // sharers) * moe.num_experts  # grown until each tensor rank has as many
         return Rows(slots, slots, sharers * slots, sharers * slots)
+
+    def there(self, b: MicroBatch) -> Iterator[Work]:
+        """Kernels of tokens on their way to experts, and of the gradients of their results."""
+        sliced, width = b.layout.sharers > 1, self.hidden
+        yield from self._indexed(b, b.rows.sent if b.layout.sequence else b.rows.computed)
+        if sliced and not b.layout.sequence:
+            yield b.moved(2 * b.rows.sent * width)
+        if self._reordered(b):
+            yield b.moved(2 * b.rows.sent * width)
+        if sliced:
+            yield b.moved(2 * b.rows.computed * width)
+
+    def back(self, b: MicroBatch, bias: bool) -> Iterator[Work]:
+        """The way back, on which results get their bias, but gradients none."""
+        sliced, scattered, width = b.layout.sharers > 1, b.layout.scattered, self.hidden
+        if scattered:
+            yield b.moved(2 * b.rows.computed * width)  # into the order of receivers
+        if bias:
+            yield b.moved(2 * (b.rows.sent if scattered else b.rows.computed) * width)
+        if sliced and not scattered:
+            yield b.moved(2 * b.rows.sent * width)
+        if self._reordered(b):
+            yield b.moved(2 * b.rows.sent * width)
+        if sliced and not b.layout.sequence:
+            yield b.moved(2 * b.rows.computed * width)
+        yield from self._indexed(b, b.outside * self.config.top_k)
+
+    def saved(self, b: MicroBatch) -> int:
+        """Indices of choices and of slots."""
+        return (4 * b.outside * self.config.top_k + 2 * b.rows.computed) * torch.int64.itemsize
+
+    def _indexed(self, b: MicroBatch, rows: int) -> Iterator[Work]:
+        """Rows by index, and zeros in place of those that are missing."""
+        for _ in range(2):
+            yield b.moved(2 * rows * self.hidden)
+
+    def _reordered(self, b: MicroBatch) -> bool:
+        """Whether what comes by sender has to be sorted by expert."""
+        return self.config.num_experts > b.layout.degrees.expert > 1
 
 
 class TokenPath(Protocol):

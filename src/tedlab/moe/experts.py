@@ -1,6 +1,7 @@
 """The experts of one process, computed together, each divided over the expert-tensor group."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import ShardedModule, activate
 from tedlab.registry import Registry
-from tedlab.spec import Init, ParameterSpec, Spec
+from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -41,6 +42,40 @@ class ExpertsSpec(Spec):
             biases = (("up_bias", columns, by_column), ("down_bias", self.hidden, {"expert": 0}))
             for name, width, divided in biases:
                 yield ParameterSpec(name, (self.num_experts, 1, width), Init(), divided, "expert", decayed=False)
+
+    def flops(self, length: int) -> Counter[str]:
+        """Of one expert."""
+        return Counter(experts=2 * (3 if self.activation == "swiglu" else 2) * self.hidden * self.ffn)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        here, rows, width = self.here(b)
+        if b.mixed:
+            yield b.moved(2 * here * self.hidden * width, b.parameter, b.compute)
+        yield b.product(rows, self.hidden, width, times=here)
+        yield b.moved(2 * b.rows.computed * width)  # GELU
+        if "experts.reduce" not in dead:
+            yield b.product(rows, width, self.hidden, times=here)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        here, rows, width = self.here(b)
+        yield b.moved(b.rows.computed * self.hidden)  # of the bias
+        for k, n in ((self.hidden, width), (width, self.hidden)):
+            yield b.product(rows, k, n, times=here)
+            yield b.product(k, rows, n, times=here)
+            yield b.moved((3 if k == self.hidden else 1) * b.rows.computed * width)  # GELU, and the other bias
+        if b.mixed:
+            yield b.moved(2 * here * self.hidden * width, b.parameter, b.compute)
+
+    def saved(self, b: MicroBatch) -> int:
+        """Inputs, and both sides of the activation; weights if they were converted."""
+        here, _, width = self.here(b)
+        weights = 2 * here * self.hidden * width if b.mixed else 0
+        return (b.rows.computed * (self.hidden + 2 * width) + weights) * b.compute.itemsize
+
+    def here(self, b: MicroBatch) -> tuple[int, int, int]:
+        """Experts of this process, rows of each, and this tensor rank's inner features."""
+        here = self.num_experts // b.layout.degrees.expert
+        return here, b.rows.computed // here, self.ffn // b.tensor
 
 
 mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")

@@ -1,5 +1,7 @@
 """The MoE layer: a router, and the mixture of what it chooses."""
 
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.router import RouterReport, RouterSpec, routers
 from tedlab.nn import Layer
-from tedlab.spec import Init, Spec
+from tedlab.spec import Init, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -39,6 +41,52 @@ class MoESpec(Spec):
     def experts(self) -> ExpertsSpec:
         widths = self.config.num_experts, self.hidden, self.ffn
         return ExpertsSpec(*widths, self.init, self.out_init, self.activation, self.bias)
+
+    def flops(self, length: int) -> Counter[str]:
+        """Of the experts that a token chooses, whatever a full one drops, and without empty slots."""
+        return self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        chosen = b.outside * self.config.top_k
+        yield from self.router.forward(b)
+        if b.mixed:
+            yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
+        yield from self.dispatch.there(b)
+        yield from self.experts.forward(b, dead)
+        yield from self.dispatch.back(b, bias=True)
+        if not stop:
+            yield b.moved(2 * chosen * self.hidden)  # gate
+            yield b.moved((chosen + b.outside) * self.hidden)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        chosen = b.outside * self.config.top_k
+        for passes in (3, 2, 1):  # of the gate, through it
+            yield b.moved(passes * chosen * self.hidden)
+        yield from self.dispatch.there(b)
+        yield from self.experts.backward(b)
+        yield from self.dispatch.back(b, bias=False)
+        yield b.moved(3 * (self.config.top_k - 1) * b.outside * self.hidden)
+        yield from self.router.backward(b)
+        yield b.moved(3 * b.outside * self.hidden, b.parameter)  # the router's and the experts'
+
+    def saved(self, b: MicroBatch) -> int:
+        """Also the results that gates weight."""
+        return super().saved(b) + self._weighted(b)
+
+    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        here, _, width = self.experts.here(b)
+        slots, stream = b.rows.computed * b.compute.itemsize, b.outside * self.hidden * b.parameter.itemsize
+        # The results that gates weighted are gone, and the gradient of tokens is that of the block's result alone.
+        matrix = here * self.hidden * width * b.parameter.itemsize
+        held = slots * (self.hidden + width) - stream
+        yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
+        if recomputed and self.config.unlimited:
+            # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
+            copies = 5 if b.layout.sharers > 1 else 3
+            yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
+
+    def _weighted(self, b: MicroBatch) -> int:
+        return b.outside * self.config.top_k * self.hidden * b.compute.itemsize
 
 
 class MoELayer(Layer):

@@ -5,7 +5,8 @@ Every tensor rank routes the same tokens with the same weights and so decides th
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,7 +20,7 @@ from tedlab.comm import pin, reduce_from
 from tedlab.config import MoEConfig
 from tedlab.nn import ShardedModule
 from tedlab.registry import Registry
-from tedlab.spec import Init, Layout, ParameterSpec, Site, Sites, Spec
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -107,6 +108,35 @@ class RouterSpec(Spec):
             return Sites()
         width = 2 * self.config.num_experts + 1
         return Sites((Site("router.statistics", "all_reduce", "tensor", width, "once", "precise"),))
+
+    def flops(self, length: int) -> Counter[str]:
+        return Counter(routers=2 * self.hidden * self.config.num_experts)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        n, experts = b.outside, self.config.num_experts
+        if b.precise != b.parameter:
+            yield b.moved(n * self.hidden, b.parameter, b.precise)
+        yield b.product(n, self.hidden, experts, precise=True)
+        yield _bytes(b, n * experts * 53)  # softmax, losses, counts
+        yield _bytes(b, n * self.config.top_k * 480)  # sorting, slots, and their inverse
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        n, experts = b.outside, self.config.num_experts
+        yield _bytes(b, n * experts * 40)
+        yield b.product(experts, n, self.hidden, precise=True)
+        yield b.product(n, experts, self.hidden, precise=True)
+        if b.precise != b.parameter:
+            yield b.moved(n * self.hidden, b.parameter, b.precise)
+
+    def saved(self, b: MicroBatch) -> int:
+        """Its input, and of each token and expert three numbers and an index."""
+        scores = self.config.num_experts * (3 * b.precise.itemsize + torch.int64.itemsize)
+        return b.outside * (self.hidden * b.parameter.itemsize + scores)
+
+
+def _bytes(b: MicroBatch, number: int) -> Work:
+    """What a router does to vectors and indices, as a rough sum."""
+    return Work(0, number, b.precise, "arithmetic")
 
 
 routers: "Registry[type[Router]]" = Registry("moe.gating")

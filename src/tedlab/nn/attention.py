@@ -1,5 +1,7 @@
 """Causal self-attention with its heads divided over the tensor group."""
 
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from torch import Tensor
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.rotary import rotate
 from tedlab.nn.sharded import Layer
-from tedlab.spec import Init, Spec
+from tedlab.spec import Init, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -30,6 +32,36 @@ class SelfAttentionSpec(Spec):
     @property
     def out(self) -> RowParallelSpec:
         return RowParallelSpec(self.hidden, self.hidden, "attention", self.out_init, self.bias)
+
+    def flops(self, length: int) -> Counter[str]:
+        """Of scores and weighted sums half: a token looks at the tokens before it only."""
+        projections = super().flops(length).total()
+        return Counter(attention_projections=projections, attention_scores=2 * length * self.hidden)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        yield from self.qkv.forward(b)
+        yield self._scores(b, flops=4, moved=4)
+        yield from self.out.forward(b, dead)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        yield from self.out.backward(b)
+        yield self._scores(b, flops=10, moved=8)
+        yield b.moved(6 * b.tokens * self.hidden // b.tensor)  # of q, k and v, put together
+        yield from self.qkv.backward(b)
+
+    def saved(self, b: MicroBatch) -> int:
+        """Also queries, keys and values, and a number for each row of scores."""
+        own = 3 * b.tokens * self.hidden // b.tensor * b.compute.itemsize + b.tokens * self.heads // b.tensor * 4
+        return super().saved(b) + own
+
+    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        yield WorkingSet("attention", temporaries=6 * b.tokens * self.hidden // b.tensor * b.compute.itemsize)
+
+    def _scores(self, b: MicroBatch, flops: int, moved: int) -> Work:
+        """Of this tensor rank's heads: FLOPs for each pair of positions and feature, tensors like the queries."""
+        elements = b.tokens * self.hidden // b.tensor
+        size = moved * elements * b.compute.itemsize
+        return Work(flops * elements * b.length / 2, size, b.compute, "attention")
 
 
 class SelfAttention(Layer):

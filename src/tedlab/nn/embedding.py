@@ -1,6 +1,6 @@
 """Embedding tables: one divided by vocabulary over the tensor group, one replicated (for positions)."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from tedlab._compat.torch import require
 from tedlab.nn.ids import check_ids
 from tedlab.nn.region import leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, Layout, ParameterSpec, Sites, Spec
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -27,6 +27,14 @@ class VocabParallelEmbeddingSpec(Spec):
 
     def sites(self, layout: Layout) -> Sites:
         return leave_sites("embedding", self.hidden, layout, dtype="parameter")
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        for _ in ("look-up", "mask"):
+            yield b.moved(2 * b.tokens * self.hidden, b.parameter)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        yield b.moved(2 * b.tokens * self.hidden, b.parameter)
+        yield b.moved((self.vocab_size // b.tensor + b.tokens) * self.hidden, b.parameter)
 
 
 class VocabParallelEmbedding(ShardedModule):
@@ -75,6 +83,12 @@ class EmbeddingSpec(Spec):
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.length, self.hidden), self.init, own_tokens=True)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        yield b.moved(2 * b.outside * self.hidden, b.parameter)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        yield b.moved(b.outside * self.hidden, b.parameter)
 
 
 class Embedding(ShardedModule):

@@ -1,5 +1,6 @@
 """The dense feed-forward layer, divided over the tensor group."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -7,7 +8,7 @@ from torch import Tensor
 from tedlab.nn.activation import activate
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.sharded import Layer
-from tedlab.spec import Init, Layout, Sites, Spec
+from tedlab.spec import Init, Layout, MicroBatch, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -35,6 +36,27 @@ class FeedForwardSpec(Spec):
     def sites(self, layout: Layout) -> Sites:
         (*inner, last), backward = super().sites(layout)
         return Sites((*inner, replace(last, feeds="end")), backward)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        yield from self.up.forward(b)
+        yield b.moved(2 * b.tokens * self.ffn // b.tensor)  # GELU
+        if not stop:
+            yield from self.down.forward(b, dead)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        yield from self.down.backward(b)
+        yield b.moved(3 * b.tokens * self.ffn // b.tensor)  # GELU
+        yield from self.up.backward(b)
+
+    def saved(self, b: MicroBatch) -> int:
+        return super().saved(b) + self._inner(b)
+
+    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        matrix = self.hidden * self.ffn // b.tensor * b.parameter.itemsize
+        yield WorkingSet("feed-forward layer", matrix, temporaries=matrix + self._inner(b))  # one transposed
+
+    def _inner(self, b: MicroBatch) -> int:
+        return b.tokens * self.ffn // b.tensor * b.compute.itemsize
 
 
 class FeedForward(Layer):

@@ -1,6 +1,7 @@
 """Linear layers divided over the tensor group: by output features (column) and by input features (row)."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -9,19 +10,36 @@ from torch import Tensor
 from tedlab.comm import matmul_into
 from tedlab.nn.region import enter_sites, leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, Layout, ParameterSpec, Sites, Spec
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
-class ColumnParallelSpec(Spec):
-    """Of :class:`ColumnParallelLinear`."""
+class LinearSpec(Spec):
+    """Of a linear layer."""
 
     in_features: int
     out_features: int
     tag: str
     init: Init
     bias: bool = True
+
+    def flops(self, length: int) -> Counter[str]:
+        return Counter({self.tag: 2 * self.in_features * self.out_features})
+
+    def widths(self, b: MicroBatch) -> tuple[int, int]:
+        """Input and output features of this process's part."""
+        raise NotImplementedError
+
+    def saved(self, b: MicroBatch) -> int:
+        """Its input, and its weights if they were converted."""
+        k, n = self.widths(b)
+        return (b.tokens * k + (k * n if b.mixed else 0)) * b.compute.itemsize
+
+
+@dataclass(frozen=True)
+class ColumnParallelSpec(LinearSpec):
+    """Of :class:`ColumnParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0})
@@ -30,6 +48,25 @@ class ColumnParallelSpec(Spec):
 
     def sites(self, layout: Layout) -> Sites:
         return enter_sites(self.tag, self.in_features, layout)
+
+    def widths(self, b: MicroBatch) -> tuple[int, int]:
+        return self.in_features, self.out_features // b.tensor
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        k, n = self.widths(b)
+        if b.mixed:
+            yield b.moved(b.outside * k + k * n, b.parameter, b.compute)
+        if b.layout.sequence:  # into the order of positions
+            yield b.moved(2 * b.tokens * k)
+        yield b.product(b.tokens, k, n)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        k, n = self.widths(b)
+        yield from b.product_backward(b.tokens, k, n)
+        if self.bias:
+            yield b.moved(b.tokens * n)
+        if b.layout.sequence:
+            yield b.moved(2 * b.tokens * k)
 
 
 class ColumnParallelLinear(ShardedModule):
@@ -59,14 +96,8 @@ class ColumnParallelLinear(ShardedModule):
 
 
 @dataclass(frozen=True)
-class RowParallelSpec(Spec):
+class RowParallelSpec(LinearSpec):
     """Of :class:`RowParallelLinear`."""
-
-    in_features: int
-    out_features: int
-    tag: str
-    init: Init
-    bias: bool = True
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1})
@@ -75,6 +106,30 @@ class RowParallelSpec(Spec):
 
     def sites(self, layout: Layout) -> Sites:
         return leave_sites(self.tag, self.out_features, layout)
+
+    def widths(self, b: MicroBatch) -> tuple[int, int]:
+        return self.in_features // b.tensor, self.out_features
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        k, n = self.widths(b)
+        if b.mixed:
+            yield b.moved(k * n, b.parameter, b.compute)
+        if f"{self.tag}.reduce" not in dead:
+            yield b.product(b.tokens, k, n)
+            if b.layout.sequence:
+                yield b.moved(2 * b.tokens * n)
+        if self.bias:
+            yield b.moved(2 * b.outside * n)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        k, n = self.widths(b)
+        if b.mixed:
+            yield b.moved(b.outside * n, b.parameter, b.compute)
+        if b.layout.sequence:
+            yield b.moved(2 * b.tokens * n)
+        if self.bias:
+            yield b.moved(b.tokens * n)
+        yield from b.product_backward(b.tokens, k, n)
 
 
 class RowParallelLinear(ShardedModule):

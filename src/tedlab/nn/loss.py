@@ -7,7 +7,7 @@ the same micro-batches; a token of a micro-batch with few of them then weighs mo
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,20 +17,36 @@ from torch.autograd import Function
 
 from tedlab.comm import Collectives
 from tedlab.nn.ids import check_ids
-from tedlab.spec import Layout, Site, Sites, Spec
+from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 
 IGNORE_INDEX = -100  # torch's own
 
 
 @dataclass(frozen=True)
 class CrossEntropySpec(Spec):
-    """Of the functions below; ``chunk``: tokens whose logits exist at a time."""
+    """Of the functions below; ``chunk``: tokens whose logits exist at a time. Of all at once it states the kernels."""
 
+    vocab_size: int
     chunk: int | None = None
 
     def sites(self, layout: Layout) -> Sites:
         maximum = Site("loss.max", "all_reduce", "tensor", 1, dtype="precise", chunk=self.chunk)
         return Sites((maximum, replace(maximum, tag="loss.sum", width=2)))
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        logits = b.tokens * self.vocab_size // b.tensor
+        yield b.moved(logits, b.compute, b.precise)
+        for passes in (1, 2, 2, 1, 2):  # maximum, difference, exp, sum, quotient
+            yield b.moved(passes * logits, b.precise)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        logits = b.tokens * self.vocab_size // b.tensor
+        yield b.moved(2 * logits, b.precise)
+        if b.precise != b.compute:
+            yield b.moved(logits, b.precise, b.compute)
+
+    def saved(self, b: MicroBatch) -> int:
+        return b.tokens * self.vocab_size // b.tensor * (b.compute.itemsize + b.precise.itemsize)
 
 
 def mean_over_counted(losses: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

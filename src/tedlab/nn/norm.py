@@ -1,6 +1,6 @@
 """Normalisation layers. Their parameters are replicated over the tensor group."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, ParameterSpec, Spec
+from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -25,6 +25,17 @@ class NormSpec(Spec):
         yield ParameterSpec("weight", (self.hidden,), Init(mean=1.0), own_tokens=True, decayed=False)
         if self.kind == "layer":
             yield ParameterSpec("bias", (self.hidden,), own_tokens=True, decayed=False)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        yield b.moved(2 * b.outside * self.hidden, b.parameter)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        if b.mixed:
+            yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
+        yield b.moved(3 * b.outside * self.hidden, b.parameter)
+
+    def saved(self, b: MicroBatch) -> int:
+        return b.outside * self.hidden * b.parameter.itemsize
 
 
 class _Norm(ShardedModule):

@@ -38,7 +38,7 @@ def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective],
     """
     best = [Choice(0, 0.0, ())]
     options: dict[int, list[Choice]] = {}  # of the first of blocks that are alike
-    for block, first in enumerate(form.first):
+    for block, first in enumerate(form.spec.first):
         if first == block:
             options[first] = _efficient(_options(form, block, seconds), budget)
         best = _efficient(

@@ -2,24 +2,18 @@
 
 Counted are model FLOPs: what the mathematics of a training step needs, whatever a layout or an implementation adds.
 
-Legend: H hidden, F ffn, S sequence_length, V vocab_size, E experts, K choices per token. A multiply-add is two
-operations. Forward, per token:
-
-- attention's projections, each block: 2·(3H² + H²);
-- attention's scores and weighted sums, each block: 2·S·H, half of 4·S·H: a token looks at the tokens before it only;
-- a dense feed-forward layer: 2·2·H·F, and with SwiGLU, which has three matrices, 2·3·H·F;
-- experts: K times that, whatever a full expert drops, and without the empty slots of the dispatch buffer;
-- a router: 2·H·E;
-- the output over the vocabulary: 2·H·V.
-
-Backward is twice forward: a product has two gradients. What activation checkpointing recomputes is not counted.
-Neither are lookups in tables, biases, norms, activations, rotations, softmax, the loss and the optimizer, which
-multiply no matrices.
+Layers state what they need in the forward pass (``Spec.flops``): their matrix products, a multiply-add being two
+operations. Attention's scores and weighted sums count half, since a token looks at the tokens before it only; experts
+count as often as a token chooses them, whatever a full one drops. Backward is twice forward: a product has two
+gradients. What activation checkpointing recomputes is not counted, nor is what multiplies no matrices: lookups in
+tables, biases, norms, activations, rotations, softmax, the loss and the optimizer.
 """
 
 import re
+from collections import Counter
 
 from tedlab.config import ModelConfig, MoEConfig
+from tedlab.models import models
 
 # Dense peak (without sparsity) in TFLOP/s of one device as torch names it. Tensor cores for half precision; fp32 is
 # IEEE fp32, not TF32, which torch uses for matrix products only when told to. Of several that match the first counts.
@@ -43,24 +37,14 @@ _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
 )
 
 
-def forward_flops(model: ModelConfig, moe: MoEConfig) -> dict[str, int]:
-    """FLOPs of the forward pass per token, by part of the model; see the module for the formula.
+def forward_flops(model: ModelConfig, moe: MoEConfig) -> Counter[str]:
+    """FLOPs of the forward pass per token, by part of the model.
 
     Args:
         model: with its ``vocab_size`` set.
         moe: experts.
     """
-    assert model.vocab_size is not None
-    routed = len(moe.blocks(model.layers))
-    feed_forward = 2 * (3 if model.activation == "swiglu" else 2) * model.hidden * model.ffn
-    return {
-        "attention_projections": model.layers * 2 * 4 * model.hidden**2,
-        "attention_scores": model.layers * 2 * model.sequence_length * model.hidden,
-        "feed_forward": (model.layers - routed) * feed_forward,
-        "experts": routed * moe.top_k * feed_forward,
-        "routers": routed * 2 * model.hidden * moe.num_experts,
-        "output": 2 * model.hidden * model.vocab_size,
-    }
+    return models[model.architecture].spec(model, moe).flops(model.sequence_length)
 
 
 def training_flops(model: ModelConfig, moe: MoEConfig) -> int:

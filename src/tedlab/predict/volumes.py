@@ -24,7 +24,7 @@ from tedlab.config import Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models.gpt import TAGS, models
 from tedlab.optim.bucket import lay_out
-from tedlab.spec import ROUTED, Layout, ParameterSpec, RowCount, Site, Sites
+from tedlab.spec import ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
 _DTYPES = {  # trainer.precision → of parameters, of matrix products
     "32-true": (torch.float32, torch.float32),
@@ -80,8 +80,7 @@ class ClosedForm:
     Attributes:
         spec: of the model.
         layout: of its processes.
-        tokens: of a data rank's micro-batch.
-        parameter, compute, precise: dtypes of parameters, of matrix products, and of what is in fp32 or better.
+        parameter, compute, precise: dtypes, see :class:`tedlab.spec.MicroBatch`.
         sites: of each block's passes.
     """
 
@@ -93,20 +92,33 @@ class ClosedForm:
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
         self.tokens = config.data.micro_batch_size * config.model.sequence_length
-        self.first = [self.spec.blocks.index(block) for block in self.spec.blocks]
-        alike = {n: self.spec.blocks[n].sites(self.layout).present(self.degrees) for n in set(self.first)}
-        self.sites = [alike[n] for n in self.first]
+        blocks, first = self.spec.blocks, self.spec.first
+        alike = {n: blocks[n].sites(self.layout).present(self.degrees) for n in set(first)}
+        self.sites = [alike[n] for n in first]
         self.moved = rows
 
-    def rows(self, block: int) -> Rows:
-        """That a block moves between its experts and other processes; of one without experts none."""
+    @cached_property
+    def _rows(self) -> list[Rows]:
+        """That each block moves between experts and other processes; one without experts none."""
         if self.moved is not None:
-            return self.moved.get(block, Rows())
-        return self._rows[self.first[block]]
+            return [self.moved.get(block, Rows()) for block in range(len(self.sites))]
+        alike = {n: self.spec.blocks[n].rows(self.layout, self.tokens) for n in set(self.spec.first)}
+        return [alike[n] for n in self.spec.first]
+
+    def at(self, block: int | None = None) -> MicroBatch:
+        """What a block computes with, or what is before the first and after the last."""
+        rows = Rows() if block is None else self._rows[block]
+        length = self.config.model.sequence_length
+        return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows)
 
     @cached_property
-    def _rows(self) -> dict[int, Rows]:
-        return {n: self.spec.blocks[n].rows(self.layout, self.tokens) for n in set(self.first)}
+    def kinds(self) -> dict[int, list[int]]:
+        """Blocks that are alike, and of which CAC keeps the same, by the first of them."""
+        alike: dict[tuple[object, ...], list[int]] = {}
+        for block, first in enumerate(self.spec.first):
+            kept = kept_tags(self.config.comm.cac, TAGS, block)
+            alike.setdefault((first, *sorted(kept.items())), []).append(block)
+        return {blocks[0]: blocks for blocks in alike.values()}
 
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 
@@ -118,10 +130,10 @@ class ClosedForm:
 
     def block(self, block: int) -> Iterator[Collective]:
         """A block's passes."""
-        yield from self._calls(self.sites[block].forward, "forward", self.rows(block))
+        yield from self._calls(self.sites[block].forward, "forward", self._rows[block])
         if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
-        yield from self._calls(self.sites[block].backward, "backward", self.rows(block))
+        yield from self._calls(self.sites[block].backward, "backward", self._rows[block])
 
     def ends(self) -> Iterator[Collective]:
         """Before the first block and after the last."""
@@ -133,6 +145,11 @@ class ClosedForm:
         """What recomputation does at each collective of a block."""
         return plan(self.sites[block].recomputed, kept_tags(cac, TAGS, block))
 
+    def dead(self, block: int) -> set[str]:
+        """Collectives of a block whose input recomputation does not make."""
+        second = self.second_pass(block, self.config.comm.cac) if self.config.comm.skip_dead_gemm else {}
+        return {tag for tag, what in second.items() if what is not Second.AGAIN}
+
     def recompute(self, block: int, cac: object) -> Iterator[Collective]:
         """A block's second pass."""
         second = self.second_pass(block, cac)
@@ -141,17 +158,17 @@ class ClosedForm:
             if second[site.tag] is Second.AGAIN and not (
                 site.feeds == "end" and self.config.model.recompute.early_stop
             ):
-                yield from self._calls([site], "recompute", self.rows(block))
+                yield from self._calls([site], "recompute", self._rows[block])
             elif second[site.tag] is Second.SLICE:
                 gathered = replace(site, op="all_gather", kind="tensor", rows=site.result or site.rows)
-                yield from self._calls([gathered], "recompute", self.rows(block))
+                yield from self._calls([gathered], "recompute", self._rows[block])
 
     def kept_bytes(self, block: int, cac: object) -> int:
         """What CAC keeps of a block between its two passes, in each process."""
         total = 0
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
-            result = self._count(site.result or site.rows, self.rows(block)) * site.width * self._dtype(site).itemsize
+            result = self._count(site.result or site.rows, self._rows[block]) * site.width * self._dtype(site).itemsize
             if site.op == "reduce_scatter":
                 result //= self.groups[site.kind]
             if second[site.tag] is Second.WHOLE:

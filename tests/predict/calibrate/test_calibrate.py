@@ -14,7 +14,8 @@ from tedlab.predict.calibrate.measure import Group, Measured
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
 from tedlab.predict.cost import collective_seconds, waiting_seconds
-from tedlab.predict.sim.roofline import Work, seconds, work_of
+from tedlab.predict.sim.roofline import seconds, work_of
+from tedlab.spec import Work
 from tests.pool import WorkerPool
 
 FLOPS = [1e6, 1e7, 1e8, 1e9]

@@ -12,11 +12,11 @@ from tedlab.comm import Collective
 from tedlab.config import Granularity, ModelConfig, TrainConfig
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
-from tedlab.predict.estimate.kernels import Kernels
 from tedlab.predict.estimate.memory import Memory, Moment
-from tedlab.predict.estimate.sizes import Sizes
 from tedlab.predict.flops import training_flops
-from tedlab.predict.sim.roofline import Work, seconds
+from tedlab.predict.sim.roofline import seconds
+from tedlab.predict.volumes import ClosedForm
+from tedlab.spec import Work
 
 COMPUTE, OPTIMIZER, HIDDEN = "kernels", "optimizer", "hidden by overlap"
 
@@ -71,25 +71,28 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
             cluster.
     """
     _check_known(config)
-    sizes = Sizes(config)
-    memory, kernels, links = Memory(sizes), Kernels(sizes), _Links(sizes, cluster, rank)
+    form = ClosedForm(config)
+    memory, links = Memory(form), _Links(form, cluster, rank)
+    accumulated, ends = memory.accumulated, form.at()
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
-    links.add(sizes.form.ends(), sizes.accumulated, taken, wire)
-    passes = _total(kernels.ends_forward(), cluster)
-    backward = _total(kernels.ends_backward(), cluster)
-    for first, blocks in sizes.kinds.items():
-        links.add(sizes.form.block(first), len(blocks) * sizes.accumulated, taken, wire)
-        passes += len(blocks) * _total(kernels.forward(first), cluster)
-        backward += len(blocks) * _total(kernels.backward(first), cluster)
+    links.add(form.ends(), accumulated, taken, wire)
+    passes = _total((work for part in form.spec.ends for work in part.forward(ends)), cluster)
+    backward = _total((work for part in reversed(form.spec.ends) for work in part.backward(ends)), cluster)
+    for first, blocks in form.kinds.items():
+        spec, batch = form.spec.blocks[first], form.at(first)
+        links.add(form.block(first), len(blocks) * accumulated, taken, wire)
+        passes += len(blocks) * _total(spec.forward(batch), cluster)
+        backward += len(blocks) * _total(spec.backward(batch), cluster)
         if config.model.recompute.granularity == Granularity.BLOCK:
-            passes += len(blocks) * _total(kernels.recompute(first), cluster)
-    adding = seconds(Work(0, 3 * memory.gradients, sizes.form.precise, "arithmetic"), cluster)  # to earlier gradients
-    taken[COMPUTE] = sizes.accumulated * (passes + backward) + (sizes.accumulated - 1) * adding
+            second = spec.forward(batch, form.dead(first), stop=config.model.recompute.early_stop)
+            passes += len(blocks) * _total(second, cluster)
+    adding = seconds(Work(0, 3 * memory.gradients, form.precise, "arithmetic"), cluster)  # to earlier gradients
+    taken[COMPUTE] = accumulated * (passes + backward) + (accumulated - 1) * adding
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
-    links.add(sizes.form.optimizer_step(), 1, taken, wire)
+    links.add(form.optimizer_step(), 1, taken, wire)
     if config.optim.overlap:
-        taken[HIDDEN] = -min(links.reductions, backward + (adding if sizes.accumulated > 1 else 0))
+        taken[HIDDEN] = -min(links.reductions, backward + (adding if accumulated > 1 else 0))
     tokens = config.data.batch_size * config.model.sequence_length
     return Estimate(
         memory=memory.peak(),
@@ -115,8 +118,8 @@ def _check_known(config: TrainConfig) -> None:
 class _Links:
     """Collectives of a rank on a cluster."""
 
-    def __init__(self, sizes: Sizes, cluster: ClusterConfig, rank: int) -> None:
-        self.cluster, self.members = cluster, sizes.form.degrees.groups(rank)
+    def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int) -> None:
+        self.cluster, self.members = cluster, form.degrees.groups(rank)
         self.reductions = 0.0
 
     def add(
@@ -143,9 +146,8 @@ def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:
 
 def _optimizer(memory: Memory) -> Iterable[Work]:
     """Reduction buffers, and the update of this rank's shards."""
-    s = memory.sizes
-    whole, shard, form = memory.gradients / s.parameter, sum(memory.shards), s.form
-    p, master = s.parameter, memory.master
+    form, p, master = memory.form, memory.form.parameter.itemsize, memory.master
+    whole, shard = memory.gradients / p, sum(memory.shards)
 
     def moved(size: float) -> Work:
         return Work(0, size, form.precise, "arithmetic")
@@ -155,7 +157,7 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
         yield moved(2 * shard * p)  # the mean
     yield moved(shard * p)  # the norm
     half = master + p if p < master else 0
-    if s.config.optim.tile == "fused":
+    if form.config.optim.tile == "fused":
         yield Work(0, shard * (p + 6 * master + (p if half else 0)), form.precise, "movement")
     elif memory.adam:
         yield moved(shard * (23 * master + 2 * half))

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 from tedlab.config import TrainConfig
+from tedlab.models import GPTSpec
 
 _HEAD = 128  # features of an attention head, at most
 _GPT3 = ((768, 12), (1024, 24), (2048, 24), (2560, 32), (4096, 32), (5120, 40), (12288, 96))  # width, layers
@@ -41,7 +43,6 @@ def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool
 
 
 def base_parameters(config: TrainConfig) -> int:
-    """Parameters of the base model, the one without experts: 12·L·H² and the embeddings."""
-    model = config.model
-    per_layer = 12 * model.hidden**2 + 13 * model.hidden
-    return model.layers * per_layer + ((model.vocab_size or 50_304) + model.sequence_length + 2) * model.hidden
+    """Parameters of the base model, the one without experts."""
+    model = replace(config.model, vocab_size=config.model.vocab_size or 50_304)
+    return sum(prod(p.shape) for p in GPTSpec(model, replace(config.moe, num_experts=0)).parameters())

@@ -16,7 +16,8 @@ from tedlab.comm.ledger import Entry
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
 from tedlab.predict.sim.memory import Category, Memory
-from tedlab.predict.sim.roofline import Work, seconds, work_of
+from tedlab.predict.sim.roofline import seconds, work_of
+from tedlab.spec import Work
 
 _READ = READ_SCALAR.default
 _WAIT = collective_operators.wait_tensor.default

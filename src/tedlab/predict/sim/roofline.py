@@ -5,7 +5,7 @@ compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F +
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from tedlab._compat.simulation import (
     storage_address,
 )
 from tedlab.predict.cluster import ClusterConfig
+from tedlab.spec import Work
 
 aten = torch.ops.aten
 _FREE = {  # memory is allocated or seen otherwise, but neither read nor written
@@ -65,24 +66,6 @@ _PEAKS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
 }
-
-
-class Work(NamedTuple):
-    """Of one operation.
-
-    Attributes:
-        flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
-        bytes: read and written, each operand once.
-        dtype: that it computes in.
-        kind: of kernel.
-        fresh: bytes of results that are too large for a CPU's allocator to keep.
-    """
-
-    flops: float
-    bytes: float
-    dtype: torch.dtype
-    kind: Literal["gemm", "attention", "arithmetic", "movement"]
-    fresh: float = 0.0
 
 
 def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:

@@ -23,13 +23,13 @@ from tedlab.predict.cluster import ClusterConfig, Dispatch
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
 from tedlab.predict.sim.memory import Memory, Timeline
 from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
-from tedlab.predict.sim.roofline import Work
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
 from tedlab.predict.sim.routing import Answers, Routing, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.predict.volumes import predict, with_rows
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_of
+from tedlab.spec import Work
 from tedlab.topology import Topology
 
 HIDDEN = "hidden by overlap"
