@@ -1,7 +1,7 @@
-"""The hardware that predictions are made for: what a cluster's GPUs, links and network can do, typed and from YAML.
+"""The hardware that predictions are made for: a cluster's GPUs, links and network, typed and read from YAML.
 
-``conf/cluster/`` has one file per cluster, each figure with its source or the word *assumed*. What the figures mean
-for a collective is in ``cost.py``.
+``conf/cluster/`` has one file per cluster, which gives each figure's source or the word *assumed*. ``cost.py`` says
+what the figures mean for a collective.
 """
 
 import difflib
@@ -24,10 +24,10 @@ _LARGEST_FILE = 1 << 20
 
 @dataclass
 class Link:
-    """One way for bytes to travel."""
+    """A kind of connection between GPUs."""
 
     bandwidth: float = MISSING  # bytes/s in each direction, as the maker states it
-    latency: float = MISSING  # seconds of one step of a collective over this link, its size apart
+    latency: float = MISSING  # seconds of one step of a collective over this link, whatever its size
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Efficiency:
 
 @dataclass
 class Dispatch:
-    """Seconds that the host is busy with one operation: Python, autograd, dispatcher, the launch of a kernel."""
+    """Seconds that the host spends on one operation in Python, autograd, the dispatcher and the kernel launch."""
 
     forward: float = 0.0  # recomputation included
     backward: float = 0.0
@@ -63,37 +63,37 @@ class Dispatch:
 
 @dataclass
 class Kernels:
-    """What keeps operations from the roofline. By default nothing does; ``tedlab calibrate`` measures it."""
+    """Costs that keep operations from the roofline. They default to none; ``tedlab calibrate`` measures them."""
 
     dispatch: Dispatch = field(default_factory=Dispatch)
     asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
-    gemm_latency: float = 0.0  # seconds of a matrix product, its size apart
-    attention_latency: float = 0.0  # seconds of a fused attention, its size apart
-    memory_latency: float = 0.0  # seconds of any other kernel, its size apart
-    arithmetic_latency: float | None = None  # likewise, of norms, softmax, GELU; None: as any other
-    arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax, GELU; None: as all else, the memory's
-    fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more that a CPU gets anew; None: as any other
+    gemm_latency: float = 0.0  # seconds of a matrix product, whatever its size
+    attention_latency: float = 0.0  # seconds of a fused attention, whatever its size
+    memory_latency: float = 0.0  # seconds of any other kernel, whatever its size
+    arithmetic_latency: float | None = None  # seconds of norms, softmax and GELU; None: memory_latency
+    arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax and GELU; None: that of the memory
+    fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more of new CPU memory; None: that of any other
 
 
 @dataclass
 class MeasuredCollective:
-    """A collective in groups of one kind, all of them at the same time: latency + wire bytes / bandwidth."""
+    """The seconds of a collective in all groups of one kind at the same time: latency + wire bytes / bandwidth."""
 
     op: str = MISSING  # all_reduce, all_gather, reduce_scatter or all_to_all
     size: int = MISSING  # ranks of the group
-    nodes: int = MISSING  # that the group is on
-    latency: float = MISSING  # seconds of the whole collective, its size apart
+    nodes: int = MISSING  # nodes that the group is on
+    latency: float = MISSING  # seconds of the whole collective, whatever its size
     bandwidth: float = MISSING  # bytes/s that a rank sends
 
 
 @dataclass
 class MeasuredWait:
-    """How long a rank waits in a collective for the slowest of its group: latency + share × seconds since the last."""
+    """Seconds that a rank waits for the slowest of its group: latency + share × seconds since the last collective."""
 
     size: int = MISSING  # ranks of the group
-    nodes: int = MISSING  # that the group is on
+    nodes: int = MISSING  # nodes that the group is on
     latency: float = MISSING  # seconds, however long ago the last collective was
-    share: float = MISSING  # of the time since then
+    share: float = MISSING  # share of the time since then
 
 
 @dataclass
@@ -101,7 +101,7 @@ class ClusterConfig:
     """A cluster of equal nodes of equal GPUs.
 
     Raises:
-        ValueError: if a figure cannot be: not positive, an efficiency above 1, a link that is missing or superfluous.
+        ValueError: If a figure is impossible: not positive, an efficiency above 1, a link missing or superfluous.
     """
 
     gpus_per_node: int = MISSING
@@ -112,8 +112,8 @@ class ClusterConfig:
     between_nodes: Link | None = MISSING  # bandwidth of a whole node, shared by its GPUs; None: there is one node
     efficiency: Efficiency = MISSING
     kernels: Kernels = field(default_factory=Kernels)
-    collectives: list[MeasuredCollective] = field(default_factory=list)  # in place of the formulas, where they fit
-    waits: list[MeasuredWait] = field(default_factory=list)  # for groups of other kinds: all ranks are equally fast
+    collectives: list[MeasuredCollective] = field(default_factory=list)  # replace the formulas for their groups
+    waits: list[MeasuredWait] = field(default_factory=list)  # in groups of other kinds all ranks are equally fast
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
@@ -143,23 +143,23 @@ class ClusterConfig:
             )
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of one GPU with Lightning's ``trainer.precision``."""
+        """Returns the peak FLOP/s of one GPU for a value of Lightning's ``trainer.precision``."""
         short = {"64": "fp64", "32": "fp32", "16": "fp16", "bf16": "bf16"}
         peak: float = getattr(self.peak_flops, short[precision.split("-")[0]])
         return peak
 
 
 def cluster_names() -> list[str]:
-    """The clusters in ``conf/cluster/``."""
+    """Returns the names of the clusters in ``conf/cluster/``."""
     return sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
 
 
 def load_cluster(name_or_path: str | Path) -> ClusterConfig:
-    """A cluster by its name in ``conf/cluster/``, or from a file of one's own whose path ends in ``.yaml``.
+    """Loads a cluster by its name in ``conf/cluster/``, or from the user's file if the path ends in ``.yaml``.
 
     Raises:
-        UsageError: if there is no such cluster, or its file has unknown, missing or impossible values; says which
-            would be valid.
+        UsageError: If there is no such cluster, or its file has unknown, missing or impossible values; the message
+            says what would be valid.
     """
     path = Path(name_or_path)
     if path.suffix != ".yaml":
@@ -190,7 +190,7 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
 
 
 def _plain(path: Path) -> dict[str, Any]:
-    """What is in a YAML file, which need not be one's own: figures, and nothing that stands for something else."""
+    """Reads a YAML file, which may come from others; refuses large files and interpolations."""
     if path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"it has {path.stat().st_size:,} bytes; a cluster takes no {_LARGEST_FILE:,}")
     tree = read_yaml(path)
@@ -200,13 +200,13 @@ def _plain(path: Path) -> dict[str, Any]:
 
 
 def _may_be_zero(name: str) -> bool:
-    """Some times and shares, but never what something is divided by."""
+    """Returns whether a figure may be 0, as measured times and shares may, but nothing that is a divisor."""
     group, _, last = name.partition(".")
     return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "size", "nodes"))
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of nested dictionaries and lists by dotted name."""
+    """Returns the numbers in nested dictionaries and lists, by dotted name."""
     flat: dict[str, float] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

@@ -1,36 +1,37 @@
-"""What a collective costs on a given cluster: seconds, and bytes by the kind of link they take.
+"""Computes what a collective costs on a given cluster: seconds, and bytes by the kind of link they take.
 
-A hierarchical α–β model: every link has a latency α and a bandwidth; a node's network is shared by its GPUs. Ranks
-fill nodes in order, ``gpus_per_node`` each. Nothing here communicates, and nothing here knows about models.
+This is a hierarchical α–β model: every link has a latency α and a bandwidth, and a node's GPUs share its network. Ranks
+fill nodes in order, ``gpus_per_node`` each. Nothing here communicates or knows about models.
 
-Notation, for a group of n ranks on m nodes and a buffer of P bytes (of each rank: the input of an all-reduce, a
-reduce-scatter or an all-to-all, the output of an all-gather):
+The notation, for a group of n ranks on m nodes with a buffer of P bytes on each rank (the input of an all-reduce, a
+reduce-scatter or an all-to-all, the output of an all-gather), is:
 
 - B: bandwidth of one GPU inside its node × its efficiency; N: bandwidth of a whole node's network × its efficiency;
 - α_in, α_out: latency of one step inside a node and between nodes.
 
-**All groups of a kind communicate at the same time**: while this group runs a collective, so do its siblings, the
-groups of the same size and stride that make up the rest of the cluster, and a node's network carries all that its
-ranks send out. (Under tensor = 4, four data groups leave every node at once.)
+**All groups of a kind communicate at the same time.** While this group runs a collective, so do its siblings, which are
+the groups of the same size and stride in the rest of the cluster, and a node's network carries all that its ranks send
+out. (With tensor = 4, four data groups leave every node at once.)
 
-**Rings** (all-reduce, all-gather, reduce-scatter). Each rank passes V = r·P·(n−1)/n bytes to the next one, where r = 2
-for an all-reduce and 1 otherwise, in r·(n−1) steps. A ring leaves each of its m nodes once, however many members it has
-there, and is as fast as its slowest link; with s groups leaving the busiest node,
+**Rings** (all-reduce, all-gather, reduce-scatter). Each rank passes V = r·P·(n−1)/n bytes to the next one in r·(n−1)
+steps, where r = 2 for an all-reduce and 1 otherwise. A ring leaves each of its m nodes once, however many members it
+has there, and is as fast as its slowest link. If s groups leave the busiest node,
 
     seconds = r·((n−m)·α_in + (m−1)·α_out) + max(V / B, s·V / N)
 
-With k members on each node of g GPUs, s = g/k: a GPU's share of the network is N/g, and a ring has k of them.
+With k members on each node of g GPUs, s = g/k: a GPU's share of the network is N/g, and a ring has k such shares.
 
 **All-to-all.** A rank with k members of its group on its own node (itself included) sends P·(k−1)/n bytes inside the
-node and P·(n−k)/n out of it. Both parts overlap, all messages leave together:
+node and P·(n−k)/n out of it. The two parts overlap, and all messages leave together:
 
     seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
 
 A part without bytes to send costs nothing; a group of one costs nothing.
 
-**Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace all this for groups of the same
-operation, n and m: seconds = latency + V / bandwidth, with V the bytes that a rank sends (P·(n−1)/n in an all-to-all).
-Likewise measured ``waits`` say how long a rank waits for the slowest of n on m nodes; elsewhere all are equally fast.
+**Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace these formulas for groups of the
+same operation, n and m: seconds = latency + V / bandwidth, where V is the bytes that a rank sends (P·(n−1)/n in an
+all-to-all). Measured ``waits`` say how long a rank waits for the slowest of n on m nodes; without them, all ranks are
+equally fast.
 """
 
 from collections import Counter
@@ -48,16 +49,16 @@ LinkClass = Literal["in_node", "between_nodes"]
 
 
 def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[int], cluster: ClusterConfig) -> float:
-    """Seconds that one collective takes; the formulas are at the top of this module.
+    """Returns the seconds that one collective takes, by the formulas at the top of this module.
 
     Args:
-        op: the operation.
-        payload_bytes: bytes in the buffer of each rank (P).
-        members: the global ranks of the group, evenly spaced. A ``range`` is cheapest.
-        cluster: where they are.
+        op: The operation.
+        payload_bytes: Bytes in the buffer of each rank (P).
+        members: The global ranks of the group, evenly spaced; a ``range`` is cheapest.
+        cluster: The cluster that they are on.
 
     Raises:
-        ValueError: if the ranks are not evenly spaced, or are more than the cluster's only node has.
+        ValueError: If the ranks are not evenly spaced, or exceed those of the cluster's only node.
     """
     if len(members) == 1:
         return 0.0
@@ -95,12 +96,12 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
 
 
 def waiting_seconds(since: float, members: Sequence[int], cluster: ClusterConfig) -> float:
-    """Seconds that a rank waits for the slowest of its group, where the cluster's ``waits`` say so.
+    """Returns the seconds that a rank waits for the slowest of its group, or 0 if the cluster's ``waits`` lack it.
 
     Args:
-        since: seconds since it last communicated.
-        members: the global ranks of the group, evenly spaced.
-        cluster: where they are.
+        since: Seconds since the rank last communicated.
+        members: The global ranks of the group, evenly spaced.
+        cluster: The cluster that they are on.
     """
     if len(members) == 1:
         return 0.0
@@ -112,18 +113,18 @@ def waiting_seconds(since: float, members: Sequence[int], cluster: ClusterConfig
 
 
 def link_of(members: Sequence[int], gpus_per_node: int) -> LinkClass:
-    """Whether a group stays inside one node or has to use the network between nodes."""
+    """Returns ``in_node`` for a group inside one node, and ``between_nodes`` for one that needs the network."""
     return "in_node" if members[0] // gpus_per_node == members[-1] // gpus_per_node else "between_nodes"
 
 
 def wire_bytes_by_link(
     op: "Operation", payload_bytes: float, members: Sequence[int], gpus_per_node: int
 ) -> dict[LinkClass, float]:
-    """Bytes that a rank sends in one collective, by the kind of link they take: the mean over the group's ranks.
+    """Returns the bytes that a rank sends in one collective, by kind of link, as the mean over the group's ranks.
 
-    A ring's bytes take the link to the next member, so a ring over m > 1 nodes sends m/n of all bytes between nodes;
-    of an all-to-all those go between nodes whose receiver is on another node. The two always add up to the wire bytes
-    of the collective, (n−1)/n of its payload, or twice that for an all-reduce.
+    A ring's bytes take the link to the next member, so a ring over m > 1 nodes sends m/n of all bytes between nodes. In
+    an all-to-all, the bytes whose receiver is on another node go between nodes. The two always add up to the wire bytes
+    of the collective, which are (n−1)/n of its payload, or twice that for an all-reduce.
     """
     place = placement_of(_as_range(members), gpus_per_node)
     total = _wire_bytes(op, payload_bytes, place.size)
@@ -135,15 +136,15 @@ def wire_bytes_by_link(
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a group lies on its nodes, and what it shares them with.
+    """How a group lies on its nodes, and what it shares them with.
 
     Attributes:
-        size: members (n).
-        nodes: nodes that have members (m).
-        most_together: members on the node that has most.
-        groups_out: groups with members both on and off the node, this group's siblings included; of the busiest node.
-        buffers_out: all-to-all payloads that leave the busiest node when all its groups exchange at once.
-        mean_elsewhere: share of its all-to-all payload that a member sends to other nodes, mean over the members.
+        size: The number of members (n).
+        nodes: The number of nodes with members (m).
+        most_together: The most members on one node.
+        groups_out: The groups, siblings included, with members both on and off the node, for the busiest node.
+        buffers_out: The all-to-all payloads that leave the busiest node when all its groups exchange at once.
+        mean_elsewhere: The share of its all-to-all payload that a member sends to other nodes, mean over the members.
     """
 
     size: int

@@ -1,4 +1,4 @@
-"""What this machine can do, measured: a cluster file for predictions, and a picture of how well it fits."""
+"""Measures what this machine can do, and writes a cluster file for predictions and a picture of how well it fits."""
 
 from tedlab.predict.calibrate.calibration import calibrate
 

@@ -1,4 +1,4 @@
-"""One calibration inside one of its processes: measures, fits, and writes what was found."""
+"""Runs one process of a calibration, which measures, fits and writes the results."""
 
 import os
 import platform
@@ -18,10 +18,11 @@ from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, pictu
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
-    """Runs in every process; the first writes ``config.out`` and a PNG beside it.
+    """Calibrates; runs in every process, the first of which writes ``config.out`` and a PNG beside it.
 
     Returns:
-        ``out``, the file that was written; nothing in other processes.
+        ``out``, the file that was written, and ``gemm``, the FLOP/s of matrix products in the main dtype; an empty
+        dictionary in all processes but the first.
     """
     device, out = _join(config.device or default_device()), Path(config.out)
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -62,12 +63,12 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
 
 
 def default_device() -> str:
-    """Where there is a GPU, that."""
+    """Returns ``cuda`` if there is a GPU, otherwise ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _join(device: str) -> torch.device:
-    """The process group of those that take part, and this process's device."""
+    """Initialises the process group and returns this process's device."""
     place = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)

@@ -1,4 +1,4 @@
-"""Straight lines through timings: seconds = latency + amount / rate."""
+"""Fits straight lines to timings: seconds = latency + amount / rate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ class Series:
     """Timings of one kind of work.
 
     Attributes:
-        name: of the work.
-        unit: of amounts: FLOP or B.
-        how: it was measured.
-        amounts: of work in one operation.
-        seconds: that it took, mean over processes.
+        name: The name of the work.
+        unit: The unit of the amounts: FLOP, B (bytes) or s.
+        how: A description of how it was measured.
+        amounts: The amount of work in one operation, for each timing.
+        seconds: The seconds that one operation took, as the mean over processes.
     """
 
     name: str
@@ -30,22 +30,22 @@ class Line:
     """The α–β model of a series.
 
     Attributes:
-        latency: seconds, the amount apart (α).
-        rate: units per second (1/β).
+        latency: Seconds that do not depend on the amount (α).
+        rate: Amount per second (1/β).
     """
 
     latency: float
     rate: float
 
     def seconds(self, amount: float) -> float:
-        """That so much work takes."""
+        """Returns the seconds that an operation with this amount of work takes."""
         return self.latency + amount / self.rate
 
 
 def fit(series: Series) -> Line:
-    """The line with the least squares of *relative* errors, so that small amounts count as much as large ones.
+    """Fits a line by least squares of *relative* errors, so that small amounts count as much as large ones.
 
-    The latency is not negative: where that, or a rate that is, would fit better, the line goes through the origin.
+    If the best line has a negative latency or rate, the best line through the origin takes its place.
     """
     amounts, seconds = np.array(series.amounts, dtype=float), np.array(series.seconds, dtype=float)
     latency, slope = 0.0, 0.0
@@ -59,5 +59,5 @@ def fit(series: Series) -> Line:
 
 
 def largest_error(series: Series, line: Line) -> float:
-    """The largest relative error of the line among the timings."""
+    """Returns the largest relative error of the line over the timings."""
     return max(abs(line.seconds(a) / s - 1) for a, s in zip(series.amounts, series.seconds, strict=True))

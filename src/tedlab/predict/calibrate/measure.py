@@ -1,7 +1,7 @@
-"""Timings on the machine at hand. Everything runs in all processes at the same time, as it does in training.
+"""Times operations on this machine. Each runs in all processes at the same time, as it does in training.
 
-Processes that share cores therefore show what each of them gets. On a GPU kernels are timed by its own clock, with all
-of them queued before the first one starts: what the host takes to launch them is measured apart.
+If processes share cores, the timings therefore show what each of them gets. A GPU times kernels by its own clock, and
+all of them are queued before the first one starts; the host's time to launch them is measured separately.
 """
 
 import math
@@ -33,27 +33,27 @@ from tedlab.topology import Topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MIB = 2**20
-_BLOCKS = 5  # of calls, of which the median counts
-_QUEUED = 200  # calls at most that wait for a GPU together: the driver's queue has room for a thousand kernels
-_CYCLES = 4e9  # twice what a GPU has in a second
-_TILE = 64  # elements; so that a tiny model has more tiles than parameters, as large ones do
+_BLOCKS = 5  # blocks of calls, over which the median is taken
+_QUEUED = 200  # the most calls queued on a GPU at a time: the driver's queue has room for a thousand kernels
+_CYCLES = 4e9  # about twice a GPU's clock cycles per second
+_TILE = 64  # elements: few enough for a tiny model to have more tiles than parameters, as large ones do
 _FRESH = 64 * _MIB
-_HEADS = {"cpu": 64, "cuda": 128}  # width of one
+_HEADS = {"cpu": 64, "cuda": 128}  # the width of an attention head
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured.
+    """The sizes to measure.
 
     Attributes:
-        block: seconds of calls that are timed together: long enough for processes to take turns at a core.
+        block: Seconds of calls that are timed together, long enough for processes to take turns on a core.
         products: (rows, inputs, outputs) of linear layers.
-        slow: of dtypes that the machine has no units for, likewise.
+        slow: (rows, inputs, outputs) for dtypes that the machine has no units for.
         attention: (samples, heads, tokens).
-        streams: bytes of one operand.
-        pool: bytes of all operands of a stream, which take turns.
-        messages: bytes of a collective's buffer.
-        repeats: of the first linear layer between two collectives.
+        streams: Bytes of one operand.
+        pool: Bytes of all operands of a stream, which take turns.
+        messages: Bytes of a collective's buffer.
+        repeats: How often the first linear layer runs between two collectives.
     """
 
     block: float
@@ -66,7 +66,7 @@ class Sizes:
     repeats: Sequence[int]
 
     def shortened(self) -> "Sizes":
-        """A rough idea in seconds: of all sizes the first and the last."""
+        """Returns only the first and last of all sizes, for a rough measurement within seconds."""
         return Sizes(
             self.block / 20,
             self.products[:: len(self.products) - 1],
@@ -95,7 +95,7 @@ SIZES = {
         attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
-        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # the cost of memory for larger ones is known apart
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # fresh_bandwidth covers the cost of larger ones
         repeats=[32, 128],
     ),
     "cuda": Sizes(
@@ -120,7 +120,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Group:
-    """A kind of group: how many ranks, on how many nodes."""
+    """A kind of group: the number of its ranks, and of the nodes that they are on."""
 
     size: int
     nodes: int
@@ -128,17 +128,17 @@ class Group:
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything.
+    """All measurements.
 
     Attributes:
-        products: of matrices, by dtype.
-        attention: forward and backward passes.
-        movement: kernels that add and copy.
-        arithmetic: kernels that compute for each element.
-        dispatch: seconds of one operation that has next to nothing to do, by phase.
-        fresh: bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps all.
-        collectives: by operation and kind of group.
-        waits: by kind of group: seconds of computing, and of that with waiting for the slowest.
+        products: Matrix products, by dtype.
+        attention: Forward and backward passes of attention.
+        movement: Kernels that add and copy.
+        arithmetic: Kernels that compute more for each element, such as GELU and softmax.
+        dispatch: Seconds of one operation that has next to nothing to compute, by phase.
+        fresh: Bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps its memory.
+        collectives: Collectives, by operation and kind of group.
+        waits: Seconds of computing, and of computing and waiting for the slowest rank, by kind of group.
     """
 
     products: dict[str, Series]
@@ -152,29 +152,29 @@ class Measured:
 
 
 class Bench:
-    """Measures in step with all other processes.
+    """Measures in lockstep with all other processes.
 
     Args:
-        device: of this process.
-        per_node: processes on each node.
-        sizes: to measure.
-        progress: told what is measured next, before each timing.
+        device: The device of this process.
+        per_node: The number of processes on each node.
+        sizes: The sizes to measure.
+        progress: Called before each timing with a description of it.
     """
 
     def __init__(self, device: torch.device, per_node: int, sizes: Sizes, progress: Callable[[str], None]) -> None:
         self.device, self.per_node, self.sizes, self.progress = device, per_node, sizes, progress
         self.world = dist.get_world_size()
-        self.main = "bf16" if device.type == "cuda" else "fp32"  # what models are trained in there
+        self.main = "bf16" if device.type == "cuda" else "fp32"  # the dtype that models are trained in on this device
 
     def timings(self) -> int:
-        """How many :meth:`measure` takes."""
+        """Returns the number of timings that :meth:`measure` takes."""
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
         messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 1 + len(sizes.repeats))
         return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
 
     def measure(self) -> Measured:
-        """All of it."""
+        """Measures everything."""
         return Measured(
             {name: self._gemm(name) for name in DTYPES},
             self._attention(),
@@ -254,14 +254,14 @@ class Bench:
         return Series(name, "B", f"{what}; {self.main}, bytes read and written", amounts, seconds)
 
     def _dispatch(self) -> Dispatch:
-        """Of a model so small that nothing but the host's work is left, per operation that a simulation would count."""
+        """Times a model so small that only the host's work is left, per operation that a simulation would count."""
         model = ModelConfig(layers=4, hidden=16, heads=2, ffn=32, sequence_length=16, vocab_size=64)
         topology = Topology(ParallelDegrees(self.world), self.device)
         network = GPT(model, MoEConfig(num_experts=4), topology, seed=0)
         ids = torch.zeros(1, 16, dtype=torch.int64, device=self.device)
         names = {parameter: name for name, parameter in network.named_parameters()}
         adam = torch.optim.AdamW(list(names), lr=0.0)
-        alone, _ = dist.new_subgroups(1)  # so that nothing is communicated
+        alone, _ = dist.new_subgroups(1)  # groups of one process, so that nothing is communicated
         comm = Collectives(dict.fromkeys(topology.comm.sizes, alone))
         sharded = ShardedOptimizer(adam, comm, names, zero=True, tile=_TILE)
         gradients = {parameter: torch.zeros_like(parameter) for parameter in names}
@@ -284,7 +284,7 @@ class Bench:
             adam.step()
 
         def of_one(function: Callable[[], Any]) -> float:
-            adam.param_groups[0]["foreach"] = False  # as simulated, where tensors are not on a GPU
+            adam.param_groups[0]["foreach"] = False  # as in simulations, whose tensors are not on a GPU
             number = self._operations(function)
             adam.param_groups[0]["foreach"] = None
             return self._time(f"dispatch, {function.__name__}", function, "host") / number
@@ -292,17 +292,17 @@ class Bench:
         return Dispatch(forward=of_one(forward), backward=of_one(backward), optimizer=of_one(step))
 
     def _operations(self, function: Callable[[], Any]) -> int:
-        function()  # a first call may do more than others
+        function()  # the first call may do more than later ones
         with _Operations() as operations:
             function()
         return operations.number
 
     def _fresh(self) -> float:
-        """More than the C library keeps: the system maps, and clears, every page again."""
+        """Times more memory than the C library keeps, so that the system maps and clears every page anew."""
         return _FRESH / self._time("fresh memory", lambda: torch.zeros(_FRESH // 4))
 
     def _kinds(self) -> Iterator[tuple[Group, int, bool]]:
-        """Kinds of group, with their size and whether their ranks are neighbours."""
+        """Yields the kinds of group, with their size and whether their ranks are consecutive."""
         seen = set()
         for size in (n for n in range(2, self.world + 1) if self.world % n == 0):
             for neighbours in (True, False):
@@ -333,7 +333,7 @@ class Bench:
         return Series(op, "B", how, amounts, seconds)
 
     def _waiting(self, kind: Group, group: dist.ProcessGroup) -> Series:
-        """Processes are never equally fast, less so if they take turns at a core."""
+        """Times how long ranks wait for the slowest: processes differ in speed, even more if they share a core."""
         comm, number = Collectives({"world": group}), torch.zeros(1, device=self.device)
         rows, inputs, outputs = self.sizes.products[0]
         x, w = (torch.randn(shape, device=self.device) for shape in ((rows, inputs), (inputs, outputs)))
@@ -361,12 +361,12 @@ class Bench:
         return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
 
     def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
-        """Seconds of one call, mean over processes, in the median of several blocks.
+        """Returns the seconds of one call: the mean over processes, then the median over several blocks of calls.
 
         Args:
-            what: for the progress bar.
-            function: to call.
-            clock: ``device``: how long the call keeps the device busy; ``host``: until it is done, launches included.
+            what: A description for the progress bar.
+            function: The function to call.
+            clock: ``device`` times how long the call keeps the device busy; ``host`` includes the launches.
         """
         self.progress(what)
         (times,) = self._blocks([function], clock)
@@ -375,7 +375,7 @@ class Bench:
     def _blocks(
         self, functions: Sequence[Callable[[], Any]], clock: Literal["device", "host"] = "device"
     ) -> list[list[float]]:
-        """Seconds of one call of each function, mean over processes, in blocks that take turns."""
+        """Times blocks of calls, functions in turn; returns the seconds per call of each block, mean over processes."""
         block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
         calls = []
         for function in functions:
@@ -385,7 +385,7 @@ class Bench:
         times: list[list[float]] = [[] for _ in functions]
         for _ in range(_BLOCKS):
             for function, number, taken in zip(functions, calls, times, strict=True):
-                self._mean(0.0)  # all begin together
+                self._mean(0.0)  # a barrier, so that all processes begin together
                 taken.append(self._mean(block(function, number)))
         return times
 
@@ -404,7 +404,7 @@ class Bench:
         function()
         launching = (time.perf_counter() - began) * calls
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        delay_gpu(int(launching * _CYCLES))  # the device waits until all is launched
+        delay_gpu(int(launching * _CYCLES))  # keeps the device waiting until all calls are launched
         start.record()
         for _ in range(calls):
             function()
@@ -413,7 +413,7 @@ class Bench:
         return start.elapsed_time(end) / 1e3 / calls
 
     def _mean(self, value: float) -> float:
-        """Over processes, which all learn it: they must take the same number of calls."""
+        """Returns the mean over processes, the same in all, since they must agree on the number of calls."""
         if self.world == 1:
             return value
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -422,7 +422,7 @@ class Bench:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations as the simulation does."""
+    """Counts operations in the same way as the simulation."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What was measured, for the cost model (a cluster file) and for people (a table, a picture)."""
+"""Writes the measurements for the cost model (a cluster file) and for people (a table and a picture)."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,17 +21,17 @@ _MARKS = "os^Dv*"
 
 @dataclass(frozen=True)
 class Facts:
-    """Where it was measured.
+    """The machine and the circumstances of a measurement.
 
     Attributes:
-        processes: in all.
-        per_node: of them.
-        threads: of each.
-        device: its name.
-        memory_bytes: that each process has.
-        asynchronous: whether the host goes on while kernels run.
-        main: dtype of models there.
-        date: of the measurement.
+        processes: The number of processes.
+        per_node: The number of processes on each node.
+        threads: The number of threads of each process.
+        device: The name of the device.
+        memory_bytes: Bytes of memory for each process.
+        asynchronous: Whether the host continues while kernels run.
+        main: The dtype that models are trained in on this device.
+        date: The date of the measurement.
     """
 
     processes: int
@@ -45,7 +45,7 @@ class Facts:
 
 
 def cluster_yaml(measured: Measured, facts: Facts) -> str:
-    """The text of a cluster file, every figure with how it was measured."""
+    """Returns the text of a cluster file, in which a comment on each figure says how it was measured."""
     products = {name: fit(series) for name, series in measured.products.items()}
     main, attention = products[facts.main], fit(measured.attention)
     movement, arithmetic = fit(measured.movement), fit(measured.arithmetic)
@@ -84,7 +84,7 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
                 f"  memory_latency: {movement.latency:.4g}  # of the line through adding and copying",
                 f"  arithmetic_latency: {arithmetic.latency:.4g}  # of the line through GELU, softmax and layer norm",
             ]
-            if facts.asynchronous  # elsewhere dispatch has them
+            if facts.asynchronous  # elsewhere dispatch includes them
             else []
         ),
         f"  arithmetic_bandwidth: {arithmetic.rate:.4g}  # {_how(measured.arithmetic, arithmetic)}",
@@ -108,7 +108,7 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
 
 
 def _share(line: Line) -> float:
-    """Of the time between collectives that is added by waiting, of a line from the one to both."""
+    """Returns the share by which waiting lengthens the time between collectives, from the line of a wait series."""
     return max(0.0, 1 / line.rate - 1)
 
 
@@ -116,13 +116,13 @@ Key = tuple[Operation, Group]
 
 
 def _widest(fits: dict[Key, Line], nodes: int) -> Key | None:
-    """The all-reduce of most ranks on so many nodes."""
+    """Returns the key of the all-reduce over the most ranks on ``nodes`` nodes, or None."""
     keys = [key for key in fits if key[0] == "all_reduce" and key[1].nodes == nodes]
     return max(keys, key=lambda key: key[1].size, default=None)
 
 
 def _link(name: str, fits: dict[Key, Line], key: Key | None, share: int) -> Iterator[str]:
-    """For groups that were not measured themselves: the link that would make a ring as fast as this one."""
+    """Yields the lines of the link that makes a ring as fast as this all-reduce, for groups that were not measured."""
     if key is None:
         yield f"{name}: null  # no group of processes uses such a link"
         return
@@ -140,7 +140,7 @@ def _how(series: Series, line: Line) -> str:
 
 
 def fit_table(measured: Measured, title: str) -> Table:
-    """Latency and rate of everything, with the worst error."""
+    """Returns a table of the latency, rate and worst error of every measurement."""
     table = Table(title=title, title_justify="left")
     table.add_column("measured")
     for heading in ("latency, µs", "rate", "worst error"):
@@ -172,7 +172,7 @@ def fit_table(measured: Measured, title: str) -> Table:
 
 
 def picture(measured: Measured, path: Path) -> None:
-    """Marks are measured, lines are the fit."""
+    """Plots the measurements as marks and the fits as lines."""
     by_group: dict[Group, list[tuple[str, Series]]] = {}
     for (op, kind), series in measured.collectives.items():
         by_group.setdefault(kind, []).append((op.replace("_", "-"), series))
