@@ -1,4 +1,4 @@
-"""Checkpoints that outlive the layout they were saved under, and a command line to look into them."""
+"""Checkpoints that load under any layout, and functions to inspect them and to export the model."""
 
 from tedlab.checkpoint.attached import attach, detach
 from tedlab.checkpoint.directory import (

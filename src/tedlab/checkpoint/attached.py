@@ -1,7 +1,7 @@
-"""Sharded tensors in a checkpoint that are neither the model's nor an optimizer's: averaged weights of a callback, say.
+"""Stores sharded tensors that belong to neither the model nor an optimizer, such as a callback's averaged weights.
 
-All such things are written by one process, which has a part of a sharded tensor only. So these are taken out and stored
-as the model's are, with a note in their place from which another layout can make room.
+One process writes such state, and it holds only a part of each sharded tensor. So these tensors are taken out and
+stored like the model's, and a note in their place lets another layout allocate them.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,16 +15,16 @@ _NOTE = "tedlab_sharded_tensor"
 
 
 def detach(state: dict[str, Any]) -> dict[str, DTensor]:
-    """Takes sharded tensors out of nested dictionaries and leaves notes.
+    """Takes sharded tensors out of nested dictionaries and leaves notes in their place.
 
     Args:
-        state: modified in place, down to the dictionaries that hold sharded tensors, which are replaced.
+        state: Modified in place; nested dictionaries that hold sharded tensors are replaced by copies.
 
     Returns:
-        The tensors by name, to be stored.
+        The tensors to store, by name.
 
     Raises:
-        TypeError: if one is in a list or another container, where it would not be found again.
+        TypeError: If a sharded tensor is in a list or another container, where loading would not find it.
     """
     found: dict[str, DTensor] = {}
     for key, value in state.items():
@@ -56,14 +56,14 @@ def _holds_sharded(value: Any) -> bool:
 
 
 def attach(state: dict[str, Any], mesh_of: Callable[[list[str]], DeviceMesh]) -> dict[str, DTensor]:
-    """The inverse of :func:`detach`: puts a tensor in the place of each note, still to be filled.
+    """Inverts :func:`detach`: replaces each note by an uninitialised tensor.
 
     Args:
-        state: modified in place.
-        mesh_of: the mesh of this process that has these axes.
+        state: Modified in place.
+        mesh_of: Returns this process's mesh with the given axes.
 
     Returns:
-        The same tensors by name, to be loaded.
+        The same tensors by name, to be filled from the checkpoint.
     """
     found: dict[str, DTensor] = {}
     for key, value in state.items():

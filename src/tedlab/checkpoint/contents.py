@@ -1,4 +1,4 @@
-"""What is in a checkpoint, as a table, and its model as one file."""
+"""Shows the contents of a checkpoint as a table, and exports its model as one file."""
 
 import math
 from pathlib import Path
@@ -13,13 +13,11 @@ _MODEL = "model."
 
 
 def inspect(path: Path) -> Table:
-    """The model's parameters: global shape, dtype and in how many pieces; and what else is there.
-
-    Every file is read and compared with its checksum.
+    """Verifies every file of a checkpoint and lists its parameters with global shape, dtype and number of pieces.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if a file is damaged or of another save.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If a file is damaged or belongs to another save.
     """
     verify(path)
     meta, tensors = read_meta(path), stored_tensors(path)
@@ -42,11 +40,11 @@ def inspect(path: Path) -> Table:
 
 
 def consolidate(path: Path, out: Path) -> None:
-    """Writes the whole model, unsharded, as one safetensors file. Needs memory for the model, and one process.
+    """Writes the whole model, unsharded, as one safetensors file. One process does it, and holds the model in memory.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if a file is damaged or of another save.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If a file is damaged or belongs to another save.
     """
     verify(path)
     tensors = {

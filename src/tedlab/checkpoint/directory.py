@@ -1,8 +1,8 @@
-"""Checkpoints: one directory that every process writes its shards into, readable under any other layout.
+"""A checkpoint is one directory into which every process writes its shards; any other layout can read it.
 
-``torch.distributed.checkpoint`` stores tensors by their global place, so a shard saved by one layout is found by
-another. What is not a tensor (progress, schedulers, data position, hyper-parameters) is in ``meta.pt``, and
-``manifest.json`` has every file's checksum. Reading any of it runs no code.
+``torch.distributed.checkpoint`` stores tensors by their global indices, so one layout finds the shards that another
+saved. ``meta.pt`` holds everything that is not a tensor (progress, schedulers, data position, hyper-parameters), and
+``manifest.json`` the checksum of every file. Reading a checkpoint runs no code from it.
 """
 
 import os
@@ -27,14 +27,20 @@ from tedlab.checkpoint.manifest import MANIFEST, File, Manifest, measure, of_byt
 from tedlab.checkpoint.reading import METADATA, Planner, Reader, read_metadata
 
 META = "meta.pt"
-_MODEL = "model."  # before the names of the model's tensors
-_SAVE_ID = "save_id"  # in META: what has one has a manifest
-_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt|manifest\.json")  # files of a checkpoint
+_MODEL = "model."  # prefix of the names of the model's tensors
+_SAVE_ID = "save_id"  # key in META; a checkpoint that has it also has a manifest
+_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt|manifest\.json")  # names of a checkpoint's files
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What :func:`write` needs besides the shards."""
+    """What :func:`write` needs besides the tensors.
+
+    Attributes:
+        save_id: Unique to each save.
+        step: Number of optimizer steps taken; None if unknown.
+        meta: Encoded content of ``meta.pt``.
+    """
 
     save_id: str
     step: int | None
@@ -44,37 +50,37 @@ class Prepared:
 def save(tensors: dict[str, Any], meta: Mapping[str, Any], path: Path, group: dist.ProcessGroup | None = None) -> None:
     """Writes a checkpoint. Collective: every process calls it with its own shards.
 
-    Everything goes to a folder beside ``path`` that takes its place at the very end, when all of it is on the disk: a
-    crash on the way, of processes or of the machine, leaves whatever was at ``path`` before. In the moment between two
-    renames that is beside it, where reading finds it.
+    The files go to a folder beside ``path``, which takes the place of ``path`` once all of it is on the disk. If
+    processes or the machine crash before that, the previous checkpoint survives: at ``path`` or, between the two final
+    renames, beside it, where reading finds it.
 
     Args:
-        tensors: nested dictionaries of DTensors and tensors.
-        meta: everything else, the same on every process.
-        path: of the directory.
-        group: all processes, in a group that nothing else uses meanwhile; None: the default one.
+        tensors: Nested dictionaries of DTensors and tensors.
+        meta: Everything else, equal on every process.
+        path: Directory of the checkpoint.
+        group: Process group of all processes that nothing else uses meanwhile; None is the default group.
 
     Raises:
-        OSError: if a process could not write; says which, why, and what is still there.
-        TypeError: if there is a value that could not be read again without running code; names it.
+        OSError: If a process cannot write. The message says which and why, and lists the intact checkpoints.
+        TypeError: If a value could not be read again without running code. The message names it.
     """
     write(tensors, prepare(tensors, meta), path, group)
 
 
 def prepare(tensors: dict[str, Any], meta: Mapping[str, Any]) -> Prepared:
-    """The part of saving that needs no other process: checks values, and takes a copy of ``meta``.
+    """Does the part of saving that needs no other process: checks the values and encodes ``meta``.
 
     Raises:
-        TypeError: if there is a value that could not be read again without running code; names it.
+        TypeError: If a value could not be read again without running code. The message names it.
     """
     flat = flatten_state_dict(tensors)[0]
     values.encode({name: value for name, value in flat.items() if not isinstance(value, Tensor)})
-    save_id = uuid.uuid4().hex  # the first process's counts
+    save_id = uuid.uuid4().hex  # only the first process's is used
     return Prepared(save_id, meta.get("global_step"), values.encode({**meta, _SAVE_ID: save_id}))
 
 
 def write(tensors: dict[str, Any], prepared: Prepared, path: Path, group: dist.ProcessGroup | None = None) -> None:
-    """The rest of :func:`save`. Collective."""
+    """Does the rest of :func:`save`. Collective."""
     partial, rank = durable.partial(path), dist.get_rank(group)
     in_use = ExitStack()
 
@@ -104,17 +110,18 @@ def write(tensors: dict[str, Any], prepared: Prepared, path: Path, group: dist.P
 
 
 def load(tensors: dict[str, Any], path: Path, strict: bool = True) -> None:
-    """Fills ``tensors`` (nested dictionaries of DTensors and tensors) in place, after :func:`verify`. Collective.
+    """Verifies a checkpoint and loads it into ``tensors`` in place. Collective.
 
     Args:
-        tensors: ``model`` and whatever else the checkpoint holds.
-        path: of the checkpoint.
-        strict: whether it must hold the model's tensors and no other; False: those of the same name are taken.
+        tensors: Nested dictionaries of DTensors and tensors: ``model`` and whatever else is to be loaded.
+        path: Directory of the checkpoint.
+        strict: Whether the model's tensors must be the same as the checkpoint's. If False, those whose names occur in
+            both are loaded.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: in every process, if the checkpoint is of another model or optimizer, or a file is damaged or of
-            another save; names what differs.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: On every process, if the checkpoint is of another model or optimizer, or a file is damaged or
+            belongs to another save. The message names what differs.
     """
     metadata = verify(path)
     _check_same_model(tensors["model"], metadata, path, strict)
@@ -131,13 +138,13 @@ def load(tensors: dict[str, Any], path: Path, strict: bool = True) -> None:
 
 
 def read(tensors: dict[str, Any], path: Path) -> None:
-    """Fills ``tensors`` from a checkpoint that was verified. Collective, if there are other processes.
+    """Loads a verified checkpoint into ``tensors`` in place. Collective, if there are other processes.
 
     Raises:
-        ValueError: if a file is damaged in a way that only its use shows: there was no checksum to verify.
+        ValueError: If a file turns out to be damaged, as it may where there was no checksum to verify.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is the intent
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is intended
         try:
             dcp.load(tensors, storage_reader=Reader(_present(path)), planner=Planner())
         except CheckpointException as error:
@@ -148,15 +155,15 @@ def read(tensors: dict[str, Any], path: Path) -> None:
 def verify(path: Path) -> Metadata:
     """Compares every file of a checkpoint with its manifest. Collective: processes share the work.
 
-    A checkpoint from before there were manifests is looked at as far as that goes: whether files are there and long
-    enough. A warning says so.
+    For a checkpoint that is too old to have a manifest, this only checks that files exist and are long enough, and
+    warns of that.
 
     Returns:
-        What the checkpoint says of its tensors.
+        The description of the checkpoint's tensors.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: in every process, if a file is not as it was written; says which, and what is wrong.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: On every process, if a file is not as it was written. The message says which, and what is wrong.
     """
     distributed = dist.is_initialized()
     rank, size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
@@ -175,27 +182,27 @@ def verify(path: Path) -> Metadata:
 
 
 def load_weights(module: nn.Module, path: str | Path, strict: bool = True) -> None:
-    """Gives a model, sharded under any layout, the weights of a checkpoint, and nothing else of it. Collective.
+    """Loads only the weights of a checkpoint into a model that is sharded under any layout. Collective.
 
-    To begin a training from them, call it in ``on_fit_start`` of the LightningModule.
+    To start training from these weights, call it in ``on_fit_start`` of the LightningModule.
 
     Args:
-        module: the LightningModule that was saved, or one with parameters of the same names.
-        path: of the checkpoint.
-        strict: whether names must be the same; False: those that both have are taken.
+        module: The LightningModule that was saved, or one with parameters of the same names.
+        path: Directory of the checkpoint.
+        strict: Whether both must have the same names. If False, parameters whose names occur in both are loaded.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if the checkpoint is of another model, or damaged.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If the checkpoint is of another model, or damaged.
     """
     load({"model": module.state_dict()}, Path(path), strict)
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint. For one process.
+    """Deletes a checkpoint. Only one process may call it.
 
-    Links to it (Lightning moves ``last.ckpt`` only afterwards) first lead to the newest checkpoint beside it, and it is
-    renamed before its files go, so a crash on the way leaves nothing that looks like a checkpoint and is none.
+    Links to it (Lightning moves ``last.ckpt`` only afterwards) are first pointed at the newest checkpoint beside it.
+    The directory is renamed before its files are deleted, so a crash leaves nothing that only looks like a checkpoint.
     """
     others = [other for other in _checkpoints(path.parent) if other.resolve() != path.resolve()]
     links = [link for link in path.parent.glob("*") if link.is_symlink() and link.resolve() == path.resolve()]
@@ -212,31 +219,31 @@ def remove(path: Path) -> None:
 
 
 def link(target: Path, path: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Makes ``path`` a symbolic link to a checkpoint, whatever is there. Collective.
+    """Makes ``path`` a symbolic link to a checkpoint, replacing whatever is there. Collective.
 
     Raises:
-        OSError: if the first process could not.
+        OSError: If the first process cannot write the link.
     """
     _leader(lambda: _link(target, path), path, group)
 
 
 def stored_names(path: Path) -> set[str]:
-    """Names of everything in the checkpoint beside ``meta.pt``: tensors, and what an optimizer has besides.
+    """Returns the names of everything stored outside ``meta.pt``: tensors, and other state of an optimizer.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if the file that says so is damaged.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If the file that describes its contents is damaged.
     """
     path = _complete(path)
     return set(_metadata(path, _manifest(path)).state_dict_metadata)
 
 
 def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Name → shape, dtype and chunks of every tensor in the checkpoint, without reading any.
+    """Maps the name of every tensor in the checkpoint to its shape, dtype and chunks, without reading the tensors.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if the file that says so is damaged.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If the file that describes its contents is damaged.
     """
     path = _complete(path)
     entries = _metadata(path, _manifest(path)).state_dict_metadata
@@ -244,11 +251,11 @@ def stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors. Runs no code of the file.
+    """Reads ``meta.pt``, which holds everything but tensors, without running code from it.
 
     Raises:
-        FileNotFoundError: if ``path`` is not a complete checkpoint.
-        ValueError: if the file that says so is damaged, or asks for code to be run.
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If the file is damaged, or asks for code to be run.
     """
     path = _complete(path)
     manifest = _manifest(path)
@@ -268,13 +275,13 @@ def _complete(path: Path) -> Path:
 
 
 def _beside(path: Path, heading: str) -> str:
-    """For the end of a message: the checkpoints in the same folder; nothing if there are none."""
+    """Lists the checkpoints in the same folder, for the end of a message; returns "" if there are none."""
     found = _checkpoints(path.parent)
     return f"; {heading}: " + ", ".join(map(str, found)) if found else ""
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those in a folder, links to them included."""
+    """Returns the checkpoints in a folder, including links to them."""
     found = (file.parent for file in folder.glob(f"*/{META}") if file.with_name(METADATA).is_file())
     return sorted(path for path in found if path.suffix not in (".partial", ".old"))
 
@@ -285,8 +292,8 @@ def _present(path: Path) -> Path:
 
 
 def _clean(folder: Path, keep: Path) -> None:
-    """Deletes what processes that died have left of saving; nothing that a living one writes, nor anybody else's."""
-    with suppress(OSError):  # another process may clean at the same time
+    """Deletes what dead processes left of their saves, but nothing that a live process writes or that is not ours."""
+    with suppress(OSError):  # another process may be cleaning at the same time
         for path in folder.glob("*.partial"):
             if path != keep and not path.is_symlink() and _is_ours(path):
                 with durable.held(path) as abandoned:
@@ -313,12 +320,12 @@ def _measured(files: Iterable[Path]) -> dict[str, File]:
 
 
 def _leader(task: Callable[[], None], path: Path, group: dist.ProcessGroup | None) -> None:
-    """The first process does something; if it cannot, every process says so. Collective."""
+    """Runs a task on the first process; if it fails, every process raises OSError. Collective."""
     cause: Exception | None = None
     if dist.get_rank(group) == 0:
         try:
             task()
-        except Exception as error:  # the others wait to hear of it, whatever it is
+        except Exception as error:  # whatever it is: the others are waiting in the broadcast
             cause = error
     failure = [None if cause is None else f"{cause}"]
     dist.broadcast_object_list(failure, group=group, group_src=0)
@@ -329,7 +336,7 @@ def _leader(task: Callable[[], None], path: Path, group: dist.ProcessGroup | Non
 def _from_all(
     task: Callable[[], dict[str, File]], path: Path, group: dist.ProcessGroup | None
 ) -> list[dict[str, File]]:
-    """What every process finds; if one cannot, every process says so. Collective."""
+    """Gathers the task's result from every process; if one meets an OSError, every process raises it. Collective."""
     found: dict[str, File] | OSError
     try:
         found = task()
@@ -348,7 +355,7 @@ def _unwritten(path: Path, rank: int, cause: object) -> OSError:
 
 
 def _verified(path: Path, rank: int, size: int) -> Metadata:
-    """This process's share of :func:`verify`."""
+    """Does this process's share of :func:`verify`."""
     manifest = _manifest(path)
     metadata = _metadata(path, manifest)
     shards = {place.relative_path for place in metadata.storage_data.values()}
@@ -365,7 +372,7 @@ def _verified(path: Path, rank: int, size: int) -> Metadata:
 
 
 def _manifest(path: Path) -> Manifest | None:
-    """None for a checkpoint from before there were manifests."""
+    """Reads the manifest; returns None for a checkpoint that is too old to have one."""
     manifest = read_manifest(path)
     if manifest is None and _SAVE_ID in _decoded(path):
         raise ValueError(f"{path} is damaged: {MANIFEST} is missing")
@@ -390,12 +397,12 @@ def _decoded(path: Path) -> dict[str, Any]:
 
 
 def _natural(name: str) -> list[Any]:
-    """Sorts numbers in names as numbers: then a process of the same layout verifies what it also reads."""
+    """Returns a key that sorts numbers in names by value, so that a process verifies the shards it will also read."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _too_short(metadata: Metadata, path: Path) -> str | None:
-    """The first file that is missing or shorter than what it should hold."""
+    """Describes the first file that is missing or shorter than its contents should be."""
     ends: dict[str, int] = {}
     for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

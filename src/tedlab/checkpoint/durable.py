@@ -1,4 +1,4 @@
-"""Files that survive a crash of the machine: written, synced to the disk, and put in place by a rename."""
+"""Makes files survive a crash of the machine: writes them, syncs them to the disk and renames them into place."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file; returns when it is on the disk."""
+    """Writes a file and returns once it is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -17,26 +17,26 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Returns when the names in a directory are on the disk; the files themselves are not looked at."""
+    """Returns once the names in a directory are on the disk; does not sync the files themselves."""
     with _opened(path) as descriptor:
         os.fsync(descriptor)
 
 
 def partial(path: Path) -> Path:
-    """Where what is to become ``path`` is written."""
+    """Returns where the future content of ``path`` is written."""
     return path.with_name(path.name + ".partial")
 
 
 def replaced(path: Path) -> Path:
-    """Where what was at ``path`` is, in the moment between two renames."""
+    """Returns where the old content of ``path`` is between the two renames of :func:`put`."""
     return path.with_name(path.name + ".old")
 
 
 def put(new: Path, path: Path) -> None:
-    """Moves a directory or a link, complete and synced, to ``path``, whatever is there.
+    """Moves a directory or a link, complete and synced, to ``path``, replacing whatever is there.
 
-    A link takes the place of a link at once. Otherwise what was there is at ``replaced(path)`` for a moment, and it is
-    deleted only when the new one's name is on the disk.
+    A link replaces a link atomically. Otherwise the old content stays at ``replaced(path)`` until the new name is on
+    the disk, and is deleted then.
     """
     old = replaced(path)
     if (path.is_symlink() or path.exists()) and not (path.is_symlink() and new.is_symlink()):
@@ -48,7 +48,7 @@ def put(new: Path, path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a directory or a link, if it is there."""
+    """Deletes a directory or a link, if it exists."""
     if path.is_symlink():
         path.unlink()
     elif path.exists():
@@ -57,9 +57,9 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def held(directory: Path) -> Iterator[bool]:
-    """Marks a directory as in use, as long as this process lives; False if another one holds it.
+    """Locks a directory while the context is open, at most for the life of the process. Yields whether it could.
 
-    Also False on file systems that cannot lock a directory (some NFS).
+    It yields False if another process holds the lock, or if the file system cannot lock a directory (some NFS).
     """
     with _opened(directory) as descriptor:
         try:
@@ -70,7 +70,7 @@ def held(directory: Path) -> Iterator[bool]:
         try:
             yield True
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would leave it to children forked meanwhile
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone would leave the lock to forked children
 
 
 @contextmanager

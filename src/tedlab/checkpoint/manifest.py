@@ -1,7 +1,7 @@
-"""``manifest.json``: which files a checkpoint consists of, with size and checksum, and which save they are of.
+"""``manifest.json`` lists the files of a checkpoint with size and checksum, and identifies the save they belong to.
 
-The checksum is the CRC-32 of zip and gzip: a bit that flipped is always seen, another file's content but once in four
-billion times, and a core computes it faster than disks write. It is no signature: who can change a file can change the
+The checksum is the CRC-32 of zip and gzip. It always detects a flipped bit, misses other content once in four billion
+times, and a core computes it faster than disks write. It is no signature: whoever can change a file can change the
 manifest too.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_BLOCK = 1 << 22  # bytes read at a time
+_BLOCK = 1 << 22  # bytes per read
 
 
 @dataclass(frozen=True)
 class File:
-    """Size in bytes, and CRC-32 as eight hexadecimal digits."""
+    """A file's size in bytes, and its CRC-32 as eight hexadecimal digits."""
 
     size: int
     crc32: str
@@ -26,12 +26,12 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module.
+    """The content of ``manifest.json``.
 
     Attributes:
-        save_id: different for every save.
-        step: optimizer steps that had been taken; None if whoever saved did not say.
-        files: by name.
+        save_id: Unique to each save.
+        step: Number of optimizer steps taken; None if the caller did not give it.
+        files: Size and checksum of each file, by name.
     """
 
     save_id: str
@@ -39,14 +39,14 @@ class Manifest:
     files: Mapping[str, File]
 
     def to_json(self) -> bytes:
-        """With a checksum of its own."""
+        """Returns the manifest as JSON, with a checksum of its own."""
         files = {name: [file.size, file.crc32] for name, file in sorted(self.files.items())}
         content = {"format": _FORMAT, "save_id": self.save_id, "step": self.step, "files": files}
         own = of_bytes(json.dumps(content).encode()).crc32
         return json.dumps({**content, "crc32": own}, indent=1).encode()
 
     def check(self, directory: Path, names: Iterable[str]) -> str | None:
-        """What is wrong with the first of these files that is not as it was written; None if all are."""
+        """Says what is wrong with the first of these files that is not as it was written; returns None if all are."""
         for name in names:
             expected, path = self.files.get(name), directory / name
             if expected is None:
@@ -69,12 +69,12 @@ class Manifest:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether this can only be a file in the directory where it is looked for."""
+    """Tells whether a name is a plain file name, which cannot lead out of its directory."""
     return Path(name).name == name != ".."
 
 
 def measure(path: Path) -> File:
-    """Size and checksum of a file."""
+    """Computes the size and checksum of a file."""
     size, checksum, block = 0, 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -84,15 +84,15 @@ def measure(path: Path) -> File:
 
 
 def of_bytes(content: bytes) -> File:
-    """What :func:`measure` says of a file of this content."""
+    """Returns what :func:`measure` would for a file of this content."""
     return File(len(content), f"{zlib.crc32(content):08x}")
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a checkpoint; None if it has none: it was written before there were manifests.
+    """Reads the manifest of a checkpoint; returns None if there is none, as in old checkpoints.
 
     Raises:
-        ValueError: if the file is damaged or of a later format.
+        ValueError: If the file is damaged or has another format version.
     """
     path = directory / MANIFEST
     if not path.is_file():

@@ -1,7 +1,7 @@
-"""torch.distributed.checkpoint's files, read without running any code that they ask for.
+"""Reads the files of torch.distributed.checkpoint without running any code that they ask for.
 
-torch reads ``.metadata`` and entries that are no tensors with ``pickle``, which calls what a file names. Here a file
-may name what such files consist of, and nothing else.
+torch reads ``.metadata`` and entries that are not tensors with ``pickle``, which calls whatever a file names. Here a
+file may name only what such files need.
 """
 
 import io
@@ -27,12 +27,12 @@ METADATA = ".metadata"
 _CLASSES = CHECKPOINT_CLASSES | {torch.Size, pathlib.PosixPath, pathlib.WindowsPath}
 _ALLOWED = {(kind.__module__, kind.__qualname__): kind for kind in _CLASSES} | {
     ("torch.serialization", "_get_layout"): layout_by_name,
-    ("pathlib._local", "PosixPath"): pathlib.PosixPath,  # as Python 3.13 has it
+    ("pathlib._local", "PosixPath"): pathlib.PosixPath,  # the name in Python 3.13
 }
 
 
 class Reader(FileSystemReader):
-    """Reads ``.metadata`` with :func:`read_metadata`. Tensors torch reads safely by itself."""
+    """Reads ``.metadata`` with :func:`read_metadata`; torch's own way of reading tensors is safe."""
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -40,7 +40,7 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Reads entries that are no tensors as :mod:`tedlab.checkpoint.values` does."""
+    """Reads entries that are not tensors with :mod:`tedlab.checkpoint.values`."""
 
     @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -49,10 +49,10 @@ class Planner(DefaultLoadPlanner):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """What ``.metadata`` says: every tensor's shape, dtype and pieces, and where in which file these are.
+    """Reads ``.metadata``: every tensor's shape, dtype and pieces, and where in which file each piece is.
 
     Raises:
-        ValueError: if the file is damaged, asks for anything but such a description, or names a file elsewhere.
+        ValueError: If the file is damaged, holds anything but such a description, or names a file elsewhere.
     """
     try:
         found = _Unpickler(io.BytesIO(path.read_bytes())).load()
@@ -86,7 +86,7 @@ class _Unpickler(PythonUnpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
 
     def load_build(self) -> None:
-        """Sets attributes of what the file has made; never of classes, functions and enumerations, which all share."""
+        """Sets attributes only of objects that the file made, never of shared classes, functions or enumerations."""
         made = self.stack[-2]
         if type(made) not in _CLASSES or isinstance(made, Enum):
             raise pickle.UnpicklingError(f"it would change {made!r}, which is not part of it")

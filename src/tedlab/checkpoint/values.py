@@ -1,7 +1,7 @@
-"""What a checkpoint holds besides its shards, as bytes that can be read without running any code.
+"""Encodes what a checkpoint holds besides its shards as bytes that can be read without running any code.
 
-``torch.load(weights_only=True)`` reads tensors, numbers, strings and containers, and NumPy arrays of numbers, which
-random states are. What it would refuse when the checkpoint is loaded is refused when the checkpoint is saved.
+``torch.load(weights_only=True)`` reads tensors, numbers, strings and containers. Here it also reads NumPy arrays of
+numbers, which random states contain. Values that loading would refuse are refused when the checkpoint is saved.
 """
 
 import io
@@ -23,11 +23,11 @@ _NUMPY: list[Any] = [
     np.ndarray,
     np.dtype,
     *(type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"),
-    # Where NumPy 1 and NumPy 2 have them.
+    # The module names in NumPy 1 and NumPy 2.
     *((_RECONSTRUCT, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-_ONE_AT_A_TIME = threading.Lock()  # torch's list of what is safe is one for all threads, which may be ranks (sim)
+_ONE_AT_A_TIME = threading.Lock()  # all threads, which may be ranks (sim), share torch's list of safe classes
 _ALLOW = (
     "A checkpoint is read without running any code, so it holds tensors, numbers, strings and plain containers only. "
     "Leave it out or convert it, or, if it is safe to construct, allow it where you save and where you load: "
@@ -36,17 +36,17 @@ _ALLOW = (
 
 
 def encode(values: Mapping[str, Any]) -> bytes:
-    """As bytes, for :func:`decode`.
+    """Encodes values as bytes for :func:`decode`.
 
     Raises:
-        TypeError: naming the key and the type of a value that :func:`decode` would refuse.
+        TypeError: If :func:`decode` would refuse a value. The message names its key and its type.
     """
     try:
         content = _dumped(dict(values))
         decode(content)
     except Exception as error:
         found = _culprit(dict(values), "")
-        if found is None:  # only its parts can be read
+        if found is None:  # every value can be stored, so there is none to name
             raise
         name, value = found
         raise TypeError(f"{name} is of type {_name(type(value))}, which no checkpoint holds. {_ALLOW}") from error
@@ -54,17 +54,17 @@ def encode(values: Mapping[str, Any]) -> bytes:
 
 
 def decode(content: bytes) -> dict[str, Any]:
-    """What was encoded, tensors on the CPU. Runs no code of the content.
+    """Decodes what :func:`encode` made, with tensors on the CPU, without running code from the content.
 
     Raises:
-        Exception: of many types, if the content is damaged or asks for more.
+        Exception: Of various types, if the content is damaged or asks for code to be run.
     """
     with _ONE_AT_A_TIME, torch.serialization.safe_globals(_NUMPY):
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def plain(value: Any) -> Any:
-    """Hyper-parameters as plain containers, numbers and strings, where there is one obvious way."""
+    """Converts hyper-parameters to plain containers, numbers and strings where there is one obvious way."""
     if isinstance(value, DictConfig | ListConfig):
         return plain(OmegaConf.to_container(value, resolve=True))
     if isinstance(value, Namespace):
@@ -91,13 +91,13 @@ def _dumped(value: Any) -> bytes:
 def _storable(value: Any) -> bool:
     try:
         decode(_dumped(value))
-    except Exception:  # pickling may call anything
+    except Exception:  # pickling may run any code and raise anything
         return False
     return True
 
 
 def _culprit(value: Any, name: str) -> tuple[str, Any] | None:
-    """Name and value of the innermost part that cannot be stored."""
+    """Returns the name and value of the innermost part that cannot be stored; None if all of it can."""
     if _storable(value):
         return None
     parts: Any = ()

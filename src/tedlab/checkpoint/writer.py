@@ -1,4 +1,4 @@
-"""Saves and removes checkpoints, in order, at once or in the background."""
+"""Saves and removes checkpoints in order, either immediately or in the background."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,23 +17,24 @@ from tedlab.checkpoint.directory import link, prepare, remove, write
 class Writer:
     """Writes one checkpoint after another.
 
-    In the background, values are copied to the CPU before :meth:`save` returns, and one checkpoint is under way at
-    most. A failure is raised by the next call, and nothing is removed after one: the previous checkpoint may be all
-    that there is.
+    In the background, :meth:`save` copies values to the CPU before it returns, and at most one checkpoint is being
+    written. The next :meth:`save` or :meth:`wait` raises a failure. Nothing is removed after one, because the previous
+    checkpoint may be the only one left.
 
     Args:
-        background: write while training goes on. Creates a process group, so construction is collective.
-        timeout: of that group's collectives; None: torch's.
+        background: Whether to write while training goes on. This creates a process group, so construction is
+            collective.
+        timeout: Timeout of that group's collectives; None is torch's default.
     """
 
     def __init__(self, background: bool, timeout: timedelta | None = None) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        # Collectives of a second thread need a group of their own, and tensors on the CPU one for these.
+        # A second thread needs its own group for collectives, and tensors on the CPU need gloo.
         self._group = dist.new_group(backend="gloo", timeout=timeout) if background else None
         self._pending: list[Future[None]] = []
 
     def save(self, tensors: dict[str, Any], meta: Mapping[str, Any], path: Path) -> None:
-        """See :func:`tedlab.checkpoint.save`. Collective."""
+        """Saves a checkpoint as :func:`tedlab.checkpoint.save` does. Collective."""
         self.wait()
         prepared = prepare(tensors, meta)
         if self._thread is not None:
@@ -41,18 +42,18 @@ class Writer:
         self._run(lambda: write(tensors, prepared, path, self._group))
 
     def remove(self, path: Path) -> None:
-        """Deletes a checkpoint once everything before is safely written. For one process."""
+        """Deletes a checkpoint once all earlier tasks have succeeded. Only one process may call it."""
         self._run(lambda: remove(path))
 
     def link(self, target: Path, path: Path) -> None:
-        """Makes ``path`` a link to a checkpoint once everything before is safely written. Collective."""
+        """Makes ``path`` a link to a checkpoint once all earlier tasks have succeeded. Collective."""
         self._run(lambda: link(target, path, self._group))
 
     def wait(self) -> None:
-        """Returns when everything is written.
+        """Waits until everything is written.
 
         Raises:
-            OSError: if it could not be.
+            OSError: If something could not be written.
         """
         pending, self._pending = self._pending, []
         for future in pending:
@@ -66,7 +67,7 @@ class Writer:
 
         def in_turn() -> None:
             for future in before:
-                future.result()  # raises what the one before raised, so that this task is not done
+                future.result()  # raises an earlier task's failure, so that this task does not run
             task()
 
         self._pending.append(self._thread.submit(in_turn))
