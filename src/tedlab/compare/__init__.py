@@ -1,1 +1,1 @@
-"""Finished runs side by side: ``tedlab compare`` prints tables and writes a report with charts."""
+"""Compares finished runs: ``tedlab compare`` prints tables and writes a report with charts."""

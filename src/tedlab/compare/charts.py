@@ -1,4 +1,4 @@
-"""Charts of a comparison: loss curves, bytes by operation and phase, where the time of a step goes."""
+"""Draws the charts of a comparison: loss curves, bytes by operation and phase, and the breakdown of a step's time."""
 
 import io
 import math
@@ -25,7 +25,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "
 _COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION)
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _OTHER = "computation and other"
-_PARTS = {  # of the time of a step
+_PARTS = {  # part of a step's time → colour
     "forward": BLUE,
     "recompute": ORANGE,
     "backward": GREEN,
@@ -34,12 +34,12 @@ _PARTS = {  # of the time of a step
     "emulated between nodes": VERMILION,
     _OTHER: "#9aa0a6",
 }
-_BAR = 0.46  # height, of a row of 1
+_BAR = 0.46  # height of a bar, in rows
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of what is no data."""
+    """Colours of everything that is not data."""
 
     ink: str
     faint: str
@@ -52,13 +52,13 @@ DARK = Theme(ink="#e6edf3", faint="#3d444d", paper="#161b22")
 
 @dataclass(frozen=True)
 class Chart:
-    """One picture.
+    """One chart.
 
     Attributes:
-        name: of its file, without suffix.
-        caption: how to read it, and what is to be seen.
-        light: PNG.
-        dark: the same on dark paper.
+        name: File name without suffix.
+        caption: Explains how to read the chart and what it shows.
+        light: PNG on a light background.
+        dark: PNG on a dark background.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Chart:
 
 
 def charts(comparison: Comparison) -> list[Chart]:
-    """Those for which the runs have data."""
+    """Draws the charts for which the runs have data."""
     drawn = []
     for name, caption, draw in (
         ("loss", _LOSS_CAPTION, _losses),
@@ -118,7 +118,7 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
 
 
 def _coincide(run: Run, other: Run) -> bool:
-    """Whether the eye could not tell their training losses apart."""
+    """Tells whether the training losses of two runs look the same in the chart."""
     (steps, ours), (other_steps, theirs) = _xy(run.curves["train/loss"]), _xy(other.curves["train/loss"])
     return steps == other_steps and all(map(partial(math.isclose, rel_tol=1e-3), ours, theirs))
 
@@ -146,7 +146,7 @@ def _bytes(comparison: Comparison, theme: Theme) -> Figure | None:
                 size = sum(collective.wire_bytes for collective in same) / MIB
                 axes.barh(row, size, _BAR, left=end, color=colours[op])
                 end += size
-            if (end - begin) * MIB > 0.09 * max(totals):  # room for the word
+            if (end - begin) * MIB > 0.09 * max(totals):  # there is room for the word
                 axes.text((begin + end) / 2, row - 0.3, phase, ha="center", va="bottom", size=8.5)
         _write_total(comparison, run, SENT, "MiB", end, row, axes)
     _legend(figure, {op.replace("_", "-"): colour for op, colour in colours.items()})
@@ -178,7 +178,7 @@ def _times(comparison: Comparison, theme: Theme) -> Figure | None:
 
 
 def _communication(run: Run) -> dict[str, float]:
-    """Seconds per step in collectives: by phase if they were timed, else an emulated network's delays by link."""
+    """Returns seconds per step in collectives: by phase if timed, else the emulated network's delays by link."""
     delays = {f"emulated {link}": delay for link, delay in emulated_seconds_by_link(run).items()}
     return seconds_by_phase(run) or delays
 
@@ -192,7 +192,7 @@ def _canvas(height: float, title: str) -> tuple[Figure, Any]:
 
 
 def _bars(comparison: Comparison, theme: Theme, title: str, unit: str, longest: float) -> tuple[Figure, Any]:
-    """Axes with a row for each run, and room for totals beside the longest bar."""
+    """Makes axes with a row for each run and room for totals beside the longest bar."""
     count = len(comparison.runs)
     figure, axes = _canvas(1.5 + 0.62 * count, title)
     axes.set_yticks(range(count), [fill(comparison.label(run), 32) for run in comparison.runs])
@@ -229,9 +229,9 @@ def _png(draw: Callable[[Comparison, Theme], Figure | None], comparison: Compari
         **dict.fromkeys(("axes.facecolor", "figure.facecolor"), theme.paper),
         "font.size": 10.5,
         "figure.titlesize": 12.5,
-        "axes.axisbelow": True,  # grid lines behind bars
+        "axes.axisbelow": True,  # draws grid lines behind bars
         "hatch.linewidth": 1.2,
-        "text.parse_math": False,  # a "$" in a setting is a "$"
+        "text.parse_math": False,  # keeps a "$" in a setting literal
     }
     with matplotlib.rc_context(style):
         figure = draw(comparison, theme)

@@ -1,4 +1,4 @@
-"""What differs between runs and what does not: settings, losses to the last digit, and what each change brought."""
+"""Compares runs: which settings differ, whether losses agree to the last digit, and what effect each change had."""
 
 import difflib
 import json
@@ -11,7 +11,7 @@ from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
 from tedlab.errors import UsageError
 
-# Where a run writes and what it is called, and what follows from other settings.
+# Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
 PLUMBING = (
     "output_dir",
     "choices",
@@ -24,7 +24,7 @@ PLUMBING = (
     "trainer.devices",
     "trainer.accumulate_grad_batches",
 )
-# Losses of runs that differ in one of these do not mean the same …
+# Runs that differ in one of these have losses that mean different things …
 MUST_AGREE = (
     "model",
     "moe.num_experts",
@@ -37,36 +37,36 @@ MUST_AGREE = (
     "data.validation_samples",
     "trainer.max_steps",
 )
-MAY_DIFFER = ("model.recompute",)  # … except these, which change no maths
+MAY_DIFFER = ("model.recompute",)  # … except in these, which change no maths
 
-ABSENT = "–"  # a setting that a run's version did not have
+ABSENT = "–"  # stands for a setting that a run's version did not have
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What one change of settings brought, in every pair of runs that differ in nothing else.
+    """The effect of one change of settings, over all pairs of runs that differ only in it.
 
     Attributes:
-        change: the new settings, as ``key=value``.
-        pairs: of runs, before and after.
+        change: The new settings, as ``key=value``.
+        pairs: Pairs of runs, (before, after).
     """
 
     change: str
     pairs: tuple[tuple[Run, Run], ...]
 
     def changes(self, quantity: Quantity) -> list[float]:
-        """Relative change of a quantity in each pair that has it: −0.25 is a quarter less."""
+        """Returns the relative change of a quantity in each pair that has it: −0.25 is a quarter less."""
         values = [(quantity.value(before), quantity.value(after)) for before, after in self.pairs]
         return [after / before - 1 for before, after in values if before and after is not None]
 
     @property
     def emulated(self) -> bool:
-        """Whether times include an emulated network."""
+        """Whether times belong to an emulated or simulated network."""
         return any(run.emulated for pair in self.pairs for run in pair)
 
     @property
     def loss_distance(self) -> float:
-        """Largest difference of any loss in any pair; 0 if all are the same to the last digit."""
+        """The largest difference of any loss in any pair; 0 if all agree to the last digit."""
         return max(_distance(before, after, name) for before, after in self.pairs for name in CURVES)
 
 
@@ -75,10 +75,10 @@ class Comparison:
     """Runs side by side.
 
     Attributes:
-        runs: the first is what the others are compared with.
-        settings: keys of the configuration that are shown.
-        differing: keys of the configuration that differ, shown or not.
-        notes: what a reader must know before drawing conclusions.
+        runs: The runs; the others are compared with the first.
+        settings: Keys of the configuration to show.
+        differing: Keys of the configuration that differ, shown or not.
+        notes: Sentences that a reader must know before drawing conclusions.
     """
 
     runs: Sequence[Run]
@@ -87,11 +87,11 @@ class Comparison:
     notes: Sequence[str]
 
     def value(self, run: Run, key: str) -> str:
-        """A setting as YAML would show it."""
+        """Returns a setting as YAML would show it."""
         return written(run.config[key]) if key in run.config else ABSENT
 
     def label(self, run: Run) -> str:
-        """A run's name and its settings in brief, for charts."""
+        """Returns a run's name and its settings in brief, for charts."""
         last = [key.rsplit(".", 1)[-1] for key in self.settings]
         brief = [word if last.count(word) == 1 else key for word, key in zip(last, self.settings, strict=True)]
         text = ", ".join(f"{word}={self.value(run, key)}" for word, key in zip(brief, self.settings, strict=True))
@@ -99,12 +99,12 @@ class Comparison:
         return text if len(text) <= 60 else f"{text[:59]}…"
 
     def ratio(self, run: Run, quantity: Quantity) -> float | None:
-        """To the first run; None for that run itself, or where either has no value."""
+        """Returns the ratio to the first run; None for that run itself, or if either has no value."""
         first, own = quantity.value(self.runs[0]), quantity.value(run)
         return None if run is self.runs[0] or not first or own is None else own / first
 
     def effects(self) -> list[Effect]:
-        """Of every single setting that departs from the first run's value; of whole runs where none does so alone."""
+        """Returns the effect of each single setting changed from the first run's value; without any, of whole runs."""
         found: dict[str, list[tuple[Run, Run]]] = {}
         for before in self.runs:
             for after in self.runs:
@@ -114,7 +114,7 @@ class Comparison:
         return [Effect(change, tuple(pairs)) for change, pairs in found.items()] or self.against_first()
 
     def against_first(self) -> list[Effect]:
-        """Of each run's settings together, compared with the first run."""
+        """Returns the effect of all settings of each run together, compared with the first run."""
         first, *others = self.runs
         effects = []
         for run in others:
@@ -123,7 +123,7 @@ class Comparison:
         return effects
 
     def headline(self) -> Effect | None:
-        """The change that saved the most bytes, or, if none did, the most time; None if nothing was saved."""
+        """Returns the change that saved the most bytes or, if none did, the most time; None if nothing was saved."""
         candidates = [*self.effects(), *self.against_first()]
         for quantity in (SENT, STEP_TIME):
             measured = [effect for effect in candidates if effect.changes(quantity)]
@@ -133,7 +133,7 @@ class Comparison:
         return None
 
     def loss_statements(self) -> list[str]:
-        """Which runs have the same losses to the last digit, and how far apart the others are."""
+        """Says which runs have the same losses to the last digit, and by how much the others differ."""
         return [text for name in CURVES if (text := self._loss_statement(name)) is not None]
 
     def _loss_statement(self, name: str) -> str | None:
@@ -161,16 +161,16 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = (), force: bool = False) -> Comparison:
-    """Checks that runs can be compared, and how they differ.
+    """Checks that runs can be compared, and determines how they differ.
 
     Args:
-        runs: at least one; the first is the reference.
-        by: the settings to show; by default all that differ.
-        notes: of the reading, kept.
-        force: compare what cannot be compared, with a note.
+        runs: At least one run; the first is the reference.
+        by: Keys of the settings to show; by default all that differ.
+        notes: Notes from reading the runs, to keep.
+        force: Whether to compare unlike runs nevertheless, with a note.
 
     Raises:
-        UsageError: for a key that no configuration has, or runs whose losses do not mean the same.
+        UsageError: If no configuration has a key of ``by``, or if losses of the runs do not mean the same.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.config))
     differing = _differing(runs, known)
@@ -192,7 +192,7 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
 
 
 def written(value: Any) -> str:
-    """A value of a configuration as YAML would write it in one line."""
+    """Returns a value of a configuration as YAML would write it on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -202,7 +202,7 @@ def _differing(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
 
 
 def _unlike(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
-    """What must agree and does not, with the values. A key that some run's version did not have counts for nothing."""
+    """Lists what must agree but does not, with the values. Runs whose version did not have a key are ignored for it."""
     values: dict[str, Callable[[Run], Any]] = {
         key: lambda run, key=key: run.config.get(key, ABSENT)  # type: ignore[misc]
         for key in known
@@ -244,13 +244,13 @@ def _is_one_of(key: str, prefixes: Sequence[str]) -> bool:
 
 
 def _digits(run: Run, name: str) -> str | None:
-    """The final loss and all logged ones with all their digits; None if there is none."""
+    """Returns the final loss and all logged ones with all their digits; None if there is none."""
     final = run.number(name)
     return None if final is None else repr((final, run.curves[name]))
 
 
 def _distance(a: Run, b: Run, name: str) -> float:
-    """Largest difference of a loss between two runs, at the end and at the steps where both logged it."""
+    """Returns the largest difference of a loss between two runs, at the end and at steps where both logged it."""
     theirs = dict(b.curves[name])
     pairs = [(loss, theirs[step]) for step, loss in a.curves[name] if step in theirs]
     pairs.append((_final(a, name), _final(b, name)))
@@ -258,6 +258,6 @@ def _distance(a: Run, b: Run, name: str) -> float:
 
 
 def _final(run: Run, name: str) -> float:
-    """NaN for a loss that was never logged."""
+    """Returns a run's final loss; NaN if the summary has none."""
     final = run.number(name)
     return math.nan if final is None else final

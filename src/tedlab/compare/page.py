@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: no script, no other file, no network."""
+"""Writes a comparison as one self-contained HTML file: no scripts, no other files, no network."""
 
 import base64
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tedlab.compare.traffic import traffic
 
 
 def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
-    """The report. Everything that comes from a run is escaped."""
+    """Renders the report as HTML, with everything that comes from a run escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = exact
@@ -42,7 +42,7 @@ def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
 
 
 def write(comparison: Comparison, out: Path) -> Path:
-    """Writes the report, and its charts as PNG into the folder ``<stem>_charts`` beside it."""
+    """Writes the report to ``out``, and its charts as PNG into the folder ``<stem>_charts`` beside it."""
     drawn = charts(comparison)
     folder = out.with_name(f"{out.stem}_charts")
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,5 +53,5 @@ def write(comparison: Comparison, out: Path) -> Path:
 
 
 def exact(value: float) -> str:
-    """A number of bytes or calls per step, without digits that mean nothing."""
+    """Formats a number of bytes or calls per step: a whole number without decimals, any other with two."""
     return f"{value:,.0f}" if value == round(value) else f"{value:,.2f}"

@@ -1,4 +1,4 @@
-"""The numbers that runs are compared by: where each comes from, how it is written, and what it means."""
+"""Defines the quantities by which runs are compared: the source, format and meaning of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,14 +12,14 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number that every run may have.
+    """A number that a run may have.
 
     Attributes:
-        heading: of its column.
-        meaning: its definition, as a sentence of the report.
-        value: of a run; None where the run has none.
-        show: how it is written.
-        timed: whether an emulated network changes it.
+        heading: Heading of its column.
+        meaning: Its definition, as a sentence for the report.
+        value: Returns the quantity of a run; None if the run has none.
+        show: Formats a value.
+        timed: Whether an emulated network changes it.
     """
 
     heading: str
@@ -30,24 +30,24 @@ class Quantity:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """At least so many significant digits, thousands separated, never an exponent: 1,234  56.7  0.00123."""
+    """Formats a number with at least ``digits`` significant digits and no exponent: 1,234  56.7  0.00123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:.0f}"
     return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(value))))}f}"
 
 
 def mib(size: float) -> str:
-    """Bytes as MiB."""
+    """Formats bytes as MiB."""
     return significant(size / MIB)
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds as milliseconds."""
+    """Formats seconds as milliseconds."""
     return significant(seconds * 1e3)
 
 
 def telling(values: Sequence[float | None]) -> list[str]:
-    """Each value with as many digits as tell all different ones apart, at least six."""
+    """Formats values with enough digits to tell all different ones apart, at least six; None becomes "–"."""
     different = {repr(value) for value in values if value is not None}
     for digits in range(6, 18):
         texts = ["–" if value is None else f"{value:#.{digits}g}" for value in values]
@@ -59,7 +59,7 @@ def telling(values: Sequence[float | None]) -> list[str]:
 def of_summary(
     key: str, heading: str, meaning: str, show: Callable[[float], str] = significant, *, timed: bool = False
 ) -> Quantity:
-    """A value of ``summary.json`` as it is."""
+    """Makes the quantity that ``summary.json`` holds under ``key``."""
     return Quantity(heading, meaning, lambda run: run.number(key), show, timed)
 
 

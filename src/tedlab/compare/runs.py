@@ -1,4 +1,4 @@
-"""Finished runs as they lie on disk: configuration, summary, loss curves; and which directories a path stands for."""
+"""Reads finished runs from disk (configuration, summary, loss curves), and finds the run directories of a path."""
 
 import csv
 import difflib
@@ -15,7 +15,7 @@ from tedlab.renamed import nested
 from tedlab.untrusted import read_yaml
 
 CONFIG = "config.yaml"
-_NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # what such a name stands for
+_NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # prefixes of numeric values
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
 
@@ -23,7 +23,7 @@ Curve = list[tuple[int, float]]
 
 
 class Unfinished(Exception):
-    """Why a run has nothing to compare."""
+    """A run has nothing to compare; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Run:
     """One finished run, wherever it was read from.
 
     Attributes:
-        name: short, and different from the other runs'.
-        source: its directory, or its address on a W&B server.
-        config: every value under its dotted key.
-        summary: what ``summary.json`` holds.
-        curves: of each of ``CURVES``, (steps done, value) in order; empty if it was never logged.
+        name: Short name that no other run of the comparison has.
+        source: Its directory, or its address on a W&B server.
+        config: Every value of the configuration under its dotted key.
+        summary: The content of ``summary.json``.
+        curves: For each of ``CURVES``, the pairs (steps done, value) in order; empty if it was never logged.
     """
 
     name: str
@@ -46,32 +46,35 @@ class Run:
 
     @property
     def simulated(self) -> str | None:
-        """The cluster that ``tedlab simulate`` predicted for; None for a run."""
+        """The cluster for which ``tedlab simulate`` predicted this run; None if the run really happened."""
         return self.config.get("sim.cluster")
 
     @property
     def emulated(self) -> str | None:
-        """The cluster that times belong to, if they are no machine's: emulated or simulated; None if measured."""
+        """The emulated or simulated cluster whose times these are; None if the times were measured."""
         cluster = self.simulated or self.config.get("comm.emulate")
         if cluster is None and any(key.endswith("/emulated_seconds") for key in self.summary):
             return "unnamed cluster"
         return None if cluster is None else str(cluster)
 
     def number(self, key: str) -> float | None:
-        """A value of the summary; None where the run has none."""
+        """Returns a value of the summary as a float; None if it is missing or not a number."""
         value = self.summary.get(key)
         return float(value) if isinstance(value, int | float) else None
 
 
 def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], list[str]]:
-    """The finished runs of run and sweep directories, and a note for each that has not finished.
+    """Reads the finished runs of run and sweep directories.
 
     Args:
-        paths: of the directories.
-        stopped: also those that failed or were interrupted, which their names then say.
+        paths: Run and sweep directories.
+        stopped: Whether to include runs that failed or were interrupted; their names then say so.
+
+    Returns:
+        The runs, and a note for each run that is left out.
 
     Raises:
-        UsageError: if a path is not there, holds no run, or no run has finished.
+        UsageError: If a path does not exist or holds no run, or if no run has finished.
     """
     directories = list(dict.fromkeys(d.resolve() for path in paths for d in _run_directories(path)))
     runs, notes = [], []
@@ -86,7 +89,7 @@ def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], 
 
 
 def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
-    """What became of a run that did not finish; None of one that did, as all did that do not say."""
+    """Says how a run ended that did not finish; returns None for a finished run, or one that does not say."""
     state = summary.get("state", FINISHED)
     if state == FINISHED:
         return None
@@ -94,14 +97,14 @@ def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
 
 
 def why_left_out(summary: Mapping[str, Any]) -> str:
-    """A clause that begins with "it", of a run that failed or was interrupted."""
+    """Says why a run that failed or was interrupted is left out, as a clause that begins with "it"."""
     verb = "failed" if summary["state"] == FAILED else f"was {summary['state']}"
     stopped = f"it {verb} at step {summary.get('steps')} ({summary.get('reason')})"
     return f"{stopped}; force=true compares it as far as it came."
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dotted keys; lists are values."""
+    """Flattens nested dictionaries into one with dotted keys; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -109,12 +112,12 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def curves(rows: Iterable[Mapping[str, Any]], step_key: str, steps: int) -> dict[str, Curve]:
-    """The loss curves in logged rows.
+    """Extracts the loss curves from logged rows.
 
     Args:
-        rows: of metrics; those that were not logged at a row's step are absent, empty or None.
-        step_key: under which a row has its step, see :func:`tedlab.history.steps_done`.
-        steps: of the run.
+        rows: Rows of metrics; a metric that was not logged at a row's step is absent, empty or None.
+        step_key: Key under which a row has its step; see :func:`tedlab.history.steps_done`.
+        steps: Number of steps of the run, at which steps are capped.
     """
     found: dict[str, Curve] = {name: [] for name in CURVES}
     for row in rows:
@@ -144,7 +147,7 @@ def _run_directories(path: Path) -> list[Path]:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """As many last parts of the paths as tell them apart."""
+    """Returns the shortest endings of the paths, with equally many parts, that tell them apart."""
     depth, names = 0, [""] * len(directories)
     while len(set(names)) < len(directories) or depth == 0:
         depth += 1
@@ -190,7 +193,7 @@ def _summary(directory: Path) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Or none at all, or one for each rank."""
+    """Tells whether a summary value may stand for a number: a number, None, or a list with one for each rank."""
     if value is None or isinstance(value, list):
         return True
     return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)

@@ -1,4 +1,4 @@
-"""The tables of a comparison as text, one row for each run; terminal and report show the same."""
+"""Builds the tables of a comparison as text, one row for each run; terminal and report show the same tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from tedlab.compare.traffic import (
     wire_by_link,
 )
 
-_LEAST = 1024  # bytes per step, mean over runs: a scalar here and there is no column of a breakdown
+_LEAST = 1024  # bytes per step, mean over runs: a few scalars deserve no column of a breakdown
 
 
 class Cell(NamedTuple):
-    """What a table shows in one place: a value, and its ratio to the first run where it has one."""
+    """One cell of a table: a value, and its ratio to the first run if there is one."""
 
     text: str
     ratio: str = ""
@@ -46,13 +46,13 @@ class Sheet:
 
 
 def settings(comparison: Comparison) -> Sheet:
-    """The settings that are compared."""
+    """Makes the table of the settings that are compared."""
     columns = [_column(comparison, key, _setting(comparison, key)) for key in comparison.settings]
     return Sheet("Settings", columns, numeric=False)
 
 
 def results(comparison: Comparison) -> Sheet:
-    """Final losses, speed, bytes, memory."""
+    """Makes the table of final losses, speed, bytes and memory."""
     losses = []
     for name in CURVES:
         texts = telling([run.number(name) for run in comparison.runs])
@@ -61,13 +61,13 @@ def results(comparison: Comparison) -> Sheet:
 
 
 def further(comparison: Comparison) -> Sheet:
-    """Whatever else the runs measured: utilisation, memory by category, health of the router."""
+    """Makes the table of what else the runs measured: utilisation, memory by category, router health."""
     columns = [_quantity(comparison, quantity, ratios=False) for quantity in FURTHER]
     return Sheet("Memory, utilisation, router", _present(columns))
 
 
 def by_phase(comparison: Comparison) -> Sheet:
-    """Bytes sent per step by phase and by link."""
+    """Makes the table of bytes sent per step by phase and by link."""
     phases = [_bytes(comparison, phase, "phase") for phase in PHASES]
     links = [_part(comparison, link, wire_by_link, mib) for link in LINKS.values()]
     columns = [*phases, _quantity(comparison, SENT, "total"), *links]
@@ -75,7 +75,7 @@ def by_phase(comparison: Comparison) -> Sheet:
 
 
 def times(comparison: Comparison) -> Sheet:
-    """Time in collectives per step: by phase where it was measured, by link what an emulated network added."""
+    """Makes the table of time in collectives per step: measured by phase, and emulated delays by link."""
 
     def seconds(run: Run) -> dict[str, float]:
         measured = seconds_by_phase(run)
@@ -89,17 +89,17 @@ def times(comparison: Comparison) -> Sheet:
 
 
 def by_op_and_group(comparison: Comparison) -> Sheet:
-    """Bytes sent per step by operation and group."""
+    """Makes the table of bytes sent per step by operation and group."""
     return _breakdown(comparison, "Communication by operation and group: MiB sent by rank 0 in a step", "group", "op")
 
 
 def by_op_and_phase(comparison: Comparison) -> Sheet:
-    """Bytes sent per step by operation and phase."""
+    """Makes the table of bytes sent per step by operation and phase."""
     return _breakdown(comparison, "Communication by operation and phase: MiB sent by rank 0 in a step", "phase", "op")
 
 
 def percent(changes: Sequence[float]) -> str:
-    """Relative changes as a range of percentages: −33.3 %, +1.0 … +2.5 %, or ``unchanged``; empty without any."""
+    """Formats relative changes as a range: −33.3 %, +1.0 … +2.5 %, or ``unchanged``; "" if there are none."""
     texts = list(dict.fromkeys(f"{100 * x:+.1f}".replace("-", "−") for x in sorted(changes)))
     if not any(changes):
         return "unchanged" if changes else ""
@@ -107,7 +107,7 @@ def percent(changes: Sequence[float]) -> str:
 
 
 def effect_cells(effect: Effect) -> dict[str, str]:
-    """What a change brought, by what it is about."""
+    """Formats the effect of a change: bytes sent, step time, peak memory and losses, as far as they are known."""
     cells = {
         "bytes sent": percent(effect.changes(SENT)),
         "step time": _marked(percent(effect.changes(STEP_TIME)), effect.emulated),
@@ -148,7 +148,7 @@ def _part(
     *,
     timed: bool = False,
 ) -> Column:
-    """The column of one part of what a step consists of."""
+    """Makes the column of one entry of ``parts``, such as one phase or link of a step."""
     return _quantity(comparison, Quantity(heading, "", lambda run: parts(run).get(heading), show, timed))
 
 
@@ -178,5 +178,5 @@ def _mib_or_nothing(size: float | None) -> str:
 
 
 def _present(columns: Sequence[Column]) -> list[Column]:
-    """Without columns in which nothing stands."""
+    """Drops columns in which every cell is empty."""
     return [column for column in columns if any(cell.text for cell in column.cells)]

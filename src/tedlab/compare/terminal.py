@@ -1,4 +1,4 @@
-"""A comparison on a terminal: as few tables as fit its width, and what there is to say below them."""
+"""Prints a comparison on a terminal: as few tables as fit its width, and remarks below them."""
 
 import sys
 from dataclasses import replace
@@ -14,11 +14,11 @@ from tedlab.compare.comparison import Comparison
 from tedlab.compare.sheets import Sheet
 
 WIDTH = 110
-_LINES = 8  # of effects; the report has all
+_LINES = 8  # at most so many effects are printed; the report has all
 
 
 def show(comparison: Comparison, console: Console | None = None) -> None:
-    """Prints tables, losses that agree, effects and notes."""
+    """Prints tables, statements about losses, effects and notes."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     width = min(console.width, WIDTH)
     settings = sheets.settings(comparison)
@@ -50,7 +50,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 
 
 def _print_split(console: Console, comparison: Comparison, sheet: Sheet, width: int) -> None:
-    """Prints a sheet as as many tables as it takes, each with at least one column."""
+    """Prints a sheet as several tables that fit the width, each with at least one column."""
     rest, title = list(sheet.columns), sheet.title
     while rest:
         heads = [replace(sheet, columns=rest[: n + 1]) for n in range(len(rest))]
@@ -61,7 +61,7 @@ def _print_split(console: Console, comparison: Comparison, sheet: Sheet, width: 
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    """A table's own title would be wrapped to its width."""
+    """Prints a title and a table; rich would wrap a table's own title to the table's width."""
     console.print(Text(title, style="table.title"))
     console.print(table)
 

@@ -1,4 +1,4 @@
-"""What a run's ledger says of one training step: every collective by phase, group and operation, and by link."""
+"""Reads from a run's ledger what one training step communicates, by phase, group and operation, and by link."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tedlab.compare.runs import Run
 
-PHASES = ("forward", "recompute", "backward", "optimizer")  # of a training step; others are no part of it
+PHASES = ("forward", "recompute", "backward", "optimizer")  # the phases of a training step; validation is no part of it
 OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 LINKS = {"in_node": "in node", "between_nodes": "between nodes"}
 
@@ -17,13 +17,13 @@ class Traffic(NamedTuple):
     """One kind of collective, per training step of rank 0.
 
     Attributes:
-        phase: of the step.
-        group: kind of process group.
-        op: operation.
-        calls: how many.
-        payload_bytes: in the rank's buffers.
-        wire_bytes: that the rank sends.
-        seconds: that they took; None if they were not timed.
+        phase: Phase of the step.
+        group: Kind of process group.
+        op: Operation.
+        calls: Number of calls.
+        payload_bytes: Bytes in the rank's buffers.
+        wire_bytes: Bytes that the rank sends.
+        seconds: Time that the calls take; None if they were not timed.
     """
 
     phase: str
@@ -36,7 +36,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(run: Run) -> list[Traffic]:
-    """Every kind of collective in a training step of a run, in the order of phases, operations and groups."""
+    """Returns every kind of collective in a training step of a run, ordered by phase, operation and group."""
     found = []
     for phase, group, op in (match.groups() for key in run.summary if (match := _KEY.fullmatch(key))):
         calls, payload, wire, seconds = (
@@ -49,12 +49,12 @@ def traffic(run: Run) -> list[Traffic]:
 
 
 def sorted_ops(ops: Iterable[str]) -> list[str]:
-    """Each operation once: the known ones in their usual order, then the others."""
+    """Returns each operation once: the known ones in their usual order, then the others."""
     return sorted(set(ops), key=lambda op: (OPS.index(op) if op in OPS else len(OPS), op))
 
 
 def wire_by(collectives: Iterable[Traffic], *fields: str) -> dict[tuple[str, ...], float]:
-    """Wire bytes summed over what has the same values of these fields."""
+    """Sums wire bytes over collectives that agree in these fields."""
     sums: dict[tuple[str, ...], float] = {}
     for collective in collectives:
         key = tuple(getattr(collective, field) for field in fields)
@@ -63,14 +63,14 @@ def wire_by(collectives: Iterable[Traffic], *fields: str) -> dict[tuple[str, ...
 
 
 def wire_total(run: Run) -> float | None:
-    """Bytes that rank 0 sends in a training step; None if the run kept no ledger."""
+    """Returns the bytes that rank 0 sends in a training step; None if the run kept no ledger."""
     if not any(key.startswith("comm/") for key in run.summary):
         return None
     return sum(collective.wire_bytes for collective in traffic(run))
 
 
 def seconds_by_phase(run: Run) -> dict[str, float]:
-    """Time in collectives per training step; empty if they were not timed."""
+    """Returns seconds in collectives per training step by phase; empty if they were not timed."""
     sums: dict[str, float] = {}
     for collective in traffic(run):
         if collective.seconds is not None:
@@ -79,17 +79,17 @@ def seconds_by_phase(run: Run) -> dict[str, float]:
 
 
 def wire_by_link(run: Run) -> dict[str, float]:
-    """Bytes that rank 0 sends in a training step inside its node and to others; empty if they were not told apart."""
+    """Returns the bytes that rank 0 sends per training step within its node and to other nodes; empty if unknown."""
     return _by_link(run, "wire_bytes")
 
 
 def emulated_seconds_by_link(run: Run) -> dict[str, float]:
-    """Delay that an emulated network added per training step; empty if none was emulated."""
+    """Returns the seconds that an emulated network added per training step by link; empty if none was emulated."""
     return _by_link(run, "emulated_seconds")
 
 
 def _per_step(run: Run, key: str) -> float | None:
-    """A total of the summary divided by the steps that were counted; None where the run has none."""
+    """Divides a total of the summary by the steps counted; returns None if the run has no such total."""
     total, steps = run.number(key), run.summary.get("comm/steps", run.summary["steps"])
     return total / steps if total is not None and steps else None
 

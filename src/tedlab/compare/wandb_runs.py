@@ -1,4 +1,4 @@
-"""The runs of a W&B group, read from the server: the same configuration, summary and curves as in run directories."""
+"""Reads the runs of a W&B group from the server, with the same configuration, summary and curves as on disk."""
 
 from typing import Any
 
@@ -16,15 +16,18 @@ _NO_SETTINGS = (
 
 
 def read_group(project: str, group: str, stopped: bool = False) -> tuple[list[Run], list[str]]:
-    """The finished runs of a group, oldest first, and a note for each that has not finished.
+    """Reads the finished runs of a group.
 
     Args:
         project: ``entity/project``.
-        group: of the runs.
-        stopped: also runs that failed or were interrupted, which their names then say.
+        group: Group of the runs.
+        stopped: Whether to include runs that failed or were interrupted; their names then say so.
+
+    Returns:
+        The runs, oldest first, and a note for each run that is left out.
 
     Raises:
-        UsageError: if the server cannot be asked, or has no finished run in this group.
+        UsageError: If the server cannot be reached, refuses, or has no finished run in this group.
     """
     import wandb
 
@@ -53,7 +56,7 @@ def _why(run: Any) -> str:
 
 
 def _names(runs: list[Any]) -> list[str]:
-    """Names that people gave, where they tell the runs apart; identifiers otherwise."""
+    """Returns the runs' names, with their identifiers unless the names alone tell the runs apart."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [f"{run.name} ({run.id})" for run in runs]
 

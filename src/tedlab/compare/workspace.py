@@ -1,4 +1,4 @@
-"""A saved view of a W&B group with the charts of the report."""
+"""Saves a view of a W&B group with the charts of the report."""
 
 from typing import Any
 
@@ -9,15 +9,15 @@ from tedlab.errors import UsageError
 
 
 def save_workspace(comparison: Comparison, project: str, group: str) -> None:
-    """Saves the view in the project; W&B says at which address.
+    """Saves the view in the project; W&B prints its address.
 
     Args:
-        comparison: of the group's runs.
+        comparison: Comparison of the group's runs.
         project: ``entity/project``.
-        group: of the runs that the view shows.
+        group: Group of the runs that the view shows.
 
     Raises:
-        UsageError: if ``wandb-workspaces`` is not installed, or the server does not take the view.
+        UsageError: If ``wandb-workspaces`` is not installed, or the server rejects the view.
     """
     try:
         from wandb_workspaces import workspaces
@@ -44,7 +44,7 @@ def save_workspace(comparison: Comparison, project: str, group: str) -> None:
 
 
 def _sections(comparison: Comparison) -> list[Any]:
-    """The charts of the report, as far as W&B draws such: curves, and bars of totals over all steps."""
+    """Makes the charts of the report that W&B can draw: curves, and bars of totals over all steps."""
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import BarPlot, LinePlot
 
