@@ -115,7 +115,7 @@ class RunProgress(ProgressBar):
         self._stop()
 
     def _remind(self, trainer: Trainer, over: threading.Event) -> None:
-        """Prints a line whenever the last one is a minute old: the main thread may be waiting and print none."""
+        """Prints a line whenever the last one is a minute old, as when the main thread waits for a device."""
         while not over.wait(max(0.0, self._last + _SILENT_S - time.monotonic())):
             if time.monotonic() >= self._last + _SILENT_S:
                 self._print(trainer, self._doing)

@@ -397,7 +397,7 @@ def _decoded(path: Path) -> dict[str, Any]:
 
 
 def _natural(name: str) -> list[Any]:
-    """Returns a key that sorts numbers in names by value, so that a process verifies the shards it will also read."""
+    """Returns a key that sorts numbers in names by value: under the same layout a process verifies what it reads."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 

@@ -104,7 +104,7 @@ class Comparison:
         return None if run is self.runs[0] or not first or own is None else own / first
 
     def effects(self) -> list[Effect]:
-        """Returns the effect of each single setting changed from the first run's value; without any, of whole runs."""
+        """Returns the effect of each setting that alone departs from the first run's value, or else of whole runs."""
         found: dict[str, list[tuple[Run, Run]]] = {}
         for before in self.runs:
             for after in self.runs:

@@ -38,7 +38,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table whose rows are the runs of a comparison, without the columns that say which run a row is."""
+    """A table with a row for each run of a comparison, without the columns that identify the run."""
 
     title: str
     columns: Sequence[Column]

@@ -223,7 +223,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 @contextmanager
 def _progress(description: str, files: Sequence[SourceFile | Source]) -> Iterator[Callable[[int], object]]:
-    """Yields a function that takes each number of bytes read; it draws a bar, or off a terminal prints every minute."""
+    """Yields a function that takes each number of bytes read; shows a bar, or a line a minute without a terminal."""
     total = sum(file.size for file in files)
     if not sys.stderr.isatty():
         done, last = 0, time.monotonic()

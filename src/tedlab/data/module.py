@@ -17,14 +17,19 @@ from tedlab.data.sampler import MicroBatchSampler
 
 
 def data_module(data: DataConfig, sequence_length: int, seed: int) -> "TextDataModule":
-    """The data module that a configuration names.
+    """Makes the data module whose class ``data.module`` names.
+
+    Args:
+        data: Names the class and is passed to it.
+        sequence_length: Number of inputs in a sample.
+        seed: Seed of the order of training samples.
 
     Raises:
-        ValueError: if there is none by that name; says why.
+        ValueError: If the class cannot be imported or is no subclass of :class:`TextDataModule`. The message says why.
     """
     try:
         kind = hydra.utils.get_class(data.module)
-    except Exception as error:  # whatever importing it raises
+    except Exception as error:  # an import may raise anything
         raise ValueError(f"data.module={data.module} cannot be imported: {error}") from None
     if not issubclass(kind, TextDataModule):
         raise ValueError(f"data.module={data.module} is not a subclass of tedlab.data.TextDataModule")
@@ -162,7 +167,7 @@ class TextDataModule(LightningDataModule):
             drop_last=True,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             num_workers=self.data.num_workers,
-            # Workers only read a memory map. Started the launcher's way, each would first import torch, for seconds.
+            # Workers only read a memory map; with the launcher's start method each would import torch for seconds.
             multiprocessing_context="fork" if self.data.num_workers else None,
             persistent_workers=self.data.num_workers > 0,
         )

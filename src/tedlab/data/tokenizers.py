@@ -83,7 +83,7 @@ class FileTokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer = HuggingFaceTokenizer.from_buffer(content)
-        except BaseException as error:  # bare Exceptions, and Rust panics, which are none
+        except BaseException as error:  # a Rust panic is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(
@@ -128,8 +128,12 @@ class FileTokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer:
     """Trains a byte-level BPE on ``texts`` and saves it as ``out``, which appears only once it is complete.
 
-    The vocabulary holds ``<|endoftext|>``, the 256 bytes and then merges. It stays smaller than ``vocab_size`` if the
-    text does not have enough pairs to merge.
+    The vocabulary holds ``<|endoftext|>``, the 256 bytes and then merges.
+
+    Args:
+        texts: Training text, in pieces.
+        vocab_size: Number of tokens; there are fewer if the text does not have enough pairs to merge.
+        out: JSON file to write.
 
     Raises:
         ValueError: If ``vocab_size`` is too large, or too small for the bytes and the separator.
