@@ -1,8 +1,8 @@
 """tedlab: train Mixture-of-Experts transformers under tensor × expert × data parallelism.
 
-``import tedlab`` registers the Lightning strategy, so that ``Trainer(strategy="ted")`` works. That imports torch and
-Lightning, which takes seconds. A command (``tedlab …``, ``tedlab train …``) must print its help sooner, so
-there the names below are imported when they are first used.
+``import tedlab`` registers the Lightning strategy, so that ``Trainer(strategy="ted")`` works. This imports torch and
+Lightning, which takes seconds. A command (``tedlab train …``) must print its help sooner, so it imports the names below
+when they are first used.
 """
 
 import re
@@ -15,9 +15,9 @@ _MODULES = {"ParallelDegrees": "degrees", "TEDStrategy": "strategy", "Topology":
 
 
 def _runs_a_command() -> bool:
-    """Whether this process was started as one of tedlab's commands, and not as a program that imports tedlab."""
+    """Returns whether this process was started as a tedlab command rather than a program that imports tedlab."""
     program = sys.argv[0] if sys.argv else ""
-    if program == "-m":  # what Python puts there until it has found the module that it is to run
+    if program == "-m":  # Python sets this until it has found the module to run
         return re.search(r" -m ?tedlab(\.| |$)", " ".join(sys.orig_argv)) is not None
     return Path(program).stem == "tedlab"  # the console script
 

@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Hands the rest of the command line to the command that its first word names."""
+    """Passes the rest of the command line to the command that its first word names."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         lines = [f"  {command:<12}{what}" for command, what in COMMANDS.items()]

@@ -1,4 +1,4 @@
-"""How many slots an expert offers. Plain arithmetic on the configuration: the router and the closed form share it."""
+"""Computes how many slots an expert offers, from the configuration alone; the router and the closed form share it."""
 
 import math
 
@@ -6,17 +6,17 @@ import numpy as np
 
 from tedlab.config import MoEConfig
 
-DEEPSPEED = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")  # gatings with its rule of capacity
-MIN_CAPACITY = 4  # default of deepspeed.moe.layer.MoE
+DEEPSPEED = ("deepspeed_top1", "deepspeed_top2", "deepspeed_topk")  # the gatings that follow its capacity rule
+MIN_CAPACITY = 4  # the default of deepspeed.moe.layer.MoE
 
 
 def group_capacity(moe: MoEConfig, tokens: int, groups: int) -> int:
-    """Slots that each expert offers to one capacity group.
+    """Returns the slots that each expert offers to one capacity group.
 
     Args:
-        moe: gating, choices, capacity factor and multiple.
-        tokens: of the group.
-        groups: that a data rank's micro-batch has, over which the multiple is divided.
+        moe: The configuration, with gating, top_k, capacity factor and multiple.
+        tokens: The number of tokens in the group.
+        groups: The number of groups in a data rank's micro-batch, which share the capacity multiple.
     """
     multiple = max(1, moe.capacity_multiple // groups)
     if moe.gating not in DEEPSPEED:
@@ -26,13 +26,13 @@ def group_capacity(moe: MoEConfig, tokens: int, groups: int) -> int:
 
 
 def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | None, multiple: int) -> int:
-    """Slots that each expert offers to one data rank's micro-batch.
+    """Returns the slots that each expert offers to one data rank's micro-batch, the same in every layout.
 
-    ceil(top_k · tokens / num_experts · factor), rounded up to a multiple; with ``factor=None`` as many as there are
-    tokens, rounded up likewise, so that none is ever dropped. The same in every layout.
+    They are ceil(top_k · tokens / num_experts · factor), rounded up to a multiple. With ``factor=None`` there are as
+    many as tokens, rounded up in the same way, so that no token is ever dropped.
     """
-    # Exact, for factors of up to nine decimals: in floating point 10 × 1.1 is a little more than 11, which would be
-    # rounded up to 12. In whole numbers, which the compiler can follow.
+    # Integers, which the compiler can trace, make this exact for factors of up to nine decimals. In floating point,
+    # 10 × 1.1 is a little more than 11 and would be rounded up to 12.
     wanted = tokens if factor is None else -(-top_k * tokens * round(factor * 10**9) // (num_experts * 10**9))
     return -(-wanted // multiple) * multiple
 
@@ -40,10 +40,10 @@ def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | N
 def deepspeed_capacity(
     tokens: int, num_experts: int, top_k: int, factor: float | None, min_capacity: int, multiple: int
 ) -> int:
-    """Slots that each expert offers to one data rank's micro-batch.
+    """Returns the slots that each expert offers to one data rank's micro-batch, by DeepSpeed's rule.
 
-    max(ceil(tokens / num_experts · (factor · top_k)), min_capacity), rounded up to a multiple; with ``factor=None`` as
-    many as there are tokens, rounded up likewise.
+    They are max(ceil(tokens / num_experts · (factor · top_k)), min_capacity), rounded up to a multiple. With
+    ``factor=None`` there are as many as tokens, rounded up in the same way.
     """
     # DeepSpeed multiplies fp32 numbers, in which 100 / 4 · 1.2 is a little more than 30, and so asks for 31 slots.
     wanted = (

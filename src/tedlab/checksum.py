@@ -1,4 +1,4 @@
-"""A number for the bits of tensors: exact, computed on their device, and read by nobody here."""
+"""Computes an exact checksum of tensors' bits on their device, without copying anything to the host."""
 
 import functools
 from collections.abc import Iterable
@@ -6,18 +6,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_COLUMNS = 1 << 16  # weights
-_ROWS = {"cpu": 4}  # that are summed at a time: what fits a cache, or on other devices what keeps them busy
+_COLUMNS = 1 << 16  # the number of weights
+_ROWS = {"cpu": 4}  # rows summed at a time: few enough for a CPU's cache, and enough to keep other devices busy
 _MANY_ROWS = 128
-_FACTOR = 0x5851F42D4C957F2D  # of what was summed before; odd, so that none is forgotten
+_FACTOR = 0x5851F42D4C957F2D  # multiplies the earlier sum; odd, so that no bit of it is lost
 
 
 def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """An int64 scalar on ``device`` that is equal for equal tensors, in the same order, and else hardly ever.
+    """Returns an int64 scalar on ``device`` that is equal for equal tensors in the same order, and hardly ever else.
 
-    Tensors are words of at most 32 bits. Each is multiplied by a random weight of its place, and all are added in whole
-    numbers modulo 2^64: one changed word always shows, and several (or some that have changed places) but once in
-    about 2^60 times. The order of the additions does not matter. Takes 64 MiB of a GPU's memory for a while.
+    Tensors are read as words of at most 32 bits. Each word is multiplied by the random weight of its position, and the
+    products are summed modulo 2^64. One changed word always changes the sum; several changed or swapped words leave it
+    unchanged about once in 2^60 times. The order of the additions does not matter. On a GPU this takes 64 MiB while it
+    runs.
     """
     total = torch.zeros((), dtype=torch.int64, device=device)
     weights = _weights(device)
@@ -36,16 +37,16 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor, as whole numbers."""
+    """Views the bits of a tensor as integers."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    if flat.itemsize == 2 and len(flat) % 2 == 0:  # two at a time, for which they must begin at a whole word
+    if flat.itemsize == 2 and len(flat) % 2 == 0:  # pairs make one word, if they start at a word boundary
         flat = flat.clone() if flat.storage_offset() % 2 else flat
         return flat.view(torch.int32)
     return flat.view({1: torch.int8, 2: torch.int16}.get(flat.itemsize, torch.int32))
 
 
 def _weighted(room: Tensor, weights: Tensor) -> Tensor:
-    """Sum of words times weights. The words are gone afterwards."""
+    """Returns the sum of words times weights, and overwrites the words."""
     rows = room.view(-1, _COLUMNS).mul_(weights).sum(1)
     return (rows * weights[: len(rows)]).sum()
 

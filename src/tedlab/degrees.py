@@ -1,4 +1,4 @@
-"""Degrees of parallelism: how many processes there are and how they divide. Of no process in particular."""
+"""Degrees of parallelism: how many processes there are and how they divide, the same for every process."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ class ParallelDegrees:
     """How many processes there are and how they divide.
 
     Args:
-        world_size: number of processes.
-        tensor: size of a tensor-parallel group (T).
-        expert: size of an expert-parallel group (E_p).
-        sequence: whether activations between layers are divided over the tensor group by position.
+        world_size: The number of processes.
+        tensor: The size of a tensor-parallel group (T).
+        expert: The size of an expert-parallel group (E_p).
+        sequence: Whether activations between layers are divided over the tensor group by position.
 
     Raises:
-        ValueError: if tensor × expert does not divide the world size; says which degrees would.
+        ValueError: If tensor × expert does not divide the world size; the message says which degrees would.
     """
 
     world_size: int
@@ -49,18 +49,18 @@ class ParallelDegrees:
 
     @property
     def data(self) -> int:
-        """Number of data ranks: processes that see different tokens (D)."""
+        """The number of data ranks, which see different tokens (D)."""
         return self.world_size // self.tensor
 
     @property
     def expert_data(self) -> int:
-        """Number of replicas of each expert (D_e = D / E_p)."""
+        """The number of replicas of each expert (D_e = D / E_p)."""
         return self.data // self.expert
 
     def groups(self, rank: int) -> dict[GroupKind, range]:
-        """The global ranks of the groups that a rank belongs to: tensor varies fastest, then expert, then expert_data.
+        """Returns the global ranks of a rank's groups; tensor varies fastest, then expert, then expert_data.
 
-        Process groups themselves are :class:`tedlab.topology.Topology`'s.
+        :class:`tedlab.topology.Topology` holds the process groups themselves.
         """
         block = self.tensor * self.expert
         tensor = range(rank - rank % self.tensor, rank - rank % self.tensor + self.tensor)
@@ -76,7 +76,7 @@ class ParallelDegrees:
 
     @property
     def sizes(self) -> dict[GroupKind, int]:
-        """How many processes a group of each kind has."""
+        """The number of processes in a group of each kind."""
         return {kind: len(ranks) for kind, ranks in self.groups(0).items()}
 
     def __str__(self) -> str:
@@ -88,5 +88,5 @@ class ParallelDegrees:
 
 
 def parallel_degrees(config: ParallelConfig) -> ParallelDegrees:
-    """The degrees of a configuration; raises as :class:`ParallelDegrees` does."""
+    """Returns the degrees of a configuration, and raises the errors of :class:`ParallelDegrees`."""
     return ParallelDegrees(config.world_size, config.tensor, config.expert, config.sequence)

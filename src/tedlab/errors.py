@@ -1,10 +1,10 @@
-"""What a command ends with that its user can understand: Hydra prints the message alone, without a traceback."""
+"""Errors that end a command with a message for its user, which Hydra prints without a traceback."""
 
 from hydra.errors import CompactHydraException
 
 
 class UsageError(CompactHydraException):
-    """Something that the user can put right. A sweep goes on with its next job."""
+    """An error that the user can correct. A sweep continues with its next job."""
 
 
 class WrongEnvironment(CompactHydraException, ValueError):

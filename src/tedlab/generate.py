@@ -1,6 +1,6 @@
 """Continues a text with the model of a finished run.
 
-One process, whatever layout the run had: its sharded checkpoint is read into an unsharded model.
+It needs one process, whatever layout the run had, and reads the sharded checkpoint into an unsharded model.
 """
 
 from dataclasses import replace
@@ -23,11 +23,11 @@ from tedlab.untrusted import read_yaml, typed
 
 @torch.inference_mode()
 def generate(config: GenerateConfig) -> str:
-    """The prompt and its continuation.
+    """Returns the prompt and its continuation.
 
     Raises:
-        FileNotFoundError: if the run or its checkpoint is not there.
-        ValueError: if a number is not in its range, or a file of the run is damaged; says which.
+        FileNotFoundError: If the run or its checkpoint does not exist.
+        ValueError: If a number is out of range, or a file of the run is damaged; the message says which.
     """
     check_ranges(config)
     directory = Path(config.run)
@@ -36,8 +36,8 @@ def generate(config: GenerateConfig) -> str:
     path = directory / "checkpoints" / config.checkpoint
     shape, experts = _model(path)
     tokenizer = _tokenizer(directory, shape)
-    # Capacity is about balance in training; a text must not change because its tokens crowd one expert. Nor is a
-    # second expert drawn at random.
+    # Capacity enforces balance in training; a text must not change because its tokens crowd one expert, nor because a
+    # second expert is drawn at random.
     moe = replace(experts, capacity_factor=None)
     if moe.gating == "deepspeed_top2":
         moe = replace(moe, second_expert_sampling=False)
@@ -49,7 +49,7 @@ def generate(config: GenerateConfig) -> str:
     generator = torch.Generator().manual_seed(config.seed)
     for _ in range(config.tokens):
         window = torch.tensor([ids[-shape.sequence_length :]])
-        logits = model(window)[0][0, -1, : tokenizer.vocab_size].float()  # padding of the vocabulary is no token
+        logits = model(window)[0][0, -1, : tokenizer.vocab_size].float()  # the vocabulary's padding contains no tokens
         if config.temperature == 0:
             ids.append(int(logits.argmax()))
         else:
@@ -59,7 +59,7 @@ def generate(config: GenerateConfig) -> str:
 
 
 def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:
-    """The run's. Without its file it would be bytes, whatever the model was trained on."""
+    """Loads the run's tokenizer. If its file is missing, the run must have used bytes, which are the default."""
     if not (directory / SAVED).is_file():
         try:
             data = read_yaml(directory / "config.yaml").get("data")
@@ -79,7 +79,7 @@ def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:
 
 
 def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
-    """What a checkpoint says of its model. The run's config.yaml would have to be believed: it has no checksum."""
+    """Reads the model's configuration from a checkpoint, since the run's config.yaml has no checksum."""
     stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
     try:
         stored = nested(stored)

@@ -1,4 +1,4 @@
-"""The rows of ``metrics.csv``, and of a W&B run: what each was logged at."""
+"""Reads the rows of ``metrics.csv``, and determines the step at which they, or those of a W&B run, were logged."""
 
 import csv
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ TOKENS = "tokens"
 
 
 def steps_done(row: Mapping[str, Any], step_key: str = "step") -> int:
-    """How many optimizer steps had been done when a row was logged.
+    """Returns how many optimizer steps had been done when a row was logged.
 
-    That is its ``step``, but for rows of runs that did not log ``tokens`` yet: they counted the last finished step from
-    0, though the closing validation from 1.
+    This is its ``step``, except in rows without ``tokens``, which older versions wrote: they counted the last finished
+    step from 0, though the final validation from 1.
     """
     step = int(row[step_key])
     return step if TOKENS in row else step + 1
 
 
 def read_history(metrics: Path) -> list[dict[str, str]]:
-    """The rows of ``metrics.csv`` without what is empty, each with its steps done as ``step``; none without a file.
+    """Returns the rows of ``metrics.csv`` without empty values, and with the number of steps done as ``step``.
 
-    A last line that a killed process did not finish is left out.
+    It returns no rows if the file does not exist, and leaves out a last line that a killed process did not finish.
     """
     if not metrics.exists():
         return []

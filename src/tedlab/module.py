@@ -1,4 +1,4 @@
-"""The LightningModule for language models: loss, metrics of a step, optimizer and schedule."""
+"""The LightningModule for language models, with the loss, step metrics, optimizer and schedule."""
 
 import math
 from dataclasses import asdict
@@ -23,20 +23,20 @@ from tedlab.optim import learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
-NOT_SCALARS = ("loss", "routers")  # of what ``training_step`` returns: what is not a metric to be averaged
+NOT_SCALARS = ("loss", "routers")  # entries of ``training_step``'s result that are not metrics to average
 
 
 class LanguageModel(LightningModule):
-    """Next-token prediction with load-balanced experts. Runs under :class:`TEDStrategy`.
+    """Trains next-token prediction with load-balanced experts, under :class:`TEDStrategy`.
 
     Batches are (B, S+1) int64 token ids: positions 0…S-1 predict 1…S.
 
     Args:
-        model: architecture, with its ``vocab_size`` set.
-        moe: experts.
-        optim: optimizer and schedule.
-        seed: of the initial weights.
-        bytes_per_token: mean UTF-8 bytes of a token, for bits per byte.
+        model: The architecture, with its ``vocab_size`` set.
+        moe: The configuration of the experts.
+        optim: The optimizer and schedule.
+        seed: The seed of the initial weights.
+        bytes_per_token: The mean UTF-8 bytes of a token, for bits per byte.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class LanguageModel(LightningModule):
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed: int | None = seed
         self.bytes_per_token = bytes_per_token
-        self._options: list[dict[str, Any]] = []  # of each parameter group, as configured
+        self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
 
     @property
     def topology(self) -> Topology:
-        """Where this process stands."""
+        """The strategy's topology."""
         strategy = self.trainer.strategy
         assert isinstance(strategy, TEDStrategy)
         return strategy.topology
@@ -70,11 +70,11 @@ class LanguageModel(LightningModule):
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
-        """Total loss, and of this micro-batch, detached, what callbacks want to know.
+        """Computes the loss of a micro-batch, and its detached metrics for callbacks.
 
         Returns:
-            ``loss``, to be minimised; ``routers``, where there are experts: a :class:`RouterReport` whose tensors have
-            one row per MoE layer; every other entry is a scalar, for :class:`tedlab.callbacks.StepMetrics`.
+            ``loss``, to be minimised; ``routers``, if there are experts: a :class:`RouterReport` whose tensors have one
+            row per MoE layer. Every other entry is a scalar for :class:`tedlab.callbacks.StepMetrics`.
         """
         loss, reports = self.network.loss(batch[:, :-1], batch[:, 1:])
         outputs: dict[str, Any] = {"train/loss": loss.detach()}
@@ -92,7 +92,7 @@ class LanguageModel(LightningModule):
         loss, _ = self.network.loss(batch[:, :-1], batch[:, 1:])
         bits = loss.double() / (math.log(2) * self.bytes_per_token)
         metrics = {"val/loss": loss, "val/bits_per_byte": bits}
-        # Into callback_metrics; tedlab.callbacks.Journal gives them to the loggers.
+        # Logged to callback_metrics only; tedlab.callbacks.Journal passes them to the loggers.
         self.log_dict(metrics, sync_dist=True, batch_size=len(batch), logger=False)
 
     @override
@@ -105,22 +105,22 @@ class LanguageModel(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the schedule and the step depend on beside the hyper-parameters."""
+        """Adds the trainer's values that the schedule and the optimizer step depend on."""
         trainer = self.trainer
         checkpoint["trainer"] = {"max_steps": trainer.max_steps, "gradient_clip_val": trainer.gradient_clip_val}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lets the optimizer go on with the state that was saved, and with the values that are configured now.
+        """Makes the optimizer continue with the saved state, but with the values that are configured now.
 
-        A checkpoint's parameter groups and schedule hold learning rate, betas, weight decay and so on, too; what is to
-        be taken over of them is in the configuration already (``resume.py``).
+        A checkpoint's parameter groups and schedule also hold learning rate, betas, weight decay and so on. Those that
+        the run takes over are already in its configuration (``resume.py``).
         """
         if trainer_of(self) is None or not self.trainer.optimizers or not checkpoint.get("lr_schedulers"):
             return
         optimizer, schedule = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         saved = checkpoint["lr_schedulers"][0]
-        if len(self._options) != len(saved["base_lrs"]):  # a callback has added groups, a subclass has its own
+        if len(self._options) != len(saved["base_lrs"]):  # a callback has added groups, or a subclass has its own
             return
         assert isinstance(schedule, LambdaLR)
         saved["base_lrs"] = [self.optim_config.lr for _ in self._options]
@@ -135,7 +135,7 @@ class LanguageModel(LightningModule):
 def optimizer_with_schedule(
     config: OptimConfig, groups: list[dict[str, Any]], total_steps: int
 ) -> tuple[Optimizer, LambdaLR]:
-    """What ``config`` says, for groups of parameters and a run of so many steps."""
+    """Makes the configured optimizer and schedule for parameter groups and a run of ``total_steps``."""
     # Hydra would copy the groups into its own containers if they were arguments of instantiate.
     optimizer = hydra.utils.instantiate(config.optimizer, _partial_=True)(groups, lr=config.lr)
     factor = learning_rate_schedule(

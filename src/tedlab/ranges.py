@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING
 
-LARGEST = 2**31 - 1  # of a whole number that nothing else bounds: what torch indexes kernels and dimensions with
+LARGEST = 2**31 - 1  # the default bound of whole numbers: torch indexes kernels and dimensions with int32
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Range:
     """A set of finite numbers.
 
     Attributes:
-        least, most: bounds that are inside.
-        above, below: bounds that are outside.
-        also: single numbers that mean something of their own.
-        whole: no fractions.
+        least, most: Inclusive bounds.
+        above, below: Exclusive bounds.
+        also: Single numbers outside the bounds that have a special meaning.
+        whole: Whether only whole numbers are in the set.
     """
 
     least: float | None = None
@@ -37,25 +37,25 @@ class Range:
     whole: bool = False
 
     def check(self, name: str, value: object, optional: bool = False) -> None:
-        """Refuses what is not in the set.
+        """Refuses values that are not in the set.
 
         Args:
-            name: of the value, as on a command line.
-            value: of any type. A boolean is no number.
-            optional: whether None is one of the values.
+            name: The name of the value, as on a command line.
+            value: A value of any type; booleans do not count as numbers.
+            optional: Whether None is allowed.
 
         Raises:
-            ValueError: with the name, the value, and what would be valid.
+            ValueError: If the value is not in the set; the message says what would be valid.
         """
         if not ((optional and value is None) or self._contains(value)):
             null = ", or null" if optional else ""
             raise ValueError(f"{name} is {value}; it must be {self._described(value)}{null}")
 
     def parse(self, name: str, text: str) -> Any:
-        """The number that a word of a command line is.
+        """Parses a number from a command line.
 
         Raises:
-            ValueError: as :meth:`check`.
+            ValueError: If it is not in the set, as for :meth:`check`.
         """
         value: object
         try:
@@ -71,7 +71,7 @@ class Range:
         return value in self.also or (self._high_enough(value) and self._low_enough(value))  # type: ignore[arg-type]
 
     def _is_number(self, value: object) -> bool:
-        """Of the right kind, and finite."""
+        """Returns whether a value is a finite number, and whole if it must be."""
         if isinstance(value, float):
             return math.isfinite(value) and not self.whole
         return isinstance(value, int) and not isinstance(value, bool)
@@ -80,11 +80,11 @@ class Range:
         return (self.least is None or value >= self.least) and (self.above is None or value > self.above)
 
     def _low_enough(self, value: float) -> bool:
-        most = sys.float_info.max if self.most is None else self.most  # Python's integers go on beyond it
+        most = sys.float_info.max if self.most is None else self.most  # Python's integers may exceed it
         return value <= most and (self.below is None or value < self.below)
 
     def _described(self, value: object) -> str:
-        """The set in words; a bound that is there for slips of the hand only where ``value`` is beyond it."""
+        """Describes the set in words; mentions a whole number's upper bound only if ``value`` exceeds it."""
         number = self._is_number(value)
         kind = [] if number else ["a whole number" if self.whole else "a finite number"]
         low = [f"at least {self.least:,}"] if self.least is not None else []
@@ -97,7 +97,7 @@ class Range:
 
 
 def whole(default: Any = MISSING, *, least: int, most: int = LARGEST, also: tuple[int, ...] = ()) -> Any:
-    """A dataclass field for a whole number, None where its type allows it."""
+    """Returns a dataclass field for a whole number, or None if its type allows that."""
     return field(default=default, metadata={"range": Range(least, most, also=also, whole=True)})
 
 
@@ -110,22 +110,22 @@ def real(
     below: float | None = None,
     also: tuple[float, ...] = (),
 ) -> Any:
-    """A dataclass field for a finite number, None where its type allows it."""
+    """Returns a dataclass field for a finite number, or None if its type allows that."""
     return field(default=default, metadata={"range": Range(least, most, above, below, also)})
 
 
 def word(default: StrEnum | None, kind: type[StrEnum] | None = None) -> Any:
-    """A dataclass field for one of the words of an enumeration, which is that of the default, or ``kind``.
+    """Returns a dataclass field for a word of an enumeration, ``kind`` if the default is None, else the default's.
 
-    The field's type is ``str``, for OmegaConf would take the names of an enumeration's members, not their values. A
-    word and its member are equal.
+    The field's type is ``str``, because OmegaConf would take the names of an enumeration's members, not their values. A
+    word equals its member.
     """
     words = kind if default is None else type(default)
     return field(default=None if default is None else default.value, metadata={"words": words})
 
 
 class NumberField(NamedTuple):
-    """A field that holds a number."""
+    """A dataclass field that holds a number."""
 
     name: str
     range: Range
@@ -134,10 +134,10 @@ class NumberField(NamedTuple):
 
 @cache  # a plan validates thousands of configurations
 def number_fields(kind: type) -> tuple[NumberField, ...]:
-    """The fields of a dataclass, not of those inside of it, that hold numbers.
+    """Returns the fields of a dataclass that hold numbers, without those of nested dataclasses.
 
     Raises:
-        TypeError: if one of them declares no range.
+        TypeError: If one of them declares no range.
     """
     found = []
     for name, hint in get_type_hints(kind).items():
@@ -153,14 +153,14 @@ def number_fields(kind: type) -> tuple[NumberField, ...]:
 
 
 def check_ranges(config: Any, prefix: str = "") -> None:
-    """Checks numbers and words of a dataclass and of those inside of it, but for such as check themselves when made.
+    """Checks the numbers and words of a dataclass and of nested ones, except those with a ``__post_init__`` check.
 
     Args:
-        config: an instance.
-        prefix: of the names in messages, with a dot at its end.
+        config: A dataclass instance.
+        prefix: The prefix of names in messages, which ends with a dot unless it is empty.
 
     Raises:
-        ValueError: naming the first number that is not in its range, or the first word that is unknown.
+        ValueError: If a number is out of its range or a word is unknown; the message names the first.
     """
     for name, range_, optional in number_fields(type(config)):  # type: ignore[arg-type]
         range_.check(f"{prefix}{name}", getattr(config, name), optional)

@@ -1,7 +1,7 @@
-"""Names in a configuration that stand for parts: tedlab's own, and those of packages that plug in.
+"""Registries of the parts that a configuration selects by name, both tedlab's own and those of plug-in packages.
 
-A package plugs in by an entry point of the group ``tedlab``, a module that is imported when a name is not known here;
-in every process that asks, so that nothing has to be handed on.
+A package plugs in with an entry point in the group ``tedlab``. It names a module, which every process imports by itself
+when it meets a name that is not registered yet.
 """
 
 import functools
@@ -16,7 +16,7 @@ class Registry(Generic[Part]):
     """Parts of one kind by name.
 
     Args:
-        key: of the configuration value that names them.
+        key: The name of the configuration value that selects one of them.
     """
 
     def __init__(self, key: str) -> None:
@@ -24,10 +24,10 @@ class Registry(Generic[Part]):
         self._parts: dict[str, Part] = {}
 
     def register(self, name: str) -> Callable[[Part], Part]:
-        """A decorator that lets the value be this name.
+        """Returns a decorator that registers a part under a name.
 
         Raises:
-            ValueError: if another part has the name.
+            ValueError: If another part has the name.
         """
 
         def add(part: Part) -> Part:
@@ -38,10 +38,10 @@ class Registry(Generic[Part]):
         return add
 
     def __getitem__(self, name: str) -> Part:
-        """The part of this name.
+        """Returns the part of this name.
 
         Raises:
-            ValueError: if there is none; names those that there are.
+            ValueError: If there is none; the message lists the valid names.
         """
         if name not in self._parts:
             import_plugins()

@@ -1,6 +1,6 @@
-"""Names of configuration values that have moved. The old ones work for one more release, with a note.
+"""Renamed configuration values, whose old names work for one more release, with a note.
 
-On the command line, in the files of plans, in the configurations and checkpoints of finished runs.
+This covers the command line, plan files, and the configurations and checkpoints of finished runs.
 """
 
 import re
@@ -15,12 +15,12 @@ _KEY = re.compile(r"(?P<prefix>\+\+?|~|)(?P<key>[\w.]+)(?P<rest>=.*|)", re.DOTAL
 
 
 def renamed(name: str) -> str:
-    """The name that a dotted name has now."""
+    """Returns the current form of a dotted name."""
     return RENAMED.get(name, name)
 
 
 def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Overrides by the names of now, and a note for each that had an old one."""
+    """Returns overrides with current names, and a note for each that had an old one."""
     words, notes = [], []
     for word in given:
         parts = _KEY.fullmatch(word)
@@ -33,7 +33,7 @@ def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, or some of its sections, as it would be stored today."""
+    """Returns a stored configuration, or some of its sections, with current names."""
     config = dict(values)
     for old, new in RENAMED.items():
         *sections, name = old.split(".")
@@ -47,6 +47,6 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _moved(config: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """A copy with one value at the end of a path."""
+    """Returns a copy in which the value at the end of a path is replaced."""
     name, *below = path
     return {**config, name: _moved(config.get(name) or {}, below, value) if below else value}

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: summary, loss curve, and the closing table."""
+"""Writes what a finished run leaves behind: the summary, the loss curve and the closing table."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tedlab.predict.flops import training_flops
 
 CERTIFICATE = "certificate.json"
 LEFT_OUT = "left_out.txt"
-_MEMORY = {  # how the closing table calls the categories
+_MEMORY = {  # the closing table's names for the categories
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer": "optimizer",
@@ -39,12 +39,12 @@ _MEMORY = {  # how the closing table calls the categories
 
 
 def resolved_yaml(config: TrainConfig) -> str:
-    """The configuration with every value written out."""
+    """Returns the configuration as YAML, with every value written out."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def report_left_out(corpus: Corpus, directory: Path) -> None:
-    """Writes which files of ``data.path`` are not in the corpus, and why, and says so unless all of them are empty."""
+    """Lists the files of ``data.path`` left out of the corpus, and why, in a file; warns unless all are empty."""
     file = directory / LEFT_OUT
     file.unlink(missing_ok=True)
     if not corpus.left_out:
@@ -68,15 +68,15 @@ def report(
     measured: Mapping[str, Any],
     tables: Sequence[Table] = (),
 ) -> dict[str, Any]:
-    """Writes ``summary.json`` and ``loss.png``, prints the table. Does its work in the first process.
+    """Writes ``summary.json`` and ``loss.png`` and prints the table, in the first process only.
 
     Args:
-        config: of the run.
-        trainer: which has finished.
-        module: the trained model.
-        data: what it was trained on.
-        measured: final validation metrics, throughput, router health, memory, communication.
-        tables: to be printed before the closing one.
+        config: The configuration of the run.
+        trainer: The trainer, which has finished.
+        module: The trained model.
+        data: The data that it was trained on.
+        measured: Final validation metrics, throughput, router health, memory and communication.
+        tables: Tables to print before the closing one.
 
     Returns:
         The summary in the first process, an empty dictionary in the others.
@@ -99,7 +99,7 @@ def report(
         "output_dir": str(directory),
     }
     write_summary(directory, summary)
-    (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's, empty; ours is config.yaml
+    (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's empty file; ours is config.yaml
     _plot(directory, bigram)
     for logger in wandb_loggers(trainer):
         logger.experiment.summary.update(summary)
@@ -110,12 +110,12 @@ def report(
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
-    """Those of the first process; only there they have a run."""
+    """Returns the W&B loggers in the first process, and none in the others, where they have no run."""
     return [logger for logger in trainer.loggers if isinstance(logger, WandbLogger) and trainer.is_global_zero]
 
 
 def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
-    """What a summary says of a run before anything is measured: sizes, layout, versions."""
+    """Returns the entries of a summary that need no measurement: sizes, layout, versions."""
     parameters = count_parameters(module, config.moe.top_k)
     degrees = module.topology.degrees
     return {
@@ -130,7 +130,7 @@ def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
 
 
 def announce(config: TrainConfig, logger: Logger, module: LanguageModel | None = None) -> None:
-    """Tells a logger the whole configuration, nested as it is; once there is a model, also what follows from it."""
+    """Logs the whole configuration, nested, as hyper-parameters; once there is a model, also facts about it."""
     known: dict[str, Any] = {"certificate": certified(Path(config.output_dir))}
     if module is not None:
         facts = about(config, module)
@@ -140,7 +140,7 @@ def announce(config: TrainConfig, logger: Logger, module: LanguageModel | None =
 
 
 def certified(directory: Path) -> dict[str, Any] | None:
-    """Verdict and fingerprint, if the run asked for a certificate."""
+    """Returns the verdict and fingerprint of the run's certificate, or None if it has none."""
     file = directory / CERTIFICATE
     if not file.exists():
         return None
@@ -153,11 +153,11 @@ def _git_revision() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None  # installed from a wheel, or no git
+        return None  # it was installed from a wheel, or there is no git
 
 
 def _column(metrics: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, in order."""
+    """Returns the (step, value) pairs of one metric in order."""
     return [(int(row["step"]), float(row[name])) for row in read_history(metrics) if name in row]
 
 
@@ -190,7 +190,7 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     bigram, bigram_bits = summary["baseline/bigram_loss"], summary["baseline/bigram_bits_per_byte"]
     if summary["train/loss"] is not None:
         table.add_row("train loss", f"{summary['train/loss']:.4f} nats/token")
-    if "val/loss" in summary:  # not with trainer.limit_val_batches=0
+    if "val/loss" in summary:  # absent with trainer.limit_val_batches=0
         bits = summary["val/bits_per_byte"]
         table.add_row("validation loss", f"{summary['val/loss']:.4f} nats/token, {bits:.4f} bits/byte")
     table.add_row("bigram model", f"{bigram:.4f} nats/token, {bigram_bits:.4f} bits/byte, on the same text")

@@ -1,9 +1,9 @@
-"""Where a run goes on, and which values it takes over from there.
+"""Finds the checkpoint from which a run resumes, and takes over values from it.
 
-A checkpoint decides how its model is trained on: everything in ``DECIDED`` is as it was, but for what the command line
-names, or an experiment file that it names. A preset named for ``optim`` or ``moe`` names all of its group; one for
-``trainer``, ``data`` or ``parallel`` says where to run and on what, and names nothing. The configuration is changed
-before anything is launched, so that config.yaml and the loggers say what is true, and the optimizer obeys it, see
+A checkpoint decides how training continues: every value in ``DECIDED`` stays as it was, unless the command line or the
+experiment file that it selects names it. A preset for ``optim`` or ``moe`` names all values of its group; one for
+``trainer``, ``data`` or ``parallel`` says where to run and on what, and names none. The configuration is changed before
+anything is launched, so that config.yaml and the loggers are right and the optimizer follows it, see
 :meth:`tedlab.module.LanguageModel.on_load_checkpoint`.
 """
 
@@ -32,17 +32,17 @@ _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
 def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, list[str]]:
-    """Completes a configuration by where it goes on: ``ckpt_path``, and what follows from it.
+    """Sets the checkpoint that a run resumes from (``ckpt_path``), and the values that follow from it.
 
     Args:
-        config: as composed.
-        named: see :func:`named_values`.
+        config: The composed configuration.
+        named: The names from :func:`named_values`.
 
     Returns:
-        A copy, and what is to be said of it; nothing for a run that begins.
+        The resulting configuration, and sentences to print about it, which a new run does not have.
 
     Raises:
-        UsageError: if there is no such checkpoint, or a value that is named cannot be changed.
+        UsageError: If there is no such checkpoint, or a value that is named cannot be changed.
     """
     if config.resume not in (None, "auto"):
         raise UsageError(f"resume={config.resume} is unknown; valid: auto (go on where the run directory ends), null")
@@ -61,10 +61,10 @@ def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, li
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that ``path`` is, or the last one of the run directory or folder of checkpoints that it is.
+    """Returns ``path`` if it is a checkpoint, otherwise the last one of the run or checkpoint directory that it is.
 
     Raises:
-        FileNotFoundError: if there is none; names those that lie near.
+        FileNotFoundError: If there is none; the message lists checkpoints nearby.
     """
     for place in (path, path / "last.ckpt", path / "checkpoints" / "last.ckpt"):
         if _is_checkpoint(place):
@@ -76,7 +76,7 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def named_values(hydra: Any) -> set[str]:
-    """What the command line names, and the experiment file that it chooses: dotted names of values and of sections.
+    """Returns the dotted names of values and sections that the command line or its experiment file sets.
 
     Args:
         hydra: Hydra's own configuration of the job.
@@ -96,19 +96,19 @@ def named_values(hydra: Any) -> set[str]:
 
 
 def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[str]) -> tuple[TrainConfig, list[str]]:
-    """Puts what a checkpoint decides into a copy of ``config``, unless it is named.
+    """Copies the values that a checkpoint decides into ``config``, except those that are named.
 
     Args:
-        config: as composed.
-        meta: of the checkpoint.
-        named: see :func:`named_values`.
+        config: The composed configuration.
+        meta: The metadata of the checkpoint.
+        named: The names from :func:`named_values`.
 
     Returns:
-        The copy; a sentence on what is other than in the checkpoint, and one on what is other than configured, if any.
+        The changed copy, and up to two sentences: how it differs from the checkpoint, and how from ``config``.
 
     Raises:
-        ValueError: if another optimizer or loss scale is configured, which the state that was saved does not fit; if
-            the checkpoint has a value that would be looked up.
+        ValueError: If the saved state does not fit the configured optimizer or loss scale, or the checkpoint contains
+            an interpolation.
     """
     stored = _stored(meta)
     looked_up = interpolation({name: stored[name] for name in DECIDED if name in stored})
@@ -116,7 +116,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
         raise ValueError(f"the checkpoint's {looked_up} has ${{…}} in it, which is not looked up for a checkpoint")
     kept, changed, values = [], [], {}
     for name in DECIDED:
-        if name not in stored:  # an older checkpoint, or another's
+        if name not in stored:  # the checkpoint is older, or not of this command
             continue
         ours = value_of(config, name)
         value = _options(ours, stored[name], named) if name == "optim.optimizer" else stored[name]
@@ -143,7 +143,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
 
 
 def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a checkpoint by dotted name."""
+    """Returns the values in a checkpoint by dotted name."""
     hyper = _section(meta, "hyper_parameters")
     sections = {"moe": _section(hyper, "moe"), "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
@@ -152,13 +152,13 @@ def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Empty if there is none, or something else by that name: a checkpoint need not be one of this command."""
+    """Returns a section; an empty one if it is missing or no mapping, as in a checkpoint not of this command."""
     section = values.get(name)
     return section if isinstance(section, Mapping) else {}
 
 
 def _options(ours: Mapping[str, Any], stored: Mapping[str, Any], named: Collection[str]) -> dict[str, Any]:
-    """Of the optimizer: those stored, but for those that are named. A checkpoint chooses no class."""
+    """Returns the optimizer's stored options, except those that are named. A checkpoint cannot choose the class."""
     stored = stored if isinstance(stored, Mapping) else {}
     kind, theirs = ours.get("_target_"), stored.get("_target_")
     if kind != theirs:
@@ -179,7 +179,7 @@ def _is_named(name: str, named: Collection[str]) -> bool:
 
 
 def _is_plain(value: object) -> bool:
-    """Numbers, words and lists of them: nothing that Hydra would make an object of."""
+    """Returns whether a value consists of numbers, strings and lists only, from which Hydra makes no objects."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str))
@@ -193,7 +193,7 @@ def _differences(name: str, new: Any, old: Any) -> list[tuple[str, Any, Any]]:
 
 
 def _text(value: object) -> str:
-    """As on a command line."""
+    """Formats a value as on a command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
@@ -206,7 +206,7 @@ def _leaves(content: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Or what is left of one, of which reading says more."""
+    """Returns whether a path is a checkpoint or the remains of one, for which reading it gives a better error."""
     return any((path / name).is_file() for name in (META, ".metadata")) or (path.parent / f"{path.name}.old").is_dir()
 
 
@@ -219,7 +219,7 @@ def _near(path: Path) -> list[Path]:
 
 
 def _same_wandb_run(config: TrainConfig) -> dict[str, Any]:
-    """Loggers of which W&B continues the run that wrote into this run directory last; its folders end in its id."""
+    """Returns loggers that continue the last W&B run in this run directory, whose folders end in the run's id."""
     folders = sorted(Path(config.output_dir, "wandb").glob("*run-*"), key=lambda folder: folder.name.split("run-")[1])
     ids = [match[1] for folder in folders if (match := _WANDB_RUN.fullmatch(folder.name))]
     return {

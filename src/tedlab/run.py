@@ -1,4 +1,4 @@
-"""One training run inside one of its processes: builds the parts from the configuration, fits, reports."""
+"""Runs one process of a training run: builds the parts from the configuration, fits and reports."""
 
 import functools
 import logging
@@ -44,10 +44,10 @@ _LONGEST_NAME = 128
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
-    """Trains as configured (and completed by :func:`tedlab.validate.complete`).
+    """Trains as configured, given a configuration that :func:`tedlab.validate.complete` has completed.
 
     Returns:
-        The summary of the run in the first process, which is also in ``summary.json``; empty in all others.
+        The run's summary in the first process, which is also in ``summary.json``; an empty dictionary in the others.
     """
     config = replace(config, logger=_with_tidy_names(config.logger))
     directory = Path(config.output_dir)
@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     with _ending(config, trainer, module):
         if trainer.is_global_zero:
             directory.mkdir(parents=True, exist_ok=True)
-            (directory / SUMMARY).unlink(missing_ok=True)  # of an earlier run here
+            (directory / SUMMARY).unlink(missing_ok=True)  # from an earlier run here
             until = None if config.ckpt_path is None else read_meta(Path(config.ckpt_path))["global_step"]
             _keep_earlier_metrics(trainer, directory, until)
             (directory / "config.yaml").write_text(resolved_yaml(config))
@@ -92,9 +92,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def _save_last(trainer: Trainer, last: Path) -> None:
-    """Saves the end of a run unless ``last`` is of it. Collective.
+    """Saves the end of a run unless ``last`` already holds it. All processes must call this.
 
-    The first process decides for all: a file system may show others an older ``last``, and saving needs them all.
+    The first process decides for all: others may still see an older ``last`` on a shared file system, and saving needs
+    every process.
     """
     behind = trainer.is_global_zero and (not last.exists() or read_meta(last)["global_step"] < trainer.global_step)
     if trainer.strategy.broadcast(behind):
@@ -103,7 +104,7 @@ def _save_last(trainer: Trainer, last: Path) -> None:
 
 @contextmanager
 def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Iterator[None]:
-    """Lets ``summary.json`` and W&B say how the run ended, whichever way it does. The first process does so."""
+    """Makes the first process record in ``summary.json`` and W&B how the run ended, however it ends."""
     if not trainer.is_global_zero:
         yield
         return
@@ -120,7 +121,7 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
         except BaseException as error:
             left = unfinished(Outcome.of(error))
             for logger in wandb_loggers(trainer):
-                if has_started(logger):  # otherwise it was W&B that would not start
+                if has_started(logger):  # otherwise W&B itself failed to start
                     logger.experiment.summary.update(left)
                     logger.experiment.finish(exit_code=1)
             raise
@@ -137,7 +138,7 @@ def _announce(config: TrainConfig, trainer: Trainer, module: LanguageModel | Non
 def build(
     config: TrainConfig, callbacks: list[Callback], logged: bool = True
 ) -> tuple[Trainer, LanguageModel, TextDataModule]:
-    """The parts of a run, in one of its processes; checkpoints go to ``output_dir/checkpoints``."""
+    """Builds the parts of a run in one of its processes; checkpoints go to ``output_dir/checkpoints``."""
     quieten()
     seed_everything(config.seed, verbose=False)
     directory = Path(config.output_dir)
@@ -147,7 +148,7 @@ def build(
     devices = None if config.trainer["accelerator"] == "cpu" else gpus(config.trainer["devices"])
     settings = dict(config.trainer)
     if devices is not None:
-        settings["devices"] = len(set(devices))  # Lightning knows no GPU that several processes share
+        settings["devices"] = len(set(devices))  # Lightning does not know GPUs that several processes share
     if settings.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     callbacks += [hydra.utils.instantiate(further) for further in config.callbacks.values()]
@@ -164,17 +165,17 @@ def build(
 
 
 def language_model(config: TrainConfig, bytes_per_token: float = 1.0) -> LanguageModel:
-    """The module of a configuration."""
+    """Returns the module of a configuration."""
     return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token)
 
 
 def strategy_of(config: TrainConfig, kind: Callable[..., TEDStrategy] = TEDStrategy, **others: Any) -> TEDStrategy:
-    """The strategy of a configuration.
+    """Returns the strategy of a configuration.
 
     Args:
-        config: complete.
-        kind: TEDStrategy, or what makes another with its arguments.
-        others: arguments in place of the configuration's, or beside them.
+        config: A complete configuration.
+        kind: TEDStrategy, or a callable that takes the same arguments.
+        others: Arguments that replace those of the configuration or are added to them.
     """
     arguments: dict[str, Any] = {
         "comm": config.comm,
@@ -198,7 +199,7 @@ def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
         "auto_insert_metric_name": False,
         "save_top_k": settings.keep,
         "save_last": "link",
-        "enable_version_counter": False,  # a second run in this directory replaces last.ckpt, not adds last-v1.ckpt
+        "enable_version_counter": False,  # else a second run in this directory adds last-v1.ckpt beside last.ckpt
     }
     if settings.monitor is None:
         return StepCheckpoint(settings.every or config.trainer["max_steps"], **common)
@@ -215,7 +216,7 @@ def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
 
 
 def _with_tidy_names(loggers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A name made of parts, some of them empty, has no blanks around it; W&B takes 128 letters."""
+    """Strips names, which may be composed of empty parts, and cuts them to the 128 characters that W&B accepts."""
     tidy = {}
     for key, settings in loggers.items():
         name = settings.get("name")
@@ -227,20 +228,20 @@ def _with_tidy_names(loggers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) -> None:
-    """A run that goes on in its own directory goes on with its metrics.csv; Lightning would start it anew.
+    """Copies the rows of an interrupted run into the new metrics.csv, because Lightning starts the file anew.
 
-    Until all is in the new file the rows are in the old one, too: a run may be killed here as anywhere.
+    The old file remains until all rows are in the new one, since a run may be killed here as anywhere.
 
     Args:
-        trainer: its first logger writes metrics.csv.
-        directory: of the run.
-        until: the last step whose row is kept; None for a run that begins, which keeps nothing of an earlier one.
+        trainer: The trainer, whose first logger writes metrics.csv.
+        directory: The run directory.
+        until: The last step whose row is kept; None for a new run, which keeps nothing of an earlier one.
     """
     metrics, earlier = directory / METRICS, directory / f"{METRICS}.earlier"
     if until is None:
-        earlier.unlink(missing_ok=True)  # or the next run to go on here would take it for its own
+        earlier.unlink(missing_ok=True)  # otherwise the next run to resume here would use it
         return
-    if not earlier.exists():  # else a run was killed here, and the new file has not all of them
+    if not earlier.exists():  # if it exists, a run was killed here before the new file had all rows
         if not metrics.exists():
             return
         metrics.rename(earlier)
@@ -253,12 +254,12 @@ def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) 
 
 
 def quieten() -> None:
-    """Silences advice and deprecations between our dependencies that a user can do nothing about."""
+    """Silences advice and deprecation warnings from our dependencies that a user cannot act on."""
     os.environ.setdefault("WANDB_SILENT", "true")
     for message in (
-        ".*does not have many workers.*",  # samples come from a memory map; workers would only take cores
-        ".*exists and is not empty. Previous log files.*",  # Hydra has made the run directory and writes there too
-        ".*The dirpath has changed from.*",  # a run resumed in a directory of its own; nothing is lost
+        ".*does not have many workers.*",  # samples come from a memory map, so workers would only use up cores
+        ".*exists and is not empty. Previous log files.*",  # Hydra has created the run directory and writes there, too
+        ".*The dirpath has changed from.*",  # a resumed run has its own directory, and nothing is lost
         ".*defined a .validation_step. but have no .val_dataloader.*",  # a simulation does not validate
         ".*isinstance.treespec, LeafSpec.. is deprecated.*",
     ):

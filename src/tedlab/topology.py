@@ -1,11 +1,11 @@
-"""Which process does what: parallel degrees, the two device meshes built from them, and the groups these hold.
+"""Which process does what: the two device meshes built from the parallel degrees, and their process groups.
 
-This is the only module that knows about ranks. The same processes are seen through two meshes (paper §3):
+This is the only module that knows about ranks. Two meshes arrange the same processes (paper §3):
 
 - ``dense``:  data × tensor, for attention, embeddings, norms, routers and dense feed-forward layers;
 - ``expert``: expert_data × expert × tensor, for experts; ``data`` = expert_data × expert.
 
-The tensor index varies fastest, then expert, then expert_data, so that tensor groups sit inside a node.
+The tensor index varies fastest, then expert, then expert_data, so that tensor groups lie inside a node.
 """
 
 from collections.abc import Sequence
@@ -26,24 +26,24 @@ from tedlab.spec import Layout
 class Topology:
     """The meshes of this process, and the collectives over their groups.
 
-    Needs an initialised default process group of ``degrees.world_size`` processes.
+    It needs an initialised default process group of ``degrees.world_size`` processes.
 
     Args:
-        degrees: the parallel degrees.
-        device: where this process keeps its tensors.
-        options: the toggles of communication.
-        timeout: after which a collective fails, in every group; None: torch's.
-        place: where this process notes what it waits in.
+        degrees: The parallel degrees.
+        device: The device that holds this process's tensors.
+        options: The toggles of communication.
+        timeout: The timeout of collectives in every group; None keeps torch's.
+        place: The record in which this process notes what it waits in.
 
     Attributes:
-        degrees: the parallel degrees.
-        options: the toggles of communication.
-        dense: mesh (data, tensor).
-        expert: mesh (expert_data, expert, tensor).
-        comm: every collective of the model, the strategy and the optimizer goes through this object.
-        recomputation: counters of activation checkpointing.
-        slots: see to it that processes exchange as many slots as they expect of each other.
-        device: where this process keeps its tensors.
+        degrees: The parallel degrees.
+        options: The toggles of communication.
+        dense: The mesh (data, tensor).
+        expert: The mesh (expert_data, expert, tensor).
+        comm: The object that runs every collective of the model, the strategy and the optimizer.
+        recomputation: The counters of activation checkpointing.
+        slots: The check that processes send each other equally many slots.
+        device: The device that holds this process's tensors.
     """
 
     def __init__(
@@ -73,39 +73,39 @@ class Topology:
             "data": self.dense.get_group("data"),
             "expert": self.expert.get_group("expert"),
             "expert_data": self.expert.get_group("expert_data"),
-            # In the paper experts are sharded over the attention's tensor group; folding would change this line.
+            # The paper shards experts over the attention's tensor group; parallel folding would change this line.
             "expert_tensor": self.expert.get_group("tensor"),
             "world": dist.group.WORLD,
         }
         if timeout is not None:
-            for group in set(groups.values()):  # a mesh makes its groups with torch's, 30 minutes of gloo's
+            for group in set(groups.values()):  # meshes use torch's timeout, 30 minutes for gloo
                 set_timeout(timeout, group)
         self.comm = Collectives(groups, place)
         self.slots = SlotAgreement(self.comm)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
-        """Itself: a copy of a model stands in the same place as the model."""
+        """Returns itself, since a copy of a model belongs to the same process."""
         return self
 
     def mesh_of(self, axes: Sequence[str]) -> DeviceMesh:
-        """The mesh that has these axes."""
+        """Returns the mesh with these axes."""
         return next(mesh for mesh in (self.dense, self.expert) if mesh.mesh_dim_names == tuple(axes))
 
     @property
     def sequence_sharded(self) -> bool:
-        """Whether each tensor rank holds its own positions of the activations between layers."""
+        """Whether tensor ranks divide the activations between layers by position."""
         return self.layout.sequence
 
     @property
     def layout(self) -> Layout:
-        """What specifications are asked with."""
+        """The layout that specifications take."""
         return Layout(self.degrees, self.options)
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":
-        """A world of one process, for tools that use a model without a launcher. Starts a process group if needed."""
+        """Returns the topology of one process, for tools without a launcher; starts a process group if needed."""
         if not dist.is_initialized():
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         if torch.device(device).type == "cuda":
-            torch.cuda.init()  # else torch's mesh would choose a device, and warn
+            torch.cuda.init()  # otherwise torch's mesh chooses a device and warns
         return cls(ParallelDegrees(1), device)

@@ -1,4 +1,4 @@
-"""``tedlab train …``: the same as ``tedlab train …``, also under torchrun and srun."""
+"""Makes ``python -m tedlab.train …`` the same as ``tedlab train …``, also under torchrun and srun."""
 
 from tedlab.commands.train import main
 

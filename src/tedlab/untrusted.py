@@ -1,7 +1,7 @@
-"""Reading files that may come from others: nothing in them is executed, instantiated or looked up.
+"""Reads files that may come from others, and executes, instantiates and resolves nothing in them.
 
-What a user writes (their YAML files in ``conf/``, overrides, their own package) is trusted and goes through Hydra. What
-may have been sent to them is read here, or like here: docs/reliability.md has the rule.
+Hydra handles what users write themselves (their YAML files in ``conf/``, overrides, their own package), which is
+trusted. Files that they may have received are read here or in the same way; docs/reliability.md states the rule.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class _Loader(yaml_loader()):  # type: ignore[misc]
-    """OmegaConf's, which knows 9e9 for a number and no key twice. Aliases could stand for more than memory holds."""
+    """OmegaConf's loader, which reads 9e9 as a number and refuses duplicate keys, without aliases.
+
+    Aliases are refused because they can expand to more than memory holds.
+    """
 
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         if self.check_event(AliasEvent):
@@ -28,17 +31,17 @@ class _Loader(yaml_loader()):  # type: ignore[misc]
         return node
 
 
-_Loader.yaml_constructors = {  # OmegaConf makes paths of tags that name Python's class of them
+_Loader.yaml_constructors = {  # OmegaConf constructs paths from tags that name Python's path classes
     tag: construct for tag, construct in _Loader.yaml_constructors.items() if tag is None or "python" not in tag
 }
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mappings, lists, numbers and strings of a YAML file. Tags are refused, ``${…}`` stays a string.
+    """Reads the mappings, lists, numbers and strings of a YAML file; refuses tags, and keeps ``${…}`` as a string.
 
     Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is no YAML, or no mapping; says what is wrong with "it".
+        OSError: If the file cannot be read.
+        ValueError: If it is not YAML or not a mapping; the message calls the file "it".
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -52,11 +55,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def typed(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from plain values, checked against its types.
+    """Makes a dataclass from plain values and checks them against its types.
 
     Raises:
-        OmegaConfBaseException: for a key that it has not, or a value of another type.
-        ValueError: for a value that would be looked up elsewhere (``${…}``), or that the class refuses.
+        OmegaConfBaseException: If a key is unknown, or a value has the wrong type.
+        ValueError: If a value has an interpolation (``${…}``), or the class refuses it.
     """
     found = interpolation(values)
     if found is not None:
@@ -67,7 +70,7 @@ def typed(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def interpolation(values: Any, name: str = "") -> str | None:
-    """The dotted key of the first value that OmegaConf would look up."""
+    """Returns the dotted key of the first value with an interpolation, which OmegaConf would resolve, or None."""
     if isinstance(values, str):
         return name if "${" in values else None
     sequence = values if isinstance(values, (list, tuple, set, frozenset)) else ()
@@ -79,7 +82,7 @@ def interpolation(values: Any, name: str = "") -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of a message, and where a parser was."""
+    """Returns the first line of an error's message, with the line number if it is a parser's."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = ": ".join(filter(None, (error.context, error.problem)))
         return f"{what} (line {error.problem_mark.line + 1})"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tedlab._compat.torch import in_backward
 
-_instances: WeakValueDictionary[int, Any] = WeakValueDictionary()  # of Collectives
+_instances: WeakValueDictionary[int, Any] = WeakValueDictionary()  # instances of Collectives
 _numbers = itertools.count()
 
 

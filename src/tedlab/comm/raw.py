@@ -108,4 +108,4 @@ def _filled(out: Tensor, work: dist.Work) -> Wait:
 
 
 _FUNCTIONAL, _IN_PLACE = Functional(), _InPlace()
-ways: dict[str, Way] = {}  # of backends that cannot do what others can
+ways: dict[str, Way] = {}  # by backend, for those that cannot use the default

@@ -44,12 +44,12 @@ class PeakFlops:
 class Efficiency:
     """The share of a stated peak that programs reach: above 0, at most 1."""
 
-    gemm: float = MISSING  # of the peak FLOP/s, in large matrix products
-    memory: float = MISSING  # of the memory bandwidth
-    in_node: float = MISSING  # of the link between the GPUs of a node
-    between_nodes: float = MISSING  # of the node's network, in a ring
-    all_to_all: float = MISSING  # of the node's network, in an all-to-all
-    attention: float | None = None  # of the peak FLOP/s, in fused attention; None: as gemm
+    gemm: float = MISSING  # share of the peak FLOP/s in large matrix products
+    memory: float = MISSING  # share of the memory bandwidth
+    in_node: float = MISSING  # share of the bandwidth between the GPUs of a node
+    between_nodes: float = MISSING  # share of the node's network bandwidth in a ring
+    all_to_all: float = MISSING  # share of the node's network bandwidth in an all-to-all
+    attention: float | None = None  # share of the peak FLOP/s in fused attention; None: that of gemm
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Kernels:
     """Costs that keep operations from the roofline. They default to none; ``tedlab calibrate`` measures them."""
 
     dispatch: Dispatch = field(default_factory=Dispatch)
-    asynchronous: bool = True  # the host goes on while a kernel runs, as with a GPU
+    asynchronous: bool = True  # whether the host continues while a kernel runs, as with a GPU
     gemm_latency: float = 0.0  # seconds of a matrix product, whatever its size
     attention_latency: float = 0.0  # seconds of a fused attention, whatever its size
     memory_latency: float = 0.0  # seconds of any other kernel, whatever its size

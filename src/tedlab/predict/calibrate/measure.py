@@ -355,7 +355,7 @@ class Bench:
         for times in self.sizes.repeats:
             self.progress(what)
             alone, together = self._blocks([partial(compute, times), partial(compute_and_meet, times)])
-            longer = median((b - meeting) / a for a, b in zip(alone, together, strict=True))  # of neighbours in time
+            longer = median((b - meeting) / a for a, b in zip(alone, together, strict=True))  # compares adjacent blocks
             amounts.append(median(alone))
             seconds.append(amounts[-1] * max(1.0, longer))
         return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
