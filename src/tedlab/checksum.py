@@ -39,7 +39,7 @@ def checksum(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 def _words(tensor: Tensor) -> Tensor:
     """Views the bits of a tensor as integers."""
     flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
-    if flat.itemsize == 2 and len(flat) % 2 == 0:  # pairs make one word, if they start at a word boundary
+    if flat.itemsize == 2 and len(flat) % 2 == 0:  # a pair makes one word, which must start at a word boundary
         flat = flat.clone() if flat.storage_offset() % 2 else flat
         return flat.view(torch.int32)
     return flat.view({1: torch.int8, 2: torch.int16}.get(flat.itemsize, torch.int32))

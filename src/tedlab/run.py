@@ -228,7 +228,7 @@ def _with_tidy_names(loggers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) -> None:
-    """Copies the rows of an interrupted run into the new metrics.csv, because Lightning starts the file anew.
+    """Keeps the rows of metrics.csv when a run resumes in its own directory, where Lightning starts the file anew.
 
     The old file remains until all rows are in the new one, since a run may be killed here as anywhere.
 

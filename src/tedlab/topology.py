@@ -98,7 +98,7 @@ class Topology:
 
     @property
     def layout(self) -> Layout:
-        """The layout that specifications take."""
+        """The layout that layers' specifications are computed for."""
         return Layout(self.degrees, self.options)
 
     @classmethod

@@ -186,7 +186,7 @@ class _Region:
         self.plan = plan
         self.skip_dead_gemm = skip_dead_gemm
         self.counters = counters
-        self._kept: list[tuple[str, Any, int]] = []  # tag, value, and version, which in-place changes raise
+        self._kept: list[tuple[str, Any, int]] = []  # tag, value, and version, which in-place changes increment
         self._bytes = 0
         self._next = 0
 

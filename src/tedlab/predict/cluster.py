@@ -27,7 +27,7 @@ class Link:
     """A kind of connection between GPUs."""
 
     bandwidth: float = MISSING  # bytes/s in each direction, as the maker states it
-    latency: float = MISSING  # seconds of one step of a collective over this link, whatever its size
+    latency: float = MISSING  # fixed seconds per step of a collective over this link
 
 
 @dataclass
@@ -67,10 +67,10 @@ class Kernels:
 
     dispatch: Dispatch = field(default_factory=Dispatch)
     asynchronous: bool = True  # whether the host continues while a kernel runs, as with a GPU
-    gemm_latency: float = 0.0  # seconds of a matrix product, whatever its size
-    attention_latency: float = 0.0  # seconds of a fused attention, whatever its size
-    memory_latency: float = 0.0  # seconds of any other kernel, whatever its size
-    arithmetic_latency: float | None = None  # seconds of norms, softmax and GELU; None: memory_latency
+    gemm_latency: float = 0.0  # fixed seconds per matrix product
+    attention_latency: float = 0.0  # fixed seconds per fused attention
+    memory_latency: float = 0.0  # fixed seconds per kernel of any other kind
+    arithmetic_latency: float | None = None  # fixed seconds per norm, softmax or GELU; None: memory_latency
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax and GELU; None: that of the memory
     fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more of new CPU memory; None: that of any other
 
@@ -82,7 +82,7 @@ class MeasuredCollective:
     op: str = MISSING  # all_reduce, all_gather, reduce_scatter or all_to_all
     size: int = MISSING  # ranks of the group
     nodes: int = MISSING  # nodes that the group is on
-    latency: float = MISSING  # seconds of the whole collective, whatever its size
+    latency: float = MISSING  # fixed seconds per collective
     bandwidth: float = MISSING  # bytes/s that a rank sends
 
 
@@ -92,7 +92,7 @@ class MeasuredWait:
 
     size: int = MISSING  # ranks of the group
     nodes: int = MISSING  # nodes that the group is on
-    latency: float = MISSING  # seconds, however long ago the last collective was
+    latency: float = MISSING  # fixed seconds per wait
     share: float = MISSING  # share of the time since then
 
 

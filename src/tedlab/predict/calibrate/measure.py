@@ -95,7 +95,7 @@ SIZES = {
         attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
-        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # fresh_bandwidth covers the cost of larger ones
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # fresh_bandwidth covers the memory of larger ones
         repeats=[32, 128],
     ),
     "cuda": Sizes(
