@@ -145,7 +145,13 @@ def test_a_sweep_over_clusters_gives_each_job_its_own(tmp_path: Path) -> None:
 
 def test_what_cac_auto_keeps_depends_on_the_clusters_figures_as_overridden() -> None:
     """Slow links inside a node make a collective of the tensor group worth its memory, slow ones outside the others."""
-    asked = ["model.checkpoint=block", "comm=ted", "comm.cac=auto", "comm.cac_budget_bytes=700000", "logger=none"]
+    asked = [
+        "model.recompute.granularity=block",
+        "comm=ted",
+        "comm.cac=auto",
+        "comm.cac_budget_bytes=700000",
+        "logger=none",
+    ]
     asked += ["data.batch_size=256", "moe.num_experts=8"]
     layout = ["parallel.world_size=32", "parallel.tensor=2", "parallel.expert=8"]
     kept = []

@@ -67,7 +67,7 @@ def test_every_preset_composes_into_a_complete_typed_configuration(group: str, o
 
 
 def test_there_are_presets() -> None:
-    assert GROUPS == ["comm", "data", "experiment", "logger", "model", "moe", "optim", "parallel", "trainer"]
+    assert GROUPS == ["comm", "data", "debug", "experiment", "logger", "model", "moe", "optim", "parallel", "trainer"]
     assert len(PRESETS) >= 30
 
 
@@ -156,8 +156,8 @@ def test_logger_none_leaves_no_logger() -> None:
 def test_every_value_of_a_preset_has_a_field(group: str, option: str) -> None:
     """Hydra's schema would refuse it anyway; this names the file and the key."""
     hints = get_type_hints(TrainConfig)
-    if group == "experiment" or not is_dataclass(hints[group]):
-        return  # experiments are checked by composing them; trainer and logger hold others' arguments
+    if group in ("debug", "experiment") or not is_dataclass(hints[group]):
+        return  # these are checked by composing them; trainer and logger hold others' arguments
     kind = hints[group]
     keys = set(OmegaConf.load(CONF / group / f"{option}.yaml"))
     assert keys <= {f.name for f in fields(kind)}
@@ -167,6 +167,12 @@ def test_every_value_of_a_preset_has_a_field(group: str, option: str) -> None:
 def test_the_schema_refuses_what_has_no_field_or_another_type(wrong: str) -> None:
     with pytest.raises(Exception, match=wrong.split("=")[0].split(".")[-1]):
         compose(wrong)
+
+
+@pytest.mark.parametrize("option", [option for group, option in PRESETS if group == "debug"])
+def test_presets_for_debugging_take_few_steps_and_yield_to_the_command_line(option: str) -> None:
+    assert compose(f"debug={option}").trainer["max_steps"] <= 20
+    assert compose(f"debug={option}", "trainer.max_steps=7").trainer["max_steps"] == 7
 
 
 @pytest.mark.parametrize("option", [option for group, option in PRESETS if group == "experiment"])

@@ -66,7 +66,7 @@ def test_a_rank_that_falls_again_fails_and_is_the_one_to_blame(pool: WorkerPool,
     assert len(counted.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize(("fallen", "passes"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("fallen", "passes"), [(1, True), pytest.param(2, False, marks=pytest.mark.slow)])
 def test_a_pytest_run_with_more_than_one_death_over_all_its_processes_fails(
     tmp_path: Path, fallen: int, passes: bool
 ) -> None:

@@ -31,6 +31,7 @@ def certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> 
     return certified(pool, tmp_path_factory.mktemp("certificates"), [*SOUND.values(), *WRONG.values()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", SOUND)
 def test_a_layout_in_bf16_equals_one_process_within_rounding(
     certificates: dict[Case, list[Row]], dispatch: str
@@ -40,6 +41,7 @@ def test_a_layout_in_bf16_equals_one_process_within_rounding(
     assert max(row.error for row in rows) > 1e-4  # it was no float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plant", WRONG, ids=lambda plant: plant.__name__)
 def test_what_is_wrong_everywhere_shows_in_bf16(certificates: dict[Case, list[Row]], plant: Plant) -> None:
     culprit = first_difference(certificates[WRONG[plant]])

@@ -47,6 +47,7 @@ def certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> 
     return certified(pool, tmp_path_factory.mktemp("certificates"), list(THREADS.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("thread", THREADS)
 def test_what_others_got_wrong_equals_one_process(certificates: dict[Case, list[Row]], thread: str) -> None:
     rows = certificates[THREADS[thread]]

@@ -25,10 +25,8 @@ def text(tmp_path_factory):
 @pytest.fixture
 def data(text):
     def data(micro=2, **fields):
-        fields = {"validation_samples": 2 * BATCH, "validation_fraction": 0.4, **fields}
-        config = DataConfig(
-            path=str(text), batch_size=BATCH, micro_batch_size=micro, cache_dir=str(text / ".cache"), **fields
-        )
+        fields = {"batch_size": BATCH, "validation_samples": 2 * BATCH, "validation_fraction": 0.4, **fields}
+        config = DataConfig(path=str(text), micro_batch_size=micro, cache_dir=str(text / ".cache"), **fields)
         return TextDataModule(config, LENGTH, seed=1)
 
     return data
@@ -185,8 +183,7 @@ def test_runs_of_other_batch_sizes_read_on_in_the_order_of_the_epoch(data, tmp_p
     seen, steps, checkpoint = [], 0, None
     resumed = [(8, 2, 3), (4, 4, 3), (12, 2, 1), (1, 1, 3), (10, 5, 4), (2, 1, 7), (16, 4, 3)]  # batch, micro, steps
     for batch, micro, more in resumed:
-        module = data(micro)
-        module.data.batch_size = batch
+        module = data(micro, batch_size=batch)
         steps += more
         following = tmp_path / f"{steps}"
         run = _fit(module, steps, [Save("on_train_end", steps, following)], checkpoint, batch=batch)

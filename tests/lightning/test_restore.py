@@ -189,7 +189,7 @@ def four(pool: WorkerPool, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return pool.run(4, everything, tmp_path_factory.mktemp("four"))
 
 
-@pytest.fixture(params=["alone", "four"])
+@pytest.fixture(params=["alone", pytest.param("four", marks=pytest.mark.slow)])
 def world(request: Any) -> dict[str, Any]:
     """One process, and the first of four (tensor 2 × expert 2)."""
     results = request.getfixturevalue(request.param)
@@ -232,6 +232,7 @@ def test_averaging_goes_on_from_a_checkpoint_as_if_nothing_had_been(world: Any, 
     assert_same(resumed, undisturbed, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ema", "mean", "swa", "trained", "changed", "loose", "from weights"])
 def test_each_gives_in_four_processes_what_it_gives_in_one(alone: Any, four: Any, name: str) -> None:
     expected = alone[name]
@@ -242,6 +243,7 @@ def test_each_gives_in_four_processes_what_it_gives_in_one(alone: Any, four: Any
             assert_same(rank[name], expected)
 
 
+@pytest.mark.slow
 def test_weights_alone_can_be_validated_tested_and_predicted_with(alone: Any, four: Any) -> None:
     for rank in (alone, *four):
         assert rank["light val"] == rank["light test"] == rank["val"] == pytest.approx(alone["val"], rel=1e-12)
