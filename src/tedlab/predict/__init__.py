@@ -1,1 +1,1 @@
-"""What a configuration costs before it runs: FLOPs, bytes, memory and seconds, on any cluster, from a laptop."""
+"""Predicts what a configuration costs before it runs: FLOPs, bytes, memory and seconds, on any cluster."""

@@ -1,4 +1,4 @@
-"""``comm.cac=auto``: which collectives' results are worth their memory, when there is only so much of it."""
+"""Chooses for ``comm.cac=auto`` which collectives' results are worth the memory that keeping them takes."""
 
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -9,12 +9,12 @@ from tedlab.predict.volumes import ClosedForm
 
 
 class Choice(NamedTuple):
-    """Something to keep.
+    """A choice of what to keep.
 
     Attributes:
-        size: bytes that each process keeps of one micro-batch.
-        seconds: that recomputation still communicates.
-        entries: what is kept, as in ``comm.cac``.
+        size: The bytes that each process keeps for one micro-batch.
+        seconds: The seconds for which recomputation still communicates.
+        entries: What is kept, as entries of ``comm.cac``.
     """
 
     size: int
@@ -23,21 +23,21 @@ class Choice(NamedTuple):
 
 
 def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective], float]) -> list[str]:
-    """What to keep in at most ``budget`` bytes so that recomputation communicates for the shortest time.
+    """Chooses what to keep in at most ``budget`` bytes so that recomputation communicates for the shortest time.
 
-    The exact solution of a knapsack with one choice per block: for each of its collectives to keep nothing, a shard or
-    the whole. Every sum of choices that another beats in both size and time is dropped on the way.
+    This solves a knapsack exactly. Each block makes one choice: for each of its collectives it keeps nothing, a shard
+    or the whole result. Sums of choices that another beats in both size and time are dropped on the way.
 
     Args:
-        form: of the configuration.
-        budget: bytes of each process.
-        seconds: what one collective takes.
+        form: The closed form of the configuration.
+        budget: The bytes that each process may keep.
+        seconds: Maps a collective to the seconds that it takes.
 
     Returns:
         Entries for ``comm.cac``, in the order of blocks.
     """
     best = [Choice(0, 0.0, ())]
-    options: dict[int, list[Choice]] = {}  # of the first of blocks that are alike
+    options: dict[int, list[Choice]] = {}  # by the first of several equal blocks
     for block, first in enumerate(form.spec.first):
         if first == block:
             options[first] = _efficient(_options(form, block, seconds), budget)
@@ -60,7 +60,7 @@ def _options(form: ClosedForm, block: int, seconds: Callable[[Collective], float
 
 
 def _efficient(choices: Iterable[Choice], budget: int) -> list[Choice]:
-    """Those within the budget that no smaller one equals in time; fewest entries first among equals."""
+    """Returns the choices within the budget that no smaller one equals in time; fewer entries win among equals."""
     result: list[Choice] = []
     for choice in sorted(choices, key=lambda c: (c.size, c.seconds, len(c.entries))):
         if choice.size <= budget and (not result or choice.seconds < result[-1].seconds * (1 - 1e-12)):

@@ -1,8 +1,7 @@
-"""An emulated network: a hook that makes each collective take at least as long as it would on a given cluster.
+"""Emulates a network: a hook makes each collective take at least as long as it would on a given cluster.
 
-**Emulated, not measured**: what a run with this hook spends in collectives is the prediction of ``cost.py``, slept
-through, on top of an ordinary run. It shows in wall-clock time what a slower network does to a layout, when all that
-is at hand is one machine.
+**This emulates and does not measure.** A run with this hook sleeps for the time that ``cost.py`` predicts for its
+collectives. It shows in wall-clock time how a slower network affects a layout when only one machine is available.
 """
 
 import time
@@ -20,31 +19,31 @@ from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_byt
 
 
 class Emulation:
-    """A hook for :meth:`Collectives.register_hook`: at its end a collective waits for the emulated network.
+    """A hook for :meth:`Collectives.register_hook` that makes each collective wait for the emulated network.
 
-    The network needs ``dilation`` × the predicted seconds, counted from the start of the collective, so that work done
-    between start and end hides it as it would there. Collectives inside nodes and those between nodes each have a
-    network of their own, which serves one at a time: of several under way the later ones wait for the earlier.
+    The network needs ``dilation`` × the predicted seconds, counted from the start of the collective, so that work
+    between start and end hides this time as it would on the cluster. There is one network inside nodes and one between
+    nodes. Each serves one collective at a time, so a later collective waits for an earlier one.
 
-    The real collective runs all the same. Where it takes less than the emulated one its time is hidden; where it takes
-    more (gloo often does, unless ``dilation`` is large) the run is slower than emulated. Sleeping overshoots by tens of
-    microseconds a call. On CUDA the device is synchronised at every start and end, since only then is it known when
-    work before a collective was done: correct in proportion, but no time of such a run is worth quoting otherwise.
+    The real collective still runs. If it is faster than the emulated one, its time is hidden. If it is slower (gloo
+    often is, unless ``dilation`` is large), so is the run. Sleeping overshoots by tens of microseconds a call. On CUDA,
+    every start and end synchronises the device, because only then is it known when the work before a collective is
+    done. The times of such a run are right in proportion, but their absolute values mean nothing.
 
     Args:
-        cluster: what is emulated.
-        groups: the global ranks of this process's group of each kind.
-        dilation: how many times slower than the cluster's network, so that toy models on a CPU stay in proportion to
-            the compute of a GPU; 0 only counts.
-        ranks_per_node: consecutive ranks that share a node, and its network; None: the cluster's GPUs per node.
+        cluster: The cluster to emulate.
+        groups: The global ranks of this process's group of each kind.
+        dilation: How many times slower than the cluster's network the emulated one is, so that toy models on a CPU
+            stay in proportion to the compute of a GPU; with 0, collectives are counted but not delayed.
+        ranks_per_node: How many consecutive ranks share a node and its network; None: the cluster's GPUs per node.
 
     Attributes:
-        counting: whether collectives are added to the totals; they take their time in any case.
-        seconds: predicted for the cluster (not dilated), by phase and link, over all collectives so far.
-        wire_bytes: that a rank of this process's groups sent, by phase and link.
+        counting: Whether collectives are added to the totals; they are delayed in either case.
+        seconds: The seconds predicted for the cluster (not dilated) for all collectives so far, by phase and link.
+        wire_bytes: The bytes that a rank of this process's groups has sent, by phase and link.
 
     Raises:
-        ValueError: if the cluster has no room for the groups, or a number is out of range.
+        ValueError: If the cluster has no room for the groups, or a number is out of range.
     """
 
     def __init__(
@@ -70,10 +69,10 @@ class Emulation:
         self.seconds: defaultdict[tuple[Phase, LinkClass], float] = defaultdict(float)
         self.wire_bytes: defaultdict[tuple[Phase, LinkClass], float] = defaultdict(float)
         for members in self._groups.values():
-            collective_seconds("all_reduce", 0, members, self._cluster)  # raises before the run does
+            collective_seconds("all_reduce", 0, members, self._cluster)  # fails now rather than during the run
 
     def __call__(self, call: Collective, event: Literal["start", "end"]) -> None:
-        """Hears of a collective, as hooks do."""
+        """Handles the start or end of a collective, as a hook does."""
         _synchronize()
         if event == "start":
             self._start(call)
@@ -96,11 +95,11 @@ class Emulation:
     def _end(self, call: Collective) -> None:
         done_at = self._done_at[call].popleft()
         if not self._done_at[call]:
-            del self._done_at[call]  # shapes may differ from step to step without end
+            del self._done_at[call]  # keeps the table small if shapes differ from step to step
         time.sleep(max(0.0, done_at - time.perf_counter()))
 
     def metrics(self) -> dict[str, float]:
-        """Totals of training, ``comm/link/<link>/{wire_bytes, emulated_seconds}``, for a run's summary."""
+        """Returns the totals of training, ``comm/link/<link>/{wire_bytes, emulated_seconds}``, for a run's summary."""
         return {
             f"comm/link/{link}/{what}": sum(total[phase, link] for phase in TRAINING_PHASES)
             for link in self._free_at
@@ -109,7 +108,7 @@ class Emulation:
 
 
 def _with_ranks_per_node(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
-    """The cluster with only so many GPUs of each node in use: these have its network for themselves."""
+    """Returns the cluster with only ``ranks`` GPUs of each node in use, which have the node's network to themselves."""
     return replace(cluster, gpus_per_node=ranks, in_node=None if ranks == 1 else cluster.in_node)
 
 

@@ -1,12 +1,12 @@
-"""How many floating-point operations the model needs, from the configuration alone, and how many a device can do.
+"""Computes how many floating-point operations a configuration's model needs, and how many a device can do.
 
-Counted are model FLOPs: what the mathematics of a training step needs, whatever a layout or an implementation adds.
+These are model FLOPs: what the mathematics of a training step needs, without what a layout or implementation adds.
 
-Layers state what they need in the forward pass (``Spec.flops``): their matrix products, a multiply-add being two
-operations. Attention's scores and weighted sums count half, since a token looks at the tokens before it only; experts
-count as often as a token chooses them, whatever a full one drops. Backward is twice forward: a product has two
-gradients. What activation checkpointing recomputes is not counted, nor is what multiplies no matrices: lookups in
-tables, biases, norms, activations, rotations, softmax, the loss and the optimizer.
+Layers state the FLOPs of their forward pass (``Spec.flops``), which are those of their matrix products; a multiply-add
+counts as two operations. Attention's scores and weighted sums count half because attention is causal. Experts count
+for every choice of a token, including those that a full expert drops. The backward pass counts twice the forward pass
+because a product has two gradients. Recomputation does not count, nor does anything but matrix products: table lookups,
+biases, norms, activations, rotations, softmax, the loss and the optimizer.
 """
 
 import re
@@ -15,48 +15,48 @@ from collections import Counter
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.models import models
 
-# Dense peak (without sparsity) in TFLOP/s of one device as torch names it. Tensor cores for half precision; fp32 is
-# IEEE fp32, not TF32, which torch uses for matrix products only when told to. Of several that match the first counts.
+# The dense peak (without sparsity) in TFLOP/s of one device, by a pattern of torch's name for it; the first match wins.
+# Half precision uses tensor cores. fp32 is IEEE fp32, not TF32, which torch uses for matrix products only when told to.
 _PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     # NVIDIA V100 data sheet (January 2020): SXM2, and PCIe. No bf16.
     (r"\bV100-SXM2\b", {"fp32": 15.7, "fp16": 125.0}),
     (r"\bV100-PCIE\b", {"fp32": 14.0, "fp16": 112.0}),
     # NVIDIA A100 data sheet (June 2021): the same for SXM and PCIe.
     (r"\bA100\b", {"fp32": 19.5, "fp16": 312.0, "bf16": 312.0}),
-    # NVIDIA H100 data sheet (its half-precision figures are with sparsity: twice these): NVL, PCIe, SXM.
+    # NVIDIA H100 data sheet (whose half-precision figures include sparsity and are twice these): NVL, PCIe, SXM.
     (r"\bH100 NVL\b", {"fp32": 60.0, "fp16": 835.5, "bf16": 835.5}),
     (r"\bH100 PCIe\b", {"fp32": 51.0, "fp16": 756.5, "bf16": 756.5}),
     (r"\bH100\b", {"fp32": 67.0, "fp16": 989.5, "bf16": 989.5}),
-    # NVIDIA H200 data sheet (likewise): NVL, SXM.
+    # NVIDIA H200 data sheet (whose figures include sparsity, too): NVL, SXM.
     (r"\bH200 NVL\b", {"fp32": 60.0, "fp16": 835.5, "bf16": 835.5}),
     (r"\bH200\b", {"fp32": 67.0, "fp16": 989.5, "bf16": 989.5}),
-    # NVIDIA HGX B200 specifications (of eight, half precision with sparsity: 600 and 36000).
+    # NVIDIA HGX B200 specifications (600 and 36000 for eight GPUs, half precision with sparsity).
     (r"\bB200\b", {"fp32": 75.0, "fp16": 2250.0, "bf16": 2250.0}),
-    # AMD Instinct MI250X data sheet, matrix cores; torch sees each of its two dies (GCDs) as a device of its own.
+    # AMD Instinct MI250X data sheet, matrix cores; torch sees each of its two dies (GCDs) as one device.
     (r"\bMI250X\b", {"fp32": 95.7 / 2, "fp16": 383.0 / 2, "bf16": 383.0 / 2}),
 )
 
 
 def forward_flops(model: ModelConfig, moe: MoEConfig) -> Counter[str]:
-    """FLOPs of the forward pass per token, by part of the model.
+    """Returns the FLOPs of the forward pass per token, by part of the model.
 
     Args:
-        model: with its ``vocab_size`` set.
-        moe: experts.
+        model: The model, with its ``vocab_size`` set.
+        moe: The model's experts.
     """
     return models[model.architecture].spec(model, moe).flops(model.sequence_length)
 
 
 def training_flops(model: ModelConfig, moe: MoEConfig) -> int:
-    """FLOPs of forward and backward pass per token."""
+    """Returns the FLOPs of the forward and backward pass per token."""
     return 3 * sum(forward_flops(model, moe).values())
 
 
 def peak_flops(device: str, precision: str) -> float | None:
-    """Dense peak of a device in FLOP/s; None if it is not known.
+    """Returns the dense peak of a device in FLOP/s, or None if it is not known.
 
     Args:
-        device: its name, as torch gives it.
+        device: The device's name, as torch gives it.
         precision: Lightning's ``trainer.precision``.
     """
     dtype = {"32": "fp32", "16": "fp16", "bf16": "bf16"}.get(precision.split("-")[0], precision)

@@ -1,9 +1,9 @@
-"""The closed form: what a configuration communicates in one optimizer step, from the configuration alone.
+"""Computes in closed form what a configuration communicates in one optimizer step.
 
-Without a capacity the bytes of some collectives depend on what routers choose, wherever an expert group has several
-processes: here also on how many rows each layer moved, or on the assumption that all experts are chosen equally often.
+If experts have no capacity and an expert group has several processes, the bytes of some collectives depend on the
+routers' choices. The closed form then needs the number of rows that each layer moved, or assumes balanced routing.
 
-Written from the algorithm, not from the code that runs: at the end of every run the ledger is held against it, and a
+It follows the algorithm, not the code that runs. Every run ends by comparing its ledger with the closed form, and a
 difference is a bug in one of them.
 """
 
@@ -26,7 +26,7 @@ from tedlab.models.gpt import TAGS, models
 from tedlab.optim.bucket import lay_out
 from tedlab.spec import ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
-_DTYPES = {  # trainer.precision → of parameters, of matrix products
+_DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix products
     "32-true": (torch.float32, torch.float32),
     "64-true": (torch.float64, torch.float64),
     "bf16-true": (torch.bfloat16, torch.bfloat16),
@@ -37,11 +37,11 @@ _DTYPES = {  # trainer.precision → of parameters, of matrix products
 
 
 def predict(config: TrainConfig) -> dict[Entry, Count]:
-    """Calls and bytes of one optimizer step, in any process: of ``tedlab train``'s model, strategy and optimizer.
+    """Returns the calls and bytes of one optimizer step of ``tedlab train``, which are the same in every process.
 
     Args:
-        config: completed by :func:`tedlab.validate.check`. Without a capacity every expert is chosen equally often,
-            see :func:`with_rows`.
+        config: A configuration completed by :func:`tedlab.validate.complete`. If its experts have no capacity, all are
+            assumed to be chosen equally often; see :func:`with_rows`.
     """
     form = ClosedForm(config)
     micro_batch = counted(form.micro_batch())
@@ -50,12 +50,12 @@ def predict(config: TrainConfig) -> dict[Entry, Count]:
 
 
 def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) -> dict[Entry, Count]:
-    """Expected totals, in which mixtures without a capacity moved so many rows instead of the same for each expert.
+    """Returns expected totals in which mixtures without a capacity move the given rows instead of balanced ones.
 
     Args:
-        expected: multiples of what :func:`predict` says.
-        config: as there.
-        moved: rows of all micro-batches, by block; empty if there is no such mixture.
+        expected: A multiple of what :func:`predict` returns.
+        config: The configuration given to :func:`predict`.
+        moved: The rows that all micro-batches moved, by block; empty if there is no such mixture.
     """
     if not moved:
         return dict(expected)
@@ -73,15 +73,15 @@ class ClosedForm:
     """The collectives of a configuration, part by part. Groups of one process do not communicate.
 
     Args:
-        config: completed by :func:`tedlab.validate.check`.
-        rows: that such a mixture moves in one micro-batch, by block; None: as in the first process when every expert
-            is chosen equally often.
+        config: A configuration completed by :func:`tedlab.validate.complete`.
+        rows: The rows that mixtures without a capacity move in one micro-batch, by block; None: those of the first
+            process when every expert is chosen equally often.
 
     Attributes:
-        spec: of the model.
-        layout: of its processes.
-        parameter, compute, precise: dtypes, see :class:`tedlab.spec.MicroBatch`.
-        sites: of each block's passes.
+        spec: The specification of the model.
+        layout: The layout of its processes.
+        parameter, compute, precise: The dtypes, see :class:`tedlab.spec.MicroBatch`.
+        sites: The collective sites of each block.
     """
 
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
@@ -99,21 +99,21 @@ class ClosedForm:
 
     @cached_property
     def _rows(self) -> list[Rows]:
-        """That each block moves between experts and other processes; one without experts none."""
+        """The rows that each block moves between experts and other processes; none for a block without experts."""
         if self.moved is not None:
             return [self.moved.get(block, Rows()) for block in range(len(self.sites))]
         alike = {n: self.spec.blocks[n].rows(self.layout, self.tokens) for n in set(self.spec.first)}
         return [alike[n] for n in self.spec.first]
 
     def at(self, block: int | None = None) -> MicroBatch:
-        """What a block computes with, or what is before the first and after the last."""
+        """Returns what a block computes with, or, for None, what the layers before and after the blocks do."""
         rows = Rows() if block is None else self._rows[block]
         length = self.config.model.sequence_length
         return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows)
 
     @cached_property
     def kinds(self) -> dict[int, list[int]]:
-        """Blocks that are alike, and of which CAC keeps the same, by the first of them."""
+        """The blocks that are equal and for which CAC keeps the same, by the first of them."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block, first in enumerate(self.spec.first):
             kept = kept_tags(self.config.comm.cac, TAGS, block)
@@ -123,38 +123,38 @@ class ClosedForm:
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 
     def micro_batch(self) -> Iterator[Collective]:
-        """Forward and backward pass of one micro-batch."""
+        """Yields the collectives of the forward and backward pass of one micro-batch."""
         yield from self.ends()
         for block in range(len(self.sites)):
             yield from self.block(block)
 
     def block(self, block: int) -> Iterator[Collective]:
-        """A block's passes."""
+        """Yields the collectives of a block, recomputation included."""
         yield from self._calls(self.sites[block].forward, "forward", self._rows[block])
         if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
         yield from self._calls(self.sites[block].backward, "backward", self._rows[block])
 
     def ends(self) -> Iterator[Collective]:
-        """Before the first block and after the last."""
+        """Yields the collectives before the first block and after the last."""
         sites = reduce(Sites.then, (part.sites(self.layout) for part in self.spec.ends)).present(self.degrees)
         yield from self._calls(sites.forward, "forward", Rows())
         yield from self._calls(sites.backward, "backward", Rows())
 
     def second_pass(self, block: int, cac: object) -> Plan:
-        """What recomputation does at each collective of a block."""
+        """Returns what recomputation does at each collective of a block."""
         return plan(self.sites[block].recomputed, kept_tags(cac, TAGS, block))
 
     def dead(self, block: int) -> set[str]:
-        """Collectives of a block whose input recomputation does not make."""
+        """Returns the tags of a block's collectives whose input recomputation does not compute."""
         second = self.second_pass(block, self.config.comm.cac) if self.config.comm.skip_dead_gemm else {}
         return {tag for tag, what in second.items() if what is not Second.AGAIN}
 
     def recompute(self, block: int, cac: object) -> Iterator[Collective]:
-        """A block's second pass."""
+        """Yields the collectives of a block's second pass."""
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
-            # What is used after the block only is recomputed for nothing.
+            # Early stopping skips a collective whose result only the code behind the block reads.
             if second[site.tag] is Second.AGAIN and not (
                 site.feeds == "end" and self.config.model.recompute.early_stop
             ):
@@ -164,7 +164,7 @@ class ClosedForm:
                 yield from self._calls([gathered], "recompute", self._rows[block])
 
     def kept_bytes(self, block: int, cac: object) -> int:
-        """What CAC keeps of a block between its two passes, in each process."""
+        """Returns the bytes that CAC keeps of a block between its two passes, in each process."""
         total = 0
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
@@ -180,7 +180,7 @@ class ClosedForm:
     # ---- once per step -------------------------------------------------------------------------------------------
 
     def optimizer_step(self) -> Iterator[Collective]:
-        """Reduction of gradients, their norm, and the gathering of parameters."""
+        """Yields the collectives that reduce gradients, take their norm and gather parameters."""
         partial = 0
         for bucket in self.buckets:
             shards = self.shards(bucket)
@@ -195,16 +195,16 @@ class ClosedForm:
                 yield self._call("all_gather", bucket.kind, "optimizer", "parameters.gather", whole, self.parameter)
         if partial:
             yield self._call("all_reduce", "tensor", "optimizer", "gradients.partial", partial, self.parameter)
-        if self.groups["world"] > 1:  # its squares, gradients that are lacking, losses that are not finite
+        if self.groups["world"] > 1:  # sum of squares, missing gradients, non-finite losses
             yield self._call("all_reduce", "world", "optimizer", "gradients.norm", 3, torch.float64)
 
     def shards(self, bucket: "BucketSize") -> int:
-        """How many processes divide a bucket's optimizer state among them."""
+        """Returns how many processes divide a bucket's optimizer state among them."""
         return self.groups[bucket.kind] if self.config.optim.zero else 1
 
     @cached_property
     def buckets(self) -> list["BucketSize"]:
-        """What is reduced together, in the order of reduction groups."""
+        """The buckets into which the optimizer lays out the parameters, in its order."""
 
         def key(p: ParameterSpec) -> tuple[bool, GroupKind, int, bool]:
             partial = p.own_tokens and self.layout.sequence
@@ -244,13 +244,13 @@ class ClosedForm:
 
 
 class BucketSize(NamedTuple):
-    """Of parameters that are reduced together.
+    """The size of a bucket, whose parameters are reduced together.
 
     Attributes:
-        kind: the group over which.
-        holders: processes that hold each element.
-        partial: whether gradients are partial sums over the tensor group, too.
-        elements: in this process.
+        kind: The group that the bucket is reduced over.
+        holders: The number of processes that hold each element.
+        partial: Whether gradients are partial sums over the tensor group, too.
+        elements: The number of elements in this process.
     """
 
     kind: GroupKind

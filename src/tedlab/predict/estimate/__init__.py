@@ -1,4 +1,4 @@
-"""Memory of a rank and time of a step in closed form (docs/plan.md)."""
+"""Estimates the memory of a rank and the time of a step in closed form (docs/plan.md)."""
 
 from tedlab.predict.estimate.estimate import Estimate, estimate
 

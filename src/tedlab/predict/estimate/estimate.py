@@ -1,6 +1,6 @@
-"""A step's time and a rank's memory in closed form: within milliseconds, for choosing among layouts.
+"""Estimates a step's time and a rank's memory in closed form, within milliseconds, to choose among layouts.
 
-``tedlab.predict.sim.simulate`` runs the real code instead, and tests hold the one against the other.
+``tedlab.predict.sim.simulate`` runs the real code instead, and tests compare the two.
 """
 
 import dataclasses
@@ -23,16 +23,16 @@ COMPUTE, OPTIMIZER, HIDDEN = "kernels", "optimizer", "hidden by overlap"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one optimizer step and one rank.
+    """The estimate for one optimizer step of one rank.
 
     Attributes:
-        memory: at the fullest moment, by category, in bytes.
-        seconds: by cause: ``kernels`` (of the passes, accumulation included), ``optimizer`` (kernels of its step),
-            ``gradient sync`` (reductions, parameter gathers), and ``<operation>, <link>`` for the passes' collectives.
-        wire: bytes that the rank sends, by link.
-        tokens: of the step, over all ranks.
-        flops: of the model, per rank (see ``flops.py``).
-        peak_flops: of a GPU in the configuration's precision.
+        memory: The fullest moment, with its bytes by category.
+        seconds: Seconds by cause: ``kernels`` (of the passes, accumulation included), ``optimizer`` (kernels of its
+            step), ``gradient sync`` (reductions, parameter gathers), ``<operation>, <link>`` (the passes' collectives).
+        wire: The bytes that the rank sends, by link.
+        tokens: The tokens of the step, over all ranks.
+        flops: Model FLOPs per rank (see ``flops.py``).
+        peak_flops: The peak of a GPU in the configuration's precision, in FLOP/s.
     """
 
     memory: Moment
@@ -44,31 +44,30 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float:
-        """Time of the step."""
+        """The seconds that the step takes."""
         return sum(self.seconds.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together."""
+        """The throughput of all ranks together."""
         return self.tokens / self.step_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation."""
+        """The model FLOPs utilisation, a share of the peak."""
         return self.flops / self.step_seconds / self.peak_flops
 
 
 def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Estimate:
-    """The closed form of a configuration completed by :func:`tedlab.validate.complete_simulated`.
+    """Estimates one optimizer step of a job.
 
     Args:
-        config: of the job.
-        cluster: that it runs on.
-        rank: whose groups' places on the nodes count; all else is alike in all ranks.
+        config: The job's configuration, completed by :func:`tedlab.validate.complete_simulated`.
+        cluster: The cluster that the job runs on.
+        rank: The rank whose groups' places on the nodes count; everything else is the same for all ranks.
 
     Raises:
-        ValueError: for an optimizer whose state is not known, another model than GPT-3's, or a world larger than the
-            cluster.
+        ValueError: If the optimizer's state is not known, the model is not GPT-3's, or the world exceeds the cluster.
     """
     _check_known(config)
     form = ClosedForm(config)
@@ -87,7 +86,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         if config.model.recompute.granularity == Granularity.BLOCK:
             second = spec.forward(batch, form.dead(first), stop=config.model.recompute.early_stop)
             passes += len(blocks) * _total(second, cluster)
-    adding = seconds(Work(0, 3 * memory.gradients, form.precise, "arithmetic"), cluster)  # to earlier gradients
+    adding = seconds(Work(0, 3 * memory.gradients, form.precise, "arithmetic"), cluster)  # to add up gradients
     taken[COMPUTE] = accumulated * (passes + backward) + (accumulated - 1) * adding
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
     links.add(form.optimizer_step(), 1, taken, wire)
@@ -116,7 +115,7 @@ def _check_known(config: TrainConfig) -> None:
 
 
 class _Links:
-    """Collectives of a rank on a cluster."""
+    """Adds up the time and bytes of a rank's collectives on a cluster."""
 
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int) -> None:
         self.cluster, self.members = cluster, form.degrees.groups(rank)
@@ -145,7 +144,7 @@ def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:
 
 
 def _optimizer(memory: Memory) -> Iterable[Work]:
-    """Reduction buffers, and the update of this rank's shards."""
+    """Yields the work of filling the reduction buffers and of updating this rank's shards."""
     form, p, master = memory.form, memory.form.parameter.itemsize, memory.master
     whole, shard = memory.gradients / p, sum(memory.shards)
 

@@ -1,7 +1,7 @@
-"""How much memory a rank needs: what it keeps all the time, and the fullest moments of a step.
+"""Computes how much memory a rank needs: what it keeps all the time, and the fullest moments of a step.
 
-The moments that can be fullest are few: the loss, the backward pass of a block (by its feed-forward layer or
-attention), the embedding's gradient, the reduction of gradients, the optimizer's step.
+Only a few moments can be the fullest: the loss, the backward pass of a block (in its feed-forward layer or attention),
+the embedding's gradient, the reduction of gradients, and the optimizer's step.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 
 _MOMENTS = {"Adam": 2, "AdamW": 2, "SGD": 0}
-_TILE_TEMPORARIES = 2  # of Adam, beside the gradient: the root of the second moment, and its quotient
+_TILE_TEMPORARIES = 2  # of Adam, besides the gradient: the root of the second moment, and the quotient
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Moment:
     """A moment of the step.
 
     Attributes:
-        name: of it.
-        held: bytes by category.
+        name: The moment's name.
+        held: The bytes that the rank holds, by category.
     """
 
     name: str
@@ -30,15 +30,15 @@ class Moment:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The bytes of all categories."""
         return sum(self.held.values())
 
 
 class Memory:
-    """Of one rank.
+    """The memory of one rank.
 
     Raises:
-        ValueError: for an optimizer whose state is not known here.
+        ValueError: If the optimizer's state is not known here.
     """
 
     def __init__(self, form: ClosedForm) -> None:
@@ -61,16 +61,16 @@ class Memory:
         self.adam = name != "SGD"
 
     def peak(self) -> Moment:
-        """The fullest moment."""
+        """Returns the fullest moment."""
         return max(self.at_moments(), key=lambda moment: moment.total)
 
     def at_moments(self) -> Iterator[Moment]:
-        """Those that can be fullest."""
+        """Yields the moments that can be the fullest."""
         form, model, spec, ends = self.form, self.form.config.model, self.form.spec, self.form.at()
         recomputed = model.recompute.granularity == Granularity.BLOCK
         stream = ends.outside * model.hidden * self.parameter
         table = spec.embedding.gradients(ends)
-        several = self.accumulated > 1  # then there are sums of all, to which each gradient is added as it comes
+        several = self.accumulated > 1  # then each gradient is added to a sum as soon as it is computed
         before = self.gradients if several else 0
 
         saves, kept, own = ([0] * len(spec.blocks) for _ in range(3))  # bytes of each block
@@ -79,7 +79,7 @@ class Memory:
             for n in blocks:
                 saves[n], own[n] = block.saved(batch), block.gradients(batch)
                 kept[n] = form.kept_bytes(first, form.config.comm.cac) if recomputed else 0
-        # Before each block, and after the last:
+        # Bytes before each block, and after the last:
         saved = [0, *accumulate([stream] * len(saves) if recomputed else saves)]
         stash = [0, *accumulate(kept)]
         last = sum(end.saved(ends) for end in spec.ends) + stream
@@ -97,7 +97,7 @@ class Memory:
                 )
             if not several:
                 gradients += own[n]
-        tables = 2 if model.tie_embeddings else 1  # from the logits, and summed
+        tables = 2 if model.tie_embeddings else 1  # the gradient from the logits, and the sum
         gradients = self.gradients + (table if several else 0)
         yield self._moment("gradient of the embedding", gradients, 0, 0, 2 * stream + tables * table)
         yield self._reduction()
@@ -111,7 +111,7 @@ class Memory:
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
 
     def _reduction(self) -> Moment:
-        """A bucket at a time leaves the parameters' gradients and becomes a shard's; with overlap all do at once."""
+        """Returns the moment of the reduction, which buffers a bucket at a time; with overlap, it holds all shards."""
         if self.form.config.optim.overlap:
             elements = sum(self.shards)
         else:
@@ -119,7 +119,7 @@ class Memory:
         return self._moment("reduction of gradients", self.gradients, 0, 0, elements * self.parameter)
 
     def _optimizer(self) -> Moment:
-        """The gradient of the shards, and temporaries of the largest tile."""
+        """Returns the moment of the optimizer step, with the shards' gradients and the largest tile's temporaries."""
         tile = self.form.config.optim.tile
         largest = max(self.shards)
         half = self.master if self.parameter < 4 else 0

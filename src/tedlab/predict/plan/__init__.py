@@ -1,1 +1,1 @@
-"""``tedlab plan``: the best layout for a model on a cluster (docs/plan.md)."""
+"""Finds the best layout for a model on a cluster, for ``tedlab plan`` (docs/plan.md)."""

@@ -1,4 +1,4 @@
-"""Base models of any size: GPT-3's table, continued between its rows; and the largest that fits a cluster."""
+"""Makes base models of any size by interpolating GPT-3's table, and finds the largest that fits a cluster."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,10 +13,10 @@ _WIDEST, _STEP = 65_536, 64
 
 
 def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
-    """A copy of ``config`` with the base model of about this width, whose heads the tensor degree divides.
+    """Returns a copy of ``config`` with a base model of about this width, whose heads the tensor degree divides.
 
-    Its layers lie between those of GPT-3's models (Brown et al., 2020, table 2.1), an even number, since every second
-    has experts. Heads have up to 128 features, a multiple of 8; feed-forward layers are four times the model's width.
+    The number of layers is interpolated between GPT-3's models (Brown et al., 2020, table 2.1), and even because every
+    second layer has experts. Heads have up to 128 features, a multiple of 8. Feed-forward layers are four times wider.
     """
     heads = tensor * max(1, -(-width // (_HEAD * tensor)))
     hidden = heads * max(8, width // heads // 8 * 8)
@@ -28,12 +28,12 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
 
 
 def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:
-    """The widest member that fits, to 64 features; None if none does.
+    """Returns the widest member that fits, to within 64 features, or None if none does.
 
     Args:
-        config: whose model is replaced.
-        tensor: the degree, which divides the heads.
-        fits: what must be true of it, and is of those that are narrower.
+        config: The configuration whose model is replaced.
+        tensor: The tensor degree, which divides the heads.
+        fits: Whether a configuration fits; if one does, so do all narrower ones.
     """
     low, high = 0, _WIDEST // _STEP  # the widest is in between
     while low < high:
@@ -43,6 +43,6 @@ def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool
 
 
 def base_parameters(config: TrainConfig) -> int:
-    """Parameters of the base model, the one without experts."""
+    """Returns the number of parameters of the base model, which has no experts."""
     model = replace(config.model, vocab_size=config.model.vocab_size or 50_304)
     return sum(prod(p.shape) for p in GPTSpec(model, replace(config.moe, num_experts=0)).parameters())

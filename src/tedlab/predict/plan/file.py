@@ -1,8 +1,8 @@
-"""The file that ``tedlab plan`` writes and ``+plan=FILE`` takes: overrides, one a line, of the keys below only.
+"""Reads the file that ``tedlab plan`` writes and ``+plan=FILE`` takes: one override a line, of the keys below only.
 
-Such a file may come from others, and with any override it could make Hydra call any function: ``_target_`` below
-``optim.optimizer`` or ``logger``, ``hydra.launcher``, ``--config-dir``. So it says what a model is and how it is laid
-out, and nothing else.
+Such a file may come from others. If any override were allowed, it could make Hydra call any function: by ``_target_``
+below ``optim.optimizer`` or ``logger``, ``hydra.launcher`` or ``--config-dir``. So it describes a model and its layout,
+and nothing else.
 """
 
 import re
@@ -36,12 +36,12 @@ KEYS |= {*RENAMED, *RENAMED.values()}
 KEYS |= {f"trainer.{name}" for name in (*_TRAINER, "gradient_clip_val")} | {"seed", "validate_every"}
 
 _OVERRIDE = re.compile(r"(?:\+\+?)?([\w.]+)=(.*)")
-_OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # of a group: a name, no path that leads out of conf/
+_OPTION = re.compile(r"\w[\w.-]*(/\w[\w.-]*)*")  # a preset's name, not a path that leads out of conf/
 _VALUE = re.compile(r"[^${}()]*")  # no interpolation, no dictionary, no function of Hydra's
 
 
 def allowed(override: str) -> bool:
-    """Whether a plan's file may have it."""
+    """Returns whether a plan's file may contain the override."""
     parts = _OVERRIDE.fullmatch(override)
     if parts is None:
         return False
@@ -52,11 +52,11 @@ def allowed(override: str) -> bool:
 
 
 def read(path: Path) -> list[str]:
-    """The overrides in a file.
+    """Returns the overrides in a file.
 
     Raises:
-        OSError: if there is no such file.
-        ValueError: if it is no text, or has a line that no plan has; names it.
+        OSError: If there is no such file.
+        ValueError: If the file is not text, or has a line that no plan has, which the message quotes.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A plan: all layouts by the closed form, the most promising by simulation, in as many processes as there are cores."""
+"""Makes a plan: estimates all layouts in closed form and simulates the most promising, in one process per core."""
 
 import multiprocessing
 import os
@@ -28,12 +28,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """What has been found for a configuration.
+    """The layouts found for a configuration.
 
     Attributes:
-        found: by the closed form.
-        front: those of ``found`` that nothing beats in time, memory and traffic at once.
-        simulated: the fastest of the front as the simulator sees them, fastest first; the winner is the first.
+        found: What the search found by the closed form.
+        front: The fitting candidates that no other equals or beats in time, memory and traffic at once.
+        simulated: The fastest of the front with the simulator's results, fastest first; the winner is the first.
     """
 
     found: Found
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def winner(self) -> Candidate:
-        """The fastest that fits."""
+        """The fastest candidate that fits."""
         return self.simulated[0]
 
 
@@ -56,19 +56,19 @@ def make_plan(
     fixed: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda doing, done, of: None,
 ) -> Plan:
-    """The best layout of a job.
+    """Finds the best layout of a job.
 
     Args:
-        config: as composed, not yet completed.
-        cluster: that the job runs on.
-        workers: that search and simulate; those that simulate must be processes.
-        reserve: bytes of a GPU that are left for what is not modelled.
-        simulations: how many candidates are simulated.
-        fixed: dotted names of settings that are kept as they are in ``config``.
-        progress: told what is being done, and how much of how much is.
+        config: The configuration as composed, not yet completed.
+        cluster: The cluster that the job runs on.
+        workers: The executor that searches and simulates; simulations need processes, not threads.
+        reserve: The bytes of a GPU that are left for what is not modelled.
+        simulations: How many candidates to simulate.
+        fixed: The dotted names of settings that keep their value in ``config``.
+        progress: Called with the present activity, and how many of how many of its parts are done.
 
     Raises:
-        UsageError: if nothing fits or nothing validates; says why, and what comes nearest.
+        UsageError: If nothing fits or nothing validates; the message says why, and what comes nearest.
     """
     slowest_rank(config.parallel.world_size, 1, cluster)  # raises if the cluster is too small
     capacity = cluster.memory_bytes - reserve
@@ -95,12 +95,12 @@ def largest_models(
     fixed: Sequence[str] = (),
     progress: Callable[[str, int, int], None] = lambda doing, done, of: None,
 ) -> dict[int, TrainConfig]:
-    """By tensor degree: a copy of ``config`` whose base model is the largest of a GPT-3-like family that fits.
+    """Returns, by tensor degree, a copy of ``config`` with the largest base model of a GPT-3-like family that fits.
 
-    Args: as of :func:`make_plan`.
+    The arguments are those of :func:`make_plan`.
 
     Raises:
-        UsageError: if not even the smallest fits with any degree.
+        UsageError: If not even the smallest model fits with any degree.
     """
     slowest_rank(config.parallel.world_size, 1, cluster)
     capacity = cluster.memory_bytes - reserve
@@ -149,12 +149,12 @@ def _check_found(found: Found, capacity: float) -> None:
 
 
 def written(candidate: Candidate) -> str:
-    """Its settings as overrides."""
+    """Returns the candidate's settings as overrides on one line."""
     return " ".join(overrides(candidate))
 
 
 def overrides(candidate: Candidate) -> list[str]:
-    """Its settings, one override each."""
+    """Returns the candidate's settings, one override each."""
     return [f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in candidate.settings.items()]
 
 
@@ -167,7 +167,7 @@ def _simulated(
     simulations: int,
     progress: Callable[[str, int, int], None],
 ) -> list[Candidate]:
-    """The first of the front, simulated; more of them if none of those fits after all."""
+    """Simulates the first candidates of the front, and further ones as long as none fits."""
     fitting: list[Candidate] = []
     for start in range(0, len(front), simulations):
         chosen = front[start : start + simulations]
@@ -188,7 +188,7 @@ def _simulated(
 
 
 def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate) -> Candidate:
-    """The candidate as the simulator sees it. The process must not be part of a process group."""
+    """Returns the candidate with the simulator's results. The process must not be part of a process group."""
     from tedlab.predict.sim import simulate
 
     checked = complete_simulated(with_values(config, candidate.settings))
@@ -207,7 +207,7 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
 
 @contextmanager
 def worker_processes() -> Iterator[Executor]:
-    """A process for each core, forked from one that has imported everything and has no threads, unlike this one."""
+    """Provides a process per core, forked from one that, unlike this one, has no threads and has all imports done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tedlab.predict.plan.plan", "tedlab.predict.sim"])
     executor = ProcessPoolExecutor(os.cpu_count(), context)

@@ -1,4 +1,4 @@
-"""The search for a layout: every combination that validates, what it takes, and which of them are worth a simulation.
+"""Searches for a layout: estimates every combination that validates, and selects those that are worth a simulation.
 
 Nothing here prints or simulates.
 """
@@ -38,15 +38,15 @@ CHOSEN = {"parallel.tensor", "parallel.expert", "data.micro_batch_size"} | TOGGL
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its toggles, and what it takes.
+    """A layout with its toggles, and what it costs.
 
     Attributes:
-        settings: that make it.
-        rank: that a job waits for.
-        step_seconds, tokens_per_second, mfu: predicted.
-        peak_bytes: of the rank's memory.
-        between_nodes_bytes: that the rank sends to other nodes in a step.
-        fullest: the moment of the peak.
+        settings: The settings that define it.
+        rank: The rank that the job waits for.
+        step_seconds, tokens_per_second, mfu: The predicted speed.
+        peak_bytes: The peak of the rank's memory.
+        between_nodes_bytes: The bytes that the rank sends to other nodes in a step.
+        fullest: The name of the moment of the peak.
     """
 
     settings: Settings
@@ -60,7 +60,7 @@ class Candidate:
 
     @property
     def costs(self) -> tuple[float, float, float]:
-        """What should be small."""
+        """The step's seconds, peak bytes and bytes between nodes, all of which should be small."""
         return self.step_seconds, self.peak_bytes, self.between_nodes_bytes
 
 
@@ -69,10 +69,10 @@ class Found:
     """What a search has found.
 
     Attributes:
-        fitting: candidates that fit.
-        refused: how many combinations do not validate, by reason.
-        too_large: how many do not fit in memory.
-        nearest: the smallest of those.
+        fitting: The candidates that fit.
+        refused: How many combinations do not validate, by reason.
+        too_large: How many combinations do not fit in memory.
+        nearest: The smallest of those that do not fit.
     """
 
     fitting: list[Candidate] = field(default_factory=list)
@@ -81,7 +81,7 @@ class Found:
     nearest: Candidate | None = None
 
     def add(self, other: "Found") -> None:
-        """Takes over what another part of the search has found."""
+        """Adds what another part of the search has found."""
         self.fitting += other.fitting
         self.refused += other.refused
         self.too_large += other.too_large
@@ -89,22 +89,22 @@ class Found:
             self.miss(other.nearest)
 
     def miss(self, candidate: Candidate) -> None:
-        """Remembers the smallest that does not fit."""
+        """Keeps the candidate if it is the smallest so far that does not fit."""
         if self.nearest is None or candidate.peak_bytes < self.nearest.peak_bytes:
             self.nearest = candidate
 
 
 class Degrees(NamedTuple):
-    """Of a layout."""
+    """The degrees of a layout."""
 
     tensor: int
     expert: int
 
 
 def layouts(config: TrainConfig, fixed: Sequence[str]) -> list[Degrees]:
-    """Every pair of degrees whose product divides the world, and of which experts can be divided by the second.
+    """Returns every pair of degrees whose product divides the world and whose expert degree divides the experts.
 
-    Settings named in ``fixed`` are kept as they are, whether that is possible or not.
+    Settings named in ``fixed`` keep their value, whether that is possible or not.
     """
     world, experts = config.parallel.world_size, config.moe.num_experts
     tensors = [config.parallel.tensor] if "parallel.tensor" in fixed else _divisors(world)
@@ -116,17 +116,17 @@ def layouts(config: TrainConfig, fixed: Sequence[str]) -> list[Degrees]:
 def search(
     config: TrainConfig, cluster: ClusterConfig, capacity: float, fixed: Sequence[str], degrees: Degrees
 ) -> Found:
-    """All combinations of one pair of degrees.
+    """Estimates all combinations with one pair of degrees.
 
     Args:
-        config: as composed, not yet completed.
-        cluster: that the job runs on.
-        capacity: bytes of a GPU that may be used.
-        fixed: dotted names of settings that are kept as they are in ``config``.
-        degrees: of the layout.
+        config: The configuration as composed, not yet completed.
+        cluster: The cluster that the job runs on.
+        capacity: The bytes of a GPU that may be used.
+        fixed: The dotted names of settings that keep their value in ``config``.
+        degrees: The degrees of the layout.
 
     Raises:
-        ValueError: see :func:`tedlab.predict.estimate.estimate`.
+        ValueError: See :func:`tedlab.predict.estimate.estimate`.
     """
     found = Found()
     layout: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
@@ -148,9 +148,8 @@ def search(
                 break
             candidate = evaluated(checked, cluster, settings, rank)
             if candidate.peak_bytes > capacity:
-                found.too_large += (
-                    1  # a larger one may fit: where it is the only one of a step, no sum stands beside it
-                )
+                # A larger micro-batch may still fit: if it is the only one of a step, no sum of gradients is kept.
+                found.too_large += 1
                 found.miss(candidate)
             else:
                 found.fitting.append(candidate)
@@ -158,7 +157,7 @@ def search(
 
 
 def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, rank: int) -> Candidate:
-    """A candidate by the closed form; ``checked`` is its completed configuration."""
+    """Estimates a candidate in closed form; ``checked`` is its completed configuration."""
     result = estimate(checked, cluster, rank)
     return Candidate(
         settings,
@@ -173,7 +172,7 @@ def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, 
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other equals or beats in time, memory and traffic between nodes all at once; fastest first."""
+    """Returns, fastest first, those that no other equals or beats in time, memory and traffic between nodes at once."""
     front: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: c.costs):
         if not any(all(a <= b for a, b in zip(other.costs, candidate.costs, strict=True)) for other in front):
@@ -182,10 +181,10 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def slowest_rank(world: int, tensor: int, cluster: ClusterConfig) -> int:
-    """The first rank whose tensor group is spread over nodes; 0 if none is.
+    """Returns the first rank whose tensor group spans several nodes, or 0 if none does.
 
     Raises:
-        UsageError: if the cluster has not so many GPUs.
+        UsageError: If the cluster has fewer GPUs than the world needs.
     """
     try:
         collective_seconds("all_reduce", 0, range(world), cluster)
@@ -198,7 +197,7 @@ def slowest_rank(world: int, tensor: int, cluster: ClusterConfig) -> int:
 
 
 def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Iterator[Settings]:
-    """Combinations of what has an effect in this layout and is not fixed."""
+    """Yields the combinations of toggles that have an effect in this layout, with fixed ones at their value."""
     several = degrees.tensor > 1
     communicates = several or degrees.expert > 1
     checkpointing = [c for c in _CHECKPOINTING if communicates or not c["comm.cac"]]
@@ -216,7 +215,7 @@ def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Ite
 
 
 def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], degrees: Degrees) -> int | None:
-    """Peak bytes of the leanest combination of one pair of degrees; None if none validates."""
+    """Returns the peak bytes of the leanest combination with one pair of degrees, or None if none validates."""
     peaks = []
     for toggles in ({"parallel.sequence": False}, {"parallel.sequence": True, "comm.dtd": False}):
         lean = {"data.micro_batch_size": 1, "model.recompute.granularity": "block", "comm.cac": False, **toggles}
@@ -231,13 +230,13 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
 
 
 def _plain(config: TrainConfig, fixed: Sequence[str]) -> Settings:
-    """No toggles but those that are fixed: what tells whether the degrees alone are possible."""
+    """Returns settings without toggles, except fixed ones, which show whether the degrees alone are possible."""
     plain = _CHECKPOINTING[0] | _DUPLICATES[0]
     return {name: value_of(config, name) if name in fixed else value for name, value in plain.items()}
 
 
 def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> list[int]:
-    """Powers of two that divide a data rank's samples; of the fixed size only."""
+    """Returns the powers of two that divide a data rank's samples, or the fixed size alone."""
     if "data.micro_batch_size" in fixed:
         return [config.data.micro_batch_size]
     samples = config.data.batch_size // ParallelDegrees(config.parallel.world_size, *degrees).data

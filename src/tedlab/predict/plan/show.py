@@ -1,4 +1,4 @@
-"""A plan for people: a progress bar, tables, and the file that ``tedlab train +plan=`` takes."""
+"""Shows a plan: a progress bar, tables, and the file that ``tedlab train +plan=`` takes."""
 
 import shlex
 import sys
@@ -31,15 +31,15 @@ def plan_visibly(
     find_largest: bool,
     given: Sequence[str],
 ) -> Plan:
-    """:func:`make_plan` with a progress bar; prints what it found and writes the winner to a file.
+    """Runs :func:`make_plan` with a progress bar, prints the result and writes the winner to a file.
 
     Args:
-        config: as composed, not yet completed.
-        cluster_name, cluster: that the job runs on.
-        reserve_gib: of each GPU, for what is not modelled.
-        simulations: how many candidates are simulated.
-        find_largest: first look for the largest base model.
-        given: overrides of the command line; what they set stays.
+        config: The configuration as composed, not yet completed.
+        cluster_name, cluster: The cluster that the job runs on.
+        reserve_gib: The GiB of each GPU that are left for what is not modelled.
+        simulations: How many candidates to simulate.
+        find_largest: Whether to look for the largest base model first.
+        given: The overrides of the command line; the search keeps what they set.
     """
     fixed = fixed_by(given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -72,7 +72,7 @@ def plan_visibly(
 
 
 def fixed_by(given: Sequence[str]) -> list[str]:
-    """The settings that a search would choose, but overrides have set, themselves or with their group."""
+    """Returns the settings that a search would choose but that overrides have set, directly or through their group."""
     keys = [override.partition("=")[0].lstrip("+") for override in given]
     return sorted(
         name
@@ -84,7 +84,7 @@ def fixed_by(given: Sequence[str]) -> list[str]:
 def write_overrides(
     plan: Plan, config: TrainConfig, cluster: ClusterConfig, given: Sequence[str], largest: bool, path: Path
 ) -> Path:
-    """The overrides that make the winner, one a line; of those given, what such a file may have."""
+    """Writes the overrides that make the winner, one a line, with those of ``given`` that such a file may contain."""
     chosen = overrides(plan.winner)
     if largest:
         model = config.model
@@ -148,7 +148,7 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
 
 
 def _largest_error(plan: Plan) -> float:
-    """Of the closed form's time and memory, against the simulator's."""
+    """Returns the largest relative error of the closed form's time and memory against the simulator's."""
     estimated = [next(c for c in plan.front if c.settings == simulated.settings) for simulated in plan.simulated]
     return max(
         abs(ours / theirs - 1)

@@ -1,7 +1,7 @@
-"""Who holds how much memory when: every storage from its allocation to its end, by category.
+"""Tracks memory over time: every storage from its allocation to its end, by category.
 
-Counted is what is asked of the allocator. Workspaces inside kernels, what the allocator keeps or cannot use, buffers of
-NCCL and the CUDA context come on top.
+This counts the bytes requested from the allocator. Workspaces inside kernels, memory that the allocator caches or
+cannot use, NCCL's buffers and the CUDA context come on top.
 """
 
 import functools
@@ -21,11 +21,11 @@ CATEGORIES: tuple[Category, ...] = ("parameters", "optimizer", "gradients", "sta
 
 @dataclass(frozen=True)
 class Timeline:
-    """Memory over a step.
+    """The memory over a step.
 
     Attributes:
-        seconds: predicted time of each change.
-        held: bytes from then on, by category.
+        seconds: The predicted time of each change.
+        held: The bytes held from each change on, by category.
     """
 
     seconds: np.ndarray
@@ -33,35 +33,35 @@ class Timeline:
 
     @property
     def total(self) -> np.ndarray:
-        """Bytes over all categories."""
+        """The bytes of all categories, after each change."""
         return np.sum(list(self.held.values()), axis=0)
 
     def at_peak(self) -> dict[Category, int]:
-        """Bytes by category when their sum is largest."""
+        """Returns the bytes by category at the moment when their sum is largest."""
         peak = int(self.total.argmax())
         return {category: int(values[peak]) for category, values in self.held.items()}
 
 
 class Memory:
-    """Follows storages from outside the tensors that share them.
+    """Tracks storages, whichever tensors share them.
 
-    What a storage is for may show only later (a product of the backward pass becomes a gradient); :meth:`label` then
-    counts for all of its life.
+    The purpose of a storage may show only later (a product of the backward pass becomes a gradient). :meth:`label` then
+    applies to all of its life.
 
     Args:
-        stash: bytes that CAC keeps at present; they are some of those allocated as activations.
+        stash: Returns the bytes that CAC keeps at present, which are part of those allocated as activations.
     """
 
     def __init__(self, stash: Callable[[], int]) -> None:
         self._stash = stash
-        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: number of the storage, and its end
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}  # by address: the storage's number, and a reference
         self._sizes: list[int] = []
         self._categories: list[Category] = []
         self._changes: list[tuple[int, int, int, float]] = []  # storage, +1 or -1, stash, seconds
         self.now = 0.0  # predicted seconds since the start of the step
 
     def see(self, tensors: Iterable[Tensor], category: Category) -> None:
-        """Takes note of tensors whose storage is new."""
+        """Records the storages of tensors that are new."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             address = storage_address(tensor)
@@ -74,7 +74,7 @@ class Memory:
             self._change(number, 1)
 
     def label(self, tensors: Iterable[Tensor], category: Category) -> None:
-        """Says what the storages of tensors are for."""
+        """Sets the category of the tensors' storages."""
         tensors = list(tensors)
         self.see(tensors, category)
         for tensor in tensors:
@@ -83,12 +83,12 @@ class Memory:
                 self._categories[found[0]] = category
 
     def category_of(self, tensor: Tensor) -> Category | None:
-        """What a tensor's storage is for; None if it was never seen."""
+        """Returns the category of a tensor's storage, or None if it was never seen."""
         found = self._alive.get(storage_address(tensor))
         return None if found is None else self._categories[found[0]]
 
     def timeline(self) -> Timeline:
-        """All changes so far."""
+        """Returns all changes so far."""
         storages, signs, stash, times = (np.array(column) for column in zip(*self._changes, strict=True))
         sizes = np.array(self._sizes)[storages] * signs
         of = np.array(self._categories)[storages]

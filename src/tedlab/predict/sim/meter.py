@@ -1,4 +1,4 @@
-"""Below everything that runs: counts each operation's FLOPs, time and memory, by phase of the step."""
+"""Counts the FLOPs, time and memory of each operation that torch dispatches, by phase of the step."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,21 +22,21 @@ from tedlab.spec import Work
 _READ = READ_SCALAR.default
 _WAIT = collective_operators.wait_tensor.default
 _DRAW = torch.ops.aten.exponential_.default
-_DEVICE = torch.ops.prim.device.default  # asked of fake tensors all the time
+_DEVICE = torch.ops.prim.device.default  # dispatched for fake tensors all the time
 
 MATRICES, KERNELS = "matrix products", "other kernels"
 
 
 class Counts:
-    """Of one micro-batch, and of the optimizer's work after it.
+    """The counts for one micro-batch and for the optimizer's work after it.
 
     Attributes:
-        ledger: of collectives.
-        flops: by phase.
-        kernels: how often each work was done, by phase.
-        seconds: predicted, by phase and cause: ``matrix products``, ``other kernels``, or ``<operation>, <link>``.
-        collectives: their predicted seconds, waiting for others included, by the ledger's entries.
-        wire: bytes that this rank sends, by link.
+        ledger: The ledger of collectives.
+        flops: FLOPs by phase.
+        kernels: How often each kind of work was done, by phase.
+        seconds: Predicted seconds by phase and cause: ``matrix products``, ``other kernels``, ``<operation>, <link>``.
+        collectives: Predicted seconds of collectives, including the wait for other ranks, by the ledger's entries.
+        wire: The bytes that this rank sends, by link.
     """
 
     def __init__(self) -> None:
@@ -49,18 +49,19 @@ class Counts:
 
 
 class Meter(TorchDispatchMode):
-    """Enter it above fake tensors, and register :meth:`on_collective` as a hook.
+    """Counts what one rank does. Enter it inside a fake tensor mode, and register :meth:`on_collective` as a hook.
 
-    Fake tensors have no values: what the host reads is 1 (a norm, a step count). Waiting for a collective returns its
-    result itself, as it really does; torch's fake version would allocate another.
+    Fake tensors have no values, so the host reads 1 for every scalar (a norm, a step count). Waiting for a collective
+    returns the collective's own result, as in reality, whereas torch's fake version would allocate another tensor.
 
     Args:
-        cluster: for predicted times.
-        members: the global ranks of the rank's group of each kind.
-        memory: told of every tensor once :attr:`counts` is set.
+        cluster: The cluster that times are predicted for.
+        members: The global ranks of the rank's group of each kind.
+        memory: The memory that records every tensor while :attr:`counts` is set.
+        progress: Called at the start and end of every collective.
 
     Attributes:
-        counts: what is added to; None: nothing is counted.
+        counts: The counts to add to; None: nothing is counted.
     """
 
     def __init__(
@@ -74,12 +75,12 @@ class Meter(TorchDispatchMode):
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
         self._in_forward = False
-        self._communicated = 0.0  # predicted seconds until the last collective ended
-        self._host = 0.0  # predicted seconds until the host has issued what it issued so far
+        self._communicated = 0.0  # predicted time at which the last collective ended
+        self._host = 0.0  # predicted time at which the host has issued all operations so far
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
-        """Within: what is not part of a backward pass is one of forward."""
+        """Counts operations within the block as forward unless they are part of a backward pass."""
         self._in_forward = True
         try:
             yield
@@ -88,7 +89,7 @@ class Meter(TorchDispatchMode):
 
     @property
     def phase(self) -> Phase:
-        """Where this thread is in the step; outside passes with the optimizer. Gradients are added up in backward."""
+        """The phase of this thread: ``optimizer`` outside of passes; gradients are accumulated in ``backward``."""
         if in_backward():
             return "recompute" if recomputing() else "backward"
         return "forward" if self._in_forward else "optimizer"
@@ -96,17 +97,17 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _DEVICE:
-            return FakeTensor.__torch_dispatch__(func, types, args)  # which knows without asking its mode
+            return FakeTensor.__torch_dispatch__(func, types, args)  # answers without its mode
         if func is _WAIT:
             return args[0]
         if func is _READ:
-            if self.memory.category_of(args[0]) != "optimizer":  # of an optimizer's state steps are, kept by the host
+            if self.memory.category_of(args[0]) != "optimizer":  # the optimizer's step counts are on the host
                 self._host = max(self._host, self.memory.now)
             return 1.0 if args[0].is_floating_point() else 1
-        # Of drawing in place torch's fake version refuses a generator; there is nothing to draw into.
+        # torch's fake version of drawing in place refuses a generator, and there is nothing to draw into.
         out = args[0] if func is _DRAW else func(*args, **kwargs)
         if self.counts is not None:
-            if DTensor in types:  # autograd accumulates these; counted is what happens to their local tensors
+            if DTensor in types:  # autograd accumulates DTensors; the work is done on local ones
                 self._count(self.counts, func, *tree_map_only(DTensor, _inner, (args, kwargs, out)))
             else:
                 self._count(self.counts, func, args, kwargs, out)
@@ -134,9 +135,9 @@ class Meter(TorchDispatchMode):
         return dispatch.backward if phase == "backward" else dispatch.forward
 
     def _advance(self, device: float, host: float) -> float:
-        """Issues something that keeps device and host busy for so long; returns the time until the device is done."""
+        """Issues work of so many seconds for device and host, and returns the seconds until the device is done."""
         self._host += host
-        taken = max(0.0, self._host - self.memory.now) + device  # it may have to wait for the host
+        taken = max(0.0, self._host - self.memory.now) + device  # the device may have to wait for the host
         self.memory.now += taken
         if not self.cluster.kernels.asynchronous:
             self._host = self.memory.now
@@ -151,7 +152,7 @@ class Meter(TorchDispatchMode):
         factor: float,
         rounded: Tensor | None,
     ) -> None:
-        """In place of the kernel of a fused Adam step: one pass over memory, as on a GPU; arguments as there."""
+        """Replaces the kernel of a fused Adam step, with the same arguments: one pass over memory, as on a GPU."""
         if self.counts is not None:
             both_ways = master, state["exp_avg"], state["exp_avg_sq"]
             one_way = (gradient,) if rounded is None else (gradient, rounded)
@@ -159,12 +160,12 @@ class Meter(TorchDispatchMode):
             self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement"))
 
     def label_gradient(self, gradient: Tensor | None) -> None:
-        """Says that this tensor, if there is one, is a gradient to be kept."""
+        """Labels the tensor, if there is one, as a gradient."""
         if gradient is not None and self.counts is not None:
             self.memory.label([_inner(gradient)], "gradients")
 
     def on_collective(self, call: Collective, event: Literal["start", "end"]) -> None:
-        """Hears of a collective, as hooks do."""
+        """Handles the start or end of a collective, as a hook does."""
         self.progress()
         if self.counts is None or event == "start":
             return
@@ -183,5 +184,5 @@ class Meter(TorchDispatchMode):
 
 
 def _inner(tensor: Tensor) -> Tensor:
-    """What a DTensor has of its own, without an operation."""
+    """Returns the local tensor of a DTensor without dispatching an operation."""
     return local_tensor(tensor) if isinstance(tensor, DTensor) else tensor

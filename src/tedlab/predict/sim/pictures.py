@@ -1,4 +1,4 @@
-"""Two pictures of a simulated step: memory over time, and where the time goes."""
+"""Draws two pictures of a simulated step: memory over time, and where the time goes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +35,7 @@ _POINTS = 4000  # across the picture
 
 
 def memory_picture(simulation: Simulation, cluster: ClusterConfig, path: Path) -> None:
-    """Memory by category over predicted time, and what a GPU has."""
+    """Draws memory by category over predicted time, and the memory of a GPU."""
     timeline = simulation.memory
     shown = _highest(timeline.seconds, timeline.total)
     figure = Figure(figsize=(9, 4.6), dpi=150, layout="constrained")
@@ -64,7 +64,7 @@ def memory_picture(simulation: Simulation, cluster: ClusterConfig, path: Path) -
 
 
 def time_picture(simulation: Simulation, path: Path) -> None:
-    """Predicted time by phase and cause; hatched is what takes the network between nodes."""
+    """Draws predicted time by phase and cause; collectives that use the network between nodes are hatched."""
     figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     phases = list(reversed(TRAINING_PHASES))
@@ -83,14 +83,14 @@ def time_picture(simulation: Simulation, path: Path) -> None:
 
 
 def causes(simulation: Simulation) -> list[str]:
-    """What takes time, in order: computing first, then collectives."""
+    """Returns the causes that take time: first computation, then collectives."""
     found = {cause for (_, cause), taken in simulation.seconds.items() if taken and cause != HIDDEN}
     first = [cause for cause in (MATRICES, KERNELS) if cause in found]
     return first + sorted(found.difference(first))
 
 
 def _highest(seconds: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Indices of the highest value in each of ``_POINTS`` equal spans of time, and of the last one."""
+    """Returns the indices of the highest value in each of ``_POINTS`` equal spans of time, and of the last value."""
     span = (seconds / max(seconds[-1], 1e-12) * _POINTS).astype(int)
     order = np.lexsort((-total, span))
     first = np.ones(len(order), dtype=bool)

@@ -1,4 +1,4 @@
-"""Which ranks of a world differ from each other."""
+"""Finds the ranks of a world that differ from each other."""
 
 import math
 
@@ -11,15 +11,15 @@ from tedlab.predict.sim.routing import Routing
 def kinds_of_ranks(
     degrees: ParallelDegrees, cluster: ClusterConfig, routing: Routing | None = None
 ) -> dict[int, list[int]]:
-    """All ranks, by the first one of their kind.
+    """Returns all ranks, by the first one of their kind.
 
-    Ranks hold, compute and exchange alike, but for two things: where their groups lie on the cluster's nodes, if nodes
-    cannot be divided into tensor groups, and how many rows without a capacity a ``routing`` sends to their experts. (Of
-    these, tensor ranks of one group that divide them differ by one of each sender at most, and count as alike.)
+    Ranks hold, compute and exchange the same, except for two things: where their groups lie on the cluster's nodes, if
+    a node does not divide into tensor groups, and how many rows a ``routing`` sends to their experts if these have no
+    capacity. (Tensor ranks that divide such rows differ by at most one row from each sender, and count as equal.)
     """
     rows = [()] * degrees.expert if routing is None else [*map(tuple, routing.rows_by_expert_rank().T)]
     kinds: dict[tuple[object, ...], list[int]] = {}
-    # From then on groups lie on other nodes, but as before.
+    # After a period, groups lie on other nodes in the same way.
     period = min(math.lcm(degrees.tensor * degrees.expert, cluster.gpus_per_node), degrees.world_size)
     for rank in range(period):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())

@@ -1,7 +1,7 @@
-"""What one operation costs: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009).
+"""Computes what one operation costs: arithmetic or memory traffic, whichever takes longer (Williams et al., 2009).
 
-A cluster's ``kernels`` say how far from this a machine is: a latency of every kind of kernel, a bandwidth of those that
-compute. With latency L and peak rate R a product of F FLOPs runs at R·F / (F + L·R), half the peak at L·R.
+A cluster's ``kernels`` say how far a machine is from that: every kind of kernel has a latency, and those that compute
+have a bandwidth. With latency L and peak R, a product of F FLOPs runs at R·F / (F + L·R): half the peak at F = L·R.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ from tedlab.predict.cluster import ClusterConfig
 from tedlab.spec import Work
 
 aten = torch.ops.aten
-_FREE = {  # memory is allocated or seen otherwise, but neither read nor written
+_FREE = {  # these allocate memory or view it differently, but neither read nor write it
     aten.empty,
     aten.empty_like,
     aten.empty_strided,
@@ -36,7 +36,7 @@ _FREE = {  # memory is allocated or seen otherwise, but neither read nor written
     UNSAFE_VIEW,
     READ_SCALAR,
 }
-_NOT_READ = {  # the first argument: it is overwritten, or gives a shape
+_NOT_READ = {  # these do not read their first argument, which is overwritten or gives a shape
     aten.copy_,
     aten.fill_,
     aten.zero_,
@@ -47,10 +47,10 @@ _NOT_READ = {  # the first argument: it is overwritten, or gives a shape
     aten.new_ones,
     aten.new_full,
 }
-_LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # of the first argument only what is asked for
-_SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # likewise, read and written
+_LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # these read some of their first argument
+_SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # these read and write some of it
 _ATTENTIONS = {CPU_ATTENTION, CPU_ATTENTION_BACKWARD, *GPU_ATTENTIONS}
-_ARITHMETIC = {  # what computes so much for each element that memory need not be the limit
+_ARITHMETIC = {  # these compute so much for each element that memory need not be the limit
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
     aten.gelu,
@@ -59,7 +59,7 @@ _ARITHMETIC = {  # what computes so much for each element that memory need not b
     aten.exp,
     aten.exp_,
 }
-_MAPPED = 32 * 2**20  # from this size on glibc asks the system for pages, and gives them back, every time
+_MAPPED = 32 * 2**20  # from this size on, glibc requests pages from the system and returns them every time
 _PEAKS = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -69,9 +69,9 @@ _PEAKS = {
 
 
 def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Work | None:
-    """The work of a call of an aten operation; None for one that does none, such as a view.
+    """Returns the work of a call of an aten operation, or None for one that does no work, such as a view.
 
-    Of a functional collective it is the memory for its result; the rest is not a kernel's.
+    The work of a functional collective is only the allocation of its result; the rest is not done by a kernel.
     """
     packet = packet_of(func)
     operands, results = list(_tensors(args)), list(_tensors((out,)))
@@ -100,7 +100,7 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
-    """Time that the work takes: the larger of what arithmetic and memory need, each at its efficiency and latency."""
+    """Returns the seconds that work takes: the longer of arithmetic and memory, each at its efficiency and latency."""
     kernels, efficiency = cluster.kernels, cluster.efficiency
     peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
     computing = 0.0
@@ -141,5 +141,5 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the memory behind it: an expanded tensor is read once."""
+    """Returns the bytes of the memory behind a tensor: an expanded tensor is read once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

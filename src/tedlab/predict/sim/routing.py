@@ -1,8 +1,8 @@
-"""How often each expert is chosen in a simulated step: the one thing that shapes without a capacity depend on.
+"""Decides how often each expert is chosen in a simulated step, on which shapes depend if there is no capacity.
 
-``balanced``: all equally often. ``zipf``: the r-th expert of a layer, counted from 1, in proportion to r^-exponent, the
-first of every layer the most. ``trace``: as in the last step of a real run's ``router_trace.npz``. Every data rank
-chooses alike, and every micro-batch; tensor ranks with tokens of their own divide a data rank's choices evenly.
+``balanced`` chooses all equally often. ``zipf`` chooses the r-th expert of every layer, counted from 1, in proportion
+to r^-exponent. ``trace`` chooses as in the last step of a real run's ``router_trace.npz``. All data ranks and all
+micro-batches choose alike; tensor ranks with tokens of their own divide a data rank's choices evenly.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ ROUTINGS = ("balanced", "zipf", "trace")
 
 
 class Routing:
-    """What each process of an expert group sends and receives in one micro-batch.
+    """The rows that each process of an expert group sends and receives in one micro-batch.
 
     Args:
-        config: with experts that have no capacity.
-        shares_LE: how often each expert of each MoE layer is chosen, in proportion; None: all equally often.
+        config: A configuration whose experts have no capacity.
+        shares_LE: (MoE layers, experts) proportions in which each layer chooses its experts; None: all equally often.
     """
 
     def __init__(self, config: TrainConfig, shares_LE: np.ndarray | None = None) -> None:
@@ -35,14 +35,14 @@ class Routing:
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
-        # Of each layer (tensor ranks that send rows of their own, senders, E).
+        # The rows sent in each layer: (tensor ranks that send rows of their own, senders, E).
         self._sent = []
         for shares_E in shares_LE:
             counts_E = spread(list(shares_E), tokens * moe.top_k, tokens)
             self._sent.append(hands(np.tile(counts_E, (degrees.expert, 1)), sharers))
 
     def rows(self, rank: int) -> dict[int, Rows]:
-        """What a rank of the world moves in one micro-batch, by block."""
+        """Returns the rows that a rank of the world moves in one micro-batch, by block."""
         expert, tensor = self._place(rank)
         return {
             block: rows_of(self._arriving(sent, expert), int(sent[tensor, expert].sum()), tensor)
@@ -50,18 +50,18 @@ class Routing:
         }
 
     def rows_by_expert_rank(self) -> np.ndarray:
-        """(L, E_p): rows that the experts of each process of an expert group compute, in each MoE layer."""
+        """Returns the rows that each process of an expert group computes in each MoE layer, (L, E_p)."""
         experts = range(self.degrees.expert)
         return np.array([[self._arriving(sent, expert).sum() for expert in experts] for sent in self._sent])
 
     def busiest_rank(self) -> int:
-        """The first rank whose experts compute the most rows, over all layers."""
+        """Returns the first rank whose experts compute the most rows over all layers."""
         return int(self.rows_by_expert_rank().sum(0).argmax()) * self.degrees.tensor
 
     def numbers(self, layer: int, rank: int) -> np.ndarray:
-        """What the host of a rank reads in one layer: rows that it sends, and that arrive at each tensor rank.
+        """Returns what a rank's host reads in one layer: the rows it sends, and those that arrive at each tensor rank.
 
-        (1 + tensor ranks, processes of the expert group, experts of one): see :mod:`tedlab.moe.ragged`.
+        The shape is (1 + tensor ranks, processes of the expert group, experts of one); see :mod:`tedlab.moe.ragged`.
         """
         sent = self._sent[layer]
         expert, tensor = self._place(rank)
@@ -69,7 +69,7 @@ class Routing:
         return np.concatenate((own, self._arriving(sent, expert)))
 
     def _place(self, rank: int) -> tuple[int, int]:
-        """In its expert group, and among the tensor ranks that send rows of their own."""
+        """Returns a rank's index in its expert group, and among the tensor ranks that send rows of their own."""
         return rank // self.degrees.tensor % self.degrees.expert, rank % len(self._sent[0])
 
     def _arriving(self, sent: np.ndarray, expert: int) -> np.ndarray:
@@ -77,7 +77,7 @@ class Routing:
 
 
 class Answers:
-    """In the place of the host's reads of a device, in the order of layers: ``Collectives.reader`` of a simulation."""
+    """Answers the host's reads from a device, layer after layer, as the ``Collectives.reader`` of a simulation."""
 
     def __init__(self, routing: Routing, rank: int) -> None:
         self.routing, self.rank = routing, rank
@@ -86,23 +86,23 @@ class Answers:
     def __call__(self, values: Tensor) -> list[object]:
         numbers = self.routing.numbers(self._reads % len(self.routing.blocks), self.rank)
         self._reads += 1
-        if values.dim() == 1:  # where rows do not travel: only what arrives
+        if values.dim() == 1:  # where rows do not travel, the host reads only those that arrive
             numbers = numbers[1, 0]
         assert numbers.shape == values.shape
         return numbers.tolist()
 
 
 def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | None) -> Routing | None:
-    """The routing that a command line asks for; None for a configuration with capacity or without experts.
+    """Returns the routing that a command line asks for, or None for a configuration with capacity or without experts.
 
     Args:
-        config: completed by :func:`tedlab.validate.complete_simulated`.
-        name: of :data:`ROUTINGS`.
-        zipf: ``sim.zipf``, the exponent, for ``zipf`` alone.
-        trace: ``sim.trace``, for ``trace`` alone.
+        config: A configuration completed by :func:`tedlab.validate.complete_simulated`.
+        name: One of :data:`ROUTINGS`.
+        zipf: ``sim.zipf``, the exponent, for ``zipf`` only.
+        trace: ``sim.trace``, the path of the trace, for ``trace`` only.
 
     Raises:
-        UsageError: for a routing that does not exist or has no effect, and for a trace of another model.
+        UsageError: If the routing does not exist or has no effect, or the trace is not one of this model.
     """
     if name not in ROUTINGS:
         raise UsageError(f"sim.routing={name} is unknown; valid: {', '.join(ROUTINGS)}")
@@ -124,14 +124,14 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
 
 
 def _traced(file: Path, layers: int, experts: int) -> np.ndarray:
-    """(L, E): the choices of the last step of a trace. Nothing in the file is executed."""
+    """Returns the choices of the last step of a trace, (L, E). Nothing in the file is executed."""
     wrong = f"sim.trace={file} is not a router_trace.npz of a run"
     if not file.is_file():
         raise UsageError(f"{wrong}: there is no such file")
     try:
         with np.load(file, allow_pickle=False) as arrays:
             load_SLE = arrays["load"]
-    except Exception as error:  # NumPy, zipfile and zlib raise errors of a dozen kinds for damaged files
+    except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds of errors for damaged files
         raise UsageError(f"{wrong}: {error}") from None
     if load_SLE.ndim != 3 or not load_SLE.size or load_SLE.dtype.kind not in "iuf":
         raise UsageError(

@@ -1,4 +1,4 @@
-"""A simulation for people and for ``tedlab compare``: tables, pictures, and a run directory."""
+"""Shows a simulation as tables and pictures, and saves it as a run directory for ``tedlab compare``."""
 
 import functools
 import json
@@ -39,17 +39,17 @@ Ranks = int | Literal["all", "stages"]
 def simulate_visibly(
     config: TrainConfig, cluster_name: str, cluster: ClusterConfig, ranks: Ranks, routing: Routing | None = None
 ) -> dict[str, Any]:
-    """:func:`simulate` with a progress bar; prints tables and fills ``output_dir``.
+    """Runs :func:`simulate` with a progress bar, prints tables and fills ``output_dir``.
 
     Args:
-        config: completed by :func:`tedlab.validate.complete_simulated`.
-        cluster_name: what ``cluster`` is called.
-        cluster: that predicted times are for.
-        ranks: one of them; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
-        routing: what is chosen, where experts have no capacity.
+        config: A configuration completed by :func:`tedlab.validate.complete_simulated`.
+        cluster_name: The name of ``cluster``.
+        cluster: The cluster that times are predicted for.
+        ranks: One rank; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
+        routing: What routers choose, if experts have no capacity.
 
     Returns:
-        The summary of the rank, or of the slowest, which is also in ``summary.json``.
+        The summary of the rank, or of the slowest one, as written to ``summary.json``.
     """
     degrees = parallel_degrees(config.parallel)
     alike = kinds_of_ranks(degrees, cluster, routing)
@@ -115,7 +115,7 @@ def _show(bar: Progress, task: TaskID, done: int, share: float) -> None:
 
 
 def _by_rank(simulations: dict[int, Simulation], kinds: dict[int, list[int]], world_size: int) -> dict[str, Any]:
-    """What every rank of the world holds at its peak and takes for a step, in order of rank."""
+    """Returns every rank's peak bytes and seconds per step, in order of rank."""
     of_kind = {rank: simulations[first] for first, ranks in kinds.items() for rank in ranks}
     in_order = [of_kind[rank] for rank in range(world_size)]
     return {
@@ -125,7 +125,7 @@ def _by_rank(simulations: dict[int, Simulation], kinds: dict[int, list[int]], wo
 
 
 def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:
-    """Flat keys as of a run, for one step and one rank, and further ones below ``sim/``."""
+    """Returns a summary of one step of one rank, with the flat keys of a run's summary and further ones in ``sim/``."""
     peak = simulation.memory.at_peak()
     step, world = simulation.step_seconds, config.parallel.world_size
     tokens = config.data.batch_size * config.model.sequence_length

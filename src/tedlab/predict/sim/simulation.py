@@ -1,7 +1,7 @@
-"""A simulated optimizer step: the model, strategy, optimizer and Trainer of a real run, on fake tensors.
+"""Simulates an optimizer step: runs the model, strategy, optimizer and Trainer of a real run on fake tensors.
 
-Only three micro-batches run, however many a step accumulates: the first, one that adds to gradients, and the last,
-after which the optimizer steps. All those between are like the second, so its counts are multiplied.
+At most three micro-batches run, however many a step accumulates: the first, one that adds to gradients, and the last,
+after which the optimizer steps. All those in between are like the second, so its counts are multiplied.
 """
 
 import functools
@@ -33,8 +33,8 @@ from tedlab.spec import Work
 from tedlab.topology import Topology
 
 HIDDEN = "hidden by overlap"
-_MICRO_BATCHES = 3  # of different kinds
-_PRECISIONS = {"16-mixed": "bf16-mixed"}  # Lightning knows fp16 autocast on GPUs only; bf16 takes as many bytes
+_MICRO_BATCHES = 3  # the number of different kinds
+_PRECISIONS = {"16-mixed": "bf16-mixed"}  # Lightning has fp16 autocast on GPUs only; bf16 takes as many bytes
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Simulation:
     """One optimizer step of one rank.
 
     Attributes:
-        rank: whose.
-        groups: the global ranks of its group of each kind.
-        ledger: what it communicates; seconds are predicted.
-        differences: between that and the closed form; empty, or there is a bug in one of them.
-        flops: by phase, of this rank; recomputation included.
-        kernels: how often each work is done, by phase.
-        seconds: predicted, by phase and cause.
-        wire: bytes that it sends, by link.
-        memory: over the micro-batches that ran.
-        micro_batches: of these, when each began in predicted seconds, and for how many it stands.
-        about: sizes, layout, versions: as in a run's summary.
+        rank: The rank.
+        groups: The global ranks of its group of each kind.
+        ledger: What the rank communicates, with predicted seconds.
+        differences: Where the ledger differs from the closed form; unless it is empty, one of them has a bug.
+        flops: The FLOPs of this rank by phase, including recomputation.
+        kernels: How often each kind of work is done, by phase.
+        seconds: Predicted seconds by phase and cause.
+        wire: The bytes that the rank sends, by link.
+        memory: The memory over the micro-batches that ran.
+        micro_batches: For each of these, its start in predicted seconds and how many micro-batches it stands for.
+        about: Sizes, layout and versions, as in a run's summary.
     """
 
     rank: int
@@ -69,17 +69,17 @@ class Simulation:
 
     @property
     def step_seconds(self) -> float:
-        """Predicted time of the step."""
+        """The predicted seconds of the step."""
         return sum(self.seconds.values())
 
     def seconds_on(self, cluster: ClusterConfig) -> dict[tuple[Phase, str], float]:
-        """What :attr:`seconds` would be on another cluster, in milliseconds rather than by another simulation.
+        """Returns what :attr:`seconds` would be on another cluster, without another simulation.
 
-        Of a collective's calls the mean payload counts, which is exact where all are equal, and for rings.
+        All calls of a collective count with their mean payload, which is exact for rings and for equal payloads.
 
         Raises:
-            ValueError: if gradients' reduction overlaps, or the host's part or waiting was measured there: what then
-                hides behind what depends on the cluster.
+            ValueError: If the reduction of gradients overlaps, or the cluster has measured host times or waits, since
+                what hides behind what then depends on the cluster.
         """
         if cluster.waits or cluster.kernels.dispatch != Dispatch():
             raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
@@ -105,14 +105,14 @@ def simulate(
     """Runs one optimizer step of one rank on fake tensors. The process must not be part of a process group.
 
     Args:
-        config: completed by :func:`tedlab.validate.complete_simulated`.
-        cluster: that predicted times are for.
-        rank: of ``config.parallel.world_size``.
-        progress: called now and then with the share that is done.
-        routing: what routers choose, if experts take all that choose them; None: all experts equally often.
+        config: A configuration completed by :func:`tedlab.validate.complete_simulated`.
+        cluster: The cluster that times are predicted for.
+        rank: The rank, below ``config.parallel.world_size``.
+        progress: Called now and then with the share that is done, from 0 to 1.
+        routing: What routers choose, if experts have no capacity; None: all experts equally often.
 
     Raises:
-        UsageError: if there is no such rank, or the cluster has no room for the world.
+        UsageError: If there is no such rank, or the cluster has no room for the world.
     """
     world = config.parallel.world_size
     if not 0 <= rank < world:
@@ -124,7 +124,7 @@ def simulate(
     quieten()
     routing = routing or routing_of(config, "balanced", None, None)
     micro_batches = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
-    # The compiler fuses no fake tensors, and what a kernel does inside is not seen: counted are torch's operations.
+    # The compiler does not fuse fake tensors, and a kernel's inside is invisible: only torch's operations are counted.
     eager = {"model.compile": "none", "moe.kernel": "torch"}
     shorter = with_values(config, {**eager, "trainer.accumulate_grad_batches": micro_batches})
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
@@ -154,7 +154,7 @@ def simulate(
 
 
 class _Observer(Callback):
-    """Prepares the step as if it were not a run's first, and keeps the counts of each micro-batch."""
+    """Prepares the step as if it were not the first of a run, and collects the counts of each micro-batch."""
 
     def __init__(self) -> None:
         self.counts: list[Counts] = []
@@ -171,7 +171,7 @@ class _Observer(Callback):
             state += [x for values in optimizer.optimizer.state.values() for x in values.values()]
             state += [bucket.master for bucket in optimizer.buckets if bucket.master is not bucket.shard]
         memory.label((x for x in state if isinstance(x, torch.Tensor)), "optimizer")
-        memory.label(map(local, pl_module.parameters()), "parameters")  # those that are not trained have no bucket
+        memory.label(map(local, pl_module.parameters()), "parameters")  # frozen ones are in no bucket
         strategy.topology.comm.register_hook(strategy.meter.on_collective)
 
     @override
@@ -189,7 +189,7 @@ class _Observer(Callback):
 
 
 class Batches:
-    """Token ids without end, made where they are asked for: among fake tensors fake ones."""
+    """Yields token ids without end; within a fake tensor mode they are fake."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.shape = config.data.micro_batch_size, config.model.sequence_length + 1

@@ -1,7 +1,7 @@
-"""Every rank of a world as a thread of this process, with real numbers: what no laptop has the processes for.
+"""Runs every rank of a world as a thread of this process, with real values, where a machine lacks the processes.
 
-Built on the process group of torch's own multi-threaded tests, whose collectives copy between the threads' tensors.
-(torch's LocalTensorMode runs one program on tensors of all ranks; Lightning's loop and checkpoints are none such.)
+It uses the process group of torch's own multi-threaded tests, whose collectives copy between the threads' tensors.
+(torch's LocalTensorMode runs one program on the tensors of all ranks, which does not suit Lightning's loop.)
 """
 
 import traceback
@@ -25,11 +25,11 @@ MOST_THREADS = 128
 
 
 def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) -> None:
-    """``function(config)`` in every rank of ``config.parallel.world_size``, in float64.
+    """Calls ``function(config)`` in every rank of ``config.parallel.world_size``, in float64.
 
     Raises:
-        RuntimeError: with the traceback of the rank that failed first; the others were ended. Also if this process is
-            part of a process group already.
+        RuntimeError: If a rank fails, with the traceback of the first one; the others are ended. Also if this process
+            is part of a process group already.
     """
     world = config.parallel.world_size
     if dist.is_initialized():
@@ -44,12 +44,12 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
             function(replace(config, trainer=trainer))
         except BaseException as error:
             failures.append(f"rank {rank} of {world} failed:\n{traceback.format_exc()}")
-            ThreadedGroup.exception_handle(error)  # ends those who wait for this one
+            ThreadedGroup.exception_handle(error)  # ends the ranks that wait for this one
         finally:
             dist.destroy_process_group()
 
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-    # Lightning's 64-true sets the default for a while and then puts back what was there: the same to all threads.
+    # Lightning's 64-true sets the default for a while and then restores the old one; here both are the same.
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     make_ranks_of_threads()
@@ -67,7 +67,7 @@ def run_in_threads(function: Callable[[TrainConfig], Any], config: TrainConfig) 
 
 
 class _Copying(raw.Functional):
-    """This group cannot gather in place."""
+    """Gathers into a copy, because this group cannot gather in place."""
 
     @override
     def all_gather_into(self, out: Tensor, x: Tensor, group: dist.ProcessGroup) -> raw.Wait:

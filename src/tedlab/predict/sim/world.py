@@ -1,4 +1,4 @@
-"""The world of a simulated rank: a process group that answers nothing, and a strategy that makes tensors fake."""
+"""Provides the world of a simulated rank: a process group without peers, and a strategy that makes tensors fake."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +21,10 @@ from tedlab.topology import Topology
 
 @contextmanager
 def fake_process_group(world_size: int, rank: int) -> Iterator[None]:
-    """Within: this process is one rank of so many. Collectives return at once; their results have no values.
+    """Makes this process one of ``world_size`` ranks. Collectives return at once, and their results have no values.
 
     Raises:
-        RuntimeError: if there is a process group already.
+        RuntimeError: If there is a process group already.
     """
     if dist.is_initialized():
         raise RuntimeError("a simulation needs a process of its own, but this one is part of a process group already")
@@ -65,7 +65,7 @@ class OneOfMany(LightningEnvironment):
 
 
 class _Unasked(SlotAgreement):
-    """Takes it that all send alike: nobody would say otherwise."""
+    """Assumes that all processes have as many tokens, since there are no others to agree with."""
 
     @override
     def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
@@ -73,11 +73,11 @@ class _Unasked(SlotAgreement):
 
 
 class SimulatedStrategy(TEDStrategy):
-    """TEDStrategy, with fake tensors from ``configure_model`` to the end, under a :class:`Meter`.
+    """A TEDStrategy with fake tensors, under a :class:`Meter`, from ``configure_model`` to the end.
 
     Args:
-        meter: made when the topology is there.
-        arguments, options: of TEDStrategy.
+        meter: Makes the meter once the topology exists.
+        arguments, options: The arguments of TEDStrategy.
     """
 
     def __init__(self, meter: Callable[[Topology], Meter], *arguments: Any, **options: Any) -> None:
@@ -88,7 +88,7 @@ class SimulatedStrategy(TEDStrategy):
 
     @property
     def meter(self) -> Meter:
-        """From ``configure_model`` on."""
+        """The meter, which exists from ``configure_model`` on."""
         assert self._meter is not None
         return self._meter
 
@@ -97,26 +97,26 @@ class SimulatedStrategy(TEDStrategy):
         super().setup_environment()  # meshes are real tensors
         self.topology.slots = _Unasked(self.topology.comm)
         self._modes.enter_context(unchecked())  # fake tensors have no values
-        self._modes.enter_context(one_by_one())  # of grouped products torch knows neither all shapes nor FLOPs
+        self._modes.enter_context(one_by_one())  # torch knows neither all shapes nor the FLOPs of grouped products
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
-        """Nobody would say how many batches it has."""
+        """Does nothing: there are no other processes whose numbers of batches could differ."""
 
     @override
     def _check_batch(self, batch: Any, stage: str, alone: bool = True) -> None:
-        """Nobody would say what is in its batch."""
+        """Does nothing: there are no other processes whose batches could differ."""
 
     @override
     def setup_optimizers(self, trainer: Any) -> None:
         assert self.model is not None
-        for parameter in self.model.parameters():  # before the optimizer's own hooks, which may take the gradient
+        for parameter in self.model.parameters():  # before the optimizer's hooks, which may take the gradient
             parameter.register_post_accumulate_grad_hook(self._label_gradient)
         super().setup_optimizers(trainer)
         for optimizer in self.sharded_optimizers:
-            # Real kernels return no tensors, by which the meter would know them, and on a CPU work tile by tile.
+            # Real kernels return no tensors that would show them to the meter, and work tile by tile on a CPU.
             optimizer.kernel = self.meter.on_fused_step
 
     def _label_gradient(self, parameter: Any) -> None:
@@ -137,7 +137,7 @@ class SimulatedStrategy(TEDStrategy):
 
     @override
     def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj  # nobody would send it
+        return obj  # there are no other processes
 
     @override
     def teardown(self) -> None:
