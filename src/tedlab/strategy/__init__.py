@@ -1,4 +1,4 @@
-"""The Lightning strategy, and what it asks of a module, its data and its metrics."""
+"""The Lightning strategy, and what it requires of a module, its data and its metrics."""
 
 from tedlab.config import CheckpointOptions, CommOptions, ShardingOptions
 from tedlab.strategy.strategy import HALF_PRECISIONS, TEDStrategy, gpus

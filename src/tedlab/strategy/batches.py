@@ -1,7 +1,7 @@
-"""How many batches each process has in a loop: whether all can keep step, or how predictions make them.
+"""Compares how many batches each process has in a loop, and keeps processes in step where the numbers differ.
 
-With experts divided over data ranks every forward pass is one of all of an expert group, so that a process whose data
-end early would leave the others waiting.
+If experts are divided over data ranks, a whole expert group takes part in every forward pass, so a process whose data
+ends early would leave the others waiting.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,10 @@ Lengths = Sequence[int | float]  # batches of each of a process's data loaders; 
 
 
 def check_lengths(own: Lengths, stage: str, topology: Topology) -> None:
-    """Refuses loops that would leave processes waiting: of unequal lengths, where these are known.
+    """Refuses loops whose known lengths differ between processes, which would leave some of them waiting.
 
     Raises:
-        ValueError: on every process alike; names two processes, and what they have.
+        ValueError: On all processes; the message names two processes and their numbers of batches.
     """
     table = _lengths(own, topology)
     for loader, column in enumerate(zip(*table, strict=True)):
@@ -40,22 +40,22 @@ def _lengths(own: Lengths, topology: Topology) -> list[list[int]]:
 
 
 class PredictionsInStep:
-    """Lets a process that has fewer batches to predict than others of its expert group take part in their last ones.
+    """Lets a process with fewer batches to predict than others of its expert group take part in their last ones.
 
-    After its own last batch it predicts that once more, as often as need be, and forgets the results.
+    It repeats its own last batch as often as necessary, and discards the results.
 
     Args:
-        own: batches of each data loader of this process.
-        topology: where this process stands.
+        own: The number of batches of each data loader of this process.
+        topology: The topology of this process.
 
     Raises:
-        ValueError: on every process alike, if one of them has no batch at all to repeat.
+        ValueError: On all processes, if one of them has no batch to repeat.
     """
 
     def __init__(self, own: Lengths, topology: Topology) -> None:
         table = _lengths(own, topology)
         members = topology.degrees.groups(topology.comm.rank("world"))["expert"]
-        self._missing: dict[int, int] = {}  # after so many own batches: how many to add
+        self._missing: dict[int, int] = {}  # number of own batches → repetitions after them
         done = 0
         for loader, column in enumerate(zip(*table, strict=True)):
             if 0 in column and max(column) > 0:
@@ -71,7 +71,7 @@ class PredictionsInStep:
         self._done = 0
 
     def predict(self, step: Callable[[], Any]) -> Any:
-        """The result of the first call of ``step``; calls it as often as others need it."""
+        """Calls ``step`` as often as the others need it, and returns the result of the first call."""
         result = step()
         self._done += 1
         for _ in range(self._missing.get(self._done, 0)):

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what one holds, and how a run goes on from it, in this layout or in another."""
+"""Writes a run's checkpoints, and resumes a run from one, in the same layout or another."""
 
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -22,21 +22,21 @@ from tedlab.topology import Topology
 
 
 class Checkpointing:
-    """Writes and reads the checkpoints of a run. Every process takes part.
+    """Writes and reads the checkpoints of a run. All processes take part.
 
     Args:
-        topology: where this process stands.
-        options: how checkpoints are written.
-        timeout: after which a process that does not answer counts as lost.
+        topology: The topology of this process.
+        options: How checkpoints are written.
+        timeout: The time after which a process that does not answer counts as lost.
     """
 
     def __init__(self, topology: Topology, options: CheckpointOptions, timeout: timedelta) -> None:
         self.writer = checkpoint.Writer(options.async_save, timeout)
         self._topology = topology
-        self._resumed: Mapping[str, Any] | None = None  # what a checkpoint says, until the first batch
+        self._resumed: Mapping[str, Any] | None = None  # a loaded checkpoint's content, until the first batch
 
     def take_over(self, trainer: Trainer) -> None:
-        """Callbacks link through the writer, and what no checkpoint could hold is refused before the first step."""
+        """Makes callbacks link through the writer, and refuses before the first step what no checkpoint could hold."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):
                 compat.link_through(callback, self._link)
@@ -46,7 +46,7 @@ class Checkpointing:
                 checkpoint.encode({key: checkpoint.plain(dict(owner.hparams))})
 
     def _link(self, trainer: Trainer, filepath: str, linkpath: str) -> None:
-        """In the place of ModelCheckpoint's own, which links to what is not written yet, and not at once."""
+        """Replaces ModelCheckpoint's own method, which would link at once to a checkpoint that is not yet written."""
         self.writer.link(Path(filepath), Path(linkpath))
 
     def save(
@@ -60,11 +60,11 @@ class Checkpointing:
         """Writes what Lightning has collected, and what only this strategy knows.
 
         Args:
-            content: Lightning's, with the state of the model and of optimizers; it is taken apart.
-            path: of the directory, the same in every process.
-            optimizers: of the run.
-            scaler: of its loss, if any.
-            wait: until everything is written, also where it is written in the background.
+            content: Lightning's checkpoint with the state of the model and optimizers; it is modified.
+            path: The checkpoint directory, the same in all processes.
+            optimizers: The run's optimizers.
+            scaler: The scaler of the run's loss, if any.
+            wait: Whether to wait until everything is written, even if it is written in the background.
         """
         tensors = {"model": content.pop("state_dict")}
         for i, state in enumerate(content.pop("optimizer_states", [])):
@@ -80,7 +80,7 @@ class Checkpointing:
             if key in content:
                 content[key] = checkpoint.plain(content[key])
         for key in (LightningModule.CHECKPOINT_HYPER_PARAMS_TYPE, LightningDataModule.CHECKPOINT_HYPER_PARAMS_TYPE):
-            content.pop(key, None)  # a class of OmegaConf, which they no longer are
+            content.pop(key, None)  # an OmegaConf class that no longer applies
         with self._topology.comm.place.within("writing of a checkpoint", limited=False):
             self.writer.save(tensors, content, path)
             if wait:
@@ -94,20 +94,20 @@ class Checkpointing:
         optimizers: Sequence[ShardedOptimizer] | None,
         scaler: LossScaler | None,
     ) -> dict[str, Any]:
-        """Reads a checkpoint of any layout into the module, and to go on also into optimizers and scaler.
+        """Reads a checkpoint of any layout into the module and, to resume training, into optimizers and scaler.
 
         Args:
-            path: of the directory, the same in every process.
-            module: to be filled.
-            state: its tensors by name.
-            optimizers: of the run that goes on; None for one that does not train.
-            scaler: of its loss, if any.
+            path: The checkpoint directory, the same in all processes.
+            module: The module to fill.
+            state: The module's tensors by name.
+            optimizers: The optimizers of the resumed run; None for a run that does not train.
+            scaler: The scaler of the run's loss, if any.
 
         Returns:
-            What the checkpoint holds beside tensors, and the state of the module, for Lightning's hooks.
+            The checkpoint's content besides tensors, and the state of the module, for Lightning's hooks.
 
         Raises:
-            ValueError: if a run is to go on from weights alone.
+            ValueError: If training is to resume from a checkpoint of weights only.
         """
         meta = checkpoint.read_meta(path)
         if optimizers is not None and "lr_schedulers" not in meta:
@@ -121,7 +121,7 @@ class Checkpointing:
             tensors["attached"] = attached
         optimizers = optimizers or ()
         stored = checkpoint.stored_names(path)
-        # Half precision keeps an fp32 master copy of the weights; saved in full precision, these are the weights.
+        # Half precision keeps an fp32 master copy of the weights; a full-precision checkpoint has it as the weights.
         masters_stored = any(name.endswith(".master") for name in stored)
         for optimizer, groups in zip(optimizers, meta.get("optimizer_groups", []), strict=False):
             optimizer.state.regroup(groups)
@@ -143,16 +143,16 @@ class Checkpointing:
         return meta
 
     def _random_states(self) -> list[dict[str, Any]]:
-        """Of all processes."""
+        """Returns the random states of all processes. Collective."""
         states: list[Any] = [None] * self._topology.comm.size("world")
         with self._topology.comm.place.within("gathering of random states"):
             dist.all_gather_object(states, compat.random_states(include_cuda=self._topology.device.type == "cuda"))
         return states
 
     def restore_random_state(self) -> None:
-        """Once after :meth:`load`: generators go on as they would have, or, in another layout, as none has before.
+        """Restores the generators, once after :meth:`load`.
 
-        There each data rank gets a state of its own, which no step repeats.
+        In another layout than the checkpoint's, each data rank gets a new state that depends on seed, step and rank.
         """
         meta, self._resumed = self._resumed, None
         if meta is None:
@@ -169,14 +169,14 @@ class Checkpointing:
 
 
 def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:
-    """An optimizer's state to be filled from a checkpoint: of what it has, which before a first step is little."""
+    """Returns an optimizer's state to fill from a checkpoint, initialised for what the checkpoint holds."""
     state = f"{prefix}state."
     keys = [name.removeprefix(state).rsplit(".", 1) for name in stored if name.startswith(state)]
     optimizer.initialize_state({name for name, key in keys if key != "master"})
     room = optimizer.state_dict(masters=masters)
     there = {name for name, _ in keys}
     room["state"] = {name: values if name in there else {} for name, values in room["state"].items()}
-    known = optimizer.optimizer.defaults  # what schedulers added may be missing, not what makes this optimizer
+    known = optimizer.optimizer.defaults  # options that schedulers add may be missing, the optimizer's own not
     room["param_groups"] = [
         {k: v for k, v in group.items() if k in known or f"{prefix}param_groups.{i}.{k}" in stored}
         for i, group in enumerate(room["param_groups"])

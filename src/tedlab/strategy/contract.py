@@ -1,4 +1,4 @@
-"""What of Lightning needs care under TEDStrategy, or does not go with it, and why. All of it: docs/lightning.md."""
+"""Checks and adapts the parts of Lightning that need care under TEDStrategy. docs/lightning.md lists all of them."""
 
 import copy
 import functools
@@ -36,15 +36,15 @@ PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mi
 
 
 def check(trainer: Trainer, strategy: ParallelStrategy, tensor_ranks: int) -> None:
-    """Refuses what would go wrong, silently or late. The same on every process, before the first step.
+    """Refuses, before the first step and on all processes, what would go wrong silently or late.
 
     Args:
-        trainer: about to run.
-        strategy: its strategy, with the model.
+        trainer: The trainer that is about to run.
+        strategy: The trainer's strategy, with the model.
         tensor_ranks: T, the number of processes that are given the same batches.
 
     Raises:
-        ValueError: saying what does not work, why, and what does.
+        ValueError: If something does not work; the message says why, and what does work.
     """
     module = trainer.lightning_module
     for reason in (*_settings(trainer, strategy, module), *_callbacks(trainer, tensor_ranks), *_parameters(module)):
@@ -52,10 +52,10 @@ def check(trainer: Trainer, strategy: ParallelStrategy, tensor_ranks: int) -> No
 
 
 def prepare(trainer: Trainer) -> None:
-    """Makes work what does with a little help. Called once the model is built and on its device."""
+    """Adapts callbacks and torch so that they work. The model must be built and on its device."""
     for callback in _callbacks_of(trainer):
         if isinstance(callback, StochasticWeightAveraging):
-            # It copied the module before ``configure_model`` made the layers, and would average only what was there.
+            # Its copy of the module dates from before ``configure_model`` made the layers, and would lack them.
             set_average_model(callback, copy.deepcopy(trainer.lightning_module))
         if isinstance(callback, BaseFinetuning):
             BaseFinetuning.filter_on_optimizer = staticmethod(_not_in_optimizer)  # type: ignore[method-assign]
@@ -64,7 +64,7 @@ def prepare(trainer: Trainer) -> None:
 
 
 def explain_directories() -> None:
-    """Lets ``load_from_checkpoint``, which opens one file, say what to do with a checkpoint that is a directory."""
+    """Makes ``load_from_checkpoint``, which opens one file, explain how to load a checkpoint that is a directory."""
     load = saving.pl_load
 
     @functools.wraps(load)
@@ -141,7 +141,7 @@ def _parameters(module: LightningModule) -> Iterator[str]:
 
 
 def _not_in_optimizer(optimizer: Optimizer, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """In place of Lightning's, which compares values: those of sharded parameters it cannot, and equal ones mislead."""
+    """Replaces Lightning's, which compares values: it cannot compare sharded ones, and equal values mislead it."""
     known = {p for group in optimizer.param_groups for p in group["params"]}
     return [p for p in params if p not in known]
 
@@ -151,8 +151,8 @@ def _callbacks_of(trainer: Trainer) -> list[Any]:
 
 
 def _let_torch_look_for_nan() -> None:
-    """Anomaly detection asks this of every gradient, also of sharded ones, for which torch has no answer of its own."""
-    from torch.distributed.tensor.experimental import register_sharding  # takes a moment, so only where it is needed
+    """Teaches torch to test sharded gradients for NaN, which anomaly detection does with every gradient."""
+    from torch.distributed.tensor.experimental import register_sharding  # a slow import, so only if needed
 
     @register_sharding(IS_ANY_TRUE)
     def whole(x: Any) -> list[tuple[list[Any], list[Any]]]:

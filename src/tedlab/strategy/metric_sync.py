@@ -1,6 +1,6 @@
-"""How metrics of torchmetrics put together what processes have counted: each sample once.
+"""Makes torchmetrics' metrics combine what processes have counted so that each sample counts once.
 
-By themselves they gather from all processes, and tensor ranks have counted the same samples.
+By default, metrics gather from all processes, but tensor ranks have counted the same samples.
 """
 
 import weakref
@@ -18,25 +18,25 @@ from tedlab.comm import Collectives
 
 
 def sync_over_data_ranks(module: LightningModule, comm: Collectives) -> None:
-    """Makes every metric below a module gather from data ranks, unless it was told how, or among whom, to gather."""
+    """Makes every metric in a module gather from data ranks, unless it has its own process group or sync function."""
     gather = _FromDataRanks(module, comm)
     for metric in module.modules():
         if isinstance(metric, Metric) and metric.process_group is None:
-            earlier = metric.dist_sync_fn  # ours, if an earlier run left it
+            earlier = metric.dist_sync_fn  # may be ours, left by an earlier run
             metric.dist_sync_fn = gather if earlier is None or isinstance(earlier, _FromDataRanks) else earlier
 
 
 class _FromDataRanks:
-    """How a metric gathers for as long as its module is this trainer's, in hooks after the run, too.
+    """Gathers a metric from data ranks as long as its module belongs to this trainer, even in hooks after the run.
 
-    Under another strategy, which does not replace it, torchmetrics' own way takes its place.
+    After that, it gathers as torchmetrics does, because another strategy would not replace this object.
     """
 
     def __init__(self, module: LightningModule, comm: Collectives) -> None:
         self._module, self._trainer, self._comm = weakref.ref(module), weakref.ref(module.trainer), comm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_FromDataRanks":
-        return self  # which a copy of a metric shares
+        return self  # copies of a metric share it
 
     def __call__(self, state: Tensor, group: Any | None = None) -> list[Tensor]:
         module = self._module()
@@ -45,7 +45,7 @@ class _FromDataRanks:
 
 
 def gather_ragged(x: Tensor, comm: Collectives) -> list[Tensor]:
-    """Every data rank's ``x``, of as many dimensions, each of which may differ in size. Waits for the device."""
+    """Returns every data rank's ``x``; sizes may differ, but not the number of dimensions. Waits for the device."""
     if comm.size("data") == 1:
         return [x]
     shapes = [list(x.shape)] * comm.size("data")
@@ -57,5 +57,5 @@ def gather_ragged(x: Tensor, comm: Collectives) -> list[Tensor]:
     widened = F.pad(x.detach(), [n for most in reversed(missing) for n in (0, most)])
     everybody = comm.all_gather(widened.unsqueeze(0), "data", tag="metrics.gather", phase="metrics")
     parts = [part[tuple(map(slice, shape))] for part, shape in zip(everybody, shapes, strict=True)]
-    parts[comm.rank("data")] = x  # with its gradient, as torchmetrics does it
+    parts[comm.rank("data")] = x  # keeps its gradient, as in torchmetrics
     return parts

@@ -1,7 +1,7 @@
-"""What several processes should hold alike is compared, to the last bit: parameters, and the batches of tensor ranks.
+"""Compares, to the last bit, what processes should hold alike: parameters, and the batches of tensor ranks.
 
-Replicas that drift apart are the mistake that no loss shows: a mask that was drawn on one tensor rank alone, a batch
-that only one of them read. Each goes on training, on a model that nobody has.
+No loss shows that replicas drift apart, for example because one tensor rank drew another dropout mask or read another
+batch: training goes on, but the model is one that no process holds.
 """
 
 import functools
@@ -21,20 +21,20 @@ from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.topology import Topology
 
 Kinds = tuple[GroupKind, ...]
-_KINDS = get_args(GroupKind)  # also names of the axes of our meshes; a user's may have others
+_KINDS = get_args(GroupKind)  # also the axis names of tedlab's meshes; a user's mesh may have others
 
 
 class ReplicaCheck:
     """Compares checksums of parameters between all processes that hold the same, every so many steps.
 
-    Compared are: parameters that tedlab shards, over the groups along which they are not divided; all others over the
-    tensor and the data group. Buffers are not: before every step all processes get those of the first.
+    Parameters that tedlab shards are compared over the groups along which they are not divided, all others over the
+    tensor and data groups. Buffers are not compared: before every step all processes get those of the first one.
 
     A check reads parameters once, takes one all-gather of a few numbers over all processes, and waits for the device
     once.
 
     Args:
-        every: steps between checks; None: there is none.
+        every: The number of steps between checks; None: no checks.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -44,15 +44,15 @@ class ReplicaCheck:
         self._checked: int | None = None  # the step of the last check
 
     def at_step(self, step: int, module: nn.Module, topology: Topology) -> None:
-        """Checks if it is time to; every process is to ask."""
+        """Checks if a check is due at this step. All processes must call this."""
         if self.every is not None and step % self.every == 0:
             self.now(step, module, topology)
 
     def now(self, step: int, module: nn.Module, topology: Topology) -> None:
-        """Checks, unless that was done at this step or is not wanted at all.
+        """Checks, unless this step has been checked or checks are off.
 
         Raises:
-            RuntimeError: on every process alike: names the first parameter that differs, the processes, and the step.
+            RuntimeError: On all processes; it names the first parameter that differs, two processes, and the step.
         """
         if self.every is None or self._checked == step or topology.degrees.world_size == 1:
             return
@@ -82,7 +82,7 @@ def _of_replicas(name: str, apart: tuple[int, int, GroupKind], step: int) -> str
 
 
 def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
-    """Name, this process's part, and the groups that hold it alike, of every parameter."""
+    """Yields the name of every parameter, this process's part, and the kinds of groups that hold the same part."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
             axes = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
@@ -93,13 +93,13 @@ def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
 
 
 def _gathered(sums: Sequence[Tensor], topology: Topology, kind: GroupKind = "world") -> np.ndarray:
-    """(processes of the group, sums), as the host reads them."""
+    """Returns the sums of all processes of the group on the host, (processes, sums)."""
     own = torch.stack(list(sums)).unsqueeze(0)
     return topology.comm.all_gather(own, kind, tag="replicas.checksum", phase="check").cpu().numpy()
 
 
 def _apart(column: np.ndarray, kinds: Kinds, topology: Topology) -> tuple[int, int, GroupKind] | None:
-    """The first two processes of one group that have different values, and the kind of the group."""
+    """Returns the first two processes of one group with different values, and the kind of the group, or None."""
     for kind in kinds:
         first = _first_of_group(topology.degrees, kind)
         (others,) = np.nonzero(column != column[first])
@@ -110,7 +110,7 @@ def _apart(column: np.ndarray, kinds: Kinds, topology: Topology) -> tuple[int, i
 
 @functools.cache
 def _first_of_group(degrees: ParallelDegrees, kind: GroupKind) -> np.ndarray:
-    """For each process the first one of its group."""
+    """Returns the first process of each process's group, (processes,)."""
     return np.array([degrees.groups(rank)[kind][0] for rank in range(degrees.world_size)])
 
 
@@ -120,17 +120,17 @@ def _first_of_group(degrees: ParallelDegrees, kind: GroupKind) -> np.ndarray:
 def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False) -> None:
     """Compares a batch between tensor ranks.
 
-    Compared are tensors, arrays, numbers and text in any nesting of sequences, mappings and data classes; of anything
-    else, its type.
+    It compares tensors, arrays, numbers and text in any nesting of sequences, mappings and data classes, and only the
+    type of anything else.
 
     Args:
-        batch: on the device.
-        stage: where it is from, for the message.
-        topology: where this process stands.
-        alone: whether each tensor group is to do so for itself, where others may have no batch at all.
+        batch: The batch, on the device.
+        stage: The loop that it belongs to, for the message.
+        topology: The topology of this process.
+        alone: Whether each tensor group compares for itself, because others may have no batch.
 
     Raises:
-        ValueError: on every process alike (``alone``: on those of the group): names two that do not agree.
+        ValueError: On all processes (with ``alone``, on those of the group); the message names two that disagree.
     """
     if topology.comm.size("tensor") == 1:
         return
@@ -140,7 +140,7 @@ def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False)
     form_sum = torch.tensor(own, dtype=torch.int64, device=topology.device)
     sums = [form_sum, checksum(tensors, topology.device)]
     table = _gathered(sums, topology, "tensor" if alone else "world")
-    if alone:  # as if the others agreed
+    if alone:  # the other groups count as agreeing
         members = topology.degrees.groups(topology.comm.rank("world"))["tensor"]
         own_group, table = table, np.zeros((topology.degrees.world_size, len(sums)), table.dtype)
         table[list(members)] = own_group
@@ -156,7 +156,7 @@ def check_batch(batch: Any, stage: str, topology: Topology, alone: bool = False)
 
 
 def _described(item: Any, tensors: list[Tensor]) -> Iterator[str]:
-    """What there is, part by part; values of tensors and arrays are left to be summed."""
+    """Yields a description of each part of an item, and appends tensors and arrays to ``tensors`` for a checksum."""
     if isinstance(item, np.ndarray) and item.dtype.kind in "biufc":
         item = torch.from_numpy(item)
     if isinstance(item, Tensor):
@@ -182,10 +182,10 @@ def _described(item: Any, tensors: list[Tensor]) -> Iterator[str]:
 
 
 def agree_on_threads() -> None:
-    """Gives every process as many threads on its CPU as the one that has fewest. Collective.
+    """Sets every process's number of CPU threads to the smallest of all processes. Collective.
 
-    A sum over more threads is rounded otherwise, and replicas would drift apart. Lightning's launcher leaves the first
-    process with fewer threads than those that it starts, and nodes may have different numbers of cores.
+    With another number of threads sums are rounded differently, and replicas would drift apart. Lightning's launcher
+    leaves the first process with fewer threads than those that it starts, and nodes may differ in their cores.
     """
     threads = torch.tensor(torch.get_num_threads())
     dist.all_reduce(threads, dist.ReduceOp.MIN)

@@ -1,10 +1,10 @@
-"""Random numbers: the same on the tensor ranks of a data rank, which compute one model on one batch; else different.
+"""Seeds random numbers: the same on the tensor ranks of a data rank, which share a batch, and different otherwise.
 
-That goes for what the processes draw themselves (masks of dropout) and for the workers of their data loaders (noise
-in a data set). With sequence parallelism the tensor ranks draw the same masks for their different positions: these are
-then correlated, as heads and layers of one process are not, but nothing drifts apart.
+This applies to what the processes draw themselves (dropout masks) and to the workers of their data loaders (noise in a
+data set). With sequence parallelism, the tensor ranks draw the same masks for their different positions: the masks are
+then correlated, unlike those of one process's heads and layers, but nothing drifts apart.
 
-What decides which samples there are is drawn alike on all processes, since these divide it among them.
+Whatever selects the samples is drawn alike on all processes, because they divide the samples among them.
 """
 
 import functools
@@ -22,17 +22,17 @@ from torch.utils.data import DataLoader
 
 from tedlab._compat.lightning import sampler_inside
 
-Roots = tuple[int, int, int]  # of the generators of Python, NumPy and torch
+Roots = tuple[int, int, int]  # for the generators of Python, NumPy and torch
 
 
 def roots(share: Callable[[Any], Any]) -> Roots:
-    """What the generators of all processes are seeded from.
+    """Returns what the generators of all processes are seeded from.
 
-    That is the seed of ``seed_everything``, or without one what the first process takes from its own generators:
-    whoever has seeded these gets the same run again.
+    This is the seed of ``seed_everything``, or without one, numbers from the first process's generators, so that a run
+    is reproducible if these were seeded.
 
     Args:
-        share: broadcasts the first process's object.
+        share: Broadcasts the first process's object.
     """
     seed = os.environ.get("PL_GLOBAL_SEED")
     if seed is not None:
@@ -49,15 +49,15 @@ def seed_generators(from_roots: Roots, data_rank: int) -> None:
 
 
 def mixed(*entropy: int) -> int:
-    """A seed of 64 bits from several numbers, which are not negative."""
+    """Returns a 64-bit seed mixed from several non-negative numbers."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 
 def seed_loader(loader: object, from_roots: Roots, data_rank: int) -> None:
-    """Seeds a data loader's workers by data rank, and alike everywhere the sampler that data ranks divide.
+    """Seeds a data loader's workers by data rank, and on all processes alike the sampler that data ranks divide.
 
-    Worker functions and generators of the user's own are left alone. Each time that workers start they get other
-    numbers, by a base seed that the process draws.
+    The user's own worker functions and generators stay as they are. Each time workers start, they draw other numbers,
+    because the process draws a new base seed.
     """
     if not isinstance(loader, DataLoader):
         return

@@ -1,4 +1,4 @@
-"""TEDStrategy: Lightning's side of tensor × expert × data parallelism. Nobody imports it but entry points and users."""
+"""TEDStrategy connects tensor × expert × data parallelism to Lightning. Only users and entry points import it."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,10 +48,10 @@ from tedlab.strategy.replicas import ReplicaCheck, agree_on_threads, check_batch
 from tedlab.topology import Topology
 
 HALF_PRECISIONS = ("16-true", "16-mixed")  # fp16, whose range needs a loss scale
-_CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own knows what it does
+_CHECKED = (LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment)  # a user's own environment is trusted
 
 
-# Arguments of the strategy in 0.x, and the field of which of its objects they are now. They go with the next release.
+# Maps the strategy's arguments in 0.x to their present object and field. The next release removes them.
 _OLD = {
     **{name: ("comm", name) for name in ("dtd", "fuse_reduce_scatter", "cac", "skip_dead_gemm")},
     **{name: ("sharding", name) for name in ("zero", "bucket_elements", "overlap", "tile")},
@@ -60,9 +60,9 @@ _OLD = {
 
 
 def gpus(processes: int) -> list[torch.device]:
-    """The GPU of each of so many processes of this node. Where there are fewer, several processes share one.
+    """Returns a GPU for each of ``processes`` processes of this node. If there are fewer GPUs, processes share them.
 
-    NCCL refuses that; gloo does not.
+    NCCL refuses shared GPUs; gloo does not.
     """
     return [torch.device("cuda", rank % torch.cuda.device_count()) for rank in range(processes)]
 
@@ -70,36 +70,36 @@ def gpus(processes: int) -> list[torch.device]:
 class TEDStrategy(compat.SubprocessStrategy):
     """Tensor × expert × data parallel training of any LightningModule built from tedlab's layers.
 
-    The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``; everything else is as
+    The module builds its layers in ``configure_model`` with ``self.trainer.strategy.topology``. Everything else is as
     with any Lightning strategy: batches are drawn per data rank, gradients are reduced once per step, ``self.log(...,
-    sync_dist=True)`` and metrics of torchmetrics count each sample once, checkpoints are directories that load under
-    any other layout. Parameters that are not tedlab's (an ``nn.Linear`` of your own) are replicated: process 0's
-    initial values are given to all, and their gradients are averaged over data ranks, as in DDP. When a loop starts,
-    generators are seeded by data rank, and so are the workers of data loaders (see ``seeding.py``).
+    sync_dist=True)`` and torchmetrics' metrics count each sample once, and checkpoints are directories that load in any
+    layout. Parameters that are not tedlab's (an ``nn.Linear`` of your own) are replicated as in DDP: all processes get
+    process 0's initial values, and gradients are averaged over data ranks. When a loop starts, the generators and the
+    workers of data loaders are seeded by data rank (see ``seeding.py``).
 
     Args:
-        tensor_parallel_size: T. Number of processes that share one layer.
-        expert_parallel_size: E_p. Number of groups that the experts are distributed over.
-        comm: what layers do about communication: duplicate token dropping (``dtd``), what recomputation takes from
-            memory instead of communicating again (``cac``), … None: nothing; see :class:`CommOptions`.
-        sharding: how optimizer state and gradients are divided and stepped: ZeRO-1 (``zero``), the size of buckets,
-            overlap, tiles. None: see the defaults of :class:`ShardingOptions`.
-        checkpoints: how they are written, see :class:`CheckpointOptions`.
-        sequence_parallel: divide activations between layers over the tensor group, by position.
-        loss_scale: initial value of dynamic loss scaling; None: 65536 with fp16, otherwise losses are not scaled.
-        stop_on_nonfinite: raise :class:`tedlab.optim.NonFiniteError` in all processes before a loss or gradient that is
-            infinite or NaN reaches a weight (with a loss scale: when even the smallest does not help).
-        process_group_backend: ``nccl`` or ``gloo``; None chooses by device. With ``gloo`` several processes can share a
-            GPU, see ``parallel_devices``.
-        timeout: after which a collective counts as failed.
-        check_replicas_every: steps between checks that processes which should hold the same parameters do, to the last
-            bit (see ``replicas.py``); there is one at the end and before each checkpoint, too. None: no checks.
-        parallel_devices: of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
-        accelerator, cluster_environment, precision_plugin: set by the Trainer.
-        old: names of 0.x that have moved into the objects above; they work for one more release.
+        tensor_parallel_size: The number of processes that share one layer, T.
+        expert_parallel_size: The number of tensor groups that the experts are divided over, E_p.
+        comm: The communication options of layers: duplicate token dropping (``dtd``), what recomputation takes from
+            memory instead of communicating again (``cac``), …; None: the defaults of :class:`CommOptions`.
+        sharding: How optimizer state and gradients are divided and stepped: ZeRO-1 (``zero``), the size of buckets,
+            overlap, tiles. None: the defaults of :class:`ShardingOptions`.
+        checkpoints: How checkpoints are written; None: the defaults of :class:`CheckpointOptions`.
+        sequence_parallel: Whether to divide activations between layers over the tensor group, by position.
+        loss_scale: The initial value of dynamic loss scaling; None: 65536 with fp16, no scaling otherwise.
+        stop_on_nonfinite: Whether to raise :class:`tedlab.optim.NonFiniteError` in all processes before an infinite or
+            NaN loss or gradient reaches a weight (with a loss scale: if even the smallest scale does not help).
+        process_group_backend: ``nccl`` or ``gloo``; None: chosen by device. With ``gloo``, several processes can share
+            a GPU, see ``parallel_devices``.
+        timeout: The time after which a collective counts as failed.
+        check_replicas_every: The number of steps between checks that replicated parameters are equal to the last bit
+            (see ``replicas.py``), which also happen at the end and before each checkpoint. None: no checks.
+        parallel_devices: The device of each process of a node; None: the Trainer gives each its own. See :func:`gpus`.
+        accelerator, cluster_environment, precision_plugin: Set by the Trainer.
+        old: Names of 0.x that have moved into the objects above; they work for one more release.
 
     Raises:
-        ValueError: when the Trainer starts, if tensor × expert does not divide the number of processes, or if the
+        ValueError: When the Trainer starts, if tensor × expert does not divide the number of processes, or if the
             Trainer's precision is not supported.
     """
 
@@ -134,7 +134,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.comm = replace(comm or CommOptions(), **moved["comm"])
         self.sharding = replace(sharding or ShardingOptions(), **moved["sharding"])
         self.checkpoints = replace(checkpoints or CheckpointOptions(), **moved["checkpoints"])
-        kept_tags(self.comm.cac, tags=None)  # raises for what cannot be; a model knows which collectives it has
+        kept_tags(self.comm.cac, tags=None)  # raises if malformed; only the model knows its tags
         self.loss_scale = loss_scale
         self.stop_on_nonfinite = stop_on_nonfinite
         self.replicas = ReplicaCheck(check_replicas_every)
@@ -148,15 +148,15 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._checkpointing: Checkpointing | None = None
         self._last_micro_batch = True
         self._seeds: seeding.Roots | None = None
-        self._first_batch = True  # of a loop
+        self._first_batch = True  # whether the next batch is the first of a loop
         self._predictions: PredictionsInStep
-        self._read_in: frozenset[str] = frozenset()  # where the user's code may read ``.grad``
+        self._read_in: frozenset[str] = frozenset()  # the user's hooks that may read ``.grad``
 
     # ---- processes, devices, groups ------------------------------------------------------------------------------
 
     @property
     def topology(self) -> Topology:
-        """This process's place, from ``LightningModule.configure_model`` on."""
+        """The place of this process, known from ``LightningModule.configure_model`` on."""
         if self._topology is None:
             raise RuntimeError("The topology exists once the Trainer has started: use it in `configure_model`.")
         return self._topology
@@ -170,12 +170,12 @@ class TEDStrategy(compat.SubprocessStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Tensor ranks read the same batches: samples are divided over data ranks only."""
+        """The sampler's arguments, which divide samples over data ranks only: tensor ranks read the same batches."""
         comm = self.topology.comm
         return {"num_replicas": comm.size("data"), "rank": comm.rank("data")}
 
     def set_world_ranks(self) -> None:
-        """Called by Lightning as soon as the cluster environment is known."""
+        """Tells the cluster environment this process's rank. Lightning calls this once the environment is known."""
         assert self.cluster_environment is not None
         if type(self.cluster_environment) in _CHECKED:
             outside.check()
@@ -185,7 +185,7 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def setup_environment(self) -> None:
-        # Degrees are checked before anything can wait for anybody.
+        # Check the degrees before any process can wait for another.
         degrees = ParallelDegrees(
             self.num_nodes * self.num_processes,
             self.tensor_parallel_size,
@@ -193,8 +193,8 @@ class TEDStrategy(compat.SubprocessStrategy):
             self.sequence_parallel,
         )
         super().setup_environment()
-        if self._topology is not None:  # fit, then validate: the groups are still there, and the watch goes on
-            if self._watch is not None and self._watch.stopped:  # by that of another strategy
+        if self._topology is not None:  # validate after fit, for example: groups and watch still exist
+            if self._watch is not None and self._watch.stopped:  # another strategy's watch has stopped it
                 self._watch = watch(self._topology.comm.place, self._timeout)
                 assert self._watch is not None
                 self._watch.groups = self._topology.comm.ranks
@@ -203,14 +203,14 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.set_world_ranks()
         assert self.cluster_environment is not None
         backend = self._backend or compat.backend_for(self.root_device)
-        # NCCL aborts the process, which has then to have said why: the watch comes first.
+        # NCCL aborts the process, so the watch must time out first and say why.
         timeout = self._timeout + timedelta(seconds=15) if backend == "nccl" else self._timeout
         compat.init_process_group(
             self.cluster_environment,
             backend,
             timeout=timeout,
             store=rendezvous.store(self.global_rank, degrees.world_size, self._timeout),
-            # With it NCCL connects at once. Of gloo torch would then want to split groups off, which it cannot.
+            # This makes NCCL connect at once. With gloo, torch would then try to split groups, which gloo cannot.
             device_id=self.root_device if backend == "nccl" else None,
         )
         place = Whereabouts()
@@ -235,7 +235,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.model_to_device()
         self._share_plain_tensors()
         contract.prepare(trainer)
-        self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may ask for loaders
+        self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may request loaders
         sync_over_data_ranks(trainer.lightning_module, self.topology.comm)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -243,11 +243,11 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.checkpointing.take_over(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             compat.optimizers_to_device(self.optimizers, self.root_device)
-            # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher passes signals on,
-            # and a framework that measures communication must not add any of its own.
+            # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher already passes
+            # signals on, and a framework that measures communication must not add any.
             compat.leave_out_sigterm_broadcast(trainer)
-            if not isinstance(self.cluster_environment, SLURMEnvironment):  # which requeues jobs by signal
-                # Its handler broadcasts too, from whatever step each process is in. Let SIGTERM end the process.
+            if not isinstance(self.cluster_environment, SLURMEnvironment):  # SLURM requeues jobs by signal
+                # Lightning's handler broadcasts, too, at whatever step each process is. Let SIGTERM end the process.
                 compat.leave_signals_alone(trainer)
         seeding.seed_generators(self._seeds, self.topology.comm.rank("data"))
 
@@ -258,7 +258,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         return dataloader
 
     def _share_plain_tensors(self) -> None:
-        """Gives every process the first one's values of parameters and buffers that are not sharded."""
+        """Broadcasts the first process's values of parameters and buffers that are not sharded."""
         assert self.model is not None
         with self._within("broadcast of initial values"):
             for tensor in [*self.model.parameters(), *self.model.buffers()]:
@@ -266,7 +266,7 @@ class TEDStrategy(compat.SubprocessStrategy):
                     dist.broadcast(tensor.detach(), src=0)
 
     def _share_buffers(self) -> None:
-        """Gives every process the first one's buffers, as DDP does: batch norm's follow what one process has seen."""
+        """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes."""
         assert self.model is not None
         with self._within("broadcast of buffers"):
             for buffer in self.model.buffers():
@@ -277,7 +277,7 @@ class TEDStrategy(compat.SubprocessStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         if self.loss_scale is not None or self.precision_plugin.precision in HALF_PRECISIONS:
-            # Lightning scales for 16-mixed only, and decides on overflow by what one process sees.
+            # Lightning scales for 16-mixed only, and each process would decide on overflow alone.
             self.loss_scaler = LossScaler(self.loss_scale or 2.0**16)
             if isinstance(self.precision_plugin, MixedPrecision):
                 self.precision_plugin.scaler = None
@@ -308,7 +308,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         # Lightning has no strategy hook for clipping, and a norm over local shards would be wrong.
         self.precision_plugin.clip_grad_by_norm = self._clip_grad_by_norm  # type: ignore[method-assign]
         self.precision_plugin.clip_grad_by_value = self._clip_grad_by_value  # type: ignore[method-assign]
-        # What ``self.optimizers()`` returns has the methods of the optimizer's class, not those that were replaced.
+        # ``self.optimizers()`` returns wrappers with the methods of the optimizer's class, not the replaced ones.
         for wrapper, sharded in zip(compat.wrapped_optimizers(self), self.sharded_optimizers, strict=True):
             wrapper.zero_grad = sharded.zero_grad  # type: ignore[attr-defined]
             wrapper.state_dict = sharded.state_dict  # type: ignore[attr-defined]
@@ -336,7 +336,7 @@ class TEDStrategy(compat.SubprocessStrategy):
     @contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Lightning enters this for every micro-batch of a step but the last."""
+        """Marks a micro-batch that is not the last of its step; Lightning enters this for each of these."""
         self._last_micro_batch = False
         try:
             yield
@@ -345,12 +345,12 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @property
     def gradients(self) -> Gradients:
-        """Norms and values of the gradient of the step under way, and a way to change it."""
+        """The gradient of the current step: its norms and values, and a way to change it."""
         return Gradients(self.sharded_optimizers, self.topology.comm)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Lightning's; but if gradients are read in ``on_after_backward``, they are reduced then, as with DDP."""
+        """Runs Lightning's backward pass; if ``on_after_backward`` reads gradients, they are reduced by then."""
         module = self.lightning_module
         assert module is not None
         loss = closure_loss
@@ -414,8 +414,8 @@ class TEDStrategy(compat.SubprocessStrategy):
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: Any = "mean") -> Any:
         """Reduces over data ranks (``mean``, ``sum``, ``max``, ``min``), or over a group of torch.distributed.
 
-        Tensor ranks hold equal values, so the mean over all processes is the mean over data ranks, and likewise the
-        extremes; the sum over all would count each sample T times.
+        Tensor ranks hold equal values, so the mean, the minimum and the maximum over all processes are those over data
+        ranks. The sum over all processes would count each sample T times.
         """
         if not isinstance(tensor, Tensor):
             return tensor
@@ -432,15 +432,15 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether all processes decided so, or any; Lightning itself compares a sum with the number of processes."""
+        """Returns whether all or any processes decided so. Lightning's version compares a sum with the world size."""
         own = torch.tensor(int(decision), device=self.root_device)
         return bool(self.reduce(own, reduce_op="min" if all else "max"))
 
     @override
     def all_gather(self, tensor: Tensor, group: Any | None = None, sync_grads: bool = False) -> Tensor:
-        """Every data rank's tensor, stacked (D, …); of all processes each would be there T times."""
+        """Returns every data rank's tensor, stacked to (D, …); all processes' tensors would repeat each T times."""
         comm = self.topology.comm
-        if group is not None and group is not dist.group.WORLD:  # Lightning's word for: no group was given
+        if group is not None and group is not dist.group.WORLD:  # Lightning's default, WORLD, means no group
             return super().all_gather(tensor, group, sync_grads)
         if sync_grads:
             return super().all_gather(tensor, comm.group("data"), sync_grads)
@@ -462,7 +462,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         return box[0]
 
     def _within(self, what: str, limited: bool = True) -> AbstractContextManager[None]:
-        """Notes for the watch that this process waits in a collective of torch's."""
+        """Tells the watch that this process waits in one of torch's own collectives."""
         return nullcontext() if self._topology is None else self._topology.comm.place.within(what, limited)
 
     # ---- replicas ------------------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def on_train_start(self) -> None:
         for optimizer in self.sharded_optimizers:
-            optimizer.state.refresh_masters(optimizer.piece)  # of weights that a hook has set
+            optimizer.state.refresh_masters(optimizer.piece)  # in case a hook has set weights
         self._start([self._trainer.num_training_batches], "training")
 
     @override
@@ -500,10 +500,10 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.topology.slots.uneven = False
 
     def _start(self, lengths: Lengths, stage: str) -> None:
-        """Of a loop of so many batches of each loader."""
+        """Prepares for a loop of the given length for each data loader."""
         self._first_batch = True
         self.topology.slots.uneven = False
-        if stage == "training" or self.topology.comm.size("expert") > 1:  # else each goes through it for itself
+        if stage == "training" or self.topology.comm.size("expert") > 1:  # else no process needs another
             check_lengths(lengths, stage, self.topology)
 
     @override
@@ -530,7 +530,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
 
     def _check_batch(self, batch: Any, stage: str, alone: bool = True) -> None:
-        """``alone``: outside of training, where a data rank may have none."""
+        """Compares a loop's first batch; ``alone`` outside of training, where a data rank may have none."""
         if self._first_batch:
             check_batch(batch, stage, self.topology, alone)
         self._first_batch = False
@@ -539,14 +539,14 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @property
     def checkpointing(self) -> Checkpointing:
-        """What writes and reads checkpoints, from ``setup_environment`` on."""
+        """The object that writes and reads checkpoints, available from ``setup_environment`` on."""
         assert self._checkpointing is not None
         return self._checkpointing
 
     @property
     @override
     def restore_checkpoint_after_setup(self) -> bool:
-        return True  # shards are loaded into the sharded model and its optimizers
+        return True  # shards load into the sharded model and its optimizers
 
     @property
     @override
@@ -555,20 +555,20 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State by parameter name, each tensor sharded as its parameter."""
+        """Returns the state by parameter name, each tensor sharded like its parameter."""
         return self._sharded(optimizer).state_dict()
 
     @override
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
-        self._share_buffers()  # the values in the state are these
+        self._share_buffers()  # the state refers to these buffers
         self._check_replicas()
         if self.stop_on_nonfinite and self.sharded_optimizers:
             weights = [bucket.flat for optimizer in self.sharded_optimizers for bucket in optimizer.buckets]
             check_saved(weights, self.topology.comm, checkpoint_["global_step"], self.root_device)
         state = self._trainer.state
-        # Outside of training nothing goes on meanwhile, and nothing comes after it that would raise a failure.
+        # Outside of training there is nothing to overlap with, and no later call that would raise a failure.
         wait = state.fn != TrainerFn.FITTING or state.status != TrainerStatus.RUNNING
         path = Path(self.broadcast(filepath))
         self.checkpointing.save(checkpoint_, path, self.sharded_optimizers, self.loss_scaler, wait)
@@ -595,24 +595,24 @@ class TEDStrategy(compat.SubprocessStrategy):
         assert self.model is not None
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
-        self.checkpointing.restore_random_state()  # as late as this: starting a data loader draws a number
+        self.checkpointing.restore_random_state()  # this late because starting a data loader draws a number
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes over what ``on_load_checkpoint`` of the module changed; all else ``load_checkpoint`` has done."""
+        """Loads what the module's ``on_load_checkpoint`` has changed; ``load_checkpoint`` has done the rest."""
         assert self.lightning_module is not None
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Done in ``load_checkpoint``."""
+        """Does nothing: ``load_checkpoint`` has done it."""
 
 
 def _moved(old: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Values of arguments by their old names, for the objects that they belong to now; says where that is.
+    """Returns the values of old arguments by object and field, and warns where each has moved.
 
     Raises:
-        TypeError: if there never was such an argument.
+        TypeError: If there never was such an argument.
     """
     values: dict[str, dict[str, Any]] = {"comm": {}, "sharding": {}, "checkpoints": {}}
     for name, value in old.items():
