@@ -1,8 +1,8 @@
-"""Checks a whole configuration before any process is launched, and completes a copy of it by what follows.
+"""Checks a whole configuration before any process is launched, and completes a copy with the values that follow.
 
-Types and names are Hydra's concern, and each number's range is declared at its field; here it is what the fields must
-satisfy together and what they need from outside: files, devices, a checkpoint. One module for each part of the
-configuration. Every complaint says what is wrong, the values, and what would be valid.
+Hydra checks types and names, and each field declares the range of its number. This package checks what fields must
+satisfy together and what they need from outside: files, devices, a checkpoint. It has one module for each part of the
+configuration. Every error says what is wrong, the values, and what would be valid.
 """
 
 from pathlib import Path
@@ -36,61 +36,57 @@ _GPT2_TOKENS = 50_257
 
 
 def check(config: TrainConfig, most_processes: int | None = None) -> ParallelDegrees:
-    """Validates a configuration, which stays as it is.
-
-    The corpus is tokenised into the cache if it is not there yet.
+    """Validates a configuration without changing it, and tokenises the corpus into the cache if it is not there yet.
 
     Args:
-        config: as composed.
-        most_processes: allowed on this machine's CPU; None: as many as make sense for training.
+        config: The configuration as composed.
+        most_processes: The most processes allowed on this machine's CPU; None: as many as make sense for training.
 
     Returns:
         The parallel degrees.
 
     Raises:
-        UsageError: with a message of less than a screen.
+        UsageError: If the configuration is invalid; the message is shorter than a screen.
     """
     return _checked(config, most_processes)[0]
 
 
 def complete(config: TrainConfig, most_processes: int | None = None) -> TrainConfig:
-    """A copy in which every value that follows from others is filled in, once all has been checked.
+    """Checks a configuration and returns a copy in which every value that follows from others is filled in.
 
-    Filled in: ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
-    ``moe.capacity_groups`` where sequences are sharded, ``comm.ledger.time`` where a network is emulated, and
-    ``comm.cac=auto`` by what it chooses.
-
-    Args and exceptions: as of :func:`check`.
+    These are ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
+    ``moe.capacity_groups`` if sequences are sharded, ``comm.ledger.time`` if a network is emulated, and the choice that
+    replaces ``comm.cac=auto``. Arguments and exceptions are those of :func:`check`.
     """
     return filled_in(config, *_checked(config, most_processes))
 
 
 def check_simulated(config: TrainConfig) -> ParallelDegrees:
-    """:func:`check` of what depends neither on this machine nor on data.
+    """Checks what depends neither on this machine nor on data.
 
     Raises:
-        UsageError: as there.
+        UsageError: As for :func:`check`.
     """
     return _checked_alone(config)[0]
 
 
 def complete_simulated(config: TrainConfig, cluster: ClusterConfig | None = None) -> TrainConfig:
-    """:func:`complete` for a job that need not fit this machine.
+    """Completes a configuration like :func:`complete`, for a job that need not fit this machine.
 
-    Without a tokenizer, ``model.vocab_size=null`` is that of GPT-2's, rounded up: 50,304.
+    There is no tokenizer, so ``model.vocab_size=null`` becomes that of GPT-2's, rounded up: 50,304.
 
     Args:
-        config: as composed.
-        cluster: what ``comm.cac=auto`` reckons with; None: ``comm.cac_cluster``.
+        config: The configuration as composed.
+        cluster: The cluster whose links ``comm.cac=auto`` assumes; None: ``comm.cac_cluster``.
 
     Raises:
-        UsageError: as of :func:`check`.
+        UsageError: As for :func:`check`.
     """
     return filled_in(config, *_checked_alone(config), cluster)
 
 
 def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelDegrees, int]:
-    """Degrees, and the number of the tokenizer's tokens."""
+    """Checks everything, and returns the degrees and the tokenizer's vocabulary size."""
     try:
         degrees = _check_together(config)
         check_processes(config, most_processes)
@@ -99,7 +95,7 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         data = data_module(config.data, config.model.sequence_length, config.seed)
         tokens = data.corpus.tokenizer.vocab_size
         size = vocabulary(config, tokens)
-        _ = data.validation_samples  # raises if there is not one batch of them
+        _ = data.validation_samples  # raises if they do not fill one batch
         if config.ckpt_path is not None:
             check_checkpoint(with_values(config, {"model.vocab_size": size}), Path(config.ckpt_path))
         return degrees, tokens
@@ -117,7 +113,7 @@ def _checked_alone(config: TrainConfig) -> tuple[ParallelDegrees, int]:
 
 
 def _check_together(config: TrainConfig) -> ParallelDegrees:
-    """What holds wherever the job runs and on whatever data."""
+    """Checks what must hold on any machine and with any data."""
     check_ranges(config)
     degrees = parallel_degrees(config.parallel)
     check_comm(config, degrees)
@@ -133,7 +129,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
 
 
 def notes(config: TrainConfig) -> list[str]:
-    """What is not wrong, but has no effect."""
+    """Returns notes on settings that are not wrong but have no effect."""
     found = []
     if config.parallel.tensor == 1:
         for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):

@@ -1,14 +1,14 @@
-"""Batches: how samples of a step divide into micro-batches of data ranks."""
+"""Checks how the samples of a step divide into the micro-batches of data ranks."""
 
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
 
 
 def accumulation(config: TrainConfig, degrees: ParallelDegrees) -> int:
-    """Micro-batches of a step in each data rank: ``trainer.accumulate_grad_batches``.
+    """Returns the number of micro-batches of a step in each data rank, ``trainer.accumulate_grad_batches``.
 
     Raises:
-        ValueError: if it is given and another, or the batch does not divide; says which micro-batches would.
+        ValueError: If a different number is given, or the batch does not divide; the message says what would do.
     """
     batch, micro = config.data.batch_size, config.data.micro_batch_size
     if batch % (micro * degrees.data):

@@ -1,4 +1,4 @@
-"""The checkpoint to resume from: whether it is of this model, and leaves anything to train."""
+"""Checks that the checkpoint to resume from is of this model, and leaves steps to train."""
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields
@@ -9,18 +9,18 @@ from tedlab.checkpoint import read_meta
 from tedlab.config import ModelConfig, MoEConfig, TrainConfig
 from tedlab.validate.experts import GATING_OPTIONS
 
-_DEFAULTS = {  # what a checkpoint means that is older than a field
+_DEFAULTS = {  # the values for fields that are newer than a checkpoint
     section: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
     for section, kind in (("model", ModelConfig), ("moe", MoEConfig))
 }
 
 
 def check_checkpoint(config: TrainConfig, path: Path) -> None:
-    """Of a configuration that is complete otherwise.
+    """Checks a checkpoint against a configuration, which must be complete otherwise.
 
     Raises:
-        OSError: if there is no such checkpoint.
-        ValueError: if it is of another model or of the last step.
+        OSError: If there is no such checkpoint.
+        ValueError: If the path is no checkpoint of a run, or one of another model, or leaves no step to train.
     """
     meta = read_meta(path)
     stored: Any = meta.get("hyper_parameters")

@@ -1,4 +1,4 @@
-"""Communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
+"""Checks communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from tedlab.validate.words import check_divides
 
 
 def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Options of ``comm``, beside those of ``model`` that they need.
+    """Checks the options of ``comm``, together with those of ``model`` that they need.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If they are invalid; the message says what would do.
     """
     comm, model = config.comm, config.model
     if comm.cac == "auto":
@@ -50,12 +50,12 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
 
 
 def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: ClusterConfig | None = None) -> Any:
-    """``comm.cac``; for ``auto`` the entries that fit the budget. All else must be complete.
+    """Returns ``comm.cac``, or for ``auto`` the entries that fit the budget.
 
     Args:
-        config: of the job.
-        degrees: its parallel degrees.
-        cluster: whose links ``auto`` reckons with; None: ``comm.cac_cluster``. An emulated one comes before both.
+        config: The job's configuration, complete otherwise.
+        degrees: Its parallel degrees.
+        cluster: The cluster whose links ``auto`` assumes; None: ``comm.cac_cluster``. An emulated one overrides both.
     """
     if config.comm.cac != "auto":
         return config.comm.cac

@@ -1,4 +1,4 @@
-"""What follows from other values: filled in, in a copy."""
+"""Fills in, in a copy of a configuration, the values that follow from others."""
 
 from dataclasses import replace
 
@@ -14,15 +14,15 @@ from tedlab.validate.model import vocabulary
 def filled_in(
     config: TrainConfig, degrees: ParallelDegrees, tokens: int, cluster: ClusterConfig | None = None
 ) -> TrainConfig:
-    """A complete copy of a configuration that has been checked.
+    """Returns a complete copy of a configuration that has been checked.
 
     Args:
-        config: as composed.
-        degrees: its parallel degrees.
-        tokens: of the tokenizer.
-        cluster: what ``comm.cac=auto`` reckons with; None: ``comm.cac_cluster``.
+        config: The configuration as composed.
+        degrees: Its parallel degrees.
+        tokens: The vocabulary size of the tokenizer.
+        cluster: The cluster whose links ``comm.cac=auto`` assumes; None: ``comm.cac_cluster``.
     """
-    timed = config.comm.ledger.time or config.comm.emulate is not None  # without it nothing would show of the delays
+    timed = config.comm.ledger.time or config.comm.emulate is not None  # otherwise the delays would not show
     completed = replace(
         config,
         model=replace(config.model, vocab_size=vocabulary(config, tokens)),

@@ -1,4 +1,4 @@
-"""Experts: how many, how they are routed, and what their queues may be."""
+"""Checks the experts: their number, their routing and their capacity."""
 
 from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees
@@ -9,10 +9,10 @@ GATING_OPTIONS = ("min_capacity", "random_token_selection", "second_expert_sampl
 
 
 def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Of a model that has any.
+    """Checks the experts, if the model has any.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If they are invalid; the message says what would do.
     """
     model, moe = config.model, config.moe
     if moe.num_experts == 0:
@@ -29,7 +29,7 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
-    mixtures[moe.dispatch]  # raises if there is none
+    mixtures[moe.dispatch]  # raises if it is unknown
     _check_kernel(config, degrees)
     if moe.unlimited:
         _check_unlimited(config)
@@ -76,10 +76,10 @@ def _check_unlimited(config: TrainConfig) -> None:
 
 
 def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None:
-    """``moe.capacity_groups``; if it is not given and sequences are sharded, one for each shard.
+    """Returns ``moe.capacity_groups``, or one for each shard if it is not given and sequences are sharded.
 
     Raises:
-        ValueError: if positions cannot be divided so; says what would do.
+        ValueError: If positions do not divide into these groups; the message says what would do.
     """
     shards = degrees.tensor if degrees.sequence else 1
     given = config.moe.capacity_groups

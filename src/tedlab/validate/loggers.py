@@ -1,4 +1,4 @@
-"""Loggers and callbacks: classes that can be imported, with arguments that they have."""
+"""Checks that loggers and callbacks are classes that can be imported, and that they have the given arguments."""
 
 import difflib
 import inspect
@@ -20,15 +20,15 @@ _OF_WANDB = (
     "notes",
     "resume",
     "tags",
-)  # known without importing it for a second
+)  # known here because importing wandb takes a second
 _WANDB_MODES = ("online", "offline", "disabled", "shared")
 
 
 def check_loggers(config: TrainConfig) -> None:
-    """Of ``logger``. Nothing is built: W&B would start a process.
+    """Checks ``logger`` without building anything, because W&B would start a process.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If a logger is invalid; the message says what would do.
     """
     for name, settings in config.logger.items():
         kind = _class(f"logger.{name}", settings, Logger, "logger")
@@ -38,10 +38,10 @@ def check_loggers(config: TrainConfig) -> None:
 
 
 def check_callbacks(config: TrainConfig) -> None:
-    """Of ``callbacks``. Nothing is built.
+    """Checks ``callbacks`` without building anything.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If a callback is invalid; the message says what would do.
     """
     for name, settings in config.callbacks.items():
         _check_arguments(f"callbacks.{name}", _class(f"callbacks.{name}", settings, Callback, "callback"), settings)
@@ -53,7 +53,7 @@ def _class(key: str, settings: Any, base: type[Any], what: str) -> type[Any]:
     target = settings["_target_"]
     try:
         kind = hydra.utils.get_class(str(target))
-    except Exception as error:  # whatever importing it raises
+    except Exception as error:  # the import can raise anything
         raise ValueError(f"{key}._target_={target} cannot be imported: {error}") from None
     if not issubclass(kind, base):
         raise ValueError(f"{key}._target_={target} is not a {what} of Lightning, but a {kind.__name__}")
@@ -62,7 +62,7 @@ def _class(key: str, settings: Any, base: type[Any], what: str) -> type[Any]:
 
 def _check_arguments(key: str, kind: type[Any], settings: Mapping[str, Any]) -> None:
     known = dict(inspect.signature(kind).parameters)
-    if issubclass(kind, WandbLogger):  # which hands others on
+    if issubclass(kind, WandbLogger):  # it passes others on to wandb.init
         if {name for name in settings if not name.startswith("_")} <= {*known, *_OF_WANDB}:
             return
         import wandb
@@ -71,7 +71,7 @@ def _check_arguments(key: str, kind: type[Any], settings: Mapping[str, Any]) -> 
     elif any(p.kind is p.VAR_KEYWORD for p in known.values()):
         return
     for argument in settings:
-        if argument not in known and not argument.startswith("_"):  # Hydra's own
+        if argument not in known and not argument.startswith("_"):  # those are Hydra's own
             near = difflib.get_close_matches(argument, known, n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(f"{key}.{argument}: {kind.__name__} has no such argument.{hint}")

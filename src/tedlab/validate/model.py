@@ -1,4 +1,4 @@
-"""The model without its experts: its kinds of layers, sizes that degrees must divide, and its vocabulary."""
+"""Checks the model without its experts: its kinds of layers, the sizes that degrees must divide, and its vocabulary."""
 
 from tedlab.config import Positions, TrainConfig
 from tedlab.degrees import ParallelDegrees
@@ -9,13 +9,13 @@ _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the
 
 
 def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Sizes.
+    """Checks the architecture and the sizes of the model.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If they are invalid; the message says what would do.
     """
     model = config.model
-    models[model.architecture]  # raises if there is none
+    models[model.architecture]  # raises if it is unknown
     if model.hidden % model.heads:
         raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
     if model.positions == Positions.ROTARY and model.hidden // model.heads % 2:
@@ -28,10 +28,10 @@ def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
 
 
 def vocabulary(config: TrainConfig, tokens: int) -> int:
-    """``model.vocab_size``; if it is not given, that of a tokenizer of so many tokens, rounded up.
+    """Returns ``model.vocab_size``, or if it is not given, the tokenizer's number of tokens, rounded up.
 
     Raises:
-        ValueError: if it is too small, or the tensor degree does not divide it.
+        ValueError: If it is too small, or the tensor degree does not divide it.
     """
     size = config.model.vocab_size
     if size is None:

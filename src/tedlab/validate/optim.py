@@ -1,4 +1,4 @@
-"""The optimizer and its schedule: built once, for a parameter of one element that is stepped."""
+"""Checks the optimizer and its schedule by building them once and stepping parameters of one element."""
 
 import difflib
 import inspect
@@ -17,24 +17,24 @@ from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import schedules
 
-_SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what they follow from
-_FLAGS = ("foreach", "fused")  # whose default is null: torch chooses
-_tried: set[str] = set()  # what could be built and stepped
-_BELOW_ONE = ("momentum", "alpha")  # of which torch checks nothing, or the sign alone
+_SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what sets them
+_FLAGS = ("foreach", "fused")  # boolean although their default is null, with which torch chooses
+_tried: set[str] = set()  # configurations that could be built and stepped
+_BELOW_ONE = ("momentum", "alpha")  # torch checks at most their sign
 
 
 def check_optim(config: TrainConfig) -> None:
     """Builds the optimizer and lets it take a step.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If the optimizer is invalid; the message says what would do.
     """
     optim = config.optim
-    schedules[optim.schedule]  # raises if there is none
+    schedules[optim.schedule]  # raises if it is unknown
     target = optim.optimizer.get("_target_")
     try:
         kind = hydra.utils.get_class(str(target))
-    except Exception as error:  # whatever importing it raises
+    except Exception as error:  # the import can raise anything
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
     if not issubclass(kind, Optimizer):
         raise ValueError(f"optim.optimizer._target_={target} is not an optimizer, but a {kind.__name__}")
@@ -48,7 +48,7 @@ def check_optim(config: TrainConfig) -> None:
 
 
 def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
-    """Names and numbers of an optimizer's arguments."""
+    """Checks the names and numbers of an optimizer's arguments."""
     known = inspect.signature(kind).parameters
     for name, value in options.items():
         where = f"optim.optimizer.{name}"
@@ -72,8 +72,8 @@ def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
 
 
 def _try(config: TrainConfig) -> None:
-    """A step of a parameter of one element in each of the two groups that a run has."""
-    from tedlab.module import optimizer_with_schedule  # which imports the model
+    """Takes a step of a parameter of one element in each of the two groups that a run has."""
+    from tedlab.module import optimizer_with_schedule  # imports the model
 
     decayed, plain = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     groups: list[dict[str, Any]] = [{"params": [decayed]}, {"params": [plain], "weight_decay": 0.0}]
@@ -81,23 +81,23 @@ def _try(config: TrainConfig) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer, schedule = optimizer_with_schedule(config.optim, groups, config.trainer["max_steps"])
-            if config.trainer["accelerator"] == "cpu":  # what works on GPUs alone is not to be refused for one
+            if config.trainer["accelerator"] == "cpu":  # do not refuse what works on GPUs only
                 for parameter in (decayed, plain):
                     parameter.grad = torch.ones(1)
                 optimizer.step()
                 schedule.step()
-    except Exception as error:  # whatever an optimizer raises for arguments that it does not like
+    except Exception as error:  # optimizers raise anything for bad arguments
         raise ValueError(f"optim.optimizer cannot be built as configured: {_sentence(error)}") from None
 
 
 def _sentence(error: Exception) -> str:
-    """What the optimizer said, without what Hydra says around it."""
+    """Returns the optimizer's own message, without the one that Hydra wraps around it."""
     cause = error.__cause__ if isinstance(error, hydra.errors.InstantiationException) and error.__cause__ else error
     return f"{type(cause).__name__}: {cause}" if isinstance(cause, (KeyError, IndexError, TypeError)) else str(cause)
 
 
 def _numbers(value: object) -> Iterator[float]:
-    """Those in a value, also inside of lists."""
+    """Yields the numbers in a value, also inside lists."""
     if _is_number(value):
         yield value  # type: ignore[misc]
     elif isinstance(value, Sequence) and not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Processes: whether this machine has room, and devices, for those of a run."""
+"""Checks that this machine has room and devices for the processes of a run."""
 
 import os
 
@@ -8,14 +8,14 @@ from tedlab.config import Backend, TrainConfig
 
 
 def check_processes(config: TrainConfig, most: int | None) -> None:
-    """On this machine.
+    """Checks a run's processes against this machine.
 
     Args:
-        config: whose trainer has been checked.
-        most: processes on a CPU; None: as many as make sense for training.
+        config: The configuration, whose trainer has been checked.
+        most: The most processes on a CPU; None: as many as make sense for training.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If the run does not fit; the message says what would do.
     """
     devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
     world = config.parallel.world_size

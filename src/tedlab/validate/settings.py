@@ -1,4 +1,4 @@
-"""Values of the top level, of ``checkpoint`` and of ``logger``, and where a run may write."""
+"""Checks values of the top level, of ``checkpoint`` and of ``data``, and where a run may write."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,10 @@ OBJECTIVES = (*VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/pea
 
 
 def check_settings(config: TrainConfig) -> None:
-    """What does not depend on the machine.
+    """Checks the values that do not depend on the machine.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If a value is invalid; the message says what would do.
     """
     for name, value in (
         *(("output_dir", config.output_dir), ("experiment_name", config.experiment_name)),
@@ -34,7 +34,7 @@ def check_writable(name: str, folder: Path) -> None:
     """Refuses a folder that cannot be made or written to.
 
     Raises:
-        ValueError: with the operating system's reason.
+        ValueError: If the folder is refused, with the operating system's reason if it gives one.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

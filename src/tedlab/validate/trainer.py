@@ -1,4 +1,4 @@
-"""Arguments of Lightning's Trainer: which a run sets itself, what the others may be, and whether it can be built."""
+"""Checks the arguments of Lightning's Trainer: those that a run sets itself, the values of others, and the whole."""
 
 import difflib
 import inspect
@@ -17,7 +17,7 @@ from tedlab.strategy.contract import PRECISIONS
 
 _NEEDED = ("devices", "num_nodes", "max_steps", "precision", "accelerator")
 _EPOCHS = "Lightning's epochs would differ from the data's, and a resumed run go wrong"
-_OURS: dict[str, tuple[tuple[object, ...], str]] = {  # set by a run, or none of its: what is harmless, what to use
+_OURS: dict[str, tuple[tuple[object, ...], str]] = {  # arguments that are not the user's: harmless values, what to use
     "strategy": ((), "it is tedlab's; use parallel.… and comm.…"),
     "logger": ((), "use the group logger: logger=none, or +logger.NAME._target_=…"),
     "callbacks": ((), "use +callbacks.NAME._target_=…, beside tedlab's own"),
@@ -38,7 +38,7 @@ _OURS: dict[str, tuple[tuple[object, ...], str]] = {  # set by a run, or none of
     "sync_batchnorm": ((False,), "no layer is a batch normalisation"),
     "model_registry": ((), "checkpoints stay in the run directory"),
 }
-_NUMBERS = {  # None is another word for Lightning's default
+_NUMBERS = {  # None stands for Lightning's default
     "devices": Range(1, 1 << 20, whole=True),
     "num_nodes": Range(1, 1 << 20, whole=True),
     "max_steps": Range(1, LARGEST, whole=True),
@@ -48,7 +48,7 @@ _NUMBERS = {  # None is another word for Lightning's default
     "num_sanity_val_steps": Range(0, LARGEST, also=(-1,), whole=True),
     "log_every_n_steps": Range(1, LARGEST, whole=True),
     "accumulate_grad_batches": Range(1, LARGEST, whole=True),
-    "gradient_clip_val": Range(0),  # none at 0
+    "gradient_clip_val": Range(0),  # 0: no clipping
 }
 _WORDS: dict[str, tuple[object, ...]] = {
     "accelerator": ("cpu", "gpu", "cuda", "auto"),
@@ -57,15 +57,15 @@ _WORDS: dict[str, tuple[object, ...]] = {
     "profiler": (None, "simple", "advanced", "pytorch"),
     **dict.fromkeys(("benchmark", "enable_progress_bar", "enable_model_summary"), (None, True, False)),
     **dict.fromkeys(("detect_anomaly", "enable_autolog_hparams", "inference_mode"), (True, False)),
-    "use_distributed_sampler": (True, False),  # the data module's own sampler stays in either case
+    "use_distributed_sampler": (True, False),  # the data module keeps its own sampler in either case
 }
 
 
 def check_trainer(config: TrainConfig) -> None:
-    """All of ``trainer``.
+    """Checks all of ``trainer``.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If an argument is invalid; the message says what would do.
     """
     trainer = config.trainer
     for name in _NEEDED:
@@ -91,7 +91,7 @@ def check_trainer(config: TrainConfig) -> None:
 def _check_argument(name: str, value: object) -> None:
     if name in _OURS:
         harmless, instead = _OURS[name]
-        # None is Lightning's word for its default; but of those that have no harmless value a run sets some itself.
+        # None stands for Lightning's default; but a run sets some of the arguments without a harmless value itself.
         if not any(_same(value, other) for other in harmless) and not (value is None and harmless):
             raise ValueError(f"trainer.{name}={value} is not for this command: {instead}")
     elif name in _NUMBERS:
@@ -102,7 +102,7 @@ def _check_argument(name: str, value: object) -> None:
 
 
 def _same(value: object, other: object) -> bool:
-    """Equal and of one type: to Lightning 1 is one batch, 1.0 all of them, and true neither."""
+    """Returns whether values are equal and of one type: to Lightning, 1 is one batch, 1.0 all, and true neither."""
     return type(value) is type(other) and value == other
 
 
@@ -111,9 +111,9 @@ def _arguments() -> frozenset[str]:
     return frozenset(inspect.signature(Trainer).parameters)
 
 
-# What is settled above, and what the constructor would set for the whole process, or look for on this machine.
+# Arguments that are checked above, or that the constructor would set for the whole process or look for on this machine.
 _ELSEWHERE = frozenset({*_OURS, "accelerator", "devices", "num_nodes", "precision", "deterministic", "benchmark"})
-_tried: set[str] = set()  # what could be built
+_tried: set[str] = set()  # arguments with which a Trainer could be built
 
 
 def _try(arguments: Mapping[str, Any]) -> None:
@@ -134,12 +134,12 @@ def _refusal(arguments: Mapping[str, Any]) -> Exception | None:
     harmless: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "plugins": [LightningEnvironment()]}
     log = logging.getLogger("lightning.pytorch")
     level = log.level
-    log.setLevel(logging.WARNING)  # the run's own Trainer says which devices there are
+    log.setLevel(logging.WARNING)  # the run's own Trainer reports devices
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             Trainer(accelerator="cpu", devices=1, **harmless, **arguments)
-    except Exception as error:  # whatever a constructor raises
+    except Exception as error:  # the constructor can raise anything
         return error
     finally:
         log.setLevel(level)

@@ -1,13 +1,13 @@
-"""What several checks say in the same way."""
+"""Provides checks that several modules share."""
 
 from collections.abc import Iterable
 
 
 def check_known(name: str, value: object, valid: Iterable[str]) -> None:
-    """Refuses what is not one of so many words.
+    """Refuses a value that is not one of the valid words.
 
     Raises:
-        ValueError: naming all of them.
+        ValueError: If it is none of them; the message lists all.
     """
     words = tuple(valid)
     if value not in words:
@@ -18,7 +18,7 @@ def check_divides(name: str, value: int, by: str, degree: int) -> None:
     """Refuses a degree that does not divide a size.
 
     Raises:
-        ValueError: naming the degrees up to 64 that do.
+        ValueError: If it does not; the message lists the degrees up to 64 that do.
     """
     if value % degree:
         fitting = ", ".join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)
