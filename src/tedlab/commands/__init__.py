@@ -1,1 +1,1 @@
-"""The commands of ``tedlab COMMAND``, one module each: what they take, and the library's functions that they call."""
+"""The commands of ``tedlab COMMAND``. Each is one module, which reads arguments and calls the library."""

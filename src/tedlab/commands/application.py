@@ -1,4 +1,4 @@
-"""What every command is: a file in ``conf/``, a dataclass that types it, and a task that takes what they compose to."""
+"""Builds a command from a file in ``conf/``, a dataclass that types it, and a task that takes the composed result."""
 
 import sys
 from collections.abc import Callable
@@ -26,13 +26,13 @@ def hydra_entry(
     schema: type[C],
     prepare: Callable[[list[str]], list[str]] = lambda arguments: arguments,
 ) -> Callable[[], None]:
-    """The entry point of a command: composes ``conf/<name>.yaml`` with the command line and calls ``task`` with it.
+    """Returns a command's entry point, which composes ``conf/<name>.yaml`` with the command line and calls ``task``.
 
     Args:
-        task: what the command does. What it returns is what a sweeper minimises.
-        name: of the command.
-        schema: the dataclass that types the configuration, ``<name>_schema`` in the file's defaults.
-        prepare: makes Hydra's overrides of what a command line says in a way of its own.
+        task: Runs the command with its configuration, and returns the value that a sweeper minimises.
+        name: The command's name.
+        schema: The dataclass that types the configuration, ``<name>_schema`` in the file's defaults.
+        prepare: Turns the command's own notation on the command line into Hydra's overrides.
     """
     ConfigStore.instance().store(f"{name}_schema", schema)
     failures = SweepFailures()
@@ -45,7 +45,7 @@ def hydra_entry(
                 raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
             try:
                 typed = OmegaConf.to_object(config)
-                check_ranges(typed)  # before a command makes anything of a number
+                check_ranges(typed)  # before a command uses any number
             except ValueError as error:
                 raise UsageError(f"{error}") from None
             return task(cast(C, typed))

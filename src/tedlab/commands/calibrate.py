@@ -1,4 +1,4 @@
-"""``tedlab calibrate out=FILE.yaml``: measures this machine, for predictions that are about it."""
+"""``tedlab calibrate out=FILE.yaml``: measures this machine, so that predictions can describe it."""
 
 import os
 from dataclasses import replace
@@ -14,10 +14,10 @@ _DEVICES = ("cpu", "cuda")
 
 
 def checked(config: CalibrateConfig) -> CalibrateConfig:
-    """The configuration with its device.
+    """Checks a configuration and returns a copy with its device.
 
     Raises:
-        UsageError: for a value that cannot be; says what would be valid.
+        UsageError: If a value is invalid; the message says what would be valid.
     """
     import torch
 
@@ -43,7 +43,7 @@ def checked(config: CalibrateConfig) -> CalibrateConfig:
 
 
 def task(config: CalibrateConfig) -> None:
-    """Measures in as many processes as were asked for."""
+    """Measures in ``config.processes`` processes."""
     from tedlab.launch.launcher import launch
     from tedlab.launch.outside import started_outside
     from tedlab.predict.calibrate.calibration import calibrate

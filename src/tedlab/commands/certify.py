@@ -14,7 +14,7 @@ def task(config: TrainConfig) -> float:
     from tedlab.certify.show import certify_visibly
     from tedlab.validate import check_simulated
 
-    check_simulated(config)  # of which a small likeness is made; it need not fit this machine
+    check_simulated(config)  # it need not fit this machine, since it is shrunk
     certificate = certify_visibly(config)
     if not certificate.ok:
         sys.exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Runs the command with its command line."""
     parser = argparse.ArgumentParser(prog="tedlab checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):

@@ -1,4 +1,4 @@
-"""``tedlab compare DIR…``: finished runs side by side, in tables and in a report with charts."""
+"""``tedlab compare DIR…``: compares finished runs in tables and in a report with charts."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ _SWITCHES = ("force", "workspace")
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    """Directories become ``runs=[…]``; ``--out FILE`` and its like may stand for ``out=FILE``, ``--force`` alone."""
+    """Turns directories into ``runs=[…]``, ``--out FILE`` into ``out=FILE`` and ``--force`` into ``force=true``."""
     runs, others = [], []
     words = iter(arguments)
     for word in words:
@@ -29,7 +29,7 @@ def prepare(arguments: list[str]) -> list[str]:
 
 
 def task(config: CompareConfig) -> None:
-    """Reads, compares, prints and writes."""
+    """Reads and compares runs, prints the result and writes the report."""
     if bool(config.runs) == bool(config.wandb):
         raise UsageError("Give run or sweep directories, or wandb=ENTITY/PROJECT group=GROUP")
     if bool(config.wandb) != bool(config.group):

@@ -7,12 +7,12 @@ from tedlab.errors import UsageError
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    """Quotes what is text."""
+    """Quotes the values that are text."""
     return quoted(arguments, ("run", "prompt"))
 
 
 def task(config: GenerateConfig) -> None:
-    """Prints the text."""
+    """Prints the continued text."""
     from tedlab.generate import generate
 
     try:

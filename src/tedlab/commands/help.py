@@ -1,4 +1,4 @@
-"""``--help`` of every command: its presets, and every value with the comment that stands beside it in the source."""
+"""Writes the ``--help`` of a command: its presets, and every value with its comment in the source."""
 
 import ast
 import inspect
@@ -21,26 +21,26 @@ from tedlab.cli import CONF, from_folder, presets
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 
-_BESIDE = 34  # column of comments beside values, where these are not longer
+_BESIDE = 34  # column of comments beside values, unless these are longer
 
 
 class Comment(NamedTuple):
-    """What is said of a field: in lines above it, and beside it."""
+    """The comment on a field: the lines above it, and the text beside it."""
 
     above: tuple[str, ...] = ()
     beside: str = ""
 
 
 def help_text(name: str, overrides: list[str], folder: str | None = None) -> str:
-    """What a command does, the options of its groups, and its configuration as the overrides make it.
+    """Returns what a command does, the options of its groups, and its configuration with the overrides.
 
     Args:
-        name: of the command's file in ``conf/``.
-        overrides: of the command line.
-        folder: ``--config-dir``, with presets of the user's own.
+        name: The name of the command's file in ``conf/``.
+        overrides: The overrides of the command line.
+        folder: ``--config-dir``, a folder with the user's own presets.
 
     Raises:
-        UsageError: if they do not compose.
+        UsageError: If the configuration does not compose.
     """
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         options = presets(name, folder)
@@ -54,7 +54,7 @@ def help_text(name: str, overrides: list[str], folder: str | None = None) -> str
     if options:
         lines += ["Presets (GROUP=OPTION)", *(f"{group}: {', '.join(known)}" for group, known in options.items()), ""]
     lines.append("Values (KEY=VALUE), with their present setting")
-    values = OmegaConf.to_container(config)  # what is missing or stands for something else as it is written
+    values = OmegaConf.to_container(config)  # missing values and interpolations stay as written
     assert isinstance(values, dict)
     keys = [str(key) for key in values if key != "hydra"]
     own = [key for key in keys if key not in TrainConfig.__dataclass_fields__]
@@ -65,14 +65,14 @@ def help_text(name: str, overrides: list[str], folder: str | None = None) -> str
 
 
 def _shown(parent: DictConfig, key: str, value: Any, in_file: dict[str, str], path: tuple[str, ...] = ()) -> list[str]:
-    """A value, or a section with all below it, as YAML.
+    """Returns the YAML lines of a value, or of a section with everything in it.
 
     Args:
-        parent: where it is.
-        key: its name there.
-        value: what is there.
-        in_file: comments of the file that its group came from, by dotted name inside of the group.
-        path: of ``parent``, from the group on.
+        parent: The section that holds the value.
+        key: The value's name in its parent.
+        value: The value itself.
+        in_file: The comments of the file that its group came from, by dotted name inside the group.
+        path: The path of ``parent``, from the group on.
     """
     indent = "  " * len(path)
     kind = OmegaConf.get_type(parent)
@@ -91,7 +91,7 @@ def _shown(parent: DictConfig, key: str, value: Any, in_file: dict[str, str], pa
 
 @cache
 def field_comments(kind: type) -> dict[str, Comment]:
-    """The comments of a dataclass's fields: those on a field's own lines are beside it, those before it above it."""
+    """Returns the comments of a dataclass's fields: ``beside`` has those on the field's lines, ``above`` the others."""
     found: dict[str, Comment] = {}
     for base in reversed(kind.__mro__):
         if not is_dataclass(base):
@@ -114,7 +114,7 @@ def field_comments(kind: type) -> dict[str, Comment]:
 
 
 def _file_comments(name: str) -> dict[str, str]:
-    """The comments beside values of a file in ``conf/``, by dotted name; none of a file that is not there."""
+    """Returns the comments beside values of a file in ``conf/``, by dotted name; none if there is no such file."""
     path = CONF / f"{name}.yaml"
     found: dict[str, str] = {}
     above: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""A training job on a cluster: what simulate and plan take beside what train takes."""
+"""Adds a cluster to a training job, for the commands simulate and plan."""
 
 import re
 from dataclasses import asdict, dataclass, fields
@@ -10,21 +10,21 @@ from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
 
-_files: dict[str, str] = {}  # paths of the user's own clusters, by the name under which Hydra knows them
+_files: dict[str, str] = {}  # paths of the user's cluster files, by the name that Hydra knows them by
 
 
 @dataclass
 class JobOnCluster(TrainConfig):
-    """A training job, and what it is to run on."""
+    """A training job and the cluster that it is to run on."""
 
     cluster: ClusterConfig | None = None  # cluster=NAME: a preset, or the path of a .yaml file like it; needed
 
 
 def prepare(arguments: list[str]) -> list[str]:
-    """Makes ``parallel.world_size`` of ``world_size``, and presets of the group ``cluster`` of files that are paths.
+    """Turns ``world_size`` into ``parallel.world_size``, and cluster files into presets of the group ``cluster``.
 
     Raises:
-        UsageError: for a cluster that there is not, and for a file that is none.
+        UsageError: If a cluster does not exist, or a file does not describe one.
     """
     made = []
     elsewhere = any(argument.startswith("hydra.searchpath=") for argument in arguments)
@@ -42,15 +42,15 @@ def prepare(arguments: list[str]) -> list[str]:
 
 
 def job_alone(config: JobOnCluster) -> TrainConfig:
-    """The training job."""
+    """Returns the training job without its cluster."""
     return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
 
 
 def on_cluster(config: JobOnCluster) -> tuple[str, ClusterConfig]:
-    """The cluster, after its name, or the path that it came from.
+    """Returns the cluster's name, or the path of its file, and the cluster.
 
     Raises:
-        UsageError: if none was chosen.
+        UsageError: If none was chosen.
     """
     if config.cluster is None:
         raise UsageError(f"Say what to predict for. {_choose()}")
@@ -63,14 +63,14 @@ def _choose() -> str:
 
 
 def _preset(name: str, elsewhere: bool) -> str:
-    """The option of the group ``cluster`` for what stands behind ``cluster=``; a file becomes one.
+    """Returns the option of the group ``cluster`` for the value of ``cluster=``, and registers a file as one.
 
-    ``elsewhere``: Hydra looks in other places, too, and will say if there is none of this name.
+    With ``elsewhere``, Hydra also searches other places, and reports by itself that a name does not exist.
     """
     path = Path(name.strip("'\""))
     if path.suffix != ".yaml" and elsewhere:
         return name
-    cluster = load_cluster(path)  # raises for what there is not
+    cluster = load_cluster(path)  # raises if there is none
     if path.suffix != ".yaml":
         return name
     option = re.sub(r"\W", "_", path.stem)

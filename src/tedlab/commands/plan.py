@@ -1,4 +1,4 @@
-"""``tedlab plan``: the fastest layout that fits, for a training job on any cluster."""
+"""``tedlab plan``: finds the fastest layout that fits, for a training job on any cluster."""
 
 import re
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def task(config: PlanningConfig) -> float:
 
 
 def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
-    """Those that ``tedlab train`` takes, with the trainer, which is another one by default here."""
+    """Returns the overrides that ``tedlab train`` takes, and names the trainer, whose default is different here."""
     ours = re.compile(r"\+*(cluster|plan)[.=]")
     job = [override for override in overrides if not ours.match(override)]
     return job if any(override.startswith("trainer=") for override in job) else [*job, "trainer=gpu"]

@@ -1,4 +1,4 @@
-"""``tedlab simulate``: one rank of a training job on any cluster, simulated on this machine's CPU."""
+"""``tedlab simulate``: simulates one rank of a training job on any cluster, on this machine's CPU."""
 
 import sys
 from dataclasses import dataclass, field, replace
@@ -54,7 +54,7 @@ def _ranks(asked: Any) -> "Ranks":
 
 
 def _with_real_values(sim: SimulationConfig, config: TrainConfig) -> float:
-    """The certificate of a world that this machine has no processes for."""
+    """Certifies a world that is too large for processes on this machine, and returns the largest error."""
     import torch
 
     from tedlab.certify.show import certify_visibly

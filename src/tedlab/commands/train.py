@@ -27,11 +27,11 @@ def train(config: TrainConfig) -> float:
     started_outside = outside.started_outside()
     if started_outside and outside.restarts():
         config = after_restart(config)
-    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # called by a program
+    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # empty if a program calls this
     config, resumed = resume(config, named)
     composed, config = config, complete(config)
     degrees = parallel_degrees(config.parallel)
-    held = not started_outside or outside.first_outside()  # by one process for all
+    held = not started_outside or outside.first_outside()  # one process holds it for all
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
         if config.certificate:
             certify_first(composed)
@@ -41,21 +41,21 @@ def train(config: TrainConfig) -> float:
         try:
             summary = launch(run, config, int(config.trainer["devices"]), lock)
         except (WorkerFailed, SystemExit) as error:
-            if not started_outside:  # there the first process has said it
+            if not started_outside:  # otherwise the first process has written it
                 leave_summary(config, error)
             raise
     return float(summary.get(config.objective, float("nan")))
 
 
 def leave_summary(config: TrainConfig, error: BaseException) -> None:
-    """``summary.json`` of a run that did not finish, and why: the first process may have ended without a word."""
+    """Writes ``summary.json`` with the reason why a run did not finish; its first process may have ended abruptly."""
     from tedlab.errors import WorkerFailed
     from tedlab.launch.outcome import FAILED, FINISHED, INTERRUPTED, Outcome, read_summary, write_unfinished
 
     directory = Path(config.output_dir)
     summary = read_summary(directory)
     if summary and summary.get("state", FINISHED) == FINISHED:
-        return  # this run had, or an earlier one here, to which this one has done nothing
+        return  # this run had finished, or an earlier one here that this run has not touched
     if isinstance(error, WorkerFailed):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         outcome = Outcome(FAILED, f"{lines[0]} {lines[-1]}")
@@ -66,9 +66,9 @@ def leave_summary(config: TrainConfig, error: BaseException) -> None:
 
 
 def after_restart(config: TrainConfig) -> TrainConfig:
-    """A copy by which processes that torchrun has started again (``--max-restarts``) go on where their run ends.
+    """Returns a copy with which processes that torchrun has restarted (``--max-restarts``) resume their run.
 
-    Without a checkpoint there they do what the first ones were told.
+    They resume from its last checkpoint. Without one, they start as the first processes did.
     """
     from tedlab.checkpoint import read_meta
     from tedlab.launch import outside
@@ -88,7 +88,7 @@ def certify_first(config: TrainConfig) -> None:
     """Certifies the configuration. ``certificate.json`` in the run directory and W&B's configuration keep the verdict.
 
     Raises:
-        UsageError: if it does not equal one process.
+        UsageError: If the configuration does not equal one process.
     """
     from tedlab.certify.show import certify_visibly
     from tedlab.report import CERTIFICATE
