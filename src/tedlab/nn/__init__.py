@@ -1,4 +1,4 @@
-"""Tensor-parallel building blocks. With a tensor degree of 1 they are the ordinary layers."""
+"""Tensor-parallel building blocks, which are the ordinary layers when the tensor degree is 1."""
 
 from tedlab.nn.activation import activate
 from tedlab.nn.attention import SelfAttention, SelfAttentionSpec

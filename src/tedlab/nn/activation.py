@@ -1,13 +1,13 @@
-"""What stands between the two projections of a feed-forward layer or an expert."""
+"""The activation between the two projections of a feed-forward layer or an expert."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def activate(z: Tensor, gated: bool) -> Tensor:
-    """GELU of (…, F); or SwiGLU of (…, 2·F), gate and linear part in turn, silu(gate) · linear part: (…, F).
+    """Applies GELU to (…, F), or SwiGLU to (…, 2·F), whose features alternate between gate and linear part.
 
-    Source: Shazeer 2020, eq. 6.
+    SwiGLU returns silu(gate) · linear part (Shazeer 2020, eq. 6). The result is (…, F) either way.
     """
     if not gated:
         return F.gelu(z)

@@ -1,4 +1,4 @@
-"""Causal self-attention with its heads divided over the tensor group."""
+"""Causal self-attention whose heads are divided over the tensor group."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class SelfAttentionSpec(Spec):
-    """Of :class:`SelfAttention`."""
+    """Describes a :class:`SelfAttention`."""
 
     parts = ("qkv", "out")
     hidden: int
@@ -34,7 +34,7 @@ class SelfAttentionSpec(Spec):
         return RowParallelSpec(self.hidden, self.hidden, "attention", self.out_init, self.bias)
 
     def flops(self, length: int) -> Counter[str]:
-        """Of scores and weighted sums half: a token looks at the tokens before it only."""
+        """Counts only half of the scores and weighted sums, since a token attends only to tokens up to itself."""
         projections = super().flops(length).total()
         return Counter(attention_projections=projections, attention_scores=2 * length * self.hidden)
 
@@ -46,11 +46,11 @@ class SelfAttentionSpec(Spec):
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         yield from self.out.backward(b)
         yield self._scores(b, flops=10, moved=8)
-        yield b.moved(6 * b.tokens * self.hidden // b.tensor)  # of q, k and v, put together
+        yield b.moved(6 * b.tokens * self.hidden // b.tensor)  # concatenates the gradients of q, k and v
         yield from self.qkv.backward(b)
 
     def saved(self, b: MicroBatch) -> int:
-        """Also queries, keys and values, and a number for each row of scores."""
+        """Adds queries, keys and values, and one fp32 number for each row of scores."""
         own = 3 * b.tokens * self.hidden // b.tensor * b.compute.itemsize + b.tokens * self.heads // b.tensor * 4
         return super().saved(b) + own
 
@@ -58,25 +58,25 @@ class SelfAttentionSpec(Spec):
         yield WorkingSet("attention", temporaries=6 * b.tokens * self.hidden // b.tensor * b.compute.itemsize)
 
     def _scores(self, b: MicroBatch, flops: int, moved: int) -> Work:
-        """Of this tensor rank's heads: FLOPs for each pair of positions and feature, tensors like the queries."""
+        """Returns the kernel of this rank's heads: ``flops`` per feature and visible pair, ``moved`` tensors like q."""
         elements = b.tokens * self.hidden // b.tensor
         size = moved * elements * b.compute.itemsize
         return Work(flops * elements * b.length / 2, size, b.compute, "attention")
 
 
 class SelfAttention(Layer):
-    """Multi-head causal self-attention (Vaswani et al., 2017), each tensor rank computing heads / T of the heads.
+    """Multi-head causal self-attention (Vaswani et al., 2017); each tensor rank computes heads / T of the heads.
 
-    The rows of the fused projection are ordered head by head (q, k, v of head 0, then of head 1, …), so that an even
-    division of the rows is a division by heads in every layout.
+    The rows of the fused projection are ordered by head (q, k, v of head 0, then of head 1, …), so that dividing the
+    rows evenly divides them by heads in every layout.
 
     Args:
-        hidden: model width, a multiple of ``heads``.
-        heads: number of heads, a multiple of the tensor degree.
-        topology: where this process stands.
-        init: initial weights of the fused query-key-value projection.
-        out_init: initial weights of the output projection.
-        bias: whether the projections have biases.
+        hidden: Model width, a multiple of ``heads``.
+        heads: Number of heads, a multiple of the tensor degree.
+        topology: The process's place in the meshes.
+        init: Initial weights of the fused query-key-value projection.
+        out_init: Initial weights of the output projection.
+        bias: Whether the projections have biases.
     """
 
     def __init__(
@@ -89,16 +89,16 @@ class SelfAttention(Layer):
         self.out = RowParallelLinear.of(spec.out, topology)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """(B, S, H) → (B, S, H).
+        """Maps (B, S, H) to (B, S, H).
 
         Args:
-            x: activations.
-            rotation: (2, S, head_dim/2) of queries and keys, see :func:`tedlab.nn.rotation`; None: they stay.
+            x: Activations outside, see ``region.py``.
+            rotation: (2, S, head_dim/2), see :func:`tedlab.nn.rotation`; None: queries and keys are not rotated.
         """
         q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(-2)  # each (B, S, heads/T, head_dim)
         if rotation is not None:
             q, k = (rotate(part, rotation.unsqueeze(-2)) for part in (q, k))
-            v = v.clone()  # else all of the projection would be kept for it
+            v = v.clone()  # a view would keep the whole projection alive
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads/T, S, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(-2))

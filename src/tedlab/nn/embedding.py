@@ -16,7 +16,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class VocabParallelEmbeddingSpec(Spec):
-    """Of :class:`VocabParallelEmbedding`."""
+    """Describes a :class:`VocabParallelEmbedding`."""
 
     vocab_size: int
     hidden: int
@@ -38,13 +38,13 @@ class VocabParallelEmbeddingSpec(Spec):
 
 
 class VocabParallelEmbedding(ShardedModule):
-    """Token embedding with the vocabulary divided over the tensor group; also usable as a tied output projection.
+    """Token embedding with the vocabulary divided over the tensor group; it also serves as a tied output projection.
 
     Args:
-        vocab_size: number of tokens; the tensor degree must divide it.
-        hidden: width of an embedding.
-        topology: where this process stands.
-        init: initial values.
+        vocab_size: Number of tokens, a multiple of the tensor degree.
+        hidden: Width of an embedding.
+        topology: The process's place in the meshes.
+        init: Initial values.
     """
 
     def __init__(self, vocab_size: int, hidden: int, topology: Topology, *, init: Init) -> None:
@@ -56,10 +56,10 @@ class VocabParallelEmbedding(ShardedModule):
         self.build(VocabParallelEmbeddingSpec(vocab_size, hidden, init), topology)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, S) int64 → activations (B, S, H). Each rank looks up the ids it owns; the sum is the result.
+        """Maps token ids (B, S) int64 to activations (B, S, H), the sum of what each rank looks up for the ids it owns.
 
         Raises:
-            IndexError: for an id outside the vocabulary, on a CPU; on a GPU the device asserts.
+            IndexError: If an id is outside the vocabulary, on a CPU; on a GPU the device asserts.
         """
         check_ids(ids, self.vocab_size, "a token id")
         weight = self.local("weight")  # (V/T, H)
@@ -69,13 +69,13 @@ class VocabParallelEmbedding(ShardedModule):
         return self.region.leave(found)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Tied output projection: activations (B, S, H) → this rank's part of the logits (B, S, V/T)."""
+        """Maps activations (B, S, H) to this rank's part of the logits (B, S, V/T), with the embedding's weights."""
         return F.linear(self.output_region.enter(x), self.local("weight"))
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec(Spec):
-    """Of :class:`Embedding`."""
+    """Describes an :class:`Embedding`."""
 
     length: int
     hidden: int
@@ -92,7 +92,7 @@ class EmbeddingSpec(Spec):
 
 
 class Embedding(ShardedModule):
-    """A table of learned position embeddings, replicated over the tensor group."""
+    """A table of learned position embeddings that is replicated over the tensor group."""
 
     def __init__(self, length: int, hidden: int, topology: Topology, *, init: Init) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Embedding(ShardedModule):
         self.build(EmbeddingSpec(length, hidden, init), topology)
 
     def forward(self, length: int) -> Tensor:
-        """Embeddings of positions 0 … length-1: (length, H); of this tensor rank's slice of them, if it has one."""
+        """Returns the embeddings of positions 0 … length-1 (length, H), or this tensor rank's slice if it has one."""
         weight = self.local("weight")
         require(length <= weight.shape[0], lambda: f"{length} positions, but the table has {weight.shape[0]}")
         return weight[:length].chunk(self.slices)[self.slice]

@@ -14,7 +14,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class FeedForwardSpec(Spec):
-    """Of :class:`FeedForward`."""
+    """Describes a :class:`FeedForward`."""
 
     parts = ("up", "down")
     hidden: int
@@ -53,26 +53,26 @@ class FeedForwardSpec(Spec):
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         matrix = self.hidden * self.ffn // b.tensor * b.parameter.itemsize
-        yield WorkingSet("feed-forward layer", matrix, temporaries=matrix + self._inner(b))  # one transposed
+        yield WorkingSet("feed-forward layer", matrix, temporaries=matrix + self._inner(b))  # one matrix is transposed
 
     def _inner(self, b: MicroBatch) -> int:
         return b.tokens * self.ffn // b.tensor * b.compute.itemsize
 
 
 class FeedForward(Layer):
-    """Linear, GELU, linear (GPT-3), or with SwiGLU (Shazeer, 2020): linear, SiLU of one half times the other, linear.
+    """Linear, GELU, linear (GPT-3); or with SwiGLU (Shazeer, 2020) linear, SiLU of one half times the other, linear.
 
-    The rows of SwiGLU's first projection are ordered feature by feature (gate and value of feature 0, then of feature
-    1, …), so that an even division of the rows is a division by features in every layout.
+    The rows of SwiGLU's first projection are ordered by feature (gate and value of feature 0, then of feature 1, …), so
+    that dividing the rows evenly divides them by features in every layout.
 
     Args:
-        hidden: model width.
-        ffn: F, inner width; the tensor degree must divide it.
-        topology: where this process stands.
-        init: initial weights of the first projection.
-        out_init: initial weights of the second.
+        hidden: Model width.
+        ffn: Inner width F, a multiple of the tensor degree.
+        topology: The process's place in the meshes.
+        init: Initial weights of the first projection.
+        out_init: Initial weights of the second projection.
         activation: ``gelu`` or ``swiglu``.
-        bias: whether the projections have biases.
+        bias: Whether the projections have biases.
     """
 
     def __init__(
@@ -93,5 +93,5 @@ class FeedForward(Layer):
         self.down = RowParallelLinear.of(spec.down, topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, H) → (B, S, H)."""
+        """Maps (B, S, H) to (B, S, H)."""
         return self.down(activate(self.up(x), self.gated))

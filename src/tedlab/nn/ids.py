@@ -1,4 +1,4 @@
-"""Token ids from outside: one that the vocabulary does not have must not become a loss."""
+"""Checks token ids from outside: an id that is not in the vocabulary must not become a loss."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ _checking = True
 
 @contextmanager
 def unchecked() -> Iterator[None]:
-    """Within, ids are taken on trust, as those are that have been checked, or that have no values."""
+    """Turns off the check inside the context, for ids that have been checked already or that have no values."""
     global _checking
     before, _checking = _checking, False
     try:
@@ -23,19 +23,19 @@ def unchecked() -> Iterator[None]:
 
 
 def check_ids(ids: Tensor, vocab_size: int, what: str, ignore_index: int | None = None) -> None:
-    """Refuses ids outside the vocabulary, but within :func:`unchecked`.
+    """Refuses ids outside the vocabulary, unless inside :func:`unchecked`.
 
-    On a CPU the error is raised here. Elsewhere the device checks when it comes to it, so that the host need not wait:
-    the process then ends by an assertion of the device that names the vocabulary but not the id.
+    On a CPU this raises the error. Elsewhere the device checks later, so that the host need not wait; the process then
+    ends with a device assertion that names the vocabulary but not the id.
 
     Args:
-        ids: int64, of any shape.
-        vocab_size: number of tokens.
-        what: that they are, in the singular; begins the message.
-        ignore_index: a value that is allowed, too.
+        ids: int64 of any shape.
+        vocab_size: Number of tokens.
+        what: What an id is, in the singular; it begins the message.
+        ignore_index: A value that is allowed as well.
 
     Raises:
-        IndexError: names the first such id and the vocabulary's size.
+        IndexError: If an id is outside; it names the first such id and the vocabulary's size.
     """
     if not _checking:
         return

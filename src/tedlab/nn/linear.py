@@ -1,4 +1,4 @@
-"""Linear layers divided over the tensor group: by output features (column) and by input features (row)."""
+"""Linear layers divided over the tensor group, by output features (column) or by input features (row)."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -16,7 +16,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class LinearSpec(Spec):
-    """Of a linear layer."""
+    """Describes a linear layer."""
 
     in_features: int
     out_features: int
@@ -28,18 +28,18 @@ class LinearSpec(Spec):
         return Counter({self.tag: 2 * self.in_features * self.out_features})
 
     def widths(self, b: MicroBatch) -> tuple[int, int]:
-        """Input and output features of this process's part."""
+        """Returns the numbers of input and output features of this process's part."""
         raise NotImplementedError
 
     def saved(self, b: MicroBatch) -> int:
-        """Its input, and its weights if they were converted."""
+        """Counts the input, and the weights if they are converted."""
         k, n = self.widths(b)
         return (b.tokens * k + (k * n if b.mixed else 0)) * b.compute.itemsize
 
 
 @dataclass(frozen=True)
 class ColumnParallelSpec(LinearSpec):
-    """Of :class:`ColumnParallelLinear`."""
+    """Describes a :class:`ColumnParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0})
@@ -56,7 +56,7 @@ class ColumnParallelSpec(LinearSpec):
         k, n = self.widths(b)
         if b.mixed:
             yield b.moved(b.outside * k + k * n, b.parameter, b.compute)
-        if b.layout.sequence:  # into the order of positions
+        if b.layout.sequence:  # reorders by position
             yield b.moved(2 * b.tokens * k)
         yield b.product(b.tokens, k, n)
 
@@ -70,15 +70,15 @@ class ColumnParallelSpec(LinearSpec):
 
 
 class ColumnParallelLinear(ShardedModule):
-    """``x @ Wᵀ + b`` with the output features divided over the tensor group.
+    """Computes ``x @ Wᵀ + b`` with the output features divided over the tensor group.
 
     Args:
-        in_features: size of the last dimension of the input.
-        out_features: global size of the output; the tensor degree must divide it.
-        topology: where this process stands.
-        tag: name of the layer in the record of collectives (``<tag>.copy``, in backward; ``<tag>.gather``).
-        init: initial weights; the bias starts at zero.
-        bias: whether there is one.
+        in_features: Size of the input's last dimension.
+        out_features: Global size of the output's last dimension, a multiple of the tensor degree.
+        topology: The process's place in the meshes.
+        tag: Name of the layer in the record of collectives (``<tag>.copy``, in backward; ``<tag>.gather``).
+        init: Initial weights; the bias starts at zero.
+        bias: Whether there is a bias.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ColumnParallelLinear(ShardedModule):
         self.build(ColumnParallelSpec(in_features, out_features, tag, init, bias), topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Activations outside (B, S, in_features) → (B, S, out_features / T), this rank's part."""
+        """Maps activations outside (B, S, in_features) to this rank's part (B, S, out_features / T)."""
         return F.linear(
             self.region.enter(x), self.local("weight"), self.local("bias") if "bias" in self.inits else None
         )
@@ -97,11 +97,11 @@ class ColumnParallelLinear(ShardedModule):
 
 @dataclass(frozen=True)
 class RowParallelSpec(LinearSpec):
-    """Of :class:`RowParallelLinear`."""
+    """Describes a :class:`RowParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1})
-        if self.bias:  # added once, to the sum
+        if self.bias:  # replicated, since it is added once, to the sum
             yield ParameterSpec("bias", (self.out_features,), decayed=False)
 
     def sites(self, layout: Layout) -> Sites:
@@ -133,15 +133,15 @@ class RowParallelSpec(LinearSpec):
 
 
 class RowParallelLinear(ShardedModule):
-    """``x @ Wᵀ + b`` with the input features divided over the tensor group.
+    """Computes ``x @ Wᵀ + b`` with the input features divided over the tensor group.
 
     Args:
-        in_features: global size of the input; the tensor degree must divide it.
-        out_features: size of the last dimension of the output.
-        topology: where this process stands.
-        tag: name of the layer in the record of collectives (``<tag>.reduce``, in forward).
-        init: initial weights; the bias starts at zero.
-        bias: whether there is one.
+        in_features: Global size of the input's last dimension, a multiple of the tensor degree.
+        out_features: Size of the output's last dimension.
+        topology: The process's place in the meshes.
+        tag: Name of the layer in the record of collectives (``<tag>.reduce``, in forward).
+        init: Initial weights; the bias starts at zero.
+        bias: Whether there is a bias.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class RowParallelLinear(ShardedModule):
         self.build(RowParallelSpec(in_features, out_features, tag, init, bias), topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, S, in_features / T), this rank's part → activations outside (B, S, out_features)."""
+        """Maps this rank's part (B, S, in_features / T) to activations outside (B, S, out_features)."""
         return self.region.leave(
             matmul_into(x, self.local("weight").mT, f"{self.tag}.reduce"),
             self.local("bias") if "bias" in self.inits else None,

@@ -1,8 +1,8 @@
 """Cross-entropy over logits whose vocabulary is divided over the tensor group. Logits are never gathered.
 
-Means are over counted targets: those that are not ``ignore_index``. Where the micro-batches of a step, or its data
-ranks, have unequal numbers of them, each micro-batch's mean counts alike, as it does in one process that accumulates
-the same micro-batches; a token of a micro-batch with few of them then weighs more.
+Means are over counted targets, which are those other than ``ignore_index``. If the micro-batches of a step or its data
+ranks have different numbers of them, each micro-batch's mean still has the same weight, as it does in one process that
+accumulates the same micro-batches; a token of a micro-batch with few counted targets then weighs more.
 """
 
 import functools
@@ -19,12 +19,12 @@ from tedlab.comm import Collectives
 from tedlab.nn.ids import check_ids
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 
-IGNORE_INDEX = -100  # torch's own
+IGNORE_INDEX = -100  # torch's default
 
 
 @dataclass(frozen=True)
 class CrossEntropySpec(Spec):
-    """Of the functions below; ``chunk``: tokens whose logits exist at a time. Of all at once it states the kernels."""
+    """Describes the functions below with logits of ``chunk`` tokens at a time; the kernels are those without chunks."""
 
     vocab_size: int
     chunk: int | None = None
@@ -50,7 +50,7 @@ class CrossEntropySpec(Spec):
 
 
 def mean_over_counted(losses: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Sum of losses, which are 0 where targets are ignored, by the number of counted targets; 0 if none counts."""
+    """Divides the sum of losses, which are 0 at ignored targets, by the number of counted targets; 0 if none counts."""
     return losses.sum() / _counted(targets != ignore_index)
 
 
@@ -61,7 +61,7 @@ def _counted(counts: Tensor) -> Tensor:
 def vocab_parallel_cross_entropy(
     logits: Tensor, targets: Tensor, comm: Collectives, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """Cross-entropy of every position.
+    """Computes the cross-entropy of every position.
 
     Forward all-reduces two vectors of N values over the tensor group (the maximum; then the sum of exponentials
     together with the target's logit). Backward needs no communication and works in place on the saved probabilities.
@@ -69,14 +69,14 @@ def vocab_parallel_cross_entropy(
     Args:
         logits: (N, V/T), this rank's part of the vocabulary, in order of rank.
         targets: (N,) int64 global token ids, the same on every tensor rank.
-        comm: the collectives of this process.
-        ignore_index: the target of positions whose loss and gradient are 0.
+        comm: The collectives of this process.
+        ignore_index: The target of positions whose loss and gradient are 0.
 
     Returns:
         (N,) losses in nats, in fp32 or better, the same on every tensor rank; see :func:`mean_over_counted`.
 
     Raises:
-        IndexError: for a target outside the vocabulary, on a CPU; on a GPU the device asserts.
+        IndexError: If a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
     """
     check_ids(targets, comm.size("tensor") * logits.shape[-1], "a target", ignore_index)
     return _VocabParallelCrossEntropy.apply(logits, targets, comm, ignore_index)
@@ -85,7 +85,7 @@ def vocab_parallel_cross_entropy(
 class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, comm: Collectives, ignore_index: int) -> Tensor:
-        # A private copy in fp32 or better: it becomes the probabilities, and in backward the gradient.
+        # This private copy in fp32 or better becomes the probabilities, and in backward the gradient.
         p_NV = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         largest_N = comm.all_reduce(p_NV.amax(-1), "tensor", tag="loss.max", phase="forward", op="max")
         p_NV.sub_(largest_N.unsqueeze(-1))
@@ -114,7 +114,7 @@ class _VocabParallelCrossEntropy(Function):
 
 
 def _infinite(sum_N: Tensor, ignored_N: Tensor) -> Tensor:
-    """The sums that make all probabilities of ignored positions 0, without another pass over these."""
+    """Sets the sums of ignored positions to infinity, which makes their probabilities 0 without another pass."""
     return sum_N.masked_fill(ignored_N, math.inf)
 
 
@@ -127,26 +127,26 @@ def linear_cross_entropy(
     backend: str = "none",
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Mean cross-entropy of the logits ``x @ weightᵀ``, of which never more than ``chunk`` rows exist.
+    """Computes the mean cross-entropy of the logits ``x @ weightᵀ``, of which at most ``chunk`` rows exist at a time.
 
-    Where gradients are wanted, each chunk's logits become their own gradient at once, in place, and that is multiplied
-    into the gradients of ``x`` and ``weight``, so that nothing of the size of the logits is kept for backward. Forward
-    all-reduces two vectors for each chunk, of as many values in all as :func:`vocab_parallel_cross_entropy`.
+    If gradients are wanted, each chunk's logits become their own gradient at once, in place, and are multiplied into
+    the gradients of ``x`` and ``weight``; nothing of the size of the logits is kept for backward. Forward all-reduces
+    two vectors per chunk, in sum as many values as :func:`vocab_parallel_cross_entropy`.
 
     Args:
         x: (N, H) activations in the dtype to compute in, the same on every tensor rank.
         weight: (V/T, H), this rank's part of the vocabulary, in order of rank; cast to the dtype of ``x``.
         targets: (N,) int64 global token ids, the same on every tensor rank.
-        comm: the collectives of this process.
-        chunk: rows of logits at a time.
-        backend: of ``torch.compile`` for what is done with a chunk's logits; ``none``: one operation after the other.
-        ignore_index: the target of rows that do not count.
+        comm: The collectives of this process.
+        chunk: Number of rows of logits at a time.
+        backend: Backend of ``torch.compile`` for the operations on a chunk's logits; ``none``: they run eagerly.
+        ignore_index: The target of rows that do not count.
 
     Returns:
         The mean loss in nats of the rows that count (0 if none does), in fp32 or better, the same on every tensor rank.
 
     Raises:
-        IndexError: for a target outside the vocabulary, on a CPU; on a GPU the device asserts.
+        IndexError: If a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
     """
     check_ids(targets, comm.size("tensor") * len(weight), "a target", ignore_index)
     return _LinearCrossEntropy.apply(
@@ -155,7 +155,7 @@ def linear_cross_entropy(
 
 
 class _Softmax(NamedTuple):
-    """What is done with logits, of any part of the vocabulary."""
+    """The operations on the logits of any part of the vocabulary."""
 
     statistics: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     to_probabilities: Callable[[Tensor, Tensor, Tensor], None]
@@ -168,15 +168,15 @@ def _softmax(backend: str) -> _Softmax:
 
 
 def _statistics(logits_CV: Tensor, column_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each row: the largest, the sum of exponentials of the differences from it, and the one in a column."""
+    """Returns each row's maximum, its sum of exp(logit - maximum), and its logit in the given column."""
     precise_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     largest_C1 = precise_CV.amax(-1, keepdim=True)
-    sum_C1 = (precise_CV - largest_C1).exp().sum(-1, keepdim=True)  # inductor sees a softmax: one reading for both
+    sum_C1 = (precise_CV - largest_C1).exp().sum(-1, keepdim=True)  # inductor recognises a softmax and reads once
     return largest_C1.squeeze(-1), sum_C1.squeeze(-1), precise_CV.gather(-1, column_C1).squeeze(-1)
 
 
 def _to_probabilities(logits_CV: Tensor, largest_C: Tensor, sum_C: Tensor) -> None:
-    """In place: rounded once, from fp32 or better."""
+    """Replaces logits by probabilities in place, computed in fp32 or better and rounded once."""
     logits_CV.copy_((logits_CV - largest_C.unsqueeze(-1)).exp() / sum_C.unsqueeze(-1))
 
 
@@ -217,7 +217,7 @@ class _LinearCrossEntropy(Function):
             if training:
                 sum_C = _infinite(sum_C, ignored_C)
                 softmax.to_probabilities(logits_CV, largest_C, sum_C)
-                # softmax - one-hot, where the difference is taken before rounding
+                # softmax - one-hot, subtracted before rounding
                 at_column_C = found_C.exp() / sum_C - (~elsewhere_C).to(precise)
                 logits_CV.scatter_(-1, column_C1, at_column_C.to(logits_CV.dtype).unsqueeze(-1))
                 torch.mm(logits_CV, cast_VH, out=of_x_CH)

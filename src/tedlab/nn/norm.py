@@ -1,4 +1,4 @@
-"""Normalisation layers. Their parameters are replicated over the tensor group."""
+"""Normalisation layers, whose parameters are replicated over the tensor group."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class NormSpec(Spec):
-    """Of the layer that ``kind`` names: ``layer`` or ``rms``."""
+    """Describes the layer that ``kind`` names: ``layer`` or ``rms``."""
 
     hidden: int
     kind: str = "layer"
@@ -39,7 +39,7 @@ class NormSpec(Spec):
 
 
 class _Norm(ShardedModule):
-    """Over the last dimension, statistics in fp32 or better."""
+    """Normalises over the last dimension, with statistics in fp32 or better."""
 
     kind: ClassVar[str]
 
@@ -55,25 +55,25 @@ class LayerNorm(_Norm):
     kind = "layer"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, H) → (…, H)."""
+        """Maps (…, H) to (…, H)."""
         return F.layer_norm(x, (self.hidden,), self.local("weight"), self.local("bias"), self.eps)
 
 
 class RMSNorm(_Norm):
-    """Division by the root mean square (Zhang & Sennrich, 2019)."""
+    """Divides by the root mean square (Zhang & Sennrich, 2019)."""
 
     kind = "rms"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, H) → (…, H)."""
+        """Maps (…, H) to (…, H)."""
         weight = self.local("weight")
         return F.rms_norm(x, (self.hidden,), weight, self.eps) if x.is_cuda else _RMSNorm.apply(x, weight, self.eps)
 
 
 class _RMSNorm(Function):
-    """``F.rms_norm``, which keeps its input and a number for each row.
+    """``F.rms_norm`` that keeps only its input and one number per row.
 
-    torch's keeps no more on GPUs, but elsewhere several tensors in fp32.
+    torch's keeps no more than that on GPUs, but several fp32 tensors elsewhere.
     """
 
     @staticmethod
@@ -95,5 +95,5 @@ class _RMSNorm(Function):
 
 
 def norm_layer(spec: NormSpec, topology: Topology) -> LayerNorm | RMSNorm:
-    """The layer that a specification describes."""
+    """Builds the layer that a specification describes."""
     return (RMSNorm if spec.kind == "rms" else LayerNorm)(spec.hidden, topology)

@@ -1,8 +1,8 @@
-"""Where a tensor-parallel layer begins and ends, and what activations look like outside.
+"""The entry and exit of a tensor-parallel layer, and the form of activations outside.
 
 Inside, every tensor rank computes its part of each token's features. Outside, all hold all activations
 (``ReplicatedRegion``), or each holds the activations of its own positions (``SequenceRegion``, Korthikanti et al. 2022,
-§4.2.2). What is sent is in the dtype that matrix products are computed in.
+§4.2.2). Activations are sent in the dtype that matrix products are computed in.
 """
 
 from typing import Protocol
@@ -17,19 +17,19 @@ _POSITIONS = 1  # the dimension of (B, S, H) that sequence parallelism divides
 
 
 class TensorRegion(Protocol):
-    """A tensor-parallel layer's way in and out."""
+    """The entry and exit of a tensor-parallel layer."""
 
     def enter(self, x: Tensor) -> Tensor:
-        """Activations outside → (B, S, H), whole on every tensor rank."""
+        """Maps activations outside to (B, S, H), whole on every tensor rank."""
         ...
 
     def leave(self, partial: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Each rank's part of a sum (B, S, H) → the sum, plus a bias (H,), as activations outside."""
+        """Sums each rank's part (B, S, H), adds a bias (H,) if given, and returns activations outside."""
         ...
 
 
 class ReplicatedRegion:
-    """Megatron-LM's f and g: outside, every tensor rank holds the same (B, S, H)."""
+    """Megatron-LM's f and g: every tensor rank holds the same (B, S, H) outside."""
 
     def __init__(self, comm: Collectives, name: str) -> None:
         self.comm, self.name = comm, name
@@ -39,11 +39,11 @@ class ReplicatedRegion:
 
     def leave(self, partial: Tensor, bias: Tensor | None = None) -> Tensor:
         y = reduce_from(partial, self.comm, "tensor", f"{self.name}.reduce")
-        return y if bias is None else y + bias.to(y.dtype)  # once, after the sum
+        return y if bias is None else y + bias.to(y.dtype)  # after the sum, so that it is added once
 
 
 class SequenceRegion:
-    """Outside, tensor rank i of T holds (B, S/T, H): the i-th slice of every sample's positions."""
+    """Tensor rank i of T holds the i-th slice of every sample's positions outside, (B, S/T, H)."""
 
     def __init__(self, comm: Collectives, name: str) -> None:
         self.comm, self.name = comm, name
@@ -57,7 +57,7 @@ class SequenceRegion:
 
 
 def enter_sites(name: str, width: int, layout: Layout) -> Sites:
-    """The collectives of a region's way in, for activations of ``width`` features."""
+    """Returns the collectives of a region's entry, for activations of ``width`` features."""
     if layout.sequence:
         forward = Site(f"{name}.gather", "all_gather", "tensor", width, replicated=True)
         return Sites((forward,), (Site(forward.tag, "reduce_scatter", "tensor", width),))
@@ -65,7 +65,7 @@ def enter_sites(name: str, width: int, layout: Layout) -> Sites:
 
 
 def leave_sites(name: str, width: int, layout: Layout, dtype: Number = "compute") -> Sites:
-    """Those of its way out."""
+    """Returns the collectives of a region's exit, for activations of ``width`` features."""
     if layout.sequence:
         forward = Site(f"{name}.reduce", "reduce_scatter", "tensor", width, dtype=dtype)
         return Sites((forward,), (Site(forward.tag, "all_gather", "tensor", width, dtype=dtype),))
@@ -73,5 +73,5 @@ def leave_sites(name: str, width: int, layout: Layout, dtype: Number = "compute"
 
 
 def tensor_region(topology: Topology, name: str) -> TensorRegion:
-    """The region of a layer; ``name`` begins the tags of its collectives."""
+    """Returns the region of a layer; ``name`` begins the tags of its collectives."""
     return (SequenceRegion if topology.sequence_sharded else ReplicatedRegion)(topology.comm, name)

@@ -1,18 +1,18 @@
-"""Rotary positions (Su et al., 2021): queries and keys are rotated, so that their products know only distances."""
+"""Rotary positions (Su et al., 2021): queries and keys are rotated so that their products depend only on distances."""
 
 import torch
 from torch import Tensor
 
 
 def rotation(length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Cosines and sines of the angles by which the features of each position turn.
+    """Computes cosines and sines of the angles by which the features of each position turn.
 
     Args:
-        length: S, number of positions.
-        head_dim: d, features of a head; even.
-        base: feature pair i turns by base^(-2i/d) at each position.
-        device: of the result.
-        dtype: of activations; the angles are in fp32 or better.
+        length: Number of positions S.
+        head_dim: Number of features of a head d; even.
+        base: Feature pair i turns by base^(-2i/d) radians per position.
+        device: Device of the result.
+        dtype: Dtype of activations; the angles are in fp32 or better.
 
     Returns:
         (2, S, d/2).
@@ -24,11 +24,11 @@ def rotation(length: int, head_dim: int, base: float, device: torch.device, dtyp
 
 
 def rotate(x: Tensor, by: Tensor) -> Tensor:
-    """Turns feature i of the first half of the last dimension with feature i of the second.
+    """Rotates each feature in the first half of the last dimension together with its counterpart in the second half.
 
     Args:
-        x: (…, d), computed in the dtype of ``by`` and returned in its own.
-        by: (2, …, d/2), of :func:`rotation`.
+        x: (…, d); computation is in the dtype of ``by``, the result in that of ``x``.
+        by: (2, …, d/2) from :func:`rotation`.
     """
     cos, sin = by
     first, second = x.chunk(2, -1)

@@ -1,7 +1,7 @@
 """Parameters that exist only as shards: how they are declared, read in a forward pass, and initialised.
 
 A parameter is a DTensor: its mesh and placements say which part of which global tensor this process holds, and they
-survive copies and checkpoints. Computation is on plain local tensors, with collectives written out by the layers.
+survive copies and checkpoints. Layers compute on plain local tensors and call collectives explicitly.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ from tedlab._compat.torch import local_tensor, spec_of
 from tedlab.spec import Init, Spec, decayed_by_name
 from tedlab.topology import Topology
 
-_BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; part of the definition of initial weights
+_BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; changing it changes initial weights
 
 
 class Layer(nn.Module):
-    """A layer that has a specification, whose fields are the arguments of its constructor."""
+    """Base of layers that have a specification, whose fields are the arguments of the layer's constructor."""
 
     @classmethod
     def of(cls, spec: Spec, topology: Topology, **further: Any) -> Self:
-        """The layer that a specification describes, as this process's shard.
+        """Builds this process's shard of the layer that a specification describes.
 
         Args:
-            spec: of this kind of layer.
-            topology: where this process stands.
-            further: arguments that change nothing that is specified.
+            spec: Specification of this kind of layer.
+            topology: The process's place in the meshes.
+            further: Constructor arguments that no specification contains.
         """
         given = {field.name: getattr(spec, field.name) for field in fields(spec)}  # type: ignore[arg-type]
         return cls(**given, topology=topology, **further)
@@ -50,8 +50,8 @@ class ShardedModule(Layer):
         super().__init__()
         self.inits: dict[str, Init] = {}
         self.partial: set[str] = set()
-        self.decayed: dict[str, bool] = {}  # where it was said
-        self.substitutes: dict[str, Tensor] = {}  # what a compiled region finds in place of parameters
+        self.decayed: dict[str, bool] = {}  # only parameters that declare it
+        self.substitutes: dict[str, Tensor] = {}  # what a compiled region uses in place of parameters
 
     def build(self, spec: Spec, topology: Topology) -> None:
         """Declares the parameters of a specification that belong to none of its parts."""
@@ -82,19 +82,19 @@ class ShardedModule(Layer):
         """Declares a parameter and allocates this process's part of it, in torch's default dtype.
 
         Args:
-            name: attribute name in this module.
-            shape: global shape.
-            mesh: the mesh that it lives on. The first dimension of a mesh is its data axis, over which gradients
-                are still to be summed after the backward pass.
-            init: initial values.
-            device: where the shard lives.
-            shards: mesh axis → tensor dimension that is divided along it; replicated along the other axes.
-            partial: whether each tensor rank uses it for its own tokens, so that gradients are to be summed over the
-                tensor group, too.
-            decayed: whether weight decay pulls it towards zero; None: its name says so.
+            name: Attribute name in this module.
+            shape: Global shape.
+            mesh: The mesh that the parameter lives on. A mesh's first dimension is its data axis, over which gradients
+                still have to be summed after the backward pass.
+            init: Initial values.
+            device: Device of the shard.
+            shards: Maps a mesh axis to the tensor dimension divided along it; other axes replicate the parameter.
+            partial: Whether each tensor rank uses it for its own tokens only, so that its gradients must be summed
+                over the tensor group as well.
+            decayed: Whether weight decay applies; None: the name decides.
 
         Raises:
-            ValueError: if a dimension cannot be divided evenly.
+            ValueError: If a dimension cannot be divided evenly.
         """
         shards = shards or {}
         local_shape = list(shape)
@@ -118,10 +118,10 @@ class ShardedModule(Layer):
             self.decayed[name] = decayed
 
     def local(self, name: str) -> Tensor:
-        """This process's shard as a plain tensor, for computing.
+        """Returns this process's shard as a plain tensor for computing.
 
-        Its gradient arrives at the parameter as a DTensor whose placements tell the truth: a partial sum along the
-        mesh's data axis (and its tensor axis, if so declared), which the strategy reduces once per step.
+        The parameter receives its gradient as a DTensor with true placements: a partial sum along the mesh's data axis
+        (and its tensor axis, if so declared), which the strategy reduces once per step.
         """
         if name in self.substitutes:
             return self.substitutes[name]
@@ -132,7 +132,7 @@ class ShardedModule(Layer):
 
 
 class _Local(Function):
-    """``DTensor.to_local``, which takes more than twice as long: small models wait for such things."""
+    """Does the same as ``DTensor.to_local`` in less than half the time, which matters to small models."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor, grad_placements: tuple[Placement, ...]) -> Tensor:
@@ -145,7 +145,7 @@ class _Local(Function):
 
 
 def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
-    """Those below ``root`` whose gradients are to be summed over the tensor group, too."""
+    """Returns the parameters below ``root`` whose gradients must be summed over the tensor group as well."""
     return {
         module.get_parameter(name)
         for module in root.modules()
@@ -155,9 +155,9 @@ def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
 
 
 def decay_groups(root: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters below ``root`` that weight decay pulls towards zero, and the others.
+    """Returns the parameters below ``root`` that weight decay applies to, and the others.
 
-    A sharded parameter was declared as one of the two. For all else see :func:`tedlab.spec.decayed_by_name`.
+    A sharded parameter's declaration decides, or else its name, see :func:`tedlab.spec.decayed_by_name`.
     """
     stated = {
         module.get_parameter(name): decayed
@@ -173,7 +173,7 @@ def decay_groups(root: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 
 @contextmanager
 def localised(root: nn.Module) -> Iterator[None]:
-    """Within, parameters below ``root`` are plain tensors already: the compiler cannot keep a DTensor's mesh."""
+    """Lets modules use plain tensors as parameters inside the context: the compiler cannot keep a DTensor's mesh."""
     modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
     for module in modules:
         module.substitutes = {name: module.local(name) for name in module.inits}
@@ -223,7 +223,7 @@ def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], ini
     height = max(1, _BLOCK_ELEMENTS // columns)
     for block in range(first // height, -(-last // height)):
         top = block * height
-        # On the CPU whatever the default device: the numbers are then the same on any.
+        # Drawing on the CPU gives the same numbers whatever the default device is.
         generator = torch.Generator("cpu").manual_seed(_seed(f"{key}/{block}"))
         values = torch.randn(min(height, rows - top), columns, generator=generator, dtype=torch.float32, device="cpu")
         kept = values[max(first - top, 0) : last - top, starts[1] : starts[1] + local.shape[1]]
