@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tedlab.comm import Operation
     from tedlab.comm.rows import Rows
 
-# Rows that a mixture of experts moves, see ``comm/rows.py``: of how many, routers may decide.
+# Rows that a mixture of experts moves, see ``comm/rows.py``; routers may decide how many there are.
 Routed = Literal["sent", "received", "computed", "gathered"]
 ROUTED = get_args(Routed)
 RowCount = Literal["tokens", "once", Routed]
@@ -38,14 +38,14 @@ class ParameterSpec:
     """A parameter of the whole model, and how processes divide it.
 
     Attributes:
-        name: within its layer.
-        shape: global shape.
-        init: initial values.
-        divided: mesh axis → the dimension that is divided along it; it is replicated along the other axes.
+        name: Name within its layer.
+        shape: Global shape.
+        init: Initial values.
+        divided: Maps a mesh axis to the dimension divided along it; other axes replicate the parameter.
         mesh: ``dense`` or ``expert``, see ``topology.py``. Gradients are summed over its first axis.
-        own_tokens: whether each tensor rank uses it for its own tokens where the sequence is sharded. Its gradients are
-            then to be summed over the tensor group, too.
-        decayed: whether weight decay pulls it towards zero.
+        own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded. Gradients must
+            then be summed over the tensor group as well.
+        decayed: Whether weight decay applies.
     """
 
     name: str
@@ -62,16 +62,16 @@ class ParameterSpec:
         return "data" if self.mesh == "dense" else "expert_data"
 
     def parts(self, degrees: ParallelDegrees) -> int:
-        """How many parts it is divided into."""
+        """Returns the number of parts that it is divided into."""
         return prod(getattr(degrees, axis) for axis in self.divided)
 
     def elements(self, degrees: ParallelDegrees) -> int:
-        """How many elements one process holds."""
+        """Returns the number of elements that one process holds."""
         return prod(self.shape) // self.parts(degrees)
 
 
 def decayed_by_name(name: str) -> bool:
-    """Whether weight decay applies to a parameter that has no specification: not to biases and norms."""
+    """Tells whether weight decay applies to a parameter without a specification: it spares biases and norms."""
     return not ("bias" in name or "norm" in name)
 
 
@@ -89,12 +89,12 @@ class Layout:
 
     @property
     def sharers(self) -> int:
-        """How many tensor ranks exchange tokens of their own with other processes' experts."""
+        """The number of tensor ranks that exchange tokens of their own with other processes' experts."""
         return self.degrees.tensor if self.options.dtd or self.sequence else 1
 
     @property
     def scattered(self) -> bool:
-        """Whether each of these gets only the sums of its own tokens, by a reduce-scatter."""
+        """Whether each of the sharers gets only the sums of its own tokens, by a reduce-scatter."""
         return self.sharers > 1 and (self.sequence or self.options.fuse_reduce_scatter)
 
 
@@ -103,17 +103,17 @@ class Site:
     """A place where a layer calls a collective.
 
     Attributes:
-        tag: its name.
-        op: the operation.
-        kind: the group.
-        width: elements of a row that it moves.
-        rows: how many it moves: one for each token of a data rank's micro-batch, one at all, or as a mixture does.
-        dtype: of parameters, of matrix products, fp32 or better, or of indices.
-        feeds: the site that alone uses its result; ``end``: no collective or weight of the block uses it any more.
-        replicated: whether all tensor ranks hold the same result, so that each may keep a part for all.
-        result: rows of an all-to-all's result, where these are others.
-        chunk: rows that it moves at a time; None: all.
-        recomputed: whether a second pass comes by.
+        tag: Name of the collective.
+        op: Its operation.
+        kind: Its group.
+        width: Number of elements in a row.
+        rows: How many rows it moves: one per token of a data rank's micro-batch, a single one, or those of a mixture.
+        dtype: Which dtype it moves: that of parameters, of matrix products, of fp32 or better, or of indices.
+        feeds: The only site that uses its result; ``end``: no later collective or weight of the block uses it.
+        replicated: Whether all tensor ranks hold the same result, so that each may keep a part for all.
+        result: Rows of an all-to-all's result if they differ from ``rows``.
+        chunk: Number of rows that it moves at a time; None: all.
+        recomputed: Whether a second forward pass reaches it.
     """
 
     tag: str
@@ -137,15 +137,15 @@ class Sites(NamedTuple):
 
     @property
     def recomputed(self) -> tuple[Site, ...]:
-        """Those that a second pass comes by."""
+        """The collectives that a second forward pass reaches."""
         return tuple(site for site in self.forward if site.recomputed)
 
     def then(self, later: "Sites") -> "Sites":
-        """Of this layer and one behind it."""
+        """Returns the collectives of this layer followed by those of a later one."""
         return Sites(self.forward + later.forward, later.backward + self.backward)
 
     def present(self, degrees: ParallelDegrees) -> "Sites":
-        """Without those of groups of one process, which communicate nothing."""
+        """Drops the collectives of groups of one process, which communicate nothing."""
         sizes = degrees.sizes
         there = {site.tag for site in self.forward if sizes[site.kind] > 1} | {"end"}
         feeds = {site.tag: site.feeds for site in self.forward}
@@ -165,14 +165,14 @@ class Sites(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a kernel does.
+    """The work of one kernel.
 
     Attributes:
-        flops: of matrix products and attention; a causal mask halves those of attention. 0 for all else.
-        bytes: read and written, each operand once.
-        dtype: that it computes in.
-        kind: of kernel.
-        fresh: bytes of results that are too large for a CPU's allocator to keep.
+        flops: FLOPs of matrix products and attention, for which a causal mask halves them; 0 for other kernels.
+        bytes: Bytes read and written, counting each operand once.
+        dtype: Dtype of the computation.
+        kind: Kind of kernel.
+        fresh: Bytes of results that are too large for a CPU's allocator to keep.
     """
 
     flops: float
@@ -187,12 +187,13 @@ class MicroBatch:
     """What a layer computes with in one process.
 
     Attributes:
-        layout: of the processes.
-        tokens: of a data rank's micro-batch.
-        length: tokens of a sample.
-        parameter, compute, precise: dtypes of parameters and of activations between layers; of matrix products; of what
-            is computed in fp32 or better.
-        rows: that it moves between experts and other processes.
+        layout: Layout of the processes.
+        tokens: Number of tokens of a data rank's micro-batch.
+        length: Number of tokens of a sample.
+        parameter: Dtype of parameters and of activations between layers.
+        compute: Dtype of matrix products.
+        precise: Dtype of what is computed in fp32 or better.
+        rows: Rows that the layer moves between experts and other processes.
     """
 
     layout: Layout
@@ -210,25 +211,25 @@ class MicroBatch:
 
     @property
     def outside(self) -> int:
-        """Tokens of this process between layers."""
+        """The number of tokens that this process holds between layers."""
         return self.tokens // self.tensor if self.layout.sequence else self.tokens
 
     @property
     def mixed(self) -> bool:
-        """Whether products are computed in another dtype than parameters have."""
+        """Whether products are computed in another dtype than that of parameters."""
         return self.parameter != self.compute
 
     def moved(self, elements: float, *dtypes: "torch.dtype") -> Work:
-        """An operation limited by memory that moves so many elements of each dtype; by default of ``compute``."""
+        """Returns a memory-bound operation that moves ``elements`` of each dtype, by default of ``compute``."""
         return Work(0, elements * sum(d.itemsize for d in dtypes or (self.compute,)), self.precise, "arithmetic")
 
     def product(self, m: int, k: int, n: int, *, times: int = 1, precise: bool = False) -> Work:
-        """So many products of matrices (m, k) and (k, n)."""
+        """Returns the work of ``times`` products of matrices (m, k) and (k, n)."""
         dtype = self.precise if precise else self.compute
         return Work(times * 2 * m * k * n, times * (m * k + k * n + m * n) * dtype.itemsize, dtype, "gemm")
 
     def product_backward(self, m: int, k: int, n: int) -> Iterator[Work]:
-        """Gradients of both factors, of which the second is a weight."""
+        """Yields the work of the gradients of both factors, of which the second is a weight."""
         yield self.product(m, n, k)
         yield self.product(k, m, n)
         if self.mixed:
@@ -236,14 +237,14 @@ class MicroBatch:
 
 
 class WorkingSet(NamedTuple):
-    """A moment of a layer's backward pass that may be its fullest.
+    """A moment of a layer's backward pass at which memory may peak.
 
     Attributes:
-        name: of it.
-        new: bytes of gradients just made.
-        done: bytes of those that the layers behind it left.
-        freed: bytes of activations that are not needed any more.
-        temporaries: bytes of everything else.
+        name: Name of the moment.
+        new: Bytes of gradients just made.
+        done: Bytes of gradients that later layers left.
+        freed: Bytes of activations that are no longer needed.
+        temporaries: Bytes of everything else.
     """
 
     name: str
@@ -254,64 +255,64 @@ class WorkingSet(NamedTuple):
 
 
 class Spec:
-    """Base of specifications: frozen dataclasses whose fields are the arguments of the layer, but for its topology.
+    """Base of specifications: frozen dataclasses whose fields are the layer's arguments except its topology.
 
     Attributes:
-        parts: names of the layers that it consists of, in the order of their parameters; each may be None.
+        parts: Names of the layers that it consists of, in the order of their parameters; each may be None.
     """
 
     parts: ClassVar[tuple[str, ...]] = ()
 
     def children(self) -> Iterator[tuple[str, "Spec"]]:
-        """Its parts, by name."""
+        """Yields its parts, by name."""
         return ((name, part) for name in self.parts if (part := getattr(self, name)) is not None)
 
     def own(self) -> Iterator[ParameterSpec]:
-        """Parameters that belong to none of its parts."""
+        """Yields the parameters that belong to none of its parts."""
         return iter(())
 
     def parameters(self) -> Iterator[ParameterSpec]:
-        """All parameters, in the order of ``named_parameters()`` and by the same names."""
+        """Yields all parameters, in the order of ``named_parameters()`` and by the same names."""
         yield from self.own()
         for name, part in self.children():
             for parameter in part.parameters():
                 yield replace(parameter, name=f"{name}.{parameter.name}")
 
     def sites(self, layout: Layout) -> Sites:
-        """Its collectives, also those of groups that may have one process."""
+        """Returns its collectives, including those of groups that may have one process."""
         together = Sites()
         for _, part in self.children():
             together = together.then(part.sites(layout))
         return together
 
     def flops(self, length: int) -> Counter[str]:
-        """Model FLOPs of the forward pass for each token of a sample of so many, by part of the model."""
+        """Returns model FLOPs of the forward pass per token of a sample of ``length`` tokens, by part of the model."""
         return sum((part.flops(length) for _, part in self.children()), Counter())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        """The kernels of its forward pass, or of a second one.
+        """Yields the kernels of a first or second forward pass.
 
         Args:
-            b: that it computes.
-            dead: collectives whose input nobody needs, so that the product that would make it is left out.
-            stop: whether the pass ends as soon as everything is there that the backward pass needs.
+            b: What it computes with.
+            dead: Tags of collectives whose input nobody needs, so that the product that would make it is left out.
+            stop: Whether the pass ends as soon as it has computed all that the backward pass needs.
         """
         for _, part in self.children():
             yield from part.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        """The kernels of its backward pass."""
+        """Yields the kernels of its backward pass."""
         for _, part in reversed(tuple(self.children())):
             yield from part.backward(b)
 
     def saved(self, b: MicroBatch) -> int:
-        """Bytes that its forward pass keeps for the backward pass."""
+        """Returns the bytes that its forward pass keeps for the backward pass."""
         return sum(part.saved(b) for _, part in self.children())
 
     def gradients(self, b: MicroBatch) -> int:
-        """Bytes of the gradients of its parameters."""
+        """Returns the bytes of its parameters' gradients."""
         return sum(p.elements(b.layout.degrees) for p in self.parameters()) * b.parameter.itemsize
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
-        """Moments of its backward pass, which may follow a second forward pass, that can be the fullest."""
+        """Yields the moments of its backward pass at which memory may peak, after a second forward pass if any."""
         return iter(())
