@@ -1,4 +1,4 @@
-"""Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and the layer they make."""
+"""Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and their layer."""
 
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import AllToAllPath, DispatchSpec, ReplicatedSlots, token_path

@@ -1,4 +1,4 @@
-"""DeepSpeed's gating rules (``deepspeed/moe/sharded_moe.py``), on indices: how they differ from our own.
+"""DeepSpeed's gating rules (``deepspeed/moe/sharded_moe.py``), on indices, and how they differ from our own.
 
 ``default`` is the rule of :class:`tedlab.moe.Router`. Legend as in ``router.py``.
 
@@ -13,18 +13,18 @@ who finds no slot      first come, first served:   top1: a full expert keeps a r
                        order of the tokens         (``position``) those of the first tokens
 gate, K = 1            the probability             top1: the probability; topk: 1
 gates, K > 1           probabilities normalised    probabilities normalised over choices that found a slot:
-                       before any is dropped       what a dropped one leaves goes to the others
+                       before any is dropped       the others get what a dropped one leaves
 balance loss           E·Σ f_e·P_e, f_e of first   top1 and top2: the same
                        choices                     topk: f_e of all K choices, divided by K
 second expert          the next probable           top2: drawn from the others by their probabilities
 =====================  ==========================  ======================================================
 
 In both, the capacity is rounded up to a multiple of ``capacity_multiple`` (DeepSpeed's own is 1), and load counts
-choices before any is dropped. DeepSpeed selects and draws in evaluation, too, and so do we.
+choices before any is dropped. Like DeepSpeed, these rules select and draw at random in evaluation, too.
 
-Not as in DeepSpeed: without drops (``capacity_factor=None``) its capacity is the largest load in the expert group,
-ours the number of tokens, which needs no communication and no wait for the device; slots and gates are the same. Its
-noise for first choices (``noisy_gate_policy``), off there unless asked for, does not exist here.
+Two things differ from DeepSpeed. Without drops (``capacity_factor=None``) its capacity is the largest load in the
+expert group; ours is the number of tokens, which needs no communication and no wait for the device, and slots and gates
+are the same. Its noise for first choices (``noisy_gate_policy``), off there by default, does not exist here.
 """
 
 import torch
@@ -40,22 +40,21 @@ from tedlab.topology import Topology
 
 
 class DeepSpeedRouter(Router):
-    """A router that decides as DeepSpeed does; see the module for what that means.
+    """Base of routers that decide as DeepSpeed does; the module docstring says what that means.
 
-    What is random follows torch's default CPU generator, which the strategy seeds by data rank and its checkpoints
-    keep. The tensor ranks of a data rank therefore decide alike, as long as none draws from that generator alone; data
-    ranks differ; a recomputed forward pass decides as the first one did.
-    The numbers depend on how many data ranks there are: D of them select and draw otherwise than one process that
-    accumulates their D micro-batches.
+    Random numbers follow torch's default CPU generator, which the strategy seeds by data rank and its checkpoints keep.
+    The tensor ranks of a data rank therefore decide alike, as long as none draws from that generator alone; data ranks
+    decide differently; a recomputed forward pass decides as the first one did. The numbers depend on the number of data
+    ranks: D of them select and draw otherwise than one process that accumulates their D micro-batches.
 
     Args:
-        hidden: model width.
-        config: experts, choices, capacity, and the gating with its options.
-        topology: where this process stands.
-        init: initial weights.
+        hidden: Model width.
+        config: Experts, choices, capacity, and the gating with its options.
+        topology: The process's place in the meshes.
+        init: Initial weights.
 
     Raises:
-        ValueError: if ``config.gating`` is not one of DeepSpeed's.
+        ValueError: If ``config.gating`` is not one of DeepSpeed's, or positions are divided into groups or shards.
     """
 
     supports = ()
@@ -74,10 +73,10 @@ class DeepSpeedRouter(Router):
         self.drop_policy = config.drop_policy or DropPolicy.PROBS
 
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
-        """The configured rule, with random numbers where it wants them.
+        """Applies the configured rule, with random numbers if it uses them.
 
         Raises:
-            ValueError: if there is padding, which DeepSpeed's top2 and topk do not know and its top1 counts in losses.
+            ValueError: If there is padding, which DeepSpeed's top2 and topk do not know and its top1 counts in losses.
         """
         if padding_T is not None:
             raise ValueError(f"gating={self.config.gating} takes no padding_mask; moe.gating=default does")
@@ -91,7 +90,7 @@ class DeepSpeedRouter(Router):
     def _priorities(self, logits_TE: Tensor) -> Tensor | None:
         if not self.random_token_selection:
             return None
-        # Like DeepSpeed's uniform numbers, but without equal ones, and without zeros, which would mean "not chosen".
+        # Unlike DeepSpeed's uniform numbers, these are distinct and never zero, which would mean "not chosen".
         device = logits_TE.device
         return torch.randperm(len(logits_TE), generator=self._generator(device), device=device) + 1
 
@@ -101,14 +100,14 @@ class DeepSpeedRouter(Router):
         return -torch.empty_like(logits_TE).exponential_(generator=self._generator(logits_TE.device)).log()
 
     def _generator(self, device: torch.device) -> torch.Generator:
-        # A key for every data rank, so that all processes advance the default generator alike.
+        # Drawing a key for every data rank advances the default generator alike in all processes.
         keys = torch.randint(2**62, (self.comm.size("data"),), device="cpu")
         return torch.Generator(device).manual_seed(int(keys[self.comm.rank("data")]))
 
 
 @routers.register("deepspeed_top1")
 class Top1Router(DeepSpeedRouter):
-    """``moe.gating=deepspeed_top1``."""
+    """The router of ``moe.gating=deepspeed_top1``."""
 
     needed_top_k = 1
     options = ("min_capacity", "random_token_selection")
@@ -116,7 +115,7 @@ class Top1Router(DeepSpeedRouter):
 
 @routers.register("deepspeed_top2")
 class Top2Router(DeepSpeedRouter):
-    """``moe.gating=deepspeed_top2``."""
+    """The router of ``moe.gating=deepspeed_top2``."""
 
     needed_top_k = 2
     options = ("min_capacity", "second_expert_sampling")
@@ -124,19 +123,19 @@ class Top2Router(DeepSpeedRouter):
 
 @routers.register("deepspeed_topk")
 class TopKRouter(DeepSpeedRouter):
-    """``moe.gating=deepspeed_topk``."""
+    """The router of ``moe.gating=deepspeed_topk``."""
 
     options = ("min_capacity", "drop_policy")
 
 
 def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> Decision:
-    """One expert per token; a full expert keeps the tokens of highest priority.
+    """Chooses one expert per token; a full expert keeps the tokens of highest priority.
 
     Args:
-        logits_TE: in fp32 or better.
-        capacity: C, slots per expert.
-        priority_T: random positive numbers. None: random token selection is off; which tokens stay is then, as in
-            DeepSpeed, whatever ``torch.topk`` makes of equal numbers, and in general not the first ones.
+        logits_TE: Logits in fp32 or better.
+        capacity: Slots per expert, C.
+        priority_T: Random positive numbers. None: random token selection is off; as in DeepSpeed, ``torch.topk`` then
+            decides among equal numbers, and in general does not keep the first tokens.
     """
     probs_TE = logits_TE.softmax(-1)
     expert_TK = pin(probs_TE.argmax(-1, keepdim=True))
@@ -148,13 +147,13 @@ def top1_gating(logits_TE: Tensor, capacity: int, priority_T: Tensor | None) -> 
 
 
 def top2_gating(logits_TE: Tensor, capacity: int, noise_TE: Tensor | None) -> Decision:
-    """Two experts per token; slots first come, first served, first choices before second ones.
+    """Chooses two experts per token; slots go first come, first served, to first choices before second ones.
 
     Args:
-        logits_TE: in fp32 or better.
-        capacity: C, slots per expert.
-        noise_TE: Gumbel noise for the second choice, which it turns into a draw from the remaining experts by their
-            probabilities. None: the second most probable one.
+        logits_TE: Logits in fp32 or better.
+        capacity: Slots per expert, C.
+        noise_TE: Gumbel noise that turns the second choice into a draw from the remaining experts by their
+            probabilities. None: the second choice is the second most probable expert.
     """
     probs_TE = logits_TE.softmax(-1)
     first_T1 = pin(probs_TE.argmax(-1, keepdim=True))
@@ -167,13 +166,13 @@ def top2_gating(logits_TE: Tensor, capacity: int, noise_TE: Tensor | None) -> De
 
 
 def topk_gating(logits_TE: Tensor, top_k: int, capacity: int, drop_policy: str) -> Decision:
-    """The K most probable experts per token.
+    """Chooses the K most probable experts per token.
 
     Args:
-        logits_TE: in fp32 or better.
-        top_k: K.
-        capacity: C, slots per expert.
-        drop_policy: ``probs``: a full expert keeps the choices of highest probability; ``position``: the first ones.
+        logits_TE: Logits in fp32 or better.
+        top_k: Choices per token, K.
+        capacity: Slots per expert, C.
+        drop_policy: With ``probs`` a full expert keeps the choices of highest probability, with ``position`` the first.
     """
     probs_TE = logits_TE.softmax(-1)
     expert_TK = pin(probs_TE.detach().topk(top_k, dim=-1).indices)
@@ -194,20 +193,20 @@ def _decision(
 
 
 def _mask(expert_TK: Tensor, like_TE: Tensor) -> Tensor:
-    """(T, E) bool: which experts each token has chosen."""
+    """Returns which experts each token has chosen, (T, E) bool."""
     return torch.zeros_like(like_TE, dtype=torch.bool).scatter_(1, expert_TK, True)
 
 
 def _largest(score_TE: Tensor, capacity: int) -> Tensor:
-    """(T, E) bool: the C largest scores of each expert; among equal ones torch.topk decides, as in DeepSpeed."""
+    """Marks the C largest scores of each expert, (T, E) bool; torch.topk decides among equal ones, as in DeepSpeed."""
     index = score_TE.topk(min(capacity, len(score_TE)), dim=0, sorted=False).indices
     return torch.zeros_like(score_TE, dtype=torch.bool).scatter_(0, index, True)
 
 
 def _slots_in_order(expert_TK: Tensor, kept_TE: Tensor, capacity: int) -> Tensor:
-    """Gives each kept choice the next free slot of its expert in order of the tokens; -1 if none is left, or not kept.
+    """Gives each kept choice its expert's next free slot in order of the tokens; -1 if not kept or none is left.
 
-    Unlike ``assign_slots``, where no token's second choice comes before another's first.
+    ``assign_slots`` differs: there all first choices come before second ones.
     """
     position_TK = (kept_TE.cumsum(0) - 1).gather(1, expert_TK)
     placed_TK = kept_TE.gather(1, expert_TK) & (position_TK < capacity)
@@ -215,6 +214,6 @@ def _slots_in_order(expert_TK: Tensor, kept_TE: Tensor, capacity: int) -> Tensor
 
 
 def _normalised_survivors(gate_TK: Tensor, slot_TK: Tensor) -> Tensor:
-    """Gates of choices that found a slot, summing to one for each token; zeros if it has none."""
+    """Normalises the gates of choices that found a slot to sum to one per token; zeros if there is none."""
     gate_TK = gate_TK.masked_fill(slot_TK < 0, 0.0)
     return gate_TK / gate_TK.sum(-1, keepdim=True).clamp(min=torch.finfo(gate_TK.dtype).eps)

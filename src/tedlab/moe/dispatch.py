@@ -1,9 +1,9 @@
-"""Token paths: how tokens reach their experts and how results come back. Those without a capacity: ``ragged.py``.
+"""Token paths: how tokens reach their experts and how results come back. ``ragged.py`` has those without a capacity.
 
-A token path has two methods, ``dispatch`` and ``combine``, between a token's place in the micro-batch and its slot at
-an expert; a slot region has two, ``enter`` and ``leave``, between the slots of one tensor rank and those that an expert
-sees. Neither knows of routers' and experts' weights. Together they make the ways of the paper (§5.1) and of sequence
-parallelism:
+A token path has two methods, ``dispatch`` and ``combine``, which map between a token's place in the micro-batch and its
+slot at an expert. A slot region has two, ``enter`` and ``leave``, which map between the slots of one tensor rank and
+those that an expert sees. Neither knows the weights of routers and experts. Together they make the modes of the paper
+(§5.1) and of sequence parallelism:
 
 =================  ====================  ====================================================================
 mode               path and region       what is sent (forward)
@@ -14,11 +14,11 @@ DTD                dropping,             each exchanges 1/T of the slots; all-ga
                    gathered slots        goes back; all-gather
 DTD, fused         dropping,             the same with a reduce-scatter for all-reduce and drop
                    scattered slots
-sequence parallel  all-to-all,           each tensor rank has its own tokens, so nothing is to be dropped
+sequence parallel  all-to-all,           each tensor rank has its own tokens, so there is nothing to drop
                    scattered slots
 =================  ====================  ====================================================================
 
-Legend as in ``router.py``; in addition e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
+Legend as in ``router.py``, and e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class DispatchSpec(Spec):
-    """Of a token path and its region, with slots or with rows."""
+    """Describes a token path and its region, with slots or with rows."""
 
     hidden: int
     config: MoEConfig
@@ -81,11 +81,11 @@ class DispatchSpec(Spec):
             inside = [replace(spread, tag="combine.drop")] if sliced else []
             inside.append(replace(summed, tag="experts.copy"))
         dropped = [replace(whole, tag="dispatch.drop")] if dealt else []
-        # The way back of the gradient is that of the rows, in turn.
+        # Gradients take the path of the rows in reverse.
         return Sites(tuple(forward), (replace(back, rows="sent"), *inside, replace(to, rows="received"), *dropped))
 
     def _counts(self, layout: Layout) -> list[Site]:
-        """Without a capacity, processes say how many rows they will send; once, whatever is recomputed."""
+        """Returns the collectives that exchange numbers of rows if there is no capacity; recomputation skips them."""
         if not self.config.unlimited:
             return []
         experts = self.config.num_experts
@@ -95,9 +95,9 @@ class DispatchSpec(Spec):
         return [own, all_ranks] if layout.sharers > 1 else [own]
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
-        """What the first process moves of a data rank's micro-batch; of rows if all experts are chosen equally often.
+        """Returns the rows that the first process moves for a data rank's micro-batch; all slots count as rows.
 
-        Slots count as rows, all of them.
+        Without a capacity, this assumes that all experts are chosen equally often.
         """
         moe, sharers, senders = self.config, layout.sharers, layout.degrees.expert
         if moe.unlimited:
@@ -106,11 +106,11 @@ class DispatchSpec(Spec):
             return rows_of(sent[:, :, : moe.num_experts // senders], int(sent[0, 0].sum()), 0)
         groups = moe.capacity_groups or (sharers if layout.sequence else 1)
         capacity = groups * group_capacity(moe, tokens // groups, groups)
-        slots = -(-capacity // sharers) * moe.num_experts  # grown until each tensor rank has as many
+        slots = -(-capacity // sharers) * moe.num_experts  # padded so that each tensor rank gets as many
         return Rows(slots, slots, sharers * slots, sharers * slots)
 
     def there(self, b: MicroBatch) -> Iterator[Work]:
-        """Kernels of tokens on their way to experts, and of the gradients of their results."""
+        """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
         sliced, width = b.layout.sharers > 1, self.hidden
         yield from self._indexed(b, b.rows.sent if b.layout.sequence else b.rows.computed)
         if sliced and not b.layout.sequence:
@@ -121,10 +121,10 @@ class DispatchSpec(Spec):
             yield b.moved(2 * b.rows.computed * width)
 
     def back(self, b: MicroBatch, bias: bool) -> Iterator[Work]:
-        """The way back, on which results get their bias, but gradients none."""
+        """Yields the kernels that bring back results, with their bias if any, or gradients, which have none."""
         sliced, scattered, width = b.layout.sharers > 1, b.layout.scattered, self.hidden
         if scattered:
-            yield b.moved(2 * b.rows.computed * width)  # into the order of receivers
+            yield b.moved(2 * b.rows.computed * width)  # orders rows by receiver
         if bias:
             yield b.moved(2 * (b.rows.sent if scattered else b.rows.computed) * width)
         if sliced and not scattered:
@@ -136,39 +136,39 @@ class DispatchSpec(Spec):
         yield from self._indexed(b, b.outside * self.config.top_k)
 
     def saved(self, b: MicroBatch) -> int:
-        """Indices of choices and of slots."""
+        """Counts the indices of choices and of slots."""
         return (4 * b.outside * self.config.top_k + 2 * b.rows.computed) * torch.int64.itemsize
 
     def _indexed(self, b: MicroBatch, rows: int) -> Iterator[Work]:
-        """Rows by index, and zeros in place of those that are missing."""
+        """Yields the kernels that gather rows by index and fill missing ones with zeros."""
         for _ in range(2):
             yield b.moved(2 * rows * self.hidden)
 
     def _reordered(self, b: MicroBatch) -> bool:
-        """Whether what comes by sender has to be sorted by expert."""
+        """Tells whether rows that arrive by sender must be sorted by expert."""
         return self.config.num_experts > b.layout.degrees.expert > 1
 
 
 class TokenPath(Protocol):
-    """From tokens to slots, and back."""
+    """Moves tokens to slots, and results back."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens of this rank (T, H) → slots of this rank's experts (e, N, H); empty slots hold zeros."""
+        """Sends this rank's tokens (T, H) and returns the slots of its experts (e, N, H); empty slots hold zeros."""
         ...
 
     def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
-        """Experts' results (e, N, H) → for each token of this rank the gate-weighted sum of its choices (T, H)."""
+        """Sends experts' results (e, N, H) back and returns each token's gate-weighted sum of its choices (T, H)."""
         ...
 
 
 class AllToAllPath:
-    """Every process exchanges the slots of all its tokens within its expert group.
+    """Exchanges the slots of all this process's tokens within its expert group.
 
     Tokens are moved by index, never by multiplication with a one-hot mask.
 
     Args:
-        num_experts: E, a multiple of the expert degree.
-        topology: where this process stands.
+        num_experts: Number of experts E, a multiple of the expert degree.
+        topology: The process's place in the meshes.
     """
 
     def __init__(self, num_experts: int, topology: Topology) -> None:
@@ -183,7 +183,7 @@ class AllToAllPath:
         return self._tokens(self._from_experts(y_eNH), routing)
 
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens to their slots: (E, C, H), with C as all processes agree on."""
+        """Copies tokens to their slots (E, C, H), with the C that all processes agree on."""
         x_ECH = spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
         return _grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
 
@@ -201,10 +201,10 @@ class AllToAllPath:
 
 
 class DroppingPath(AllToAllPath):
-    """Duplicate token dropping (paper §5.1): of the slots that all tensor ranks hold alike, each exchanges 1/T.
+    """Duplicate token dropping (paper §5.1): all tensor ranks hold the same slots, and each exchanges 1/T of them.
 
-    Rank i takes the i-th of T slices of every expert's slots. Where T does not divide the capacity, the buffer grows by
-    empty slots, and no other token is dropped than without DTD.
+    Rank i takes the i-th of T slices of every expert's slots. If T does not divide the capacity, the buffer is padded
+    with empty slots, so DTD drops no tokens that would otherwise be kept.
     """
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -218,25 +218,25 @@ class DroppingPath(AllToAllPath):
 
 
 def _grown(x_ECH: Tensor, capacity: int) -> Tensor:
-    """With empty slots, up to a capacity."""
+    """Pads with empty slots up to a capacity."""
     missing = capacity - x_ECH.shape[1]
     return F.pad(x_ECH, (0, 0, 0, missing)) if missing else x_ECH
 
 
 class SlotRegion(Protocol):
-    """Where the tensor-parallel computation of experts begins and ends."""
+    """The entry and exit of the experts' tensor-parallel computation."""
 
     def enter(self, x_eNH: Tensor) -> Tensor:
-        """Slots that this tensor rank was sent → slots that every tensor rank computes its part of."""
+        """Maps the slots that this tensor rank received to slots of which every tensor rank computes its part."""
         ...
 
     def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
-        """Each tensor rank's part of the results → results, plus bias if any, of the slots that it sends back."""
+        """Sums the tensor ranks' parts, adds a bias if given, and returns the slots that this rank sends back."""
         ...
 
 
 class ReplicatedSlots:
-    """Every tensor rank was sent the same slots."""
+    """Every tensor rank receives the same slots."""
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
@@ -250,7 +250,7 @@ class ReplicatedSlots:
 
 
 class GatheredSlots(ReplicatedSlots):
-    """Each tensor rank was sent its own slots; apart from that as without DTD. In the paper's order.
+    """Each tensor rank receives its own slots, which are gathered; the rest is as without DTD, in the paper's order.
 
     In every region the experts see the same slots in the same order: by sender, then by slot.
     """
@@ -269,7 +269,7 @@ class GatheredSlots(ReplicatedSlots):
 
 
 class ScatteredSlots(GatheredSlots):
-    """Each tensor rank was sent its own slots, and gets only their sums: all-reduce and drop are one."""
+    """Each tensor rank receives its own slots and gets only their sums: a reduce-scatter is all-reduce and drop."""
 
     def enter(self, x_eNH: Tensor) -> Tensor:
         x = gather_to(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
@@ -282,7 +282,7 @@ class ScatteredSlots(GatheredSlots):
 
 
 def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotRegion]:
-    """The path and the region that the topology's toggles ask for."""
+    """Returns the path and the region that the topology's toggles select."""
     comm, options = topology.comm, topology.options
     if topology.sequence_sharded:
         return AllToAllPath(num_experts, topology), ScatteredSlots(comm)
@@ -292,13 +292,13 @@ def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotReg
 
 
 def spread_choices(x_TH: Tensor, routing: Routing) -> Tensor:
-    """Tokens to the slots of their choices, which are sorted by expert and hence by rank; zeros in empty slots."""
+    """Copies tokens to the slots of their choices, sorted by expert and hence by rank; empty slots hold zeros."""
     token = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
     return gather_rows(to_compute_dtype(x_TH), token, routing.slot_TK)
 
 
 def merge_choices(y: Tensor, routing: Routing) -> Tensor:
-    """Results in their slots → for each token the gate-weighted sum of its choices (T, H)."""
+    """Returns each token's gate-weighted sum of its choices' results (T, H), which ``y`` holds by slot."""
     y_TKH = gather_rows(y, routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1)).unflatten(
         0, routing.slot_TK.shape
     )
@@ -306,7 +306,7 @@ def merge_choices(y: Tensor, routing: Routing) -> Tensor:
 
 
 def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Rows by index, in both directions a gather: no atomics, so the same result every time.
+    """Gathers rows by index in both directions, without atomics, so that the result is the same every time.
 
     Forward: ``out[m] = x[index[m]]``, or zeros where ``index[m]`` is -1. ``inverse[n]`` lists every m with
     ``index[m] = n``, padded with -1, so backward is ``grad_x[n] = Σ_r grad_out[inverse[n, r]]``.

@@ -1,4 +1,4 @@
-"""The experts of one process, computed together, each divided over the expert-tensor group."""
+"""The experts of one process, computed together; each is divided over the expert-tensor group."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -23,7 +23,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class ExpertsSpec(Spec):
-    """Of :class:`Experts`."""
+    """Describes :class:`Experts`."""
 
     num_experts: int
     hidden: int
@@ -44,7 +44,7 @@ class ExpertsSpec(Spec):
                 yield ParameterSpec(name, (self.num_experts, 1, width), Init(), divided, "expert", decayed=False)
 
     def flops(self, length: int) -> Counter[str]:
-        """Of one expert."""
+        """Counts one expert."""
         return Counter(experts=2 * (3 if self.activation == "swiglu" else 2) * self.hidden * self.ffn)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
@@ -58,22 +58,22 @@ class ExpertsSpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         here, rows, width = self.here(b)
-        yield b.moved(b.rows.computed * self.hidden)  # of the bias
+        yield b.moved(b.rows.computed * self.hidden)  # gradient of the second bias
         for k, n in ((self.hidden, width), (width, self.hidden)):
             yield b.product(rows, k, n, times=here)
             yield b.product(k, rows, n, times=here)
-            yield b.moved((3 if k == self.hidden else 1) * b.rows.computed * width)  # GELU, and the other bias
+            yield b.moved((3 if k == self.hidden else 1) * b.rows.computed * width)  # GELU, then the first bias
         if b.mixed:
             yield b.moved(2 * here * self.hidden * width, b.parameter, b.compute)
 
     def saved(self, b: MicroBatch) -> int:
-        """Inputs, and both sides of the activation; weights if they were converted."""
+        """Counts inputs, both sides of the activation, and weights if they are converted."""
         here, _, width = self.here(b)
         weights = 2 * here * self.hidden * width if b.mixed else 0
         return (b.rows.computed * (self.hidden + 2 * width) + weights) * b.compute.itemsize
 
     def here(self, b: MicroBatch) -> tuple[int, int, int]:
-        """Experts of this process, rows of each, and this tensor rank's inner features."""
+        """Returns the number of this process's experts, the rows of each, and this tensor rank's inner features."""
         here = self.num_experts // b.layout.degrees.expert
         return here, b.rows.computed // here, self.ffn // b.tensor
 
@@ -82,21 +82,20 @@ mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")
 
 
 class Experts(ShardedModule):
-    """The mixture: what the experts that a router has chosen make of tokens. Each way of it is a subclass; a
-    configuration names those that are registered.
+    """Base of mixtures, which apply to each token the experts that a router chose for it.
 
-    Here are their parameters, those of feed-forward experts: linear, GELU, linear; or with SwiGLU in its place. They
-    are divided over the expert group by expert, and inside by width. The first projection of SwiGLU has gate and linear
-    part in turn, so that an even division gives each process both.
+    Each way of doing so is a subclass; a configuration names those that are registered. This class holds the parameters
+    of feed-forward experts: linear, GELU or SwiGLU, linear. They are divided by expert over the expert group and,
+    inside an expert, by width. SwiGLU's first projection alternates gate and linear part, so even parts contain both.
 
     Args:
-        spec: experts E, which the expert degree must divide; their inner width, which the tensor degree must divide.
-        topology: where this process stands.
+        spec: Experts E, a multiple of the expert degree, and their inner width, a multiple of the tensor degree.
+        topology: The process's place in the meshes.
 
     Attributes:
-        dispatch: the class of the specification of its collectives.
-        compilable: whether all shapes are known before routers choose.
-        moved: rows of all forward passes so far that a backward pass may follow, where routers decide how many.
+        dispatch: Class of the specification of its collectives.
+        compilable: Whether all shapes are known before routers choose.
+        moved: Rows of all forward passes so far that a backward pass may follow, if routers decide how many; else None.
     """
 
     dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
@@ -105,7 +104,7 @@ class Experts(ShardedModule):
 
     @classmethod
     def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> "Experts":
-        """The experts of a layer, for a configuration that names this class."""
+        """Makes the experts of a layer whose configuration names this class."""
         return cls(spec, topology)
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
@@ -116,25 +115,25 @@ class Experts(ShardedModule):
         self.build(spec, topology)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """This process's part of both projections, each with its biases: (e, H, ·), (e, 1, ·), (e, ·, H), (e, 1, H)."""
+        """Returns this process's projections, each with its biases: (e, H, ·), (e, 1, ·), (e, ·, H), (e, 1, H)."""
         up_bias, down_bias = (self.local("up_bias"), self.local("down_bias")) if self.bias else (None, None)
         return self.local("up"), up_bias, self.local("down"), down_bias
 
     def expect(self, tokens: int, slots: int) -> None:
-        """Hears, before a forward pass, of how many tokens it will be, and how many slots each expert offers them.
+        """Prepares for a forward pass of so many tokens, to which each expert offers so many slots.
 
         Raises:
-            ValueError: if its collectives would not fit those of other processes.
+            ValueError: If its collectives would not fit those of other processes.
         """
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Tokens of this rank (T, H) → for each the gate-weighted sum of its experts' results (T, H)."""
+        """Maps this rank's tokens (T, H) to the gate-weighted sums of their experts' results (T, H)."""
         raise NotImplementedError
 
 
 @mixtures.register("capacity")
 class SlotExperts(Experts):
-    """Experts of as many slots each, which processes exchange as the topology's toggles say."""
+    """Experts with equal numbers of slots, which processes exchange as the topology's toggles say."""
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
@@ -148,7 +147,7 @@ class SlotExperts(Experts):
         return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
 
     def compute(self, x_eNH: Tensor) -> Tensor:
-        """Slots of this process's experts (e, N, H) → their results (e, N, H)."""
+        """Maps the slots of this process's experts (e, N, H) to their results (e, N, H)."""
         up, up_bias, down, down_bias = self.weights()
         x_eNH = self.region.enter(x_eNH)
         z_eNZ = torch.bmm(x_eNH, up) if up_bias is None else torch.baddbmm(up_bias, x_eNH, up)
@@ -156,7 +155,7 @@ class SlotExperts(Experts):
 
 
 class RowExperts(Experts):
-    """Experts of as many rows as were chosen for each, which processes exchange as the topology's toggles say."""
+    """Experts that take every row that chose them; processes exchange rows as the topology's toggles say."""
 
     compilable = False
 
@@ -172,7 +171,7 @@ class RowExperts(Experts):
         return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
 
     def compute(self, x: RaggedRows) -> RaggedRows:
-        """Rows of this process's experts → their results, which go back the way they came."""
+        """Maps the rows of this process's experts to their results, which go back the way the rows came."""
         up, up_bias, down, down_bias = self.weights()
         arrangement = arrange(x.exchange)
         groups = arrangement.groups

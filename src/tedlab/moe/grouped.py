@@ -19,12 +19,12 @@ _ALIGNMENT = 8  # bf16 numbers in 16 bytes
 
 
 class Groups(NamedTuple):
-    """Which rows are whose.
+    """Which expert each row belongs to.
 
     Attributes:
-        expert_N: the expert of each row, ascending.
-        ends: (e,) int32, where each expert's rows end.
-        sizes: rows of each expert; None: the host does not know, and products must not need it.
+        expert_N: (N,) int64, the expert of each row, ascending.
+        ends: (e,) int32, the end of each expert's rows.
+        sizes: Number of rows of each expert; None: the host does not know it, and products must not need it.
     """
 
     expert_N: Tensor
@@ -37,7 +37,7 @@ _joined = True
 
 @contextmanager
 def one_by_one() -> Iterator[None]:
-    """Within, each expert's product is one of torch's ordinary ones, whose shapes and FLOPs are known everywhere."""
+    """Computes one ordinary torch product per expert inside the context, with shapes and FLOPs that tools know."""
     global _joined
     before, _joined = _joined, False
     try:
@@ -47,34 +47,34 @@ def one_by_one() -> Iterator[None]:
 
 
 def one_kernel(x: Tensor, *widths: int) -> bool:
-    """Whether the products of rows are one kernel: :func:`native`, but not within :func:`one_by_one`."""
+    """Tells whether the products of rows are one kernel: :func:`native`, unless inside :func:`one_by_one`."""
     return _joined and native(x.dtype, *widths)
 
 
 def native(dtype: torch.dtype, *widths: int) -> bool:
-    """Whether torch multiplies groups of rows in one kernel, for which the host need not know their sizes.
+    """Tells whether torch multiplies groups of rows in one kernel, for which the host need not know their sizes.
 
     Args:
-        dtype: of the rows.
-        widths: of the matrices.
+        dtype: Dtype of the rows.
+        widths: Widths of the matrices.
     """
     return dtype is torch.bfloat16 and not any(width % _ALIGNMENT for width in widths)
 
 
 def grouped_matmul(x_NK: Tensor, weight_eKM: Tensor, groups: Groups, tag: str | None = None) -> Tensor:
-    """Each row times the matrix of its expert: (N, M). Inputs are cast as autocast would.
+    """Multiplies each row by the matrix of its expert: (N, M). Inputs are cast as autocast would.
 
     Args:
-        x_NK: rows, sorted by expert.
-        weight_eKM: matrices.
-        groups: whose the rows are.
-        tag: of the collective that the product feeds, if it feeds no other: see :func:`tedlab.comm.matmul_into`.
+        x_NK: Rows, sorted by expert.
+        weight_eKM: Matrices of the experts.
+        groups: Which expert each row belongs to.
+        tag: Tag of the collective that the product feeds, if nothing else; see :func:`tedlab.comm.matmul_into`.
     """
     return _GroupedMatmul.apply(to_compute_dtype(x_NK), to_compute_dtype(weight_eKM), groups, tag)
 
 
 def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
-    """The bias of each row's expert: (N, F)."""
+    """Returns the bias of each row's expert: (N, F)."""
     return _BiasRows.apply(bias_eF.to(dtype), groups.expert_N)
 
 
@@ -95,7 +95,7 @@ class _GroupedMatmul(Function):
 
 
 def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Each row (N, K) times the matrix (K, M) of its expert: (N, M)."""
+    """Multiplies each row (N, K) by the matrix (K, M) of its expert: (N, M)."""
     if one_kernel(x, x.shape[-1], weight.shape[-1]):
         return F.grouped_mm(x, weight, offs=groups.ends)
     assert groups.sizes is not None
@@ -106,7 +106,7 @@ def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 
 def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
-    """Per expert xᵀ @ grad of its rows (N, K) and (N, M): (e, K, M); zeros where an expert has no rows."""
+    """Computes xᵀ @ grad for each expert's rows (N, K) and (N, M): (e, K, M), with zeros for experts without rows."""
     if one_kernel(x, x.shape[-1], grad.shape[-1]):
         return F.grouped_mm(x.mT, grad, offs=groups.ends)
     assert groups.sizes is not None
@@ -117,13 +117,13 @@ def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
 
 
 def sums_by_expert(x_NF: Tensor, expert_N: Tensor, experts: int) -> Tensor:
-    """Of each expert's rows the sum: (e, F)."""
+    """Sums the rows of each expert: (e, F)."""
     each = torch.arange(experts, device=expert_N.device).unsqueeze(1)
     return (each == expert_N).to(x_NF.dtype) @ x_NF
 
 
 class _BiasRows(Function):
-    """Backward is a product with an indicator matrix, not a scatter: no atomics, sums in fp32 or better."""
+    """Copies biases to rows; backward multiplies by an indicator matrix: no atomics, sums in fp32 or better."""
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, expert: Tensor) -> Tensor:

@@ -5,28 +5,28 @@ from torch import Tensor
 
 from tedlab.moe.router import RouterReport
 
-_GROUPS: dict[int, tuple[str, ...]] = {1: (), 2: ("early", "late")}  # by number of layers, where there are few
+_GROUPS: dict[int, tuple[str, ...]] = {1: (), 2: ("early", "late")}  # number of layers, if small → groups
 
 
 def router_health(routers: RouterReport) -> dict[str, float]:
-    """Seven values, means over all MoE layers, and the same for groups of layers.
+    """Returns seven values averaged over all MoE layers, and over groups of layers.
 
-    The values, computed per layer. Only the shares of the counts matter, not their scale.
+    Values are computed per layer. Only the shares of the counts matter, not their scale.
 
     - ``load_cv``: standard deviation of the experts' loads, divided by their mean; 0 when balanced.
     - ``max_violation``: largest load / mean load - 1; 0 when balanced.
-    - ``entropy``: exp(H) / E, H the entropy of the load in nats: the effective number of experts as a share of all;
-      1 when balanced, 1/E when one expert gets everything.
+    - ``entropy``: exp(H) / E, where H is the entropy of the load in nats: the effective number of experts as a share of
+      all; 1 when balanced, 1/E when one expert gets everything.
     - ``dead_experts``: share of experts that got no token.
     - ``dropped_fraction``: share of choices that found no slot.
     - ``balance_loss``, ``z_loss``: before their coefficients.
 
     Args:
-        routers: whose tensors have one row per MoE layer: load (L, E), all others (L,); sums or means, in fp64.
+        routers: Sums or means of reports, in fp64, with one row per MoE layer: load (L, E), all others (L,).
 
     Returns:
-        ``<value>``, and ``<group>/<value>`` with the groups early, middle and late: the first, second and last third of
-        the MoE layers. Two layers make two groups, early and late; a single one makes none.
+        ``<value>``, and ``<group>/<value>`` for the groups early, middle and late: the first, second and last third of
+        the MoE layers. Two layers form two groups, early and late; a single layer forms none.
     """
     load_LE = routers.load
     mean_L = load_LE.mean(-1)
@@ -51,5 +51,5 @@ def router_health(routers: RouterReport) -> dict[str, float]:
 
 
 def relative_load(routers: RouterReport) -> Tensor:
-    """(L, E): load of each expert, divided by its layer's mean; 1 when balanced."""
+    """Returns each expert's load divided by its layer's mean (L, E); 1 when balanced."""
     return routers.load / routers.load.mean(-1, keepdim=True)

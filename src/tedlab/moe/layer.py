@@ -1,4 +1,4 @@
-"""The MoE layer: a router, and the mixture of what it chooses."""
+"""The MoE layer: a router, and the mixture of the experts that it chooses."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -18,7 +18,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class MoESpec(Spec):
-    """Of :class:`MoELayer`."""
+    """Describes a :class:`MoELayer`."""
 
     parts = ("router", "dispatch", "experts")
     hidden: int
@@ -43,7 +43,7 @@ class MoESpec(Spec):
         return ExpertsSpec(*widths, self.init, self.out_init, self.activation, self.bias)
 
     def flops(self, length: int) -> Counter[str]:
-        """Of the experts that a token chooses, whatever a full one drops, and without empty slots."""
+        """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
         return self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
@@ -60,28 +60,28 @@ class MoESpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         chosen = b.outside * self.config.top_k
-        for passes in (3, 2, 1):  # of the gate, through it
+        for passes in (3, 2, 1):  # of the gate and through it
             yield b.moved(passes * chosen * self.hidden)
         yield from self.dispatch.there(b)
         yield from self.experts.backward(b)
         yield from self.dispatch.back(b, bias=False)
         yield b.moved(3 * (self.config.top_k - 1) * b.outside * self.hidden)
         yield from self.router.backward(b)
-        yield b.moved(3 * b.outside * self.hidden, b.parameter)  # the router's and the experts'
+        yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
     def saved(self, b: MicroBatch) -> int:
-        """Also the results that gates weight."""
+        """Adds the results that gates weight."""
         return super().saved(b) + self._weighted(b)
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         here, _, width = self.experts.here(b)
         slots, stream = b.rows.computed * b.compute.itemsize, b.outside * self.hidden * b.parameter.itemsize
-        # The results that gates weighted are gone, and the gradient of tokens is that of the block's result alone.
+        # The results that gates weighted are freed, and the gradient of tokens is still only the block result's.
         matrix = here * self.hidden * width * b.parameter.itemsize
         held = slots * (self.hidden + width) - stream
         yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
         if recomputed and self.config.unlimited:
-            # Product, each row's bias, their sum; where tensor ranks share rows, as they came, and all tokens'.
+            # Product, bias of each row, sum; if tensor ranks share rows, also rows as received and all tokens' rows.
             copies = 5 if b.layout.sharers > 1 else 3
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
@@ -90,17 +90,17 @@ class MoESpec(Spec):
 
 
 class MoELayer(Layer):
-    """Takes the place of a feed-forward layer (paper §2).
+    """A router and experts in place of a feed-forward layer (paper §2).
 
     Args:
-        hidden: model width.
-        ffn: inner width of an expert.
-        config: experts, gating, choices, capacity or none.
-        topology: where this process stands.
-        init: initial weights of the router and of the experts' first projection.
-        out_init: initial weights of the experts' second projection.
-        activation: of the experts, ``gelu`` or ``swiglu``.
-        bias: whether their projections have biases.
+        hidden: Model width.
+        ffn: Inner width of an expert.
+        config: Experts, gating, choices, and capacity if any.
+        topology: The process's place in the meshes.
+        init: Initial weights of the router and of the experts' first projection.
+        out_init: Initial weights of the experts' second projection.
+        activation: Activation of the experts, ``gelu`` or ``swiglu``.
+        bias: Whether the experts' projections have biases.
     """
 
     def __init__(
@@ -121,26 +121,26 @@ class MoELayer(Layer):
         self.experts: Experts = mixtures[config.dispatch].make(spec.experts, config, topology)
 
     def expect(self, x: Tensor) -> None:
-        """Sees to it that the layer's collectives will fit those of other processes, before a forward pass.
+        """Checks before a forward pass that the layer's collectives will fit those of other processes.
 
-        What :meth:`forward` does itself, unless it is compiled.
+        :meth:`forward` does this itself unless it is compiled.
 
         Raises:
-            ValueError: if the processes of an expert group have unequal numbers of tokens, and experts a capacity.
+            ValueError: If processes of an expert group have unequal numbers of tokens and experts have a capacity.
         """
         tokens = x.shape[0] * x.shape[1]
         self.experts.expect(tokens, self.router.capacity(tokens))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
-        """Activations (B, S, H) → (B, S, H), and what the router did; S as on this tensor rank.
+        """Maps activations (B, S, H) to (B, S, H), with S as on this tensor rank, and reports what the router did.
 
         Args:
-            x: activations.
-            padding_mask: (B, S) bool, True where there is no token but padding (as torch's ``key_padding_mask``). It
-                takes no slot, counts in no loss and no statistics, and its result is 0. None: there is none.
+            x: Activations.
+            padding_mask: (B, S) bool, True for padding (as torch's ``key_padding_mask``): it takes no slot, counts in
+                no loss or statistic, and has the result 0. None: there is no padding.
 
         Raises:
-            ValueError: for a mask of another shape or type, and with DeepSpeed's gatings, which know no padding.
+            ValueError: If the mask has another shape or dtype, or if the gating is DeepSpeed's, which knows no padding.
         """
         padding_T = None
         if padding_mask is not None:

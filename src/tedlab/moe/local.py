@@ -1,8 +1,8 @@
-"""Experts without a capacity, all in one process and undivided: rows never leave it, so that what is kept for
-the backward pass is little, and gathering, activation and weighting can be parts of fused kernels.
+"""Experts without a capacity that are all in one process and undivided.
 
-Kept are the tokens, which the rest of the block keeps anyway, and the first projection of every row; each row's input,
-activation and result are computed anew or not needed. Legend as in ``rows.py``.
+Rows never leave the process, so that fused kernels can gather, activate and weight them, and little is kept for the
+backward pass: the tokens, which the rest of the block keeps anyway, and each row's first projection. Each row's input,
+activation and result are recomputed or not needed. Legend as in ``rows.py``.
 """
 
 from typing import Any
@@ -22,12 +22,12 @@ from tedlab.topology import Topology
 
 
 class LocalExperts(Experts):
-    """Experts that take as many tokens as choose them, all in this process.
+    """Experts that are all in this process and take every token that chooses them.
 
     Args:
-        spec: see :class:`Experts`.
-        topology: where this process stands, whose groups of experts and tensors are itself.
-        kernel: what computes them, see ``products.py``.
+        spec: See :class:`Experts`.
+        topology: The process's place in the meshes, where it is alone in its expert and tensor groups.
+        kernel: Which row operations it uses, see ``products.py``.
     """
 
     compilable = False
@@ -50,7 +50,7 @@ class LocalExperts(Experts):
 
     def _order(self, x: Tensor, routing: Routing) -> Order:
         load, choices = routing.counts_E, routing.slot_TK.shape[1]
-        # Where products need the numbers of rows on the host it has to wait for the device: once, not in recomputation.
+        # If products need the numbers of rows, the host waits for the device, except in recomputation.
         sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: tuple(self.comm.reader(load)))
         ends = load.cumsum(0).int()
         each = torch.arange(len(load), device=load.device)
@@ -61,7 +61,7 @@ class LocalExperts(Experts):
 
 @mixtures.register("dropless")
 class Dropless(RowExperts):
-    """Those that are all in one process, or else :class:`RowExperts`."""
+    """Makes :class:`LocalExperts` if all experts are in one process, otherwise :class:`RowExperts`."""
 
     @classmethod
     def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> Experts:
@@ -107,7 +107,7 @@ class _Mixture(Function):
             grad_up_bias = sums_by_expert(grad_z, order.groups.expert_N, len(up))
         if down_bias is not None:
             each = torch.arange(len(up), device=x.device)
-            # Of each token the gate of each expert: the bias is added gate times.
+            # The gates of each token by expert: the bias is added gate times.
             gate_TE = (order.expert_TK.unsqueeze(-1) == each) * gate_TK.unsqueeze(-1)
             grad_down_bias = gate_TE.sum(1).to(grad_TH.dtype).mT @ grad_TH
             products_TE = (grad_TH @ down_bias.mT).to(gate_TK.dtype)

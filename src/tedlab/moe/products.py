@@ -1,6 +1,6 @@
-"""What experts without a capacity compute where all of them are in one process, forward and backward.
+"""What experts without a capacity compute if all are in one process, forward and backward.
 
-Matrix products are torch's ``grouped_mm``, or one by one (see ``grouped.py``); ``moe.kernel`` chooses what gathers,
+Matrix products are torch's ``grouped_mm`` or run one by one (see ``grouped.py``). ``moe.kernel`` chooses what gathers,
 activates and weights the rows around them: ``torch`` (``rows.py``) or ``triton`` (``row_kernels.py``). Legend as there.
 """
 
@@ -18,13 +18,13 @@ from tedlab.moe.grouped import Groups, times, transposed_times
 
 
 class Order(NamedTuple):
-    """The rows of a micro-batch.
+    """The order of a micro-batch's rows.
 
     Attributes:
-        token_N: which token each row is.
-        place_TK: where the rows of each token are.
-        expert_TK: whose they are.
-        groups: whose the rows are.
+        token_N: (N,) int64, the token of each row.
+        place_TK: (T, K) int64, the rows of each token.
+        expert_TK: (T, K) int64, the experts of each token.
+        groups: Which expert each row belongs to.
     """
 
     token_N: Tensor
@@ -34,11 +34,11 @@ class Order(NamedTuple):
 
 
 class Products:
-    """Forward and backward pass of all experts.
+    """Computes the forward and backward pass of all experts.
 
     Args:
-        rows: the module whose functions are applied to rows: ``rows`` or ``row_kernels``.
-        gated: SwiGLU experts; otherwise GELU.
+        rows: Module of the row operations: ``rows`` or ``row_kernels``.
+        gated: Whether experts use SwiGLU; otherwise they use GELU.
     """
 
     def __init__(self, rows: ModuleType, gated: bool) -> None:
@@ -47,14 +47,14 @@ class Products:
     def forward(
         self, x_TH: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, order: Order
     ) -> tuple[Tensor, Tensor]:
-        """What :meth:`backward` wants to see again (N, Z), and each row's result (N, H) without the second bias.
+        """Returns z (N, Z), which :meth:`backward` needs, and each row's result (N, H) without the second bias.
 
         Args:
-            x_TH: tokens.
-            up: (e, H, Z).
-            up_bias: (e, Z).
-            down: (e, F, H).
-            order: of the rows.
+            x_TH: Tokens.
+            up: (e, H, Z), first projections.
+            up_bias: (e, Z), their biases, if any.
+            down: (e, F, H), second projections.
+            order: Order of the rows.
         """
         z_NZ = times(self.rows.take(x_TH, order.token_N), up, order.groups)
         h_NF = self.rows.hidden(z_NZ, up_bias, order.groups.expert_N, self.gated)
@@ -71,19 +71,19 @@ class Products:
         gate_N: Tensor,
         order: Order,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Backward of the gate-weighted sum of the results of each token's rows.
+        """Computes the backward pass of each token's gate-weighted sum of its rows' results.
 
-        Neither the results nor the activations are needed: the gradient of a row's gate is the product of its
-        activations with their gradient (Guo et al. 2025, SonicMoE, §3).
+        It needs neither the results nor the activations: the gradient of a row's gate is the product of its activations
+        with their gradient (Guo et al. 2025, SonicMoE, §3).
 
         Args:
-            grad_TH: of the sum.
-            x_TH, up, up_bias, down, order: see :meth:`forward`.
-            z_NZ: from there.
-            gate_N: weight of each row.
+            grad_TH: Gradient of the sums.
+            x_TH, up, up_bias, down, order: See :meth:`forward`.
+            z_NZ: Returned by :meth:`forward`.
+            gate_N: Weight of each row.
 
         Returns:
-            Gradients: of each row's input (N, H), of z (N, Z), of the gates (N,), of ``up`` and of ``down``.
+            Gradients of each row's input (N, H), of z (N, Z), of the gates (N,), of ``up`` and of ``down``.
         """
         groups = order.groups
         grad_NH = self.rows.take(grad_TH, order.token_N)
@@ -97,15 +97,15 @@ class Products:
 
 
 def products(kernel: str, gated: bool, x: Tensor) -> Products:
-    """With the row operations asked for, or with ``auto`` the fastest that take these rows.
+    """Chooses the row operations that ``kernel`` names, or with ``auto`` the fastest that accept these rows.
 
     Args:
-        kernel: auto, torch or triton.
-        gated: see :class:`Products`.
-        x: like the tokens, in dtype and device.
+        kernel: ``auto``, ``torch`` or ``triton``.
+        gated: See :class:`Products`.
+        x: A tensor with the dtype and device of the tokens.
 
     Warns:
-        UserWarning: once, if the kernel asked for does not take them, with the reason.
+        UserWarning: Once, if ``kernel`` is ``triton``, which does not accept the rows; the message says why.
     """
     if kernel == "torch":
         return Products(rows, gated)
@@ -120,7 +120,7 @@ def products(kernel: str, gated: bool, x: Tensor) -> Products:
 
 
 def unfit(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why Triton kernels do not take rows; None if they do."""
+    """Says why Triton kernels do not accept such rows; returns None if they do."""
     if device.type != "cuda":
         return f"it needs a CUDA GPU, these are on {device.type}"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):

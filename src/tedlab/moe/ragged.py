@@ -1,24 +1,24 @@
 """Token paths without a capacity: every choice is a row, and each process gets as many as were chosen for its experts.
 
-The modes are those of ``dispatch.py``, and so are the collectives, with rows in the place of slots; before them the
-processes tell each other how many rows there will be. Between path and experts goes a :class:`RaggedRows`.
+The modes and collectives are those of ``dispatch.py``, with rows in place of slots; before them the processes exchange
+their numbers of rows. A :class:`RaggedRows` passes between path and experts.
 
-Where shapes on the host depend on these numbers it has to wait for the device, once in a layer: where expert groups
-have several processes, or products need the sizes (see ``grouped.py``). A recomputed forward pass takes the numbers
-from the first one.
+If shapes on the host depend on these numbers, the host waits for the device once per layer: if expert groups have
+several processes, or products need the sizes (see ``grouped.py``). A recomputed forward pass reuses the numbers of the
+first one.
 
 =================  =======================  ==================================================================
 mode               path and region          rows
 =================  =======================  ==================================================================
 plain TED          sorted, replicated       every tensor rank exchanges all R rows of the data rank
-DTD                dealt, gathered          row r is sent by tensor rank r mod T; what each was sent is gathered
+DTD                dealt, gathered          tensor rank r mod T sends row r; what each received is gathered
 DTD, fused         dealt, scattered         the same with a reduce-scatter for all-reduce and drop
 sequence parallel  sorted, scattered        each tensor rank has its own tokens
 =================  =======================  ==================================================================
 
-Legend: as in ``router.py``; R rows of a data rank (of a tensor rank, if sequence-sharded), sorted by expert; e experts
-of this process; i tensor ranks that were sent rows of their own (1 if all were sent the same), s senders (E_p), M rows
-that one of them was sent (of several: the most), N rows that this process's experts see.
+Legend as in ``router.py``, and R: rows of a data rank (of a tensor rank, if sequence-sharded), sorted by expert; e:
+experts of this process; i: tensor ranks that receive rows of their own (1 if all receive the same); s: senders (E_p);
+M: rows that one of them receives (the most, if there are several); N: rows that this process's experts see.
 """
 
 from dataclasses import dataclass
@@ -53,11 +53,11 @@ class Exchange:
     """Who sends how many rows, in one layer and micro-batch.
 
     Attributes:
-        splits: of the all-to-all to the experts.
-        counts_ise: rows by tensor rank, sender and expert; int64, on the device.
-        width: M.
-        total: N.
-        sizes: rows of each expert of this process, if the host has asked.
+        splits: Splits of the all-to-all to the experts.
+        counts_ise: (i, s, e) int64 on the device: rows by tensor rank, sender and expert.
+        width: M, as in the legend.
+        total: N, as in the legend.
+        sizes: Number of rows of each expert of this process; None: the host has not asked.
     """
 
     splits: Splits
@@ -68,11 +68,11 @@ class Exchange:
 
 
 class RaggedRows(NamedTuple):
-    """Rows at the process of their experts, by sender and then by expert.
+    """Rows at the process of their experts, sorted by sender and then by expert.
 
     Attributes:
-        values: (rows that this tensor rank was sent, H).
-        exchange: how they came.
+        values: (rows that this tensor rank received, H).
+        exchange: How they came.
     """
 
     values: Tensor
@@ -80,16 +80,16 @@ class RaggedRows(NamedTuple):
 
 
 class RaggedPath:
-    """Every process exchanges all its rows within its expert group.
+    """Exchanges all rows of this process within its expert group.
 
     Args:
-        num_experts: E, a multiple of the expert degree.
-        comm: the collectives of this process.
-        sharers: tensor ranks that are sent rows of their own.
-        widths: of the experts' matrices.
+        num_experts: Number of experts E, a multiple of the expert degree.
+        comm: The collectives of this process.
+        sharers: Number of tensor ranks that receive rows of their own.
+        widths: Widths of the experts' matrices.
 
     Attributes:
-        moved: rows of all forward passes so far that a backward pass may follow.
+        moved: Rows of all forward passes so far that a backward pass may follow.
     """
 
     def __init__(self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int]) -> None:
@@ -97,11 +97,11 @@ class RaggedPath:
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        """Tokens of this rank (T, H) → rows of this process's experts."""
+        """Sends this rank's tokens (T, H) and returns the rows of this process's experts."""
         return self._to_experts(spread_choices(x_TH, routing), routing.counts_E)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
-        """Experts' results → for each token of this rank the gate-weighted sum of its choices (T, H)."""
+        """Sends experts' results back and returns each token's gate-weighted sum of its choices (T, H)."""
         return merge_choices(self._from_experts(y), routing)
 
     def _to_experts(self, x_RH: Tensor, counts_E: Tensor) -> RaggedRows:
@@ -124,7 +124,7 @@ class RaggedPath:
         return exchange
 
     def _without_waiting(self, counts_ise: Tensor, x_RH: Tensor) -> tuple[Exchange, Rows] | None:
-        """Where only this process's own experts are there to choose, and the device alone needs to know how often."""
+        """Works without counts on the host if only this process's experts can be chosen and a product is one kernel."""
         if self.comm.size("expert") > 1 or not one_kernel(x_RH, *self.widths):
             return None
         rows = len(x_RH)
@@ -142,7 +142,7 @@ class RaggedPath:
 
 
 class DealtPath(RaggedPath):
-    """Duplicate token dropping (paper §5.1): of the rows that all tensor ranks list, each exchanges every T-th."""
+    """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
         x_RH, counts_E = spread_choices(x_TH, routing), routing.counts_E
@@ -160,12 +160,12 @@ class DealtPath(RaggedPath):
 
 
 class Arrangement(NamedTuple):
-    """The rows that came, sorted by expert.
+    """How received rows are sorted by expert.
 
     Attributes:
-        row_N: where each row of the experts is among those that came, (i, M) flattened; None: in the same place.
-        place_iM: the inverse; -1 where a tensor rank was sent fewer than M.
-        groups: whose the rows are.
+        row_N: The place of each expert row among received ones, (i, M) flattened; None: the same place.
+        place_iM: The inverse, -1 where a tensor rank received fewer than M.
+        groups: Which expert each row belongs to.
     """
 
     row_N: Tensor | None
@@ -173,20 +173,20 @@ class Arrangement(NamedTuple):
     groups: Groups
 
     def sort(self, x_iMH: Tensor) -> Tensor:
-        """Rows as they came (i·M, H) → as the experts want them (N, H)."""
+        """Sorts received rows (i·M, H) by expert: (N, H)."""
         if self.row_N is None or self.place_iM is None:
             return x_iMH
         return gather_rows(x_iMH, self.row_N, self.place_iM.unsqueeze(1))
 
     def restore(self, y_NH: Tensor) -> Tensor:
-        """The inverse; zeros where nothing came."""
+        """Inverts :meth:`sort`, with zeros where nothing was received."""
         if self.row_N is None or self.place_iM is None:
             return y_NH
         return gather_rows(y_NH, self.place_iM, self.row_N.unsqueeze(1))
 
 
 def arrange(exchange: Exchange) -> Arrangement:
-    """By expert, then by sender, then by tensor rank. Nothing here waits for the device."""
+    """Sorts by expert, then by sender, then by tensor rank, without waiting for the device."""
     counts_ise, width, total = exchange.counts_ise, exchange.width, exchange.total
     device, (ranks, senders, experts) = counts_ise.device, counts_ise.shape
     counts_e = counts_ise.sum((0, 1))
@@ -194,7 +194,7 @@ def arrange(exchange: Exchange) -> Arrangement:
     groups = Groups(expert_N, counts_e.cumsum(0).int(), exchange.sizes)
     if ranks == 1 and 1 in (senders, experts):
         return Arrangement(None, None, groups)
-    runs = counts_ise.flatten(1)  # of each tensor rank, in the order in which they came
+    runs = counts_ise.flatten(1)  # of each tensor rank, in the order of arrival
     starts = runs.cumsum(1) - runs + width * torch.arange(ranks, device=device).unsqueeze(1)
     sizes, starts = (t.view(counts_ise.shape).permute(2, 1, 0).flatten() for t in (runs, starts))
     shift = starts - (sizes.cumsum(0) - sizes)
@@ -205,19 +205,19 @@ def arrange(exchange: Exchange) -> Arrangement:
 
 
 class RowRegion(Protocol):
-    """Where the tensor-parallel computation of experts begins and ends."""
+    """The entry and exit of the experts' tensor-parallel computation."""
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
-        """Rows that this tensor rank was sent → rows (N, H) that every tensor rank computes its part of."""
+        """Maps the rows that this tensor rank received to rows (N, H) of which every tensor rank computes its part."""
         ...
 
     def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        """Each tensor rank's part of the results → results, plus bias if any, of the rows that it sends back."""
+        """Sums the tensor ranks' parts, adds a bias if given, and returns the rows that this rank sends back."""
         ...
 
 
 class ReplicatedRows:
-    """Every tensor rank was sent the same rows."""
+    """Every tensor rank receives the same rows."""
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
@@ -231,7 +231,7 @@ class ReplicatedRows:
 
 
 class GatheredRows(ReplicatedRows):
-    """Each tensor rank was sent its own rows; apart from that as without DTD. In the paper's order."""
+    """Each tensor rank receives its own rows, which are gathered; the rest is as without DTD, in the paper's order."""
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         x_iMH = gather_from(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0)
@@ -244,7 +244,7 @@ class GatheredRows(ReplicatedRows):
 
 
 class ScatteredRows(GatheredRows):
-    """Each tensor rank was sent its own rows, and gets only their sums: all-reduce and drop are one."""
+    """Each tensor rank receives its own rows and gets only their sums: a reduce-scatter is all-reduce and drop."""
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return arrangement.sort(gather_to(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0))
@@ -257,18 +257,18 @@ class ScatteredRows(GatheredRows):
 
 
 def _widened(x: RaggedRows) -> Tensor:
-    """All tensor ranks' rows are gathered in one piece, which takes equal parts: (M, H)."""
+    """Pads this rank's rows to (M, H), since the gather over tensor ranks takes equal parts."""
     missing = x.exchange.width - len(x.values)
     return F.pad(x.values, (0, 0, 0, missing)) if missing else x.values
 
 
 def ragged_path(num_experts: int, widths: tuple[int, int], topology: Topology) -> tuple[RaggedPath, RowRegion]:
-    """The path and the region that the topology's toggles ask for.
+    """Returns the path and the region that the topology's toggles select.
 
     Args:
-        num_experts: E.
-        widths: of one process's part of an expert's matrices.
-        topology: where this process stands.
+        num_experts: Number of experts E.
+        widths: Widths of this process's part of an expert's matrices.
+        topology: The process's place in the meshes.
     """
     comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
     if topology.sequence_sharded:

@@ -1,7 +1,7 @@
 """The router: which experts a token goes to, with which weight, and into which slot of the dispatch buffer.
 
 Legend: T tokens of this data rank's micro-batch, H hidden, E experts (all of them), K choices per token, C capacity.
-Every tensor rank routes the same tokens with the same weights and so decides the same; with sequence parallelism each
+All tensor ranks route the same tokens with the same weights and so decide the same; with sequence parallelism each
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
@@ -25,15 +25,13 @@ from tedlab.topology import Topology
 
 
 class RouterReport(NamedTuple):
-    """What training wants to know of one MoE layer's routing.
+    """What training wants to know of one MoE layer's routing. Nothing here counts padding.
 
     Attributes:
-        balance_loss: load-balancing loss of this micro-batch, before its coefficient; scalar, differentiable.
-        z_loss: router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
-        load: (E,) choices that fell on each expert, before capacity; int64.
-        dropped: choices that found no slot; int64 scalar.
-
-    Nothing here counts tokens that are padding.
+        balance_loss: Load-balancing loss of this micro-batch, before its coefficient; scalar, differentiable.
+        z_loss: Router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
+        load: (E,) int64, the number of choices of each expert, before capacity.
+        dropped: Number of choices that found no slot; int64 scalar.
     """
 
     balance_loss: Tensor
@@ -46,13 +44,13 @@ class Routing(NamedTuple):
     """Where each token goes.
 
     Attributes:
-        gate_TK: weight of each choice in the combination.
-        slot_TK: position of each choice in the dispatch buffer of E·C slots; -1: dropped. Without a capacity: its
+        gate_TK: Weight of each choice in the combination.
+        slot_TK: Position of each choice in the dispatch buffer of E·C slots; -1: dropped. Without a capacity, its
             place among all T·K choices, sorted by expert.
-        choice_EC: the inverse: which choice (index into T·K) fills each slot; -1: empty. Without a
-            capacity: (T·K,).
-        report: losses and counts.
-        rows_E: with padding, without a capacity: choices by expert, with those of padding; None: the report's load.
+        choice_EC: The inverse: which choice (index into T·K) fills each slot; -1: empty. Without a capacity, (T·K,).
+        report: Losses and counts.
+        rows_E: Choices by expert, including those of padding, if there is padding and no capacity; None: the report's
+            load.
     """
 
     gate_TK: Tensor
@@ -63,7 +61,7 @@ class Routing(NamedTuple):
 
     @property
     def counts_E(self) -> Tensor:
-        """How many choices each expert gets to see, where it sees all."""
+        """The number of choices that each expert receives if it takes all."""
         return self.report.load if self.rows_E is None else self.rows_E
 
 
@@ -71,11 +69,11 @@ class Decision(NamedTuple):
     """What a gating rule makes of the logits of one micro-batch.
 
     Attributes:
-        gate_TK, slot_TK, choice_EC: see :class:`Routing`.
-        probs_TE: probability of each expert for each token.
-        counted_TE: the choices that the load-balancing loss counts.
-        load: see :class:`RouterReport`.
-        rows_E: see :class:`Routing`.
+        gate_TK, slot_TK, choice_EC: See :class:`Routing`.
+        probs_TE: Probability of each expert for each token.
+        counted_TE: The choices that the load-balancing loss counts.
+        load: See :class:`RouterReport`.
+        rows_E: See :class:`Routing`.
     """
 
     gate_TK: Tensor
@@ -88,13 +86,13 @@ class Decision(NamedTuple):
 
     @property
     def balance_loss(self) -> Tensor:
-        """Of these tokens; scalar, differentiable."""
+        """The load-balancing loss of these tokens; scalar, differentiable."""
         return balance_loss(self.counted_TE.to(self.probs_TE.dtype).mean(0), self.probs_TE.mean(0))
 
 
 @dataclass(frozen=True)
 class RouterSpec(Spec):
-    """Of :class:`Router`."""
+    """Describes a :class:`Router`."""
 
     hidden: int
     config: MoEConfig
@@ -129,13 +127,13 @@ class RouterSpec(Spec):
             yield b.moved(n * self.hidden, b.parameter, b.precise)
 
     def saved(self, b: MicroBatch) -> int:
-        """Its input, and of each token and expert three numbers and an index."""
+        """Counts its input, and three numbers and an index for each token and expert."""
         scores = self.config.num_experts * (3 * b.precise.itemsize + torch.int64.itemsize)
         return b.outside * (self.hidden * b.parameter.itemsize + scores)
 
 
 def _bytes(b: MicroBatch, number: int) -> Work:
-    """What a router does to vectors and indices, as a rough sum."""
+    """Returns the work of what a router does to vectors and indices, as a rough sum."""
     return Work(0, number, b.precise, "arithmetic")
 
 
@@ -146,43 +144,43 @@ routers: "Registry[type[Router]]" = Registry("moe.gating")
 class Router(ShardedModule):
     """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
 
-    Another gating rule is a subclass with a :meth:`decide` or :meth:`probabilities` of its own, under
-    ``@routers.register(NAME)``, as in ``deepspeed_gating.py``.
+    To add a gating rule, register a subclass with its own :meth:`decide` or :meth:`probabilities` under
+    ``@routers.register(NAME)``, as ``deepspeed_gating.py`` does.
 
-    Gate weights: the softmax probability of the expert for k = 1; for k > 1 the probabilities of the k choices,
+    Gate weights: for k = 1 the softmax probability of the expert; for k > 1 the probabilities of the k choices,
     normalised to sum to one before any is dropped.
 
     Capacity: every expert takes at most C choices of a micro-batch, see ``capacity.py``. First choices of all
-    tokens come before second choices, and within these the order is that of the tokens. A choice that finds its
-    expert full is dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity
-    groups all this holds within each: a group is the tokens of S / groups neighbouring positions of every sample,
-    and what its capacity is rounded up to a multiple of is divided among the groups.
+    tokens come before second choices; within each, the order is that of the tokens. A choice whose expert is full is
+    dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity groups
+    all this holds within each group: the tokens of S / groups neighbouring positions of every sample. The multiple
+    to which capacity is rounded up is divided among the groups.
 
-    Where experts take all that choose them, choices are sorted by expert, and within one by token.
+    If experts take all that choose them, choices are sorted by expert, and for each expert by token.
 
-    Padding, where it is told, takes no slot, is counted in no loss, load or number of drops, and gets nothing from any
-    expert. The capacity is that of all tokens, with it: what is exchanged must not depend on what the batch holds. For
-    the same reason, without a capacity, rows of padding travel along, to all experts in turn, and weigh nothing.
+    Padding, if the caller marks it, takes no slot, is not counted in losses, load or drops, and gets nothing from any
+    expert. Capacity still counts it, because what is exchanged must not depend on what the batch holds. For the same
+    reason, without a capacity, rows of padding are sent too, to all experts in turn, with weight zero.
 
-    Losses, in fp32 or better as all of the routing: load balancing E·Σ f_e·P_e with f_e the share of first choices
-    and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss, the
-    mean of logsumexp(logits)² (ST-MoE, eq. 5).
+    Losses, like all of the routing, are in fp32 or better: load balancing is E·Σ f_e·P_e with f_e the share of first
+    choices and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss
+    is the mean of logsumexp(logits)² (ST-MoE, eq. 5).
 
     Args:
-        hidden: model width.
-        config: experts E, choices K, capacity and its groups (see ``capacity.py``).
-        topology: where this process stands.
-        init: initial weights.
+        hidden: Model width.
+        config: Experts E, choices K, capacity and its groups (see ``capacity.py``).
+        topology: The process's place in the meshes.
+        init: Initial weights.
 
     Attributes:
-        spec: the class of its specification.
-        needed_top_k: the only ``moe.top_k`` that it takes; None: any.
-        options: values of :class:`tedlab.config.MoEConfig` that mean something to it, and null to others.
-        supports: what it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
+        spec: Class of its specification.
+        needed_top_k: The only ``moe.top_k`` that it accepts; None: any.
+        options: Fields of :class:`tedlab.config.MoEConfig` that it uses; other routers need them to be null.
+        supports: What it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
             (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``.
 
     Raises:
-        ValueError: if the tensor ranks of a sequence-sharded layout cannot divide the capacity groups among them.
+        ValueError: If the tensor ranks of a sequence-sharded layout cannot divide the capacity groups among them.
     """
 
     spec: ClassVar[type[RouterSpec]] = RouterSpec
@@ -198,18 +196,18 @@ class Router(ShardedModule):
         groups = config.capacity_groups or shards
         if groups % shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
-        self.groups, self.all_groups = groups // shards, groups  # of this process, of the data rank
+        self.groups, self.all_groups = groups // shards, groups  # this process's and the data rank's
         self.build(self.spec(hidden, config, init), topology)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
         """Routes the T tokens of a micro-batch.
 
         Args:
-            x_TH: tokens: samples of ``sequence`` positions, one after the other.
-            sequence: None: there is one sample.
-            padding_T: bool; True: not a token. None: all are.
+            x_TH: Tokens of one sample after the other, each of ``sequence`` positions.
+            sequence: Number of positions of a sample; None: there is one sample.
+            padding_T: Bool, True for padding; None: there is none.
         """
-        with torch.autocast(x_TH.device.type, enabled=False):  # else a mixed-precision run would route in bf16
+        with torch.autocast(x_TH.device.type, enabled=False):  # a mixed-precision run must not route in bf16
             logits_TE = _PreciseLinear.apply(x_TH, self.local("weight"))
         decision = self.decide(logits_TE, sequence or max(1, len(x_TH)), padding_T)
         z_T = logits_TE.logsumexp(-1).square()
@@ -226,14 +224,14 @@ class Router(ShardedModule):
         return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report, decision.rows_E)
 
     def capacity(self, tokens: int) -> int:
-        """Slots that an expert offers to so many tokens of this process."""
+        """Returns the slots that an expert offers to so many tokens of this process."""
         return self.groups * group_capacity(self.config, tokens // self.groups, self.all_groups)
 
     def _losses_of_sums(self, decision: Decision, z_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The two losses of a micro-batch whose tokens may be divided over the tensor group, and be padding."""
+        """Computes both losses if the tensor group divides the micro-batch's tokens, or if some are padding."""
         counted_E, probs_E = decision.counted_TE.to(z_T.dtype).sum(0), decision.probs_TE.sum(0)
         parts = [counted_E, probs_E, z_T.sum().unsqueeze(0)]
-        if padding_T is not None:  # how many tokens there are is to be summed, too
+        if padding_T is not None:  # the number of tokens must be summed as well
             parts.append((~padding_T).sum().to(z_T.dtype).unsqueeze(0))
         sums = torch.cat(parts)
         if self.sharded:
@@ -243,11 +241,11 @@ class Router(ShardedModule):
         return balance_loss(counted_E / tokens, probs_E / tokens), rest[0] / tokens
 
     def probabilities(self, logits_TE: Tensor) -> Tensor:
-        """Of each expert for each token (T, E), which add up to one."""
+        """Returns the probability of each expert for each token (T, E); each row sums to one."""
         return logits_TE.softmax(-1)
 
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
-        """The gating rule; logits are in fp32 or better. Of padding only slots and load need say that it is."""
+        """Applies the gating rule to logits in fp32 or better. For padding, only slots and load must account for it."""
         probs_TE = self.probabilities(logits_TE)
         expert_TK = pin(probs_TE.detach().topk(self.top_k, dim=-1).indices)
         gate_TK = probs_TE.gather(1, expert_TK)
@@ -267,13 +265,13 @@ class Router(ShardedModule):
             return Decision(gate_TK, places, choices, probs_TE, first_TE, load, rows_E)
         tokens, groups = len(logits_TE), self.groups
         capacity = group_capacity(self.config, tokens // groups, self.all_groups)
-        # To the queues, group g of expert e is an expert of its own, number e·groups + g: slots stay sorted by expert.
+        # Queues treat group g of expert e as an expert of its own, e·groups + g, so that slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
         queues = self.num_experts * groups
         if padding_T is None:
             slot_TK, choice_EC, load = assign_slots(queue_TK, queues, capacity)
-        else:  # padding queues where nobody is served
+        else:  # padding gets a queue that is not served
             queue_TK = queue_TK.masked_fill(padding_T.unsqueeze(1), queues)
             slot_TK, choice_EC, load = assign_slots(queue_TK, queues + 1, capacity)
             slot_TK = slot_TK.masked_fill(padding_T.unsqueeze(1), -1)
@@ -282,7 +280,7 @@ class Router(ShardedModule):
 
 
 def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
-    """Padding has no part in any sum over tokens."""
+    """Removes padding from all sums over tokens."""
     padding_T1 = padding_T.unsqueeze(1)
     return decision._replace(
         gate_TK=decision.gate_TK.masked_fill(padding_T1, 0.0),
@@ -292,10 +290,10 @@ def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
 
 
 class _PreciseLinear(Function):
-    """``F.linear`` in fp32 or better, which keeps its input as it came.
+    """``F.linear`` in fp32 or better that keeps its input in its own dtype.
 
-    Of two bf16 numbers a tensor core's product is exact, and is summed in fp32: nothing need be converted. The
-    gradient, which is fp32, takes part as the sum of three of them.
+    Tensor cores multiply two bf16 numbers exactly and sum in fp32, so nothing needs to be converted. The gradient,
+    which is fp32, is split into a sum of three bf16 numbers.
     """
 
     @staticmethod
@@ -323,7 +321,7 @@ def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
 
 
 def bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three tensors in bf16, of 8 bits each, whose sum is a tensor in fp32, of 24 (unless near 1e-38)."""
+    """Splits fp32 numbers, of 24 bits, into three bf16 numbers of 8 bits whose sum they are (unless near 1e-38)."""
     first = _first_bits(x)
     rest = x - first
     second = _first_bits(rest)
@@ -331,22 +329,22 @@ def bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _first_bits(x: Tensor) -> Tensor:
-    """Without the 16 last. torch.compile would take a conversion to bf16 and back for pointless, and leave it out."""
+    """Clears the last 16 bits. torch.compile would optimise a conversion to bf16 and back away."""
     return (x.view(torch.int32) & -0x10000).view(torch.float32)
 
 
 def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
-    """E·Σ f_e·P_e: f_e the counted choices of expert e per token, P_e its mean probability (both without drops)."""
+    """Returns E·Σ f_e·P_e: f_e counted choices of expert e per token, P_e its mean probability (both without drops)."""
     return len(probs_E) * (counted_E * probs_E).sum()
 
 
 def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives each choice the next free slot of its expert, first choices first, then in order of the tokens.
+    """Gives each choice its expert's next free slot, first choices first, then in order of the tokens.
 
     Args:
         expert_TK: (T, K) int64, the chosen experts.
-        num_experts: E.
-        capacity: C, slots per expert.
+        num_experts: Number of experts E.
+        capacity: Slots per expert, C.
 
     Returns:
         slot_TK (T, K), choice_EC (E·C,), load_E (E,): see :class:`Routing` and :class:`RouterReport`. All shapes are
@@ -356,7 +354,7 @@ def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Te
     expert = expert_TK.t().flatten()  # (K·T,): all first choices, then all second ones
     load_E = _histogram(expert, num_experts)
 
-    # A stable sort lines the choices up by expert; the distance to the expert's first one is the position in it.
+    # After a stable sort by expert, a choice's position is its distance to its expert's first choice.
     order = expert.argsort(stable=True)
     first_E = load_E.cumsum(0) - load_E
     place = torch.arange(tokens * top_k, device=expert.device)
@@ -367,24 +365,24 @@ def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Te
 
 
 def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lines all choices up by expert, and for each expert in order of the tokens.
+    """Sorts all choices by expert, and for each expert by token.
 
     Args:
         expert_TK: (T, K) int64, the chosen experts.
-        num_experts: E.
+        num_experts: Number of experts E.
 
     Returns:
         The place of each choice (T, K), the choice in each place (T·K,), and load_E.
     """
     expert = expert_TK.flatten()
-    # A radix sort passes over the keys once for each of their bytes.
+    # Narrow keys sort faster: a radix sort passes over them once per byte.
     choice = expert.to(_narrowest(num_experts - 1)).argsort(stable=True)
     place = torch.empty_like(choice).scatter_(0, choice, torch.arange(len(choice), device=choice.device))
     return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
 
 
 def _narrowest(largest: int) -> torch.dtype:
-    """The smallest dtype of integers from 0 to ``largest``."""
+    """Returns the smallest dtype of integers from 0 to ``largest``."""
     return next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if largest <= torch.iinfo(dtype).max)
 
 
@@ -394,7 +392,7 @@ def _histogram(expert: Tensor, num_experts: int, counting: Tensor | None = None)
 
 
 def choices_of_slots(slot_TK: Tensor, slots: int) -> Tensor:
-    """The inverse of ``slot_TK``: which choice fills each of E·C slots, see :class:`Routing`."""
+    """Inverts ``slot_TK``: returns which choice fills each of E·C slots, see :class:`Routing`."""
     # Dropped choices are written to one slot past the end, which is cut off.
     slot = slot_TK.flatten()
     choice_EC = torch.full((slots + 1,), -1, dtype=torch.int64, device=slot.device)

@@ -1,6 +1,6 @@
-"""The functions of ``rows.py`` as Triton kernels: each passes over memory once. Imported only where Triton is there.
+"""The functions of ``rows.py`` as Triton kernels that each pass over memory once; imported only if Triton is installed.
 
-They take what those take, in bf16, fp16 or fp32, and compute in fp32. Sums have a fixed order: no atomics.
+They take the same arguments, in bf16, fp16 or fp32, and compute in fp32. Sums have a fixed order and no atomics.
 """
 
 import torch
@@ -8,7 +8,7 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
-_COLUMNS = 1024  # at a time
+_COLUMNS = 1024  # elements of a row at a time
 
 
 def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _take(x, token, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 @triton.jit
 def _gelu_and_slope(z):  # type: ignore[no-untyped-def]
     # Φ(z) = 1 - tail for z > 0, with erfc as a polynomial times exp(-z²/2) (Abramowitz & Stegun 7.1.26, off by 1.5e-7
-    # at most), which the slope needs anyway: a library's erf would take longer than the memory does.
+    # at most), which the slope needs anyway: a library's erf would take longer than memory access does.
     density = tl.exp(-0.5 * z * z)
     t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(z))
     series = ((((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736) * t + 0.254829592) * t

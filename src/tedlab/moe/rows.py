@@ -1,7 +1,7 @@
-"""What happens to rows around the matrix products of local experts, in plain torch; on GPUs ``row_kernels.py``.
+"""The operations on rows around the matrix products of local experts, in plain torch; GPUs use ``row_kernels.py``.
 
 Legend as in ``router.py`` and ``ragged.py``: N = T·K rows sorted by expert, F inner width, Z width of the first
-projection (F, or with SwiGLU 2·F: gate and linear part in turn).
+projection (F, or with SwiGLU 2·F, where gate and linear part alternate).
 """
 
 import math
@@ -13,27 +13,27 @@ from tedlab.nn import activate
 
 
 def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
-    """Rows by index: (N, H)."""
+    """Gathers rows by index: (N, H)."""
     return x_TH.index_select(0, token_N)
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
-    """The activation of each row plus its expert's bias: (N, F)."""
+    """Activates each row plus its expert's bias: (N, F)."""
     return activate(_biased(z_NZ, bias_eZ, expert_N), gated)
 
 
 def hidden_backward(
     grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Backward of ``weight · hidden(z)``, row by row.
+    """Computes the backward pass of ``weight · hidden(z)``, row by row.
 
     Args:
-        grad_NF: gradient of the weighted activations.
-        z_NZ, bias_eZ, expert_N, gated: see :func:`hidden`.
-        weight_N: of each row.
+        grad_NF: Gradient of the weighted activations.
+        z_NZ, bias_eZ, expert_N, gated: See :func:`hidden`.
+        weight_N: Weight of each row.
 
     Returns:
-        The gradient of z (N, Z), the weighted activations (N, F), and the gradient of the weights (N,) in theirs dtype.
+        The gradient of z (N, Z), the weighted activations (N, F), and the weights' gradient (N,) in the weights' dtype.
     """
     z = _biased(z_NZ, bias_eZ, expert_N)
     precise = torch.promote_types(z.dtype, torch.float32)
@@ -55,14 +55,14 @@ def hidden_backward(
 def combine(
     y_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, bias_eH: Tensor | None, expert_TK: Tensor
 ) -> Tensor:
-    """Of each token's choices the sum, weighted if gates are given: (T, H).
+    """Sums the results of each token's choices, weighted if gates are given: (T, H).
 
     Args:
-        y_NH: results.
-        place_TK: where each choice's result is.
-        gate_TK: weights; None: 1.
-        bias_eH: added to each choice's result before it is weighted.
-        expert_TK: whose bias.
+        y_NH: Results.
+        place_TK: Row of each choice's result.
+        gate_TK: Weights; None: 1.
+        bias_eH: Bias that is added to each choice's result before it is weighted.
+        expert_TK: Expert of each choice, whose bias is added.
     """
     y_TKH = take(y_NH, place_TK.flatten()).unflatten(0, place_TK.shape)
     precise = torch.promote_types(y_NH.dtype, torch.float32)
