@@ -42,11 +42,11 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class BlockSpec(Spec):
-    """Of :class:`Block`."""
+    """Describes a :class:`Block`."""
 
     parts = ("norm1", "attention", "norm2", "feed_forward")
     model: ModelConfig
-    moe: MoEConfig | None  # None: it has no experts
+    moe: MoEConfig | None  # None: the block has no experts
 
     @property
     def norm1(self) -> NormSpec:
@@ -56,7 +56,7 @@ class BlockSpec(Spec):
 
     @property
     def inits(self) -> tuple[Init, Init]:
-        """Initial weights of projections into a layer, and out of it: those are scaled as in GPT-2."""
+        """Initial weights of projections into a layer and out of it; the latter are scaled as in GPT-2."""
         return Init(std=self.model.init_std), Init(std=self.model.init_std / math.sqrt(2 * self.model.layers))
 
     @property
@@ -72,7 +72,7 @@ class BlockSpec(Spec):
         return FeedForwardSpec(model.hidden, model.ffn, *rest)
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
-        """What it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
+        """Returns the rows that it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
         inner = self.feed_forward
         return inner.dispatch.rows(layout, tokens) if isinstance(inner, MoESpec) else Rows()
 
@@ -90,7 +90,7 @@ class BlockSpec(Spec):
         for layer, norm in ((self.feed_forward, self.norm2), (self.attention, self.norm1)):
             yield from layer.backward(b)
             yield from norm.backward(b)
-            yield b.moved(3 * b.outside * self.model.hidden, b.parameter)  # of the residual
+            yield b.moved(3 * b.outside * self.model.hidden, b.parameter)  # adds the residual's gradient
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         yield from self.feed_forward.working_sets(b, recomputed)
@@ -101,7 +101,7 @@ class BlockSpec(Spec):
 
 @dataclass(frozen=True)
 class LogitsSpec(ColumnParallelSpec):
-    """Of the product that makes logits, with weights of its own or, ``tied``, the embedding's."""
+    """Describes the product that makes logits, with its own weights or, if ``tied``, those of the embedding."""
 
     tied: bool = False
 
@@ -109,14 +109,14 @@ class LogitsSpec(ColumnParallelSpec):
         k, n = self.widths(b)
         yield from b.product_backward(b.tokens, k, n)
         if self.tied:
-            yield b.moved(3 * k * n, b.parameter)  # the sum of both gradients
+            yield b.moved(3 * k * n, b.parameter)  # sums both gradients
 
     def saved(self, b: MicroBatch) -> int:
         return b.tokens * self.in_features * b.compute.itemsize
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; ``feed_forward`` is dense or a mixture of experts."""
+    """Pre-norm transformer block whose ``feed_forward`` is dense or a mixture of experts."""
 
     def __init__(self, spec: BlockSpec, topology: Topology) -> None:
         super().__init__()
@@ -129,12 +129,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, RouterReport | None]:
-        """Activations (B, S, H) → (B, S, H), and the router's report if there are experts here.
+        """Maps activations (B, S, H) to (B, S, H), and returns the router's report if the block has experts.
 
         Args:
-            x: activations.
-            rotation: of queries and keys, see :class:`tedlab.nn.SelfAttention`.
-            padding_mask: see :class:`tedlab.moe.MoELayer`.
+            x: Activations.
+            rotation: Turns queries and keys, see :class:`tedlab.nn.SelfAttention`.
+            padding_mask: See :class:`tedlab.moe.MoELayer`.
         """
         x = x + self.attention(self.norm1(x), rotation)
         if not self.routed:
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 @dataclass(frozen=True)
 class GPTSpec(Spec):
-    """Of :class:`GPT`, from its configuration."""
+    """Describes a :class:`GPT` by its configuration."""
 
     model: ModelConfig
     moe: MoEConfig
@@ -172,7 +172,7 @@ class GPTSpec(Spec):
 
     @property
     def output(self) -> ColumnParallelSpec | None:
-        """None: its weights are the embedding's."""
+        """The output projection; None: its weights are the embedding's."""
         table = self.embedding
         if self.model.tie_embeddings:
             return None
@@ -180,7 +180,7 @@ class GPTSpec(Spec):
 
     @property
     def ends(self) -> Sequence[Spec]:
-        """What is computed before the first block, and after the last."""
+        """The layers before the first block and after the last."""
         table = self.embedding
         logits = LogitsSpec(table.hidden, table.vocab_size, "output", table.init, False, self.model.tie_embeddings)
         loss = CrossEntropySpec(table.vocab_size, self.model.loss_chunk)
@@ -189,7 +189,7 @@ class GPTSpec(Spec):
 
     @cached_property
     def first(self) -> list[int]:
-        """For each block the first that is like it."""
+        """For each block, the index of the first block that equals it."""
         return [self.blocks.index(block) for block in self.blocks]
 
     def flops(self, length: int) -> Counter[str]:
@@ -208,7 +208,7 @@ class GPTSpec(Spec):
 
 
 def _tags() -> tuple[str, ...]:
-    """Of the collectives of blocks that a second pass may meet, in any layout."""
+    """Returns the tags of blocks' collectives that a second pass may reach in any layout."""
     model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
     layouts = (
         Layout(ParallelDegrees(2, 2, sequence=sequence), CommOptions(dtd=not sequence)) for sequence in (True, False)
@@ -231,14 +231,14 @@ class GPT(nn.Module):
     Another model is a subclass under ``@models.register(NAME)``.
 
     Args:
-        model: architecture; ``vocab_size`` must be set.
-        moe: experts; ``num_experts = 0`` makes a dense model.
-        topology: where this process stands.
-        seed: of the initial weights, which depend on nothing else; None: parameters are still to be filled.
+        model: Architecture; ``vocab_size`` must be set.
+        moe: Experts; ``num_experts = 0`` makes a dense model.
+        topology: The process's place in the meshes.
+        seed: Seed of the initial weights, which depend on nothing else; None: parameters are left to be filled.
 
     Attributes:
-        spec: the class of its specification; a model with the layers of this one keeps it.
-        block: the class of its blocks.
+        spec: Class of its specification; a model with the same layers keeps it.
+        block: Class of its blocks.
     """
 
     spec: ClassVar[type[GPTSpec]] = GPTSpec
@@ -263,18 +263,18 @@ class GPT(nn.Module):
 
     @property
     def moved(self) -> dict[int, Rows]:
-        """Rows that mixtures have moved in training so far, where routers decide how many, by block."""
+        """Rows that mixtures have moved in training so far, by block, for mixtures whose routers decide how many."""
         layers = {index: block.feed_forward for index, block in enumerate(self.blocks)}
         mixtures = {index: layer.experts for index, layer in layers.items() if isinstance(layer, MoELayer)}
         return {index: mixture.moved for index, mixture in mixtures.items() if mixture.moved is not None}
 
     def forward(self, ids: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[RouterReport]]:
-        """Token ids (B, S) int64 → this tensor rank's logits (B, S, V/T), and one report per MoE layer.
+        """Maps token ids (B, S) to this tensor rank's logits (B, S, V/T), and returns one report per MoE layer.
 
         Args:
             ids: (B, S) int64.
-            padding_mask: (B, S) bool, the same on every tensor rank: True where routers are to see no token. Attention
-                is causal and does not look at it: put padding after a sample's tokens.
+            padding_mask: (B, S) bool, the same on every tensor rank: True where routers must see no token. Attention
+                ignores it and is causal, so put padding after a sample's tokens.
         """
         x, reports = self._hidden(ids, padding_mask)
         return self.embedding.logits(x) if self.output is None else self.output(x), reports
@@ -282,19 +282,19 @@ class GPT(nn.Module):
     def loss(
         self, ids: Tensor, targets: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Mean cross-entropy of the tokens that follow, and one report per MoE layer.
+        """Returns the mean cross-entropy of the next tokens, and one report per MoE layer.
 
         Args:
             ids: (B, S) int64.
-            targets: (B, S) int64, the tokens to be predicted; where -100, none is, and the position does not count.
-            padding_mask: see :meth:`forward`; of targets it says nothing.
+            targets: (B, S) int64, the tokens to predict; -100 where there is none and the position does not count.
+            padding_mask: See :meth:`forward`; it does not affect targets.
 
         Returns:
-            The mean over the targets of this micro-batch that count (0 if none does), and the reports. A step's loss is
-            the mean of its micro-batches' losses, over data ranks too, however many targets each of them counts.
+            The mean over this micro-batch's targets that count (0 if none does), and the reports. A step's loss is the
+            mean of its micro-batches' losses, over data ranks too, however many targets each of them counts.
 
         Raises:
-            IndexError: for an id or a target outside the vocabulary, on a CPU; on a GPU the device asserts.
+            IndexError: If an id or a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
         """
         chunk = self.config.loss_chunk
         if chunk is None:
@@ -312,7 +312,7 @@ class GPT(nn.Module):
         return loss, reports
 
     def _hidden(self, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, list[RouterReport]]:
-        """What the logits are computed from (B, S, H), as activations outside layers, and reports."""
+        """Returns what logits are computed from (B, S, H), as activations outside layers, and the reports."""
         x = self.embedding(ids)
         turns = None
         if self.positions is not None:
@@ -331,11 +331,11 @@ class GPT(nn.Module):
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of the whole model, over all processes.
+    """The number of parameters of the whole model, over all processes.
 
     Attributes:
-        total: all of them.
-        active: those that one token meets: of each MoE layer's experts only top_k.
+        total: All parameters.
+        active: Parameters that one token uses, which are only top_k experts of each MoE layer.
     """
 
     total: int
@@ -343,7 +343,7 @@ class ParameterCount(NamedTuple):
 
 
 def count_parameters(module: nn.Module, top_k: int) -> ParameterCount:
-    """Counts parameters globally (sharded ones by their global shape)."""
+    """Counts parameters globally, sharded ones by their global shape."""
     total = sum(p.numel() for p in module.parameters())
     idle: int = 0
     for experts in module.modules():

@@ -1,7 +1,7 @@
-"""How a block is run: recomputed in the backward pass, compiled, both or neither. The block itself knows of none.
+"""Runs a block recomputed in the backward pass, compiled, both or neither; the block itself knows of none of this.
 
-Layers that cannot be compiled (``compilable`` is False, as where shapes depend on what routers choose) are left out:
-the compiler sees the block up to them, and again behind them.
+Layers that cannot be compiled (``compilable`` is False, as where shapes depend on routers' choices) are left out: the
+compiler sees the parts of the block before and after them.
 """
 
 from typing import Any
@@ -19,11 +19,11 @@ def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, 
     """Replaces a block's ``forward`` by one that does the same, recomputed or compiled.
 
     Args:
-        block: its forward takes activations, the rotation of positions or None, and a padding mask or None.
-        topology: where this process stands.
-        plan: what a recomputation does at each collective; None: the block is not recomputed.
-        backend: of ``torch.compile``; ``none``: the block is not compiled.
-        early_stop: of recomputation, see :func:`tedlab.comm.checkpoint`.
+        block: Its forward takes activations, the rotation of positions or None, and a padding mask or None.
+        topology: The process's place in the meshes.
+        plan: What a recomputation does at each collective; None: the block is not recomputed.
+        backend: Backend of ``torch.compile``; ``none``: the block is not compiled.
+        early_stop: Whether recomputation stops early, see :func:`tedlab.comm.checkpoint`.
     """
     run = block.forward if plan is None else _Recomputed(block, topology, plan, early_stop)
     if backend != "none":
@@ -33,7 +33,7 @@ def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, 
 
 
 class _Recomputed:
-    """Runs a block's own forward, without keeping its activations."""
+    """Runs a block's own forward without keeping its activations."""
 
     def __init__(self, block: nn.Module, topology: Topology, plan: Plan, early_stop: bool) -> None:
         self.block, self.topology, self.plan, self.early_stop = block, topology, plan, early_stop
@@ -57,7 +57,7 @@ class _Recomputed:
 
 
 class _Compiled:
-    """Compiles what runs a block, and does before what the compiler could not."""
+    """Compiles the function that runs a block, and first does what the compiler could not."""
 
     def __init__(self, block: nn.Module, topology: Topology, run: Any, backend: str) -> None:
         self.block, self.topology, self.eager = block, topology, run
@@ -68,10 +68,10 @@ class _Compiled:
         self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
-        """What the block does.
+        """Runs the block.
 
         Raises:
-            ValueError: for padding before torch 2.13, where compiled blocks do not compute what others do.
+            ValueError: If there is padding before torch 2.13, where compiled blocks give other results than eager ones.
         """
         if padding_mask is not None and torch.__version__ < "2.13":
             raise ValueError(
@@ -80,14 +80,14 @@ class _Compiled:
             )
         for layer in self.mixtures:
             layer.expect(x)
-        if self.mixtures and self.topology.slots.uneven:  # numbers that the host has to ask for, as often as it does
+        if self.mixtures and self.topology.slots.uneven:  # the host must ask others for numbers each time
             return self.eager(x, rotation, padding_mask)
         with localised(self.block):
             return self.compiled(x, rotation, padding_mask)
 
 
 class _LeftOut:
-    """Runs a layer's own forward, which the compiler does not look into."""
+    """Runs a layer's own forward, hidden from the compiler."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
