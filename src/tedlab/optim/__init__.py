@@ -1,4 +1,4 @@
-"""What happens between the backward pass and the next: gradient reduction, the sharded and tiled step, schedules."""
+"""What happens between one backward pass and the next: gradient reduction, the sharded and tiled step, schedules."""
 
 from tedlab.optim.finite import FiniteGuard, NonFiniteError
 from tedlab.optim.gradients import Gradients

@@ -1,4 +1,4 @@
-"""The GPU kernel of the fused Adam step. Imported only where it runs: it needs Triton."""
+"""The GPU kernel of the fused Adam step. It needs Triton and is imported only where it runs."""
 
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -13,17 +13,17 @@ def launch(
     """Updates flat fp32 tensors, and their half-precision copy if there is one, in place.
 
     Args:
-        master: parameters.
-        gradient: in any floating dtype up to fp32.
-        exp_avg: first moment.
-        exp_avg_sq: second moment.
-        rounded: half-precision copy of ``master``.
-        scalars: those of the kernel, by name.
+        master: Parameters.
+        gradient: Gradient in any floating dtype up to fp32.
+        exp_avg: First moment.
+        exp_avg_sq: Second moment.
+        rounded: Half-precision copy of ``master``.
+        scalars: Scalars of the kernel, by name.
     """
     tensors = (master, gradient, exp_avg, exp_avg_sq, rounded)
     whole = master.numel() // _BLOCK * _BLOCK
-    # The rest goes by itself: only when the size is a multiple of 16 are a mask's 16-byte pieces all in or all out,
-    # and memory is then accessed in such pieces.
+    # A separate launch takes the rest: only if the size is a multiple of 16 are a mask's 16-byte pieces all in or out,
+    # so that memory can be accessed in such pieces.
     for part in (slice(0, whole), slice(whole, master.numel())):
         size = part.stop - part.start
         if size:
@@ -32,7 +32,7 @@ def launch(
 
 
 @triton.jit
-def _adam(  # type: ignore[no-untyped-def]  # Triton would look the annotations up
+def _adam(  # type: ignore[no-untyped-def]  # Triton would evaluate annotations
     master, gradient, exp_avg, exp_avg_sq, rounded, size,
     factor, l2, keep, beta1, rest1, beta2, rest2, rate, unbias, eps,
     BLOCK: tl.constexpr,

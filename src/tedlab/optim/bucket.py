@@ -1,6 +1,6 @@
 """A bucket: parameters that are reduced, stepped and gathered as one flat piece of memory.
 
-Here is the memory and its communication; what an optimizer does with it is in ``sharded.py``.
+This module owns the memory and its communication; ``sharded.py`` decides what an optimizer does with it.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -24,15 +24,15 @@ def lay_out(
     elements: Callable[[Parameter], int],
     most: int,
 ) -> Iterator[tuple[Key, list[Parameter]]]:
-    """Which parameters share a bucket: those with the same key, in order, until the next would not fit.
+    """Yields the parameters of each bucket: those with the same key, in order, until the next would not fit.
 
-    Both the optimizer and the closed form of what it communicates are laid out by this.
+    The optimizer and the closed form of its communication share this layout.
 
     Args:
-        parameters: themselves, or their specifications.
-        key: what those of a bucket have in common; buckets are in the order of their keys.
-        elements: that this process holds of a parameter.
-        most: elements of a bucket; a larger parameter has one to itself.
+        parameters: Parameters or their specifications.
+        key: Returns what the parameters of a bucket have in common; buckets are in the order of their keys.
+        elements: Returns the number of a parameter's elements that this process holds.
+        most: Maximum number of elements of a bucket; a larger parameter has one to itself.
     """
     alike: dict[Key, list[Parameter]] = {}
     for parameter in parameters:
@@ -53,18 +53,18 @@ def lay_out(
 class Bucket:
     """Parameters of one optimizer group, one reduction group, one dtype and one number of holders.
 
-    Their local values move into one flat buffer, padded so that it divides evenly, of which this process owns one
-    part: the shard. A half-precision shard has an fp32 master copy.
+    Their local values move into one flat buffer, padded to divide evenly, of which this process owns one part: the
+    shard. A half-precision shard has an fp32 master copy.
 
     Args:
-        parameters: what it holds, in order.
-        comm: the collectives of this process.
-        sharded: whether each process of the reduction group owns a part (ZeRO-1), or all of them everything.
-        partial: whether gradients are also partial sums over the tensor group (of parameters that each tensor rank
+        parameters: Parameters of the bucket, in order.
+        comm: The collectives of this process.
+        sharded: Whether each process of the reduction group owns a part (ZeRO-1); otherwise each owns everything.
+        partial: Whether gradients are also partial sums over the tensor group (of parameters that each tensor rank
             used for its own tokens); see :meth:`ShardedOptimizer.reduce_gradients`.
 
     Attributes:
-        present: parameters that got a gradient since the last step; those of this process, until all have agreed.
+        present: Parameters that got a gradient since the last step: in this process, until all processes have agreed.
     """
 
     def __init__(
@@ -90,19 +90,19 @@ class Bucket:
         self.present: set[nn.Parameter] = set()
         self._collected: dict[nn.Parameter, Tensor] = {}  # local gradients, not yet reduced
         self._reduction: Pending | None = None
-        self.gradient: Tensor | None = None  # of the shard, reduced, in the parameters' dtype
-        self.new_partial: Tensor | None = None  # of the last pass, not yet summed over the tensor group
+        self.gradient: Tensor | None = None  # the shard's reduced gradient, in the parameters' dtype
+        self.new_partial: Tensor | None = None  # the last pass's, not yet summed over the tensor group
 
     @property
     def holders(self) -> int:
-        """How many processes hold each element of the shard."""
+        """The number of processes that hold each element of the shard."""
         return holders(self.parameters[0], self.comm) // self.shards
 
     def collect_gradient(self, parameter: nn.Parameter) -> None:
-        """Takes a parameter's gradient, if it has one, adding to those of backward passes before.
+        """Takes a parameter's gradient, if it has one, and adds it to those of earlier backward passes.
 
-        Called as soon as it is there, so that beside the sum there are only ever a few new ones. Left in place it would
-        be added as a DTensor, which takes torch many times as long.
+        It is called as soon as the gradient is there, so that few new ones exist at a time beside the sum. torch takes
+        many times as long to add a gradient that stays in place, since that is a DTensor.
         """
         if parameter.grad is not None:
             new, earlier = local(parameter.grad), self._collected.get(parameter)
@@ -113,14 +113,14 @@ class Bucket:
     def start_reduction(self) -> None:
         """Launches the sum of the parameters' gradients over the group, and frees them.
 
-        A parameter without a gradient adds zeros: another process of the group may have one. So whether a process
-        takes part depends on what all know alike, which parameters are to have gradients.
+        A parameter without a gradient adds zeros, since another process of the group may have one. Whether a process
+        takes part therefore depends only on what all processes know: which parameters are to have gradients.
         """
         for p in self.parameters:
-            self.collect_gradient(p)  # where it was not left by a backward pass
+            self.collect_gradient(p)  # one that the hook did not collect
         if not (self._collected or any(p.requires_grad for p in self.parameters)):
             return
-        self.finish_reduction()  # of an earlier pass
+        self.finish_reduction()  # that of an earlier pass
         flat = torch.zeros_like(self.flat)
         for p, part in zip(self.parameters, self.parts(flat), strict=True):
             if p in self._collected:
@@ -129,20 +129,20 @@ class Bucket:
         self._reduction = start(flat, self.kind, tag="gradients.reduce", phase="optimizer")
 
     def finish_reduction(self) -> None:
-        """Adds what was summed, divided by D, to the shard's gradient, once it is there."""
+        """Waits for the sum, divides it by D, and adds it to the shard's gradient."""
         if self._reduction is None:
             return
         reduced = self._reduction.wait()
         if self.comm.size("data") > 1:
             reduced.div_(self.comm.size("data"))
         self._reduction = None
-        if self.partial:  # what earlier passes left is no partial sum any more
+        if self.partial:  # kept apart: earlier passes' gradients are no longer partial sums
             self.new_partial = reduced if self.new_partial is None else self.new_partial.add_(reduced)
         else:
             self._add(reduced)
 
     def add_partial(self) -> None:
-        """Adds the new part of the gradient, once it is summed over the tensor group."""
+        """Adds the new part of the gradient, which must be summed over the tensor group by now."""
         if self.new_partial is not None:
             self._add(self.new_partial)
             self.new_partial = None
@@ -156,7 +156,7 @@ class Bucket:
         return bool(self._collected)
 
     def clear_gradients(self, set_to_none: bool = True) -> None:
-        """Forgets the shard's gradient and those of the parameters; or lets those that there are be zero."""
+        """Drops all gradients; with ``set_to_none=False`` the shard's is zeroed instead."""
         self.finish_reduction()
         self._collected.clear()
         self.new_partial = None
@@ -169,12 +169,12 @@ class Bucket:
             self.gradient.zero_()
 
     def gather_parameters(self) -> None:
-        """Spreads the updated shards over the group."""
+        """Gathers the updated shards over the group."""
         if self.sharded:
             self.comm.all_gather_into(self.flat, self.shard, self.kind, tag="parameters.gather", phase="optimizer")
 
     def gather(self, shard: Tensor, *, tag: str = "state.gather", phase: Phase = "checkpoint") -> Tensor:
-        """All shards of what is divided like the bucket (a gradient, an optimizer's moment), in new memory.
+        """Gathers all shards of what is divided like the bucket (a gradient, an optimizer's moment) into new memory.
 
         Collective over the group.
         """
@@ -185,28 +185,28 @@ class Bucket:
         return flat
 
     def unshard(self, shard: Tensor, *, tag: str = "state.gather", phase: Phase = "checkpoint") -> list[Tensor]:
-        """A tensor of the shard's size as one tensor per parameter.
+        """Gathers a tensor of the shard's size and returns one tensor per parameter.
 
-        Sharded like the parameters (DTensors for DTensors). Collective over the group.
+        They are sharded like the parameters (DTensors for DTensors). Collective over the group.
         """
         parts = self.parts(self.gather(shard, tag=tag, phase=phase))
         return [_like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, parts, strict=True)]
 
     def shard_of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The inverse of :meth:`unshard`: this process's shard of one tensor per parameter."""
+        """Inverts :meth:`unshard`: returns this process's shard of one tensor per parameter."""
         flat = local(tensors[0]).new_zeros(self.flat.numel())
         for tensor, part in zip(tensors, self.parts(flat), strict=True):
             part.copy_(local(tensor).flatten())
         return flat[self.own]
 
     def parts(self, flat: Tensor) -> Sequence[Tensor]:
-        """Of each parameter the part of a tensor that is laid out like the bucket, flat."""
+        """Splits a flat tensor that is laid out like the bucket into one flat part per parameter."""
         return flat[: sum(self.sizes)].split(self.sizes)
 
     def ranges(self, parameters: Collection[nn.Parameter]) -> list[slice]:
-        """Where in this process's shard these parameters' elements are, in order; the padding is the last one's.
+        """Returns where this process's shard holds these parameters, in order; the last parameter includes the padding.
 
-        One empty range, if there are none.
+        If it holds none of them, there is one empty range.
         """
         found: list[slice] = []
         start = 0
@@ -222,14 +222,14 @@ class Bucket:
 
 
 def reduction_group(parameter: nn.Parameter) -> GroupKind:
-    """The group over which a parameter's gradient is summed: the first axis of its mesh; ``data`` for a plain one."""
+    """Returns the group that a gradient is summed over: the first axis of the parameter's mesh, or else ``data``."""
     if not isinstance(parameter, DTensor):
         return "data"
     return "expert_data" if _axes(parameter.device_mesh)[0] == "expert_data" else "data"
 
 
 def holders(parameter: Tensor, comm: Collectives) -> int:
-    """How many processes hold each element of a parameter."""
+    """Returns the number of processes that hold each element of a parameter."""
     count = comm.size("world")
     if isinstance(parameter, DTensor):
         for axis, placement in enumerate(parameter.placements):
@@ -239,10 +239,10 @@ def holders(parameter: Tensor, comm: Collectives) -> int:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, as a plain tensor that shares memory."""
+    """Returns this process's part as a plain tensor that shares memory."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    with torch.no_grad():  # then it is handed out as it is
+    with torch.no_grad():  # to_local then returns the tensor itself
         return tensor.to_local().detach()
 
 

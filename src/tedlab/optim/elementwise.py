@@ -1,4 +1,4 @@
-"""Which optimizers may be stepped on flat pieces of memory that hold parts of several parameters."""
+"""Checks which optimizers can step flat pieces of memory that hold parts of several parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from torch import optim
 from torch.optim import Optimizer
 
-KNOWN = (  # torch's own, of which this is known
+KNOWN = (  # torch's element-wise optimizers
     *(optim.Adam, optim.AdamW, optim.SGD, optim.RMSprop, optim.Adagrad, optim.Adadelta),
     *(optim.Adamax, optim.NAdam, optim.RAdam, optim.ASGD, optim.Rprop),
 )
 
 
 def check_elementwise(optimizer: type[Optimizer], options: Mapping[str, Any]) -> None:
-    """Whether shards can be stepped as flat pieces: each element from its own gradient and state, and scalars.
+    """Checks that shards can be stepped as flat pieces: each element from its own gradient and state, and scalars.
 
-    torch's element-wise optimizers are known. Of any other class, a subclass of theirs too, nothing is known unless it
-    says ``elementwise = True`` itself: a norm over a layer (LAMB, LARS) or a product of matrices (Muon) would be taken
-    of a piece, and train wrongly without a word.
+    torch's element-wise optimizers are known. Any other class, even a subclass of theirs, must itself say
+    ``elementwise = True``: one that takes a norm over a layer (LAMB, LARS) or a product of matrices (Muon) would take
+    it of a piece, and silently train wrongly.
 
     Args:
-        optimizer: its exact class.
-        options: arguments of its constructor, or one of its parameter groups.
+        optimizer: Exact class of the optimizer.
+        options: Arguments of its constructor, or one of its parameter groups.
 
     Raises:
-        ValueError: for any other optimizer, and with ``differentiable``; says what would do.
+        ValueError: If the optimizer is any other, or ``differentiable`` is set; the message says what would work.
     """
     name = optimizer.__qualname__
     if optimizer not in KNOWN and vars(optimizer).get("elementwise") is not True:

@@ -11,51 +11,51 @@ from tedlab.comm import Collectives
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss, a gradient or a weight is infinite or not a number. Raised in all processes alike."""
+    """A loss, a gradient or a weight is infinite or not a number. All processes raise it alike."""
 
 
 class FiniteGuard:
-    """Knows the losses of an optimizer's step under way, and says what went wrong in it.
+    """Collects the losses of an optimizer's current step, and reports what went wrong in it.
 
-    Whether anything did, processes tell each other with the gradient's norm, see :class:`ShardedOptimizer`. What and
-    where is asked for only then.
+    Processes learn from the exchange of the gradient's norm whether anything is not finite, see
+    :class:`ShardedOptimizer`. Only then do they ask what and where.
 
     Args:
-        comm: the collectives of this process.
+        comm: The collectives of this process.
     """
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
         self._step = 0
-        self._losses: list[tuple[int, Tensor]] = []  # of the batches of the step under way
+        self._losses: list[tuple[int, Tensor]] = []  # (batch index, loss) of the current step
 
     def note(self, step: int, batch_idx: int, loss: Tensor) -> None:
-        """Takes note of a loss, on its device.
+        """Records a loss, which stays on its device.
 
         Args:
-            step: how many were finished before.
-            batch_idx: as Lightning counts.
-            loss: a scalar, not scaled.
+            step: Number of steps finished before.
+            batch_idx: Index of the batch, as Lightning counts.
+            loss: Scalar, without the loss scale.
         """
         self._step = step
         self._losses.append((batch_idx, loss.detach()))
 
     def wrong(self) -> Tensor | float:
-        """How many of this process's losses are not finite; a number on the device."""
+        """Returns the number of this process's losses that are not finite, on the device if there are losses."""
         if not self._losses:
             return 0.0
         return torch.stack([loss.double() for _, loss in self._losses]).isfinite().logical_not().sum()
 
     def forget(self) -> None:
-        """The step is over, or the gradients of these losses were dropped."""
+        """Drops the losses, because the step is over or their gradients were dropped."""
         self._losses.clear()
 
     def stop(self, parameters: Iterable[str], scaled: bool) -> NoReturn:
-        """Raises, with the same words in all processes. Collective.
+        """Raises :class:`NonFiniteError` with the same message in all processes. Collective.
 
         Args:
-            parameters: of whose gradient this process has found parts that are not finite.
-            scaled: whether a loss scale as small as it gets was tried.
+            parameters: Names of parameters in whose gradient this process has found parts that are not finite.
+            scaled: Whether the smallest possible loss scale was tried.
         """
         losses = [(batch, loss.item()) for batch, loss in self._losses]
         own = ([(batch, loss) for batch, loss in losses if loss - loss != 0], list(parameters))
@@ -81,16 +81,16 @@ class FiniteGuard:
 
 
 def check_saved(weights: Iterable[Tensor], comm: Collectives, step: int, device: torch.device) -> None:
-    """Whether weights may be saved. Collective.
+    """Checks whether weights may be saved. Collective.
 
     Args:
-        weights: of this process; there may be none.
-        comm: the collectives of this process.
-        step: after which they are saved, for the message.
-        device: where the weights are, and collectives take place.
+        weights: This process's weights; there may be none.
+        comm: The collectives of this process.
+        step: Step after which they are saved, for the message.
+        device: Device of the weights and of collectives.
 
     Raises:
-        NonFiniteError: in all processes, if one has found a weight that is not finite.
+        NonFiniteError: In all processes, if one has found a weight that is not finite.
     """
     bad = sum(
         (tensor.isfinite().all().logical_not().double() for tensor in weights),

@@ -1,6 +1,6 @@
 """Adam and AdamW in one pass over memory (``tile=fused``), without a temporary that grows with the model.
 
-The tiled step (paper §4.2) bounds the temporaries of torch's optimizers; here there are none to bound. Each element of
+The tiled step (paper §4.2) bounds the temporaries of torch's optimizers; this step has none to bound. Each element of
 gradient, master copy and moments is read once and written once, and the half-precision parameter is written with them.
 """
 
@@ -15,19 +15,19 @@ from torch.optim import Adam, AdamW, Optimizer
 from tedlab._compat.torch import fused_adam
 
 Kernel = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], float, Tensor | None], None]
-_TILE = 1 << 18  # elements: with moments and master copy 5 MiB, small enough for a cache, large enough for threads
+_TILE = 1 << 18  # elements: 5 MiB with moments and master copy, which fits a cache and is enough work for threads
 
 
 def check_tile(tile: int | str | None, optimizer: type[Optimizer], options: Mapping[str, Any]) -> None:
-    """Whether an optimizer can be stepped with this ``tile``.
+    """Checks that an optimizer can be stepped with this ``tile``.
 
     Args:
-        tile: as for :class:`tedlab.optim.ShardedOptimizer`.
-        optimizer: its exact class; what a subclass computes is not known here.
-        options: arguments of its constructor, or one of its parameter groups.
+        tile: See :class:`tedlab.optim.ShardedOptimizer`.
+        optimizer: Exact class of the optimizer, since nothing is known of what a subclass computes.
+        options: Arguments of its constructor, or one of its parameter groups.
 
     Raises:
-        ValueError: saying what would do.
+        ValueError: If it cannot; the message says what would work.
     """
     if tile == "fused":
         if optimizer not in (Adam, AdamW):
@@ -39,7 +39,7 @@ def check_tile(tile: int | str | None, optimizer: type[Optimizer], options: Mapp
             if options.get(option):
                 raise ValueError(f"tile=fused knows no {option}; leave that out, or use a number of elements, or null")
     elif tile is not None and (type(tile) is not int or tile < 1):
-        # The configuration lets anything pass: OmegaConf 2.3 cannot merge a union below a section that is missing.
+        # The configuration accepts any value: OmegaConf 2.3 cannot merge a union below a section that is missing.
         raise ValueError(f"tile={tile} is not valid: a number of elements (at least 1), null for no tiles, or fused")
 
 
@@ -54,21 +54,21 @@ def fused_adam_step(
     rounded: Tensor | None = None,
     kernel: Kernel | None = None,
 ) -> None:
-    """One step of what ``torch.optim.Adam`` or ``AdamW`` computes, in place, up to rounding.
+    """Makes one step of ``torch.optim.Adam`` or ``AdamW`` in place, equal up to rounding.
 
-    fp32 on a GPU is one Triton kernel, whatever the gradient's dtype. All else is torch's own fused kernel, which wants
-    gradients in the dtype of the state. It gets them in tiles that stay in cache, so that there, too, memory is passed
-    over once; the temporary is one upcast tile, at most 262,144 elements (1 MiB), or none if nothing is upcast.
+    fp32 on a GPU uses one Triton kernel, whatever the gradient's dtype. Everything else uses torch's own fused kernel,
+    which needs gradients in the dtype of the state. It gets them in tiles that stay in cache, so that it, too, passes
+    over memory once; the temporary is one upcast tile, at most 262,144 elements (1 MiB), or none without upcasting.
 
     Args:
-        master: flat parameters in the precision that is updated.
-        gradient: in any floating dtype; its values are lost.
-        state: of ``master`` in the optimizer: ``step``, ``exp_avg`` and ``exp_avg_sq``, as torch keeps them. Filled in
-            if empty.
-        group: the optimizer's parameter group, with ``decoupled_weight_decay`` for AdamW.
-        factor: what the gradient is multiplied by (clipping, loss scale).
-        rounded: half-precision copy of ``master``, to be updated with it.
-        kernel: what computes it, given the arguments before; None: the fastest that the device has.
+        master: Flat parameters in the precision that is updated.
+        gradient: Gradient in any floating dtype; its values are lost.
+        state: State of ``master`` in the optimizer: ``step``, ``exp_avg`` and ``exp_avg_sq``, as torch keeps them; it
+            is filled in if empty.
+        group: The optimizer's parameter group, with ``decoupled_weight_decay`` for AdamW.
+        factor: Factor on the gradient (clipping, loss scale).
+        rounded: Half-precision copy of ``master``, which is updated with it.
+        kernel: Computes the step from the arguments before it; None: the fastest that the device has.
 
     Source: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
     """
@@ -91,7 +91,7 @@ def _torch_step(
     beta1, beta2 = map(float, group["betas"])
     options: dict[str, Any] = {"lr": float(group["lr"]), "beta1": beta1, "beta2": beta2, "eps": group["eps"]}
     options |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
-    step = state["step"].to(master.device)  # where the kernel wants it; torch keeps it on the CPU
+    step = state["step"].to(master.device)  # the kernel wants it there; torch keeps it on the CPU
     tensors = (master, gradient, state["exp_avg"], state["exp_avg_sq"], master if rounded is None else rounded)
     buffer = master.new_empty(0 if gradient.dtype == master.dtype else min(_TILE, master.numel()))
     for p, g, m, v, r in zip(*(t.split(_TILE) for t in tensors), strict=True):
@@ -111,7 +111,7 @@ def _triton_step(
     factor: float,
     rounded: Tensor | None,
 ) -> None:
-    from tedlab.optim.adam_kernel import launch  # Triton comes with torch for GPUs only
+    from tedlab.optim.adam_kernel import launch  # only torch for GPUs includes Triton
 
     beta1, beta2 = map(float, group["betas"])
     lr, decay, step = float(group["lr"]), float(group["weight_decay"]), state["step"].item()
@@ -122,7 +122,7 @@ def _triton_step(
         state["exp_avg"],
         state["exp_avg_sq"],
         rounded,
-        # In float64 here: 1 - 0.999 in fp32 would be off by 5e-5 of itself, like the bias corrections of early steps.
+        # These are float64: in fp32, 1 - 0.999 and early steps' bias corrections would have a relative error of 5e-5.
         factor=factor,
         l2=0.0 if decoupled else decay,
         keep=1.0 - lr * decay if decoupled else 1.0,

@@ -1,4 +1,4 @@
-"""What a user may know of the gradient of the step under way, and do to it: ``trainer.strategy.gradients``."""
+"""Lets a user read and change the gradient of the current step: ``trainer.strategy.gradients``."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ from tedlab.optim.shown import local_part
 class Gradients:
     """The gradient between a step's last backward pass and the step: reduced, not clipped yet, without the loss scale.
 
-    That is in ``on_after_backward`` of a step's last micro-batch, in ``on_before_optimizer_step``, in
+    It is there in ``on_after_backward`` of a step's last micro-batch, in ``on_before_optimizer_step``, in
     ``configure_gradient_clipping``, and between ``manual_backward`` and ``optimizer.step()``. Names are those of
     ``named_parameters()``; a parameter that got no gradient in any process has none here.
 
-    All methods are collective: every process calls them, with the same arguments, and those that return numbers return
-    the same ones everywhere.
+    All methods are collective: every process must call them with the same arguments, and each number that they return
+    is the same in all processes.
     """
 
     def __init__(self, optimizers: Sequence[ShardedOptimizer], comm: Collectives) -> None:
@@ -30,11 +30,11 @@ class Gradients:
         self._comm = comm
 
     def norm(self) -> float:
-        """Euclidean norm of the whole gradient, of all optimizers; each element of the model counts once."""
+        """Returns the Euclidean norm of the whole gradient of all optimizers; each element of the model counts once."""
         return math.hypot(*(optimizer.global_norm() for optimizer in self._reduced()))
 
     def norms(self) -> dict[str, float]:
-        """Euclidean norm of each whole parameter's gradient, by name. One all-reduce."""
+        """Returns the Euclidean norm of each whole parameter's gradient, by name, with one all-reduce."""
         names: list[str] = []
         squares: list[Tensor] = []
         for optimizer in self._reduced():
@@ -50,28 +50,28 @@ class Gradients:
         return dict(zip(names, whole.sqrt().tolist(), strict=True))
 
     def sharded(self) -> dict[str, Tensor]:
-        """Gradients by name, each sharded like its parameter: a DTensor for a DTensor. One all-gather per bucket."""
+        """Returns gradients by name, each sharded like its parameter (a DTensor for one). One all-gather per bucket."""
         return {name: tensor for optimizer in self._reduced() for name, tensor in optimizer.gradients().items()}
 
     def full(self, name: str) -> Tensor:
-        """The whole gradient of one parameter, on every process.
+        """Returns the whole gradient of one parameter on every process.
 
         Raises:
-            KeyError: if the parameter has no gradient.
+            KeyError: If the parameter has no gradient.
         """
         tensor = self.sharded()[name]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def scale(self, pattern: str, factor: float | Tensor) -> None:
-        """Multiplies the gradients of parameters whose names match, before the norm is taken and clipped.
+        """Multiplies the gradients of parameters with matching names, before the norm is taken and clipped.
 
         Args:
-            pattern: a name, or one with ``*`` in it: ``"*.router.*"``.
-            factor: a number, by which 0 also removes what is not finite; or a tensor that can be expanded to the
+            pattern: A name, or one with ``*`` in it: ``"*.router.*"``.
+            factor: A number, where 0 also removes non-finite values; or a tensor that can be expanded to the
                 parameter's global shape, such as a mask.
 
         Raises:
-            KeyError: if no parameter with a gradient has such a name.
+            KeyError: If no parameter with a gradient has such a name.
         """
         found = False
         for optimizer in self._reduced():

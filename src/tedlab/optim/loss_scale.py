@@ -2,17 +2,17 @@
 
 from typing import Any
 
-SMALLEST = 1.0  # what overflows even with this is not the scale's fault
+SMALLEST = 1.0  # an overflow at this scale has another cause
 
 
 class LossScaler:
-    """The factor that keeps fp16 gradients representable: halved at an overflow, doubled after a while without one.
+    """The factor that keeps fp16 gradients representable. An overflow halves it; it doubles after a while without one.
 
-    Whether a step overflowed must be decided from the gradient of the whole model, so that every process scales alike.
+    Whether a step overflowed must be decided from the gradient of the whole model, so that all processes scale alike.
 
     Args:
-        scale: initial factor.
-        growth_interval: steps without overflow after which the factor doubles.
+        scale: Initial factor.
+        growth_interval: Number of steps without overflow after which the factor doubles.
     """
 
     def __init__(self, scale: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -22,7 +22,7 @@ class LossScaler:
         self.skipped_steps = 0
 
     def update(self, overflow: bool) -> None:
-        """Takes note of one step."""
+        """Adapts the scale after a step."""
         if overflow:
             self.scale = max(SMALLEST, self.scale / 2)
             self.good_steps = 0
@@ -33,11 +33,11 @@ class LossScaler:
             self.scale *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the constructor's arguments."""
+        """Returns everything but the constructor's arguments."""
         return {"scale": self.scale, "good_steps": self.good_steps, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse."""
+        """Restores what :meth:`state_dict` returned."""
         self.scale, self.good_steps, self.skipped_steps = (
             state["scale"],
             state["good_steps"],

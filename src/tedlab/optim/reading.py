@@ -1,7 +1,7 @@
-"""Where the code of a LightningModule, or of a callback, may read or change ``.grad``.
+"""Finds where the code of a LightningModule, or of a callback, may read or change ``.grad``.
 
-Gradients are then gathered for it, which costs an all-gather per step and the memory of all gradients. Where nobody
-reads them nothing is paid. A class that overrides such a hook for something else says so: ``reads_grad = False``.
+Gradients are then gathered for it, which costs an all-gather per step and the memory of all gradients. If nobody reads
+them there is no cost. A class that overrides such a hook for another purpose sets ``reads_grad = False``.
 """
 
 from typing import Any
@@ -9,13 +9,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-MANUAL = "training_step"  # of manual optimization
+MANUAL = "training_step"  # may read ``.grad`` in manual optimization
 _OF_MODULES = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "backward")
 _OF_CALLBACKS = ("on_after_backward", "on_before_optimizer_step")
 
 
 def hooks_that_read(trainer: Trainer) -> frozenset[str]:
-    """Names of the hooks that are overridden, by the module or a callback, and may read ``.grad``."""
+    """Returns the names of hooks that the module or a callback overrides and that may read ``.grad``."""
     module = trainer.lightning_module
     found = {hook for hook in _OF_MODULES if _reads(module, hook, LightningModule)}
     if not module.automatic_optimization and getattr(module, "reads_grad", True):

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, after a linear warm-up."""
+"""Learning-rate schedules that follow a linear warm-up."""
 
 import math
 from collections.abc import Callable
@@ -8,17 +8,17 @@ from tedlab.registry import Registry
 
 
 class Schedule(Protocol):
-    """The factor on the learning rate after the warm-up."""
+    """Computes the factor on the learning rate after the warm-up."""
 
     def __call__(self, step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
-        """The factor at a step.
+        """Returns the factor at a step.
 
         Args:
-            step: from ``warmup_steps`` on.
-            warmup_steps: steps before.
-            total_steps: length of the run.
-            final: ``optim.final_lr_fraction``.
-            decay: ``optim.decay_fraction``.
+            step: Step, at least ``warmup_steps``.
+            warmup_steps: Number of steps of the warm-up.
+            total_steps: Number of steps of the run.
+            final: The configuration's ``optim.final_lr_fraction``.
+            decay: The configuration's ``optim.decay_fraction``.
         """
         ...
 
@@ -46,15 +46,15 @@ def _stable_then_linear(step: int, warmup_steps: int, total_steps: int, final: f
 def learning_rate_schedule(
     name: str, warmup_steps: int, total_steps: int, final_fraction: float, decay_fraction: float = 0.2
 ) -> Callable[[int], float]:
-    """The factor on the learning rate at each step, for ``torch.optim.lr_scheduler.LambdaLR``.
+    """Returns the factor on the learning rate at each step, for ``torch.optim.lr_scheduler.LambdaLR``.
 
     Args:
-        name: after a linear warm-up ``cosine`` (to ``final_fraction`` at ``total_steps``), ``constant``, ``wsd``
+        name: Schedule after the warm-up: ``cosine`` (to ``final_fraction`` at ``total_steps``), ``constant``, ``wsd``
             (warm-up, stable, decay: constant, then linear to ``final_fraction``), or a registered one.
-        warmup_steps: steps until the factor is 1; the first step already moves.
-        total_steps: length of the run.
-        final_fraction: the last factor of ``cosine`` and ``wsd``.
-        decay_fraction: share of the run that ``wsd`` decays in.
+        warmup_steps: Number of steps until the factor is 1; in the first step it is already above 0.
+        total_steps: Number of steps of the run.
+        final_fraction: The last factor of ``cosine`` and ``wsd``.
+        decay_fraction: Share of the run in which ``wsd`` decays.
     """
     schedule = schedules[name]
 

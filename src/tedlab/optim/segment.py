@@ -1,4 +1,4 @@
-"""How a bucket's shard is stepped: in segments, each in tiles, by which the optimizer knows its state."""
+"""Segments of a bucket's shard, which are stepped in tiles; the tiles are the keys of the optimizer's state."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,20 +12,20 @@ from tedlab.optim.bucket import Bucket
 class Segment:
     """Parameters of a bucket that have always been stepped together, and the tiles of their part of the shard.
 
-    torch leaves a parameter without a gradient as it is, its state and its step count, too. What an optimizer keeps
-    beside a tile, such as that count, is one for all parameters in it; so parameters that are no longer stepped
-    together part for good: :meth:`divide`. Every process has the same segments. Of a small one it may own no element;
-    one empty tile then keeps the count.
+    torch leaves a parameter without a gradient alone, with its state and its step count. Such a count belongs to a
+    whole tile, so to all parameters in it; parameters that are no longer stepped together therefore part for good, by
+    :meth:`divide`. Every process has the same segments. It may own no element of a small one; one empty tile then keeps
+    the count.
 
     Args:
-        bucket: of the parameters.
-        parameters: some of the bucket's, in its order.
-        optimizer: that has the state.
-        tile: elements of a tile at most; None: as many as are together.
+        bucket: Bucket of the parameters.
+        parameters: Some of the bucket's, in its order.
+        optimizer: The optimizer that has the state.
+        tile: Maximum number of elements of a tile; None: as many as are contiguous.
 
     Attributes:
-        ranges: where in the shard its elements are.
-        tiles: slices of the bucket's master copy, in order; keys of the optimizer's state.
+        ranges: Where in the shard its elements are.
+        tiles: Slices of the bucket's master copy, in order; keys of the optimizer's state.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Segment:
         self._tile = tile
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether it is among them."""
+        """Tells whether a parameter is in this segment."""
         return any(p is parameter for p in self.parameters)
 
     def split(self, shard: Tensor) -> list[Tensor]:
-        """The tiles' slices of a tensor that is laid out like the shard."""
+        """Returns the tiles' slices of a tensor that is laid out like the shard."""
         sizes = [tile.numel() for tile in self.tiles]
         if len(self.ranges) == 1:
             return list(shard[self.ranges[0]].split(sizes))
@@ -62,9 +62,9 @@ class Segment:
         return found
 
     def state(self) -> dict[str, Any]:
-        """Of the optimizer, each tensor by element laid out like the shard, zero where it is not this segment's.
+        """Returns the optimizer's state, with tensors by element laid out like the shard and zero outside this segment.
 
-        What it keeps beside them (a step count) is as it is.
+        Other values, such as a step count, are returned as they are.
         """
         joined: dict[str, Any] = {}
         for key, first in self._optimizer.state.get(self.tiles[0], {}).items():
@@ -76,7 +76,7 @@ class Segment:
         return joined
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse."""
+        """Takes over a state as :meth:`state` returns it."""
         for tile in self.tiles:
             self._optimizer.state.pop(tile, None)
         for key, value in state.items():
@@ -87,7 +87,7 @@ class Segment:
                 self._optimizer.state[tile][key] = part.clone() if isinstance(part, Tensor) else part
 
     def divide(self, parameters: Collection[nn.Parameter]) -> "list[Segment]":
-        """This segment as two, these parameters and its others, each with its state; as it is, if that leaves one."""
+        """Divides off these parameters, with their state; returns this segment alone if a part would be empty."""
         halves = [[p for p in self.parameters if (p in parameters) is among] for among in (True, False)]
         if not all(halves):
             return [self]

@@ -1,7 +1,7 @@
 """ZeRO-1 for any element-wise torch optimizer, with the paper's tiled step.
 
-The user's optimizer stays the user's: the same object, with its schedulers and parameter groups, to which parameters
-may be added. Only its ``step`` is replaced, by one that feeds it tile after tile of this process's shards.
+The user's optimizer stays the same object, with its schedulers and parameter groups, to which parameters may be added.
+Only its ``step`` is replaced, by one that feeds it this process's shards tile by tile.
 """
 
 import functools
@@ -36,32 +36,32 @@ class ShardedOptimizer:
     tile by tile and gathers the parameters. Half-precision gradients are upcast one tile at a time, so the temporary
     takes 4 bytes × ``tile`` whatever the size of the model (paper §4.2).
 
-    Tiles have no shape but a length, so the optimizer must be element-wise. As with torch, a parameter that got no
+    Tiles have only a length and no shape, so the optimizer must be element-wise. As in torch, a parameter that got no
     gradient is left alone, with its state and step count: one that is frozen, that no process used, or whose ``.grad``
-    the user set to None. One that some process used has a gradient in all, to which the others add zeros.
+    the user set to None. If some process used a parameter, it has a gradient in all, to which the others add zeros.
 
     Args:
-        optimizer: what ``configure_optimizers`` returned; modified in place.
-        comm: the collectives of this process.
-        names: name of each parameter, for checkpoints.
-        partial: parameters whose gradients are partial sums over the tensor group, too.
-        zero: shard, or keep everything everywhere (gradients are then all-reduced).
-        tile: elements updated at a time; None: each bucket's shard in one go; ``fused``: that in one pass over memory,
-            for AdamW and Adam (see ``fused.py``).
-        bucket_elements: local elements reduced in one collective; a larger tensor has a bucket to itself.
-        overlap: reduce each bucket's gradients while the backward pass computes the others'.
-        piece: elements that temporaries other than the step's are made of at a time: on a CPU torch takes a norm in
-            fp64 of a copy in fp64, here of 16 MiB at most.
-        scaler: of the loss, for fp16; a step in which any process overflowed is skipped by all.
-        guard: what stops a step whose loss or gradient is not finite; None: nothing does.
+        optimizer: What ``configure_optimizers`` returned; modified in place.
+        comm: The collectives of this process.
+        names: Name of each parameter, for checkpoints.
+        partial: Parameters whose gradients are also partial sums over the tensor group.
+        zero: Whether to shard; otherwise every process keeps everything, and gradients are all-reduced.
+        tile: Number of elements updated at a time; None: a bucket's whole shard; ``fused``: the whole shard in one pass
+            over memory, for AdamW and Adam (see ``fused.py``).
+        bucket_elements: Local elements reduced in one collective; a larger tensor has a bucket to itself.
+        overlap: Whether to reduce each bucket's gradients while the backward pass computes the others'.
+        piece: Number of elements at a time for temporaries outside the step. On a CPU torch takes a norm in fp64 of a
+            copy in fp64, which is then 16 MiB at most.
+        scaler: Loss scaler, for fp16; all processes skip a step in which any overflowed.
+        guard: Stops a step whose loss or gradient is not finite; None: nothing does.
 
     Attributes:
-        kernel: what computes a fused step, see ``fused.py``; None: the fastest that the device has.
-        collects_early: whether gradients are taken from parameters as they come. False: those of micro-batches before a
+        kernel: Computes a fused step, see ``fused.py``; None: the fastest that the device has.
+        collects_early: Whether to take gradients from parameters as they come. False: those of micro-batches before a
             step's last stay in ``.grad``, where torch adds to them.
 
     Raises:
-        ValueError: if the optimizer is not element-wise, or cannot be stepped with this ``tile``.
+        ValueError: If the optimizer is not element-wise, or cannot be stepped with this ``tile``.
     """
 
     def __init__(
@@ -99,27 +99,27 @@ class ShardedOptimizer:
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._in_order_of_backward: list[Bucket] = []
         self._incomplete: dict[Bucket, set[nn.Parameter]] = {}  # buckets to launch, and whose gradients they wait for
-        self._last_backward = False  # the pass under way is the last before the step
-        self._reached = False  # by a gradient, since a loss was last noted
+        self._last_backward = False  # the current pass is the last before the step
+        self._reached = False  # a gradient has come since a loss was last noted
         self._shown: list[Shown] = []  # gradients that are in ``.grad`` now
-        self._norm: float | None = None  # of the gradient that waits for the step, once known; before any clipping
+        self._norm: float | None = None  # norm of the gradient that waits for the step, if known; before clipping
         self._first = True  # no norm was taken in this step yet
-        self._finite = True  # that norm, and all losses of the step
-        self._clamped = False  # since the norm was taken
+        self._finite = True  # that norm and all losses of the step are finite
+        self._clamped = False  # values were clamped since the norm was taken
         self._finite_when_clamped = True
         self._clipped_since = 1.0  # product of clip factors since the norm was taken
         self._clip_factor = 1.0  # applied to gradients while they are fed to the optimizer
-        self._stepped = False  # and nobody has called zero_grad since
+        self._stepped = False  # there was a step, and no zero_grad since
         self.stale = False  # a backward pass came after a step without zero_grad between them
-        self.applied_clip_factor = 1.0  # in the last step
-        self.last_norm: float | None = None  # of the last step's gradient before clipping
+        self.applied_clip_factor = 1.0  # the last step's
+        self.last_norm: float | None = None  # norm of the last step's gradient before clipping
         self._inner_step: Callable[[], Any] = optimizer.step
 
         @functools.wraps(self._inner_step)  # keeps the marks that learning-rate schedulers left on it
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return self.step(closure)
 
-        # A method, as the one that it replaces: schedulers made later wrap its ``__func__``.
+        # It must be a method like the one that it replaces: schedulers made later wrap its ``__func__``.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
         optimizer.state_dict = self.state_dict  # type: ignore[method-assign]
@@ -128,21 +128,21 @@ class ShardedOptimizer:
 
     @property
     def scale(self) -> float:
-        """Of the loss, and so of the buckets' gradients."""
+        """The loss scale, which the buckets' gradients contain."""
         return self.scaler.scale if self.scaler else 1.0
 
     # ---- which parameters ----------------------------------------------------------------------------------------
 
     def adopt(self, names: Collection[str] = ()) -> None:
-        """Takes in parameters that are to be trained and were not yet: added to a group, or frozen until now.
+        """Takes in new parameters to be trained: those added to a group, or frozen until now.
 
-        Cheap where there are none. Every process must have the same.
+        It is cheap if there are none. Every process must have the same.
 
         Args:
-            names: of others, that are frozen but have state.
+            names: Names of frozen parameters that are taken in as well, because they have state.
 
         Raises:
-            ValueError: for a parameter that has no name.
+            ValueError: If a parameter has no name.
         """
         group_of: dict[nn.Parameter, int] = {}
         for index, group in enumerate(self.optimizer.param_groups):
@@ -188,14 +188,14 @@ class ShardedOptimizer:
         self.adopt()
         self.hide_gradients()
         self._norm = None
-        early = self.overlap and self._last_backward  # all but the incomplete ones are under way
+        early = self.overlap and self._last_backward  # all but incomplete buckets have been launched
         waiting = list(self._incomplete) if early else self._in_order_of_backward
         self._incomplete, self._last_backward = {}, False
         self.stale = self._stepped
         for bucket in waiting:
             bucket.start_reduction()
             if not self.overlap:
-                bucket.finish_reduction()  # so that there is one bucket's worth of temporary memory, not all
+                bucket.finish_reduction()  # limits temporary memory to one bucket
         for bucket in self.buckets:
             bucket.finish_reduction()
         self._sum_partial_gradients()
@@ -203,7 +203,7 @@ class ShardedOptimizer:
             bucket.add_partial()
 
     def _sum_partial_gradients(self) -> None:
-        """Over the tensor group: after the reduction, when of each there is only a shard left, and all in one call."""
+        """Sums partial gradients over the tensor group in one call, after the reduction, when only shards are left."""
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for bucket in self.buckets:
             if bucket.new_partial is not None:
@@ -216,21 +216,21 @@ class ShardedOptimizer:
                 gradient.copy_(whole)
 
     def note_loss(self, step: int, batch_idx: int, loss: Tensor) -> None:
-        """Takes note of the loss whose backward pass is over, if that has left a gradient to this optimizer.
+        """Records the loss of a finished backward pass, if that has left a gradient to this optimizer.
 
-        With several optimizers each heeds the losses of its own gradients, for as long as it has these.
+        Each of several optimizers records the losses of its own gradients, for as long as it has these.
 
         Args:
-            step: how many were finished before.
-            batch_idx: as Lightning counts.
-            loss: a scalar, not scaled.
+            step: Number of steps finished before.
+            batch_idx: Index of the batch, as Lightning counts.
+            loss: Scalar, without the loss scale.
         """
         if self.guard is not None and self._reached:
             self.guard.note(step, batch_idx, loss)
         self._reached = False
 
     def expect_backward(self) -> None:
-        """Says that the backward pass to come is the last of the step, so that its reductions may be overlapped."""
+        """Announces the last backward pass of the step, so that its reductions may be overlapped."""
         self._last_backward = True
         if self.overlap:
             trained = {b: {p for p in b.parameters if p.requires_grad} for b in self._in_order_of_backward}
@@ -242,7 +242,7 @@ class ShardedOptimizer:
             hook.remove()
 
     def _on_gradient(self, bucket: Bucket, parameter: nn.Parameter) -> None:
-        """Collects it, and launches reductions of complete buckets, in the same order on every process."""
+        """Collects a gradient, and launches the reductions of complete buckets in the same order on every process."""
         self._reached = True
         if not (self.collects_early or self._last_backward):
             return
@@ -257,12 +257,12 @@ class ShardedOptimizer:
             first.start_reduction()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """In place of the optimizer's own: forgets gradients, reduced or not; or makes them zero."""
+        """Replaces the optimizer's own: drops all gradients; with ``set_to_none=False`` zeroes the reduced ones."""
         self._shown.clear()
         for bucket in self.buckets:
             bucket.clear_gradients(set_to_none)
         for p in (p for group in self.optimizer.param_groups for p in group["params"]):
-            p.grad = None  # of those that are not adopted yet
+            p.grad = None  # parameters that are not adopted yet
         if self.guard is not None:
             self.guard.forget()
         self._forget_norm()
@@ -276,19 +276,19 @@ class ShardedOptimizer:
 
     @property
     def reduced(self) -> bool:
-        """Whether there is a gradient that waits for a step."""
+        """Whether a gradient waits for a step."""
         return any(bucket.gradient is not None for bucket in self.buckets)
 
     def with_gradient(self) -> list[tuple[Bucket, nn.Parameter]]:
-        """Parameters that have a gradient in some process, with their buckets; the same everywhere. Collective."""
+        """Returns parameters with a gradient in any process, and their buckets; the same everywhere. Collective."""
         self._heed()
         self._agree()
         return [(b, p) for b in self.buckets for p in b.parameters if b.gradient is not None and p in b.present]
 
     def show_gradients(self) -> None:
-        """Gives parameters their reduced gradient as ``.grad``, sharded as they are, until it is used or hidden.
+        """Gives parameters their reduced gradient as ``.grad``, sharded like them, until it is used or hidden.
 
-        As DDP would: the mean over data ranks, without the loss scale. Whatever the user does to it counts. Collective;
+        As with DDP, it is the mean over data ranks, without the loss scale, and the user may change it. Collective;
         takes the memory of all gradients of this process.
         """
         if not self._shown and self.reduced:
@@ -296,7 +296,7 @@ class ShardedOptimizer:
             self._shown = [Shown(bucket, self.scale) for bucket in self.buckets if bucket.gradient is not None]
 
     def hide_gradients(self) -> None:
-        """Takes ``.grad`` away from the parameters again, and heeds what the user did to it."""
+        """Removes ``.grad`` from the parameters again, and takes over the user's changes to it."""
         if self._shown:
             for shown in self._shown:
                 shown.take()
@@ -304,7 +304,7 @@ class ShardedOptimizer:
             self._norm = None
 
     def _heed(self) -> None:
-        """Takes over what the user has done to ``.grad`` so far, and leaves it there."""
+        """Takes over the user's changes to ``.grad`` so far, and leaves it there."""
         if self._shown:
             for shown in self._shown:
                 shown.take()
@@ -313,7 +313,7 @@ class ShardedOptimizer:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Within, gradients of the shards may be changed; afterwards those that were shown are shown again."""
+        """Allows changes to the shards' gradients inside the context; shown gradients are shown again afterwards."""
         shown = bool(self._shown)
         self.hide_gradients()
         self._norm = None
@@ -322,7 +322,7 @@ class ShardedOptimizer:
             self.show_gradients()
 
     def clip(self, max_norm: float) -> None:
-        """Makes the next step use the gradient scaled to at most this norm, the whole model's, on every process."""
+        """Scales the gradient that the next step uses to at most this norm of the whole model, on every process."""
         if self._clamped:
             self._norm = None
         norm = self.global_norm() * self._clipped_since
@@ -335,29 +335,29 @@ class ShardedOptimizer:
             self._clip_factor *= factor
 
     def clip_values(self, limit: float) -> None:
-        """Makes the next step use a gradient whose elements are at most ±limit, as torch's clip_grad_value_ does."""
+        """Limits each element of the gradient that the next step uses to ±limit, as torch's clip_grad_value_ does."""
         self.global_norm()
         self._clamped = True
-        self._finite_when_clamped &= self._finite  # which clamping hides
+        self._finite_when_clamped &= self._finite  # clamping hides it
         for shown in self._shown:
             shown.clamp(limit)
         for bucket in [] if self._shown else self.buckets:
-            if bucket.gradient is not None and self._clip_factor > 0:  # else the step is by zeros, whatever the limit
+            if bucket.gradient is not None and self._clip_factor > 0:  # at 0 the step uses zeros anyway
                 bound = limit * self.scale / self._clip_factor
                 bucket.gradient.clamp_(-bound, bound)
 
     def global_norm(self) -> float:
-        """Euclidean norm of the whole gradient, the same on every process, and without the loss scale."""
+        """Returns the Euclidean norm of the whole gradient, the same on every process, without the loss scale."""
         self._heed()
         self._agree()
         assert self._norm is not None
         return self._norm
 
     def _agree(self) -> None:
-        """Finds the norm, whether all losses are finite, and who has gradients: one all-reduce of three numbers.
+        """Finds the norm, whether all losses are finite, and who has gradients, in one all-reduce of three numbers.
 
-        Each element counts once: a process contributes its squares divided by the number of their holders. Only if a
-        process lacks the gradient of a parameter that is to be trained is there a second: whether others have it.
+        Each element counts once: a process contributes its squares divided by the number of their holders. A second
+        all-reduce, of who has which gradient, is needed only if a process lacks that of a parameter to be trained.
         """
         if self._norm is not None:
             return
@@ -368,7 +368,7 @@ class ShardedOptimizer:
         numbers = self.comm.all_reduce(
             torch.stack([squares, *others]), "world", tag="gradients.norm", phase="optimizer"
         )
-        # Read at once: each time the host waits for the device.
+        # Both are read at once, because the host waits for the device each time.
         total, none = torch.stack([numbers[0], numbers[1:].eq(0).all().double()]).tolist()
         self._norm = math.sqrt(total) / self.scale
         self._finite = math.isfinite(self._norm)
@@ -382,7 +382,7 @@ class ShardedOptimizer:
                 self._find_present()
 
     def _find_present(self) -> None:
-        """What gradient is there in any process is there in all."""
+        """Marks gradients that any process has as present in all."""
         flags = [float(p in b.present) for b in self.buckets for p in b.parameters]
         device = local(next(iter(self.names))).device
         together = self.comm.all_reduce(
@@ -397,8 +397,8 @@ class ShardedOptimizer:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                # Half precision in one pass, which torch has in fp32 only; anything else is first copied into float64:
-                # all of a bucket, were it not taken in pieces.
+                # Half precision takes one pass, which torch has in fp32 only. Others are copied into float64 first,
+                # and pieces keep that copy smaller than a bucket.
                 gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
                 precise = torch.float32 if half else torch.float64
                 pieces = (gradient,) if half else gradient.split(self.piece)
@@ -408,7 +408,7 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """In place of the optimizer's own: closure, tile by tile update, parameter gather."""
+        """Replaces the optimizer's own: runs the closure, updates tile by tile, and gathers parameters."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -433,7 +433,7 @@ class ShardedOptimizer:
             for bucket in [] if overflow else self.buckets:
                 if bucket.gradient is not None:
                     self._step_bucket(bucket, factor, group_of)
-            self._inner_step()  # of no parameters; by this call schedulers know that there was a step
+            self._inner_step()  # has no parameters to update; tells schedulers that there was a step
         if self.scaler is not None:
             self.scaler.update(overflow)
         if self.guard is not None:
@@ -448,7 +448,7 @@ class ShardedOptimizer:
         return result
 
     def _not_finite(self) -> Iterator[str]:
-        """Names of parameters of whose gradient this process's shards have parts that are not finite."""
+        """Yields names of parameters whose gradient is not finite in this process's shards."""
         for bucket in self.buckets:
             for p in bucket.parameters if bucket.gradient is not None else ():
                 assert bucket.gradient is not None
@@ -457,7 +457,7 @@ class ShardedOptimizer:
 
     @contextmanager
     def _parameters_apart(self) -> Iterator[None]:
-        """The optimizer has no parameters meanwhile but the tile that it is given, and no hooks."""
+        """Leaves the optimizer no hooks and no parameters inside the context, except the tile that it is given."""
         groups = self.optimizer.param_groups
         everything = [group["params"] for group in groups]
         for group in groups:
@@ -496,7 +496,7 @@ class ShardedOptimizer:
         bucket = segment.bucket
         assert bucket.gradient is not None
         for tile, part in zip(segment.tiles, segment.split(bucket.gradient), strict=True):
-            gradient = part.to(tile.dtype)  # a copy where the gradient is half-precision, else the gradient itself
+            gradient = part.to(tile.dtype)  # copies only a half-precision gradient
             self._step_tile(group, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
         if bucket.master is not bucket.shard:
             for where in segment.ranges:
@@ -512,7 +512,7 @@ class ShardedOptimizer:
     # ---- what is known of parameters -----------------------------------------------------------------------------
 
     def gradients(self) -> dict[str, Tensor]:
-        """Reduced gradients by parameter name, without the loss scale, sharded like the parameters. Collective."""
+        """Returns reduced gradients by name, without the loss scale, sharded like the parameters. Collective."""
         self._heed()
         self._agree()
         found: dict[str, Tensor] = {}
@@ -525,15 +525,15 @@ class ShardedOptimizer:
         return found
 
     def state_dict(self, masters: bool = True) -> dict[str, Any]:
-        """In place of the optimizer's own, see :meth:`ShardedState.state_dict`."""
+        """Replaces the optimizer's own, see :meth:`ShardedState.state_dict`."""
         return self.state.state_dict(masters)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """In place of the optimizer's own, see :meth:`ShardedState.load_state_dict`."""
+        """Replaces the optimizer's own, see :meth:`ShardedState.load_state_dict`."""
         self.state.load_state_dict(state_dict)
 
     def initialize_state(self, names: Collection[str] | None = None) -> None:
-        """Creates the state of these parameters (None: of all), without changing anything else, to load into."""
+        """Creates the state of these parameters (None: all) to load into, without changing anything else."""
         self.adopt(names or ())
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:

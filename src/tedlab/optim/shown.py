@@ -21,9 +21,9 @@ class ShownGradient(DTensor):
     """A DTensor whose norms, sums and maxima are the whole parameter's, as plain numbers.
 
     A DTensor leaves such a result as a pending sum over processes, of which ``item()`` returns this process's part,
-    and does not mix those of two meshes. So torch's ``clip_grad_norm_``, Lightning's ``grad_norm`` and
-    ``p.grad.norm().item()`` would fail, or be wrong without a word. Each such result costs a small all-reduce, in which
-    all processes that hold the parameter take part.
+    and refuses to mix those of two meshes. torch's ``clip_grad_norm_``, Lightning's ``grad_norm`` and
+    ``p.grad.norm().item()`` would fail or be silently wrong. Each such result costs a small all-reduce, in which all
+    processes that hold the parameter take part.
     """
 
     @classmethod
@@ -31,7 +31,7 @@ class ShownGradient(DTensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         name = operator_name(func).removeprefix("aten::")
-        if name.startswith("_foreach_"):  # one by one: tensors may be on different meshes, or on none
+        if name.startswith("_foreach_"):  # runs one by one, since tensors may be on different meshes or on none
             name = {"_foreach_norm": "linalg_vector_norm"}.get(name, name.removeprefix("_foreach_"))
             single = getattr(torch.ops.aten, name)
             results = [
@@ -50,23 +50,23 @@ def _completed(result: Any) -> Any:
     if result.dim() > 0:
         return ShownGradient(local_tensor(result), spec_of(result), requires_grad=False)
     number = result.to_local()
-    # The all-reduce may still be under way (torch 2.11), and such a tensor has no memory that others could read.
+    # The all-reduce may still be running (torch 2.11), and such a tensor has no memory that others could read.
     return number.wait() if isinstance(number, AsyncCollectiveTensor) else number
 
 
 class Shown:
-    """The gradient of a bucket, gathered, as ``.grad`` of its parameters, and what the user has made of it.
+    """A bucket's gathered gradient, shown as ``.grad`` of its parameters, and what the user does to it.
 
     Args:
-        bucket: whose gradient is there and reduced.
-        scale: of the loss, which is not shown.
+        bucket: Bucket whose gradient is there and reduced.
+        scale: Loss scale, which is divided out of what is shown.
     """
 
     def __init__(self, bucket: Bucket, scale: float) -> None:
         self.bucket, self.scale = bucket, scale
         assert bucket.gradient is not None
         self._flat = bucket.gather(bucket.gradient, tag="gradients.gather", phase="metrics").div_(scale)
-        # What the user leaves alone keeps the precision that unscaling may have cost: this tells which.
+        # Tells which elements the user leaves alone; these keep the precision that unscaling may have cost.
         self._before = self._flat[bucket.own].clone()
         self._given: dict[nn.Parameter, Tensor] = {}
         self.give()
@@ -80,7 +80,7 @@ class Shown:
                 self._given[p] = p.grad
 
     def take(self) -> None:
-        """Takes ``.grad`` away, with whatever was changed or assigned; who is left with None has no gradient."""
+        """Takes ``.grad`` away, with the user's changes; a parameter whose ``.grad`` is None has no gradient."""
         bucket = self.bucket
         assert bucket.gradient is not None
         for p, part in zip(bucket.parameters, bucket.parts(self._flat), strict=True):
@@ -97,13 +97,13 @@ class Shown:
         self._before = own.clone()
 
     def scale_by(self, factor: float) -> None:
-        """Also in what is shown."""
+        """Multiplies the gradient, and what is shown of it, by ``factor``."""
         assert self.bucket.gradient is not None
         for tensor in (self.bucket.gradient, self._flat, self._before):
             tensor.mul_(factor)
 
     def clamp(self, limit: float) -> None:
-        """Each element into ±limit, also in what is shown."""
+        """Clamps each element of what is shown to ±limit, and the gradient to the same times the scale."""
         assert self.bucket.gradient is not None
         self.bucket.gradient.clamp_(-limit * self.scale, limit * self.scale)
         for tensor in (self._flat, self._before):
@@ -111,7 +111,7 @@ class Shown:
 
 
 def local_part(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
-    """This process's part of what has the parameter's global shape, in new memory."""
+    """Returns this process's part of a tensor of the parameter's global shape, in new memory."""
     if not isinstance(parameter, DTensor):
         return tensor.detach().clone()
     if isinstance(tensor, DTensor):

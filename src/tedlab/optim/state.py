@@ -1,4 +1,4 @@
-"""The state of a sharded optimizer: kept by tiles of shards, given and taken by the names of whole parameters."""
+"""The state of a sharded optimizer, which is kept by tiles of shards, and saved and loaded by parameter names."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from tedlab.optim.segment import Segment
 
 
 class ShardedState:
-    """What an optimizer knows of the parameters in buckets.
+    """The optimizer's state of the parameters in buckets.
 
     Args:
-        optimizer: that has the state, by tile.
-        names: name of each parameter.
-        tile: elements of a tile at most; None: as many as are together.
+        optimizer: The optimizer that has the state, by tile.
+        names: Name of each parameter.
+        tile: Maximum number of elements of a tile; None: as many as are contiguous.
 
     Attributes:
-        segments: of each bucket, in the order in which the buckets were added.
+        segments: Segments of each bucket, in the order in which the buckets were added.
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[nn.Parameter, str], tile: int | None) -> None:
@@ -28,33 +28,33 @@ class ShardedState:
         self._optimizer, self._names, self._tile = optimizer, names, tile
 
     def add(self, bucket: Bucket) -> None:
-        """Takes in a bucket, with what the optimizer knows of its whole parameters: Adagrad's constructor makes it."""
+        """Adds a bucket, with any state that its whole parameters have, such as Adagrad's constructor makes."""
         states = [self._optimizer.state.pop(p, {}) for p in bucket.parameters]
         self.segments[bucket] = [Segment(bucket, bucket.parameters, self._optimizer, self._tile)]
         if any(states):
             self.load(bucket, states)
 
     def divided(self, bucket: Bucket, parameters: Collection[nn.Parameter]) -> list[Segment]:
-        """The segments of a bucket that hold these parameters and no others, from now on."""
+        """Returns a bucket's segments of only these parameters, after dividing those that also hold others."""
         self.segments[bucket] = [half for s in self.segments[bucket] for half in s.divide(parameters)]
         return [segment for segment in self.segments[bucket] if segment.parameters[0] in parameters]
 
     def group_names(self) -> list[list[str]]:
-        """Names of the parameters in each of the optimizer's groups."""
+        """Returns the names of the parameters in each of the optimizer's groups."""
         return [[self._names[p] for p in group["params"]] for group in self._optimizer.param_groups]
 
     def regroup(self, names: Sequence[Sequence[str]]) -> None:
-        """Adds the groups that an optimizer had when its state was saved and this one has not yet.
+        """Adds the groups that an optimizer had when its state was saved and that this one does not have yet.
 
         Args:
-            names: of the parameters in each group, as :meth:`group_names` had them.
+            names: Names of the parameters in each group, as :meth:`group_names` returned them.
         """
         parameter = {name: p for p, name in self._names.items()}
         for group in names[len(self._optimizer.param_groups) :]:
             self._optimizer.add_param_group({"params": [parameter[name] for name in group]})
 
     def state_dict(self, masters: bool = True) -> dict[str, Any]:
-        """State by parameter name, each tensor sharded like its parameter, so that any layout can load it. Collective.
+        """Returns state by parameter name, sharded like the parameters, so that any layout can load it. Collective.
 
         Tensors of one element (Adam's step count) are stored as they are; half-precision parameters also store their
         fp32 master copy, unless ``masters`` is False. A parameter that never had a gradient has no state.
@@ -77,12 +77,12 @@ class ShardedState:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` returned, here or in another layout.
+        """Loads what :meth:`state_dict` returned, here or in another layout.
 
-        A parameter of which it has no state is left as before its first step.
+        A parameter that it has no state of becomes as before its first step.
 
         Raises:
-            ValueError: if it is of an optimizer with another number of parameter groups.
+            ValueError: If it comes from an optimizer with another number of parameter groups.
         """
         here, there = self._optimizer.param_groups, state_dict["param_groups"]
         if len(here) != len(there):
@@ -91,13 +91,13 @@ class ShardedState:
             )
         for group, values in zip(here, there, strict=True):
             for key in group.keys() - values.keys() - self._optimizer.defaults.keys() - {"params"}:
-                del group[key]  # what a scheduler left that was not there yet
+                del group[key]  # what a scheduler added that did not exist yet
             group.update(values)
         for bucket in self.segments:
             self.load(bucket, [state_dict["state"].get(self._names[p], {}) for p in bucket.parameters])
 
     def load(self, bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> None:
-        """State of each parameter, by key. Those with the same step count share a segment."""
+        """Loads the state of each parameter, by key. Parameters with the same step count share a segment."""
         of = dict(zip(bucket.parameters, states, strict=True))
         if bucket.master is not bucket.shard and any("master" in state for state in states):
             masters = [
@@ -126,10 +126,10 @@ class ShardedState:
             segment.load(joined)
 
     def refresh_masters(self, piece: int) -> None:
-        """Takes over weights that were changed from outside into the fp32 master copies; the others keep theirs.
+        """Copies weights that were changed from outside into the fp32 master copies; other elements keep theirs.
 
         Args:
-            piece: elements that are looked at at a time.
+            piece: Number of elements compared at a time.
         """
         for bucket in self.segments:
             if bucket.master is not bucket.shard:
@@ -142,7 +142,7 @@ def _by_element(value: Any) -> bool:
 
 
 def _comparable(value: Any) -> Any:
-    """What parameters of a segment must have in common of their state."""
+    """Returns what the parameters of a segment must have in common of this value of their state."""
     if isinstance(value, Tensor):
         return None if _by_element(value) else value.item()
     return value
