@@ -122,6 +122,7 @@ def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> d
             guard.join()
             for number, handler in handlers.items():  # the elastic launcher leaves its own behind
                 signal.signal(number, handler)
+            os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # and this
 
 
 def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
