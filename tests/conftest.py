@@ -32,6 +32,9 @@ def single() -> Iterator[Topology]:
     dist.destroy_process_group()
 
 
+_OF_LIBRARIES = {"PYTEST_CURRENT_TEST", "WANDB_SILENT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}  # they set these
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
     """Fails a test after which the environment is another, or a process group is there that was not there before.
@@ -41,7 +44,7 @@ def nothing_is_left_behind() -> Iterator[None]:
     before, grouped = dict(os.environ), dist.is_initialized()
     yield
     now = dict(os.environ)
-    names = (before.keys() | now.keys()) - {"PYTEST_CURRENT_TEST"}
+    names = (before.keys() | now.keys()) - _OF_LIBRARIES
     changed = sorted(name for name in names if before.get(name) != now.get(name))
     left = [f"{name} in the environment" for name in changed]
     for name in changed:

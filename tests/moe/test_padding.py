@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommOptions, ModelConfig, MoEConfig
+from tedlab.config import CommOptions, ModelConfig, MoEConfig, RecomputeConfig
 from tedlab.models import GPT
 from tedlab.moe import MoELayer
 from tedlab.nn import Init, initialize
@@ -247,9 +247,9 @@ def losses_of_models() -> None:
     for dispatch in ("capacity", "dropless"):
         results = []
         compiled_with = "block" if dispatch == "capacity" else "none"  # dropless blocks are compiled in part
-        compiled: dict[str, str] = {"checkpoint": compiled_with, "compile": "aot_eager"} if compiles else {}
-        for settings in ({}, {"checkpoint": "block"}, compiled):
-            model = ModelConfig(2, 8, 2, 16, 8, vocab_size=32, init_std=0.5, **settings)
+        for granularity, backend in (("none", "none"), ("block", "none"), *[(compiled_with, "aot_eager")] * compiles):
+            recompute = RecomputeConfig(granularity=granularity)
+            model = ModelConfig(2, 8, 2, 16, 8, vocab_size=32, init_std=0.5, recompute=recompute, compile=backend)
             moe = MoEConfig(
                 num_experts=4, every=1, dispatch=dispatch, capacity_factor=0.7, capacity_multiple=1, capacity_groups=2
             )
