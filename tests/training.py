@@ -171,3 +171,20 @@ def train(layout: Layout, job: Job) -> Record | None:
         return None
     per_step = torch.stack(recorder.losses).view(job.steps, -1).mean(1)
     return Record(per_step.tolist(), recorder.gradients, weights)
+
+
+def silent_trainer(strategy: Any, devices: int, **options: Any) -> Trainer:
+    """A Trainer that prints and writes nothing, on CPU in float64, for one epoch; ``options`` may say otherwise."""
+    warnings.filterwarnings("ignore")
+    settings: dict[str, Any] = {
+        "strategy": strategy,
+        "devices": devices,
+        "accelerator": "cpu",
+        "precision": "64-true",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**(settings | options))

@@ -5,7 +5,6 @@ torch's own; under TEDStrategy it is tedlab's, divided over the tensor group, wi
 """
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tedlab import TEDStrategy
 from tedlab.nn import FeedForward, Init
-from tests.training import full
+from tests.training import full, silent_trainer
 
 STEPS, BATCH = 2, 4  # of an epoch; samples of each data rank
 X = torch.randn(STEPS * BATCH * 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -99,20 +98,9 @@ class Small(LightningModule):
 
 def trainer(**options: Any) -> Trainer:
     """Silent, in float64, of one epoch."""
-    warnings.filterwarnings("ignore")
-    settings: dict[str, Any] = {
-        "strategy": TEDStrategy(2, 2) if under_ted() else "ddp",
-        "devices": int(os.environ["WORLD_SIZE"]),
-        "accelerator": "cpu",
-        "precision": "64-true",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-    return Trainer(**(settings | options))
+    chosen = TEDStrategy(2, 2) if under_ted() else "ddp"
+    own = {"strategy": chosen, "devices": int(os.environ["WORLD_SIZE"]), "num_sanity_val_steps": 0}
+    return silent_trainer(**(own | options))
 
 
 def loader(data: Any = DATA, **options: Any) -> DataLoader:

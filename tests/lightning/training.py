@@ -1,7 +1,6 @@
 """Tiny modules of a user's own, and runs of them through Lightning, which the tests of its contract compare."""
 
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from tedlab import TEDStrategy
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer
 from tedlab.nn import FeedForward, Init, LayerNorm, initialize
-from tests.training import full
+from tests.training import full, silent_trainer
 
 INIT = Init(std=0.5)
 STEPS, BATCH = 2, 8  # of one epoch, and samples of a step over all data ranks
@@ -81,19 +80,7 @@ def strategy(**options: Any) -> TEDStrategy:
 
 def trainer(**options: Any) -> Trainer:
     """A silent float64 Trainer on CPU, of one epoch."""
-    warnings.filterwarnings("ignore")
-    settings: dict[str, Any] = {
-        "strategy": strategy(),
-        "devices": world_size(),
-        "accelerator": "cpu",
-        "precision": "64-true",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**(settings | options))
+    return silent_trainer(**({"strategy": strategy(), "devices": world_size()} | options))
 
 
 def loader(data: Any = DATA, **options: Any) -> DataLoader:

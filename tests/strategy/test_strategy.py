@@ -1,7 +1,6 @@
 """TEDStrategy as a user meets it: without Hydra, with a LightningModule of their own and a plain DataLoader."""
 
 import os
-import warnings
 from dataclasses import FrozenInstanceError
 from typing import Any
 
@@ -19,7 +18,7 @@ from tedlab.config import CheckpointOptions, CommOptions, MoEConfig, ShardingOpt
 from tedlab.moe import MoELayer
 from tedlab.nn import FeedForward, Init, LayerNorm, initialize
 from tests.pool import WorkerPool
-from tests.training import full
+from tests.training import full, silent_trainer
 
 INIT = Init(std=0.5)
 STEPS, BATCH = 4, 8  # samples of one step over all data ranks
@@ -111,19 +110,9 @@ class Halves(Manual):
 
 
 def trainer(tensor: int = 1, expert: int = 1, **options: Any) -> Trainer:
-    warnings.filterwarnings("ignore")
-    settings: dict[str, Any] = {
-        "strategy": TEDStrategy(tensor, expert),
-        "devices": int(os.environ["WORLD_SIZE"]),
-        "accelerator": "cpu",
-        "precision": "64-true",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(**(settings | options))
+    return silent_trainer(
+        **({"strategy": TEDStrategy(tensor, expert), "devices": int(os.environ["WORLD_SIZE"])} | options)
+    )
 
 
 def loader(tensor: int) -> DataLoader:
