@@ -75,6 +75,23 @@ def test_what_two_processes_hold_and_do_not_agree_on_is_no_number() -> None:
     assert whole.isnan().tolist() == [False, False, False, True]
 
 
+def test_processes_agree_where_rounding_is_all_that_differs() -> None:
+    """An element in which large terms cancel has an error as large as theirs, however small it is itself."""
+    whole = assembled([parts(1, 2, 3e-6, 4), parts(1, 2, 3e-6 + 4e-16, 4)])[1]["next weights"]["all"]
+    assert not whole.isnan().any()
+
+
+def test_no_two_processes_agree_because_a_third_value_is_infinite() -> None:
+    whole = assembled([parts(math.inf, 2, 3, 4), parts(math.inf, 2, 5, 4)])[1]["next weights"]["all"]
+    assert whole.isnan().tolist() == [False, False, True, False]
+
+
+def test_a_value_on_which_processes_disagree_is_named_so() -> None:
+    record = a_record(1)
+    record[1]["next weights"]["all"][0] = math.nan
+    assert "different on processes that should agree" in wrong(record, a_record(1))["next weights"].hint
+
+
 def test_what_a_process_lacks_is_no_number() -> None:
     assert assembled([parts(1, 2, 3), parts(1, 2)])[1]["next weights"]["all"].isnan().tolist() == [0, 0, 0, 1]
     for everybody in ([parts(1, 2, 3, 4), {}], [{}, parts(1, 2, 3, 4)], [parts(1, 2, 3, 4), parts(1, name="other")]):

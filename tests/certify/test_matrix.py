@@ -118,17 +118,9 @@ CELLS = [
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
 
-OPEN = {((8, 4, 2), "top2_none_dropped_overlapped"), ((8, 4, 2), "dropless_recomputed")}
-
-
 def marked(number: int, layout: tuple[int, int, int], job: str) -> object:
     """CI runs one layout's cells and a third of the others."""
     marks = [pytest.mark.slow if layout == (4, 2, 2) or number % 3 == 0 else pytest.mark.exhaustive]
-    if (layout, job) in OPEN:
-        reason = (
-            "logits differ in a later step while losses, gradients and weights are equal; the cause is not known yet"
-        )
-        marks.append(pytest.mark.xfail(reason=reason, strict=True))
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 
 

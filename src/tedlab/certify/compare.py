@@ -158,6 +158,9 @@ def _hint(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str, d
     a, b = ours[name].double(), theirs[name].double()
     if a.shape != b.shape:
         return f"of shape {tuple(a.shape)} instead of {tuple(b.shape)}"
+    undefined = int(a.isnan().sum())
+    if undefined > int(b.isnan().sum()):
+        return f"NaN, or different on processes that should agree, in {undefined:,} of {a.numel():,} elements"
     factor = ((a * b).sum() / b.square().sum()).item()
     if not torch.linalg.vector_norm(a - factor * b) <= _NO_MULTIPLE * torch.linalg.vector_norm(b):
         return "no multiple of what one process has"

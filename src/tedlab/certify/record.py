@@ -31,7 +31,7 @@ QUANTITIES = (  # in the order in which a step computes them
 )
 LOSS_SCALE = "loss scale"  # a further quantity, which the one-process run does not have
 FILE = "record.pt"
-_REPLICAS = 1e-12  # the largest relative difference between replicas
+_REPLICAS = 1e-12  # the largest difference between replicas, over the tensor's largest magnitude
 _PIECE = 50  # elements whose norm is taken at a time, few enough to make several pieces
 
 
@@ -196,9 +196,12 @@ def _whole(parts: Sequence[Part | None]) -> Tensor:
     if len(held) < len(parts):
         return whole
     filled = torch.zeros(whole.shape, dtype=torch.bool)
+    # Not relative to each element: rounding leaves an error of the size of the sum's terms, even where they cancel.
+    finite = [magnitudes[magnitudes.isfinite()] for part in held for magnitudes in [part.values.double().abs()]]
+    tolerance = _REPLICAS * max((magnitudes.max().item() for magnitudes in finite if magnitudes.numel()), default=0.0)
     for _, offset, values in held:
         place = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
-        agreed = torch.isclose(whole[place], values, rtol=_REPLICAS, atol=0.0) | ~filled[place]
+        agreed = torch.isclose(whole[place], values, rtol=0.0, atol=tolerance) | ~filled[place]
         whole[place] = torch.where(agreed, values, math.nan)
         filled[place] = True
     return whole
