@@ -118,6 +118,7 @@ CELLS = [
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
 
+
 def marked(number: int, layout: tuple[int, int, int], job: str) -> object:
     """CI runs one layout's cells and a third of the others."""
     marks = [pytest.mark.slow if layout == (4, 2, 2) or number % 3 == 0 else pytest.mark.exhaustive]
