@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from benchmarks.surroundings import require, surroundings
 from tedlab import Topology
 from tedlab.config import MoEConfig
-from tedlab.moe import MoELayer
-from tedlab.nn import Init
+from tedlab.moe import MoELayer, MoESpec
+from tedlab.nn import FeedForwardSpec, Init
 
 GIB = 1 << 30
 STD = 0.02  # of weights
@@ -124,17 +124,9 @@ def transformers_layer(shape: Shape, device: torch.device, experts: str) -> nn.M
 def tedlab_layer(shape: Shape, device: torch.device, kernel: str) -> nn.Module:
     """tedlab's, dropless, in one process."""
     config = MoEConfig(num_experts=shape.experts, top_k=shape.top_k, dispatch="dropless", kernel=kernel)
-    activation = "swiglu" if shape.gated else "gelu"
-    layer = MoELayer(
-        shape.hidden,
-        shape.inner,
-        config,
-        Topology.single(device),
-        activation=activation,
-        bias=not shape.gated,
-        init=Init(std=STD),
-        out_init=Init(std=STD),
-    )
+    init, activation = Init(std=STD), "swiglu" if shape.gated else "gelu"
+    expert = FeedForwardSpec(shape.hidden, shape.inner, init, init, activation, bias=not shape.gated)
+    layer = MoELayer(MoESpec(expert, config), Topology.single(device))
     with torch.no_grad():  # where the weights are: billions of numbers
         for parameter in layer.parameters():
             values_of(parameter).normal_(std=STD)

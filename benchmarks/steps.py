@@ -187,9 +187,9 @@ def _drawn_there(root: nn.Module, seed: int) -> None:
     """Initial weights drawn where they are: in another order than in training, but billions in no time."""
     for module in root.modules():
         if isinstance(module, ShardedModule):
-            for name, init in module.inits.items():
+            for name, spec in module.specs.items():
                 values: Any = module.get_parameter(name).detach()
-                values.to_local().normal_(init.mean, init.std)
+                values.to_local().normal_(spec.init.mean, spec.init.std)
 
 
 def free() -> None:

@@ -10,10 +10,11 @@ from torch import nn
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.models import GPT, GPTSpec
-from tedlab.nn import Init, ShardedModule, decay_groups, partial_parameters
+from tedlab.nn import ShardedModule, decay_groups, partial_parameters
 from tedlab.optim import ShardedOptimizer
 from tedlab.optim.bucket import holders, lay_out, local, reduction_group
 from tedlab.predict.volumes import ClosedForm
+from tedlab.spec import ParameterSpec
 from tests.comm.test_ledger import configuration
 from tests.pool import WorkerPool
 
@@ -124,8 +125,8 @@ class Guest(nn.Module):
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         self.norm, self.linear, self.ours = nn.LayerNorm(2), nn.Linear(2, 2), ShardedModule()
-        for name, decayed in (("weight", None), ("bias", None), ("scale", False), ("bias_table", True)):
-            self.ours.add_parameter(name, (2,), topology.dense, init=Init(), device=topology.device, decayed=decayed)
+        for name, decayed in (("scale", False), ("bias_table", True)):
+            self.ours.add_parameter(ParameterSpec(name, (2,), decayed=decayed), topology)
 
 
 def names_by_group() -> list[list[str]]:
@@ -136,6 +137,6 @@ def names_by_group() -> list[list[str]]:
 
 def test_weight_decay_follows_names_where_nothing_is_stated(pool: WorkerPool) -> None:
     assert pool.run(1, names_by_group)[0] == [
-        ["linear.weight", "ours.weight", "ours.bias_table"],
-        ["norm.weight", "norm.bias", "linear.bias", "ours.bias", "ours.scale"],
+        ["linear.weight", "ours.bias_table"],
+        ["norm.weight", "norm.bias", "linear.bias", "ours.scale"],
     ]

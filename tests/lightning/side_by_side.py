@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from tedlab import TEDStrategy
-from tedlab.nn import FeedForward, Init
+from tedlab.nn import FeedForward, FeedForwardSpec, Init
 from tests.training import full, silent_trainer
 
 STEPS, BATCH = 2, 4  # of an epoch; samples of each data rank
@@ -60,7 +60,7 @@ class Small(LightningModule):
             self.feed_forward: nn.Module = plain
             return
         topology = self.trainer.strategy.topology
-        self.feed_forward = FeedForward(8, 16, topology, init=Init(), out_init=Init())
+        self.feed_forward = FeedForward(FeedForwardSpec(8, 16, Init(), Init()), topology)
         values = dict(plain.named_parameters())
         for name, parameter in self.feed_forward.named_parameters():
             assert isinstance(parameter, DTensor)

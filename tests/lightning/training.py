@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tedlab import TEDStrategy
 from tedlab.config import MoEConfig
-from tedlab.moe import MoELayer
-from tedlab.nn import FeedForward, Init, LayerNorm, initialize
+from tedlab.moe import MoELayer, MoESpec
+from tedlab.nn import FeedForward, FeedForwardSpec, Init, LayerNorm, NormSpec, initialize
 from tests.training import full, silent_trainer
 
 INIT = Init(std=0.5)
@@ -35,9 +35,9 @@ class Mixture(LightningModule):
             return
         topology = self.trainer.strategy.topology
         moe = MoEConfig(num_experts=4, capacity_factor=None, capacity_multiple=1)
-        self.norm = LayerNorm(8, topology)
-        self.feed_forward = FeedForward(8, 16, topology, init=INIT, out_init=INIT)
-        self.experts = MoELayer(8, 16, moe, topology, init=INIT, out_init=INIT)
+        self.norm = LayerNorm(NormSpec(8), topology)
+        self.feed_forward = FeedForward(FeedForwardSpec(8, 16, INIT, INIT), topology)
+        self.experts = MoELayer(MoESpec(FeedForwardSpec(8, 16, INIT, INIT), moe), topology)
         self.outwards = nn.Linear(8, 1)
         initialize(self, seed=0)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from tedlab import ParallelDegrees, Topology
 from tedlab.capacity import deepspeed_capacity
 from tedlab.config import DropPolicy, MoEConfig
-from tedlab.moe import MoELayer, Router, Routing
+from tedlab.moe import MoELayer, MoESpec, Router, RouterSpec, Routing
 from tedlab.moe.deepspeed_gating import (
     GATINGS,
     DeepSpeedRouter,
@@ -24,7 +24,7 @@ from tedlab.moe.deepspeed_gating import (
     topk_gating,
 )
 from tedlab.moe.router import Decision
-from tedlab.nn import Init, initialize
+from tedlab.nn import FeedForwardSpec, Init, initialize
 from tests.pool import WorkerPool
 from tests.training import Job, Layout, Record, train
 
@@ -350,10 +350,11 @@ def settled(config: MoEConfig) -> MoEConfig:
 
 
 HIDDEN = 6
+EXPERT = FeedForwardSpec(HIDDEN, 8, Init(std=0.5), Init(std=0.5))
 
 
 def router_of(config: MoEConfig, topology: Topology) -> DeepSpeedRouter:
-    router = DeepSpeedRouter(HIDDEN, config, topology, init=Init(std=1.0)).double()
+    router = DeepSpeedRouter(RouterSpec(HIDDEN, config, Init(std=1.0)), topology).double()
     initialize(router, 0)
     return router
 
@@ -388,8 +389,7 @@ def test_a_decision_has_the_shapes_and_types_that_token_paths_rely_on(
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_layer_builds_the_configured_router_and_trains_it(single: Topology, name: str) -> None:
-    init = Init(std=0.5)
-    layer = MoELayer(HIDDEN, 8, settled(CONFIGS[name]), single, init=init, out_init=init).double()
+    layer = MoELayer(MoESpec(EXPERT, settled(CONFIGS[name])), single).double()
     initialize(layer, 0)
     assert isinstance(layer.router, DeepSpeedRouter)
     y, report = layer(tokens_of(20).view(4, 5, HIDDEN))
@@ -419,13 +419,13 @@ def test_options_reach_the_rule(single: Topology) -> None:
 
 
 def test_default_gating_is_our_own_router(single: Topology) -> None:
-    layer = MoELayer(HIDDEN, 8, MoEConfig(num_experts=4), single, init=Init(std=0.5), out_init=Init(std=0.5))
+    layer = MoELayer(MoESpec(EXPERT, MoEConfig(num_experts=4)), single)
     assert type(layer.router) is Router
 
 
 def test_an_unknown_gating_is_refused_by_name(single: Topology) -> None:
     with pytest.raises(ValueError, match="deepspeed_top3 is unknown; valid: default, deepspeed_top1"):
-        DeepSpeedRouter(HIDDEN, MoEConfig(num_experts=4, gating="deepspeed_top3"), single, init=Init())
+        DeepSpeedRouter(RouterSpec(HIDDEN, MoEConfig(num_experts=4, gating="deepspeed_top3"), Init()), single)
     assert {config.gating for config in CONFIGS.values()} == set(GATINGS)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import CommOptions, ModelConfig, MoEConfig, RecomputeConfig
 from tedlab.models import GPT
-from tedlab.moe import MoELayer
-from tedlab.nn import Init, initialize
+from tedlab.moe import MoELayer, MoESpec
+from tedlab.nn import FeedForwardSpec, Init, initialize
 from tests.pool import WorkerPool
 from tests.training import full
 
@@ -103,7 +103,7 @@ def plain(weights: dict[str, Tensor], x: Tensor, padding: Tensor, config: MoECon
 
 def layer_of(config: MoEConfig, topology: Topology) -> MoELayer:
     torch.set_default_dtype(torch.float64)
-    layer = MoELayer(HIDDEN, FFN, config, topology, init=INIT, out_init=INIT)
+    layer = MoELayer(MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), config), topology)
     initialize(layer, seed=3)
     for name, parameter in layer.named_parameters():  # biases start at zero
         if "bias" in name:

@@ -13,11 +13,11 @@ from tedlab.comm import Recomputation, Second
 from tedlab.comm.recompute import _Pass, _Region
 from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, MoEConfig
-from tedlab.moe import MoELayer
+from tedlab.moe import MoELayer, MoESpec
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import RouterReport, Routing, sort_choices
-from tedlab.nn import Init, initialize
+from tedlab.nn import FeedForwardSpec, Init, initialize
 from tests.pool import WorkerPool
 
 EXPERTS, HIDDEN = 4, 3
@@ -117,8 +117,8 @@ def test_a_layer_is_one_whose_capacity_drops_nothing(single: Topology, top_k: in
     for dispatch in ("dropless", "capacity"):
         torch.set_default_dtype(torch.float64)
         config = MoEConfig(num_experts=EXPERTS, top_k=top_k, dispatch=dispatch, capacity_factor=None)
-        inits = {"init": Init(std=1.0), "out_init": Init(std=0.5)}
-        layer = MoELayer(HIDDEN, 5, config, single, activation=activation, bias=bias, **inits)
+        expert = FeedForwardSpec(HIDDEN, 5, Init(std=1.0), Init(std=0.5), activation, bias)
+        layer = MoELayer(MoESpec(expert, config), single)
         torch.set_default_dtype(torch.float32)
         initialize(layer, seed=3)
         for name in ("up_bias", "down_bias") if bias else ():
@@ -136,7 +136,7 @@ def test_a_layer_is_one_whose_capacity_drops_nothing(single: Topology, top_k: in
 
 def test_experts_that_nobody_chooses_get_gradients_of_zero(single: Topology) -> None:
     config = MoEConfig(num_experts=EXPERTS, dispatch="dropless")
-    layer = MoELayer(HIDDEN, 5, config, single, init=Init(std=1.0), out_init=Init(std=0.5))
+    layer = MoELayer(MoESpec(FeedForwardSpec(HIDDEN, 5, Init(std=1.0), Init(std=0.5)), config), single)
     initialize(layer, seed=0)
     with torch.no_grad():
         layer.router.get_parameter("weight")._local_tensor.zero_()[1].fill_(1.0)  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def test_one_process_in_bf16_never_waits_for_the_device(single: Topology) -> Non
 
     single.comm.reader = refuse
     config, init = MoEConfig(num_experts=EXPERTS, dispatch="dropless"), Init(std=1.0)
-    layer = MoELayer(16, 32, config, single, init=init, out_init=init)
+    layer = MoELayer(MoESpec(FeedForwardSpec(16, 32, init, init), config), single)
     initialize(layer, seed=0)
     x = torch.rand(1, 6, 16)
     layer.to(torch.bfloat16)(x.bfloat16())[0].sum().backward()

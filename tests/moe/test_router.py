@@ -10,7 +10,7 @@ from torch._inductor.exc import InductorError
 from tedlab import Topology
 from tedlab.capacity import expert_capacity
 from tedlab.config import MoEConfig
-from tedlab.moe import Router, Routing, assign_slots
+from tedlab.moe import Router, RouterSpec, Routing, assign_slots
 from tedlab.moe.router import bf16_parts, sort_choices
 from tedlab.nn import Init, initialize
 
@@ -118,7 +118,7 @@ def route(single: Topology, logits: Tensor, top_k: int = 1, factor: float | None
     """Routes as many tokens as there are rows, each with exactly these logits."""
     tokens, experts = logits.shape
     config = MoEConfig(num_experts=experts, top_k=top_k, capacity_factor=factor, capacity_multiple=1)
-    router = Router(tokens, config, single, init=Init(std=1.0)).to(logits.dtype)
+    router = Router(RouterSpec(tokens, config, Init(std=1.0)), single).to(logits.dtype)
     initialize(router, 0)
     with torch.no_grad():
         router.get_parameter("weight").to_local().copy_(logits.T)

@@ -15,14 +15,21 @@ from tedlab.certify.compare import relative_error
 from tedlab.comm import Collective
 from tedlab.nn import (
     ColumnParallelLinear,
+    ColumnParallelSpec,
     Embedding,
+    EmbeddingSpec,
     FeedForward,
+    FeedForwardSpec,
     Init,
     LayerNorm,
+    NormSpec,
     RMSNorm,
     RowParallelLinear,
+    RowParallelSpec,
     SelfAttention,
+    SelfAttentionSpec,
     VocabParallelEmbedding,
+    VocabParallelEmbeddingSpec,
     linear_cross_entropy,
     rotation,
     vocab_parallel_cross_entropy,
@@ -70,7 +77,7 @@ def swiglu(w: Weights, x: Tensor) -> Tensor:
 Case = tuple[Callable[[Topology], nn.Module], Callable, Callable, Tensor, int | None, int | None]
 CASES: dict[str, Case] = {
     "column": (
-        lambda t: ColumnParallelLinear(6, 8, t, tag="test", init=INIT),
+        lambda t: ColumnParallelLinear(ColumnParallelSpec(6, 8, "test", INIT), t),
         lambda m, x: m(x),
         lambda w, x: F.linear(x, w["weight"], w["bias"]),
         random("column", 3, 6),
@@ -78,7 +85,7 @@ CASES: dict[str, Case] = {
         -1,
     ),
     "column_without_bias": (
-        lambda t: ColumnParallelLinear(6, 8, t, tag="test", init=INIT, bias=False),
+        lambda t: ColumnParallelLinear(ColumnParallelSpec(6, 8, "test", INIT, bias=False), t),
         lambda m, x: m(x),
         lambda w, x: F.linear(x, w["weight"]),
         random("column", 2, 3, 6),
@@ -86,7 +93,7 @@ CASES: dict[str, Case] = {
         -1,
     ),
     "row": (
-        lambda t: RowParallelLinear(8, 6, t, tag="test", init=INIT),
+        lambda t: RowParallelLinear(RowParallelSpec(8, 6, "test", INIT), t),
         lambda m, x: m(x),
         lambda w, x: F.linear(x, w["weight"], w["bias"]),
         random("row", 3, 8),
@@ -94,7 +101,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "feed_forward": (
-        lambda t: FeedForward(6, 8, t, init=INIT, out_init=INIT),
+        lambda t: FeedForward(FeedForwardSpec(6, 8, INIT, INIT), t),
         lambda m, x: m(x),
         lambda w, x: F.linear(F.gelu(F.linear(x, w["up.weight"], w["up.bias"])), w["down.weight"], w["down.bias"]),
         random("feed_forward", 2, 3, 6),
@@ -102,7 +109,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "attention": (
-        lambda t: SelfAttention(8, 4, t, init=INIT, out_init=INIT),
+        lambda t: SelfAttention(SelfAttentionSpec(8, 4, INIT, INIT), t),
         lambda m, x: m(x),
         attention,
         random("attention", 2, 5, 8),
@@ -110,7 +117,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "swiglu": (
-        lambda t: FeedForward(6, 8, t, init=INIT, out_init=INIT, activation="swiglu", bias=False),
+        lambda t: FeedForward(FeedForwardSpec(6, 8, INIT, INIT, activation="swiglu", bias=False), t),
         lambda m, x: m(x),
         swiglu,
         random("swiglu", 2, 3, 6),
@@ -118,7 +125,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "rotary_attention": (
-        lambda t: SelfAttention(16, 4, t, init=INIT, out_init=INIT),
+        lambda t: SelfAttention(SelfAttentionSpec(16, 4, INIT, INIT), t),
         lambda m, x: m(x, rotation(5, 4, 10_000.0, x.device, x.dtype)),
         lambda w, x: attention(w, x, turned=True),
         random("rotary", 2, 5, 16),
@@ -126,7 +133,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "vocabulary_embedding": (
-        lambda t: VocabParallelEmbedding(16, 6, t, init=INIT),
+        lambda t: VocabParallelEmbedding(VocabParallelEmbeddingSpec(16, 6, INIT), t),
         lambda m, x: m(IDS) * x,
         lambda w, x: F.embedding(IDS, w["weight"]) * x,
         random("embedding", 2, 5, 6),
@@ -134,7 +141,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "tied_output": (
-        lambda t: VocabParallelEmbedding(16, 6, t, init=INIT),
+        lambda t: VocabParallelEmbedding(VocabParallelEmbeddingSpec(16, 6, INIT), t),
         lambda m, x: m.logits(x),
         lambda w, x: F.linear(x, w["weight"]),
         random("tied", 2, 5, 6),
@@ -142,7 +149,7 @@ CASES: dict[str, Case] = {
         -1,
     ),
     "positions": (
-        lambda t: Embedding(7, 6, t, init=INIT),
+        lambda t: Embedding(EmbeddingSpec(7, 6, INIT), t),
         lambda m, x: m(5) * x,
         lambda w, x: F.embedding(torch.arange(5), w["weight"]) * x,
         random("positions", 2, 5, 6),
@@ -150,7 +157,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "norm": (
-        lambda t: LayerNorm(6, t, eps=0.1),
+        lambda t: LayerNorm(NormSpec(6, eps=0.1), t),
         lambda m, x: m(x),
         lambda w, x: F.layer_norm(x, (6,), w["weight"], w["bias"], 0.1),
         random("norm", 2, 5, 6),
@@ -158,7 +165,7 @@ CASES: dict[str, Case] = {
         None,
     ),
     "rms_norm": (
-        lambda t: RMSNorm(6, t, eps=0.1),
+        lambda t: RMSNorm(NormSpec(6, "rms", 0.1), t),
         lambda m, x: m(x),
         lambda w, x: x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * w["weight"],
         random("rms_norm", 2, 5, 6),
@@ -214,7 +221,7 @@ def test_output_and_gradients_equal_plain_torch(pool: WorkerPool, name: str, ten
 def rms_norm_beside_torchs() -> None:
     x, direction = (random(name, 3, 5, 64).bfloat16() for name in ("rms", "direction"))
     weight, kept = random("weight", 64).bfloat16().requires_grad_(), []
-    norm = RMSNorm(64, Topology(ParallelDegrees(1))).bfloat16()
+    norm = RMSNorm(NormSpec(64, "rms"), Topology(ParallelDegrees(1))).bfloat16()
     with torch.no_grad():
         norm.local("weight").copy_(weight)
     x.requires_grad_()
@@ -237,7 +244,7 @@ def test_rms_norm_is_torchs_and_keeps_its_input_and_a_number_a_row(pool: WorkerP
 def too_long() -> None:
     topology = Topology(ParallelDegrees(1))
     with pytest.raises(RuntimeError, match="8 positions, but the table has 7"):
-        Embedding(7, 6, topology, init=INIT)(8)
+        Embedding(EmbeddingSpec(7, 6, INIT), topology)(8)
 
 
 def test_more_positions_than_the_table_has_are_refused(pool: WorkerPool) -> None:

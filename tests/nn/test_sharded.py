@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.nn import Init, ShardedModule, initialize
+from tedlab.spec import ParameterSpec
 from tests.pool import WorkerPool
 
 BIG = (1500, 1024)  # more than the 2^20 values that are drawn at a time: two blocks, the second begins in row 1024
@@ -38,9 +39,9 @@ class Example(ShardedModule):
         super().__init__()
         shapes = SHAPES | ({"big_rows": BIG, "big_columns": BIG} if big else {})
         for name, shape in shapes.items():
-            mesh = topology.expert if len(shape) == 3 else topology.dense
+            mesh = "expert" if len(shape) == 3 else "dense"
             init = Init(0.5) if name == "vector" else Init(1.0, 0.25)
-            self.add_parameter(name, shape, mesh, init=init, device=topology.device, shards=SHARDS[name])
+            self.add_parameter(ParameterSpec(name, shape, init, SHARDS[name], mesh), topology)
 
 
 def initialized(topology: Topology, seed: int = 0, big: bool = False) -> dict[str, Tensor]:
@@ -108,9 +109,7 @@ def test_uninitialised_parameters_are_nan(single: Topology) -> None:
 def indivisible() -> str:
     topology = Topology(ParallelDegrees(2, tensor=2))
     with pytest.raises(ValueError, match="divided") as caught:
-        ShardedModule().add_parameter(
-            "odd", (4, 3), topology.dense, init=Init(), device=topology.device, shards={"tensor": 1}
-        )
+        ShardedModule().add_parameter(ParameterSpec("odd", (4, 3), divided={"tensor": 1}), topology)
     return str(caught.value)
 
 
@@ -124,9 +123,7 @@ def drawn_at_a_time(shape: tuple[int, int], dim: int) -> tuple[list[int], int]:
     """Sizes of the random tensors made while a matrix is initialised, and of the shard."""
     topology = Topology(ParallelDegrees(4, tensor=4))
     module = ShardedModule()
-    module.add_parameter(
-        "weight", shape, topology.dense, init=Init(std=1), device=topology.device, shards={"tensor": dim}
-    )
+    module.add_parameter(ParameterSpec("weight", shape, Init(std=1), {"tensor": dim}), topology)
     sizes, randn = [], torch.randn
 
     def recording(*args: int, **options: object) -> Tensor:

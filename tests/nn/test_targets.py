@@ -15,6 +15,7 @@ from tedlab.models import GPT
 from tedlab.nn import (
     Init,
     VocabParallelEmbedding,
+    VocabParallelEmbeddingSpec,
     linear_cross_entropy,
     mean_over_counted,
     vocab_parallel_cross_entropy,
@@ -80,7 +81,7 @@ def test_ignored_targets_count_neither_in_the_loss_nor_in_gradients(pool: Worker
 def refusals() -> dict[str, str]:
     size = dist.get_world_size()
     topology = Topology(ParallelDegrees(size, tensor=size))
-    embedding = VocabParallelEmbedding(VOCABULARY, WIDTH, topology, init=Init(std=1.0))
+    embedding = VocabParallelEmbedding(VocabParallelEmbeddingSpec(VOCABULARY, WIDTH, Init(std=1.0)), topology)
     logits, weight = torch.zeros(ROWS, VOCABULARY // size), torch.zeros(VOCABULARY // size, WIDTH)
     said = {}
     for value in (VOCABULARY, -1, 10**6):

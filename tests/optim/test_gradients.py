@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from tedlab import ParallelDegrees, Topology
 from tedlab.nn import Init, ShardedModule, initialize
 from tedlab.optim import ShardedOptimizer
+from tedlab.spec import ParameterSpec
 from tests.pool import WorkerPool
 from tests.training import full
 
@@ -30,8 +31,8 @@ class Example(ShardedModule):
     def __init__(self, topology: Topology) -> None:
         super().__init__()
         for name, shape in SHAPES.items():
-            mesh = topology.expert if name.startswith("expert") else topology.dense
-            self.add_parameter(name, shape, mesh, init=Init(), device=topology.device, shards=SHARDS[name])
+            mesh = "expert" if name.startswith("expert") else "dense"
+            self.add_parameter(ParameterSpec(name, shape, Init(), SHARDS[name], mesh), topology)
         self.plain = nn.Parameter(torch.zeros(PLAIN))
         self.unused = nn.Parameter(torch.zeros(2))
         initialize(self, 0)

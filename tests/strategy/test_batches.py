@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from tedlab import ParallelDegrees, TEDStrategy, Topology
 from tedlab.config import CommOptions, ModelConfig, MoEConfig
 from tedlab.models import GPT
-from tedlab.moe import MoELayer, SlotExperts
-from tedlab.nn import initialize
+from tedlab.moe import MoELayer, MoESpec, SlotExperts
+from tedlab.nn import FeedForwardSpec, initialize
 from tests.pool import WorkerPool
 from tests.strategy.test_strategy import DATA, INIT, Mixture, loader, trainer
 
@@ -36,7 +36,9 @@ class Predictor(Mixture):
     def configure_model(self) -> None:
         super().configure_model()
         if isinstance(self.experts.experts, SlotExperts) != (self.moe.dispatch == "capacity"):
-            self.experts = MoELayer(8, 16, self.moe, self.trainer.strategy.topology, init=INIT, out_init=INIT)
+            self.experts = MoELayer(
+                MoESpec(FeedForwardSpec(8, 16, INIT, INIT), self.moe), self.trainer.strategy.topology
+            )
             initialize(self, seed=0)
 
     def predict_step(self, batch: list[Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[int, list[float]]:
@@ -116,7 +118,7 @@ def said_of(tokens: list[list[int]], config: MoEConfig, patience: float = 60) ->
     size = dist.get_world_size()
     topology = Topology(ParallelDegrees(size, expert=size))
     topology.slots.patience = timedelta(seconds=patience)
-    layer = MoELayer(4, 8, config, topology, init=INIT, out_init=INIT)
+    layer = MoELayer(MoESpec(FeedForwardSpec(4, 8, INIT, INIT), config), topology)
     said = []
     for counts in tokens:
         try:
@@ -157,7 +159,7 @@ def said_by_second() -> tuple[list[str], int]:
     rank = dist.get_rank()
     said_of([[8, 8], [12, 12]], CAPACITY)
     topology = Topology(ParallelDegrees(2, expert=2))
-    layers = [MoELayer(4, 8, CAPACITY, topology, init=INIT, out_init=INIT) for _ in range(2)]
+    layers = [MoELayer(MoESpec(FeedForwardSpec(4, 8, INIT, INIT), CAPACITY), topology) for _ in range(2)]
     said = []
     for tokens in ([8, 8], [4, 4], [8, 8], [4, 4], [8, 8], [4, 4], [12, 16]):
         if rank == 1 and tokens[0] == 12:

@@ -66,10 +66,8 @@ class BlockSpec(Spec):
     @property
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
         model = self.model
-        rest = *self.inits, model.activation, model.bias
-        if self.moe is not None:
-            return MoESpec(model.hidden, model.ffn, self.moe, *rest)
-        return FeedForwardSpec(model.hidden, model.ffn, *rest)
+        layer = FeedForwardSpec(model.hidden, model.ffn, *self.inits, model.activation, model.bias)
+        return layer if self.moe is None else MoESpec(layer, self.moe)
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
@@ -121,10 +119,11 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, topology: Topology) -> None:
         super().__init__()
         self.norm1 = norm_layer(spec.norm1, topology)
-        self.attention = SelfAttention.of(spec.attention, topology)
+        self.attention = SelfAttention(spec.attention, topology)
         self.norm2 = norm_layer(spec.norm2, topology)
+        inner = spec.feed_forward
         self.routed = spec.moe is not None
-        self.feed_forward = (MoELayer if self.routed else FeedForward).of(spec.feed_forward, topology)
+        self.feed_forward = MoELayer(inner, topology) if isinstance(inner, MoESpec) else FeedForward(inner, topology)
 
     def forward(
         self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None
@@ -247,12 +246,12 @@ class GPT(nn.Module):
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int | None) -> None:
         super().__init__()
         spec = self.spec(model, moe)
-        self.embedding = VocabParallelEmbedding.of(spec.embedding, topology)
+        self.embedding = VocabParallelEmbedding(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
-        self.positions = None if spec.positions is None else Embedding.of(spec.positions, topology)
+        self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
         self.norm = norm_layer(spec.norm, topology)
-        self.output = None if spec.output is None else ColumnParallelLinear.of(spec.output, topology)
+        self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
         if seed is not None:
             initialize(self, seed)
         for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):

@@ -33,9 +33,8 @@ from torch import Tensor
 from tedlab.capacity import DEEPSPEED as GATINGS
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin
-from tedlab.config import DropPolicy, MoEConfig
-from tedlab.moe.router import Decision, Router, assign_slots, choices_of_slots, routers
-from tedlab.nn import Init
+from tedlab.config import DropPolicy
+from tedlab.moe.router import Decision, Router, RouterSpec, assign_slots, choices_of_slots, routers
 from tedlab.topology import Topology
 
 
@@ -47,26 +46,21 @@ class DeepSpeedRouter(Router):
     decide differently; a recomputed forward pass decides as the first one did. The numbers depend on the number of data
     ranks: D of them select and draw otherwise than one process that accumulates their D micro-batches.
 
-    Args:
-        hidden: Model width.
-        config: Experts, choices, capacity, and the gating with its options.
-        topology: The process's place in the meshes.
-        init: Initial weights.
-
     Raises:
-        ValueError: If ``config.gating`` is not one of DeepSpeed's, or positions are divided into groups or shards.
+        ValueError: If the gating is not one of DeepSpeed's, or positions are divided into groups or shards.
     """
 
     supports = ()
 
-    def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
+    def __init__(self, spec: RouterSpec, topology: Topology) -> None:
+        config = spec.config
         if config.gating not in GATINGS:
             raise ValueError(f"gating={config.gating} is unknown; valid: default, {', '.join(GATINGS)}")
         if topology.sequence_sharded or config.capacity_groups not in (None, 1):
             raise ValueError(
                 f"gating={config.gating} knows one queue per expert: no capacity groups, no sharded sequence"
             )
-        super().__init__(hidden, config, topology, init=init)
+        super().__init__(spec, topology)
         self.gating = config.gating
         self.random_token_selection = config.random_token_selection is not False  # None: on
         self.second_expert_sampling = config.second_expert_sampling is not False  # None: on

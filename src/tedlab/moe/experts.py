@@ -15,7 +15,7 @@ from tedlab.moe.dispatch import DispatchSpec, token_path
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import Routing
-from tedlab.nn import ShardedModule, activate
+from tedlab.nn import FeedForwardSpec, ShardedModule, activate
 from tedlab.registry import Registry
 from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
 from tedlab.topology import Topology
@@ -23,29 +23,32 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class ExpertsSpec(Spec):
-    """Describes :class:`Experts`."""
+    """Describes :class:`Experts`, each of which is a feed-forward layer like ``expert``."""
 
-    num_experts: int
-    hidden: int
-    ffn: int
-    init: Init
-    out_init: Init
-    activation: str = "gelu"
-    bias: bool = True
+    expert: FeedForwardSpec
+    config: MoEConfig
+
+    @property
+    def num_experts(self) -> int:
+        return self.config.num_experts
+
+    @property
+    def hidden(self) -> int:
+        return self.expert.hidden
 
     def own(self) -> Iterator[ParameterSpec]:
-        columns = 2 * self.ffn if self.activation == "swiglu" else self.ffn
+        one, number = self.expert, self.num_experts
         by_column, by_row = {"expert": 0, "tensor": 2}, {"expert": 0, "tensor": 1}
-        yield ParameterSpec("up", (self.num_experts, self.hidden, columns), self.init, by_column, "expert")
-        yield ParameterSpec("down", (self.num_experts, self.ffn, self.hidden), self.out_init, by_row, "expert")
-        if self.bias:
-            biases = (("up_bias", columns, by_column), ("down_bias", self.hidden, {"expert": 0}))
+        yield ParameterSpec("up", (number, one.hidden, one.inner), one.init, by_column, "expert")
+        yield ParameterSpec("down", (number, one.ffn, one.hidden), one.out_init, by_row, "expert")
+        if one.bias:
+            biases = (("up_bias", one.inner, by_column), ("down_bias", one.hidden, {"expert": 0}))
             for name, width, divided in biases:
-                yield ParameterSpec(name, (self.num_experts, 1, width), Init(), divided, "expert", decayed=False)
+                yield ParameterSpec(name, (number, 1, width), Init(), divided, "expert", decayed=False)
 
     def flops(self, length: int) -> Counter[str]:
         """Counts one expert."""
-        return Counter(experts=2 * (3 if self.activation == "swiglu" else 2) * self.hidden * self.ffn)
+        return Counter(experts=self.expert.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         here, rows, width = self.here(b)
@@ -75,7 +78,7 @@ class ExpertsSpec(Spec):
     def here(self, b: MicroBatch) -> tuple[int, int, int]:
         """Returns the number of this process's experts, the rows of each, and this tensor rank's inner features."""
         here = self.num_experts // b.layout.degrees.expert
-        return here, b.rows.computed // here, self.ffn // b.tensor
+        return here, b.rows.computed // here, self.expert.ffn // b.tensor
 
 
 mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")
@@ -89,7 +92,7 @@ class Experts(ShardedModule):
     inside an expert, by width. SwiGLU's first projection alternates gate and linear part, so even parts contain both.
 
     Args:
-        spec: Experts E, a multiple of the expert degree, and their inner width, a multiple of the tensor degree.
+        spec: Experts E, a multiple of the expert degree, whose inner width is a multiple of the tensor degree.
         topology: The process's place in the meshes.
 
     Attributes:
@@ -103,15 +106,15 @@ class Experts(ShardedModule):
     moved: Rows | None = None
 
     @classmethod
-    def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> "Experts":
+    def make(cls, spec: ExpertsSpec, topology: Topology) -> "Experts":
         """Makes the experts of a layer whose configuration names this class."""
         return cls(spec, topology)
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__()
         self.num_experts, self.comm = spec.num_experts, topology.comm
-        self.gated, self.bias = spec.activation == "swiglu", spec.bias
-        self.widths = spec.hidden, spec.ffn // topology.degrees.tensor
+        self.gated, self.bias = spec.expert.gated, spec.expert.bias
+        self.widths = spec.hidden, spec.expert.ffn // topology.degrees.tensor
         self.build(spec, topology)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:

@@ -5,33 +5,37 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tedlab.config import MoEConfig
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.router import RouterReport, RouterSpec, routers
-from tedlab.nn import Layer
-from tedlab.spec import Init, MicroBatch, Spec, Work, WorkingSet
+from tedlab.nn import FeedForwardSpec
+from tedlab.spec import MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
 class MoESpec(Spec):
-    """Describes a :class:`MoELayer`."""
+    """Describes a :class:`MoELayer`.
+
+    Attributes:
+        expert: A feed-forward layer like each of the experts. The router has the initial weights of its first product.
+        config: Experts, gating, choices, and capacity if any.
+    """
 
     parts = ("router", "dispatch", "experts")
-    hidden: int
-    ffn: int
+    expert: FeedForwardSpec
     config: MoEConfig
-    init: Init
-    out_init: Init
-    activation: str = "gelu"
-    bias: bool = True
+
+    @property
+    def hidden(self) -> int:
+        return self.expert.hidden
 
     @property
     def router(self) -> RouterSpec:
-        return routers[self.config.gating].spec(self.hidden, self.config, self.init)
+        return routers[self.config.gating].spec(self.hidden, self.config, self.expert.init)
 
     @property
     def dispatch(self) -> DispatchSpec:
@@ -39,8 +43,7 @@ class MoESpec(Spec):
 
     @property
     def experts(self) -> ExpertsSpec:
-        widths = self.config.num_experts, self.hidden, self.ffn
-        return ExpertsSpec(*widths, self.init, self.out_init, self.activation, self.bias)
+        return ExpertsSpec(self.expert, self.config)
 
     def flops(self, length: int) -> Counter[str]:
         """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
@@ -89,36 +92,13 @@ class MoESpec(Spec):
         return b.outside * self.config.top_k * self.hidden * b.compute.itemsize
 
 
-class MoELayer(Layer):
-    """A router and experts in place of a feed-forward layer (paper §2).
+class MoELayer(nn.Module):
+    """A router and experts in place of a feed-forward layer (paper §2)."""
 
-    Args:
-        hidden: Model width.
-        ffn: Inner width of an expert.
-        config: Experts, gating, choices, and capacity if any.
-        topology: The process's place in the meshes.
-        init: Initial weights of the router and of the experts' first projection.
-        out_init: Initial weights of the experts' second projection.
-        activation: Activation of the experts, ``gelu`` or ``swiglu``.
-        bias: Whether the experts' projections have biases.
-    """
-
-    def __init__(
-        self,
-        hidden: int,
-        ffn: int,
-        config: MoEConfig,
-        topology: Topology,
-        *,
-        init: Init,
-        out_init: Init,
-        activation: str = "gelu",
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, spec: MoESpec, topology: Topology) -> None:
         super().__init__()
-        spec = MoESpec(hidden, ffn, config, init, out_init, activation, bias)
-        self.router = routers[config.gating].of(spec.router, topology)
-        self.experts: Experts = mixtures[config.dispatch].make(spec.experts, config, topology)
+        self.router = routers[spec.config.gating](spec.router, topology)
+        self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, topology)
 
     def expect(self, x: Tensor) -> None:
         """Checks before a forward pass that the layer's collectives will fit those of other processes.

@@ -13,7 +13,6 @@ from torch.autograd import Function
 
 from tedlab.comm import once, to_compute_dtype
 from tedlab.comm.rows import Rows
-from tedlab.config import MoEConfig
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
 from tedlab.moe.products import Order, Products, products
@@ -24,17 +23,14 @@ from tedlab.topology import Topology
 class LocalExperts(Experts):
     """Experts that are all in this process and take every token that chooses them.
 
-    Args:
-        spec: See :class:`Experts`.
-        topology: The process's place in the meshes, where it is alone in its expert and tensor groups.
-        kernel: Which row operations it uses, see ``products.py``.
+    The process must be alone in its expert and tensor groups. ``moe.kernel`` says which row operations it uses.
     """
 
     compilable = False
 
-    def __init__(self, spec: ExpertsSpec, topology: Topology, kernel: str) -> None:
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        self.kernel = kernel
+        self.kernel = spec.config.kernel
         self.moved: Rows = Rows()
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -64,10 +60,9 @@ class Dropless(RowExperts):
     """Makes :class:`LocalExperts` if all experts are in one process, otherwise :class:`RowExperts`."""
 
     @classmethod
-    def make(cls, spec: ExpertsSpec, config: MoEConfig, topology: Topology) -> Experts:
-        if topology.degrees.tensor == topology.degrees.expert == 1:
-            return LocalExperts(spec, topology, config.kernel)
-        return RowExperts(spec, topology)
+    def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
+        alone = topology.degrees.tensor == topology.degrees.expert == 1
+        return (LocalExperts if alone else RowExperts)(spec, topology)
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:

@@ -166,12 +166,6 @@ class Router(ShardedModule):
     choices and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss
     is the mean of logsumexp(logits)² (ST-MoE, eq. 5).
 
-    Args:
-        hidden: Model width.
-        config: Experts E, choices K, capacity and its groups (see ``capacity.py``).
-        topology: The process's place in the meshes.
-        init: Initial weights.
-
     Attributes:
         spec: Class of its specification.
         needed_top_k: The only ``moe.top_k`` that it accepts; None: any.
@@ -188,8 +182,9 @@ class Router(ShardedModule):
     options: ClassVar[tuple[str, ...]] = ()
     supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile")
 
-    def __init__(self, hidden: int, config: MoEConfig, topology: Topology, *, init: Init) -> None:
+    def __init__(self, spec: RouterSpec, topology: Topology) -> None:
         super().__init__()
+        config = spec.config
         self.config, self.num_experts, self.top_k = config, config.num_experts, config.top_k
         self.comm, self.sharded = topology.comm, topology.sequence_sharded
         shards = topology.degrees.tensor if topology.sequence_sharded else 1
@@ -197,7 +192,7 @@ class Router(ShardedModule):
         if groups % shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
         self.groups, self.all_groups = groups // shards, groups  # this process's and the data rank's
-        self.build(self.spec(hidden, config, init), topology)
+        self.build(spec, topology)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
         """Routes the T tokens of a micro-batch.

@@ -14,7 +14,7 @@ from tedlab.nn.loss import (
 )
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
 from tedlab.nn.rotary import rotation
-from tedlab.nn.sharded import Layer, ShardedModule, decay_groups, initialize, localised, partial_parameters
+from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters
 from tedlab.spec import Init
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "FeedForward",
     "FeedForwardSpec",
     "Init",
-    "Layer",
     "LayerNorm",
     "NormSpec",
     "RMSNorm",

@@ -5,18 +5,24 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.rotary import rotate
-from tedlab.nn.sharded import Layer
 from tedlab.spec import Init, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
 class SelfAttentionSpec(Spec):
-    """Describes a :class:`SelfAttention`."""
+    """Describes a :class:`SelfAttention`.
+
+    Attributes:
+        hidden: Model width, a multiple of ``heads``.
+        heads: Number of heads, a multiple of the tensor degree.
+        init, out_init: Initial weights of the fused query-key-value projection and of the output projection.
+        bias: Whether the projections have biases.
+    """
 
     parts = ("qkv", "out")
     hidden: int
@@ -64,29 +70,18 @@ class SelfAttentionSpec(Spec):
         return Work(flops * elements * b.length / 2, size, b.compute, "attention")
 
 
-class SelfAttention(Layer):
+class SelfAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al., 2017); each tensor rank computes heads / T of the heads.
 
     The rows of the fused projection are ordered by head (q, k, v of head 0, then of head 1, …), so that dividing the
     rows evenly divides them by heads in every layout.
-
-    Args:
-        hidden: Model width, a multiple of ``heads``.
-        heads: Number of heads, a multiple of the tensor degree.
-        topology: The process's place in the meshes.
-        init: Initial weights of the fused query-key-value projection.
-        out_init: Initial weights of the output projection.
-        bias: Whether the projections have biases.
     """
 
-    def __init__(
-        self, hidden: int, heads: int, topology: Topology, *, init: Init, out_init: Init, bias: bool = True
-    ) -> None:
+    def __init__(self, spec: SelfAttentionSpec, topology: Topology) -> None:
         super().__init__()
-        self.head_dim = hidden // heads
-        spec = SelfAttentionSpec(hidden, heads, init, out_init, bias)
-        self.qkv = ColumnParallelLinear.of(spec.qkv, topology)
-        self.out = RowParallelLinear.of(spec.out, topology)
+        self.head_dim = spec.hidden // spec.heads
+        self.qkv = ColumnParallelLinear(spec.qkv, topology)
+        self.out = RowParallelLinear(spec.out, topology)
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         """Maps (B, S, H) to (B, S, H).

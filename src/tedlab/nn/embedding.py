@@ -38,22 +38,18 @@ class VocabParallelEmbeddingSpec(Spec):
 
 
 class VocabParallelEmbedding(ShardedModule):
-    """Token embedding with the vocabulary divided over the tensor group; it also serves as a tied output projection.
+    """Token embedding with the vocabulary, a multiple of the tensor degree, divided over its group.
 
-    Args:
-        vocab_size: Number of tokens, a multiple of the tensor degree.
-        hidden: Width of an embedding.
-        topology: The process's place in the meshes.
-        init: Initial values.
+    It also serves as a tied output projection.
     """
 
-    def __init__(self, vocab_size: int, hidden: int, topology: Topology, *, init: Init) -> None:
+    def __init__(self, spec: VocabParallelEmbeddingSpec, topology: Topology) -> None:
         super().__init__()
         self.region, self.output_region = tensor_region(topology, "embedding"), tensor_region(topology, "output")
         comm = topology.comm
-        self.vocab_size = vocab_size
-        self.start = comm.rank("tensor") * (vocab_size // comm.size("tensor"))
-        self.build(VocabParallelEmbeddingSpec(vocab_size, hidden, init), topology)
+        self.vocab_size = spec.vocab_size
+        self.start = comm.rank("tensor") * (spec.vocab_size // comm.size("tensor"))
+        self.build(spec, topology)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Maps token ids (B, S) int64 to activations (B, S, H), the sum of what each rank looks up for the ids it owns.
@@ -94,11 +90,11 @@ class EmbeddingSpec(Spec):
 class Embedding(ShardedModule):
     """A table of learned position embeddings that is replicated over the tensor group."""
 
-    def __init__(self, length: int, hidden: int, topology: Topology, *, init: Init) -> None:
+    def __init__(self, spec: EmbeddingSpec, topology: Topology) -> None:
         super().__init__()
         self.slices = topology.degrees.tensor if topology.sequence_sharded else 1
         self.slice = topology.comm.rank("tensor") % self.slices
-        self.build(EmbeddingSpec(length, hidden, init), topology)
+        self.build(spec, topology)
 
     def forward(self, length: int) -> Tensor:
         """Returns the embeddings of positions 0 … length-1 (length, H), or this tensor rank's slice if it has one."""

@@ -3,18 +3,25 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tedlab.nn.activation import activate
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
-from tedlab.nn.sharded import Layer
 from tedlab.spec import Init, Layout, MicroBatch, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
 class FeedForwardSpec(Spec):
-    """Describes a :class:`FeedForward`."""
+    """Describes a :class:`FeedForward`.
+
+    Attributes:
+        hidden: Model width.
+        ffn: Inner width F, a multiple of the tensor degree.
+        init, out_init: Initial weights of the first and of the second projection.
+        activation: ``gelu`` or ``swiglu``.
+        bias: Whether the projections have biases.
+    """
 
     parts = ("up", "down")
     hidden: int
@@ -25,9 +32,18 @@ class FeedForwardSpec(Spec):
     bias: bool = True
 
     @property
+    def gated(self) -> bool:
+        """Whether the activation is SwiGLU."""
+        return self.activation == "swiglu"
+
+    @property
+    def inner(self) -> int:
+        """The number of features of the first projection, from which the activation makes ``ffn``."""
+        return 2 * self.ffn if self.gated else self.ffn
+
+    @property
     def up(self) -> ColumnParallelSpec:
-        inner = 2 * self.ffn if self.activation == "swiglu" else self.ffn
-        return ColumnParallelSpec(self.hidden, inner, "feed_forward", self.init, self.bias)
+        return ColumnParallelSpec(self.hidden, self.inner, "feed_forward", self.init, self.bias)
 
     @property
     def down(self) -> RowParallelSpec:
@@ -59,38 +75,18 @@ class FeedForwardSpec(Spec):
         return b.tokens * self.ffn // b.tensor * b.compute.itemsize
 
 
-class FeedForward(Layer):
+class FeedForward(nn.Module):
     """Linear, GELU, linear (GPT-3); or with SwiGLU (Shazeer, 2020) linear, SiLU of one half times the other, linear.
 
     The rows of SwiGLU's first projection are ordered by feature (gate and value of feature 0, then of feature 1, …), so
     that dividing the rows evenly divides them by features in every layout.
-
-    Args:
-        hidden: Model width.
-        ffn: Inner width F, a multiple of the tensor degree.
-        topology: The process's place in the meshes.
-        init: Initial weights of the first projection.
-        out_init: Initial weights of the second projection.
-        activation: ``gelu`` or ``swiglu``.
-        bias: Whether the projections have biases.
     """
 
-    def __init__(
-        self,
-        hidden: int,
-        ffn: int,
-        topology: Topology,
-        *,
-        init: Init,
-        out_init: Init,
-        activation: str = "gelu",
-        bias: bool = True,
-    ) -> None:
+    def __init__(self, spec: FeedForwardSpec, topology: Topology) -> None:
         super().__init__()
-        self.gated = activation == "swiglu"
-        spec = FeedForwardSpec(hidden, ffn, init, out_init, activation, bias)
-        self.up = ColumnParallelLinear.of(spec.up, topology)
-        self.down = RowParallelLinear.of(spec.down, topology)
+        self.gated = spec.gated
+        self.up = ColumnParallelLinear(spec.up, topology)
+        self.down = RowParallelLinear(spec.down, topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, H) to (B, S, H)."""

@@ -16,7 +16,14 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class LinearSpec(Spec):
-    """Describes a linear layer."""
+    """Describes a linear layer.
+
+    Attributes:
+        in_features, out_features: Global sizes of the last dimension of input and output.
+        tag: Begins the tags of its collectives.
+        init: Initial weights; the bias starts at zero.
+        bias: Whether there is a bias.
+    """
 
     in_features: int
     out_features: int
@@ -70,28 +77,17 @@ class ColumnParallelSpec(LinearSpec):
 
 
 class ColumnParallelLinear(ShardedModule):
-    """Computes ``x @ Wᵀ + b`` with the output features divided over the tensor group.
+    """Computes ``x @ Wᵀ + b`` with the output features, a multiple of the tensor degree, divided over its group."""
 
-    Args:
-        in_features: Size of the input's last dimension.
-        out_features: Global size of the output's last dimension, a multiple of the tensor degree.
-        topology: The process's place in the meshes.
-        tag: Name of the layer in the record of collectives (``<tag>.copy``, in backward; ``<tag>.gather``).
-        init: Initial weights; the bias starts at zero.
-        bias: Whether there is a bias.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, topology: Topology, *, tag: str, init: Init, bias: bool = True
-    ) -> None:
+    def __init__(self, spec: ColumnParallelSpec, topology: Topology) -> None:
         super().__init__()
-        self.region = tensor_region(topology, tag)
-        self.build(ColumnParallelSpec(in_features, out_features, tag, init, bias), topology)
+        self.region = tensor_region(topology, spec.tag)
+        self.build(spec, topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps activations outside (B, S, in_features) to this rank's part (B, S, out_features / T)."""
         return F.linear(
-            self.region.enter(x), self.local("weight"), self.local("bias") if "bias" in self.inits else None
+            self.region.enter(x), self.local("weight"), self.local("bias") if "bias" in self.specs else None
         )
 
 
@@ -133,27 +129,16 @@ class RowParallelSpec(LinearSpec):
 
 
 class RowParallelLinear(ShardedModule):
-    """Computes ``x @ Wᵀ + b`` with the input features divided over the tensor group.
+    """Computes ``x @ Wᵀ + b`` with the input features, a multiple of the tensor degree, divided over its group."""
 
-    Args:
-        in_features: Global size of the input's last dimension, a multiple of the tensor degree.
-        out_features: Size of the output's last dimension.
-        topology: The process's place in the meshes.
-        tag: Name of the layer in the record of collectives (``<tag>.reduce``, in forward).
-        init: Initial weights; the bias starts at zero.
-        bias: Whether there is a bias.
-    """
-
-    def __init__(
-        self, in_features: int, out_features: int, topology: Topology, *, tag: str, init: Init, bias: bool = True
-    ) -> None:
+    def __init__(self, spec: RowParallelSpec, topology: Topology) -> None:
         super().__init__()
-        self.region, self.tag = tensor_region(topology, tag), tag
-        self.build(RowParallelSpec(in_features, out_features, tag, init, bias), topology)
+        self.region, self.tag = tensor_region(topology, spec.tag), spec.tag
+        self.build(spec, topology)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps this rank's part (B, S, in_features / T) to activations outside (B, S, out_features)."""
         return self.region.leave(
             matmul_into(x, self.local("weight").mT, f"{self.tag}.reduce"),
-            self.local("bias") if "bias" in self.inits else None,
+            self.local("bias") if "bias" in self.specs else None,
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,11 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class NormSpec(Spec):
-    """Describes the layer that ``kind`` names: ``layer`` or ``rms``."""
+    """Describes the layer that ``kind`` names, ``layer`` or ``rms``, which adds ``eps`` to the mean square."""
 
     hidden: int
     kind: str = "layer"
+    eps: float = 1e-5
 
     def own(self) -> Iterator[ParameterSpec]:
         yield ParameterSpec("weight", (self.hidden,), Init(mean=1.0), own_tokens=True, decayed=False)
@@ -41,18 +42,14 @@ class NormSpec(Spec):
 class _Norm(ShardedModule):
     """Normalises over the last dimension, with statistics in fp32 or better."""
 
-    kind: ClassVar[str]
-
-    def __init__(self, hidden: int, topology: Topology, eps: float = 1e-5) -> None:
+    def __init__(self, spec: NormSpec, topology: Topology) -> None:
         super().__init__()
-        self.hidden, self.eps = hidden, eps
-        self.build(NormSpec(hidden, self.kind), topology)
+        self.hidden, self.eps = spec.hidden, spec.eps
+        self.build(spec, topology)
 
 
 class LayerNorm(_Norm):
     """Layer normalisation (Ba et al., 2016)."""
-
-    kind = "layer"
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (…, H) to (…, H)."""
@@ -61,8 +58,6 @@ class LayerNorm(_Norm):
 
 class RMSNorm(_Norm):
     """Divides by the root mean square (Zhang & Sennrich, 2019)."""
-
-    kind = "rms"
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (…, H) to (…, H)."""
@@ -96,4 +91,4 @@ class _RMSNorm(Function):
 
 def norm_layer(spec: NormSpec, topology: Topology) -> LayerNorm | RMSNorm:
     """Builds the layer that a specification describes."""
-    return (RMSNorm if spec.kind == "rms" else LayerNorm)(spec.hidden, topology)
+    return (RMSNorm if spec.kind == "rms" else LayerNorm)(spec, topology)

@@ -6,41 +6,23 @@ survive copies and checkpoints. Layers compute on plain local tensors and call c
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from tedlab._compat.torch import local_tensor, spec_of
-from tedlab.spec import Init, Spec, decayed_by_name
+from tedlab.spec import Init, ParameterSpec, Spec, decayed_by_name
 from tedlab.topology import Topology
 
 _BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; changing it changes initial weights
 
 
-class Layer(nn.Module):
-    """Base of layers that have a specification, whose fields are the arguments of the layer's constructor."""
-
-    @classmethod
-    def of(cls, spec: Spec, topology: Topology, **further: Any) -> Self:
-        """Builds this process's shard of the layer that a specification describes.
-
-        Args:
-            spec: Specification of this kind of layer.
-            topology: The process's place in the meshes.
-            further: Constructor arguments that no specification contains.
-        """
-        given = {field.name: getattr(spec, field.name) for field in fields(spec)}  # type: ignore[arg-type]
-        return cls(**given, topology=topology, **further)
-
-
-class ShardedModule(Layer):
+class ShardedModule(nn.Module):
     """Base of the layers that own sharded parameters.
 
     Parameters hold NaN until :func:`initialize` or a checkpoint fills them, so that forgetting both is noticed.
@@ -48,74 +30,39 @@ class ShardedModule(Layer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inits: dict[str, Init] = {}
-        self.partial: set[str] = set()
-        self.decayed: dict[str, bool] = {}  # only parameters that declare it
+        self.specs: dict[str, ParameterSpec] = {}
+        self.partial: set[str] = set()  # parameters whose gradients are partial sums over the tensor group, too
         self.substitutes: dict[str, Tensor] = {}  # what a compiled region uses in place of parameters
 
     def build(self, spec: Spec, topology: Topology) -> None:
         """Declares the parameters of a specification that belong to none of its parts."""
         for parameter in spec.own():
-            self.add_parameter(
-                parameter.name,
-                parameter.shape,
-                topology.dense if parameter.mesh == "dense" else topology.expert,
-                init=parameter.init,
-                device=topology.device,
-                shards=parameter.divided,
-                partial=parameter.own_tokens and topology.sequence_sharded,
-                decayed=parameter.decayed,
-            )
+            self.add_parameter(parameter, topology)
 
-    def add_parameter(
-        self,
-        name: str,
-        shape: Sequence[int],
-        mesh: DeviceMesh,
-        *,
-        init: Init,
-        device: torch.device,
-        shards: Mapping[str, int] | None = None,
-        partial: bool = False,
-        decayed: bool | None = None,
-    ) -> None:
+    def add_parameter(self, spec: ParameterSpec, topology: Topology) -> None:
         """Declares a parameter and allocates this process's part of it, in torch's default dtype.
-
-        Args:
-            name: Attribute name in this module.
-            shape: Global shape.
-            mesh: The mesh that the parameter lives on. A mesh's first dimension is its data axis, over which gradients
-                still have to be summed after the backward pass.
-            init: Initial values.
-            device: Device of the shard.
-            shards: Maps a mesh axis to the tensor dimension divided along it; other axes replicate the parameter.
-            partial: Whether each tensor rank uses it for its own tokens only, so that its gradients must be summed
-                over the tensor group as well.
-            decayed: Whether weight decay applies; None: the name decides.
 
         Raises:
             ValueError: If a dimension cannot be divided evenly.
         """
-        shards = shards or {}
-        local_shape = list(shape)
+        mesh = topology.dense if spec.mesh == "dense" else topology.expert
+        local_shape = list(spec.shape)
         placements: list[Placement] = []
         for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True):
-            dim = shards.get(axis)
+            dim = spec.divided.get(axis)
             placements.append(Replicate() if dim is None else Shard(dim))
             if dim is not None:
                 if local_shape[dim] % size:
                     raise ValueError(
-                        f"{type(self).__name__}.{name}: dimension {dim} of {tuple(shape)} cannot be divided into "
+                        f"{type(self).__name__}.{spec.name}: dimension {dim} of {spec.shape} cannot be divided into "
                         f"{size} equal parts along mesh axis '{axis}'"
                     )
                 local_shape[dim] //= size
-        local = torch.full(local_shape, math.nan, device=device)
-        self.register_parameter(name, nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False)))
-        self.inits[name] = init
-        if partial:
-            self.partial.add(name)
-        if decayed is not None:
-            self.decayed[name] = decayed
+        local = torch.full(local_shape, math.nan, device=topology.device)
+        self.register_parameter(spec.name, nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False)))
+        self.specs[spec.name] = spec
+        if spec.own_tokens and topology.sequence_sharded:
+            self.partial.add(spec.name)
 
     def local(self, name: str) -> Tensor:
         """Returns this process's shard as a plain tensor for computing.
@@ -157,13 +104,13 @@ def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
 def decay_groups(root: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Returns the parameters below ``root`` that weight decay applies to, and the others.
 
-    A sharded parameter's declaration decides, or else its name, see :func:`tedlab.spec.decayed_by_name`.
+    A sharded parameter's specification decides, any other's name, see :func:`tedlab.spec.decayed_by_name`.
     """
     stated = {
-        module.get_parameter(name): decayed
+        module.get_parameter(name): spec.decayed
         for module in root.modules()
         if isinstance(module, ShardedModule)
-        for name, decayed in module.decayed.items()
+        for name, spec in module.specs.items()
     }
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in root.named_parameters():
@@ -176,7 +123,7 @@ def localised(root: nn.Module) -> Iterator[None]:
     """Lets modules use plain tensors as parameters inside the context: the compiler cannot keep a DTensor's mesh."""
     modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
     for module in modules:
-        module.substitutes = {name: module.local(name) for name in module.inits}
+        module.substitutes = {name: module.local(name) for name in module.specs}
     try:
         yield
     finally:
@@ -193,10 +140,10 @@ def initialize(root: nn.Module, seed: int) -> None:
     """
     for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
-            for name, init in module.inits.items():
+            for name, spec in module.specs.items():
                 parameter = module.get_parameter(name).detach()
                 assert isinstance(parameter, DTensor)
-                _fill(parameter, init, f"{seed}/{prefix}.{name}")
+                _fill(parameter, spec.init, f"{seed}/{prefix}.{name}")
 
 
 def _fill(parameter: DTensor, init: Init, key: str) -> None:
