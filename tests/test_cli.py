@@ -1,15 +1,19 @@
 """Misspelt and ill-typed overrides end in a message of a few lines that names the nearest and the valid ones."""
 
+import math
 import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 import tedlab
 from tedlab.__main__ import COMMANDS
@@ -170,6 +174,30 @@ def test_a_sweep_tells_each_failed_job_at_once_and_all_of_them_at_the_end(
 
 def test_a_sweep_without_failures_ends_well(tmp_path: Path) -> None:
     assert run_sweep(tmp_path, "model.layers=1,2") == 0
+
+
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs tedlab[optuna]")
+def test_a_search_tries_values_within_its_bounds_and_ends_with_the_best(tmp_path: Path) -> None:
+    tried: dict[float, float] = {}
+
+    def distance(config: TrainConfig) -> float:
+        lr = config.optim.lr
+        return tried.setdefault(lr, abs(math.log(lr / 3e-3)))
+
+    main = hydra_entry(distance, "train", TrainConfig)
+    fewer = "hydra.sweeper.n_trials=7"  # the first five are drawn at random
+    assert run_command(main, "hparams_search=optuna", fewer, f"hydra.sweep.dir={tmp_path}") is None
+    assert len(tried) == 7
+    assert all(3e-4 <= lr <= 3e-2 for lr in tried)
+    found = OmegaConf.load(tmp_path / "optimization_results.yaml")
+    assert found.best_value == min(tried.values())
+    assert tried[found.best_params["optim.lr"]] == found.best_value
+
+
+def test_a_search_without_optuna_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
+    with pytest.raises(UsageError, match=r"^hydra/sweeper/optuna needs a package .*: pip install 'tedlab\[optuna\]'$"):
+        check_overrides(["hparams_search=optuna"])
 
 
 def command(*arguments: str, cwd: Path, timeout: float = 60) -> "subprocess.CompletedProcess[str]":

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
 from typing import Any, get_type_hints
 
 import hydra
@@ -16,6 +17,8 @@ from tedlab.degrees import ParallelDegrees
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "cluster")
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
+if find_spec("optuna") is None:
+    PRESETS.remove(("hparams_search", "optuna"))
 NEEDED = {"data=text": ["data.path=corpus.txt"]}  # values without which a preset is incomplete on purpose
 
 
@@ -67,7 +70,8 @@ def test_every_preset_composes_into_a_complete_typed_configuration(group: str, o
 
 
 def test_there_are_presets() -> None:
-    assert GROUPS == ["comm", "data", "debug", "experiment", "logger", "model", "moe", "optim", "parallel", "trainer"]
+    groups = ["comm", "data", "debug", "experiment", "hparams_search", "logger", "model", "moe", "optim", "parallel"]
+    assert [*groups, "trainer"] == GROUPS
     assert len(PRESETS) >= 30
 
 
@@ -148,15 +152,18 @@ def test_wandb_runs_of_an_experiment_form_a_group_and_are_named_after_what_diffe
     assert settings["save_dir"] == "/run"
 
 
-def test_logger_none_leaves_no_logger() -> None:
-    assert compose("logger=none").logger == {}
+def test_presets_for_loggers_have_those_of_their_name() -> None:
+    kinds = {option: [*compose(f"logger={option}").logger] for group, option in PRESETS if group == "logger"}
+    both = ["wandb", "tensorboard"]
+    assert kinds == {"none": [], "csv": [], "wandb": both[:1], "tensorboard": both[1:], "many": both}
+    assert compose("logger=many").logger["tensorboard"]["save_dir"] == "/run"
 
 
 @pytest.mark.parametrize(("group", "option"), PRESETS, ids=lambda name: name)
 def test_every_value_of_a_preset_has_a_field(group: str, option: str) -> None:
     """Hydra's schema would refuse it anyway; this names the file and the key."""
     hints = get_type_hints(TrainConfig)
-    if group in ("debug", "experiment") or not is_dataclass(hints[group]):
+    if group in ("debug", "experiment", "hparams_search") or not is_dataclass(hints[group]):
         return  # these are checked by composing them; trainer and logger hold others' arguments
     kind = hints[group]
     keys = set(OmegaConf.load(CONF / group / f"{option}.yaml"))
@@ -171,7 +178,7 @@ def test_the_schema_refuses_what_has_no_field_or_another_type(wrong: str) -> Non
 
 @pytest.mark.parametrize("option", [option for group, option in PRESETS if group == "debug"])
 def test_presets_for_debugging_take_few_steps_and_yield_to_the_command_line(option: str) -> None:
-    assert compose(f"debug={option}").trainer["max_steps"] <= 20
+    assert compose(f"debug={option}").trainer["max_steps"] <= (100 if option == "overfit" else 20)
     assert compose(f"debug={option}", "trainer.max_steps=7").trainer["max_steps"] == 7
 
 

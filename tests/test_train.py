@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -144,8 +145,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 @pytest.fixture(scope="module")
 def run(place: Place) -> Run:
-    """The run that most claims are about: two tensor ranks, uninterrupted, with W&B."""
-    return place.train("run", "parallel=tp2", "validate_every=4", "comm.ledger.every=2")
+    """The run that most claims are about: two tensor ranks, uninterrupted, with W&B and TensorBoard if there is."""
+    loggers = "logger=many" if find_spec("tensorboard") else "logger=wandb"
+    return place.train("run", "parallel=tp2", loggers, "validate_every=4", "comm.ledger.every=2")
 
 
 # ---- what is left behind --------------------------------------------------------------------------------------------
@@ -211,6 +213,16 @@ def test_wandb_and_metrics_have_one_row_for_a_step_with_the_same_values(run: Run
     assert {step: loss for step, _, loss in trained} == run.column("train/loss")
     assert {step: row["val/loss"] for step, row in rows if "val/loss" in row} == run.column("val/loss")
     assert "tokens" in logged.axes
+
+
+@pytest.mark.skipif(find_spec("tensorboard") is None, reason="needs tedlab[tensorboard]")
+def test_tensorboard_and_metrics_have_the_same_values(run: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.directory / "tensorboard")).Reload()
+    for name in ("train/loss", "val/loss"):
+        logged = {event.step: event.value for event in events.Scalars(name)}
+        assert logged == pytest.approx(run.column(name), rel=1e-6)  # it keeps fp32
 
 
 def test_communication_of_a_step_is_logged_when_it_changes(run: Run) -> None:

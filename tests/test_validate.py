@@ -19,6 +19,7 @@ from tedlab.commands.train import train
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.validate import check, complete, notes
+from tedlab.validate.loggers import check_loggers
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose
 
@@ -553,11 +554,23 @@ def test_every_gating_passes_with_its_own_options(corpus: Path, overrides: list[
     check(small(corpus, *overrides))
 
 
+def test_tensorboard_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in ("tensorboard", "tensorboardX"):
+        monkeypatch.setattr("tedlab.validate.loggers.find_spec", lambda name, there=there: name == there or None)
+        check_loggers(compose("logger=many"))
+    monkeypatch.setattr("tedlab.validate.loggers.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"^logger\.tensorboard needs a package .*: pip install 'tedlab\[tensorboard\]'$"
+    ):
+        check_loggers(compose("logger=many"))
+
+
 def test_presets_that_look_for_trouble_pass_in_every_job(corpus: Path) -> None:
     for preset, (name, value) in {
         "fast": ("max_steps", 3),
         "profile": ("profiler", "simple"),
         "anomaly": ("detect_anomaly", True),
+        "overfit": ("max_steps", 100),
     }.items():
         config = small(corpus, f"debug={preset}")
         check(config)

@@ -27,6 +27,7 @@ _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
 
 _PLAN = "+plan="
+_EXTRAS = {"hydra/sweeper/optuna": "tedlab[optuna]"}  # options that presets choose, and what has them
 
 ConfigStore.instance().store("schema", TrainConfig)
 
@@ -116,7 +117,13 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
                 chosen.append(f"{override.key_or_group}={options[0]}")
         experiment = [c for c in chosen if c.startswith("experiment=")]
         chosen = experiment + [c for c in chosen if c not in experiment]
-        config = hydra.compose(name, [*searched, *from_folder(folder), *chosen])
+        try:
+            config = hydra.compose(name, [*searched, *from_folder(folder), *chosen])
+        except MissingConfigException as error:
+            if error.missing_cfg_file not in _EXTRAS:
+                return  # Hydra says what a file names that does not exist
+            needs = f"{error.missing_cfg_file} needs a package that is not installed"
+            raise UsageError(f"{needs}: pip install '{_EXTRAS[error.missing_cfg_file]}'") from None
     for override in ours:
         if override.key_or_group not in groups:
             added = override.is_add() or override.is_force_add()

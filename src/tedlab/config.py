@@ -187,6 +187,7 @@ class DataConfig(Frozen):
     # Share of the files (of the documents, for a single file) held out.
     validation_fraction: float = real(0.05, above=0, below=1)
     validation_samples: int = whole(least=1)  # samples of one validation pass, over all data ranks
+    training_batches: int | None = whole(None, least=1)  # the first so many, again and again; None: all there are
     cache_dir: str = "~/.cache/tedlab"
     num_workers: int = whole(0, least=0, most=1024)
     module: str = "tedlab.data.TextDataModule"  # the class that makes batches of all this; a subclass of this one

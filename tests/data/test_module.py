@@ -103,6 +103,13 @@ def test_a_run_goes_through_whole_epochs_in_new_orders_and_validates_on_the_same
     assert run.validation == [*range(2 * BATCH)] * 3
 
 
+def test_a_few_batches_are_read_again_and_again(data):
+    run = _fit(data(training_batches=2))
+    epochs = [run.seen[start : start + 2 * BATCH] for start in range(0, STEPS * BATCH, 2 * BATCH)]
+    assert all(sorted(epoch) == [*range(2 * BATCH)] for epoch in epochs)
+    assert sorted(set(_fit(data(training_batches=1000)).seen)) == sorted(set(_fit(data()).seen))
+
+
 SAVES = [
     *(("on_train_batch_end", at, steps) for at in (4, 6, 9, 12) for steps in (at, STEPS)),
     *(("on_train_epoch_end", at, steps) for at in (6, 12) for steps in (at, STEPS)),

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tedlab.config import TrainConfig, with_values
+from tedlab.config import TrainConfig
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.estimate import OPTIMIZER
-from tedlab.predict.estimate.memory import Memory
+from tedlab.predict.estimate.memory import Memory, moments
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
 from tedlab.predict.volumes import ClosedForm
@@ -38,6 +38,21 @@ CASES = {
     "fused": [*HALF, "optim.tile=fused"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "numbers"),
+    [
+        ({"_target_": "torch.optim.AdamW", "fused": True}, 2),
+        ({"_target_": "torch.optim.Adam", "amsgrad": True, "capturable": True}, 3),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.0}, 0),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, 1),
+        ({"_target_": "torch.optim.Adagrad"}, 1),
+        ({"_target_": "torch.optim.NAdam"}, 2),
+    ],
+)
+def test_state_is_counted_for_any_optimizer(optimizer: dict[str, object], numbers: int) -> None:
+    assert moments(optimizer) == numbers
 
 
 def closed_form(overrides: list[str]) -> Estimate:
@@ -99,12 +114,6 @@ def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
     first, fifth = (estimate(config, load_cluster("summit"), rank) for rank in (0, 4))
     assert fifth.step_seconds > 1.05 * first.step_seconds
     assert fifth.memory == first.memory
-
-
-def test_an_optimizer_whose_state_is_unknown_is_refused() -> None:
-    config = with_values(checked(*ONE), {"optim.optimizer._target_": "torch.optim.NAdam"})
-    with pytest.raises(ValueError, match=r"NAdam.*Adam, AdamW, SGD"):
-        estimate(config, load_cluster("summit"))
 
 
 def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:

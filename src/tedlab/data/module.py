@@ -83,6 +83,14 @@ class TextDataModule(LightningDataModule):
             )
         return samples
 
+    @property
+    def training_samples(self) -> PackedSamples | Subset:
+        """The samples of an epoch: all of the training split, or those of ``data.training_batches`` batches."""
+        samples = PackedSamples(self.corpus.train, self.sequence_length)
+        if self.data.training_batches is None:
+            return samples
+        return Subset(samples, range(min(len(samples), self.data.training_batches * self.data.batch_size)))
+
     def prepare_data(self) -> None:
         prepare_corpus(self.data, self.sequence_length)
 
@@ -102,7 +110,7 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
-        samples = PackedSamples(self.corpus.train, self.sequence_length)
+        samples = self.training_samples
         sampler = self._sampler(samples, shuffle=True)
         if self._loaded is not None:
             self._start, self._steps_before = self._position(self._loaded, len(samples)), self.trainer.global_step
@@ -125,7 +133,7 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         if self._loaded is not None:  # no sample has been read since
             return self._loaded
-        samples = len(PackedSamples(self.corpus.train, self.sequence_length))
+        samples = len(self.training_samples)
         steps = self.trainer.global_step - self._steps_before
         position = self._start.after(steps, self.data.batch_size, samples)
         return {**asdict(position), "of": samples, "seed": self.seed, "batch_size": self.data.batch_size}

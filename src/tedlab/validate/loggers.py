@@ -3,11 +3,12 @@
 import difflib
 import inspect
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import hydra
 from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tedlab.config import TrainConfig
 from tedlab.validate.words import check_known
@@ -35,6 +36,8 @@ def check_loggers(config: TrainConfig) -> None:
         _check_arguments(f"logger.{name}", kind, settings)
         if issubclass(kind, WandbLogger) and settings.get("mode") is not None:
             check_known(f"logger.{name}.mode", settings["mode"], _WANDB_MODES)
+        if issubclass(kind, TensorBoardLogger) and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+            raise ValueError(f"logger.{name} needs a package that is not installed: pip install 'tedlab[tensorboard]'")
 
 
 def check_callbacks(config: TrainConfig) -> None:

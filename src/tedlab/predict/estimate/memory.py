@@ -4,16 +4,21 @@ Only a few moments can be the fullest: the loss, the backward pass of a block (i
 the embedding's gradient, the reduction of gradients, and the optimizer's step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
+
+import hydra
+import torch
 
 from tedlab.config import Granularity
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 
-_MOMENTS = {"Adam": 2, "AdamW": 2, "SGD": 0}
 _TILE_TEMPORARIES = 2  # of Adam, besides the gradient: the root of the second moment, and the quotient
+_KERNELS = ("capturable", "foreach", "fused")  # options that choose a kernel, some of them for GPUs only
+_moments: dict[str, int] = {}  # by the optimizer's options; a plan asks thousands of times
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,7 @@ class Moment:
 
 
 class Memory:
-    """The memory of one rank.
-
-    Raises:
-        ValueError: If the optimizer's state is not known here.
-    """
+    """The memory of one rank. An optimizer other than SGD is taken to need as many temporaries as Adam."""
 
     def __init__(self, form: ClosedForm) -> None:
         self.form = form
@@ -51,14 +52,8 @@ class Memory:
         self.parameter = form.parameter.itemsize
         self.gradients = sum(bucket.elements for bucket, _ in self.buckets) * self.parameter
         self.master = max(4, self.parameter)
-        name = str(optim.optimizer["_target_"]).rpartition(".")[2]
-        if name not in _MOMENTS:
-            raise ValueError(
-                f"optim.optimizer._target_={optim.optimizer['_target_']}: how much state it has is known for "
-                f"{', '.join(_MOMENTS)} only"
-            )
-        self.moments = 1 if optim.optimizer.get("momentum") else _MOMENTS[name]
-        self.adam = name != "SGD"
+        self.moments = moments(optim.optimizer)
+        self.adam = not str(optim.optimizer["_target_"]).endswith(".SGD")
 
     def peak(self) -> Moment:
         """Returns the fullest moment."""
@@ -129,3 +124,17 @@ class Memory:
             elements = largest if tile is None else min(tile, largest)
             temporaries = elements * ((_TILE_TEMPORARIES * self.master if self.adam else 0) + half)
         return self._moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)
+
+
+def moments(options: Mapping[str, Any]) -> int:
+    """Counts the numbers that an optimizer keeps for each element of a parameter, by letting it take a step."""
+    key = repr(options)
+    if key not in _moments:
+        settings = {name: value for name, value in options.items() if name not in _KERNELS}
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.grad = torch.ones(2)
+        optimizer = hydra.utils.instantiate(settings, _partial_=True)([parameter], lr=1e-3)
+        optimizer.step()
+        state = optimizer.state[parameter].values()
+        _moments[key] = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
+    return _moments[key]
