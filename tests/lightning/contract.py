@@ -78,8 +78,8 @@ TRAINER = [
         "precision",
         f"{REFUSED}[precision]",
         "`32-true`, `64-true`, `bf16-true`, `16-true`, `bf16-mixed`, `16-mixed`; others are refused. In half precision "
-        "the optimizer has fp32 master copies; with fp16 the loss is scaled in `16-true`, too, and a step that "
-        "overflows anywhere is left out everywhere.",
+        "the optimizer has fp32 master copies. With fp16 the loss is scaled, also in `16-true`, and a step that "
+        "overflows anywhere is skipped everywhere.",
     ),
     argument("logger", "Process 0 writes.", "log_every_n_steps"),
     works("callbacks", f"{HOOK}[calls]", "See below."),
@@ -89,7 +89,7 @@ TRAINER = [
     argument("max_steps"),
     argument("min_steps"),
     argument("max_time", cell="min_epochs"),
-    argument("limit_train_batches", "As under DDP: of each data rank."),
+    argument("limit_train_batches", "As under DDP: counts batches of each data rank."),
     argument("limit_val_batches", cell="limit_evaluation"),
     argument("limit_test_batches", cell="limit_evaluation"),
     argument("limit_predict_batches", cell="limit_evaluation"),
@@ -113,10 +113,10 @@ TRAINER = [
     argument("inference_mode"),
     argument("use_distributed_sampler", "Samples are divided over data ranks; tensor ranks read the same ones."),
     argument("profiler"),
-    argument("detect_anomaly", "Gradients of sharded parameters are brought together to be looked at: slow."),
+    argument("detect_anomaly", "Slow: it gathers the gradients of sharded parameters to check them."),
     argument("barebones"),
     argument("plugins", "Precision plugins and cluster environments; the others are below."),
-    refused("sync_batchnorm", f"{REFUSED}[sync_batchnorm]", "If there is batch norm to synchronise."),
+    refused("sync_batchnorm", f"{REFUSED}[sync_batchnorm]", "Refused if there is batch norm to synchronise."),
     argument("reload_dataloaders_every_n_epochs"),
     argument("default_root_dir"),
     argument("enable_autolog_hparams"),
@@ -124,7 +124,7 @@ TRAINER = [
 ]
 
 _CALLED = "Called in the same order and as often as under DDP."
-_FORMS = "All forms: one optimizer, lists, dictionaries, with schedulers, None. Only element-wise optimizers, by name."
+_FORMS = "All forms: one optimizer, lists, dictionaries, with schedulers, None. Optimizers must be element-wise."
 
 
 def called(*names: str) -> list[Row]:
@@ -137,13 +137,19 @@ _LOOP_HOOKS = [
     for event in ("start", "end", "epoch_start", "epoch_end", "batch_start", "batch_end")
 ]
 _GRADIENTS = "tests/lightning/test_gradients.py::test_what_a_hook_sees_and_does_is_what_torch_would"
-_SEEN = "`.grad` is reduced, sharded like its parameter, with the norms and sums of the whole; changes of it count."
+_SEEN = (
+    "`.grad` is reduced, sharded like its parameter, with the norms and sums of the whole; changes to it take effect."
+)
 
 MODULE = [
-    hook("all_gather", "Over data ranks: each sample comes once.", "all_gather"),
+    hook("all_gather", "Gathers over data ranks, so that each sample comes once.", "all_gather"),
     works("automatic_optimization", f"{STRATEGY}test_manual_optimization_gives_the_weights_of_automatic"),
     hook("backward", cell="overridden steps"),
-    works("clip_gradients", f"{STRATEGY}test_manual_optimization_gives_the_weights_of_automatic", "By the whole norm."),
+    works(
+        "clip_gradients",
+        f"{STRATEGY}test_manual_optimization_gives_the_weights_of_automatic",
+        "Clips by the norm of the whole model.",
+    ),
     hook("configure_callbacks", cell="overridden steps"),
     hook("configure_gradient_clipping", cell="overridden steps"),
     hook("configure_model", "The place to build layers, with `self.trainer.strategy.topology`.", "calls"),
@@ -155,7 +161,7 @@ MODULE = [
     hook("fabric", cell="properties"),
     hook("forward", cell="properties"),
     hook("freeze", cell="frozen"),
-    hook("global_rank", "Of all processes; `topology.comm.rank('data')` is the data rank.", "properties"),
+    hook("global_rank", "The rank among all processes; `topology.comm.rank('data')` is the data rank.", "properties"),
     works("global_step", f"{ARGUMENT}[max_steps]"),
     refused(
         "load_from_checkpoint",
@@ -213,18 +219,16 @@ MODULE = [
     works(
         "strict_loading",
         f"{RESTORE}test_a_parameter_that_a_checkpoint_lacks_is_named_unless_loading_is_not_strict",
-        "False takes the parameters that both have; of a different shape is an error.",
+        "False loads the parameters that both have; one of a different shape is an error.",
     ),
     *called("teardown", "test_dataloader"),
     works("test_step", f"{ARGUMENT}[limit_evaluation]"),
-    refused("to_onnx", f"{REFUSED}[to_onnx]", "Not supported, and tried only without the package that it needs."),
-    refused(
-        "to_tensorrt", f"{REFUSED}[to_tensorrt]", "Not supported, and tried only without the package that it needs."
-    ),
+    refused("to_onnx", f"{REFUSED}[to_onnx]", "Not supported; tested only without the package that it needs."),
+    refused("to_tensorrt", f"{REFUSED}[to_tensorrt]", "Not supported; tested only without the package that it needs."),
     refused(
         "to_torchscript",
         f"{REFUSED}[to_torchscript]",
-        "With an error of torch's own: it knows no layers that communicate.",
+        "torch refuses it with its own error: it cannot script layers that communicate.",
     ),
     works(
         "toggle_optimizer",
@@ -252,12 +256,12 @@ DATA = [
     refused(
         "load_from_checkpoint",
         f"{RESTORE}test_load_from_checkpoint_says_what_to_do_with_a_directory",
-        "A directory is given to the Trainer as `ckpt_path`.",
+        "Give the directory to the Trainer as `ckpt_path`.",
     ),
     hook("load_state_dict", cell="state"),
     hook("name", cell="data from data sets"),
     *called("on_after_batch_transfer", "on_before_batch_transfer"),
-    hook("on_exception", "Of the process that raises; the others end when the launcher ends them.", "on_exception"),
+    hook("on_exception", "Called in the process that raises; the launcher ends the others.", "on_exception"),
     *called("predict_dataloader", "prepare_data", "setup"),
     hook("state_dict", cell="state"),
     *called("teardown", "test_dataloader", "train_dataloader", "transfer_batch_to_device", "val_dataloader"),
@@ -268,13 +272,13 @@ CALLBACK_HOOKS = [
     works("on_after_backward", _GRADIENTS, _SEEN),
     *called("on_before_backward", "on_before_zero_grad"),
     works("on_before_optimizer_step", _GRADIENTS, _SEEN),
-    hook("on_exception", "Of the process that raises; the others end when the launcher ends them.", "on_exception"),
+    hook("on_exception", "Called in the process that raises; the launcher ends the others.", "on_exception"),
     *called("on_fit_end", "on_fit_start"),
     hook("on_load_checkpoint", cell="state"),
     *called(*_LOOP_HOOKS, "on_sanity_check_start", "on_sanity_check_end"),
-    hook("on_save_checkpoint", "May add sharded tensors, in dictionaries: they load under any layout.", "state"),
+    hook("on_save_checkpoint", "May add sharded tensors in dictionaries, which load under any layout.", "state"),
     *called("setup", "teardown"),
-    hook("state_dict", "May hold sharded tensors, in dictionaries: they load under any layout.", "state"),
+    hook("state_dict", "May hold sharded tensors in dictionaries, which load under any layout.", "state"),
     hook("state_key", cell="state"),
 ]
 
@@ -282,8 +286,8 @@ _FINETUNING = "tests/lightning/test_trained_parameters.py::test_base_finetuning_
 CALLBACKS = [
     works("BackboneFinetuning", _FINETUNING),
     works("BaseFinetuning", _FINETUNING),
-    callback("BasePredictionWriter", "As under DDP; tensor ranks write the same, so let one of them: see `topology`."),
-    refused("BatchSizeFinder", f"{REFUSED}[BatchSizeFinder]", "By Lightning, under every distributed strategy."),
+    callback("BasePredictionWriter", "As under DDP. Tensor ranks write the same; let only one write (see `topology`)."),
+    refused("BatchSizeFinder", f"{REFUSED}[BatchSizeFinder]", "Lightning refuses it under every distributed strategy."),
     works("Callback", f"{HOOK}[calls]"),
     works("Checkpoint", f"{CALLBACK}[ModelCheckpoint]"),
     callback("DeviceStatsMonitor"),
@@ -298,7 +302,7 @@ CALLBACKS = [
     refused(
         "OnExceptionCheckpoint",
         f"{REFUSED}[OnExceptionCheckpoint]",
-        "All processes write a checkpoint together, and those without the exception would be waited for in vain.",
+        "All processes write a checkpoint together, so it would wait in vain for those without the exception.",
     ),
     works("ProgressBar", f"{CALLBACK}[TQDMProgressBar]"),
     callback("RichModelSummary"),
@@ -306,7 +310,7 @@ CALLBACKS = [
     works(
         "StochasticWeightAveraging",
         f"{RESTORE}test_stochastic_weight_averaging_is_the_mean_of_the_weights_at_the_end_of_epochs",
-        "Averages layers of `configure_model`, too, which under DDP it does not.",
+        "Also averages layers that `configure_model` builds, which it does not under DDP.",
     ),
     callback("SpikeDetection"),
     refused(
@@ -321,7 +325,9 @@ CALLBACKS = [
         f"{RESTORE}test_an_exponential_moving_average_is_that_of_the_weights_of_each_step",
         "Sharded, like the model; its state survives a change of layout.",
     ),
-    works("WeightAveraging", f"{RESTORE}test_a_mean_of_weights_is_the_mean_of_each_step_s", "Likewise."),
+    works(
+        "WeightAveraging", f"{RESTORE}test_a_mean_of_weights_is_the_mean_of_each_step_s", "Like `EMAWeightAveraging`."
+    ),
 ]
 
 _LOGGER = f"{ARGUMENT}[log_every_n_steps]"
@@ -338,12 +344,14 @@ PROFILERS = [
     works("PyTorchProfiler", f"{ARGUMENT}[PyTorchProfiler]"),
     works("SimpleProfiler", f"{ARGUMENT}[profiler]"),
     refused(
-        "XLAProfiler", f"{REFUSED}[XLAProfiler]", "By Lightning, without its package; there is no TEDStrategy on TPUs."
+        "XLAProfiler",
+        f"{REFUSED}[XLAProfiler]",
+        "Lightning refuses it without its package; TEDStrategy does not run on TPUs.",
     ),
 ]
 
 _IO = "TEDStrategy writes a directory through torch.distributed.checkpoint."
-_OTHER_PRECISION = "Not a precision of TEDStrategy."
+_OTHER_PRECISION = "TEDStrategy does not support this precision."
 PLUGINS = [
     refused(
         "AsyncCheckpointIO",
@@ -362,8 +370,8 @@ PLUGINS = [
     refused("TransformerEnginePrecision", f"{REFUSED}[precision]", _OTHER_PRECISION),
     refused("FSDPPrecision", f"{REFUSED}[FSDPPrecision]", _OTHER_PRECISION),
     refused("XLAPrecision", f"{REFUSED}[precision]", _OTHER_PRECISION),
-    refused("LayerSync", f"{REFUSED}[sync_batchnorm]", "If there is batch norm to synchronise."),
-    refused("TorchSyncBatchNorm", f"{REFUSED}[sync_batchnorm]", "If there is batch norm to synchronise."),
+    refused("LayerSync", f"{REFUSED}[sync_batchnorm]", "Refused if there is batch norm to synchronise."),
+    refused("TorchSyncBatchNorm", f"{REFUSED}[sync_batchnorm]", "Refused if there is batch norm to synchronise."),
 ]
 
 FEATURES = [
@@ -377,7 +385,7 @@ FEATURES = [
     works(
         "resuming under another layout",
         "tests/test_checkpoint.py::test_a_run_continues_under_another_layout_as_if_uninterrupted",
-        "What DDP cannot.",
+        "DDP cannot do this.",
     ),
     works(
         "several optimizers, by hand",
@@ -397,17 +405,23 @@ FEATURES = [
     works(
         "frozen and unused parameters",
         "tests/lightning/test_trained_parameters.py::test_parameters_move_when_torch_would_move_them[unused]",
-        "As with `find_unused_parameters`: they are left alone.",
+        "They stay as they are, as with `find_unused_parameters`.",
     ),
-    hook("batch norm", "As under DDP: process 0's running statistics are everybody's.", "batch norm"),
+    hook("batch norm", "As under DDP: all processes get the running statistics of process 0.", "batch norm"),
     hook("parameters of several dtypes", cell="mixed"),
     hook("compiled layers", cell="compiled"),
     works("shuffled loaders", f"{ARGUMENT}[shuffle]"),
-    refused("a compiled LightningModule", f"{REFUSED}[compiled module]", "By Lightning: compile layers instead."),
-    refused("lazy layers", f"{REFUSED}[lazy]", "As under DDP: give sizes."),
+    refused(
+        "a compiled LightningModule", f"{REFUSED}[compiled module]", "Lightning refuses it; compile layers instead."
+    ),
+    refused("lazy layers", f"{REFUSED}[lazy]", "Refused as under DDP; give the sizes."),
     refused("complex parameters", f"{REFUSED}[complex]", "Use two real parameters."),
     refused("sparse gradients", f"{REFUSED}[sparse]", "Use `sparse=False`."),
-    refused("optimizers of whole matrices", f"{REFUSED}[Muon]", "LBFGS, Muon, …: their state cannot be sharded flat."),
+    refused(
+        "optimizers of whole matrices",
+        f"{REFUSED}[Muon]",
+        "LBFGS, Muon, …: their state cannot be sharded as a flat vector.",
+    ),
 ]
 
 SECTIONS = {
@@ -422,16 +436,16 @@ SECTIONS = {
     "What else a module may do": FEATURES,
 }
 
-_HEAD = """# What of Lightning works
+_HEAD = """# Lightning under TEDStrategy
 
-Every argument of Lightning's `Trainer`, every method and hook, and every callback, logger, profiler and plugin that
-comes with Lightning {version} has a row: it works under `TEDStrategy`, or is refused on every process, with a sentence,
-before the first step. Each names its test. Most of these run the same module under Lightning's own DDP, in two
-processes, and under TEDStrategy, in four (tensor 2 × expert 2: two data ranks as well), and compare what it saw, logged
-and became.
+This page has a row for every argument of Lightning's `Trainer`, every method and hook, and every callback, logger,
+profiler and plugin that comes with Lightning {version}. Each of them works under `TEDStrategy`, or every process
+refuses it with a sentence before the first step. Each row names its test. Most tests run the same module twice and
+compare what it saw, what it logged and what it became: under Lightning's own DDP in two processes, and under
+TEDStrategy in four (tensor 2 × expert 2, which has two data ranks as well).
 
-This page is written by `python -m tests.lightning.contract`, and `tests/lightning/test_contract.py` fails if it differs
-from the table there, if a test does not exist, or if the installed Lightning has a name without a row.
+`python -m tests.lightning.contract` writes this page. `tests/lightning/test_contract.py` fails if the page differs from
+the table there, if a test does not exist, or if the installed Lightning has a name without a row.
 """
 
 
