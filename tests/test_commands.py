@@ -162,7 +162,7 @@ def test_what_cac_auto_keeps_depends_on_the_clusters_figures_as_overridden() -> 
 
 
 WRONG_CLUSTERS = {
-    "unknown": (["cluster=sumit"], "no cluster 'sumit'. Did you mean summit"),
+    "unknown": (["cluster=sumit"], "no cluster 'sumit'. Did you mean 'summit'"),
     "no_file": (["cluster=nowhere/mine.yaml"], "nowhere/mine.yaml is not a file"),
     "figures_of_none": (["cluster.gpus_per_node=4"], "cluster.gpus_per_node=4: of which cluster?"),
 }

@@ -14,7 +14,7 @@ from tedlab.nn import ShardedModule, decay_groups, partial_parameters
 from tedlab.optim import ShardedOptimizer
 from tedlab.optim.bucket import holders, lay_out, local, reduction_group
 from tedlab.predict.volumes import ClosedForm
-from tedlab.spec import ParameterSpec
+from tedlab.spec import Layout, ParameterSpec
 from tests.comm.test_ledger import configuration
 from tests.pool import WorkerPool
 
@@ -30,7 +30,7 @@ def stated(model: ModelConfig, moe: MoEConfig, degrees: ParallelDegrees) -> list
     return [
         (
             *(p.name, p.shape, p.elements(degrees), p.group, degrees.world_size // p.parts(degrees)),
-            *(p.own_tokens and degrees.sequence, p.decayed),
+            *(p.partial(Layout(degrees)), p.decayed),
         )
         for p in GPTSpec(model, moe).parameters()
     ]

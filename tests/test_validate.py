@@ -210,7 +210,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel=tp4", "parallel.sequence=true", "moe.capacity_groups=2"],
         ["moe.capacity_groups is 2", "parallel.tensor (4)", "4, 8, 16"],
     ),
-    "unknown_cluster": (["comm.emulate=sumit"], ["no cluster 'sumit'", "Did you mean summit?", "dgx_h100"]),
+    "unknown_cluster": (["comm.emulate=sumit"], ["no cluster 'sumit'", "Did you mean 'summit'?", "dgx_h100"]),
     "no_room_on_a_node": (
         ["comm.emulate=summit", "comm.emulate_ranks_per_node=7"],
         ["ranks_per_node is 7", "1 to 6"],
@@ -335,7 +335,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["data.validation_samples=4"],
         ["data.validation_samples=4", "data.batch_size=8", "Raise"],
     ),
-    "unknown_tokenizer": (["data.tokenizer=bytes"], ["'bytes'", "byte, bpe", "Did you mean byte?"]),
+    "unknown_tokenizer": (["data.tokenizer=bytes"], ["'bytes'", "byte, bpe", "Did you mean 'byte'?"]),
     "bpe_vocabulary_too_small": (
         ["data.tokenizer=bpe", "data.bpe_vocab_size=100"],
         ["data.bpe_vocab_size is 100", "at least 257"],

@@ -1,8 +1,9 @@
 """``tedlab COMMAND …``, or ``python -m tedlab COMMAND …``. Each command is the module of its name in ``commands/``."""
 
-import difflib
 import sys
 from importlib import import_module
+
+from tedlab.hints import did_you_mean
 
 COMMANDS = {
     "train": "train a model, or a sweep of them",
@@ -24,9 +25,7 @@ def main() -> None:
         print("usage: tedlab COMMAND …\n", *lines, "\ntedlab COMMAND --help shows what it takes.", sep="\n")
         return
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        suggestion = f" Did you mean '{near[0]}'?" if near else ""
-        sys.exit(f"tedlab: there is no command '{name}'.{suggestion}\nValid: {', '.join(COMMANDS)}")
+        sys.exit(f"tedlab: there is no command '{name}'.{did_you_mean(name, COMMANDS)}\nValid: {', '.join(COMMANDS)}")
     del sys.argv[1]
     import_module(f"tedlab.commands.{name}").main()
 

@@ -1,6 +1,5 @@
 """The place of ``conf/``, and errors for misspelt overrides, before Hydra composes them."""
 
-import difflib
 import os
 import re
 import sys
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
+from tedlab.hints import did_you_mean
 from tedlab.launch.outside import first_outside
 from tedlab.predict.plan import file as plan_file
 from tedlab.renamed import overrides
@@ -182,9 +182,7 @@ def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, nam
 def _check_known(word: str, known: list[str], where: str, what: str, name: str) -> None:
     if word in known or word == "null":
         return
-    near = difflib.get_close_matches(word, known, n=1)
-    suggestion = f" Did you mean '{near[0]}'?" if near else ""
     raise UsageError(
-        f"{where}: there is no {what} '{word}'.{suggestion}\nValid: {', '.join(sorted(known))}\n"
+        f"{where}: there is no {what} '{word}'.{did_you_mean(word, known)}\nValid: {', '.join(sorted(known))}\n"
         f"`tedlab {name} --help` shows everything with its value."
     )

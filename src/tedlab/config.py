@@ -69,6 +69,7 @@ class ModelConfig(Frozen):
     activation: str = word(Activation.GELU)  # gelu | swiglu
     bias: bool = True  # linear layers and experts have biases
     norm: str = word(Norm.LAYER)  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
+    norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
     positions: str = word(Positions.LEARNED)  # learned (a table) | rotary (queries and keys are rotated)
     rotary_base: float = real(
         10_000.0, above=1

@@ -87,6 +87,19 @@ class ParallelDegrees:
         )
 
 
+def check_divides(name: str, value: int, by: str, degree: int) -> None:
+    """Refuses a degree that does not divide a size.
+
+    Raises:
+        ValueError: If it does not; the message lists the degrees up to 64 that do.
+    """
+    if value % degree:
+        fitting = ", ".join(str(n) for n in range(1, min(value, 64) + 1) if value % n == 0)
+        raise ValueError(
+            f"{name} ({value}) is not divisible by {by} ({degree}). With this {name}, {by} can be {fitting}"
+        )
+
+
 def parallel_degrees(config: ParallelConfig) -> ParallelDegrees:
     """Returns the degrees of a configuration, and raises the errors of :class:`ParallelDegrees`."""
     return ParallelDegrees(config.world_size, config.tensor, config.expert, config.sequence)

@@ -43,8 +43,8 @@ class ParameterSpec:
         init: Initial values.
         divided: Maps a mesh axis to the dimension divided along it; other axes replicate the parameter.
         mesh: ``dense`` or ``expert``, see ``topology.py``. Gradients are summed over its first axis.
-        own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded. Gradients must
-            then be summed over the tensor group as well.
+        own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded.
+        own_features: Whether each tensor rank uses it for its own features in any layout.
         decayed: Whether weight decay applies.
     """
 
@@ -54,12 +54,17 @@ class ParameterSpec:
     divided: Mapping[str, int] = field(default_factory=dict)
     mesh: Literal["dense", "expert"] = "dense"
     own_tokens: bool = False
+    own_features: bool = False
     decayed: bool = True
 
     @property
     def group(self) -> GroupKind:
         """The group that its gradient is summed over."""
         return "data" if self.mesh == "dense" else "expert_data"
+
+    def partial(self, layout: "Layout") -> bool:
+        """Tells whether the gradients of tensor ranks are parts of a sum, which is taken over their group as well."""
+        return layout.degrees.tensor > 1 and (self.own_features or (self.own_tokens and layout.sequence))
 
     def parts(self, degrees: ParallelDegrees) -> int:
         """Returns the number of parts that it is divided into."""
@@ -277,6 +282,15 @@ class Spec:
         for name, part in self.children():
             for parameter in part.parameters():
                 yield replace(parameter, name=f"{name}.{parameter.name}")
+
+    def check(self, degrees: ParallelDegrees) -> None:
+        """Refuses sizes that the layer cannot have with these degrees.
+
+        Raises:
+            ValueError: If there is one; the message has the configuration's names and says what would do.
+        """
+        for _, part in self.children():
+            part.check(degrees)
 
     def sites(self, layout: Layout) -> Sites:
         """Returns its collectives, including those of groups that may have one process."""

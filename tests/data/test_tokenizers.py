@@ -79,8 +79,8 @@ def test_a_vocabulary_beyond_uint16_is_encoded_in_uint32(tmp_path):
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("bytes", ValueError, r"'bytes' is not one of byte, bpe, or the path of .* Did you mean byte\?"),
-        ("BPE", ValueError, r"Did you mean bpe\?"),
+        ("bytes", ValueError, r"'bytes' is not one of byte, bpe, or the path of .* Did you mean 'byte'\?"),
+        ("BPE", ValueError, r"Did you mean 'bpe'\?"),
         ("wordpiece", ValueError, r"'wordpiece' is not one of byte, bpe, or the path of a tokenizers JSON file\.$"),
         ("missing.json", FileNotFoundError, "no tokenizer file missing.json"),
         ("some/folder", FileNotFoundError, "no tokenizer file some/folder"),

@@ -90,7 +90,7 @@ def test_a_file_of_ones_own_is_loaded_by_its_path(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_cluster_is_refused_with_the_nearest_and_all_names() -> None:
-    with pytest.raises(UsageError, match=r"no cluster 'sumit'. Did you mean summit\?") as error:
+    with pytest.raises(UsageError, match=r"no cluster 'sumit'. Did you mean 'summit'\?") as error:
         load_cluster("sumit")
     assert all(name in str(error.value) for name in NAMES)
 

@@ -31,6 +31,7 @@ from tedlab.config import (
     TrainConfig,
 )
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.nn import with_heads
 from tedlab.strategy import HALF_PRECISIONS
 
 STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
@@ -78,10 +79,8 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     micro_batch = _MICRO_BATCH if config.data.micro_batch_size > 1 else 1
     length = _length(config.model.sequence_length, degrees.tensor if given.sequence else groups or 1)
     model = replace(
-        config.model,
+        with_heads(config.model, heads, widths.head, degrees.tensor),
         layers=2,
-        heads=heads,
-        hidden=heads * widths.head,
         ffn=degrees.tensor * widths.ffn,
         sequence_length=length,
         vocab_size=_vocabulary(degrees.tensor),

@@ -1,10 +1,10 @@
 """Derives what CAC keeps: the plan of a second pass, from a region's collectives and ``comm.cac``."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tedlab.comm.recompute import Plan, Second
+from tedlab.hints import did_you_mean
 from tedlab.spec import Site
 
 
@@ -62,11 +62,9 @@ def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = Non
         match = re.fullmatch(r"(?:(\d+)/)?([^/:]+)(:shard)?", str(entry))
         if match is None or (tags is not None and match[2] not in tags):
             tag = match[2] if match else str(entry)
-            near = difflib.get_close_matches(tag, tags or (), n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(
-                f"comm.cac: there is no collective '{tag}'.{hint} Valid: {', '.join(tags or ['TAG'])}, each also as "
-                "TAG:shard, and for one block as BLOCK/TAG"
+                f"comm.cac: there is no collective '{tag}'.{did_you_mean(tag, tags or ())} Valid: "
+                f"{', '.join(tags or ['TAG'])}, each also as TAG:shard, and for one block as BLOCK/TAG"
             )
         if match[1] is None or block is None or int(match[1]) == block:
             kept[match[2]] = "shard" if match[3] else "whole"

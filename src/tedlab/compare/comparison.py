@@ -1,6 +1,5 @@
 """Compares runs: which settings differ, whether losses agree to the last digit, and what effect each change had."""
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
 from tedlab.errors import UsageError
+from tedlab.hints import did_you_mean
 
 # Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
 PLUMBING = (
@@ -176,10 +176,10 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
     differing = _differing(runs, known)
     for key in by:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            suggestion = f" Did you mean '{near[0]}'?" if near else ""
             listed = ", ".join(differing) or "none"
-            raise UsageError(f"by={key}: no configuration has that key.{suggestion}\nThose that differ: {listed}")
+            raise UsageError(
+                f"by={key}: no configuration has that key.{did_you_mean(key, known)}\nThose that differ: {listed}"
+            )
     unlike = _unlike(runs, known)
     if unlike and not force:
         raise UsageError(

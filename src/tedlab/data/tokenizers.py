@@ -3,7 +3,6 @@
 :func:`build_tokenizer` chooses the one that a configuration names. ``corpus.py`` reads text and stores token ids.
 """
 
-import difflib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tedlab.config import DataConfig
+from tedlab.hints import did_you_mean
 from tedlab.launch.locks import scratch
 
 _BPE_SEPARATOR = "<|endoftext|>"
@@ -191,6 +191,7 @@ def build_tokenizer(config: DataConfig, corpus_key: str, texts: Callable[[], Ite
         return train_bpe(texts(), config.bpe_vocab_size, trained)
     if name.endswith(".json") or os.sep in name:
         return FileTokenizer(name)
-    nearest = difflib.get_close_matches(name.lower(), ["byte", "bpe"], n=1)
-    hint = f" Did you mean {nearest[0]}?" if nearest else ""
-    raise ValueError(f"data.tokenizer={name!r} is not one of byte, bpe, or the path of a tokenizers JSON file.{hint}")
+    raise ValueError(
+        f"data.tokenizer={name!r} is not one of byte, bpe, or the path of a tokenizers JSON file."
+        + did_you_mean(name.lower(), ("byte", "bpe"))
+    )

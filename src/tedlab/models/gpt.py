@@ -50,7 +50,7 @@ class BlockSpec(Spec):
 
     @property
     def norm1(self) -> NormSpec:
-        return NormSpec(self.model.hidden, self.model.norm)
+        return NormSpec(self.model.hidden, self.model.norm, self.model.norm_eps)
 
     norm2 = norm1
 
@@ -61,7 +61,7 @@ class BlockSpec(Spec):
 
     @property
     def attention(self) -> SelfAttentionSpec:
-        return SelfAttentionSpec(self.model.hidden, self.model.heads, *self.inits, self.model.bias)
+        return SelfAttentionSpec.of(self.model, *self.inits)
 
     @property
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
@@ -167,7 +167,7 @@ class GPTSpec(Spec):
 
     @property
     def norm(self) -> NormSpec:
-        return NormSpec(self.model.hidden, self.model.norm)
+        return NormSpec(self.model.hidden, self.model.norm, self.model.norm_eps)
 
     @property
     def output(self) -> ColumnParallelSpec | None:
@@ -190,6 +190,10 @@ class GPTSpec(Spec):
     def first(self) -> list[int]:
         """For each block, the index of the first block that equals it."""
         return [self.blocks.index(block) for block in self.blocks]
+
+    def check(self, degrees: ParallelDegrees) -> None:
+        for first in sorted(set(self.first)):
+            self.blocks[first].check(degrees)
 
     def flops(self, length: int) -> Counter[str]:
         parts = Counter(self.first)
@@ -250,6 +254,7 @@ class GPT(nn.Module):
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
         self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
+        self.head_dim = spec.blocks[0].attention.head_dim
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
         if seed is not None:
@@ -317,8 +322,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions(ids.shape[1])
         else:
-            model = self.config
-            turns = rotation(ids.shape[1], model.hidden // model.heads, model.rotary_base, x.device, x.dtype)
+            turns = rotation(ids.shape[1], self.head_dim, self.config.rotary_base, x.device, x.dtype)
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports = []

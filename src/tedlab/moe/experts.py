@@ -11,6 +11,7 @@ from torch import Tensor
 from tedlab.comm import matmul_into
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, token_path
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
@@ -35,6 +36,10 @@ class ExpertsSpec(Spec):
     @property
     def hidden(self) -> int:
         return self.expert.hidden
+
+    def check(self, degrees: ParallelDegrees) -> None:
+        self.expert.check(degrees)
+        check_divides("moe.num_experts", self.num_experts, "parallel.expert", degrees.expert)
 
     def own(self) -> Iterator[ParameterSpec]:
         one, number = self.expert, self.num_experts

@@ -1,7 +1,7 @@
 """Tensor-parallel building blocks, which are the ordinary layers when the tensor degree is 1."""
 
 from tedlab.nn.activation import activate
-from tedlab.nn.attention import SelfAttention, SelfAttentionSpec
+from tedlab.nn.attention import SelfAttention, SelfAttentionSpec, with_heads
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
@@ -47,4 +47,5 @@ __all__ = [
     "partial_parameters",
     "rotation",
     "vocab_parallel_cross_entropy",
+    "with_heads",
 ]

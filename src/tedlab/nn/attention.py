@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tedlab.config import ModelConfig, Positions
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.rotary import rotate
 from tedlab.spec import Init, MicroBatch, Spec, Work, WorkingSet
@@ -22,6 +24,7 @@ class SelfAttentionSpec(Spec):
         heads: Number of heads, a multiple of the tensor degree.
         init, out_init: Initial weights of the fused query-key-value projection and of the output projection.
         bias: Whether the projections have biases.
+        rotary: Whether queries and keys are rotated by position.
     """
 
     parts = ("qkv", "out")
@@ -30,6 +33,27 @@ class SelfAttentionSpec(Spec):
     init: Init
     out_init: Init
     bias: bool = True
+    rotary: bool = False
+
+    @classmethod
+    def of(cls, model: ModelConfig, init: Init, out_init: Init) -> "SelfAttentionSpec":
+        """Describes the attention of a model's blocks."""
+        return cls(model.hidden, model.heads, init, out_init, model.bias, model.positions == Positions.ROTARY)
+
+    @property
+    def head_dim(self) -> int:
+        """The number of features of a head."""
+        return self.hidden // self.heads
+
+    def check(self, degrees: ParallelDegrees) -> None:
+        if self.hidden % self.heads:
+            raise ValueError(f"model.hidden ({self.hidden}) is not a multiple of model.heads ({self.heads})")
+        if self.rotary and self.head_dim % 2:
+            raise ValueError(
+                f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {self.hidden} / "
+                f"{self.heads} is odd; choose heads of even width, or model.positions=learned"
+            )
+        check_divides("model.heads", self.heads, "parallel.tensor", degrees.tensor)
 
     @property
     def qkv(self) -> ColumnParallelSpec:
@@ -70,6 +94,11 @@ class SelfAttentionSpec(Spec):
         return Work(flops * elements * b.length / 2, size, b.compute, "attention")
 
 
+def with_heads(model: ModelConfig, heads: int, width: int, tensor: int) -> ModelConfig:
+    """Returns a copy of a model with other heads, a multiple of the tensor degree, of about this width each."""
+    return replace(model, heads=heads, hidden=heads * width)
+
+
 class SelfAttention(nn.Module):
     """Multi-head causal self-attention (Vaswani et al., 2017); each tensor rank computes heads / T of the heads.
 
@@ -79,7 +108,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, spec: SelfAttentionSpec, topology: Topology) -> None:
         super().__init__()
-        self.head_dim = spec.hidden // spec.heads
+        self.head_dim = spec.head_dim
         self.qkv = ColumnParallelLinear(spec.qkv, topology)
         self.out = RowParallelLinear(spec.out, topology)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.activation import activate
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.spec import Init, Layout, MicroBatch, Sites, Spec, Work, WorkingSet
@@ -48,6 +49,9 @@ class FeedForwardSpec(Spec):
     @property
     def down(self) -> RowParallelSpec:
         return RowParallelSpec(self.ffn, self.hidden, "feed_forward", self.out_init, self.bias)
+
+    def check(self, degrees: ParallelDegrees) -> None:
+        check_divides("model.ffn", self.ffn, "parallel.tensor", degrees.tensor)
 
     def sites(self, layout: Layout) -> Sites:
         (*inner, last), backward = super().sites(layout)

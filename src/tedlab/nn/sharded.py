@@ -61,7 +61,7 @@ class ShardedModule(nn.Module):
         local = torch.full(local_shape, math.nan, device=topology.device)
         self.register_parameter(spec.name, nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False)))
         self.specs[spec.name] = spec
-        if spec.own_tokens and topology.sequence_sharded:
+        if spec.partial(topology.layout):
             self.partial.add(spec.name)
 
     def local(self, name: str) -> Tensor:

@@ -4,7 +4,6 @@
 what the figures mean for a collective.
 """
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -16,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tedlab.cli import CONF
 from tedlab.errors import UsageError
+from tedlab.hints import did_you_mean
 from tedlab.untrusted import interpolation, read_yaml
 
 _OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -165,9 +165,8 @@ def load_cluster(name_or_path: str | Path) -> ClusterConfig:
     if path.suffix != ".yaml":
         names = cluster_names()
         if str(name_or_path) not in names:
-            near = difflib.get_close_matches(str(name_or_path), names, n=1)
             raise UsageError(
-                f"There is no cluster '{name_or_path}'.{f' Did you mean {near[0]}?' if near else ''}\n"
+                f"There is no cluster '{name_or_path}'.{did_you_mean(str(name_or_path), names)}\n"
                 f"Valid: {', '.join(names)}, or the path of a .yaml file like those in {CONF / 'cluster'}"
             )
         path = CONF / "cluster" / f"{name_or_path}.yaml"

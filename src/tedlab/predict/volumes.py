@@ -207,8 +207,7 @@ class ClosedForm:
         """The buckets into which the optimizer lays out the parameters, in its order."""
 
         def key(p: ParameterSpec) -> tuple[bool, GroupKind, int, bool]:
-            partial = p.own_tokens and self.layout.sequence
-            return not p.decayed, p.group, self.degrees.world_size // p.parts(self.degrees), partial
+            return not p.decayed, p.group, self.degrees.world_size // p.parts(self.degrees), p.partial(self.layout)
 
         def local(p: ParameterSpec) -> int:
             return p.elements(self.degrees)

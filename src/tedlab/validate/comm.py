@@ -4,7 +4,7 @@ from typing import Any
 
 from tedlab.comm.keep import kept_tags
 from tedlab.config import Compiler, Granularity, TrainConfig
-from tedlab.degrees import ParallelDegrees
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models.gpt import TAGS
 from tedlab.moe import routers
 from tedlab.predict.budget import within_budget
@@ -12,7 +12,6 @@ from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import ClosedForm
-from tedlab.validate.words import check_divides
 
 
 def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:

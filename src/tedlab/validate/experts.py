@@ -3,7 +3,6 @@
 from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe import mixtures, routers
-from tedlab.validate.words import check_divides
 
 GATING_OPTIONS = ("min_capacity", "random_token_selection", "second_expert_sampling", "drop_policy")
 
@@ -21,7 +20,6 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
                 f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
             )
         return
-    check_divides("moe.num_experts", moe.num_experts, "parallel.expert", degrees.expert)
     if moe.every > model.layers:
         raise ValueError(
             f"moe.every ({moe.every}) is larger than model.layers ({model.layers}): no block would have experts. "

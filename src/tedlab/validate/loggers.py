@@ -1,6 +1,5 @@
 """Checks that loggers and callbacks are classes that can be imported, and that they have the given arguments."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tedlab.config import TrainConfig
-from tedlab.validate.words import check_known
+from tedlab.hints import did_you_mean
 
 _OF_WANDB = (
     "entity",
@@ -34,8 +33,9 @@ def check_loggers(config: TrainConfig) -> None:
     for name, settings in config.logger.items():
         kind = _class(f"logger.{name}", settings, Logger, "logger")
         _check_arguments(f"logger.{name}", kind, settings)
-        if issubclass(kind, WandbLogger) and settings.get("mode") is not None:
-            check_known(f"logger.{name}.mode", settings["mode"], _WANDB_MODES)
+        if issubclass(kind, WandbLogger) and settings.get("mode") not in (None, *_WANDB_MODES):
+            valid = ", ".join(_WANDB_MODES)
+            raise ValueError(f"logger.{name}.mode={settings['mode']} is unknown; valid: {valid}")
         if issubclass(kind, TensorBoardLogger) and not (find_spec("tensorboard") or find_spec("tensorboardX")):
             raise ValueError(f"logger.{name} needs a package that is not installed: pip install 'tedlab[tensorboard]'")
 
@@ -75,6 +75,4 @@ def _check_arguments(key: str, kind: type[Any], settings: Mapping[str, Any]) -> 
         return
     for argument in settings:
         if argument not in known and not argument.startswith("_"):  # those are Hydra's own
-            near = difflib.get_close_matches(argument, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{key}.{argument}: {kind.__name__} has no such argument.{hint}")
+            raise ValueError(f"{key}.{argument}: {kind.__name__} has no such argument.{did_you_mean(argument, known)}")

@@ -1,30 +1,19 @@
-"""Checks the model without its experts: its kinds of layers, the sizes that degrees must divide, and its vocabulary."""
+"""Checks the model: its layers, and its vocabulary."""
 
-from tedlab.config import Positions, TrainConfig
-from tedlab.degrees import ParallelDegrees
+from tedlab.config import TrainConfig
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models import models
-from tedlab.validate.words import check_divides
 
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
 
 def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    """Checks the architecture and the sizes of the model.
+    """Checks the architecture and, as its layers state them, the sizes of the model.
 
     Raises:
         ValueError: If they are invalid; the message says what would do.
     """
-    model = config.model
-    models[model.architecture]  # raises if it is unknown
-    if model.hidden % model.heads:
-        raise ValueError(f"model.hidden ({model.hidden}) is not a multiple of model.heads ({model.heads})")
-    if model.positions == Positions.ROTARY and model.hidden // model.heads % 2:
-        raise ValueError(
-            f"model.positions=rotary turns pairs of features, but model.hidden / model.heads = {model.hidden} / "
-            f"{model.heads} is odd; choose heads of even width, or model.positions=learned"
-        )
-    for name in ("heads", "ffn"):
-        check_divides(f"model.{name}", getattr(model, name), "parallel.tensor", degrees.tensor)
+    models[config.model.architecture].spec(config.model, config.moe).check(degrees)
 
 
 def vocabulary(config: TrainConfig, tokens: int) -> int:

@@ -1,6 +1,5 @@
 """Checks the optimizer and its schedule by building them once and stepping parameters of one element."""
 
-import difflib
 import inspect
 import math
 import numbers
@@ -13,6 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from tedlab.config import TrainConfig
+from tedlab.hints import did_you_mean
 from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
 from tedlab.optim.schedule import schedules
@@ -56,9 +56,9 @@ def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
             raise ValueError(f"{where}={value} is set by the run itself; use {_SET_BY_US[name]}")
         if name not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
             valid = sorted(set(known) - set(_SET_BY_US))
-            near = difflib.get_close_matches(name, valid, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise ValueError(f"{where}: {kind.__name__} has no such argument.{hint} Valid: {', '.join(valid)}")
+            raise ValueError(
+                f"{where}: {kind.__name__} has no such argument.{did_you_mean(name, valid)} Valid: {', '.join(valid)}"
+            )
         default = known[name].default if name in known else None
         if value is not None and not isinstance(value, bool) and (isinstance(default, bool) or name in _FLAGS):
             raise ValueError(f"{where} is {value}; it must be true, false or null")

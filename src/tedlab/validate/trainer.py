@@ -1,6 +1,5 @@
 """Checks the arguments of Lightning's Trainer: those that a run sets itself, the values of others, and the whole."""
 
-import difflib
 import inspect
 import logging
 import warnings
@@ -12,6 +11,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from tedlab.config import TrainConfig
+from tedlab.hints import did_you_mean
 from tedlab.ranges import LARGEST, Range
 from tedlab.strategy.contract import PRECISIONS
 
@@ -74,10 +74,9 @@ def check_trainer(config: TrainConfig) -> None:
     known = _arguments()
     for name in trainer:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ValueError(
-                f"trainer.{name} is not an argument of lightning.Trainer.{hint} Valid: {', '.join(sorted(known))}"
+                f"trainer.{name} is not an argument of lightning.Trainer.{did_you_mean(name, known)} "
+                f"Valid: {', '.join(sorted(known))}"
             )
     for name, value in trainer.items():
         _check_argument(name, value)

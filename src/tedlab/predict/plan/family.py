@@ -5,7 +5,8 @@ from dataclasses import replace
 from math import prod
 
 from tedlab.config import TrainConfig
-from tedlab.models import GPTSpec
+from tedlab.models import models
+from tedlab.nn import with_heads
 
 _HEAD = 128  # features of an attention head, at most
 _GPT3 = ((768, 12), (1024, 24), (2048, 24), (2560, 32), (4096, 32), (5120, 40), (12288, 96))  # width, layers
@@ -19,12 +20,13 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     second layer has experts. Heads have up to 128 features, a multiple of 8. Feed-forward layers are four times wider.
     """
     heads = tensor * max(1, -(-width // (_HEAD * tensor)))
-    hidden = heads * max(8, width // heads // 8 * 8)
+    model = with_heads(config.model, heads, max(8, width // heads // 8 * 8), tensor)
+    hidden = model.hidden
     below = max((row for row in _GPT3 if row[0] <= hidden), default=_GPT3[0])
     above = min((row for row in _GPT3 if row[0] >= hidden), default=_GPT3[-1])
     share = 0.0 if above[0] == below[0] else (hidden - below[0]) / (above[0] - below[0])
     layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
-    return replace(config, model=replace(config.model, layers=layers, hidden=hidden, heads=heads, ffn=4 * hidden))
+    return replace(config, model=replace(model, layers=layers, ffn=4 * hidden))
 
 
 def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:
@@ -45,4 +47,5 @@ def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool
 def base_parameters(config: TrainConfig) -> int:
     """Returns the number of parameters of the base model, which has no experts."""
     model = replace(config.model, vocab_size=config.model.vocab_size or 50_304)
-    return sum(prod(p.shape) for p in GPTSpec(model, replace(config.moe, num_experts=0)).parameters())
+    dense = replace(config.moe, num_experts=0)
+    return sum(prod(p.shape) for p in models[model.architecture].spec(model, dense).parameters())
