@@ -310,14 +310,26 @@ class Spec:
             b: What it computes with.
             dead: Tags of collectives whose input nobody needs, so that the product that would make it is left out.
             stop: Whether the pass ends as soon as it has computed all that the backward pass needs.
+
+        Raises:
+            ValueError: If the layer has no parts and does not say.
         """
-        for _, part in self.children():
+        for part in self._parts():
             yield from part.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels of its backward pass."""
-        for _, part in reversed(tuple(self.children())):
+        for part in reversed(self._parts()):
             yield from part.backward(b)
+
+    def _parts(self) -> list["Spec"]:
+        parts = [part for _, part in self.children()]
+        if not parts:
+            raise ValueError(
+                f"{type(self).__name__} does not state its kernels, without which time cannot be estimated: define its "
+                "forward and backward as tedlab.spec.Spec describes them; `tedlab simulate` runs any model"
+            )
+        return parts
 
     def saved(self, b: MicroBatch) -> int:
         """Returns the bytes that its forward pass keeps for the backward pass."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tedlab.config import TrainConfig
+from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.estimate import OPTIMIZER
@@ -11,7 +12,7 @@ from tedlab.predict.estimate.memory import Memory, moments
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
 from tedlab.predict.volumes import ClosedForm
-from tedlab.spec import Work
+from tedlab.spec import Spec, Work
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
 
@@ -22,6 +23,7 @@ MANY = [*MODEL, "parallel.tensor=4", "parallel.expert=16", "parallel.world_size=
 MANY += ["data.micro_batch_size=4"]
 HALF = [*MANY, "trainer.precision=16-true"]
 AGAIN = [*HALF, "model.recompute.granularity=block"]
+TODAY = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
 
 
 CASES = {
@@ -36,6 +38,9 @@ CASES = {
     "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
     "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
     "fused": [*HALF, "optim.tile=fused"],
+    "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
+    "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],
+    "today_sequence": [*AGAIN, *TODAY, "parallel.sequence=true", "moe.dispatch=dropless"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
 
@@ -64,7 +69,7 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "fused", "dense")
+QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "fused", "dense", "today")
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +121,19 @@ def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
     assert fifth.memory == first.memory
 
 
-def test_a_model_whose_kernels_are_not_listed_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.activation=swiglu.*activation=gelu only.*tedlab simulate"):
-        estimate(checked(*ONE, "model.activation=swiglu"), load_cluster("summit"))
+def test_a_loss_in_chunks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.loss_chunk=64.*all tokens at once.*tedlab simulate"):
+        estimate(checked(*ONE, "model.loss_chunk=64"), load_cluster("summit"))
+
+
+class SilentSpec(Spec):
+    """A guest's layer that does not say what it computes."""
+
+
+def test_a_layer_that_states_no_kernels_is_refused_rather_than_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockSpec, "norm1", SilentSpec())
+    with pytest.raises(ValueError, match=r"SilentSpec does not state its kernels.*tedlab simulate"):
+        estimate(checked(*ONE), load_cluster("summit"))
 
 
 @pytest.mark.slow

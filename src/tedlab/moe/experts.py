@@ -56,34 +56,38 @@ class ExpertsSpec(Spec):
         return Counter(experts=self.expert.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        here, rows, width = self.here(b)
+        here, rows, inner, width = self.here(b)
         if b.mixed:
-            yield b.moved(2 * here * self.hidden * width, b.parameter, b.compute)
-        yield b.product(rows, self.hidden, width, times=here)
-        yield b.moved(2 * b.rows.computed * width)  # GELU
+            yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
+        yield b.product(rows, self.hidden, inner, times=here)
+        yield from self.expert.activate(b, b.rows.computed * width)
         if "experts.reduce" not in dead:
             yield b.product(rows, width, self.hidden, times=here)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        here, rows, width = self.here(b)
-        yield b.moved(b.rows.computed * self.hidden)  # gradient of the second bias
-        for k, n in ((self.hidden, width), (width, self.hidden)):
-            yield b.product(rows, k, n, times=here)
-            yield b.product(k, rows, n, times=here)
-            yield b.moved((3 if k == self.hidden else 1) * b.rows.computed * width)  # GELU, then the first bias
+        here, rows, inner, width = self.here(b)
+        if self.expert.bias:
+            yield b.moved(b.rows.computed * self.hidden)
+        yield b.product(rows, self.hidden, width, times=here)
+        yield b.product(self.hidden, rows, width, times=here)
+        yield from self.expert.activate_backward(b, b.rows.computed * width)
+        yield b.product(rows, inner, self.hidden, times=here)
+        yield b.product(inner, rows, self.hidden, times=here)
+        if self.expert.bias:
+            yield b.moved(b.rows.computed * inner)
         if b.mixed:
-            yield b.moved(2 * here * self.hidden * width, b.parameter, b.compute)
+            yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
 
     def saved(self, b: MicroBatch) -> int:
         """Counts inputs, both sides of the activation, and weights if they are converted."""
-        here, _, width = self.here(b)
-        weights = 2 * here * self.hidden * width if b.mixed else 0
-        return (b.rows.computed * (self.hidden + 2 * width) + weights) * b.compute.itemsize
+        here, _, inner, width = self.here(b)
+        weights = here * self.hidden * (inner + width) if b.mixed else 0
+        return (b.rows.computed * (self.hidden + (self.expert.kept + 1) * width) + weights) * b.compute.itemsize
 
-    def here(self, b: MicroBatch) -> tuple[int, int, int]:
-        """Returns the number of this process's experts, the rows of each, and this tensor rank's inner features."""
-        here = self.num_experts // b.layout.degrees.expert
-        return here, b.rows.computed // here, self.expert.ffn // b.tensor
+    def here(self, b: MicroBatch) -> tuple[int, int, int, int]:
+        """Returns the number of this process's experts, the rows of each, and its features around the activation."""
+        here, expert = self.num_experts // b.layout.degrees.expert, self.expert
+        return here, b.rows.computed // here, expert.inner // b.tensor, expert.ffn // b.tensor
 
 
 mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")

@@ -56,7 +56,7 @@ class MoESpec(Spec):
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
         yield from self.dispatch.there(b)
         yield from self.experts.forward(b, dead)
-        yield from self.dispatch.back(b, bias=True)
+        yield from self.dispatch.back(b, bias=self.expert.bias)
         if not stop:
             yield b.moved(2 * chosen * self.hidden)  # gate
             yield b.moved((chosen + b.outside) * self.hidden)
@@ -77,11 +77,11 @@ class MoESpec(Spec):
         return super().saved(b) + self._weighted(b)
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
-        here, _, width = self.experts.here(b)
+        here, _, inner, width = self.experts.here(b)
         slots, stream = b.rows.computed * b.compute.itemsize, b.outside * self.hidden * b.parameter.itemsize
         # The results that gates weighted are freed, and the gradient of tokens is still only the block result's.
         matrix = here * self.hidden * width * b.parameter.itemsize
-        held = slots * (self.hidden + width) - stream
+        held = slots * (self.hidden + inner) - stream
         yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
         if recomputed and self.config.unlimited:
             # Product, bias of each row, sum; if tensor ranks share rows, also rows as received and all tokens' rows.

@@ -1,7 +1,7 @@
 """Tensor-parallel building blocks, which are the ordinary layers when the tensor degree is 1."""
 
 from tedlab.nn.activation import activate
-from tedlab.nn.attention import SelfAttention, SelfAttentionSpec, with_heads
+from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
@@ -18,6 +18,7 @@ from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised
 from tedlab.spec import Init
 
 __all__ = [
+    "HEADS",
     "IGNORE_INDEX",
     "ColumnParallelLinear",
     "ColumnParallelSpec",

@@ -70,12 +70,16 @@ class SelfAttentionSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         yield from self.qkv.forward(b)
+        if self.rotary:
+            yield from self._rotate(b)
         yield self._scores(b, flops=4, moved=4)
         yield from self.out.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         yield from self.out.backward(b)
         yield self._scores(b, flops=10, moved=8)
+        if self.rotary:
+            yield from self._rotate_backward(b)
         yield b.moved(6 * b.tokens * self.hidden // b.tensor)  # concatenates the gradients of q, k and v
         yield from self.qkv.backward(b)
 
@@ -87,11 +91,37 @@ class SelfAttentionSpec(Spec):
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         yield WorkingSet("attention", temporaries=6 * b.tokens * self.hidden // b.tensor * b.compute.itemsize)
 
+    def _rotate(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that rotate queries and keys, half of the features at a time, and copy values."""
+        half = b.tokens * self.hidden // b.tensor // 2
+        for _ in ("queries", "keys"):
+            for _ in range(4):
+                yield b.moved(half, b.compute, b.precise)
+            for passes in (3, 3, 4):  # difference, sum, both together
+                yield b.moved(passes * half, b.precise)
+            if b.precise != b.compute:
+                yield b.moved(2 * half, b.precise, b.compute)
+        yield b.moved(4 * half)
+
+    def _rotate_backward(self, b: MicroBatch) -> Iterator[Work]:
+        half = b.tokens * self.hidden // b.tensor // 2
+        for _ in ("queries", "keys"):
+            yield b.moved(2 * half, b.precise)  # of the difference
+            for _ in range(4):
+                yield b.moved(2 * half, b.precise)
+            for _ in range(5 if b.precise != b.compute else 0):
+                yield b.moved(half, b.precise, b.compute)
+            for passes in (3, 3, 4):  # sums of each half's gradients, both together
+                yield b.moved(passes * half)
+
     def _scores(self, b: MicroBatch, flops: int, moved: int) -> Work:
         """Returns the kernel of this rank's heads: ``flops`` per feature and visible pair, ``moved`` tensors like q."""
         elements = b.tokens * self.hidden // b.tensor
         size = moved * elements * b.compute.itemsize
         return Work(flops * elements * b.length / 2, size, b.compute, "attention")
+
+
+HEADS = ("hidden", "heads")  # fields of a model that the next function sets
 
 
 def with_heads(model: ModelConfig, heads: int, width: int, tensor: int) -> ModelConfig:

@@ -59,24 +59,37 @@ class FeedForwardSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         yield from self.up.forward(b)
-        yield b.moved(2 * b.tokens * self.ffn // b.tensor)  # GELU
+        yield from self.activate(b, b.tokens * self.ffn // b.tensor)
         if not stop:
             yield from self.down.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         yield from self.down.backward(b)
-        yield b.moved(3 * b.tokens * self.ffn // b.tensor)  # GELU
+        yield from self.activate_backward(b, b.tokens * self.ffn // b.tensor)
         yield from self.up.backward(b)
 
     def saved(self, b: MicroBatch) -> int:
-        return super().saved(b) + self._inner(b)
+        return super().saved(b) + self.kept * b.tokens * self.ffn // b.tensor * b.compute.itemsize
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         matrix = self.hidden * self.ffn // b.tensor * b.parameter.itemsize
-        yield WorkingSet("feed-forward layer", matrix, temporaries=matrix + self._inner(b))  # one matrix is transposed
+        inner = b.tokens * self.inner // b.tensor * b.compute.itemsize
+        yield WorkingSet("feed-forward layer", matrix, temporaries=matrix + inner)  # one matrix is transposed
 
-    def _inner(self, b: MicroBatch) -> int:
-        return b.tokens * self.ffn // b.tensor * b.compute.itemsize
+    @property
+    def kept(self) -> int:
+        """How many numbers are kept for each that the activation makes: its input, and SwiGLU's SiLU."""
+        return 3 if self.gated else 1
+
+    def activate(self, b: MicroBatch, results: int) -> Iterator[Work]:
+        """Yields the kernels of an activation with so many results."""
+        for passes in (2, 3) if self.gated else (2,):  # SiLU, product; or GELU
+            yield b.moved(passes * results)
+
+    def activate_backward(self, b: MicroBatch, results: int) -> Iterator[Work]:
+        """Yields the kernels of the gradient of an activation with so many results."""
+        for passes in (3, 3, 3, 4) if self.gated else (3,):  # of both factors, of SiLU, and together; or GELU
+            yield b.moved(passes * results)
 
 
 class FeedForward(nn.Module):

@@ -28,15 +28,35 @@ class NormSpec(Spec):
             yield ParameterSpec("bias", (self.hidden,), own_tokens=True, decayed=False)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        yield b.moved(2 * b.outside * self.hidden, b.parameter)
+        elements, dtype = self.given(b)
+        if self.kind == "layer":
+            yield b.moved(2 * elements, dtype)
+            return
+        for passes in (2, 1, 2, 2):  # square, mean, quotient, product with the weight
+            yield b.moved(passes * elements, b.precise)
+        for _ in range(2 if dtype != b.precise else 0):
+            yield b.moved(elements, dtype, b.precise)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        if b.mixed:
-            yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
-        yield b.moved(3 * b.outside * self.hidden, b.parameter)
+        elements, dtype = self.given(b)
+        if dtype != b.compute:
+            yield b.moved(elements, dtype, b.compute)
+        if self.kind == "layer":
+            yield b.moved(3 * elements, dtype)
+            return
+        yield b.moved(elements, dtype, b.precise)
+        for passes in (2, 3, 1, 2, 3, 2, 3, 1):  # of the input, then of the weight
+            yield b.moved(passes * elements, b.precise)
+        for _ in range(2 if dtype != b.precise else 0):
+            yield b.moved(elements, dtype, b.precise)
 
     def saved(self, b: MicroBatch) -> int:
-        return b.outside * self.hidden * b.parameter.itemsize
+        elements, dtype = self.given(b)
+        return elements * dtype.itemsize
+
+    def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
+        """Returns the number of its input's elements, and their dtype."""
+        return b.outside * self.hidden, b.parameter
 
 
 class _Norm(ShardedModule):

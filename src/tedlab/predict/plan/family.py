@@ -44,8 +44,12 @@ def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool
     return member(config, low * _STEP, tensor) if low else None
 
 
+def parameters(config: TrainConfig) -> int:
+    """Returns the number of parameters of the model."""
+    model = replace(config.model, vocab_size=config.model.vocab_size or 50_304)
+    return sum(prod(p.shape) for p in models[model.architecture].spec(model, config.moe).parameters())
+
+
 def base_parameters(config: TrainConfig) -> int:
     """Returns the number of parameters of the base model, which has no experts."""
-    model = replace(config.model, vocab_size=config.model.vocab_size or 50_304)
-    dense = replace(config.moe, num_experts=0)
-    return sum(prod(p.shape) for p in models[model.architecture].spec(model, dense).parameters())
+    return parameters(replace(config, moe=replace(config.moe, num_experts=0)))

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tedlab.config import TrainConfig
+from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
-from tedlab.predict.plan.family import base_parameters
+from tedlab.predict.plan.family import base_parameters, parameters
 from tedlab.predict.plan.file import allowed
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.predict.plan.search import CHOSEN, Candidate
@@ -87,8 +88,8 @@ def write_overrides(
     """Writes the overrides that make the winner, one a line, with those of ``given`` that such a file may contain."""
     chosen = overrides(plan.winner)
     if largest:
-        model = config.model
-        chosen = [f"model.{name}={getattr(model, name)}" for name in ("layers", "hidden", "heads", "ffn")] + chosen
+        sizes = {name: getattr(config.model, name) for name in ("layers", *HEADS, "ffn")}
+        chosen = [f"model.{name}={size}" for name, size in sizes.items() if size is not None] + chosen
     world, per_node = config.parallel.world_size, cluster.gpus_per_node
     if world > per_node and world % per_node == 0:
         chosen += [f"trainer.devices={per_node}", f"trainer.num_nodes={world // per_node}"]
@@ -109,14 +110,12 @@ def _models_table(models: Mapping[int, TrainConfig]) -> Table:
         table.add_column(heading, justify="right")
     best = max(models.values(), key=base_parameters)
     for tensor, config in models.items():
-        base, model, moe = base_parameters(config), config.model, config.moe
-        experts = len(moe.blocks(model.layers)) * (moe.num_experts - 1) * 2 * model.hidden * model.ffn
         table.add_row(
             f"{tensor}",
-            f"{base / 1e9:.2f} B",
-            f"{model.layers}",
-            f"{model.hidden}",
-            f"{(base + max(0, experts)) / 1e9:.1f} B",
+            f"{base_parameters(config) / 1e9:.2f} B",
+            f"{config.model.layers}",
+            f"{config.model.hidden}",
+            f"{parameters(config) / 1e9:.1f} B",
             style="bold" if config is best else None,
         )
     table.caption = "the bold one is planned; parallel.tensor=… plans another"
