@@ -153,8 +153,8 @@ class CommOptions(Frozen):
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
     fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
     # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
-    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (see TAGS in
-    # models/gpt.py); auto: the best within cac_budget_bytes.
+    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (if one is wrong, all
+    # are listed); auto: the best within cac_budget_bytes.
     cac: Any = False
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
 

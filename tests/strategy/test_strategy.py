@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tedlab import TEDStrategy
 from tedlab.config import CheckpointOptions, CommOptions, MoEConfig, ShardingOptions
-from tedlab.moe import MoELayer, MoESpec
+from tedlab.moe import DispatchSpec, MoELayer, MoESpec, SlotExperts, mixtures
 from tedlab.nn import FeedForward, FeedForwardSpec, Init, LayerNorm, NormSpec, initialize
+from tedlab.spec import Layout, Site, Sites
 from tests.pool import WorkerPool
 from tests.training import full, silent_trainer
 
@@ -24,6 +25,21 @@ INIT = Init(std=0.5)
 STEPS, BATCH = 4, 8  # samples of one step over all data ranks
 X = torch.randn(STEPS * BATCH, 2, 3, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(torch.arange(len(X)), X, X.sin().sum(-1))
+
+
+def test_a_collective_that_no_model_has_is_refused_before_there_is_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"'dispatch.alltoall'\. Did you mean 'dispatch.all_to_all'\? Valid: .*experts.reduce"
+    ):
+        TEDStrategy(2, 2, comm=CommOptions(cac=["experts.reduce", "1/dispatch.alltoall:shard"]))
+
+    class MineSpec(DispatchSpec):
+        def sites(self, layout: Layout) -> Sites:
+            return Sites((Site("mine.all_to_all", "all_to_all", "expert", self.hidden),))
+
+    mine = type("Mine", (SlotExperts,), {"dispatch": MineSpec})
+    monkeypatch.setitem(mixtures._parts, "mine", mine)
+    assert TEDStrategy(2, 2, comm=CommOptions(cac=["mine.all_to_all"])).comm.cac == ["mine.all_to_all"]
 
 
 class Mixture(LightningModule):

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.wrap import wrap
-from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport
+from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport, mixtures
 from tedlab.nn import (
     ColumnParallelLinear,
     ColumnParallelSpec,
@@ -195,6 +195,11 @@ class GPTSpec(Spec):
         for first in sorted(set(self.first)):
             self.blocks[first].check(degrees)
 
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
+        return _tags(type(self), self.moe.dispatch)
+
     def flops(self, length: int) -> Counter[str]:
         parts = Counter(self.first)
         total = sum((end.flops(length) for end in self.ends), Counter[str]())
@@ -210,21 +215,24 @@ class GPTSpec(Spec):
                 yield name, part
 
 
-def _tags() -> tuple[str, ...]:
-    """Returns the tags of blocks' collectives that a second pass may reach in any layout."""
+@cache
+def _tags(kind: type[GPTSpec], dispatch: str) -> tuple[str, ...]:
     model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
     layouts = (
         Layout(ParallelDegrees(2, 2, sequence=sequence), CommOptions(dtd=not sequence)) for sequence in (True, False)
     )
-    blocks = GPTSpec(model, MoEConfig(num_experts=1)).blocks
+    blocks = kind(model, MoEConfig(num_experts=1, dispatch=dispatch)).blocks
     sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
     return tuple(dict.fromkeys(site.tag for site in sites))
 
 
-TAGS = _tags()
-
-
 models: "Registry[type[GPT]]" = Registry("model.architecture")
+
+
+def known_tags() -> tuple[str, ...]:
+    """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
+    pairs = ((models[model].spec, dispatch) for model in models.names for dispatch in mixtures.names)
+    return tuple(dict.fromkeys(tag for pair in pairs for tag in _tags(*pair)))
 
 
 @models.register("gpt")
@@ -261,7 +269,7 @@ class GPT(nn.Module):
             initialize(self, seed)
         for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
             sites = of.sites(topology.layout).present(topology.degrees).recomputed
-            second = plan(sites, kept_tags(topology.options.cac, TAGS, index))
+            second = plan(sites, kept_tags(topology.options.cac, spec.tags, index))
             recomputed = model.recompute.granularity == Granularity.BLOCK
             wrap(block, topology, second if recomputed else None, model.compile, model.recompute.early_stop)
 
@@ -269,8 +277,8 @@ class GPT(nn.Module):
     def moved(self) -> dict[int, Rows]:
         """Rows that mixtures have moved in training so far, by block, for mixtures whose routers decide how many."""
         layers = {index: block.feed_forward for index, block in enumerate(self.blocks)}
-        mixtures = {index: layer.experts for index, layer in layers.items() if isinstance(layer, MoELayer)}
-        return {index: mixture.moved for index, mixture in mixtures.items() if mixture.moved is not None}
+        found = {index: layer.experts for index, layer in layers.items() if isinstance(layer, MoELayer)}
+        return {index: mixture.moved for index, mixture in found.items() if mixture.moved is not None}
 
     def forward(self, ids: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[RouterReport]]:
         """Maps token ids (B, S) to this tensor rank's logits (B, S, V/T), and returns one report per MoE layer.

@@ -22,7 +22,7 @@ from tedlab.comm.recompute import Plan, Second
 from tedlab.comm.rows import Rows
 from tedlab.config import Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
-from tedlab.models.gpt import TAGS, models
+from tedlab.models import models
 from tedlab.optim.bucket import lay_out
 from tedlab.spec import ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
@@ -116,7 +116,7 @@ class ClosedForm:
         """The blocks that are equal and for which CAC keeps the same, by the first of them."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block, first in enumerate(self.spec.first):
-            kept = kept_tags(self.config.comm.cac, TAGS, block)
+            kept = kept_tags(self.config.comm.cac, self.spec.tags, block)
             alike.setdefault((first, *sorted(kept.items())), []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
 
@@ -143,7 +143,7 @@ class ClosedForm:
 
     def second_pass(self, block: int, cac: object) -> Plan:
         """Returns what recomputation does at each collective of a block."""
-        return plan(self.sites[block].recomputed, kept_tags(cac, TAGS, block))
+        return plan(self.sites[block].recomputed, kept_tags(cac, self.spec.tags, block))
 
     def dead(self, block: int) -> set[str]:
         """Returns the tags of a block's collectives whose input recomputation does not compute."""

@@ -1,7 +1,7 @@
 """TEDStrategy connects tensor × expert × data parallelism to Lightning. Only users and entry points import it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -36,6 +36,7 @@ from tedlab.config import CheckpointOptions, CommOptions, ShardingOptions
 from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.launch import outside, rendezvous
 from tedlab.launch.watch import Watch, watch
+from tedlab.models.gpt import known_tags
 from tedlab.nn import partial_parameters
 from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
 from tedlab.optim.finite import check_saved
@@ -99,8 +100,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         old: Names of 0.x that have moved into the objects above; they work for one more release.
 
     Raises:
-        ValueError: When the Trainer starts, if tensor × expert does not divide the number of processes, or if the
-            Trainer's precision is not supported.
+        ValueError: If ``comm.cac`` names a collective that no model has; when the Trainer starts, if tensor × expert
+            does not divide the number of processes, or if the Trainer's precision is not supported.
     """
 
     strategy_name = "ted"
@@ -134,7 +135,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.comm = replace(comm or CommOptions(), **moved["comm"])
         self.sharding = replace(sharding or ShardingOptions(), **moved["sharding"])
         self.checkpoints = replace(checkpoints or CheckpointOptions(), **moved["checkpoints"])
-        kept_tags(self.comm.cac, tags=None)  # raises if malformed; only the model knows its tags
+        named = isinstance(self.comm.cac, Sequence) and not isinstance(self.comm.cac, str)
+        kept_tags(self.comm.cac, known_tags() if named else None)  # raises if malformed
         self.loss_scale = loss_scale
         self.stop_on_nonfinite = stop_on_nonfinite
         self.replicas = ReplicaCheck(check_replicas_every)

@@ -5,7 +5,7 @@ from typing import Any
 from tedlab.comm.keep import kept_tags
 from tedlab.config import Compiler, Granularity, TrainConfig
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.models.gpt import TAGS
+from tedlab.models import models
 from tedlab.moe import routers
 from tedlab.predict.budget import within_budget
 from tedlab.predict.cluster import ClusterConfig, load_cluster
@@ -24,7 +24,7 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if comm.cac == "auto":
         load_cluster(comm.emulate or comm.cac_cluster)
     else:
-        kept_tags(comm.cac, TAGS)
+        kept_tags(comm.cac, models[model.architecture].spec(model, config.moe).tags)
     if (comm.cac == "auto") != (comm.cac_budget_bytes is not None):
         raise ValueError(
             f"comm.cac={comm.cac} and comm.cac_budget_bytes={comm.cac_budget_bytes} do not belong together: auto keeps "
