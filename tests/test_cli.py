@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 import tedlab
@@ -24,6 +25,7 @@ from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig, value_of
 from tedlab.errors import UsageError
 from tedlab.renamed import RENAMED, nested
+from tedlab.resume import named_values
 from tests.commands import run_command
 from tests.test_conf import compose as compose_typed
 
@@ -99,6 +101,30 @@ def test_old_names_are_taken_and_the_new_ones_told(tmp_path: Path, capsys: pytes
     plan.write_text("model.checkpoint=block\nmodel.layers=3\n")
     assert with_plan([f"+plan={plan}"]) == ["model.recompute.granularity=block", "model.layers=3"]
     assert with_plan([f"+plan={plan}", words[0]]) == ["model.layers=3", words[0]]
+
+
+def test_files_with_old_names_are_taken_and_the_new_ones_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "model" / "old.yaml").write_text("defaults: [gpt_tiny]\ncheckpoint: block\n")
+    content = "# @package _global_\nexperiment_name: ${model.activation}\ncheckpoint: {every: 5, early_stop: false}\n"
+    (tmp_path / "experiment" / "old.yaml").write_text(content)
+    seen: list[tuple[TrainConfig, set[str]]] = []
+
+    def see(config: TrainConfig) -> None:
+        seen.append((config, named_values(HydraConfig.get())))
+
+    arguments = (f"hydra.searchpath=[file://{tmp_path}]", "model=old", "experiment=old", f"hydra.run.dir={tmp_path}")
+    assert run_command(hydra_entry(see, "train", TrainConfig), *arguments) is None
+    ((config, named),) = seen
+    assert (config.model.recompute.granularity, config.model.recompute.early_stop) == ("block", False)
+    assert (config.checkpoint.every, config.experiment_name) == (5, "gelu")
+    assert "model.recompute.early_stop" in named
+    notes = capsys.readouterr().err
+    assert notes.count(f"file://{tmp_path}: model.checkpoint is now model.recompute.granularity;") == 1
+    assert notes.count("checkpoint.early_stop is now model.recompute.early_stop;") == 1
 
 
 def test_every_name_that_moved_has_become_one_that_is() -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
+from hydra import compose, initialize_config_dir
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -625,6 +626,24 @@ def test_hydras_parser_tells_flags_from_overrides() -> None:
     found = hydra.arguments_parser().parse_args(["--cfg", "job", "a=1", "--multirun"])
     assert (found.cfg, found.overrides, found.multirun) == ("job", ["a=1"], True)
     assert {"config_dir", "config_path", "config_name", "help", "hydra_help", "info"} <= set(vars(found))
+
+
+def test_hydra_composes_the_translation_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = hydra.ConfigLoaderImpl
+    monkeypatch.setattr(loader, "_load_single_config", loader._load_single_config)  # is put back after this test
+    (tmp_path / "group").mkdir()
+    (tmp_path / "group" / "option.yaml").write_text("x: ${y}\n")
+    (tmp_path / "main.yaml").write_text("defaults: [_self_, {group: option}]\ny: 2\n")
+    seen = []
+
+    def translate(path: str, content: dict) -> dict:
+        seen.append((path, content))
+        return {"group": {"z": content["group"]["x"]}} if "group" in content else content
+
+    hydra.translate_files(translate)
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("main") == {"group": {"z": 2}, "y": 2}
+    assert (f"file://{tmp_path}", {"group": {"x": "${y}"}}) in seen
 
 
 def test_omegaconfs_yaml_knows_9e9_and_no_key_twice() -> None:

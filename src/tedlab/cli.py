@@ -5,7 +5,9 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -16,12 +18,13 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
+from tedlab._compat.hydra import translate_files
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
 from tedlab.launch.outside import first_outside
 from tedlab.predict.plan import file as plan_file
-from tedlab.renamed import overrides
+from tedlab.renamed import nested, note, old_names, overrides
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -60,9 +63,24 @@ def with_plan(arguments: list[str]) -> list[str]:
 def renamed(given: list[str]) -> list[str]:
     """Overrides by the names of now; a note says which had old ones."""
     words, notes = overrides(given)
-    for note in notes if first_outside() else ():
-        print(note, file=sys.stderr)
+    for told in notes if first_outside() else ():
+        print(told, file=sys.stderr)
     return words
+
+
+@cache
+def rename_in_files() -> None:
+    """Makes Hydra take old names in configuration files, too; a note says which file has them."""
+    told = set()
+
+    def current(path: str, content: Any) -> Any:
+        for old in old_names(content):
+            if (path, old) not in told and first_outside():
+                print(f"{path}: {note(old)}", file=sys.stderr)
+            told.add((path, old))
+        return nested(content)
+
+    translate_files(current)
 
 
 def check_run_directory(overrides: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Renamed configuration values, whose old names work for one more release, with a note.
 
-This covers the command line, plan files, and the configurations and checkpoints of finished runs.
+This covers the command line, plan files, configuration files, and the configurations and checkpoints of finished runs.
 """
 
 import re
@@ -19,15 +19,19 @@ def renamed(name: str) -> str:
     return RENAMED.get(name, name)
 
 
+def note(old: str) -> str:
+    """Returns what a user is told who gives an old name."""
+    return f"{old} is now {RENAMED[old]}; its old name goes with the next release."
+
+
 def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
     """Returns overrides with current names, and a note for each that had an old one."""
     words, notes = [], []
     for word in given:
         parts = _KEY.fullmatch(word)
         if parts is not None and parts["key"] in RENAMED:
-            new = RENAMED[parts["key"]]
-            notes.append(f"{parts['key']} is now {new}; its old name goes with the next release.")
-            word = f"{parts['prefix']}{new}{parts['rest']}"
+            notes.append(note(parts["key"]))
+            word = f"{parts['prefix']}{renamed(parts['key'])}{parts['rest']}"
         words.append(word)
     return words, notes
 
@@ -35,15 +39,26 @@ def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a stored configuration, or some of its sections, with current names."""
     config = dict(values)
-    for old, new in RENAMED.items():
+    for old in old_names(values):
         *sections, name = old.split(".")
-        place: Any = config
-        for section in sections:
-            place = place.get(section) if isinstance(place, Mapping) else None
-        if isinstance(place, Mapping) and name in place:
-            config = _moved(config, sections, {k: v for k, v in place.items() if k != name})
-            config = _moved(config, new.split("."), place[name])
+        place = _section(config, sections)
+        config = _moved(config, sections, {key: value for key, value in place.items() if key != name})
+        config = _moved(config, RENAMED[old].split("."), place[name])
     return config
+
+
+def old_names(values: Mapping[str, Any]) -> list[str]:
+    """Returns the old names in a nested configuration."""
+    split = [(old, old.split(".")) for old in RENAMED]
+    return [old for old, (*sections, name) in split if name in _section(values, sections)]
+
+
+def _section(config: Mapping[str, Any], path: list[str]) -> Mapping[str, Any]:
+    """Returns what is at the end of a path; nothing if it is no section."""
+    place: Any = config
+    for name in path:
+        place = place.get(name) if isinstance(place, Mapping) else None
+    return place if isinstance(place, Mapping) else {}
 
 
 def _moved(config: Mapping[str, Any], path: list[str], value: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tedlab.checkpoint import META, read_meta
 from tedlab.config import TrainConfig, value_of, with_values
 from tedlab.errors import UsageError
+from tedlab.renamed import renamed
 from tedlab.untrusted import interpolation
 
 DECIDED = (
@@ -91,7 +92,7 @@ def named_values(hydra: Any) -> set[str]:
             for default in content.pop("defaults", []):
                 if isinstance(default, dict):
                     named |= {str(key).removeprefix("override").strip(" /") for key in default}
-            named |= set(_leaves(content))
+            named |= {renamed(name) for name in _leaves(content)}
     return named - ({"data", "model", "parallel", "trainer"} | {"experiment"})
 
 

@@ -116,6 +116,9 @@ def test_a_run_of_the_last_release_has_its_settings_by_the_names_of_now(tmp_path
     old, new = runs_of(tmp_path, {"model.checkpoint": "none"}, {"model.recompute.granularity": "none"})
     assert compare([old, new]).differing == []
     assert old.config["model.recompute.granularity"] == "none"
+    comparison = compare([old, new], ["model.checkpoint", "seed"])
+    assert comparison.settings == ["model.recompute.granularity", "seed"]
+    assert "model.checkpoint is now model.recompute.granularity" in comparison.notes[0]
 
 
 def test_losses_are_written_with_the_digits_that_tell_them_apart() -> None:

@@ -1,15 +1,36 @@
 """What tedlab uses of Hydra's and OmegaConf's private names. Nothing here needs torch."""
 
 from argparse import ArgumentParser
+from collections.abc import Callable
 from typing import Any
 
 from hydra._internal import utils as hydra_utils
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import OmegaConf
 from omegaconf import _utils as omegaconf_utils
 
 
 def arguments_parser() -> ArgumentParser:
     """Hydra's own for ``--cfg``, ``--multirun`` and the others, to look at a command line before Hydra acts on it."""
     return hydra_utils.get_args_parser()
+
+
+def translate_files(translate: Callable[[str, Any], Any]) -> None:
+    """Makes Hydra compose what ``translate`` returns for each file's path and content, as nested in the whole.
+
+    Hydra tells its plugins of jobs, and of places to look for files, but not of what it reads there.
+    """
+    load = ConfigLoaderImpl._load_single_config
+
+    def load_translated(*arguments: Any, **options: Any) -> Any:
+        result = load(*arguments, **options)
+        if not result.path.startswith("structured:"):  # that is a schema
+            content = OmegaConf.to_container(result.config)
+            new = translate(result.path, content)
+            result.config = result.config if new == content else OmegaConf.create(new)
+        return result
+
+    ConfigLoaderImpl._load_single_config = load_translated  # type: ignore[method-assign]
 
 
 def yaml_loader() -> Any:

@@ -9,7 +9,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
+from tedlab.cli import CONF, check_overrides, check_run_directory, rename_in_files, renamed, with_plan
 from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
@@ -35,6 +35,7 @@ def hydra_entry(
         prepare: Turns the command's own notation on the command line into Hydra's overrides.
     """
     ConfigStore.instance().store(f"{name}_schema", schema)
+    rename_in_files()
     failures = SweepFailures()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)

@@ -10,6 +10,7 @@ from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
+from tedlab.renamed import RENAMED, note, renamed
 
 # Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
 PLUMBING = (
@@ -35,6 +36,7 @@ MUST_AGREE = (
     "data.bpe_vocab_size",
     "data.validation_fraction",
     "data.validation_samples",
+    "data.training_batches",
     "trainer.max_steps",
 )
 MAY_DIFFER = ("model.recompute",)  # … except in these, which change no maths
@@ -173,6 +175,8 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
         UsageError: If no configuration has a key of ``by``, or if losses of the runs do not mean the same.
     """
     known = list(dict.fromkeys(key for run in runs for key in run.config))
+    notes = [*notes, *(note(key) for key in by if key in RENAMED)]
+    by = [renamed(key) for key in by]
     differing = _differing(runs, known)
     for key in by:
         if key not in known:
