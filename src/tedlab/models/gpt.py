@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -195,10 +195,14 @@ class GPTSpec(Spec):
         for first in sorted(set(self.first)):
             self.blocks[first].check(degrees)
 
-    @property
+    @cached_property
     def tags(self) -> tuple[str, ...]:
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
-        return _tags(type(self), self.moe.dispatch)
+        model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
+        blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch)).blocks
+        layouts = (Layout(ParallelDegrees(2, 2, sequence=on), CommOptions(dtd=not on)) for on in (True, False))
+        sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
+        return tuple(dict.fromkeys(site.tag for site in sites))
 
     def flops(self, length: int) -> Counter[str]:
         parts = Counter(self.first)
@@ -215,24 +219,13 @@ class GPTSpec(Spec):
                 yield name, part
 
 
-@cache
-def _tags(kind: type[GPTSpec], dispatch: str) -> tuple[str, ...]:
-    model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
-    layouts = (
-        Layout(ParallelDegrees(2, 2, sequence=sequence), CommOptions(dtd=not sequence)) for sequence in (True, False)
-    )
-    blocks = kind(model, MoEConfig(num_experts=1, dispatch=dispatch)).blocks
-    sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
-    return tuple(dict.fromkeys(site.tag for site in sites))
-
-
 models: "Registry[type[GPT]]" = Registry("model.architecture")
 
 
 def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
-    pairs = ((models[model].spec, dispatch) for model in models.names for dispatch in mixtures.names)
-    return tuple(dict.fromkeys(tag for pair in pairs for tag in _tags(*pair)))
+    shape, kinds = ModelConfig(1, 1, 1, 1, 1), [MoEConfig(1, dispatch=dispatch) for dispatch in mixtures.names]
+    return tuple(dict.fromkeys(tag for m in models.names for moe in kinds for tag in models[m].spec(shape, moe).tags))
 
 
 @models.register("gpt")
