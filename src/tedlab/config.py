@@ -1,12 +1,10 @@
 """The typed configuration: one dataclass per config group.
 
-Every value of a YAML file in ``conf/`` lands in one field here, and these objects themselves are what constructors
-take: the options of communication, sharding and checkpoints are one object each from the command line to the line that
-obeys them. None of them changes once it is made. Hydra uses the same classes as its schema, so a misspelt key or an
-ill-typed value never gets past composition.
-Nothing here imports torch. A number declares its range beside its default, with ``whole`` or ``real``; a
-word that is one of few its enumeration, with ``word``. What fields must
-satisfy *together* is checked in ``validate``.
+Every value of a YAML file in ``conf/`` lands in one field here, and constructors take these objects themselves: the
+options of communication, sharding and checkpoints are one object each, from the command line to the line that obeys
+them. No object changes after it is made. Hydra uses the same classes as its schema, so composition refuses a misspelt
+key or an ill-typed value. Nothing here imports torch. A number declares its range beside its default (``whole`` or
+``real``), and a word its enumeration (``word``). ``validate`` checks what fields must satisfy *together*.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,15 +49,15 @@ class Frozen:
 
 @dataclass
 class RecomputeConfig(Frozen):
-    """Activation checkpointing: what the backward pass computes again, so that it need not be kept."""
+    """Activation checkpointing: what the backward pass recomputes instead of keeping it in memory."""
 
     granularity: str = word(Granularity.NONE)  # none | block (each block as a whole)
-    early_stop: bool = True  # only as far as backward needs; false: all of it, the paper's baseline
+    early_stop: bool = True  # stop where the backward pass needs no more; false: recompute all, as the paper's baseline
 
 
 @dataclass
 class ModelConfig(Frozen):
-    """A pre-norm decoder: GPT-3 by default, and with the choices below one like OLMoE or Mixtral."""
+    """A pre-norm decoder: GPT-3 by default; the options below make it one like OLMoE or Mixtral."""
 
     layers: int = whole(least=1, most=10_000)
     hidden: int = whole(least=1, most=_WIDEST)
@@ -71,20 +69,17 @@ class ModelConfig(Frozen):
     norm: str = word(Norm.LAYER)  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
     norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
     positions: str = word(Positions.LEARNED)  # learned (a table) | rotary (queries and keys are rotated)
-    rotary_base: float = real(
-        10_000.0, above=1
-    )  # of rotary positions: feature pair i of d turns by base^(-2i/d) at each position
-    vocab_size: int | None = whole(
-        None, least=1, most=_WIDEST
-    )  # None: the tokenizer's, rounded up to a multiple of 128
+    # The base of rotary positions: feature pair i of d turns by base^(-2i/d) at each position.
+    rotary_base: float = real(10_000.0, above=1)
+    # None: the tokenizer's size, rounded up to a multiple of 128.
+    vocab_size: int | None = whole(None, least=1, most=_WIDEST)
     tie_embeddings: bool = True  # the output projection is the token embedding
     # Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers).
     init_std: float = real(0.02, above=0)
-    loss_chunk: int | None = whole(
-        None, least=1
-    )  # tokens whose logits exist at a time; None: all, and their gradient after them
-    # torch.compile of each block (without dropless experts) and of the loss in chunks: none | inductor | aot_eager
-    # (without code generation).
+    # The number of tokens whose logits exist at a time, with their gradient; None: all logits exist at once.
+    loss_chunk: int | None = whole(None, least=1)
+    # torch.compile of each block (not with dropless experts) and of the loss in chunks: none | inductor | aot_eager
+    # (no code generation).
     compile: str = word(Compiler.NONE)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     architecture: str = "gpt"  # gpt | a model that a package registers, see docs/guests.md
@@ -97,25 +92,24 @@ class MoEConfig(Frozen):
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
     top_k: int = whole(1, least=1)
-    # capacity | dropless (experts take all that choose them; none of the capacity… applies) | one of a package
+    # capacity | dropless (experts take all tokens routed to them; no capacity_… applies) | a registered name
     dispatch: str = "capacity"
-    capacity_factor: float | None = real(1.25, above=0)  # None: no token is ever dropped
-    capacity_multiple: int = whole(
-        8, least=1, most=_WIDEST
-    )  # capacity is rounded up to a multiple of this in every layout
-    # A micro-batch's tokens queue in this many groups of neighbouring positions, each with its share of the capacity.
-    # None: 1, or with parallel.sequence the tensor degree, since each tensor rank then sees its own positions only.
+    capacity_factor: float | None = real(1.25, above=0)  # None: unlimited, no token is dropped
+    # Capacity is rounded up to a multiple of this in every layout.
+    capacity_multiple: int = whole(8, least=1, most=_WIDEST)
+    # The tokens of a micro-batch are divided into this many groups of neighbouring positions, each with its share of
+    # the capacity. None: 1, or with parallel.sequence the tensor degree: each tensor rank only sees its own positions.
     capacity_groups: int | None = whole(None, least=1)
-    # Of dropless experts that are all in one process: auto (triton where it runs) | torch | triton.
+    # The kernel of dropless experts that are all in one process: auto (triton where it runs) | torch | triton.
     kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers
     gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
-    # Of DeepSpeed's gatings alone; None: as in DeepSpeed.
-    min_capacity: int | None = whole(None, least=0)  # all three: least capacity; None: 4
+    # The rest is for DeepSpeed's gatings; None: as in DeepSpeed.
+    min_capacity: int | None = whole(None, least=0)  # all three: the lowest capacity; None: 4
     random_token_selection: bool | None = None  # top1: a full expert keeps a random selection; None: true
     second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
-    # topk: a full expert keeps the most probable (probs; None) or first (position)
+    # topk: a full expert keeps the most probable tokens (probs, or None) or the first ones (position).
     drop_policy: str | None = word(None, DropPolicy)
 
     def blocks(self, layers: int) -> range:
@@ -132,7 +126,7 @@ class MoEConfig(Frozen):
 class ParallelConfig(Frozen):
     """Degrees of parallelism. ``world_size`` = tensor × data; ``data`` = expert × expert_data."""
 
-    world_size: int = whole(least=1, most=_MOST_PROCESSES)  # processes in all, over all nodes
+    world_size: int = whole(least=1, most=_MOST_PROCESSES)  # the number of processes on all nodes
     tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
     expert: int = whole(1, least=1, most=_MOST_PROCESSES)
     sequence: bool = False  # shard activations between layers over the tensor group (Megatron's sequence parallelism)
@@ -142,8 +136,8 @@ class ParallelConfig(Frozen):
 class LedgerConfig(Frozen):
     """The record of every collective."""
 
-    every: int = whole(100, least=0)  # steps between averages in the log, where they change; 0: none
-    time: bool = False  # also measure durations, which synchronises every collective
+    every: int = whole(100, least=0)  # steps between logged averages, if they change; 0: never log
+    time: bool = False  # also measure durations; this synchronises every collective
 
 
 @dataclass(kw_only=True)
@@ -151,27 +145,27 @@ class CommOptions(Frozen):
     """What layers, strategy and closed form do about communication. No toggle changes what is computed."""
 
     dtd: bool = False  # duplicate token dropping: each tensor rank exchanges 1/T of what goes to experts (paper §5.1)
-    fuse_reduce_scatter: bool = False  # with dtd: the experts' all-reduce and the drop after it as one reduce-scatter
-    # Communication-aware checkpointing (paper §5.2): collectives' results that recomputation takes from memory. false;
-    # true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (if one is wrong, all
-    # are listed); auto: the best within cac_budget_bytes.
+    fuse_reduce_scatter: bool = False  # with dtd: one reduce-scatter for the experts' all-reduce and the drop
+    # Communication-aware checkpointing (paper §5.2): which results of collectives recomputation takes from memory.
+    # false: none; true: all; shard: 1/T of each, gathered again inside the tensor group; a list of collectives (the
+    # error about an unknown one lists all); auto: the best that fit in cac_budget_bytes.
     cac: Any = False
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
 
 
 @dataclass
 class CommConfig(CommOptions):
-    """How processes talk."""
+    """How processes communicate."""
 
     # nccl | gloo (processes may share a GPU) | None: nccl on GPUs, gloo on a CPU
     backend: str | None = word(None, Backend)
     timeout_s: int = whole(600, least=1, most=_YEAR_S)  # a collective that takes longer ends the run
-    cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # of each process, for cac=auto
-    cac_cluster: str = "dgx_a100"  # whose links cac=auto reckons with, unless another is emulated
+    cac_budget_bytes: int | None = whole(None, least=0, most=1 << 50)  # per process, for cac=auto
+    cac_cluster: str = "dgx_a100"  # the cluster for which cac=auto computes times, unless one is emulated
     emulate: str | None = None  # delay each collective as on this cluster: a name in conf/cluster
-    # Times slower than that network, in proportion to a slower processor; 0: count only, sleep never.
+    # How many times slower than that network, to match a slower processor; 0: count only, never sleep.
     emulate_dilation: float = real(1.0, least=0, most=1e9)
-    emulate_ranks_per_node: int | None = whole(None, least=1)  # None: the cluster's
+    emulate_ranks_per_node: int | None = whole(None, least=1)  # None: as in the cluster
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
 
 
@@ -182,25 +176,25 @@ class DataConfig(Frozen):
     path: str | None = MISSING  # file, folder or glob of text or JSONL; None: the Python standard library's source
     field: str = "text"  # the field of a JSONL line that holds the text
     tokenizer: str = "byte"  # byte | bpe (trained on the corpus on first use) | path of a tokenizers JSON file
-    bpe_vocab_size: int = whole(4096, least=257, most=_WIDEST)  # 256 bytes, and what separates documents
-    batch_size: int = whole(least=1)  # samples of one optimizer step, over all data ranks and accumulated micro-batches
-    micro_batch_size: int = whole(least=1)  # samples of one forward pass of one data rank
-    # Share of the files (of the documents, for a single file) held out.
+    bpe_vocab_size: int = whole(4096, least=257, most=_WIDEST)  # 256 bytes, a separator of documents, and merges
+    batch_size: int = whole(least=1)  # samples per optimizer step, over all data ranks and micro-batches
+    micro_batch_size: int = whole(least=1)  # samples per forward pass of one data rank
+    # Share of the files, or of the documents of a single file, held out for validation.
     validation_fraction: float = real(0.05, above=0, below=1)
-    validation_samples: int = whole(least=1)  # samples of one validation pass, over all data ranks
-    training_batches: int | None = whole(None, least=1)  # the first so many, again and again; None: all there are
+    validation_samples: int = whole(least=1)  # samples per validation pass, over all data ranks
+    training_batches: int | None = whole(None, least=1)  # train on the first so many only, repeatedly; None: on all
     cache_dir: str = "~/.cache/tedlab"
     num_workers: int = whole(0, least=0, most=1024)
-    module: str = "tedlab.data.TextDataModule"  # the class that makes batches of all this; a subclass of this one
+    module: str = "tedlab.data.TextDataModule"  # the class that makes batches: this one or a subclass
 
 
 @dataclass(kw_only=True)
 class ShardingOptions(Frozen):
-    """How optimizer state and gradients are divided over data ranks, and stepped."""
+    """How optimizer state and gradients are sharded over data ranks, and how the optimizer steps."""
 
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
-    overlap: bool = False  # reduce gradients while the backward pass goes on
-    bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # of each process, reduced in one collective
+    overlap: bool = False  # reduce gradients during the backward pass
+    bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # elements per process that one collective reduces
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 
 
@@ -208,14 +202,14 @@ class ShardingOptions(Frozen):
 class OptimConfig(ShardingOptions):
     """The optimizer and its learning-rate schedule."""
 
-    optimizer: dict[str, Any] = MISSING  # a ``_target_`` of torch.optim and its arguments except the learning rate
+    optimizer: dict[str, Any] = MISSING  # a ``_target_`` and its arguments, without the learning rate
     lr: float = real(above=0)
-    # cosine | constant | wsd (constant, then linear decay) | one of a package; each after a linear warm-up
+    # cosine | constant | wsd (constant, then linear decay) | a registered name; each starts with a linear warm-up.
     schedule: str = "cosine"
     warmup_steps: int = whole(0, least=0)
-    final_lr_fraction: float = real(0.1, least=0, most=1)  # of the learning rate, where cosine and wsd end
-    decay_fraction: float = real(0.2, least=0, most=1)  # of the run, in which wsd decays
-    # Initial dynamic loss scale; None: 65536 with fp16, otherwise none at all.
+    final_lr_fraction: float = real(0.1, least=0, most=1)  # the fraction of lr at which cosine and wsd end
+    decay_fraction: float = real(0.2, least=0, most=1)  # the fraction of the run in which wsd decays
+    # Initial dynamic loss scale; None: 65536 with fp16, otherwise no scaling.
     loss_scale: float | None = real(None, least=1, most=2.0**64)
     stop_on_nonfinite: bool = True  # end the run before a loss or gradient that is inf or NaN reaches a weight
 
@@ -224,7 +218,7 @@ class OptimConfig(ShardingOptions):
 class CheckpointOptions(Frozen):
     """How checkpoints are written."""
 
-    async_save: bool = False  # write while training goes on
+    async_save: bool = False  # write while training continues
 
 
 @dataclass
@@ -247,24 +241,23 @@ class TrainConfig(Frozen):
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     trainer: dict[str, Any] = MISSING  # arguments of lightning.Trainer, as they are
-    logger: dict[str, Any] = field(default_factory=dict)  # further loggers, each a ``_target_``
-    callbacks: dict[str, Any] = field(default_factory=dict)  # of Lightning, beside a run's own, each a ``_target_``
+    logger: dict[str, Any] = field(default_factory=dict)  # additional loggers, each with a ``_target_``
+    callbacks: dict[str, Any] = field(default_factory=dict)  # additional callbacks, each with a ``_target_``
     experiment_name: str = MISSING
-    seed: int = whole(least=0, most=2**32 - 1)  # what numpy takes
+    seed: int = whole(least=0, most=2**32 - 1)  # of initial weights, data order and random draws
     output_dir: str = MISSING
-    ckpt_path: str | None = (
-        None  # a checkpoint to resume from; or a run directory or its checkpoints: the last one there
-    )
-    # auto: continue where this output_dir ends, in the same W&B run; without a checkpoint there as if it were null.
+    # A checkpoint to resume from, or a run directory (or its checkpoints folder) with a last checkpoint.
+    ckpt_path: str | None = None
+    # auto: resume the run in output_dir, in the same W&B run; if there is no checkpoint, start a new run.
     resume: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = whole(100, least=1)  # steps between validations; there is always one at the end
-    # Steps between checks that replicas are equal, bit by bit, also at the end; None: never.
+    # Steps between checks that replicas are equal, bit by bit; there is also one at the end. None: never.
     check_replicas_every: int | None = whole(100, least=1)
     # Steps between pictures of the experts' load; None: only at the end.
     router_picture_every: int | None = whole(100, least=1)
-    certificate: bool = False  # first prove that a small likeness of this run equals one process
-    # of its runs: 64-true | bf16-true (as equal as rounding allows)
+    certificate: bool = False  # first prove that a scaled-down version of this run equals one process
+    # The precision of the certificate: 64-true | bf16-true (equal within rounding).
     certificate_precision: str = word(CertificatePrecision.DOUBLE)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
@@ -274,12 +267,12 @@ class TrainConfig(Frozen):
 class SimulationConfig(Frozen):
     """What ``tedlab simulate`` takes beside a job and a cluster."""
 
-    rank: Any = None  # which to simulate; stages: one of each kind that differs; all: every one reported; None: 0
+    rank: Any = None  # the rank to simulate; stages: one of each kind; all: same, but reports every rank; None: 0
     routing: str | None = None  # how often dropless experts are chosen: balanced | zipf | trace; None: balanced
-    zipf: float | None = real(None, least=0, most=100)  # its exponent: the r-th expert in proportion to r^-zipf
-    trace: str | None = None  # router_trace.npz of a run
-    # fake: tensors that have shapes only; real: instead, all ranks (128 at most) with real numbers, small and in
-    # float64, against one process.
+    zipf: float | None = real(None, least=0, most=100)  # the r-th expert is chosen in proportion to r^-zipf
+    trace: str | None = None  # the router_trace.npz of a run
+    # fake: tensors have shapes but no values; real: compare all ranks (at most 128) of a scaled-down configuration with
+    # one process, in float64.
     values: str = "fake"
 
 
@@ -287,7 +280,7 @@ class SimulationConfig(Frozen):
 class PlanConfig(Frozen):
     """What ``tedlab plan`` takes beside a job and a cluster."""
 
-    reserve_gib: float = real(1.2, least=0)  # of a GPU, left for the CUDA context, NCCL and kernels' workspaces
+    reserve_gib: float = real(1.2, least=0)  # of each GPU, left for the CUDA context, NCCL and workspaces
     simulate: int = whole(4, least=1, most=1000)  # how many of the best are simulated
     largest: bool = False  # first find the largest base model that fits
 
@@ -297,10 +290,10 @@ class CalibrateConfig(Frozen):
     """What ``tedlab calibrate`` measures, and where that goes."""
 
     out: str = MISSING  # the cluster file (.yaml) to write; a picture of the fit goes beside it
-    # How many measure at the same time and communicate; under torchrun or srun: those that it started.
+    # The number of processes, which measure at the same time; torchrun and srun set it.
     processes: int = whole(1, least=1)
     device: str | None = None  # cpu | cuda; None: cuda where there is a GPU
-    quick: bool = False  # a rough idea in seconds
+    quick: bool = False  # get a rough idea in seconds
 
     @property
     def output_dir(self) -> str:
@@ -314,10 +307,10 @@ class GenerateConfig(Frozen):
 
     run: str  # directory of a finished run
     prompt: str = ""
-    tokens: int = whole(200, least=0)  # to add
+    tokens: int = whole(200, least=0)  # how many to add
     temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
     seed: int = whole(0, least=0, most=2**63 - 1)
-    checkpoint: str = "last.ckpt"  # name below checkpoints/
+    checkpoint: str = "last.ckpt"  # its name in checkpoints/
 
 
 @dataclass
@@ -327,13 +320,13 @@ class CompareConfig(Frozen):
     # Run directories (with config.yaml), or directories with runs directly below them, such as a sweep's. On the
     # command line they need no key: tedlab compare DIR DIR.
     runs: list[str] = field(default_factory=list)
-    by: str | None = None  # show these settings: KEY,KEY,…; None: all that differ
+    by: str | None = None  # the settings to show: KEY,KEY,…; None: all that differ
     out: str | None = None  # FILE.html: write a self-contained report; its charts go into FILE_charts/ beside it
-    # Compare runs of different models, data or numbers of steps, with a note that their losses do not mean the same
-    # (an error otherwise), and also runs that failed or were interrupted, as far as they came.
+    # Also compare runs of different models, data or numbers of steps (otherwise an error), with a note that their
+    # losses are not comparable, and runs that failed or were interrupted, as far as they came.
     force: bool = False
     wandb: str | None = None  # ENTITY/PROJECT: read the runs from a W&B server, not from directories
-    group: str | None = None  # of those runs; tedlab train calls it as the directory of a sweep
+    group: str | None = None  # the group of those runs; tedlab train names it after the directory of a sweep
     workspace: bool = False  # also save a view of the group with the same charts there (needs tedlab's extra 'wandb')
 
 

@@ -17,7 +17,7 @@ _files: dict[str, str] = {}  # paths of the user's cluster files, by the name th
 class JobOnCluster(TrainConfig):
     """A training job and the cluster that it is to run on."""
 
-    cluster: ClusterConfig | None = None  # cluster=NAME: a preset, or the path of a .yaml file like it; needed
+    cluster: ClusterConfig | None = None  # required: a preset, or the path of a .yaml file like one
 
 
 def prepare(arguments: list[str]) -> list[str]:
