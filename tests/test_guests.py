@@ -12,6 +12,7 @@ from tedlab.cli import UsageError, check_overrides
 from tedlab.moe import Router, routers
 from tedlab.optim import learning_rate_schedule
 from tedlab.registry import Registry
+from tests.commands import run_forked
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "guest_package"
 CONF = EXAMPLE / "guest_package" / "conf"
@@ -68,20 +69,24 @@ SMALL += ["model.ffn=64", "model.sequence_length=16", "optim.warmup_steps=1", "t
 GUEST = ["hydra.searchpath=[pkg://guest_package.conf]", "experiment=guest"]
 
 
-def command(folder: Path, name: str, *overrides: str) -> str:
+def environment(folder: Path) -> dict[str, str]:
     path = os.pathsep.join((str(folder / "site"), os.environ.get("PYTHONPATH", "")))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    arguments = [sys.executable, "-m", "tedlab", name, *SMALL, *overrides]
-    done = subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=150, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
 
 
 @pytest.mark.slow
 def test_a_run_is_made_of_the_parts_of_another_package(installed: Path) -> None:
-    command(installed, "train", *GUEST, "hydra.run.dir=run", "trainer.log_every_n_steps=1")
+    command = ["train", *SMALL, *GUEST, "hydra.run.dir=run", "trainer.log_every_n_steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tedlab", *command],
+        cwd=installed,
+        env=environment(installed),
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     run = installed / "run"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["comm/predicted_difference_calls"] == summary["comm/predicted_difference_bytes"] == 0
@@ -96,6 +101,9 @@ def test_a_run_is_made_of_the_parts_of_another_package(installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_is_certified_and_simulated_like_any_other(installed: Path) -> None:
-    command(installed, "certify", *GUEST)  # ends with 1 if the layout computes anything else than one process
-    command(installed, "simulate", *GUEST, "cluster=two_desks")  # ends with 1 if ledger and closed form differ
+@pytest.mark.usefixtures("pool")
+@pytest.mark.parametrize("command", [["certify"], ["simulate", "cluster=two_desks"]], ids=lambda command: command[0])
+def test_it_is_certified_and_simulated_like_any_other(installed: Path, command: list[str]) -> None:
+    """It ends with 1 if the layout computes anything else than one process, or ledger and closed form differ."""
+    done = run_forked("tedlab", [*command, *SMALL, *GUEST], installed, environment(installed), timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr

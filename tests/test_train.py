@@ -22,7 +22,9 @@ from tedlab.checkpoint import read_meta
 from tedlab.comm import TRAINING_PHASES
 from tedlab.compare.runs import read_runs
 from tedlab.config import TrainConfig
+from tests.commands import run_forked
 from tests.offline_wandb import read_offline_run
+from tests.pool import WorkerPool
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +59,10 @@ class Place:
             check=False,
         )
 
+    def command(self, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """The same for ``python -m <module> <arguments>``, except that Python has started and imported already."""
+        return run_forked(module, arguments, self.folder, self.environment, timeout=150)
+
     def small(self, *overrides: str) -> list[str]:
         values = {
             "data": "text",
@@ -79,14 +85,18 @@ class Place:
         return [*(f"{key}={value}" for key, value in values.items()), *overrides]
 
     def train(self, directory: str, *overrides: str) -> "Run":
-        done = self.python("-m", "tedlab.train", *self.small(f"hydra.run.dir={directory}", *overrides))
+        return self.finished(
+            directory, self.command("tedlab.train", *self.small(f"hydra.run.dir={directory}", *overrides))
+        )
+
+    def finished(self, directory: str, done: "subprocess.CompletedProcess[str]") -> "Run":
         assert done.returncode == 0, done.stdout + done.stderr
         run = Run(self.folder / directory, done.stdout, done.stderr)
         run.check_ledger()
         return run
 
     def generate(self, run: str, *arguments: str) -> str:
-        done = self.python("-m", "tedlab", "generate", f"run={run}", *arguments)
+        done = self.command("tedlab", "generate", f"run={run}", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -132,7 +142,7 @@ def assert_close(ours: Sequence[float], theirs: Sequence[float], tolerance: floa
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(tmp_path_factory: pytest.TempPathFactory, pool: WorkerPool) -> Place:  # commands are forked from its server
     folder = tmp_path_factory.mktemp("place")
     (folder / "corpus").mkdir()
     for number in range(8):
@@ -147,7 +157,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def run(place: Place) -> Run:
     """The run that most claims are about: two tensor ranks, uninterrupted, with W&B and TensorBoard if there is."""
     loggers = "logger=many" if find_spec("tensorboard") else "logger=wandb"
-    return place.train("run", "parallel=tp2", loggers, "validate_every=4", "comm.ledger.every=2")
+    settings = ("hydra.run.dir=run", "parallel=tp2", loggers, "validate_every=4", "comm.ledger.every=2")
+    return place.finished("run", place.python("-m", "tedlab.train", *place.small(*settings)))
 
 
 # ---- what is left behind --------------------------------------------------------------------------------------------
@@ -319,7 +330,7 @@ def test_torchrun_runs_in_place(place: Place, run: Run) -> None:
 def sweep(place: Place) -> "subprocess.CompletedProcess[str]":
     """Three jobs, the first of which is wrong: four expert ranks cannot share two experts."""
     overrides = ["parallel=ep4,single,tp2", "moe.num_experts=2", "experiment_name=my sweep", "hydra.sweep.dir=sweep"]
-    return place.python("-m", "tedlab.train", "-m", *place.small(*overrides))
+    return place.command("tedlab.train", "-m", *place.small(*overrides))
 
 
 def test_a_sweep_goes_on_after_a_wrong_job_and_fails_in_the_end(
@@ -457,7 +468,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
         "trainer.max_steps=3",
         "comm.emulate_dilation=1",
     ]
-    done = place.python("-m", "tedlab.train", "-m", *place.small(*settings))
+    done = place.command("tedlab.train", "-m", *place.small(*settings))
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [Run(place.folder / "ablation" / str(number)) for number in range(4)]
     for run in runs:
@@ -472,7 +483,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
     assert between[0] > max(between[1:3])
     assert min(between[1:3]) > between[3]
     assert ted["memory/stash_bytes"] > 0 == none["memory/stash_bytes"]
-    report = place.python("-m", "tedlab", "compare", "ablation", "out=report.html")
+    report = place.command("tedlab", "compare", "ablation", "out=report.html")
     assert report.returncode == 0, report.stdout + report.stderr
     assert "identical to the last digit in all runs" in report.stdout
     assert (place.folder / "report.html").stat().st_size > 10_000
