@@ -175,7 +175,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(row) + " |\n" for row in (head, rule, *rows)).replace("|  |", "| |")
 
 
-def _simulated(job: Job) -> Simulation:
+def simulated(job: Job) -> Simulation:
+    """What a block needs, made by this process."""
     torch.set_num_threads(1)
     config = configured(job.overrides)
     routing = routing_of(config, *job.routing, None) if job.routing else None
@@ -183,11 +184,15 @@ def _simulated(job: Job) -> Simulation:
     return simulate(config, cluster, job.rank, routing=routing)
 
 
-def texts(names: Sequence[str]) -> dict[str, str]:
-    """What the documents should say, by block; simulations run several at a time."""
-    jobs = {(name, key): job for name in names for key, job in BLOCKS[name].jobs.items()}
+def _in_processes(jobs: Sequence[Job]) -> list[Simulation]:
     with ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn")) as pool:
-        done = dict(zip(jobs, pool.map(_simulated, jobs.values()), strict=True))
+        return list(pool.map(simulated, jobs))
+
+
+def texts(names: Sequence[str], run: Callable[[Sequence[Job]], Sequence[Simulation]] = _in_processes) -> dict[str, str]:
+    """What the documents should say, by block; ``run`` makes the simulations, by default several at a time."""
+    jobs = {(name, key): job for name in names for key, job in BLOCKS[name].jobs.items()}
+    done = dict(zip(jobs, run([*jobs.values()]), strict=True))
     return {name: BLOCKS[name].text({key: done[name, key] for key in BLOCKS[name].jobs}) for name in names}
 
 

@@ -1,10 +1,16 @@
 """What documents say that a command prints or a simulation gives is what they give today."""
 
 import re
+from collections.abc import Sequence
 
 import pytest
+import torch.distributed as dist
 
-from docs.refresh import BLOCKS, DOCUMENTS, ROOT, said, texts
+from docs.refresh import BLOCKS, DOCUMENTS, ROOT, Job, said, simulated, texts
+from tedlab.predict.sim import Simulation
+from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import out_of_the_pools_group
+from tests.selection import asked_of
 
 
 def test_every_block_of_every_document_is_refreshed() -> None:
@@ -17,9 +23,30 @@ def _marks(text: str) -> list[str]:
     return re.findall(r"<!-- (?:refresh|end) (\S+) -->", text)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BLOCKS)
+OFTEN = ("simulate", "seconds")  # CI leaves the others' fourteen simulations out, each a quarter of a minute
+
+
+@pytest.fixture(scope="module")
+def right(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, str]:
+    """What the blocks of this session should say. Two forked processes simulate: starting others takes long."""
+
+    def run(jobs: Sequence[Job]) -> list[Simulation]:
+        halves = pool.run(2, half_of, jobs, timeout=500)
+        return [halves[number % 2][number // 2] for number in range(len(jobs))]
+
+    return texts([asked["name"] for asked in asked_of(request)], run)
+
+
+def half_of(jobs: Sequence[Job]) -> list[Simulation]:
+    mine = jobs[dist.get_rank() :: 2]
+    with out_of_the_pools_group():
+        return [simulated(job) for job in mine]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in OFTEN else pytest.mark.exhaustive) for name in BLOCKS]
+)
 @pytest.mark.timeout(600)
-def test_documents_say_what_the_code_gives(name: str) -> None:
+def test_documents_say_what_the_code_gives(right: dict[str, str], name: str) -> None:
     """`python -m docs.refresh` writes what is right; then read the text around it."""
-    assert said()[name] == texts([name])[name]
+    assert said()[name] == right[name]
