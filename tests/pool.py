@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -56,6 +56,13 @@ class WorkerPool:
             warnings.warn(f"A world is run once more: {death}", stacklevel=2)
             return self._run(world_size, function, args, timeout)
 
+    def run_each(
+        self, world_size: int, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], timeout: float = 120
+    ) -> list[list[Any]]:
+        """``run`` for each of several tuples of arguments, in turn in one world, in which the first costs most."""
+        by_rank = self.run(world_size, _each, function, arguments, timeout=timeout)
+        return [list(results) for results in zip(*by_rank, strict=True)]
+
     def _run(self, world_size: int, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
         task = pickle.dumps((function, args))
         with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +95,10 @@ class WorkerPool:
                 raise Silence("\n".join(f"rank {other} of {world_size}: {said}" for *_, other, said in failures))
             raise type(error)(f"rank {rank} of {world_size} failed:\n{error}")
         return [pickle.loads(answer) for *_, answer in answers]
+
+
+def _each(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    return [function(*each) for each in arguments]
 
 
 Answer = tuple[float, AssertionError | None, Any]  # when, what went wrong, the pickled result

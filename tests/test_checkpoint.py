@@ -120,19 +120,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(pool: WorkerPool, folder: Path) -> dict[Layout, Record]:
     """Runs of all layouts; each leaves a checkpoint in passing."""
-    return {layout: pool.run(layout.world_size, run, layout, folder, True)[0] for layout in [SOURCE, *OTHERS]}
+    runs: dict[Any, tuple[Any, ...]] = {layout: (layout, folder, True) for layout in (SOURCE, *OTHERS)}
+    return records(pool, runs)
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [(SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)],
-    ids=str,
-)
+def records(pool: WorkerPool, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, Record]:
+    """What ``run`` returns for the arguments given by some key; runs of as many processes share a world."""
+    found: dict[Any, Record] = {}
+    for size in {layout.world_size for layout, *_ in runs.values()}:
+        ours = {key: arguments for key, arguments in runs.items() if arguments[0].world_size == size}
+        found |= {key: first for key, (first, *_) in zip(ours, pool.run_each(size, run, [*ours.values()]), strict=True)}
+    return found
+
+
+CONTINUED = [(SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)]
+
+
+@pytest.fixture(scope="module")
+def continued(
+    pool: WorkerPool, folder: Path, uninterrupted: dict[Layout, Record]
+) -> dict[tuple[Layout, Layout], Record]:
+    return records(pool, {(before, after): (after, folder, False, folder / str(before)) for before, after in CONTINUED})
+
+
+@pytest.mark.parametrize(("before", "after"), CONTINUED, ids=str)
 def test_a_run_continues_under_another_layout_as_if_uninterrupted(
-    pool: WorkerPool, folder: Path, uninterrupted: dict[Layout, Record], before: Layout, after: Layout
+    continued: dict[tuple[Layout, Layout], Record],
+    uninterrupted: dict[Layout, Record],
+    before: Layout,
+    after: Layout,
 ) -> None:
-    resumed = pool.run(after.world_size, run, after, folder, False, folder / str(before))[0]
-    saved = uninterrupted[before].saved
+    saved, resumed = uninterrupted[before].saved, continued[before, after]
     assert resumed.started.keys() == saved.keys()
     for name, value in saved.items():
         same = torch.equal if isinstance(value, Tensor) else lambda a, b: a == b

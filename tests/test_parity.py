@@ -5,6 +5,8 @@ Other kinds of routing, optimizers and options are in ``certify/test_matrix.py``
 The reference is one process that accumulates the same micro-batches of each step.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from tedlab.certify.compare import relative_error
 from tedlab.config import MoEConfig
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 from tests.training import Job, Layout, Record, train
 
 LAYOUTS = [
@@ -36,12 +39,13 @@ JOBS = {
     "dense": Job(moe=MoEConfig(num_experts=0)),
 }
 QUICK = ("4_experts", "8_experts_clipped")
+LONG = (Layout(8), Layout(8, tensor=4, expert=2), Layout(8, tensor=2, expert=4))
 TOLERANCE = 1e-10
 
 
 def cells() -> list[Any]:
     return [
-        pytest.param(layout, name, marks=[] if name in QUICK else pytest.mark.slow)
+        pytest.param(layout, name, marks=[] if name in QUICK and layout not in LONG else pytest.mark.slow)
         for layout in LAYOUTS
         for name, job in JOBS.items()
         if _fits(layout, job)
@@ -76,10 +80,25 @@ def compare(record: Record, expected: Record) -> dict[str, float]:
     return errors
 
 
+@pytest.fixture(scope="module")
+def records(pool: WorkerPool, request: pytest.FixtureRequest) -> Callable[[Layout], dict[str, Record]]:
+    """Of the jobs of a layout that this session runs, in one world."""
+    cells = asked_of(request)
+
+    @cache
+    def of(layout: Layout) -> dict[str, Record]:
+        names = [cell["job_name"] for cell in cells if cell["layout"] == layout]
+        made = pool.run_each(layout.world_size, train, [(layout, JOBS[name]) for name in names])
+        return {name: ranks[0] for name, ranks in zip(names, made, strict=True)}
+
+    return of
+
+
 @pytest.mark.parametrize(("layout", "job_name"), cells(), ids=str)
-def test_one_step_equals_one_process(pool: WorkerPool, layout: Layout, job_name: str) -> None:
-    record = pool.run(layout.world_size, train, layout, JOBS[job_name])[0]
-    errors = compare(record, reference(pool, JOBS[job_name]))
+def test_one_step_equals_one_process(
+    pool: WorkerPool, records: Callable[[Layout], dict[str, Record]], layout: Layout, job_name: str
+) -> None:
+    errors = compare(records(layout)[job_name], reference(pool, JOBS[job_name]))
     wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
     assert not wrong, wrong
 

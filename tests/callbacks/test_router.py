@@ -1,6 +1,8 @@
 """Router health of whole steps is the same in every layout, costs one collective when logged, and leaves a picture."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +63,34 @@ def single(pool: WorkerPool, directory: Path) -> dict[str, Any]:
     return pool.run(1, train, Layout(), directory)[0]
 
 
+@pytest.fixture(scope="module")
+def divided(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Layout], tuple[Path, Any]]:
+    """The directory of a layout's run, and what its processes return."""
+
+    @cache
+    def of(layout: Layout) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp("divided")
+        return folder, pool.run(layout.world_size, train, layout, folder)
+
+    return of
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_reports_the_routers_of_one_process(
-    pool: WorkerPool, single: dict[str, Any], layout: Layout, tmp_path: Path
+    divided: Callable[[Layout], tuple[Path, Any]], single: dict[str, Any], layout: Layout
 ) -> None:
     expected = single["overall"]
     assert 0.05 < expected["router/dropped_fraction"] < 0.6  # there is something to get wrong
     assert expected["router/early/load_cv"] != pytest.approx(expected["router/late/load_cv"], rel=1e-3)
-    for rank in pool.run(layout.world_size, train, layout, tmp_path):
+    for rank in divided(layout)[1]:
         assert rank["overall"] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(4, tensor=2, expert=2)], ids=str)
-def test_the_trace_has_the_choices_of_every_logged_step(pool: WorkerPool, layout: Layout, tmp_path: Path) -> None:
-    pool.run(layout.world_size, train, layout, tmp_path)
-    with np.load(tmp_path / "router_trace.npz") as trace:
+def test_the_trace_has_the_choices_of_every_logged_step(
+    divided: Callable[[Layout], tuple[Path, Any]], layout: Layout
+) -> None:
+    with np.load(divided(layout)[0] / "router_trace.npz") as trace:
         assert trace["step"].tolist() == [2, 4, STEPS]
         assert trace["load"].shape == (3, len(trace["block"]), 8)
         assert (trace["load"].sum(-1) == JOB.micro_batches * choices_of_a_micro_batch()).all()

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -512,6 +513,26 @@ def seeded_training(layout: Layout, job: Job) -> Record | None:
     return train(layout, job)
 
 
+@pytest.fixture(scope="module")
+def trained(pool: WorkerPool) -> Callable[[Layout, Job], Record]:
+    """All of this file's training: the jobs of a layout share a world."""
+    four, settled_jobs = Layout(4, tensor=2, expert=2), [Job(moe=settled(config)) for config in CONFIGS.values()]
+    random = [Job(moe=config, steps=2) for config in RANDOM.values()]
+    jobs = {
+        Layout(): settled_jobs + random,
+        four: settled_jobs + random,
+        Layout(2): random,
+        Layout(2, tensor=2): random,
+    }
+
+    @cache
+    def of(layout: Layout) -> list[Record]:
+        ranks = pool.run_each(layout.world_size, seeded_training, [(layout, job) for job in jobs[layout]])
+        return [first for first, *_ in ranks]
+
+    return lambda layout, job: of(layout)[jobs[layout].index(job)]
+
+
 def assert_equal_training(ours: Record, theirs: Record) -> None:
     torch.testing.assert_close(ours.losses, theirs.losses, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(ours.gradients, theirs.gradients, rtol=1e-9, atol=1e-11)
@@ -519,11 +540,11 @@ def assert_equal_training(ours: Record, theirs: Record) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_layout_trains_as_one_process_does_when_nothing_is_random(pool: WorkerPool, name: str) -> None:
+def test_a_layout_trains_as_one_process_does_when_nothing_is_random(
+    trained: Callable[[Layout, Job], Record], name: str
+) -> None:
     job = Job(moe=settled(CONFIGS[name]))
-    one = pool.run(1, seeded_training, Layout(), job)[0]
-    four = pool.run(4, seeded_training, Layout(4, tensor=2, expert=2), job)[0]
-    assert_equal_training(four, one)
+    assert_equal_training(trained(Layout(4, tensor=2, expert=2), job), trained(Layout(), job))
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -533,12 +554,10 @@ def test_a_layout_trains_as_one_process_does_when_nothing_is_random(pool: Worker
     ids=["one_data_rank", "two_data_ranks"],
 )
 def test_random_gatings_train_alike_in_layouts_of_as_many_data_ranks(
-    pool: WorkerPool, name: str, layout: Layout, other: Layout
+    trained: Callable[[Layout, Job], Record], name: str, layout: Layout, other: Layout
 ) -> None:
     job = Job(moe=RANDOM[name], steps=2)
-    ours = pool.run(layout.world_size, seeded_training, layout, job)[0]
-    theirs = pool.run(other.world_size, seeded_training, other, job)[0]
-    assert_equal_training(ours, theirs)
+    assert_equal_training(trained(layout, job), trained(other, job))
 
 
 def test_options_are_null_unless_a_gating_needs_them() -> None:

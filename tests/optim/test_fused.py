@@ -137,9 +137,8 @@ def test_three_steps_of_a_layout_equal_one_process_without_tiles(pool: WorkerPoo
 def test_half_precision_parameters_are_rounded_as_without_tiles(pool: WorkerPool, precision: str) -> None:
     """Masters differ by roundings of fp32, which rarely crosses one of half precision, and then by one."""
     layout = Layout(4, tensor=2, expert=2)
-    ours, theirs = (
-        pool.run(4, train, layout, Job(precision=precision, tile=tile))[0].weights for tile in ("fused", None)
-    )
+    jobs = [(layout, Job(precision=precision, tile=tile)) for tile in ("fused", None)]
+    ours, theirs = (ranks[0].weights for ranks in pool.run_each(4, train, jobs))
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=torch.finfo(weight.dtype).eps, atol=1e-7)
         assert (weight != theirs[name]).float().mean() < 0.02, name

@@ -1,5 +1,7 @@
 """Reduction, norm and clipping on gradients made by hand: data rank d backpropagates d + 1 times known numbers."""
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -91,29 +93,45 @@ def reduced(tensor: int, expert: int, zero: bool, bucket: int) -> tuple[dict[str
     return {name: full(gradient) for name, gradient in optimizer.gradients().items()}, calls
 
 
+Layout = tuple[int, int, int]
+Of = Callable[[Layout], dict[Any, list[Any]]]  # by a layout: results of its processes, by case
+LARGE, SMALL = 1 << 24, (1, 13, 20)  # elements of a bucket
+
+
+@pytest.fixture(scope="module")
+def reductions(pool: WorkerPool) -> Of:
+    """What ``reduced`` returns by ``zero`` and ``bucket``; the cases of a layout share a world."""
+
+    @cache
+    def of(layout: Layout) -> dict[Any, list[Any]]:
+        cases = [(True, LARGE), (False, LARGE), *((True, bucket) for bucket in SMALL if layout == LAYOUTS[-1])]
+        made = pool.run_each(layout[0], reduced, [(*layout[1:], *case) for case in cases])
+        return dict(zip(cases, made, strict=True))
+
+    return of
+
+
 @pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_gradients_of_all_kinds_are_the_mean_over_data_ranks(
-    pool: WorkerPool, layout: tuple[int, int, int], zero: bool
-) -> None:
+def test_gradients_of_all_kinds_are_the_mean_over_data_ranks(reductions: Of, layout: Layout, zero: bool) -> None:
     world_size, *degrees = layout
-    for whole, calls in pool.run(world_size, reduced, *degrees, zero, 1 << 24):
+    for whole, calls in reductions(layout)[zero, LARGE]:
         assert whole.keys() == {*SHAPES, "plain"}  # what no process used has none
         for name, gradient in whole.items():
             torch.testing.assert_close(gradient, mean_share(world_size, degrees[0]) * numbers(name))
         assert {op for op, *_ in calls} <= {"reduce_scatter" if zero else "all_reduce"}
 
 
-def test_expert_gradient_is_divided_by_data_not_expert_data(pool: WorkerPool) -> None:
+def test_expert_gradient_is_divided_by_data_not_expert_data(reductions: Of) -> None:
     """In numbers: 4 data ranks, 2 replicas; an expert has met 1 + 2 in one and 3 + 4 in the other: 10 / 4."""
-    for whole, _ in pool.run(8, reduced, 2, 2, True, 1 << 24):
+    for whole, _ in reductions((8, 2, 2))[True, LARGE]:
         torch.testing.assert_close(whole["experts"], 2.5 * numbers("experts"))
 
 
-def test_small_buckets_mean_more_calls_but_the_same_values(pool: WorkerPool) -> None:
-    together = pool.run(8, reduced, 2, 2, True, 1 << 24)
-    for bucket in (1, 13, 20):
-        for (ours, calls), (theirs, once) in zip(pool.run(8, reduced, 2, 2, True, bucket), together, strict=True):
+def test_small_buckets_mean_more_calls_but_the_same_values(reductions: Of) -> None:
+    made = reductions((8, 2, 2))
+    for bucket in SMALL:
+        for (ours, calls), (theirs, once) in zip(made[True, bucket], made[True, LARGE], strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours:  # gloo may add in another order
                 torch.testing.assert_close(ours[name], theirs[name], rtol=1e-14, atol=1e-15)
@@ -159,15 +177,25 @@ def norm_and_update(tensor: int, expert: int, zero: bool) -> dict[float, tuple[f
     return found
 
 
+@pytest.fixture(scope="module")
+def norms(pool: WorkerPool) -> Of:
+    """What ``norm_and_update`` returns by ``zero``."""
+
+    @cache
+    def of(layout: Layout) -> dict[Any, list[Any]]:
+        made = pool.run_each(layout[0], norm_and_update, [(*layout[1:], zero) for zero in (True, False)])
+        return dict(zip((True, False), made, strict=True))
+
+    return of
+
+
 @pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_norm_counts_every_element_once_and_clipping_scales_to_it(
-    pool: WorkerPool, layout: tuple[int, int, int], zero: bool
-) -> None:
+def test_norm_counts_every_element_once_and_clipping_scales_to_it(norms: Of, layout: Layout, zero: bool) -> None:
     world_size, *degrees = layout
     share = mean_share(world_size, degrees[0])
     elements = torch.cat([share * numbers(name).flatten() for name in (*SHAPES, "plain")])
-    for found in pool.run(world_size, norm_and_update, *degrees, zero):
+    for found in norms(layout)[zero]:
         for max_norm, (norm, update) in found.items():
             assert norm == pytest.approx(elements.norm().item(), rel=1e-12)
             factor = min(1.0, max_norm / (norm + 1e-6))

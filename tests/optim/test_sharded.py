@@ -37,19 +37,25 @@ def test_three_steps_equal_one_process(pool: WorkerPool, layout: Layout, zero: b
 @pytest.mark.parametrize("layout", [Layout(), Layout(4, tensor=2, expert=2)], ids=str)
 def test_tile_size_changes_not_one_bit(pool: WorkerPool, layout: Layout, precision: str) -> None:
     """With tiles of 7 elements every tensor is split, and most tiles hold parts of two."""
-    records = [
-        pool.run(layout.world_size, train, layout, Job(steps=2, tile=tile, precision=precision))[0]
-        for tile in (None, 7, 1_800_000)
-    ]
+    jobs = [Job(steps=2, tile=tile, precision=precision) for tile in (None, 7, 1_800_000)]
+    records = [ranks[0] for ranks in pool.run_each(layout.world_size, train, [(layout, job) for job in jobs])]
     for other in records[1:]:
         for name, weight in records[0].weights.items():
             assert torch.equal(weight, other.weights[name]), name
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true"])
-def test_every_precision_stays_close_to_float64(pool: WorkerPool, precision: str) -> None:
-    layout = Layout(4, tensor=2, expert=2)
-    record = pool.run(4, train, layout, Job(moe=MOE, steps=3, precision=precision))[0]
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-true")
+
+
+@pytest.fixture(scope="module")
+def records(pool: WorkerPool) -> dict[str, Record]:
+    jobs = [(Layout(4, tensor=2, expert=2), Job(moe=MOE, steps=3, precision=precision)) for precision in PRECISIONS]
+    return {precision: ranks[0] for precision, ranks in zip(PRECISIONS, pool.run_each(4, train, jobs), strict=True)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_stays_close_to_float64(pool: WorkerPool, records: dict[str, Record], precision: str) -> None:
+    record = records[precision]
     exact = reference(pool, Job(moe=MOE, steps=3))
     tolerance = 1e-5 if precision == "32-true" else 2e-2
     assert record.losses == pytest.approx(exact.losses, rel=tolerance)
@@ -90,11 +96,12 @@ def weights_and_skips(layout: Layout, precision: str, overflow_at: int | None) -
 @pytest.mark.parametrize("precision", ["16-true", "16-mixed"])
 def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: WorkerPool, precision: str) -> None:
     layout = Layout(4, tensor=2, expert=2)
-    for rank, (weights, skipped, scale) in enumerate(pool.run(4, weights_and_skips, layout, precision, 1)):
+    overflowing, sound = pool.run_each(4, weights_and_skips, [(layout, precision, at) for at in (1, None)])
+    for rank, (weights, skipped, scale) in enumerate(overflowing):
         assert skipped == 1, rank
         assert scale == 2.0**15
         assert all(torch.equal(w, weights[1][name]) for name, w in weights[0].items())
-    for weights, skipped, scale in pool.run(4, weights_and_skips, layout, precision, None):
+    for weights, skipped, scale in sound:
         assert (skipped, scale) == (0, 2.0**16)
         assert any(not torch.equal(w, weights[1][name]) for name, w in weights[0].items())
 
@@ -111,11 +118,12 @@ def state_sizes(layout: Layout, job: Job) -> tuple[int, int]:
 def test_zero_divides_the_state_by_the_size_of_each_data_group(pool: WorkerPool) -> None:
     layout = Layout(8, tensor=2, expert=2)  # data 4, expert_data 2
     dense = Job(moe=MoEConfig(num_experts=0))
-    state, parameters = pool.run(8, state_sizes, layout.__class__(8, tensor=2), dense)[0]
-    assert parameters / 4 <= state < parameters / 4 + 16  # at most the padding more
-    everything, parameters = pool.run(8, state_sizes, layout, Job(zero=False))[0]
+    jobs = [(replace(layout, expert=1), dense), (layout, Job(zero=False)), (layout, Job())]
+    (state, dense_parameters), (everything, parameters), (mixed, _) = (
+        ranks[0] for ranks in pool.run_each(8, state_sizes, jobs)
+    )
+    assert dense_parameters / 4 <= state < dense_parameters / 4 + 16  # at most the padding more
     assert everything == parameters
-    mixed, _ = pool.run(8, state_sizes, layout, Job())[0]
     assert parameters / 4 < mixed < parameters / 2
 
 
@@ -151,8 +159,7 @@ def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tenso
 def test_overlapped_reductions_start_during_backward_and_change_nothing(pool: WorkerPool) -> None:
     layout = Layout(8, tensor=2, expert=2)
     job = Job(micro_batches=8, tile=300, bucket_elements=500)  # so that there are several
-    after = pool.run(8, launches, layout, job)
-    during = pool.run(8, launches, layout, replace(job, overlap=True))
+    after, during = pool.run_each(8, launches, [(layout, replace(job, overlap=overlap)) for overlap in (False, True)])
     for (seen, weights), (seen_overlapped, weights_overlapped) in zip(after, during, strict=True):
         assert seen[0] == "backward"
         assert seen_overlapped == during[0][0]  # every process launches in the same order

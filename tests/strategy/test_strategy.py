@@ -161,9 +161,20 @@ def alone(pool: WorkerPool) -> Any:
 
 
 @pytest.fixture(scope="module")
-def four(pool: WorkerPool) -> Any:
-    """Four processes, tensor 2 × expert 2."""
-    return pool.run(4, train, 2, 2)
+def in_four(pool: WorkerPool) -> dict[str, Any]:
+    """Four processes, tensor 2 × expert 2, by kind of training, in one world."""
+    kinds: dict[str, Any] = {
+        "automatic": (Mixture,),
+        "clipped": (Mixture, {"gradient_clip_val": 0.2}),
+        "manual": (Manual,),
+        "halves": (Halves,),
+    }
+    return dict(zip(kinds, pool.run_each(4, train, [(2, 2, *kind) for kind in kinds.values()]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def four(in_four: dict[str, Any]) -> Any:
+    return in_four["automatic"]
 
 
 def test_a_module_of_the_user_s_own_trains_as_in_one_process(alone: Any, four: Any) -> None:
@@ -222,14 +233,13 @@ def train_accumulating() -> dict[str, Tensor]:
     return {name: full(tensor) for name, tensor in module.state_dict().items()}
 
 
-def test_two_backward_passes_before_a_step_add_up(pool: WorkerPool) -> None:
-    whole, halves = pool.run(4, train, 2, 2, Manual), pool.run(4, train, 2, 2, Halves)
+def test_two_backward_passes_before_a_step_add_up(in_four: dict[str, Any]) -> None:
+    whole, halves = in_four["manual"], in_four["halves"]
     assert halves[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-10)
 
 
-def test_manual_optimization_gives_the_weights_of_automatic(pool: WorkerPool, alone: Any) -> None:
-    automatic = pool.run(4, train, 2, 2, Mixture, {"gradient_clip_val": 0.2})
-    manual = pool.run(4, train, 2, 2, Manual)
+def test_manual_optimization_gives_the_weights_of_automatic(in_four: dict[str, Any], alone: Any) -> None:
+    automatic, manual = in_four["clipped"], in_four["manual"]
     for one, other in zip(manual, automatic, strict=True):
         assert one["losses"] == other["losses"]
         assert all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
