@@ -1,13 +1,12 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use. The process that only hands out tests to others imports no torch."""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from tedlab import Topology
 from tests.deaths import (  # noqa: F401 (pytest's hooks)
     pytest_configure,
     pytest_sessionfinish,
@@ -16,7 +15,29 @@ from tests.deaths import (  # noqa: F401 (pytest's hooks)
 )
 from tests.pool import WorkerPool
 
-torch.set_num_threads(1)  # tests run beside each other: threads that wait for a core spin, and take it from others
+if TYPE_CHECKING:
+    from tedlab import Topology
+
+
+LONGEST = (  # files of more than half a minute, of which two processes had better not start one at the end
+    *("certify/test_matrix.py", "comm/test_ledger.py", "certify/test_planted_bugs.py", "test_train.py"),
+    *("predict/sim/test_simulation.py", "test_chaos.py", "optim/test_sharded.py", "test_documents.py"),
+    *("launch/test_launch.py", "test_guests.py", "predict/test_estimate.py", "test_parity.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first; the others stay in order."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tests run beside each other: threads that wait for a core spin, and take it from others."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +47,12 @@ def pool() -> WorkerPool:
 
 
 @pytest.fixture(scope="module")
-def single() -> Iterator[Topology]:
+def single() -> "Iterator[Topology]":
     """A world of this process alone."""
+    import torch.distributed as dist
+
+    from tedlab import Topology
+
     yield Topology.single()
     dist.destroy_process_group()
 
@@ -41,6 +66,8 @@ def nothing_is_left_behind() -> Iterator[None]:
 
     Whatever test comes next would depend on it. What a test sets with ``monkeypatch`` is taken back before this looks.
     """
+    import torch.distributed as dist
+
     before, grouped = dict(os.environ), dist.is_initialized()
     yield
     now = dict(os.environ)

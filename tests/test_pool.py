@@ -70,7 +70,7 @@ def test_a_rank_that_falls_again_fails_and_is_the_one_to_blame(pool: WorkerPool,
 def test_a_pytest_run_with_more_than_one_death_over_all_its_processes_fails(
     tmp_path: Path, fallen: int, passes: bool
 ) -> None:
-    (tmp_path / "conftest.py").write_text("from tests.conftest import *\n")
+    (tmp_path / "conftest.py").write_text("from tests.deaths import *\n")
     for number in range(2):
         name, death = f"test_{number}.py", f'    deaths.record("rank {number} fell")\n' if number < fallen else ""
         (tmp_path / name).write_text(f"from tests import deaths\ndef test_passes():\n{death}    assert True\n")
