@@ -4,15 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tedlab.certify import certify
+from tedlab.certify.certificate import Run
 from tedlab.cli import UsageError, check_overrides
-from tedlab.moe import Router, routers
-from tedlab.optim import learning_rate_schedule
+from tedlab.config import TrainConfig
+from tedlab.models import models
+from tedlab.moe import Router, mixtures, routers
+from tedlab.optim import learning_rate_schedule, schedules
 from tedlab.registry import Registry
+from tests.certify.runs import composed
 from tests.commands import run_forked
+from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import checked, simulated
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "guest_package"
 CONF = EXAMPLE / "guest_package" / "conf"
@@ -46,6 +55,55 @@ def test_options_in_a_folder_of_ones_own_are_known() -> None:
         check_overrides(["experiment=guest"])
     with pytest.raises(UsageError, match=r"there is no option 'quest'\. Did you mean 'guest'"):
         check_overrides([f"hydra.searchpath=[file://{CONF}]", "experiment=quest"])
+
+
+# ---- token paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's parts are registered in this process, as long as a test runs."""
+    for registry in (mixtures, models, routers, schedules):
+        monkeypatch.setattr(registry, "_parts", dict(registry._parts))
+    monkeypatch.syspath_prepend(str(EXAMPLE))
+    for module in ("callback", "data", "hook", "logger", "model", "optimizer", "router", "schedule", "token_path"):
+        monkeypatch.delitem(sys.modules, f"guest_package.{module}", raising=False)
+    monkeypatch.delitem(sys.modules, "guest_package", raising=False)
+    import_module("guest_package")
+
+
+def with_guests(run: Run, config: TrainConfig) -> None:
+    sys.path.insert(0, str(EXAMPLE))
+    import_module("guest_package")
+    run(config)
+
+
+def unpredicted(config: TrainConfig) -> list[dict[Any, Any]]:
+    """Differences between what a simulated rank communicates and the closed form, of the first rank and the last."""
+    found: list[dict[Any, Any]] = []
+    with_guests(lambda config: found.extend(rank.differences for rank in simulated(config, 0, 7)), config)  # type: ignore
+    return found
+
+
+@pytest.mark.usefixtures("guests")
+def test_a_path_for_rows_of_another_package_equals_one_process_and_is_predicted(pool: WorkerPool) -> None:
+    def execute(run: Run, config: TrainConfig) -> None:
+        pool.run(config.parallel.world_size, with_guests, run, config)
+
+    toggles = [
+        "moe.dispatch=guest_plain_rows",
+        "comm=dtd",
+        "model.recompute.granularity=block",
+        "comm.cac=true",
+        "moe.top_k=2",
+    ]
+    found = certify(composed("parallel=tp2_ep2", *toggles), execute, continuations=[])
+    assert found.ok, str(found.culprit)
+    larger = ["data.micro_batch_size=2", "parallel.world_size=8", "parallel.tensor=2", "parallel.expert=2"]
+    assert pool.run(1, unpredicted, checked(*larger, *toggles))[0] == [{}, {}]
+    for path in ("guest_plain", "guest_plain_rows"):
+        with pytest.raises(UsageError, match=rf"moe.dispatch={path} needs parallel.sequence=false"):
+            checked("parallel=tp2_ep2", f"moe.dispatch={path}", "parallel.sequence=true")
 
 
 # ---- a whole package ---------------------------------------------------------------------------------------------

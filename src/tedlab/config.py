@@ -16,6 +16,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from tedlab.ranges import real, whole, word
+from tedlab.registry import mixtures
 
 # Bounds of numbers that nothing but a slip of the hand exceeds.
 _WIDEST = 1 << 24  # of a dimension of the model
@@ -119,7 +120,7 @@ class MoEConfig(Frozen):
     @property
     def unlimited(self) -> bool:
         """Whether experts take all tokens that choose them, so that shapes depend on what routers choose."""
-        return self.dispatch == "dropless"
+        return mixtures[self.dispatch].unlimited
 
 
 @dataclass

@@ -7,7 +7,10 @@ when it meets a name that is not registered yet.
 import functools
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from tedlab.moe import Experts
 
 Part = TypeVar("Part")
 
@@ -61,3 +64,7 @@ def import_plugins() -> None:
     """Imports, once, the modules that installed packages name in the entry-point group ``tedlab``."""
     for entry in entry_points(group="tedlab"):
         entry.load()
+
+
+# Of ``tedlab.moe``, which fills it; here for what knows no torch.
+mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")

@@ -1,31 +1,52 @@
-"""A token path: every tensor rank exchanges all slots, whether or not ``comm.dtd`` asks for less."""
+"""Two token paths: every tensor rank exchanges all slots, or all rows, whether or not ``comm.dtd`` asks for less."""
 
 from dataclasses import replace
 
-from tedlab.comm.rows import Rows
-from tedlab.moe import AllToAllPath, DispatchSpec, ExpertsSpec, ReplicatedSlots, SlotExperts, mixtures
-from tedlab.spec import Layout, Sites
+from tedlab.degrees import ParallelDegrees
+from tedlab.moe import (
+    AllToAllPath,
+    DispatchSpec,
+    ExpertsSpec,
+    RaggedPath,
+    ReplicatedRows,
+    ReplicatedSlots,
+    RowExperts,
+    SlotExperts,
+    mixtures,
+)
+from tedlab.spec import Layout
 from tedlab.topology import Topology
 
 
 class PlainSpec(DispatchSpec):
-    """Its collectives: those of tedlab's own paths without DTD."""
+    """Their collectives, rows and kernels: those of tedlab's own paths without DTD."""
 
-    def sites(self, layout: Layout) -> Sites:
-        return super().sites(replace(layout, options=replace(layout.options, dtd=False)))
+    def check(self, degrees: ParallelDegrees) -> None:
+        if degrees.sequence:
+            raise ValueError(f"moe.dispatch={self.config.dispatch} needs parallel.sequence=false")
 
-    def rows(self, layout: Layout, tokens: int) -> Rows:
-        return super().rows(replace(layout, options=replace(layout.options, dtd=False)), tokens)
+    def obeyed(self, layout: Layout) -> Layout:
+        return replace(layout, options=replace(layout.options, dtd=False))
 
 
 @mixtures.register("guest_plain")
-class PlainExperts(SlotExperts):
-    """``moe.dispatch=guest_plain``."""
+class PlainSlots(SlotExperts):
+    """``moe.dispatch=guest_plain``: experts with a capacity."""
 
     dispatch = PlainSpec
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
-        if topology.sequence_sharded:
-            raise ValueError("moe.dispatch=guest_plain needs parallel.sequence=false")
         super().__init__(spec, topology)
         self.path, self.region = AllToAllPath(spec.num_experts, topology), ReplicatedSlots(topology.comm)
+
+
+@mixtures.register("guest_plain_rows")
+class PlainRows(RowExperts):
+    """``moe.dispatch=guest_plain_rows``: experts that take all tokens that choose them."""
+
+    dispatch = PlainSpec
+
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
+        super().__init__(spec, topology)
+        self.path = RaggedPath(spec.num_experts, topology.comm, 1, self.widths)
+        self.region = ReplicatedRows(topology.comm)

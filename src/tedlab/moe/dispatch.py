@@ -57,7 +57,12 @@ class DispatchSpec(Spec):
     hidden: int
     config: MoEConfig
 
+    def obeyed(self, layout: Layout) -> Layout:
+        """Returns the layout with the toggles as the path obeys them: one without DTD, say, switches ``dtd`` off."""
+        return layout
+
     def sites(self, layout: Layout) -> Sites:
+        layout = self.obeyed(layout)
         sliced, scattered, hidden = layout.sharers > 1, layout.scattered, self.hidden
         dealt = sliced and not layout.sequence
         to = Site("dispatch.all_to_all", "all_to_all", "expert", hidden, "sent", result="received")
@@ -99,7 +104,7 @@ class DispatchSpec(Spec):
 
         Without a capacity, this assumes that all experts are chosen equally often.
         """
-        moe, sharers, senders = self.config, layout.sharers, layout.degrees.expert
+        moe, sharers, senders = self.config, self.obeyed(layout).sharers, layout.degrees.expert
         if moe.unlimited:
             counts = spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)
@@ -111,7 +116,7 @@ class DispatchSpec(Spec):
 
     def there(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
-        sliced, width = b.layout.sharers > 1, self.hidden
+        sliced, width = self.obeyed(b.layout).sharers > 1, self.hidden
         yield from self._indexed(b, b.rows.sent if b.layout.sequence else b.rows.computed)
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.sent * width)
@@ -122,7 +127,8 @@ class DispatchSpec(Spec):
 
     def back(self, b: MicroBatch, bias: bool) -> Iterator[Work]:
         """Yields the kernels that bring back results, with their bias if any, or gradients, which have none."""
-        sliced, scattered, width = b.layout.sharers > 1, b.layout.scattered, self.hidden
+        layout, width = self.obeyed(b.layout), self.hidden
+        sliced, scattered = layout.sharers > 1, layout.scattered
         if scattered:
             yield b.moved(2 * b.rows.computed * width)  # orders rows by receiver
         if bias:

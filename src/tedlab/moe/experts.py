@@ -12,12 +12,12 @@ from tedlab.comm import matmul_into
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.moe.dispatch import DispatchSpec, token_path
+from tedlab.moe.dispatch import DispatchSpec, SlotRegion, TokenPath, token_path
 from tedlab.moe.grouped import bias_rows, grouped_matmul
-from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
+from tedlab.moe.ragged import RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule, activate
-from tedlab.registry import Registry
+from tedlab.registry import mixtures
 from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
 from tedlab.topology import Topology
 
@@ -90,15 +90,16 @@ class ExpertsSpec(Spec):
         return here, b.rows.computed // here, expert.inner // b.tensor, expert.ffn // b.tensor
 
 
-mixtures: "Registry[type[Experts]]" = Registry("moe.dispatch")
-
-
 class Experts(ShardedModule):
     """Base of mixtures, which apply to each token the experts that a router chose for it.
 
-    Each way of doing so is a subclass; a configuration names those that are registered. This class holds the parameters
-    of feed-forward experts: linear, GELU or SwiGLU, linear. They are divided by expert over the expert group and,
-    inside an expert, by width. SwiGLU's first projection alternates gate and linear part, so even parts contain both.
+    Each way of doing so is a subclass; a configuration names those that are registered. One with a path of its own
+    between tokens and experts derives from :class:`SlotExperts` or :class:`RowExperts` and sets ``path`` and ``region``
+    (their protocols are in ``dispatch.py`` and ``ragged.py``); any other writes :meth:`forward`.
+
+    This class holds the parameters of feed-forward experts: linear, GELU or SwiGLU, linear. They are divided by expert
+    over the expert group and, inside an expert, by width. SwiGLU's first projection alternates gate and linear part, so
+    even parts contain both.
 
     Args:
         spec: Experts E, a multiple of the expert degree, whose inner width is a multiple of the tensor degree.
@@ -106,11 +107,14 @@ class Experts(ShardedModule):
 
     Attributes:
         dispatch: Class of the specification of its collectives.
+        unlimited: Whether experts take every row that chose them. Routings then have a place for every choice, sorted
+            by expert; otherwise they have a slot in a queue of limited capacity, or -1.
         compilable: Whether all shapes are known before routers choose.
         moved: Rows of all forward passes so far that a backward pass may follow, if routers decide how many; else None.
     """
 
     dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
+    unlimited: ClassVar[bool] = False
     compilable: ClassVar[bool] = True
     moved: Rows | None = None
 
@@ -147,6 +151,9 @@ class Experts(ShardedModule):
 class SlotExperts(Experts):
     """Experts with equal numbers of slots, which processes exchange as the topology's toggles say."""
 
+    path: TokenPath
+    region: SlotRegion
+
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
         self.path, self.region = token_path(spec.num_experts, topology)
@@ -169,7 +176,9 @@ class SlotExperts(Experts):
 class RowExperts(Experts):
     """Experts that take every row that chose them; processes exchange rows as the topology's toggles say."""
 
-    compilable = False
+    unlimited, compilable = True, False
+    path: RowPath
+    region: RowRegion
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)

@@ -85,7 +85,7 @@ class MoESpec(Spec):
         yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
         if recomputed and self.config.unlimited:
             # Product, bias of each row, sum; if tensor ranks share rows, also rows as received and all tokens' rows.
-            copies = 5 if b.layout.sharers > 1 else 3
+            copies = 5 if self.dispatch.obeyed(b.layout).sharers > 1 else 3
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _weighted(self, b: MicroBatch) -> int:

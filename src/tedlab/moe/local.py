@@ -26,7 +26,7 @@ class LocalExperts(Experts):
     The process must be alone in its expert and tensor groups. ``moe.kernel`` says which row operations it uses.
     """
 
-    compilable = False
+    unlimited, compilable = True, False
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)

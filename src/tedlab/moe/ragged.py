@@ -79,6 +79,24 @@ class RaggedRows(NamedTuple):
     exchange: Exchange
 
 
+class RowPath(Protocol):
+    """Moves rows to their experts, and results back.
+
+    Attributes:
+        moved: Rows of all forward passes so far that a backward pass may follow.
+    """
+
+    moved: Rows
+
+    def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
+        """Sends this rank's tokens (T, H) and returns the rows of this process's experts."""
+        ...
+
+    def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
+        """Sends experts' results back and returns each token's gate-weighted sum of its choices (T, H)."""
+        ...
+
+
 class RaggedPath:
     """Exchanges all rows of this process within its expert group.
 
@@ -87,9 +105,6 @@ class RaggedPath:
         comm: The collectives of this process.
         sharers: Number of tensor ranks that receive rows of their own.
         widths: Widths of the experts' matrices.
-
-    Attributes:
-        moved: Rows of all forward passes so far that a backward pass may follow.
     """
 
     def __init__(self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int]) -> None:
@@ -97,11 +112,9 @@ class RaggedPath:
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        """Sends this rank's tokens (T, H) and returns the rows of this process's experts."""
         return self._to_experts(spread_choices(x_TH, routing), routing.counts_E)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
-        """Sends experts' results back and returns each token's gate-weighted sum of its choices (T, H)."""
         return merge_choices(self._from_experts(y), routing)
 
     def _to_experts(self, x_RH: Tensor, counts_E: Tensor) -> RaggedRows:

@@ -56,18 +56,18 @@ def _check_unlimited(config: TrainConfig) -> None:
     moe = config.moe
     if "dropless" not in routers[moe.gating].supports:
         raise ValueError(
-            f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch=dropless has none; use "
-            "moe.gating=default, or moe.dispatch=capacity"
+            f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch={moe.dispatch} has "
+            "none; use moe.gating=default, or moe.dispatch=capacity"
         )
     if moe.capacity_groups not in (None, 1):
         raise ValueError(
-            f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch=dropless has none; "
-            "leave it null, or use moe.dispatch=capacity"
+            f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch={moe.dispatch} has "
+            "none; leave it null, or use moe.dispatch=capacity"
         )
     if config.model.compile != Compiler.NONE and config.model.recompute.granularity != Granularity.NONE:
         raise ValueError(
-            f"model.compile={config.model.compile} with moe.dispatch=dropless leaves the experts out, and a block of "
-            f"which parts are compiled cannot be recomputed "
+            f"model.compile={config.model.compile} with moe.dispatch={moe.dispatch} leaves the experts out, and a "
+            f"block of which parts are compiled cannot be recomputed "
             f"(model.recompute.granularity={config.model.recompute.granularity}); use "
             "model.recompute.granularity=none, model.compile=none, or moe.dispatch=capacity"
         )

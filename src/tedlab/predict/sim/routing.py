@@ -14,6 +14,7 @@ from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
+from tedlab.moe import mixtures
 from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")
@@ -31,7 +32,8 @@ class Routing:
         moe, degrees = config.moe, parallel_degrees(config.parallel)
         self.blocks = moe.blocks(config.model.layers)
         self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
-        sharers = Layout(degrees, config.comm).sharers
+        spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
+        sharers = spec.obeyed(Layout(degrees, config.comm)).sharers
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
@@ -113,8 +115,8 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
     if not layers or not config.moe.unlimited:
         if name != "balanced":
             raise UsageError(
-                f"sim.routing={name} has no effect: what experts are sent depends on what is chosen with "
-                "moe.dispatch=dropless alone"
+                f"sim.routing={name} has no effect: what experts are sent depends on what is chosen "
+                "where they have no capacity alone, as with moe.dispatch=dropless"
             )
         return None
     if zipf is not None:
