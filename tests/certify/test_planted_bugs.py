@@ -151,9 +151,6 @@ EVERY_DAY = {  # the others are planted where whole runs are tested, too
     bugs.micro_batches_not_averaged,
     bugs.last_tile_left_out,
     bugs.accumulated_gradients_lost,
-    bugs.base_learning_rates_not_restored,
-    bugs.next_epoch_is_the_first_again_on_resume,
-    bugs.padding_of_dealt_rows_cut_at_the_wrong_end,
     # which one process has, too
     bugs.norms_decayed,
     bugs.schedule_one_step_late,
