@@ -246,6 +246,7 @@ def test_a_planted_bug_is_caught_and_named(certificates: dict[Case, list[Row]], 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the first waits for all certificates
 @_each(CERTIFIED, every_day=False)
 def test_so_is_every_other(more_certificates: dict[Case, list[Row]], plant: Plant) -> None:
     _assert_caught_and_named(more_certificates, plant)
