@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,7 +125,9 @@ def test_wandb_marks_a_run_as_failed_that_failed(tmp_path: Path, monkeypatch: py
     ):
         raise ValueError("bad")
     assert wandb.run is None
-    logged = read_offline_run(tmp_path)
+    deadline = time.monotonic() + 10
+    while (logged := read_offline_run(tmp_path)).exit_code is None and time.monotonic() < deadline:
+        time.sleep(0.1)  # W&B's service may close the file after it has answered
     assert logged.exit_code == 1
     assert logged.summary["state"] == "failed"
     assert logged.summary["reason"] == "ValueError: bad"
