@@ -21,7 +21,7 @@ from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import launch
-from tedlab.moe.router import _PreciseLinear
+from tedlab.moe.precise import PreciseLinear
 from tedlab.run import build, run
 from tedlab.validate import complete
 from tests.certify.runs import composed, in_pool
@@ -108,7 +108,7 @@ def scattered(*sizes: int) -> Tensor:
 def test_the_router_multiplies_in_fp32_what_is_in_bf16() -> None:
     x, weight = scattered(4096, 256).requires_grad_(), scattered(16, 256).requires_grad_()
     grad = torch.randn(4096, 16, device="cuda")
-    logits = _PreciseLinear.apply(x, weight)
+    logits = PreciseLinear.apply(x, weight)
     precise = x.double() @ weight.double().mT
     torch.testing.assert_close(logits.double(), precise, rtol=1e-5, atol=1e-5)
     ours = torch.autograd.grad(logits, (x, weight), grad)

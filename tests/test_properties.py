@@ -13,7 +13,7 @@ from torch import nn
 from tedlab.comm import Splits
 from tedlab.comm.rows import dealt, hands, listed, rows_of, spread
 from tedlab.moe.ragged import Exchange, arrange
-from tedlab.moe.router import assign_slots, sort_choices
+from tedlab.moe.slots import assign_slots, sort_choices
 from tedlab.optim.bucket import Bucket, lay_out
 
 always = settings(derandomize=True, deadline=None, database=None, max_examples=80)  # the same examples every time

@@ -32,6 +32,13 @@ Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
 DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
+Scoring = StrEnum("Scoring", "SOFTMAX SIGMOID")
+Gates = StrEnum("Gates", "RAW NORMALIZED SOFTMAX")
+GroupScore = StrEnum("GroupScore", "MAX TOP2")
+Noise = StrEnum("Noise", "NONE GUMBEL NORMAL")
+BiasUpdate = StrEnum("BiasUpdate", "NONE SIGN PROPORTIONAL")
+BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
+BalanceChoices = StrEnum("BalanceChoices", "ALL FIRST")
 Backend = StrEnum("Backend", "NCCL GLOO")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
@@ -87,6 +94,44 @@ class ModelConfig(Frozen):
 
 
 @dataclass
+class RouterConfig(Frozen):
+    """How the default router scores experts, chooses among them, and weights what it chose."""
+
+    # softmax over all experts | sigmoid of each expert's logit by itself (DeepSeek-V3)
+    scoring: str = word(Scoring.SOFTMAX)
+    # The weight of a choice: its score (raw) | its share of its token's chosen scores (normalized) | the softmax over
+    # its token's chosen logits (softmax: top-k before softmax, gpt-oss). null: normalized, but raw for top_k=1, where
+    # the router would get no gradient.
+    gates: str | None = word(None, Gates)
+    gate_scale: float = real(1.0, above=0)  # factor on all weights (DeepSeek's routed_scaling_factor)
+    # Experts form this many groups of neighbours, of which a token chooses from the best chosen_groups (DeepSeek).
+    expert_groups: int = whole(1, least=1, most=_WIDEST)
+    chosen_groups: int = whole(1, least=1, most=_WIDEST)
+    # A group's score: its best expert's (max, DeepSeek-V2) | the sum of its best two (top2, DeepSeek-V3).
+    group_score: str = word(GroupScore.MAX)
+    # Added to logits in training, for the choice alone: none | gumbel (experts are sampled by their softmax) | normal.
+    noise: str = word(Noise.NONE)
+    noise_std: float = real(1.0, above=0)  # factor on the noise
+    jitter: float = real(0.0, least=0, below=1)  # in training, factors from 1-jitter to 1+jitter on the input (Switch)
+    # Balancing without a loss (DeepSeek-V3): each expert has a bias that counts in the choice alone. After each step,
+    # sign adds bias_rate if the expert got less than the mean, and takes it away if it got more; proportional adds
+    # bias_rate × (1 - load / mean load).
+    bias_update: str = word(BiasUpdate.NONE)
+    bias_rate: float = real(0.001, above=0)
+
+
+@dataclass
+class BalanceConfig(Frozen):
+    """What the load-balancing loss counts."""
+
+    # Load and probabilities are those of each micro-batch of a data rank | each sequence | the whole global batch, over
+    # all data ranks and accumulated micro-batches, which takes one more forward pass per step with accumulation.
+    scope: str = word(BalanceScope.MICRO_BATCH)
+    choices: str = word(BalanceChoices.ALL)  # all of a token's choices | first alone (GShard, Switch)
+    dropped: bool = True  # counts choices whose expert was full
+
+
+@dataclass
 class MoEConfig(Frozen):
     """Experts in place of the feed-forward layer of every ``every``-th block."""
 
@@ -105,12 +150,16 @@ class MoEConfig(Frozen):
     kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers
-    gating: str = "default"  # default | deepspeed_top1 | deepspeed_top2 | deepspeed_topk: see moe/deepspeed_gating.py
-    # The rest is for DeepSpeed's gatings; None: as in DeepSpeed.
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    # default (top-k) | expert_choice | random | hash | round_robin | deepspeed_top1 | deepspeed_top2 | deepspeed_topk
+    gating: str = "default"
+    router: RouterConfig = field(default_factory=RouterConfig)
+    # The next three are for DeepSpeed's gatings; None: as in DeepSpeed.
     min_capacity: int | None = whole(None, least=0)  # all three: the lowest capacity; None: 4
     random_token_selection: bool | None = None  # top1: a full expert keeps a random selection; None: true
     second_expert_sampling: bool | None = None  # top2: the second expert is drawn at random; None: true
-    # topk: a full expert keeps the most probable tokens (probs, or None) or the first ones (position).
+    # default, deepspeed_topk: a full expert keeps its most probable choices (probs) or its first ones (position). None:
+    # position in the default router, probs in DeepSpeed's.
     drop_policy: str | None = word(None, DropPolicy)
 
     def blocks(self, layers: int) -> range:

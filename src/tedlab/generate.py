@@ -15,6 +15,7 @@ from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.models import models
+from tedlab.moe import routers
 from tedlab.ranges import check_ranges
 from tedlab.renamed import nested
 from tedlab.topology import Topology
@@ -39,11 +40,17 @@ def generate(config: GenerateConfig) -> str:
     # Capacity enforces balance in training; a text must not change because its tokens crowd one expert, nor because a
     # second expert is drawn at random.
     moe = replace(experts, capacity_factor=None)
+    if "generate" not in routers[moe.gating].supports:
+        raise ValueError(
+            f"{path} was trained with moe.gating={moe.gating}, whose choices for a token depend on tokens after it: it "
+            "cannot generate text"
+        )
     if moe.gating == "deepspeed_top2":
         moe = replace(moe, second_expert_sampling=False)
     model = models[shape.architecture](replace(shape, compile="none"), moe, Topology.single(), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, path)
+    model.eval()
 
     ids = tokenizer.encode(config.prompt).tolist() or [tokenizer.separator]
     generator = torch.Generator().manual_seed(config.seed)

@@ -1,6 +1,7 @@
 """The LightningModule for language models, with the loss, step metrics, optimizer and schedule."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,9 +16,9 @@ from typing_extensions import override
 
 from tedlab._compat.lightning import trainer_of
 from tedlab._compat.torch import LAST_LEARNING_RATES
-from tedlab.config import ModelConfig, MoEConfig, OptimConfig
+from tedlab.config import BalanceScope, ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import models
-from tedlab.moe import RouterReport
+from tedlab.moe import RouterReport, global_losses, stacked, step_totals
 from tedlab.nn import decay_groups
 from tedlab.optim import learning_rate_schedule
 from tedlab.strategy import TEDStrategy
@@ -51,6 +52,7 @@ class LanguageModel(LightningModule):
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed: int | None = seed
         self.bytes_per_token = bytes_per_token
+        self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
@@ -79,13 +81,37 @@ class LanguageModel(LightningModule):
         loss, reports = self.network.loss(batch[:, :-1], batch[:, 1:])
         outputs: dict[str, Any] = {"train/loss": loss.detach()}
         if reports:
-            routers = RouterReport(*(torch.stack(values) for values in zip(*reports, strict=True)))
+            routers = stacked(reports)
+            if self.moe_config.balance.scope == BalanceScope.GLOBAL_BATCH:
+                routers = self._over_the_global_batch(routers)
             balance, z = routers.balance_loss.sum(), routers.z_loss.sum()
             loss = loss + self.moe_config.aux_loss * balance + self.moe_config.z_loss * z
             outputs["train/aux_loss"] = balance.detach() / len(reports)  # 1 when perfectly balanced
             outputs["router/dropped_fraction"] = routers.dropped.sum() / routers.load.sum()
-            outputs["routers"] = RouterReport(*(values.detach() for values in routers))
+            outputs["routers"] = routers.detached()
         return {"loss": loss, **outputs}
+
+    @property
+    def reads_step_ahead(self) -> bool:
+        """Whether the strategy calls :meth:`on_step_batches`."""
+        balance, experts = self.moe_config.balance, self.moe_config.blocks(self.model_config.layers)
+        accumulated = self.trainer.accumulate_grad_batches > 1
+        return accumulated and len(experts) > 0 and balance.scope == BalanceScope.GLOBAL_BATCH
+
+    @torch.no_grad()
+    def on_step_batches(self, micro_batches: Iterator[Tensor]) -> None:
+        """Counts the choices of a whole step, which the balance loss of its first micro-batch already depends on."""
+        reports = (stacked(self.network.route(batch[:, :-1])) for batch in micro_batches)
+        counts = torch.stack([report.sums.counts for report in reports if report.sums is not None])
+        self._totals = step_totals(counts.sum(0), self.topology.comm)
+
+    def _over_the_global_batch(self, routers: RouterReport) -> RouterReport:
+        """Replaces the losses of a micro-batch by its parts of those over the global batch."""
+        comm, accumulated = self.topology.comm, self.trainer.accumulate_grad_batches
+        assert routers.sums is not None
+        totals = self._totals if accumulated > 1 else step_totals(routers.sums.counts, comm)
+        balance, z = global_losses(routers.sums, totals, accumulated * comm.size("data"))
+        return routers._replace(balance_loss=balance, z_loss=z)
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

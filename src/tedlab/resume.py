@@ -9,14 +9,14 @@ anything is launched, so that config.yaml and the loggers are right and the opti
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tedlab.checkpoint import META, read_meta
-from tedlab.config import TrainConfig, value_of, with_values
+from tedlab.config import BalanceChoices, BalanceConfig, RouterConfig, TrainConfig, value_of, with_values
 from tedlab.errors import UsageError
 from tedlab.renamed import renamed
 from tedlab.untrusted import interpolation
@@ -27,6 +27,8 @@ DECIDED = (
     *("moe.top_k", "moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
     *("moe.aux_loss", "moe.z_loss", "moe.gating", "moe.min_capacity", "moe.random_token_selection"),
     *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "seed"),
+    *(f"moe.router.{option.name}" for option in fields(RouterConfig)),
+    *(f"moe.balance.{option.name}" for option in fields(BalanceConfig)),
 )
 _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
@@ -146,7 +148,11 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
 def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values in a checkpoint by dotted name."""
     hyper = _section(meta, "hyper_parameters")
-    sections = {"moe": _section(hyper, "moe"), "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
+    moe = _section(hyper, "moe")
+    routers = {f"moe.{name}": _section(moe, name) for name in ("router", "balance")}
+    if moe and "balance" not in moe:  # an older checkpoint, of a loss that counted first choices alone
+        routers["moe.balance"] = {"choices": BalanceChoices.FIRST.value}
+    sections = {**routers, "moe": moe, "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, "TextDataModule").get("batch_size")}
     return stored | {name: value for name, value in others.items() if value is not None}

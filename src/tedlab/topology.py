@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tedlab._compat.torch import set_timeout, unflatten
 from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
 from tedlab.config import CommOptions
+from tedlab.context import BatchContext
 from tedlab.degrees import ParallelDegrees
 from tedlab.spec import Layout
 
@@ -43,6 +44,7 @@ class Topology:
         comm: The object that runs every collective of the model, the strategy and the optimizer.
         recomputation: The counters of activation checkpointing.
         slots: The check that processes send each other equally many slots.
+        context: The place of the current micro-batch in the run.
         device: The device that holds this process's tensors.
     """
 
@@ -62,6 +64,7 @@ class Topology:
         self.options = options or CommOptions()
         self.recomputation = Recomputation()
         self.device = torch.device(device)
+        self.context = BatchContext(self.device)
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
         )

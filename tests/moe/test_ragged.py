@@ -16,7 +16,8 @@ from tedlab.config import CommOptions, MoEConfig
 from tedlab.moe import MoELayer, MoESpec
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
-from tedlab.moe.router import RouterReport, Routing, sort_choices
+from tedlab.moe.router import RouterReport, Routing
+from tedlab.moe.slots import sort_choices
 from tedlab.nn import FeedForwardSpec, Init, initialize
 from tests.pool import WorkerPool
 

@@ -11,7 +11,8 @@ from tedlab import Topology
 from tedlab.capacity import expert_capacity
 from tedlab.config import MoEConfig
 from tedlab.moe import Router, RouterSpec, Routing, assign_slots
-from tedlab.moe.router import bf16_parts, sort_choices
+from tedlab.moe.precise import bf16_parts
+from tedlab.moe.slots import sort_choices
 from tedlab.nn import Init, initialize
 
 # ---- capacity ----------------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_losses_and_counts_are_as_defined(single: Topology, top_k: int, factor: 
     routing, router = route(single, LOGITS, top_k, factor)
     probabilities = LOGITS.softmax(-1)
     chosen = probabilities.argsort(-1, descending=True)[:, :top_k]
-    share = torch.bincount(chosen[:, 0], minlength=4) / 9
+    share = torch.bincount(chosen.flatten(), minlength=4) / (9 * top_k)  # all choices count
     capacity = expert_capacity(9, 4, top_k, factor, 1)
     report = routing.report
     assert report.balance_loss.item() == pytest.approx(4 * float(share.double() @ probabilities.mean(0)))

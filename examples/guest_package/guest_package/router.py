@@ -9,6 +9,6 @@ from tedlab.moe import Router, routers
 class SigmoidRouter(Router):
     """``moe.gating=guest_sigmoid``. Has the weights of a router, and hence its specification."""
 
-    def probabilities(self, logits_TE: Tensor) -> Tensor:
+    def scores(self, logits_TE: Tensor) -> Tensor:
         score_TE = logits_TE.sigmoid()
         return score_TE / score_TE.sum(-1, keepdim=True)

@@ -92,7 +92,8 @@ class RouterHealth(Callback):
         The average of counts over all processes is proportional to their sum over data ranks, whether tensor ranks
         hold copies of the counts or each counts its own tokens.
         """
-        own = [torch.stack(values).double().mean(0) for values in zip(*self._micro_batches, strict=True)]
+        reports = (report[:4] for report in self._micro_batches)
+        own = [torch.stack(values).double().mean(0) for values in zip(*reports, strict=True)]
         joined = trainer.strategy.reduce(torch.cat([values.flatten() for values in own])).cpu()
         parts = joined.split([values.numel() for values in own])
         return RouterReport(*(part.view(values.shape) for part, values in zip(parts, own, strict=True)))

@@ -163,7 +163,9 @@ class Recorder(Callback):
         self._quantities["optimizer state"] = _parts(
             {f"{name} ({key})": value for name, entries in state.items() for key, value in entries.items()}
         )
-        self._quantities["next weights"] = _parts(dict(pl_module.named_parameters()))
+        self._quantities["next weights"] = _parts(
+            {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        )
         self.parts[trainer.global_step] = {name: self._quantities[name] for name in (*QUANTITIES, LOSS_SCALE)}
         self._scalars, self._quantities = [], {}
 
@@ -228,9 +230,12 @@ def _probe(module: LanguageModel, samples: int) -> Tensor:
     network, comm = module.network, module.topology.comm
     config = module.model_config
     assert config.vocab_size is not None
+    module.topology.context.at(0, 0)  # all data ranks compute the same, whatever is drawn for tokens
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (samples, config.sequence_length), generator=draw).to(module.device)
+    network.eval()
     shard = network(ids)[0].movedim(-1, 0).contiguous()
+    network.train()
     out = shard.new_empty(shard.shape[0] * comm.size("tensor"), *shard.shape[1:])
     comm.all_gather_into(out, shard, "tensor", tag="certify.outputs", phase="forward")
     return out

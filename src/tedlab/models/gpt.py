@@ -14,7 +14,7 @@ from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.wrap import wrap
-from tedlab.moe import Experts, MoELayer, MoESpec, RouterReport, mixtures
+from tedlab.moe import Experts, MoELayer, MoESpec, Router, RouterReport, mixtures
 from tedlab.nn import (
     ColumnParallelLinear,
     ColumnParallelSpec,
@@ -253,11 +253,13 @@ class GPT(nn.Module):
         spec = self.spec(model, moe)
         self.embedding = VocabParallelEmbedding(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
+        self.context = topology.context
         self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
         self.head_dim = spec.blocks[0].attention.head_dim
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
+        self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
         if seed is not None:
             initialize(self, seed)
         for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
@@ -318,6 +320,7 @@ class GPT(nn.Module):
 
     def _hidden(self, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, list[RouterReport]]:
         """Returns what logits are computed from (B, S, H), as activations outside layers, and the reports."""
+        self.context.ids = ids
         x = self.embedding(ids)
         turns = None
         if self.positions is not None:
@@ -326,12 +329,17 @@ class GPT(nn.Module):
             turns = rotation(ids.shape[1], self.head_dim, self.config.rotary_base, x.device, x.dtype)
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
-        reports = []
+        reports: list[RouterReport] = []
         for block in self.blocks:
             x, report = block(x, turns, padding_mask)
             if report is not None:
+                self._routers[len(reports)].count(report)
                 reports.append(report)
         return self.norm(x), reports
+
+    def route(self, ids: Tensor, padding_mask: Tensor | None = None) -> list[RouterReport]:
+        """Runs the blocks for the sake of their routers' reports, see :meth:`forward`."""
+        return self._hidden(ids, padding_mask)[1]
 
 
 class ParameterCount(NamedTuple):

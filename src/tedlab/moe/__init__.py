@@ -1,7 +1,10 @@
 """Mixture-of-Experts: the router, the path of tokens to experts and back, the experts, and their layer."""
 
+from tedlab.moe.balance import Sums, global_losses, step_totals
+from tedlab.moe.baselines import HashRouter, RandomRouter, RoundRobinRouter
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import AllToAllPath, DispatchSpec, ReplicatedSlots, SlotRegion, TokenPath, token_path
+from tedlab.moe.expert_choice import ExpertChoiceRouter
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts, mixtures
 from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer, MoESpec
@@ -13,24 +16,29 @@ from tedlab.moe.router import (
     RouterReport,
     RouterSpec,
     Routing,
-    assign_slots,
     routers,
+    stacked,
 )
+from tedlab.moe.slots import assign_slots
 
 __all__ = [
     "AllToAllPath",
     "Decision",
     "DeepSpeedRouter",
     "DispatchSpec",
+    "ExpertChoiceRouter",
     "Experts",
     "ExpertsSpec",
+    "HashRouter",
     "LocalExperts",
     "MoELayer",
     "MoESpec",
     "RaggedPath",
     "RaggedRows",
+    "RandomRouter",
     "ReplicatedRows",
     "ReplicatedSlots",
+    "RoundRobinRouter",
     "Router",
     "RouterReport",
     "RouterSpec",
@@ -40,11 +48,15 @@ __all__ = [
     "RowRegion",
     "SlotExperts",
     "SlotRegion",
+    "Sums",
     "TokenPath",
     "assign_slots",
+    "global_losses",
     "mixtures",
     "relative_load",
     "router_health",
     "routers",
+    "stacked",
+    "step_totals",
     "token_path",
 ]

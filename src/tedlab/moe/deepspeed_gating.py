@@ -27,6 +27,8 @@ expert group; ours is the number of tokens, which needs no communication and no 
 are the same. Its noise for first choices (``noisy_gate_policy``), off there by default, does not exist here.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ from tedlab.capacity import DEEPSPEED as GATINGS
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin
 from tedlab.config import DropPolicy
-from tedlab.moe.router import Decision, Router, RouterSpec, assign_slots, choices_of_slots, routers
+from tedlab.moe.router import Decision, Router, RouterSpec, routers
+from tedlab.moe.slots import assign_slots, choices_of_slots
 from tedlab.topology import Topology
 
 
@@ -50,7 +53,9 @@ class DeepSpeedRouter(Router):
         ValueError: If the gating is not one of DeepSpeed's, or positions are divided into groups or shards.
     """
 
-    supports = ()
+    options: ClassVar[tuple[str, ...]] = ()
+    router_options = ()
+    supports = ("generate",)
 
     def __init__(self, spec: RouterSpec, topology: Topology) -> None:
         config = spec.config

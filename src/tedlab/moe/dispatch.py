@@ -52,10 +52,15 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class DispatchSpec(Spec):
-    """Describes a token path and its region, with slots or with rows."""
+    """Describes a token path and its region, with slots or with rows.
+
+    Attributes:
+        choices: The number of choices for which a token has room.
+    """
 
     hidden: int
     config: MoEConfig
+    choices: int
 
     def obeyed(self, layout: Layout) -> Layout:
         """Returns the layout with the toggles as the path obeys them: one without DTD, say, switches ``dtd`` off."""
@@ -139,11 +144,11 @@ class DispatchSpec(Spec):
             yield b.moved(2 * b.rows.sent * width)
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.computed * width)
-        yield from self._indexed(b, b.outside * self.config.top_k)
+        yield from self._indexed(b, b.outside * self.choices)
 
     def saved(self, b: MicroBatch) -> int:
         """Counts the indices of choices and of slots."""
-        return (4 * b.outside * self.config.top_k + 2 * b.rows.computed) * torch.int64.itemsize
+        return (4 * b.outside * self.choices + 2 * b.rows.computed) * torch.int64.itemsize
 
     def _indexed(self, b: MicroBatch, rows: int) -> Iterator[Work]:
         """Yields the kernels that gather rows by index and fill missing ones with zeros."""

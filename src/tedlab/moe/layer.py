@@ -38,8 +38,13 @@ class MoESpec(Spec):
         return routers[self.config.gating].spec(self.hidden, self.config, self.expert.init)
 
     @property
+    def choices(self) -> int:
+        """The number of choices for which a token has room."""
+        return routers[self.config.gating].choices(self.config)
+
+    @property
     def dispatch(self) -> DispatchSpec:
-        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config)
+        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config, self.choices)
 
     @property
     def experts(self) -> ExpertsSpec:
@@ -50,7 +55,7 @@ class MoESpec(Spec):
         return self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        chosen = b.outside * self.config.top_k
+        chosen = b.outside * self.choices
         yield from self.router.forward(b)
         if b.mixed:
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
@@ -62,13 +67,13 @@ class MoESpec(Spec):
             yield b.moved((chosen + b.outside) * self.hidden)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        chosen = b.outside * self.config.top_k
+        chosen = b.outside * self.choices
         for passes in (3, 2, 1):  # of the gate and through it
             yield b.moved(passes * chosen * self.hidden)
         yield from self.dispatch.there(b)
         yield from self.experts.backward(b)
         yield from self.dispatch.back(b, bias=False)
-        yield b.moved(3 * (self.config.top_k - 1) * b.outside * self.hidden)
+        yield b.moved(3 * (self.choices - 1) * b.outside * self.hidden)
         yield from self.router.backward(b)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
@@ -89,7 +94,7 @@ class MoESpec(Spec):
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _weighted(self, b: MicroBatch) -> int:
-        return b.outside * self.config.top_k * self.hidden * b.compute.itemsize
+        return b.outside * self.choices * self.hidden * b.compute.itemsize
 
 
 class MoELayer(nn.Module):

@@ -6,21 +6,36 @@ routes the tokens of its own positions, and T counts these. A recomputed forward
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.distributed.tensor import DTensor
 
+from tedlab._compat.torch import local_tensor
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin, reduce_from
-from tedlab.config import MoEConfig
-from tedlab.nn import ShardedModule
+from tedlab.config import (
+    BalanceChoices,
+    BalanceScope,
+    BiasUpdate,
+    DropPolicy,
+    Gates,
+    GroupScore,
+    MoEConfig,
+    Noise,
+    RouterConfig,
+    Scoring,
+)
+from tedlab.moe.balance import Sums, balance_loss, bias_step
+from tedlab.moe.precise import PreciseLinear
+from tedlab.moe.slots import assign_slots, choices_of_slots, histogram, sort_choices
+from tedlab.nn import ShardedModule, replicated
 from tedlab.registry import Registry
-from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -28,16 +43,32 @@ class RouterReport(NamedTuple):
     """What training wants to know of one MoE layer's routing. Nothing here counts padding.
 
     Attributes:
-        balance_loss: Load-balancing loss of this micro-batch, before its coefficient; scalar, differentiable.
+        balance_loss: Load-balancing loss of this micro-batch, before its coefficient; scalar, differentiable. With
+            ``moe.balance.scope=global_batch`` training uses :func:`tedlab.moe.balance.global_losses` instead.
         z_loss: Router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
         load: (E,) int64, the number of choices of each expert, before capacity.
         dropped: Number of choices that found no slot; int64 scalar.
+        sums: What both losses are made of, over the tokens of all tensor ranks.
     """
 
     balance_loss: Tensor
     z_loss: Tensor
     load: Tensor
     dropped: Tensor
+    sums: Sums | None = None
+
+    def detached(self) -> "RouterReport":
+        """Returns the values alone, without gradients and sums."""
+        return RouterReport(self.balance_loss.detach(), self.z_loss.detach(), self.load, self.dropped)
+
+
+def stacked(reports: Sequence[RouterReport]) -> RouterReport:
+    """Stacks the reports of several layers, which become the first dimension of every tensor."""
+    balance, z, load, dropped = (
+        torch.stack(values) for values in zip(*(report[:4] for report in reports), strict=True)
+    )
+    sums = [report.sums for report in reports if report.sums is not None]
+    return RouterReport(balance, z, load, dropped, Sums(*map(torch.stack, zip(*sums, strict=True))))
 
 
 class Routing(NamedTuple):
@@ -71,9 +102,11 @@ class Decision(NamedTuple):
     Attributes:
         gate_TK, slot_TK, choice_EC: See :class:`Routing`.
         probs_TE: Probability of each expert for each token.
-        counted_TE: The choices that the load-balancing loss counts.
+        counted_TE: The choices that the load-balancing loss counts, as shares that sum to one for each token if all of
+            its choices count.
         load: See :class:`RouterReport`.
         rows_E: See :class:`Routing`.
+        dropped: See :class:`RouterReport`; None: the choices without a slot.
     """
 
     gate_TK: Tensor
@@ -83,11 +116,7 @@ class Decision(NamedTuple):
     counted_TE: Tensor
     load: Tensor
     rows_E: Tensor | None = None
-
-    @property
-    def balance_loss(self) -> Tensor:
-        """The load-balancing loss of these tokens; scalar, differentiable."""
-        return balance_loss(self.counted_TE.to(self.probs_TE.dtype).mean(0), self.probs_TE.mean(0))
+    dropped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +134,8 @@ class RouterSpec(Spec):
         if not layout.sequence:
             return Sites()
         width = 2 * self.config.num_experts + 1
-        return Sites((Site("router.statistics", "all_reduce", "tensor", width, "once", "precise"),))
+        rows: RowCount = "samples" if self.config.balance.scope == BalanceScope.SEQUENCE else "once"
+        return Sites((Site("router.statistics", "all_reduce", "tensor", width, rows, "precise"),))
 
     def flops(self, length: int) -> Counter[str]:
         return Counter(routers=2 * self.hidden * self.config.num_experts)
@@ -137,24 +167,28 @@ def _bytes(b: MicroBatch, number: int) -> Work:
     return Work(0, number, b.precise, "arithmetic")
 
 
+_NOISE_STREAM, _JITTER_STREAM, CHOICE_STREAM = range(3)  # a router's streams of random numbers
+_STREAMS = 4  # for each router
+
 routers: "Registry[type[Router]]" = Registry("moe.gating")
 
 
 @routers.register("default")
 class Router(ShardedModule):
-    """Top-k softmax router with first-come capacity (GShard, Switch Transformer; the paper uses k = 1).
+    """Top-k router with a capacity that is first come, first served (GShard, Switch Transformer; the paper uses k = 1).
 
-    To add a gating rule, register a subclass with its own :meth:`decide` or :meth:`probabilities` under
-    ``@routers.register(NAME)``, as ``deepspeed_gating.py`` does.
+    Every expert gets a score from its logit; ``moe.router`` says how scores, choices and weights are made. Choices see
+    noise, biases and groups; weights and losses see the scores alone.
 
-    Gate weights: for k = 1 the softmax probability of the expert; for k > 1 the probabilities of the k choices,
-    normalised to sum to one before any is dropped.
+    To add a gating rule, register a subclass under ``@routers.register(NAME)`` with its own :meth:`scores`,
+    :meth:`choose` or :meth:`decide`; see ``baselines.py`` and ``expert_choice.py``.
 
     Capacity: every expert takes at most C choices of a micro-batch, see ``capacity.py``. First choices of all
-    tokens come before second choices; within each, the order is that of the tokens. A choice whose expert is full is
-    dropped: it contributes nothing, and the token lives on in the residual stream. With several capacity groups
-    all this holds within each group: the tokens of S / groups neighbouring positions of every sample. The multiple
-    to which capacity is rounded up is divided among the groups.
+    tokens come before second choices; within each, the order is that of the tokens. With ``moe.drop_policy=probs``
+    choices of higher scores come first instead. A choice whose expert is full is dropped: it contributes nothing, and
+    the token lives on in the residual stream. With several capacity groups all this holds within each group: the tokens
+    of S / groups neighbouring positions of every sample. The multiple to which capacity is rounded up is divided among
+    the groups.
 
     If experts take all that choose them, choices are sorted by expert, and for each expert by token.
 
@@ -162,16 +196,21 @@ class Router(ShardedModule):
     expert. Capacity still counts it, because what is exchanged must not depend on what the batch holds. For the same
     reason, without a capacity, rows of padding are sent too, to all experts in turn, with weight zero.
 
-    Losses, like all of the routing, are in fp32 or better: load balancing is E·Σ f_e·P_e with f_e the share of first
-    choices and P_e the mean probability of expert e over this micro-batch (Switch Transformer, eq. 4), and the z-loss
-    is the mean of logsumexp(logits)² (ST-MoE, eq. 5).
+    Losses, like all of the routing, are in fp32 or better: load balancing is E·Σ f_e·P_e with f_e the share of the
+    counted choices and P_e the mean probability of expert e (Switch Transformer, eq. 4, which counts first choices
+    alone; ``moe.balance`` says what is counted, and over which tokens), and the z-loss is the mean of
+    logsumexp(logits)² (ST-MoE, eq. 5).
 
     Attributes:
         spec: Class of its specification.
         needed_top_k: The only ``moe.top_k`` that it accepts; None: any.
         options: Fields of :class:`tedlab.config.MoEConfig` that it uses; other routers need them to be null.
+        router_options: Fields of :class:`tedlab.config.RouterConfig` that it uses; others need their defaults.
         supports: What it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
-            (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``.
+            (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``, ``balance`` (the
+            options of ``moe.balance``), ``generate`` (choices for a token that depend on earlier tokens alone).
+        number: Its place among the routers of the model, which makes their random numbers differ.
+        bias: (E,) fp32, what balances choices; only with ``moe.router.bias_update``.
 
     Raises:
         ValueError: If the tensor ranks of a sequence-sharded layout cannot divide the capacity groups among them.
@@ -179,20 +218,27 @@ class Router(ShardedModule):
 
     spec: ClassVar[type[RouterSpec]] = RouterSpec
     needed_top_k: ClassVar[int | None] = None
-    options: ClassVar[tuple[str, ...]] = ()
-    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile")
+    options: ClassVar[tuple[str, ...]] = ("drop_policy",)
+    router_options: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(RouterConfig))
+    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile", "balance", "generate")
+
+    bias: DTensor
 
     def __init__(self, spec: RouterSpec, topology: Topology) -> None:
         super().__init__()
         config = spec.config
         self.config, self.num_experts, self.top_k = config, config.num_experts, config.top_k
         self.comm, self.sharded = topology.comm, topology.sequence_sharded
-        shards = topology.degrees.tensor if topology.sequence_sharded else 1
-        groups = config.capacity_groups or shards
-        if groups % shards:
-            raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({shards})")
-        self.groups, self.all_groups = groups // shards, groups  # this process's and the data rank's
+        self.context, self.number = topology.context, 0
+        self.shards = topology.degrees.tensor if topology.sequence_sharded else 1
+        groups = config.capacity_groups or self.shards
+        if groups % self.shards:
+            raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({self.shards})")
+        self.groups, self.all_groups = groups // self.shards, groups  # this process's and the data rank's
         self.build(spec, topology)
+        if self.biased:
+            self.register_buffer("bias", replicated(torch.zeros(self.num_experts), topology))
+            self._load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=topology.device)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
         """Routes the T tokens of a micro-batch.
@@ -202,76 +248,217 @@ class Router(ShardedModule):
             sequence: Number of positions of a sample; None: there is one sample.
             padding_T: Bool, True for padding; None: there is none.
         """
+        sequence = sequence or max(1, len(x_TH))
         with torch.autocast(x_TH.device.type, enabled=False):  # a mixed-precision run must not route in bf16
-            logits_TE = _PreciseLinear.apply(x_TH, self.local("weight"))
-        decision = self.decide(logits_TE, sequence or max(1, len(x_TH)), padding_T)
+            logits_TE = self.logits(x_TH, sequence)
+        decision = self.decide(logits_TE, sequence, padding_T)
         z_T = logits_TE.logsumexp(-1).square()
         without_slot_TK = decision.slot_TK < 0
         if padding_T is not None:
             decision = _without_padding(decision, padding_T)
             z_T = z_T.masked_fill(padding_T, 0.0)
             without_slot_TK = without_slot_TK & ~padding_T.unsqueeze(1)
-        if self.sharded or padding_T is not None:
-            loss, z_loss = self._losses_of_sums(decision, z_T, padding_T)
-        else:
-            loss, z_loss = decision.balance_loss, z_T.mean()
-        report = RouterReport(loss, z_loss, decision.load, without_slot_TK.sum())
+        dropped = without_slot_TK.sum() if decision.dropped is None else decision.dropped
+        loss, z_loss, sums = self._losses(decision, z_T, padding_T, sequence)
+        report = RouterReport(loss, z_loss, decision.load, dropped, sums)
         return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report, decision.rows_E)
 
     def capacity(self, tokens: int) -> int:
         """Returns the slots that an expert offers to so many tokens of this process."""
         return self.groups * group_capacity(self.config, tokens // self.groups, self.all_groups)
 
-    def _losses_of_sums(self, decision: Decision, z_T: Tensor, padding_T: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Computes both losses if the tensor group divides the micro-batch's tokens, or if some are padding."""
-        counted_E, probs_E = decision.counted_TE.to(z_T.dtype).sum(0), decision.probs_TE.sum(0)
-        parts = [counted_E, probs_E, z_T.sum().unsqueeze(0)]
-        if padding_T is not None:  # the number of tokens must be summed as well
-            parts.append((~padding_T).sum().to(z_T.dtype).unsqueeze(0))
-        sums = torch.cat(parts)
-        if self.sharded:
-            sums = reduce_from(sums, self.comm, "tensor", "router.statistics")
-        counted_E, probs_E, rest = sums.tensor_split([self.num_experts, 2 * self.num_experts])
-        tokens: Tensor | int = len(z_T) * self.comm.size("tensor") if padding_T is None else rest[1].clamp(min=1)
-        return balance_loss(counted_E / tokens, probs_E / tokens), rest[0] / tokens
+    @classmethod
+    def choices(cls, config: MoEConfig) -> int:
+        """Returns the number of choices for which a token has room, K."""
+        return config.top_k
 
-    def probabilities(self, logits_TE: Tensor) -> Tensor:
-        """Returns the probability of each expert for each token (T, E); each row sums to one."""
-        return logits_TE.softmax(-1)
+    # ---- scores, choices, weights --------------------------------------------------------------------------------
+
+    def logits(self, x_TH: Tensor, sequence: int) -> Tensor:
+        """Returns the logits (T, E), in fp32 or better, of tokens to which jitter applies in training."""
+        spread = self.config.router.jitter
+        if spread and self.training:
+            factor_TH = 1 + spread * (2 * self.uniform(x_TH, sequence, x_TH.shape[1], _JITTER_STREAM) - 1)
+            x_TH = x_TH * factor_TH.to(x_TH.dtype)
+        return PreciseLinear.apply(x_TH, self.local("weight"))
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Returns a positive score of each expert for each token (T, E)."""
+        return logits_TE.sigmoid() if self.config.router.scoring == Scoring.SIGMOID else logits_TE.softmax(-1)
+
+    def probabilities(self, scores_TE: Tensor) -> Tensor:
+        """Returns the probabilities that the balance loss averages (T, E), from scores; each row sums to one."""
+        if self.config.router.scoring == Scoring.SIGMOID:  # as in DeepSeek-V3's loss
+            return scores_TE / scores_TE.sum(-1, keepdim=True)
+        return scores_TE
+
+    def preferences(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:
+        """Returns what choices are made by (T, E): scores, with noise and biases, of the best groups; no gradient."""
+        config = self.config.router
+        preferred_TE = scores_TE.detach()
+        if config.noise != Noise.NONE and self.training:
+            uniform_TE = self.uniform(logits_TE, sequence, self.num_experts, _NOISE_STREAM)
+            gumbel = config.noise == Noise.GUMBEL
+            noise_TE = -(-uniform_TE.log()).log() if gumbel else torch.special.ndtri(uniform_TE)
+            preferred_TE = self.scores(logits_TE.detach() + config.noise_std * noise_TE.to(logits_TE.dtype))
+        if self.biased:
+            preferred_TE = preferred_TE + local_tensor(self.bias)
+        if config.expert_groups > 1:
+            preferred_TE = _of_best_groups(preferred_TE, config.expert_groups, config.chosen_groups, config.group_score)
+        return preferred_TE
+
+    def choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:
+        """Returns each token's experts (T, K) int64, best first."""
+        return self.preferences(logits_TE, scores_TE, sequence).topk(self.top_k, dim=-1).indices
+
+    def gates(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        """Returns the weight of each choice (T, K)."""
+        config = self.config.router
+        rule = config.gates or (Gates.NORMALIZED if self.top_k > 1 else Gates.RAW)
+        if rule == Gates.SOFTMAX:
+            gate_TK = logits_TE.gather(1, expert_TK).softmax(-1)
+        else:
+            gate_TK = scores_TE.gather(1, expert_TK)
+        if rule == Gates.NORMALIZED:
+            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+        return gate_TK if config.gate_scale == 1.0 else gate_TK * config.gate_scale
 
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
         """Applies the gating rule to logits in fp32 or better. For padding, only slots and load must account for it."""
-        probs_TE = self.probabilities(logits_TE)
-        expert_TK = pin(probs_TE.detach().topk(self.top_k, dim=-1).indices)
-        gate_TK = probs_TE.gather(1, expert_TK)
-        if self.top_k > 1:
-            gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
-
-        first_TE = F.one_hot(expert_TK[:, 0], self.num_experts)
+        scores_TE = self.scores(logits_TE)
+        expert_TK = pin(self.choose(logits_TE, scores_TE, sequence))
+        gate_TK = self.gates(logits_TE, scores_TE, expert_TK)
+        probs_TE = self.probabilities(scores_TE)
+        decided = partial(Decision, gate_TK, probs_TE=probs_TE)
         if self.config.unlimited:
+            counted_TE = self._counted(expert_TK, None, probs_TE)
             if padding_T is None:
                 places, choices, load = sort_choices(expert_TK, self.num_experts)
-                return Decision(gate_TK, places, choices, probs_TE, first_TE, load)
+                return decided(places, choices, counted_TE=counted_TE, load=load)
             each_TK = torch.arange(expert_TK.numel(), device=expert_TK.device).view_as(expert_TK) % self.num_experts
             places, choices, rows_E = sort_choices(
                 torch.where(padding_T.unsqueeze(1), each_TK, expert_TK), self.num_experts
             )
-            load = rows_E - _histogram(each_TK.flatten(), self.num_experts, padding_T.repeat_interleave(self.top_k))
-            return Decision(gate_TK, places, choices, probs_TE, first_TE, load, rows_E)
-        tokens, groups = len(logits_TE), self.groups
+            load = rows_E - histogram(each_TK.flatten(), self.num_experts, padding_T.repeat_interleave(self.top_k))
+            return decided(places, choices, counted_TE=counted_TE, load=load, rows_E=rows_E)
+        priority_TK = None
+        if self.config.drop_policy == DropPolicy.PROBS:
+            priority_TK = scores_TE.detach().gather(1, expert_TK)
+        slot_TK, choice_EC, load = self._queue(expert_TK, sequence, padding_T, priority_TK)
+        counted_TE = self._counted(expert_TK, slot_TK, probs_TE)
+        return decided(slot_TK, choice_EC, counted_TE=counted_TE, load=load)
+
+    def _queue(
+        self, expert_TK: Tensor, sequence: int, padding_T: Tensor | None, priority_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Assigns slots within each capacity group; returns slot_TK, choice_EC and load_E."""
+        tokens, groups = len(expert_TK), self.groups
         capacity = group_capacity(self.config, tokens // groups, self.all_groups)
         # Queues treat group g of expert e as an expert of its own, e·groups + g, so that slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")
         queue_TK = expert_TK * groups + group_T.repeat(tokens // sequence).unsqueeze(1)
-        queues = self.num_experts * groups
-        if padding_T is None:
-            slot_TK, choice_EC, load = assign_slots(queue_TK, queues, capacity)
-        else:  # padding gets a queue that is not served
-            queue_TK = queue_TK.masked_fill(padding_T.unsqueeze(1), queues)
-            slot_TK, choice_EC, load = assign_slots(queue_TK, queues + 1, capacity)
+        queues = served = self.num_experts * groups
+        if padding_T is not None:  # padding gets a queue that is not served
+            queue_TK, queues = queue_TK.masked_fill(padding_T.unsqueeze(1), served), served + 1
+        slot_TK, choice_EC, load = assign_slots(queue_TK, queues, capacity, priority_TK)
+        if priority_TK is not None:  # recomputed scores may differ in the last bit and change the order
+            slot_TK = pin(slot_TK)
+            choice_EC = choices_of_slots(slot_TK, queues * capacity)
+        if padding_T is not None:
             slot_TK = slot_TK.masked_fill(padding_T.unsqueeze(1), -1)
-            choice_EC, load = choice_EC[: queues * capacity], load[:-1]
-        return Decision(gate_TK, slot_TK, choice_EC, probs_TE, first_TE, load.view(-1, groups).sum(1))
+        return slot_TK, choice_EC[: served * capacity], load[:served].view(-1, groups).sum(1)
+
+    def _counted(self, expert_TK: Tensor, slot_TK: Tensor | None, like_TE: Tensor) -> Tensor:
+        """Returns the choices that the balance loss counts, see :class:`Decision`."""
+        balance = self.config.balance
+        choices = 1 if balance.choices == BalanceChoices.FIRST else expert_TK.shape[1]
+        counting_TK = torch.ones_like(expert_TK[:, :choices], dtype=like_TE.dtype)
+        if slot_TK is not None and not balance.dropped:
+            counting_TK = (slot_TK[:, :choices] >= 0).to(like_TE.dtype)
+        counted_TE = torch.zeros_like(like_TE, requires_grad=False)
+        return counted_TE.scatter_(1, expert_TK[:, :choices], counting_TK / choices)
+
+    def uniform(self, x_TN: Tensor, sequence: int, columns: int, stream: int) -> Tensor:
+        """Draws numbers for each token, the same in every layout and when recomputed; see :class:`BatchContext`."""
+        return self.context.uniform(self.stream(stream), self.tokens(len(x_TN), sequence), columns)
+
+    def stream(self, number: int) -> int:
+        """Returns the number, in the whole model, of one of this router's streams of random numbers."""
+        return _STREAMS * self.number + number
+
+    def tokens(self, tokens: int, sequence: int) -> Tensor:
+        """Returns the numbers of this process's tokens within the global batch (T,) int64."""
+        shard = self.comm.rank("tensor") if self.sharded else 0
+        return self.context.tokens(tokens // sequence, sequence, shard, self.shards)
+
+    # ---- balance -------------------------------------------------------------------------------------------------
+
+    @property
+    def biased(self) -> bool:
+        """Whether biases balance its choices."""
+        return self.config.router.bias_update != BiasUpdate.NONE
+
+    def count(self, report: RouterReport) -> None:
+        """Counts a micro-batch in the load by which biases move.
+
+        The model that owns the router calls this once for each micro-batch of a training step, outside of whatever is
+        recomputed or compiled.
+        """
+        if self.biased and self.training and torch.is_grad_enabled():
+            self._load_E += report.load
+
+    def take_load(self) -> Tensor:
+        """Returns the load (E,) that was counted since the last call."""
+        load_E, self._load_E = self._load_E, torch.zeros_like(self._load_E)
+        return load_E
+
+    def adjust(self, load_E: Tensor) -> None:
+        """Moves the biases, given a step's load over all processes."""
+        config = self.config.router
+        local_tensor(self.bias).add_(bias_step(load_E, config.bias_update, config.bias_rate))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Moves the module, but keeps biases in fp32: in bf16, steps of 0.001 would vanish."""
+        super()._apply(fn, recurse)
+        if self.biased:
+            self._load_E = fn(self._load_E)
+            self.bias = self.bias.float()  # type: ignore[assignment]
+        return self
+
+    def _losses(
+        self, decision: Decision, z_T: Tensor, padding_T: Tensor | None, sequence: int
+    ) -> tuple[Tensor, Tensor, Sums]:
+        """Computes both losses from sums over the tokens of each group: a sample, or the micro-batch.
+
+        Tensor ranks that divide the positions of samples add up their sums.
+        """
+        of_samples = self.config.balance.scope == BalanceScope.SEQUENCE
+        groups = len(z_T) // sequence if of_samples else 1
+        parts = [decision.counted_TE.to(z_T.dtype), decision.probs_TE, z_T.unsqueeze(1)]
+        if padding_T is not None:  # the number of tokens must be summed as well
+            parts.append((~padding_T).to(z_T.dtype).unsqueeze(1))
+        sums_GX = torch.cat([part.unflatten(0, (groups, -1)).sum(1) for part in parts], 1)
+        if self.sharded:
+            sums_GX = reduce_from(sums_GX, self.comm, "tensor", "router.statistics")
+        experts = self.num_experts
+        counted_GE, probs_GE, z_G1, given_G1 = sums_GX.tensor_split([experts, 2 * experts, 2 * experts + 1], 1)
+        if padding_T is None:
+            tokens_G = z_T.new_full((groups,), len(z_T) // groups * self.shards)
+        else:
+            tokens_G = given_G1.squeeze(1)
+        sums = Sums(counted_GE.sum(0), probs_GE.sum(0), z_G1.sum(), tokens_G.sum())
+        divisor_G1 = tokens_G.clamp(min=1).unsqueeze(1)
+        loss_G = balance_loss(counted_GE / divisor_G1, probs_GE / divisor_G1)  # 0 where all is padding
+        return loss_G.sum() / (tokens_G > 0).sum().clamp(min=1), sums.z / sums.tokens.clamp(min=1), sums
+
+
+def _of_best_groups(preferred_TE: Tensor, groups: int, chosen: int, score: str) -> Tensor:
+    """Sets all but the experts of each token's best groups to minus infinity."""
+    members_TGM = preferred_TE.unflatten(-1, (groups, -1))
+    best = 2 if score == GroupScore.TOP2 else 1
+    group_TG = members_TGM.topk(min(best, members_TGM.shape[-1]), dim=-1).values.sum(-1)
+    outside_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, group_TG.topk(chosen, dim=-1).indices, False)
+    return members_TGM.masked_fill(outside_TG.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
@@ -282,114 +469,3 @@ def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
         probs_TE=decision.probs_TE.masked_fill(padding_T1, 0.0),
         counted_TE=decision.counted_TE.masked_fill(padding_T1, 0),
     )
-
-
-class _PreciseLinear(Function):
-    """``F.linear`` in fp32 or better that keeps its input in its own dtype.
-
-    Tensor cores multiply two bf16 numbers exactly and sum in fp32, so nothing needs to be converted. The gradient,
-    which is fp32, is split into a sum of three bf16 numbers.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        if _on_tensor_cores(x, weight):
-            return torch.mm(x, weight.t(), out_dtype=torch.float32)
-        precise = torch.promote_types(x.dtype, torch.float32)
-        return F.linear(x.to(precise), weight.to(precise))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0]
-        if _on_tensor_cores(x, weight):
-            parts = torch.cat(bf16_parts(grad), -1)  # (T, 3·E)
-            of_x = torch.mm(parts, weight.repeat(3, 1), out_dtype=torch.float32)
-            of_weight = torch.mm(parts.t(), x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
-            return of_x.to(x.dtype), of_weight.to(weight.dtype)
-        return (grad @ weight.to(grad.dtype)).to(x.dtype), (grad.mT @ x.to(grad.dtype)).to(weight.dtype)
-
-
-def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
-
-
-def bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Splits fp32 numbers, of 24 bits, into three bf16 numbers of 8 bits whose sum they are (unless near 1e-38)."""
-    first = _first_bits(x)
-    rest = x - first
-    second = _first_bits(rest)
-    return first.to(torch.bfloat16), second.to(torch.bfloat16), (rest - second).to(torch.bfloat16)
-
-
-def _first_bits(x: Tensor) -> Tensor:
-    """Clears the last 16 bits. torch.compile would optimise a conversion to bf16 and back away."""
-    return (x.view(torch.int32) & -0x10000).view(torch.float32)
-
-
-def balance_loss(counted_E: Tensor, probs_E: Tensor) -> Tensor:
-    """Returns E·Σ f_e·P_e: f_e counted choices of expert e per token, P_e its mean probability (both without drops)."""
-    return len(probs_E) * (counted_E * probs_E).sum()
-
-
-def assign_slots(expert_TK: Tensor, num_experts: int, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gives each choice its expert's next free slot, first choices first, then in order of the tokens.
-
-    Args:
-        expert_TK: (T, K) int64, the chosen experts.
-        num_experts: Number of experts E.
-        capacity: Slots per expert, C.
-
-    Returns:
-        slot_TK (T, K), choice_EC (E·C,), load_E (E,): see :class:`Routing` and :class:`RouterReport`. All shapes are
-        known beforehand, so nothing waits for the device.
-    """
-    tokens, top_k = expert_TK.shape
-    expert = expert_TK.t().flatten()  # (K·T,): all first choices, then all second ones
-    load_E = _histogram(expert, num_experts)
-
-    # After a stable sort by expert, a choice's position is its distance to its expert's first choice.
-    order = expert.argsort(stable=True)
-    first_E = load_E.cumsum(0) - load_E
-    place = torch.arange(tokens * top_k, device=expert.device)
-    position = torch.empty_like(expert).scatter_(0, order, place - first_E[expert[order]])
-    slot = torch.where(position < capacity, expert * capacity + position, -1)
-    slot_TK = slot.view(top_k, tokens).t().contiguous()
-    return slot_TK, choices_of_slots(slot_TK, num_experts * capacity), load_E
-
-
-def sort_choices(expert_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorts all choices by expert, and for each expert by token.
-
-    Args:
-        expert_TK: (T, K) int64, the chosen experts.
-        num_experts: Number of experts E.
-
-    Returns:
-        The place of each choice (T, K), the choice in each place (T·K,), and load_E.
-    """
-    expert = expert_TK.flatten()
-    # Narrow keys sort faster: a radix sort passes over them once per byte.
-    choice = expert.to(_narrowest(num_experts - 1)).argsort(stable=True)
-    place = torch.empty_like(choice).scatter_(0, choice, torch.arange(len(choice), device=choice.device))
-    return place.view_as(expert_TK), choice, _histogram(expert, num_experts)
-
-
-def _narrowest(largest: int) -> torch.dtype:
-    """Returns the smallest dtype of integers from 0 to ``largest``."""
-    return next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if largest <= torch.iinfo(dtype).max)
-
-
-def _histogram(expert: Tensor, num_experts: int, counting: Tensor | None = None) -> Tensor:
-    load_E = torch.zeros(num_experts, dtype=torch.int64, device=expert.device)
-    return load_E.scatter_add_(0, expert, torch.ones_like(expert) if counting is None else counting.to(expert.dtype))
-
-
-def choices_of_slots(slot_TK: Tensor, slots: int) -> Tensor:
-    """Inverts ``slot_TK``: returns which choice fills each of E·C slots, see :class:`Routing`."""
-    # Dropped choices are written to one slot past the end, which is cut off.
-    slot = slot_TK.flatten()
-    choice_EC = torch.full((slots + 1,), -1, dtype=torch.int64, device=slot.device)
-    choice_EC.scatter_(0, slot.masked_fill(slot < 0, slots), torch.arange(len(slot), device=slot.device))
-    return choice_EC[:slots]

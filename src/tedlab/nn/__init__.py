@@ -14,7 +14,7 @@ from tedlab.nn.loss import (
 )
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
 from tedlab.nn.rotary import rotation
-from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters
+from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters, replicated
 from tedlab.spec import Init
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "mean_over_counted",
     "norm_layer",
     "partial_parameters",
+    "replicated",
     "rotation",
     "vocab_parallel_cross_entropy",
     "with_heads",

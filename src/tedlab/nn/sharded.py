@@ -22,6 +22,12 @@ from tedlab.topology import Topology
 _BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; changing it changes initial weights
 
 
+def replicated(values: Tensor, topology: Topology) -> DTensor:
+    """Makes a buffer that every process holds and changes alike, which nothing needs to broadcast."""
+    mesh = topology.dense
+    return DTensor.from_local(values.to(topology.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
 class ShardedModule(nn.Module):
     """Base of the layers that own sharded parameters.
 

@@ -20,7 +20,7 @@ from tedlab.comm.keep import kept_tags, plan
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import Plan, Second
 from tedlab.comm.rows import Rows
-from tedlab.config import Granularity, TrainConfig
+from tedlab.config import BalanceScope, BiasUpdate, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.bucket import lay_out
@@ -127,6 +127,22 @@ class ClosedForm:
         yield from self.ends()
         for block in range(len(self.sites)):
             yield from self.block(block)
+        yield from self.counting()
+
+    @cached_property
+    def counts_ahead(self) -> bool:
+        """Whether each micro-batch is routed twice, the first time to count the choices of the whole step."""
+        over_all = self.config.moe.balance.scope == BalanceScope.GLOBAL_BATCH and self.config.moe.num_experts > 0
+        return over_all and int(self.config.trainer["accumulate_grad_batches"]) > 1
+
+    def counting(self) -> Iterator[Collective]:
+        """Yields the collectives of a micro-batch's forward pass that only counts choices."""
+        if self.counts_ahead:
+            yield from self._calls(
+                self.spec.embedding.sites(self.layout).present(self.degrees).forward, "forward", Rows()
+            )
+            for sites, rows in zip(self.sites, self._rows, strict=True):
+                yield from self._calls(sites.forward, "forward", rows)
 
     def block(self, block: int) -> Iterator[Collective]:
         """Yields the collectives of a block, recomputation included."""
@@ -195,8 +211,21 @@ class ClosedForm:
                 yield self._call("all_gather", bucket.kind, "optimizer", "parameters.gather", whole, self.parameter)
         if partial:
             yield self._call("all_reduce", "tensor", "optimizer", "gradients.partial", partial, self.parameter)
+        yield from self.balancing()
         if self.groups["world"] > 1:  # sum of squares, missing gradients, non-finite losses
             yield self._call("all_reduce", "world", "optimizer", "gradients.norm", 3, torch.float64)
+
+    def balancing(self) -> Iterator[Collective]:
+        """Yields the collectives that count the choices of the whole step."""
+        moe = self.config.moe
+        layers = sum(block.moe is not None for block in self.spec.blocks)
+        if layers and moe.balance.scope == BalanceScope.GLOBAL_BATCH and self.groups["data"] > 1:
+            yield self._call(
+                "all_reduce", "data", "forward", "router.totals", layers * (moe.num_experts + 1), torch.float64
+            )
+        kind: GroupKind = "world" if self.layout.sequence else "data"
+        if layers and moe.router.bias_update != BiasUpdate.NONE and self.groups[kind] > 1:
+            yield self._call("all_reduce", kind, "optimizer", "router.bias", layers * moe.num_experts, torch.int64)
 
     def shards(self, bucket: "BucketSize") -> int:
         """Returns how many processes divide a bucket's optimizer state among them."""
@@ -231,6 +260,8 @@ class ClosedForm:
     def _count(self, rows: RowCount, moved: Rows) -> int:
         if rows == "tokens":
             return self.tokens
+        if rows == "samples":
+            return self.config.data.micro_batch_size
         return 1 if rows == "once" else int(getattr(moved, rows))
 
     def _dtype(self, site: Site) -> torch.dtype:

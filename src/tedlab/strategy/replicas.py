@@ -28,7 +28,8 @@ class ReplicaCheck:
     """Compares checksums of parameters between all processes that hold the same, every so many steps.
 
     Parameters that tedlab shards are compared over the groups along which they are not divided, all others over the
-    tensor and data groups. Buffers are not compared: before every step all processes get those of the first one.
+    tensor and data groups. So are buffers of tedlab's; before every step all processes get the other buffers of the
+    first one.
 
     A check reads parameters once, takes one all-gather of a few numbers over all processes, and waits for the device
     once.
@@ -82,8 +83,9 @@ def _of_replicas(name: str, apart: tuple[int, int, GroupKind], step: int) -> str
 
 
 def _replicated(module: nn.Module) -> Iterator[tuple[str, Tensor, Kinds]]:
-    """Yields the name of every parameter, this process's part, and the kinds of groups that hold the same part."""
-    for name, parameter in module.named_parameters():
+    """Yields the name of every parameter and buffer of tedlab's, this process's part, and the groups that hold it."""
+    buffers = ((name, buffer) for name, buffer in module.named_buffers() if isinstance(buffer, DTensor))
+    for name, parameter in (*module.named_parameters(), *buffers):
         if isinstance(parameter, DTensor):
             axes = zip(parameter.device_mesh.mesh_dim_names or (), parameter.placements, strict=True)
             kinds: Any = tuple(axis for axis, placement in axes if axis in _KINDS and isinstance(placement, Replicate))

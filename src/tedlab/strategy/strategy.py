@@ -37,11 +37,14 @@ from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.launch import outside, rendezvous
 from tedlab.launch.watch import Watch, watch
 from tedlab.models.gpt import known_tags
+from tedlab.moe import Router
+from tedlab.moe.balance import update_biases
 from tedlab.nn import partial_parameters
 from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
 from tedlab.optim.finite import check_saved
 from tedlab.optim.reading import MANUAL, hooks_that_read
 from tedlab.strategy import contract, seeding
+from tedlab.strategy.ahead import StepAhead
 from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
 from tedlab.strategy.checkpointing import Checkpointing
 from tedlab.strategy.metric_sync import sync_over_data_ranks
@@ -152,6 +155,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._seeds: seeding.Roots | None = None
         self._first_batch = True  # whether the next batch is the first of a loop
         self._predictions: PredictionsInStep
+        self._ahead: StepAhead | None = None
+        self._routers: list[Router] = []
         self._read_in: frozenset[str] = frozenset()  # the user's hooks that may read ``.grad``
 
     # ---- processes, devices, groups ------------------------------------------------------------------------------
@@ -238,6 +243,10 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._share_plain_tensors()
         contract.prepare(trainer)
         self._seeds = seeding.roots(self.broadcast)  # before optimizers, which may request loaders
+        self.topology.context.seed = self._seeds[2]
+        self._routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        for number, router in enumerate(self._routers):
+            router.number = number
         sync_over_data_ranks(trainer.lightning_module, self.topology.comm)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -257,6 +266,8 @@ class TEDStrategy(compat.SubprocessStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         assert self._seeds is not None
         seeding.seed_loader(dataloader, self._seeds, self.topology.comm.rank("data"))
+        if self._trainer.training and getattr(self.lightning_module, "reads_step_ahead", False):
+            dataloader = self._ahead = StepAhead(dataloader, lambda: self._trainer.accumulate_grad_batches)
         return dataloader
 
     def _share_plain_tensors(self) -> None:
@@ -398,7 +409,10 @@ class TEDStrategy(compat.SubprocessStrategy):
                 sharded.show_gradients()
             return result
 
-        return super().optimizer_step(optimizer, and_show, model, **kwargs)
+        result = super().optimizer_step(optimizer, and_show, model, **kwargs)
+        if balanced := [router for router in self._routers if router.biased]:
+            update_biases(balanced, self.topology.comm)
+        return result
 
     def _clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         self._sharded(optimizer).clip(clip_val)
@@ -519,17 +533,24 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         self._check_batch(args[0], "validation")
+        self._evaluate(args[1])
         return super().validation_step(*args, **kwargs)
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         self._check_batch(args[0], "test")
+        self._evaluate(args[1])
         return super().test_step(*args, **kwargs)
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         self._check_batch(args[0], "prediction")
         return self._predictions.predict(lambda: super(TEDStrategy, self).predict_step(*args, **kwargs))
+
+    def _evaluate(self, batch_idx: int) -> None:
+        """Notes which batch of an evaluation comes next."""
+        comm = self.topology.comm
+        self.topology.context.at(0, batch_idx * comm.size("data") + comm.rank("data"))
 
     def _check_batch(self, batch: Any, stage: str, alone: bool = True) -> None:
         """Compares a loop's first batch; ``alone`` outside of training, where a data rank may have none."""
@@ -598,6 +619,26 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         self.checkpointing.restore_random_state()  # this late because starting a data loader draws a number
+        self._begin(batch_idx)
+
+    def _begin(self, batch_idx: int) -> None:
+        """Notes which micro-batch comes next, and shows all of a step's to a module that asks for them."""
+        trainer, context, comm = self._trainer, self.topology.context, self.topology.comm
+        within = batch_idx % trainer.accumulate_grad_batches
+
+        def at(number: int) -> None:
+            context.at(trainer.global_step, number * comm.size("data") + comm.rank("data"))
+
+        def in_turn(batches: list[Any]) -> Iterator[Any]:
+            for number, batch in enumerate(batches):
+                at(number)
+                yield self.batch_to_device(batch, self.root_device)
+
+        if within == 0 and self._ahead is not None:
+            with self.precision_plugin.forward_context():
+                hook: Any = trainer.lightning_module.on_step_batches
+                hook(in_turn(self._ahead.take()))
+        at(within)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -17,7 +17,7 @@ from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm
 from tedlab.validate.complete import filled_in
-from tedlab.validate.experts import check_experts
+from tedlab.validate.experts import check_experts, router_notes
 from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
@@ -129,12 +129,13 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
 
 
 def notes(config: TrainConfig) -> list[str]:
-    """Returns notes on settings that are not wrong but have no effect."""
+    """Returns notes on settings that are not wrong but have no effect, or one that is easily overlooked."""
     found = []
     if config.parallel.tensor == 1:
         for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
+    found += router_notes(config.moe)
     if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
         found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
     return found

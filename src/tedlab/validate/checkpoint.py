@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tedlab.checkpoint import read_meta
-from tedlab.config import ModelConfig, MoEConfig, TrainConfig
+from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, TrainConfig
+from tedlab.moe import routers
+from tedlab.renamed import nested
+from tedlab.spec import Init
+from tedlab.untrusted import typed
 from tedlab.validate.experts import GATING_OPTIONS
 
 _DEFAULTS = {  # the values for fields that are newer than a checkpoint
@@ -37,12 +41,39 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         )
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
     shape_free = {"init_std", "recompute", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
-    shape_free |= {*GATING_OPTIONS, "dispatch", "capacity_factor", "capacity_multiple", "capacity_groups"}
+    shape_free |= {
+        *GATING_OPTIONS,
+        "router",
+        "balance",
+        "dispatch",
+        "capacity_factor",
+        "capacity_multiple",
+        "capacity_groups",
+    }
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"
         for section, values in ours.items()
         for name, value in values.items()
         if name not in shape_free and stored[section].get(name, _DEFAULTS[section].get(name)) != value
     ]
+    if config.moe.num_experts:
+        differences += _router_differences(config.moe, typed(MoEConfig, nested(stored)["moe"]))
     if differences:
         raise ValueError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differences))
+
+
+def _router_differences(ours: MoEConfig, stored: MoEConfig) -> list[str]:
+    """Returns how routers' weights and biases, of which a checkpoint has all or none, differ."""
+    found = []
+    weights = [any(True for _ in routers[moe.gating].spec(1, moe, Init()).own()) for moe in (stored, ours)]
+    if weights[0] != weights[1]:
+        found.append(
+            f"moe.gating: {stored.gating} in the checkpoint, {ours.gating} here, and only one of them has weights"
+        )
+    biases = [moe.router.bias_update != BiasUpdate.NONE for moe in (stored, ours)]
+    if biases[0] != biases[1]:
+        found.append(
+            f"moe.router.bias_update: {stored.router.bias_update} in the checkpoint, {ours.router.bias_update} here, "
+            "and only one of them has biases"
+        )
+    return found

@@ -1,6 +1,16 @@
 """Checks the experts: their number, their routing and their capacity."""
 
-from tedlab.config import Compiler, ExpertKernel, Granularity, MoEConfig, TrainConfig
+from tedlab.config import (
+    BalanceConfig,
+    BiasUpdate,
+    Compiler,
+    ExpertKernel,
+    Granularity,
+    GroupScore,
+    MoEConfig,
+    RouterConfig,
+    TrainConfig,
+)
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe import mixtures, routers
 
@@ -59,6 +69,11 @@ def _check_unlimited(config: TrainConfig) -> None:
             f"moe.gating={moe.gating} decides who gets an expert's slots, of which moe.dispatch={moe.dispatch} has "
             "none; use moe.gating=default, or moe.dispatch=capacity"
         )
+    if moe.drop_policy is not None or not moe.balance.dropped:
+        raise ValueError(
+            "moe.drop_policy and moe.balance.dropped=false are about choices that find an expert full, which "
+            "moe.dispatch=dropless does not know; leave them as they are, or use moe.dispatch=capacity"
+        )
     if moe.capacity_groups not in (None, 1):
         raise ValueError(
             f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch={moe.dispatch} has "
@@ -100,6 +115,19 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
 
 def _check_gating(moe: MoEConfig) -> None:
     router = routers[moe.gating]
+    for name, default in vars(RouterConfig()).items():
+        if getattr(moe.router, name) != default and name not in router.router_options:
+            those = ", ".join(gating for gating in routers.names if name in routers[gating].router_options)
+            raise ValueError(
+                f"moe.router.{name}={getattr(moe.router, name)} would have no effect with moe.gating={moe.gating}; "
+                f"leave it {default}, or choose moe.gating from {those}"
+            )
+    if moe.balance != BalanceConfig() and "balance" not in router.supports:
+        raise ValueError(
+            f"moe.balance is for routers that learn from a balance loss as it defines it, not for moe.gating="
+            f"{moe.gating}; leave it as it is, or use moe.gating=default"
+        )
+    _check_groups(moe)
     if router.needed_top_k not in (None, moe.top_k):
         raise ValueError(
             f"moe.gating={moe.gating} needs moe.top_k={router.needed_top_k}, but moe.top_k is {moe.top_k}; "
@@ -112,3 +140,39 @@ def _check_gating(moe: MoEConfig) -> None:
                 f"moe.{name}={getattr(moe, name)} would have no effect with moe.gating={moe.gating}; leave it null, "
                 f"or choose moe.gating={' or '.join(users)}"
             )
+
+
+def _check_groups(moe: MoEConfig) -> None:
+    groups, chosen = moe.router.expert_groups, moe.router.chosen_groups
+    check_divides("moe.num_experts", moe.num_experts, "moe.router.expert_groups", groups)
+    if chosen > groups:
+        raise ValueError(f"moe.router.chosen_groups ({chosen}) is larger than moe.router.expert_groups ({groups})")
+    among = moe.num_experts // groups * chosen
+    if moe.top_k > among:
+        raise ValueError(
+            f"moe.top_k ({moe.top_k}) is larger than the {among} experts in {chosen} of {groups} groups; raise "
+            f"moe.router.chosen_groups to {-(-moe.top_k * groups // moe.num_experts)} or more"
+        )
+    if groups == 1 and moe.router.group_score != GroupScore.MAX:
+        raise ValueError(
+            f"moe.router.group_score={moe.router.group_score} ranks groups of experts, but there is one: "
+            "moe.router.expert_groups is 1"
+        )
+
+
+def router_notes(moe: MoEConfig) -> list[str]:
+    """Returns notes on how experts are chosen and balanced."""
+    if not moe.num_experts:
+        return []
+    found = []
+    if moe.gating == "expert_choice":
+        found.append(
+            "moe.gating=expert_choice sees the future: which experts a token gets depends on later tokens. Losses of "
+            "next-token prediction are better than those of a model that writes a text."
+        )
+    if moe.router.bias_update != BiasUpdate.NONE and moe.aux_loss > 0:
+        found.append(
+            f"Biases balance the experts (moe.router.bias_update={moe.router.bias_update}), and so does "
+            f"moe.aux_loss={moe.aux_loss}; DeepSeek-V3 uses 0.0001, with moe.balance.scope=sequence."
+        )
+    return found

@@ -80,12 +80,13 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
     links.add(form.ends(), accumulated, taken, wire)
+    links.add(form.counting(), accumulated, taken, wire)
     passes = _total((work for part in form.spec.ends for work in part.forward(ends)), cluster)
     backward = _total((work for part in reversed(form.spec.ends) for work in part.backward(ends)), cluster)
     for first, blocks in form.kinds.items():
         spec, batch = form.spec.blocks[first], form.at(first)
         links.add(form.block(first), len(blocks) * accumulated, taken, wire)
-        passes += len(blocks) * _total(spec.forward(batch), cluster)
+        passes += len(blocks) * _total(spec.forward(batch), cluster) * (2 if form.counts_ahead else 1)
         backward += len(blocks) * _total(spec.backward(batch), cluster)
         if config.model.recompute.granularity == Granularity.BLOCK:
             second = spec.forward(batch, form.dead(first), stop=config.model.recompute.early_stop)
