@@ -70,7 +70,7 @@ class BatchContext:
         hashed = _mixed(hashed, self._place[0] if stepwise else -1)
         hashed = _mixed(_mixed(hashed, stream), row_T)
         column = torch.arange(columns, device=row_T.device)
-        return (_mixed(hashed.unsqueeze(1), column) + 0.5) / (_LOW + 1)
+        return (_mixed(hashed.unsqueeze(1), column).double() + 0.5) / (_LOW + 1)
 
 
 def _mixed(state: Tensor, number: Tensor | int) -> Tensor:
