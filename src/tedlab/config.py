@@ -281,6 +281,14 @@ class CheckpointConfig(CheckpointOptions):
 
 
 @dataclass
+class RoutingConfig(Frozen):
+    """A record of which experts tokens go to, see tedlab/moe/recording.py."""
+
+    record: bool = False  # write the choices of every token and step to routing/ in the run directory
+    replay: str | None = None  # the routing/ of a run, or that run's directory, whose choices are made instead of own
+
+
+@dataclass
 class TrainConfig(Frozen):
     """The whole configuration of ``tedlab train``."""
 
@@ -306,6 +314,7 @@ class TrainConfig(Frozen):
     check_replicas_every: int | None = whole(100, least=1)
     # Steps between pictures of the experts' load; None: only at the end.
     router_picture_every: int | None = whole(100, least=1)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
     certificate: bool = False  # first prove that a scaled-down version of this run equals one process
     # The precision of the certificate: 64-true | bf16-true (equal within rounding).
     certificate_precision: str = word(CertificatePrecision.DOUBLE)

@@ -1,7 +1,12 @@
 """Which tokens a process works on, so that what is drawn or recorded for a token does not depend on the layout."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tedlab.moe.recording import Recorder, Replay
 
 _LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -20,12 +25,16 @@ class BatchContext:
         step: The number of optimizer steps taken.
         micro_batch: The number of the micro-batch within the step.
         ids: The token ids (B, S) of the micro-batch, which a model sets for routers that read them.
+        recorder: Where routers record their choices in training; None: nowhere.
+        replay: The record whose choices routers make in training, in place of their own; None: none.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.seed = 0
         self.step = self.micro_batch = 0
         self.ids: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.replay: Replay | None = None
         # On the device, so that a compiled region reads numbers that change without being compiled again.
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
 

@@ -23,6 +23,8 @@ from tedlab.callbacks import (
     CommunicationLedger,
     Journal,
     MemoryByCategory,
+    RecordRouting,
+    ReplayRouting,
     RouterHealth,
     RunProgress,
     StepCheckpoint,
@@ -34,6 +36,7 @@ from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
+from tedlab.moe.recording import DIRECTORY, Shape, record_in
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.flops import training_flops
@@ -68,7 +71,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     ledger = CommunicationLedger(config, emulated)
     journal = Journal(config.data.batch_size * config.model.sequence_length)
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
-    trainer, module, data = build(config, [metrics, routers, memory, ledger, journal, facts, RunProgress()])
+    callbacks = [metrics, routers, memory, ledger, journal, facts, RunProgress(), *_routing(config, directory)]
+    trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:
             directory.mkdir(parents=True, exist_ok=True)
@@ -89,6 +93,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     dist.destroy_process_group()
     return summary
+
+
+def _routing(config: TrainConfig, directory: Path) -> list[Callback]:
+    found: list[Callback] = []
+    if config.routing.record:
+        found.append(RecordRouting(directory / DIRECTORY, Shape.of(config)))
+    if config.routing.replay is not None:
+        found.append(ReplayRouting(record_in(Path(config.routing.replay))))
+    return found
 
 
 def _save_last(trainer: Trainer, last: Path) -> None:

@@ -7,11 +7,14 @@ from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
 from tedlab.callbacks.router import RouterHealth
+from tedlab.callbacks.routing import RecordRouting, ReplayRouting
 
 __all__ = [
     "CommunicationLedger",
     "Journal",
     "MemoryByCategory",
+    "RecordRouting",
+    "ReplayRouting",
     "RouterHealth",
     "RunProgress",
     "StepCheckpoint",

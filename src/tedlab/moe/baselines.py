@@ -42,7 +42,7 @@ class FixedRouter(Router):
     spec: ClassVar[type[RouterSpec]] = FixedRouterSpec
     options = ()
     router_options = ()
-    supports = ("dropless", "groups", "generate")
+    supports = ("dropless", "groups", "replay", "generate")
 
     @override
     def logits(self, x_TH: Tensor, sequence: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from tedlab._compat.torch import local_tensor
 from tedlab.capacity import group_capacity
-from tedlab.comm import pin, reduce_from
+from tedlab.comm import pin, recomputing, reduce_from
 from tedlab.config import (
     BalanceChoices,
     BalanceScope,
@@ -208,7 +208,7 @@ class Router(ShardedModule):
         router_options: Fields of :class:`tedlab.config.RouterConfig` that it uses; others need their defaults.
         supports: What it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
             (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``, ``balance`` (the
-            options of ``moe.balance``), ``generate`` (choices for a token that depend on earlier tokens alone).
+            options of ``moe.balance``), ``replay`` (of recorded choices), ``generate`` (choices for a token that depend on earlier tokens alone).
         number: Its place among the routers of the model, which makes their random numbers differ.
         bias: (E,) fp32, what balances choices; only with ``moe.router.bias_update``.
 
@@ -220,7 +220,7 @@ class Router(ShardedModule):
     needed_top_k: ClassVar[int | None] = None
     options: ClassVar[tuple[str, ...]] = ("drop_policy",)
     router_options: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(RouterConfig))
-    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile", "balance", "generate")
+    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile", "balance", "replay", "generate")
 
     bias: DTensor
 
@@ -326,7 +326,7 @@ class Router(ShardedModule):
     def decide(self, logits_TE: Tensor, sequence: int, padding_T: Tensor | None = None) -> Decision:
         """Applies the gating rule to logits in fp32 or better. For padding, only slots and load must account for it."""
         scores_TE = self.scores(logits_TE)
-        expert_TK = pin(self.choose(logits_TE, scores_TE, sequence))
+        expert_TK = pin(self._replayed(self.choose(logits_TE, scores_TE, sequence), sequence))
         gate_TK = self.gates(logits_TE, scores_TE, expert_TK)
         probs_TE = self.probabilities(scores_TE)
         decided = partial(Decision, gate_TK, probs_TE=probs_TE)
@@ -367,6 +367,18 @@ class Router(ShardedModule):
         if padding_T is not None:
             slot_TK = slot_TK.masked_fill(padding_T.unsqueeze(1), -1)
         return slot_TK, choice_EC[: served * capacity], load[:served].view(-1, groups).sum(1)
+
+    def _replayed(self, expert_TK: Tensor, sequence: int) -> Tensor:
+        """Records choices in training, or returns recorded ones in their place, if the context asks for it."""
+        context = self.context
+        if not self.training or (context.recorder is None and context.replay is None):
+            return expert_TK
+        token_T = self.tokens(len(expert_TK), sequence)
+        if context.replay is not None:
+            expert_TK = context.replay.choices(context.step + 1, self.number, token_T, expert_TK)
+        if context.recorder is not None and torch.is_grad_enabled() and not recomputing():
+            context.recorder.add(self.number, token_T, expert_TK)
+        return expert_TK
 
     def _counted(self, expert_TK: Tensor, slot_TK: Tensor | None, like_TE: Tensor) -> Tensor:
         """Returns the choices that the balance loss counts, see :class:`Decision`."""

@@ -7,6 +7,7 @@ configuration. Every error says what is wrong, the values, and what would be val
 
 from pathlib import Path
 
+from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig, with_values
 from tedlab.data import data_module
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -22,6 +23,7 @@ from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
+from tedlab.validate.routing import check_replay, check_routing
 from tedlab.validate.settings import (
     OBJECTIVES,
     VALIDATION_METRICS,
@@ -96,6 +98,8 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         tokens = data.corpus.tokenizer.vocab_size
         size = vocabulary(config, tokens)
         _ = data.validation_samples  # raises if they do not fill one batch
+        taken = 0 if config.ckpt_path is None else int(read_meta(Path(config.ckpt_path)).get("global_step") or 0)
+        check_replay(config, taken)
         if config.ckpt_path is not None:
             check_checkpoint(with_values(config, {"model.vocab_size": size}), Path(config.ckpt_path))
         return degrees, tokens
@@ -119,6 +123,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_comm(config, degrees)
     check_model(config, degrees)
     check_experts(config, degrees)
+    check_routing(config)
     check_trainer(config)
     check_settings(config)
     check_loggers(config)
