@@ -141,9 +141,7 @@ class Recording:
         if missing:
             raise ValueError(f"{self.directory} lacks {missing:,} of {shape.tokens:,} tokens in step {step}")
         if whole.min() < 0 or whole.max() >= shape.experts:
-            raise ValueError(
-                f"{self.directory} names experts in step {step} that are not among 0 to {shape.experts - 1}"
-            )
+            raise ValueError(f"{self.directory} names experts beyond 0 to {shape.experts - 1} in step {step}")
         return torch.from_numpy(whole)
 
 

@@ -208,7 +208,8 @@ class Router(ShardedModule):
         router_options: Fields of :class:`tedlab.config.RouterConfig` that it uses; others need their defaults.
         supports: What it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
             (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``, ``balance`` (the
-            options of ``moe.balance``), ``replay`` (of recorded choices), ``generate`` (choices for a token that depend on earlier tokens alone).
+            options of ``moe.balance``), ``replay`` (of recorded choices), ``generate`` (choices for a token that depend
+            on earlier tokens alone).
         number: Its place among the routers of the model, which makes their random numbers differ.
         bias: (E,) fp32, what balances choices; only with ``moe.router.bias_update``.
 
