@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
 from benchmarks.surroundings import require, surroundings
 from benchmarks.train_step import attempt, table
-from tedlab.config import TrainConfig
+from tedlab.config import Gates, TrainConfig
 from tedlab.models import GPT
 from tedlab.topology import Topology
 
@@ -53,7 +53,7 @@ def _sizes(config: TrainConfig) -> dict[str, Any]:
         "max_position_embeddings": model.sequence_length,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.top_k > 1,
+        "norm_topk_prob": moe.top_k > 1 and moe.router.gates in (None, Gates.NORMALIZED),
         "tie_word_embeddings": model.tie_embeddings,
         "rms_norm_eps": 1e-5,
         "bos_token_id": None,

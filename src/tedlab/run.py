@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     ledger = CommunicationLedger(config, emulated)
     journal = Journal(config.data.batch_size * config.model.sequence_length)
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
-    callbacks = [metrics, routers, memory, ledger, journal, facts, RunProgress(), *_routing(config, directory)]
+    callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
     trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:

@@ -619,26 +619,27 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         self.checkpointing.restore_random_state()  # this late because starting a data loader draws a number
-        self._begin(batch_idx)
+        within = batch_idx % self._trainer.accumulate_grad_batches
+        if within == 0 and self._ahead is not None:
+            self._show_step(self._ahead.take())
+        self._at(within)
 
-    def _begin(self, batch_idx: int) -> None:
-        """Notes which micro-batch comes next, and shows all of a step's to a module that asks for them."""
-        trainer, context, comm = self._trainer, self.topology.context, self.topology.comm
-        within = batch_idx % trainer.accumulate_grad_batches
+    def _at(self, number: int) -> None:
+        """Notes which of this data rank's micro-batches of a step comes next."""
+        comm = self.topology.comm
+        self.topology.context.at(self._trainer.global_step, number * comm.size("data") + comm.rank("data"))
 
-        def at(number: int) -> None:
-            context.at(trainer.global_step, number * comm.size("data") + comm.rank("data"))
+    def _show_step(self, batches: list[Any]) -> None:
+        """Shows the micro-batches of a step, one after the other, to the module that asks for them."""
 
-        def in_turn(batches: list[Any]) -> Iterator[Any]:
+        def in_turn() -> Iterator[Any]:
             for number, batch in enumerate(batches):
-                at(number)
+                self._at(number)
                 yield self.batch_to_device(batch, self.root_device)
 
-        if within == 0 and self._ahead is not None:
-            with self.precision_plugin.forward_context():
-                hook: Any = trainer.lightning_module.on_step_batches
-                hook(in_turn(self._ahead.take()))
-        at(within)
+        with self.precision_plugin.forward_context():
+            hook: Any = self._trainer.lightning_module.on_step_batches
+            hook(in_turn())
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

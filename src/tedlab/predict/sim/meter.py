@@ -62,6 +62,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         counts: The counts to add to; None: nothing is counted.
+        parts: The counts of each micro-batch, by its number within the step.
     """
 
     def __init__(
@@ -74,9 +75,14 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
+        self.parts: dict[int, Counts] = {}
         self._in_forward = False
         self._communicated = 0.0  # predicted time at which the last collective ended
         self._host = 0.0  # predicted time at which the host has issued all operations so far
+
+    def start(self, micro_batch: int) -> None:
+        """Adds to the counts of a micro-batch from now on."""
+        self.counts = self.parts.setdefault(micro_batch, Counts())
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:

@@ -154,7 +154,7 @@ def simulate(
 
 
 class _Observer(Callback):
-    """Prepares the step as if it were not the first of a run, and collects the counts of each micro-batch."""
+    """Prepares the step as if it were not the first of a run, and collects what is known of each micro-batch."""
 
     def __init__(self) -> None:
         self.counts: list[Counts] = []
@@ -176,15 +176,12 @@ class _Observer(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        meter = _strategy(trainer).meter
-        self.counts.append(Counts())
-        self.starts.append(meter.memory.now)
-        meter.counts = self.counts[-1]
+        self.starts.append(_strategy(trainer).meter.memory.now)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         meter = _strategy(trainer).meter
-        meter.counts = None
+        self.counts, meter.counts = list(meter.parts.values()), None
         self.memory = meter.memory.timeline()
 
 

@@ -123,6 +123,16 @@ class SimulatedStrategy(TEDStrategy):
         self.meter.label_gradient(parameter.grad)
 
     @override
+    def _at(self, number: int) -> None:
+        super()._at(number)
+        self.meter.start(number)
+
+    @override
+    def _show_step(self, batches: list[Any]) -> None:
+        with self.meter.forward_pass():
+            super()._show_step(batches)
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.meter.forward_pass():
             return super().training_step(*args, **kwargs)
