@@ -11,7 +11,7 @@ from tedlab.config import (
     RouterConfig,
     TrainConfig,
 )
-from tedlab.degrees import ParallelDegrees
+from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe import mixtures, routers
 
 GATING_OPTIONS = ("min_capacity", "random_token_selection", "second_expert_sampling", "drop_policy")
