@@ -6,7 +6,7 @@ queues for its experts, every formula is spelt out. One process, no shards, floa
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,21 +44,38 @@ class Step:
     weights: dict[str, Tensor]
     first_moments: dict[str, Tensor]
     second_moments: dict[str, Tensor]
+    biases: dict[str, Tensor]
 
 
 @dataclass
-class _Report:
-    balance: list[Tensor] = field(default_factory=list)
-    z: list[Tensor] = field(default_factory=list)
-    dropped: int = 0
-    choices: int = 0
+class _Routed:
+    """What one layer's router did to the T tokens of a micro-batch, or of a part of it.
+
+    Attributes:
+        probabilities: (T, E), each row sums to one.
+        counted: (T, E), of each token the share of its choices that fell on an expert and that the loss counts.
+        z: (T,) squares of the logits' logsumexp.
+        load: (E,) choices, dropped ones too.
+        dropped: choices whose expert was full.
+    """
+
+    probabilities: Tensor
+    counted: Tensor
+    z: Tensor
+    load: Tensor
+    dropped: int
+
+    def samples(self, length: int) -> "list[_Routed]":
+        """The losses' parts by sample."""
+        parts = zip(self.probabilities.split(length), self.counted.split(length), self.z.split(length), strict=True)
+        return [_Routed(*part, self.load, self.dropped) for part in parts]
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, report: _Report) -> Tensor:
-    """(B, S, V) of token ids (B, S)."""
+def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]) -> Tensor:
+    """(B, S, V) of token ids (B, S); what each router did is added to ``routed``."""
     samples, length = ids.shape
     x = weights["network.embedding.weight"][ids]
     if model.positions == "learned":
@@ -69,7 +86,7 @@ def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, re
         inside = _norm(block, "norm2", x, model)
         if moe.num_experts and (number + 1) % moe.every == 0:
             flat = inside.reshape(samples * length, -1)
-            x = x + _mixture(block, flat, length, model, moe, report).reshape(x.shape)
+            x = x + _mixture(block, flat, length, model, moe, routed).reshape(x.shape)
         else:
             x = x + _feed_forward(block, inside, model)
     top = {k.removeprefix("network."): w for k, w in weights.items()}
@@ -124,17 +141,16 @@ def _feed_forward(weights: Weights, x: Tensor, model: ModelConfig) -> Tensor:
     return _linear(weights, "feed_forward.down", _activated(_linear(weights, "feed_forward.up", x), model))
 
 
-def _mixture(weights: Weights, x: Tensor, length: int, model: ModelConfig, moe: MoEConfig, report: _Report) -> Tensor:
+def _mixture(
+    weights: Weights, x: Tensor, length: int, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]
+) -> Tensor:
     tokens, number = len(x), moe.num_experts
     scores = x @ weights["feed_forward.router.weight"].T
-    probabilities = torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
-    chosen = [sorted(range(number), key=lambda e: -row[e])[: moe.top_k] for row in probabilities.tolist()]
-    kept = _kept(chosen, tokens, length, moe)
-    report.choices += tokens * moe.top_k
-    report.dropped += tokens * moe.top_k - len(kept)
-    gates = torch.stack([probabilities[token, experts] for token, experts in enumerate(chosen)])
-    if moe.top_k > 1:
-        gates = gates / gates.sum(-1, keepdim=True)
+    affinities = _affinities(scores, moe)
+    bias = weights.get("feed_forward.router.bias", torch.zeros(number))
+    chosen = [_chosen(row, moe) for row in (affinities.detach() + bias).tolist()]
+    kept = _kept(chosen, affinities.tolist(), length, moe)
+    gates = torch.stack([_gates(scores[t], affinities[t], experts, moe) for t, experts in enumerate(chosen)])
     y = torch.zeros_like(x)
     for expert in range(number):
         z = x @ weights["feed_forward.experts.up"][expert]
@@ -147,30 +163,108 @@ def _mixture(weights: Weights, x: Tensor, length: int, model: ModelConfig, moe: 
         for token, place in kept:
             share[token, place] = chosen[token][place] == expert
         y = y + (gates * share).sum(-1, keepdim=True) * result
-    first = torch.tensor([experts[0] for experts in chosen])
-    fractions = torch.stack([(first == expert).double().mean() for expert in range(number)])
-    report.balance.append(number * (fractions * probabilities.mean(0)).sum())
-    report.z.append((torch.log(torch.exp(scores).sum(-1)) ** 2).mean())
+    counted, load = torch.zeros(tokens, number, dtype=torch.float64), torch.zeros(number, dtype=torch.int64)
+    places = 1 if moe.balance.choices == "first" else moe.top_k
+    for token, experts in enumerate(chosen):
+        for place, expert in enumerate(experts):
+            load[expert] += 1
+            if place < places and (moe.balance.dropped or (token, place) in kept):
+                counted[token, expert] += 1 / places
+    routed.append(
+        _Routed(
+            affinities / affinities.sum(-1, keepdim=True),
+            counted,
+            torch.log(torch.exp(scores).sum(-1)) ** 2,
+            load,
+            tokens * moe.top_k - len(kept),
+        )
+    )
     return y
 
 
-def _kept(chosen: Sequence[Sequence[int]], tokens: int, length: int, moe: MoEConfig) -> list[tuple[int, int]]:
-    """The choices, as (token, place), that find room: all first ones in order of the tokens, then all second ones."""
+def _affinities(scores: Tensor, moe: MoEConfig) -> Tensor:
+    if moe.router.scoring == "sigmoid":
+        return 1 / (1 + torch.exp(-scores))
+    assert moe.router.scoring == "softmax"
+    return torch.exp(scores) / torch.exp(scores).sum(-1, keepdim=True)
+
+
+def _chosen(preferences: Sequence[float], moe: MoEConfig) -> list[int]:
+    """A token's experts, best first, of its best groups (DeepSeek-V2, §2.1.2; DeepSeek-V3, §2.1.2)."""
+    size = moe.num_experts // moe.router.expert_groups
+    groups = [range(start, start + size) for start in range(0, moe.num_experts, size)]
+    best_of_group = {"max": 1, "top2": 2}[moe.router.group_score]
+    merit = [sum(sorted((preferences[e] for e in group), reverse=True)[:best_of_group]) for group in groups]
+    best = sorted(range(len(groups)), key=lambda number: -merit[number])[: moe.router.chosen_groups]
+    allowed = [expert for number in sorted(best) for expert in groups[number]]
+    return sorted(allowed, key=lambda expert: -preferences[expert])[: moe.top_k]
+
+
+def _gates(scores: Tensor, affinities: Tensor, experts: list[int], moe: MoEConfig) -> Tensor:
+    """The weights (K,) of a token's choices."""
+    kind = moe.router.gates or ("raw" if moe.top_k == 1 else "normalized")
+    if kind == "softmax":
+        weights = torch.exp(scores[experts]) / torch.exp(scores[experts]).sum()
+    else:
+        weights = affinities[experts]
+    if kind == "normalized":
+        weights = weights / weights.sum()
+    return weights * moe.router.gate_scale
+
+
+def _kept(
+    chosen: Sequence[Sequence[int]], affinities: Sequence[Sequence[float]], length: int, moe: MoEConfig
+) -> set[tuple[int, int]]:
+    """The choices, as (token, place), that find room.
+
+    In their order: all first ones in order of the tokens, then all second ones; or the greatest affinity first.
+    """
+    tokens = len(chosen)
     everything = [(token, place) for place in range(moe.top_k) for token in range(tokens)]
     if moe.dispatch == "dropless" or moe.capacity_factor is None:
-        return everything
+        return set(everything)
+    if moe.drop_policy == "probs":
+        everything.sort(key=lambda choice: -affinities[choice[0]][chosen[choice[0]][choice[1]]])
     groups = moe.capacity_groups or 1
     multiple = max(1, moe.capacity_multiple // groups)
     wanted = math.ceil(round(moe.top_k * (tokens // groups) / moe.num_experts * moe.capacity_factor, 9))
     room = math.ceil(wanted / multiple) * multiple
     taken: dict[tuple[int, int], int] = {}
-    kept = []
+    kept = set()
     for token, place in everything:
         queue = chosen[token][place], token % length * groups // length  # an expert, and a part of the positions
         taken[queue] = taken.get(queue, 0) + 1
         if taken[queue] <= room:
-            kept.append((token, place))
+            kept.add((token, place))
     return kept
+
+
+def _balance(together: Sequence[_Routed]) -> Tensor:
+    """E·Σ f_e·P_e of all tokens whose load counts together (Switch Transformer, eq. 4)."""
+    fractions = torch.cat([part.counted for part in together]).mean(0)
+    probabilities = torch.cat([part.probabilities for part in together]).mean(0)
+    return len(fractions) * (fractions * probabilities).sum()
+
+
+def _losses(step: Sequence[_Routed], length: int, moe: MoEConfig) -> tuple[Tensor, Tensor]:
+    """The balance loss and the z-loss of one layer, given all micro-batches of a step."""
+    groups = {
+        "micro_batch": [[part] for part in step],
+        "sequence": [[sample] for part in step for sample in part.samples(length)],
+        "global_batch": [list(step)],
+    }[moe.balance.scope]
+    return torch.stack([_balance(group) for group in groups]).mean(), torch.cat([part.z for part in step]).mean()
+
+
+def _moved(bias: Tensor, load: Tensor, moe: MoEConfig) -> Tensor:
+    """An expert's bias after a step in which it was chosen so often (DeepSeek-V3, §2.1.2)."""
+    mean = sum(load.tolist()) / len(load)
+    for expert, its in enumerate(load.tolist()):
+        lack = 1 - its / mean
+        if moe.router.bias_update == "sign":
+            lack = (its < mean) - (its > mean)
+        bias[expert] += moe.router.bias_rate * lack
+    return bias
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -188,12 +282,17 @@ def train(
         moe: experts.
         training: the rest.
     """
-    now = {name: weight.double() for name, weight in weights.items()}
+    now = {name: weight.double() for name, weight in weights.items() if not _is_bias_of_router(name)}
+    biases = {
+        f"network.blocks.{block}.feed_forward.router.bias": torch.zeros(moe.num_experts, dtype=torch.float64)
+        for block in range(model.layers)
+        if moe.router.bias_update != "none" and (block + 1) % moe.every == 0
+    }
     first = {name: torch.zeros_like(weight) for name, weight in now.items()}
     second = {name: torch.zeros_like(weight) for name, weight in now.items()}
     steps = []
     for number, micro_batches in enumerate(batches):
-        losses, gradients = _mean_gradients(now, micro_batches, model, moe)
+        losses, gradients, loads = _gradients(now, biases, micro_batches, model, moe)
         norm = math.sqrt(sum((gradient**2).sum().item() for gradient in gradients.values()))
         factor = 1.0 if training.clip is None else min(1.0, training.clip / (norm + 1e-6))
         lr = training.lr * rate(training, number)
@@ -205,7 +304,11 @@ def train(
             m, v = first[name] / (1 - beta1 ** (number + 1)), second[name] / (1 - beta2 ** (number + 1))
             decay = training.weight_decay if _is_matrix(name) else 0.0
             now[name] = now[name] - lr * (m / (v.sqrt() + training.eps) + decay * now[name])
-        steps.append(Step(losses, gradients, norm, factor, lr, dict(now), dict(first), dict(second)))
+        biases = {
+            name: _moved(bias.clone(), load, moe)
+            for (name, bias), load in zip(biases.items(), loads, strict=bool(biases))
+        }
+        steps.append(Step(losses, gradients, norm, factor, lr, dict(now), dict(first), dict(second), biases))
     return steps
 
 
@@ -229,25 +332,34 @@ def _is_matrix(name: str) -> bool:
     return last in ("up", "down") or (last == "weight" and path[-1] not in ("norm", "norm1", "norm2"))
 
 
-def _mean_gradients(
-    weights: Weights, micro_batches: Sequence[Tensor], model: ModelConfig, moe: MoEConfig
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _is_bias_of_router(name: str) -> bool:
+    return name.endswith("router.bias")
+
+
+def _gradients(
+    weights: Weights, biases: Weights, micro_batches: Sequence[Tensor], model: ModelConfig, moe: MoEConfig
+) -> tuple[dict[str, float], dict[str, Tensor], list[Tensor]]:
+    """Losses of a whole step at once, their gradients, and of each router the load."""
     leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
-    sums: dict[str, float] = {}
-    total = torch.zeros((), dtype=torch.float64)
+    losses, routed = [], []
     for batch in micro_batches:
-        report = _Report()
-        scores = logits(leaves, batch[:, :-1], model, moe, report)
+        of_layers: list[_Routed] = []
+        scores = logits({**leaves, **biases}, batch[:, :-1], model, moe, of_layers)
         normal = torch.log(torch.exp(scores).sum(-1))
-        loss = (normal - scores.gather(-1, batch[:, 1:, None]).squeeze(-1)).mean()
-        found = {"train/loss": loss.item()}
-        if report.balance:
-            found["train/aux_loss"] = sum(report.balance).item() / len(report.balance)
-            found["router/dropped_fraction"] = report.dropped / report.choices
-            loss = loss + moe.aux_loss * sum(report.balance) + moe.z_loss * sum(report.z)
-        total = total + loss / len(micro_batches)
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value / len(micro_batches)
+        losses.append((normal - scores.gather(-1, batch[:, 1:, None]).squeeze(-1)).mean())
+        routed.append(of_layers)
+    total = torch.stack(losses).mean()
+    found = {"train/loss": total.item()}
+    layers = list(zip(*routed, strict=True))
+    if layers:
+        length = micro_batches[0].shape[1] - 1
+        balance, z = torch.stack([torch.stack(_losses(layer, length, moe)) for layer in layers]).sum(0)
+        total = total + moe.aux_loss * balance + moe.z_loss * z
+        everything = [part for layer in layers for part in layer]
+        found["train/aux_loss"] = balance.item() / len(layers)
+        found["router/dropped_fraction"] = sum(p.dropped for p in everything) / sum(
+            int(p.load.sum()) for p in everything
+        )
     total.backward()
     gradients = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
-    return sums, gradients
+    return found, gradients, [torch.stack([part.load for part in layer]).sum(0) for layer in layers]

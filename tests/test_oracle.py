@@ -22,11 +22,12 @@ from tedlab.config import TrainConfig
 from tedlab.validate import complete
 from tests import oracle
 from tests.certify.runs import Plant, composed
-from tests.certify.witness import MORE, SETTINGS, SMALL, STEPS, Observation, observe
+from tests.certify.witness import MORE, MORE_ROUTERS, ROUTERS, SETTINGS, SMALL, STEPS, Observation, observe
 from tests.pool import WorkerPool
 
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
 TOLERANCE = 1e-10
+SINGLE = 1e-6  # biases are kept in float32
 
 
 def configuration(setting: str, layout: str, directory: Path, name: str = "") -> TrainConfig:
@@ -37,7 +38,12 @@ def configuration(setting: str, layout: str, directory: Path, name: str = "") ->
         for file in ("one", "two"):
             characters = np.random.default_rng(0).integers(1, 0x250, 500)  # tokens of all of the vocabulary
             (text / file).write_text("".join(map(chr, characters)))
-    given = {**SMALL, **(SETTINGS | MORE)[setting], "data.path": text, "data.cache_dir": directory / "cache"}
+    given = {
+        **SMALL,
+        **(SETTINGS | ROUTERS | MORE | MORE_ROUTERS)[setting],
+        "data.path": text,
+        "data.cache_dir": directory / "cache",
+    }
     degrees = {"parallel.world_size": world, "parallel.tensor": tensor, "parallel.expert": expert}
     if given.get("moe") == "dense":
         given = {key: value for key, value in given.items() if not key.startswith("moe.")}
@@ -90,6 +96,8 @@ def _errors(record: dict[str, dict[str, Tensor]], step: oracle.Step) -> dict[str
         state, suffix = record["optimizer state"], f" ({key})"
         return {name.removesuffix(suffix): value for name, value in state.items() if name.endswith(suffix)}
 
+    biases = {name: value for name, value in record["next weights"].items() if name.endswith("router.bias")}
+    weights = {name: value for name, value in record["next weights"].items() if name not in biases}
     rates = {name: rate for name, rate in record["optimizer settings"].items() if name.startswith("lr ")}
     return {
         "losses and drops": largest(record["losses and drops"], step.losses),
@@ -99,7 +107,8 @@ def _errors(record: dict[str, dict[str, Tensor]], step: oracle.Step) -> dict[str
         "learning rate": largest(rates, dict.fromkeys(rates, step.lr)),
         "first moments": largest(moments("exp_avg"), step.first_moments),
         "second moments": largest(moments("exp_avg_sq"), step.second_moments),
-        "next weights": largest(record["next weights"], step.weights),
+        "next weights": largest(weights, step.weights),
+        "biases": max(0.0, largest(biases, step.biases) - SINGLE) if biases or step.biases else 0.0,
     }
 
 
@@ -134,16 +143,16 @@ def verdict(pool: WorkerPool, layout: str, setting: str, among: Iterable[str]) -
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SETTINGS | ROUTERS)
 def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str, setting: str) -> None:
-    found = verdict(pool, layout, setting, SETTINGS)
+    found = verdict(pool, layout, setting, SETTINGS | ROUTERS)
     assert len(found) == STEPS
     assert first_wrong(found) is None, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("setting", MORE)
+@pytest.mark.parametrize("setting", MORE | MORE_ROUTERS)
 def test_so_is_training_in_further_settings(pool: WorkerPool, layout: str, setting: str) -> None:
-    found = verdict(pool, layout, setting, MORE)
+    found = verdict(pool, layout, setting, MORE | MORE_ROUTERS)
     assert first_wrong(found) is None, found

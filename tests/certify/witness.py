@@ -59,6 +59,54 @@ MORE: dict[str, dict[str, object]] = {
     "no_drops": {"moe.capacity_factor": "null", "moe.top_k": 3, "moe.every": 1, "optim.schedule": "wsd"},
 }
 
+ROUTERS: dict[str, dict[str, object]] = {
+    "deepseek_v3_sequence_wise": {
+        **{"moe.num_experts": 12, "moe.top_k": 3, "moe.every": 1, "moe.dispatch": "dropless"},
+        **{"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized", "moe.router.gate_scale": 2.5},
+        **{"moe.router.expert_groups": 3, "moe.router.chosen_groups": 2, "moe.router.group_score": "top2"},
+        **{"moe.router.bias_update": "sign", "moe.router.bias_rate": 0.0625, "moe.balance.scope": "sequence"},
+        **{"model.recompute.granularity": "block"},
+    },
+    "global_of_kept_choices_recomputed": {
+        **{"moe.top_k": 2, "moe.every": 1, "moe.capacity_factor": 0.7, "moe.balance.scope": "global_batch"},
+        **{"moe.balance.dropped": False, "model.recompute.granularity": "block", "optim.overlap": True},
+    },
+}
+MORE_ROUTERS: dict[str, dict[str, object]] = {
+    "deepseek_v2_by_score": {
+        **{"moe.top_k": 2, "moe.router.gates": "raw", "moe.router.gate_scale": 4, "moe.drop_policy": "probs"},
+        **{"moe.router.expert_groups": 3, "moe.router.chosen_groups": 2, "moe.capacity_factor": 0.8, "comm": "ted"},
+        **{"moe.balance.dropped": False, "model.recompute.granularity": "block"},
+    },
+    "gpt_oss_global_first": {
+        **{"moe.top_k": 3, "moe.every": 1, "moe.dispatch": "dropless", "moe.router.gates": "softmax"},
+        **{"moe.balance.scope": "global_batch", "moe.balance.choices": "first", "comm.dtd": True},
+    },
+    "global_sequence_parallel": {
+        **{"moe.top_k": 2, "moe.every": 1, "parallel.sequence": True, "moe.capacity_factor": 0.8},
+        **{"moe.balance.scope": "global_batch", "model.recompute.granularity": "block", "comm.cac": True},
+        **{"moe.router.bias_update": "proportional", "moe.router.bias_rate": 0.5},
+    },
+    "proportional_biases_alone": {
+        **{"moe.router.bias_update": "proportional", "moe.router.bias_rate": 0.25, "moe.aux_loss": 0},
+        **{"moe.capacity_factor": 0.9, "model.recompute.granularity": "block", "model.recompute.early_stop": False},
+    },
+    "sigmoid_raw_sequence_wise_in_slices": {
+        **{"parallel.sequence": True, "moe.router.scoring": "sigmoid", "moe.router.gates": "raw", "moe.every": 1},
+        **{"moe.router.gate_scale": 0.5, "moe.balance.scope": "sequence", "moe.balance.choices": "first"},
+        **{"moe.balance.dropped": False, "moe.capacity_factor": 0.7, "moe.top_k": 2},
+    },
+    "sigmoid_normalized_by_score_in_groups": {
+        **{"moe.top_k": 3, "moe.router.scoring": "sigmoid", "moe.drop_policy": "probs", "moe.capacity_groups": 3},
+        **{"moe.capacity_factor": 0.6, "moe.router.bias_update": "sign", "moe.router.bias_rate": 0.25},
+        **{"moe.balance.scope": "sequence", "moe.balance.dropped": False},
+    },
+    "one_choice_normalized_and_one_softmax": {
+        **{"moe.router.gates": "normalized", "moe.router.scoring": "sigmoid", "moe.balance.scope": "global_batch"},
+        **{"moe.drop_policy": "probs", "moe.capacity_factor": 0.8, "moe.every": 1},
+    },
+}
+
 
 @dataclass
 class Observation:
