@@ -76,9 +76,10 @@ class BatchContext:
             (T, N) float64, neither 0 nor 1.
         """
         hashed = _mixed(torch.full_like(row_T, self.seed & _LOW), self.seed >> 32)
-        hashed = _mixed(hashed, self._place[0] if stepwise else -1)
+        hashed = _mixed(hashed, self._place[0] + 1 if stepwise else 0)
         hashed = _mixed(_mixed(hashed, stream), row_T)
         column = torch.arange(columns, device=row_T.device)
+        # Of this dtype by its name: the default one may be another when the backward pass computes again.
         return (_mixed(hashed.unsqueeze(1), column).double() + 0.5) / (_LOW + 1)
 
 
