@@ -163,6 +163,14 @@ def test_tensor_ranks_cannot_divide_slots_or_rows_and_some_tokens_are_dropped(
     assert small.data.micro_batch_size * small.model.sequence_length * small.moe.top_k % 2
 
 
+DEEPSEEK_V3 = [
+    *("moe.num_experts=256", "moe.top_k=8", "moe.dispatch=dropless", "moe.router.scoring=sigmoid"),
+    *("moe.router.expert_groups=8", "moe.router.chosen_groups=4", "moe.router.group_score=top2"),
+    *("moe.router.bias_update=sign", "moe.router.bias_rate=0.001"),
+]
+TWO_GROUPS = "moe.router.expert_groups=2"
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -181,6 +189,11 @@ def test_tensor_ranks_cannot_divide_slots_or_rows_and_some_tokens_are_dropped(
         ["moe.num_experts=64", "moe.top_k=2", "moe.gating=deepspeed_top2", "parallel.expert=2"],
         ["moe=dense", "parallel=tp2", "data.micro_batch_size=1", "data.batch_size=1"],
         ["parallel=tp2", "model.sequence_length=2", "parallel.sequence=true"],
+        [*DEEPSEEK_V3, "parallel.expert=1"],
+        [*DEEPSEEK_V3, "parallel.world_size=64", "parallel.tensor=1", "parallel.expert=64"],
+        [*DEEPSEEK_V3, "parallel.world_size=512", "parallel.tensor=2", "parallel.expert=256", "data.batch_size=1024"],
+        [*DEEPSEEK_V3, "parallel=ep2", "moe.num_experts=2", "moe.top_k=1", "moe.router.chosen_groups=1", TWO_GROUPS],
+        [*DEEPSEEK_V3, "parallel=tp2_ep2", "moe.top_k=64", "moe.router.chosen_groups=8", "parallel.sequence=true"],
     ],
     ids=" ".join,
 )
@@ -188,3 +201,55 @@ def test_what_is_valid_is_valid_when_small(tmp_path: Path, overrides: list[str])
     small = shrink(composed("data.batch_size=32", "data.micro_batch_size=4", "model.hidden=160", *overrides), tmp_path)
     check(small, 16)
     check(reference(small, tmp_path), 16)
+
+
+@pytest.mark.parametrize("expert", [1, 2, 4])
+def test_groups_of_experts_stay_groups_and_some_are_left_out(tmp_path: Path, expert: int) -> None:
+    layout = [f"parallel.world_size={expert}", "parallel.tensor=1", f"parallel.expert={expert}"]
+    moe = shrink(composed(*DEEPSEEK_V3, *layout, "data.batch_size=32"), tmp_path).moe
+    assert moe.num_experts == 6 * expert
+    size = moe.num_experts // moe.router.expert_groups
+    assert size >= 2
+    assert moe.router.chosen_groups < moe.router.expert_groups
+    assert 2 <= moe.top_k < size * moe.router.chosen_groups
+    assert moe.router.group_score == "top2"
+
+
+def biases_and_choices(config: TrainConfig) -> list[tuple[list[float], float]]:
+    """After each step: the biases of a router, and the share of tokens that would choose others without them."""
+    seen: list[tuple[list[float], float]] = []
+    changed: list[float] = []
+    choose = Router.choose
+
+    def choosing(self: Router, *arguments: Any) -> Any:
+        chosen = choose(self, *arguments)
+        biases, plain = self.bias.to_local().clone(), torch.zeros(self.num_experts)
+        self.bias.to_local().copy_(plain)
+        others = choose(self, *arguments)
+        self.bias.to_local().copy_(biases)
+        changed.append((chosen.sort(-1).values != others.sort(-1).values).any(1).double().mean().item())
+        return chosen
+
+    class Watching(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+            (biases,) = (b.to_local().tolist() for name, b in pl_module.named_buffers() if name.endswith("router.bias"))
+            seen.append((biases, changed[-1]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Router, "choose", choosing)
+        trainer, module, data = build(config, [Watching()], logged=False)
+        trainer.fit(module, data)
+    return seen
+
+
+@pytest.mark.parametrize("update", ["sign", "proportional"])
+def test_biases_matter_within_the_steps_of_a_certificate_and_are_saved(
+    pool: WorkerPool, tmp_path: Path, update: str
+) -> None:
+    overrides = [*DEEPSEEK_V3, "parallel=single", "data.batch_size=8", "data.micro_batch_size=4"]
+    small = complete(shrink(composed(*overrides, f"moe.router.bias_update={update}"), tmp_path))
+    seen = pool.run(1, biases_and_choices, small)[0][1::2]  # after the second micro-batch of each step
+    assert len(seen) == STEPS
+    assert seen[0][1] == 0  # they start at zero
+    assert all(changed > 0.05 for _, changed in seen[1:]), seen
+    assert any(seen[SAVED - 1][0]), seen

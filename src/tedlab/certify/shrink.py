@@ -1,7 +1,8 @@
 """Scales a training configuration down so that a laptop can run it, and derives its one-process reference.
 
-It keeps the layout (up to 16 processes), whether a process has one expert or several (then 3), routing, clipping,
-optimizer and schedule, ZeRO, tiles, overlap and every toggle; for fp16, loss scaling with a first step that overflows.
+It keeps the layout (up to 16 processes), whether a process has one expert or several (then 3, or 6 if experts form
+groups), routing, clipping, optimizer and schedule, ZeRO, tiles, overlap and every toggle; for fp16, loss scaling with a
+first step that overflows. Biases that balance experts move in steps as large as differences between scores.
 It reduces layers, widths, sequence, batch, the number of steps, and the sizes of the pieces that a computation is
 divided into, so that there are several pieces and the last is smaller. Sizes are odd where the layout allows, so that
 whatever needs padding is padded here, too. It replaces the precision, and the text with one that contains tokens of
@@ -19,6 +20,7 @@ import torch
 from tedlab.capacity import group_capacity
 from tedlab.config import (
     Backend,
+    BiasUpdate,
     CertificatePrecision,
     CommConfig,
     DataConfig,
@@ -28,6 +30,7 @@ from tedlab.config import (
     ParallelConfig,
     Positions,
     RecomputeConfig,
+    RouterConfig,
     TrainConfig,
 )
 from tedlab.degrees import ParallelDegrees, parallel_degrees
@@ -38,6 +41,8 @@ STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
 STEPS_PER_EPOCH = 3  # a run that continues after step 2 starts in the middle of an epoch and reaches the next
 MOST_PROCESSES = 16  # on this machine
 _SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 13, 3, 2, 3
+_EXPERTS_OF_GROUPS = 6  # per rank, where experts form groups
+_BIAS_RATES = {BiasUpdate.SIGN: 1 / 16, BiasUpdate.PROPORTIONAL: 1 / 2}  # at least: they matter within a few steps
 _TILE, _BUCKET = 100, 50  # elements
 _BYTES = 256  # the number of values of a byte
 _LAST_BYTE = 0xF4  # the largest byte in UTF-8
@@ -89,13 +94,16 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     if config.model.loss_chunk is not None:
         model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
     per_rank = config.moe.num_experts // given.expert
-    experts = degrees.expert * (per_rank if per_rank <= 1 else _EXPERTS_PER_RANK)
+    several = _EXPERTS_PER_RANK if config.moe.router.expert_groups == 1 else _EXPERTS_OF_GROUPS
+    experts = degrees.expert * (per_rank if per_rank <= 1 else several)
+    top_k, router = _choices(config.moe, experts)
     moe = replace(
         config.moe,
         num_experts=experts,
-        top_k=min(config.moe.top_k, max(2, experts - 1), max(experts, 1)),
+        top_k=top_k,
         every=min(2, config.moe.every),
         capacity_groups=groups,
+        router=router,
     )
     if experts:
         moe = replace(moe, capacity_multiple=_capacity_multiple(moe, micro_batch * length, degrees.tensor))
@@ -209,6 +217,25 @@ def _accelerator(config: TrainConfig, processes: int) -> str:
     available = torch.cuda.device_count()
     enough = processes <= available or (available > 0 and config.comm.backend == Backend.GLOO)
     return wanted if wanted == "cpu" or enough else "cpu"
+
+
+def _choices(moe: MoEConfig, experts: int) -> tuple[int, RouterConfig]:
+    """Returns ``top_k`` and the router for fewer experts.
+
+    Wherever that can be, groups have two experts or more, a token leaves some groups out if it did before, and chooses
+    among the experts of the others.
+    """
+    router = moe.router
+    if router.bias_update != BiasUpdate.NONE:
+        router = replace(router, bias_rate=max(_BIAS_RATES[BiasUpdate(router.bias_update)], router.bias_rate))
+    top_k = min(moe.top_k, max(2, experts - 1), max(experts, 1))
+    if router.expert_groups == 1:
+        return top_k, router
+    groups = max((n for n in _divisors(experts) if 2 * n <= experts and n > 1), default=experts)
+    size = experts // groups
+    most = groups - (router.chosen_groups < router.expert_groups)
+    chosen = min(max(top_k // size + 1, router.chosen_groups), most)
+    return min(top_k, max(1, chosen * size - 1)), replace(router, expert_groups=groups, chosen_groups=chosen)
 
 
 def _divisors(number: int) -> list[int]:
