@@ -1,4 +1,4 @@
-"""The matrix: layouts × routing, capacity, ZeRO, tiles, accumulation, clipping, optimizers, each against one process.
+"""The matrix: layouts × routers, capacity, ZeRO, tiles, accumulation, clipping, optimizers, each against one process.
 
 A cell compares everything that :func:`tedlab.certify.certify` does, and continues the layout's checkpoint in one
 process. ``python -m tests.certify.test_matrix`` prints a table of the largest errors.
@@ -110,9 +110,73 @@ JOBS: dict[str, dict[str, object]] = {
         **{"model.recompute.granularity": "block", "model.loss_chunk": 5},
     },
 }
+SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
+GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
+RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
+ROUTERS: dict[str, dict[str, object]] = {
+    "deepseek_v3_dropless": {
+        **{EXPERTS_PER_RANK: 4, ACCUMULATED: 2, **RECOMPUTED, "moe.dispatch": "dropless", "moe.top_k": 2},
+        **{**SIGMOID, "moe.router.gate_scale": 2.5, "moe.router.expert_groups": 2, "moe.router.group_score": "top2"},
+        **{"moe.router.bias_update": "sign", "moe.balance.scope": "sequence", "moe.aux_loss": 0.1},
+    },
+    "global_balance_of_kept_choices": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, **GLOBAL, "moe.top_k": 2, "moe.capacity_factor": 0.7},
+        **{"moe.balance.dropped": False, "optim.overlap": True, "moe.every": 1},
+    },
+    "global_balance_of_one_micro_batch_dropless": {
+        **{EXPERTS_PER_RANK: 2, **RECOMPUTED, **GLOBAL, "moe.dispatch": "dropless", "moe.balance.choices": "first"},
+        **{"moe.top_k": 2, "moe.router.bias_update": "proportional", "optim.zero": False},
+    },
+    "global_balance_ted_biased": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, **GLOBAL, "comm": "ted", "moe.top_k": 2},
+        **{"moe.router.bias_update": "proportional", "model.recompute.early_stop": False},
+    },
+    "sequence_wise_in_slices_by_score": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "parallel.sequence": True, "moe.drop_policy": "probs", **SIGMOID},
+        **{"moe.balance.scope": "sequence", "moe.balance.dropped": False, "moe.aux_loss": 0.1, "moe.top_k": 2},
+        **{"moe.capacity_factor": 0.7, "moe.capacity_multiple": 1, "moe.router.bias_update": "sign"},
+    },
+    "global_balance_in_slices": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, **GLOBAL, "parallel.sequence": True, "comm.cac": True},
+        **{"moe.dispatch": "dropless", "moe.router.noise": "normal", "moe.router.bias_update": "sign"},
+    },
+    "noisy_jittered_ted": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "comm": "ted", "moe.top_k": 2},
+        **{"moe.router.noise": "gumbel", "moe.router.noise_std": 0.5, "moe.router.jitter": 0.1},
+    },
+    "noisy_groups_by_score": {
+        **{EXPERTS_PER_RANK: 4, **RECOMPUTED, "moe.drop_policy": "probs", "moe.router.gates": "raw"},
+        **{"moe.router.expert_groups": 2, "moe.router.gate_scale": 3, "moe.router.noise": "normal"},
+        **{"moe.capacity_factor": 0.6, "moe.capacity_multiple": 1, "moe.router.jitter": 0.2, "optim.overlap": True},
+    },
+    "softmax_of_chosen_by_score": {
+        **{EXPERTS_PER_RANK: 2, "moe.drop_policy": "probs", "moe.router.gates": "softmax", "moe.top_k": 2},
+        **{"moe.capacity_factor": 0.6, "moe.capacity_multiple": 1, ACCUMULATED: 2, "moe.every": 1},
+    },
+    "hash": {EXPERTS_PER_RANK: 2, **RECOMPUTED, "moe.gating": "hash", "moe.dispatch": "dropless", "moe.top_k": 2},
+    "hash_in_slices": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "parallel.sequence": True, "moe.gating": "hash"},
+    "random": {EXPERTS_PER_RANK: 2, **RECOMPUTED, ACCUMULATED: 2, "moe.gating": "random", "moe.top_k": 2},
+    "random_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **RECOMPUTED, "parallel.sequence": True, "moe.gating": "random"},
+        **{"moe.dispatch": "dropless", ACCUMULATED: 2},
+    },
+    "round_robin": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.gating": "round_robin", "moe.top_k": 2, "moe.every": 1},
+    "expert_choice": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "moe.gating": "expert_choice", "moe.top_k": 2},
+        **{"moe.router.scoring": "sigmoid", "moe.capacity_multiple": 1},
+    },
+    "expert_choice_in_slices": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "moe.gating": "expert_choice", "comm.cac": True},
+        **{"parallel.sequence": True, "moe.capacity_multiple": 1, "moe.router.noise": "normal"},
+    },
+}
+SAMPLED = ("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted")
+JOBS |= ROUTERS
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
+    *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
+    *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -124,11 +188,15 @@ CELLS = [
 ]
 
 
-SAMPLE = [cell for number, cell in enumerate(CELLS) if cell[0] == (4, 2, 2) or number % 6 == 1]
+SAMPLE = [
+    (layout, job)
+    for number, (layout, job) in enumerate(CELLS)
+    if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED}) or (job not in ROUTERS and number % 6 == 1)
+]
 
 
 def marked(layout: Layout, job: str) -> object:
-    """CI runs one layout's cells and a sixth of the others."""
+    """CI runs one layout's cells and a sixth of the others; of those of routers a few."""
     marks = [pytest.mark.slow if (layout, job) in SAMPLE else pytest.mark.exhaustive]
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 
