@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import CommOptions, ModelConfig, MoEConfig, RecomputeConfig
+from tedlab.config import BalanceConfig, CommOptions, ModelConfig, MoEConfig, RecomputeConfig, RouterConfig
 from tedlab.models import GPT
 from tedlab.moe import MoELayer, MoESpec
 from tedlab.nn import FeedForwardSpec, Init, initialize
@@ -20,11 +20,20 @@ from tests.training import full
 BATCH, LENGTH, HIDDEN, FFN, EXPERTS = 3, 8, 6, 8, 4
 INIT = Init(std=0.7)
 CAPACITY = MoEConfig(num_experts=EXPERTS, capacity_factor=0.75, capacity_multiple=1)
+SIGMOID = RouterConfig(scoring="sigmoid", gates="raw", gate_scale=1.5)
 KINDS = {
     "top1": CAPACITY,
     "top2": replace(CAPACITY, top_k=2),
     "top2_groups": replace(CAPACITY, top_k=2, capacity_groups=4),
     "dropless": replace(CAPACITY, top_k=2, dispatch="dropless"),
+    "top2_kept_by_sequence": replace(
+        CAPACITY, top_k=2, capacity_factor=0.5, balance=BalanceConfig("sequence", dropped=False)
+    ),
+    "sigmoid_first_by_sequence": replace(
+        CAPACITY, top_k=2, dispatch="dropless", router=SIGMOID, balance=BalanceConfig("sequence", "first")
+    ),
+    "top2_by_score": replace(CAPACITY, top_k=2, drop_policy="probs"),
+    "expert_choice": replace(CAPACITY, top_k=2, gating="expert_choice", capacity_groups=2),
 }
 PATTERNS = {"some": [5, 0, 8], "none": [8, 8, 8], "all": [0, 0, 0]}  # tokens of each sample
 
@@ -61,41 +70,76 @@ def plain(weights: dict[str, Tensor], x: Tensor, padding: Tensor, config: MoECon
     x = x.clone().requires_grad_()
     w = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
     logits = x @ w["router.weight"].T
-    probs = logits.softmax(-1)
+    scores = logits.sigmoid() if config.router.scoring == "sigmoid" else logits.softmax(-1)
     real = [(b, s) for b in range(BATCH) for s in range(LENGTH) if not padding[b, s]]
     capacity = math.ceil(config.top_k * BATCH * LENGTH / groups / EXPERTS * config.capacity_factor)  # type: ignore[operator]
-    chosen = {place: probs[place].topk(config.top_k).indices.tolist() for place in real}
-    taken: dict[tuple[int, int], int] = {}
-    load, dropped = [0] * EXPERTS, 0
+    find = experts_choose if config.gating == "expert_choice" else tokens_choose
+    choices, kept, load, dropped = find(scores.detach(), real, capacity, groups, config)
     y = torch.zeros_like(x)
-    for k in range(config.top_k):
-        for b, s in real:
-            e = chosen[b, s][k]
-            load[e] += 1
-            queue = e, s * groups // LENGTH
-            taken[queue] = taken.get(queue, 0) + 1
-            if config.dispatch == "capacity" and taken[queue] > capacity:
-                dropped += 1
-                continue
-            gate = probs[b, s, e]
-            if config.top_k > 1:
-                gate = gate / probs[b, s][chosen[b, s]].sum()
-            inner = F.gelu(x[b, s] @ w["experts.up"][e] + w["experts.up_bias"][e, 0])
-            out = inner @ w["experts.down"][e] + w["experts.down_bias"][e, 0]
-            at = torch.zeros(BATCH, LENGTH, 1, dtype=x.dtype)
-            at[b, s] = 1.0
-            y = y + at * gate * out
+    for b, s, e in kept:
+        gate = scores[b, s, e] * config.router.gate_scale
+        if config.top_k > 1 and config.router.gates is None and config.gating == "default":
+            gate = gate / scores[b, s][[expert for *place, expert in choices if place == [b, s]]].sum()
+        inner = F.gelu(x[b, s] @ w["experts.up"][e] + w["experts.up_bias"][e, 0])
+        out = inner @ w["experts.down"][e] + w["experts.down_bias"][e, 0]
+        at = torch.zeros(BATCH, LENGTH, 1, dtype=x.dtype)
+        at[b, s] = 1.0
+        y = y + at * gate * out
     zero = (x * 0).sum()
-    first = torch.zeros(EXPERTS, dtype=x.dtype)
-    for place in real:
-        first[chosen[place][0]] += 1 / len(real)
-    mean = sum((probs[place] for place in real), start=zero * torch.ones(EXPERTS)) / max(1, len(real))
-    balance = EXPERTS * (first * mean).sum()
+    first = config.balance.choices == "first"
+    counting = choices[: len(real)] if first else choices
+    counted = [choice for choice in counting if config.balance.dropped or choice in kept]
+    samples = [[place for place in real if place[0] == b] for b in range(BATCH)]
+    together = [sample for sample in samples if sample] if config.balance.scope == "sequence" else [real]
+    balance = zero
+    for places in filter(None, together):
+        shares, mean = torch.zeros(EXPERTS, dtype=x.dtype), torch.zeros(EXPERTS, dtype=x.dtype)
+        for b, s in places:
+            mean = mean + scores[b, s] / scores[b, s].sum() / len(places)
+            for *place, e in counted:
+                shares[e] += (place == [b, s]) / len(places) / (1 if first else config.top_k)
+        balance = balance + EXPERTS * (shares * mean).sum() / len(together)
     z = sum((logits[place].logsumexp(-1).square() for place in real), start=zero) / max(1, len(real))
     ((y * direction()).sum() + 2 * balance + 3 * z).backward()
     assert x.grad is not None
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in w.items()}
     return Outcome(y.detach(), balance.item(), z.item(), load, dropped, x.grad, grads)
+
+
+Choice = tuple[int, int, int]  # sample, position, expert
+Choices = tuple[list[Choice], list[Choice], list[int], int]  # all, those with a slot, by expert, how many were dropped
+
+
+def tokens_choose(
+    scores: Tensor, real: list[tuple[int, int]], capacity: int, groups: int, config: MoEConfig
+) -> Choices:
+    """First choices, then second ones, each in order of the tokens, or the highest score first."""
+    best = {place: scores[place].topk(config.top_k).indices.tolist() for place in real}
+    choices = [(*place, best[place][k]) for k in range(config.top_k) for place in real]
+    queued = sorted(choices, key=lambda choice: -scores[choice]) if config.drop_policy == "probs" else choices
+    taken: dict[tuple[int, int], int] = {}
+    kept = []
+    for b, s, e in queued:
+        queue = e, s * groups // LENGTH
+        taken[queue] = taken.get(queue, 0) + 1
+        if config.dispatch == "dropless" or taken[queue] <= capacity:
+            kept.append((b, s, e))
+    load = [sum(e == expert for *_, e in choices) for expert in range(EXPERTS)]
+    return choices, kept, load, len(choices) - len(kept)
+
+
+def experts_choose(
+    scores: Tensor, real: list[tuple[int, int]], capacity: int, groups: int, config: MoEConfig
+) -> Choices:
+    """Each expert its best tokens, in each part of the positions; a token that nobody takes loses K choices."""
+    kept = []
+    for e in range(EXPERTS):
+        for group in range(groups):
+            own = [(b, s) for b, s in real if s * groups // LENGTH == group]
+            kept += [(*place, e) for place in sorted(own, key=lambda place: -scores[(*place, e)])[:capacity]]
+    load = [sum(e == expert for *_, e in kept) for expert in range(EXPERTS)]
+    idle = set(real) - {(b, s) for b, s, _ in kept}
+    return kept, kept, load, config.top_k * len(idle)
 
 
 # ---- ours --------------------------------------------------------------------------------------------------------
