@@ -114,7 +114,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "balance_of_nan": (["moe.aux_loss=nan"], ["moe.aux_loss is nan", "a finite number, at least 0"]),
     "unknown_gating": (
         ["moe.gating=deepspeed_top3"],
-        ["moe.gating=deepspeed_top3", "valid: default, deepspeed_top1, deepspeed_top2, deepspeed_topk"],
+        [
+            "moe.gating=deepspeed_top3",
+            "valid: default",
+            "expert_choice",
+            "deepspeed_top1, deepspeed_top2, deepspeed_topk",
+        ],
     ),
     "top1_gating_of_two_choices": (
         ["moe=top2", "moe.gating=deepspeed_top1"],
@@ -138,7 +143,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     ),
     "drop_policy_of_top2_gating": (
         ["moe=top2", "moe.gating=deepspeed_top2", "moe.drop_policy=probs"],
-        ["moe.drop_policy=probs", "moe.gating=deepspeed_top2", "choose moe.gating=deepspeed_topk"],
+        ["moe.drop_policy=probs", "moe.gating=deepspeed_top2", "choose moe.gating=default or deepspeed_topk"],
     ),
     "unknown_drop_policy": (
         ["moe.gating=deepspeed_topk", "moe.drop_policy=random"],

@@ -20,7 +20,8 @@ CONFIG = MoEConfig(num_experts=EXPERTS, top_k=2, capacity_factor=None, capacity_
 def router_of(topology: Topology, config: MoEConfig = CONFIG, hidden: int = EXPERTS, **options: Any) -> Router:
     """A router that takes its input for logits, if ``hidden`` is the number of experts."""
     config = replace(config, router=replace(config.router, **options))
-    router = routers[config.gating](hidden, config, topology, init=Init(std=1.0)).double()
+    kind = routers[config.gating]
+    router = kind(kind.spec(hidden, config, Init(std=1.0)), topology).double()
     initialize(router, 0)
     with torch.no_grad():
         for weight in router.parameters():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tedlab import Topology
 from tedlab.config import MoEConfig, RouterConfig
-from tedlab.moe import Router
+from tedlab.moe import Router, RouterSpec
 from tedlab.nn import Init, initialize
 from tests.test_transformers import SinglePrecisionIsDouble
 
@@ -101,7 +101,7 @@ def ours(topology: Topology, case: Case, x_TH: Tensor, weight_EH: Tensor, bias_E
     """The weights and experts of each token's choices."""
     experts, top_k, *_ = case.sizes
     config = MoEConfig(num_experts=experts, top_k=top_k, capacity_factor=None, capacity_multiple=1, router=case.ours)
-    router = Router(HIDDEN, config, topology, init=Init(std=1.0)).double()
+    router = Router(RouterSpec(HIDDEN, config, Init(std=1.0)), topology).double()
     initialize(router, 0)
     with torch.no_grad():
         router.get_parameter("weight").to_local().copy_(weight_EH)  # type: ignore[operator]
@@ -167,7 +167,7 @@ def test_the_balance_loss_of_all_choices_is_that_of_transformers(single: Topolog
     for number, (experts, top_k, *_) in enumerate(PLAIN):
         x_TH, weight_EH, _ = drawn(number, experts)
         config = MoEConfig(num_experts=experts, top_k=top_k, capacity_factor=None, router=RouterConfig(gates="raw"))
-        router = Router(HIDDEN, config, single, init=Init(std=1.0)).double()
+        router = Router(RouterSpec(HIDDEN, config, Init(std=1.0)), single).double()
         with torch.no_grad():
             router.get_parameter("weight").to_local().copy_(weight_EH)  # type: ignore[operator]
             padding_T = torch.arange(TOKENS) % 16 >= 11 if padded else None
