@@ -45,22 +45,22 @@ from tedlab.comm import (
 )
 from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import MoEConfig
-from tedlab.moe.router import Routing
+from tedlab.moe.router import Routing, routers
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
 @dataclass(frozen=True)
 class DispatchSpec(Spec):
-    """Describes a token path and its region, with slots or with rows.
-
-    Attributes:
-        choices: The number of choices for which a token has room.
-    """
+    """Describes a token path and its region, with slots or with rows."""
 
     hidden: int
     config: MoEConfig
-    choices: int
+
+    @property
+    def choices(self) -> int:
+        """The number of choices for which a token has room."""
+        return routers[self.config.gating].choices(self.config)
 
     def obeyed(self, layout: Layout) -> Layout:
         """Returns the layout with the toggles as the path obeys them: one without DTD, say, switches ``dtd`` off."""

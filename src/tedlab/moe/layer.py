@@ -38,13 +38,8 @@ class MoESpec(Spec):
         return routers[self.config.gating].spec(self.hidden, self.config, self.expert.init)
 
     @property
-    def choices(self) -> int:
-        """The number of choices for which a token has room."""
-        return routers[self.config.gating].choices(self.config)
-
-    @property
     def dispatch(self) -> DispatchSpec:
-        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config, self.choices)
+        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config)
 
     @property
     def experts(self) -> ExpertsSpec:
@@ -55,7 +50,7 @@ class MoESpec(Spec):
         return self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        chosen = b.outside * self.choices
+        chosen = b.outside * self.dispatch.choices
         yield from self.router.forward(b)
         if b.mixed:
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
@@ -67,13 +62,13 @@ class MoESpec(Spec):
             yield b.moved((chosen + b.outside) * self.hidden)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        chosen = b.outside * self.choices
+        chosen = b.outside * self.dispatch.choices
         for passes in (3, 2, 1):  # of the gate and through it
             yield b.moved(passes * chosen * self.hidden)
         yield from self.dispatch.there(b)
         yield from self.experts.backward(b)
         yield from self.dispatch.back(b, bias=False)
-        yield b.moved(3 * (self.choices - 1) * b.outside * self.hidden)
+        yield b.moved(3 * (self.dispatch.choices - 1) * b.outside * self.hidden)
         yield from self.router.backward(b)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
@@ -94,7 +89,7 @@ class MoESpec(Spec):
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _weighted(self, b: MicroBatch) -> int:
-        return b.outside * self.choices * self.hidden * b.compute.itemsize
+        return b.outside * self.dispatch.choices * self.hidden * b.compute.itemsize
 
 
 class MoELayer(nn.Module):
