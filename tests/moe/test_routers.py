@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tedlab import Topology
-from tedlab.config import MoEConfig, RouterConfig
+from tedlab.config import ModelConfig, MoEConfig, RecomputeConfig, RouterConfig
+from tedlab.models import GPT
 from tedlab.moe import Router, Routing, routers
 from tedlab.nn import Init, initialize
 
@@ -133,6 +134,30 @@ def test_biases_stay_in_single_precision(single: Topology) -> None:
     assert router.bias.dtype == torch.float32
     router.adjust(torch.tensor([9, 0, 0, 0, 0, 0]))
     assert router.bias.to_local().tolist() == pytest.approx([-0.001, *[0.001] * 5])
+
+
+@pytest.mark.parametrize("granularity", ["none", "block"])
+def test_each_choice_of_a_training_step_is_counted_once(single: Topology, granularity: str) -> None:
+    """Recomputed or not; nothing counts that does not train."""
+    model = ModelConfig(2, 8, 2, 16, 6, vocab_size=32, recompute=RecomputeConfig(granularity=granularity))
+    network = GPT(model, replace(CONFIG, every=1, router=RouterConfig(bias_update="sign")), single, seed=0)
+    found = [module for module in network.modules() if isinstance(module, Router)]
+    assert len(found) == 2
+    ids = torch.arange(24).view(4, 6)
+
+    def trained(ids: Tensor) -> None:
+        loss, reports = network.loss(ids, ids)
+        (loss + sum(report.balance_loss for report in reports)).backward()
+
+    trained(ids[:3])
+    trained(ids[3:])
+    with torch.no_grad():
+        network(ids)
+    network.eval()
+    network(ids)
+    for layer in found:
+        assert layer.take_load().sum() == 24 * CONFIG.top_k
+        assert not layer.take_load().any()
 
 
 # ---- baselines ---------------------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ def theirs(family: str, case: Case, x_TH: Tensor, weight_EH: Tensor, bias_E: Ten
     experts, top_k, groups, chosen_groups = case.sizes
     scale = {"routed_scaling_factor": case.ours.gate_scale, "n_group": groups, "topk_group": chosen_groups}
     sizes = {"num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": top_k}
-    router = getattr(module, case.router)(SimpleNamespace(hidden_size=HIDDEN, **sizes, **scale, **case.options))
+    config = SimpleNamespace(hidden_size=HIDDEN, **sizes, **scale, **case.options)
+    router = getattr(module, case.router)(config).double()
     with torch.no_grad():
         router.weight.copy_(weight_EH)
         if hasattr(router, "e_score_correction_bias"):
