@@ -282,7 +282,7 @@ class CheckpointConfig(CheckpointOptions):
 
 @dataclass
 class RoutingConfig(Frozen):
-    """A record of which experts tokens go to, see tedlab/moe/recording.py."""
+    """A record of which experts tokens go to, see tedlab/record.py."""
 
     record: bool = False  # write the choices of every token and step to routing/ in the run directory
     replay: str | None = None  # the routing/ of a run, or that run's directory, whose choices are made instead of own

@@ -36,10 +36,10 @@ from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
-from tedlab.moe.recording import DIRECTORY, Shape, record_in
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.flops import training_flops
+from tedlab.record import DIRECTORY, Shape, record_in
 from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.strategy import TEDStrategy, gpus
 

@@ -7,12 +7,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
-from tedlab.moe.recording import Recorder, Recording, Replay, Shape, begin
+from tedlab.moe.recording import Recorder, Replay
+from tedlab.record import Recording, Shape, begin
 from tedlab.strategy import TEDStrategy
 
 
 class RecordRouting(Callback):
-    """Writes ``routing/`` in the run directory, see :mod:`tedlab.moe.recording`.
+    """Writes ``routing/`` in the run directory, see :mod:`tedlab.record`.
 
     Args:
         directory: The directory of the record.

@@ -11,6 +11,7 @@ from textwrap import fill
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
@@ -72,6 +73,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     drawn = []
     for name, caption, draw in (
         ("loss", _LOSS_CAPTION, _losses),
+        ("flips", _FLIPS_CAPTION, _flips),
         ("bytes", _BYTES_CAPTION, _bytes),
         ("step_time", _time_caption(comparison), _times),
     ):
@@ -85,6 +87,9 @@ _LOSS_CAPTION = (
     "Lines are training losses, circles validation losses. Curves that coincide are drawn inside one another."
 )
 _BYTES_CAPTION = "Colours are operations; the names above a bar are the phases of the step, gaps part them."
+
+
+_FLIPS_CAPTION = "Lines are means over the MoE layers, bands reach from the layer with fewest to that with most flips."
 
 
 def _time_caption(comparison: Comparison) -> str:
@@ -114,6 +119,26 @@ def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
     figure.legend(
         handles, labels, loc="outside lower left", ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False
     )
+    return figure
+
+
+def _flips(comparison: Comparison, theme: Theme) -> Figure | None:
+    if not comparison.flips:
+        return None
+    figure, axes = _canvas(3.6, f"Choices of experts that differ from those of run {comparison.runs[0].name}")
+    for index, run in enumerate(comparison.runs):
+        if run.name in comparison.flips:
+            rates = comparison.flips[run.name]
+            steps, percent_SL = list(rates), 100 * np.stack(list(rates.values()))
+            colour = _COLOURS[index % len(_COLOURS)]
+            axes.fill_between(steps, percent_SL.min(1), percent_SL.max(1), color=colour, alpha=0.2, lw=0)
+            axes.plot(steps, percent_SL.mean(1), color=colour, label=comparison.label(run), marker="o", ms=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("flipped, %")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(color=theme.faint, lw=0.7)
+    figure.legend(loc="outside lower left", frameon=False)
     return figure
 
 

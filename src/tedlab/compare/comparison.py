@@ -4,12 +4,17 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
+from tedlab.record import DIRECTORY, Recording, flip_rates
 from tedlab.renamed import RENAMED, note, renamed
 
 # Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
@@ -134,6 +139,31 @@ class Comparison:
                 return best
         return None
 
+    @cached_property
+    def flips(self) -> dict[str, dict[int, np.ndarray]]:
+        """The shares of choices that flipped against the first run, by run, step and MoE layer (L,).
+
+        It has the runs that recorded their routing (``routing.record=true``) as the first one did.
+        """
+        first, *others = (_record(run) for run in self.runs)
+        found = {}
+        for run, record in zip(self.runs[1:], others, strict=True):
+            if first is not None and record is not None and record.shape == first.shape:
+                found[run.name] = flip_rates(first, record)
+        return {name: rates for name, rates in found.items() if rates}
+
+    def flip_statements(self) -> list[str]:
+        """Says how many choices of experts differ from the first run's."""
+        texts = []
+        for name, rates in self.flips.items():
+            means = {step: float(rates[step].mean()) for step in rates}
+            first, last = min(means), max(means)
+            texts.append(
+                f"routing: {np.mean(list(means.values())):.2%} of the choices of run {name} are not run "
+                f"{self.runs[0].name}'s: {means[first]:.2%} in step {first}, {means[last]:.2%} in step {last}."
+            )
+        return texts
+
     def loss_statements(self) -> list[str]:
         """Says which runs have the same losses to the last digit, and by how much the others differ."""
         return [text for name in CURVES if (text := self._loss_statement(name)) is not None]
@@ -193,6 +223,12 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
         )
     forced = [f"These runs are not alike, and their losses do not mean the same: {'; '.join(unlike)}."] * bool(unlike)
     return Comparison(runs, by or differing, differing, [*forced, *notes, *_warnings(runs)])
+
+
+def _record(run: Run) -> Recording | None:
+    """Returns the record of a run's routing; None if it has none, or is not on this machine."""
+    directory = Path(run.source) / DIRECTORY
+    return Recording(directory) if directory.is_dir() else None
 
 
 def written(value: Any) -> str:

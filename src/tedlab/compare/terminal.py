@@ -37,7 +37,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         console.print("The runs have the same settings.")
     if len(comparison.runs) > 1:
         console.print(f"× is the ratio to run {escape(comparison.runs[0].name)}.")
-    for statement in comparison.loss_statements():
+    for statement in (*comparison.loss_statements(), *comparison.flip_statements()):
         console.print(escape(statement), style="yellow" if "differ" in statement else "green")
     effects = comparison.effects()
     for effect in effects[:_LINES]:

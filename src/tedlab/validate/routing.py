@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tedlab.config import Compiler, TrainConfig
 from tedlab.moe import routers
-from tedlab.moe.recording import Recording, Shape, record_in
+from tedlab.record import Recording, Shape, record_in
 
 
 def check_routing(config: TrainConfig) -> None:
