@@ -262,13 +262,14 @@ def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
     beside = [tuple(part.strip() for part in line.split("  # ")) for line in shown if "  # " in line]
     for said in (
         ("every: 2", "experts in blocks every-1, 2·every-1, … (the paper: every second layer)"),  # in config.py
-        ("vocab_size: null", "null: the tokenizer's, rounded up to a multiple of 128"),  # on the last of three lines
         ("accumulate_grad_batches: null", "follows from data.batch_size"),  # in trainer/cpu.yaml
         ("group: ${hydra:sweep.dir}", "one for each sweep, and called as its directory"),  # in logger/wandb.yaml
     ):
         assert said in beside
     above = shown.index("  # Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers).")
     assert shown[above + 1].startswith("  init_std: ")
+    above = shown.index("  # null: the tokenizer's size, rounded up to a multiple of 128.")  # config.py says None
+    assert shown[above + 1].startswith("  vocab_size: null")
     assert [line for line in shown if line.startswith("    momentum: 0.0")]
     assert not [line for line in shown if "cluster" in line.partition(":")[0].split() or "hydra.help" in line]
 

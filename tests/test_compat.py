@@ -284,6 +284,23 @@ def test_batch_norm_is_the_base_of_its_kinds_and_of_no_other_norm() -> None:
     assert not isinstance(nn.LayerNorm(1), compat.BatchNorm)
 
 
+def test_precise_buffers_stay_in_fp32_whatever_the_module_becomes() -> None:
+    class Module(compat.PreciseBuffers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_precise_buffer("values", torch.tensor([1.001]))
+            self.register_buffer("others", torch.tensor([1.001]))
+
+    module = Module()
+    for change in (module.bfloat16, module.half, module.double):
+        change()
+        assert module.values.dtype is torch.float32
+        assert torch.equal(module.values, torch.tensor([1.001]))
+        assert module.others.dtype is not torch.float32
+    assert module.to("meta").values.is_meta
+    assert list(module.state_dict()) == ["values", "others"]
+
+
 def test_require_raises_with_its_message() -> None:
     compat.require(True, lambda: "never made")
     with pytest.raises(RuntimeError, match="four words of it"):

@@ -112,6 +112,51 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "top_k_0": (["moe.top_k=0"], ["top_k is 0", "at least 1"]),
     "capacity_factor_0": (["moe.capacity_factor=0"], ["moe.capacity_factor is 0", "positive", "null"]),
     "balance_of_nan": (["moe.aux_loss=nan"], ["moe.aux_loss is nan", "a finite number, at least 0"]),
+    "groups_that_do_not_divide_experts": (
+        ["moe.num_experts=8", "moe.router.expert_groups=3"],
+        ["moe.num_experts (8)", "moe.router.expert_groups (3)", "1, 2, 4, 8"],
+    ),
+    "more_chosen_groups_than_groups": (
+        ["moe.num_experts=8", "moe.router.expert_groups=2", "moe.router.chosen_groups=3"],
+        ["moe.router.chosen_groups (3)", "moe.router.expert_groups (2)"],
+    ),
+    "top_k_over_the_allowed_groups": (
+        ["moe.num_experts=8", "moe.top_k=3", "moe.router.expert_groups=4"],
+        ["moe.top_k (3)", "the 2 experts in 1 of 4 groups", "chosen_groups to 2 or more"],
+    ),
+    "score_of_one_group": (
+        ["moe.router.group_score=top2"],
+        ["moe.router.group_score=top2", "moe.router.expert_groups is 1"],
+    ),
+    "unknown_scoring": (["moe.router.scoring=tanh"], ["moe.router.scoring", "tanh", "softmax, sigmoid"]),
+    "scale_0": (["moe.router.gate_scale=0"], ["moe.router.gate_scale is 0", "positive"]),
+    "jitter_1": (["moe.router.jitter=1"], ["moe.router.jitter is 1", "smaller than 1"]),
+    "biases_that_never_move": (
+        ["moe.router.bias_update=sign", "moe.router.bias_rate=0"],
+        ["moe.router.bias_rate is 0", "positive"],
+    ),
+    "noise_of_a_hash_router": (
+        ["moe.gating=hash", "moe.router.noise=gumbel"],
+        ["moe.router.noise=gumbel would have no effect with moe.gating=hash", "leave it none", "default"],
+    ),
+    "balance_of_a_random_router": (
+        ["moe.gating=random", "moe.balance.scope=sequence"],
+        ["moe.balance", "moe.gating=random", "moe.gating=default"],
+    ),
+    "expert_choice_without_capacity": (
+        ["moe.gating=expert_choice", "moe.dispatch=dropless"],
+        ["moe.gating=expert_choice", "moe.dispatch=dropless", "moe.dispatch=capacity"],
+    ),
+    "dropped_choices_without_capacity": (
+        ["moe.dispatch=dropless", "moe.balance.dropped=false"],
+        ["moe.balance.dropped=false", "moe.dispatch=dropless", "moe.dispatch=capacity"],
+    ),
+    "record_of_a_dense_model": (["moe=dense", "routing.record=true"], ["routing.record=true", "moe.num_experts=0"]),
+    "record_of_expert_choice": (
+        ["moe.gating=expert_choice", "routing.record=true"],
+        ["routing.record=true", "moe.gating from default", "hash"],
+    ),
+    "replay_of_nothing": (["routing.replay=/nowhere"], ["/nowhere is not the record of a run's routing"]),
     "unknown_gating": (
         ["moe.gating=deepspeed_top3"],
         [
@@ -659,6 +704,14 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
     check(config)
     assert notes(config) == ["comm.dtd=true does nothing here: with parallel.tensor=1 there are no duplicates."]
     assert notes(small(corpus, "parallel=tp2", "comm.dtd=true")) == []
+
+
+def test_what_is_easily_overlooked_in_routing_is_noted(corpus: Path) -> None:
+    (future,) = notes(small(corpus, "moe.gating=expert_choice"))
+    assert "sees the future" in future
+    (twice,) = notes(small(corpus, "moe.router.bias_update=sign"))
+    assert "moe.aux_loss=0.01" in twice
+    assert notes(small(corpus, "moe.router.bias_update=sign", "moe.aux_loss=0")) == []
 
 
 def test_auto_becomes_what_it_keeps(corpus: Path) -> None:

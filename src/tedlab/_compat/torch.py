@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.checkpoint import _nested_dict, filesystem, metadata
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +28,25 @@ TorchDispatchMode = _python_dispatch.TorchDispatchMode
 
 BatchNorm = batchnorm._BatchNorm
 """The base of ``nn.BatchNorm1d`` to ``3d`` and of the lazy and synchronised ones, which have no public one."""
+
+
+class PreciseBuffers(nn.Module):
+    """Keeps some buffers in fp32 whatever the precision of the module becomes, for which torch has no public way."""
+
+    def register_precise_buffer(self, name: str, values: Tensor) -> None:
+        """Registers a buffer that stays in fp32."""
+        self.register_buffer(name, values.float())
+        self.precise = (*getattr(self, "precise", ()), name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: getattr(self, name) for name in getattr(self, "precise", ())}
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != values.dtype:  # the values, too: they have been rounded
+                setattr(self, name, values.to(moved.device))
+        return self
+
 
 # ---- process groups and meshes ---------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ routes the tokens of its own positions, and T counts these. A recomputed forward
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tedlab._compat.torch import local_tensor
+from tedlab._compat.torch import PreciseBuffers, local_tensor
 from tedlab.capacity import group_capacity
 from tedlab.comm import pin, recomputing, reduce_from
 from tedlab.config import (
@@ -174,7 +174,7 @@ routers: "Registry[type[Router]]" = Registry("moe.gating")
 
 
 @routers.register("default")
-class Router(ShardedModule):
+class Router(PreciseBuffers, ShardedModule):
     """Top-k router with a capacity that is first come, first served (GShard, Switch Transformer; the paper uses k = 1).
 
     Every expert gets a score from its logit; ``moe.router`` says how scores, choices and weights are made. Choices see
@@ -238,7 +238,8 @@ class Router(ShardedModule):
         self.groups, self.all_groups = groups // self.shards, groups  # this process's and the data rank's
         self.build(spec, topology)
         if self.biased:
-            self.register_buffer("bias", replicated(torch.zeros(self.num_experts), topology))
+            # In bf16, steps of 0.001 would vanish.
+            self.register_precise_buffer("bias", replicated(torch.zeros(self.num_experts), topology))
             self._load_E = torch.zeros(self.num_experts, dtype=torch.int64, device=topology.device)
 
     def forward(self, x_TH: Tensor, sequence: int | None = None, padding_T: Tensor | None = None) -> Routing:
@@ -418,7 +419,7 @@ class Router(ShardedModule):
         recomputed or compiled.
         """
         if self.biased and self.training and torch.is_grad_enabled():
-            self._load_E += report.load
+            self._load_E = self._load_E.to(report.load.device) + report.load
 
     def take_load(self) -> Tensor:
         """Returns the load (E,) that was counted since the last call."""
@@ -429,14 +430,6 @@ class Router(ShardedModule):
         """Moves the biases, given a step's load over all processes."""
         config = self.config.router
         local_tensor(self.bias).add_(bias_step(load_E, config.bias_update, config.bias_rate))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
-        """Moves the module, but keeps biases in fp32: in bf16, steps of 0.001 would vanish."""
-        super()._apply(fn, recurse)
-        if self.biased:
-            self._load_E = fn(self._load_E)
-            self.bias = self.bias.float()  # type: ignore[assignment]
-        return self
 
     def _losses(
         self, decision: Decision, z_T: Tensor, padding_T: Tensor | None, sequence: int

@@ -1,0 +1,92 @@
+"""``python -m experiments.routers``: see README.md."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments.paper import write_json
+from tedlab.record import Recording, flip_rates
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/routers")
+ROUTERS = ("none", "first_choices", "micro_batch", "sequence", "global_batch", "biases", "hash", "expert_choice")
+SEEDS = (0, 1, 2)
+RECORDED = tuple(router for router in ROUTERS if router != "expert_choice")  # whose tokens choose
+STEPS = 300
+QUANTITIES = {
+    "val/loss": "validation loss",
+    "train/loss": "training loss",
+    "router/load_cv": "load variation",
+    "router/dead_experts": "idle experts",
+    "router/dropped_fraction": "dropped",
+}
+
+
+def main() -> None:
+    """The command."""
+    experiments = ",".join(f"routers/{router}" for router in ROUTERS)
+    seeds = ",".join(map(str, SEEDS))
+    train("-m", f"experiment={experiments}", f"seed={seeds}", f"hydra.sweep.dir={RUNS / 'sweep'}")
+    runs = [RUNS / "sweep" / str(number) for number in range(len(ROUTERS) * len(SEEDS))]
+    results: dict[str, Any] = {}
+    for number, router in enumerate(ROUTERS):
+        mine = runs[number * len(SEEDS) : (number + 1) * len(SEEDS)]
+        summaries = [json.loads((run / "summary.json").read_text()) for run in mine]
+        results[router] = {name: [summary[name] for summary in summaries] for name in QUANTITIES}
+        results[router]["flips"] = [flips(run, router) for run in mine] if router in RECORDED else None
+    write_json(HERE / "results.json", results)
+    first_seed = [str(run) for run in runs[:: len(SEEDS)]]
+    command = ["compare", *first_seed, "by=experiment_name", f"out={RUNS / 'report.html'}"]
+    subprocess.run([sys.executable, "-m", "tedlab", *command], check=True)
+    Console().print(table(results))
+
+
+def train(*arguments: str) -> None:
+    """Runs ``tedlab train``."""
+    subprocess.run([sys.executable, "-m", "tedlab.train", *arguments], check=True)
+
+
+def flips(run: Path, router: str) -> float:
+    """The share of choices that another precision flips: of one more step from a run's end, in fp32 and in bf16."""
+    records = []
+    for precision in ("32-true", "bf16-true"):
+        directory = RUNS / "flips" / run.name / precision
+        train(
+            f"experiment=routers/{router}",
+            f"ckpt_path={run}",
+            f"trainer.max_steps={STEPS + 1}",
+            f"trainer.precision={precision}",
+            "routing.record=true",
+            f"hydra.run.dir={directory}",
+        )
+        records.append(Recording(directory / "routing"))
+    return float(flip_rates(*records)[STEPS + 1].mean())
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Means over the seeds, and the range from the least to the largest."""
+    shown = Table("router", *QUANTITIES.values(), "flips in bf16", title=f"{len(SEEDS)} seeds, {STEPS} steps")
+    for router, values in results.items():
+        row = [
+            spread(values[name], percent=name not in ("val/loss", "train/loss", "router/load_cv"))
+            for name in QUANTITIES
+        ]
+        shown.add_row(router, *row, "–" if values["flips"] is None else spread(values["flips"], percent=True))
+    return shown
+
+
+def spread(values: Sequence[float], percent: bool) -> str:
+    """Writes a mean with its range."""
+    mean, low, high = np.mean(values), min(values), max(values)
+    return f"{mean:.2%} ({low:.2%} to {high:.2%})" if percent else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+if __name__ == "__main__":
+    main()
