@@ -263,7 +263,7 @@ def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
     for said in (
         ("every: 2", "experts in blocks every-1, 2·every-1, … (the paper: every second layer)"),  # in config.py
         ("accumulate_grad_batches: null", "follows from data.batch_size"),  # in trainer/cpu.yaml
-        ("group: ${hydra:sweep.dir}", "one for each sweep, and called as its directory"),  # in logger/wandb.yaml
+        ("group: ${hydra:sweep.dir}", "one group per sweep, with the name of its directory"),  # in logger/wandb.yaml
     ):
         assert said in beside
     above = shown.index("  # Standard deviation of initial weights; residual outputs are scaled by 1/sqrt(2·layers).")
