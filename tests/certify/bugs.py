@@ -17,13 +17,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab import TEDStrategy, capacity
+from tedlab import TEDStrategy, capacity, module
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, recompute
+from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
 from tedlab.module import LanguageModel
-from tedlab.moe import dispatch, experts, ragged, router
+from tedlab.moe import balance, dispatch, experts, ragged, router
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
 from tedlab.nn import Embedding, VocabParallelEmbedding, attention, sharded
 from tedlab.nn import loss as losses
@@ -555,7 +556,7 @@ def last_tokens_served_first(patch: Patch) -> None:
     """A full expert drops the tokens that came first."""
     right = router.assign_slots
 
-    def wrong(expert_TK: Tensor, num_experts: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(expert_TK: Tensor, num_experts: int, slots: int, _: None) -> tuple[Tensor, Tensor, Tensor]:
         slot_TK, _, load = right(expert_TK.flip(0), num_experts, slots)
         slot_TK = slot_TK.flip(0).contiguous()
         return slot_TK, router.choices_of_slots(slot_TK, num_experts * slots), load
@@ -567,7 +568,7 @@ def second_choices_beside_first_ones(patch: Patch) -> None:
     """Token by token, each with all its choices, where first choices go before second ones."""
     right = router.assign_slots
 
-    def wrong(expert_TK: Tensor, num_experts: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    def wrong(expert_TK: Tensor, num_experts: int, slots: int, _: None) -> tuple[Tensor, Tensor, Tensor]:
         slot, _, load = right(expert_TK.reshape(-1, 1), num_experts, slots)
         slot_TK = slot.view_as(expert_TK)
         return slot_TK, router.choices_of_slots(slot_TK, num_experts * slots), load
@@ -610,15 +611,181 @@ def gates_renormalised_after_dropping(patch: Patch) -> None:
     _decided(patch, change)
 
 
-def balance_of_all_choices(patch: Patch) -> None:
-    """The load-balancing loss counts second choices, too."""
+def balance_of_first_choices(patch: Patch) -> None:
+    """The load-balancing loss does not count second choices, though it was asked to (GShard's rule)."""
+    right = router.Router._counted
 
-    def change(decision: router.Decision, logits: Tensor) -> router.Decision:
-        chosen = logits.topk(decision.gate_TK.shape[1]).indices
-        counted = F.one_hot(chosen, logits.shape[-1]).sum(1)
-        return decision._replace(counted_TE=counted / decision.gate_TK.shape[1])
+    def wrong(self: router.Router, expert_TK: Tensor, slot_TK: Tensor | None, like_TE: Tensor) -> Tensor:
+        return right(self, expert_TK[:, :1], None if slot_TK is None else slot_TK[:, :1], like_TE)
 
-    _decided(patch, change)
+    patch.setattr(router.Router, "_counted", wrong)
+
+
+def balance_of_dropped_choices_too(patch: Patch) -> None:
+    """Though it was to count those alone that found room."""
+    right = router.Router._counted
+    patch.setattr(router.Router, "_counted", lambda self, expert_TK, _, like_TE: right(self, expert_TK, None, like_TE))
+
+
+def balance_of_sequences_over_the_micro_batch(patch: Patch) -> None:
+    """All sequences of a micro-batch count together where each was to count by itself."""
+    right = router.Router._losses
+
+    def wrong(self: router.Router, decision: Any, z_T: Tensor, padding_T: Any, sequence: int) -> Any:
+        return right(self, decision, z_T, padding_T, len(z_T))
+
+    patch.setattr(router.Router, "_losses", wrong)
+
+
+def probabilities_of_sigmoid_scores_not_normalised(patch: Patch) -> None:
+    """In the balance loss, which is then smaller the smaller all scores are."""
+    patch.setattr(router.Router, "probabilities", lambda self, scores_TE: scores_TE)
+
+
+def gates_scaled_twice(patch: Patch) -> None:
+    _after(patch, router.Router, "gates", lambda gates_TK, self, *_: gates_TK * self.config.router.gate_scale)
+
+
+def biases_in_the_weights(patch: Patch) -> None:
+    """Choices are weighted by what they were made by, and not by their scores."""
+    right = router.Router.gates
+
+    def wrong(self: router.Router, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        return right(self, logits_TE, scores_TE + local(self.bias) if self.biased else scores_TE, expert_TK)
+
+    patch.setattr(router.Router, "gates", wrong)
+
+
+def groups_scored_by_their_best_expert(patch: Patch) -> None:
+    """DeepSeek-V2's rule in place of V3's."""
+    right = router._of_best_groups
+    patch.setattr(
+        router, "_of_best_groups", lambda preferred, groups, chosen, _: right(preferred, groups, chosen, "max")
+    )
+
+
+def groups_of_this_rank(patch: Patch) -> None:
+    """Each process leaves out other groups: the mask is that of the groups counted from its own experts on."""
+    right = router._of_best_groups
+
+    def wrong(preferred_TE: Tensor, groups: int, *rest: Any) -> Tensor:
+        by = dist.get_rank() * preferred_TE.shape[-1] // groups
+        outside = right(preferred_TE, groups, *rest).isinf()
+        return preferred_TE.masked_fill(outside.roll(by, -1), -math.inf)
+
+    patch.setattr(router, "_of_best_groups", wrong)
+
+
+def full_experts_keep_their_worst_choices(patch: Patch) -> None:
+    """Where they were to keep those of the highest scores."""
+    right = router.assign_slots
+
+    def wrong(expert_TK: Tensor, experts: int, slots: int, priority_TK: Tensor | None = None) -> Any:
+        return right(expert_TK, experts, slots, None if priority_TK is None else -priority_TK)
+
+    patch.setattr(router, "assign_slots", wrong)
+
+
+def biases_move_towards_the_load(patch: Patch) -> None:
+    """Whoever has much is given more."""
+    _after(patch, balance, "bias_step", lambda step_E, *_: -step_E)
+    patch.setattr(router, "bias_step", balance.bias_step)
+
+
+def biases_of_this_data_rank_alone(patch: Patch) -> None:
+    """The load is not summed."""
+    _collective(patch, "all_reduce", lambda launch, x, comm: x, tag="router.bias")
+
+
+def biases_of_the_last_micro_batch(patch: Patch) -> None:
+    """What the step's others chose is forgotten."""
+
+    def wrong(self: router.Router, report: router.RouterReport) -> None:
+        self._load_E = report.load.clone()
+
+    patch.setattr(router.Router, "count", wrong)
+
+
+def biases_counted_again_in_recomputation(patch: Patch) -> None:
+    """Which changes nothing while all micro-batches are recomputed alike: biases depend on shares of the load."""
+
+    def count(routing: router.Routing, self: router.Router, *_: Any) -> None:
+        if self.biased and recompute.recomputing():
+            self._load_E += routing.report.load
+
+    _after(patch, router.Router, "forward", count)
+
+
+def biases_start_anew_on_resume(patch: Patch) -> None:
+    def forget(strategy: TEDStrategy) -> None:
+        assert strategy.model is not None
+        for name, buffer in strategy.model.named_buffers():
+            if name.endswith("router.bias"):
+                local(buffer).zero_()
+
+    _after_loading(patch, forget)
+
+
+def global_balance_of_this_micro_batch(patch: Patch) -> None:
+    """The load of one micro-batch is taken for that of the step."""
+    right = balance.global_losses
+    patch.setattr(
+        module,
+        "global_losses",
+        lambda sums, totals, micro_batches: right(sums, sums.counts * micro_batches, micro_batches),
+    )
+
+
+def global_balance_of_the_first_data_rank(patch: Patch) -> None:
+    """Its counts, times the number of data ranks, for those of all."""
+
+    def wrong(launch: Callable[[Tensor], Any], x: Tensor, comm: Collectives) -> Any:
+        return launch(x if comm.rank("data") == 0 else torch.zeros_like(x)) * comm.size("data")
+
+    _collective(patch, "all_reduce", wrong, tag="router.totals")
+
+
+def global_balance_of_this_data_rank(patch: Patch) -> None:
+    """The counts are not summed: the same error where ranks agree on nothing else."""
+    _collective(patch, "all_reduce", lambda launch, x, comm: x * comm.size("data"), tag="router.totals")
+
+
+def global_balance_of_an_earlier_step(patch: Patch) -> None:
+    """Counts that lag behind by a step, as if they were gathered while the step trains."""
+    right = LanguageModel.on_step_batches
+
+    def wrong(self: LanguageModel, micro_batches: Any) -> None:
+        right(self, micro_batches)
+        earlier, self._stale = getattr(self, "_stale", self._totals), self._totals
+        self._totals = earlier
+
+    patch.setattr(LanguageModel, "on_step_batches", wrong)
+
+
+def noise_seeded_by_rank(patch: Patch) -> None:
+    """Each process draws what no other draws."""
+    _after(patch, BatchContext, "tokens", lambda tokens_T, *_: tokens_T + (dist.get_rank() << 20))
+
+
+def noise_the_same_for_all_micro_batches(patch: Patch) -> None:
+    """A token's number is that within its micro-batch."""
+    right = BatchContext.tokens
+
+    def wrong(self: BatchContext, *sizes: int) -> Tensor:
+        alone = BatchContext(self._place.device)
+        return right(alone, *sizes)
+
+    patch.setattr(BatchContext, "tokens", wrong)
+
+
+def noise_drawn_anew_in_recomputation(patch: Patch) -> None:
+    """Choices are kept, but inputs jitter otherwise than in the forward pass."""
+    right = BatchContext.uniform
+
+    def wrong(self: BatchContext, stream: int, *arguments: Any, **named: Any) -> Tensor:
+        return right(self, stream + 1000 * recompute.recomputing(), *arguments, **named)
+
+    patch.setattr(BatchContext, "uniform", wrong)
 
 
 def ties_to_the_last_expert(patch: Patch) -> None:

@@ -20,7 +20,7 @@ from tedlab.optim.fused import _TILE
 from tests.certify import bugs
 from tests.certify.runs import Case, Plant, certified, planted
 from tests.data import test_sampler
-from tests.moe import test_router
+from tests.moe import test_router, test_routers
 from tests.nn import test_sharded
 from tests.optim import test_fused, test_loss_scale, test_schedule
 from tests.pool import WorkerPool
@@ -43,6 +43,19 @@ SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.
 WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
+BIASED: Overrides = ("parallel=dp2", "moe.router.bias_update=proportional", "moe.top_k=2", "data.micro_batch_size=4")
+GLOBAL: Overrides = (
+    *("parallel=dp2", "moe.balance.scope=global_batch", "moe.top_k=2", "moe.aux_loss=0.1", "data.micro_batch_size=4"),
+    "model.recompute.granularity=block",
+)
+GROUPS: Overrides = (
+    *("parallel=ep2", "moe.num_experts=16", "moe.top_k=2", "moe.router.expert_groups=4"),
+    *("moe.router.chosen_groups=2", "data.micro_batch_size=4"),
+)
+NOISY: Overrides = (
+    *("parallel=dp2", "moe.router.noise=gumbel", "moe.router.jitter=0.2", "data.micro_batch_size=4"),
+    "model.recompute.granularity=block",
+)
 FROM_ONE, AGAIN = "from one process", "in this layout"
 
 
@@ -129,6 +142,20 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.recompute_that_routes_anew: Found(WHOLE, "gradients", "in step 1"),
     bugs.kept_result_of_another_rank: Found(SHARDS, "gradients", "in step 1"),
     bugs.kept_results_in_another_order: Found(WHOLE, "gradients", "in step 1"),
+    bugs.groups_of_this_rank: Found(GROUPS, "outputs", "in step 1: logits"),
+    bugs.biases_of_this_data_rank_alone: Found(
+        BIASED, "next weights", "in step 1: network.blocks.1.feed_forward.router.bias"
+    ),
+    bugs.biases_of_the_last_micro_batch: Found(
+        BIASED, "next weights", "in step 1: network.blocks.1.feed_forward.router.bias"
+    ),
+    bugs.biases_start_anew_on_resume: Found(BIASED, AGAIN, "in step 3"),
+    bugs.global_balance_of_this_micro_batch: Found(GLOBAL, "losses and drops", "in step 1: train/aux_loss"),
+    bugs.global_balance_of_the_first_data_rank: Found(GLOBAL, "losses and drops", "in step 1: train/aux_loss"),
+    bugs.global_balance_of_this_data_rank: Found(GLOBAL, "losses and drops", "in step 1: train/aux_loss"),
+    bugs.noise_seeded_by_rank: Found(NOISY, "losses and drops", "in step 1: train/loss"),
+    bugs.noise_the_same_for_all_micro_batches: Found(NOISY, "losses and drops", "in step 1: train/loss"),
+    bugs.noise_drawn_anew_in_recomputation: Found(NOISY, "gradients", "in step 1"),
     bugs.data_order_by_layout: Found(EP2, "losses and drops", "in step 1: train/loss"),
     bugs.optimizer_state_of_another_shard: Found(EP2, FROM_ONE, "in step 3: optimizer state: network."),
     bugs.experts_loaded_from_another_rank: Found(EP2, FROM_ONE, "in step 3: outputs: logits"),
@@ -163,7 +190,16 @@ ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setti
     bugs.swiglu_in_halves: ("dropless_today", "losses and drops"),
     bugs.rotary_pairs_are_neighbours: ("dropless_today", "losses and drops"),
     bugs.gates_renormalised_after_dropping: ("top2_dropping_in_groups", "losses and drops"),
-    bugs.balance_of_all_choices: ("top2_dropping_in_groups", "losses and drops"),
+    bugs.balance_of_first_choices: ("top2_dropping_in_groups", "losses and drops"),
+    bugs.balance_of_dropped_choices_too: ("global_of_kept_choices_recomputed", "losses and drops"),
+    bugs.balance_of_sequences_over_the_micro_batch: ("deepseek_v3_sequence_wise", "losses and drops"),
+    bugs.probabilities_of_sigmoid_scores_not_normalised: ("deepseek_v3_sequence_wise", "losses and drops"),
+    bugs.gates_scaled_twice: ("deepseek_v3_sequence_wise", "losses and drops"),
+    bugs.biases_in_the_weights: ("deepseek_v3_sequence_wise", "losses and drops"),
+    bugs.groups_scored_by_their_best_expert: ("deepseek_v3_sequence_wise", "losses and drops"),
+    bugs.full_experts_keep_their_worst_choices: ("deepseek_v2_by_score", "losses and drops"),
+    bugs.biases_move_towards_the_load: ("deepseek_v3_sequence_wise", "biases"),
+    bugs.global_balance_of_an_earlier_step: ("global_of_kept_choices_recomputed", "losses and drops"),
     bugs.last_tokens_served_first: ("top2_dropping_in_groups", "losses and drops"),
     bugs.z_loss_summed_over_tokens: ("top1_clipped", "gradients"),
     bugs.chunk_means_averaged: ("dense_chunked_scaled", "losses and drops"),
@@ -173,6 +209,9 @@ ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setti
     bugs.norm_of_the_first_piece: ("dense_chunked_scaled", "gradient norm"),
 }
 TESTED: dict[Plant, Callable[[Topology], None]] = {  # what fails with it
+    bugs.biases_counted_again_in_recomputation: (
+        lambda single: test_routers.test_each_choice_of_a_training_step_is_counted_once(single, "block")
+    ),
     bugs.warm_up_from_zero: (
         lambda single: test_schedule.test_the_first_step_already_moves_and_the_peak_is_reached_once_warm()
     ),
