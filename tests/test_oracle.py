@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tedlab.certify.compare import relative_error
 from tedlab.checkpoint.contents import consolidate
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.validate import complete
 from tests import oracle
 from tests.certify.runs import Plant, composed
@@ -156,3 +156,33 @@ def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str,
 def test_so_is_training_in_further_settings(pool: WorkerPool, layout: str, setting: str) -> None:
     found = verdict(pool, layout, setting, MORE | MORE_ROUTERS)
     assert first_wrong(found) is None, found
+
+
+def divided(scope: str, directory: Path) -> list[TrainConfig]:
+    """The same training without capacities, its global batch divided into four micro-batches, two and one."""
+    config = configuration("dropless_today", "one process", directory, scope)
+    configs = []
+    for parts in (4, 2, 1):
+        size = config.data.batch_size // parts
+        division = {"data.micro_batch_size": size, "trainer.accumulate_grad_batches": parts}
+        name = {"output_dir": f"{config.output_dir}_{parts}"}
+        configs.append(with_values(config, {"moe.balance.scope": scope, **division, **name}))
+    return configs
+
+
+@pytest.mark.slow
+def test_only_the_balance_of_micro_batches_depends_on_how_a_global_batch_is_divided(pool: WorkerPool) -> None:
+    scopes = ("global_batch", "sequence", "micro_batch")
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [(config, None) for scope in scopes for config in divided(scope, Path(folder))]
+        records = [found.record for found in pool.run(1, observe, runs)[0]]
+    for number, scope in enumerate(scopes):
+        four, *others = records[3 * number : 3 * number + 3]
+        for other in others:
+            worst = max(
+                relative_error(other[step][quantity][name], value)
+                for step in four
+                for quantity in ("losses and drops", "gradients", "next weights")
+                for name, value in four[step][quantity].items()
+            )
+            assert worst > 1e-4 if scope == "micro_batch" else worst < TOLERANCE, (scope, worst)

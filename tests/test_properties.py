@@ -62,6 +62,24 @@ def test_an_expert_fills_its_slots_in_order_of_choice_and_token(
 
 
 @always
+@given(choices(), st.integers(0, 8), st.integers(1, 1000))
+def test_a_full_expert_keeps_the_choices_of_highest_priority(
+    chosen: tuple[torch.Tensor, int], capacity: int, priorities: int
+) -> None:
+    expert_TK, experts = chosen
+    draw = torch.Generator().manual_seed(priorities)
+    priority_TK = torch.randint(priorities, expert_TK.shape, generator=draw).double()  # some equal, or all
+    slot_TK, choice_EC, load_E = assign_slots(expert_TK, experts, capacity, priority_TK)
+    expert, slot, priority = expert_TK.flatten(), slot_TK.flatten(), priority_TK.flatten()
+    assert load_E.tolist() == expert.bincount(minlength=experts).tolist()
+    for own in range(experts):
+        here, kept = expert == own, (expert == own) & (slot >= 0)
+        assert priority[kept].sort().values.tolist() == sorted(priority[here].tolist(), reverse=True)[:capacity][::-1]
+        assert slot[kept].sort().values.tolist() == list(range(own * capacity, own * capacity + int(kept.sum())))
+        assert (choice_EC[slot[kept]] == kept.nonzero().flatten()).all()
+
+
+@always
 @given(choices(), st.integers(0, 8))
 def test_later_tokens_take_no_slot_from_a_first_choice(chosen: tuple[torch.Tensor, int], capacity: int) -> None:
     expert_TK, experts = chosen

@@ -21,6 +21,7 @@ from tedlab.config import ParallelConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
+from tedlab.moe.balance import update_biases
 from tedlab.nn import partial_parameters
 from tedlab.optim import ShardedOptimizer
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
@@ -132,9 +133,13 @@ def one_step(
     if config.trainer["gradient_clip_val"]:
         optimizer.clip(0.5)
     optimizer.optimizer.step()
+    balanced = [module for module in model.modules() if isinstance(module, Router) and module.biased]
+    if balanced:
+        update_biases(balanced, topology.comm)
     if handle is not None:
         handle.remove()
     results += [bucket.flat.clone() for bucket in optimizer.buckets]
+    results += [router.bias.to_local() for router in balanced]
     return results, topology.recomputation.peak_kept_bytes, model.moved
 
 
@@ -311,6 +316,20 @@ COMPILED: list[Overrides] = [
         "moe.dispatch": "dropless",
         "model.positions": "rotary",
         "model.loss_chunk": 5,
+    },
+    {
+        **{
+            "moe.router.noise": "gumbel",
+            "moe.router.jitter": 0.1,
+            "moe.drop_policy": "probs",
+            "parallel.sequence": True,
+        },
+        **{"moe.balance.scope": "sequence", "moe.balance.dropped": False},
+    },
+    {
+        **{"moe.router.scoring": "sigmoid", "moe.router.gates": "raw", "moe.router.bias_update": "sign"},
+        **{"moe.router.expert_groups": 2, "moe.router.group_score": "top2", "moe.balance.choices": "first"},
+        **{"comm.dtd": True, "moe.dispatch": "dropless", "model.recompute.granularity": "none"},
     },
 ]
 

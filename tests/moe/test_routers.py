@@ -109,6 +109,26 @@ def test_jitter_multiplies_inputs_by_factors_about_one(single: Topology) -> None
     assert len(factors.unique()) > 0.99 * factors.numel()  # one for each token and feature
 
 
+@pytest.mark.slow
+def test_a_compiled_model_draws_anew_in_each_step_and_is_not_compiled_again(single: Topology) -> None:
+    moe = replace(CONFIG, every=1, router=RouterConfig(noise="gumbel", jitter=0.2))
+    ids = torch.arange(24).view(4, 6)
+    losses: list[list[float]] = []
+    for backend in ("none", "aot_eager"):
+        torch.compiler.reset()
+        model = ModelConfig(2, 8, 2, 16, 6, vocab_size=32, init_std=0.5, compile=backend)
+        network = GPT(model, moe, single, seed=0)
+        losses.append([])
+        for step in range(4):
+            single.context.at(step, step % 2)
+            with torch.compiler.set_stance("fail_on_recompile" if step > 0 else "default"):
+                loss, _ = network.loss(ids, ids)
+                loss.backward()
+            losses[-1].append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(set(losses[0])) == 4
+
+
 # ---- biases ------------------------------------------------------------------------------------------------------
 
 
