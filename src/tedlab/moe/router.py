@@ -24,13 +24,13 @@ from tedlab.config import (
     BiasUpdate,
     DropPolicy,
     Gates,
-    GroupScore,
     MoEConfig,
     Noise,
     RouterConfig,
     Scoring,
 )
 from tedlab.moe.balance import Sums, balance_loss, bias_step
+from tedlab.moe.choice import best_experts
 from tedlab.moe.precise import PreciseLinear
 from tedlab.moe.slots import assign_slots, choices_of_slots, histogram, sort_choices
 from tedlab.nn import ShardedModule, replicated
@@ -295,7 +295,7 @@ class Router(PreciseBuffers, ShardedModule):
         return scores_TE
 
     def preferences(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:
-        """Returns what choices are made by (T, E): scores, with noise and biases, of the best groups; no gradient."""
+        """Returns what choices are made by (T, E): scores, with noise in training; no gradient."""
         config = self.config.router
         preferred_TE = scores_TE.detach()
         if config.noise != Noise.NONE and self.training:
@@ -303,15 +303,13 @@ class Router(PreciseBuffers, ShardedModule):
             gumbel = config.noise == Noise.GUMBEL
             noise_TE = -(-uniform_TE.log()).log() if gumbel else torch.special.ndtri(uniform_TE)
             preferred_TE = self.scores(logits_TE.detach() + config.noise_std * noise_TE.to(logits_TE.dtype))
-        if self.biased:
-            preferred_TE = preferred_TE + local_tensor(self.bias)
-        if config.expert_groups > 1:
-            preferred_TE = _of_best_groups(preferred_TE, config.expert_groups, config.chosen_groups, config.group_score)
         return preferred_TE
 
     def choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:
         """Returns each token's experts (T, K) int64, best first."""
-        return self.preferences(logits_TE, scores_TE, sequence).topk(self.top_k, dim=-1).indices
+        config, bias_E = self.config.router, local_tensor(self.bias) if self.biased else None
+        groups = config.expert_groups, config.chosen_groups, config.group_score
+        return best_experts(self.preferences(logits_TE, scores_TE, sequence), bias_E, self.top_k, *groups)
 
     def gates(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """Returns the weight of each choice (T, K)."""
@@ -456,15 +454,6 @@ class Router(PreciseBuffers, ShardedModule):
         divisor_G1 = tokens_G.clamp(min=1).unsqueeze(1)
         loss_G = balance_loss(counted_GE / divisor_G1, probs_GE / divisor_G1)  # 0 where all is padding
         return loss_G.sum() / (tokens_G > 0).sum().clamp(min=1), sums.z / sums.tokens.clamp(min=1), sums
-
-
-def _of_best_groups(preferred_TE: Tensor, groups: int, chosen: int, score: str) -> Tensor:
-    """Sets all but the experts of each token's best groups to minus infinity."""
-    members_TGM = preferred_TE.unflatten(-1, (groups, -1))
-    best = 2 if score == GroupScore.TOP2 else 1
-    group_TG = members_TGM.topk(min(best, members_TGM.shape[-1]), dim=-1).values.sum(-1)
-    outside_TG = torch.ones_like(group_TG, dtype=torch.bool).scatter_(1, group_TG.topk(chosen, dim=-1).indices, False)
-    return members_TGM.masked_fill(outside_TG.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
