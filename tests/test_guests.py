@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 
 from tedlab.certify import certify
 from tedlab.certify.certificate import Run
@@ -18,6 +20,8 @@ from tedlab.models import models
 from tedlab.moe import Router, mixtures, routers
 from tedlab.optim import learning_rate_schedule, schedules
 from tedlab.registry import Registry
+from tedlab.run import build
+from tedlab.validate import complete
 from tests.certify.runs import composed
 from tests.commands import run_forked
 from tests.pool import WorkerPool
@@ -104,6 +108,46 @@ def test_a_path_for_rows_of_another_package_equals_one_process_and_is_predicted(
     for path in ("guest_plain", "guest_plain_rows"):
         with pytest.raises(UsageError, match=rf"moe.dispatch={path} needs parallel.sequence=false"):
             checked("parallel=tp2_ep2", f"moe.dispatch={path}", "parallel.sequence=true")
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+
+def batches_read(config: TrainConfig) -> list[list[int]]:
+    """The first tokens of the samples that this process reads in each step; the end is saved."""
+    steps: list[list[int]] = []
+    see = LambdaCallback(on_train_batch_start=lambda _, __, batch, ___: steps.append(batch[:, 0].tolist()))
+
+    def train(config: TrainConfig) -> None:
+        trainer, module, data = build(config, [see], logged=False)
+        trainer.fit(module, data, ckpt_path=config.ckpt_path)
+        trainer.save_checkpoint(f"{config.output_dir}/end")
+
+    with_guests(train, config)
+    return steps
+
+
+@pytest.mark.usefixtures("guests")
+def test_data_of_another_package_is_read_on_where_a_checkpoint_ends(pool: WorkerPool, tmp_path: Path) -> None:
+    tiny = ["parallel=dp2", "model.layers=2", "model.hidden=8", "model.heads=2", "model.ffn=8", "moe=dense"]
+    tiny += ["data.module=guest_package.data.Counting", "model.sequence_length=4", "checkpoint.every=null"]
+    tiny += [
+        "data.batch_size=8",
+        "data.micro_batch_size=4",
+        "optim.warmup_steps=0",
+        "+trainer.enable_progress_bar=false",
+    ]
+
+    def read(steps: int, directory: Path, ckpt_path: Path | None = None) -> list[list[list[int]]]:
+        config = complete(composed(*tiny, f"trainer.max_steps={steps}"))
+        path = None if ckpt_path is None else str(ckpt_path)
+        return pool.run(2, batches_read, replace(config, output_dir=str(directory), ckpt_path=path))
+
+    whole = read(4, tmp_path / "whole")
+    half = read(2, tmp_path / "half")
+    rest = read(4, tmp_path / "rest", tmp_path / "half" / "end")
+    assert [first + second for first, second in zip(half, rest, strict=True)] == whole
+    assert len({tuple(batch) for rank in whole for batch in rank}) == 8  # no batch is read twice
 
 
 # ---- a whole package ---------------------------------------------------------------------------------------------

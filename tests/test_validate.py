@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from tedlab.certify.shrink import shrink
@@ -604,6 +604,21 @@ def test_every_gating_passes_with_its_own_options(corpus: Path, overrides: list[
     check(small(corpus, *overrides))
 
 
+class BoringDataModuleOfAnyArguments(LightningDataModule):
+    """Has loaders of its own, and nothing else."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__()
+
+
+def test_data_that_keeps_no_position_is_told(corpus: Path) -> None:
+    config = small(corpus, PLAIN_DATA, "model.vocab_size=250")
+    assert complete(config).model.vocab_size == 250
+    said = "has no state_dict and load_state_dict of its own: a run that is resumed reads its data from the beginning."
+    assert [said in note for note in notes(config)] == [True]
+    assert notes(small(corpus)) == []
+
+
 def test_tensorboard_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in ("tensorboard", "tensorboardX"):
         monkeypatch.setattr("tedlab.validate.loggers.find_spec", lambda name, there=there: name == there or None)
@@ -628,16 +643,17 @@ def test_presets_that_look_for_trouble_pass_in_every_job(corpus: Path) -> None:
         assert not compose(f"debug={preset}").logger
 
 
+PLAIN_DATA = f"data.module={__name__}.BoringDataModuleOfAnyArguments"
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
         (["+callbacks.mine=1"], "callbacks.mine=1 is no callback"),
         (["+callbacks.mine._target_=no.such.Class"], "callbacks.mine._target_=no.such.Class cannot be imported"),
         (["+callbacks.mine._target_=torch.nn.Linear"], "is not a callback of Lightning, but a Linear"),
-        (
-            ["data.module=torch.nn.Linear"],
-            "data.module=torch.nn.Linear is not a subclass of tedlab.data.TextDataModule",
-        ),
+        (["data.module=torch.nn.Linear"], "data.module=torch.nn.Linear is not a LightningDataModule"),
+        ([PLAIN_DATA], "BoringDataModuleOfAnyArguments has no vocab_size; give it one, or model.vocab_size=…"),
         (["model.architecture=llama"], "model.architecture=llama is unknown; valid: gpt"),
     ],
     ids=lambda given: given[0] if isinstance(given, list) else "",

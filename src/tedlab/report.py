@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -64,7 +64,7 @@ def report(
     config: TrainConfig,
     trainer: Trainer,
     module: LanguageModel,
-    data: TextDataModule,
+    data: LightningDataModule,
     measured: Mapping[str, Any],
     tables: Sequence[Table] = (),
 ) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def report(
         config: The configuration of the run.
         trainer: The trainer, which has finished.
         module: The trained model.
-        data: The data that it was trained on.
+        data: The data that it was trained on; if it is text, a bigram model of it is the baseline.
         measured: Final validation metrics, throughput, router health, memory and communication.
         tables: Tables to print before the closing one.
 
@@ -84,15 +84,18 @@ def report(
     if not trainer.is_global_zero:
         return {}
     directory = Path(config.output_dir)
-    bigram = bigram_loss(data.corpus, config.model.sequence_length, data.validation_samples)
+    baseline = {}
+    if isinstance(data, TextDataModule):
+        bigram = bigram_loss(data.corpus, config.model.sequence_length, data.validation_samples)
+        bits = bigram / math.log(2) / data.bytes_per_token
+        baseline = {"baseline/bigram_loss": bigram, "baseline/bigram_bits_per_byte": bits}
     degrees = module.topology.degrees
     last_train_loss = [value for _, value in _column(directory / "metrics.csv", "train/loss")][-1:]
     summary: dict[str, Any] = {
         "state": FINISHED,
         "train/loss": last_train_loss[0] if last_train_loss else None,
         **measured,
-        "baseline/bigram_loss": bigram,
-        "baseline/bigram_bits_per_byte": bigram / math.log(2) / data.corpus.bytes_per_token,
+        **baseline,
         **about(config, module),
         "steps": trainer.global_step,
         "certificate": certified(directory),
@@ -100,7 +103,7 @@ def report(
     }
     write_summary(directory, summary)
     (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's empty file; ours is config.yaml
-    _plot(directory, bigram)
+    _plot(directory, baseline.get("baseline/bigram_loss"))
     for logger in wandb_loggers(trainer):
         logger.experiment.summary.update(summary)
     console = Console(width=None if sys.stdout.isatty() else 110)
@@ -161,7 +164,7 @@ def _column(metrics: Path, name: str) -> list[tuple[int, float]]:
     return [(int(row["step"]), float(row[name])) for row in read_history(metrics) if name in row]
 
 
-def _plot(directory: Path, bigram: float) -> None:
+def _plot(directory: Path, bigram: float | None) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,7 +174,8 @@ def _plot(directory: Path, bigram: float) -> None:
     for name, style in (("train/loss", {"lw": 1.2}), ("val/loss", {"lw": 1.8, "marker": "o", "ms": 4})):
         points = _column(directory / "metrics.csv", name)
         axes.plot([step for step, _ in points], [loss for _, loss in points], label=name, **style)
-    axes.axhline(bigram, color="gray", ls="--", lw=1, label=f"bigram model ({bigram:.3f})")
+    if bigram is not None:
+        axes.axhline(bigram, color="gray", ls="--", lw=1, label=f"bigram model ({bigram:.3f})")
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     axes.grid(alpha=0.3)
@@ -187,13 +191,15 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     table = Table(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    bigram, bigram_bits = summary["baseline/bigram_loss"], summary["baseline/bigram_bits_per_byte"]
+    text = "baseline/bigram_loss" in summary
     if summary["train/loss"] is not None:
         table.add_row("train loss", f"{summary['train/loss']:.4f} nats/token")
     if "val/loss" in summary:  # absent with trainer.limit_val_batches=0
         bits = summary["val/bits_per_byte"]
         table.add_row("validation loss", f"{summary['val/loss']:.4f} nats/token, {bits:.4f} bits/byte")
-    table.add_row("bigram model", f"{bigram:.4f} nats/token, {bigram_bits:.4f} bits/byte, on the same text")
+    if text:
+        bigram, bits = summary["baseline/bigram_loss"], summary["baseline/bigram_bits_per_byte"]
+        table.add_row("bigram model", f"{bigram:.4f} nats/token, {bits:.4f} bits/byte, on the same text")
     if "perf/step_time_s" in summary:
         table.add_row("throughput", _speed(config, summary))
     if "router/load_cv" in summary:
@@ -215,7 +221,8 @@ def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Tabl
     pictures = "loss.png, router_load.png" if "router/load_cv" in summary else "loss.png"
     table.add_row("saved in", directory)
     table.add_row("", f"summary.json, metrics.csv, config.yaml, {pictures}, checkpoints/last.ckpt")
-    table.add_row("sample text", f'tedlab generate run={directory} prompt="def "')
+    if text:
+        table.add_row("sample text", f'tedlab generate run={directory} prompt="def "')
     if config.logger.get("wandb", {}).get("mode") == "offline":
         table.add_row("upload to W&B", f"wandb sync {directory}/wandb/offline-run-*")
     return table

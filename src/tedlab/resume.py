@@ -113,7 +113,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
         ValueError: If the saved state does not fit the configured optimizer or loss scale, or the checkpoint contains
             an interpolation.
     """
-    stored = _stored(meta)
+    stored = _stored(meta, config.data.module.rpartition(".")[2])
     looked_up = interpolation({name: stored[name] for name in DECIDED if name in stored})
     if looked_up is not None:
         raise ValueError(f"the checkpoint's {looked_up} has ${{…}} in it, which is not looked up for a checkpoint")
@@ -145,8 +145,8 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
     return with_values(config, values), said
 
 
-def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values in a checkpoint by dotted name."""
+def _stored(meta: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Returns the values in a checkpoint by dotted name; the class ``data`` names the data module's section."""
     hyper = _section(meta, "hyper_parameters")
     moe = _section(hyper, "moe")
     routers = {f"moe.{name}": _section(moe, name) for name in ("router", "balance")}
@@ -154,7 +154,7 @@ def _stored(meta: Mapping[str, Any]) -> dict[str, Any]:
         routers["moe.balance"] = {"choices": BalanceChoices.FIRST.value}
     sections = {**routers, "moe": moe, "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, "TextDataModule").get("batch_size")}
+    others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, data).get("batch_size")}
     return stored | {name: value for name, value in others.items() if value is not None}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -80,8 +80,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
             until = None if config.ckpt_path is None else read_meta(Path(config.ckpt_path))["global_step"]
             _keep_earlier_metrics(trainer, directory, until)
             (directory / "config.yaml").write_text(resolved_yaml(config))
-            data.corpus.tokenizer.save(directory)
-            report_left_out(data.corpus, directory)
+            if isinstance(data, TextDataModule):
+                data.corpus.tokenizer.save(directory)
+                report_left_out(data.corpus, directory)
         _announce(config, trainer)
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         _save_last(trainer, directory / "checkpoints" / "last.ckpt")
@@ -150,14 +151,14 @@ def _announce(config: TrainConfig, trainer: Trainer, module: LanguageModel | Non
 
 def build(
     config: TrainConfig, callbacks: list[Callback], logged: bool = True
-) -> tuple[Trainer, LanguageModel, TextDataModule]:
+) -> tuple[Trainer, LanguageModel, LightningDataModule]:
     """Builds the parts of a run in one of its processes; checkpoints go to ``output_dir/checkpoints``."""
     quieten()
     seed_everything(config.seed, verbose=False)
     directory = Path(config.output_dir)
     data = data_module(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
-    module = language_model(config, data.corpus.bytes_per_token)
+    module = language_model(config, getattr(data, "bytes_per_token", 1.0))
     devices = None if config.trainer["accelerator"] == "cpu" else gpus(config.trainer["devices"])
     settings = dict(config.trainer)
     if devices is not None:

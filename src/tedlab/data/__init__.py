@@ -7,7 +7,7 @@ and ``bigram`` computes a baseline loss.
 
 from tedlab.data.bigram import bigram_loss
 from tedlab.data.corpus import Corpus, prepare_corpus
-from tedlab.data.module import TextDataModule, data_module
+from tedlab.data.module import TextDataModule, data_class, data_module, keeps_position
 from tedlab.data.packing import PackedSamples
 from tedlab.data.sampler import MicroBatchSampler
 from tedlab.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer, train_bpe
@@ -21,7 +21,9 @@ __all__ = [
     "TextDataModule",
     "Tokenizer",
     "bigram_loss",
+    "data_class",
     "data_module",
+    "keeps_position",
     "load_tokenizer",
     "prepare_corpus",
     "train_bpe",

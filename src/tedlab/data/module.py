@@ -16,24 +16,36 @@ from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
 
 
-def data_module(data: DataConfig, sequence_length: int, seed: int) -> "TextDataModule":
-    """Makes the data module whose class ``data.module`` names.
+def data_class(data: DataConfig) -> type[LightningDataModule]:
+    """Returns the class that ``data.module`` names.
 
-    Args:
-        data: Names the class and is passed to it.
-        sequence_length: Number of inputs in a sample.
-        seed: Seed of the order of training samples.
+    It is made with ``(data, sequence_length, seed)``, and its loaders give each data rank int64 token ids of shape
+    (micro_batch_size, sequence_length + 1). It may also have ``vocab_size`` (else ``model.vocab_size`` must be given),
+    ``bytes_per_token`` (else 1), and ``state_dict`` and ``load_state_dict``, by which a resumed run reads on; their
+    entry ``batch_size``, if there is one, stays that of the checkpoint.
 
     Raises:
-        ValueError: If the class cannot be imported or is no subclass of :class:`TextDataModule`. The message says why.
+        ValueError: If it cannot be imported or is no LightningDataModule. The message says why.
     """
     try:
         kind = hydra.utils.get_class(data.module)
     except Exception as error:  # an import may raise anything
         raise ValueError(f"data.module={data.module} cannot be imported: {error}") from None
-    if not issubclass(kind, TextDataModule):
-        raise ValueError(f"data.module={data.module} is not a subclass of tedlab.data.TextDataModule")
-    return kind(data, sequence_length, seed)
+    if not issubclass(kind, LightningDataModule):
+        raise ValueError(f"data.module={data.module} is not a LightningDataModule")
+    return kind
+
+
+def data_module(data: DataConfig, sequence_length: int, seed: int) -> LightningDataModule:
+    """Makes the data module of a configuration, see :func:`data_class`."""
+    return data_class(data)(data, sequence_length, seed)
+
+
+def keeps_position(kind: type[LightningDataModule]) -> bool:
+    """Tells whether a run that is resumed with this module reads on where its checkpoint was saved."""
+    return all(
+        getattr(kind, name) is not getattr(LightningDataModule, name) for name in ("state_dict", "load_state_dict")
+    )
 
 
 class TextDataModule(LightningDataModule):
@@ -63,6 +75,16 @@ class TextDataModule(LightningDataModule):
         if self._corpus is None:
             self._corpus = prepare_corpus(self.data, self.sequence_length)
         return self._corpus
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that the tokenizer knows."""
+        return self.corpus.tokenizer.vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """See :class:`Corpus`."""
+        return self.corpus.bytes_per_token
 
     @property
     def validation_samples(self) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig, with_values
-from tedlab.data import data_module
+from tedlab.data import TextDataModule, data_class, data_module, keeps_position
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
@@ -95,9 +95,12 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         check_writable("output_dir", Path(config.output_dir))
         check_writable("data.cache_dir", Path(config.data.cache_dir).expanduser())
         data = data_module(config.data, config.model.sequence_length, config.seed)
-        tokens = data.corpus.tokenizer.vocab_size
+        tokens = getattr(data, "vocab_size", config.model.vocab_size)
+        if tokens is None:
+            raise ValueError(f"data.module={config.data.module} has no vocab_size; give it one, or model.vocab_size=…")
         size = vocabulary(config, tokens)
-        _ = data.validation_samples  # raises if they do not fill one batch
+        if isinstance(data, TextDataModule):
+            _ = data.validation_samples  # raises if they do not fill one batch
         taken = 0 if config.ckpt_path is None else int(read_meta(Path(config.ckpt_path)).get("global_step") or 0)
         check_replay(config, taken)
         if config.ckpt_path is not None:
@@ -141,6 +144,11 @@ def notes(config: TrainConfig) -> list[str]:
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
     found += router_notes(config.moe)
+    if not keeps_position(data_class(config.data)):
+        found.append(
+            f"data.module={config.data.module} has no state_dict and load_state_dict of its own: a run that is resumed "
+            "reads its data from the beginning."
+        )
     if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
         found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
     return found
