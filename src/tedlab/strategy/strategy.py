@@ -1,7 +1,7 @@
 """TEDStrategy connects tensor × expert × data parallelism to Lightning. Only users and entry points import it."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -273,18 +273,18 @@ class TEDStrategy(compat.SubprocessStrategy):
     def _share_plain_tensors(self) -> None:
         """Broadcasts the first process's values of parameters and buffers that are not sharded."""
         assert self.model is not None
-        with self._within("broadcast of initial values"):
-            for tensor in [*self.model.parameters(), *self.model.buffers()]:
-                if not isinstance(tensor, DTensor):
-                    dist.broadcast(tensor.detach(), src=0)
+        self._share([*self.model.parameters(), *self.model.buffers()], "broadcast of initial values")
 
     def _share_buffers(self) -> None:
         """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes."""
         assert self.model is not None
-        with self._within("broadcast of buffers"):
-            for buffer in self.model.buffers():
-                if not isinstance(buffer, DTensor):
-                    dist.broadcast(buffer, src=0)
+        self._share(self.model.buffers(), "broadcast of buffers")
+
+    def _share(self, tensors: Iterable[Tensor], what: str) -> None:
+        with self._within(what):
+            for tensor in tensors:
+                if not isinstance(tensor, DTensor):
+                    dist.broadcast(tensor.detach(), src=0)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
