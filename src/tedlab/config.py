@@ -70,6 +70,10 @@ class ModelConfig(Frozen):
     layers: int = whole(least=1, most=10_000)
     hidden: int = whole(least=1, most=_WIDEST)
     heads: int = whole(least=1, most=_WIDEST)
+    # Heads of keys and values, each of which belongs to several heads of queries; None: as many as heads.
+    kv_heads: int | None = whole(None, least=1, most=_WIDEST)
+    head_dim: int | None = whole(None, least=1, most=_WIDEST)  # features of a head; None: hidden / heads
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
     ffn: int = whole(least=1, most=_WIDEST)  # width of the feed-forward layer, and of each expert
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
     activation: str = word(Activation.GELU)  # gelu | swiglu
