@@ -1,9 +1,11 @@
 """``python -m experiments.routers``: see README.md."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,24 @@ QUANTITIES = {
     "router/dead_experts": "idle experts",
     "router/dropped_fraction": "dropped",
 }
+PERCENT = ("router/dead_experts", "router/dropped_fraction")
 
 
 def main() -> None:
-    """The command."""
-    experiments = ",".join(f"routers/{router}" for router in ROUTERS)
-    seeds = ",".join(map(str, SEEDS))
-    train("-m", f"experiment={experiments}", f"seed={seeds}", f"hydra.sweep.dir={RUNS / 'sweep'}")
+    """The command. Runs that have finished are kept."""
     runs = [RUNS / "sweep" / str(number) for number in range(len(ROUTERS) * len(SEEDS))]
+    if not all((run / "summary.json").is_file() for run in runs):
+        experiments = ",".join(f"routers/{router}" for router in ROUTERS)
+        seeds = ",".join(map(str, SEEDS))
+        train("-m", f"experiment={experiments}", f"seed={seeds}", f"hydra.sweep.dir={RUNS / 'sweep'}")
     results: dict[str, Any] = {}
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        flipped = list(pool.map(flips, runs, [router for router in ROUTERS for _ in SEEDS]))
     for number, router in enumerate(ROUTERS):
         mine = runs[number * len(SEEDS) : (number + 1) * len(SEEDS)]
         summaries = [json.loads((run / "summary.json").read_text()) for run in mine]
         results[router] = {name: [summary[name] for summary in summaries] for name in QUANTITIES}
-        results[router]["flips"] = [flips(run, router) for run in mine] if router in RECORDED else None
+        results[router]["flips"] = flipped[number * len(SEEDS) : (number + 1) * len(SEEDS)]
     write_json(HERE / "results.json", results)
     first_seed = [str(run) for run in runs[:: len(SEEDS)]]
     command = ["compare", *first_seed, "by=experiment_name", f"out={RUNS / 'report.html'}"]
@@ -53,8 +59,10 @@ def train(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "tedlab.train", *arguments], check=True)
 
 
-def flips(run: Path, router: str) -> float:
+def flips(run: Path, router: str) -> float | None:
     """The share of choices that another precision flips: of one more step from a run's end, in fp32 and in bf16."""
+    if router not in RECORDED:
+        return None
     records = []
     for precision in ("32-true", "bf16-true"):
         directory = RUNS / "flips" / run.name / precision
@@ -74,11 +82,8 @@ def table(results: dict[str, Any]) -> Table:
     """Means over the seeds, and the range from the least to the largest."""
     shown = Table("router", *QUANTITIES.values(), "flips in bf16", title=f"{len(SEEDS)} seeds, {STEPS} steps")
     for router, values in results.items():
-        row = [
-            spread(values[name], percent=name not in ("val/loss", "train/loss", "router/load_cv"))
-            for name in QUANTITIES
-        ]
-        shown.add_row(router, *row, "–" if values["flips"] is None else spread(values["flips"], percent=True))
+        row = [spread(values[name], percent=name in PERCENT) for name in QUANTITIES]
+        shown.add_row(router, *row, "–" if None in values["flips"] else spread(values["flips"], percent=True))
     return shown
 
 
