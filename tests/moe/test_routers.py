@@ -154,6 +154,8 @@ def test_biases_stay_in_single_precision(single: Topology) -> None:
     assert router.bias.dtype == torch.float32
     router.adjust(torch.tensor([9, 0, 0, 0, 0, 0]))
     assert router.bias.to_local().tolist() == pytest.approx([-0.001, *[0.001] * 5])
+    router.adjust(torch.tensor([0, *[9] * 5]))
+    assert not router.bias.to_local().any()  # there and back
 
 
 @pytest.mark.parametrize("granularity", ["none", "block"])

@@ -427,7 +427,9 @@ class Router(PreciseBuffers, ShardedModule):
     def adjust(self, load_E: Tensor) -> None:
         """Moves the biases, given a step's load over all processes."""
         config = self.config.router
-        local_tensor(self.bias).add_(bias_step(load_E, config.bias_update, config.bias_rate))
+        bias_E = local_tensor(self.bias)
+        # In its own precision: a step there and one back must end where they began.
+        bias_E += bias_step(load_E, config.bias_update, config.bias_rate).to(bias_E.dtype)
 
     def _losses(
         self, decision: Decision, z_T: Tensor, padding_T: Tensor | None, sequence: int
