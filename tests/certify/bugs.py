@@ -658,22 +658,20 @@ def biases_in_the_weights(patch: Patch) -> None:
 
 def groups_scored_by_their_best_expert(patch: Patch) -> None:
     """DeepSeek-V2's rule in place of V3's."""
-    right = router._of_best_groups
-    patch.setattr(
-        router, "_of_best_groups", lambda preferred, groups, chosen, _: right(preferred, groups, chosen, "max")
-    )
+    right = router.best_experts
+    patch.setattr(router, "best_experts", lambda *arguments: right(*arguments[:-1], "max"))
 
 
 def groups_of_this_rank(patch: Patch) -> None:
-    """Each process leaves out other groups: the mask is that of the groups counted from its own experts on."""
-    right = router._of_best_groups
+    """Each process counts the experts of groups from its own ones on."""
 
-    def wrong(preferred_TE: Tensor, groups: int, *rest: Any) -> Tensor:
-        by = dist.get_rank() * preferred_TE.shape[-1] // groups
-        outside = right(preferred_TE, groups, *rest).isinf()
-        return preferred_TE.masked_fill(outside.roll(by, -1), -math.inf)
+    def shifted(
+        expert_TK: Tensor, preferred_TE: Tensor, bias_E: Tensor | None, top_k: int, groups: int, *_: Any
+    ) -> Tensor:
+        experts = preferred_TE.shape[-1]
+        return (expert_TK + dist.get_rank() * experts // groups) % experts
 
-    patch.setattr(router, "_of_best_groups", wrong)
+    _after(patch, router, "best_experts", shifted)
 
 
 def full_experts_keep_their_worst_choices(patch: Patch) -> None:
