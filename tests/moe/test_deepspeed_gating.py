@@ -259,6 +259,7 @@ def test_capacity(
 
 
 def loss_of(decision: Decision) -> Tensor:
+    assert decision.counted_TE is not None
     return balance_loss(decision.counted_TE.to(decision.probs_TE.dtype).mean(0), decision.probs_TE.mean(0))
 
 

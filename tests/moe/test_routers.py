@@ -161,7 +161,15 @@ def test_biases_stay_in_single_precision(single: Topology) -> None:
 @pytest.mark.parametrize("granularity", ["none", "block"])
 def test_each_choice_of_a_training_step_is_counted_once(single: Topology, granularity: str) -> None:
     """Recomputed or not; nothing counts that does not train."""
-    model = ModelConfig(2, 8, 2, 16, 6, vocab_size=32, recompute=RecomputeConfig(granularity=granularity))
+    model = ModelConfig(
+        layers=2,
+        hidden=8,
+        heads=2,
+        ffn=16,
+        sequence_length=6,
+        vocab_size=32,
+        recompute=RecomputeConfig(granularity=granularity),
+    )
     network = GPT(model, replace(CONFIG, every=1, router=RouterConfig(bias_update="sign")), single, seed=0)
     found = [module for module in network.modules() if isinstance(module, Router)]
     assert len(found) == 2

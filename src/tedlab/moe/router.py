@@ -48,7 +48,7 @@ class RouterReport(NamedTuple):
         z_loss: Router z-loss of this micro-batch, before its coefficient; scalar, differentiable.
         load: (E,) int64, the number of choices of each expert, before capacity.
         dropped: Number of choices that found no slot; int64 scalar.
-        sums: What both losses are made of, over the tokens of all tensor ranks.
+        sums: What both losses are made of, over the tokens of all tensor ranks, for losses over the global batch.
     """
 
     balance_loss: Tensor
@@ -67,8 +67,9 @@ def stacked(reports: Sequence[RouterReport]) -> RouterReport:
     balance, z, load, dropped = (
         torch.stack(values) for values in zip(*(report[:4] for report in reports), strict=True)
     )
-    sums = [report.sums for report in reports if report.sums is not None]
-    return RouterReport(balance, z, load, dropped, Sums(*map(torch.stack, zip(*sums, strict=True))))
+    found = [report.sums for report in reports if report.sums is not None]
+    sums = Sums(*map(torch.stack, zip(*found, strict=True))) if found else None
+    return RouterReport(balance, z, load, dropped, sums)
 
 
 class Routing(NamedTuple):
@@ -103,7 +104,7 @@ class Decision(NamedTuple):
         gate_TK, slot_TK, choice_EC: See :class:`Routing`.
         probs_TE: Probability of each expert for each token.
         counted_TE: The choices that the load-balancing loss counts, as shares that sum to one for each token if all of
-            its choices count.
+            its choices count; None: those of the load.
         load: See :class:`RouterReport`.
         rows_E: See :class:`Routing`.
         dropped: See :class:`RouterReport`; None: the choices without a slot.
@@ -113,7 +114,7 @@ class Decision(NamedTuple):
     slot_TK: Tensor
     choice_EC: Tensor
     probs_TE: Tensor
-    counted_TE: Tensor
+    counted_TE: Tensor | None
     load: Tensor
     rows_E: Tensor | None = None
     dropped: Tensor | None = None
@@ -380,9 +381,12 @@ class Router(PreciseBuffers, ShardedModule):
             context.recorder.add(self.number, token_T, expert_TK)
         return expert_TK
 
-    def _counted(self, expert_TK: Tensor, slot_TK: Tensor | None, like_TE: Tensor) -> Tensor:
+    def _counted(self, expert_TK: Tensor, slot_TK: Tensor | None, like_TE: Tensor) -> Tensor | None:
         """Returns the choices that the balance loss counts, see :class:`Decision`."""
         balance = self.config.balance
+        everything = balance.choices == BalanceChoices.ALL and (slot_TK is None or balance.dropped)
+        if everything and balance.scope != BalanceScope.SEQUENCE:
+            return None
         choices = 1 if balance.choices == BalanceChoices.FIRST else expert_TK.shape[1]
         counting_TK = torch.ones_like(expert_TK[:, :choices], dtype=like_TE.dtype)
         if slot_TK is not None and not balance.dropped:
@@ -433,17 +437,23 @@ class Router(PreciseBuffers, ShardedModule):
 
     def _losses(
         self, decision: Decision, z_T: Tensor, padding_T: Tensor | None, sequence: int
-    ) -> tuple[Tensor, Tensor, Sums]:
+    ) -> tuple[Tensor, Tensor, Sums | None]:
         """Computes both losses from sums over the tokens of each group: a sample, or the micro-batch.
 
         Tensor ranks that divide the positions of samples add up their sums.
         """
-        of_samples = self.config.balance.scope == BalanceScope.SEQUENCE
-        groups = len(z_T) // sequence if of_samples else 1
-        parts = [decision.counted_TE.to(z_T.dtype), decision.probs_TE, z_T.unsqueeze(1)]
+        scope = self.config.balance.scope
+        groups = len(z_T) // sequence if scope == BalanceScope.SEQUENCE else 1
+        if decision.counted_TE is None:
+            counted_GE = (decision.load.to(z_T.dtype) / self.top_k).unsqueeze(0)
+        else:
+            counted_GE = decision.counted_TE.to(z_T.dtype).unflatten(0, (groups, -1)).sum(1)
+        if scope == BalanceScope.MICRO_BATCH and not self.sharded and padding_T is None:  # few kernels
+            return balance_loss(counted_GE[0] / len(z_T), decision.probs_TE.mean(0)), z_T.mean(), None
+        parts = [decision.probs_TE, z_T.unsqueeze(1)]
         if padding_T is not None:  # the number of tokens must be summed as well
             parts.append((~padding_T).to(z_T.dtype).unsqueeze(1))
-        sums_GX = torch.cat([part.unflatten(0, (groups, -1)).sum(1) for part in parts], 1)
+        sums_GX = torch.cat([counted_GE, *(part.unflatten(0, (groups, -1)).sum(1) for part in parts)], 1)
         if self.sharded:
             sums_GX = reduce_from(sums_GX, self.comm, "tensor", "router.statistics")
         experts = self.num_experts
@@ -464,5 +474,5 @@ def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
     return decision._replace(
         gate_TK=decision.gate_TK.masked_fill(padding_T1, 0.0),
         probs_TE=decision.probs_TE.masked_fill(padding_T1, 0.0),
-        counted_TE=decision.counted_TE.masked_fill(padding_T1, 0),
+        counted_TE=None if decision.counted_TE is None else decision.counted_TE.masked_fill(padding_T1, 0),
     )
