@@ -33,7 +33,10 @@ SCREEN = 25  # lines
 SOURCE = Path(tedlab.__file__).parent
 
 MISSPELT = {
-    "key_of_a_section": ("model.hiden=3", ["model.hiden", "Did you mean 'hidden'?", "ffn, heads, hidden, init_std"]),
+    "key_of_a_section": (
+        "model.hiden=3",
+        ["model.hiden", "Did you mean 'hidden'?", "head_dim, heads, hidden"],
+    ),
     "key_of_lightning": ("trainer.max_stepz=3", ["'max_stepz'", "Did you mean 'max_steps'?", "log_every_n_steps"]),
     "key_of_the_top": ("sed=1", ["'sed'", "Did you mean 'seed'?", "ckpt_path"]),
     "key_with_nothing_near": ("moe.xyzzy=1", ["'xyzzy'", "Valid: ", "num_experts"]),

@@ -70,16 +70,11 @@ class ModelConfig(Frozen):
     layers: int = whole(least=1, most=10_000)
     hidden: int = whole(least=1, most=_WIDEST)
     heads: int = whole(least=1, most=_WIDEST)
-    # Heads of keys and values, each of which belongs to several heads of queries; None: as many as heads.
-    kv_heads: int | None = whole(None, least=1, most=_WIDEST)
-    head_dim: int | None = whole(None, least=1, most=_WIDEST)  # features of a head; None: hidden / heads
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys
     ffn: int = whole(least=1, most=_WIDEST)  # width of the feed-forward layer, and of each expert
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
     activation: str = word(Activation.GELU)  # gelu | swiglu
     bias: bool = True  # linear layers and experts have biases
     norm: str = word(Norm.LAYER)  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
-    norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
     positions: str = word(Positions.LEARNED)  # learned (a table) | rotary (queries and keys are rotated)
     # The base of rotary positions: feature pair i of d turns by base^(-2i/d) at each position.
     rotary_base: float = real(10_000.0, above=1)
@@ -95,6 +90,11 @@ class ModelConfig(Frozen):
     compile: str = word(Compiler.NONE)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     architecture: str = "gpt"  # gpt | a model that a package registers, see docs/guests.md
+    # Heads of keys and values, each of which belongs to several heads of queries; None: as many as heads.
+    kv_heads: int | None = whole(None, least=1, most=_WIDEST)
+    head_dim: int | None = whole(None, least=1, most=_WIDEST)  # features of a head; None: hidden / heads
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys
+    norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
 
 
 @dataclass

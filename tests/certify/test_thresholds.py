@@ -32,9 +32,13 @@ THRESHOLDS = {  # what is found in the code: the test that crosses it
         "moe/test_ragged.py::test_grouped_products_are_those_of_each_row_with_its_experts_matrix"
     ),
     "capacity.py MIN_CAPACITY": "moe/test_deepspeed_gating.py::test_capacity",
-    "moe/router.py uint8": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
-    "moe/router.py int16": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
-    "moe/router.py int32": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
+    "moe/slots.py uint8": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
+    "moe/slots.py int16": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
+    "moe/slots.py int32": "moe/test_router.py::test_choices_of_any_number_of_experts_are_sorted",
+    "moe/precise.py int32": "moe/test_router.py::test_three_numbers_in_bf16_are_one_in_fp32",
+    "moe/router.py _STREAMS": "moe/test_routers.py::test_layers_draw_other_numbers",
+    "moe/choice_kernels.py _ELEMENTS": "moe/test_choice_kernels.py::test_the_kernel_chooses_as_plain_torch_does",
+    "moe/choice_kernels.py int32": "moe/test_choice_kernels.py::test_the_kernel_chooses_as_plain_torch_does",
 }
 SETTINGS = {  # those that a user chooses, which are made small
     "optim.tile": PIECES,
