@@ -21,7 +21,7 @@ RUNS = Path("runs/routers")
 ROUTERS = ("none", "first_choices", "micro_batch", "sequence", "global_batch", "biases", "hash", "expert_choice")
 SEEDS = (0, 1, 2)
 RECORDED = tuple(router for router in ROUTERS if router != "expert_choice")  # whose tokens choose
-STEPS = 300
+STEPS = 200
 QUANTITIES = {
     "val/loss": "validation loss",
     "train/loss": "training loss",
@@ -40,16 +40,16 @@ def main() -> None:
         seeds = ",".join(map(str, SEEDS))
         train("-m", f"experiment={experiments}", f"seed={seeds}", f"hydra.sweep.dir={RUNS / 'sweep'}")
     results: dict[str, Any] = {}
+    first_seed = runs[:: len(SEEDS)]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        flipped = list(pool.map(flips, runs, [router for router in ROUTERS for _ in SEEDS]))
+        flipped = list(pool.map(flips, first_seed, ROUTERS))
     for number, router in enumerate(ROUTERS):
         mine = runs[number * len(SEEDS) : (number + 1) * len(SEEDS)]
         summaries = [json.loads((run / "summary.json").read_text()) for run in mine]
         results[router] = {name: [summary[name] for summary in summaries] for name in QUANTITIES}
-        results[router]["flips"] = flipped[number * len(SEEDS) : (number + 1) * len(SEEDS)]
+        results[router]["flips"] = flipped[number]
     write_json(HERE / "results.json", results)
-    first_seed = [str(run) for run in runs[:: len(SEEDS)]]
-    command = ["compare", *first_seed, "by=experiment_name", f"out={RUNS / 'report.html'}"]
+    command = ["compare", *map(str, first_seed), "by=experiment_name", f"out={RUNS / 'report.html'}"]
     subprocess.run([sys.executable, "-m", "tedlab", *command], check=True)
     Console().print(table(results))
 
@@ -83,7 +83,7 @@ def table(results: dict[str, Any]) -> Table:
     shown = Table("router", *QUANTITIES.values(), "flips in bf16", title=f"{len(SEEDS)} seeds, {STEPS} steps")
     for router, values in results.items():
         row = [spread(values[name], percent=name in PERCENT) for name in QUANTITIES]
-        shown.add_row(router, *row, "–" if None in values["flips"] else spread(values["flips"], percent=True))
+        shown.add_row(router, *row, "–" if values["flips"] is None else f"{values['flips']:.2%}")
     return shown
 
 
