@@ -24,7 +24,8 @@ MANY += ["data.micro_batch_size=4"]
 HALF = [*MANY, "trainer.precision=16-true"]
 AGAIN = [*HALF, "model.recompute.granularity=block"]
 TODAY = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
-
+DEEPSEEK = ["moe.router.scoring=sigmoid", "moe.router.expert_groups=4", "moe.router.chosen_groups=2", "moe.top_k=4"]
+DEEPSEEK += ["moe.router.bias_update=sign", "moe.balance.scope=sequence", "data.batch_size=1024"]
 
 CASES = {
     "one_fused": [*ONE, "optim.tile=fused"],
@@ -41,6 +42,10 @@ CASES = {
     "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
     "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],
     "today_sequence": [*AGAIN, *TODAY, "parallel.sequence=true", "moe.dispatch=dropless"],
+    "global_balance": [*AGAIN, "comm=ted", "moe.balance.scope=global_batch", "moe.top_k=2"],
+    "deepseek_v3": [*HALF, *DEEPSEEK, "moe.dispatch=dropless", "parallel.tensor=1", "parallel.expert=4"],
+    "expert_choice": [*HALF, "moe.gating=expert_choice", "moe.top_k=2"],
+    "hash": [*AGAIN, "moe.gating=hash", "parallel.sequence=true"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
 

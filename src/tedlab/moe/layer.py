@@ -83,9 +83,11 @@ class MoESpec(Spec):
         matrix = here * self.hidden * width * b.parameter.itemsize
         held = slots * (self.hidden + inner) - stream
         yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
+        if self.dispatch.choices > self.config.top_k:  # more room than results: gradients of both factors of each
+            yield WorkingSet("gates", temporaries=2 * self._weighted(b))
         if recomputed and self.config.unlimited:
-            # Product, bias of each row, sum; if tensor ranks share rows, also rows as received and all tokens' rows.
-            copies = 5 if self.dispatch.obeyed(b.layout).sharers > 1 else 3
+            # Product; bias of each row and sum; if tensor ranks share rows, also rows as received and all tokens' rows.
+            copies = 1 + 2 * self.expert.bias + 2 * (self.dispatch.obeyed(b.layout).sharers > 1)
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _weighted(self, b: MicroBatch) -> int:
