@@ -54,6 +54,14 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
     )
 
 
+def test_a_router_that_sees_the_future_writes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.yaml").write_text("data: {}\n")
+    trained = ModelConfig(2, 8, 2, 16, 8, vocab_size=512), MoEConfig(num_experts=4, gating="expert_choice")
+    monkeypatch.setattr("tedlab.generate._model", lambda path: trained)
+    with pytest.raises(ValueError, match=r"moe\.gating=expert_choice, whose choices .* depend on tokens after it"):
+        generate(GenerateConfig(run=str(tmp_path)))
+
+
 # ---- a trained model ------------------------------------------------------------------------------------------------
 
 
