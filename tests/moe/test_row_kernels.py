@@ -1,30 +1,16 @@
 """The Triton kernels on rows compute what ``rows.py`` does, on a GPU if there is one, otherwise in an interpreter."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from torch.torch_version import TorchVersion
 
 from tedlab.moe import rows
 from tedlab.moe.products import products, unfit
-
-HAS_GPU = torch.cuda.is_available()
+from tests.moe.kernels import printed_by
 
 
 @pytest.mark.slow
 def test_kernels_are_as_far_from_float64_as_the_dtype_makes_them() -> None:
-    triton = pytest.importorskip("triton")
-    if not HAS_GPU and TorchVersion(triton.__version__) < "3.7":  # compares versions, not strings
-        pytest.skip("the interpreter of Triton 3.6 fails with today's NumPy at a loop over a number given to a kernel")
-    environment = os.environ | ({} if HAS_GPU else {"TRITON_INTERPRET": "1"})
-    command = [sys.executable, "-m", "tests.moe.row_kernels_errors", "cuda" if HAS_GPU else "cpu"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    errors = json.loads(run.stdout)
+    errors = printed_by("tests.moe.row_kernels_errors", failing=" at a loop over a number given to a kernel")
     assert len(errors) == 2 * 2 * 2 * 5
     for name, error in errors.items():
         assert error < (0.01 if "bfloat16" in name else 1e-5), name
