@@ -130,6 +130,15 @@ def test_files_with_old_names_are_taken_and_the_new_ones_told(
     assert notes.count("checkpoint.early_stop is now model.recompute.early_stop;") == 1
 
 
+def test_a_switch_that_is_a_word_now_is_taken_as_it_was() -> None:
+    assert renamed(["model.qk_norm=true", "+model.qk_norm=false,head"]) == [
+        "model.qk_norm=head",
+        "+model.qk_norm=none,head",
+    ]
+    for old, new in ((True, "head"), (False, "none"), ("full", "full")):
+        assert nested({"model": {"qk_norm": old, "layers": 2}}) == {"model": {"qk_norm": new, "layers": 2}}
+
+
 def test_every_name_that_moved_has_become_one_that_is() -> None:
     config = compose_typed()
     for old, new in RENAMED.items():

@@ -98,6 +98,38 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["model.positions=rotary", "12 / 4", "even", "learned"],
     ),
     "rotary_base_1": (["model.rotary_base=1"], ["model.rotary_base is 1", "larger than 1"]),
+    "unknown_qk_norm": (["model.qk_norm=layer"], ["model.qk_norm=layer", "valid: none, head, full"]),
+    "full_blocks_without_a_window": (["model.attention.full_every=2"], ["full_every is 2", "model.attention.window"]),
+    "rotary_of_learned_positions": (["model.rotary.scaling=linear"], ["model.positions=learned", "rotary"]),
+    "yarn_of_no_length": (
+        ["model.positions=rotary", "model.rotary.scaling=yarn", "model.rotary.factor=4"],
+        ["model.rotary.scaling=yarn needs model.rotary.original_length"],
+    ),
+    "factor_of_no_scaling": (
+        ["model.positions=rotary", "model.rotary.factor=4"],
+        ["model.rotary.factor is 4.0", "scaling=none", "linear, ntk, yarn, llama3"],
+    ),
+    "ramp_of_another_scaling": (
+        ["model.positions=rotary", "model.rotary.scaling=linear", "model.rotary.beta_fast=2"],
+        ["model.rotary.beta_fast is 2.0", "scaling=linear", "belongs to yarn"],
+    ),
+    "ramp_backwards": (
+        [
+            *("model.positions=rotary", "model.rotary.scaling=yarn", "model.rotary.original_length=8"),
+            "model.rotary.beta_slow=40",
+        ],
+        ["beta_slow (40.0) must be smaller than model.rotary.beta_fast (32.0)"],
+    ),
+    "compressed_queries_alone": (["model.attention.latent.q_rank=4"], ["q_rank is 4", "latent.kv_rank"]),
+    "latent_without_rotation": (["model.attention.latent.kv_rank=4"], ["model.positions=rotary, not learned"]),
+    "latent_of_odd_width": (
+        ["model.positions=rotary", "model.attention.latent.kv_rank=4", "model.attention.latent.rope_dim=7"],
+        ["rope_dim (7) must be even"],
+    ),
+    "latent_with_heads_of_keys": (
+        ["model.positions=rotary", "model.attention.latent.kv_rank=4", "model.kv_heads=2"],
+        ["model.kv_heads does not apply to latent attention"],
+    ),
     "loss_chunk_0": (["model.loss_chunk=0"], ["model.loss_chunk is 0", "at least 1", "null"]),
     "weights_of_nan": (["model.init_std=nan"], ["model.init_std is nan", "a finite number, positive"]),
     "weights_of_negative_spread": (["model.init_std=-1"], ["model.init_std is -1.0", "positive"]),

@@ -28,6 +28,8 @@ _YEAR_S = 365 * 24 * 3600
 Activation = StrEnum("Activation", "GELU SWIGLU")
 Norm = StrEnum("Norm", "LAYER RMS")
 Positions = StrEnum("Positions", "LEARNED ROTARY")
+QKNorm = StrEnum("QKNorm", "NONE HEAD FULL")
+RotaryScaling = StrEnum("RotaryScaling", "NONE LINEAR NTK YARN LLAMA3")
 Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
@@ -64,6 +66,62 @@ class RecomputeConfig(Frozen):
 
 
 @dataclass
+class LatentConfig(Frozen):
+    """Multi-head latent attention (DeepSeek-V2): keys and values are made of a few features that all heads share."""
+
+    kv_rank: int | None = whole(None, least=1, most=_WIDEST)  # these features; None: ordinary attention
+    q_rank: int | None = whole(None, least=1, most=_WIDEST)  # the same for queries; None: they are not compressed
+    # Features of a head: of queries and keys without a position, of those that turn with it, and of values.
+    nope_dim: int = whole(128, least=1, most=_WIDEST)
+    rope_dim: int = whole(64, least=2, most=_WIDEST)
+    v_dim: int = whole(128, least=1, most=_WIDEST)
+
+
+@dataclass
+class AttentionConfig(Frozen):
+    """What a token attends to, beside what ``model`` says of heads."""
+
+    qkv_bias: bool | None = None  # the projections to queries, keys and values have biases; None: as model.bias
+    out_bias: bool | None = None  # the output projection has a bias; None: as model.bias
+    # The number of tokens that a token attends to, itself and those before it; None: all. Blocks full_every-1,
+    # 2·full_every-1, … attend to all anyway (gpt-oss: 2); None: no block does (Mixtral).
+    window: int | None = whole(None, least=1, most=_WIDEST)
+    full_every: int | None = whole(None, least=2)
+    sinks: bool = False  # each head's softmax has one more entry, a learned logit without a value (gpt-oss)
+    latent: LatentConfig = field(default_factory=LatentConfig)
+
+    def window_of(self, block: int) -> int | None:
+        """The window of a block, by its index; None: a token attends to all before it."""
+        full = self.full_every is not None and (block + 1) % self.full_every == 0
+        return None if full else self.window
+
+
+@dataclass
+class RotaryConfig(Frozen):
+    """How rotary positions are stretched over longer texts than those a model was first trained on."""
+
+    # none | linear (all angles) | ntk (the base, at lengths above original_length) | yarn (slow pairs, after a ramp) |
+    # llama3 (slow pairs, smoothly)
+    scaling: str = word(RotaryScaling.NONE)
+    factor: float = real(1.0, least=1)  # how many times longer
+    original_length: int | None = whole(None, least=1, most=_WIDEST)  # ntk, yarn, llama3: of those first texts
+    # yarn: pairs that turn more than beta_fast times over original_length stay as they are, those that turn less than
+    # beta_slow times are divided by the factor; truncate rounds the ramp between them outwards to whole pairs.
+    beta_fast: float = real(32.0, above=0)
+    beta_slow: float = real(1.0, above=0)
+    truncate: bool = True
+    # yarn multiplies queries and keys by attention_factor; None: 0.1·ln(factor) + 1, or with both of the next two the
+    # ratio of 0.1·mscale·ln(factor) + 1 and the same of mscale_all_dim. Latent attention multiplies its scores by the
+    # square of the latter (DeepSeek).
+    attention_factor: float | None = real(None, above=0)
+    mscale: float | None = real(None, least=0)
+    mscale_all_dim: float | None = real(None, least=0)
+    # llama3: pairs that turn more than high_freq_factor times stay, those below low_freq_factor are divided.
+    low_freq_factor: float = real(1.0, above=0)
+    high_freq_factor: float = real(4.0, above=0)
+
+
+@dataclass
 class ModelConfig(Frozen):
     """A pre-norm decoder: GPT-3 by default; the options below make it one like OLMoE or Mixtral."""
 
@@ -93,8 +151,11 @@ class ModelConfig(Frozen):
     # Heads of keys and values, each of which belongs to several heads of queries; None: as many as heads.
     kv_heads: int | None = whole(None, least=1, most=_WIDEST)
     head_dim: int | None = whole(None, least=1, most=_WIDEST)  # features of a head; None: hidden / heads
-    qk_norm: bool = False  # RMSNorm of each head's queries and keys
+    # RMSNorm of queries and keys: none | head (of each head, Qwen3) | full (of all heads together, OLMoE).
+    qk_norm: str = word(QKNorm.NONE)
     norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    rotary: RotaryConfig = field(default_factory=RotaryConfig)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Renamed configuration values, whose old names work for one more release, with a note.
+"""Renamed configuration values, whose old names work for one more release, with a note. Some switches are words now.
 
 This covers the command line, plan files, configuration files, and the configurations and checkpoints of finished runs.
 """
@@ -11,6 +11,8 @@ RENAMED = {
     "model.checkpoint": "model.recompute.granularity",
     "checkpoint.early_stop": "model.recompute.early_stop",
 }
+# Switches that have become words, which take the place of ``true`` and ``false`` wherever these are given.
+WORDS = {"model.qk_norm": {"true": "head", "false": "none"}}
 _KEY = re.compile(r"(?P<prefix>\+\+?|~|)(?P<key>[\w.]+)(?P<rest>=.*|)", re.DOTALL)
 
 
@@ -32,6 +34,9 @@ def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
         if parts is not None and parts["key"] in RENAMED:
             notes.append(note(parts["key"]))
             word = f"{parts['prefix']}{renamed(parts['key'])}{parts['rest']}"
+        elif parts is not None and parts["key"] in WORDS:
+            given_words = (_in_words(parts["key"], value) for value in parts["rest"].removeprefix("=").split(","))
+            word = f"{parts['prefix']}{parts['key']}={','.join(given_words)}" if parts["rest"] else word
         words.append(word)
     return words, notes
 
@@ -44,7 +49,17 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
         place = _section(config, sections)
         config = _moved(config, sections, {key: value for key, value in place.items() if key != name})
         config = _moved(config, RENAMED[old].split("."), place[name])
+    for switch in WORDS:
+        *sections, name = switch.split(".")
+        place = _section(config, sections)
+        if isinstance(place.get(name), bool):
+            config = _moved(config, [*sections, name], _in_words(switch, str(place[name])))
     return config
+
+
+def _in_words(switch: str, value: str) -> str:
+    """Returns the word for a switch's old value, and any other value as it is."""
+    return WORDS[switch].get(value.strip("'\"").lower(), value)
 
 
 def old_names(values: Mapping[str, Any]) -> list[str]:

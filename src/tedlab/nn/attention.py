@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tedlab.config import ModelConfig, Positions
+from tedlab.config import ModelConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.norm import NormSpec, RMSNorm
@@ -39,11 +39,12 @@ class SelfAttentionSpec(Spec):
         hidden: Model width.
         heads: Number of heads of queries, a multiple of ``kv_heads``.
         init, out_init: Initial weights of the fused query-key-value projection and of the output projection.
-        bias: Whether the projections have biases.
+        bias: Whether the projection to queries, keys and values has biases.
         rotary: Whether queries and keys are rotated by position.
         kv_heads: Number of heads of keys and values, a multiple of the tensor degree; None: as many as of queries.
         width: Features of a head; None: ``hidden / heads``.
         qk_norm: What the norms of queries and keys add to the mean square; None: there are none.
+        out_bias: Whether the output projection has a bias; None: as the others.
     """
 
     parts = ("qkv", "q_norm", "k_norm", "out")
@@ -56,13 +57,15 @@ class SelfAttentionSpec(Spec):
     kv_heads: int | None = None
     width: int | None = None
     qk_norm: float | None = None
+    out_bias: bool | None = None
 
     @classmethod
     def of(cls, model: ModelConfig, init: Init, out_init: Init) -> "SelfAttentionSpec":
         """Describes the attention of a model's blocks."""
-        rotary, qk_norm = model.positions == Positions.ROTARY, model.norm_eps if model.qk_norm else None
+        rotary, qk_norm = model.positions == Positions.ROTARY, None if model.qk_norm == QKNorm.NONE else model.norm_eps
         sizes = model.kv_heads, model.head_dim
-        return cls(model.hidden, model.heads, init, out_init, model.bias, rotary, *sizes, qk_norm)
+        bias, out = (model.bias if own is None else own for own in (model.attention.qkv_bias, model.attention.out_bias))
+        return cls(model.hidden, model.heads, init, out_init, bias, rotary, *sizes, qk_norm, out)
 
     @property
     def head_dim(self) -> int:
@@ -103,7 +106,8 @@ class SelfAttentionSpec(Spec):
 
     @property
     def out(self) -> RowParallelSpec:
-        return RowParallelSpec(self.heads * self.head_dim, self.hidden, "attention", self.out_init, self.bias)
+        bias = self.bias if self.out_bias is None else self.out_bias
+        return RowParallelSpec(self.heads * self.head_dim, self.hidden, "attention", self.out_init, bias)
 
     def flops(self, length: int) -> Counter[str]:
         """Counts only half of the scores and weighted sums, since a token attends only to tokens up to itself."""

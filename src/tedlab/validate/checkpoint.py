@@ -14,7 +14,10 @@ from tedlab.untrusted import typed
 from tedlab.validate.experts import GATING_OPTIONS
 
 _DEFAULTS = {  # the values for fields that are newer than a checkpoint
-    section: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    section: {
+        **{f.name: f.default for f in fields(kind) if f.default is not MISSING},
+        **{f.name: asdict(f.default_factory()) for f in fields(kind) if f.default_factory is not MISSING},
+    }
     for section, kind in (("model", ModelConfig), ("moe", MoEConfig))
 }
 
@@ -39,6 +42,7 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
             f"{path} is of step {meta['global_step']}, so with trainer.max_steps ({config.trainer['max_steps']}) "
             "nothing is left to train; raise trainer.max_steps"
         )
+    stored = nested(stored)
     ours: dict[str, Any] = {"model": asdict(config.model), "moe": asdict(config.moe)}
     shape_free = {"init_std", "recompute", "compile", "loss_chunk", "aux_loss", "z_loss", "top_k", "gating"}
     shape_free |= {
@@ -57,7 +61,7 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         if name not in shape_free and stored[section].get(name, _DEFAULTS[section].get(name)) != value
     ]
     if config.moe.num_experts:
-        differences += _router_differences(config.moe, typed(MoEConfig, nested(stored)["moe"]))
+        differences += _router_differences(config.moe, typed(MoEConfig, stored["moe"]))
     if differences:
         raise ValueError(f"{path} is a checkpoint of another model:\n  " + "\n  ".join(differences))
 

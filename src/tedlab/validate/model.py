@@ -3,6 +3,7 @@
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models import models
+from tedlab.validate.attention import check_attention
 
 _VOCAB_MULTIPLE = 128  # a power of two, so that usual tensor degrees divide the rounded vocabulary
 
@@ -13,6 +14,7 @@ def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
     Raises:
         ValueError: If they are invalid; the message says what would do.
     """
+    check_attention(config.model)
     models[config.model.architecture].spec(config.model, config.moe).check(degrees)
 
 

@@ -1,0 +1,100 @@
+"""Checks what attention and rotary positions must satisfy together; their layers check how heads divide."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from tedlab.config import ModelConfig, Positions, QKNorm, RotaryConfig, RotaryScaling
+
+_NEEDED = (RotaryScaling.NTK, RotaryScaling.YARN, RotaryScaling.LLAMA3)  # scalings of texts of a certain length
+_OF = {  # the scaling that a field belongs to
+    **dict.fromkeys(
+        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"), RotaryScaling.YARN
+    ),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), RotaryScaling.LLAMA3),
+}
+
+
+def check_attention(model: ModelConfig) -> None:
+    """Checks ``model.attention`` and ``model.rotary``.
+
+    Raises:
+        ValueError: If fields contradict each other, or one would have no effect; the message says what would do.
+    """
+    for error in (*_window(model), *_rotary(model), *_latent(model), *_unbuilt(model)):
+        raise ValueError(error)
+
+
+def _window(model: ModelConfig) -> Iterator[str]:
+    attention = model.attention
+    if attention.full_every is not None and attention.window is None:
+        yield (
+            f"model.attention.full_every is {attention.full_every}, but without model.attention.window every block "
+            "attends to all tokens; set a window, or leave full_every out"
+        )
+
+
+def _rotary(model: ModelConfig) -> Iterator[str]:
+    rotary, plain = model.rotary, RotaryConfig()
+    scaling = RotaryScaling(rotary.scaling)
+    if model.positions != Positions.ROTARY and rotary != plain:
+        yield f"model.rotary is set, but model.positions={model.positions}; it belongs to model.positions=rotary"
+    if scaling in _NEEDED and rotary.original_length is None:
+        yield (
+            f"model.rotary.scaling={scaling} needs model.rotary.original_length, the number of tokens of the texts "
+            "that the model was first trained on"
+        )
+    allowed = {"scaling", *(() if scaling == RotaryScaling.NONE else ("factor",))}
+    allowed |= {"original_length"} if scaling in _NEEDED else set()
+    allowed |= {name for name, of in _OF.items() if of == scaling}
+    for name in (f.name for f in fields(RotaryConfig)):
+        if name not in allowed and getattr(rotary, name) != getattr(plain, name):
+            with_it = [_OF[name]] if name in _OF else _NEEDED if name == "original_length" else list(RotaryScaling)[1:]
+            yield (
+                f"model.rotary.{name} is {getattr(rotary, name)}, which model.rotary.scaling={scaling} does not use; "
+                f"it belongs to {', '.join(with_it)}"
+            )
+    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
+        least, most = getattr(rotary, low), getattr(rotary, high)
+        if least >= most:
+            yield f"model.rotary.{low} ({least}) must be smaller than model.rotary.{high} ({most})"
+
+
+def _latent(model: ModelConfig) -> Iterator[str]:
+    latent, attention = model.attention.latent, model.attention
+    if latent.kv_rank is None:
+        if latent.q_rank is not None:
+            yield (
+                f"model.attention.latent.q_rank is {latent.q_rank}, but queries are compressed only together with keys "
+                "and values: set model.attention.latent.kv_rank"
+            )
+        return
+    if model.positions != Positions.ROTARY:
+        yield f"latent attention (model.attention.latent.kv_rank) needs model.positions=rotary, not {model.positions}"
+    if latent.rope_dim % 2:
+        yield f"model.attention.latent.rope_dim ({latent.rope_dim}) must be even: positions turn pairs of features"
+    others = {
+        "model.kv_heads": model.kv_heads is not None,
+        "model.head_dim": model.head_dim is not None,
+        "model.qk_norm": model.qk_norm != QKNorm.NONE,
+        "model.attention.window": attention.window is not None,
+        "model.attention.sinks": attention.sinks,
+    }
+    for name, given in others.items():
+        if given:
+            yield (
+                f"{name} does not apply to latent attention (model.attention.latent.kv_rank), whose heads have their "
+                "own sizes and norms; leave one of them out"
+            )
+
+
+def _unbuilt(model: ModelConfig) -> Iterator[str]:
+    attention = model.attention
+    given = {
+        "model.qk_norm=full": model.qk_norm == QKNorm.FULL,
+        "model.attention.window": attention.window is not None,
+        "model.attention.sinks": attention.sinks,
+        "model.attention.latent": attention.latent.kv_rank is not None,
+        "model.rotary.scaling": model.rotary.scaling != RotaryScaling.NONE,
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        yield f"{name} is not built yet"
