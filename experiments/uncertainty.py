@@ -71,7 +71,7 @@ def einsum_flops(config: TrainConfig) -> float:
     model, data = config.model, config.data
     tokens = data.micro_batch_size * model.sequence_length
     slots = tokens * config.moe.top_k * (config.moe.capacity_factor or 1.0)
-    layers = len(config.moe.blocks(model.layers))
+    layers = len(config.moe.routed(model.layers))
     return 7 * 2.0 * tokens * slots * model.hidden * layers * int(config.trainer["accumulate_grad_batches"])
 
 

@@ -84,7 +84,7 @@ def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, ro
         block = {k.removeprefix(f"network.blocks.{number}."): w for k, w in weights.items() if f".{number}." in k}
         x = x + _attention(block, _norm(block, "norm1", x, model), model)
         inside = _norm(block, "norm2", x, model)
-        if moe.num_experts and (number + 1) % moe.every == 0:
+        if _has_experts(number, moe):
             flat = inside.reshape(samples * length, -1)
             x = x + _mixture(block, flat, length, model, moe, routed).reshape(x.shape)
         else:
@@ -92,6 +92,12 @@ def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, ro
     top = {k.removeprefix("network."): w for k, w in weights.items()}
     output = weights["network.embedding.weight"] if model.tie_embeddings else weights["network.output.weight"]
     return _norm(top, "norm", x, model) @ output.T
+
+
+def _has_experts(block: int, moe: MoEConfig) -> bool:
+    if moe.blocks is not None:
+        return block in moe.blocks
+    return moe.num_experts > 0 and (block + 1) % moe.every == 0 and block >= moe.first_dense
 
 
 def _norm(weights: Weights, name: str, x: Tensor, model: ModelConfig) -> Tensor:
@@ -286,7 +292,7 @@ def train(
     biases = {
         f"network.blocks.{block}.feed_forward.router.bias": torch.zeros(moe.num_experts, dtype=torch.float64)
         for block in range(model.layers)
-        if moe.router.bias_update != "none" and (block + 1) % moe.every == 0
+        if moe.router.bias_update != "none" and _has_experts(block, moe)
     }
     first = {name: torch.zeros_like(weight) for name, weight in now.items()}
     second = {name: torch.zeros_like(weight) for name, weight in now.items()}

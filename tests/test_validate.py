@@ -314,6 +314,17 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.gating=default", "deepspeed_top1"],
     ),
     "experts_in_no_block": (["moe.every=3"], ["moe.every (3)", "model.layers (2)", "moe=dense"]),
+    "experts_after_the_last_block": (
+        ["moe.first_dense=2"],
+        ["moe.first_dense (2)", "moe.every (2)", "model.layers (2)", "below 2", "moe=dense"],
+    ),
+    "experts_in_a_block_that_is_not_there": (["moe.blocks=[1,2]"], ["moe.blocks=[1, 2]", "from 0 to 1"]),
+    "experts_listed_twice": (["moe.blocks=[1,1]"], ["moe.blocks=[1, 1]", "once"]),
+    "experts_listed_nowhere": (["moe.blocks=[]"], ["moe.blocks=[]", "moe=dense"]),
+    "experts_of_a_width_that_does_not_divide": (
+        ["parallel=tp4", "moe.ffn=66"],
+        ["moe.ffn (66)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
+    ),
     # batches
     "batch_not_divisible": (
         ["parallel=dp4", "data.micro_batch_size=2", "data.batch_size=12"],

@@ -128,7 +128,7 @@ class ModelConfig(Frozen):
     layers: int = whole(least=1, most=10_000)
     hidden: int = whole(least=1, most=_WIDEST)
     heads: int = whole(least=1, most=_WIDEST)
-    ffn: int = whole(least=1, most=_WIDEST)  # width of the feed-forward layer, and of each expert
+    ffn: int = whole(least=1, most=_WIDEST)  # width of dense feed-forward layers; and of experts without moe.ffn
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
     activation: str = word(Activation.GELU)  # gelu | swiglu
     bias: bool = True  # linear layers and experts have biases
@@ -198,7 +198,7 @@ class BalanceConfig(Frozen):
 
 @dataclass
 class MoEConfig(Frozen):
-    """Experts in place of the feed-forward layer of every ``every``-th block."""
+    """Experts in place of the feed-forward layer of some blocks: every n-th, all but the first, or those listed."""
 
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
@@ -226,10 +226,18 @@ class MoEConfig(Frozen):
     # default, deepspeed_topk: a full expert keeps its most probable choices (probs) or its first ones (position). None:
     # position in the default router, probs in DeepSpeed's.
     drop_policy: str | None = word(None, DropPolicy)
+    first_dense: int = whole(0, least=0)  # the first so many blocks have no experts, whatever every says
+    # The blocks that have experts, counted from 0, in place of every and first_dense; null: as these say.
+    blocks: list[int] | None = None
+    ffn: int | None = whole(None, least=1, most=_WIDEST)  # width of an expert; null: model.ffn
 
-    def blocks(self, layers: int) -> range:
-        """Indices of the blocks that have experts, in a model of so many."""
-        return range(self.every - 1, layers, self.every) if self.num_experts else range(0)
+    def routed(self, layers: int) -> tuple[int, ...]:
+        """Returns the indices of the blocks that have experts, in a model of so many."""
+        if not self.num_experts:
+            return ()
+        if self.blocks is not None:
+            return tuple(sorted(self.blocks))
+        return tuple(n for n in range(self.every - 1, layers, self.every) if n >= self.first_dense)
 
     @property
     def unlimited(self) -> bool:

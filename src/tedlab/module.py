@@ -94,7 +94,7 @@ class LanguageModel(LightningModule):
     @property
     def reads_step_ahead(self) -> bool:
         """Whether the strategy calls :meth:`on_step_batches`."""
-        balance, experts = self.moe_config.balance, self.moe_config.blocks(self.model_config.layers)
+        balance, experts = self.moe_config.balance, self.moe_config.routed(self.model_config.layers)
         accumulated = self.trainer.accumulate_grad_batches > 1
         return accumulated and len(experts) > 0 and balance.scope == BalanceScope.GLOBAL_BATCH
 

@@ -41,7 +41,7 @@ class Shape:
     def of(config: TrainConfig) -> "Shape":
         """Returns the shape of a run's record."""
         moe, tokens = config.moe, config.data.batch_size * config.model.sequence_length
-        return Shape(tuple(moe.blocks(config.model.layers)), moe.num_experts, moe.top_k, tokens)
+        return Shape(moe.routed(config.model.layers), moe.num_experts, moe.top_k, tokens)
 
 
 def begin(directory: Path, shape: Shape, after: int) -> None:

@@ -57,7 +57,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     metrics = StepMetrics(
         config.data.batch_size * config.model.sequence_length, training_flops(config.model, config.moe)
     )
-    routers = RouterHealth(config.moe.blocks(config.model.layers), directory, config.router_picture_every)
+    routers = RouterHealth(config.moe.routed(config.model.layers), directory, config.router_picture_every)
     memory = MemoryByCategory()
     comm = config.comm
     emulated = None

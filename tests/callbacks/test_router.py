@@ -37,7 +37,7 @@ class Counter(Callback):
 
 
 def train(layout: Layout, directory: Path, job: Job = JOB, picture_every: int | None = None) -> dict[str, Any]:
-    routers, counter = RouterHealth(job.moe.blocks(job.model.layers), directory, picture_every), Counter()
+    routers, counter = RouterHealth(job.moe.routed(job.model.layers), directory, picture_every), Counter()
     fit = trainer(
         layout,
         job,

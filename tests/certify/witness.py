@@ -56,6 +56,9 @@ MORE: dict[str, dict[str, object]] = {
         **{"model.recompute.granularity": "block", "comm.cac": True, "model.loss_chunk": 7},
     },
     "fused_step_untied": {"optim.tile": "fused", "model.tie_embeddings": False, "trainer.gradient_clip_val": 0.1},
+    "listed_blocks_of_their_own_width": {
+        **{"model.layers": 3, "moe.blocks": "[2,0]", "moe.ffn": 10, "moe.top_k": 2, "moe.dispatch": "dropless"},
+    },
     "no_drops": {"moe.capacity_factor": "null", "moe.top_k": 3, "moe.every": 1, "optim.schedule": "wsd"},
 }
 

@@ -59,7 +59,7 @@ def test_a_step_with_any_router_communicates_what_the_closed_form_says(
 ) -> None:
     config = configuration(job, tmp_path)
     moe, model = config.moe, config.model
-    layers, micro_batches = len(moe.blocks(model.layers)), int(config.trainer["accumulate_grad_batches"])
+    layers, micro_batches = len(moe.routed(model.layers)), int(config.trainer["accumulate_grad_batches"])
     double, index = 8, 8  # bytes
     for totals, wrong in found(pool, tmp_path, job):
         assert not wrong

@@ -54,13 +54,14 @@ class _Widths:
 
     head: int
     ffn: int  # on each tensor rank
+    expert: int  # on each tensor rank, where experts have a width of their own
 
     @staticmethod
     def of(config: TrainConfig) -> "_Widths":
         if config.certificate_precision == CertificatePrecision.BF16:
-            return _Widths(8, 16)
+            return _Widths(8, 16, 8)
         rotary = config.model.positions == Positions.ROTARY  # which turns pairs of features
-        return _Widths(4 if rotary else 3, 11)
+        return _Widths(4 if rotary else 3, 11, 7)
 
 
 def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
@@ -93,6 +94,9 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     )
     if config.model.loss_chunk is not None:
         model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
+    # The second block has experts; so has the first, if the model has no dense block.
+    listed = config.moe.first_dense > 0 or config.moe.blocks is not None
+    dense_first = listed and len(config.moe.routed(config.model.layers)) < config.model.layers
     per_rank = config.moe.num_experts // given.expert
     several = _EXPERTS_PER_RANK if config.moe.router.expert_groups == 1 else _EXPERTS_OF_GROUPS
     experts = degrees.expert * (per_rank if per_rank <= 1 else several)
@@ -101,7 +105,10 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         config.moe,
         num_experts=experts,
         top_k=top_k,
-        every=min(2, config.moe.every),
+        every=1 if listed else min(2, config.moe.every),
+        first_dense=int(dense_first),
+        blocks=None,
+        ffn=None if config.moe.ffn is None else degrees.tensor * widths.expert,
         capacity_groups=groups,
         router=router,
     )

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -67,7 +67,7 @@ class BlockSpec(Spec):
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
         model = self.model
         layer = FeedForwardSpec(model.hidden, model.ffn, *self.inits, model.activation, model.bias)
-        return layer if self.moe is None else MoESpec(layer, self.moe)
+        return layer if self.moe is None else MoESpec(replace(layer, ffn=self.moe.ffn or model.ffn), self.moe)
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
@@ -162,7 +162,7 @@ class GPTSpec(Spec):
 
     @cached_property
     def blocks(self) -> list[BlockSpec]:
-        routed = self.moe.blocks(self.model.layers)
+        routed = self.moe.routed(self.model.layers)
         return [BlockSpec(self.model, self.moe if n in routed else None) for n in range(self.model.layers)]
 
     @property

@@ -38,7 +38,7 @@ class ExpertsSpec(Spec):
         return self.expert.hidden
 
     def check(self, degrees: ParallelDegrees) -> None:
-        self.expert.check(degrees)
+        check_divides("moe.ffn" if self.config.ffn else "model.ffn", self.expert.ffn, "parallel.tensor", degrees.tensor)
         check_divides("moe.num_experts", self.num_experts, "parallel.expert", degrees.expert)
 
     def own(self) -> Iterator[ParameterSpec]:

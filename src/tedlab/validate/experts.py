@@ -30,11 +30,7 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
                 f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
             )
         return
-    if moe.every > model.layers:
-        raise ValueError(
-            f"moe.every ({moe.every}) is larger than model.layers ({model.layers}): no block would have experts. "
-            f"Choose 1 to {model.layers}, or moe=dense"
-        )
+    _check_blocks(moe, model.layers)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
     mixtures[moe.dispatch]  # raises if it is unknown
@@ -44,6 +40,25 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
     else:
         capacity_groups(config, degrees)
     _check_gating(moe)
+
+
+def _check_blocks(moe: MoEConfig, layers: int) -> None:
+    if moe.blocks is not None:
+        if not moe.blocks or len({*moe.blocks}) < len(moe.blocks) or not all(0 <= n < layers for n in moe.blocks):
+            raise ValueError(
+                f"moe.blocks={moe.blocks} must list each block that has experts once, by its number from 0 to "
+                f"{layers - 1} (model.layers is {layers}); moe=dense has none"
+            )
+    elif moe.every > layers:
+        raise ValueError(
+            f"moe.every ({moe.every}) is larger than model.layers ({layers}): no block would have experts. "
+            f"Choose 1 to {layers}, or moe=dense"
+        )
+    elif not moe.routed(layers):
+        raise ValueError(
+            f"moe.first_dense ({moe.first_dense}) and moe.every ({moe.every}) leave none of model.layers ({layers}) "
+            f"with experts. Choose a moe.first_dense below {layers // moe.every * moe.every}, or moe=dense"
+        )
 
 
 def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:

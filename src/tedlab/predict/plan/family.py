@@ -17,7 +17,8 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     """Returns a copy of ``config`` with a base model of about this width, whose heads the tensor degree divides.
 
     The number of layers is interpolated between GPT-3's models (Brown et al., 2020, table 2.1), and even because every
-    second layer has experts. Heads have up to 128 features, a multiple of 8. Feed-forward layers are four times wider.
+    second layer has experts. Heads have up to 128 features, a multiple of 8. Feed-forward layers are four times wider;
+    experts with a width of their own keep its ratio to that of the model.
     """
     heads = tensor * max(1, -(-width // (_HEAD * tensor)))
     model = with_heads(config.model, heads, max(8, width // heads // 8 * 8), tensor)
@@ -26,7 +27,10 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     above = min((row for row in _GPT3 if row[0] >= hidden), default=_GPT3[-1])
     share = 0.0 if above[0] == below[0] else (hidden - below[0]) / (above[0] - below[0])
     layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
-    return replace(config, model=replace(model, layers=layers, ffn=4 * hidden))
+    moe = config.moe
+    if moe.ffn is not None:
+        moe = replace(moe, ffn=tensor * max(1, round(moe.ffn * hidden / (config.model.hidden * tensor))))
+    return replace(config, model=replace(model, layers=layers, ffn=4 * hidden), moe=moe)
 
 
 def largest(config: TrainConfig, tensor: int, fits: Callable[[TrainConfig], bool]) -> TrainConfig | None:

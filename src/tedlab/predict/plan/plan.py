@@ -100,8 +100,13 @@ def largest_models(
     The arguments are those of :func:`make_plan`.
 
     Raises:
-        UsageError: If not even the smallest model fits with any degree.
+        UsageError: If not even the smallest model fits with any degree, or blocks with experts are listed one by one.
     """
+    if config.moe.blocks is not None:
+        raise UsageError(
+            f"plan.largest=true chooses the number of layers, for which moe.blocks={config.moe.blocks} cannot say "
+            "which have experts; use moe.every and moe.first_dense"
+        )
     slowest_rank(config.parallel.world_size, 1, cluster)
     capacity = cluster.memory_bytes - reserve
     pairs: dict[int, list[Degrees]] = {}

@@ -30,7 +30,7 @@ class Routing:
 
     def __init__(self, config: TrainConfig, shares_LE: np.ndarray | None = None) -> None:
         moe, degrees = config.moe, parallel_degrees(config.parallel)
-        self.blocks = moe.blocks(config.model.layers)
+        self.blocks = moe.routed(config.model.layers)
         self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         sharers = spec.obeyed(Layout(degrees, config.comm)).sharers
@@ -111,7 +111,7 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
     for key, value in (("zipf", zipf), ("trace", trace)):
         if (name == key) != (value is not None):
             raise UsageError(f"sim.routing={key} and sim.{key}=… go together; sim.routing is {name}, sim.{key} {value}")
-    layers, experts = len(config.moe.blocks(config.model.layers)), config.moe.num_experts
+    layers, experts = len(config.moe.routed(config.model.layers)), config.moe.num_experts
     if not layers or not config.moe.unlimited:
         if name != "balanced":
             raise UsageError(
@@ -143,7 +143,7 @@ def _traced(file: Path, layers: int, experts: int) -> np.ndarray:
     if load_SLE.shape[1:] != (layers, experts):
         raise UsageError(
             f"sim.trace={file} is of {load_SLE.shape[1]} MoE layers of {load_SLE.shape[2]} experts; this model has "
-            f"{layers} of {experts}. Record it with the same model.layers, moe.every and moe.num_experts"
+            f"{layers} of {experts}. Record it with the same blocks of experts and moe.num_experts"
         )
     load_LE = load_SLE[-1].astype(float)
     for layer, load_E in enumerate(load_LE):
