@@ -49,13 +49,13 @@ def _sizes(config: TrainConfig) -> dict[str, Any]:
         "intermediate_size": model.ffn,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
         "max_position_embeddings": model.sequence_length,
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "norm_topk_prob": moe.top_k > 1 and moe.router.gates in (None, Gates.NORMALIZED),
         "tie_word_embeddings": model.tie_embeddings,
-        "rms_norm_eps": 1e-5,
+        "rms_norm_eps": model.norm_eps,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
@@ -76,7 +76,8 @@ def _qwen3(config: TrainConfig) -> Any:
         **_sizes(config),
         moe_intermediate_size=config.model.ffn,
         decoder_sparse_step=config.moe.every,
-        head_dim=config.model.hidden // config.model.heads,
+        head_dim=config.model.head_dim or config.model.hidden // config.model.heads,
+        rope_parameters={"rope_type": "default", "rope_theta": config.model.rotary_base},
     )
 
 
@@ -85,12 +86,13 @@ SHAPES = {
     "olmoe": Shape(["experiment=gpu/olmoe_1b_7b"], _olmoe),
     # transformers has no GPT with experts; Qwen3's decoder has them in every second block. Of SwiGLU's three matrices
     # two thirds of the width are as many parameters.
+    "qwen3_30b": Shape(["experiment=gpu/qwen3_30b_a3b"], _qwen3),
     "ted_1.3b": Shape(["experiment=gpu/ted_1.3b_moe", *_TODAY, "model.ffn=5504"], _qwen3),
 }
 
 
 def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Module:
-    """With random weights in bfloat16, and without norms of queries and keys, which tedlab's has not."""
+    """With random weights in bfloat16, and without norms of queries and keys unless tedlab's model has them."""
     from transformers import AutoModelForCausalLM
 
     with device:
@@ -101,7 +103,7 @@ def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Mo
             dtype=torch.bfloat16,
         )
     for module in model.modules():
-        for name in ("q_norm", "k_norm"):
+        for name in () if config.model.qk_norm else ("q_norm", "k_norm"):
             if hasattr(module, name):
                 setattr(module, name, nn.Identity())
     return model.train()
@@ -117,12 +119,12 @@ def difference(shape: Shape) -> float:
     config, device = composed([*shape.overrides, *_SMALL]), torch.device("cpu")
     theirs = peer_model(shape, config, device).float()
     ours = GPT(config.model, config.moe, Topology.single(device), seed=0)
-    take_over(theirs.state_dict(), ours, config.model.heads)
+    take_over(theirs.state_dict(), ours, config.model.kv_heads or config.model.heads)
     ids = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
     return (theirs(input_ids=ids).logits - ours(ids)[0]).abs().max().item()
 
 
-def take_over(theirs: dict[str, Tensor], network: GPT, heads: int) -> None:
+def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
     """Puts transformers' weights into tedlab's model; that every parameter gets one is checked."""
     own = dict(network.named_parameters())
 
@@ -136,10 +138,13 @@ def take_over(theirs: dict[str, Tensor], network: GPT, heads: int) -> None:
         put("output.weight", theirs["lm_head.weight"])
     for i in range(len(network.blocks)):
         layer, block = f"model.layers.{i}.", f"blocks.{i}."
-        qkv = [theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (heads, -1)) for part in "qkv"]
+        qkv = [theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv"]
         put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
         put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
-        put(f"{block}attention.qkv.weight", torch.stack(qkv, 1).flatten(0, 2))  # head by head
+        put(f"{block}attention.qkv.weight", torch.cat(qkv, 1).flatten(0, 1))  # by head of keys
+        for norm in ("q_norm", "k_norm"):
+            if f"{block}attention.{norm}.weight" in own:
+                put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])
         put(f"{block}attention.out.weight", theirs[f"{layer}self_attn.o_proj.weight"])
         if f"{layer}mlp.gate.weight" in theirs:
             halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
