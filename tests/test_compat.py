@@ -93,7 +93,7 @@ def test_a_private_use_is_seen(source: str) -> None:
     [
         "self._own = 1",
         "super()._method()",
-        "from tedlab.moe.rows import _helper",
+        "from tedlab.moe.row_ops import _helper",
         "point._replace(x=1)",
         "os._exit(1)",
         "type(x).__name__",

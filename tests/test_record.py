@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 
 from tedlab.callbacks import RecordRouting, ReplayRouting, StepMetrics
 from tedlab.config import MoEConfig, RouterConfig
-from tedlab.record import META, Recording, Shape, flip_rates
+from tedlab.record import RECORD_META, Recording, Shape, flip_rates
 from tedlab.validate.routing import check_replay
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -109,7 +109,7 @@ def test_flips_are_counted_by_hand(tmp_path: Path) -> None:
 def written(directory: Path, token: list[int], choice: list[Any], experts: int = 4) -> Path:
     directory.mkdir()
     meta = {"blocks": [0], "experts": experts, "top_k": 2, "tokens": 2}
-    (directory / META).write_text(json.dumps(meta))
+    (directory / RECORD_META).write_text(json.dumps(meta))
     np.savez(directory / "step-00000001-rank-0000.npz", token=np.array(token), choice=np.array(choice))
     return directory
 
@@ -141,7 +141,7 @@ def test_a_damaged_record_says_what_is_wrong(tmp_path: Path, token: list[int], c
 def test_a_record_of_another_shape_or_a_shorter_run_is_refused(tmp_path: Path, overrides: list[str], said: str) -> None:
     shape = ["model.layers=2", "moe.num_experts=4", "moe.top_k=2", "model.sequence_length=4", "data.batch_size=8"]
     config = compose(*shape, "trainer.max_steps=2", *overrides, f"routing.replay={tmp_path}")
-    (tmp_path / META).write_text(json.dumps({"blocks": [1], "experts": 4, "top_k": 2, "tokens": 32}))
+    (tmp_path / RECORD_META).write_text(json.dumps({"blocks": [1], "experts": 4, "top_k": 2, "tokens": 32}))
     for step in (1, 2):
         (tmp_path / f"step-{step:08d}-rank-0000.npz").touch()
     with pytest.raises(ValueError, match=said):
@@ -150,7 +150,7 @@ def test_a_record_of_another_shape_or_a_shorter_run_is_refused(tmp_path: Path, o
 
 def test_what_is_no_record_is_refused(tmp_path: Path) -> None:
     for content in ("", "[]", '{"blocks": "x"}', '{"blocks": [0], "experts": 4}'):
-        (tmp_path / META).write_text(content)
+        (tmp_path / RECORD_META).write_text(content)
         with pytest.raises(ValueError, match="is not the record of a run's routing"):
             Recording(tmp_path)
     with pytest.raises(ValueError, match="is not the record of a run's routing"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tedlab.moe.recording import Recorder, Replay
+    from tedlab.moe.recording import Replay, RoutingRecorder
 
 _LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -33,7 +33,7 @@ class BatchContext:
         self.seed = 0
         self.step = self.micro_batch = 0
         self.ids: Tensor | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: RoutingRecorder | None = None
         self.replay: Replay | None = None
         # On the device, so that a compiled region reads numbers that change without being compiled again.
         self._place = torch.zeros(2, dtype=torch.int64, device=device)

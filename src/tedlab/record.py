@@ -17,7 +17,7 @@ import numpy as np
 from tedlab.config import TrainConfig
 
 DIRECTORY = "routing"  # of the record, in that of its run
-META = "meta.json"
+RECORD_META = "meta.json"
 _PART = re.compile(r"step-(\d{8})-rank-\d{4,}\.npz")
 
 
@@ -51,7 +51,7 @@ def begin(directory: Path, shape: Shape, after: int) -> None:
         part = _PART.fullmatch(file.name)
         if file.suffix == ".partial" or (part and int(part[1]) > after):
             file.unlink()
-    (directory / META).write_text(json.dumps(asdict(shape)) + "\n")
+    (directory / RECORD_META).write_text(json.dumps(asdict(shape)) + "\n")
 
 
 def record_in(path: Path) -> Path:
@@ -72,7 +72,7 @@ class Recording:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            meta = json.loads((directory / META).read_text())
+            meta = json.loads((directory / RECORD_META).read_text())
             blocks = tuple(int(block) for block in meta["blocks"])
             self.shape = Shape(blocks, int(meta["experts"]), int(meta["top_k"]), int(meta["tokens"]))
         except (OSError, ValueError, KeyError, TypeError) as error:

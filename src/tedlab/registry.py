@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 if TYPE_CHECKING:
     from tedlab.moe import Experts
 
-Part = TypeVar("Part")
+Registered = TypeVar("Registered")
 
 
-class Registry(Generic[Part]):
+class Registry(Generic[Registered]):
     """Parts of one kind by name.
 
     Args:
@@ -24,23 +24,23 @@ class Registry(Generic[Part]):
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, Registered] = {}
 
-    def register(self, name: str) -> Callable[[Part], Part]:
+    def register(self, name: str) -> Callable[[Registered], Registered]:
         """Returns a decorator that registers a part under a name.
 
         Raises:
             ValueError: If another part has the name.
         """
 
-        def add(part: Part) -> Part:
+        def add(part: Registered) -> Registered:
             if self._parts.setdefault(name, part) is not part:
                 raise ValueError(f"{self.key}={name} is taken by {self._parts[name]}; choose another name for {part}")
             return part
 
         return add
 
-    def __getitem__(self, name: str) -> Part:
+    def __getitem__(self, name: str) -> Registered:
         """Returns the part of this name.
 
         Raises:

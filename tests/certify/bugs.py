@@ -491,7 +491,7 @@ def swiglu_in_halves(patch: Patch) -> None:
     """First all gates, then all linear parts: another model in every layout, and in one process too."""
     patch.setattr(experts, "activate", _halves)
     patch.setattr("tedlab.nn.feed_forward.activate", _halves)
-    patch.setattr("tedlab.moe.rows.activate", _halves)
+    patch.setattr("tedlab.moe.row_ops.activate", _halves)
 
 
 def norms_with_another_epsilon(patch: Patch) -> None:

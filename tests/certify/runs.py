@@ -10,8 +10,9 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from tedlab.certify import Row, record
+from tedlab.certify import Row
 from tedlab.certify.certificate import CONTINUATIONS, Execute, Run, Runs, runs_for
+from tedlab.certify.record import record
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig, with_values

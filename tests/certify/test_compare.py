@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tedlab.certify.compare import Row, compare
-from tedlab.certify.record import QUANTITIES, Part, Record, assembled
+from tedlab.certify.record import QUANTITIES, Record, Shard, assembled
 from tedlab.degrees import ParallelDegrees
 
 
@@ -60,9 +60,9 @@ def test_a_number_that_is_none_is_a_difference() -> None:
     assert wrong(a_record(1), record).keys() == {"next weights"}
 
 
-def parts(*values: float, offset: int = 0, name: str = "all") -> dict[int, dict[str, dict[str, Part]]]:
+def parts(*values: float, offset: int = 0, name: str = "all") -> dict[int, dict[str, dict[str, Shard]]]:
     """What one of two processes holds of a tensor of four elements."""
-    return {1: {"next weights": {name: Part(torch.Size((4,)), (offset,), torch.tensor(values, dtype=torch.float64))}}}
+    return {1: {"next weights": {name: Shard(torch.Size((4,)), (offset,), torch.tensor(values, dtype=torch.float64))}}}
 
 
 def test_parts_are_put_together() -> None:

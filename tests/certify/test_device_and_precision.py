@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tedlab.certify import Row, certify, shrink
+from tedlab.certify import Row, certify
 from tedlab.certify.compare import TOLERANCES, first_difference
+from tedlab.certify.shrink import shrink
 from tedlab.config import CertificatePrecision
 from tedlab.errors import UsageError
 from tedlab.strategy import gpus

@@ -9,9 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tedlab.certify import shrink
-from tedlab.certify.record import _PIECE, Recorder
-from tedlab.certify.shrink import SAVED, STEPS, STEPS_PER_EPOCH, reference
+from tedlab.certify.record import _PIECE, CertificateRecorder
+from tedlab.certify.shrink import SAVED, STEPS, STEPS_PER_EPOCH, reference, shrink
 from tedlab.config import OptimConfig, TrainConfig, with_values
 from tedlab.data import MicroBatchSampler, PackedSamples, TextDataModule
 from tedlab.models import gpt
@@ -108,7 +107,7 @@ def _pieces(config: TrainConfig) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Router, "decide", deciding)
         patch.setattr(gpt, "linear_cross_entropy", chunking)
-        trainer, module, data = build(config, [Recorder(piece=_PIECE), counter], logged=False)
+        trainer, module, data = build(config, [CertificateRecorder(piece=_PIECE), counter], logged=False)
         trainer.fit(module, data)
     return counter.seen | {"chunks": chunks, "capacities": capacities}
 

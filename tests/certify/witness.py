@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from tedlab.certify.record import Record, Recorder, assembled
+from tedlab.certify.record import CertificateRecorder, Record, assembled
 from tedlab.config import TrainConfig
 from tedlab.run import build
 from tests.certify.runs import Plant, planted
@@ -126,7 +126,7 @@ class Observation:
     batches: list[list[Tensor]]
 
 
-class _Witness(Recorder):
+class _Witness(CertificateRecorder):
     def __init__(self, directory: Path) -> None:
         super().__init__(piece=50)
         self.initial = directory / "initial.ckpt"

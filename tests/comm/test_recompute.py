@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab import Topology
-from tedlab.comm import Recomputation, Second, checkpoint, pin, recompute
+from tedlab.comm import Recomputation, Second, pin, recompute, recomputed
 from tedlab.comm.recompute import collective
 
 
@@ -46,7 +46,7 @@ class Doubled(Function):
 
 def gradient(function: Callable[[Tensor], Tensor], plan: dict[str, Second], counters: Recomputation) -> Tensor:
     x = torch.linspace(-1, 1, 5).requires_grad_()
-    y = checkpoint(function, x, counters=counters, plan=plan, early_stop=False)
+    y = recomputed(function, x, counters=counters, plan=plan, early_stop=False)
     y.square().sum().backward()
     assert x.grad is not None
     return x.grad
@@ -82,7 +82,7 @@ def test_what_nobody_needs_is_neither_kept_nor_communicated(
 
 def test_the_graph_may_be_kept_and_used_again(single: Topology, calls: list[str]) -> None:
     x = torch.linspace(-1, 1, 5).requires_grad_()
-    y = checkpoint(
+    y = recomputed(
         lambda x: Doubled.apply(x.exp(), single.comm, "a").tanh(),
         x,
         counters=Recomputation(),

@@ -1,4 +1,4 @@
-"""Prints, as JSON, how far the Triton kernels on rows are from ``rows.py`` in float64. A program of its own, because
+"""Prints, as JSON, how far the Triton kernels on rows are from ``row_ops.py`` in float64. A program of its own, because
 
 Triton's interpreter, which runs kernels on CPUs, must be chosen before Triton is imported (TRITON_INTERPRET=1).
 """
@@ -10,7 +10,7 @@ import sys
 import torch
 from torch import Tensor
 
-from tedlab.moe import row_kernels, rows
+from tedlab.moe import row_kernels, row_ops
 
 TOKENS, CHOICES, EXPERTS, HIDDEN, INNER = 5, 3, 4, 20, 1100  # neither a power of two; more columns than one block has
 
@@ -41,7 +41,7 @@ def main(device: str) -> None:
         for name, arguments in calls.items():
             function = name.split(",")[0]
             ours = getattr(row_kernels, function)(*(_moved(a, device) for a in arguments))
-            theirs = getattr(rows, function)(*(_moved(a, "cpu", precise=True) for a in arguments))
+            theirs = getattr(row_ops, function)(*(_moved(a, "cpu", precise=True) for a in arguments))
             pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
             worst = max(((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
             errors[f"{name} {dtype} gated={gated} biased={biased}"] = worst

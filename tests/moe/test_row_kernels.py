@@ -1,9 +1,9 @@
-"""The Triton kernels on rows compute what ``rows.py`` does, on a GPU if there is one, otherwise in an interpreter."""
+"""The Triton kernels on rows compute what ``row_ops.py`` does, on a GPU if there is one, else in an interpreter."""
 
 import pytest
 import torch
 
-from tedlab.moe import rows
+from tedlab.moe import row_ops
 from tedlab.moe.products import products, unfit
 from tests.moe.kernels import printed_by
 
@@ -22,10 +22,10 @@ def test_the_backward_of_rows_is_that_of_autograd(gated: bool) -> None:
     z = torch.randn(6, 8, generator=draw, dtype=torch.float64).requires_grad_()
     weight = torch.rand(6, generator=draw, dtype=torch.float64).requires_grad_()
     bias, expert = torch.randn(2, 8, generator=draw, dtype=torch.float64), torch.tensor([0, 0, 0, 1, 1, 1])
-    weighted = weight.unsqueeze(1) * rows.hidden(z, bias, expert, gated)
+    weighted = weight.unsqueeze(1) * row_ops.hidden(z, bias, expert, gated)
     grad = torch.randn(weighted.shape, generator=draw, dtype=torch.float64)
     grad_z, grad_weight = torch.autograd.grad(weighted, (z, weight), grad)
-    ours = rows.hidden_backward(grad, z.detach(), bias, expert, weight.detach(), gated)
+    ours = row_ops.hidden_backward(grad, z.detach(), bias, expert, weight.detach(), gated)
     for a, b in zip(ours, (grad_z, weighted, grad_weight), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
 
@@ -34,5 +34,7 @@ def test_a_kernel_that_does_not_take_the_rows_is_replaced_with_a_warning_that_sa
     assert "CUDA" in str(unfit(torch.float32, torch.device("cpu")))
     assert "float64" in str(unfit(torch.float64, torch.device("cuda")))
     with pytest.warns(UserWarning, match="moe.kernel=triton is not used here: it needs a CUDA GPU, these are on cpu"):
-        assert products("triton", False, torch.rand(2, 2)).rows is rows
-    assert products("auto", False, torch.rand(2, 2)).rows is rows  # without a warning: pytest would show it as an error
+        assert products("triton", False, torch.rand(2, 2)).rows is row_ops
+    assert (
+        products("auto", False, torch.rand(2, 2)).rows is row_ops
+    )  # without a warning: pytest would show it as an error

@@ -7,8 +7,8 @@ from tedlab.config import TrainConfig
 from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
-from tedlab.predict.estimate.estimate import OPTIMIZER
 from tedlab.predict.estimate.memory import Memory, moments
+from tedlab.predict.estimate.step import OPTIMIZER
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
 from tedlab.predict.volumes import ClosedForm

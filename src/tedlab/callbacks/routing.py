@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
-from tedlab.moe.recording import Recorder, Replay
+from tedlab.moe.recording import Replay, RoutingRecorder
 from tedlab.record import Recording, Shape, begin
 from tedlab.strategy import TEDStrategy
 
@@ -22,7 +22,7 @@ class RecordRouting(Callback):
 
     def __init__(self, directory: Path, shape: Shape) -> None:
         self.directory, self.shape = directory, shape
-        self._recorder: Recorder | None = None
+        self._recorder: RoutingRecorder | None = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -32,7 +32,7 @@ class RecordRouting(Callback):
         trainer.strategy.barrier("record of routing")
         # Tensor ranks route the same tokens, unless they divide the positions.
         if topology.sequence_sharded or topology.comm.rank("tensor") == 0:
-            self._recorder = topology.context.recorder = Recorder(self.directory, trainer.global_rank)
+            self._recorder = topology.context.recorder = RoutingRecorder(self.directory, trainer.global_rank)
 
     @override
     def on_train_batch_end(

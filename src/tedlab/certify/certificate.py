@@ -35,8 +35,8 @@ CONTINUATIONS = {  # which run saves the checkpoint, and which continues from it
     "from one process": ("one", "layout"),
     "in this layout": ("layout", "layout"),  # must be bitwise equal
 }
-Run = Callable[[TrainConfig], dict[str, Any]]
-Execute = Callable[[Run, TrainConfig], Any]  # calls a function in every process of the configuration's layout
+Recorded = Callable[[TrainConfig], dict[str, Any]]
+Execute = Callable[[Recorded, TrainConfig], Any]  # calls a function in every process of the configuration's layout
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Runs:
     continuations: tuple[str, ...]
     steps: int = STEPS
 
-    def planned(self) -> Iterator[tuple[str, Run, TrainConfig]]:
+    def planned(self) -> Iterator[tuple[str, Recorded, TrainConfig]]:
         """Yields the runs in order: a heading, and a function with the configuration to call it with."""
         runs = self._runs
         yield f"one process, {self.steps} steps", runs["one"], self.one
@@ -171,7 +171,7 @@ class Runs:
         return self.layout.optim.loss_scale is not None
 
     @property
-    def _runs(self) -> dict[str, Run]:
+    def _runs(self) -> dict[str, Recorded]:
         return {"layout": record, "one": record_reference_of_overflow if self._scaled else record_reference}
 
     def _continued(self, name: str) -> TrainConfig:
@@ -208,7 +208,7 @@ def _summary(name: str, rows: list[Row]) -> Row:
     return Row(name, worst, compared, wrong.step, f"{wrong.quantity}: {wrong.first}", wrong.hint, wrong.tolerance)
 
 
-def _launched(run: Run, config: TrainConfig) -> None:
+def _launched(run: Recorded, config: TrainConfig) -> None:
     launch(run, config, config.parallel.world_size)
 
 

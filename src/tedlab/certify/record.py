@@ -37,20 +37,20 @@ _PIECE = 50  # elements whose norm is taken at a time, few enough to make severa
 
 def record(config: TrainConfig) -> dict[str, Any]:
     """Trains as configured; the first process saves a :data:`Record` in ``output_dir``."""
-    return _recorded(config, Recorder(piece=_PIECE))
+    return _recorded(config, CertificateRecorder(piece=_PIECE))
 
 
 def record_reference(config: TrainConfig) -> dict[str, Any]:
     """Does the same as :func:`record` for the reference, see :func:`tedlab.certify.shrink.reference`."""
-    return _recorded(config, Recorder())
+    return _recorded(config, CertificateRecorder())
 
 
 def record_reference_of_overflow(config: TrainConfig) -> dict[str, Any]:
     """Does the same as :func:`record_reference` but skips the first step, as when a loss scale overflows."""
-    return _recorded(config, Recorder(first_step_skipped=True))
+    return _recorded(config, CertificateRecorder(first_step_skipped=True))
 
 
-def _recorded(config: TrainConfig, recorder: "Recorder") -> dict[str, Any]:
+def _recorded(config: TrainConfig, recorder: "CertificateRecorder") -> dict[str, Any]:
     trainer, module, data = build(config, [recorder], logged=False)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     everybody: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
@@ -61,7 +61,7 @@ def _recorded(config: TrainConfig, recorder: "Recorder") -> dict[str, Any]:
     return {}
 
 
-class Part(NamedTuple):
+class Shard(NamedTuple):
     """The part of a tensor that one process holds.
 
     Attributes:
@@ -75,11 +75,11 @@ class Part(NamedTuple):
     values: Tensor
 
 
-Parts = dict[int, dict[str, dict[str, Part]]]  # step → quantity → name → part
+Parts = dict[int, dict[str, dict[str, Shard]]]  # step → quantity → name → part
 
 
-class Recorder(Callback):
-    """Collects this process's part of everything that :func:`tedlab.certify.compare` compares, in every step.
+class CertificateRecorder(Callback):
+    """Collects this process's part of everything that :func:`tedlab.certify.compare.compare` compares, in every step.
 
     Gradients are recorded after reduction and unscaling, before clipping.
 
@@ -95,7 +95,7 @@ class Recorder(Callback):
         self._piece, self._first_step_skipped = piece, first_step_skipped
         self._scalars: list[Tensor] = []
         self._scale: float | None = None  # the true scale while an overflow is being provoked
-        self._quantities: dict[str, dict[str, Part]] = {}
+        self._quantities: dict[str, dict[str, Shard]] = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,7 +192,7 @@ def _in_order(mappings: Sequence[Mapping[Any, Any]]) -> list[Any]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
-def _whole(parts: Sequence[Part | None]) -> Tensor:
+def _whole(parts: Sequence[Shard | None]) -> Tensor:
     held = [part for part in parts if part is not None]
     whole = torch.full(held[0].shape, math.nan, dtype=held[0].values.dtype)
     if len(held) < len(parts):
@@ -209,7 +209,7 @@ def _whole(parts: Sequence[Part | None]) -> Tensor:
     return whole
 
 
-def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
+def _parts(tensors: Mapping[str, Any]) -> dict[str, Shard]:
     """Copies this process's parts of tensors: its shard of a DTensor, and all of another tensor or of a number."""
     parts = {}
     for name, given in tensors.items():
@@ -220,7 +220,7 @@ def _parts(tensors: Mapping[str, Any]) -> dict[str, Part]:
             values = given.detach() if isinstance(given, Tensor) else torch.tensor(given, dtype=torch.float64)
             offset = (0,) * values.dim()
         shape = given.shape if isinstance(given, DTensor) else values.shape
-        parts[name] = Part(shape, tuple(offset), values.to("cpu", copy=True))
+        parts[name] = Shard(shape, tuple(offset), values.to("cpu", copy=True))
     return parts
 
 

@@ -23,7 +23,7 @@ from tedlab.comm.differentiable import (
     to_compute_dtype,
 )
 from tedlab.comm.ledger import Ledger
-from tedlab.comm.recompute import Plan, Recomputation, Second, checkpoint, once, pin, recomputing
+from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
@@ -37,21 +37,21 @@ __all__ = [
     "Operation",
     "Pending",
     "Phase",
-    "Plan",
     "Recomputation",
+    "RecomputePlan",
     "Second",
     "SlotAgreement",
     "Splits",
     "Waiting",
     "Whereabouts",
     "all_to_all",
-    "checkpoint",
     "copy_to",
     "gather_from",
     "gather_to",
     "matmul_into",
     "once",
     "pin",
+    "recomputed",
     "recomputing",
     "reduce_from",
     "scatter_from",

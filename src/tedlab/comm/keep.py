@@ -3,12 +3,12 @@
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from tedlab.comm.recompute import Plan, Second
+from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.hints import did_you_mean
 from tedlab.spec import Site
 
 
-def plan(sites: Iterable[Site], keep: Mapping[str, str]) -> Plan:
+def recompute_plan(sites: Iterable[Site], keep: Mapping[str, str]) -> RecomputePlan:
     """Returns what a second pass does at each site.
 
     Args:
@@ -38,7 +38,7 @@ def plan(sites: Iterable[Site], keep: Mapping[str, str]) -> Plan:
 
 
 def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = None) -> Mapping[str, str]:
-    """Converts ``comm.cac`` into the argument ``keep`` of :func:`plan`.
+    """Converts ``comm.cac`` into the argument ``keep`` of :func:`recompute_plan`.
 
     Args:
         cac: false, true (every result), ``shard`` (1/T of each), or a list of entries ``[block/]tag[:shard]``.

@@ -1,9 +1,9 @@
 """Communication-aware activation checkpointing: the paper's CAC (§5.2), and routing that cannot flip.
 
 A checkpointed region runs twice: once without keeping activations, and again in the backward pass. The second pass
-repeats the collectives of the first unless their results were kept. A :class:`Plan` says by tag what it does at each
-call site; :func:`tedlab.comm.keep.plan` makes one. Under any plan, tokens go to the experts of the first pass
-(:func:`pin`): recomputed arithmetic may differ in the last bit, but a token must not change its expert.
+repeats the collectives of the first unless their results were kept. A :class:`RecomputePlan` says by tag what it does
+at each call site; :func:`tedlab.comm.keep.recompute_plan` makes one. Under any plan, tokens go to the experts of the
+first pass (:func:`pin`): recomputed arithmetic may differ in the last bit, but a token must not change its expert.
 
 torch's selective checkpointing could also keep collectives' results, but it intercepts every operation of the region
 (which doubles the time of a small eager forward pass) and cannot skip the operations that kept results make
@@ -34,14 +34,14 @@ class Second(Enum):
     NOTHING = "nothing"  # it neither keeps nor communicates the result, which nobody reads
 
 
-Plan = Mapping[str, Second]  # by tag; AGAIN where a tag is missing
+RecomputePlan = Mapping[str, Second]  # by tag; AGAIN where a tag is missing
 
 
-def checkpoint(
+def recomputed(
     function: Callable[..., Any],
     *args: Any,
     counters: "Recomputation",
-    plan: Plan,
+    plan: RecomputePlan,
     skip_dead_gemm: bool = True,
     early_stop: bool = True,
 ) -> Any:
@@ -73,7 +73,7 @@ def checkpoint(
     )
 
 
-def _compiled_contexts(plan: Plan) -> Callable[[], Any]:
+def _compiled_contexts(plan: RecomputePlan) -> Callable[[], Any]:
     """Returns the ``context_fn`` of a compiled region, which keeps routing decisions and the plan's whole results.
 
     It does not support a plan's slices.
@@ -182,7 +182,7 @@ class Recomputation:
 class _Region:
     """One checkpointed call, with what its first pass keeps for the second, in order."""
 
-    def __init__(self, plan: Plan, skip_dead_gemm: bool, counters: Recomputation) -> None:
+    def __init__(self, plan: RecomputePlan, skip_dead_gemm: bool, counters: Recomputation) -> None:
         self.plan = plan
         self.skip_dead_gemm = skip_dead_gemm
         self.counters = counters

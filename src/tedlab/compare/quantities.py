@@ -63,7 +63,7 @@ def of_summary(
     return Quantity(heading, meaning, lambda run: run.number(key), show, timed)
 
 
-TOKENS = of_summary(
+TOKENS_SEEN = of_summary(
     "perf/tokens_per_second",
     "tokens/s",
     "Tokens of a step, over all data ranks, by the step time.",
@@ -92,7 +92,7 @@ PEAK = of_summary(
     "Peak memory of the rank that needs most: allocated on the GPU, or resident set of the process on a CPU.",
     mib,
 )
-RESULTS = (TOKENS, STEP_TIME, SENT, PEAK)
+RESULTS = (TOKENS_SEEN, STEP_TIME, SENT, PEAK)
 
 
 def _hundredths(share: float) -> str:

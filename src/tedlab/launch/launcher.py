@@ -44,7 +44,7 @@ class Job(Protocol):
         """Where its files go."""
 
 
-Run = Callable[[Any], dict[str, Any]]
+Task = Callable[[Any], dict[str, Any]]
 
 
 def leave_if_started_outside() -> None:
@@ -60,7 +60,7 @@ def leave_if_started_outside() -> None:
         os._exit(0)
 
 
-def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> dict[str, Any]:
+def launch(run: Task, config: Job, processes: int, lock: Lock | None = None) -> dict[str, Any]:
     """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
 
     Args:
@@ -125,7 +125,7 @@ def launch(run: Run, config: Job, processes: int, lock: Lock | None = None) -> d
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # and this
 
 
-def _worker(run: Run, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
+def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
     Path(folder, f"{os.getpid()}{_WORKER}").touch()
     failures.keep_in(Path(folder))
     threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()

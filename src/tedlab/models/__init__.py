@@ -1,7 +1,6 @@
 """Models built from ``tedlab.nn`` and ``tedlab.moe``."""
 
 from tedlab.models.gpt import GPT, Block, BlockSpec, GPTSpec, ParameterCount, count_parameters, models
-from tedlab.models.wrap import wrap
 
 __all__ = [
     "GPT",
@@ -11,5 +10,4 @@ __all__ = [
     "ParameterCount",
     "count_parameters",
     "models",
-    "wrap",
 ]

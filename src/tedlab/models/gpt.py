@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from tedlab.comm.keep import kept_tags, plan
+from tedlab.comm.keep import kept_tags, recompute_plan
 from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions
 from tedlab.degrees import ParallelDegrees
@@ -264,7 +264,7 @@ class GPT(nn.Module):
             initialize(self, seed)
         for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
             sites = of.sites(topology.layout).present(topology.degrees).recomputed
-            second = plan(sites, kept_tags(topology.options.cac, spec.tags, index))
+            second = recompute_plan(sites, kept_tags(topology.options.cac, spec.tags, index))
             recomputed = model.recompute.granularity == Granularity.BLOCK
             wrap(block, topology, second if recomputed else None, model.compile, model.recompute.early_stop)
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tedlab.comm import Plan, checkpoint
+from tedlab.comm import RecomputePlan, recomputed
 from tedlab.moe import MoELayer
 from tedlab.nn import localised
 from tedlab.topology import Topology
 
 
-def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, early_stop: bool = True) -> None:
+def wrap(
+    block: nn.Module, topology: Topology, plan: RecomputePlan | None, backend: str, early_stop: bool = True
+) -> None:
     """Replaces a block's ``forward`` by one that does the same, recomputed or compiled.
 
     Args:
@@ -23,7 +25,7 @@ def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, 
         topology: The process's place in the meshes.
         plan: What a recomputation does at each collective; None: the block is not recomputed.
         backend: Backend of ``torch.compile``; ``none``: the block is not compiled.
-        early_stop: Whether recomputation stops early, see :func:`tedlab.comm.checkpoint`.
+        early_stop: Whether recomputation stops early, see :func:`tedlab.comm.recomputed`.
     """
     run = block.forward if plan is None else _Recomputed(block, topology, plan, early_stop)
     if backend != "none":
@@ -35,7 +37,7 @@ def wrap(block: nn.Module, topology: Topology, plan: Plan | None, backend: str, 
 class _Recomputed:
     """Runs a block's own forward without keeping its activations."""
 
-    def __init__(self, block: nn.Module, topology: Topology, plan: Plan, early_stop: bool) -> None:
+    def __init__(self, block: nn.Module, topology: Topology, plan: RecomputePlan, early_stop: bool) -> None:
         self.block, self.topology, self.plan, self.early_stop = block, topology, plan, early_stop
 
     def _forward(self, x: Tensor, rotation: Tensor | None, padding_mask: Tensor | None) -> Any:
@@ -44,7 +46,7 @@ class _Recomputed:
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
         if not torch.is_grad_enabled():
             return self._forward(x, rotation, padding_mask)
-        return checkpoint(
+        return recomputed(
             self._forward,
             x,
             rotation,

@@ -2,7 +2,7 @@
 
 Rows never leave the process, so that fused kernels can gather, activate and weight them, and little is kept for the
 backward pass: the tokens, which the rest of the block keeps anyway, and each row's first projection. Each row's input,
-activation and result are recomputed or not needed. Legend as in ``rows.py``.
+activation and result are recomputed or not needed. Legend as in ``row_ops.py``.
 """
 
 from typing import Any

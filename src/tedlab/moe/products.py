@@ -1,7 +1,8 @@
 """What experts without a capacity compute if all are in one process, forward and backward.
 
 Matrix products are torch's ``grouped_mm`` or run one by one (see ``grouped.py``). ``moe.kernel`` chooses what gathers,
-activates and weights the rows around them: ``torch`` (``rows.py``) or ``triton`` (``row_kernels.py``). Legend as there.
+activates and weights the rows around them: ``torch`` (``row_ops.py``) or ``triton`` (``row_kernels.py``). Legend as
+there.
 """
 
 import functools
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tedlab.moe import rows
+from tedlab.moe import row_ops
 from tedlab.moe.grouped import Groups, times, transposed_times
 
 
@@ -37,7 +38,7 @@ class Products:
     """Computes the forward and backward pass of all experts.
 
     Args:
-        rows: Module of the row operations: ``rows`` or ``row_kernels``.
+        rows: Module of the row operations: ``row_ops`` or ``row_kernels``.
         gated: Whether experts use SwiGLU; otherwise they use GELU.
     """
 
@@ -108,7 +109,7 @@ def products(kernel: str, gated: bool, x: Tensor) -> Products:
         UserWarning: Once, if ``kernel`` is ``triton``, which does not accept the rows; the message says why.
     """
     if kernel == "torch":
-        return Products(rows, gated)
+        return Products(row_ops, gated)
     reason = unfit(x.dtype, x.device)
     if reason is None:
         from tedlab.moe import row_kernels
@@ -116,7 +117,7 @@ def products(kernel: str, gated: bool, x: Tensor) -> Products:
         return Products(row_kernels, gated)
     if kernel == "triton":
         _warn_once(f"moe.kernel=triton is not used here: {reason}")
-    return Products(rows, gated)
+    return Products(row_ops, gated)
 
 
 def unfit(dtype: torch.dtype, device: torch.device) -> str | None:

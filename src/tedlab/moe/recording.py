@@ -9,7 +9,7 @@ from torch import Tensor
 from tedlab.record import Recording
 
 
-class Recorder:
+class RoutingRecorder:
     """Collects a process's choices, and writes them step by step.
 
     Args:

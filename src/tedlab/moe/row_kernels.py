@@ -1,4 +1,4 @@
-"""The functions of ``rows.py`` as Triton kernels that each pass over memory once; imported only if Triton is installed.
+"""The functions of ``row_ops.py`` as Triton kernels that each pass over memory once; imported only if there is Triton.
 
 They take the same arguments, in bf16, fp16 or fp32, and compute in fp32. Sums have a fixed order and no atomics.
 """
@@ -12,7 +12,7 @@ _COLUMNS = 1024  # elements of a row at a time
 
 
 def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
-    """See :func:`tedlab.moe.rows.take`."""
+    """See :func:`tedlab.moe.row_ops.take`."""
     rows, width = len(token_N), x_TH.shape[1]
     out = x_TH.new_empty(rows, width)
     if rows:
@@ -22,7 +22,7 @@ def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
-    """See :func:`tedlab.moe.rows.hidden`."""
+    """See :func:`tedlab.moe.row_ops.hidden`."""
     rows, inner = len(z_NZ), z_NZ.shape[1] // (2 if gated else 1)
     out = z_NZ.new_empty(rows, inner)
     if rows:
@@ -34,7 +34,7 @@ def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) 
 def hidden_backward(
     grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`tedlab.moe.rows.hidden_backward`."""
+    """See :func:`tedlab.moe.row_ops.hidden_backward`."""
     rows, inner = grad_NF.shape
     grad_z, weighted = torch.empty_like(z_NZ), torch.empty_like(grad_NF)
     grad_weight = torch.empty_like(weight_N)
@@ -49,7 +49,7 @@ def hidden_backward(
 def combine(
     y_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, bias_eH: Tensor | None, expert_TK: Tensor
 ) -> Tensor:
-    """See :func:`tedlab.moe.rows.combine`."""
+    """See :func:`tedlab.moe.row_ops.combine`."""
     (tokens, choices), width = place_TK.shape, y_NH.shape[1]
     out = y_NH.new_empty(tokens, width)
     if tokens:

@@ -14,16 +14,16 @@ from torch.distributed.tensor import DTensor, Shard
 from tedlab._compat.torch import set_local_tensor
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
 
-Key = TypeVar("Key", bound=tuple[Any, ...])
+BucketKey = TypeVar("BucketKey", bound=tuple[Any, ...])
 Parameter = TypeVar("Parameter")
 
 
 def lay_out(
     parameters: Iterable[Parameter],
-    key: Callable[[Parameter], Key],
+    key: Callable[[Parameter], BucketKey],
     elements: Callable[[Parameter], int],
     most: int,
-) -> Iterator[tuple[Key, list[Parameter]]]:
+) -> Iterator[tuple[BucketKey, list[Parameter]]]:
     """Yields the parameters of each bucket: those with the same key, in order, until the next would not fit.
 
     The optimizer and the closed form of its communication share this layout.
@@ -34,7 +34,7 @@ def lay_out(
         elements: Returns the number of a parameter's elements that this process holds.
         most: Maximum number of elements of a bucket; a larger parameter has one to itself.
     """
-    alike: dict[Key, list[Parameter]] = {}
+    alike: dict[BucketKey, list[Parameter]] = {}
     for parameter in parameters:
         alike.setdefault(key(parameter), []).append(parameter)
     for common in sorted(alike):

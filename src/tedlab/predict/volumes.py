@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 
 from tedlab.comm.collectives import Collective, Operation, Phase
-from tedlab.comm.keep import kept_tags, plan
+from tedlab.comm.keep import kept_tags, recompute_plan
 from tedlab.comm.ledger import Count, Entry, Totals, counted
-from tedlab.comm.recompute import Plan, Second
+from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows
 from tedlab.config import BalanceScope, BiasUpdate, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
@@ -157,9 +157,9 @@ class ClosedForm:
         yield from self._calls(sites.forward, "forward", Rows())
         yield from self._calls(sites.backward, "backward", Rows())
 
-    def second_pass(self, block: int, cac: object) -> Plan:
+    def second_pass(self, block: int, cac: object) -> RecomputePlan:
         """Returns what recomputation does at each collective of a block."""
-        return plan(self.sites[block].recomputed, kept_tags(cac, self.spec.tags, block))
+        return recompute_plan(self.sites[block].recomputed, kept_tags(cac, self.spec.tags, block))
 
     def dead(self, block: int) -> set[str]:
         """Returns the tags of a block's collectives whose input recomputation does not compute."""

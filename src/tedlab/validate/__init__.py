@@ -17,7 +17,7 @@ from tedlab.ranges import check_ranges
 from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm
-from tedlab.validate.complete import filled_in
+from tedlab.validate.defaults import filled_in
 from tedlab.validate.experts import check_experts, router_notes
 from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary

@@ -12,7 +12,7 @@ from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.sim import Simulation, simulate
-from tedlab.predict.sim.routing import Routing, routing_of
+from tedlab.predict.sim.routing import SimulatedRouting, routing_of
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import WORLD, checked, out_of_the_pools_group
 
@@ -20,7 +20,7 @@ DROPLESS = [*WORLD, "moe.dispatch=dropless"]
 TOKENS = 2 * 32  # of a micro-batch
 
 
-def simulated(config: TrainConfig, routing: Routing | None, *ranks: int) -> list[Simulation]:
+def simulated(config: TrainConfig, routing: SimulatedRouting | None, *ranks: int) -> list[Simulation]:
     with out_of_the_pools_group():
         return [simulate(config, load_cluster("summit"), rank, routing=routing) for rank in ranks]
 
@@ -62,7 +62,7 @@ def test_a_popular_experts_rank_computes_more_and_keeps_more(pool: WorkerPool) -
 def test_rows_by_expert_rank_are_those_of_the_law_and_the_busiest_is_named() -> None:
     config = checked(*DROPLESS, "parallel.expert=4", "moe.top_k=2")
     load = np.arange(1, 17) / np.arange(1, 17).sum() * TOKENS * 2
-    routing = Routing(config, load[None])
+    routing = SimulatedRouting(config, load[None])
     rows = routing.rows_by_expert_rank()
     assert rows.shape == (1, 4)
     assert rows.sum() == 4 * TOKENS * 2  # four senders; no choice is lost

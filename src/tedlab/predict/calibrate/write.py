@@ -112,16 +112,16 @@ def _share(line: Line) -> float:
     return max(0.0, 1 / line.rate - 1)
 
 
-Key = tuple[Operation, Group]
+Call = tuple[Operation, Group]
 
 
-def _widest(fits: dict[Key, Line], nodes: int) -> Key | None:
+def _widest(fits: dict[Call, Line], nodes: int) -> Call | None:
     """Returns the key of the all-reduce over the most ranks on ``nodes`` nodes, or None."""
     keys = [key for key in fits if key[0] == "all_reduce" and key[1].nodes == nodes]
     return max(keys, key=lambda key: key[1].size, default=None)
 
 
-def _link(name: str, fits: dict[Key, Line], key: Key | None, share: int) -> Iterator[str]:
+def _link(name: str, fits: dict[Call, Line], key: Call | None, share: int) -> Iterator[str]:
     """Yields the lines of the link that makes a ring as fast as this all-reduce, for groups that were not measured."""
     if key is None:
         yield f"{name}: null  # no group of processes uses such a link"

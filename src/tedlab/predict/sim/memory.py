@@ -42,7 +42,7 @@ class Timeline:
         return {category: int(values[peak]) for category, values in self.held.items()}
 
 
-class Memory:
+class StorageTracker:
     """Tracks storages, whichever tensors share them.
 
     The purpose of a storage may show only later (a product of the backward pass becomes a gradient). :meth:`label` then

@@ -15,7 +15,7 @@ from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
-from tedlab.predict.sim.memory import Category, Memory
+from tedlab.predict.sim.memory import Category, StorageTracker
 from tedlab.predict.sim.roofline import seconds, work_of
 from tedlab.spec import Work
 
@@ -69,7 +69,7 @@ class Meter(TorchDispatchMode):
         self,
         cluster: ClusterConfig,
         members: Mapping[GroupKind, Sequence[int]],
-        memory: Memory,
+        memory: StorageTracker,
         progress: Callable[[], None],
     ) -> None:
         super().__init__()

@@ -5,11 +5,11 @@ import math
 from tedlab.degrees import ParallelDegrees
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import placement_of
-from tedlab.predict.sim.routing import Routing
+from tedlab.predict.sim.routing import SimulatedRouting
 
 
 def kinds_of_ranks(
-    degrees: ParallelDegrees, cluster: ClusterConfig, routing: Routing | None = None
+    degrees: ParallelDegrees, cluster: ClusterConfig, routing: SimulatedRouting | None = None
 ) -> dict[int, list[int]]:
     """Returns all ranks, by the first one of their kind.
 

@@ -20,7 +20,7 @@ from tedlab.spec import Layout
 ROUTINGS = ("balanced", "zipf", "trace")
 
 
-class Routing:
+class SimulatedRouting:
     """The rows that each process of an expert group sends and receives in one micro-batch.
 
     Args:
@@ -81,7 +81,7 @@ class Routing:
 class Answers:
     """Answers the host's reads from a device, layer after layer, as the ``Collectives.reader`` of a simulation."""
 
-    def __init__(self, routing: Routing, rank: int) -> None:
+    def __init__(self, routing: SimulatedRouting, rank: int) -> None:
         self.routing, self.rank = routing, rank
         self._reads = 0
 
@@ -94,7 +94,7 @@ class Answers:
         return numbers.tolist()
 
 
-def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | None) -> Routing | None:
+def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | None) -> SimulatedRouting | None:
     """Returns the routing that a command line asks for, or None for a configuration with capacity or without experts.
 
     Args:
@@ -121,8 +121,8 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
         return None
     if zipf is not None:
         ranks = np.arange(1, experts + 1, dtype=float)
-        return Routing(config, np.tile(ranks**-zipf, (layers, 1)))
-    return Routing(config, None if trace is None else _traced(Path(trace), layers, experts))
+        return SimulatedRouting(config, np.tile(ranks**-zipf, (layers, 1)))
+    return SimulatedRouting(config, None if trace is None else _traced(Path(trace), layers, experts))
 
 
 def _traced(file: Path, layers: int, experts: int) -> np.ndarray:

@@ -28,7 +28,7 @@ from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.flops import training_flops
 from tedlab.predict.sim.pictures import causes, memory_picture, time_picture
 from tedlab.predict.sim.ranks import kinds_of_ranks
-from tedlab.predict.sim.routing import Routing
+from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.sim.simulation import HIDDEN, Simulation, simulate
 from tedlab.report import resolved_yaml
 
@@ -37,7 +37,11 @@ Ranks = int | Literal["all", "stages"]
 
 
 def simulate_visibly(
-    config: TrainConfig, cluster_name: str, cluster: ClusterConfig, ranks: Ranks, routing: Routing | None = None
+    config: TrainConfig,
+    cluster_name: str,
+    cluster: ClusterConfig,
+    ranks: Ranks,
+    routing: SimulatedRouting | None = None,
 ) -> dict[str, Any]:
     """Runs :func:`simulate` with a progress bar, prints tables and fills ``output_dir``.
 
@@ -89,7 +93,7 @@ def simulate_visibly(
     return summary
 
 
-def _busiest(routing: Routing, rank: int) -> str:
+def _busiest(routing: SimulatedRouting, rank: int) -> str:
     rows, busiest = routing.rows_by_expert_rank().sum(0), routing.busiest_rank()
     here, most = (sum(rows.computed for rows in routing.rows(r).values()) for r in (rank, busiest))
     text = f"With this routing the experts of rank {busiest} compute the most rows of a micro-batch: {most:,} over all "
@@ -98,7 +102,7 @@ def _busiest(routing: Routing, rank: int) -> str:
 
 
 def _simulated(
-    config: TrainConfig, cluster: ClusterConfig, ranks: list[int], routing: Routing | None
+    config: TrainConfig, cluster: ClusterConfig, ranks: list[int], routing: SimulatedRouting | None
 ) -> dict[int, Simulation]:
     columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

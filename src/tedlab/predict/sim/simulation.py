@@ -21,10 +21,10 @@ from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig, Dispatch
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
-from tedlab.predict.sim.memory import Memory, Timeline
+from tedlab.predict.sim.memory import StorageTracker, Timeline
 from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
-from tedlab.predict.sim.routing import Answers, Routing, routing_of
+from tedlab.predict.sim.routing import Answers, SimulatedRouting, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
 from tedlab.predict.volumes import predict, with_rows
 from tedlab.report import about
@@ -100,7 +100,7 @@ def simulate(
     cluster: ClusterConfig,
     rank: int = 0,
     progress: Callable[[float], None] = lambda share: None,
-    routing: Routing | None = None,
+    routing: SimulatedRouting | None = None,
 ) -> Simulation:
     """Runs one optimizer step of one rank on fake tensors. The process must not be part of a process group.
 
@@ -136,7 +136,7 @@ def simulate(
         progress(min(1.0, told / 2 / expected_calls))  # a collective has a start and an end
 
     def meter(topology: Topology) -> Meter:
-        memory = Memory(lambda: topology.recomputation.kept_bytes)
+        memory = StorageTracker(lambda: topology.recomputation.kept_bytes)
         if routing is not None:
             topology.comm.reader = Answers(routing, rank)
         return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
