@@ -204,6 +204,16 @@ class GPTSpec(Spec):
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
         return tuple(dict.fromkeys(site.tag for site in sites))
 
+    def left(self, b: MicroBatch, several: bool) -> int:
+        """Returns the bytes of gradients that the logits leave, beside the sums if there are ``several`` batches."""
+        table = self.embedding.gradients(b)
+        return table if self.model.tie_embeddings else 0 if several else 2 * table
+
+    def first_moment(self, b: MicroBatch, several: bool) -> WorkingSet:
+        """Returns the end of the backward pass: the table's gradient, what the logits left of it, and their sum."""
+        table, tables = self.embedding.gradients(b), 2 if self.model.tie_embeddings else 1
+        return WorkingSet("gradient of the embedding", table if several else 0, temporaries=tables * table)
+
     def flops(self, length: int) -> Counter[str]:
         parts = Counter(self.first)
         total = sum((end.flops(length) for end in self.ends), Counter[str]())

@@ -74,8 +74,7 @@ class ExpertsSpec(Spec):
         yield b.product(rows, inner, self.hidden, times=here)
         yield b.product(inner, rows, self.hidden, times=here)
         if self.expert.bias:
-            # One pass; three for equal widths is an error that the figures of experiments/paper_scaling still contain.
-            yield b.moved((3 if width == self.hidden else 1) * b.rows.computed * inner)
+            yield b.moved(b.rows.computed * inner)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
 

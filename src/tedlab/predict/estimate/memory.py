@@ -64,7 +64,6 @@ class Memory:
         form, model, spec, ends = self.form, self.form.config.model, self.form.spec, self.form.at()
         recomputed = model.recompute.granularity == Granularity.BLOCK
         stream = ends.outside * model.hidden * self.parameter
-        table = spec.embedding.gradients(ends)
         several = self.accumulated > 1  # then each gradient is added to a sum as soon as it is computed
         before = self.gradients if several else 0
 
@@ -79,7 +78,7 @@ class Memory:
         stash = [0, *accumulate(kept)]
         last = sum(end.saved(ends) for end in spec.ends) + stream
         yield self._moment("loss", before, stash[-1], saved[-1] + last, temporaries=0)
-        gradients = before + (table if model.tie_embeddings else 0 if several else 2 * table)
+        gradients = before + spec.left(ends, several)
         for n in reversed(range(len(spec.blocks))):
             activations = saved[n + 1] + (saves[n] if recomputed else 0)
             for moment in spec.blocks[n].working_sets(form.at(n), recomputed):
@@ -92,9 +91,8 @@ class Memory:
                 )
             if not several:
                 gradients += own[n]
-        tables = 2 if model.tie_embeddings else 1  # the gradient from the logits, and the sum
-        gradients = self.gradients + (table if several else 0)
-        yield self._moment("gradient of the embedding", gradients, 0, 0, 2 * stream + tables * table)
+        moment = spec.first_moment(ends, several)
+        yield self._moment(moment.name, self.gradients + moment.new, 0, 0, moment.temporaries + 2 * stream)
         yield self._reduction()
         yield self._optimizer()
 
