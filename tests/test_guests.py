@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 
 from tedlab.certify import certify
-from tedlab.certify.certificate import Run
+from tedlab.certify.certificate import Recorded
 from tedlab.cli import UsageError, check_overrides
 from tedlab.config import TrainConfig
 from tedlab.models import models
@@ -76,7 +76,7 @@ def guests(monkeypatch: pytest.MonkeyPatch) -> None:
     import_module("guest_package")
 
 
-def with_guests(run: Run, config: TrainConfig) -> None:
+def with_guests(run: Recorded, config: TrainConfig) -> None:
     sys.path.insert(0, str(EXAMPLE))
     import_module("guest_package")
     run(config)
@@ -91,7 +91,7 @@ def unpredicted(config: TrainConfig) -> list[dict[Any, Any]]:
 
 @pytest.mark.usefixtures("guests")
 def test_a_path_for_rows_of_another_package_equals_one_process_and_is_predicted(pool: WorkerPool) -> None:
-    def execute(run: Run, config: TrainConfig) -> None:
+    def execute(run: Recorded, config: TrainConfig) -> None:
         pool.run(config.parallel.world_size, with_guests, run, config)
 
     toggles = [

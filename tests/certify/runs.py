@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tedlab.certify import Row
-from tedlab.certify.certificate import CONTINUATIONS, Execute, Run, Runs, runs_for
+from tedlab.certify.certificate import CONTINUATIONS, Execute, Recorded, Runs, runs_for
 from tedlab.certify.record import record
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.cli import CONF
@@ -35,7 +35,7 @@ def composed(*overrides: str) -> TrainConfig:
 def in_pool(pool: WorkerPool, plant: Plant | None = None) -> Execute:
     """Runs in the pool; ``plant`` changes the code of layouts, not of one process."""
 
-    def execute(run: Run, config: TrainConfig) -> None:
+    def execute(run: Recorded, config: TrainConfig) -> None:
         pool.run(config.parallel.world_size, _in_turn, [(run, config, plant)])
 
     return execute
@@ -91,7 +91,7 @@ def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[
     return {case: list(its.compared()) for case, its in runs.items()}
 
 
-_Task = tuple[Run, TrainConfig, Plant | None]
+_Task = tuple[Recorded, TrainConfig, Plant | None]
 
 
 def _in_turn(tasks: Sequence[_Task]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.comm import checkpoint
+from tedlab.comm import recomputed
 from tests.pool import WorkerPool
 from tests.strategy.test_strategy import trainer
 
@@ -148,10 +148,10 @@ def test_what_a_random_sampler_draws_is_divided_over_data_ranks(four: list[dict[
 def gradients_with_dropout() -> list[list[float]]:
     topology = Topology(ParallelDegrees(1))
     found = []
-    for recomputed in (False, True):
+    for twice in (False, True):
         torch.manual_seed(3)
         x = torch.ones(32, requires_grad=True)
-        y = checkpoint(F.dropout, x, counters=topology.recomputation, plan={}) if recomputed else F.dropout(x)
+        y = recomputed(F.dropout, x, counters=topology.recomputation, plan={}) if twice else F.dropout(x)
         torch.rand(5)
         y.sum().backward()
         assert x.grad is not None
