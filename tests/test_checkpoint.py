@@ -363,7 +363,7 @@ def short(job: Short, layout: Layout, save: Path | None = None, resume: Path | N
     return Watch.losses
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("precision", ["64-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_a_checkpoint_written_in_the_background_is_of_the_step_it_was_asked_for(
     pool: WorkerPool, tmp_path: Path, precision: str
 ) -> None:

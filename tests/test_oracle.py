@@ -26,6 +26,7 @@ from tests.certify.witness import MORE, MORE_ROUTERS, ROUTERS, SETTINGS, SMALL, 
 from tests.pool import WorkerPool
 
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
+QUICK = ["one process", pytest.param("tensor 2 × expert 2", marks=pytest.mark.slow)]
 TOLERANCE = 1e-10
 SINGLE = 1e-6  # biases are kept in float32
 
@@ -142,7 +143,7 @@ def verdict(pool: WorkerPool, layout: str, setting: str, among: Iterable[str]) -
     return _verdicts[layout, setting]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", QUICK)
 @pytest.mark.parametrize("setting", SETTINGS | ROUTERS)
 def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str, setting: str) -> None:
     found = verdict(pool, layout, setting, SETTINGS | ROUTERS)

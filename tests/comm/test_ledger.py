@@ -224,8 +224,9 @@ QUICK = ((4, 2, 2), ["dtd", "sequence"], "32-true")
 
 
 def marked(cell: Cell) -> object:
-    """CI runs all but those of tensor 4 × expert 2, degrees that other cells have each by itself: they take longest."""
-    marks = [] if cell == QUICK else [pytest.mark.exhaustive if cell[0] == (8, 4, 2) else pytest.mark.slow]
+    """CI runs all but three of eight processes, whose degrees other cells have each by itself: they take longest."""
+    long = cell[0] == (8, 4, 2) or cell == ((8, 2, 2), DROPLESS[::2], "32-true")
+    marks = [] if cell == QUICK else [pytest.mark.exhaustive if long else pytest.mark.slow]
     return pytest.param(*cell, marks=marks)
 
 

@@ -17,6 +17,8 @@ from lightning.pytorch.profilers import AdvancedProfiler, PassThroughProfiler, P
 from tests.lightning.side_by_side import DATA, Small, assert_equal, fit, loader, outcome, run_cells, trainer
 from tests.pool import WorkerPool
 
+pytestmark = pytest.mark.slow  # worlds of four processes that train for each of many cases
+
 
 class Memory(Logger):
     """Keeps what it is given."""

@@ -20,6 +20,8 @@ from tests.lightning.training import assert_same, strategy, trainer, weights
 from tests.pool import WorkerPool
 from tests.training import full
 
+pytestmark = pytest.mark.slow  # worlds of four processes that train for each of many cases
+
 EPOCHS = 2  # of two steps
 ROUTER = "experts.router.weight"
 

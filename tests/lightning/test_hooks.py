@@ -22,6 +22,8 @@ from tests.lightning.side_by_side import (
 )
 from tests.pool import WorkerPool
 
+pytestmark = pytest.mark.slow  # worlds of four processes that train for each of many cases
+
 WORK = ("training_step", "validation_step", "test_step", "predict_step", "forward")
 
 

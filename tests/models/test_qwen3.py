@@ -104,6 +104,7 @@ def differences() -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_closed_form_says_what_the_simulator_says(pool: WorkerPool) -> None:
     for difference in pool.run(1, differences)[0]:
         assert abs(difference["memory"]) < 0.06, difference

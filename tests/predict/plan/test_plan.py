@@ -31,6 +31,7 @@ def searched(capacity: float, *fixed: str) -> tuple[TrainConfig, Found]:
     return config, found
 
 
+@pytest.mark.slow
 def test_every_candidate_validates_and_fits() -> None:
     config, found = searched(140 * 2**20)
     assert len(found.fitting) > 100

@@ -107,6 +107,7 @@ def test_the_ledger_of_128_ranks_is_the_closed_form(pool: WorkerPool, toggles: l
     assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
 
 
+@pytest.mark.slow
 def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -> None:
     first, *others = pool.run(1, simulated, checked(*WORLD), 0, 1, 66, 127)[0]
     for other in others:
@@ -198,6 +199,7 @@ def fresh_results(config: TrainConfig) -> list[float]:
         return [work.fresh for _, work in simulate(config, load_cluster("this_machine")).kernels if not work.bytes]
 
 
+@pytest.mark.slow
 def test_16384_ranks_take_no_longer_than_128(pool: WorkerPool) -> None:
     seconds = {world: pool.run(1, timed, checked(*WORLD, *larger(world)), world - 5)[0] for world in (128, 16384)}
     assert seconds[16384] < 2 * seconds[128] + 1
@@ -401,7 +403,7 @@ THREADED += ["data.batch_size=16", "data.micro_batch_size=1"]
 
 
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="threads crash in older versions, and the command says so")
-@pytest.mark.parametrize(("world", "patch"), [(8, ""), (4, "mean instead of sum")])
+@pytest.mark.parametrize(("world", "patch"), [pytest.param(8, "", marks=pytest.mark.slow), (4, "mean instead of sum")])
 def test_all_ranks_as_threads_of_one_process_equal_one_process(pool: WorkerPool, world: int, patch: str) -> None:
     certificate = pool.run(1, in_threads, composed(*THREADED, f"parallel.world_size={world}"), patch)[0]
     assert certificate.layout.startswith(f"{world} processes: tensor 2 × expert 2")
