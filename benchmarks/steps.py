@@ -49,7 +49,7 @@ class Measured:
     def summary(self, config: TrainConfig, device: str) -> dict[str, Any]:
         """For a table and its JSON."""
         tokens, taken = config.data.batch_size * config.model.sequence_length, median(self.seconds)
-        flops = tokens * training_flops(config.model, config.moe) / taken
+        flops = tokens * training_flops(config.model, config.moe, config.optim.groups) / taken
         peak = peak_flops(device, str(config.trainer["precision"]))
         return {
             "step_s": taken,

@@ -114,6 +114,27 @@ def test_another_optimizer_and_another_loss_scale_are_refused() -> None:
         take_over(compose(*scale), saved(compose()), named(*scale))
 
 
+FROZEN = "optim.groups=[{pattern: '*.router.*', frozen: true}, {pattern: '*.experts.*', lr: 0.01}]"
+
+
+def test_groups_stay_as_in_the_checkpoint_and_their_rates_may_change() -> None:
+    config, (said,) = take_over(compose(), saved(compose(FROZEN)), set())
+    assert config.optim.groups == compose(FROZEN).optim.groups
+    assert "optim.groups=[{pattern:*.router.*,frozen:true},{pattern:*.experts.*,lr:0.01}] (not [])" in said
+    slower = FROZEN.replace("0.01", "0.001")
+    config, _ = take_over(compose(slower), saved(compose(FROZEN)), named(slower))
+    assert config.optim.groups[1].lr == 0.001
+
+
+def test_a_run_that_goes_on_trains_the_same_parameters_together() -> None:
+    for before, now in ((FROZEN, FROZEN.replace(", frozen: true", "")), ("optim.groups=[]", FROZEN)):
+        with pytest.raises(ValueError, match=r"optim\.groups=.*trains other parameters together.*not pattern and froz"):
+            take_over(compose(now), saved(compose(before)), named(now))
+    older = saved(compose())
+    del older["hyper_parameters"]["optim"]["groups"]
+    assert take_over(compose(), older, set()) == (compose(), [])
+
+
 def test_a_checkpoint_brings_no_class_to_be_made() -> None:
     meta = saved(compose())
     call = {"_target_": "os.system", "command": "true"}

@@ -321,6 +321,19 @@ class ShardingOptions(Frozen):
     tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
 
 
+@dataclass(kw_only=True)
+class GroupConfig(Frozen):
+    """How the parameters whose names match a pattern are trained, where that differs from ``optim``'s own values."""
+
+    # A glob over the names that `tedlab checkpoint inspect` shows, such as blocks.*.feed_forward.router.*; * also
+    # matches dots. A parameter belongs to the first group that matches it.
+    pattern: str
+    lr: float | None = real(None, above=0)  # None: optim.lr
+    lr_factor: float | None = real(None, above=0)  # factor on optim.lr, in place of lr
+    weight_decay: float | None = real(None, least=0)  # None: the optimizer's. Biases and norms never decay
+    frozen: bool = False  # not trained at all
+
+
 @dataclass
 class OptimConfig(ShardingOptions):
     """The optimizer and its learning-rate schedule."""
@@ -335,6 +348,7 @@ class OptimConfig(ShardingOptions):
     # Initial dynamic loss scale; None: 65536 with fp16, otherwise no scaling.
     loss_scale: float | None = real(None, least=1, most=2.0**64)
     stop_on_nonfinite: bool = True  # end the run before a loss or gradient that is inf or NaN reaches a weight
+    groups: list[GroupConfig] = field(default_factory=list)  # parameters that are frozen or have rates of their own
 
 
 @dataclass(kw_only=True)

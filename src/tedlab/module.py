@@ -20,10 +20,11 @@ from tedlab.config import BalanceScope, ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import models
 from tedlab.moe import RouterReport, global_losses, stacked, step_totals
 from tedlab.nn import decay_groups
-from tedlab.optim import learning_rate_schedule
+from tedlab.optim import Grouping, learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
+_NETWORK = "network."  # prefix of the names of the model's parameters
 NOT_SCALARS = ("loss", "routers")  # entries of ``training_step``'s result that are not metrics to average
 
 
@@ -53,6 +54,7 @@ class LanguageModel(LightningModule):
         self.seed: int | None = seed
         self.bytes_per_token = bytes_per_token
         self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
+        self._grouping = Grouping(optim.groups)
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
@@ -69,6 +71,9 @@ class LanguageModel(LightningModule):
         if not hasattr(self, "network"):  # Lightning calls this again before validation
             network = models[self.model_config.architecture]
             self.network = network(self.model_config, self.moe_config, self.topology, self.seed)
+            for name, parameter in self.named_parameters():
+                if not self._grouping.trains(name.removeprefix(_NETWORK)):
+                    parameter.requires_grad_(False)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
@@ -123,8 +128,12 @@ class LanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        decayed, plain = decay_groups(self)
-        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+        groups = [{"params": [], **options} for options in self._grouping.options(self.optim_config)]
+        decayed = {*decay_groups(self)[0]}
+        for name, parameter in self.named_parameters():
+            name = name.removeprefix(_NETWORK)
+            if self._grouping.trains(name):
+                groups[self._grouping.index(name, parameter in decayed)]["params"].append(parameter)
         optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
         self._options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -149,7 +158,7 @@ class LanguageModel(LightningModule):
         if len(self._options) != len(saved["base_lrs"]):  # a callback has added groups, or a subclass has its own
             return
         assert isinstance(schedule, LambdaLR)
-        saved["base_lrs"] = [self.optim_config.lr for _ in self._options]
+        saved["base_lrs"] = [options["initial_lr"] for options in self._options]
         saved[LAST_LEARNING_RATES] = [
             rate * factor(saved["last_epoch"])
             for rate, factor in zip(saved["base_lrs"], schedule.lr_lambdas, strict=True)

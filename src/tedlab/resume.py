@@ -8,22 +8,30 @@ anything is launched, so that config.yaml and the loggers are right and the opti
 """
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from tedlab.checkpoint import META, read_meta
-from tedlab.config import BalanceChoices, BalanceConfig, RouterConfig, TrainConfig, value_of, with_values
+from tedlab.config import (
+    BalanceChoices,
+    BalanceConfig,
+    GroupConfig,
+    RouterConfig,
+    TrainConfig,
+    value_of,
+    with_values,
+)
 from tedlab.errors import UsageError
 from tedlab.renamed import renamed
-from tedlab.untrusted import interpolation
+from tedlab.untrusted import interpolation, typed
 
 DECIDED = (
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr_fraction", "optim.decay_fraction"),
-    *("optim.optimizer", "optim.loss_scale", "trainer.gradient_clip_val", "trainer.max_steps"),
+    *("optim.optimizer", "optim.groups", "optim.loss_scale", "trainer.gradient_clip_val", "trainer.max_steps"),
     *("moe.top_k", "moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
     *("moe.aux_loss", "moe.z_loss", "moe.gating", "moe.min_capacity", "moe.random_token_selection"),
     *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "seed"),
@@ -135,6 +143,13 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
             f"optim.loss_scale={config.optim.loss_scale} is where a run begins; this one goes on with the scale that "
             "the checkpoint has come to. Leave it out"
         )
+    ours_now, theirs = (list(of.get("optim.groups", [])) for of in (values, stored))
+    if _divisions(ours_now) != _divisions(theirs):
+        raise ValueError(
+            f"optim.groups={_text(ours_now)} trains other parameters together than the checkpoint's "
+            f"{_text(theirs)}, whose optimizer state belongs to these groups. A run that resumes may "
+            "change their lr, lr_factor and weight_decay, but not pattern and frozen"
+        )
     said = []
     if changed:
         text = ", ".join(f"{name}={_text(new)} (so far {_text(old)})" for name, new, old in changed)
@@ -154,8 +169,15 @@ def _stored(meta: Mapping[str, Any], data: str) -> dict[str, Any]:
         routers["moe.balance"] = {"choices": BalanceChoices.FIRST.value}
     sections = {**routers, "moe": moe, "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    if sections["optim"]:  # an older checkpoint has no groups
+        stored["optim.groups"] = [typed(GroupConfig, group) for group in stored.get("optim.groups", [])]
     others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, data).get("batch_size")}
     return stored | {name: value for name, value in others.items() if value is not None}
+
+
+def _divisions(groups: Sequence[GroupConfig]) -> list[tuple[str, bool]]:
+    """Returns what decides which parameters are in which of the optimizer's groups."""
+    return [(group.pattern, group.frozen) for group in groups]
 
 
 def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -201,6 +223,9 @@ def _differences(name: str, new: Any, old: Any) -> list[tuple[str, Any, Any]]:
 
 def _text(value: object) -> str:
     """Formats a value as on a command line."""
+    if isinstance(value, list) and all(isinstance(group, GroupConfig) for group in value):
+        given = [{name: v for name, v in asdict(group).items() if v not in (None, False)} for group in value]
+        return "[" + ",".join("{" + ",".join(f"{n}:{_text(v)}" for n, v in g.items()) + "}" for g in given) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 

@@ -54,9 +54,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     config = replace(config, logger=_with_tidy_names(config.logger))
     directory = Path(config.output_dir)
-    metrics = StepMetrics(
-        config.data.batch_size * config.model.sequence_length, training_flops(config.model, config.moe)
-    )
+    flops = training_flops(config.model, config.moe, config.optim.groups)
+    metrics = StepMetrics(config.data.batch_size * config.model.sequence_length, flops)
     routers = RouterHealth(config.moe.routed(config.model.layers), directory, config.router_picture_every)
     memory = MemoryByCategory()
     comm = config.comm

@@ -109,6 +109,14 @@ JOBS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, "model.positions": "rotary", "model.norm": "rms", "comm": "ted"},
         **{"model.recompute.granularity": "block", "model.loss_chunk": 5},
     },
+    "frozen_router_experts_faster": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.top_k": 2, "moe.every": 1, "moe.dispatch": "dropless"},
+        "optim.groups": "[{pattern: '*.router.*', frozen: true}, {pattern: '*.experts.*', lr_factor: 3}]",
+    },
+    "experts_alone_ted": {
+        **{EXPERTS_PER_RANK: 2, "comm": "ted", "model.recompute.granularity": "block", "optim.overlap": True},
+        "optim.groups": "[{pattern: '*.experts.*', weight_decay: 0.3}, {pattern: '*', frozen: true}]",
+    },
 }
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
@@ -176,7 +184,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
     *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
-    *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
+    *("experts_alone_ted", "noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [

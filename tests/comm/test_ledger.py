@@ -17,13 +17,13 @@ from tedlab import Topology
 from tedlab.comm import Collective, Ledger, Recomputation, differentiable, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.rows import Rows
-from tedlab.config import ParallelConfig, TrainConfig, with_values
+from tedlab.config import GroupConfig, ParallelConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
 from tedlab.moe.balance import update_biases
 from tedlab.nn import partial_parameters
-from tedlab.optim import ShardedOptimizer
+from tedlab.optim import Grouping, ShardedOptimizer
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
@@ -107,8 +107,13 @@ def one_step(
     finally:
         torch.set_default_dtype(torch.float32)
     names = {p: n for n, p in model.named_parameters()}
-    plain = [p for p, n in names.items() if "bias" in n or "norm" in n]
-    groups = [{"params": [p for p in names if p not in set(plain)]}, {"params": plain, "weight_decay": 0.0}]
+    grouping = Grouping(config.optim.groups)
+    groups: list[dict[str, Any]] = [{"params": [], **options} for options in grouping.options(config.optim)]
+    for p, name in names.items():
+        if grouping.trains(name):
+            groups[grouping.index(name, not ("bias" in name or "norm" in name))]["params"].append(p)
+        else:
+            p.requires_grad_(False)
     optimizer = ShardedOptimizer(
         torch.optim.SGD(groups, lr=0.1),
         topology.comm,
@@ -133,7 +138,7 @@ def one_step(
     if config.trainer["gradient_clip_val"]:
         optimizer.clip(0.5)
     optimizer.optimizer.step()
-    balanced = [module for module in model.modules() if isinstance(module, Router) and module.biased]
+    balanced = [module for module in model.modules() if isinstance(module, Router) and module.moves_biases]
     if balanced:
         update_biases(balanced, topology.comm)
     if handle is not None:
@@ -355,6 +360,60 @@ def test_compiled_blocks_communicate_and_compute_the_same(pool: WorkerPool) -> N
     """Under ``torch.compile`` the ledger hears of every collective, and CAC is selective checkpointing."""
     for wrong in pool.run(4, compiled_complaints, (4, 2, 2), timeout=250):
         assert not wrong, "\n".join(wrong)
+
+
+# ---- frozen parameters -------------------------------------------------------------------------------------------
+
+_REST = GroupConfig(pattern="*", frozen=True)
+TRAINED: dict[str, list[GroupConfig]] = {  # three blocks, of which the second has experts
+    "all but routers": [GroupConfig(pattern="*.router.*", frozen=True)],
+    "all but experts": [GroupConfig(pattern="*.experts.*", frozen=True), GroupConfig(pattern="*.router.*", lr=0.2)],
+    "experts": [GroupConfig(pattern="*.experts.*", lr_factor=0.5), _REST],
+    "routers": [GroupConfig(pattern="*.router.*"), _REST],
+    "the last block": [GroupConfig(pattern="blocks.2.*"), _REST],
+    "norms": [GroupConfig(pattern="*norm*"), _REST],
+    "the last norm": [GroupConfig(pattern="norm.*"), _REST],
+    "positions": [GroupConfig(pattern="positions.*"), _REST],
+    "the embedding": [GroupConfig(pattern="embedding.*"), _REST],
+}
+OF_FROZEN = [  # modes, in turn
+    {**MODES["sequence"], "comm.cac": True, "optim.zero": False},
+    {**MODES["fused"], "comm.cac": "shard", "moe.router.bias_update": "sign"},
+    {**MODES["dropless_dtd"], "comm.cac": ["dispatch.all_to_all", "attention.reduce:shard"], "accumulated": 2},
+    {**MODES["dropless_sequence"], "model.recompute.granularity": "none", "model.loss_chunk": 5},
+]
+
+
+def frozen_complaints(layout: tuple[int, int, int]) -> tuple[set[int], list[str]]:
+    """The bytes of different cells, and what was wrong."""
+    totals, wrong = set(), []
+    for number, (what, groups) in enumerate(TRAINED.items()):
+        for mode in OF_FROZEN[number % 2 :: 2]:
+            config = configuration(layout, {**mode, "optim.groups": groups})
+            topology, ledger, cell = topology_of(config), Ledger(), f"{what} {mode}"
+            with Recorder() as recorder:
+                results, kept, moved = one_step(config, topology, ledger)
+            for entry, (ours, theirs) in differences(ledger.totals, with_rows(predict(config), config, moved)).items():
+                wrong.append(f"{cell}: {entry}: {ours} instead of {theirs}")
+            if seen_by(ledger, topology) != recorder.seen:
+                wrong.append(f"{cell}: the dispatcher saw {recorder.seen}")
+            form = ClosedForm(config, moved or None)
+            expected = sum(form.kept_bytes(block, config.comm.cac) for block in range(config.model.layers))
+            recomputed = config.model.recompute.granularity == "block"
+            if config.trainer["accumulate_grad_batches"] == 1 and kept != expected * recomputed:
+                wrong.append(f"{cell}: kept {kept} bytes, not {expected}")
+            if not all(torch.isfinite(x).all() for x in results):
+                wrong.append(f"{cell}: not finite")
+            totals.add(sum(count.payload_bytes for count in ledger.totals.values()))
+    return totals, wrong
+
+
+def test_what_is_frozen_is_neither_reduced_nor_gathered_and_the_backward_pass_ends_where_training_does(
+    pool: WorkerPool,
+) -> None:
+    for totals, wrong in pool.run(4, frozen_complaints, (4, 2, 2)):
+        assert not wrong, "\n".join(wrong[:20])
+        assert len(totals) == len(TRAINED) * len(OF_FROZEN) // 2
 
 
 # ---- the ledger itself -------------------------------------------------------------------------------------------

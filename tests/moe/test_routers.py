@@ -149,6 +149,16 @@ def test_biases_count_in_the_choice_alone_and_move_against_the_load(single: Topo
     torch.testing.assert_close(proportional.bias.to_local(), torch.tensor([-0.5, 0.5, 0.0, 0.0, 0.25, -0.25]))
 
 
+def test_the_biases_of_a_frozen_router_stay(single: Topology) -> None:
+    router = router_of(single, bias_update="sign").train()
+    assert router.moves_biases
+    for parameter in router.parameters():
+        parameter.requires_grad_(False)
+    assert not router.moves_biases
+    assert router.biased  # they still count in the choice
+    assert not router_of(single).moves_biases
+
+
 def test_biases_stay_in_single_precision(single: Topology) -> None:
     router = router_of(single, bias_update="sign").bfloat16()
     assert router.bias.dtype == torch.float32

@@ -131,6 +131,12 @@ def test_a_loss_in_chunks_is_refused() -> None:
         estimate(checked(*ONE, "model.loss_chunk=64"), load_cluster("summit"))
 
 
+def test_frozen_parameters_are_refused() -> None:
+    frozen = "optim.groups=[{pattern: '*.router.*', frozen: true}]"
+    with pytest.raises(ValueError, match=r"optim\.groups freezes.*trains whole.*tedlab simulate"):
+        estimate(checked(*ONE, frozen), load_cluster("summit"))
+
+
 class SilentSpec(Spec):
     """A guest's layer that does not say what it computes."""
 

@@ -1,5 +1,6 @@
 """The closed form counts what torch counts, and every device gets the peak of its data sheet."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tedlab.capacity import expert_capacity
-from tedlab.config import ModelConfig, MoEConfig
+from tedlab.config import GroupConfig, ModelConfig, MoEConfig
 from tedlab.models import GPT
+from tedlab.optim import Grouping
 from tedlab.predict.flops import forward_flops, peak_flops, training_flops
 from tedlab.topology import Topology
 
@@ -26,9 +28,13 @@ MIXTURES = {
 TODAY = replace(MODEL, activation="swiglu", bias=False, norm="rms", positions="rotary")
 
 
-def counted(model: ModelConfig, moe: MoEConfig, topology: Topology) -> tuple[int, int]:
+def counted(
+    model: ModelConfig, moe: MoEConfig, topology: Topology, groups: Sequence[GroupConfig] = ()
+) -> tuple[int, int]:
     """FLOPs of matrix products that torch sees in forward and in backward."""
     network = GPT(model, moe, topology, seed=0)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(Grouping(groups).trains(name))
     ids = torch.randint(64, (SAMPLES, MODEL.sequence_length))
     # Only this attention shows the counter its products, in backward, too.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -51,6 +57,33 @@ def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_sl
     assert forward == TOKENS * sum(parts.values()) + masked + empty
     assert backward == 2 * forward
     assert training_flops(model, moe) == 3 * sum(parts.values())
+
+
+BEFORE = [GroupConfig(pattern=f"{name}.*", frozen=True) for name in ("embedding", "positions", "blocks.0")]
+FROZEN: dict[str, tuple[list[GroupConfig], int]] = {  # and how many of three blocks the backward pass reaches
+    "routers": ([GroupConfig(pattern="*.router.*", frozen=True)], 3),
+    "experts": ([GroupConfig(pattern="*.experts.*", frozen=True)], 3),
+    "attention": ([GroupConfig(pattern="*.attention.*", frozen=True)], 3),
+    "before": (BEFORE, 2),
+    "all_but_experts": ([GroupConfig(pattern="*.experts.*"), GroupConfig(pattern="*", frozen=True)], 2),
+    "all_but_the_last_norm": ([GroupConfig(pattern="norm.*"), GroupConfig(pattern="*", frozen=True)], 0),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", FROZEN)
+def test_a_backward_pass_computes_no_gradient_of_what_is_frozen(case: str, tied: bool, single: Topology) -> None:
+    """As torch counts it, see above; experts are in the second block."""
+    (groups, reached), moe = FROZEN[case], MIXTURES["top1"]
+    model = replace(MODEL, tie_embeddings=tied)
+    parts = forward_flops(model, moe)
+    masked = TOKENS * parts["attention_scores"] * reached // model.layers
+    slots = moe.num_experts * expert_capacity(TOKENS, moe.num_experts, moe.top_k, None, moe.capacity_multiple)
+    empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS)
+    passes = 0 if reached < 2 else 1 if case == "experts" else 2  # of the gradients of rows and weights
+    _, backward = counted(model, moe, single, groups)
+    forward = sum(parts.values())
+    assert backward == TOKENS * (training_flops(model, moe, groups) - forward) + 2 * masked + passes * empty
 
 
 def test_the_closed_form_by_hand() -> None:

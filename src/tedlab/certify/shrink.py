@@ -9,6 +9,7 @@ whatever needs padding is padded here, too. It replaces the precision, and the t
 every tensor rank. GPU configurations run on GPUs if this machine has enough of them, and on the CPU otherwise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,8 @@ from tedlab.config import (
     CommConfig,
     DataConfig,
     ExpertKernel,
+    GroupConfig,
+    ModelConfig,
     MoEConfig,
     OptimConfig,
     ParallelConfig,
@@ -34,7 +37,9 @@ from tedlab.config import (
     TrainConfig,
 )
 from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.models import models
 from tedlab.nn import with_heads
+from tedlab.optim import Grouping
 from tedlab.strategy import HALF_PRECISIONS
 
 STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
@@ -136,6 +141,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         bucket_elements=min(_BUCKET, config.optim.bucket_elements),
         warmup_steps=min(2, config.optim.warmup_steps),
         decay_fraction=max(0.5, config.optim.decay_fraction),  # two of the four steps
+        groups=_groups_of(config.optim.groups, model, moe),
         stop_on_nonfinite=False,  # a certificate compares all steps, non-finite ones included
     )
     if config.trainer.get("precision") in HALF_PRECISIONS:  # tests the logic of fp16, though not its arithmetic
@@ -170,6 +176,14 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         ckpt_path=None,
         output_dir=str(directory / "layout"),
     )
+
+
+def _groups_of(groups: Sequence[GroupConfig], model: ModelConfig, moe: MoEConfig) -> list[GroupConfig]:
+    """Returns the groups of parameters that the smaller model has; patterns may name blocks that it lacks."""
+    spec = models[model.architecture].spec(replace(model, vocab_size=model.vocab_size or 1), moe)
+    grouping = Grouping(groups)
+    used = [grouping.of(parameter.name) for parameter in spec.parameters()]
+    return [group for group in groups if any(group is other for other in used)]
 
 
 def reference(config: TrainConfig, directory: Path) -> TrainConfig:

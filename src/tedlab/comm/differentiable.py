@@ -217,15 +217,17 @@ class _AllToAll(Function):
 class _MatmulInto(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, tag: str) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight gets no gradient
         if is_dead(tag):
             return unused(torch.Size((*x.shape[:-1], weight.shape[-1])), x)
         return x @ weight
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         of_x = grads[0] @ weight.mT
+        if x is None:
+            return of_x, None, None
         if weight.dim() == 2:  # the transpose of a parameter; gives the gradient the parameter's memory layout
             return of_x, (grads[0].flatten(0, -2).mT @ x.flatten(0, -2)).mT, None
         return of_x, x.mT @ grads[0], None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tedlab.comm.keep import kept_tags, recompute_plan
@@ -341,15 +342,28 @@ class GPT(nn.Module):
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []
         for block in self.blocks:
-            x, report = block(x, turns, padding_mask)
+            x, report = block(_entered(x, block), turns, padding_mask)
             if report is not None:
                 self._routers[len(reports)].count(report)
                 reports.append(report)
-        return self.norm(x), reports
+        ends = [self.norm] if self.output is None else [self.norm, self.output]
+        return self.norm(_entered(x, *ends)), reports
 
     def route(self, ids: Tensor, padding_mask: Tensor | None = None) -> list[RouterReport]:
         """Runs the blocks for the sake of their routers' reports, see :meth:`forward`."""
         return self._hidden(ids, padding_mask)[1]
+
+
+def _entered(x: Tensor, *layers: nn.Module) -> Tensor:
+    """Returns what layers take, as a leaf of the graph if they train and everything before them is frozen.
+
+    The backward pass then ends there. Without a gradient of their input, layers would communicate less than others of
+    their kind, by an amount that depends on which of their parameters train.
+    """
+    if x.requires_grad or not torch.is_grad_enabled():
+        return x
+    trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    return x.detach().requires_grad_() if trains else x
 
 
 class ParameterCount(NamedTuple):

@@ -44,7 +44,7 @@ class _Recomputed:
         return type(self.block).forward(self.block, x, rotation, padding_mask)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and x.requires_grad):  # without a gradient nothing is computed again
             return self._forward(x, rotation, padding_mask)
         return recomputed(
             self._forward,

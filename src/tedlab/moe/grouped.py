@@ -81,7 +81,7 @@ def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
 class _GroupedMatmul(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight gets no gradient
         ctx.groups = groups
         if tag is not None and is_dead(tag):
             return unused(torch.Size((len(x), weight.shape[-1])), x)
@@ -91,7 +91,8 @@ class _GroupedMatmul(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
-        return times(grad, weight.mT, ctx.groups), transposed_times(x, grad, ctx.groups), None, None
+        of_weight = None if x is None else transposed_times(x, grad, ctx.groups)
+        return times(grad, weight.mT, ctx.groups), of_weight, None, None
 
 
 def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:

@@ -24,15 +24,18 @@ class PreciseLinear(Function):
         return F.linear(x.to(precise), weight.to(precise))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grads[0]
+        grad, wanted = grads[0], ctx.needs_input_grad[1]  # no gradient of a frozen weight
         if _on_tensor_cores(x, weight):
             parts = torch.cat(bf16_parts(grad), -1)  # (T, 3·E)
             of_x = torch.mm(parts, weight.repeat(3, 1), out_dtype=torch.float32)
+            if not wanted:
+                return of_x.to(x.dtype), None
             of_weight = torch.mm(parts.t(), x, out_dtype=torch.float32).unflatten(0, (3, -1)).sum(0)
             return of_x.to(x.dtype), of_weight.to(weight.dtype)
-        return (grad @ weight.to(grad.dtype)).to(x.dtype), (grad.mT @ x.to(grad.dtype)).to(weight.dtype)
+        of_weight = (grad.mT @ x.to(grad.dtype)).to(weight.dtype) if wanted else None
+        return (grad @ weight.to(grad.dtype)).to(x.dtype), of_weight
 
 
 def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:

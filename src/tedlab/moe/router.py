@@ -414,13 +414,19 @@ class Router(PreciseBuffers, ShardedModule):
         """Whether biases balance its choices."""
         return self.config.router.bias_update != BiasUpdate.NONE
 
+    @property
+    def moves_biases(self) -> bool:
+        """Whether the biases follow the load after each step. Those of a frozen router stay, like its weights."""
+        weights = [*self.parameters()]
+        return self.biased and (not weights or any(weight.requires_grad for weight in weights))
+
     def count(self, report: RouterReport) -> None:
         """Counts a micro-batch in the load by which biases move.
 
         The model that owns the router calls this once for each micro-batch of a training step, outside of whatever is
         recomputed or compiled.
         """
-        if self.biased and self.training and torch.is_grad_enabled():
+        if self.moves_biases and self.training and torch.is_grad_enabled():
             self._load_E = self._load_E.to(report.load.device) + report.load
 
     def take_load(self) -> Tensor:

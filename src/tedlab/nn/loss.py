@@ -197,7 +197,8 @@ class _LinearCrossEntropy(Function):
         precise = torch.promote_types(x_NH.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=x_NH.device)
         of_x_NH = torch.empty_like(x_NH) if training else x_NH
-        of_weight_VH = torch.zeros_like(weight_VH, dtype=precise) if training else weight_VH
+        wanted = training and ctx.needs_input_grad[1]  # not of a frozen weight
+        of_weight_VH = torch.zeros_like(weight_VH, dtype=precise) if wanted else None
         start = comm.rank("tensor") * len(weight_VH)
         ignored_N = targets_N == ignore_index
         rows = x_NH, targets_N, ignored_N, of_x_NH
@@ -221,7 +222,8 @@ class _LinearCrossEntropy(Function):
                 at_column_C = found_C.exp() / sum_C - (~elsewhere_C).to(precise)
                 logits_CV.scatter_(-1, column_C1, at_column_C.to(logits_CV.dtype).unsqueeze(-1))
                 torch.mm(logits_CV, cast_VH, out=of_x_CH)
-                of_weight_VH += logits_CV.mT @ x_CH
+                if of_weight_VH is not None:
+                    of_weight_VH += logits_CV.mT @ x_CH
         counted = _counted(~ignored_N)
         ctx.save_for_backward(of_x_NH, of_weight_VH, counted)
         ctx.dtype = weight_VH.dtype
@@ -231,4 +233,5 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         of_x_NH, of_weight_VH, counted = ctx.saved_tensors
         scale = grads[0] / counted
-        return of_x_NH * scale, (of_weight_VH * scale).to(ctx.dtype), None, None, None, None, None, None
+        of_weight_VH = None if of_weight_VH is None else (of_weight_VH * scale).to(ctx.dtype)
+        return of_x_NH * scale, of_weight_VH, None, None, None, None, None, None

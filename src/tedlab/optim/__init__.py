@@ -2,6 +2,7 @@
 
 from tedlab.optim.finite import FiniteGuard, NonFiniteError
 from tedlab.optim.gradients import Gradients
+from tedlab.optim.groups import Grouping
 from tedlab.optim.loss_scale import LossScaler
 from tedlab.optim.schedule import learning_rate_schedule, schedules
 from tedlab.optim.sharded import ShardedOptimizer
@@ -9,6 +10,7 @@ from tedlab.optim.sharded import ShardedOptimizer
 __all__ = [
     "FiniteGuard",
     "Gradients",
+    "Grouping",
     "LossScaler",
     "NonFiniteError",
     "ShardedOptimizer",

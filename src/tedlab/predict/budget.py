@@ -37,14 +37,15 @@ def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective],
         Entries for ``comm.cac``, in the order of blocks.
     """
     best = [Choice(0, 0.0, ())]
-    options: dict[int, list[Choice]] = {}  # by the first of several equal blocks
+    options: dict[tuple[int, bool], list[Choice]] = {}  # of the first of several equal blocks
     for block, first in enumerate(form.spec.first):
-        if first == block:
-            options[first] = _efficient(_options(form, block, seconds), budget)
+        kind = first, form.has_backward(block)
+        if kind not in options:
+            options[kind] = _efficient(_options(form, block, seconds), budget)
         best = _efficient(
             (
                 Choice(a.size + b.size, a.seconds + b.seconds, a.entries + tuple(f"{block}/{e}" for e in b.entries))
-                for a, b in product(best, options[first])
+                for a, b in product(best, options[kind])
             ),
             budget,
         )

@@ -11,9 +11,15 @@ biases, norms, activations, rotations, softmax, the loss and the optimizer.
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from math import prod
 
-from tedlab.config import ModelConfig, MoEConfig
-from tedlab.models import models
+from tedlab.config import GroupConfig, ModelConfig, MoEConfig
+from tedlab.models import GPTSpec, models
+from tedlab.optim.groups import Grouping
+from tedlab.spec import ParameterSpec
+
+_BEFORE_BLOCKS = ("embedding", "positions")  # layers before the first block
 
 # The dense peak (without sparsity) in TFLOP/s of one device, by a pattern of torch's name for it; the first match wins.
 # Half precision uses tensor cores. fp32 is IEEE fp32, not TF32, which torch uses for matrix products only when told to.
@@ -47,9 +53,54 @@ def forward_flops(model: ModelConfig, moe: MoEConfig) -> Counter[str]:
     return models[model.architecture].spec(model, moe).flops(model.sequence_length)
 
 
-def training_flops(model: ModelConfig, moe: MoEConfig) -> int:
-    """Returns the FLOPs of the forward and backward pass per token."""
-    return 3 * sum(forward_flops(model, moe).values())
+def training_flops(model: ModelConfig, moe: MoEConfig, groups: Sequence[GroupConfig] = ()) -> int:
+    """Returns the FLOPs of the forward and backward pass per token.
+
+    The backward pass leaves out the weight gradients of frozen parameters, and all blocks before the first layer that
+    trains.
+
+    Args:
+        model: The model, with its ``vocab_size`` set.
+        moe: The model's experts.
+        groups: ``optim.groups``, which may freeze parameters.
+    """
+    forward = sum(forward_flops(model, moe).values())
+    if not any(group.frozen for group in groups):
+        return 3 * forward
+    spec, grouping = models[model.architecture].spec(model, moe), Grouping(groups)
+    first = first_with_backward(spec, grouping)
+    backward = 2 * forward
+    for index, block in enumerate(spec.blocks):
+        flops = sum(block.flops(model.sequence_length).values())
+        frozen = (p for p in block.parameters() if not grouping.trains(f"blocks.{index}.{p.name}"))
+        backward -= 2 * flops if index < first else sum(weight_flops(p, moe) for p in frozen)
+    output = "embedding" if model.tie_embeddings else "output"
+    if not grouping.trains(f"{output}.weight"):
+        assert model.vocab_size is not None
+        backward -= 2 * model.vocab_size * model.hidden
+    return forward + backward
+
+
+def first_with_backward(spec: GPTSpec, grouping: Grouping) -> int:
+    """Returns the first block that the backward pass reaches, which ends at the first layer that trains.
+
+    It is the number of blocks if only layers after them train.
+    """
+    layers = [p.name.split(".") for p in spec.parameters() if grouping.trains(p.name)]
+    if any(name[0] in _BEFORE_BLOCKS for name in layers):
+        return 0
+    return min((int(name[1]) for name in layers if name[0] == "blocks"), default=len(spec.blocks))
+
+
+def weight_flops(parameter: ParameterSpec, moe: MoEConfig) -> int:
+    """Returns the FLOPs per token of the products with a block's parameter in one pass: none if it is no matrix.
+
+    A token uses a matrix once, or ``top_k`` of the matrices of all experts.
+    """
+    if not parameter.decayed:
+        return 0
+    once = 2 * prod(parameter.shape)
+    return once * moe.top_k // moe.num_experts if parameter.mesh == "expert" else once
 
 
 def peak_flops(device: str, precision: str) -> float | None:

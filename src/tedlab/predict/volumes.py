@@ -24,6 +24,8 @@ from tedlab.config import BalanceScope, BiasUpdate, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.bucket import lay_out
+from tedlab.optim.groups import Grouping
+from tedlab.predict.flops import first_with_backward
 from tedlab.spec import ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
 _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix products
@@ -96,6 +98,7 @@ class ClosedForm:
         alike = {n: blocks[n].sites(self.layout).present(self.degrees) for n in set(first)}
         self.sites = [alike[n] for n in first]
         self.moved = rows
+        self._grouping = Grouping(config.optim.groups)
 
     @cached_property
     def _rows(self) -> list[Rows]:
@@ -113,12 +116,27 @@ class ClosedForm:
 
     @cached_property
     def kinds(self) -> dict[int, list[int]]:
-        """The blocks that are equal and for which CAC keeps the same, by the first of them."""
+        """The blocks that are equal, have a backward pass or not, and for which CAC keeps the same, by the first."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block, first in enumerate(self.spec.first):
             kept = kept_tags(self.config.comm.cac, self.spec.tags, block)
-            alike.setdefault((first, *sorted(kept.items())), []).append(block)
+            alike.setdefault((first, self.has_backward(block), *sorted(kept.items())), []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
+
+    # ---- what trains ---------------------------------------------------------------------------------------------
+
+    @cached_property
+    def trained(self) -> list[ParameterSpec]:
+        """The parameters that are not frozen, in the order of the model."""
+        return [p for p in self.spec.parameters() if self._grouping.trains(p.name)]
+
+    @cached_property
+    def _first_with_backward(self) -> int:
+        return first_with_backward(self.spec, self._grouping)
+
+    def has_backward(self, block: int) -> bool:
+        """Tells whether the backward pass reaches a block: not if it and everything before it are frozen."""
+        return block >= self._first_with_backward
 
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 
@@ -147,13 +165,18 @@ class ClosedForm:
     def block(self, block: int) -> Iterator[Collective]:
         """Yields the collectives of a block, recomputation included."""
         yield from self._calls(self.sites[block].forward, "forward", self._rows[block])
+        if not self.has_backward(block):
+            return
         if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
         yield from self._calls(self.sites[block].backward, "backward", self._rows[block])
 
     def ends(self) -> Iterator[Collective]:
         """Yields the collectives before the first block and after the last."""
-        sites = reduce(Sites.then, (part.sites(self.layout) for part in self.spec.ends)).present(self.degrees)
+        parts = [part.sites(self.layout) for part in self.spec.ends]
+        if not self._grouping.trains("embedding.weight"):  # the first of them; the others have a backward pass anyway
+            parts[0] = Sites(parts[0].forward)
+        sites = reduce(Sites.then, parts).present(self.degrees)
         yield from self._calls(sites.forward, "forward", Rows())
         yield from self._calls(sites.backward, "backward", Rows())
 
@@ -168,6 +191,8 @@ class ClosedForm:
 
     def recompute(self, block: int, cac: object) -> Iterator[Collective]:
         """Yields the collectives of a block's second pass."""
+        if not self.has_backward(block):
+            return
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
             # Early stopping skips a collective whose result only the code behind the block reads.
@@ -182,6 +207,8 @@ class ClosedForm:
     def kept_bytes(self, block: int, cac: object) -> int:
         """Returns the bytes that CAC keeps of a block between its two passes, in each process."""
         total = 0
+        if not self.has_backward(block):
+            return total
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
             result = self._count(site.result or site.rows, self._rows[block]) * site.width * self._dtype(site).itemsize
@@ -224,8 +251,17 @@ class ClosedForm:
                 "all_reduce", "data", "forward", "router.totals", layers * (moe.num_experts + 1), torch.float64
             )
         kind: GroupKind = "world" if self.layout.sequence else "data"
-        if layers and moe.router.bias_update != BiasUpdate.NONE and self.groups[kind] > 1:
-            yield self._call("all_reduce", kind, "optimizer", "router.bias", layers * moe.num_experts, torch.int64)
+        moving = sum(self._moves_biases(n) for n, block in enumerate(self.spec.blocks) if block.moe is not None)
+        if moving and moe.router.bias_update != BiasUpdate.NONE and self.groups[kind] > 1:
+            yield self._call("all_reduce", kind, "optimizer", "router.bias", moving * moe.num_experts, torch.int64)
+
+    def _moves_biases(self, block: int) -> bool:
+        """Tells whether the biases of a block's router, if it has any, follow its load: not if it is frozen."""
+        if not self.config.optim.groups:
+            return True
+        prefix = f"blocks.{block}.feed_forward.router."
+        weights = [p.name for p in self.spec.parameters() if p.name.startswith(prefix)]
+        return not weights or any(map(self._grouping.trains, weights))
 
     def shards(self, bucket: "BucketSize") -> int:
         """Returns how many processes divide a bucket's optimizer state among them."""
@@ -235,13 +271,14 @@ class ClosedForm:
     def buckets(self) -> list["BucketSize"]:
         """The buckets into which the optimizer lays out the parameters, in its order."""
 
-        def key(p: ParameterSpec) -> tuple[bool, GroupKind, int, bool]:
-            return not p.decayed, p.group, self.degrees.world_size // p.parts(self.degrees), p.partial(self.layout)
+        def key(p: ParameterSpec) -> tuple[int, GroupKind, int, bool]:
+            index = self._grouping.index(p.name, p.decayed)
+            return index, p.group, self.degrees.world_size // p.parts(self.degrees), p.partial(self.layout)
 
         def local(p: ParameterSpec) -> int:
             return p.elements(self.degrees)
 
-        buckets = lay_out(self.spec.parameters(), key, local, self.config.optim.bucket_elements)
+        buckets = lay_out(self.trained, key, local, self.config.optim.bucket_elements)
         return [
             BucketSize(group, holders, partial, sum(map(local, together)))
             for (_, group, holders, partial), together in buckets

@@ -410,7 +410,7 @@ class TEDStrategy(compat.SubprocessStrategy):
             return result
 
         result = super().optimizer_step(optimizer, and_show, model, **kwargs)
-        if balanced := [router for router in self._routers if router.biased]:
+        if balanced := [router for router in self._routers if router.moves_biases]:
             update_biases(balanced, self.topology.comm)
         return result
 

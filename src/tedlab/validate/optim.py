@@ -5,6 +5,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import hydra
@@ -13,9 +14,12 @@ from torch.optim import Optimizer
 
 from tedlab.config import TrainConfig
 from tedlab.hints import did_you_mean
+from tedlab.models import models
 from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
+from tedlab.optim.groups import Grouping
 from tedlab.optim.schedule import schedules
+from tedlab.ranges import check_ranges
 
 _SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what sets them
 _FLAGS = ("foreach", "fused")  # boolean although their default is null, with which torch chooses
@@ -41,10 +45,26 @@ def check_optim(config: TrainConfig) -> None:
     check_elementwise(kind, optim.optimizer)
     check_tile(optim.tile, kind, optim.optimizer)
     _check_options(kind, {name: value for name, value in optim.optimizer.items() if not name.startswith("_")})
+    check_groups(config)
     key = repr((optim, config.trainer["max_steps"], config.trainer["accelerator"]))
     if key not in _tried:  # a plan validates thousands of configurations
         _try(config)
         _tried.add(key)
+
+
+def check_groups(config: TrainConfig) -> None:
+    """Checks ``optim.groups`` against the names of the model's parameters.
+
+    Raises:
+        ValueError: If a group is invalid; the message says what would do.
+    """
+    groups = config.optim.groups
+    for number, group in enumerate(groups):
+        check_ranges(group, f"optim.groups[{number}].")
+    if groups:
+        model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # names do not depend on it
+        spec = models[model.architecture].spec(model, config.moe)
+        Grouping(groups).check(parameter.name for parameter in spec.parameters())
 
 
 def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
@@ -72,17 +92,18 @@ def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
 
 
 def _try(config: TrainConfig) -> None:
-    """Takes a step of a parameter of one element in each of the two groups that a run has."""
+    """Takes a step of a parameter of one element in each of the groups that a run has."""
     from tedlab.module import optimizer_with_schedule  # imports the model
 
-    decayed, plain = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-    groups: list[dict[str, Any]] = [{"params": [decayed]}, {"params": [plain], "weight_decay": 0.0}]
+    options = Grouping(config.optim.groups).options(config.optim)
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in options]
+    groups = [{"params": [parameter], **its} for parameter, its in zip(parameters, options, strict=True)]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             optimizer, schedule = optimizer_with_schedule(config.optim, groups, config.trainer["max_steps"])
             if config.trainer["accelerator"] == "cpu":  # do not refuse what works on GPUs only
-                for parameter in (decayed, plain):
+                for parameter in parameters:
                     parameter.grad = torch.ones(1)
                 optimizer.step()
                 schedule.step()

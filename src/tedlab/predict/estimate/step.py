@@ -66,13 +66,19 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         rank: The rank whose groups' places on the nodes count; everything else is the same for all ranks.
 
     Raises:
-        ValueError: If the optimizer's state or a layer's kernels are not known, the loss is computed in chunks, or the
+        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, the loss is
+            computed in chunks, or the
             world exceeds the cluster.
     """
     if config.model.loss_chunk is not None:
         raise ValueError(
             f"model.loss_chunk={config.model.loss_chunk}: the closed form of memory and time is that of the loss of "
             "all tokens at once (null) only; `tedlab simulate` runs any model"
+        )
+    if any(group.frozen for group in config.optim.groups):
+        raise ValueError(
+            "optim.groups freezes parameters: the closed form of memory and time is that of a model that trains whole; "
+            "`tedlab simulate` runs any"
         )
     form = ClosedForm(config)
     memory, links = Memory(form), _Links(form, cluster, rank)
@@ -103,7 +109,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         seconds=dict(taken),
         wire=dict(wire),
         tokens=tokens,
-        flops=tokens * training_flops(config.model, config.moe) / config.parallel.world_size,
+        flops=tokens * training_flops(config.model, config.moe, config.optim.groups) / config.parallel.world_size,
         peak_flops=cluster.peak(str(config.trainer["precision"])),
     )
 

@@ -133,7 +133,7 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
     peak = simulation.memory.at_peak()
     step, world = simulation.step_seconds, config.parallel.world_size
     tokens = config.data.batch_size * config.model.sequence_length
-    flops = tokens * training_flops(config.model, config.moe) / world
+    flops = tokens * training_flops(config.model, config.moe, config.optim.groups) / world
     return {
         **simulation.about,
         "steps": 1,

@@ -1,0 +1,102 @@
+"""Which parameters train, and with which settings, by patterns over their names (``optim.groups``).
+
+The optimizer and the closed form of its communication both ask a :class:`Grouping`, so that they agree on the order of
+the optimizer's parameter groups.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from tedlab.config import GroupConfig, OptimConfig
+
+_SHOWN = 4  # names in a message
+
+
+class Grouping:
+    """Assigns parameters to the optimizer's groups by name.
+
+    The optimizer has two groups, one with weight decay and one without, for the parameters that match no pattern, and
+    two for each pattern that is not frozen, in the order of the configuration.
+
+    Args:
+        groups: The configured groups, of which the first that matches a name counts.
+    """
+
+    def __init__(self, groups: Sequence[GroupConfig]) -> None:
+        self._groups = groups
+        self._trained = [None, *(group for group in groups if not group.frozen)]
+
+    def of(self, name: str) -> GroupConfig | None:
+        """Returns the group of a parameter; None: it matches no pattern, so ``optim``'s own values apply."""
+        return next((group for group in self._groups if fnmatchcase(name, group.pattern)), None)
+
+    def trains(self, name: str) -> bool:
+        """Tells whether a parameter is trained."""
+        group = self.of(name)
+        return group is None or not group.frozen
+
+    def index(self, name: str, decayed: bool) -> int:
+        """Returns the index of the optimizer's group that a trained parameter is in."""
+        group = self.of(name)
+        return 2 * next(n for n, other in enumerate(self._trained) if other is group) + (not decayed)
+
+    def options(self, optim: OptimConfig) -> list[dict[str, Any]]:
+        """Returns the options of each of the optimizer's groups, where they differ from the optimizer's own."""
+        found: list[dict[str, Any]] = []
+        for group in self._trained:
+            options: dict[str, Any] = {}
+            if group is not None and group.lr is not None:
+                options["lr"] = group.lr
+            if group is not None and group.lr_factor is not None:
+                options["lr"] = optim.lr * group.lr_factor
+            decay = {} if group is None or group.weight_decay is None else {"weight_decay": group.weight_decay}
+            found += [{**options, **decay}, {**options, "weight_decay": 0.0}]
+        return found
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuses groups that contradict themselves, or that these parameters give no meaning.
+
+        Args:
+            names: The names of all parameters of the model.
+
+        Raises:
+            ValueError: If a group has no parameter or two learning rates, or if no parameter is left to train.
+        """
+        taken: Mapping[str, GroupConfig | None] = {name: self.of(name) for name in names}
+        for number, group in enumerate(self._groups):
+            where = f"optim.groups[{number}] (pattern {group.pattern})"
+            if group.lr is not None and group.lr_factor is not None:
+                raise ValueError(f"{where} has both lr={group.lr} and lr_factor={group.lr_factor}; give one of them")
+            given = [n for n in ("lr", "lr_factor", "weight_decay") if getattr(group, n) is not None]
+            if group.frozen and given:
+                raise ValueError(f"{where} is frozen, so its {given[0]} means nothing; leave it out, or frozen")
+            matched = [name for name in taken if fnmatchcase(name, group.pattern)]
+            if not matched:
+                raise ValueError(f"{where} matches no parameter.{_near(group.pattern, taken)}")
+            if all(taken[name] is not group for name in matched):
+                first = taken[matched[0]]
+                assert first is not None
+                raise ValueError(
+                    f"{where} has no parameter: all that it matches belong to patterns before it, such as "
+                    f"{matched[0]} to {first.pattern}; the first match counts, so put the narrower pattern first"
+                )
+        if self._groups and all(group is not None and group.frozen for group in taken.values()):
+            raise ValueError(
+                "optim.groups freezes every parameter, so there is nothing to train; put a pattern for those that are "
+                "to train before the frozen one, such as {pattern: '*.experts.*'} before {pattern: '*', frozen: true}"
+            )
+
+
+def _near(pattern: str, names: Iterable[str]) -> str:
+    """Suggests names for a pattern that matches none, with * for the number of a block."""
+    kinds = [*dict.fromkeys(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)]
+    words = {part for kind in kinds for part in kind.split(".")} - {"*"}
+    given = pattern.split(".")
+    meant = {word: get_close_matches(word, words, n=1) for word in given if word.isidentifier() and word not in words}
+    wanted = (words & {*given}) | {word for found in meant.values() for word in found}
+    # The more of the words a name has, the nearer it is.
+    near = sorted(kinds, key=lambda kind: -len(wanted & {*kind.split(".")}))[:_SHOWN]
+    hint = " ".join(f"Did you mean '{found[0]}' by '{word}'?" for word, found in meant.items() if found)
+    return f"{' ' if hint else ''}{hint} Names near it: {', '.join(near)}"
