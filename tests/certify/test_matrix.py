@@ -109,14 +109,6 @@ JOBS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, "model.positions": "rotary", "model.norm": "rms", "comm": "ted"},
         **{"model.recompute.granularity": "block", "model.loss_chunk": 5},
     },
-    "frozen_router_experts_faster": {
-        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.top_k": 2, "moe.every": 1, "moe.dispatch": "dropless"},
-        "optim.groups": "[{pattern: '*.router.*', frozen: true}, {pattern: '*.experts.*', lr_factor: 3}]",
-    },
-    "experts_alone_ted": {
-        **{EXPERTS_PER_RANK: 2, "comm": "ted", "model.recompute.granularity": "block", "optim.overlap": True},
-        "optim.groups": "[{pattern: '*.experts.*', weight_decay: 0.3}, {pattern: '*', frozen: true}]",
-    },
 }
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
@@ -179,12 +171,23 @@ ROUTERS: dict[str, dict[str, object]] = {
     },
 }
 SAMPLED = ("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted")
-JOBS |= ROUTERS
+TRAINED: dict[str, dict[str, object]] = {
+    "frozen_router_experts_faster": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.top_k": 2, "moe.every": 1, "moe.dispatch": "dropless"},
+        "optim.groups": "[{pattern: '*.router.*', frozen: true}, {pattern: '*.experts.*', lr_factor: 3}]",
+    },
+    "experts_alone_ted": {
+        **{EXPERTS_PER_RANK: 2, "comm": "ted", "model.recompute.granularity": "block", "optim.overlap": True},
+        "optim.groups": "[{pattern: '*.experts.*', weight_decay: 0.3}, {pattern: '*', frozen: true}]",
+    },
+}
+JOBS |= ROUTERS | TRAINED
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
     *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
-    *("experts_alone_ted", "noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
+    *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
+    "experts_alone_ted",
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -198,9 +201,10 @@ CELLS = [
 
 SAMPLE = [
     (layout, job)
-    for number, (layout, job) in enumerate(CELLS)
+    for number, (layout, job) in enumerate(cell for cell in CELLS if cell[1] not in TRAINED)
     if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED}) or (job not in ROUTERS and number % 6 == 1)
 ]
+SAMPLE += [((4, 2, 2), job) for job in TRAINED]
 
 
 def marked(layout: Layout, job: str) -> object:
