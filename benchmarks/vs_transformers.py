@@ -23,7 +23,7 @@ from torch.optim import AdamW
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
 from benchmarks.surroundings import require, surroundings
 from benchmarks.train_step import attempt, table
-from tedlab.config import Gates, TrainConfig
+from tedlab.config import Gates, QKNorm, TrainConfig
 from tedlab.models import GPT
 from tedlab.topology import Topology
 
@@ -103,7 +103,7 @@ def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Mo
             dtype=torch.bfloat16,
         )
     for module in model.modules():
-        for name in () if config.model.qk_norm else ("q_norm", "k_norm"):
+        for name in () if config.model.qk_norm != QKNorm.NONE else ("q_norm", "k_norm"):
             if hasattr(module, name):
                 setattr(module, name, nn.Identity())
     return model.train()
@@ -138,10 +138,14 @@ def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
         put("output.weight", theirs["lm_head.weight"])
     for i in range(len(network.blocks)):
         layer, block = f"model.layers.{i}.", f"blocks.{i}."
-        qkv = [theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv"]
+        q, k, v = (theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv")
         put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
         put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
-        put(f"{block}attention.qkv.weight", torch.cat(qkv, 1).flatten(0, 1))  # by head of keys
+        if f"{block}attention.qkv.weight" in own:
+            put(f"{block}attention.qkv.weight", torch.cat((q, k, v), 1).flatten(0, 1))  # head by head
+        else:
+            put(f"{block}attention.q.weight", q.flatten(0, 1))
+            put(f"{block}attention.kv.weight", torch.cat((k, v), 1).flatten(0, 1))
         for norm in ("q_norm", "k_norm"):
             if f"{block}attention.{norm}.weight" in own:
                 put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])

@@ -765,6 +765,14 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
     assert notes(small(corpus, "parallel=tp2", "comm.dtd=true")) == []
 
 
+def test_how_attention_is_computed_is_noted_where_no_fused_kernel_can(corpus: Path) -> None:
+    window = ["model.attention.window=4", "model.attention.full_every=2", "model.layers=4", "trainer.accelerator=cpu"]
+    (said,) = notes(small(corpus, *window))
+    assert "2 blocks by tedlab's own operation" in said
+    assert "2 blocks by scaled_dot_product_attention" in said
+    assert notes(small(corpus, *window, "model.attention.window=1000")) == []  # longer than the text
+
+
 def test_what_is_easily_overlooked_in_routing_is_noted(corpus: Path) -> None:
     (future,) = notes(small(corpus, "moe.gating=expert_choice"))
     assert "sees the future" in future

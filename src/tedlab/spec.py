@@ -46,6 +46,9 @@ class ParameterSpec:
         own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded.
         own_features: Whether each tensor rank uses it for its own features in any layout.
         decayed: Whether weight decay applies.
+        units: The number of units, such as heads, that the dimension divided along ``tensor`` consists of. A unit stays
+            whole: where there are more tensor ranks than units, each rank holds all of them and uses one. None: the
+            dimension is divided by any degree.
     """
 
     name: str
@@ -56,6 +59,7 @@ class ParameterSpec:
     own_tokens: bool = False
     own_features: bool = False
     decayed: bool = True
+    units: int | None = None
 
     @property
     def group(self) -> GroupKind:
@@ -64,11 +68,20 @@ class ParameterSpec:
 
     def partial(self, layout: "Layout") -> bool:
         """Tells whether the gradients of tensor ranks are parts of a sum, which is taken over their group as well."""
-        return layout.degrees.tensor > 1 and (self.own_features or (self.own_tokens and layout.sequence))
+        own = self.own_features or self.shared(layout.degrees) or (self.own_tokens and layout.sequence)
+        return layout.degrees.tensor > 1 and own
+
+    def shared(self, degrees: ParallelDegrees) -> bool:
+        """Tells whether there are more tensor ranks than units, so that each rank holds all and uses one."""
+        return self.units is not None and self.units < degrees.tensor
+
+    def placed(self, degrees: ParallelDegrees) -> Mapping[str, int]:
+        """Returns :attr:`divided` without an axis along which these degrees do not divide it."""
+        return {axis: dim for axis, dim in self.divided.items() if axis != "tensor" or not self.shared(degrees)}
 
     def parts(self, degrees: ParallelDegrees) -> int:
         """Returns the number of parts that it is divided into."""
-        return prod(getattr(degrees, axis) for axis in self.divided)
+        return prod(getattr(degrees, axis) for axis in self.placed(degrees))
 
     def elements(self, degrees: ParallelDegrees) -> int:
         """Returns the number of elements that one process holds."""

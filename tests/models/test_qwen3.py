@@ -66,7 +66,10 @@ def test_the_certified_model_has_what_the_large_one_has() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.tensor=8"], r"model.kv_heads \(4\) .* parallel.tensor \(8\).*can be 1, 2, 4$"),
+        (
+            ["parallel.tensor=4", "model.kv_heads=6", "model.heads=12"],
+            r"model.kv_heads \(6\) is neither .* parallel.tensor \(4\).*can be 1, 2, 3, 6, 12$",
+        ),
         (["model.kv_heads=5"], r"model.heads \(32\) .* model.kv_heads \(5\).*can be 1, 2, 4, 8, 16, 32$"),
         (["model.head_dim=7"], r"model.head_dim = 7 is odd"),
     ],
@@ -152,7 +155,8 @@ def taken_over(theirs: dict[str, Tensor], heads: int, kv_heads: int) -> dict[str
         gate, linear = layer["mlp.experts.gate_up_proj"].chunk(2, 1)
         named = {
             "norm1.weight": layer["input_layernorm.weight"],
-            "attention.qkv.weight": torch.cat((q, k, v), 1).flatten(0, 1),  # key's head by key's head
+            "attention.q.weight": q.flatten(0, 1),
+            "attention.kv.weight": torch.cat((k, v), 1).flatten(0, 1),  # head by head
             "attention.q_norm.weight": layer["self_attn.q_norm.weight"],
             "attention.k_norm.weight": layer["self_attn.k_norm.weight"],
             "attention.out.weight": layer["self_attn.o_proj.weight"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tedlab.comm.keep import kept_tags, recompute_plan
 from tedlab.comm.rows import Rows
-from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions
+from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, MoESpec, Router, RouterReport, mixtures
@@ -48,6 +48,7 @@ class BlockSpec(Spec):
     parts = ("norm1", "attention", "norm2", "feed_forward")
     model: ModelConfig
     moe: MoEConfig | None  # None: the block has no experts
+    window: int | None = None  # tokens that a token attends to; None: all before it
 
     @property
     def norm1(self) -> NormSpec:
@@ -62,7 +63,7 @@ class BlockSpec(Spec):
 
     @property
     def attention(self) -> SelfAttentionSpec:
-        return SelfAttentionSpec.of(self.model, *self.inits)
+        return SelfAttentionSpec.of(self.model, *self.inits, self.window)
 
     @property
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
@@ -164,7 +165,8 @@ class GPTSpec(Spec):
     @cached_property
     def blocks(self) -> list[BlockSpec]:
         routed = self.moe.routed(self.model.layers)
-        return [BlockSpec(self.model, self.moe if n in routed else None) for n in range(self.model.layers)]
+        windows = map(self.model.attention.window_of, range(self.model.layers))
+        return [BlockSpec(self.model, self.moe if n in routed else None, window) for n, window in enumerate(windows)]
 
     @property
     def norm(self) -> NormSpec:
@@ -199,7 +201,7 @@ class GPTSpec(Spec):
     @cached_property
     def tags(self) -> tuple[str, ...]:
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
-        model = ModelConfig(layers=2, hidden=1, heads=1, ffn=1, sequence_length=1, vocab_size=1)
+        model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm)
         blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch)).blocks
         layouts = (Layout(ParallelDegrees(2, 2, sequence=on), CommOptions(dtd=not on)) for on in (True, False))
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
@@ -235,8 +237,10 @@ models: "Registry[type[GPT]]" = Registry("model.architecture")
 
 def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
-    shape, kinds = ModelConfig(1, 1, 1, 1, 1), [MoEConfig(1, dispatch=dispatch) for dispatch in mixtures.names]
-    return tuple(dict.fromkeys(tag for m in models.names for moe in kinds for tag in models[m].spec(shape, moe).tags))
+    shapes = [ModelConfig(1, 1, 1, 1, 1, qk_norm=norm) for norm in QKNorm]
+    kinds = [MoEConfig(1, dispatch=dispatch) for dispatch in mixtures.names]
+    specs = (models[m].spec(shape, moe) for m in models.names for shape in shapes for moe in kinds)
+    return tuple(dict.fromkeys(tag for spec in specs for tag in spec.tags))
 
 
 @models.register("gpt")
@@ -267,7 +271,7 @@ class GPT(nn.Module):
         self.context = topology.context
         self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
-        self.head_dim = spec.blocks[0].attention.head_dim
+        self.rotary_dim = spec.blocks[0].attention.rotary_dim
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
         self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
@@ -337,7 +341,8 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + self.positions(ids.shape[1])
         else:
-            turns = rotation(ids.shape[1], self.head_dim, self.config.rotary_base, x.device, x.dtype)
+            base, rotary = self.config.rotary_base, self.config.rotary
+            turns = rotation(ids.shape[1], self.rotary_dim, base, x.device, x.dtype, rotary)
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []

@@ -1,6 +1,7 @@
 """Tensor-parallel building blocks, which are the ordinary layers when the tensor degree is 1."""
 
 from tedlab.nn.activation import activate
+from tedlab.nn.attend import attention_path
 from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
@@ -39,6 +40,7 @@ __all__ = [
     "VocabParallelEmbedding",
     "VocabParallelEmbeddingSpec",
     "activate",
+    "attention_path",
     "decay_groups",
     "initialize",
     "linear_cross_entropy",

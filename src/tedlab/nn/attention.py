@@ -5,15 +5,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tedlab.config import ModelConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees, check_divides
+from tedlab.nn.attend import AttentionPath, attend, attention_path, visible_pairs
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
-from tedlab.nn.norm import NormSpec, RMSNorm
+from tedlab.nn.norm import FullNormSpec, NormSpec, RMSNorm, normalise_together, normalise_together_sites
 from tedlab.nn.rotary import rotate
-from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work, WorkingSet
+from tedlab.nn.sharded import ShardedModule
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -28,7 +29,47 @@ class HeadNormSpec(NormSpec):
             yield replace(parameter, own_tokens=False, own_features=True)
 
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
-        return b.tokens * self.heads * self.hidden // b.tensor, b.compute
+        return b.tokens * max(1, self.heads // b.tensor) * self.hidden, b.compute
+
+
+@dataclass(frozen=True)
+class KeyValueSpec(ColumnParallelSpec):
+    """Describes the projection to so many heads of keys and of values, beside another whose input it takes.
+
+    A head stays whole: where there are more tensor ranks than heads, each computes the one that its queries need.
+    """
+
+    heads: int = 1
+
+    def own(self) -> Iterator[ParameterSpec]:
+        for parameter in super().own():
+            yield replace(parameter, units=self.heads)
+
+    def sites(self, layout: Layout) -> Sites:
+        return Sites()  # its input has entered the region already
+
+    def widths(self, b: MicroBatch) -> tuple[int, int]:
+        return self.in_features, self.out_features // min(self.heads, b.tensor)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        k, n = self.widths(b)
+        if b.mixed:
+            yield b.moved(k * n, b.parameter, b.compute)
+        yield b.product(b.tokens, k, n)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        k, n = self.widths(b)
+        yield from b.product_backward(b.tokens, k, n)
+        if self.bias:
+            yield b.moved(b.tokens * n)
+        if self.heads < b.tensor:
+            yield b.moved(self.out_features * k + k * n, b.parameter)  # zeros for the other heads
+        yield b.moved(3 * b.tokens * k)  # adds the gradients of the input
+
+    def saved(self, b: MicroBatch) -> int:
+        """Counts the weights if they are converted; the other projection keeps the input."""
+        k, n = self.widths(b)
+        return k * n * b.compute.itemsize if b.mixed else 0
 
 
 @dataclass(frozen=True)
@@ -37,17 +78,21 @@ class SelfAttentionSpec(Spec):
 
     Attributes:
         hidden: Model width.
-        heads: Number of heads of queries, a multiple of ``kv_heads``.
-        init, out_init: Initial weights of the fused query-key-value projection and of the output projection.
-        bias: Whether the projection to queries, keys and values has biases.
+        heads: Number of heads of queries, a multiple of ``kv_heads`` and of the tensor degree.
+        init, out_init: Initial weights of the projections to queries, keys and values, and of the output projection.
+        bias: Whether the projections to queries, keys and values have biases.
         rotary: Whether queries and keys are rotated by position.
-        kv_heads: Number of heads of keys and values, a multiple of the tensor degree; None: as many as of queries.
+        kv_heads: Number of heads of keys and values, a multiple or a divisor of the tensor degree; None: as many as of
+            queries.
         width: Features of a head; None: ``hidden / heads``.
         qk_norm: What the norms of queries and keys add to the mean square; None: there are none.
         out_bias: Whether the output projection has a bias; None: as the others.
+        together: Whether a norm is that of all heads' features together, instead of each head's.
+        window: How many tokens a token attends to, itself and those before it; None: all.
+        sinks: Whether each head's softmax has one more entry, a learned logit without a value.
     """
 
-    parts = ("qkv", "q_norm", "k_norm", "out")
+    parts = ("qkv", "q", "kv", "q_norm", "k_norm", "out")
     hidden: int
     heads: int
     init: Init
@@ -58,14 +103,19 @@ class SelfAttentionSpec(Spec):
     width: int | None = None
     qk_norm: float | None = None
     out_bias: bool | None = None
+    together: bool = False
+    window: int | None = None
+    sinks: bool = False
 
     @classmethod
-    def of(cls, model: ModelConfig, init: Init, out_init: Init) -> "SelfAttentionSpec":
-        """Describes the attention of a model's blocks."""
+    def of(cls, model: ModelConfig, init: Init, out_init: Init, window: int | None = None) -> "SelfAttentionSpec":
+        """Describes the attention of a model's blocks that have this window."""
         rotary, qk_norm = model.positions == Positions.ROTARY, None if model.qk_norm == QKNorm.NONE else model.norm_eps
         sizes = model.kv_heads, model.head_dim
         bias, out = (model.bias if own is None else own for own in (model.attention.qkv_bias, model.attention.out_bias))
-        return cls(model.hidden, model.heads, init, out_init, bias, rotary, *sizes, qk_norm, out)
+        together, sinks = model.qk_norm == QKNorm.FULL, model.attention.sinks
+        shape = model.hidden, model.heads, init, out_init, bias, rotary, *sizes
+        return cls(*shape, qk_norm, out, together=together, window=window, sinks=sinks)
 
     @property
     def head_dim(self) -> int:
@@ -73,9 +123,23 @@ class SelfAttentionSpec(Spec):
         return self.width or self.hidden // self.heads
 
     @property
+    def rotary_dim(self) -> int:
+        """The number of features of a head that are rotated, if they are."""
+        return self.head_dim
+
+    @property
     def key_heads(self) -> int:
         """The number of heads of keys, and of values."""
         return self.kv_heads or self.heads
+
+    @property
+    def fused(self) -> bool:
+        """Whether one projection makes queries, keys and values; heads that share keys have two in every layout."""
+        return self.key_heads == self.heads
+
+    def path(self, device: str, length: int) -> AttentionPath:
+        """Returns the way that attention over so many tokens is computed, see :func:`tedlab.nn.attention_path`."""
+        return attention_path(device, self.window is not None and self.window < length, self.sinks)
 
     def check(self, degrees: ParallelDegrees) -> None:
         if self.width is None and self.hidden % self.heads:
@@ -89,40 +153,78 @@ class SelfAttentionSpec(Spec):
             )
         check_divides("model.heads", self.heads, "model.kv_heads", self.key_heads)
         check_divides("model.heads", self.heads, "parallel.tensor", degrees.tensor)
-        check_divides("model.kv_heads", self.key_heads, "parallel.tensor", degrees.tensor)
+        if not _divide(self.key_heads, degrees.tensor):
+            divisors = (n for n in range(1, self.heads + 1) if self.heads % n == 0)
+            fitting = ", ".join(str(n) for n in divisors if _divide(self.key_heads, n))
+            raise ValueError(
+                f"model.kv_heads ({self.key_heads}) is neither a multiple nor a divisor of parallel.tensor "
+                f"({degrees.tensor}). With these heads, parallel.tensor can be {fitting}"
+            )
+
+    def own(self) -> Iterator[ParameterSpec]:
+        if self.sinks:
+            yield ParameterSpec("sinks", (self.heads,), divided={"tensor": 0}, decayed=False)
 
     @property
-    def qkv(self) -> ColumnParallelSpec:
-        features = (self.heads + 2 * self.key_heads) * self.head_dim
-        return ColumnParallelSpec(self.hidden, features, "attention", self.init, self.bias)
+    def qkv(self) -> ColumnParallelSpec | None:
+        if not self.fused:
+            return None
+        return ColumnParallelSpec(self.hidden, 3 * self.heads * self.head_dim, "attention", self.init, self.bias)
 
     @property
-    def q_norm(self) -> HeadNormSpec | None:
-        return None if self.qk_norm is None else HeadNormSpec(self.head_dim, "rms", self.qk_norm, self.heads)
+    def q(self) -> ColumnParallelSpec | None:
+        if self.fused:
+            return None
+        return ColumnParallelSpec(self.hidden, self.heads * self.head_dim, "attention", self.init, self.bias)
 
     @property
-    def k_norm(self) -> HeadNormSpec | None:
-        return None if self.qk_norm is None else HeadNormSpec(self.head_dim, "rms", self.qk_norm, self.key_heads)
+    def kv(self) -> KeyValueSpec | None:
+        if self.fused:
+            return None
+        features = 2 * self.key_heads * self.head_dim
+        return KeyValueSpec(self.hidden, features, "attention", self.init, self.bias, self.key_heads)
+
+    @property
+    def q_norm(self) -> HeadNormSpec | FullNormSpec | None:
+        return self._norm(self.heads)
+
+    @property
+    def k_norm(self) -> HeadNormSpec | FullNormSpec | None:
+        return self._norm(self.key_heads)
+
+    def _norm(self, heads: int) -> HeadNormSpec | FullNormSpec | None:
+        if self.qk_norm is None:
+            return None
+        if self.together:
+            return FullNormSpec(heads * self.head_dim, "rms", self.qk_norm, heads)
+        return HeadNormSpec(self.head_dim, "rms", self.qk_norm, heads)
 
     @property
     def out(self) -> RowParallelSpec:
         bias = self.bias if self.out_bias is None else self.out_bias
         return RowParallelSpec(self.heads * self.head_dim, self.hidden, "attention", self.out_init, bias)
 
+    def sites(self, layout: Layout) -> Sites:
+        entry = self.qkv or self.q
+        assert entry is not None
+        together = self.together and self.qk_norm is not None
+        norms = normalise_together_sites(2, "attention.norm") if together else Sites()
+        return entry.sites(layout).then(norms).then(self.out.sites(layout))
+
     def flops(self, length: int) -> Counter[str]:
-        """Counts only half of the scores and weighted sums, since a token attends only to tokens up to itself."""
+        """Counts the scores and weighted sums of visible pairs only: a token attends to tokens up to itself."""
         projections = super().flops(length).total()
-        return Counter(attention_projections=projections, attention_scores=2 * length * self.heads * self.head_dim)
+        scores = 4 * visible_pairs(length, self.window) * self.heads * self.head_dim / length
+        return Counter(attention_projections=projections, attention_scores=round(scores))
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        yield from self.qkv.forward(b)
-        for norm in (self.q_norm, self.k_norm):
-            if norm is not None:
-                yield from norm.forward(b)
+        for part in (self.qkv, self.q, self.kv, self.q_norm, self.k_norm):
+            if part is not None:
+                yield from part.forward(b)
+        if self.together and self.fused:
+            yield b.moved(2 * (self._queries(b) + self._keys(b)))  # to lay the features of all heads side by side
         if self.rotary:
             yield from self._rotate(b)
-        if self._gathered(b):
-            yield b.moved(2 * self._features(b, self.heads))
         yield self._scores(b, flops=4, sides=2)
         yield from self.out.forward(b, dead)
 
@@ -134,44 +236,45 @@ class SelfAttentionSpec(Spec):
         for norm in (self.k_norm, self.q_norm):
             if norm is not None:
                 yield from norm.backward(b)
-        yield b.moved(2 * self._features(b, self.heads + 2 * self.key_heads))  # concatenates gradients of q, k and v
-        yield from self.qkv.backward(b)
+        # Concatenates the gradients of what one projection made.
+        yield b.moved(2 * (2 * self._keys(b) + (self._queries(b) if self.fused else 0)))
+        for part in (self.kv, self.q, self.qkv):
+            if part is not None:
+                yield from part.backward(b)
 
     def saved(self, b: MicroBatch) -> int:
         """Adds queries, keys and values, and one fp32 number for each row of scores."""
-        copied = self.heads if self._gathered(b) else 0
-        own = self._features(b, copied + self.heads + 2 * self.key_heads) * b.compute.itemsize
+        own = (self._queries(b) + 2 * self._keys(b)) * b.compute.itemsize
         return super().saved(b) + own + b.tokens * self.heads // b.tensor * 4
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
-        gradients = 2 * self._features(b, self.heads + 2 * self.key_heads)
+        gradients = 2 * (self._queries(b) + 2 * self._keys(b))
         yield WorkingSet("attention", temporaries=gradients * b.compute.itemsize)
 
-    def _gathered(self, b: MicroBatch) -> bool:
-        """Tells whether the projection's queries are copied to one place: norms and rotations do so by themselves."""
-        apart = self.heads > self.key_heads > b.tensor  # keys and values are between them
-        return apart and not self.rotary and self.qk_norm is None
+    def _queries(self, b: MicroBatch) -> int:
+        """Returns the number of elements of this rank's queries."""
+        return b.tokens * self.heads * self.head_dim // b.tensor
 
-    def _features(self, b: MicroBatch, heads: int) -> int:
-        """Returns the number of elements of this rank's part of so many heads."""
-        return b.tokens * heads * self.head_dim // b.tensor
+    def _keys(self, b: MicroBatch) -> int:
+        """Returns the number of elements of the keys, or of the values, that this rank's queries need."""
+        return b.tokens * max(1, self.key_heads // b.tensor) * self.head_dim
 
     def _rotate(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels that rotate queries and keys, half of the features at a time, and copy values."""
-        for heads in (self.heads, self.key_heads):
-            half = self._features(b, heads) // 2
+        for elements in (self._queries(b), self._keys(b)):
+            half = elements // 2
             for _ in range(4):
                 yield b.moved(half, b.compute, b.precise)
             for passes in (3, 3, 4):  # difference, sum, both together
                 yield b.moved(passes * half, b.precise)
             if b.precise != b.compute:
                 yield b.moved(2 * half, b.precise, b.compute)
-        if self.qk_norm is None:
-            yield b.moved(2 * self._features(b, self.key_heads))
+        if self.qk_norm is None or self.together:
+            yield b.moved(2 * self._keys(b))
 
     def _rotate_backward(self, b: MicroBatch) -> Iterator[Work]:
-        for heads in (self.heads, self.key_heads):
-            half = self._features(b, heads) // 2
+        for elements in (self._queries(b), self._keys(b)):
+            half = elements // 2
             for _ in range(5):  # of the difference, and of four products
                 yield b.moved(2 * half, b.precise)
             for _ in range(5 if b.precise != b.compute else 0):
@@ -184,8 +287,14 @@ class SelfAttentionSpec(Spec):
 
         It moves ``sides`` tensors like the queries and as many like the keys.
         """
-        size = sides * self._features(b, self.heads + self.key_heads) * b.compute.itemsize
-        return Work(flops * self._features(b, self.heads) * b.length / 2, size, b.compute, "attention")
+        size = sides * (self._queries(b) + self._keys(b)) * b.compute.itemsize
+        pairs = visible_pairs(b.length, self.window) / b.length
+        return Work(flops * self._queries(b) * pairs, size, b.compute, "attention")
+
+
+def _divide(heads: int, degree: int) -> bool:
+    """Tells whether each rank can have whole heads to itself, or each head whole ranks."""
+    return heads % degree == 0 or degree % heads == 0
 
 
 HEADS = ("hidden", "heads", "kv_heads", "head_dim")  # fields of a model that the next function sets
@@ -194,27 +303,41 @@ HEADS = ("hidden", "heads", "kv_heads", "head_dim")  # fields of a model that th
 def with_heads(model: ModelConfig, heads: int, width: int, tensor: int) -> ModelConfig:
     """Returns a copy of a model with other heads, a multiple of the tensor degree, of about this width each.
 
-    Several share keys and values if they do so in ``model``. Their width is not that of the model if it is not there.
+    Several share keys and values if they do so in ``model``, and tensor ranks share heads of these if they must there.
+    Their width is not that of the model if it is not there.
     """
     kv_heads = head_dim = None
     if model.kv_heads is not None:
-        kv_heads = tensor if model.kv_heads < model.heads else heads
+        fewer = model.kv_heads < tensor and tensor % model.kv_heads == 0
+        kv_heads = model.kv_heads if fewer else tensor if model.kv_heads < model.heads else heads
     if model.head_dim is not None:
         head_dim = 2 * width
     return replace(model, heads=heads, hidden=heads * width, kv_heads=kv_heads, head_dim=head_dim)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(ShardedModule):
     """Causal self-attention (Vaswani et al., 2017) whose heads may share keys and values (Ainslie et al., 2023).
 
-    Each tensor rank computes heads / T of the heads. The rows of the fused projection are ordered by head of keys: all
-    queries that belong to it, then its key and its value. Dividing the rows evenly divides them by heads in any layout.
+    Each tensor rank computes heads / T of the heads. If each head has its own keys, one fused projection's rows are
+    ordered by head: its query, its key and its value. Otherwise the rows of ``q`` are ordered by head, of which
+    neighbours share keys, and those of ``kv`` by head of keys: its key and its value. Dividing the rows evenly divides
+    them by heads in any layout; where there are fewer heads of keys than ranks, all ranks hold ``kv`` and each uses one
+    head of it.
     """
 
     def __init__(self, spec: SelfAttentionSpec, topology: Topology) -> None:
         super().__init__()
-        self.head_dim, self.group = spec.head_dim, spec.heads // spec.key_heads
-        self.qkv = ColumnParallelLinear(spec.qkv, topology)
+        self.build(spec, topology)
+        self.head_dim, self.comm = spec.head_dim, topology.comm
+        # Heads of keys, and of queries of each, in this process.
+        self.own_heads = (
+            max(1, spec.key_heads // topology.degrees.tensor),
+            spec.heads // max(spec.key_heads, topology.degrees.tensor),
+        )
+        self.window, self.together = spec.window, spec.together and spec.qk_norm is not None
+        self.qkv = None if spec.qkv is None else ColumnParallelLinear(spec.qkv, topology)
+        self.q = None if spec.q is None else ColumnParallelLinear(spec.q, topology)
+        self.kv = None if spec.kv is None else ColumnParallelLinear(spec.kv, topology)
         self.q_norm = None if spec.q_norm is None else RMSNorm(spec.q_norm, topology)
         self.k_norm = None if spec.k_norm is None else RMSNorm(spec.k_norm, topology)
         self.out = RowParallelLinear(spec.out, topology)
@@ -226,14 +349,31 @@ class SelfAttention(nn.Module):
             x: Activations outside, see ``region.py``.
             rotation: (2, S, head_dim/2), see :func:`tedlab.nn.rotation`; None: queries and keys are not rotated.
         """
-        heads = self.qkv(x).unflatten(-1, (-1, self.group + 2, self.head_dim))
-        q, k, v = heads.split((self.group, 1, 1), -2)  # (B, S, kv_heads/T, group or 1, head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
+        q, k, v = self._projected(x)  # (B, S, heads of keys, queries of each or 1, head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            pass
+        elif self.together:
+            shapes, flat = (q.shape, k.shape), [part.flatten(2).contiguous() for part in (q, k)]
+            flat = normalise_together((self.q_norm, self.k_norm), flat, self.comm, "attention.norm")
+            q, k = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
+        else:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = (rotate(part, rotation[:, :, None, None]) for part in (q, k))
-            if self.q_norm is None:
-                v = v.clone()  # a view would keep the whole projection alive, which otherwise the norms do
+        if self.together or (rotation is not None and self.q_norm is None):
+            v = v.clone()  # a view would keep the whole projection alive, which otherwise the norms of heads do
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))  # (B, heads/T, S, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.group > 1)
+        y = attend(q, k, v, self.window, self.local("sinks") if "sinks" in self.specs else None)
         return self.out(y.transpose(1, 2).flatten(-2))
+
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        keys, group = self.own_heads
+        if self.qkv is not None:
+            heads = self.qkv(x).unflatten(-1, (keys, group + 2, self.head_dim))
+            q, k, v = heads.split((group, 1, 1), -2)
+            return q, k, v
+        assert self.q is not None
+        assert self.kv is not None
+        x = self.q.region.enter(x)
+        k, v = self.kv.inside(x).unflatten(-1, (keys, 2, self.head_dim)).split(1, -2)
+        return self.q.inside(x).unflatten(-1, (keys, group, self.head_dim)), k, v

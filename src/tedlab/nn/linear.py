@@ -86,9 +86,11 @@ class ColumnParallelLinear(ShardedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps activations outside (B, S, in_features) to this rank's part (B, S, out_features / T)."""
-        return F.linear(
-            self.region.enter(x), self.local("weight"), self.local("bias") if "bias" in self.specs else None
-        )
+        return self.inside(self.region.enter(x))
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Does the same for activations that have entered the region already."""
+        return F.linear(x, self.local("weight"), self.local("bias") if "bias" in self.specs else None)
 
 
 @dataclass(frozen=True)

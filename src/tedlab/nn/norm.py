@@ -1,6 +1,6 @@
-"""Normalisation layers, whose parameters are replicated over the tensor group."""
+"""Normalisation layers: of features that every tensor rank holds, or of features divided over the tensor group."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from tedlab.comm import Collectives, copy_to, reduce_from
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
+from tedlab.spec import Init, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -107,6 +108,118 @@ class _RMSNorm(Function):
         of_x = scale * (of_normal - normal * (of_normal * normal).mean(-1, keepdim=True))
         of_weight = (grad * normal).flatten(0, -2).sum(0)
         return of_x.to(x.dtype), of_weight.to(weight.dtype), None
+
+
+@dataclass(frozen=True)
+class FullNormSpec(NormSpec):
+    """Describes an :class:`RMSNorm` of so many heads' features, ``hidden`` in all: see :func:`normalise_together`."""
+
+    kind: str = "rms"
+    heads: int = 1
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.hidden,), Init(mean=1.0), {"tensor": 0}, decayed=False, units=self.heads)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        if b.tensor == 1:
+            yield from super().forward(b)
+            return
+        elements, dtype = self.given(b)
+        if dtype != b.precise:
+            yield b.moved(elements, dtype, b.precise)
+        for passes in (2, 1):  # square, mean
+            yield b.moved(passes * elements, b.precise)
+        yield b.moved(elements, dtype, b.precise)  # quotient
+        yield b.moved(2 * elements, b.precise)
+        if dtype != b.precise:
+            yield b.moved(elements, dtype, b.precise)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        if b.tensor == 1:
+            yield from super().backward(b)
+            return
+        elements, dtype = self.given(b)
+        if dtype != b.precise:
+            yield b.moved(elements, dtype, b.precise)
+        yield b.moved(elements, dtype, b.precise)
+        for passes in (2, 2, 3, 1, 3, 1):  # of the input, of the mean square, of the weight
+            yield b.moved(passes * elements, b.precise)
+        for _ in range(2):
+            yield b.moved(elements, dtype, b.precise)
+        yield b.moved(3 * elements, dtype)  # adds what came through the mean square
+
+    def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
+        return b.tokens * self.hidden // self.heads * max(self.heads, b.tensor) // b.tensor, b.compute
+
+
+def normalise_together(
+    layers: Sequence[RMSNorm], inputs: Sequence[Tensor], comm: Collectives, tag: str
+) -> list[Tensor]:
+    """Normalises each input over all its features, of which each tensor rank holds as many as every other.
+
+    One all-reduce sums the squares of all inputs. If ranks hold copies of the same features, all of them equally often,
+    these count as often in the mean, which stays the same; gradients of copies are the parts that each rank's use of
+    them causes.
+
+    Args:
+        layers: The layer of each input.
+        inputs: (B, S, features of this rank).
+        comm: The process's collectives.
+        tag: Begins the tags of the collectives.
+    """
+    ranks = comm.size("tensor")
+    if ranks == 1:
+        return [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    own = torch.cat([_MeanSquare.apply(x) for x in inputs], -1)
+    summed = copy_to(reduce_from(own, comm, "tensor", f"{tag}.reduce"), comm, "tensor", f"{tag}.copy")
+    means = (summed / ranks).split(1, -1)
+    return [
+        _ScaledRMS.apply(x, mean, layer.local("weight"), layer.eps)
+        for layer, x, mean in zip(layers, inputs, means, strict=True)
+    ]
+
+
+def normalise_together_sites(inputs: int, tag: str) -> Sites:
+    """Returns the collectives of :func:`normalise_together`.
+
+    Their result is one number for each token and input, of which tensor ranks need not be able to keep equal shares.
+    """
+    forward = Site(f"{tag}.reduce", "all_reduce", "tensor", inputs, dtype="precise")
+    return Sites((forward,), (Site(f"{tag}.copy", "all_reduce", "tensor", inputs, dtype="precise"),))
+
+
+class _MeanSquare(Function):
+    """The mean of the squares over the last dimension, in fp32 or better, which keeps only its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square().mean(-1, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (x * (grads[0] * (2 / x.shape[-1]))).to(x.dtype)
+
+
+class _ScaledRMS(Function):
+    """Divides by the root of a given mean square; keeps only its input and that."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean_square: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (mean_square + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        grad = grads[0].to(scale.dtype)
+        product = grad * x
+        of_scale = (product * weight).sum(-1, keepdim=True)
+        of_weight = (product * scale).flatten(0, -2).sum(0)
+        of_x = grad * weight * scale
+        return of_x.to(x.dtype), of_scale * scale**3 / -2, of_weight.to(weight.dtype), None
 
 
 def norm_layer(spec: NormSpec, topology: Topology) -> LayerNorm | RMSNorm:

@@ -38,6 +38,7 @@ class ShardedModule(nn.Module):
         super().__init__()
         self.specs: dict[str, ParameterSpec] = {}
         self.partial: set[str] = set()  # parameters whose gradients are partial sums over the tensor group, too
+        self.used: dict[str, tuple[int, int, int]] = {}  # dimension, start and length of what is used of a parameter
         self.substitutes: dict[str, Tensor] = {}  # what a compiled region uses in place of parameters
 
     def build(self, spec: Spec, topology: Topology) -> None:
@@ -52,10 +53,10 @@ class ShardedModule(nn.Module):
             ValueError: If a dimension cannot be divided evenly.
         """
         mesh = topology.dense if spec.mesh == "dense" else topology.expert
-        local_shape = list(spec.shape)
+        local_shape, divided = list(spec.shape), spec.placed(topology.degrees)
         placements: list[Placement] = []
         for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True):
-            dim = spec.divided.get(axis)
+            dim = divided.get(axis)
             placements.append(Replicate() if dim is None else Shard(dim))
             if dim is not None:
                 if local_shape[dim] % size:
@@ -69,9 +70,14 @@ class ShardedModule(nn.Module):
         self.specs[spec.name] = spec
         if spec.partial(topology.layout):
             self.partial.add(spec.name)
+        if spec.shared(topology.degrees):
+            assert spec.units is not None
+            dim, unit = spec.divided["tensor"], spec.shape[spec.divided["tensor"]] // spec.units
+            own = topology.comm.rank("tensor") * spec.units // topology.degrees.tensor
+            self.used[spec.name] = dim, own * unit, unit
 
     def local(self, name: str) -> Tensor:
-        """Returns this process's shard as a plain tensor for computing.
+        """Returns this process's shard as a plain tensor for computing; of units that ranks share, the one it uses.
 
         The parameter receives its gradient as a DTensor with true placements: a partial sum along the mesh's data axis
         (and its tensor axis, if so declared), which the strategy reduces once per step.
@@ -81,7 +87,8 @@ class ShardedModule(nn.Module):
         parameter = self.get_parameter(name)
         assert isinstance(parameter, DTensor)
         inner = [Partial()] if name in self.partial else parameter.placements[1:]
-        return _Local.apply(parameter, (Partial(), *inner))
+        local: Tensor = _Local.apply(parameter, (Partial(), *inner))
+        return local.narrow(*self.used[name]) if name in self.used else local
 
 
 class _Local(Function):

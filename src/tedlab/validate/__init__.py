@@ -14,6 +14,7 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.ranges import check_ranges
+from tedlab.validate.attention import attention_notes
 from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm
@@ -144,6 +145,7 @@ def notes(config: TrainConfig) -> list[str]:
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
     found += router_notes(config.moe)
+    found += attention_notes(config)
     if not keeps_position(data_class(config.data)):
         found.append(
             f"data.module={config.data.module} has no state_dict and load_state_dict of its own: a run that is resumed "

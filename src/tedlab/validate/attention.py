@@ -1,17 +1,36 @@
 """Checks what attention and rotary positions must satisfy together; their layers check how heads divide."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
 
-from tedlab.config import ModelConfig, Positions, QKNorm, RotaryConfig, RotaryScaling
+import torch
+
+from tedlab.config import ModelConfig, Positions, QKNorm, RotaryConfig, RotaryScaling, TrainConfig
+from tedlab.models import models
 
 _NEEDED = (RotaryScaling.NTK, RotaryScaling.YARN, RotaryScaling.LLAMA3)  # scalings of texts of a certain length
+_PATHS = {
+    "sdpa": "scaled_dot_product_attention",
+    "flex": "flex_attention (compiled)",
+    "blocks": "tedlab's own operation, a few queries at a time",
+}
 _OF = {  # the scaling that a field belongs to
     **dict.fromkeys(
         ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"), RotaryScaling.YARN
     ),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor"), RotaryScaling.LLAMA3),
 }
+
+
+def attention_notes(config: TrainConfig) -> list[str]:
+    """Returns how attention is computed, where it is not torch's fused kernel in all blocks."""
+    spec = models[config.model.architecture].spec(config.model, config.moe)
+    device = "cuda" if config.trainer.get("accelerator") != "cpu" and torch.cuda.is_available() else "cpu"
+    paths = Counter(block.attention.path(device, config.model.sequence_length) for block in spec.blocks)
+    if set(paths) == {"sdpa"}:
+        return []
+    return [f"Attention: {', '.join(f'{count} blocks by {_PATHS[path]}' for path, count in paths.items())}."]
 
 
 def check_attention(model: ModelConfig) -> None:
@@ -90,11 +109,7 @@ def _latent(model: ModelConfig) -> Iterator[str]:
 def _unbuilt(model: ModelConfig) -> Iterator[str]:
     attention = model.attention
     given = {
-        "model.qk_norm=full": model.qk_norm == QKNorm.FULL,
-        "model.attention.window": attention.window is not None,
-        "model.attention.sinks": attention.sinks,
         "model.attention.latent": attention.latent.kv_rank is not None,
-        "model.rotary.scaling": model.rotary.scaling != RotaryScaling.NONE,
     }
     for name in (name for name, is_given in given.items() if is_given):
         yield f"{name} is not built yet"

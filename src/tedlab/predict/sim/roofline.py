@@ -23,6 +23,7 @@ from tedlab._compat.simulation import (
     packet_of,
     storage_address,
 )
+from tedlab.nn.attend import OPERATIONS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.spec import Work
 
@@ -49,7 +50,7 @@ _NOT_READ = {  # these do not read their first argument, which is overwritten or
 }
 _LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # these read some of their first argument
 _SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # these read and write some of it
-_ATTENTIONS = {CPU_ATTENTION, CPU_ATTENTION_BACKWARD, *GPU_ATTENTIONS}
+_ATTENTIONS = {CPU_ATTENTION, CPU_ATTENTION_BACKWARD, *GPU_ATTENTIONS, *OPERATIONS}
 _ARITHMETIC = {  # these compute so much for each element that memory need not be the limit
     aten.native_layer_norm,
     aten.native_layer_norm_backward,
@@ -80,7 +81,8 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
     fresh = sum(size for size in sizes if size >= _MAPPED)
     if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
         return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
-    if func.namespace != "aten" or func.is_view or packet in _FREE or not results:
+    elsewhere = func.namespace != "aten" and packet not in OPERATIONS
+    if elsewhere or func.is_view or packet in _FREE or not results:
         return None
     written = sum(map(_bytes, results))
     if packet in _LOOKUPS:

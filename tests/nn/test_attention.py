@@ -1,0 +1,197 @@
+"""Attention of every form against what is written out in plain torch, divided over tensor ranks in every way."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.certify.compare import relative_error
+from tedlab.nn import Init, SelfAttention, SelfAttentionSpec, rotation
+from tedlab.nn.attend import attend, attention_path, visible_pairs
+from tedlab.spec import Layout, Spec
+from tests.pool import WorkerPool
+
+INIT, LENGTH, WIDTH, HIDDEN = Init(std=1.0), 8, 6, 12
+Weights = dict[str, Tensor]
+
+
+def spec(heads: int, **options: Any) -> SelfAttentionSpec:
+    return SelfAttentionSpec(HIDDEN, heads, INIT, INIT, width=WIDTH, **options)
+
+
+FORMS: dict[str, SelfAttentionSpec] = {
+    "keys of their own, normed together": spec(4, rotary=True, qk_norm=0.1, together=True, bias=False),
+    "two queries a key": spec(8, rotary=True, kv_heads=4, qk_norm=0.1, out_bias=False),
+    "keys shared by ranks": spec(8, rotary=True, kv_heads=2, qk_norm=0.1),
+    "one key, normed together": spec(4, rotary=True, kv_heads=1, qk_norm=0.1, together=True),
+    "two keys, normed together": spec(8, kv_heads=2, qk_norm=0.1, together=True, bias=False, out_bias=True),
+    "a window": spec(4, rotary=True, kv_heads=2, window=3),
+    "sinks": spec(8, kv_heads=4, sinks=True),
+    "a window and sinks, keys shared by ranks": spec(8, rotary=True, kv_heads=1, window=2, sinks=True),
+}
+
+
+def random(name: str, *shape: int) -> Tensor:
+    seed = int.from_bytes(name.encode()[-8:], "little") >> 1
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def visible(length: int, window: int | None) -> Tensor:
+    return torch.tensor([[j <= i and (window is None or i - j < window) for j in range(length)] for i in range(length)])
+
+
+def softmax_of(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Of (B, H, S, S), with one more column of sinks (H,), which is then left out."""
+    if sinks is None:
+        return scores.softmax(-1)
+    column = sinks.view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+    return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+
+
+def written_out(of: SelfAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> Tensor:
+    def projected(name: str, kinds: int, heads: int) -> list[Tensor]:
+        """(B, S, heads, WIDTH) of each kind, which alternate head by head."""
+        y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()).double())
+        return list(y.unflatten(-1, (heads, kinds, WIDTH)).unbind(-2))
+
+    if of.kv_heads is None:
+        q, k, v = projected("qkv", 3, of.heads)
+    else:
+        (q,), (k, v) = projected("q", 1, of.heads), projected("kv", 2, of.kv_heads)
+    if of.qk_norm is not None:
+        dims, eps = ((-2, -1) if of.together else (-1,)), of.qk_norm
+        q, k = (part / (part.square().mean(dims, keepdim=True) + eps).sqrt() for part in (q, k))
+        q = q * (w["q_norm.weight"].view(of.heads, WIDTH) if of.together else w["q_norm.weight"])
+        k = k * (w["k_norm.weight"].view(of.key_heads, WIDTH) if of.together else w["k_norm.weight"])
+    if of.rotary:
+        cos, sin = turns[:, :, None].tile(1, 1, 1, 2)
+        q, k = (
+            part * cos + torch.cat((-part[..., WIDTH // 2 :], part[..., : WIDTH // 2]), -1) * sin for part in (q, k)
+        )
+    k, v = (part.repeat_interleave(of.heads // of.key_heads, -2) for part in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / WIDTH**0.5
+    scores = scores.masked_fill(~visible(LENGTH, of.window), -torch.inf)
+    y = torch.einsum("bhij,bjhd->bihd", softmax_of(scores, w.get("sinks")), v).flatten(-2)
+    return y @ w["out.weight"].T + w.get("out.bias", torch.zeros(()).double())
+
+
+def sites_of(of: Spec, degrees: ParallelDegrees) -> Counter[tuple[str, str, int]]:
+    sites = of.sites(Layout(degrees)).present(degrees)
+    return Counter((s.op, s.tag, s.width * 2 * LENGTH) for s in (*sites.forward, *sites.backward))
+
+
+def compared(of: SelfAttentionSpec, sequence: bool) -> tuple[dict[str, float], bool]:
+    """Relative errors in this process, and whether it communicated what the specification states."""
+    size = dist.get_world_size()
+    degrees = ParallelDegrees(size, size, sequence=sequence)
+    topology = Topology(degrees)
+    layer = SelfAttention(of, topology).double()
+    calls: Counter[tuple[str, str, int]] = Counter()
+    topology.comm.register_hook(
+        lambda call, when: calls.update([(call.op, call.tag, call.shape.numel())] if when == "end" else [])
+    )
+    weights = {}
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            weights[name] = random(name, *p.shape)
+            p.copy_(distribute_tensor(weights[name], p.device_mesh, p.placements, src_data_rank=None))
+    whole = random("input", 2, LENGTH, HIDDEN).requires_grad_()
+    direction = random("direction", 2, LENGTH, HIDDEN)
+
+    def own(x: Tensor) -> Tensor:
+        return x.chunk(size, 1)[dist.get_rank()] if sequence else x
+
+    x = own(whole.detach()).clone().requires_grad_()
+    turns = rotation(LENGTH, WIDTH, 100.0, x.device, x.dtype)
+    y = layer(x, turns if of.rotary else None)
+    y.backward(own(direction))
+    for w in weights.values():
+        w.requires_grad_()
+    expected = written_out(of, weights, whole, turns)
+    expected.backward(direction)
+    assert x.grad is not None
+    assert whole.grad is not None
+    errors = {"output": relative_error(y, own(expected)), "input": relative_error(x.grad, own(whole.grad))}
+    communicated = calls.copy()
+    partial = {name for name, p in layer.named_parameters() if isinstance(p.grad, DTensor)}
+    assert partial == set(weights)
+    for name, p in layer.named_parameters():
+        if size > 1 and sequence and name.endswith("out.bias"):
+            continue  # whole on every rank, as the adjoint of the reduce-scatter gives it
+        assert isinstance(p.grad, DTensor)
+        errors[name] = relative_error(p.grad.full_tensor(), weights[name].grad)
+    return errors, communicated == sites_of(of, degrees)
+
+
+def all_compared() -> dict[tuple[str, bool], tuple[dict[str, float], bool]]:
+    ways = (False, True) if dist.get_world_size() > 1 else (False,)
+    return {(name, sequence): compared(of, sequence) for name, of in FORMS.items() for sequence in ways}
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4], ids="tensor {}".format)
+def world(pool: WorkerPool, request: pytest.FixtureRequest) -> list[dict[tuple[str, bool], Any]]:
+    """What each rank of a tensor group found."""
+    return pool.run(request.param, all_compared)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_output_and_gradients_are_those_of_plain_torch(world: list[dict[tuple[str, bool], Any]], name: str) -> None:
+    for found in world:
+        for errors, _ in (value for (of, _), value in found.items() if of == name):
+            assert len(errors) >= 5
+            assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_collectives_are_those_that_the_specification_states(
+    world: list[dict[tuple[str, bool], Any]], name: str
+) -> None:
+    assert all(stated for found in world for (of, _), (_, stated) in found.items() if of == name)
+
+
+def test_a_head_of_keys_is_stored_once_where_ranks_have_their_own_and_by_all_where_they_share_it() -> None:
+    of = FORMS["keys shared by ranks"]
+    (weight,) = (p for p in of.parameters() if p.name == "kv.weight")
+    degrees = [ParallelDegrees(tensor, tensor) for tensor in (1, 2, 4, 8)]
+    assert [weight.parts(each) for each in degrees] == [1, 2, 1, 1]
+    assert [weight.partial(Layout(each)) for each in degrees] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("window", [1, 3, 300, None])
+def test_attention_in_blocks_is_attention_at_once(window: int | None) -> None:
+    """In more than one block of queries, with heads of values of another width."""
+    q, k, v, sinks = random("q", 1, 4, 520, 6), random("k", 1, 2, 520, 6), random("v", 1, 2, 520, 5), random("s", 4)
+    inputs = [x.requires_grad_() for x in (q, k, v, sinks)]
+    direction = random("direction", 1, 4, 520, 5)
+    found = attend(q, k, v, window, sinks, scale=0.3)
+    scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~visible(520, window), -torch.inf)
+    expected = softmax_of(scores, sinks) @ v.repeat_interleave(2, 1)
+    assert relative_error(found.detach(), expected.detach()) < 1e-13
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, direction) for y in (found, expected)), strict=True):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+def test_a_window_that_holds_the_whole_text_is_none() -> None:
+    q, k, v = (random(name, 1, 2, 5, 4) for name in "qkv")
+    assert torch.equal(attend(q, k, v, window=5), attend(q, k, v))
+
+
+def test_the_fused_kernel_is_taken_wherever_it_can_be() -> None:
+    assert attention_path("cuda") == attention_path("cpu") == attention_path("cuda", same_widths=False) == "sdpa"
+    assert attention_path("cuda", window=True) == attention_path("cuda", sinks=True) == "flex"
+    assert attention_path("cpu", window=True) == attention_path("cpu", same_widths=False) == "blocks"
+
+
+def test_only_visible_pairs_count() -> None:
+    """Up to half a pair for each token with itself."""
+    for length, window in ((7, 3), (7, 7), (7, 9), (5, 1)):
+        assert visible_pairs(length, window) == visible(length, window).sum().item() - min(window, length) / 2
+    plain, sliding = (replace(FORMS["a window"], window=window).flops(100) for window in (None, 10))
+    assert sliding["attention_projections"] == plain["attention_projections"]
+    assert sliding["attention_scores"] == round(plain["attention_scores"] * 10 * 190 / 100**2)
