@@ -8,7 +8,7 @@ import pytest
 
 from tedlab.commands.generate import main, prepare
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig
-from tedlab.generate import _model, generate
+from tedlab.generate import generate, model_of
 from tests.commands import run_command
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -57,7 +57,7 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
 def test_a_router_that_sees_the_future_writes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("data: {}\n")
     trained = ModelConfig(2, 8, 2, 16, 8, vocab_size=512), MoEConfig(num_experts=4, gating="expert_choice")
-    monkeypatch.setattr("tedlab.generate._model", lambda path: trained)
+    monkeypatch.setattr("tedlab.generate.model_of", lambda path: trained)
     with pytest.raises(ValueError, match=r"moe\.gating=expert_choice, whose choices .* depend on tokens after it"):
         generate(GenerateConfig(run=str(tmp_path)))
 
@@ -114,7 +114,7 @@ def test_a_model_of_the_last_release_is_read(monkeypatch: pytest.MonkeyPatch) ->
     model = {"layers": 2, "hidden": 8, "heads": 2, "ffn": 16, "sequence_length": 8, "vocab_size": 64}
     stored = {"hyper_parameters": {"model": {**model, "checkpoint": "block"}, "moe": {"num_experts": 4}}}
     monkeypatch.setattr("tedlab.checkpoint.read_meta", lambda path: stored)
-    shape, _ = _model(Path("unused"))
+    shape, _ = model_of(Path("unused"))
     assert shape == ModelConfig(**model, recompute=RecomputeConfig("block"))
 
 

@@ -13,7 +13,7 @@ COMMANDS = {
     "certify": "prove that a configuration equals one process",
     "compare": "put finished runs side by side",
     "generate": "continue a text with a trained model",
-    "checkpoint": "inspect a checkpoint, or make one file of it",
+    "checkpoint": "inspect a checkpoint, or take models of transformers in and out",
 }
 
 

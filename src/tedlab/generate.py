@@ -35,7 +35,7 @@ def generate(config: GenerateConfig) -> str:
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
-    shape, experts = _model(path)
+    shape, experts = model_of(path)
     tokenizer = _tokenizer(directory, shape)
     # Capacity enforces balance in training; a text must not change because its tokens crowd one expert, nor because a
     # second expert is drawn at random.
@@ -85,8 +85,13 @@ def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
-def _model(path: Path) -> tuple[ModelConfig, MoEConfig]:
-    """Reads the model's configuration from a checkpoint, since the run's config.yaml has no checksum."""
+def model_of(path: Path) -> tuple[ModelConfig, MoEConfig]:
+    """Reads the model's configuration from a checkpoint, since the run's config.yaml has no checksum.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If it is damaged or holds no model of this command.
+    """
     stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
     try:
         stored = nested(stored)

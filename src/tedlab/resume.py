@@ -71,8 +71,12 @@ def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, li
         raise UsageError(f"{error}") from None
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, key: str = "ckpt_path") -> Path:
     """Returns ``path`` if it is a checkpoint, otherwise the last one of the run or checkpoint directory that it is.
+
+    Args:
+        path: The path.
+        key: The name of the value that has it, for the message.
 
     Raises:
         FileNotFoundError: If there is none; the message lists checkpoints nearby.
@@ -83,7 +87,7 @@ def find_checkpoint(path: Path) -> Path:
     what = "is a file" if path.is_file() else "does not exist"
     what = "has no last.ckpt, and no checkpoints/last.ckpt" if path.is_dir() else what
     near = ", ".join(map(str, _near(path))) or "none"
-    raise FileNotFoundError(f"ckpt_path={path} {what}; checkpoints near it: {near}")
+    raise FileNotFoundError(f"{key}={path} {what}; checkpoints near it: {near}")
 
 
 def named_values(hydra: Any) -> set[str]:

@@ -28,7 +28,7 @@ from tedlab.checkpoint.reading import METADATA, Planner, Reader, read_metadata
 
 META = "meta.pt"
 _MODEL = "model."  # prefix of the names of the model's tensors
-_SAVE_ID = "save_id"  # key in META; a checkpoint that has it also has a manifest
+SAVE_ID = "save_id"  # key in META; a checkpoint that has it also has a manifest
 _OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata(\.tmp)?|meta\.pt|manifest\.json")  # names of a checkpoint's files
 
 
@@ -76,7 +76,7 @@ def prepare(tensors: dict[str, Any], meta: Mapping[str, Any]) -> Prepared:
     flat = flatten_state_dict(tensors)[0]
     values.encode({name: value for name, value in flat.items() if not isinstance(value, Tensor)})
     save_id = uuid.uuid4().hex  # only the first process's is used
-    return Prepared(save_id, meta.get("global_step"), values.encode({**meta, _SAVE_ID: save_id}))
+    return Prepared(save_id, meta.get("global_step"), values.encode({**meta, SAVE_ID: save_id}))
 
 
 def write(tensors: dict[str, Any], prepared: Prepared, path: Path, group: dist.ProcessGroup | None = None) -> None:
@@ -374,7 +374,7 @@ def _verified(path: Path, rank: int, size: int) -> Metadata:
 def _manifest(path: Path) -> Manifest | None:
     """Reads the manifest; returns None for a checkpoint that is too old to have one."""
     manifest = read_manifest(path)
-    if manifest is None and _SAVE_ID in _decoded(path):
+    if manifest is None and SAVE_ID in _decoded(path):
         raise ValueError(f"{path} is damaged: {MANIFEST} is missing")
     return manifest
 

@@ -1,0 +1,237 @@
+"""``tedlab checkpoint import``: a folder of a published model becomes a checkpoint that loads under any layout."""
+
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tedlab.checkpoint.pieces import Piece, write_pieces
+from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
+from tedlab.data.tokenizers import SAVED, FileTokenizer
+from tedlab.degrees import parallel_degrees
+from tedlab.exchange.folder import Folder
+from tedlab.models.families import Family, Rule, UnknownField, configured, essence, family_of
+from tedlab.models.gpt import GPTSpec
+from tedlab.ranges import check_ranges
+from tedlab.untrusted import one_line
+from tedlab.validate.attention import check_attention
+
+PREFIX = "model.network."  # of our parameters in a checkpoint
+IMPORTED = "imported"  # key in a checkpoint's metadata: the family that it came from
+_MANY = 5
+
+
+class Opened(NamedTuple):
+    """A folder that can be imported.
+
+    Attributes:
+        folder: Its files.
+        family: Its family.
+        model, moe: Its configuration as ours.
+        shapes: Global shape of each of our parameters, by name.
+        rules: What each of our parameters is made of.
+    """
+
+    folder: Folder
+    family: Family
+    model: ModelConfig
+    moe: MoEConfig
+    shapes: dict[str, tuple[int, ...]]
+    rules: list[Rule]
+
+
+class Imported(NamedTuple):
+    """What an import has done.
+
+    Attributes:
+        checkpoint: The checkpoint.
+        family: The family's ``model_type``.
+        parameters: Number of parameters.
+        largest_bytes: Size of the largest piece, which is a tensor or one expert's matrix.
+        tokenizer: Whether the folder had one.
+    """
+
+    checkpoint: Path
+    family: str
+    parameters: int
+    largest_bytes: int
+    tokenizer: bool
+
+
+def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
+    """Reads all of a folder but its numbers, and checks that it is a model that can be imported.
+
+    Args:
+        path: The folder.
+        overrides: ``model.…=`` and ``moe.…=`` that are of training, such as ``model.sequence_length``, and
+            ``parallel.…=``, a layout in which the model must be divisible.
+
+    Raises:
+        ValueError: If it cannot be imported; the message says why.
+    """
+    folder = Folder(path)
+    try:
+        family = family_of(folder.config)
+        _check_unquantised(folder, family)
+        values = family.read(folder.config)
+    except UnknownField as error:
+        raise ValueError(f"{path}/config.json: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be imported: {error}") from None
+    try:
+        model, moe = configured(values)
+        check_ranges(model)
+        check_ranges(moe)
+        check_attention(model)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{path}/config.json describes a model that tedlab has not: {one_line(error)}") from None
+    theirs, parallel = essence(model, moe), ParallelConfig(world_size=1)
+    model, moe, parallel = _overridden(model, moe, parallel, overrides)
+    changed = [name for name, value in essence(model, moe).items() if theirs.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{changed[0]} is {theirs.get(changed[0])} in {path}, whose weights are of no other model; leave it out"
+        )
+    spec = GPTSpec(model, moe)
+    spec.check(parallel_degrees(parallel))
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in spec.parameters()} | _buffers(model, moe)
+    opened = Opened(folder, family, model, moe, shapes, list(family.rules(model, moe)))
+    _check_tensors(opened)
+    return opened
+
+
+def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Imported:
+    """Imports a folder as the run directory ``out``, holding one tensor at a time, or one expert's part of it.
+
+    Raises:
+        FileExistsError: If ``out`` exists.
+        ValueError: If the folder cannot be imported. In both cases nothing has been written.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists; an import goes into a folder of its own")
+    opened = open_folder(path, overrides)
+    tokenizer = _tokenizer(opened)
+    largest = 0
+
+    def pieces() -> Iterator[Piece]:
+        nonlocal largest
+        for piece in read_pieces(opened):
+            largest = max(largest, piece.values.numel() * piece.values.element_size())
+            yield piece._replace(name=PREFIX + piece.name)
+
+    hyper = {"model": asdict(opened.model), "moe": asdict(opened.moe), "seed": 0}
+    checkpoint = out / "checkpoints" / "last.ckpt"
+    write_pieces(pieces(), {"hyper_parameters": hyper, IMPORTED: opened.family.model_type}, checkpoint)
+    opened.folder.close()
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, out / SAVED)
+    config: dict[str, Any] = {"model": asdict(opened.model), "moe": asdict(opened.moe)}
+    config["data"] = {"tokenizer": "byte" if tokenizer is None else str(out / SAVED)}
+    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    count = sum(torch.Size(shape).numel() for shape in opened.shapes.values())
+    return Imported(checkpoint, opened.family.model_type, count, largest, tokenizer is not None)
+
+
+def read_pieces(opened: Opened) -> Iterator[Piece]:
+    """Yields our parameters, piece by piece, with their numbers."""
+    for rule in opened.rules:
+        index = rule.expert if rule.sliced else None
+        joined = rule.transform.join([opened.folder.tensor(name, index) for name in rule.theirs])
+        yield Piece(rule.ours, opened.shapes[rule.ours], rule.expert, joined)
+
+
+def _buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what a model keeps beside its parameters: the biases that balance choices."""
+    if moe.router.bias_update == BiasUpdate.NONE:
+        return {}
+    return {f"blocks.{index}.feed_forward.router.bias": (moe.num_experts,) for index in moe.routed(model.layers)}
+
+
+def _overridden(
+    model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig, overrides: Sequence[str]
+) -> tuple[ModelConfig, MoEConfig, ParallelConfig]:
+    for override in overrides:
+        group, dot, _ = override.partition("=")[0].partition(".")
+        if "=" not in override or not dot or group not in ("model", "moe", "parallel"):
+            raise ValueError(f"{override!r} is no override of an import: these are model.…=, moe.…= and parallel.…=")
+    try:
+        ours = OmegaConf.create(
+            {kind: OmegaConf.structured(value) for kind, value in (("model", model), ("moe", moe))}
+            | {"parallel": OmegaConf.structured(parallel)}
+        )
+        given = OmegaConf.from_dotlist(list(overrides))
+        merged: Any = OmegaConf.merge(ours, given)
+        degrees = merged.parallel.tensor * merged.parallel.expert
+        if "world_size" not in given.get("parallel", {}):
+            merged.parallel.world_size = degrees
+        found = tuple(OmegaConf.to_object(merged[kind]) for kind in ("model", "moe", "parallel"))
+        for one in found:
+            check_ranges(one)
+    except OmegaConfBaseException as error:
+        raise ValueError(one_line(error)) from None
+    return found  # type: ignore[return-value]
+
+
+def _check_unquantised(folder: Folder, family: Family) -> None:
+    quantised = folder.config.get("quantization_config")
+    if quantised is None:
+        return
+    method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+    raise ValueError(
+        f"its weights are quantised ({method}). Dequantise them first, with transformers: "
+        f"{family.architecture}.from_pretrained(folder, dtype='bfloat16', quantization_config=…Config(dequantize=True))"
+        ".save_pretrained(other)"
+    )
+
+
+def _check_tensors(opened: Opened) -> None:
+    """Refuses missing, unexpected and misshapen tensors, by what the headers of files say."""
+    folder, family = opened.folder, opened.family
+    expected: dict[str, tuple[int, ...]] = {}
+    for rule in opened.rules:
+        shape = opened.shapes[rule.ours]
+        ours = torch.empty(shape, device="meta")
+        parts = rule.transform.split(rule.part(ours))
+        for name, part in zip(rule.theirs, parts, strict=True):
+            expected[name] = (shape[0], *part.shape) if rule.sliced else tuple(part.shape)
+    made = {rule.ours for rule in opened.rules}
+    assert made == opened.shapes.keys(), f"without a rule: {sorted(opened.shapes.keys() - made)}"
+    left_out = [re.compile(pattern) for pattern in family.left_out]
+    if opened.model.tie_embeddings:
+        left_out.append(re.compile(r"lm_head\.weight"))
+    missing = [name for name in expected if name not in folder.tensors]
+    extra = [n for n in folder.tensors if n not in expected and not any(p.fullmatch(n) for p in left_out)]
+    for what, names in (("lacks", missing), ("has, beside those of the model,", extra)):
+        if names:
+            more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
+            raise ValueError(f"{folder.path} {what} {len(names)} tensors: {', '.join(names[:_MANY])}{more}")
+    for name, shape in expected.items():
+        if folder.tensors[name].shape != shape:
+            raise ValueError(
+                f"{name} in {folder.path} has the shape {folder.tensors[name].shape}; by its config.json it has {shape}"
+            )
+        folder.dtype(name)
+
+
+def _tokenizer(opened: Opened) -> Path | None:
+    """Returns the folder's tokenizer file, if there is one.
+
+    Raises:
+        ValueError: If it has more tokens than the model.
+    """
+    path = opened.folder.path / SAVED
+    if not path.is_file():
+        return None
+    tokenizer = FileTokenizer(path)
+    size = opened.model.vocab_size
+    assert size is not None
+    if tokenizer.vocab_size > size:
+        raise ValueError(f"{path} has {tokenizer.vocab_size} tokens, and the model {size}: it is of another model")
+    return path

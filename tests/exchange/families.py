@@ -1,0 +1,66 @@
+"""Small random models of every family, as folders."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tedlab.exchange import folder
+from tedlab.models import GPTSpec
+from tedlab.models.families import FAMILIES, configured
+
+_SIZES = {
+    **{"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2},
+    **{"head_dim": 8, "max_position_embeddings": 16, "tie_word_embeddings": False, "rope_theta": 5_000.0},
+}
+_EXPERTS = {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+# The fields of ``config.json``.
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {
+        **{**_SIZES, "num_key_value_heads": 6, "head_dim": 4, "intermediate_size": 20},
+        **{"attention_bias": True, "mlp_bias": True},
+    },
+    "qwen3": {**_SIZES, "intermediate_size": 28, "tie_word_embeddings": True},
+    "mixtral": {**_SIZES, **_EXPERTS, "intermediate_size": 28, "num_local_experts": 4},
+    "qwen3_moe": {
+        **{**_SIZES, **_EXPERTS, "num_experts": 5, "num_experts_per_tok": 3},
+        **{
+            "intermediate_size": 28,
+            "moe_intermediate_size": 20,
+            "norm_topk_prob": True,
+            "num_hidden_layers": 3,
+            "mlp_only_layers": [0],
+        },
+    },
+}
+
+
+def draw(path: Path, name: str, config: Mapping[str, Any] | None = None, **others: Any) -> Path:
+    """Writes a folder with a random model of a family, without transformers.
+
+    Args:
+        path: The folder, which must not exist.
+        name: The family.
+        config: Fields of its ``config.json``; None: those of ``CONFIGS``.
+        others: Further arguments of :func:`tedlab.exchange.folder.write`.
+    """
+    family = FAMILIES[name]
+    fields = {**(config or CONFIGS[name]), "model_type": name}
+    model, moe = configured(family.read(fields))
+    ours = {parameter.name: parameter.shape for parameter in GPTSpec(model, moe).parameters()}
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for rule in family.rules(model, moe):
+        whole = torch.empty(ours[rule.ours], device="meta")
+        for theirs, part in zip(rule.theirs, rule.transform.split(rule.part(whole)), strict=True):
+            shapes[theirs] = torch.float32, (whole.shape[0], *part.shape) if rule.sliced else tuple(part.shape)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        generator = torch.Generator().manual_seed(0)
+        for theirs, (_, shape) in shapes.items():
+            yield theirs, torch.randn(shape, generator=generator) * 0.3
+
+    path.mkdir()
+    folder.write(path, fields, shapes, tensors(), **others)
+    return path

@@ -1,0 +1,274 @@
+"""Folders become checkpoints of any layout, and folders again; what is no model is refused, and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+
+from tedlab import ParallelDegrees, Topology, checkpoint
+from tedlab.commands.checkpoint import main
+from tedlab.exchange.exports import export
+from tedlab.exchange.folder import Folder
+from tedlab.exchange.imports import import_folder
+from tedlab.generate import model_of
+from tedlab.models import GPT
+from tests.exchange.families import CONFIGS, draw
+from tests.pool import WorkerPool
+
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with a random model of each family."""
+    place = tmp_path_factory.mktemp("folders")
+    return {name: draw(place / name, name) for name in CONFIGS}
+
+
+@pytest.fixture(scope="module")
+def runs(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What is imported from each."""
+    place = tmp_path_factory.mktemp("runs")
+    for name, folder in folders.items():
+        import_folder(folder, place / name)
+    return {name: place / name for name in folders}
+
+
+def numbers(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_export_of_an_import_has_every_bit_and_every_field(
+    folders: dict[str, Path], runs: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    done = export(runs[name] / CHECKPOINT, tmp_path / "back", shard_bytes=10_000)
+    assert done.family == name
+    there, back = numbers(folders[name]), numbers(tmp_path / "back")
+    assert there.keys() == back.keys()
+    assert all(torch.equal(there[tensor], back[tensor]) for tensor in there)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
+    assert Folder(tmp_path / "back").tensors.keys() == there.keys()
+    given, written = (json.loads((place / "config.json").read_text()) for place in (folders[name], tmp_path / "back"))
+    assert {field: written[field] for field in given} == given
+
+
+def logits(path: Path, degrees: tuple[int, int, int]) -> Tensor:
+    """Of a checkpoint's model in this process's layout, the whole vocabulary."""
+    model, moe = model_of(path)
+    topology = Topology(ParallelDegrees(*degrees), "cpu")
+    network = GPT(model, moe, topology, seed=None)
+    checkpoint.load({"model": {f"network.{name}": tensor for name, tensor in network.state_dict().items()}}, path)
+    ids = torch.arange(2 * 12).view(2, 12) % 50
+    with torch.no_grad():
+        part = network(ids)[0]
+    if degrees[1] == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(degrees[1])]
+    torch.distributed.all_gather(parts, part.contiguous(), group=topology.dense.get_group("tensor"))
+    return torch.cat(parts, -1)
+
+
+def everywhere(paths: dict[str, Path], degrees: tuple[int, int, int]) -> dict[str, Tensor]:
+    return {name: logits(path, degrees) for name, path in paths.items()}
+
+
+def test_an_import_loads_in_every_layout(runs: dict[str, Path], pool: WorkerPool) -> None:
+    paths = {name: run / CHECKPOINT for name, run in runs.items() if CONFIGS[name].get("num_experts", 4) % 2 == 0}
+    whole = pool.run(1, everywhere, paths, (1, 1, 1))[0]
+    divided = pool.run(4, everywhere, paths, (4, 2, 2))[0]
+    for name in paths:
+        assert torch.allclose(whole[name], divided[name], atol=1e-5), name
+
+
+def saved(paths: dict[str, Path], out: Path) -> None:
+    """Loads models in a layout of four processes and saves them from there, divided."""
+    for name, path in paths.items():
+        model, moe = model_of(path)
+        network = GPT(model, moe, Topology(ParallelDegrees(4, 2, 2), "cpu"), seed=None)
+        state = {f"network.{key}": tensor for key, tensor in network.state_dict().items()}
+        checkpoint.load({"model": state}, path)
+        checkpoint.save({"model": state}, checkpoint.read_meta(path), out / name)
+
+
+def test_an_export_of_what_four_processes_saved_has_every_bit(
+    folders: dict[str, Path], runs: dict[str, Path], pool: WorkerPool, tmp_path: Path
+) -> None:
+    paths = {name: run / CHECKPOINT for name, run in runs.items() if CONFIGS[name].get("num_experts", 4) % 2 == 0}
+    pool.run(4, saved, paths, tmp_path / "saved")
+    for name in paths:
+        export(tmp_path / "saved" / name, tmp_path / name)
+        there, back = numbers(folders[name]), numbers(tmp_path / name)
+        assert there.keys() == back.keys()
+        assert all(torch.equal(there[tensor], back[tensor]) for tensor in there)
+
+
+def test_the_dtype_of_an_export_is_a_choice(runs: dict[str, Path], tmp_path: Path) -> None:
+    export(runs["llama"] / CHECKPOINT, tmp_path / "half", dtype="bfloat16")
+    assert {tensor.dtype for tensor in numbers(tmp_path / "half").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+LARGE = {  # 96 MiB in pieces of at most 3 MiB
+    **{"vocab_size": 256, "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8},
+    **{"max_position_embeddings": 16, "intermediate_size": 256, "num_local_experts": 32, "num_experts_per_tok": 2},
+}
+FILE_BYTES = 8 << 20
+
+
+def peaks(place: Path) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Bytes of a large model, of the largest piece, and by how much this process grew at most, of both directions."""
+    large = draw(place / "large", "mixtral", LARGE, shard_bytes=FILE_BYTES)
+    size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    import_folder(draw(place / "small", "mixtral"), place / "first")  # what is imported and allocated once
+    export(place / "first" / CHECKPOINT, place / "second")
+    largest, grown = {}, {}
+    for what, task in (
+        ("import", lambda: import_folder(large, place / "in")),
+        ("export", lambda: export(place / "in" / CHECKPOINT, place / "out", shard_bytes=FILE_BYTES)),
+    ):
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = _status("VmRSS")
+        largest[what] = task().largest_bytes  # type: ignore[attr-defined]
+        grown[what] = _status("VmHWM") - before
+    return size, largest, grown
+
+
+def _status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
+def test_neither_direction_holds_more_than_a_few_pieces(pool: WorkerPool, tmp_path: Path) -> None:
+    """One file of the folder is mapped while it is read, and counts: here 8 MiB."""
+    size, largest, grown = pool.run(1, peaks, tmp_path)[0]
+    assert size > 90 << 20
+    for what in ("import", "export"):
+        assert largest[what] == 3 << 20
+        assert grown[what] < FILE_BYTES + 4 * largest[what], (what, grown)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def changed_config(**fields: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+def changed_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def reindexed(file: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
+
+    return change
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def vocabulary(size: int) -> Callable[[Path], None]:
+    """Gives a folder a tokenizer of so many tokens."""
+
+    def change(folder: Path) -> None:
+        words = {"<eos>": 0} | {f"w{index}": index for index in range(1, size)}
+        Tokenizer(WordLevel(words, unk_token="<eos>")).save(str(folder / "tokenizer.json"))
+
+    return change
+
+
+W2 = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a folder without config": (lambda f: (f / "config.json").unlink(), r"no folder with a model: it has no config"),
+    "no folder": (shutil.rmtree, r"there is no such folder"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json is no JSON file"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights"),
+    "pickled weights": (pickled, r"can run code when they are read"),
+    "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), r"damaged, or is no safetensors"),
+    "an index that leads elsewhere": (reindexed("../../x"), r"does not say which file has which tensor"),
+    "an index of absent files": (reindexed("x.safetensors"), r"not complete: its index names x.safetensors"),
+    "an unknown family": (changed_config(model_type="bert"), r"'bert'; tedlab knows llama, mixtral, qwen3, qwen3_moe"),
+    "a field without a counterpart": (changed_config(attn_clip=3), r"no counterpart of attn_clip=3"),
+    "another activation": (changed_config(hidden_act="relu"), r"hidden_act='relu' \(it can be 'silu'\)"),
+    "a quantised model": (changed_config(quantization_config={"quant_method": "mxfp4"}), r"\(mxfp4\). Dequantise"),
+    "a number out of range": (changed_config(num_hidden_layers=0), r"describes a model that tedlab has not.*layers"),
+    "a word for a number": (changed_config(hidden_size="wide"), r"describes a model that tedlab has not"),
+    "a missing tensor": (changed_tensors(lambda t: t.pop(W2)), rf"lacks 1 tensors: {W2}"),
+    "an unexpected tensor": (changed_tensors(lambda t: t.update(x=torch.ones(2))), r"has, beside .* 1 tensors: x"),
+    "another shape": (
+        changed_tensors(lambda t: t.update({W2: t[W2].T.contiguous()})),
+        r"shape \(28, 24\); .*\(24, 28\)",
+    ),
+    "a tokenizer of another size": (vocabulary(51), r"has 51 tokens, and the model 50: it is of another model"),
+    "integers": (changed_tensors(lambda t: t.update({W2: t[W2].to(torch.int8)})), r"stored as I8.*dequantise"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_no_model_is_refused_and_nothing_is_written(
+    folders: dict[str, Path], case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil, message = BAD[case]
+    folder = shutil.copytree(folders["mixtral"], tmp_path / "folder")
+    spoil(folder)
+    with pytest.raises(SystemExit, match=f"(?s){message}"):
+        main(["import", f"hf={folder}", f"out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.tensor=3"], r"kv_heads \(2\) .*parallel.tensor \(3\).*can be 1, 2$"),
+        (["parallel.expert=3"], r"moe.num_experts \(4\)"),
+        (["model.norm=layer"], r"model.norm is rms in .*leave it out"),
+        (["model.hiden=3"], r"hiden"),
+        (["trainer.max_steps=3"], r"no override of an import"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(
+    folders: dict[str, Path], overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["import", f"hf={folders['mixtral']}", f"out={tmp_path / 'out'}", *overrides])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_is_taken_is_refused(folders: dict[str, Path], runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="exists; an import goes into a folder of its own"):
+        main(["import", f"hf={folders['llama']}", f"out={tmp_path}"])
+    with pytest.raises(SystemExit, match="exists; an export goes into a folder of its own"):
+        main(["export", f"run={runs['llama']}", f"out={tmp_path}"])
+
+
+def test_a_model_of_no_family_is_refused_with_what_is_different(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"no family of llama can express .*model.qk_norm=head \(there none\)"):
+        main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}", "family=llama"])
+    main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}"])
+    assert "as a qwen3" in capsys.readouterr().out
