@@ -325,8 +325,8 @@ class ShardingOptions(Frozen):
 class GroupConfig(Frozen):
     """How the parameters whose names match a pattern are trained, where that differs from ``optim``'s own values."""
 
-    # A glob over the names that `tedlab checkpoint inspect` shows, such as blocks.*.feed_forward.router.*; * also
-    # matches dots. A parameter belongs to the first group that matches it.
+    # A glob over the names of the network's parameters, such as blocks.*.feed_forward.router.*; * also matches dots. A
+    # parameter belongs to the first group that matches it.
     pattern: str
     lr: float | None = real(None, above=0)  # None: optim.lr
     lr_factor: float | None = real(None, above=0)  # factor on optim.lr, in place of lr

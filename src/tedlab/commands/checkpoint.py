@@ -4,6 +4,7 @@ tedlab checkpoint inspect DIR
 tedlab checkpoint consolidate DIR [FILE]
 tedlab checkpoint import hf=FOLDER out=DIR [model.sequence_length=… parallel.tensor=… …]
 tedlab checkpoint export run=DIR out=FOLDER [family=…] [dtype=…] [checkpoint=last.ckpt]
+tedlab checkpoint upcycle run=DIR out=DIR moe=PRESET [moe.ffn=… …] [scale=gates] [noise=…] [reinit=…] [router_std=…]
 """
 
 import argparse
@@ -29,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("import", "make a run directory of a folder with a model of transformers"),
         ("verify", "compare an import with transformers, number by number"),
         ("export", "make a folder that transformers loads of a run"),
+        ("upcycle", "make a run directory with experts of a dense run"),
     ):
         commands.add_parser(name, help=help_text).add_argument("values", nargs="+", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
@@ -45,7 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
             consolidate(options.directory, out)
             print(out)
         else:
-            {"import": _import, "verify": _verify, "export": _export}[options.command](options.values)
+            {"import": _import, "verify": _verify, "export": _export, "upcycle": _upcycle}[options.command](
+                options.values
+            )
     except (OSError, ValueError, SafetensorError) as error:
         sys.exit(f"{error}")
 
@@ -73,6 +77,14 @@ def _export(arguments: Sequence[str]) -> None:
         f"{done.folder}: {done.parameters:,} parameters as a {done.family}, read in pieces of at most "
         f"{done.largest_bytes / _MIB:,.1f} MiB"
     )
+
+
+def _upcycle(arguments: Sequence[str]) -> None:
+    from tedlab.commands import upcycle
+
+    given, overrides = _values("upcycle", arguments, ("run", "out"), (*upcycle.OPTIONS, "checkpoint"), others=True)
+    options = {name: value for name, value in given.items() if name in upcycle.OPTIONS}
+    print(upcycle.run(_checkpoint(given), Path(given["out"]), options, overrides))
 
 
 def _verify(arguments: Sequence[str]) -> None:

@@ -184,12 +184,13 @@ def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], ini
     for block in range(first // height, -(-last // height)):
         top = block * height
         # Drawing on the CPU gives the same numbers whatever the default device is.
-        generator = torch.Generator("cpu").manual_seed(_seed(f"{key}/{block}"))
+        generator = torch.Generator("cpu").manual_seed(seed_of(f"{key}/{block}"))
         values = torch.randn(min(height, rows - top), columns, generator=generator, dtype=torch.float32, device="cpu")
         kept = values[max(first - top, 0) : last - top, starts[1] : starts[1] + local.shape[1]]
         start = max(top - first, 0)
         local[start : start + kept.shape[0]] = kept * init.std + init.mean
 
 
-def _seed(key: str) -> int:
+def seed_of(key: str) -> int:
+    """Returns the seed of a generator that is used for one purpose alone."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
