@@ -140,11 +140,24 @@ def _activated(z: Tensor, model: ModelConfig) -> Tensor:
     if model.activation == "gelu":
         return 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
     gate, linear = z[..., 0::2], z[..., 1::2]
+    if model.activation == "clamped_swiglu":
+        largest = torch.tensor(model.swiglu_limit, dtype=z.dtype)
+        gate = torch.where(gate > largest, largest, gate)
+        linear = torch.where(linear > largest, largest, torch.where(linear < -largest, -largest, linear))
+        return gate / (1 + torch.exp(-1.702 * gate)) * (linear + 1)
     return gate / (1 + torch.exp(-gate)) * linear
 
 
-def _feed_forward(weights: Weights, x: Tensor, model: ModelConfig) -> Tensor:
-    return _linear(weights, "feed_forward.down", _activated(_linear(weights, "feed_forward.up", x), model))
+def _feed_forward(weights: Weights, x: Tensor, model: ModelConfig, name: str = "feed_forward") -> Tensor:
+    return _linear(weights, f"{name}.down", _activated(_linear(weights, f"{name}.up", x), model))
+
+
+def _shared(weights: Weights, x: Tensor, model: ModelConfig, moe: MoEConfig) -> Tensor:
+    """What every token gets beside the experts that it chooses."""
+    if not moe.shared.experts:
+        return torch.zeros_like(x)
+    y = _feed_forward(weights, x, model, "feed_forward.shared")
+    return y / (1 + torch.exp(-(x @ weights["feed_forward.shared.gate.weight"].T))) if moe.shared.gated else y
 
 
 def _mixture(
@@ -152,12 +165,14 @@ def _mixture(
 ) -> Tensor:
     tokens, number = len(x), moe.num_experts
     scores = x @ weights["feed_forward.router.weight"].T
+    if moe.router.bias:
+        scores = scores + weights["feed_forward.router.logit_bias"]
     affinities = _affinities(scores, moe)
     bias = weights.get("feed_forward.router.bias", torch.zeros(number))
     chosen = [_chosen(row, moe) for row in (affinities.detach() + bias).tolist()]
     kept = _kept(chosen, affinities.tolist(), length, moe)
     gates = torch.stack([_gates(scores[t], affinities[t], experts, moe) for t, experts in enumerate(chosen)])
-    y = torch.zeros_like(x)
+    y = _shared(weights, x, model, moe)
     for expert in range(number):
         z = x @ weights["feed_forward.experts.up"][expert]
         if model.bias:

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.comm.rows import Rows
-from tedlab.config import MoEConfig
-from tedlab.moe import MoELayer, MoESpec
+from tedlab.config import MoEConfig, SharedConfig
+from tedlab.moe import MoELayer, MoESpec, SharedExperts, SharedSpec
 from tedlab.nn import (
     ColumnParallelLinear,
     ColumnParallelSpec,
@@ -39,6 +39,7 @@ from tests.pool import WorkerPool
 BATCH, LENGTH, HIDDEN, FFN = 2, 16, 32, 48
 INIT = Init(std=0.1)
 EXPERTS = MoEConfig(num_experts=4, top_k=2)
+BESIDE = MoEConfig(num_experts=4, top_k=2, shared=SharedConfig(2, ffn=16))
 ATTENTION: dict[str, dict[str, Any]] = {
     "attention": {},
     "rotary_attention": {"rotary": True, "bias": False},
@@ -59,6 +60,11 @@ SPECS: dict[str, Spec] = {
     "layer_norm": NormSpec(HIDDEN),
     "rms_norm": NormSpec(HIDDEN, "rms"),
     "experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), EXPERTS),
+    "clamped": FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "clamped_swiglu", limit=0.1),
+    "shared": SharedSpec(HIDDEN, FFN, INIT, INIT, "swiglu", bias=False, tag="shared"),
+    "weighted_shared": SharedSpec(HIDDEN, FFN, INIT, INIT, tag="shared", weighted=True),
+    "beside_shared": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), BESIDE),
+    "clamped_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "clamped_swiglu"), EXPERTS),
     "swiglu_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "swiglu", bias=False), EXPERTS),
     **{name: SelfAttentionSpec(HIDDEN, 4, INIT, INIT, **options) for name, options in ATTENTION.items()},
 }
@@ -66,6 +72,7 @@ LAYERS: dict[type[Spec], Callable[[Any, Topology], nn.Module]] = {
     ColumnParallelSpec: ColumnParallelLinear,
     RowParallelSpec: RowParallelLinear,
     FeedForwardSpec: FeedForward,
+    SharedSpec: SharedExperts,
     NormSpec: lambda spec, topology: (RMSNorm if spec.kind == "rms" else LayerNorm)(spec, topology),
     MoESpec: MoELayer,
     SelfAttentionSpec: SelfAttention,
@@ -73,6 +80,7 @@ LAYERS: dict[type[Spec], Callable[[Any, Topology], nn.Module]] = {
 # What the specification leaves out: a number for each row of a norm, and of routers' small tensors all but a sum.
 ROUGHLY = {
     **{"rms_norm": 0.05, "layer_norm": 0.07, "experts": 0.06, "swiglu_experts": 0.06},
+    **{"clamped_experts": 0.06, "beside_shared": 0.06},
     **{name: 0.04 for name, options in ATTENTION.items() if "qk_norm" in options},
 }
 

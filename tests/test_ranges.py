@@ -113,9 +113,9 @@ def test_a_word_of_an_enumeration_is_accepted_and_equals_its_member(name: str, v
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("kind", "relu", "x.kind=relu is unknown; valid: gelu, swiglu"),
-        ("kind", None, "x.kind=None is unknown; valid: gelu, swiglu"),
-        ("other", "relu", "x.other=relu is unknown; valid: gelu, swiglu, or null"),
+        ("kind", "relu", "x.kind=relu is unknown; valid: gelu, swiglu, clamped_swiglu"),
+        ("kind", None, "x.kind=None is unknown; valid: gelu, swiglu, clamped_swiglu"),
+        ("other", "relu", "x.other=relu is unknown; valid: gelu, swiglu, clamped_swiglu, or null"),
     ],
 )
 def test_another_word_is_refused_with_those_that_would_do(name: str, value: Any, message: str) -> None:

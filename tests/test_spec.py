@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import ModelConfig, MoEConfig
+from tedlab.config import ModelConfig, MoEConfig, RouterConfig, SharedConfig
 from tedlab.models import GPT, GPTSpec
 from tedlab.nn import ShardedModule, decay_groups, partial_parameters
 from tedlab.optim import ShardedOptimizer
@@ -22,6 +22,9 @@ LAYOUTS = [(1, 1, False), (2, 1, False), (1, 4, False), (2, 2, False), (2, 2, Tr
 SIZES: dict[str, Any] = {"layers": 2, "hidden": 8, "heads": 4, "ffn": 16, "sequence_length": 4, "vocab_size": 32}
 GPT3 = ModelConfig(**SIZES)
 TODAY = ModelConfig(**SIZES, activation="swiglu", bias=False, norm="rms", positions="rotary", tie_embeddings=False)
+GPT_OSS = ModelConfig(**SIZES, activation="clamped_swiglu", norm="rms", positions="rotary")
+SHARED = MoEConfig(num_experts=4, every=1, first_dense=1, ffn=8, shared=SharedConfig(2, gated=True))
+BIASED = replace(SHARED, router=RouterConfig(bias=True))
 EXPERTS, DENSE = MoEConfig(num_experts=4), MoEConfig(num_experts=0)
 Fact = tuple[str, tuple[int, ...], int, str, int, bool, bool]
 
@@ -67,7 +70,7 @@ def reduced_together(topology: Topology, most: int) -> list[tuple[str, int, bool
 
 def facts(layouts: list[tuple[int, int, bool]]) -> list[tuple[list[list[Fact]], list[Any]]]:
     topologies = [Topology(ParallelDegrees(4, *layout)) for layout in layouts]
-    models = [(GPT3, EXPERTS), (TODAY, EXPERTS), (GPT3, DENSE)]
+    models = [(GPT3, EXPERTS), (TODAY, EXPERTS), (GPT3, DENSE), (TODAY, SHARED), (GPT_OSS, BIASED)]
     return [
         ([found(*model, topology) for model in models], [reduced_together(topology, most) for most in (200, 1 << 20)])
         for topology in topologies
@@ -82,11 +85,13 @@ def real(pool: WorkerPool) -> dict[tuple[int, int, bool], tuple[list[list[Fact]]
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_model_s_parameters_are_those_that_its_specification_states(real: Any, layout: tuple[int, int, bool]) -> None:
-    gpt3, today, dense = real[layout][0]
+    gpt3, today, dense, shared, gpt_oss = real[layout][0]
     degrees = ParallelDegrees(4, *layout)
     assert gpt3 == stated(GPT3, EXPERTS, degrees)
     assert today == stated(TODAY, EXPERTS, degrees)
     assert dense == stated(GPT3, DENSE, degrees)
+    assert shared == stated(TODAY, SHARED, degrees)
+    assert gpt_oss == stated(GPT_OSS, BIASED, degrees)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

@@ -325,6 +325,16 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel=tp4", "moe.ffn=66"],
         ["moe.ffn (66)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
     ),
+    "shared_experts_that_are_none": (["moe.shared.gated=true"], ["moe.shared.gated=True", "moe.shared.experts is 0"]),
+    "shared_experts_that_do_not_divide": (
+        ["parallel=tp4", "moe.shared.experts=3", "moe.shared.ffn=22"],
+        ["width of all shared experts (66)", "parallel.tensor (4)"],
+    ),
+    "a_limit_of_nothing": (["model.swiglu_limit=5"], ["model.swiglu_limit=5", "model.activation=clamped_swiglu"]),
+    "a_learned_bias_of_nothing": (
+        ["moe.gating=random", "moe.router.bias=true"],
+        ["moe.router.bias=True", "moe.gating=random", "default"],
+    ),
     # batches
     "batch_not_divisible": (
         ["parallel=dp4", "data.micro_batch_size=2", "data.batch_size=12"],

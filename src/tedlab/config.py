@@ -25,7 +25,7 @@ _YEAR_S = 365 * 24 * 3600
 
 
 # Words that are one of few. Members have the words' names in capitals.
-Activation = StrEnum("Activation", "GELU SWIGLU")
+Activation = StrEnum("Activation", "GELU SWIGLU CLAMPED_SWIGLU")
 Norm = StrEnum("Norm", "LAYER RMS")
 Positions = StrEnum("Positions", "LEARNED ROTARY")
 QKNorm = StrEnum("QKNorm", "NONE HEAD FULL")
@@ -130,7 +130,7 @@ class ModelConfig(Frozen):
     heads: int = whole(least=1, most=_WIDEST)
     ffn: int = whole(least=1, most=_WIDEST)  # width of dense feed-forward layers; and of experts without moe.ffn
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
-    activation: str = word(Activation.GELU)  # gelu | swiglu
+    activation: str = word(Activation.GELU)  # gelu | swiglu | clamped_swiglu (gpt-oss)
     bias: bool = True  # linear layers and experts have biases
     norm: str = word(Norm.LAYER)  # layer (LayerNorm) | rms (RMSNorm, which has no bias)
     positions: str = word(Positions.LEARNED)  # learned (a table) | rotary (queries and keys are rotated)
@@ -156,6 +156,8 @@ class ModelConfig(Frozen):
     norm_eps: float = real(1e-5, above=0)  # added to the variance, or to the mean square
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
+    # clamped_swiglu: gates are at most this, linear parts between plus and minus this.
+    swiglu_limit: float = real(7.0, above=0)
 
 
 @dataclass
@@ -183,6 +185,7 @@ class RouterConfig(Frozen):
     # bias_rate × (1 - load / mean load).
     bias_update: str = word(BiasUpdate.NONE)
     bias_rate: float = real(0.001, above=0)
+    bias: bool = False  # logits have a learned bias (gpt-oss), which counts in weights and losses, too
 
 
 @dataclass
@@ -194,6 +197,15 @@ class BalanceConfig(Frozen):
     scope: str = word(BalanceScope.MICRO_BATCH)
     choices: str = word(BalanceChoices.ALL)  # all of a token's choices | first alone (GShard, Switch)
     dropped: bool = True  # counts choices whose expert was full
+
+
+@dataclass
+class SharedConfig(Frozen):
+    """Experts that every token goes to, beside those that a router chooses (DeepSeek, Qwen2-MoE)."""
+
+    experts: int = whole(0, least=0, most=_WIDEST)  # computed as one that is as wide as all together
+    ffn: int | None = whole(None, least=1, most=_WIDEST)  # width of each; null: that of a routed expert
+    gated: bool = False  # their result is weighted by the sigmoid of a product of the token (Qwen2-MoE)
 
 
 @dataclass
@@ -230,6 +242,7 @@ class MoEConfig(Frozen):
     # The blocks that have experts, counted from 0, in place of every and first_dense; null: as these say.
     blocks: list[int] | None = None
     ffn: int | None = whole(None, least=1, most=_WIDEST)  # width of an expert; null: model.ffn
+    shared: SharedConfig = field(default_factory=SharedConfig)
 
     def routed(self, layers: int) -> tuple[int, ...]:
         """Returns the indices of the blocks that have experts, in a model of so many."""

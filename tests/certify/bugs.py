@@ -26,7 +26,7 @@ from tedlab.models import gpt
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, ragged, router
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
-from tedlab.nn import Embedding, VocabParallelEmbedding, attention, sharded
+from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, attention, sharded
 from tedlab.nn import loss as losses
 from tedlab.nn.region import SequenceRegion
 from tedlab.optim import LossScaler, ShardedOptimizer, fused
@@ -480,8 +480,8 @@ def attention_scaled_by_the_number_of_heads(patch: Patch) -> None:
     patch.setattr(F, "scaled_dot_product_attention", wrong)
 
 
-def _halves(z: Tensor, gated: bool) -> Tensor:
-    if not gated:
+def _halves(z: Tensor, how: Nonlinearity) -> Tensor:
+    if not how.gated:
         return F.gelu(z)
     gate, linear = z.chunk(2, -1)
     return F.silu(gate) * linear

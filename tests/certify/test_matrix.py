@@ -170,6 +170,25 @@ ROUTERS: dict[str, dict[str, object]] = {
         **{"parallel.sequence": True, "moe.capacity_multiple": 1, "moe.router.noise": "normal"},
     },
 }
+DEEPSEEK: dict[str, object] = {  # a dense block, then experts of another width beside shared ones
+    **{"moe.every": 1, "moe.first_dense": 1, "moe.ffn": 64, "moe.shared.experts": 2, "moe.top_k": 2, **TODAY}
+}
+BLOCKS: dict[str, dict[str, object]] = {
+    "shared_dropless": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "moe.dispatch": "dropless"},
+    "shared_weighted_ted": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "moe.shared.gated": True},
+        **{"model.bias": True, "moe.capacity_factor": 0.8, "moe.blocks": "[0,1]"},
+    },
+    "shared_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **DEEPSEEK, **RECOMPUTED, "parallel.sequence": True, "comm.cac": True},
+        **{"moe.shared.gated": True, "moe.shared.ffn": 32, "moe.dispatch": "dropless", "moe.router.bias": True},
+    },
+    "clamped_in_slices": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "model.activation": "clamped_swiglu", "model.swiglu_limit": 0.3},
+        **{"moe.router.bias": True, "moe.router.gates": "softmax", "moe.every": 1, "moe.top_k": 2},
+        **{"parallel.sequence": True, "moe.shared.experts": 1, "moe.capacity_factor": 0.8, "optim.overlap": True},
+    },
+}
 SAMPLED = ("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted")
 TRAINED: dict[str, dict[str, object]] = {
     "frozen_router_experts_faster": {
@@ -181,11 +200,12 @@ TRAINED: dict[str, dict[str, object]] = {
         "optim.groups": "[{pattern: '*.experts.*', weight_decay: 0.3}, {pattern: '*', frozen: true}]",
     },
 }
-JOBS |= ROUTERS | TRAINED
+JOBS |= ROUTERS | BLOCKS | TRAINED
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
     *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
+    *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices"),
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     "experts_alone_ted",
 )
@@ -201,14 +221,14 @@ CELLS = [
 
 SAMPLE = [
     (layout, job)
-    for number, (layout, job) in enumerate(cell for cell in CELLS if cell[1] not in TRAINED)
-    if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED}) or (job not in ROUTERS and number % 6 == 1)
+    for number, (layout, job) in enumerate(sorted(CELLS, key=lambda cell: cell[1] in BLOCKS | TRAINED))
+    if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED})
+    or (job not in ROUTERS | BLOCKS | TRAINED and number % 6 == 1)
 ]
-SAMPLE += [((4, 2, 2), job) for job in TRAINED]
 
 
 def marked(layout: Layout, job: str) -> object:
-    """CI runs one layout's cells and a sixth of the others; of those of routers a few."""
+    """CI runs one layout's cells and a sixth of the others; of those of routers and blocks a few."""
     marks = [pytest.mark.slow if (layout, job) in SAMPLE else pytest.mark.exhaustive]
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 

@@ -75,6 +75,17 @@ ROUTERS: dict[str, dict[str, object]] = {
         **{"moe.balance.dropped": False, "model.recompute.granularity": "block", "optim.overlap": True},
     },
 }
+PARTS: dict[str, dict[str, object]] = {
+    "shared_experts_after_a_dense_block": {
+        **{**TODAY, "model.heads": 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.ffn": 10},
+        **{"moe.every": 1, "moe.first_dense": 1, "moe.shared.experts": 2, "moe.shared.gated": True},
+        **{"model.recompute.granularity": "block"},
+    },
+    "clamped_with_biases": {
+        **{"model.activation": "clamped_swiglu", "model.swiglu_limit": 0.5, "moe.router.bias": True, "moe.every": 1},
+        **{"moe.top_k": 2, "moe.router.gates": "softmax", "moe.shared.experts": 1, "moe.capacity_factor": 0.8},
+    },
+}
 MORE_ROUTERS: dict[str, dict[str, object]] = {
     "deepseek_v2_by_score": {
         **{"moe.top_k": 2, "moe.router.gates": "raw", "moe.router.gate_scale": 4, "moe.drop_policy": "probs"},

@@ -39,6 +39,14 @@ MODES: dict[str, Overrides] = {
 ALL = list(MODES)
 MODES |= {f"dropless_{name}": {**mode, "moe.dispatch": "dropless"} for name, mode in MODES.items()}
 DROPLESS = list(MODES)[len(ALL) :]
+DEEPSEEK = {"moe.every": 1, "moe.first_dense": 1, "moe.ffn": 8, "moe.shared.experts": 2}
+MODES |= {
+    "shared": {**DEEPSEEK, "comm.dtd": True},
+    "shared_weighted": {**DEEPSEEK, "moe.shared.gated": True, "moe.dispatch": "dropless"},
+    "shared_sequence": {**DEEPSEEK, "parallel.sequence": True, "moe.router.bias": True},
+    "shared_weighted_sequence": {**DEEPSEEK, "moe.shared.gated": True, "parallel.sequence": True},
+}
+SHARED = list(MODES)[-4:]
 RECOMPUTED: dict[str, Overrides] = {
     "stored": {"model.recompute.granularity": "none"},
     "recomputed": {},
@@ -222,6 +230,7 @@ CELLS: list[Cell] = [
     *(((4, 2, 2), DROPLESS[1::2], "32-true"), ((4, 1, 4), DROPLESS[:1], "32-true")),
     *(((4, 4, 1), DROPLESS[::2], "32-true"), ((2, 2, 1), DROPLESS, "bf16-true")),
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
+    *(((4, 2, 2), SHARED[1:3], "32-true"), ((4, 2, 2), SHARED[::3], "bf16-mixed")),
 ]
 
 

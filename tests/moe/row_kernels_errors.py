@@ -11,13 +11,16 @@ import torch
 from torch import Tensor
 
 from tedlab.moe import row_kernels, row_ops
+from tedlab.nn import Nonlinearity
 
 TOKENS, CHOICES, EXPERTS, HIDDEN, INNER = 5, 3, 4, 20, 1100  # neither a power of two; more columns than one block has
+
+ACTIVATIONS = (Nonlinearity(), Nonlinearity("swiglu"), Nonlinearity("clamped_swiglu", 0.7))
 
 
 def main(device: str) -> None:
     errors = {}
-    for dtype, gated, biased in itertools.product((torch.float32, torch.bfloat16), (False, True), (False, True)):
+    for dtype, how, biased in itertools.product((torch.float32, torch.bfloat16), ACTIVATIONS, (False, True)):
         draw = torch.Generator().manual_seed(1)
 
         def numbers(*shape: int, draw: torch.Generator = draw, dtype: torch.dtype = dtype) -> Tensor:
@@ -27,13 +30,13 @@ def main(device: str) -> None:
         place = torch.randperm(count, generator=draw).view(TOKENS, CHOICES)
         expert = torch.randint(EXPERTS, (count,), generator=draw)
         gate = torch.rand(TOKENS, CHOICES, generator=draw)
-        width = 2 * INNER if gated else INNER
+        width = 2 * INNER if how.gated else INNER
         bias, last = (numbers(EXPERTS, width), numbers(EXPERTS, HIDDEN)) if biased else (None, None)
         calls = {
             "take": (numbers(TOKENS, HIDDEN), place.flatten() // CHOICES),
-            "hidden": (numbers(count, width), bias, expert, gated),
+            "hidden": (numbers(count, width), bias, expert, how),
             "hidden_backward": (
-                numbers(count, INNER), numbers(count, width), bias, expert, gate.flatten(), gated,
+                numbers(count, INNER), numbers(count, width), bias, expert, gate.flatten(), how,
             ),
             "combine": (numbers(count, HIDDEN), place, gate, last, expert.view(TOKENS, CHOICES)),
             "combine, unweighted": (numbers(count, HIDDEN), place, None, None, expert.view(TOKENS, CHOICES)),
@@ -44,7 +47,7 @@ def main(device: str) -> None:
             theirs = getattr(row_ops, function)(*(_moved(a, "cpu", precise=True) for a in arguments))
             pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
             worst = max(((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-            errors[f"{name} {dtype} gated={gated} biased={biased}"] = worst
+            errors[f"{name} {dtype} {how.name} biased={biased}"] = worst
     print(json.dumps(errors))
 
 

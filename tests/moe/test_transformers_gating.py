@@ -3,7 +3,7 @@
 Each family gets 1,024 random tokens for each of several numbers of experts, choices and groups, in float64. The
 experts of a token are compared as a set, since transformers does not sort all of them, and weights by expert.
 DeepSeek-V2's router gives 0 to experts outside of the chosen groups, which is as good as leaving them out: all scores
-are positive. gpt-oss adds a bias to its logits, which is zero here: tedlab's router has none.
+are positive. gpt-oss adds a learned bias to its logits.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ FAMILIES: dict[str, list[Case]] = {
             for n in V3_SIZES
         ),
     ],
-    "gpt_oss": [Case("GptOssTopKRouter", RouterConfig(gates="softmax"), n, {}) for n in PLAIN],
+    "gpt_oss": [Case("GptOssTopKRouter", RouterConfig(gates="softmax", bias=True), n, {}) for n in PLAIN],
 }
 
 
@@ -94,7 +94,7 @@ def theirs(family: str, case: Case, x_TH: Tensor, weight_EH: Tensor, bias_E: Ten
         if hasattr(router, "e_score_correction_bias"):
             router.e_score_correction_bias.copy_(bias_E)
         elif hasattr(router, "bias"):
-            router.bias.zero_()
+            router.bias.copy_(bias_E)
         return tuple(router(x_TH))
 
 
@@ -108,6 +108,8 @@ def ours(topology: Topology, case: Case, x_TH: Tensor, weight_EH: Tensor, bias_E
         router.get_parameter("weight").to_local().copy_(weight_EH)  # type: ignore[operator]
         if router.biased:
             router.bias.to_local().copy_(bias_E)
+        if case.ours.bias:
+            router.get_parameter("logit_bias").to_local().copy_(bias_E)  # type: ignore[operator]
         routing = router(x_TH)
     assert (routing.slot_TK >= 0).all()
     return routing.gate_TK, routing.slot_TK.div(router.capacity(len(x_TH)), rounding_mode="floor")

@@ -59,14 +59,16 @@ class _Widths:
 
     head: int
     ffn: int  # on each tensor rank
-    expert: int  # on each tensor rank, where experts have a width of their own
+    # On each tensor rank, where routed or shared experts have a width of their own:
+    expert: int
+    shared: int
 
     @staticmethod
     def of(config: TrainConfig) -> "_Widths":
         if config.certificate_precision == CertificatePrecision.BF16:
-            return _Widths(8, 16, 8)
+            return _Widths(8, 16, 8, 24)
         rotary = config.model.positions == Positions.ROTARY  # which turns pairs of features
-        return _Widths(4 if rotary else 3, 11, 7)
+        return _Widths(4 if rotary else 3, 11, 7, 5)
 
 
 def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROCESSES) -> TrainConfig:
@@ -100,6 +102,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     if config.model.loss_chunk is not None:
         model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
     # The second block has experts; so has the first, if the model has no dense block.
+    shared = config.moe.shared
     listed = config.moe.first_dense > 0 or config.moe.blocks is not None
     dense_first = listed and len(config.moe.routed(config.model.layers)) < config.model.layers
     per_rank = config.moe.num_experts // given.expert
@@ -114,6 +117,11 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         first_dense=int(dense_first),
         blocks=None,
         ffn=None if config.moe.ffn is None else degrees.tensor * widths.expert,
+        shared=replace(
+            shared,
+            experts=min(2, shared.experts),
+            ffn=None if shared.ffn is None else degrees.tensor * widths.shared,
+        ),
         capacity_groups=groups,
         router=router,
     )

@@ -38,6 +38,7 @@ MUST_AGREE = (
     "moe.first_dense",
     "moe.blocks",
     "moe.ffn",
+    "moe.shared",
     "data.path",
     "data.field",
     "data.tokenizer",

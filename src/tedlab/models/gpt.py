@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tedlab.comm.keep import kept_tags, recompute_plan
 from tedlab.comm.rows import Rows
-from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions, QKNorm
+from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions, QKNorm, SharedConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, MoESpec, Router, RouterReport, mixtures
@@ -68,7 +68,7 @@ class BlockSpec(Spec):
     @property
     def feed_forward(self) -> FeedForwardSpec | MoESpec:
         model = self.model
-        layer = FeedForwardSpec(model.hidden, model.ffn, *self.inits, model.activation, model.bias)
+        layer = FeedForwardSpec(model.hidden, model.ffn, *self.inits, model.activation, model.bias, model.swiglu_limit)
         return layer if self.moe is None else MoESpec(replace(layer, ffn=self.moe.ffn or model.ffn), self.moe)
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
@@ -202,7 +202,7 @@ class GPTSpec(Spec):
     def tags(self) -> tuple[str, ...]:
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm)
-        blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch)).blocks
+        blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared)).blocks
         layouts = (Layout(ParallelDegrees(2, 2, sequence=on), CommOptions(dtd=not on)) for on in (True, False))
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
         return tuple(dict.fromkeys(site.tag for site in sites))
@@ -238,7 +238,7 @@ models: "Registry[type[GPT]]" = Registry("model.architecture")
 def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
     shapes = [ModelConfig(1, 1, 1, 1, 1, qk_norm=norm) for norm in QKNorm]
-    kinds = [MoEConfig(1, dispatch=dispatch) for dispatch in mixtures.names]
+    kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1)) for dispatch in mixtures.names]
     specs = (models[m].spec(shape, moe) for m in models.names for shape in shapes for moe in kinds)
     return tuple(dict.fromkeys(tag for spec in specs for tag in spec.tags))
 

@@ -19,6 +19,7 @@ from tedlab.moe.router import (
     routers,
     stacked,
 )
+from tedlab.moe.shared import SharedExperts, SharedSpec
 from tedlab.moe.slots import assign_slots
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "RowExperts",
     "RowPath",
     "RowRegion",
+    "SharedExperts",
+    "SharedSpec",
     "SlotExperts",
     "SlotRegion",
     "Sums",

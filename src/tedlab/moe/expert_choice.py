@@ -25,7 +25,7 @@ class ExpertChoiceRouter(Router):
     """
 
     options = ()
-    router_options = ("scoring", "gate_scale", "noise", "noise_std", "jitter")
+    router_options = ("scoring", "gate_scale", "noise", "noise_std", "jitter", "bias")
     supports = ("groups",)
 
     @classmethod

@@ -97,9 +97,9 @@ class Experts(ShardedModule):
     between tokens and experts derives from :class:`SlotExperts` or :class:`RowExperts` and sets ``path`` and ``region``
     (their protocols are in ``dispatch.py`` and ``ragged.py``); any other writes :meth:`forward`.
 
-    This class holds the parameters of feed-forward experts: linear, GELU or SwiGLU, linear. They are divided by expert
-    over the expert group and, inside an expert, by width. SwiGLU's first projection alternates gate and linear part, so
-    even parts contain both.
+    This class holds the parameters of feed-forward experts: linear, GELU or a SwiGLU, linear. They are divided by
+    expert over the expert group and, inside an expert, by width. A SwiGLU's first projection alternates gate and linear
+    part, so even parts contain both.
 
     Args:
         spec: Experts E, a multiple of the expert degree, whose inner width is a multiple of the tensor degree.
@@ -126,7 +126,7 @@ class Experts(ShardedModule):
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__()
         self.num_experts, self.comm = spec.num_experts, topology.comm
-        self.gated, self.bias = spec.expert.gated, spec.expert.bias
+        self.nonlinearity, self.bias = spec.expert.nonlinearity, spec.expert.bias
         self.widths = spec.hidden, spec.expert.ffn // topology.degrees.tensor
         self.build(spec, topology)
 
@@ -170,7 +170,7 @@ class SlotExperts(Experts):
         up, up_bias, down, down_bias = self.weights()
         x_eNH = self.region.enter(x_eNH)
         z_eNZ = torch.bmm(x_eNH, up) if up_bias is None else torch.baddbmm(up_bias, x_eNH, up)
-        return self.region.leave(matmul_into(activate(z_eNZ, self.gated), down, "experts.reduce"), down_bias)
+        return self.region.leave(matmul_into(activate(z_eNZ, self.nonlinearity), down, "experts.reduce"), down_bias)
 
 
 class RowExperts(Experts):
@@ -200,6 +200,6 @@ class RowExperts(Experts):
         z_NZ = grouped_matmul(x_NH, up, groups)
         if up_bias is not None:
             z_NZ = z_NZ + bias_rows(up_bias.squeeze(1), groups, z_NZ.dtype)
-        partial_NH = grouped_matmul(activate(z_NZ, self.gated), down, groups, "experts.reduce")
+        partial_NH = grouped_matmul(activate(z_NZ, self.nonlinearity), down, groups, "experts.reduce")
         bias_NH = None if down_bias is None else bias_rows(down_bias.squeeze(1), groups, partial_NH.dtype)
         return RaggedRows(self.region.leave(partial_NH, bias_NH, x.exchange, arrangement), x.exchange)

@@ -1,8 +1,8 @@
-"""The MoE layer: a router, and the mixture of the experts that it chooses."""
+"""The MoE layer: a router, the mixture of the experts that it chooses, and the experts that all tokens share."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from tedlab.config import MoEConfig
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.router import RouterReport, RouterSpec, routers
+from tedlab.moe.shared import SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
 from tedlab.spec import MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
@@ -25,7 +26,7 @@ class MoESpec(Spec):
         config: Experts, gating, choices, and capacity if any.
     """
 
-    parts = ("router", "dispatch", "experts")
+    parts = ("router", "dispatch", "experts", "shared")
     expert: FeedForwardSpec
     config: MoEConfig
 
@@ -45,9 +46,20 @@ class MoESpec(Spec):
     def experts(self) -> ExpertsSpec:
         return ExpertsSpec(self.expert, self.config)
 
+    @property
+    def shared(self) -> SharedSpec | None:
+        """The experts that every token goes to, if there are any."""
+        shared = self.config.shared
+        if not shared.experts:
+            return None
+        layer = {field.name: getattr(self.expert, field.name) for field in fields(self.expert)}
+        width = shared.experts * (shared.ffn or self.expert.ffn)
+        return SharedSpec(**{**layer, "ffn": width, "tag": "shared"}, weighted=shared.gated)
+
     def flops(self, length: int) -> Counter[str]:
         """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
-        return self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
+        routed = self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
+        return routed if self.shared is None else routed + self.shared.flops(length)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         chosen = b.outside * self.dispatch.choices
@@ -57,12 +69,19 @@ class MoESpec(Spec):
         yield from self.dispatch.there(b)
         yield from self.experts.forward(b, dead)
         yield from self.dispatch.back(b, bias=self.expert.bias)
-        if not stop:
+        if self.shared is not None or not stop:
             yield b.moved(2 * chosen * self.hidden)  # gate
             yield b.moved((chosen + b.outside) * self.hidden)
+        if self.shared is not None:
+            yield from self.shared.forward(b, dead, stop)
+            if not stop:
+                yield b.moved(3 * b.outside * self.hidden)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         chosen = b.outside * self.dispatch.choices
+        if self.shared is not None:
+            yield from self.shared.backward(b)
+            yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the gradients of tokens
         for passes in (3, 2, 1):  # of the gate and through it
             yield b.moved(passes * chosen * self.hidden)
         yield from self.dispatch.there(b)
@@ -73,8 +92,10 @@ class MoESpec(Spec):
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
     def saved(self, b: MicroBatch) -> int:
-        """Adds the results that gates weight."""
-        return super().saved(b) + self._weighted(b)
+        """Adds the results that gates weight; shared experts and the router keep the same tokens, if these can be."""
+        twice = self.shared is not None and not b.mixed and not b.layout.sequence
+        same = b.tokens * self.hidden * b.compute.itemsize if twice else 0
+        return super().saved(b) + self._weighted(b) - same
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         here, _, inner, width = self.experts.here(b)
@@ -82,7 +103,16 @@ class MoESpec(Spec):
         # The results that gates weighted are freed, and the gradient of tokens is still only the block result's.
         matrix = here * self.hidden * width * b.parameter.itemsize
         held = slots * (self.hidden + inner) - stream
-        yield WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
+        experts = WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
+        if self.shared is not None:  # their backward pass is the first
+            yield from self.shared.working_sets(b, recomputed)
+            gradient = b.outside * self.hidden * b.parameter.itemsize
+            experts = experts._replace(
+                done=self.shared.gradients(b),
+                freed=experts.freed + self.shared.saved(b),
+                temporaries=experts.temporaries + gradient,
+            )
+        yield experts
         if self.dispatch.choices > self.config.top_k:  # more room than results: gradients of both factors of each
             yield WorkingSet("gates", temporaries=2 * self._weighted(b))
         if recomputed and self.config.unlimited:
@@ -95,12 +125,13 @@ class MoESpec(Spec):
 
 
 class MoELayer(nn.Module):
-    """A router and experts in place of a feed-forward layer (paper §2)."""
+    """A router and experts in place of a feed-forward layer (paper §2), and experts that all tokens share, if any."""
 
     def __init__(self, spec: MoESpec, topology: Topology) -> None:
         super().__init__()
         self.router = routers[spec.config.gating](spec.router, topology)
         self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, topology)
+        self.shared = None if spec.shared is None else SharedExperts(spec.shared, topology)
 
     def expect(self, x: Tensor) -> None:
         """Checks before a forward pass that the layer's collectives will fit those of other processes.
@@ -119,7 +150,8 @@ class MoELayer(nn.Module):
         Args:
             x: Activations.
             padding_mask: (B, S) bool, True for padding (as torch's ``key_padding_mask``): it takes no slot, counts in
-                no loss or statistic, and has the result 0. None: there is no padding.
+                no loss or statistic, and gets nothing from experts but from shared ones, which take it like any dense
+                layer. None: there is no padding.
 
         Raises:
             ValueError: If the mask has another shape or dtype, or if the gating is DeepSpeed's, which knows no padding.
@@ -136,4 +168,5 @@ class MoELayer(nn.Module):
             self.expect(x)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        return self.experts(x_TH, routing).view_as(x), routing.report
+        y = self.experts(x_TH, routing).view_as(x)
+        return y if self.shared is None else y + self.shared(x), routing.report

@@ -36,7 +36,7 @@ class LocalExperts(Experts):
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         x = to_compute_dtype(x_TH)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        computing = products(self.kernel, self.gated, x)
+        computing = products(self.kernel, self.nonlinearity, x)
         rows = routing.slot_TK.numel()
         if torch.is_grad_enabled():
             self.moved += Rows(rows, rows, rows, rows)

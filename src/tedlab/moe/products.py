@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tedlab.moe import row_ops
 from tedlab.moe.grouped import Groups, times, transposed_times
+from tedlab.nn import Nonlinearity
 
 
 class Order(NamedTuple):
@@ -39,11 +40,11 @@ class Products:
 
     Args:
         rows: Module of the row operations: ``row_ops`` or ``row_kernels``.
-        gated: Whether experts use SwiGLU; otherwise they use GELU.
+        how: The experts' activation.
     """
 
-    def __init__(self, rows: ModuleType, gated: bool) -> None:
-        self.rows, self.gated = rows, gated
+    def __init__(self, rows: ModuleType, how: Nonlinearity) -> None:
+        self.rows, self.how = rows, how
 
     def forward(
         self, x_TH: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, order: Order
@@ -58,7 +59,7 @@ class Products:
             order: Order of the rows.
         """
         z_NZ = times(self.rows.take(x_TH, order.token_N), up, order.groups)
-        h_NF = self.rows.hidden(z_NZ, up_bias, order.groups.expert_N, self.gated)
+        h_NF = self.rows.hidden(z_NZ, up_bias, order.groups.expert_N, self.how)
         return z_NZ, times(h_NF, down, order.groups)
 
     def backward(
@@ -89,7 +90,7 @@ class Products:
         groups = order.groups
         grad_NH = self.rows.take(grad_TH, order.token_N)
         grad_z, weighted, grad_gate = self.rows.hidden_backward(
-            times(grad_NH, down.mT, groups), z_NZ, up_bias, groups.expert_N, gate_N, self.gated
+            times(grad_NH, down.mT, groups), z_NZ, up_bias, groups.expert_N, gate_N, self.how
         )
         grad_down = transposed_times(weighted, grad_NH, groups)
         del grad_NH, weighted
@@ -97,27 +98,27 @@ class Products:
         return times(grad_z, up.mT, groups), grad_z, grad_gate, grad_up, grad_down
 
 
-def products(kernel: str, gated: bool, x: Tensor) -> Products:
+def products(kernel: str, how: Nonlinearity, x: Tensor) -> Products:
     """Chooses the row operations that ``kernel`` names, or with ``auto`` the fastest that accept these rows.
 
     Args:
         kernel: ``auto``, ``torch`` or ``triton``.
-        gated: See :class:`Products`.
+        how: See :class:`Products`.
         x: A tensor with the dtype and device of the tokens.
 
     Warns:
         UserWarning: Once, if ``kernel`` is ``triton``, which does not accept the rows; the message says why.
     """
     if kernel == "torch":
-        return Products(row_ops, gated)
+        return Products(row_ops, how)
     reason = unfit(x.dtype, x.device)
     if reason is None:
         from tedlab.moe import row_kernels
 
-        return Products(row_kernels, gated)
+        return Products(row_kernels, how)
     if kernel == "triton":
         _warn_once(f"moe.kernel=triton is not used here: {reason}")
-    return Products(row_ops, gated)
+    return Products(row_ops, how)
 
 
 def unfit(dtype: torch.dtype, device: torch.device) -> str | None:

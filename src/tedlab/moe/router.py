@@ -129,7 +129,10 @@ class RouterSpec(Spec):
     init: Init
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.config.num_experts, self.hidden), self.init, own_tokens=True)
+        experts = self.config.num_experts
+        yield ParameterSpec("weight", (experts, self.hidden), self.init, own_tokens=True)
+        if self.config.router.bias:
+            yield ParameterSpec("logit_bias", (experts,), own_tokens=True, decayed=False)
 
     def sites(self, layout: Layout) -> Sites:
         if not layout.sequence:
@@ -283,7 +286,8 @@ class Router(PreciseBuffers, ShardedModule):
         if spread and self.training:
             factor_TH = 1 + spread * (2 * self.uniform(x_TH, sequence, x_TH.shape[1], _JITTER_STREAM) - 1)
             x_TH = x_TH * factor_TH.to(x_TH.dtype)
-        return PreciseLinear.apply(x_TH, self.local("weight"))
+        logits_TE = PreciseLinear.apply(x_TH, self.local("weight"))
+        return logits_TE + self.local("logit_bias").to(logits_TE.dtype) if self.config.router.bias else logits_TE
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Returns a positive score of each expert for each token (T, E)."""

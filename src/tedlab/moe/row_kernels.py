@@ -8,6 +8,8 @@ import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
+from tedlab.nn import Nonlinearity
+
 _COLUMNS = 1024  # elements of a row at a time
 
 
@@ -21,18 +23,19 @@ def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
     return out
 
 
-def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
+def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
     """See :func:`tedlab.moe.row_ops.hidden`."""
-    rows, inner = len(z_NZ), z_NZ.shape[1] // (2 if gated else 1)
+    rows, inner = len(z_NZ), z_NZ.shape[1] // (2 if how.gated else 1)
     out = z_NZ.new_empty(rows, inner)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(inner))
-        _hidden[(rows, triton.cdiv(inner, block))](z_NZ, bias_eZ, expert_N, out, inner, GATED=gated, BLOCK=block)
+        grid = (rows, triton.cdiv(inner, block))
+        _hidden[grid](z_NZ, bias_eZ, expert_N, out, inner, GATED=how.gated, LIMIT=_limit(how), BLOCK=block)
     return out
 
 
 def hidden_backward(
-    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, how: Nonlinearity
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`tedlab.moe.row_ops.hidden_backward`."""
     rows, inner = grad_NF.shape
@@ -40,8 +43,9 @@ def hidden_backward(
     grad_weight = torch.empty_like(weight_N)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(inner))
+        kind = {"GATED": how.gated, "LIMIT": _limit(how)}
         _hidden_backward[(rows,)](
-            grad_NF, z_NZ, bias_eZ, expert_N, weight_N, grad_z, weighted, grad_weight, inner, GATED=gated, BLOCK=block
+            grad_NF, z_NZ, bias_eZ, expert_N, weight_N, grad_z, weighted, grad_weight, inner, **kind, BLOCK=block
         )
     return grad_z, weighted, grad_weight
 
@@ -58,6 +62,11 @@ def combine(
         grid = (tokens, triton.cdiv(width, block))
         _combine[grid](y_NH, place_TK.contiguous(), gates, bias_eH, expert_TK, out, width, CHOICES=choices, BLOCK=block)
     return out
+
+
+def _limit(how: Nonlinearity) -> float:
+    """Returns the bound of the clamped SwiGLU; 0 for another activation."""
+    return how.limit if how.clamped else 0.0
 
 
 @triton.jit
@@ -81,7 +90,9 @@ def _gelu_and_slope(z):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _hidden(z, bias, expert, out, inner, GATED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _hidden(  # type: ignore[no-untyped-def]
+    z, bias, expert, out, inner, GATED: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     at = start + tl.arange(0, BLOCK)
@@ -91,7 +102,12 @@ def _hidden(z, bias, expert, out, inner, GATED: tl.constexpr, BLOCK: tl.constexp
         if bias is not None:
             value += tl.load(bias + tl.load(expert + row) * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
         gate, linear = tl.split(tl.reshape(value, (BLOCK, 2)))
-        result = gate * tl.sigmoid(gate) * linear
+        if LIMIT > 0:
+            gate = tl.minimum(gate, LIMIT)
+            linear = tl.minimum(tl.maximum(linear, -LIMIT), LIMIT) + 1.0
+            result = gate * tl.sigmoid(1.702 * gate) * linear
+        else:
+            result = gate * tl.sigmoid(gate) * linear
     else:
         value = tl.load(z + row * inner + at, at < inner, 0.0).to(tl.float32)
         if bias is not None:
@@ -102,7 +118,18 @@ def _hidden(z, bias, expert, out, inner, GATED: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _hidden_backward(  # type: ignore[no-untyped-def]
-    grad, z, bias, expert, weight, grad_z, weighted, grad_weight, inner, GATED: tl.constexpr, BLOCK: tl.constexpr
+    grad,
+    z,
+    bias,
+    expert,
+    weight,
+    grad_z,
+    weighted,
+    grad_weight,
+    inner,
+    GATED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     w = tl.load(weight + row).to(tl.float32)
@@ -118,11 +145,21 @@ def _hidden_backward(  # type: ignore[no-untyped-def]
             if bias is not None:
                 value += tl.load(bias + owner * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
             gate, linear = tl.split(tl.reshape(value, (BLOCK, 2)))
-            sigmoid = tl.sigmoid(gate)
-            silu = gate * sigmoid
-            h = silu * linear
-            slope = linear * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-            both = tl.reshape(tl.join(w * d * slope, w * d * silu), (2 * BLOCK,))
+            if LIMIT > 0:
+                below, bounded = gate <= LIMIT, tl.abs(linear) <= LIMIT
+                gate = tl.minimum(gate, LIMIT)
+                linear = tl.minimum(tl.maximum(linear, -LIMIT), LIMIT) + 1.0
+                sigmoid = tl.sigmoid(1.702 * gate)
+                swish = gate * sigmoid
+                slope = tl.where(below, linear * sigmoid * (1.0 + 1.702 * gate * (1.0 - sigmoid)), 0.0)
+                of_linear = tl.where(bounded, swish, 0.0)
+            else:
+                sigmoid = tl.sigmoid(gate)
+                swish = gate * sigmoid
+                slope = linear * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                of_linear = swish
+            h = swish * linear
+            both = tl.reshape(tl.join(w * d * slope, w * d * of_linear), (2 * BLOCK,))
             tl.store(grad_z + row * 2 * inner + pair, both.to(grad_z.dtype.element_ty), pair < 2 * inner)
         else:
             value = tl.load(z + row * inner + at, inside, 0.0).to(tl.float32)

@@ -1,7 +1,7 @@
 """The operations on rows around the matrix products of local experts, in plain torch; GPUs use ``row_kernels.py``.
 
 Legend as in ``router.py`` and ``ragged.py``: N = T·K rows sorted by expert, F inner width, Z width of the first
-projection (F, or with SwiGLU 2·F, where gate and linear part alternate).
+projection (F, or with a SwiGLU 2·F, where gate and linear part alternate).
 """
 
 import math
@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from tedlab.nn import activate
+from tedlab.nn import Nonlinearity, activate
+from tedlab.nn.activation import clamped_swiglu
 
 
 def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
@@ -17,19 +18,19 @@ def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
     return x_TH.index_select(0, token_N)
 
 
-def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, gated: bool) -> Tensor:
+def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
     """Activates each row plus its expert's bias: (N, F)."""
-    return activate(_biased(z_NZ, bias_eZ, expert_N), gated)
+    return activate(_biased(z_NZ, bias_eZ, expert_N), how)
 
 
 def hidden_backward(
-    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, gated: bool
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, how: Nonlinearity
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the backward pass of ``weight · hidden(z)``, row by row.
 
     Args:
         grad_NF: Gradient of the weighted activations.
-        z_NZ, bias_eZ, expert_N, gated: See :func:`hidden`.
+        z_NZ, bias_eZ, expert_N, how: See :func:`hidden`.
         weight_N: Weight of each row.
 
     Returns:
@@ -38,7 +39,10 @@ def hidden_backward(
     z = _biased(z_NZ, bias_eZ, expert_N)
     precise = torch.promote_types(z.dtype, torch.float32)
     grad, z, weight = grad_NF.to(precise), z.to(precise), weight_N.to(precise).unsqueeze(1)
-    if gated:
+    if how.clamped:
+        h, slopes = clamped_swiglu(z, how.limit)
+        grad_z = (grad * weight).repeat_interleave(2, -1) * slopes
+    elif how.gated:
         gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid

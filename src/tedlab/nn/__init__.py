@@ -1,6 +1,6 @@
 """Tensor-parallel building blocks, which are the ordinary layers when the tensor degree is 1."""
 
-from tedlab.nn.activation import activate
+from tedlab.nn.activation import Nonlinearity, activate
 from tedlab.nn.attend import attention_path
 from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
@@ -30,6 +30,7 @@ __all__ = [
     "FeedForwardSpec",
     "Init",
     "LayerNorm",
+    "Nonlinearity",
     "NormSpec",
     "RMSNorm",
     "RowParallelLinear",

@@ -74,6 +74,9 @@ def _router_differences(ours: MoEConfig, stored: MoEConfig) -> list[str]:
         found.append(
             f"moe.gating: {stored.gating} in the checkpoint, {ours.gating} here, and only one of them has weights"
         )
+    learned = [moe.router.bias for moe in (stored, ours)]
+    if learned[0] != learned[1]:
+        found.append(f"moe.router.bias: {learned[0]} in the checkpoint, {learned[1]} here")
     biases = [moe.router.bias_update != BiasUpdate.NONE for moe in (stored, ours)]
     if biases[0] != biases[1]:
         found.append(

@@ -9,6 +9,7 @@ from tedlab.config import (
     GroupScore,
     MoEConfig,
     RouterConfig,
+    SharedConfig,
     TrainConfig,
 )
 from tedlab.degrees import ParallelDegrees, check_divides
@@ -31,6 +32,11 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
             )
         return
     _check_blocks(moe, model.layers)
+    if not moe.shared.experts and moe.shared != SharedConfig():
+        raise ValueError(
+            f"moe.shared.ffn={moe.shared.ffn}, moe.shared.gated={moe.shared.gated} would have no effect: "
+            "moe.shared.experts is 0"
+        )
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
     mixtures[moe.dispatch]  # raises if it is unknown

@@ -1,6 +1,6 @@
 """Checks the model: its layers, and its vocabulary."""
 
-from tedlab.config import TrainConfig
+from tedlab.config import Activation, ModelConfig, TrainConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models import models
 from tedlab.validate.attention import check_attention
@@ -15,6 +15,12 @@ def check_model(config: TrainConfig, degrees: ParallelDegrees) -> None:
         ValueError: If they are invalid; the message says what would do.
     """
     check_attention(config.model)
+    model = config.model
+    if model.swiglu_limit != ModelConfig.swiglu_limit and model.activation != Activation.CLAMPED_SWIGLU:
+        raise ValueError(
+            f"model.swiglu_limit={model.swiglu_limit} would have no effect with model.activation={model.activation}; "
+            f"leave it {ModelConfig.swiglu_limit}, or use model.activation=clamped_swiglu"
+        )
     models[config.model.architecture].spec(config.model, config.moe).check(degrees)
 
 

@@ -27,9 +27,12 @@ def member(config: TrainConfig, width: int, tensor: int = 1) -> TrainConfig:
     above = min((row for row in _GPT3 if row[0] >= hidden), default=_GPT3[-1])
     share = 0.0 if above[0] == below[0] else (hidden - below[0]) / (above[0] - below[0])
     layers = 2 * round((below[1] + share * (above[1] - below[1])) / 2)
+
+    def scaled(ffn: int | None) -> int | None:
+        return ffn and tensor * max(1, round(ffn * hidden / (config.model.hidden * tensor)))
+
     moe = config.moe
-    if moe.ffn is not None:
-        moe = replace(moe, ffn=tensor * max(1, round(moe.ffn * hidden / (config.model.hidden * tensor))))
+    moe = replace(moe, ffn=scaled(moe.ffn), shared=replace(moe.shared, ffn=scaled(moe.shared.ffn)))
     return replace(config, model=replace(model, layers=layers, ffn=4 * hidden), moe=moe)
 
 
