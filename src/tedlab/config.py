@@ -408,6 +408,9 @@ class TrainConfig(Frozen):
     ckpt_path: str | None = None
     # auto: resume the run in output_dir, in the same W&B run; if there is no checkpoint, start a new run.
     resume: str | None = None
+    # Start from these weights, with a new optimizer: an imported model, a run directory, or a checkpoint. They decide
+    # what the model is (model, moe) and which tokenizer it has, unless the command line names these values.
+    weights: str | None = None
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validate_every: int = whole(100, least=1)  # steps between validations; there is always one at the end
     # Steps between checks that replicas are equal, bit by bit; there is also one at the end. None: never.

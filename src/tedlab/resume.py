@@ -135,7 +135,7 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
             continue
         ours = value_of(config, name)
         value = _options(ours, stored[name], named) if name == "optim.optimizer" else stored[name]
-        if name != "optim.optimizer" and _is_named(name, named):
+        if name != "optim.optimizer" and is_named(name, named):
             value = ours
         if value != stored[name]:
             changed += _differences(name, value, stored[name])
@@ -199,7 +199,7 @@ def _options(ours: Mapping[str, Any], stored: Mapping[str, Any], named: Collecti
             f"optim.optimizer._target_ is {kind}, but the checkpoint has the state of {theirs}; "
             f"add optim.optimizer._target_={theirs}, or a preset optim=… of it"
         )
-    names = {name for name in {*ours, *stored} if _is_named(f"optim.optimizer.{name}", named)}
+    names = {name for name in {*ours, *stored} if is_named(f"optim.optimizer.{name}", named)}
     return {
         **{n: value for n, value in stored.items() if n not in names and not n.startswith("_") and _is_plain(value)},
         **{name: value for name, value in ours.items() if name in names},
@@ -207,7 +207,8 @@ def _options(ours: Mapping[str, Any], stored: Mapping[str, Any], named: Collecti
     }
 
 
-def _is_named(name: str, named: Collection[str]) -> bool:
+def is_named(name: str, named: Collection[str]) -> bool:
+    """Returns whether a value, or a section that holds it, is among those from :func:`named_values`."""
     return any(name == other or name.startswith(f"{other}.") for other in named)
 
 

@@ -30,7 +30,7 @@ from tedlab.callbacks import (
     StepCheckpoint,
     StepMetrics,
 )
-from tedlab.checkpoint import read_meta
+from tedlab.checkpoint import load_weights, read_meta
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
@@ -41,6 +41,7 @@ from tedlab.predict.emulate import Emulation
 from tedlab.predict.flops import training_flops
 from tedlab.record import DIRECTORY, Shape, record_in
 from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
+from tedlab.resume import find_checkpoint
 from tedlab.strategy import TEDStrategy, gpus
 
 _LONGEST_NAME = 128
@@ -71,6 +72,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     journal = Journal(config.data.batch_size * config.model.sequence_length)
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
     callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
+    if config.weights is not None and config.ckpt_path is None:  # a run that goes on has its own by now
+        weights = find_checkpoint(Path(config.weights), "weights")
+        callbacks.append(LambdaCallback(on_fit_start=lambda _, module: load_weights(module, weights)))
     trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:

@@ -23,7 +23,11 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         **{"attention_bias": True, "mlp_bias": True},
     },
     "qwen3": {**_SIZES, "intermediate_size": 28, "tie_word_embeddings": True},
-    "mixtral": {**_SIZES, **_EXPERTS, "intermediate_size": 28, "num_local_experts": 4},
+    "olmoe": {
+        **{**_SIZES, **_EXPERTS, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6},
+        **{"intermediate_size": 20, "num_experts": 4, "norm_topk_prob": False},
+    },
+    "mixtral": {**_SIZES, **_EXPERTS, "sliding_window": 5, "intermediate_size": 28, "num_local_experts": 4},
     "qwen3_moe": {
         **{**_SIZES, **_EXPERTS, "num_experts": 5, "num_experts_per_tok": 3},
         **{

@@ -156,7 +156,7 @@ def test_neither_direction_holds_more_than_a_few_pieces(pool: WorkerPool, tmp_pa
     assert size > 90 << 20
     for what in ("import", "export"):
         assert largest[what] == 3 << 20
-        assert grown[what] < FILE_BYTES + 4 * largest[what], (what, grown)
+        assert grown[what] < FILE_BYTES + 6 * largest[what], (what, grown)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), r"damaged, or is no safetensors"),
     "an index that leads elsewhere": (reindexed("../../x"), r"does not say which file has which tensor"),
     "an index of absent files": (reindexed("x.safetensors"), r"not complete: its index names x.safetensors"),
-    "an unknown family": (changed_config(model_type="bert"), r"'bert'; tedlab knows llama, mixtral, qwen3, qwen3_moe"),
+    "an unknown family": (changed_config(model_type="bert"), r"'bert'; tedlab knows .*llama, mixtral, "),
     "a field without a counterpart": (changed_config(attn_clip=3), r"no counterpart of attn_clip=3"),
     "another activation": (changed_config(hidden_act="relu"), r"hidden_act='relu' \(it can be 'silu'\)"),
     "a quantised model": (changed_config(quantization_config={"quant_method": "mxfp4"}), r"\(mxfp4\). Dequantise"),
@@ -243,7 +243,7 @@ def test_what_is_no_model_is_refused_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["parallel.tensor=3"], r"kv_heads \(2\) .*parallel.tensor \(3\).*can be 1, 2$"),
+        (["parallel.tensor=3"], r"kv_heads \(2\) .*parallel.tensor \(3\).*can be 1, 2, 6$"),
         (["parallel.expert=3"], r"moe.num_experts \(4\)"),
         (["model.norm=layer"], r"model.norm is rms in .*leave it out"),
         (["model.hiden=3"], r"hiden"),

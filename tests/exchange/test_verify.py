@@ -108,9 +108,10 @@ def in_turn(*order: int) -> Callable[[Rule], Rule]:
     return lambda rule: replace(rule, theirs=tuple(rule.theirs[index] for index in order))
 
 
-def of_pairs(heads: int, kv_heads: int) -> Callable[[Rule], Rule]:
-    apart = (PairsApart(heads), PairsApart(kv_heads), Same())
-    return lambda rule: replace(rule, transform=Each(apart, rule.transform))
+def of_pairs(*heads: int) -> Callable[[Rule], Rule]:
+    """Puts rotary pairs apart that are apart already, but those of values."""
+    apart = (*(PairsApart(count) for count in heads[:-1]), Same())
+    return lambda rule: replace(rule, transform=Each(apart, rule.transform)) if "weight" in rule.ours else rule
 
 
 def transposed(rule: Rule) -> Rule:
@@ -133,7 +134,16 @@ PLANTS = {
     ),
     "a transposed matrix": Plant("llama", OUT, transposed, f"{OUT} is transposed"),
     "keys for values": Plant("llama", QKV, in_turn(0, 2, 1), f"{QKV} has keys and values swapped"),
-    "rotary order": Plant("qwen3", QKV, of_pairs(6, 2), f"{QKV} has rotary features in the wrong order"),
+    "rotary order": Plant("llama", QKV, of_pairs(6, 6, 6), f"{QKV} has rotary features in the wrong order"),
+    "rotary order of shared keys": Plant(
+        "qwen3",
+        "blocks.1.attention.kv.",
+        of_pairs(2, 2),
+        "blocks.1.attention.kv.weight has rotary features in the wrong",
+    ),
+    "values for shared keys": Plant(
+        "mixtral", "blocks.1.attention.kv.", in_turn(1, 0), "blocks.1.attention.kv.weight has keys and values swapped"
+    ),
     "heads one after the other": Plant(
         "llama", QKV, lambda rule: replace(rule, transform=ByHead(1, (24, 24, 24))), f"{QKV} has all queries before"
     ),

@@ -182,6 +182,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         checkpoint=replace(config.checkpoint, every=SAVED, monitor=None, keep=-1),
         check_replicas_every=None,  # the record compares them; a difference should be reported, not end the run
         ckpt_path=None,
+        weights=None,
         output_dir=str(directory / "layout"),
     )
 

@@ -6,6 +6,7 @@ from typing import TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab._compat.hydra import arguments_parser
@@ -14,6 +15,7 @@ from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.launch.launcher import leave_if_started_outside
+from tedlab.launch.outside import first_outside
 from tedlab.launch.sweep import SweepFailures
 from tedlab.ranges import check_ranges
 
@@ -49,6 +51,8 @@ def hydra_entry(
                 check_ranges(typed)  # before a command uses any number
             except ValueError as error:
                 raise UsageError(f"{error}") from None
+            if isinstance(typed, TrainConfig) and typed.weights is not None:
+                typed = _from_weights(typed)
             return task(cast(C, typed))
 
     def main() -> None:
@@ -72,3 +76,14 @@ def hydra_entry(
         leave_if_started_outside()
 
     return main
+
+
+def _from_weights(config: TrainConfig) -> TrainConfig:
+    """Makes the model that of ``weights``, and says so."""
+    from tedlab.resume import named_values
+    from tedlab.weights import start_from
+
+    config, said = start_from(config, named_values(HydraConfig.get()))
+    if first_outside():
+        print(*said, sep="\n", flush=True)
+    return config

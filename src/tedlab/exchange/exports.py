@@ -12,9 +12,9 @@ from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import PieceReader
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange import folder
-from tedlab.exchange.imports import PREFIX
 from tedlab.generate import model_of
 from tedlab.models.families import Rule, family_for
+from tedlab.weights import PREFIX
 
 _DTYPES = {f"{d}".removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 

@@ -22,8 +22,8 @@ from tedlab.models.gpt import GPTSpec
 from tedlab.ranges import check_ranges
 from tedlab.untrusted import one_line
 from tedlab.validate.attention import check_attention
+from tedlab.weights import PREFIX
 
-PREFIX = "model.network."  # of our parameters in a checkpoint
 IMPORTED = "imported"  # key in a checkpoint's metadata: the family that it came from
 _MANY = 5
 

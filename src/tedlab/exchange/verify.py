@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from tedlab.certify.compare import relative_error
 from tedlab.checkpoint.pieces import PieceReader
 from tedlab.config import ModelConfig
-from tedlab.exchange.imports import PREFIX, Opened, open_folder, read_pieces
+from tedlab.exchange.imports import Opened, open_folder, read_pieces
 from tedlab.generate import model_of
 from tedlab.models import GPT
 from tedlab.models.families import essence
@@ -29,6 +29,7 @@ from tedlab.models.families.family import head_width, key_heads
 from tedlab.models.families.mapping import PairsApart
 from tedlab.moe import MoELayer
 from tedlab.topology import Topology
+from tedlab.weights import PREFIX
 
 TOLERANCES = {"float64": 1e-10, "float32": 2e-3}
 _TOKENS = 64  # of a sample, at most
@@ -133,6 +134,9 @@ def verify(checkpoint: Path, path: Path, dtype: str = "float64", layers: int | N
     draw = torch.Generator().manual_seed(0)
     length = min(model.sequence_length, _TOKENS)
     ids = torch.randint(model.vocab_size or 1, (_SAMPLES, length + 1), generator=draw)
+    padding = getattr(config, "pad_token_id", None)
+    if padding is not None:  # transformers gives its embedding no gradient
+        ids = ids.where(ids != padding, (padding + 1) % (model.vocab_size or 1))
     with _default(kind):
         with _wide(kind):
             peer = transformers.AutoModelForCausalLM.from_pretrained(
@@ -382,25 +386,36 @@ def _of_attention(model: ModelConfig, own: Mapping[str, Tensor]) -> Iterator[Mis
         other = name.replace("q_norm", "k_norm")
         if other != name:
             yield f"{name} and {other} are swapped", {name: own[other], other: own[name]}
-    names = [name for name in own if ".qkv." in name]
-    for several in range(1, len(names) + 1):
-        for some in itertools.combinations(names, several):
-            yield from _of_rows(model, {name: own[name] for name in some})
+    kinds = sorted({name.rpartition(".")[2] for name in own if name.split(".")[-2] in ("qkv", "q", "kv")}, reverse=True)
+    for several in range(1, len(kinds) + 1):
+        for some in itertools.combinations(kinds, several):
+            yield from _of_rows(model, own, some)
 
 
-def _of_rows(model: ModelConfig, projections: Mapping[str, Tensor]) -> Iterator[Mistake]:
+def _of_rows(model: ModelConfig, own: Mapping[str, Tensor], kinds: Sequence[str]) -> Iterator[Mistake]:
+    """Yields mistakes in the rows of queries, keys and values, of weights, biases, or both."""
     heads, width = key_heads(model), head_width(model)
-    group = model.heads // heads
-    what = ", ".join(projections)
+    layer = next(iter(own)).partition(".attention.")[0] + ".attention."
+    fused = heads == model.heads
 
-    def changed(change: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Changes the rows of queries, keys and values, each ordered by head: (heads, rows of a head, …)."""
+    def changed(what: str, change: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]) -> Mistake:
+        """Changes them, each given by head: (heads, features, …)."""
         found = {}
-        for name, values in projections.items():
-            q, k, v = values.unflatten(0, (heads, -1)).split((group * width, width, width), 1)
-            parts = change(q.flatten(0, 1).unflatten(0, (-1, width)), k, v)
-            found[name] = torch.cat([part.flatten(0, 1).unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)
-        return found
+        for kind in kinds:
+            if fused:
+                values = own[f"{layer}qkv.{kind}"]
+                q, k, v = change(*values.unflatten(0, (heads, 3, width)).unbind(1))
+                found[f"{layer}qkv.{kind}"] = torch.stack((q, k, v), 1).flatten(0, 2)
+            else:
+                q = own[f"{layer}q.{kind}"].unflatten(0, (model.heads, width))
+                q, k, v = change(q, *own[f"{layer}kv.{kind}"].unflatten(0, (heads, 2, width)).unbind(1))
+                found[f"{layer}q.{kind}"] = q.flatten(0, 1)
+                found[f"{layer}kv.{kind}"] = torch.stack((k, v), 1).flatten(0, 2)
+        names = (name for name, values in found.items() if not torch.equal(values, own[name]))
+        return f"{', '.join(names)} has {what}", found
+
+    def as_is(x: Tensor) -> Tensor:
+        return x
 
     def apart(x: Tensor) -> Tensor:
         return PairsApart(len(x)).join([x.flatten(0, 1)]).unflatten(0, (len(x), -1))
@@ -408,18 +423,22 @@ def _of_rows(model: ModelConfig, projections: Mapping[str, Tensor]) -> Iterator[
     def together(x: Tensor) -> Tensor:
         return PairsApart(len(x)).split(x.flatten(0, 1))[0].unflatten(0, (len(x), -1))
 
-    yield f"{what} has rotary features in the wrong order", changed(lambda q, k, v: (apart(q), apart(k), v))
-    yield f"{what} has rotary features in the wrong order", changed(lambda q, k, v: (together(q), together(k), v))
-    yield f"{what} has keys and values swapped", changed(lambda q, k, v: (q, v, k))
-    if group == 1:
-        yield f"{what} has queries and keys swapped", changed(lambda q, k, v: (k, q, v))
-        yield f"{what} has queries and values swapped", changed(lambda q, k, v: (v, k, q))
-    sizes = (model.heads * width, heads * width, heads * width)
-    by_head = {
-        name: torch.cat([part.unflatten(0, (heads, -1)) for part in values.split(sizes)], 1).flatten(0, 1)
-        for name, values in projections.items()
-    }
-    yield f"{what} has all queries before all keys, not head by head", by_head
+    def by_head(*parts: Tensor) -> list[Tensor]:
+        """Undoes that the rows of several parts followed each other."""
+        rows = torch.stack(parts, 1).flatten(0, 2).chunk(len(parts))
+        return [part.unflatten(0, (-1, width)) for part in rows]
+
+    for order in (apart, together):
+        for of_q, of_k in ((order, order), (order, as_is), (as_is, order)):
+            what = "rotary features in the wrong order"
+            yield changed(what, lambda q, k, v, f=of_q, g=of_k: (f(q), g(k), v))  # type: ignore[misc]
+    yield changed("keys and values swapped", lambda q, k, v: (q, v, k))
+    if fused:
+        yield changed("queries and keys swapped", lambda q, k, v: (k, q, v))
+        yield changed("queries and values swapped", lambda q, k, v: (v, k, q))
+        yield changed("all queries before all keys, not head by head", by_head)
+    else:
+        yield changed("all keys before all values, not head by head", lambda q, k, v: (q, *by_head(k, v)))
 
 
 def _wide(dtype: torch.dtype) -> Any:

@@ -8,9 +8,10 @@ from tedlab.models.families.family import Family, UnknownField, configured, esse
 from tedlab.models.families.llama import Llama
 from tedlab.models.families.mapping import Rule
 from tedlab.models.families.mixtral import Mixtral
+from tedlab.models.families.olmoe import OLMoE
 from tedlab.models.families.qwen3 import Qwen3, Qwen3MoE
 
-FAMILIES: dict[str, Family] = {family.model_type: family() for family in (Llama, Qwen3, Mixtral, Qwen3MoE)}
+FAMILIES: dict[str, Family] = {family.model_type: family() for family in (Llama, Qwen3, Mixtral, OLMoE, Qwen3MoE)}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -139,10 +139,14 @@ class Family:
     def attention(self, model: ModelConfig, ours: str, theirs: str) -> Iterator[Rule]:
         """Yields the rules of a block's attention."""
         heads, width = key_heads(model), head_width(model)
-        by_head = ByHead(heads, (model.heads // heads * width, width, width))
         of_qkv, of_out = attention_biases(model)
         for part in ("weight", "bias") if of_qkv else ("weight",):
-            yield Rule(f"{ours}qkv.{part}", tuple(f"{theirs}{name}_proj.{part}" for name in "qkv"), by_head)
+            q, k, v = (f"{theirs}{name}_proj.{part}" for name in "qkv")
+            if heads == model.heads:
+                yield Rule(f"{ours}qkv.{part}", (q, k, v), ByHead(heads, (width, width, width)))
+            else:
+                yield Rule(f"{ours}q.{part}", (q,))
+                yield Rule(f"{ours}kv.{part}", (k, v), ByHead(heads, (width, width)))
         for part in ("weight", "bias") if of_out else ("weight",):
             yield Rule(f"{ours}out.{part}", (f"{theirs}o_proj.{part}",))
         if model.qk_norm != QKNorm.NONE:

@@ -22,8 +22,9 @@ class Mixtral(Family):
         "intermediate_size": ("model.ffn", REQUIRED),
         "num_local_experts": ("moe.num_experts", 8),
         "num_experts_per_tok": ("moe.top_k", 2),
+        "sliding_window": ("model.attention.window", None),
     }
-    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ONLY, "sliding_window": (None,), "router_jitter_noise": (0.0,)}
+    only: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ONLY, "router_jitter_noise": (0.0,)}
     always: ClassVar[Mapping[str, Any]] = {**ALWAYS, **EXPERTS, "moe.router.gates": "normalized"}
     rope_theta = 1_000_000.0
 

@@ -1,0 +1,67 @@
+"""Starts a run from the weights of an imported model or of another run, with an optimizer that has seen nothing yet.
+
+The weights decide what the model is: every value of ``model`` and ``moe`` is that of their checkpoint, unless the
+command line or its experiment names it, or it says how to compute and not what.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+from tedlab.checkpoint import stored_tensors
+from tedlab.config import ModelConfig, MoEConfig, TrainConfig, with_values
+from tedlab.data.tokenizers import SAVED
+from tedlab.errors import UsageError
+from tedlab.generate import model_of
+from tedlab.models import models
+from tedlab.models.families.family import flat
+from tedlab.resume import find_checkpoint, is_named
+
+PREFIX = "model.network."  # of a model's parameters in a checkpoint
+_HOW = ("model.compile", "model.recompute", "model.loss_chunk", "model.init_std", "moe.kernel")  # and not what
+
+
+def start_from(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, list[str]]:
+    """Sets the model that ``weights`` are of, and their tokenizer.
+
+    Args:
+        config: The composed configuration.
+        named: The names from :func:`tedlab.resume.named_values`.
+
+    Returns:
+        The resulting configuration, and sentences to print about it, which a run without ``weights`` does not have.
+
+    Raises:
+        UsageError: If there are no such weights, or they do not fit the values that are named.
+    """
+    if config.weights is None:
+        return config, []
+    try:
+        path = find_checkpoint(Path(config.weights), "weights")
+        model, moe = model_of(path)
+        values = {
+            name: value
+            for name, value in flat(model, moe).items()
+            if not is_named(name, _HOW) and not is_named(name, named)
+        }
+        tokenizer = path.absolute().parents[1] / SAVED
+        if tokenizer.is_file() and not is_named("data.tokenizer", named):
+            values["data.tokenizer"] = str(tokenizer)
+        config = with_values(replace(config, weights=str(path)), values)
+        _check_shapes(path, config.model, config.moe)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}") from None
+    said = [f"Starting from the weights of {path}: {config.model.layers} blocks of {config.model.hidden} features."]
+    return config, said
+
+
+def _check_shapes(path: Path, model: ModelConfig, moe: MoEConfig) -> None:
+    """Refuses a model whose parameters are not those of the checkpoint."""
+    there = {n.removeprefix(PREFIX): tuple(t.size) for n, t in stored_tensors(path).items() if n.startswith(PREFIX)}
+    here = {p.name: tuple(p.shape) for p in models[model.architecture].spec(model, moe).parameters()}
+    for name, shape in here.items():
+        if there.get(name) != shape:
+            raise ValueError(
+                f"{name} has the shape {there.get(name, 'of none')} in {path}, and {shape} with what is named here: "
+                "leave values of the model out, weights have their own"
+            )

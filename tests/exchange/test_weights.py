@@ -1,0 +1,105 @@
+"""A run starts from an import's weights, in any layout, with the model and the tokenizer that the import has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from tedlab import Topology, checkpoint
+from tedlab.commands.checkpoint import main
+from tedlab.commands.generate import main as generate
+from tedlab.commands.train import main as train
+from tedlab.config import with_values
+from tedlab.errors import UsageError
+from tedlab.exchange.exports import export
+from tedlab.exchange.imports import import_folder
+from tedlab.models import GPTSpec
+from tedlab.weights import PREFIX, start_from
+from tests.commands import run_command
+from tests.exchange.families import draw
+from tests.test_conf import compose
+
+WORDS = ["<eos>", *(f"w{index}" for index in range(40))]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral with a tokenizer of words."""
+    place = tmp_path_factory.mktemp("imported")
+    folder = draw(place / "folder", "mixtral")
+    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    import_folder(folder, place / "run", ["model.sequence_length=8"])
+    return place / "run"
+
+
+def test_weights_decide_what_the_model_is_and_its_tokenizer(imported: Path) -> None:
+    config, said = start_from(
+        compose(f"weights={imported}", "model.compile=inductor", "seed=3"), {"model.compile", "seed"}
+    )
+    assert (config.model.hidden, config.model.kv_heads, config.model.norm, config.model.vocab_size) == (
+        24,
+        2,
+        "rms",
+        50,
+    )
+    assert (config.moe.num_experts, config.moe.top_k, config.moe.dispatch) == (4, 2, "dropless")
+    assert config.model.compile == "inductor"
+    assert config.data.tokenizer == str(imported / "tokenizer.json")
+    assert config.weights == str(imported / "checkpoints" / "last.ckpt")
+    assert "2 blocks of 24 features" in said[0]
+    stated = {parameter.name for parameter in GPTSpec(config.model, config.moe).parameters()}
+    assert {f"{PREFIX}{name}" for name in stated} == checkpoint.stored_names(imported / "checkpoints" / "last.ckpt")
+
+
+def test_what_is_named_counts_and_must_fit(imported: Path) -> None:
+    config = with_values(compose(f"weights={imported}"), {"moe.top_k": 1, "model.ffn": 7, "data.tokenizer": "byte"})
+    found, _ = start_from(config, {"moe.top_k", "data.tokenizer"})
+    assert (found.moe.top_k, found.model.ffn, found.data.tokenizer) == (1, 28, "byte")
+    with pytest.raises(UsageError, match=r"feed_forward.experts.up has the shape \(4, 24, 56\) .*and \(4, 24, 14\)"):
+        start_from(config, {"model.ffn"})
+
+
+@pytest.mark.parametrize("where", ["nowhere", "."])
+def test_a_place_without_weights_is_refused(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^weights="):
+        start_from(compose(f"weights={where}"), set())
+
+
+@pytest.mark.slow
+def test_a_run_of_four_processes_starts_from_an_import_and_is_exported(
+    imported: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], single: Topology
+) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(WORDS[1 + index * index % 40] for index in range(20_000)))
+    settings = [f"weights={imported}", f"hydra.run.dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    settings += ["data=text", f"data.path={tmp_path / 'text.txt'}", "data.batch_size=4", "data.micro_batch_size=2"]
+    settings += ["parallel=tp2_ep2", "trainer.max_steps=1", "optim.lr=1e-9", "logger=none", "validate_every=10"]
+    assert run_command(train, *settings) is None
+    assert "Starting from the weights of" in capfd.readouterr().out
+    assert run_command(generate, f"run={tmp_path / 'run'}", "prompt=w1 w2", "tokens=4") is None
+    assert capfd.readouterr().out.startswith("w1")
+    first = export(imported / "checkpoints" / "last.ckpt", tmp_path / "first")
+    last = export(tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "last")
+    assert first.family == last.family == "mixtral"
+    from safetensors.torch import load_file
+
+    before, after = (load_file(done.folder / "model.safetensors") for done in (first, last))
+    assert before.keys() == after.keys()
+    for name, values in before.items():
+        torch.testing.assert_close(after[name], values, atol=1e-6, rtol=0)
+
+
+def test_an_import_generates_text_and_no_run_goes_on_from_it(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], single: Topology
+) -> None:
+    assert run_command(generate, f"run={imported}", "prompt=w1 w2", "tokens=4", "seed=1") is None
+    assert capsys.readouterr().out.startswith("w1")
+    found: Any = run_command(train, f"ckpt_path={imported}", f"hydra.run.dir={tmp_path / 'run'}", "logger=none")
+    assert found is not None
+    main(["inspect", str(imported / "checkpoints" / "last.ckpt")])
