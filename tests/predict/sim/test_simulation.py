@@ -94,6 +94,10 @@ def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
             "moe.router.chosen_groups=2",
         ],
         ["moe.gating=expert_choice"],
+        [
+            *("optim.groups=[{pattern: '*.experts.*', lr_factor: 0.5}, {pattern: '*', frozen: true}]", "comm=ted"),
+            *("model.recompute.granularity=block", "optim.tile=fused"),
+        ],
         ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
     ],
     ids=lambda toggles: ",".join(toggles),

@@ -113,7 +113,8 @@ class SimulatedStrategy(TEDStrategy):
     def setup_optimizers(self, trainer: Any) -> None:
         assert self.model is not None
         for parameter in self.model.parameters():  # before the optimizer's hooks, which may take the gradient
-            parameter.register_post_accumulate_grad_hook(self._label_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._label_gradient)
         super().setup_optimizers(trainer)
         for optimizer in self.sharded_optimizers:
             # Real kernels return no tensors that would show them to the meter, and work tile by tile on a CPU.
