@@ -17,7 +17,7 @@ from tedlab import Topology
 from tedlab.comm import Collective, Ledger, Recomputation, differentiable, recompute
 from tedlab.comm.ledger import Count, Entry, counted, differences, summed
 from tedlab.comm.rows import Rows
-from tedlab.config import GroupConfig, ParallelConfig, TrainConfig, with_values
+from tedlab.config import GroupConfig, ParallelConfig, SharedConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
@@ -387,9 +387,12 @@ TRAINED: dict[str, list[GroupConfig]] = {  # three blocks, of which the second h
 }
 OF_FROZEN = [  # modes, in turn
     {**MODES["sequence"], "comm.cac": True, "optim.zero": False},
-    {**MODES["fused"], "comm.cac": "shard", "moe.router.bias_update": "sign"},
+    {**MODES["fused"], "comm.cac": "shard", "moe.router.bias_update": "sign", "moe.shared": SharedConfig(1, 8, True)},
     {**MODES["dropless_dtd"], "comm.cac": ["dispatch.all_to_all", "attention.reduce:shard"], "accumulated": 2},
-    {**MODES["dropless_sequence"], "model.recompute.granularity": "none", "model.loss_chunk": 5},
+    {
+        **{**MODES["dropless_sequence"], "model.recompute.granularity": "none", "model.loss_chunk": 5},
+        "moe.shared": SharedConfig(2, 4),
+    },
 ]
 
 

@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tedlab.capacity import expert_capacity
-from tedlab.config import GroupConfig, ModelConfig, MoEConfig
-from tedlab.models import GPT
+from tedlab.config import AttentionConfig, GroupConfig, ModelConfig, MoEConfig, RouterConfig, SharedConfig
+from tedlab.models import GPT, GPTSpec
 from tedlab.optim import Grouping
-from tedlab.predict.flops import forward_flops, peak_flops, training_flops
+from tedlab.predict.flops import forward_flops, peak_flops, training_flops, weight_flops
 from tedlab.topology import Topology
 
 MODEL = ModelConfig(layers=3, hidden=16, heads=4, ffn=40, sequence_length=12, vocab_size=64)
@@ -70,20 +70,47 @@ FROZEN: dict[str, tuple[list[GroupConfig], int]] = {  # and how many of three bl
 }
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("tied", "dispatch"), [(True, "capacity"), (False, "capacity"), (False, "dropless")])
 @pytest.mark.parametrize("case", FROZEN)
-def test_a_backward_pass_computes_no_gradient_of_what_is_frozen(case: str, tied: bool, single: Topology) -> None:
+def test_a_backward_pass_computes_no_gradient_of_what_is_frozen(
+    case: str, tied: bool, dispatch: str, single: Topology
+) -> None:
     """As torch counts it, see above; experts are in the second block."""
-    (groups, reached), moe = FROZEN[case], MIXTURES["top1"]
-    model = replace(MODEL, tie_embeddings=tied)
+    (groups, reached), moe = FROZEN[case], replace(MIXTURES["top1"], dispatch=dispatch)
+    # Without a capacity sums of biases' gradients are products, with a matrix that says which rows are of which expert.
+    model = replace(MODEL, tie_embeddings=tied, bias=dispatch == "capacity")
     parts = forward_flops(model, moe)
     masked = TOKENS * parts["attention_scores"] * reached // model.layers
     slots = moe.num_experts * expert_capacity(TOKENS, moe.num_experts, moe.top_k, None, moe.capacity_multiple)
-    empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS)
+    empty = parts["experts"] // moe.top_k * (slots - moe.top_k * TOKENS) if dispatch == "capacity" else 0
     passes = 0 if reached < 2 else 1 if case == "experts" else 2  # of the gradients of rows and weights
     _, backward = counted(model, moe, single, groups)
     forward = sum(parts.values())
     assert backward == TOKENS * (training_flops(model, moe, groups) - forward) + 2 * masked + passes * empty
+
+
+LIKE: dict[str, tuple[ModelConfig, MoEConfig]] = {
+    "gpt": (MODEL, MIXTURES["top2_everywhere"]),
+    "qwen3": (
+        replace(TODAY, kv_heads=2, head_dim=6, qk_norm="head", tie_embeddings=False),
+        MoEConfig(num_experts=8, top_k=3, every=1, ffn=24),
+    ),
+    "gated_shared": (TODAY, MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(2, 24, gated=True))),
+    "gpt_oss": (
+        replace(MODEL, activation="clamped_swiglu", attention=AttentionConfig(sinks=True)),
+        MoEConfig(num_experts=4, top_k=2, router=RouterConfig(bias=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_products_with_matrices_are_all_flops_but_those_of_attention(case: str) -> None:
+    """What the backward pass leaves out for a frozen matrix is a part of these."""
+    model, moe = LIKE[case]
+    spec = GPTSpec(model, moe)
+    products = sum(weight_flops(p, moe) for block in spec.blocks for p in block.parameters())
+    parts = forward_flops(model, moe)
+    assert products + parts["output"] == parts.total() - parts["attention_scores"]
 
 
 def test_the_closed_form_by_hand() -> None:

@@ -145,9 +145,8 @@ def _pieces(model: ModelConfig, moe: MoEConfig) -> int:
         raise ValueError("moe.num_experts is 0: the upcycled model would be dense; choose moe=… with experts")
     if moe.gating != "default":
         raise ValueError(f"moe.gating={moe.gating}: upcycling knows the weights of choices of moe.gating=default only")
-    shared = getattr(moe, "shared", None)
-    if shared is not None and shared.experts:
-        raise ValueError(f"moe.shared.experts={shared.experts}: upcycling makes routed experts only; set it to 0")
+    if moe.shared.experts:
+        raise ValueError(f"moe.shared.experts={moe.shared.experts}: upcycling makes routed experts only; set it to 0")
     width = moe.ffn or model.ffn
     if model.ffn % width:
         raise ValueError(

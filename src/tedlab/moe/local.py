@@ -93,7 +93,7 @@ class _Mixture(Function):
         order, computing, grad_TH = ctx.order, ctx.computing, grads[0].contiguous()
         gate_N = torch.empty_like(gate_TK).flatten().scatter_(0, order.place_TK.flatten(), gate_TK.flatten())
         grad_NH, grad_z, grad_gate_N, grad_up, grad_down = computing.backward(
-            grad_TH, x, z, up, up_bias, down, gate_N, order
+            grad_TH, x, z, up, up_bias, down, gate_N, order, (ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         )
         grad_x = computing.rows.combine(grad_NH, order.place_TK, None, None, order.expert_TK)
         grad_gate = grad_gate_N[order.place_TK]

@@ -72,7 +72,8 @@ class Products:
         down: Tensor,
         gate_N: Tensor,
         order: Order,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        wanted: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Computes the backward pass of each token's gate-weighted sum of its rows' results.
 
         It needs neither the results nor the activations: the gradient of a row's gate is the product of its activations
@@ -83,18 +84,21 @@ class Products:
             x_TH, up, up_bias, down, order: See :meth:`forward`.
             z_NZ: Returned by :meth:`forward`.
             gate_N: Weight of each row.
+            wanted: Whether the gradients of ``up`` and of ``down`` are wanted, which those of frozen experts are not.
 
         Returns:
-            Gradients of each row's input (N, H), of z (N, Z), of the gates (N,), of ``up`` and of ``down``.
+            Gradients of each row's input (N, H), of z (N, Z), of the gates (N,), of ``up`` and of ``down``, each of
+            which is None if it is not wanted.
         """
         groups = order.groups
         grad_NH = self.rows.take(grad_TH, order.token_N)
         grad_z, weighted, grad_gate = self.rows.hidden_backward(
             times(grad_NH, down.mT, groups), z_NZ, up_bias, groups.expert_N, gate_N, self.how
         )
-        grad_down = transposed_times(weighted, grad_NH, groups)
+        of_up, of_down = wanted
+        grad_down = transposed_times(weighted, grad_NH, groups) if of_down else None
         del grad_NH, weighted
-        grad_up = transposed_times(self.rows.take(x_TH, order.token_N), grad_z, groups)
+        grad_up = transposed_times(self.rows.take(x_TH, order.token_N), grad_z, groups) if of_up else None
         return times(grad_z, up.mT, groups), grad_z, grad_gate, grad_up, grad_down
 
 
