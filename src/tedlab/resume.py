@@ -152,7 +152,8 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
         raise ValueError(
             f"optim.groups={_text(ours_now)} trains other parameters together than the checkpoint's "
             f"{_text(theirs)}, whose optimizer state belongs to these groups. A run that resumes may "
-            "change their lr, lr_factor and weight_decay, but not pattern and frozen"
+            "change their lr, lr_factor and weight_decay, but not pattern and frozen; weights=… in place of ckpt_path "
+            "starts a new run from the checkpoint's weights"
         )
     said = []
     if changed:
