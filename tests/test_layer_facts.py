@@ -23,6 +23,8 @@ from tedlab.nn import (
     FeedForward,
     FeedForwardSpec,
     Init,
+    LatentAttention,
+    LatentAttentionSpec,
     LayerNorm,
     NormSpec,
     RMSNorm,
@@ -66,6 +68,8 @@ SPECS: dict[str, Spec] = {
     "beside_shared": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), BESIDE),
     "clamped_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "clamped_swiglu"), EXPERTS),
     "swiglu_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "swiglu", bias=False), EXPERTS),
+    "latent_attention": LatentAttentionSpec(HIDDEN, 4, 12, 10, 6, 4, 8, INIT, INIT, scale=1.5),
+    "latent_attention_of_activations": LatentAttentionSpec(HIDDEN, 4, 12, None, 6, 4, 6, INIT, INIT, bias=True),
     **{name: SelfAttentionSpec(HIDDEN, 4, INIT, INIT, **options) for name, options in ATTENTION.items()},
 }
 LAYERS: dict[type[Spec], Callable[[Any, Topology], nn.Module]] = {
@@ -76,11 +80,13 @@ LAYERS: dict[type[Spec], Callable[[Any, Topology], nn.Module]] = {
     NormSpec: lambda spec, topology: (RMSNorm if spec.kind == "rms" else LayerNorm)(spec, topology),
     MoESpec: MoELayer,
     SelfAttentionSpec: SelfAttention,
+    LatentAttentionSpec: LatentAttention,
 }
 # What the specification leaves out: a number for each row of a norm, and of routers' small tensors all but a sum.
 ROUGHLY = {
     **{"rms_norm": 0.05, "layer_norm": 0.07, "experts": 0.06, "swiglu_experts": 0.06},
     **{"clamped_experts": 0.06, "beside_shared": 0.06},
+    **dict.fromkeys(("latent_attention", "latent_attention_of_activations"), 0.03),
     **{name: 0.04 for name, options in ATTENTION.items() if "qk_norm" in options},
 }
 
@@ -93,7 +99,8 @@ def counted(name: str) -> tuple[float, float, int]:
     initialize(layer, 0)
     features = FFN // size if name == "row" else HIDDEN
     x = torch.randn(BATCH, LENGTH, features, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    more = [rotation(LENGTH, spec.head_dim, 1e4, x.device, x.dtype)] if getattr(spec, "rotary", False) else []
+    turned = isinstance(spec, LatentAttentionSpec) or (isinstance(spec, SelfAttentionSpec) and spec.rotary)
+    more = [rotation(LENGTH, spec.rotary_dim, 1e4, x.device, x.dtype)] if turned else []
     own = {p.detach().to_local().data_ptr() for p in layer.parameters()}  # type: ignore[attr-defined]
     kept: dict[int, int] = {}
 

@@ -19,6 +19,11 @@ GPT_OSS = (
     *("model.attention.sinks=true", "model.bias=true", "model.rotary.scaling=yarn", "model.rotary.factor=4"),
     *("model.rotary.original_length=8", "model.rotary.truncate=false"),
 )
+LATENT = (
+    *(*ROTARY, "model.attention.latent.kv_rank=512", "model.attention.latent.q_rank=1536"),
+    *("model.rotary.scaling=yarn", "model.rotary.factor=40", "model.rotary.original_length=4096"),
+    *("model.rotary.mscale=1", "model.rotary.mscale_all_dim=1"),
+)
 SEQUENCE = ("parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 SHARDED_CAC = ("parallel.sequence=false", "model.recompute.granularity=block", "comm.cac=shard")
 CELLS = {  # processes, tensor, expert, overrides
@@ -40,6 +45,13 @@ CELLS = {  # processes, tensor, expert, overrides
     "windows and sinks, tensor 2 × expert 2": (4, 2, 2, GPT_OSS),
     "windows and sinks, sequence of 2 × expert 2": (4, 2, 2, GPT_OSS + SEQUENCE),
     "windows and sinks, keys shared": (4, 4, 1, (*GPT_OSS, "model.kv_heads=2")),
+    "latents, tensor 2 × expert 2": (4, 2, 2, LATENT),
+    "latents, sequence of 4": (4, 4, 1, LATENT + SEQUENCE),
+    "latents, queries of activations, sequence": (
+        *(4, 2, 2),
+        (*LATENT, *SEQUENCE, "model.attention.latent.q_rank=null", "model.attention.qkv_bias=true"),
+    ),
+    "latents, dtd": (4, 2, 2, (*LATENT, "moe.dispatch=capacity", "comm=ted", SEQUENCE[1], "optim.overlap=true")),
 }
 QUICK = "keys shared, sequence of 4"
 
@@ -73,6 +85,10 @@ SMALL = [
     *("model.sequence_length=256", "model.vocab_size=2048", "moe.num_experts=16", "moe.top_k=2"),
     *("trainer.precision=bf16-true", "data.batch_size=64", "data.micro_batch_size=4"),
 ]
+LATENT_SIZES = [
+    *(f"model.attention.latent.{name}" for name in ("kv_rank=128", "q_rank=192", "nope_dim=64", "rope_dim=32")),
+    "model.attention.latent.v_dim=64",
+]
 PREDICTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "keys shared, normed together": (
         (*SHARED, "parallel.world_size=16", "parallel.tensor=4", "parallel.expert=4"),
@@ -81,6 +97,14 @@ PREDICTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "windows and sinks": (
         (*GPT_OSS, "model.kv_heads=4", "parallel.world_size=16", "parallel.tensor=2", "parallel.expert=8"),
         ("model.attention.window=64",),
+    ),
+    "latents": (
+        (*LATENT, "parallel.world_size=16", "parallel.tensor=4", "parallel.expert=4", *LATENT_SIZES),
+        ("model.head_dim=null", *SEQUENCE),
+    ),
+    "latents, queries of activations": (
+        (*LATENT, "parallel.world_size=16", "parallel.tensor=2", "parallel.expert=8", *LATENT_SIZES),
+        ("model.head_dim=null", "model.attention.latent.q_rank=null"),
     ),
 }
 

@@ -1,7 +1,6 @@
 """Attention of every form against what is written out in plain torch, divided over tensor ranks in every way."""
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.certify.compare import relative_error
-from tedlab.nn import Init, SelfAttention, SelfAttentionSpec, rotation
+from tedlab.nn import Init, LatentAttention, LatentAttentionSpec, SelfAttention, SelfAttentionSpec, rotation
 from tedlab.nn.attend import attend, attention_path, visible_pairs
-from tedlab.spec import Layout, Spec
+from tedlab.spec import Layout
 from tests.pool import WorkerPool
 
 INIT, LENGTH, WIDTH, HIDDEN = Init(std=1.0), 8, 6, 12
@@ -25,7 +24,11 @@ def spec(heads: int, **options: Any) -> SelfAttentionSpec:
     return SelfAttentionSpec(HIDDEN, heads, INIT, INIT, width=WIDTH, **options)
 
 
-FORMS: dict[str, SelfAttentionSpec] = {
+def latent(heads: int, q_rank: int | None, **options: Any) -> LatentAttentionSpec:
+    return LatentAttentionSpec(HIDDEN, heads, 7, q_rank, 3, WIDTH, 5, INIT, INIT, **options)
+
+
+FORMS: dict[str, SelfAttentionSpec | LatentAttentionSpec] = {
     "keys of their own, normed together": spec(4, rotary=True, qk_norm=0.1, together=True, bias=False),
     "two queries a key": spec(8, rotary=True, kv_heads=4, qk_norm=0.1, out_bias=False),
     "keys shared by ranks": spec(8, rotary=True, kv_heads=2, qk_norm=0.1),
@@ -34,6 +37,8 @@ FORMS: dict[str, SelfAttentionSpec] = {
     "a window": spec(4, rotary=True, kv_heads=2, window=3),
     "sinks": spec(8, kv_heads=4, sinks=True),
     "a window and sinks, keys shared by ranks": spec(8, rotary=True, kv_heads=1, window=2, sinks=True),
+    "latents": latent(4, 9, scale=1.3),
+    "latents, queries of activations": latent(8, None, bias=True, out_bias=True),
 }
 
 
@@ -54,7 +59,35 @@ def softmax_of(scores: Tensor, sinks: Tensor | None) -> Tensor:
     return torch.cat((scores, column), -1).softmax(-1)[..., :-1]
 
 
-def written_out(of: SelfAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> Tensor:
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """(B, S, heads, WIDTH), each half of the features with the other."""
+    cos, sin = turns[:, :, None].tile(1, 1, 1, 2)
+    return x * cos + torch.cat((-x[..., WIDTH // 2 :], x[..., : WIDTH // 2]), -1) * sin
+
+
+def of_latents(of: LatentAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> Tensor:
+    def projected(name: str, x: Tensor) -> Tensor:
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()).double())
+
+    def normed(name: str, x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{name}.weight"]
+
+    q = projected("q", x) if of.q_rank is None else projected("q_up", normed("q_norm", projected("q_down", x)))
+    q = q.unflatten(-1, (of.heads, -1))
+    down = projected("kv_down", x)
+    made = projected("kv_up", normed("kv_norm", down[..., :7])).unflatten(-1, (of.heads, -1))
+    key = turned(down[..., 7:].unsqueeze(-2), turns)
+    q = torch.cat((q[..., :3], turned(q[..., 3:], turns)), -1)
+    k = torch.cat((made[..., :3], key.tile(1, 1, of.heads, 1)), -1)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * of.scale / (3 + WIDTH) ** 0.5
+    weights = scores.masked_fill(~visible(LENGTH, None), -torch.inf).softmax(-1)
+    return projected("out", torch.einsum("bhij,bjhd->bihd", weights, made[..., 3:]).flatten(-2))
+
+
+def written_out(of: SelfAttentionSpec | LatentAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> Tensor:
+    if isinstance(of, LatentAttentionSpec):
+        return of_latents(of, w, x, turns)
+
     def projected(name: str, kinds: int, heads: int) -> list[Tensor]:
         """(B, S, heads, WIDTH) of each kind, which alternate head by head."""
         y = x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", torch.zeros(()).double())
@@ -70,10 +103,7 @@ def written_out(of: SelfAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> 
         q = q * (w["q_norm.weight"].view(of.heads, WIDTH) if of.together else w["q_norm.weight"])
         k = k * (w["k_norm.weight"].view(of.key_heads, WIDTH) if of.together else w["k_norm.weight"])
     if of.rotary:
-        cos, sin = turns[:, :, None].tile(1, 1, 1, 2)
-        q, k = (
-            part * cos + torch.cat((-part[..., WIDTH // 2 :], part[..., : WIDTH // 2]), -1) * sin for part in (q, k)
-        )
+        q, k = turned(q, turns), turned(k, turns)
     k, v = (part.repeat_interleave(of.heads // of.key_heads, -2) for part in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / WIDTH**0.5
     scores = scores.masked_fill(~visible(LENGTH, of.window), -torch.inf)
@@ -81,17 +111,18 @@ def written_out(of: SelfAttentionSpec, w: Weights, x: Tensor, turns: Tensor) -> 
     return y @ w["out.weight"].T + w.get("out.bias", torch.zeros(()).double())
 
 
-def sites_of(of: Spec, degrees: ParallelDegrees) -> Counter[tuple[str, str, int]]:
+def sites_of(of: SelfAttentionSpec | LatentAttentionSpec, degrees: ParallelDegrees) -> Counter[tuple[str, str, int]]:
     sites = of.sites(Layout(degrees)).present(degrees)
     return Counter((s.op, s.tag, s.width * 2 * LENGTH) for s in (*sites.forward, *sites.backward))
 
 
-def compared(of: SelfAttentionSpec, sequence: bool) -> tuple[dict[str, float], bool]:
+def compared(of: SelfAttentionSpec | LatentAttentionSpec, sequence: bool) -> tuple[dict[str, float], bool]:
     """Relative errors in this process, and whether it communicated what the specification states."""
     size = dist.get_world_size()
     degrees = ParallelDegrees(size, size, sequence=sequence)
     topology = Topology(degrees)
-    layer = SelfAttention(of, topology).double()
+    kind = LatentAttention if isinstance(of, LatentAttentionSpec) else SelfAttention
+    layer = kind(of, topology).double()
     calls: Counter[tuple[str, str, int]] = Counter()
     topology.comm.register_hook(
         lambda call, when: calls.update([(call.op, call.tag, call.shape.numel())] if when == "end" else [])
@@ -109,7 +140,7 @@ def compared(of: SelfAttentionSpec, sequence: bool) -> tuple[dict[str, float], b
 
     x = own(whole.detach()).clone().requires_grad_()
     turns = rotation(LENGTH, WIDTH, 100.0, x.device, x.dtype)
-    y = layer(x, turns if of.rotary else None)
+    y = layer(x, None if isinstance(of, SelfAttentionSpec) and not of.rotary else turns)
     y.backward(own(direction))
     for w in weights.values():
         w.requires_grad_()
@@ -192,6 +223,6 @@ def test_only_visible_pairs_count() -> None:
     """Up to half a pair for each token with itself."""
     for length, window in ((7, 3), (7, 7), (7, 9), (5, 1)):
         assert visible_pairs(length, window) == visible(length, window).sum().item() - min(window, length) / 2
-    plain, sliding = (replace(FORMS["a window"], window=window).flops(100) for window in (None, 10))
+    plain, sliding = (spec(4, kv_heads=2, window=window).flops(100) for window in (None, 10))
     assert sliding["attention_projections"] == plain["attention_projections"]
     assert sliding["attention_scores"] == round(plain["attention_scores"] * 10 * 190 / 100**2)

@@ -20,6 +20,7 @@ import torch
 
 from tedlab.capacity import group_capacity
 from tedlab.config import (
+    AttentionConfig,
     Backend,
     BiasUpdate,
     CertificatePrecision,
@@ -27,12 +28,14 @@ from tedlab.config import (
     DataConfig,
     ExpertKernel,
     GroupConfig,
+    LatentConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
     ParallelConfig,
     Positions,
     RecomputeConfig,
+    RotaryConfig,
     RouterConfig,
     TrainConfig,
 )
@@ -99,6 +102,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         vocab_size=_vocabulary(degrees.tensor),
         init_std=0.2,  # large enough for every path to matter
     )
+    model = replace(model, attention=_attention(model.attention, widths.head, length), rotary=_rotary(model, length))
     if config.model.loss_chunk is not None:
         model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
     # The second block has experts; so has the first, if the model has no dense block.
@@ -219,6 +223,23 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
         checkpoint=replace(config.checkpoint, async_save=False),
         output_dir=str(directory / "reference"),
     )
+
+
+def _attention(attention: AttentionConfig, width: int, length: int) -> AttentionConfig:
+    """Returns attention whose windows are shorter than the text, and whose latents and heads are about this wide."""
+    window = None if attention.window is None else min(attention.window, max(1, length // 3))
+    latent = attention.latent
+    if latent.kv_rank is not None:
+        step = 1 if width % 8 else width  # what widths are multiples of
+        q_rank = None if latent.q_rank is None else width + 3 * step
+        latent = LatentConfig(width + step, q_rank, max(step, width - step), width, width + 2 * step)
+    return replace(attention, window=window, latent=latent)
+
+
+def _rotary(model: ModelConfig, length: int) -> RotaryConfig:
+    """Returns a stretch of rotary positions from less than the text's length, so that it matters."""
+    original = model.rotary.original_length
+    return replace(model.rotary, original_length=None if original is None else min(original, max(1, length // 2)))
 
 
 def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:

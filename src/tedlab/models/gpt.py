@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from tedlab.comm.keep import kept_tags, recompute_plan
 from tedlab.comm.rows import Rows
-from tedlab.config import CommOptions, Granularity, ModelConfig, MoEConfig, Positions, QKNorm, SharedConfig
+from tedlab.config import (
+    AttentionConfig,
+    CommOptions,
+    Granularity,
+    LatentConfig,
+    ModelConfig,
+    MoEConfig,
+    Positions,
+    QKNorm,
+    SharedConfig,
+)
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, MoESpec, Router, RouterReport, mixtures
@@ -24,6 +34,8 @@ from tedlab.nn import (
     EmbeddingSpec,
     FeedForward,
     FeedForwardSpec,
+    LatentAttention,
+    LatentAttentionSpec,
     NormSpec,
     SelfAttention,
     SelfAttentionSpec,
@@ -62,7 +74,9 @@ class BlockSpec(Spec):
         return Init(std=self.model.init_std), Init(std=self.model.init_std / math.sqrt(2 * self.model.layers))
 
     @property
-    def attention(self) -> SelfAttentionSpec:
+    def attention(self) -> SelfAttentionSpec | LatentAttentionSpec:
+        if self.model.attention.latent.kv_rank is not None:
+            return LatentAttentionSpec.of(self.model, *self.inits)
         return SelfAttentionSpec.of(self.model, *self.inits, self.window)
 
     @property
@@ -121,7 +135,10 @@ class Block(nn.Module):
     def __init__(self, spec: BlockSpec, topology: Topology) -> None:
         super().__init__()
         self.norm1 = norm_layer(spec.norm1, topology)
-        self.attention = SelfAttention(spec.attention, topology)
+        kind = spec.attention
+        self.attention = (
+            LatentAttention(kind, topology) if isinstance(kind, LatentAttentionSpec) else SelfAttention(kind, topology)
+        )
         self.norm2 = norm_layer(spec.norm2, topology)
         inner = spec.feed_forward
         self.routed = spec.moe is not None
@@ -201,7 +218,8 @@ class GPTSpec(Spec):
     @cached_property
     def tags(self) -> tuple[str, ...]:
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
-        model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm)
+        attention = AttentionConfig(latent=replace(self.model.attention.latent, q_rank=None))
+        model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
         blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared)).blocks
         layouts = (Layout(ParallelDegrees(2, 2, sequence=on), CommOptions(dtd=not on)) for on in (True, False))
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
@@ -238,6 +256,7 @@ models: "Registry[type[GPT]]" = Registry("model.architecture")
 def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
     shapes = [ModelConfig(1, 1, 1, 1, 1, qk_norm=norm) for norm in QKNorm]
+    shapes.append(ModelConfig(1, 1, 1, 1, 1, attention=AttentionConfig(latent=LatentConfig(kv_rank=1))))
     kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1)) for dispatch in mixtures.names]
     specs = (models[m].spec(shape, moe) for m in models.names for shape in shapes for moe in kinds)
     return tuple(dict.fromkeys(tag for spec in specs for tag in spec.tags))

@@ -5,7 +5,15 @@ from tedlab.nn.attend import attention_path
 from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
-from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
+from tedlab.nn.latent import LatentAttention, LatentAttentionSpec
+from tedlab.nn.linear import (
+    ColumnParallelLinear,
+    ColumnParallelSpec,
+    ReplicatedLinear,
+    ReplicatedSpec,
+    RowParallelLinear,
+    RowParallelSpec,
+)
 from tedlab.nn.loss import (
     IGNORE_INDEX,
     CrossEntropySpec,
@@ -29,10 +37,14 @@ __all__ = [
     "FeedForward",
     "FeedForwardSpec",
     "Init",
+    "LatentAttention",
+    "LatentAttentionSpec",
     "LayerNorm",
     "Nonlinearity",
     "NormSpec",
     "RMSNorm",
+    "ReplicatedLinear",
+    "ReplicatedSpec",
     "RowParallelLinear",
     "RowParallelSpec",
     "SelfAttention",

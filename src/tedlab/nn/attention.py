@@ -12,7 +12,7 @@ from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.attend import AttentionPath, attend, attention_path, visible_pairs
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.norm import FullNormSpec, NormSpec, RMSNorm, normalise_together, normalise_together_sites
-from tedlab.nn.rotary import rotate
+from tedlab.nn.rotary import rotate, rotate_backward, rotate_forward
 from tedlab.nn.sharded import ShardedModule
 from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
@@ -223,16 +223,18 @@ class SelfAttentionSpec(Spec):
                 yield from part.forward(b)
         if self.together and self.fused:
             yield b.moved(2 * (self._queries(b) + self._keys(b)))  # to lay the features of all heads side by side
-        if self.rotary:
-            yield from self._rotate(b)
+        for elements in (self._queries(b), self._keys(b)) if self.rotary else ():
+            yield from rotate_forward(b, elements)
+        if self.together or (self.rotary and self.qk_norm is None):
+            yield b.moved(2 * self._keys(b))  # to copy values
         yield self._scores(b, flops=4, sides=2)
         yield from self.out.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         yield from self.out.backward(b)
         yield self._scores(b, flops=10, sides=4)
-        if self.rotary:
-            yield from self._rotate_backward(b)
+        for elements in (self._queries(b), self._keys(b)) if self.rotary else ():
+            yield from rotate_backward(b, elements)
         for norm in (self.k_norm, self.q_norm):
             if norm is not None:
                 yield from norm.backward(b)
@@ -258,29 +260,6 @@ class SelfAttentionSpec(Spec):
     def _keys(self, b: MicroBatch) -> int:
         """Returns the number of elements of the keys, or of the values, that this rank's queries need."""
         return b.tokens * max(1, self.key_heads // b.tensor) * self.head_dim
-
-    def _rotate(self, b: MicroBatch) -> Iterator[Work]:
-        """Yields the kernels that rotate queries and keys, half of the features at a time, and copy values."""
-        for elements in (self._queries(b), self._keys(b)):
-            half = elements // 2
-            for _ in range(4):
-                yield b.moved(half, b.compute, b.precise)
-            for passes in (3, 3, 4):  # difference, sum, both together
-                yield b.moved(passes * half, b.precise)
-            if b.precise != b.compute:
-                yield b.moved(2 * half, b.precise, b.compute)
-        if self.qk_norm is None or self.together:
-            yield b.moved(2 * self._keys(b))
-
-    def _rotate_backward(self, b: MicroBatch) -> Iterator[Work]:
-        for elements in (self._queries(b), self._keys(b)):
-            half = elements // 2
-            for _ in range(5):  # of the difference, and of four products
-                yield b.moved(2 * half, b.precise)
-            for _ in range(5 if b.precise != b.compute else 0):
-                yield b.moved(half, b.precise, b.compute)
-            for passes in (3, 3, 4):  # sums of each half's gradients, both together
-                yield b.moved(passes * half)
 
     def _scores(self, b: MicroBatch, flops: int, sides: int) -> Work:
         """Returns the kernel of this rank's heads: ``flops`` per feature and visible pair.

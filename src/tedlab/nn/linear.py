@@ -1,4 +1,4 @@
-"""Linear layers divided over the tensor group, by output features (column) or by input features (row)."""
+"""Linear layers divided over the tensor group, by output features (column) or input features (row), or undivided."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -90,6 +90,46 @@ class ColumnParallelLinear(ShardedModule):
 
     def inside(self, x: Tensor) -> Tensor:
         """Does the same for activations that have entered the region already."""
+        return F.linear(x, self.local("weight"), self.local("bias") if "bias" in self.specs else None)
+
+
+@dataclass(frozen=True)
+class ReplicatedSpec(LinearSpec):
+    """Describes a :class:`ReplicatedLinear`."""
+
+    def own(self) -> Iterator[ParameterSpec]:
+        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, own_tokens=True)
+        if self.bias:
+            yield ParameterSpec("bias", (self.out_features,), own_tokens=True, decayed=False)
+
+    def widths(self, b: MicroBatch) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        k, n = self.widths(b)
+        if b.mixed:
+            yield b.moved(k * n, b.parameter, b.compute)
+        yield b.product(b.outside, k, n)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        yield from b.product_backward(b.outside, *self.widths(b))
+        if self.bias:
+            yield b.moved(b.outside * self.out_features)
+
+    def saved(self, b: MicroBatch) -> int:
+        k, n = self.widths(b)
+        return (b.outside * k + (k * n if b.mixed else 0)) * b.compute.itemsize
+
+
+class ReplicatedLinear(ShardedModule):
+    """Computes ``x @ Wᵀ + b`` of activations outside, of which each tensor rank makes all features of what it holds."""
+
+    def __init__(self, spec: ReplicatedSpec, topology: Topology) -> None:
+        super().__init__()
+        self.build(spec, topology)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, S, in_features) to (B, S, out_features)."""
         return F.linear(x, self.local("weight"), self.local("bias") if "bias" in self.specs else None)
 
 

@@ -5,11 +5,13 @@ scalings here are those that published models use (``model.rotary``).
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tedlab.config import RotaryConfig, RotaryScaling
+from tedlab.spec import MicroBatch, Work
 
 _PLAIN = RotaryConfig()
 
@@ -101,3 +103,25 @@ def rotate(x: Tensor, by: Tensor) -> Tensor:
     cos, sin = by
     first, second = x.chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def rotate_forward(b: MicroBatch, elements: int) -> Iterator[Work]:
+    """Yields the kernels of :func:`rotate` for so many elements, half of the features at a time."""
+    half = elements // 2
+    for _ in range(4):
+        yield b.moved(half, b.compute, b.precise)
+    for passes in (3, 3, 4):  # difference, sum, both together
+        yield b.moved(passes * half, b.precise)
+    if b.precise != b.compute:
+        yield b.moved(2 * half, b.precise, b.compute)
+
+
+def rotate_backward(b: MicroBatch, elements: int) -> Iterator[Work]:
+    """Yields the kernels of the backward pass of :func:`rotate`."""
+    half = elements // 2
+    for _ in range(5):  # of the difference, and of four products
+        yield b.moved(2 * half, b.precise)
+    for _ in range(5 if b.precise != b.compute else 0):
+        yield b.moved(half, b.precise, b.compute)
+    for passes in (3, 3, 4):  # sums of each half's gradients, both together
+        yield b.moved(passes * half)

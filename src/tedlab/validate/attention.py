@@ -39,7 +39,7 @@ def check_attention(model: ModelConfig) -> None:
     Raises:
         ValueError: If fields contradict each other, or one would have no effect; the message says what would do.
     """
-    for error in (*_window(model), *_rotary(model), *_latent(model), *_unbuilt(model)):
+    for error in (*_window(model), *_rotary(model), *_latent(model)):
         raise ValueError(error)
 
 
@@ -104,12 +104,3 @@ def _latent(model: ModelConfig) -> Iterator[str]:
                 f"{name} does not apply to latent attention (model.attention.latent.kv_rank), whose heads have their "
                 "own sizes and norms; leave one of them out"
             )
-
-
-def _unbuilt(model: ModelConfig) -> Iterator[str]:
-    attention = model.attention
-    given = {
-        "model.attention.latent": attention.latent.kv_rank is not None,
-    }
-    for name in (name for name, is_given in given.items() if is_given):
-        yield f"{name} is not built yet"
