@@ -16,6 +16,7 @@ _SIZES = {
     **{"head_dim": 8, "max_position_embeddings": 16, "tie_word_embeddings": False, "rope_theta": 5_000.0},
 }
 _EXPERTS = {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 # The fields of ``config.json``.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -28,6 +29,11 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         **{"intermediate_size": 20, "num_experts": 4, "norm_topk_prob": False},
     },
     "mixtral": {**_SIZES, **_EXPERTS, "sliding_window": 5, "intermediate_size": 28, "num_local_experts": 4},
+    "gpt_oss": {
+        **{**_SIZES, **_EXPERTS, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 5},
+        **{"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5, "attention_bias": True},
+        **{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, **_YARN}},
+    },
     "qwen3_moe": {
         **{**_SIZES, **_EXPERTS, "num_experts": 5, "num_experts_per_tok": 3},
         **{

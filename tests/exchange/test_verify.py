@@ -1,6 +1,7 @@
 """Every family is what transformers computes, number by number; and each mistake in a mapping is found and named."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("folders")
     generator = torch.Generator().manual_seed(0)
     for name, fields in CONFIGS.items():
-        config = transformers.AutoConfig.for_model(name, **fields)
+        config = transformers.AutoConfig.for_model(name, **deepcopy(dict(fields)))  # it changes what it is given
         model = transformers.AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():  # norms are 1 and biases 0 by themselves
             parameter.data.normal_(0.1, 0.3, generator=generator)
@@ -118,6 +119,18 @@ def transposed(rule: Rule) -> Rule:
     return replace(rule, transform=Then(rule.transform, Transposed()))
 
 
+@dataclass(frozen=True)
+class Backwards(Same):
+    """Takes gates for linear parts where both are columns of one matrix."""
+
+    def join(self, theirs: Any) -> torch.Tensor:
+        return theirs[0].unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def backwards(rule: Rule) -> Rule:
+    return replace(rule, transform=Backwards()) if rule.ours == UP else rule
+
+
 def other_norm(name: str) -> str:
     others = {"q_norm": "k_norm", "k_norm": "q_norm"}
     return next((name.replace(one, other) for one, other in others.items() if one in name), name)
@@ -147,6 +160,7 @@ PLANTS = {
     "heads one after the other": Plant(
         "llama", QKV, lambda rule: replace(rule, transform=ByHead(1, (24, 24, 24))), f"{QKV} has all queries before"
     ),
+    "swapped halves of clamped experts": Plant("gpt_oss", UP, backwards, f"{UP} has gate and linear part swapped"),
     "norms": Plant(
         "qwen3",
         "blocks.1.attention.",

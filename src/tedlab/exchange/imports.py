@@ -184,10 +184,11 @@ def _check_unquantised(folder: Folder, family: Family) -> None:
     if quantised is None:
         return
     method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+    config = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method), "…Config")
+    how = f"dtype='bfloat16', quantization_config={config}(dequantize=True)"
     raise ValueError(
         f"its weights are quantised ({method}). Dequantise them first, with transformers: "
-        f"{family.architecture}.from_pretrained(folder, dtype='bfloat16', quantization_config=…Config(dequantize=True))"
-        ".save_pretrained(other)"
+        f"{family.architecture}.from_pretrained(folder, {how}).save_pretrained(other)"
     )
 
 
@@ -203,7 +204,7 @@ def _check_tensors(opened: Opened) -> None:
             expected[name] = (shape[0], *part.shape) if rule.sliced else tuple(part.shape)
     made = {rule.ours for rule in opened.rules}
     assert made == opened.shapes.keys(), f"without a rule: {sorted(opened.shapes.keys() - made)}"
-    left_out = [re.compile(pattern) for pattern in family.left_out]
+    left_out = [re.compile(pattern) for pattern in family.left_out_of(opened.model)]
     if opened.model.tie_embeddings:
         left_out.append(re.compile(r"lm_head\.weight"))
     missing = [name for name in expected if name not in folder.tensors]

@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tedlab.config import ModelConfig, MoEConfig
+from tedlab.models.families.deepseek import DeepSeekV2, DeepSeekV3
 from tedlab.models.families.family import Family, UnknownField, configured, essence
+from tedlab.models.families.gpt_oss import GptOss
 from tedlab.models.families.llama import Llama
 from tedlab.models.families.mapping import Rule
 from tedlab.models.families.mixtral import Mixtral
 from tedlab.models.families.olmoe import OLMoE
 from tedlab.models.families.qwen3 import Qwen3, Qwen3MoE
 
-FAMILIES: dict[str, Family] = {family.model_type: family() for family in (Llama, Qwen3, Mixtral, OLMoE, Qwen3MoE)}
+_KINDS = (Llama, Qwen3, Mixtral, OLMoE, Qwen3MoE, DeepSeekV2, DeepSeekV3, GptOss)
+FAMILIES: dict[str, Family] = {family.model_type: family() for family in _KINDS}
 
 
 def family_of(config: Mapping[str, Any]) -> Family:

@@ -56,7 +56,7 @@ class Family:
         always: Our values that all models of the family have.
         aliases: Other names of their fields, as some releases of transformers write them.
         meaningless: Further fields that change neither weights nor forward pass.
-        left_out: Patterns of tensors that a folder may have beside those that the model needs.
+        left_out: Patterns of tensors that a folder of any model may have beside those that the model needs.
         rope_theta: The base of rotary positions if ``config.json`` does not say.
     """
 
@@ -117,6 +117,10 @@ class Family:
         """Inverts :meth:`read_further`."""
         return {}
 
+    def left_out_of(self, model: ModelConfig) -> tuple[str, ...]:
+        """Returns the patterns of tensors that a folder may have beside those that this model needs."""
+        return self.left_out
+
     # ---- weights -----------------------------------------------------------------------------------------------------
 
     def rules(self, model: ModelConfig, moe: MoEConfig) -> Iterator[Rule]:
@@ -152,6 +156,8 @@ class Family:
         if model.qk_norm != QKNorm.NONE:
             for name in ("q_norm", "k_norm"):
                 yield Rule(f"{ours}{name}.weight", (f"{theirs}{name}.weight",))
+        if model.attention.sinks:
+            yield Rule(f"{ours}sinks", (f"{theirs}sinks",))
 
     def experts(self, model: ModelConfig, moe: MoEConfig, ours: str, theirs: str) -> Iterator[Rule]:
         """Yields the rules of a block's router and experts; ``theirs`` is the prefix of the block."""
