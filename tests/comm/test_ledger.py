@@ -322,6 +322,8 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
 
 
 COMPILED: list[Overrides] = [
+    {"comm.dtd": True, "comm.cac": True, "optim.groups": [GroupConfig(pattern="blocks.[01].*", frozen=True)]},
+    {"optim.groups": [GroupConfig(pattern="*.experts.*"), GroupConfig(pattern="*", frozen=True)]},
     {"comm.dtd": True, "model.recompute.granularity": "none"},
     {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
     {"parallel.sequence": True},

@@ -1,5 +1,6 @@
 """A mixture made of a dense model begins as that model, in any layout; what cannot be made is refused."""
 
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,25 @@ def test_an_upcycled_model_loads_in_a_layout_of_tensor_and_expert_ranks(
     done = upcycle(source, tmp_path / "run", EXACT["halves_one_set"], Recipe())
     for found in pool.run(4, in_layout, done.checkpoint):
         assert errors(found.view(expected.movedim(-1, 0).shape), expected.movedim(-1, 0)) < 1e-12
+
+
+def test_no_more_than_two_matrices_of_the_dense_model_are_in_memory(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is made into experts, and the last that was written as it is."""
+    read, alive, most = PieceReader.read, [], []
+
+    def reading(reader: PieceReader, name: str, rows: range | None = None) -> Tensor:
+        alive[:] = [storage for storage in alive if storage() is not None]
+        found = read(reader, name, rows)
+        alive.append(weakref.ref(found.untyped_storage()))
+        most.append(len(alive))
+        return found
+
+    monkeypatch.setattr(PieceReader, "read", reading)
+    upcycle(dense["gpt3"][0], tmp_path / "run", mixture(4, 8, 12), Recipe(noise=0.1, reinit=0.5))
+    assert len(most) > 20
+    assert max(most) == 2
 
 
 # ---- what makes experts differ --------------------------------------------------------------------------------------
