@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tedlab.exchange import folder
-from tedlab.models import GPTSpec
+from tedlab.exchange.imports import shapes_of
 from tedlab.models.families import FAMILIES, configured
 
 _SIZES = {
@@ -17,6 +17,13 @@ _SIZES = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+_DEEPSEEK = {
+    **{name: size for name, size in _SIZES.items() if name not in ("head_dim", "num_key_value_heads")},
+    **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1},
+    **{"intermediate_size": 28, "moe_intermediate_size": 12, "n_routed_experts": 4, "n_shared_experts": 2},
+    **{"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 10, "num_experts_per_tok": 2},
+}
+_DEEPSEEK_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": 0.7, "mscale_all_dim": 0.5}
 # The fields of ``config.json``.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
@@ -33,6 +40,21 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         **{**_SIZES, **_EXPERTS, "intermediate_size": 20, "num_local_experts": 4, "sliding_window": 5},
         **{"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5, "attention_bias": True},
         **{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, **_YARN}},
+    },
+    "deepseek_v2": {  # as V2-Lite: queries are not compressed
+        **{**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+        **{
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 4,
+                **_DEEPSEEK_YARN,
+            }
+        },
+    },
+    "deepseek_v3": {
+        **{**_DEEPSEEK, "q_lora_rank": 10, "n_group": 3, "topk_group": 2, "norm_topk_prob": True},
+        **{"n_routed_experts": 6, "n_shared_experts": 1, "routed_scaling_factor": 2.5},
     },
     "qwen3_moe": {
         **{**_SIZES, **_EXPERTS, "num_experts": 5, "num_experts_per_tok": 3},
@@ -59,7 +81,7 @@ def draw(path: Path, name: str, config: Mapping[str, Any] | None = None, **other
     family = FAMILIES[name]
     fields = {**(config or CONFIGS[name]), "model_type": name}
     model, moe = configured(family.read(fields))
-    ours = {parameter.name: parameter.shape for parameter in GPTSpec(model, moe).parameters()}
+    ours = shapes_of(model, moe)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for rule in family.rules(model, moe):
         whole = torch.empty(ours[rule.ours], device="meta")

@@ -35,6 +35,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model = transformers.AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():  # norms are 1 and biases 0 by themselves
             parameter.data.normal_(0.1, 0.3, generator=generator)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0, 0.1, generator=generator)
         model.save_pretrained(place / name)
     return {name: place / name for name in CONFIGS}
 
@@ -153,6 +156,12 @@ PLANTS = {
         "blocks.1.attention.kv.",
         of_pairs(2, 2),
         "blocks.1.attention.kv.weight has rotary features in the wrong",
+    ),
+    "rotary order of latent attention": Plant(
+        "deepseek_v3",
+        "blocks.1.attention.",
+        lambda rule: replace(rule, transform=Same()) if isinstance(rule.transform, PairsApart) else rule,
+        "q_up.weight, blocks.1.attention.kv_down.weight has rotary features in the wrong order",
     ),
     "values for shared keys": Plant(
         "mixtral", "blocks.1.attention.kv.", in_turn(1, 0), "blocks.1.attention.kv.weight has keys and values swapped"

@@ -99,10 +99,8 @@ def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
         raise ValueError(
             f"{changed[0]} is {theirs.get(changed[0])} in {path}, whose weights are of no other model; leave it out"
         )
-    spec = GPTSpec(model, moe)
-    spec.check(parallel_degrees(parallel))
-    shapes = {parameter.name: tuple(parameter.shape) for parameter in spec.parameters()} | _buffers(model, moe)
-    opened = Opened(folder, family, model, moe, shapes, list(family.rules(model, moe)))
+    GPTSpec(model, moe).check(parallel_degrees(parallel))
+    opened = Opened(folder, family, model, moe, shapes_of(model, moe), list(family.rules(model, moe)))
     _check_tensors(opened)
     return opened
 
@@ -147,11 +145,12 @@ def read_pieces(opened: Opened) -> Iterator[Piece]:
         yield Piece(rule.ours, opened.shapes[rule.ours], rule.expert, joined)
 
 
-def _buffers(model: ModelConfig, moe: MoEConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what a model keeps beside its parameters: the biases that balance choices."""
-    if moe.router.bias_update == BiasUpdate.NONE:
-        return {}
-    return {f"blocks.{index}.feed_forward.router.bias": (moe.num_experts,) for index in moe.routed(model.layers)}
+def shapes_of(model: ModelConfig, moe: MoEConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the global shape of all that a model keeps, by name: its parameters, and biases that balance choices."""
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in GPTSpec(model, moe).parameters()}
+    if moe.router.bias_update != BiasUpdate.NONE:
+        shapes |= {f"blocks.{n}.feed_forward.router.bias": (moe.num_experts,) for n in moe.routed(model.layers)}
+    return shapes
 
 
 def _overridden(

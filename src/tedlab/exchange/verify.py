@@ -384,12 +384,29 @@ def _mistakes(model: ModelConfig, layer: str, own: Mapping[str, Tensor], suspect
 def _of_attention(model: ModelConfig, own: Mapping[str, Tensor]) -> Iterator[Mistake]:
     for name in own:
         other = name.replace("q_norm", "k_norm")
-        if other != name:
+        if other != name and other in own:
             yield f"{name} and {other} are swapped", {name: own[other], other: own[name]}
+    if model.attention.latent.kv_rank is not None:
+        yield from _of_latents(model, own)
+        return
     kinds = sorted({name.rpartition(".")[2] for name in own if name.split(".")[-2] in ("qkv", "q", "kv")}, reverse=True)
     for several in range(1, len(kinds) + 1):
         for some in itertools.combinations(kinds, several):
             yield from _of_rows(model, own, some)
+
+
+def _of_latents(model: ModelConfig, own: Mapping[str, Tensor]) -> Iterator[Mistake]:
+    """Yields the wrong orders of the rotary features of queries, of the shared key, and of both."""
+    latent = model.attention.latent
+    assert latent.kv_rank is not None
+    rows = {"q": PairsApart(model.heads, latent.nope_dim), "kv_down": PairsApart(1, latent.kv_rank)}
+    rows["q_up"] = rows["q"]
+    orders = {name: rows[name.split(".")[-2]] for name in own if name.split(".")[-2] in rows}
+    for several in range(1, len(orders) + 1):
+        for some in itertools.combinations(orders, several):
+            what = f"{', '.join(some)} has rotary features in the wrong order"
+            yield what, {name: orders[name].split(own[name])[0] for name in some}
+            yield what, {name: orders[name].join([own[name]]) for name in some}
 
 
 def _of_rows(model: ModelConfig, own: Mapping[str, Tensor], kinds: Sequence[str]) -> Iterator[Mistake]:
