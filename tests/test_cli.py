@@ -334,7 +334,7 @@ def test_presets_of_ones_own_folder_are_known(tmp_path: Path) -> None:
     check_overrides(["model=mine", "model.hidden=32"], folder=str(tmp_path))
     with pytest.raises(UsageError, match=r"model=mien.*Did you mean 'mine'"):
         check_overrides(["model=mien"], folder=str(tmp_path))
-    assert "model: gpt_1.3b, gpt_13b, gpt_2.7b, gpt_6.7b, gpt_tiny, mine" in help_text("train", [], str(tmp_path))
+    assert "gpt_tiny, mine, " in help_text("train", [], str(tmp_path))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ COMMANDS = {
     "certify": "prove that a configuration equals one process",
     "compare": "put finished runs side by side",
     "generate": "continue a text with a trained model",
+    "models": "list the published models of which there are presets",
     "checkpoint": "inspect a checkpoint, or take models of transformers in and out",
 }
 
