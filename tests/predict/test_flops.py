@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tedlab.capacity import expert_capacity
-from tedlab.config import AttentionConfig, GroupConfig, ModelConfig, MoEConfig, RouterConfig, SharedConfig
+from tedlab.config import AttentionConfig, GroupConfig, LatentConfig, ModelConfig, MoEConfig, RouterConfig, SharedConfig
 from tedlab.models import GPT, GPTSpec
 from tedlab.optim import Grouping
 from tedlab.predict.flops import forward_flops, peak_flops, training_flops, weight_flops
@@ -96,6 +96,10 @@ LIKE: dict[str, tuple[ModelConfig, MoEConfig]] = {
         MoEConfig(num_experts=8, top_k=3, every=1, ffn=24),
     ),
     "gated_shared": (TODAY, MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(2, 24, gated=True))),
+    "deepseek": (
+        replace(TODAY, attention=AttentionConfig(latent=LatentConfig(6, 4, 4, 2, 3))),
+        MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(1, 24)),
+    ),
     "gpt_oss": (
         replace(MODEL, activation="clamped_swiglu", attention=AttentionConfig(sinks=True)),
         MoEConfig(num_experts=4, top_k=2, router=RouterConfig(bias=True)),
