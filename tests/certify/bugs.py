@@ -26,12 +26,13 @@ from tedlab.models import gpt
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, ragged, router
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
-from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, attention, sharded
+from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, attend, attention, norm, sharded
 from tedlab.nn import loss as losses
-from tedlab.nn.region import SequenceRegion
+from tedlab.nn.region import ReplicatedRegion, SequenceRegion
 from tedlab.optim import LossScaler, ShardedOptimizer, fused
 from tedlab.optim.bucket import Bucket, local
 from tedlab.optim.segment import Segment
+from tedlab.spec import ParameterSpec
 
 Patch = pytest.MonkeyPatch
 
@@ -351,7 +352,7 @@ def replicas_that_drift(patch: Patch) -> None:
 
 def tensor_ranks_with_different_seeds(patch: Patch) -> None:
     """Of initial weights that all should hold alike."""
-    _after(patch, sharded, "_seed", lambda seed, key: seed + dist.get_rank())
+    _after(patch, sharded, "seed_of", lambda seed, key: seed + dist.get_rank())
 
 
 def experts_seeded_by_their_local_index(patch: Patch) -> None:
@@ -366,8 +367,8 @@ def experts_seeded_by_their_local_index(patch: Patch) -> None:
 
 def second_block_of_initial_weights_like_the_first(patch: Patch) -> None:
     """A matrix of more than 2²⁰ values repeats itself."""
-    right = sharded._seed
-    patch.setattr(sharded, "_seed", lambda key: right(key.rpartition("/")[0]))
+    right = sharded.seed_of
+    patch.setattr(sharded, "seed_of", lambda key: right(key.rpartition("/")[0]))
 
 
 def last_piece_of_the_fused_step_left_out(patch: Patch) -> None:
@@ -1116,3 +1117,38 @@ def next_epoch_is_the_first_again_on_resume(patch: Patch) -> None:
 def samples_counted_by_this_rank_on_saving(patch: Patch) -> None:
     """The position in the data is that of one data rank of two."""
     _after(patch, TextDataModule, "state_dict", lambda state, self: {**state, "offset": state["offset"] // 2})
+
+
+def shared_keys_gradient_of_this_rank_alone(patch: Patch) -> None:
+    """Tensor ranks that share a head of keys keep the part of its gradient that their own queries caused."""
+    _after(patch, ParameterSpec, "partial", lambda partial, self, layout: partial and self.units is None)
+
+
+def queries_of_this_rank_normed_by_themselves(patch: Patch) -> None:
+    """A norm of all heads together takes the mean square of the heads that this process has."""
+    patch.setattr(norm, "reduce_from", lambda x, comm, kind, tag: x * comm.size(kind))
+
+
+def norm_of_all_heads_differentiated_for_own_heads(patch: Patch) -> None:
+    """The mean square's gradient is that which this process's heads cause."""
+    patch.setattr(norm, "copy_to", lambda x, comm, kind, tag: x)
+
+
+def latent_s_gradient_of_own_heads(patch: Patch) -> None:
+    """Tensor ranks differentiate the latent of keys and values by their own heads alone."""
+    right = ReplicatedRegion.enter
+
+    def wrong(self: ReplicatedRegion, x: Tensor) -> Tensor:
+        return x if self.name == "attention.latent" else right(self, x)
+
+    patch.setattr(ReplicatedRegion, "enter", wrong)
+
+
+def window_of_the_tokens_before(patch: Patch) -> None:
+    """A token attends to itself and so many others."""
+    right = attend._blocks
+
+    def wrong(length: int, window: int | None, device: torch.device) -> Any:
+        return right(length, None if window is None else window + 1, device)
+
+    patch.setattr(attend, "_blocks", wrong)

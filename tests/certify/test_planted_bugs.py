@@ -21,7 +21,7 @@ from tests.certify import bugs
 from tests.certify.runs import Case, Plant, certified, planted
 from tests.data import test_sampler
 from tests.moe import test_router, test_routers
-from tests.nn import test_sharded
+from tests.nn import test_attention, test_sharded
 from tests.optim import test_fused, test_loss_scale, test_schedule
 from tests.pool import WorkerPool
 from tests.test_oracle import Errors, first_wrong, judged
@@ -39,6 +39,8 @@ TODAY: Overrides = (
     *("parallel=tp2", "parallel.sequence=true", "model.activation=swiglu", "model.bias=false", "model.norm=rms"),
     "model.positions=rotary",
 )
+KEYS: Overrides = ("parallel=tp2", "model.positions=rotary", "model.kv_heads=1", "model.qk_norm=full")
+LATENT: Overrides = ("parallel=tp2", "model.positions=rotary", "model.attention.latent.kv_rank=8")
 SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.dtd=true", "comm.cac=shard")
 WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
@@ -115,6 +117,10 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.rotary_positions_start_anew_in_each_slice: Found(TODAY, "outputs", "in step 1"),
     bugs.slices_gathered_in_another_order: Found(SEQUENCE, "outputs", "in step 1"),
     bugs.attention_scaled_by_the_number_of_heads: Found(TP2, "outputs", "in step 1"),
+    bugs.shared_keys_gradient_of_this_rank_alone: Found(KEYS, "gradients", "in step 1: network.blocks.0.attention.kv"),
+    bugs.queries_of_this_rank_normed_by_themselves: Found(KEYS, "outputs", "in step 1"),
+    bugs.norm_of_all_heads_differentiated_for_own_heads: Found(KEYS, "gradients", "in step 1"),
+    bugs.latent_s_gradient_of_own_heads: Found(LATENT, "gradients", "in step 1"),
     bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
     bugs.bias_added_by_each_tensor_rank: Found(DEALT, "outputs", "in step 2: logits"),
     bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
@@ -225,6 +231,7 @@ TESTED: dict[Plant, Callable[[Topology], None]] = {  # what fails with it
     bugs.loss_scale_that_never_grows: (
         lambda single: test_loss_scale.test_the_scale_doubles_after_so_many_steps_without_overflow()
     ),
+    bugs.window_of_the_tokens_before: (lambda single: test_attention.test_attention_in_blocks_is_attention_at_once(3)),
     bugs.last_piece_of_the_fused_step_left_out: (
         lambda single: test_fused.test_steps_equal_torchs_in_float64(AdamW, torch.float64, None, _TILE + 5)
     ),

@@ -25,6 +25,7 @@ LATENT = (
     *("model.rotary.mscale=1", "model.rotary.mscale_all_dim=1"),
 )
 SEQUENCE = ("parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
+COMPILED = ("moe.dispatch=capacity", "model.compile=aot_eager")
 SHARDED_CAC = ("parallel.sequence=false", "model.recompute.granularity=block", "comm.cac=shard")
 CELLS = {  # processes, tensor, expert, overrides
     "norms together, tensor 2 × expert 2": (4, 2, 2, (*ROTARY, "model.qk_norm=full")),
@@ -51,6 +52,9 @@ CELLS = {  # processes, tensor, expert, overrides
         *(4, 2, 2),
         (*LATENT, *SEQUENCE, "model.attention.latent.q_rank=null", "model.attention.qkv_bias=true"),
     ),
+    "windows and sinks, compiled": (4, 2, 2, (*GPT_OSS, *COMPILED)),
+    "keys shared, compiled": (4, 4, 1, (*SHARED, *COMPILED, SEQUENCE[1], "comm.cac=true")),
+    "latents, compiled": (4, 2, 2, (*LATENT, *COMPILED)),
     "latents, dtd": (4, 2, 2, (*LATENT, "moe.dispatch=capacity", "comm=ted", SEQUENCE[1], "optim.overlap=true")),
 }
 QUICK = "keys shared, sequence of 4"

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.certify.compare import relative_error
 from tedlab.nn import Init, LatentAttention, LatentAttentionSpec, SelfAttention, SelfAttentionSpec, rotation
+from tedlab.nn import attend as attend_module
 from tedlab.nn.attend import attend, attention_path, visible_pairs
 from tedlab.spec import Layout
 from tests.pool import WorkerPool
@@ -206,6 +208,39 @@ def test_attention_in_blocks_is_attention_at_once(window: int | None) -> None:
     assert relative_error(found.detach(), expected.detach()) < 1e-13
     for ours, theirs in zip(*(torch.autograd.grad(y, inputs, direction) for y in (found, expected)), strict=True):
         assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("window", "sinks"), [(13, False), (13, True), (None, True)])
+def test_flex_attention_is_given_the_same_windows_and_sinks(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, sinks: bool
+) -> None:
+    """Forward, as torch runs it without a GPU: not compiled."""
+    monkeypatch.setattr(attend_module, "_compiled_flex", lambda: flex_attention)
+    q, k, v = (random(name, 2, heads, 140, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
+    sink = random("sinks", 4) if sinks else None
+    found = attend_module._by_flex(q, k, v, window, sink, 0.3)
+    assert relative_error(found, torch.ops.tedlab.attention(q, k, v, sink, 0.3, window)[0]) < 1e-12
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("window", "sinks", "wide"), [(100, False, 64), (100, True, 64), (None, True, 128), (None, False, 32)]
+)
+def test_attention_on_a_gpu_is_that_of_float64(window: int | None, sinks: bool, wide: int) -> None:
+    """By flex_attention, or of heads whose values are less wide by the fused kernel: output and gradients."""
+    shapes = {"q": (2, 8, 512, 64), "k": (2, 2, 512, 64), "v": (2, 2, 512, wide), "s": (8,)}
+    exact = [random(name, *shape).requires_grad_() for name, shape in shapes.items()]
+    direction = random("direction", 2, 8, 512, wide)
+    given = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    found = attend(*given[:3], window, given[3] if sinks else None)
+    q, k, v, sink = exact
+    expected = torch.ops.tedlab.attention(q, k, v, sink if sinks else None, 1 / 8, window)[0]
+    assert relative_error(found.detach().double().cpu(), expected.detach()) < 0.02
+    used = slice(4 if sinks else 3)
+    ours = torch.autograd.grad(found, given[used], direction.to("cuda", torch.bfloat16))
+    for own, best in zip(ours, torch.autograd.grad(expected, exact[used], direction), strict=True):
+        assert relative_error(own.double().cpu(), best) < 0.05
 
 
 def test_a_window_that_holds_the_whole_text_is_none() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
 AttentionPath = Literal["sdpa", "flex", "blocks"]
@@ -77,9 +77,9 @@ def _by_flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor 
     options = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] > k.shape[1]}
     if sinks is None:
         return run(q, k, v, **options)
-    y, lse = run(q, k, v, **options, return_lse=True)
+    y, further = run(q, k, v, **options, return_aux=AuxRequest(lse=True))
     # The softmax with one more entry is the one without, times the share that the others have of the sum.
-    share = torch.sigmoid(lse - sinks.to(lse.dtype).unsqueeze(-1))
+    share = torch.sigmoid(further.lse - sinks.to(further.lse.dtype).unsqueeze(-1))
     return y * share.unsqueeze(-1).to(y.dtype)
 
 
