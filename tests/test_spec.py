@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.config import ModelConfig, MoEConfig, RouterConfig, SharedConfig
+from tedlab.config import AttentionConfig, LatentConfig, ModelConfig, MoEConfig, RouterConfig, SharedConfig
 from tedlab.models import GPT, GPTSpec
 from tedlab.nn import ShardedModule, decay_groups, partial_parameters
 from tedlab.optim import ShardedOptimizer
@@ -68,9 +68,14 @@ def reduced_together(topology: Topology, most: int) -> list[tuple[str, int, bool
     return [(b.kind, holders(b.parameters[0], b.comm), b.partial, sum(b.sizes)) for b in optimizer.buckets]
 
 
+KEYS = replace(TODAY, kv_heads=2, qk_norm="full", attention=AttentionConfig(qkv_bias=True, sinks=True))
+LATENT = replace(TODAY, attention=AttentionConfig(latent=LatentConfig(3, 5, nope_dim=2, rope_dim=2, v_dim=3)))
+
+
 def facts(layouts: list[tuple[int, int, bool]]) -> list[tuple[list[list[Fact]], list[Any]]]:
     topologies = [Topology(ParallelDegrees(4, *layout)) for layout in layouts]
     models = [(GPT3, EXPERTS), (TODAY, EXPERTS), (GPT3, DENSE), (TODAY, SHARED), (GPT_OSS, BIASED)]
+    models += [(KEYS, DENSE), (LATENT, DENSE)]
     return [
         ([found(*model, topology) for model in models], [reduced_together(topology, most) for most in (200, 1 << 20)])
         for topology in topologies
@@ -85,13 +90,15 @@ def real(pool: WorkerPool) -> dict[tuple[int, int, bool], tuple[list[list[Fact]]
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_model_s_parameters_are_those_that_its_specification_states(real: Any, layout: tuple[int, int, bool]) -> None:
-    gpt3, today, dense, shared, gpt_oss = real[layout][0]
+    gpt3, today, dense, shared, gpt_oss, keys, latent = real[layout][0]
     degrees = ParallelDegrees(4, *layout)
     assert gpt3 == stated(GPT3, EXPERTS, degrees)
     assert today == stated(TODAY, EXPERTS, degrees)
     assert dense == stated(GPT3, DENSE, degrees)
     assert shared == stated(TODAY, SHARED, degrees)
     assert gpt_oss == stated(GPT_OSS, BIASED, degrees)
+    assert keys == stated(KEYS, DENSE, degrees)
+    assert latent == stated(LATENT, DENSE, degrees)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -116,6 +123,23 @@ def test_parameters_by_hand() -> None:
     assert facts["blocks.1.feed_forward.router.weight"] == [(4, 8), 32, "data", 4, True, True]
     assert facts["blocks.1.feed_forward.experts.up"] == [(4, 8, 16), 128, "expert_data", 1, False, True]
     assert facts["blocks.1.feed_forward.experts.down_bias"] == [(4, 1, 8), 16, "expert_data", 2, False, False]
+
+
+def test_parameters_of_attention_by_hand() -> None:
+    """Two heads of keys on four tensor ranks, which all hold both, and one on each of two."""
+    four, two = ({name: rest for name, *rest in stated(KEYS, DENSE, ParallelDegrees(4, tensor))} for tensor in (4, 2))
+    attention = "blocks.0.attention."
+    assert four[f"{attention}q.weight"] == [(8, 8), 16, "data", 1, False, True]
+    assert four[f"{attention}kv.weight"] == [(8, 8), 64, "data", 4, True, True]
+    assert four[f"{attention}kv.bias"] == [(8,), 8, "data", 4, True, False]
+    assert four[f"{attention}q_norm.weight"] == [(8,), 2, "data", 1, False, False]
+    assert four[f"{attention}k_norm.weight"] == [(4,), 4, "data", 4, True, False]
+    assert four[f"{attention}sinks"] == [(4,), 1, "data", 1, False, False]
+    assert two[f"{attention}kv.weight"] == [(8, 8), 32, "data", 2, False, True]
+    latent = {name: rest for name, *rest in stated(LATENT, DENSE, ParallelDegrees(4, 2, sequence=True))}
+    assert latent[f"{attention}kv_down.weight"] == [(5, 8), 40, "data", 4, True, True]
+    assert latent[f"{attention}kv_norm.weight"] == [(3,), 3, "data", 4, True, False]
+    assert latent[f"{attention}kv_up.weight"] == [(20, 3), 30, "data", 2, False, True]
 
 
 def test_buckets_are_filled_in_order_until_the_next_does_not_fit() -> None:

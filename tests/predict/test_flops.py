@@ -44,6 +44,31 @@ def counted(
     return forward, counter.get_total_flops() - forward
 
 
+VISIBLE = {
+    "a window": replace(TODAY, kv_heads=2, attention=AttentionConfig(window=6, full_every=2)),
+    "sinks": replace(TODAY, attention=AttentionConfig(sinks=True)),
+    "latents": replace(TODAY, attention=AttentionConfig(latent=LatentConfig(5, 6, nope_dim=3, rope_dim=4, v_dim=9))),
+}
+
+
+@pytest.mark.parametrize("name", VISIBLE)
+def test_scores_that_are_not_seen_count_nowhere(name: str, single: Topology) -> None:
+    """Nor are they computed, but for those in a block of queries: torch counts what the operation says of itself."""
+    model, dense = VISIBLE[name], MIXTURES["dense"]
+    parts, plain = forward_flops(model, dense), replace(TODAY, kv_heads=model.kv_heads)
+    forward, _ = counted(model, dense, single)
+    full = model.layers * 2 * 12 * 16  # pairs of a token, half of its text, times four, for 16 features
+    if name == "latents":
+        assert parts["attention_scores"] == full // 16 * 4 * (7 + 9) // 2
+    elif name == "sinks":
+        assert parts == forward_flops(plain, dense)
+    else:
+        assert parts["attention_scores"] == full // 3 + 2 * (full // 3) * 3 // 4  # 54 of 72 pairs in two blocks
+        masked = TOKENS * full // 3  # of the block without a window, whose products torch counts
+        forward -= masked
+    assert forward == TOKENS * sum(parts.values())
+
+
 @pytest.mark.parametrize("model", [MODEL, TODAY], ids=["gpt", "today"])
 @pytest.mark.parametrize("moe", MIXTURES.values(), ids=MIXTURES)
 def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_slots(

@@ -8,6 +8,7 @@ import torch
 
 from tedlab.config import ModelConfig, Positions, QKNorm, RotaryConfig, RotaryScaling, TrainConfig
 from tedlab.models import models
+from tedlab.nn import LatentAttentionSpec, SelfAttentionSpec
 
 _NEEDED = (RotaryScaling.NTK, RotaryScaling.YARN, RotaryScaling.LLAMA3)  # scalings of texts of a certain length
 _PATHS = {
@@ -27,8 +28,10 @@ def attention_notes(config: TrainConfig) -> list[str]:
     """Returns how attention is computed, where it is not torch's fused kernel in all blocks."""
     spec = models[config.model.architecture].spec(config.model, config.moe)
     device = "cuda" if config.trainer.get("accelerator") != "cpu" and torch.cuda.is_available() else "cpu"
-    paths = Counter(block.attention.path(device, config.model.sequence_length) for block in spec.blocks)
-    if set(paths) == {"sdpa"}:
+    layers = (getattr(block, "attention", None) for block in spec.blocks)  # a package's blocks may have none
+    known = (layer for layer in layers if isinstance(layer, SelfAttentionSpec | LatentAttentionSpec))
+    paths = Counter(layer.path(device, config.model.sequence_length) for layer in known)
+    if set(paths) <= {"sdpa"}:
         return []
     return [f"Attention: {', '.join(f'{count} blocks by {_PATHS[path]}' for path, count in paths.items())}."]
 
@@ -72,6 +75,9 @@ def _rotary(model: ModelConfig) -> Iterator[str]:
                 f"model.rotary.{name} is {getattr(rotary, name)}, which model.rotary.scaling={scaling} does not use; "
                 f"it belongs to {', '.join(with_it)}"
             )
+    width = model.attention.latent.rope_dim if model.attention.latent.kv_rank else model.head_dim
+    if scaling == RotaryScaling.NTK and (width or model.hidden // model.heads) == 2:
+        yield "model.rotary.scaling=ntk needs heads of more than two features that turn: there is no slower pair"
     for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
         least, most = getattr(rotary, low), getattr(rotary, high)
         if least >= most:
