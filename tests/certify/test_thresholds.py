@@ -19,6 +19,12 @@ PIECES = "certify/test_shrink.py::test_whatever_is_divided_has_several_pieces_an
 THRESHOLDS = {  # what is found in the code: the test that crosses it
     "nn/attend.py _ROWS": "nn/test_attention.py::test_attention_in_blocks_is_attention_at_once",
     "nn/sharded.py _BLOCK_ELEMENTS": "nn/test_sharded.py::test_no_two_places_hold_the_same_values",
+    "optim/groups.py _SHOWN": (
+        "lightning/test_groups.py::test_a_group_without_a_meaning_is_refused_before_anything_starts"
+    ),
+    "models/families/deepseek.py _PREDICTED": (
+        "exchange/test_exchange.py::test_blocks_that_predict_further_tokens_are_no_part_of_the_model"
+    ),
     "optim/sharded.py bucket_elements": PIECES,
     "optim/sharded.py piece": PIECES,
     "optim/fused.py _TILE": "optim/test_fused.py::test_steps_equal_torchs_in_float64",

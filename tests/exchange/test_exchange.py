@@ -1,6 +1,7 @@
 """Folders become checkpoints of any layout, and folders again; what is no model is refused, and nothing written."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology, checkpoint
 from tedlab.commands.checkpoint import main
+from tedlab.config import ModelConfig
 from tedlab.exchange.exports import export
 from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
 from tedlab.generate import model_of
 from tedlab.models import GPT
+from tedlab.models.families.deepseek import DeepSeekV3
+from tedlab.models.families.family import Family
 from tests.exchange.families import CONFIGS, draw
 from tests.pool import WorkerPool
 
@@ -272,3 +276,11 @@ def test_a_model_of_no_family_is_refused_with_what_is_different(
         main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}", "family=llama"])
     main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}"])
     assert "as a qwen3" in capsys.readouterr().out
+
+
+def test_blocks_that_predict_further_tokens_are_no_part_of_the_model() -> None:
+    """DeepSeek-V3 has one after its 61; as many as eight would be left out, and no block of the model is."""
+    family, model = DeepSeekV3(), ModelConfig(3, 8, 2, 8, 4)
+    (pattern,) = set(family.left_out_of(model)) - set(Family.left_out_of(family, model))
+    left_out = [n for n in range(40) if re.fullmatch(pattern, f"model.layers.{n}.mlp.gate.weight")]
+    assert left_out == list(range(3, 11))
