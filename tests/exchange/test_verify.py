@@ -1,5 +1,6 @@
 """Every family is what transformers computes, number by number; and each mistake in a mapping is found and named."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tedlab import Topology
+from tedlab.commands.checkpoint import main
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.exchange.exports import export
 from tedlab.exchange.imports import import_folder
@@ -77,6 +80,28 @@ def test_the_first_blocks_of_a_large_model_can_be_compared(
     folders: dict[str, Path], runs: dict[str, Path], single: Topology
 ) -> None:
     assert verify(runs["qwen3_moe"] / CHECKPOINT, folders["qwen3_moe"], layers=1).ok
+
+
+def test_the_command_prints_what_is_equal_and_exits_with_what_is_not(
+    folders: dict[str, Path],
+    runs: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    single: Topology,
+) -> None:
+    main(["verify", f"run={runs['llama']}", f"hf={folders['llama']}", "layers=1"])
+    shown = capsys.readouterr().out
+    assert "the same as transformers" in shown
+    assert shown.count("equal") == 4
+    other = shutil.copytree(folders["llama"], tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, other / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"blocks.1.feed_forward computes something else; look at .*down.weight"):
+        main(["verify", f"run={runs['llama']}", f"hf={other}"])
+    assert "not what transformers computes" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="they are other models"):
+        main(["verify", f"run={runs['llama']}", f"hf={folders['qwen3']}"])
 
 
 # ---- planted mistakes ------------------------------------------------------------------------------------------------

@@ -102,4 +102,5 @@ def test_an_import_generates_text_and_no_run_goes_on_from_it(
     assert capsys.readouterr().out.startswith("w1")
     found: Any = run_command(train, f"ckpt_path={imported}", f"hydra.run.dir={tmp_path / 'run'}", "logger=none")
     assert found is not None
+    assert "is an import, which has no optimizer to go on with; weights=" in capsys.readouterr().err
     main(["inspect", str(imported / "checkpoints" / "last.ckpt")])

@@ -21,7 +21,8 @@ from tedlab.launch.locks import scratch
 _BPE_SEPARATOR = "<|endoftext|>"
 SAVED = "tokenizer.json"  # file name in a run directory
 _LARGEST_VOCABULARY = 1 << 24
-_SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]")  # the first one in a vocabulary separates documents
+# The first one in a vocabulary separates documents; the last two are Llama 3's and DeepSeek's.
+_SEPARATORS = (_BPE_SEPARATOR, "<eos>", "</s>", "[SEP]", "<|end_of_text|>", "<｜end▁of▁sentence｜>")
 
 
 class Tokenizer(Protocol):

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from tedlab.checkpoint.pieces import Piece, write_pieces
 from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
 from tedlab.data.tokenizers import SAVED, FileTokenizer
-from tedlab.degrees import parallel_degrees
-from tedlab.exchange.folder import Folder
-from tedlab.models.families import Family, Rule, UnknownField, configured, essence, family_of
+from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.exchange.folder import CONFIG, Folder
+from tedlab.models.families import Family, Rule, configured, essence, family_of
 from tedlab.models.gpt import GPTSpec
 from tedlab.ranges import check_ranges
+from tedlab.resume import IMPORTED
 from tedlab.untrusted import one_line
 from tedlab.validate.attention import check_attention
 from tedlab.weights import PREFIX
 
-IMPORTED = "imported"  # key in a checkpoint's metadata: the family that it came from
 _MANY = 5
 
 
@@ -77,21 +77,7 @@ def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
         ValueError: If it cannot be imported; the message says why.
     """
     folder = Folder(path)
-    try:
-        family = family_of(folder.config)
-        _check_unquantised(folder, family)
-        values = family.read(folder.config)
-    except UnknownField as error:
-        raise ValueError(f"{path}/config.json: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be imported: {error}") from None
-    try:
-        model, moe = configured(values)
-        check_ranges(model)
-        check_ranges(moe)
-        check_attention(model)
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ValueError(f"{path}/config.json describes a model that tedlab has not: {one_line(error)}") from None
+    family, model, moe = described(folder.config, path)
     theirs, parallel = essence(model, moe), ParallelConfig(world_size=1)
     model, moe, parallel = _overridden(model, moe, parallel, overrides)
     changed = [name for name, value in essence(model, moe).items() if theirs.get(name) != value]
@@ -103,6 +89,36 @@ def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
     opened = Opened(folder, family, model, moe, shapes_of(model, moe), list(family.rules(model, moe)))
     _check_tensors(opened)
     return opened
+
+
+def described(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfig, MoEConfig]:
+    """Returns the family and the model that a ``config.json`` says.
+
+    Args:
+        config: Its content, which may be anything.
+        path: Its folder, for messages.
+
+    Raises:
+        ValueError: If it says none that tedlab has; the message says why.
+    """
+    where = f"{path}/{CONFIG}"
+    try:
+        family = family_of(config)
+        _check_unquantised(config, family)
+        model, moe = configured(family.read(config))
+        check_ranges(model)
+        check_ranges(moe)
+        check_attention(model)
+        if model.vocab_size is None:
+            raise ValueError("vocab_size is null")
+        GPTSpec(model, moe).check(ParallelDegrees(1))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{where} describes a model that tedlab has not: {one_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # a value of another type than its field's
+        raise ValueError(f"{where} has a value of the wrong type: {one_line(error)}") from None
+    return family, model, moe
 
 
 def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Imported:
@@ -178,13 +194,13 @@ def _overridden(
     return found  # type: ignore[return-value]
 
 
-def _check_unquantised(folder: Folder, family: Family) -> None:
-    quantised = folder.config.get("quantization_config")
+def _check_unquantised(config: Mapping[str, Any], family: Family) -> None:
+    quantised = config.get("quantization_config")
     if quantised is None:
         return
     method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-    config = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method), "…Config")
-    how = f"dtype='bfloat16', quantization_config={config}(dequantize=True)"
+    kind = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}.get(str(method), "…Config")
+    how = f"dtype='bfloat16', quantization_config={kind}(dequantize=True)"
     raise ValueError(
         f"its weights are quantised ({method}). Dequantise them first, with transformers: "
         f"{family.architecture}.from_pretrained(folder, {how}).save_pretrained(other)"

@@ -15,6 +15,7 @@ from tedlab.models.families.mapping import Alternated, ByHead, Rule, Then, Trans
 from tedlab.untrusted import typed
 
 REQUIRED = object()
+_MOST_LAYERS = 10_000
 
 # Fields that change neither weights nor forward pass: what a tokenizer or generation needs, what other libraries' code
 # does, initial weights, and training.
@@ -89,6 +90,9 @@ class Family:
             raise UnknownField(f"it lacks {', '.join(missing)}")
         for theirs, (ours, default) in self.fields.items():
             values[ours] = left.pop(theirs, default)
+        layers = values["model.layers"]
+        if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # lists of so many are made below
+            raise UnknownField(f"it has {layers!r} layers; there can be 1 to {_MOST_LAYERS}")
         values |= read_rotary(left, self.rope_theta)
         values |= self.read_further(left, values)
         wrong = []
