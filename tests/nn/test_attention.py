@@ -243,15 +243,27 @@ def test_attention_on_a_gpu_is_that_of_float64(window: int | None, sinks: bool, 
         assert relative_error(own.double().cpu(), best) < 0.05
 
 
+def test_queries_and_keys_are_cast_as_autocast_would() -> None:
+    """As it leaves them after norms in fp32."""
+    q, k, v = (random(name, 1, 2, 9, 8) for name in "qkv")
+    found = attend(q.float(), k.float(), v.bfloat16(), window=3)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found.double(), attend(q, k, v, window=3)) < 0.02
+
+
 def test_a_window_that_holds_the_whole_text_is_none() -> None:
     q, k, v = (random(name, 1, 2, 5, 4) for name in "qkv")
     assert torch.equal(attend(q, k, v, window=5), attend(q, k, v))
 
 
-def test_the_fused_kernel_is_taken_wherever_it_can_be() -> None:
-    assert attention_path("cuda") == attention_path("cpu") == attention_path("cuda", same_widths=False) == "sdpa"
-    assert attention_path("cuda", window=True) == attention_path("cuda", sinks=True) == "flex"
-    assert attention_path("cpu", window=True) == attention_path("cpu", same_widths=False) == "blocks"
+def test_the_fused_kernel_is_taken_wherever_it_can_be_and_flex_where_its_kernels_can() -> None:
+    half, double, same, other = torch.bfloat16, torch.float64, (64, 64), (96, 64)
+    assert attention_path("cuda", half, same) == attention_path("cpu", double, same) == "sdpa"
+    assert attention_path("cuda", half, other) == attention_path("cuda", double, other) == "sdpa"
+    assert attention_path("cuda", half, same, window=True) == attention_path("cuda", half, same, sinks=True) == "flex"
+    assert attention_path("cuda", double, same, window=True) == "blocks"
+    assert attention_path("cuda", half, (8, 8), sinks=True) == "blocks"
+    assert attention_path("cpu", half, same, window=True) == attention_path("cpu", half, other) == "blocks"
 
 
 def test_only_visible_pairs_count() -> None:

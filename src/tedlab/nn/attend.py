@@ -17,24 +17,30 @@ from torch.utils.flop_counter import register_flop_formula
 
 AttentionPath = Literal["sdpa", "flex", "blocks"]
 _ROWS = 256  # queries at a time
+_NARROWEST = 16  # features of a head that the tensor cores of flex attention's kernels take; nor do they take float64
 
 
-def attention_path(device: str, window: bool = False, sinks: bool = False, same_widths: bool = True) -> AttentionPath:
+def attention_path(
+    device: str, dtype: torch.dtype, widths: tuple[int, int], window: bool = False, sinks: bool = False
+) -> AttentionPath:
     """Chooses the way that attention is computed, which changes no result.
 
     Args:
         device: Type of the device.
+        dtype: Dtype of queries, keys and values.
+        widths: Features of a head of keys, and of values.
         window: Whether queries see only so many keys before them.
         sinks: Whether the softmax has one more entry.
-        same_widths: Whether heads of values are as wide as those of keys.
 
     Returns:
         ``sdpa``: ``F.scaled_dot_product_attention``; ``flex``: ``flex_attention``, compiled; ``blocks``: the operation
         of this module.
     """
-    if not window and not sinks and (same_widths or device == "cuda"):
+    if not window and not sinks and (widths[0] == widths[1] or device == "cuda"):
         return "sdpa"
-    return "flex" if device == "cuda" else "blocks"
+    if device == "cuda" and dtype != torch.float64 and min(widths) >= _NARROWEST:
+        return "flex"
+    return "blocks"
 
 
 def visible_pairs(length: int, window: int | None) -> float:
@@ -58,9 +64,14 @@ def attend(
     """
     window = None if window is None or window >= q.shape[2] else window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    path = attention_path(q.device.type, window is not None, sinks is not None, k.shape[-1] == v.shape[-1])
+    widths = k.shape[-1], v.shape[-1]
+    path = attention_path(q.device.type, q.dtype, widths, window is not None, sinks is not None)
     if path == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1], scale=scale)
+    q, k = (
+        q.to(v.dtype),
+        k.to(v.dtype),
+    )  # torch's own would be cast so by autocast
     if path == "flex":
         return _by_flex(q, k, v, window, sinks, scale)
     result: Tensor = torch.ops.tedlab.attention(q, k, v, sinks, scale, window)[0]

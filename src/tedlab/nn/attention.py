@@ -137,9 +137,10 @@ class SelfAttentionSpec(Spec):
         """Whether one projection makes queries, keys and values; heads that share keys have two in every layout."""
         return self.key_heads == self.heads
 
-    def path(self, device: str, length: int) -> AttentionPath:
+    def path(self, device: str, dtype: torch.dtype, length: int) -> AttentionPath:
         """Returns the way that attention over so many tokens is computed, see :func:`tedlab.nn.attention_path`."""
-        return attention_path(device, self.window is not None and self.window < length, self.sinks)
+        window = self.window is not None and self.window < length
+        return attention_path(device, dtype, (self.head_dim, self.head_dim), window, self.sinks)
 
     def check(self, degrees: ParallelDegrees) -> None:
         if self.width is None and self.hidden % self.heads:

@@ -90,9 +90,9 @@ class LatentAttentionSpec(Spec):
         """The number of features of a head that are rotated."""
         return self.rope_dim
 
-    def path(self, device: str, length: int) -> AttentionPath:
+    def path(self, device: str, dtype: torch.dtype, length: int) -> AttentionPath:
         """Returns the way that attention over so many tokens is computed, see :func:`tedlab.nn.attention_path`."""
-        return attention_path(device, same_widths=self.width == self.v_dim)
+        return attention_path(device, dtype, (self.width, self.v_dim))
 
     def check(self, degrees: ParallelDegrees) -> None:
         check_divides("model.heads", self.heads, "parallel.tensor", degrees.tensor)

@@ -28,9 +28,10 @@ def attention_notes(config: TrainConfig) -> list[str]:
     """Returns how attention is computed, where it is not torch's fused kernel in all blocks."""
     spec = models[config.model.architecture].spec(config.model, config.moe)
     device = "cuda" if config.trainer.get("accelerator") != "cpu" and torch.cuda.is_available() else "cpu"
+    dtype = torch.float64 if str(config.trainer.get("precision")).startswith("64") else torch.float32
     layers = (getattr(block, "attention", None) for block in spec.blocks)  # a package's blocks may have none
     known = (layer for layer in layers if isinstance(layer, SelfAttentionSpec | LatentAttentionSpec))
-    paths = Counter(layer.path(device, config.model.sequence_length) for layer in known)
+    paths = Counter(layer.path(device, dtype, config.model.sequence_length) for layer in known)
     if set(paths) <= {"sdpa"}:
         return []
     return [f"Attention: {', '.join(f'{count} blocks by {_PATHS[path]}' for path, count in paths.items())}."]
