@@ -12,7 +12,7 @@ from tests.certify.runs import Case, certified
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
 
-ROTARY = ("model=olmoe_1b_7b", "moe=olmoe")
+ROTARY = ("model=olmoe_1b_7b", "moe=olmoe", "model.qk_norm=none")
 SHARED = (*ROTARY, "model.kv_heads=2", "model.qk_norm=full", "model.attention.qkv_bias=true")
 GPT_OSS = (
     *(*ROTARY, "model.kv_heads=8", "model.head_dim=64", "model.attention.window=4", "model.attention.full_every=2"),
