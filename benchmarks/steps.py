@@ -185,6 +185,7 @@ def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> 
 
 def _drawn_there(root: nn.Module, seed: int) -> None:
     """Initial weights drawn where they are: in another order than in training, but billions in no time."""
+    torch.manual_seed(seed)  # the same in each process: replicas are equal
     for module in root.modules():
         if isinstance(module, ShardedModule):
             for name, spec in module.specs.items():

@@ -223,7 +223,7 @@ class MoEConfig(Frozen):
     # The tokens of a micro-batch are divided into this many groups of neighbouring positions, each with its share of
     # the capacity. None: 1, or with parallel.sequence the tensor degree: each tensor rank only sees its own positions.
     capacity_groups: int | None = whole(None, least=1)
-    # The kernel of dropless experts that are all in one process: auto (triton where it runs) | torch | triton.
+    # Kernels that gather, activate and weight rows of dropless experts: auto (triton where it runs) | torch | triton.
     kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers

@@ -24,7 +24,7 @@ from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
 from tedlab.module import LanguageModel
-from tedlab.moe import balance, dispatch, experts, ragged, router
+from tedlab.moe import balance, dispatch, experts, ragged, router, row_ops
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
 from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, attend, attention, norm, sharded
 from tedlab.nn import loss as losses
@@ -579,14 +579,16 @@ def second_choices_beside_first_ones(patch: Patch) -> None:
 
 def dropped_tokens_get_somebody_elses_result(patch: Patch) -> None:
     """A choice without a slot reads slot 0."""
-    patch.setattr(dispatch, "_rows", lambda x, index: x.index_select(0, index.clamp(min=0)))
+    patch.setattr(row_ops, "take", lambda x, index, missing=False: x.index_select(0, index.clamp(min=0)))
 
 
 def gates_detached(patch: Patch) -> None:
     """The router learns from its auxiliary losses alone."""
     right = dispatch.merge_choices
     patch.setattr(
-        dispatch, "merge_choices", lambda y, routing: right(y, routing._replace(gate_TK=routing.gate_TK.detach()))
+        dispatch,
+        "merge_choices",
+        lambda y, routing, *kernel: right(y, routing._replace(gate_TK=routing.gate_TK.detach()), *kernel),
     )
 
 

@@ -30,6 +30,7 @@ def main(device: str) -> None:
         place = torch.randperm(count, generator=draw).view(TOKENS, CHOICES)
         expert = torch.randint(EXPERTS, (count,), generator=draw)
         gate = torch.rand(TOKENS, CHOICES, generator=draw)
+        gaps = torch.rand(count, generator=draw) < 0.3
         width = 2 * INNER if how.gated else INNER
         bias, last = (numbers(EXPERTS, width), numbers(EXPERTS, HIDDEN)) if biased else (None, None)
         calls = {
@@ -39,14 +40,26 @@ def main(device: str) -> None:
                 numbers(count, INNER), numbers(count, width), bias, expert, gate.flatten(), how,
             ),
             "combine": (numbers(count, HIDDEN), place, gate, last, expert.view(TOKENS, CHOICES)),
+            "take, some missing": (numbers(TOKENS, HIDDEN), torch.where(gaps, -1, place.flatten() // CHOICES)),
+            "sums": (numbers(count, HIDDEN), torch.where(gaps.view_as(place), -1, place)),
+            "combine, some missing": (
+                numbers(count, HIDDEN), torch.where(gaps.view_as(place), -1, place), gate, None, place,
+            ),
+            "combine_backward": (
+                numbers(TOKENS, HIDDEN), numbers(count, HIDDEN), gate, torch.where(gaps, -1, place.flatten()),
+            ),
+            "hidden_backward, unweighted": (
+                numbers(count, INNER), numbers(count, width), bias, expert, None, how,
+            ),
             "combine, unweighted": (numbers(count, HIDDEN), place, None, None, expert.view(TOKENS, CHOICES)),
         }  # fmt: skip
         for name, arguments in calls.items():
             function = name.split(",")[0]
-            ours = getattr(row_kernels, function)(*(_moved(a, device) for a in arguments))
-            theirs = getattr(row_ops, function)(*(_moved(a, "cpu", precise=True) for a in arguments))
+            missing = {"missing": True} if name == "take, some missing" else {}
+            ours = getattr(row_kernels, function)(*(_moved(a, device) for a in arguments), **missing)
+            theirs = getattr(row_ops, function)(*(_moved(a, "cpu", precise=True) for a in arguments), **missing)
             pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
-            worst = max(((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+            worst = max(((a.cpu().double() - b).abs().max() / b.abs().max()).item() for a, b in pairs if a is not None)
             errors[f"{name} {dtype} {how.name} biased={biased}"] = worst
     print(json.dumps(errors))
 

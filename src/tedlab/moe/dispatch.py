@@ -23,13 +23,12 @@ Legend as in ``router.py``, and e: experts of this process (E / E_p), N = E_p·C
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from tedlab.capacity import group_capacity
 from tedlab.comm import (
@@ -41,10 +40,10 @@ from tedlab.comm import (
     reduce_from,
     scatter_from,
     slice_to,
-    to_compute_dtype,
 )
 from tedlab.comm.rows import Rows, hands, rows_of, spread
 from tedlab.config import MoEConfig
+from tedlab.moe.gather import merge_choices, spread_choices
 from tedlab.moe.router import Routing, routers
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 from tedlab.topology import Topology
@@ -300,43 +299,3 @@ def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotReg
     if not options.dtd:
         return AllToAllPath(num_experts, topology), ReplicatedSlots(comm)
     return DroppingPath(num_experts, topology), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
-
-
-def spread_choices(x_TH: Tensor, routing: Routing) -> Tensor:
-    """Copies tokens to the slots of their choices, sorted by expert and hence by rank; empty slots hold zeros."""
-    token = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
-    return gather_rows(to_compute_dtype(x_TH), token, routing.slot_TK)
-
-
-def merge_choices(y: Tensor, routing: Routing) -> Tensor:
-    """Returns each token's gate-weighted sum of its choices' results (T, H), which ``y`` holds by slot."""
-    y_TKH = gather_rows(y, routing.slot_TK.flatten(), routing.choice_EC.unsqueeze(1)).unflatten(
-        0, routing.slot_TK.shape
-    )
-    return (y_TKH * routing.gate_TK.to(y.dtype).unsqueeze(-1)).sum(1)
-
-
-def gather_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """Gathers rows by index in both directions, without atomics, so that the result is the same every time.
-
-    Forward: ``out[m] = x[index[m]]``, or zeros where ``index[m]`` is -1. ``inverse[n]`` lists every m with
-    ``index[m] = n``, padded with -1, so backward is ``grad_x[n] = Σ_r grad_out[inverse[n, r]]``.
-    """
-    return _GatherRows.apply(x, index, inverse)
-
-
-class _GatherRows(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return _rows(x, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # (n, r)
-        columns = [_rows(grads[0], column) for column in inverse.unbind(1)]
-        return sum(columns[1:], start=columns[0]), None, None
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.index_select(0, index.clamp(min=0)).masked_fill_((index < 0).unsqueeze(1), 0.0)

@@ -13,6 +13,7 @@ from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, SlotRegion, TokenPath, token_path
+from tedlab.moe.gather import activate_rows
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
@@ -182,7 +183,8 @@ class RowExperts(Experts):
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology)
+        self.kernel = spec.config.kernel
+        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel)
 
     @property
     def moved(self) -> Rows:  # type: ignore[override]
@@ -197,9 +199,8 @@ class RowExperts(Experts):
         arrangement = arrange(x.exchange)
         groups = arrangement.groups
         x_NH = self.region.enter(x, arrangement)
-        z_NZ = grouped_matmul(x_NH, up, groups)
-        if up_bias is not None:
-            z_NZ = z_NZ + bias_rows(up_bias.squeeze(1), groups, z_NZ.dtype)
-        partial_NH = grouped_matmul(activate(z_NZ, self.nonlinearity), down, groups, "experts.reduce")
+        z_NZ, bias_eZ = grouped_matmul(x_NH, up, groups), None if up_bias is None else up_bias.squeeze(1)
+        h_NF = activate_rows(z_NZ, bias_eZ, groups, self.nonlinearity, self.kernel)
+        partial_NH = grouped_matmul(h_NF, down, groups, "experts.reduce")
         bias_NH = None if down_bias is None else bias_rows(down_bias.squeeze(1), groups, partial_NH.dtype)
         return RaggedRows(self.region.leave(partial_NH, bias_NH, x.exchange, arrangement), x.exchange)

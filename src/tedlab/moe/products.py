@@ -103,26 +103,30 @@ class Products:
 
 
 def products(kernel: str, how: Nonlinearity, x: Tensor) -> Products:
+    """Returns what experts compute with the row operations that :func:`row_functions` chooses."""
+    return Products(row_functions(kernel, x), how)
+
+
+def row_functions(kernel: str, x: Tensor) -> ModuleType:
     """Chooses the row operations that ``kernel`` names, or with ``auto`` the fastest that accept these rows.
 
     Args:
         kernel: ``auto``, ``torch`` or ``triton``.
-        how: See :class:`Products`.
-        x: A tensor with the dtype and device of the tokens.
+        x: A tensor with the dtype and device of the rows.
 
     Warns:
         UserWarning: Once, if ``kernel`` is ``triton``, which does not accept the rows; the message says why.
     """
     if kernel == "torch":
-        return Products(row_ops, how)
+        return row_ops
     reason = unfit(x.dtype, x.device)
     if reason is None:
         from tedlab.moe import row_kernels
 
-        return Products(row_kernels, how)
+        return row_kernels
     if kernel == "triton":
         _warn_once(f"moe.kernel=triton is not used here: {reason}")
-    return Products(row_ops, how)
+    return row_ops
 
 
 def unfit(dtype: torch.dtype, device: torch.device) -> str | None:

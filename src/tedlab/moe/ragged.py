@@ -42,7 +42,7 @@ from tedlab.comm import (
     slice_to,
 )
 from tedlab.comm.rows import Rows, dealt, listed, rows_of
-from tedlab.moe.dispatch import gather_rows, merge_choices, spread_choices
+from tedlab.moe.gather import gather_rows, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.router import Routing
 from tedlab.topology import Topology
@@ -58,6 +58,7 @@ class Exchange:
         width: M, as in the legend.
         total: N, as in the legend.
         sizes: Number of rows of each expert of this process; None: the host has not asked.
+        kernel: What sorts the rows, see ``moe.kernel``.
     """
 
     splits: Splits
@@ -65,6 +66,7 @@ class Exchange:
     width: int
     total: int
     sizes: tuple[int, ...] | None
+    kernel: str
 
 
 class RaggedRows(NamedTuple):
@@ -105,17 +107,21 @@ class RaggedPath:
         comm: The collectives of this process.
         sharers: Number of tensor ranks that receive rows of their own.
         widths: Widths of the experts' matrices.
+        kernel: What copies and sums rows, see ``moe.kernel``.
     """
 
-    def __init__(self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int]) -> None:
+    def __init__(
+        self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int], kernel: str = "auto"
+    ) -> None:
         self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
+        self.kernel = kernel
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        return self._to_experts(spread_choices(x_TH, routing), routing.counts_E)
+        return self._to_experts(spread_choices(x_TH, routing, self.kernel), routing.counts_E)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
-        return merge_choices(self._from_experts(y), routing)
+        return merge_choices(self._from_experts(y), routing, self.kernel)
 
     def _to_experts(self, x_RH: Tensor, counts_E: Tensor) -> RaggedRows:
         exchange = once("dispatch.counts", lambda: self._exchange(counts_E, x_RH))
@@ -141,7 +147,7 @@ class RaggedPath:
         if self.comm.size("expert") > 1 or not one_kernel(x_RH, *self.widths):
             return None
         rows = len(x_RH)
-        exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None)
+        exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
         return exchange, Rows(rows, rows, exchange.total, exchange.total)
 
     def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> tuple[Exchange, Rows]:
@@ -151,14 +157,15 @@ class RaggedPath:
         rows = rows_of(arriving, int(sent.sum()), own)
         splits = Splits(tuple(sent.tolist()), tuple(arriving[own].sum(1).tolist()))
         sizes = tuple(arriving.sum((0, 1)).tolist())
-        return Exchange(splits, counts_ise, rows.gathered // self.sharers, rows.computed, sizes), rows
+        width = rows.gathered // self.sharers
+        return Exchange(splits, counts_ise, width, rows.computed, sizes, self.kernel), rows
 
 
 class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        x_RH, counts_E = spread_choices(x_TH, routing), routing.counts_E
+        x_RH, counts_E = spread_choices(x_TH, routing, self.kernel), routing.counts_E
         missing = listed(len(x_RH), self.sharers) - len(x_RH)
         if missing:
             x_RH = F.pad(x_RH, (0, 0, 0, missing))
@@ -169,7 +176,7 @@ class DealtPath(RaggedPath):
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
         hand = self._from_experts(y).unsqueeze(1)
         y_RH = gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
-        return merge_choices(y_RH[: len(routing.choice_EC)], routing)
+        return merge_choices(y_RH[: len(routing.choice_EC)], routing, self.kernel)
 
 
 class Arrangement(NamedTuple):
@@ -179,23 +186,25 @@ class Arrangement(NamedTuple):
         row_N: The place of each expert row among received ones, (i, M) flattened; None: the same place.
         place_iM: The inverse, -1 where a tensor rank received fewer than M.
         groups: Which expert each row belongs to.
+        kernel: What sorts them, see ``moe.kernel``.
     """
 
     row_N: Tensor | None
     place_iM: Tensor | None
     groups: Groups
+    kernel: str
 
     def sort(self, x_iMH: Tensor) -> Tensor:
         """Sorts received rows (i·M, H) by expert: (N, H)."""
         if self.row_N is None or self.place_iM is None:
             return x_iMH
-        return gather_rows(x_iMH, self.row_N, self.place_iM.unsqueeze(1))
+        return gather_rows(x_iMH, self.row_N, self.place_iM.unsqueeze(1), self.kernel)
 
     def restore(self, y_NH: Tensor) -> Tensor:
         """Inverts :meth:`sort`, with zeros where nothing was received."""
         if self.row_N is None or self.place_iM is None:
             return y_NH
-        return gather_rows(y_NH, self.place_iM, self.row_N.unsqueeze(1))
+        return gather_rows(y_NH, self.place_iM, self.row_N.unsqueeze(1), self.kernel)
 
 
 def arrange(exchange: Exchange) -> Arrangement:
@@ -206,7 +215,7 @@ def arrange(exchange: Exchange) -> Arrangement:
     expert_N = torch.arange(experts, device=device).repeat_interleave(counts_e, output_size=total)
     groups = Groups(expert_N, counts_e.cumsum(0).int(), exchange.sizes)
     if ranks == 1 and 1 in (senders, experts):
-        return Arrangement(None, None, groups)
+        return Arrangement(None, None, groups, exchange.kernel)
     runs = counts_ise.flatten(1)  # of each tensor rank, in the order of arrival
     starts = runs.cumsum(1) - runs + width * torch.arange(ranks, device=device).unsqueeze(1)
     sizes, starts = (t.view(counts_ise.shape).permute(2, 1, 0).flatten() for t in (runs, starts))
@@ -214,7 +223,7 @@ def arrange(exchange: Exchange) -> Arrangement:
     place = torch.arange(total, device=device)
     row_N = shift.repeat_interleave(sizes, output_size=total) + place
     place_iM = torch.full((ranks * width,), -1, device=device).scatter_(0, row_N, place)
-    return Arrangement(row_N, place_iM, groups)
+    return Arrangement(row_N, place_iM, groups, exchange.kernel)
 
 
 class RowRegion(Protocol):
@@ -275,18 +284,21 @@ def _widened(x: RaggedRows) -> Tensor:
     return F.pad(x.values, (0, 0, 0, missing)) if missing else x.values
 
 
-def ragged_path(num_experts: int, widths: tuple[int, int], topology: Topology) -> tuple[RaggedPath, RowRegion]:
+def ragged_path(
+    num_experts: int, widths: tuple[int, int], topology: Topology, kernel: str = "auto"
+) -> tuple[RaggedPath, RowRegion]:
     """Returns the path and the region that the topology's toggles select.
 
     Args:
         num_experts: Number of experts E.
         widths: Widths of this process's part of an expert's matrices.
         topology: The process's place in the meshes.
+        kernel: What copies and sums rows, see ``moe.kernel``.
     """
     comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
     if topology.sequence_sharded:
-        return RaggedPath(num_experts, comm, tensor, widths), ScatteredRows(comm)
+        return RaggedPath(num_experts, comm, tensor, widths, kernel), ScatteredRows(comm)
     if not options.dtd or tensor == 1:
-        return RaggedPath(num_experts, comm, 1, widths), ReplicatedRows(comm)
+        return RaggedPath(num_experts, comm, 1, widths, kernel), ReplicatedRows(comm)
     region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
-    return DealtPath(num_experts, comm, tensor, widths), region(comm)
+    return DealtPath(num_experts, comm, tensor, widths, kernel), region(comm)

@@ -13,14 +13,19 @@ from tedlab.nn import Nonlinearity
 _COLUMNS = 1024  # elements of a row at a time
 
 
-def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
-    """See :func:`tedlab.moe.row_ops.take`."""
+def take(x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
+    """See :func:`tedlab.moe.row_ops.take`; rows whose index is -1 always hold zeros."""
     rows, width = len(token_N), x_TH.shape[1]
     out = x_TH.new_empty(rows, width)
     if rows:
         block = min(4 * _COLUMNS, triton.next_power_of_2(width))
         _take[(rows, triton.cdiv(width, block))](x_TH.contiguous(), token_N, out, width, BLOCK=block)
     return out
+
+
+def sums(y_RH: Tensor, place_TK: Tensor) -> Tensor:
+    """See :func:`tedlab.moe.row_ops.sums`."""
+    return combine(y_RH.contiguous(), place_TK, None, None, place_TK)
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
@@ -35,12 +40,14 @@ def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinea
 
 
 def hidden_backward(
-    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, how: Nonlinearity
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor | None, how: Nonlinearity
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`tedlab.moe.row_ops.hidden_backward`."""
     rows, inner = grad_NF.shape
-    grad_z, weighted = torch.empty_like(z_NZ), torch.empty_like(grad_NF)
-    grad_weight = torch.empty_like(weight_N)
+    grad_z = torch.empty_like(z_NZ)
+    weighted = grad_weight = None
+    if weight_N is not None:
+        weighted, grad_weight = torch.empty_like(grad_NF), torch.empty_like(weight_N)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(inner))
         kind = {"GATED": how.gated, "LIMIT": _limit(how)}
@@ -69,11 +76,25 @@ def _limit(how: Nonlinearity) -> float:
     return how.limit if how.clamped else 0.0
 
 
+def combine_backward(grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`tedlab.moe.row_ops.combine_backward`."""
+    rows, width = y_RH.shape
+    grad_y, grad_gate = torch.empty_like(y_RH), torch.zeros_like(gate_TK)
+    if rows:
+        block = min(_COLUMNS, triton.next_power_of_2(width))
+        _combine_backward[(rows,)](
+            grad_TH.contiguous(), y_RH.contiguous(), gate_TK.contiguous(), choice_R.contiguous(),
+            grad_y, grad_gate, width, CHOICES=gate_TK.shape[1], BLOCK=block,
+        )  # fmt: skip
+    return grad_y, grad_gate
+
+
 @triton.jit
 def _take(x, token, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(x + tl.load(token + row).to(tl.int64) * width + at, at < width)
+    source = tl.load(token + row).to(tl.int64)
+    values = tl.load(x + source * width + at, at < tl.where(source >= 0, width, 0), 0.0)
     tl.store(out + row * width + at, values, at < width)
 
 
@@ -132,7 +153,7 @@ def _hidden_backward(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    w = tl.load(weight + row).to(tl.float32)
+    w = 1.0 if weight is None else tl.load(weight + row).to(tl.float32)
     owner = tl.load(expert + row)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, inner, BLOCK):
@@ -167,9 +188,11 @@ def _hidden_backward(  # type: ignore[no-untyped-def]
                 value += tl.load(bias + owner * inner + at, inside, 0.0).to(tl.float32)
             h, slope = _gelu_and_slope(value)
             tl.store(grad_z + row * inner + at, (w * d * slope).to(grad_z.dtype.element_ty), inside)
-        tl.store(weighted + row * inner + at, (w * h).to(weighted.dtype.element_ty), inside)
-        total += d * h
-    tl.store(grad_weight + row, tl.sum(total, 0).to(grad_weight.dtype.element_ty))
+        if weight is not None:
+            tl.store(weighted + row * inner + at, (w * h).to(weighted.dtype.element_ty), inside)
+            total += d * h
+    if weight is not None:
+        tl.store(grad_weight + row, tl.sum(total, 0).to(grad_weight.dtype.element_ty))
 
 
 @triton.jit
@@ -182,10 +205,31 @@ def _combine(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(CHOICES):
         choice = token * CHOICES + k
-        value = tl.load(y + tl.load(place + choice).to(tl.int64) * width + at, inside, 0.0).to(tl.float32)
+        source = tl.load(place + choice).to(tl.int64)
+        value = tl.load(y + source * width + at, at < tl.where(source >= 0, width, 0), 0.0).to(tl.float32)
         if bias is not None:
             value += tl.load(bias + tl.load(expert + choice) * width + at, inside, 0.0).to(tl.float32)
         if gate is not None:
             value *= tl.load(gate + choice).to(tl.float32)
         total += value
     tl.store(out + token * width + at, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _combine_backward(  # type: ignore[no-untyped-def]
+    grad, y, gate, choice, grad_y, grad_gate, width, CHOICES: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    own = tl.load(choice + row)
+    there = own >= 0
+    token = own // CHOICES
+    g = tl.load(gate + tl.where(there, own, 0)).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < tl.where(there, width, 0)
+        d = tl.load(grad + token * width + at, inside, 0.0).to(tl.float32)
+        total += d * tl.load(y + row * width + at, inside, 0.0).to(tl.float32)
+        tl.store(grad_y + row * width + at, (g * d).to(grad_y.dtype.element_ty), at < width)
+    if there:
+        tl.store(grad_gate + own, tl.sum(total, 0).to(grad_gate.dtype.element_ty))

@@ -13,9 +13,17 @@ from tedlab.nn import Nonlinearity, activate
 from tedlab.nn.activation import clamped_swiglu
 
 
-def take(x_TH: Tensor, token_N: Tensor) -> Tensor:
-    """Gathers rows by index: (N, H)."""
-    return x_TH.index_select(0, token_N)
+def take(x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
+    """Gathers rows by index: (N, H). With ``missing``, rows whose index is -1 hold zeros."""
+    if not missing:
+        return x_TH.index_select(0, token_N)
+    return x_TH.index_select(0, token_N.clamp(min=0)).masked_fill_((token_N < 0).unsqueeze(1), 0.0)
+
+
+def sums(y_RH: Tensor, place_TK: Tensor) -> Tensor:
+    """Sums the rows that each token lists: (T, H). An index of -1 adds nothing."""
+    columns = [take(y_RH, column, missing=True) for column in place_TK.unbind(1)]
+    return sum(columns[1:], start=columns[0])
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
@@ -24,21 +32,23 @@ def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinea
 
 
 def hidden_backward(
-    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor, how: Nonlinearity
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_NF: Tensor, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, weight_N: Tensor | None, how: Nonlinearity
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Computes the backward pass of ``weight · hidden(z)``, row by row.
 
     Args:
         grad_NF: Gradient of the weighted activations.
         z_NZ, bias_eZ, expert_N, how: See :func:`hidden`.
-        weight_N: Weight of each row.
+        weight_N: Weight of each row; None: 1.
 
     Returns:
-        The gradient of z (N, Z), the weighted activations (N, F), and the weights' gradient (N,) in the weights' dtype.
+        The gradient of z (N, Z), the weighted activations (N, F), and the weights' gradient (N,) in the weights' dtype;
+        the last two are None if there are no weights.
     """
     z = _biased(z_NZ, bias_eZ, expert_N)
     precise = torch.promote_types(z.dtype, torch.float32)
-    grad, z, weight = grad_NF.to(precise), z.to(precise), weight_N.to(precise).unsqueeze(1)
+    grad, z = grad_NF.to(precise), z.to(precise)
+    weight = 1.0 if weight_N is None else weight_N.to(precise).unsqueeze(1)
     if how.clamped:
         h, slopes = clamped_swiglu(z, how.limit)
         grad_z = (grad * weight).repeat_interleave(2, -1) * slopes
@@ -53,6 +63,8 @@ def hidden_backward(
         normal = 0.5 * (1 + torch.erf(z / math.sqrt(2)))
         h = z * normal
         grad_z = grad * weight * (normal + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi))
+    if weight_N is None:
+        return grad_z.to(z_NZ.dtype), None, None
     return grad_z.to(z_NZ.dtype), (weight * h).to(z_NZ.dtype), (grad * h).sum(-1).to(weight_N.dtype)
 
 
@@ -63,12 +75,12 @@ def combine(
 
     Args:
         y_NH: Results.
-        place_TK: Row of each choice's result.
+        place_TK: Row of each choice's result; without a bias, -1 adds nothing.
         gate_TK: Weights; None: 1.
         bias_eH: Bias that is added to each choice's result before it is weighted.
         expert_TK: Expert of each choice, whose bias is added.
     """
-    y_TKH = take(y_NH, place_TK.flatten()).unflatten(0, place_TK.shape)
+    y_TKH = take(y_NH, place_TK.flatten(), missing=True).unflatten(0, place_TK.shape)
     precise = torch.promote_types(y_NH.dtype, torch.float32)
     y_TKH = y_TKH.to(precise)
     if bias_eH is not None:
@@ -76,6 +88,27 @@ def combine(
     if gate_TK is not None:
         y_TKH = y_TKH * gate_TK.to(precise).unsqueeze(-1)
     return y_TKH.sum(1).to(y_NH.dtype)
+
+
+def combine_backward(grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the backward pass of :func:`combine` with gates and without a bias.
+
+    Args:
+        grad_TH: Gradient of the sums.
+        y_RH: Results.
+        gate_TK: Weights.
+        choice_R: The choice t·K + k whose result each row is; -1: of none.
+
+    Returns:
+        Gradients of the results (R, H) and of the weights (T, K).
+    """
+    precise = torch.promote_types(y_RH.dtype, torch.float32)
+    grad_RH = take(grad_TH, choice_R.div(gate_TK.shape[1], rounding_mode="floor"), missing=True).to(precise)
+    gate_R = take(gate_TK.flatten().unsqueeze(1), choice_R, missing=True).to(precise)
+    own = choice_R >= 0
+    grad_gate = torch.zeros_like(gate_TK).flatten()
+    grad_gate[choice_R[own]] = (grad_RH * y_RH.to(precise)).sum(-1).to(gate_TK.dtype)[own]
+    return (grad_RH * gate_R).to(y_RH.dtype), grad_gate.view_as(gate_TK)
 
 
 def _biased(z: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:

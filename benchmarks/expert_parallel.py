@@ -1,0 +1,129 @@
+"""Experts on two GPUs: forward and backward of tedlab beside a loop in plain torch, and beside tedlab on one GPU.
+
+    python -m benchmarks.expert_parallel                 # all cases, on two GPUs
+    python -m benchmarks.expert_parallel A --rows 'tedlab, expert 2' --profile 30
+    python -m benchmarks.expert_parallel --tiny          # the same in a minute on a CPU, to see that it works
+
+See README.md for the cases and for what is alike and what is not.
+"""
+
+import argparse
+import json
+import tempfile
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.processes import Row, measure
+from benchmarks.surroundings import surroundings
+from tedlab.launch.launcher import launch
+
+_LLAMA = ["model.activation=swiglu", "model.norm=rms", "model.positions=rotary", "model.bias=false"]
+_LLAMA += ["model.tie_embeddings=false", "moe.dispatch=dropless", "moe.every=1", "model.sequence_length=4096"]
+_EACH = ["trainer=gpu", "trainer.precision=bf16-true", "model.vocab_size=8192", "optim.tile=fused", "optim.lr=1e-6"]
+_EACH += ["model.compile=inductor", "parallel=single", "moe.aux_loss=0.01"]
+CASES = {
+    "A": [
+        *("model=olmoe_1b_7b", "moe=olmoe", *_LLAMA, "model.layers=4", "model.hidden=2048", "model.heads=16"),
+        *("model.qk_norm=none", "model.ffn=1024", "moe.num_experts=64", "moe.top_k=8", "data.micro_batch_size=4"),
+    ],
+    "B": [
+        *("model=olmoe_1b_7b", "moe=olmoe", *_LLAMA, "model.layers=2", "model.hidden=4096", "model.heads=32"),
+        *("model.qk_norm=none", "model.ffn=14336", "moe.num_experts=8", "moe.top_k=2", "data.micro_batch_size=4"),
+    ],
+    "C": [
+        *("model=gpt_1.3b", "moe=paper16", "model.layers=4", "moe.num_experts=16", "moe.top_k=1", "moe.every=2"),
+        *("moe.capacity_factor=1.0", "data.micro_batch_size=8"),
+    ],
+}
+TITLES = {
+    "A": "4 blocks of OLMoE (2048, 64 × 1024, top-8), 4 × 4,096 tokens per GPU",
+    "B": "2 blocks of Mixtral (4096, 8 × 14336, top-2), 4 × 4,096 tokens per GPU",
+    "C": "4 blocks of TED 1.3B (2048, 16 × 8192, top-1, every second, capacity 1), 8 × 2,048 tokens per GPU",
+}
+_TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "model.hidden=64", "model.heads=4"]
+_TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
+
+
+ROWS = [
+    Row("plain loop, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2"), peer=True, cases="AB"),
+    Row("tedlab, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2")),
+    Row("tedlab, tensor 2", 2, ("parallel.world_size=2", "parallel.tensor=2", "parallel.expert=1")),
+    Row("plain loop, one GPU", 1, (), peer=True, cases="AB"),
+    Row("tedlab, one GPU", 1, ()),
+]
+
+
+def attempt(row: Row) -> dict[str, Any]:
+    """Measures a row; of its processes the slowest counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            launch(measure, replace(row, output_dir=folder), row.processes)
+        except Exception:
+            return {"name": row.name, "error": traceback.format_exc()}
+        found = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
+    slowest = max(found, key=_passes)
+    return {"name": row.name, "overrides": row.overrides, "passes_s": _passes(slowest), **slowest}
+
+
+def _passes(found: dict[str, Any]) -> float:
+    return float(found["phases_s"]["forward"] + found["phases_s"]["backward"])
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """For people."""
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "forward", "backward", "both, ms", "optimizer", "peak GiB"):
+        result.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for row in rows:
+        if "error" in row:
+            result.add_row(row["name"], row["error"].strip().splitlines()[-1][:60])
+            continue
+        parts = [1e3 * row["phases_s"].get(name, 0.0) for name in ("forward", "backward", "optimizer")]
+        times = (parts[0], parts[1], parts[0] + parts[1], parts[2])
+        result.add_row(row["name"], *(f"{time:.1f}" for time in times), f"{row['peak_gib']:.1f}")
+    return result
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.expert_parallel",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument("cases", nargs="*", default=list(CASES), help="of A, B, C (default: all)")
+    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="to measure (default: all)")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of all cases")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N longest kernels of a step")
+    parser.add_argument("--tiny", action="store_true", help="tiny models on CPUs")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    device = torch.device("cpu" if arguments.tiny else "cuda")
+    facts, results = surroundings(device), {}
+    for case in arguments.cases:
+        rows = []
+        for row in ROWS:
+            if row.name in arguments.rows and case in row.cases:
+                overrides = (*_EACH, *CASES[case], *(_TINY if arguments.tiny else ()), *arguments.set, *row.overrides)
+                rows.append(
+                    attempt(replace(row, overrides=overrides, steps=arguments.steps, profile=arguments.profile))
+                )
+                said = rows[-1].get("error") or f"{1e3 * rows[-1]['passes_s']:.1f} ms"
+                print(f"{case}, {row.name}: {said}", flush=True)
+                print(rows[-1].get("profile", ""), flush=True)
+        results[case] = rows
+        Console(width=130).print(table(rows, f"{case}: {TITLES[case]}; {facts['device']}"))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What each process of ``expert_parallel`` runs."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import AdamW
+
+from benchmarks.plain_experts import Decoder
+from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, train
+from benchmarks.train_step import Profile
+
+
+@dataclass(frozen=True)
+class Row:
+    """One program in one layout.
+
+    Attributes:
+        name: What the table calls it.
+        processes: Number of processes.
+        overrides: Of tedlab's configuration, which a peer reads as well.
+        peer: Whether the plain loop runs it.
+        cases: Cases that it can run.
+        steps: Timed steps.
+        profile: How many of the longest kernels of a step are listed; 0: none.
+        output_dir: Where each process leaves what it measured.
+    """
+
+    name: str
+    processes: int
+    overrides: tuple[str, ...]
+    peer: bool = False
+    cases: str = "ABC"
+    steps: int = 12
+    profile: int = 0
+    output_dir: str = ""
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Runs in each process; what it measured is left in the row's directory."""
+    data_ranks = 1 if "parallel.tensor=2" in row.overrides else row.processes
+    size = composed(list(row.overrides)).data.micro_batch_size
+    config = composed([*row.overrides, f"data.batch_size={data_ranks * size}"])
+    profile = Profile(row.profile) if row.profile else None
+    measured = _plain(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
+    rank, device = os.environ.get("RANK", "0"), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    found = measured.summary(config, device) | {"profile": profile.table if profile else ""}
+    Path(row.output_dir, f"{rank}.json").write_text(json.dumps(found))
+    return {}
+
+
+def _plain(row: Row, config: Any) -> Measured:
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    torch.manual_seed(int(os.environ["RANK"]))
+    with device:
+        model = Decoder(config.model, config.moe, row.processes, config.model.compile != "none")
+    model = model.bfloat16() if cuda else model
+    optimizer = AdamW(model.parameters(), lr=config.optim.lr, fused=True)
+    clock, batches, loss = Clock(), iter(RandomTokens(config)), torch.zeros(())
+    for _ in range(WARM_UP + row.steps):
+        ids = next(batches).to(device, non_blocking=True)
+        clock.mark("data")
+        loss = model(ids)
+        clock.mark("forward")
+        loss.backward()
+        clock.mark("backward")
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.mark("step")
+    peak = torch.cuda.max_memory_allocated() if cuda else 0
+    measured = clock.measured(row.steps, peak, loss.item())
+    dist.destroy_process_group()
+    return measured
