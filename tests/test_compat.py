@@ -11,6 +11,7 @@ import pkgutil
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -311,6 +312,17 @@ def test_assert_on_device_raises_with_its_message() -> None:
     compat.assert_on_device(torch.tensor(True), "nothing")
     with pytest.raises(RuntimeError, match="what is wrong"):
         compat.assert_on_device(torch.tensor(False), "what is wrong")
+
+
+def test_processes_can_be_kept_from_choosing_kernels_by_their_own_timing() -> None:
+    options = compat.reproducible_choices()
+    assert options == {"deterministic": True}  # since torch 2.11 at the latest
+
+    @partial(torch.compile, options=options)
+    def mean(x: Tensor) -> Tensor:
+        return x.mean()
+
+    assert mean(torch.arange(4.0)) == 1.5
 
 
 def test_in_backward_is_true_in_hooks_of_the_backward_pass_only() -> None:

@@ -112,6 +112,13 @@ def fused_adam(decoupled: bool) -> Callable[..., Any]:
     return torch._fused_adamw_ if decoupled else torch._fused_adam_
 
 
+def reproducible_choices() -> dict[str, bool]:
+    """Options of ``torch.compile`` with which no process chooses kernels by timing them; none in old versions."""
+    import torch._inductor as inductor
+
+    return {"deterministic": True} if "deterministic" in inductor.list_options() else {}
+
+
 def delay_gpu(cycles: int) -> None:
     """Keeps the current stream busy for so many cycles, while the host launches what is to be timed."""
     torch.cuda._sleep(cycles)

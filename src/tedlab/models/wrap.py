@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tedlab._compat.torch import reproducible_choices
 from tedlab.comm import RecomputePlan, recomputed
+from tedlab.config import Compiler
 from tedlab.moe import MoELayer
 from tedlab.nn import localised
 from tedlab.topology import Topology
@@ -67,7 +69,10 @@ class _Compiled:
         left_out = [layer for layer in self.mixtures if not layer.experts.compilable]
         for layer in left_out:
             layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
-        self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out)
+        # Tensor ranks compute gradients of replicated parameters each by itself: with other kernels they would drift.
+        alike = topology.degrees.tensor > 1 and backend == Compiler.INDUCTOR
+        options: Any = reproducible_choices() if alike else None
+        self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out, options=options)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
         """Runs the block.
