@@ -9,8 +9,8 @@ See README.md for what is alike and what is not.
 
 import argparse
 import json
+import tempfile
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,10 @@ from torch.optim import AdamW
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, free
 from benchmarks.surroundings import require, surroundings
 from benchmarks.train_step import attempt, table
-from tedlab.config import Gates, QKNorm, TrainConfig
+from tedlab.config import TrainConfig
+from tedlab.exchange.imports import open_folder, read_pieces
 from tedlab.models import GPT
+from tedlab.models.families import family_for
 from tedlab.topology import Topology
 
 
@@ -34,78 +36,43 @@ class Shape:
 
     Attributes:
         overrides: of tedlab.
-        peer: transformers' configuration of the same model.
+        family: transformers' ``model_type``.
+        small: further overrides of the model whose logits are compared.
     """
 
     overrides: list[str]
-    peer: Callable[[TrainConfig], Any]
-
-
-def _sizes(config: TrainConfig) -> dict[str, Any]:
-    model, moe = config.model, config.moe
-    return {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden,
-        "intermediate_size": model.ffn,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads or model.heads,
-        "max_position_embeddings": model.sequence_length,
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "norm_topk_prob": moe.top_k > 1 and moe.router.gates in (None, Gates.NORMALIZED),
-        "tie_word_embeddings": model.tie_embeddings,
-        "rms_norm_eps": model.norm_eps,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "use_cache": False,
-    }
-
-
-def _olmoe(config: TrainConfig) -> Any:
-    from transformers import OlmoeConfig
-
-    return OlmoeConfig(**_sizes(config))
-
-
-def _qwen3(config: TrainConfig) -> Any:
-    from transformers import Qwen3MoeConfig
-
-    return Qwen3MoeConfig(
-        **_sizes(config),
-        moe_intermediate_size=config.model.ffn,
-        decoder_sparse_step=config.moe.every,
-        head_dim=config.model.head_dim or config.model.hidden // config.model.heads,
-        rope_parameters={"rope_type": "default", "rope_theta": config.model.rotary_base},
-    )
+    family: str
+    small: tuple[str, ...] = ("model.head_dim=null", "model.kv_heads=2")
 
 
 _TODAY = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
+_LATENT = ("kv_rank=16", "nope_dim=16", "rope_dim=8", "v_dim=16")
 SHAPES = {
-    "olmoe": Shape(["experiment=gpu/olmoe_1b_7b"], _olmoe),
+    "olmoe": Shape(["experiment=gpu/olmoe_1b_7b", "model.qk_norm=full"], "olmoe", ()),
+    "qwen3_30b": Shape(["experiment=gpu/qwen3_30b_a3b"], "qwen3_moe"),
+    "deepseek_v2_lite": Shape(
+        ["experiment=gpu/deepseek_v2_lite"],
+        "deepseek_v2",
+        ("moe.ffn=32", *(f"model.attention.latent.{size}" for size in _LATENT)),
+    ),
     # transformers has no GPT with experts; Qwen3's decoder has them in every second block. Of SwiGLU's three matrices
     # two thirds of the width are as many parameters.
-    "qwen3_30b": Shape(["experiment=gpu/qwen3_30b_a3b"], _qwen3),
-    "ted_1.3b": Shape(["experiment=gpu/ted_1.3b_moe", *_TODAY, "model.ffn=5504"], _qwen3),
+    "ted_1.3b": Shape(["experiment=gpu/ted_1.3b_moe", *_TODAY, "model.ffn=5504", "model.qk_norm=head"], "qwen3_moe"),
 }
 
 
-def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> nn.Module:
-    """With random weights in bfloat16, and without norms of queries and keys unless tedlab's model has them."""
-    from transformers import AutoModelForCausalLM
+def peer_model(shape: Shape, config: TrainConfig, device: torch.device) -> Any:
+    """With random weights in bfloat16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    described = family_for(config.model, config.moe, shape.family).write(config.model, config.moe)
     with device:
-        model: nn.Module = AutoModelForCausalLM.from_config(
-            shape.peer(config),
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**described, use_cache=False, bos_token_id=None, eos_token_id=None, pad_token_id=None),
             attn_implementation="sdpa",
             experts_implementation="grouped_mm",
             dtype=torch.bfloat16,
         )
-    for module in model.modules():
-        for name in () if config.model.qk_norm != QKNorm.NONE else ("q_norm", "k_norm"):
-            if hasattr(module, name):
-                setattr(module, name, nn.Identity())
     return model.train()
 
 
@@ -116,50 +83,17 @@ _SMALL += ["model.vocab_size=512", "moe.num_experts=8", "model.compile=none", "t
 @torch.no_grad()
 def difference(shape: Shape) -> float:
     """Between logits of both libraries for the same weights and tokens: the largest, of a small model in fp32."""
-    config, device = composed([*shape.overrides, *_SMALL]), torch.device("cpu")
+    config, device = composed([*shape.overrides, *_SMALL, *shape.small]), torch.device("cpu")
     theirs = peer_model(shape, config, device).float()
     ours = GPT(config.model, config.moe, Topology.single(device), seed=0)
-    take_over(theirs.state_dict(), ours, config.model.kv_heads or config.model.heads)
+    own: dict[str, Any] = dict(ours.named_parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        for piece in read_pieces(open_folder(Path(folder))):
+            local = own[piece.name].detach().to_local()
+            (local if piece.row is None else local[piece.row]).copy_(piece.values)
     ids = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(0))
-    return (theirs(input_ids=ids).logits - ours(ids)[0]).abs().max().item()
-
-
-def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
-    """Puts transformers' weights into tedlab's model; that every parameter gets one is checked."""
-    own = dict(network.named_parameters())
-
-    def put(name: str, value: Tensor) -> None:
-        local: Any = own.pop(name).detach()
-        local.to_local().copy_(value)
-
-    put("embedding.weight", theirs["model.embed_tokens.weight"])
-    put("norm.weight", theirs["model.norm.weight"])
-    if network.output is not None:
-        put("output.weight", theirs["lm_head.weight"])
-    for i in range(len(network.blocks)):
-        layer, block = f"model.layers.{i}.", f"blocks.{i}."
-        q, k, v = (theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv")
-        put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
-        put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
-        if f"{block}attention.qkv.weight" in own:
-            put(f"{block}attention.qkv.weight", torch.cat((q, k, v), 1).flatten(0, 1))  # head by head
-        else:
-            put(f"{block}attention.q.weight", q.flatten(0, 1))
-            put(f"{block}attention.kv.weight", torch.cat((k, v), 1).flatten(0, 1))
-        for norm in ("q_norm", "k_norm"):
-            if f"{block}attention.{norm}.weight" in own:
-                put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])
-        put(f"{block}attention.out.weight", theirs[f"{layer}self_attn.o_proj.weight"])
-        if f"{layer}mlp.gate.weight" in theirs:
-            halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
-            put(f"{block}feed_forward.router.weight", theirs[f"{layer}mlp.gate.weight"])
-            put(f"{block}feed_forward.experts.up", torch.stack(halves, 2).flatten(1, 2).mT)  # feature by feature
-            put(f"{block}feed_forward.experts.down", theirs[f"{layer}mlp.experts.down_proj"].mT)
-        else:
-            halves = theirs[f"{layer}mlp.gate_proj.weight"], theirs[f"{layer}mlp.up_proj.weight"]
-            put(f"{block}feed_forward.up.weight", torch.stack(halves, 1).flatten(0, 1))
-            put(f"{block}feed_forward.down.weight", theirs[f"{layer}mlp.down_proj.weight"])
-    assert not own, f"without a counterpart: {', '.join(own)}"
+    return float((theirs(input_ids=ids).logits - ours(ids)[0]).abs().max())
 
 
 def peer(shape: Shape, config: TrainConfig, steps: int) -> Measured:

@@ -1,7 +1,7 @@
 """A GPT with OLMoE's options is transformers' OLMoE: the same logits and gradients in float64 for the same weights.
 
-Written by others, after the published model: what ``oracle.py`` and tedlab could have misread alike shows here. Of
-transformers' layers only the norms of queries and keys are taken out, which tedlab does not have.
+Written by others, after the published model: what ``oracle.py`` and tedlab could have misread alike shows here. The
+names of weights are written down a second time, so that a mistake in ``tedlab.models.families`` shows as well.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.steps import composed
-from benchmarks.vs_transformers import SHAPES, take_over
 from tedlab import Topology
 from tedlab.certify.compare import relative_error
+from tedlab.config import Gates, TrainConfig
 from tedlab.models import GPT
 
 pytestmark = pytest.mark.slow  # importing transformers alone takes some seconds
@@ -37,12 +37,71 @@ class SinglePrecisionIsDouble(TorchFunctionMode):
         return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
 
 
+def peer(config: TrainConfig) -> Any:
+    """transformers' configuration of the same model."""
+    from transformers import OlmoeConfig
+
+    model, moe = config.model, config.moe
+    return OlmoeConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden,
+        intermediate_size=model.ffn,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.heads,
+        max_position_embeddings=model.sequence_length,
+        num_experts=moe.num_experts,
+        num_experts_per_tok=moe.top_k,
+        norm_topk_prob=moe.router.gates == Gates.NORMALIZED,
+        tie_word_embeddings=model.tie_embeddings,
+        rms_norm_eps=model.norm_eps,
+        use_cache=False,
+    )
+
+
+def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
+    """Puts transformers' weights into tedlab's model; that every parameter gets one is checked."""
+    own = dict(network.named_parameters())
+
+    def put(name: str, value: Tensor) -> None:
+        local: Any = own.pop(name).detach()
+        local.to_local().copy_(value)
+
+    put("embedding.weight", theirs["model.embed_tokens.weight"])
+    put("norm.weight", theirs["model.norm.weight"])
+    if network.output is not None:
+        put("output.weight", theirs["lm_head.weight"])
+    for i in range(len(network.blocks)):
+        layer, block = f"model.layers.{i}.", f"blocks.{i}."
+        q, k, v = (theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv")
+        put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
+        put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
+        if f"{block}attention.qkv.weight" in own:
+            put(f"{block}attention.qkv.weight", torch.cat((q, k, v), 1).flatten(0, 1))  # head by head
+        else:
+            put(f"{block}attention.q.weight", q.flatten(0, 1))
+            put(f"{block}attention.kv.weight", torch.cat((k, v), 1).flatten(0, 1))
+        for norm in ("q_norm", "k_norm"):
+            if f"{block}attention.{norm}.weight" in own:
+                put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])
+        put(f"{block}attention.out.weight", theirs[f"{layer}self_attn.o_proj.weight"])
+        if f"{layer}mlp.gate.weight" in theirs:
+            halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
+            put(f"{block}feed_forward.router.weight", theirs[f"{layer}mlp.gate.weight"])
+            put(f"{block}feed_forward.experts.up", torch.stack(halves, 2).flatten(1, 2).mT)  # feature by feature
+            put(f"{block}feed_forward.experts.down", theirs[f"{layer}mlp.experts.down_proj"].mT)
+        else:
+            halves = theirs[f"{layer}mlp.gate_proj.weight"], theirs[f"{layer}mlp.up_proj.weight"]
+            put(f"{block}feed_forward.up.weight", torch.stack(halves, 1).flatten(0, 1))
+            put(f"{block}feed_forward.down.weight", theirs[f"{layer}mlp.down_proj.weight"])
+    assert not own, f"without a counterpart: {', '.join(own)}"
+
+
 @pytest.fixture(scope="module")
 def compared(single: Topology) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Logits, loss and gradients by tedlab's names: ours and theirs."""
     AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
-    shape = SHAPES["olmoe"]
-    config = composed([*shape.overrides, *SMALL])
+    config = composed(["preset=olmoe_1b_7b", *SMALL])
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(50, (3, 17), generator=draw)
     tokens, targets = ids[:, :-1], ids[:, 1:].flatten()
@@ -51,12 +110,8 @@ def compared(single: Topology) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     try:
         with SinglePrecisionIsDouble():
             theirs = AutoModelForCausalLM.from_config(
-                shape.peer(config), attn_implementation="eager", experts_implementation="eager", dtype=torch.float64
+                peer(config), attn_implementation="eager", experts_implementation="eager", dtype=torch.float64
             ).train()
-            for module in theirs.modules():
-                for name in ("q_norm", "k_norm"):
-                    if hasattr(module, name):
-                        setattr(module, name, nn.Identity())
             for parameter in theirs.parameters():  # norms are 1 and other weights small by themselves
                 parameter.data.normal_(0.3, 0.5, generator=draw)
             their_logits = theirs(input_ids=tokens).logits

@@ -23,8 +23,10 @@ from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
 from tedlab.generate import model_of
 from tedlab.models import GPT
+from tedlab.models.families import family_for
 from tedlab.models.families.deepseek import DeepSeekV3
 from tedlab.models.families.family import Family
+from tests.certify.runs import composed
 from tests.exchange.families import CONFIGS, draw
 from tests.pool import WorkerPool
 
@@ -302,3 +304,11 @@ def test_blocks_that_predict_further_tokens_are_no_part_of_the_model() -> None:
     (pattern,) = set(family.left_out_of(model)) - set(Family.left_out_of(family, model))
     left_out = [n for n in range(40) if re.fullmatch(pattern, f"model.layers.{n}.mlp.gate.weight")]
     assert left_out == list(range(3, 11))
+
+
+def test_what_follows_from_other_numbers_is_written_as_a_number() -> None:
+    """For transformers a null is none."""
+    config = composed("preset=olmoe_1b_7b")
+    assert config.model.kv_heads is config.model.head_dim is None
+    written = family_for(config.model, config.moe).write(config.model, config.moe)
+    assert (written["num_key_value_heads"], written["head_dim"]) == (16, 128)

@@ -107,7 +107,8 @@ class Family:
 
     def write(self, model: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
         """Returns the ``config.json`` of a model, which :meth:`read` reads back."""
-        ours = flat(model, moe)
+        # transformers takes a null for a number.
+        ours = flat(model, moe) | {"model.kv_heads": key_heads(model), "model.head_dim": head_width(model)}
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         config |= {theirs: ours[name] for theirs, (name, _) in self.fields.items()}
         config |= {theirs: known[0] for theirs, known in self.only.items()}
