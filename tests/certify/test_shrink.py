@@ -1,6 +1,7 @@
 """A small likeness has what a large run has: several of all pieces, padding, tokens of every rank, an epoch's end."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,34 @@ def test_what_is_valid_is_valid_when_small(tmp_path: Path, overrides: list[str])
     small = shrink(composed("data.batch_size=32", "data.micro_batch_size=4", "model.hidden=160", *overrides), tmp_path)
     check(small, 16)
     check(reference(small, tmp_path), 16)
+
+
+def test_windows_and_stretched_positions_matter_when_small_and_ranks_go_on_sharing_keys(tmp_path: Path) -> None:
+    large = ["parallel.world_size=512", "parallel.tensor=16", "parallel.expert=8", "data.batch_size=512"]
+    config = composed("preset=gpt_oss_20b", *large)
+    small = shrink(config, tmp_path)
+    assert config.model.attention.window == 128
+    assert small.model.attention.window is not None
+    assert 1 < small.model.attention.window < small.model.sequence_length / 2
+    assert small.model.rotary.original_length is not None
+    assert 1 < small.model.rotary.original_length < small.model.sequence_length
+    assert replace(small.model.rotary, original_length=4096) == config.model.rotary
+    assert (config.model.kv_heads, config.parallel.tensor) == (8, 16)
+    assert small.model.kv_heads is not None
+    assert small.parallel.tensor == 2 * small.model.kv_heads
+    check(small, 16)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_latents_have_widths_of_their_own_when_small(tmp_path: Path, precision: str) -> None:
+    large = ["parallel.world_size=8", "parallel.tensor=2", "parallel.expert=4", "data.batch_size=8"]
+    small = shrink(composed("preset=deepseek_v3", *large, f"certificate_precision={precision}"), tmp_path)
+    latent = small.model.attention.latent
+    widths = [latent.kv_rank, latent.q_rank, latent.nope_dim, latent.rope_dim, latent.v_dim]
+    assert max(width or 0 for width in widths) < 50
+    assert len(set(widths)) >= 4
+    assert latent.rope_dim % 2 == 0
+    check(small, 16)
 
 
 @pytest.mark.parametrize("expert", [1, 2, 4])

@@ -102,6 +102,9 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         vocab_size=_vocabulary(degrees.tensor),
         init_std=0.2,  # large enough for every path to matter
     )
+    if config.model.kv_heads is not None and config.model.kv_heads < given.tensor:  # ranks go on sharing keys
+        sharers = given.tensor // config.model.kv_heads
+        model = replace(model, kv_heads=1 if degrees.tensor % sharers else degrees.tensor // sharers)
     model = replace(model, attention=_attention(model.attention, widths.head, length), rotary=_rotary(model, length))
     if config.model.loss_chunk is not None:
         model = replace(model, loss_chunk=min(config.model.loss_chunk, max(1, (micro_batch * length - 1) // 2)))
