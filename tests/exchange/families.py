@@ -1,10 +1,12 @@
 """Small random models of every family, as folders."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tedlab.exchange import folder
@@ -95,4 +97,21 @@ def draw(path: Path, name: str, config: Mapping[str, Any] | None = None, **other
 
     path.mkdir()
     folder.write(path, fields, shapes, tensors(), **others)
+    return path
+
+
+def packed(path: Path, sizes: Mapping[str, Any]) -> Path:
+    """Writes a folder with a random gpt-oss of these sizes, its experts in MXFP4, as it is published."""
+    draw(path, "gpt_oss", {**CONFIGS["gpt_oss"], **sizes, "layer_types": None})
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(path / folder.SINGLE)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = (experts, rows, columns // 32)
+        tensors[f"{name}_blocks"] = torch.randint(256, (*shape, 16), generator=generator).to(torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(115, 130, shape, generator=generator).to(torch.uint8)
+    save_file(tensors, path / folder.SINGLE)
+    config = json.loads((path / folder.CONFIG).read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (path / folder.CONFIG).write_text(json.dumps(config))
     return path

@@ -27,7 +27,7 @@ from tedlab.models.families import family_for
 from tedlab.models.families.deepseek import DeepSeekV3
 from tedlab.models.families.family import Family
 from tests.certify.runs import composed
-from tests.exchange.families import CONFIGS, draw
+from tests.exchange.families import CONFIGS, draw, packed
 from tests.pool import WorkerPool
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
@@ -141,6 +141,32 @@ def test_tensors_that_are_no_part_of_the_model_are_left_out(
         assert given.keys() == found.keys()
 
 
+def by_hand(half: int, scale: int) -> float:
+    """What four bits and a scale mean: sign, two bits of exponent, one of mantissa."""
+    sign, exponent, mantissa = half >> 3, half >> 1 & 3, half & 1
+    size = mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2 ** (exponent - 1)
+    return (-1) ** sign * size * 2.0 ** (scale - 127)
+
+
+def test_experts_in_mxfp4_are_dequantised_while_they_are_read(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_local_experts": 2}
+    folder = packed(tmp_path / "folder", sizes)
+    blocks, scales = (
+        load_file(folder / "model.safetensors")[f"model.layers.0.mlp.experts.gate_up_proj_{part}"]
+        for part in ("blocks", "scales")
+    )
+    import_folder(folder, tmp_path / "run")
+    up = PieceReader(tmp_path / "run" / CHECKPOINT).read("model.network.blocks.0.feed_forward.experts.up")
+    assert up.dtype == torch.bfloat16
+    assert up.shape == (2, 64, 64)
+    for expert, feature, row in ((0, 0, 0), (1, 5, 17), (1, 63, 63), (0, 33, 2), (1, 40, 9)):
+        byte = int(blocks[expert, row, feature // 32, feature % 32 // 2])
+        half = byte >> 4 if feature % 2 else byte & 15
+        assert up[expert, feature, row].item() == by_hand(half, int(scales[expert, row, feature // 32]))
+    export(tmp_path / "run" / CHECKPOINT, tmp_path / "back")
+    assert "quantization_config" not in json.loads((tmp_path / "back" / "config.json").read_text())
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 LARGE = {  # 96 MiB in pieces of at most 3 MiB
@@ -237,7 +263,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an unknown family": (changed_config(model_type="bert"), r"'bert'; tedlab knows .*llama, mixtral, "),
     "a field without a counterpart": (changed_config(attn_clip=3), r"no counterpart of attn_clip=3"),
     "another activation": (changed_config(hidden_act="relu"), r"hidden_act='relu' \(it can be 'silu'\)"),
-    "a quantised model": (changed_config(quantization_config={"quant_method": "mxfp4"}), r"\(mxfp4\). Dequantise"),
+    "a quantised model": (
+        changed_config(quantization_config={"quant_method": "fp8"}),
+        r"\(fp8\). Dequantise .*FP8Config",
+    ),
     "a number out of range": (changed_config(num_hidden_layers=0), r"config.json: .*layers"),
     "a word for a number": (changed_config(hidden_size="wide"), r"describes a model that tedlab has not"),
     "a missing tensor": (changed_tensors(lambda t: t.pop(W2)), rf"lacks 1 tensors: {W2}"),

@@ -15,12 +15,13 @@ from tedlab import Topology
 from tedlab.commands.checkpoint import main
 from tedlab.config import ModelConfig, MoEConfig
 from tedlab.exchange.exports import export
+from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
 from tedlab.exchange.verify import Verdict, verify
 from tedlab.models import families
 from tedlab.models.families import Rule
 from tedlab.models.families.mapping import ByHead, Each, PairsApart, Same, Then, Transposed
-from tests.exchange.families import CONFIGS
+from tests.exchange.families import CONFIGS, packed
 
 pytestmark = pytest.mark.slow  # importing transformers alone takes some seconds
 
@@ -80,6 +81,21 @@ def test_the_first_blocks_of_a_large_model_can_be_compared(
     folders: dict[str, Path], runs: dict[str, Path], single: Topology
 ) -> None:
     assert verify(runs["qwen3_moe"] / CHECKPOINT, folders["qwen3_moe"], layers=1).ok
+
+
+def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1}
+    folder = packed(tmp_path / "folder", sizes)
+    convert = pytest.importorskip("transformers.integrations.mxfp4").convert_moe_packed_tensors
+    tensors, ours = load_file(folder / "model.safetensors"), Folder(folder)
+    for name in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{name}"
+        theirs = convert(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+        assert torch.equal(ours.tensor(name), theirs)
+        assert torch.equal(ours.tensor(name, 2), theirs[2])
+    import_folder(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="is quantised, and dequantised by an import"):
+        verify(tmp_path / "run" / CHECKPOINT, folder)
 
 
 def test_the_command_prints_what_is_equal_and_exits_with_what_is_not(

@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tedlab.checkpoint.manifest import is_file_name
+from tedlab.exchange.mxfp4 import BLOCK, dequantised
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
+_MXFP4, _BLOCKS, _SCALES = "MXFP4", "_blocks", "_scales"
 _SHARD_BYTES = 4 << 30
 
 
@@ -47,7 +49,7 @@ class Folder:
     Attributes:
         path: Its path.
         config: The content of ``config.json``.
-        tensors: All tensors of its files, by name.
+        tensors: All tensors of its files, by name; what is packed as MXFP4 as it is when dequantised.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,6 +68,19 @@ class Folder:
                     self.tensors[tensor] = Stored(name, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path / name} is damaged, or is no safetensors file: {error}") from None
+        self._packed = dict(self._take_packed())
+
+    def _take_packed(self) -> Iterator[tuple[str, tuple[Stored, Stored]]]:
+        """Replaces blocks and scales of MXFP4 by what they say, and yields them by its name."""
+        for name in [name for name in self.tensors if name.endswith(_BLOCKS)]:
+            whole = name.removesuffix(_BLOCKS)
+            blocks, scales = self.tensors[name], self.tensors.get(whole + _SCALES)
+            if scales is None or {blocks.dtype, scales.dtype} != {"U8"} or blocks.shape != (*scales.shape, BLOCK):
+                continue
+            *experts, rows, groups = scales.shape
+            self.tensors[whole] = Stored(blocks.file, _MXFP4, (*experts, 2 * BLOCK * groups, rows))
+            del self.tensors[name], self.tensors[whole + _SCALES]
+            yield whole, (blocks, scales)
 
     def _names(self) -> list[str]:
         if (self.path / INDEX).is_file():
@@ -93,6 +108,8 @@ class Folder:
             ValueError: If it is none of floating-point numbers of 16 bits or more.
         """
         stored = self.tensors[name].dtype
+        if stored == _MXFP4:
+            return torch.bfloat16
         if stored not in _DTYPES:
             raise ValueError(
                 f"{name} in {self.path} is stored as {stored}, as quantised models are: dequantise it to bfloat16 first"
@@ -101,8 +118,14 @@ class Folder:
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Reads a tensor, or what it has at an index of its first dimension."""
-        file = self._opened(self.tensors[name].file)
-        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        if name in self._packed:
+            parts = zip(self._packed[name], (_BLOCKS, _SCALES), strict=True)
+            return dequantised(*(self._read(of.file, name + part, index) for of, part in parts))
+        return self._read(self.tensors[name].file, name, index)
+
+    def _read(self, file: str, name: str, index: int | None) -> Tensor:
+        opened = self._opened(file)
+        return opened.get_tensor(name) if index is None else opened.get_slice(name)[index]
 
     def _opened(self, name: str) -> Any:
         """Opens a file, and closes the one before: what is mapped of it counts as memory of the process."""

@@ -118,6 +118,11 @@ def verify(checkpoint: Path, path: Path, dtype: str = "float64", layers: int | N
     if dtype not in TOLERANCES:
         raise ValueError(f"dtype={dtype} is none of {', '.join(TOLERANCES)}")
     opened = open_folder(path)
+    if "quantization_config" in opened.folder.config:
+        raise ValueError(
+            f"{path} is quantised, and dequantised by an import: make a folder of that with tedlab checkpoint export, "
+            "and compare with it"
+        )
     model, moe = model_of(checkpoint)
     ours, theirs = essence(model, moe), essence(opened.model, opened.moe)
     different = [name for name in theirs if ours.get(name) != theirs[name]]

@@ -13,7 +13,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 class GptOss(Biased):
-    """gpt-oss 20b and 120b, dequantised."""
+    """gpt-oss 20b and 120b, in bfloat16 or, as published, in MXFP4."""
 
     model_type = "gpt_oss"
     architecture = "GptOssForCausalLM"
@@ -36,7 +36,9 @@ class GptOss(Biased):
         **{"model.attention.sinks": True, "moe.router.bias": True, "moe.router.gates": "softmax"},
     }
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
-    meaningless = frozenset({"initial_context_length", "experts_per_token"})  # what other fields say, too
+    meaningless = frozenset(
+        {"initial_context_length", "experts_per_token", "quantization_config"}
+    )  # see `Folder`, other fields
     rope_theta = 150_000.0
 
     def read_further(self, left: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
