@@ -330,14 +330,7 @@ class SelfAttention(ShardedModule):
             rotation: (2, S, head_dim/2), see :func:`tedlab.nn.rotation`; None: queries and keys are not rotated.
         """
         q, k, v = self._projected(x)  # (B, S, heads of keys, queries of each or 1, head_dim)
-        if self.q_norm is None or self.k_norm is None:
-            pass
-        elif self.together:
-            shapes, flat = (q.shape, k.shape), [part.flatten(2).contiguous() for part in (q, k)]
-            flat = normalise_together((self.q_norm, self.k_norm), flat, self.comm, "attention.norm")
-            q, k = (part.view(shape) for part, shape in zip(flat, shapes, strict=True))
-        else:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self._normed(q, k)
         if rotation is not None:
             q, k = (rotate(part, rotation[:, :, None, None]) for part in (q, k))
         if self.together or (rotation is not None and self.q_norm is None):
@@ -346,11 +339,19 @@ class SelfAttention(ShardedModule):
         y = attend(q, k, v, self.window, self.local("sinks") if "sinks" in self.specs else None)
         return self.out(y.transpose(1, 2).flatten(-2))
 
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        if not self.together:
+            return self.q_norm(q), self.k_norm(k)
+        flat = [part.flatten(2).contiguous() for part in (q, k)]
+        flat = normalise_together((self.q_norm, self.k_norm), flat, self.comm, "attention.norm")
+        return flat[0].view(q.shape), flat[1].view(k.shape)
+
     def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         keys, group = self.own_heads
         if self.qkv is not None:
-            heads = self.qkv(x).unflatten(-1, (keys, group + 2, self.head_dim))
-            q, k, v = heads.split((group, 1, 1), -2)
+            q, k, v = self.qkv(x).unflatten(-1, (keys, 3, self.head_dim)).split(1, -2)
             return q, k, v
         assert self.q is not None
         assert self.kv is not None
