@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from benchmarks.steps import composed
 from tedlab import Topology
 from tedlab.certify.compare import relative_error
 from tedlab.config import Gates, TrainConfig
+from tedlab.exchange.verify import SinglePrecisionIsDouble
 from tedlab.models import GPT
 
 pytestmark = pytest.mark.slow  # importing transformers alone takes some seconds
@@ -23,18 +23,6 @@ SMALL = [
     *("model.layers=2", "model.hidden=32", "model.heads=4", "model.ffn=24", "model.sequence_length=16"),
     *("model.vocab_size=50", "moe.num_experts=8", "moe.top_k=3", "model.compile=none", "trainer.precision=64-true"),
 ]
-
-
-class SinglePrecisionIsDouble(TorchFunctionMode):
-    """transformers computes norms, rotations and gates in float32, whatever the model's precision: here in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def widened(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        if func is Tensor.float:
-            return args[0].double()
-        return func(*map(widened, args), **{name: widened(value) for name, value in (kwargs or {}).items()})
 
 
 def peer(config: TrainConfig) -> Any:
@@ -56,6 +44,7 @@ def peer(config: TrainConfig) -> Any:
         tie_word_embeddings=model.tie_embeddings,
         rms_norm_eps=model.norm_eps,
         use_cache=False,
+        pad_token_id=None,  # its embedding would get no gradient
     )
 
 

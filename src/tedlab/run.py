@@ -30,7 +30,7 @@ from tedlab.callbacks import (
     StepCheckpoint,
     StepMetrics,
 )
-from tedlab.checkpoint import load_weights, read_meta
+from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
@@ -43,6 +43,7 @@ from tedlab.record import DIRECTORY, Shape, record_in
 from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.resume import find_checkpoint
 from tedlab.strategy import TEDStrategy, gpus
+from tedlab.weights import load_into
 
 _LONGEST_NAME = 128
 
@@ -74,7 +75,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
     if config.weights is not None and config.ckpt_path is None:  # a run that goes on has its own by now
         weights = find_checkpoint(Path(config.weights), "weights")
-        callbacks.append(LambdaCallback(on_fit_start=lambda _, module: load_weights(module, weights)))
+        callbacks.append(LambdaCallback(on_fit_start=lambda _, module: load_into(module, weights)))
     trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:

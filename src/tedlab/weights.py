@@ -8,7 +8,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from tedlab.checkpoint import stored_tensors
+from torch import nn
+
+from tedlab.checkpoint import load_weights, stored_tensors
 from tedlab.config import ModelConfig, MoEConfig, TrainConfig, with_values
 from tedlab.data.tokenizers import SAVED
 from tedlab.errors import UsageError
@@ -53,6 +55,23 @@ def start_from(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig
         raise UsageError(f"{error}") from None
     said = [f"Starting from the weights of {path}: {config.model.layers} blocks of {config.model.hidden} features."]
     return config, said
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Loads the weights of a checkpoint into a model that is sharded under any layout. Collective.
+
+    Biases that balance choices, which are no parameters, begin at 0 if the checkpoint has none, and are left out if the
+    model has none.
+
+    Raises:
+        FileNotFoundError: If ``path`` is not a complete checkpoint.
+        ValueError: If the checkpoint is of another model, or damaged.
+    """
+    stored = stored_tensors(path)
+    absent = [name for name, _ in module.named_parameters() if f"model.{name}" not in stored]
+    if absent:
+        raise ValueError(f"{path} is of another model: it lacks {', '.join(absent[:3])}")
+    load_weights(module, path, strict=False)
 
 
 def _check_shapes(path: Path, model: ModelConfig, moe: MoEConfig) -> None:

@@ -119,6 +119,10 @@ def test_an_export_of_what_four_processes_saved_has_every_bit(
 
 
 def test_the_dtype_of_an_export_is_a_choice(runs: dict[str, Path], tmp_path: Path) -> None:
+    export(runs["deepseek_v3"] / CHECKPOINT, tmp_path / "precise", dtype="bfloat16")
+    kinds = {tensor.dtype: name for name, tensor in numbers(tmp_path / "precise").items()}
+    assert kinds.pop(torch.float32).endswith("e_score_correction_bias")
+    assert kinds.keys() == {torch.bfloat16}
     export(runs["llama"] / CHECKPOINT, tmp_path / "half", dtype="bfloat16")
     assert {tensor.dtype for tensor in numbers(tmp_path / "half").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -316,6 +320,24 @@ def test_a_place_that_is_taken_is_refused(folders: dict[str, Path], runs: dict[s
         main(["import", f"hf={folders['llama']}", f"out={tmp_path}"])
     with pytest.raises(SystemExit, match="exists; an export goes into a folder of its own"):
         main(["export", f"run={runs['llama']}", f"out={tmp_path}"])
+
+
+@pytest.mark.parametrize("what", ["import", "export"])
+def test_nothing_is_left_of_what_does_not_finish(
+    folders: dict[str, Path], runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("tedlab.exchange.imports.read_pieces", fails)
+    monkeypatch.setattr("tedlab.checkpoint.pieces.PieceReader.read", fails)
+    source = f"hf={folders['llama']}" if what == "import" else f"run={runs['llama']}"
+    with pytest.raises(SystemExit, match="no space left"):
+        main([what, source, f"out={tmp_path / 'out'}"])
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out.partial").mkdir()
+    with pytest.raises(SystemExit, match=r"out.partial exists, .* delete it"):
+        main([what, source, f"out={tmp_path / 'out'}"])
 
 
 def test_a_model_of_no_family_is_refused_with_what_is_different(

@@ -8,8 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
 
 from tedlab import Topology, checkpoint
+from tedlab.checkpoint.pieces import PieceReader
 from tedlab.commands.checkpoint import main
 from tedlab.commands.generate import main as generate
 from tedlab.commands.train import main as train
@@ -17,8 +19,8 @@ from tedlab.config import with_values
 from tedlab.errors import UsageError
 from tedlab.exchange.exports import export
 from tedlab.exchange.imports import import_folder
-from tedlab.models import GPTSpec
-from tedlab.weights import PREFIX, start_from
+from tedlab.models import GPT, GPTSpec
+from tedlab.weights import PREFIX, load_into, start_from
 from tests.commands import run_command
 from tests.exchange.families import draw
 from tests.test_conf import compose
@@ -63,6 +65,22 @@ def test_what_is_named_counts_and_must_fit(imported: Path) -> None:
     assert (found.moe.top_k, found.model.ffn, found.data.tokenizer) == (1, 28, "byte")
     with pytest.raises(UsageError, match=r"feed_forward.experts.up has the shape \(4, 24, 56\) .*and \(4, 24, 14\)"):
         start_from(config, {"model.ffn"})
+
+
+def test_biases_that_balance_choices_begin_at_0_where_weights_have_none(imported: Path, single: Topology) -> None:
+    path = imported / "checkpoints" / "last.ckpt"
+    config, _ = start_from(compose(f"weights={imported}"), set())
+    config = with_values(config, {"moe.router.bias_update": "sign"})
+    module = nn.Module()
+    module.network = GPT(config.model, config.moe, single, seed=0)
+    load_into(module, path)
+    state = module.network.state_dict()
+    assert not any(state[f"blocks.{n}.feed_forward.router.bias"].to_local().any() for n in range(2))
+    stored = PieceReader(path).read(f"{PREFIX}blocks.1.feed_forward.experts.up")
+    assert torch.equal(state["blocks.1.feed_forward.experts.up"].to_local(), stored)
+    module.other = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"is of another model: it lacks other.weight, other.bias"):
+        load_into(module, path)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "."])

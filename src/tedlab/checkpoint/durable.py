@@ -56,6 +56,27 @@ def discard(path: Path) -> None:
 
 
 @contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """Yields an empty directory that is at ``path`` once the context is left, which must not exist, and not before.
+
+    If an exception leaves the context, nothing is left of it.
+
+    Raises:
+        FileExistsError: If a process that was killed left one.
+    """
+    new = partial(path)
+    if new.exists():
+        raise FileExistsError(f"{new} exists, as what is not finished is called: delete it if nothing writes there")
+    new.mkdir(parents=True)
+    try:
+        yield new
+        sync_directory(new)
+        put(new, path)
+    finally:
+        discard(new)
+
+
+@contextmanager
 def held(directory: Path) -> Iterator[bool]:
     """Locks a directory while the context is open, at most for the life of the process. Yields whether it could.
 

@@ -58,7 +58,7 @@ def _import(arguments: Sequence[str]) -> None:
     from tedlab.exchange.imports import import_folder
 
     given, overrides = _values("import", arguments, ("hf", "out"), (), others=True)
-    done = import_folder(Path(given["hf"]), Path(given["out"]), overrides)
+    done = import_folder(Path(given["hf"]).expanduser(), Path(given["out"]).expanduser(), overrides)
     print(
         f"{given['out']}: {done.parameters:,} parameters of a {done.family}, read in pieces of at most "
         f"{done.largest_bytes / _MIB:,.1f} MiB",
@@ -72,7 +72,7 @@ def _export(arguments: Sequence[str]) -> None:
     from tedlab.exchange.exports import export
 
     given, _ = _values("export", arguments, ("run", "out"), ("family", "dtype", "checkpoint"))
-    done = export(_checkpoint(given), Path(given["out"]), given.get("family"), given.get("dtype"))
+    done = export(_checkpoint(given), Path(given["out"]).expanduser(), given.get("family"), given.get("dtype"))
     print(
         f"{done.folder}: {done.parameters:,} parameters as a {done.family}, read in pieces of at most "
         f"{done.largest_bytes / _MIB:,.1f} MiB"
@@ -84,7 +84,7 @@ def _upcycle(arguments: Sequence[str]) -> None:
 
     given, overrides = _values("upcycle", arguments, ("run", "out"), (*upcycle.OPTIONS, "checkpoint"), others=True)
     options = {name: value for name, value in given.items() if name in upcycle.OPTIONS}
-    print(upcycle.run(_checkpoint(given), Path(given["out"]), options, overrides))
+    print(upcycle.run(_checkpoint(given), Path(given["out"]).expanduser(), options, overrides))
 
 
 def _verify(arguments: Sequence[str]) -> None:
@@ -98,7 +98,10 @@ def _verify(arguments: Sequence[str]) -> None:
     if layers is not None and not (layers.isdecimal() and int(layers)):
         raise ValueError(f"layers={layers} is no number of blocks")
     verdict = verify(
-        _checkpoint(given), Path(given["hf"]), given.get("dtype", "float64"), None if layers is None else int(layers)
+        _checkpoint(given),
+        Path(given["hf"]).expanduser(),
+        given.get("dtype", "float64"),
+        None if layers is None else int(layers),
     )
     table = Table(title="the same as transformers" if verdict.ok else "not what transformers computes")
     for heading in ("quantity", "largest error", "in", "verdict"):
@@ -114,7 +117,7 @@ def _checkpoint(given: Mapping[str, str]) -> Path:
     """Returns the checkpoint that ``run=`` and ``checkpoint=`` name."""
     from tedlab.resume import find_checkpoint
 
-    place = Path(given["run"])
+    place = Path(given["run"]).expanduser()
     return find_checkpoint(place / "checkpoints" / given["checkpoint"] if "checkpoint" in given else place, "run")
 
 

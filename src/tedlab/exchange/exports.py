@@ -72,7 +72,8 @@ def export(
         by_ours.setdefault(rule.ours, []).append(rule)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for ours, of in by_ours.items():
-        kind = stored[ours].properties.dtype if dtype is None else _DTYPES[dtype]
+        precise = ours.endswith(".router.bias")  # moves by less than half precision shows
+        kind = stored[ours].properties.dtype if dtype is None or precise else _DTYPES[dtype]
         whole = torch.empty(stored[ours].size, device="meta")
         for rule in of:
             for theirs, part in zip(rule.theirs, rule.transform.split(rule.part(whole)), strict=True):
@@ -92,13 +93,10 @@ def export(
 
     config = family.write(model, moe)
     config["dtype"] = config["torch_dtype"] = f"{shapes[rules[0].theirs[0]][0]}".removeprefix("torch.")
-    partial = durable.partial(out)
-    durable.discard(partial)
-    partial.mkdir(parents=True)
-    folder.write(partial, config, shapes, tensors(), shard_bytes)
     tokenizer = next((p / SAVED for p in checkpoint.absolute().parents[:2] if (p / SAVED).is_file()), None)
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, partial / SAVED)
-    partial.rename(out)
+    with durable.appearing(out) as partial:
+        folder.write(partial, config, shapes, tensors(), shard_bytes)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / SAVED)
     count = sum(torch.Size(entry.size).numel() for entry in stored.values())
     return Exported(out, family.model_type, count, largest)

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import Piece, write_pieces
 from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
 from tedlab.data.tokenizers import SAVED, FileTokenizer
@@ -142,16 +143,17 @@ def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Impor
             yield piece._replace(name=PREFIX + piece.name)
 
     hyper = {"model": asdict(opened.model), "moe": asdict(opened.moe), "seed": 0}
-    checkpoint = out / "checkpoints" / "last.ckpt"
-    write_pieces(pieces(), {"hyper_parameters": hyper, IMPORTED: opened.family.model_type}, checkpoint)
-    opened.folder.close()
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, out / SAVED)
-    config: dict[str, Any] = {"model": asdict(opened.model), "moe": asdict(opened.moe)}
+    config: dict[str, Any] = {"model": hyper["model"], "moe": hyper["moe"]}
     config["data"] = {"tokenizer": "byte" if tokenizer is None else str(out / SAVED)}
-    (out / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    place = Path("checkpoints", "last.ckpt")
+    with durable.appearing(out) as partial:
+        write_pieces(pieces(), {"hyper_parameters": hyper, IMPORTED: opened.family.model_type}, partial / place)
+        opened.folder.close()
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, partial / SAVED)
+        (partial / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     count = sum(torch.Size(shape).numel() for shape in opened.shapes.values())
-    return Imported(checkpoint, opened.family.model_type, count, largest, tokenizer is not None)
+    return Imported(out / place, opened.family.model_type, count, largest, tokenizer is not None)
 
 
 def read_pieces(opened: Opened) -> Iterator[Piece]:
