@@ -1,12 +1,20 @@
 """Published models in layouts: each equals one process, and predictions of it agree."""
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 
 import pytest
 
 from tedlab.certify import Row
-from tests.certify.runs import Case, certified
+from tedlab.commands.models import PUBLISHED
+from tedlab.models import GPTSpec
+from tedlab.predict.cluster import load_cluster
+from tedlab.predict.estimate import estimate
+from tedlab.predict.plan.plan import make_plan
+from tedlab.predict.sim import simulate
+from tests.certify.runs import Case, certified, composed
 from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
 from tests.selection import asked_of
 
 RECOMPUTED = "model.recompute.granularity=block"
@@ -59,3 +67,69 @@ def test_a_layout_of_a_published_model_equals_one_process(
     rows = certificates[case(preset, layout)]
     assert {row.quantity for row in rows} >= {"losses and drops", "gradients", "next weights"}
     assert all(row.ok for row in rows), [str(row) for row in rows if not row.ok]
+
+
+# ---- predictions -------------------------------------------------------------------------------------------------
+
+CLUSTER = "dgx_a100"
+COMMON = ["model.hidden=256", "model.layers=4", "model.heads=8", "model.sequence_length=256", "model.vocab_size=2048"]
+COMMON += ["trainer=gpu", "trainer.precision=bf16-true", "data.batch_size=64", "data.micro_batch_size=4"]
+SHARED = ["model.kv_heads=4", "model.head_dim=32"]
+LATENT = [f"model.attention.latent.{name}" for name in ("q_rank=192", "kv_rank=128", "nope_dim=32", "v_dim=32")]
+SIZES = {
+    "mixtral_8x7b": ["model.kv_heads=4", "model.ffn=512"],
+    "olmoe_1b_7b": ["model.ffn=256"],
+    "qwen3_30b_a3b": [*SHARED, "model.ffn=256", "moe.num_experts=32"],
+    "deepseek_v3": [*LATENT, "model.ffn=1024", "moe.first_dense=1", "moe.ffn=256", "moe.num_experts=32"],
+    "gpt_oss_20b": [*SHARED, "model.ffn=256", "model.attention.window=64"],
+}
+WORLDS = {  # with the largest difference of memory: at these sizes, routers' small tensors count
+    "all experts in one process": (["parallel.world_size=8", "parallel.tensor=1", "parallel.expert=1"], 0.02),
+    "divided": (["parallel.world_size=32", "parallel.tensor=4", "parallel.expert=8"], 0.09),
+}
+
+
+def differences() -> dict[tuple[str, str], tuple[float, float, int]]:
+    """Of closed form and simulation: memory, time, and collectives."""
+    found, cluster = {}, load_cluster(CLUSTER)
+    with out_of_the_pools_group():
+        for family, sizes in SIZES.items():
+            for world, (degrees, _) in WORLDS.items():
+                config = checked(f"preset={family}", *COMMON, *sizes, *degrees)
+                closed, simulation = estimate(config, cluster), simulate(config, cluster)
+                memory = closed.memory.total / sum(simulation.memory.at_peak().values()) - 1
+                time = closed.step_seconds / simulation.step_seconds - 1
+                found[family, world] = memory, time, len(simulation.differences)
+    return found
+
+
+@pytest.mark.slow
+def test_the_closed_form_says_what_the_simulator_says(pool: WorkerPool) -> None:
+    for (family, world), (memory, time, collectives) in pool.run(1, differences, timeout=250)[0].items():
+        assert abs(memory) < WORLDS[world][1], (family, world, memory)
+        assert abs(time) < 0.03, (family, world, time)
+        assert collectives == 0, (family, world)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_every_preset_can_be_estimated(preset: str) -> None:
+    """With a process's share of its parameters, in bf16; norms and the first products of latents are not divided."""
+    job = ["trainer=gpu", "trainer.precision=bf16-true", "data.batch_size=256", "data.micro_batch_size=1"]
+    config = checked(f"preset={preset}", *job, "parallel.world_size=64", "parallel.tensor=4", "parallel.expert=8")
+    found = estimate(config, load_cluster("dgx_h100"))
+    parameters = GPTSpec(config.model, config.moe).parameters()
+    held = sum(2 * prod(p.shape) // (4 * (8 if p.mesh == "expert" else 1)) for p in parameters)
+    assert held <= found.memory.held["parameters"] < 1.05 * held
+    assert 0 < found.mfu < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["deepseek_v3_tiny", "gpt_oss_20b_tiny"])
+def test_plan_takes_what_train_takes(preset: str) -> None:
+    """SwiGLU, RMSNorm, rotary positions, products without biases, and all that these models have beside them."""
+    job = ["trainer=gpu", "trainer.precision=bf16-true", "data.batch_size=8", "parallel.world_size=4"]
+    plan = make_plan(
+        composed(f"preset={preset}", *job), load_cluster(CLUSTER), ThreadPoolExecutor(1), reserve=2**30, simulations=1
+    )
+    assert plan.winner.settings["parallel.tensor"] in (1, 2, 4)
+    assert not [reason for reason in plan.found.refused if "kernels" in reason or "not built" in reason]

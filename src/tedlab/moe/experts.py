@@ -124,6 +124,11 @@ class Experts(ShardedModule):
         """Makes the experts of a layer whose configuration names this class."""
         return cls(spec, topology)
 
+    @classmethod
+    def alone(cls, degrees: ParallelDegrees) -> bool:
+        """Tells whether it makes :class:`tedlab.moe.LocalExperts`: all experts are in one process, undivided."""
+        return False
+
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__()
         self.num_experts, self.comm = spec.num_experts, topology.comm

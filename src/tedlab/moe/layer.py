@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tedlab.config import MoEConfig
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
+from tedlab.moe.local_spec import LocalSpec
 from tedlab.moe.router import RouterReport, RouterSpec, routers
 from tedlab.moe.shared import SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
@@ -46,6 +47,11 @@ class MoESpec(Spec):
     def experts(self) -> ExpertsSpec:
         return ExpertsSpec(self.expert, self.config)
 
+    def local(self, b: MicroBatch) -> LocalSpec | None:
+        """Returns what experts that are all in this process do, if they do it in their own way."""
+        alone = mixtures[self.config.dispatch].alone(b.layout.degrees)
+        return LocalSpec(self.experts) if alone else None
+
     @property
     def shared(self) -> SharedSpec | None:
         """The experts that every token goes to, if there are any."""
@@ -66,12 +72,16 @@ class MoESpec(Spec):
         yield from self.router.forward(b)
         if b.mixed:
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
-        yield from self.dispatch.there(b)
-        yield from self.experts.forward(b, dead)
-        yield from self.dispatch.back(b, bias=self.expert.bias)
-        if self.shared is not None or not stop:
-            yield b.moved(2 * chosen * self.hidden)  # gate
-            yield b.moved((chosen + b.outside) * self.hidden)
+        local = self.local(b)
+        if local is not None:
+            yield from local.forward(b)
+        else:
+            yield from self.dispatch.there(b)
+            yield from self.experts.forward(b, dead)
+            yield from self.dispatch.back(b, bias=self.expert.bias)
+            if self.shared is not None or not stop:
+                yield b.moved(2 * chosen * self.hidden)  # gate
+                yield b.moved((chosen + b.outside) * self.hidden)
         if self.shared is not None:
             yield from self.shared.forward(b, dead, stop)
             if not stop:
@@ -82,12 +92,16 @@ class MoESpec(Spec):
         if self.shared is not None:
             yield from self.shared.backward(b)
             yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the gradients of tokens
-        for passes in (3, 2, 1):  # of the gate and through it
-            yield b.moved(passes * chosen * self.hidden)
-        yield from self.dispatch.there(b)
-        yield from self.experts.backward(b)
-        yield from self.dispatch.back(b, bias=False)
-        yield b.moved(3 * (self.dispatch.choices - 1) * b.outside * self.hidden)
+        local = self.local(b)
+        if local is not None:
+            yield from local.backward(b)
+        else:
+            for passes in (3, 2, 1):  # of the gate and through it
+                yield b.moved(passes * chosen * self.hidden)
+            yield from self.dispatch.there(b)
+            yield from self.experts.backward(b)
+            yield from self.dispatch.back(b, bias=False)
+            yield b.moved(3 * (self.dispatch.choices - 1) * b.outside * self.hidden)
         yield from self.router.backward(b)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
@@ -95,9 +109,17 @@ class MoESpec(Spec):
         """Adds the results that gates weight; shared experts and the router keep the same tokens, if these can be."""
         twice = self.shared is not None and not b.mixed and not b.layout.sequence
         same = b.tokens * self.hidden * b.compute.itemsize if twice else 0
+        local = self.local(b)
+        if local is not None:
+            shared = 0 if self.shared is None else self.shared.saved(b)
+            return self.router.saved(b) + local.saved(b) + shared - same
         return super().saved(b) + self._weighted(b) - same
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        local = self.local(b)
+        if local is not None:
+            yield from self._local_working_sets(local, b, recomputed)
+            return
         here, _, inner, width = self.experts.here(b)
         slots, stream = b.rows.computed * b.compute.itemsize, b.outside * self.hidden * b.parameter.itemsize
         # The results that gates weighted are freed, and the gradient of tokens is still only the block result's.
@@ -119,6 +141,14 @@ class MoESpec(Spec):
             # Product; bias of each row and sum; if tensor ranks share rows, also rows as received and all tokens' rows.
             copies = 1 + 2 * self.expert.bias + 2 * (self.dispatch.obeyed(b.layout).sharers > 1)
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
+
+    def _local_working_sets(self, local: LocalSpec, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
+        done = freed = 0
+        if self.shared is not None:
+            yield from self.shared.working_sets(b, recomputed)
+            done, freed = self.shared.gradients(b), self.shared.saved(b)
+        for moment in local.working_sets(b, recomputed):
+            yield moment._replace(done=done, freed=freed)
 
     def _weighted(self, b: MicroBatch) -> int:
         return b.outside * self.dispatch.choices * self.hidden * b.compute.itemsize

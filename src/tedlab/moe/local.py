@@ -13,6 +13,7 @@ from torch.autograd import Function
 
 from tedlab.comm import once, to_compute_dtype
 from tedlab.comm.rows import Rows
+from tedlab.degrees import ParallelDegrees
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
 from tedlab.moe.products import Order, Products, products
@@ -24,6 +25,9 @@ class LocalExperts(Experts):
     """Experts that are all in this process and take every token that chooses them.
 
     The process must be alone in its expert and tensor groups. ``moe.kernel`` says which row operations it uses.
+
+    Attributes:
+        row_ops: Row operations in place of those; None: those.
     """
 
     unlimited, compilable = True, False
@@ -32,11 +36,15 @@ class LocalExperts(Experts):
         super().__init__(spec, topology)
         self.kernel = spec.config.kernel
         self.moved: Rows = Rows()
+        self.row_ops: Any | None = None
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         x = to_compute_dtype(x_TH)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        computing = products(self.kernel, self.nonlinearity, x)
+        if self.row_ops is None:
+            computing = products(self.kernel, self.nonlinearity, x)
+        else:
+            computing = Products(self.row_ops, self.nonlinearity)
         rows = routing.slot_TK.numel()
         if torch.is_grad_enabled():
             self.moved += Rows(rows, rows, rows, rows)
@@ -61,8 +69,11 @@ class Dropless(RowExperts):
 
     @classmethod
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
-        alone = topology.degrees.tensor == topology.degrees.expert == 1
-        return (LocalExperts if alone else RowExperts)(spec, topology)
+        return (LocalExperts if cls.alone(topology.degrees) else RowExperts)(spec, topology)
+
+    @classmethod
+    def alone(cls, degrees: ParallelDegrees) -> bool:
+        return degrees.tensor == degrees.expert == 1
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:

@@ -165,6 +165,12 @@ class Meter(TorchDispatchMode):
             moved = sum(t.nbytes for t in (*both_ways, *both_ways, *one_way))
             self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement"))
 
+    def on_row_op(self, *tensors: Tensor) -> None:
+        """Counts a kernel on rows of local experts, which reads or writes each of these tensors once."""
+        if self.counts is not None:
+            moved = sum(tensor.nbytes for tensor in tensors)
+            self._do(self.counts, self.phase, Work(0.0, moved, torch.float32, "arithmetic"))
+
     def label_gradient(self, gradient: Tensor | None) -> None:
         """Labels the tensor, if there is one, as a gradient."""
         if gradient is not None and self.counts is not None:

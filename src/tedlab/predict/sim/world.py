@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from tedlab._compat.simulation import FakeStore, FakeTensorMode
 from tedlab.comm import SlotAgreement
+from tedlab.moe import LocalExperts
 from tedlab.moe.grouped import one_by_one
 from tedlab.nn.ids import unchecked
 from tedlab.predict.sim.meter import Meter
+from tedlab.predict.sim.row_ops import FusedRowOps
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
@@ -78,6 +80,9 @@ class SimulatedStrategy(TEDStrategy):
     Args:
         meter: Makes the meter once the topology exists.
         arguments, options: The arguments of TEDStrategy.
+
+    Attributes:
+        fused_row_ops: Whether local experts count as a GPU's kernels on rows, not as torch's operations.
     """
 
     def __init__(self, meter: Callable[[Topology], Meter], *arguments: Any, **options: Any) -> None:
@@ -85,6 +90,7 @@ class SimulatedStrategy(TEDStrategy):
         self._make_meter = meter
         self._meter: Meter | None = None
         self._modes = ExitStack()
+        self.fused_row_ops = False
 
     @property
     def meter(self) -> Meter:
@@ -116,6 +122,9 @@ class SimulatedStrategy(TEDStrategy):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._label_gradient)
         super().setup_optimizers(trainer)
+        for module in self.model.modules() if self.fused_row_ops else ():
+            if isinstance(module, LocalExperts):
+                module.row_ops = FusedRowOps(self.meter.on_row_op)
         for optimizer in self.sharded_optimizers:
             # Real kernels return no tensors that would show them to the meter, and work tile by tile on a CPU.
             optimizer.kernel = self.meter.on_fused_step
