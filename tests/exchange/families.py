@@ -19,6 +19,10 @@ _SIZES = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+_LLAMA3 = {
+    **{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "original_max_position_embeddings": 8,
+}
 _DEEPSEEK = {
     **{name: size for name, size in _SIZES.items() if name not in ("head_dim", "num_key_value_heads")},
     **{"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1},
@@ -30,7 +34,7 @@ _DEEPSEEK_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama": {
         **{**_SIZES, "num_key_value_heads": 6, "head_dim": 4, "intermediate_size": 20},
-        **{"attention_bias": True, "mlp_bias": True},
+        **{"attention_bias": True, "mlp_bias": True, "rope_scaling": _LLAMA3},
     },
     "qwen3": {**_SIZES, "intermediate_size": 28, "tie_word_embeddings": True},
     "olmoe": {
@@ -43,8 +47,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         **{"layer_types": ["sliding_attention", "full_attention"], "swiglu_limit": 0.5, "attention_bias": True},
         **{"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4, **_YARN}},
     },
-    "deepseek_v2": {  # as V2-Lite: queries are not compressed
-        **{**_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "greedy"},
+    "deepseek_v2": {  # queries are not compressed, as in V2-Lite, but experts are in groups, as in V2
+        **{**_DEEPSEEK, "q_lora_rank": None, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
         **{
             "rope_scaling": {
                 "rope_type": "yarn",

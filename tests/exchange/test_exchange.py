@@ -315,6 +315,12 @@ def test_overrides_that_do_not_fit_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_vocabulary_that_does_not_divide_is_refused(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "odd", "mixtral", {**CONFIGS["mixtral"], "vocab_size": 51})
+    with pytest.raises(SystemExit, match=r"model.vocab_size \(51\) is not divisible by parallel.tensor \(2\)"):
+        main(["import", f"hf={folder}", f"out={tmp_path / 'out'}", "parallel.tensor=2"])
+
+
 def test_a_place_that_is_taken_is_refused(folders: dict[str, Path], runs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="exists; an import goes into a folder of its own"):
         main(["import", f"hf={folders['llama']}", f"out={tmp_path}"])

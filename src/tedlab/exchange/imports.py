@@ -16,7 +16,7 @@ from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import Piece, write_pieces
 from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
 from tedlab.data.tokenizers import SAVED, FileTokenizer
-from tedlab.degrees import ParallelDegrees, parallel_degrees
+from tedlab.degrees import ParallelDegrees, check_divides, parallel_degrees
 from tedlab.exchange.folder import CONFIG, Folder
 from tedlab.models.families import Family, Rule, configured, essence, family_of
 from tedlab.models.families.gpt_oss import GptOss
@@ -87,7 +87,10 @@ def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
         raise ValueError(
             f"{changed[0]} is {theirs.get(changed[0])} in {path}, whose weights are of no other model; leave it out"
         )
-    GPTSpec(model, moe).check(parallel_degrees(parallel))
+    degrees = parallel_degrees(parallel)
+    GPTSpec(model, moe).check(degrees)
+    assert model.vocab_size is not None
+    check_divides("model.vocab_size", model.vocab_size, "parallel.tensor", degrees.tensor)
     opened = Opened(folder, family, model, moe, shapes_of(model, moe), list(family.rules(model, moe)))
     _check_tensors(opened)
     return opened
