@@ -68,51 +68,52 @@ def test_an_export_of_an_import_has_every_bit_and_every_field(
     assert {field: written[field] for field in given} == given
 
 
-def logits(path: Path, degrees: tuple[int, int, int]) -> Tensor:
-    """Of a checkpoint's model in this process's layout, the whole vocabulary."""
+def logits(path: Path, degrees: tuple[int, int, int], out: Path | None) -> Tensor:
+    """Of a checkpoint's model in this process's layout, the whole vocabulary; ``out``: where to save it from there."""
     model, moe = model_of(path)
     topology = Topology(ParallelDegrees(*degrees), "cpu")
     network = GPT(model, moe, topology, seed=None)
-    checkpoint.load({"model": {f"network.{name}": tensor for name, tensor in network.state_dict().items()}}, path)
+    state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    checkpoint.load({"model": state}, path)
+    if out is not None:
+        checkpoint.save({"model": state}, checkpoint.read_meta(path), out)
     ids = torch.arange(2 * 12).view(2, 12) % 50
     with torch.no_grad():
         part = network(ids)[0]
-    if degrees[1] == 1:
-        return part
     parts = [torch.empty_like(part) for _ in range(degrees[1])]
     torch.distributed.all_gather(parts, part.contiguous(), group=topology.dense.get_group("tensor"))
     return torch.cat(parts, -1)
 
 
-def everywhere(paths: dict[str, Path], degrees: tuple[int, int, int]) -> dict[str, Tensor]:
-    return {name: logits(path, degrees) for name, path in paths.items()}
+def everywhere(paths: dict[str, Path], degrees: tuple[int, int, int], out: Path | None) -> dict[str, Tensor]:
+    return {name: logits(path, degrees, None if out is None else out / name) for name, path in paths.items()}
 
 
-def test_an_import_loads_in_every_layout(runs: dict[str, Path], pool: WorkerPool) -> None:
+@pytest.fixture(scope="module")
+def divided(
+    runs: dict[str, Path], pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Path]:
+    """Logits in one process and in tensor 2 × expert 2, and the checkpoints that four processes have saved."""
     paths = {name: run / CHECKPOINT for name, run in runs.items() if CONFIGS[name].get("num_experts", 4) % 2 == 0}
-    whole = pool.run(1, everywhere, paths, (1, 1, 1))[0]
-    divided = pool.run(4, everywhere, paths, (4, 2, 2))[0]
-    for name in paths:
-        assert torch.allclose(whole[name], divided[name], atol=1e-5), name
+    saved = tmp_path_factory.mktemp("saved")
+    whole = pool.run(1, everywhere, paths, (1, 1, 1), None)[0]
+    return whole, pool.run(4, everywhere, paths, (4, 2, 2), saved)[0], saved
 
 
-def saved(paths: dict[str, Path], out: Path) -> None:
-    """Loads models in a layout of four processes and saves them from there, divided."""
-    for name, path in paths.items():
-        model, moe = model_of(path)
-        network = GPT(model, moe, Topology(ParallelDegrees(4, 2, 2), "cpu"), seed=None)
-        state = {f"network.{key}": tensor for key, tensor in network.state_dict().items()}
-        checkpoint.load({"model": state}, path)
-        checkpoint.save({"model": state}, checkpoint.read_meta(path), out / name)
+def test_an_import_loads_in_every_layout(divided: tuple[dict[str, Tensor], dict[str, Tensor], Path]) -> None:
+    whole, parts, _ = divided
+    assert len(whole) == len(CONFIGS) - 1
+    for name, expected in whole.items():
+        assert expected.std() > 0.1, name
+        assert torch.allclose(expected, parts[name], atol=1e-5), name
 
 
 def test_an_export_of_what_four_processes_saved_has_every_bit(
-    folders: dict[str, Path], runs: dict[str, Path], pool: WorkerPool, tmp_path: Path
+    folders: dict[str, Path], divided: tuple[dict[str, Tensor], dict[str, Tensor], Path], tmp_path: Path
 ) -> None:
-    paths = {name: run / CHECKPOINT for name, run in runs.items() if CONFIGS[name].get("num_experts", 4) % 2 == 0}
-    pool.run(4, saved, paths, tmp_path / "saved")
-    for name in paths:
-        export(tmp_path / "saved" / name, tmp_path / name)
+    whole, _, saved = divided
+    for name in whole:
+        export(saved / name, tmp_path / name)
         there, back = numbers(folders[name]), numbers(tmp_path / name)
         assert there.keys() == back.keys()
         assert all(torch.equal(there[tensor], back[tensor]) for tensor in there)
