@@ -44,8 +44,10 @@ TOLERANCE = 1e-10
 
 
 def cells() -> list[Any]:
+    """CI leaves out what is neither a quick job nor a quick layout: matrix and oracle have more of these."""
+    marks = ([], [pytest.mark.slow], [pytest.mark.exhaustive])
     return [
-        pytest.param(layout, name, marks=[] if name in QUICK and layout not in LONG else pytest.mark.slow)
+        pytest.param(layout, name, marks=marks[(name not in QUICK) + (layout in LONG)])
         for layout in LAYOUTS
         for name, job in JOBS.items()
         if _fits(layout, job)
@@ -105,7 +107,12 @@ def test_one_step_equals_one_process(
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(layout, marks=[pytest.mark.slow] * (layout not in (LAYOUTS[3], LAYOUTS[5]))) for layout in LAYOUTS],
+    [
+        pytest.param(layout, marks=[pytest.mark.exhaustive if layout in LONG else pytest.mark.slow])
+        if layout not in (LAYOUTS[3], LAYOUTS[5])
+        else layout
+        for layout in LAYOUTS
+    ],
     ids=str,
 )
 def test_twenty_steps_equal_one_process(pool: WorkerPool, layout: Layout) -> None:

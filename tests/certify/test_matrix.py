@@ -223,12 +223,12 @@ SAMPLE = [
     (layout, job)
     for number, (layout, job) in enumerate(sorted(CELLS, key=lambda cell: cell[1] in BLOCKS | TRAINED))
     if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED})
-    or (job not in ROUTERS | BLOCKS | TRAINED and number % 6 == 1)
+    or (job not in ROUTERS | BLOCKS | TRAINED and number % 10 == 1)
 ]
 
 
 def marked(layout: Layout, job: str) -> object:
-    """CI runs one layout's cells and a sixth of the others; of those of routers and blocks a few."""
+    """CI runs one layout's cells and a tenth of the others; of those of routers and blocks a few."""
     marks = [pytest.mark.slow if (layout, job) in SAMPLE else pytest.mark.exhaustive]
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 

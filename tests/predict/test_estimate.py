@@ -147,12 +147,15 @@ def test_a_layer_that_states_no_kernels_is_refused_rather_than_free(monkeypatch:
         estimate(checked(*ONE), load_cluster("summit"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.recompute.granularity=block", "comm=ted", "data.micro_batch_size=1"],
-        ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"],
+        pytest.param(
+            ["model.recompute.granularity=block", "comm=ted", "data.micro_batch_size=1"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"], marks=pytest.mark.exhaustive
+        ),
     ],
     ids=["ted", "sequence"],
 )
