@@ -38,7 +38,8 @@ DECIDED = (
     *(f"moe.router.{option.name}" for option in fields(RouterConfig)),
     *(f"moe.balance.{option.name}" for option in fields(BalanceConfig)),
 )
-IMPORTED = "imported"  # key in the metadata of weights that were imported: their family
+# Keys in the metadata of weights that no run has trained: the family of what was imported, the recipe of an upcycling.
+IMPORTED, UPCYCLED = "imported", "upcycled"
 _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
@@ -66,10 +67,11 @@ def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, li
             return config, []
         path = find_checkpoint(Path(config.ckpt_path))
         meta = read_meta(path)
-        if IMPORTED in meta:
-            raise ValueError(
-                f"{path} is an import, which has no optimizer to go on with; weights={config.ckpt_path} starts from it"
-            )
+        for key, what in ((IMPORTED, "an import"), (UPCYCLED, "an upcycled model")):
+            if key in meta:
+                raise ValueError(
+                    f"{path} is {what}, which has no optimizer to go on with; weights={config.ckpt_path} starts from it"
+                )
         config, said = take_over(replace(config, ckpt_path=str(path)), meta, named)
         return config, [f"Going on from {path}, step {meta.get('global_step')}.", *said]
     except (OSError, ValueError) as error:

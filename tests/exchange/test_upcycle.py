@@ -1,5 +1,6 @@
 """A mixture made of a dense model begins as that model, in any layout; what cannot be made is refused."""
 
+import shutil
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology, checkpoint
 from tedlab.checkpoint.pieces import Piece, PieceReader, write_pieces
 from tedlab.commands.checkpoint import main
 from tedlab.config import ModelConfig, MoEConfig, RouterConfig
+from tedlab.errors import UsageError
 from tedlab.exchange.upcycle import Recipe, scale_of, upcycle
 from tedlab.generate import model_of
 from tedlab.models import GPT
+from tedlab.resume import resume
 from tests.pool import WorkerPool
+from tests.test_conf import compose
 
 GPT3 = ModelConfig(layers=2, hidden=12, heads=4, ffn=24, sequence_length=8, vocab_size=32, init_std=0.3)
 TODAY = replace(GPT3, activation="swiglu", bias=False, norm="rms", positions="rotary", tie_embeddings=False)
@@ -223,6 +228,34 @@ def test_the_command_makes_a_run_directory(dense: Any, tmp_path: Path, capsys: A
     assert "what the dense model does" in said
     assert errors(logits(out / LAST, single), expected) < 1e-12
     assert (out / "config.yaml").is_file()
+    with pytest.raises(UsageError, match=rf"is an upcycled model, which has no optimizer .*; weights={out} starts"):
+        resume(compose(f"ckpt_path={out}"), set())
+
+
+def test_the_tokenizer_of_the_dense_run_goes_along(dense: Any, tmp_path: Path) -> None:
+    shutil.copytree(dense["today"][0].parents[1], tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("data: {tokenizer: words}")
+    upcycle(tmp_path / "run" / LAST, tmp_path / "named", mixture(1, 4), Recipe())
+    assert yaml.safe_load((tmp_path / "named" / "config.yaml").read_text())["data"] == {"tokenizer": "words"}
+    (tmp_path / "run" / "tokenizer.json").write_text("{}")
+    upcycle(tmp_path / "run" / LAST, tmp_path / "copied", mixture(1, 4), Recipe())
+    there = tmp_path / "copied" / "tokenizer.json"
+    assert there.read_text() == "{}"
+    assert yaml.safe_load((tmp_path / "copied" / "config.yaml").read_text())["data"] == {"tokenizer": str(there)}
+
+
+def test_nothing_is_left_of_what_does_not_finish(dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, out = PieceReader.read, tmp_path / "made"
+
+    def fails(reader: PieceReader, name: str, *rows: Any) -> Tensor:
+        if "blocks.1" in name:
+            raise OSError("no space left")
+        return read(reader, name, *rows)
+
+    monkeypatch.setattr(PieceReader, "read", fails)
+    with pytest.raises(OSError, match="no space left"):
+        upcycle(dense["today"][0], out, mixture(1, 4), Recipe())
+    assert not list(tmp_path.iterdir())
 
 
 WRONG: dict[str, tuple[list[str], list[str]]] = {

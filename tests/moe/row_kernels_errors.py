@@ -23,13 +23,16 @@ def main(device: str) -> None:
     for dtype, how, biased in itertools.product((torch.float32, torch.bfloat16), ACTIVATIONS, (False, True)):
         draw = torch.Generator().manual_seed(1)
 
-        def numbers(*shape: int, draw: torch.Generator = draw, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, generator=draw).to(dtype)
+        def numbers(
+            *shape: int, draw: torch.Generator = draw, dtype: torch.dtype = dtype, by_column: bool = biased
+        ) -> Tensor:
+            drawn = torch.randn(shape, generator=draw).to(dtype)
+            return drawn.mT.contiguous().mT if by_column else drawn  # kernels take any strides
 
         count = TOKENS * CHOICES
         place = torch.randperm(count, generator=draw).view(TOKENS, CHOICES)
         expert = torch.randint(EXPERTS, (count,), generator=draw)
-        gate = torch.rand(TOKENS, CHOICES, generator=draw)
+        gate = torch.rand(CHOICES, TOKENS, generator=draw).mT if biased else torch.rand(TOKENS, CHOICES, generator=draw)
         gaps = torch.rand(count, generator=draw) < 0.3
         width = 2 * INNER if how.gated else INNER
         bias, last = (numbers(EXPERTS, width), numbers(EXPERTS, HIDDEN)) if biased else (None, None)

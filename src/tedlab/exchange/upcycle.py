@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import Piece, PieceReader, write_pieces
 from tedlab.config import BiasUpdate, Gates, ModelConfig, MoEConfig, Noise, Scoring
 from tedlab.data.tokenizers import SAVED
@@ -26,6 +27,7 @@ from tedlab.generate import model_of
 from tedlab.models import models
 from tedlab.nn.sharded import seed_of
 from tedlab.ranges import check_ranges, real, whole, word
+from tedlab.resume import UPCYCLED
 from tedlab.spec import ParameterSpec
 from tedlab.untrusted import read_yaml
 
@@ -87,7 +89,7 @@ def upcycle(source: Path, out: Path, moe: MoEConfig, recipe: Recipe) -> Upcycled
         recipe: How they begin.
 
     Raises:
-        FileExistsError: If ``out`` exists.
+        FileExistsError: If ``out`` exists, or what a process that was killed left of it.
         FileNotFoundError: If ``source`` is no checkpoint.
         ValueError: If the model has experts already, or cannot be divided into these, or a number is out of range; the
             message says what would do. Nothing has been written then.
@@ -106,15 +108,20 @@ def upcycle(source: Path, out: Path, moe: MoEConfig, recipe: Recipe) -> Upcycled
     making = _Making(PieceReader(source), model, made, recipe, pieces, factor)
     parameters = list(models[model.architecture].spec(model, made).parameters())
     making.check(parameters)
-    checkpoint = out / "checkpoints" / "last.ckpt"
+    place = Path("checkpoints", "last.ckpt")
     stored = {"model": asdict(model), "moe": asdict(made)}
-    about = {**asdict(recipe), "from": str(source)}
-    write_pieces(making.all(parameters), {"hyper_parameters": {**stored, "seed": 0}, "upcycled": about}, checkpoint)
-    (out / "config.yaml").write_text(yaml.safe_dump({**stored, "data": {"tokenizer": _tokenizer(source, out)}}))
+    meta = {"hyper_parameters": {**stored, "seed": 0}, UPCYCLED: {**asdict(recipe), "from": str(source)}}
+    run = source.absolute().parents[1]
+    with durable.appearing(out) as partial:
+        write_pieces(making.all(parameters), meta, partial / place)
+        if (run / SAVED).is_file():
+            shutil.copyfile(run / SAVED, partial / SAVED)
+        data = {"tokenizer": str(out / SAVED) if (run / SAVED).is_file() else _named_tokenizer(run)}
+        (partial / "config.yaml").write_text(yaml.safe_dump({**stored, "data": data}))
     torn = pieces > 1 and moe.router.noise != Noise.NONE  # a token may choose parts of sets
     exact = _sum_is_constant(moe) and not (recipe.noise or recipe.reinit or torn)
     count = sum(torch.Size(parameter.shape).numel() for parameter in parameters)
-    return Upcycled(checkpoint, count, pieces, moe.num_experts // pieces, scale, exact)
+    return Upcycled(out / place, count, pieces, moe.num_experts // pieces, scale, exact)
 
 
 def scale_of(moe: MoEConfig, pieces: int) -> float:
@@ -279,11 +286,7 @@ class _Making:
         return torch.Generator().manual_seed(seed_of("/".join(map(str, (self.recipe.seed, *key)))))
 
 
-def _tokenizer(source: Path, out: Path) -> str:
-    """Copies the tokenizer of the dense model's run, and returns what names it in a configuration."""
-    run = source.absolute().parents[1]
-    if (run / SAVED).is_file():
-        shutil.copyfile(run / SAVED, out / SAVED)
-        return str(out / SAVED)
+def _named_tokenizer(run: Path) -> str:
+    """Returns what names the tokenizer in the configuration of a run that has no file of it."""
     data = read_yaml(run / "config.yaml").get("data") if (run / "config.yaml").is_file() else None
     return str(data.get("tokenizer", "byte")) if isinstance(data, dict) else "byte"

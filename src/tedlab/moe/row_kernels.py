@@ -1,9 +1,9 @@
 """The functions of ``row_ops.py`` as Triton kernels that each pass over memory once; imported only if there is Triton.
 
-They take the same arguments, in bf16, fp16 or fp32, and compute in fp32. Sums have a fixed order and no atomics.
+They take the same arguments, in bf16, fp16 or fp32 and of any strides, and compute in fp32. Sums have a fixed order and
+no atomics.
 """
 
-import torch
 import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
@@ -19,13 +19,13 @@ def take(x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
     out = x_TH.new_empty(rows, width)
     if rows:
         block = min(4 * _COLUMNS, triton.next_power_of_2(width))
-        _take[(rows, triton.cdiv(width, block))](x_TH.contiguous(), token_N, out, width, BLOCK=block)
+        _take[(rows, triton.cdiv(width, block))](x_TH.contiguous(), token_N.contiguous(), out, width, BLOCK=block)
     return out
 
 
 def sums(y_RH: Tensor, place_TK: Tensor) -> Tensor:
     """See :func:`tedlab.moe.row_ops.sums`."""
-    return combine(y_RH.contiguous(), place_TK, None, None, place_TK)
+    return combine(y_RH, place_TK, None, None, place_TK)
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
@@ -35,7 +35,8 @@ def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinea
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(inner))
         grid = (rows, triton.cdiv(inner, block))
-        _hidden[grid](z_NZ, bias_eZ, expert_N, out, inner, GATED=how.gated, LIMIT=_limit(how), BLOCK=block)
+        given = _contiguous(z_NZ, bias_eZ, expert_N)
+        _hidden[grid](*given, out, inner, GATED=how.gated, LIMIT=_limit(how), BLOCK=block)
     return out
 
 
@@ -44,16 +45,15 @@ def hidden_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`tedlab.moe.row_ops.hidden_backward`."""
     rows, inner = grad_NF.shape
-    grad_z = torch.empty_like(z_NZ)
+    grad_z = z_NZ.new_empty(z_NZ.shape)
     weighted = grad_weight = None
     if weight_N is not None:
-        weighted, grad_weight = torch.empty_like(grad_NF), torch.empty_like(weight_N)
+        weighted, grad_weight = grad_NF.new_empty(grad_NF.shape), weight_N.new_empty(rows)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(inner))
         kind = {"GATED": how.gated, "LIMIT": _limit(how)}
-        _hidden_backward[(rows,)](
-            grad_NF, z_NZ, bias_eZ, expert_N, weight_N, grad_z, weighted, grad_weight, inner, **kind, BLOCK=block
-        )
+        given = _contiguous(grad_NF, z_NZ, bias_eZ, expert_N, weight_N)
+        _hidden_backward[(rows,)](*given, grad_z, weighted, grad_weight, inner, **kind, BLOCK=block)
     return grad_z, weighted, grad_weight
 
 
@@ -65,9 +65,9 @@ def combine(
     out = y_NH.new_empty(tokens, width)
     if tokens:
         block = min(_COLUMNS, triton.next_power_of_2(width))
-        gates = None if gate_TK is None else gate_TK.contiguous()
         grid = (tokens, triton.cdiv(width, block))
-        _combine[grid](y_NH, place_TK.contiguous(), gates, bias_eH, expert_TK, out, width, CHOICES=choices, BLOCK=block)
+        given = _contiguous(y_NH, place_TK, gate_TK, bias_eH, expert_TK)
+        _combine[grid](*given, out, width, CHOICES=choices, BLOCK=block)
     return out
 
 
@@ -76,16 +76,19 @@ def _limit(how: Nonlinearity) -> float:
     return how.limit if how.clamped else 0.0
 
 
+def _contiguous(*given: Tensor | None) -> list[Tensor | None]:
+    """Returns what kernels read, which compute addresses from shapes alone."""
+    return [None if tensor is None else tensor.contiguous() for tensor in given]
+
+
 def combine_backward(grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`tedlab.moe.row_ops.combine_backward`."""
     rows, width = y_RH.shape
-    grad_y, grad_gate = torch.empty_like(y_RH), torch.zeros_like(gate_TK)
+    grad_y, grad_gate = y_RH.new_empty(y_RH.shape), gate_TK.new_zeros(gate_TK.shape)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(width))
-        _combine_backward[(rows,)](
-            grad_TH.contiguous(), y_RH.contiguous(), gate_TK.contiguous(), choice_R.contiguous(),
-            grad_y, grad_gate, width, CHOICES=gate_TK.shape[1], BLOCK=block,
-        )  # fmt: skip
+        given = _contiguous(grad_TH, y_RH, gate_TK, choice_R)
+        _combine_backward[(rows,)](*given, grad_y, grad_gate, width, CHOICES=gate_TK.shape[1], BLOCK=block)
     return grad_y, grad_gate
 
 
