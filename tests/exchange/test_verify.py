@@ -19,7 +19,7 @@ from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
 from tedlab.exchange.verify import Verdict, verify
 from tedlab.models import families
-from tedlab.models.families import Rule
+from tedlab.models.families import Rule, UnknownField, configured, essence
 from tedlab.models.families.mapping import ByHead, Each, PairsApart, Same, Then, Transposed
 from tests.exchange.families import CONFIGS, packed
 
@@ -63,6 +63,33 @@ def test_an_import_computes_what_transformers_computes(
     assert verdict.ok, verdict
     assert [row.quantity for row in verdict.rows] == ["logits", "loss", "gradients", "weights after a step of AdamW"]
     assert all(row.error < (1e-12 if dtype == "float64" else 1e-4) for row in verdict.rows), verdict
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_field_that_is_left_out_means_what_it_means_to_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    without = {"num_experts_per_tok": 2} if name == "deepseek_v2" else {}  # what has no default
+    fields = transformers.AutoConfig.for_model(name, **without).to_dict()
+    family = families.FAMILIES[name]
+    whole = essence(*configured(family.read(deepcopy(fields))))
+    for field in fields.keys() - {"model_type"}:
+        try:
+            values = family.read(deepcopy({key: value for key, value in fields.items() if key != field}))
+        except UnknownField as error:
+            assert str(error) == f"it lacks {family.aliases.get(field, field)}"  # noqa: PT017
+        else:
+            assert essence(*configured(values)) == whole, field
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_reads_what_is_written_as_it_is_meant(name: str) -> None:
+    """Positions that are not stretched are not, in a family whose published models stretch them."""
+    transformers = pytest.importorskip("transformers")
+    family = families.FAMILIES[name]
+    model, moe = configured(family.read({**CONFIGS[name], "rope_scaling": {"rope_type": "default"}}))
+    assert model.rotary.scaling == "none"
+    read = transformers.AutoConfig.for_model(**family.write(model, moe)).to_dict()
+    assert essence(*configured(family.read(read))) == essence(model, moe)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

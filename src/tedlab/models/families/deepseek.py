@@ -25,7 +25,7 @@ class _DeepSeek(Biased):
         "num_experts_per_tok": ("moe.top_k", REQUIRED),
         "first_k_dense_replace": ("moe.first_dense", 0),
         "routed_scaling_factor": ("moe.router.gate_scale", 1.0),
-        "q_lora_rank": ("model.attention.latent.q_rank", None),
+        "q_lora_rank": ("model.attention.latent.q_rank", 1536),
         "kv_lora_rank": ("model.attention.latent.kv_rank", REQUIRED),
         "qk_nope_head_dim": ("model.attention.latent.nope_dim", REQUIRED),
         "qk_rope_head_dim": ("model.attention.latent.rope_dim", REQUIRED),
@@ -118,6 +118,8 @@ class DeepSeekV3(_DeepSeek):
     architecture = "DeepseekV3ForCausalLM"
     fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
         **_DeepSeek.fields,
+        "first_k_dense_replace": ("moe.first_dense", 3),
+        "routed_scaling_factor": ("moe.router.gate_scale", 2.5),
         "n_group": ("moe.router.expert_groups", 8),
         "topk_group": ("moe.router.chosen_groups", 4),
     }

@@ -59,6 +59,7 @@ class Family:
         meaningless: Further fields that change neither weights nor forward pass.
         left_out: Patterns of tensors that a folder of any model may have beside those that the model needs.
         rope_theta: The base of rotary positions if ``config.json`` does not say.
+        rope_scaling: How positions are stretched if ``config.json`` does not say, in its own words; empty: not at all.
     """
 
     model_type: ClassVar[str]
@@ -70,6 +71,7 @@ class Family:
     meaningless: ClassVar[frozenset[str]] = frozenset()
     left_out: ClassVar[tuple[str, ...]] = (r".*\.rotary_emb\.inv_freq",)
     rope_theta: ClassVar[float] = 10_000.0
+    rope_scaling: ClassVar[Mapping[str, Any]] = {}
 
     # ---- configuration -----------------------------------------------------------------------------------------------
 
@@ -93,7 +95,7 @@ class Family:
         layers = values["model.layers"]
         if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # lists of so many are made below
             raise UnknownField(f"it has {layers!r} layers; there can be 1 to {_MOST_LAYERS}")
-        values |= read_rotary(left, self.rope_theta)
+        values |= read_rotary(left, self.rope_theta, self.rope_scaling)
         values |= self.read_further(left, values)
         wrong = []
         for theirs, known in self.only.items():
@@ -112,7 +114,10 @@ class Family:
         config: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         config |= {theirs: ours[name] for theirs, (name, _) in self.fields.items()}
         config |= {theirs: known[0] for theirs, known in self.only.items()}
-        return config | write_rotary(model) | self.write_further(model, moe)
+        rotary = write_rotary(model)
+        if self.rope_scaling:  # which being silent would mean
+            rotary.setdefault("rope_scaling", {"rope_type": "default"})
+        return config | rotary | self.write_further(model, moe)
 
     def read_further(self, left: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns values that need more than the table; takes what it has read out of ``left``."""
@@ -231,9 +236,15 @@ _OF_SCALING = {
 }
 
 
-def read_rotary(left: dict[str, Any], theta: float) -> dict[str, Any]:
-    """Returns the values of rotary positions, whose fields are at two places in transformers 4 and at one in 5."""
-    found = {**(left.pop("rope_scaling", None) or {}), **(left.pop("rope_parameters", None) or {})}
+def read_rotary(left: dict[str, Any], theta: float, default: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of rotary positions, whose fields are at two places in transformers 4 and at one in 5.
+
+    Args:
+        left: The fields, of which it takes its own.
+        theta: The base if they do not say.
+        default: The scaling if they do not say.
+    """
+    found = {**(left.pop("rope_scaling", None) or {}), **(left.pop("rope_parameters", None) or {})} or {**default}
     above = left.pop("rope_theta", theta)
     values: dict[str, Any] = {"model.rotary_base": float(found.pop("rope_theta", above))}
     kinds = {found.pop(name, "default") for name in ("rope_type", "type")} - {"default"}

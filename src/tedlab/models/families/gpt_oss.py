@@ -20,6 +20,7 @@ class GptOss(Biased):
     fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
         **DECODER,
         "head_dim": ("model.head_dim", 64),
+        "num_key_value_heads": ("model.kv_heads", 8),
         "rms_norm_eps": ("model.norm_eps", 1e-5),
         "intermediate_size": ("model.ffn", REQUIRED),
         "num_local_experts": ("moe.num_experts", REQUIRED),
@@ -40,6 +41,10 @@ class GptOss(Biased):
         {"initial_context_length", "experts_per_token", "quantization_config"}
     )  # see `Folder`, other fields
     rope_theta = 150_000.0
+    rope_scaling: ClassVar[Mapping[str, Any]] = {
+        **{"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+        "original_max_position_embeddings": 4096,
+    }
 
     def read_further(self, left: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         left.setdefault("attention_bias", True)

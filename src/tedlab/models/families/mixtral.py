@@ -18,6 +18,7 @@ class Mixtral(Family):
     architecture = "MixtralForCausalLM"
     fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
         **DECODER,
+        "num_key_value_heads": ("model.kv_heads", 8),
         "rms_norm_eps": ("model.norm_eps", 1e-5),
         "intermediate_size": ("model.ffn", REQUIRED),
         "num_local_experts": ("moe.num_experts", 8),

@@ -18,7 +18,11 @@ class Qwen3(Biased):
 
     model_type = "qwen3"
     architecture = "Qwen3ForCausalLM"
-    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {**_DECODER, "intermediate_size": ("model.ffn", REQUIRED)}
+    fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
+        **_DECODER,
+        "num_key_value_heads": ("model.kv_heads", 32),
+        "intermediate_size": ("model.ffn", REQUIRED),
+    }
     only: ClassVar[Mapping[str, tuple[Any, ...]]] = {**ONLY, "use_sliding_window": (False,)}
     always = _ALWAYS
     meaningless = _NO_WINDOW
@@ -36,6 +40,7 @@ class Qwen3MoE(Biased):
     architecture = "Qwen3MoeForCausalLM"
     fields: ClassVar[Mapping[str, tuple[str, Any]]] = {
         **_DECODER,
+        "num_key_value_heads": ("model.kv_heads", 4),
         "intermediate_size": ("model.ffn", REQUIRED),
         "moe_intermediate_size": ("moe.ffn", REQUIRED),
         "num_experts": ("moe.num_experts", REQUIRED),
