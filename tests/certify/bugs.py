@@ -26,7 +26,8 @@ from tedlab.models import gpt
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, ragged, router, row_ops
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
-from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, attend, attention, norm, sharded
+from tedlab.moe.shared import SharedGateSpec
+from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, activate, attend, attention, norm, sharded
 from tedlab.nn import loss as losses
 from tedlab.nn.region import ReplicatedRegion, SequenceRegion
 from tedlab.optim import LossScaler, ShardedOptimizer, fused
@@ -495,6 +496,25 @@ def swiglu_in_halves(patch: Patch) -> None:
     patch.setattr("tedlab.moe.row_ops.activate", _halves)
 
 
+def gate_of_shared_experts_of_this_slice_alone(patch: Patch) -> None:
+    """Its gradient, where each tensor rank weights the results of its own tokens."""
+    right = SharedGateSpec.own
+    patch.setattr(SharedGateSpec, "own", lambda self: (replace(p, own_tokens=False) for p in right(self)))
+
+
+def linear_part_without_the_one(patch: Patch) -> None:
+    """gpt-oss adds 1 to the linear part."""
+    right = activate
+
+    def wrong(z: Tensor, how: Nonlinearity) -> Tensor:
+        pair = z.unflatten(-1, (-1, 2))
+        return (
+            right(torch.stack((pair[..., 0], pair[..., 1] - 1), -1).flatten(-2), how) if how.clamped else right(z, how)
+        )
+
+    patch.setattr(experts, "activate", wrong)
+
+
 def norms_with_another_epsilon(patch: Patch) -> None:
     """1e-6 where 1e-5 was meant."""
 
@@ -885,13 +905,7 @@ def counts_of_experts_swapped(patch: Patch) -> None:
 
     def swapped(result: Any, self: RaggedPath, *arguments: Any) -> Any:
         exchange, moved = result
-        return ragged.Exchange(
-            exchange.splits,
-            exchange.counts_ise.flip(-1),
-            exchange.width,
-            exchange.total,
-            exchange.sizes[::-1],
-        ), moved
+        return replace(exchange, counts_ise=exchange.counts_ise.flip(-1), sizes=exchange.sizes[::-1]), moved
 
     _after(patch, RaggedPath, "_waiting", swapped)
 

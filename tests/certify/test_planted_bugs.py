@@ -41,6 +41,7 @@ TODAY: Overrides = (
 )
 KEYS: Overrides = ("parallel=tp2", "model.positions=rotary", "model.kv_heads=1", "model.qk_norm=full")
 LATENT: Overrides = ("parallel=tp2", "model.positions=rotary", "model.attention.latent.kv_rank=8")
+SHARED: Overrides = (*TODAY, "moe.every=1", "moe.shared.experts=2", "moe.shared.gated=true")
 SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.dtd=true", "comm.cac=shard")
 WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
@@ -121,6 +122,9 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.queries_of_this_rank_normed_by_themselves: Found(KEYS, "outputs", "in step 1"),
     bugs.norm_of_all_heads_differentiated_for_own_heads: Found(KEYS, "gradients", "in step 1"),
     bugs.latent_s_gradient_of_own_heads: Found(LATENT, "gradients", "in step 1"),
+    bugs.gate_of_shared_experts_of_this_slice_alone: Found(
+        SHARED, "gradients", "in step 1: network.blocks.0.feed_forward.shared.gate.weight"
+    ),
     bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
     bugs.bias_added_by_each_tensor_rank: Found(DEALT, "outputs", "in step 2: logits"),
     bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
@@ -193,6 +197,7 @@ ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setti
     bugs.norms_decayed: ("top1_clipped", "next weights"),
     bugs.schedule_one_step_late: ("top1_clipped", "learning rate"),
     bugs.norms_with_another_epsilon: ("dropless_today", "losses and drops"),
+    bugs.linear_part_without_the_one: ("clamped_with_biases", "losses and drops"),
     bugs.swiglu_in_halves: ("dropless_today", "losses and drops"),
     bugs.rotary_pairs_are_neighbours: ("dropless_today", "losses and drops"),
     bugs.gates_renormalised_after_dropping: ("top2_dropping_in_groups", "losses and drops"),

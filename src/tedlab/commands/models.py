@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     Console().print(table())
     print(
         f"tedlab train preset=NAME trains one of them, and preset=NAME{TINY} its likeness of a few hundred thousand\n"
-        "parameters, which takes less than a minute on a laptop. plan and simulate take both. See docs/models.md."
+        "parameters, for laptops. plan, simulate and certify take both. See docs/models.md."
     )
 
 
