@@ -59,6 +59,14 @@ def test_weights_decide_what_the_model_is_and_its_tokenizer(imported: Path) -> N
     assert {f"{PREFIX}{name}" for name in stated} == checkpoint.stored_names(imported / "checkpoints" / "last.ckpt")
 
 
+def test_a_tokenizer_goes_in_and_out_as_it_is(imported: Path, tmp_path: Path) -> None:
+    export(imported / "checkpoints" / "last.ckpt", tmp_path / "out")
+    given, kept, written = (
+        place / "tokenizer.json" for place in (imported.parent / "folder", imported, tmp_path / "out")
+    )
+    assert given.read_bytes() == kept.read_bytes() == written.read_bytes()
+
+
 def test_what_is_named_counts_and_must_fit(imported: Path) -> None:
     config = with_values(compose(f"weights={imported}"), {"moe.top_k": 1, "model.ffn": 7, "data.tokenizer": "byte"})
     found, _ = start_from(config, {"moe.top_k", "data.tokenizer"})
@@ -81,6 +89,18 @@ def test_biases_that_balance_choices_begin_at_0_where_weights_have_none(imported
     module.other = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"is of another model: it lacks other.weight, other.bias"):
         load_into(module, path)
+
+
+def test_biases_that_balance_choices_come_with_the_weights(tmp_path: Path, single: Topology) -> None:
+    import_folder(draw(tmp_path / "folder", "deepseek_v3"), tmp_path / "run")
+    config, _ = start_from(compose(f"weights={tmp_path / 'run'}"), set())
+    module = nn.Module()
+    module.network = GPT(config.model, config.moe, single, seed=0)
+    load_into(module, Path(str(config.weights)))
+    name = "blocks.1.feed_forward.router.bias"
+    stored = PieceReader(Path(str(config.weights))).read(PREFIX + name)
+    assert stored.any()
+    assert torch.equal(module.network.state_dict()[name].to_local(), stored)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "."])

@@ -35,6 +35,17 @@ def test_the_backward_of_rows_is_that_of_autograd(how: Nonlinearity) -> None:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
 
 
+def test_a_row_that_is_no_choice_s_leaves_all_weights_gradients_alone() -> None:
+    draw = torch.Generator().manual_seed(3)
+    y, grad = (torch.randn(rows, 5, generator=draw, dtype=torch.float64) for rows in (4, 2))
+    gate = torch.rand(2, 2, generator=draw, dtype=torch.float64)
+    choice, place = torch.tensor([3, 0, -1, -1]), torch.tensor([[1, -1], [-1, 0]])  # the last weight's row is the first
+    leaves = y.clone().requires_grad_(), gate.clone().requires_grad_()
+    expected = torch.autograd.grad(row_ops.combine(leaves[0], place, leaves[1], None, place), leaves, grad)
+    for ours, theirs in zip(row_ops.combine_backward(grad, y, gate, choice), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)
+
+
 FUSED = SimpleNamespace(**vars(row_ops))  # the same operations, as if they were kernels
 SHAPES = ((4, 8), (4, 3), (3, 8))  # of tokens, gates and biases
 

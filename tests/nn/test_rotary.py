@@ -1,5 +1,6 @@
 """Scalings of rotary positions against those of transformers."""
 
+import math
 from typing import Any
 
 import pytest
@@ -51,6 +52,36 @@ def test_angles_and_factor_are_those_of_transformers(name: str) -> None:
     found = rotation(LENGTH, HEAD, BASE, torch.device("cpu"), torch.float64, RotaryConfig(**ours))
     torch.testing.assert_close(found, expected, rtol=0, atol=LENGTH * 1e-6)  # theirs are of float32
     assert attention_factor(RotaryConfig(**ours)) == pytest.approx(factor, rel=1e-12)
+
+
+# Worked by hand: the angles of a token at position 1, of pairs that turn by 10000^(-2i/d) without a scaling.
+BY_HAND: dict[str, tuple[dict[str, Any], int, list[float]]] = {
+    "linear": ({"scaling": "linear", "factor": 4.0}, 4, [1 / 4, 0.01 / 4]),
+    # Twice the length: the base is 10000 · (2·2 - 1)^(4/2) = 90000.
+    "ntk": ({"scaling": "ntk", "factor": 2.0, "original_length": LENGTH // 2}, 4, [1, 1 / 300]),
+    # The second pair turns 400 · 0.01 / 2π = 2/π times, which is 4/π - 1 of the way from 0.5 to 1.
+    "llama3": (
+        {"scaling": "llama3", "factor": 8.0, "original_length": 400, "low_freq_factor": 0.5, "high_freq_factor": 1.0},
+        4,
+        [1, 0.01 * (4 / math.pi - 1 + (2 - 4 / math.pi) / 8)],
+    ),
+    # Pair 2.618 turns 32 times over 4096 tokens, and pair 5.628 once: a ramp from 2 to 6.
+    "yarn": (
+        {"scaling": "yarn", "factor": 4.0, "original_length": 4096},
+        16,
+        [10_000 ** (-i / 8) * (k + (1 - k) / 4) for i, k in enumerate((1, 1, 1, 0.75, 0.5, 0.25, 0, 0))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_angles_are_those_worked_by_hand(name: str) -> None:
+    options, width, expected = BY_HAND[name]
+    rotary = RotaryConfig(**options)
+    cos, sin = rotation(LENGTH, width, BASE, torch.device("cpu"), torch.float64, rotary)
+    torch.testing.assert_close(torch.atan2(sin, cos)[1], torch.tensor(expected).double(), rtol=1e-6, atol=0)
+    size = 0.1 * math.log(4) + 1 if name == "yarn" else 1.0
+    torch.testing.assert_close(torch.hypot(cos, sin), torch.full_like(cos, size), rtol=1e-12, atol=0)
 
 
 def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
