@@ -73,9 +73,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     journal = Journal(config.data.batch_size * config.model.sequence_length)
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
     callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
-    if config.weights is not None and config.ckpt_path is None:  # a run that goes on has its own by now
-        weights = find_checkpoint(Path(config.weights), "weights")
-        callbacks.append(LambdaCallback(on_fit_start=lambda _, module: load_into(module, weights)))
+    callbacks += _first_weights(config)
     trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:
@@ -98,6 +96,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     dist.destroy_process_group()
     return summary
+
+
+def _first_weights(config: TrainConfig) -> list[Callback]:
+    """Returns what loads ``weights`` into a run that begins; one that goes on has its own by now."""
+    if config.weights is None or config.ckpt_path is not None:
+        return []
+    path = find_checkpoint(Path(config.weights), "weights")
+    return [LambdaCallback(on_fit_start=lambda _, module: load_into(module, path))]
 
 
 def _routing(config: TrainConfig, directory: Path) -> list[Callback]:

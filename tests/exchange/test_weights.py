@@ -20,6 +20,7 @@ from tedlab.errors import UsageError
 from tedlab.exchange.exports import export
 from tedlab.exchange.imports import import_folder
 from tedlab.models import GPT, GPTSpec
+from tedlab.run import _first_weights
 from tedlab.weights import PREFIX, load_into, start_from
 from tests.commands import run_command
 from tests.exchange.families import draw
@@ -73,6 +74,18 @@ def test_what_is_named_counts_and_must_fit(imported: Path) -> None:
     assert (found.moe.top_k, found.model.ffn, found.data.tokenizer) == (1, 28, "byte")
     with pytest.raises(UsageError, match=r"feed_forward.experts.up has the shape \(4, 24, 56\) .*and \(4, 24, 14\)"):
         start_from(config, {"model.ffn"})
+
+
+def test_a_run_begins_with_the_weights_and_goes_on_with_its_own(imported: Path, single: Topology) -> None:
+    config, _ = start_from(compose(f"weights={imported}"), set())
+    module: Any = nn.Module()
+    module.network = GPT(config.model, config.moe, single, seed=0)
+    (loading,) = _first_weights(config)
+    loading.on_fit_start(None, module)  # type: ignore[arg-type]
+    stored = PieceReader(Path(str(config.weights))).read(f"{PREFIX}norm.weight")
+    assert stored.std() > 0.1  # new ones are 1
+    assert torch.equal(module.network.norm.weight.to_local(), stored)
+    assert _first_weights(with_values(config, {"ckpt_path": "its own"})) == []
 
 
 def test_biases_that_balance_choices_begin_at_0_where_weights_have_none(imported: Path, single: Topology) -> None:

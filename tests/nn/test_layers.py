@@ -22,6 +22,7 @@ from tedlab.nn import (
     FeedForwardSpec,
     Init,
     LayerNorm,
+    Nonlinearity,
     NormSpec,
     RMSNorm,
     RowParallelLinear,
@@ -30,6 +31,7 @@ from tedlab.nn import (
     SelfAttentionSpec,
     VocabParallelEmbedding,
     VocabParallelEmbeddingSpec,
+    activate,
     linear_cross_entropy,
     rotation,
     vocab_parallel_cross_entropy,
@@ -245,6 +247,20 @@ def too_long() -> None:
     topology = Topology(ParallelDegrees(1))
     with pytest.raises(RuntimeError, match="8 positions, but the table has 7"):
         Embedding(EmbeddingSpec(7, 6, INIT), topology)(8)
+
+
+def test_the_clamped_swiglu_and_its_gradient_are_those_of_torch_s_operations() -> None:
+    draw = torch.Generator().manual_seed(0)
+    z, grad = (torch.randn(40, width, generator=draw, dtype=torch.float64) for width in (12, 6))
+    found = []
+    for ours in (True, False):
+        leaf = z.clone().requires_grad_()
+        gate, linear = leaf[:, 0::2].clamp(max=0.7), leaf[:, 1::2].clamp(-0.7, 0.7)
+        plain = gate * torch.sigmoid(1.702 * gate) * (linear + 1)
+        y = activate(leaf, Nonlinearity("clamped_swiglu", 0.7)) if ours else plain
+        found.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-14)
 
 
 def test_more_positions_than_the_table_has_are_refused(pool: WorkerPool) -> None:
