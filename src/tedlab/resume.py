@@ -93,6 +93,11 @@ def find_checkpoint(path: Path, key: str = "ckpt_path") -> Path:
             return place
     what = "is a file" if path.is_file() else "does not exist"
     what = "has no last.ckpt, and no checkpoints/last.ckpt" if path.is_dir() else what
+    if (path / "config.json").is_file() and path.is_dir():
+        raise FileNotFoundError(
+            f"{key}={path} is a folder of transformers: `tedlab checkpoint import hf={path} out=DIR` makes a run "
+            f"directory of it, for {key}=DIR"
+        )
     near = ", ".join(map(str, _near(path))) or "none"
     raise FileNotFoundError(f"{key}={path} {what}; checkpoints near it: {near}")
 

@@ -20,6 +20,7 @@ from tedlab.models.families.family import flat
 from tedlab.resume import find_checkpoint, is_named
 
 PREFIX = "model.network."  # of a model's parameters in a checkpoint
+_BALANCING = ".router.bias"  # no parameter, and may be left out
 _HOW = ("model.compile", "model.recompute", "model.loss_chunk", "model.init_std", "moe.kernel")  # and not what
 
 
@@ -53,8 +54,11 @@ def start_from(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig
         _check_shapes(path, config.model, config.moe)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
-    said = [f"Starting from the weights of {path}: {config.model.layers} blocks of {config.model.hidden} features."]
-    return config, said
+    blocks = "1 block" if config.model.layers == 1 else f"{config.model.layers} blocks"
+    what = "Starting from the weights of"
+    if config.ckpt_path is not None or config.resume is not None:  # a run that goes on has weights of its own by now
+        what = "A new run starts from the weights of, and one that goes on is of the model of"
+    return config, [f"{what} {path}: {blocks} of {config.model.hidden} features."]
 
 
 def load_into(module: nn.Module, path: Path) -> None:
@@ -78,6 +82,12 @@ def _check_shapes(path: Path, model: ModelConfig, moe: MoEConfig) -> None:
     """Refuses a model whose parameters are not those of the checkpoint."""
     there = {n.removeprefix(PREFIX): tuple(t.size) for n, t in stored_tensors(path).items() if n.startswith(PREFIX)}
     here = {p.name: tuple(p.shape) for p in models[model.architecture].spec(model, moe).parameters()}
+    unused = [name for name in there if name not in here and not name.endswith(_BALANCING)]
+    if unused:
+        raise ValueError(
+            f"{path} has {unused[0]}, and a model with what is named here has not: leave values of the model out, "
+            "weights have their own"
+        )
     for name, shape in here.items():
         if there.get(name) != shape:
             raise ValueError(

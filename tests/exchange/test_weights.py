@@ -74,6 +74,8 @@ def test_what_is_named_counts_and_must_fit(imported: Path) -> None:
     assert (found.moe.top_k, found.model.ffn, found.data.tokenizer) == (1, 28, "byte")
     with pytest.raises(UsageError, match=r"feed_forward.experts.up has the shape \(4, 24, 56\) .*and \(4, 24, 14\)"):
         start_from(config, {"model.ffn"})
+    with pytest.raises(UsageError, match=r"has blocks.1.*, and a model with what is named here has not"):
+        start_from(with_values(config, {"model.layers": 1}), {"model.layers"})
 
 
 def test_a_run_begins_with_the_weights_and_goes_on_with_its_own(imported: Path, single: Topology) -> None:
@@ -121,6 +123,18 @@ def test_a_place_without_weights_is_refused(where: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"^weights="):
         start_from(compose(f"weights={where}"), set())
+
+
+def test_a_folder_of_transformers_is_to_be_imported_first(imported: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"is a folder of transformers: `tedlab checkpoint import hf=.*for weights=DIR"
+    ):
+        start_from(compose(f"weights={imported.parent / 'folder'}"), set())
+
+
+def test_it_is_not_said_that_a_run_starts_which_may_go_on(imported: Path) -> None:
+    _, (said,) = start_from(compose(f"weights={imported}", "resume=auto"), set())
+    assert "one that goes on is of the model of" in said
 
 
 @pytest.mark.slow
