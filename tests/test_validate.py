@@ -789,6 +789,8 @@ def test_what_is_easily_overlooked_in_routing_is_noted(corpus: Path) -> None:
     (twice,) = notes(small(corpus, "moe.router.bias_update=sign"))
     assert "moe.aux_loss=0.01" in twice
     assert notes(small(corpus, "moe.router.bias_update=sign", "moe.aux_loss=0")) == []
+    as_deepseek = ("moe.router.bias_update=sign", "moe.aux_loss=0.0001", "moe.balance.scope=sequence")
+    assert notes(small(corpus, *as_deepseek)) == []
 
 
 def test_auto_becomes_what_it_keeps(corpus: Path) -> None:

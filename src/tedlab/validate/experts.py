@@ -2,6 +2,7 @@
 
 from tedlab.config import (
     BalanceConfig,
+    BalanceScope,
     BiasUpdate,
     Compiler,
     ExpertKernel,
@@ -31,7 +32,28 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
                 f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
             )
         return
-    _check_blocks(moe, model.layers)
+    _check_numbers(moe, model.layers)
+    _check_kernel(config, degrees)
+    if moe.unlimited:
+        _check_unlimited(config)
+    else:
+        capacity_groups(config, degrees)
+    _check_gating(moe)
+
+
+def check_mixture(moe: MoEConfig, layers: int) -> None:
+    """Checks what must hold of experts in any layout and with any data.
+
+    Raises:
+        ValueError: If they are invalid; the message says what would do.
+    """
+    if moe.num_experts:
+        _check_numbers(moe, layers)
+        _check_gating(moe)
+
+
+def _check_numbers(moe: MoEConfig, layers: int) -> None:
+    _check_blocks(moe, layers)
     if not moe.shared.experts and moe.shared != SharedConfig():
         raise ValueError(
             f"moe.shared.ffn={moe.shared.ffn}, moe.shared.gated={moe.shared.gated} would have no effect: "
@@ -40,12 +62,6 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) is larger than moe.num_experts ({moe.num_experts})")
     mixtures[moe.dispatch]  # raises if it is unknown
-    _check_kernel(config, degrees)
-    if moe.unlimited:
-        _check_unlimited(config)
-    else:
-        capacity_groups(config, degrees)
-    _check_gating(moe)
 
 
 def _check_blocks(moe: MoEConfig, layers: int) -> None:
@@ -191,7 +207,8 @@ def router_notes(moe: MoEConfig) -> list[str]:
             "moe.gating=expert_choice sees the future: which experts a token gets depends on later tokens. Losses of "
             "next-token prediction are better than those of a model that writes a text."
         )
-    if moe.router.bias_update != BiasUpdate.NONE and moe.aux_loss > 0:
+    as_deepseek = moe.aux_loss <= 0.0001 and moe.balance.scope == BalanceScope.SEQUENCE
+    if moe.router.bias_update != BiasUpdate.NONE and moe.aux_loss > 0 and not as_deepseek:
         found.append(
             f"Biases balance the experts (moe.router.bias_update={moe.router.bias_update}), and so does "
             f"moe.aux_loss={moe.aux_loss}; DeepSeek-V3 uses 0.0001, with moe.balance.scope=sequence."
