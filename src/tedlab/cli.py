@@ -1,6 +1,5 @@
 """The place of ``conf/``, and errors for misspelt overrides, before Hydra composes them."""
 
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
 from tedlab.launch.outside import first_outside
+from tedlab.places import obstacle
 from tedlab.predict.plan import file as plan_file
 from tedlab.renamed import nested, note, old_names, overrides
 
@@ -92,12 +92,9 @@ def check_run_directory(overrides: list[str]) -> None:
     given = [override.partition("=") for override in overrides]
     places = {key: value.strip("'\"") for key, _, value in given if key in ("hydra.run.dir", "hydra.sweep.dir")}
     for key, value in (places or {"hydra.run.dir": "runs"}).items():
-        path = Path(value.partition("${")[0]).absolute()  # as far as it is known
-        above = next(place for place in (path, *path.parents) if place.exists())
-        if not above.is_dir():
-            raise UsageError(f"{key}={value} cannot be made: {above} is not a folder")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise UsageError(f"{key}={value} cannot be made: this user may not write to {above}")
+        found = obstacle(Path(value.partition("${")[0]))  # as far as it is known
+        if found is not None:
+            raise UsageError(f"{key}={value} cannot be made: {found}")
 
 
 def check_overrides(overrides: list[str], name: str = "train", folder: str | None = None) -> None:

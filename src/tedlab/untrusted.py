@@ -82,8 +82,10 @@ def interpolation(values: Any, name: str = "") -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first line of an error's message, with the line number if it is a parser's."""
+    """Returns the first line of an error's message, with the line number if it is a parser's, or the value's name."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = ": ".join(filter(None, (error.context, error.problem)))
         return f"{what} (line {error.problem_mark.line + 1})"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    key = getattr(error, "full_key", None)  # of OmegaConf's
+    return f"{key}: {line}" if key else line

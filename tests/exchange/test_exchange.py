@@ -23,7 +23,7 @@ from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
 from tedlab.generate import model_of
 from tedlab.models import GPT
-from tedlab.models.families import family_for
+from tedlab.models.families import FAMILIES, family_for
 from tedlab.models.families.deepseek import DeepSeekV3
 from tedlab.models.families.family import Family
 from tests.certify.runs import composed
@@ -66,6 +66,8 @@ def test_an_export_of_an_import_has_every_bit_and_every_field(
     assert Folder(tmp_path / "back").tensors.keys() == there.keys()
     given, written = (json.loads((place / "config.json").read_text()) for place in (folders[name], tmp_path / "back"))
     assert {field: written[field] for field in given} == given
+    balancing = "e_score_correction_bias"  # a buffer of transformers', no parameter
+    assert done.parameters == sum(values.numel() for tensor, values in there.items() if balancing not in tensor)
 
 
 def logits(path: Path, degrees: tuple[int, int, int], out: Path | None) -> Tensor:
@@ -241,6 +243,22 @@ def reindexed(file: str) -> Callable[[Path], None]:
     return change
 
 
+def split(change: Callable[[dict[str, Tensor], dict[str, str]], Any]) -> Callable[[Path], None]:
+    """Divides a folder into a.safetensors and b.safetensors, once the second and the index have been changed."""
+
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        second = {name: tensors.pop(name) for name in (W2, "model.norm.weight")}
+        placed = dict.fromkeys(tensors, "a.safetensors") | dict.fromkeys(second, "b.safetensors")
+        change(second, placed)
+        save_file(tensors, folder / "a.safetensors")
+        save_file(second, folder / "b.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+
+    return apply
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -263,8 +281,28 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no weights"),
     "pickled weights": (pickled, r"can run code when they are read"),
     "damaged weights": (lambda f: (f / "model.safetensors").write_bytes(b"x" * 40), r"damaged, or is no safetensors"),
-    "an index that leads elsewhere": (reindexed("../../x"), r"does not say which file has which tensor"),
+    "an index that leads elsewhere": (
+        reindexed("../../x"),
+        r"must have, as weight_map, the name of a file in this folder",
+    ),
     "an index of absent files": (reindexed("x.safetensors"), r"not complete: its index names x.safetensors"),
+    "an index of another file": (
+        split(lambda _, placed: placed.update({W2: "a.safetensors"})),
+        rf"says that {W2} is in a.safetensors, which does not have it",
+    ),
+    "an index of a tensor that is nowhere": (
+        split(lambda _, placed: placed.update(x="b.safetensors")),
+        r"says that x is in b.safetensors, which does not have it",
+    ),
+    "a tensor in two files": (
+        split(lambda second, _: second.update({"lm_head.weight": torch.ones(2)})),
+        r"lm_head.weight twice, in a.safetensors and in b.safetensors",
+    ),
+    "a file": (lambda f: (shutil.rmtree(f), f.write_text("x")), r"it is a file; give the folder"),
+    "more choices than experts": (
+        changed_config(num_experts_per_tok=9),
+        r"config.json: moe.top_k \(9\) is larger than moe.num_experts \(4\)",
+    ),
     "an unknown family": (changed_config(model_type="bert"), r"'bert'; tedlab knows .*llama, mixtral, "),
     "a field without a counterpart": (changed_config(attn_clip=3), r"no counterpart of attn_clip=3"),
     "another activation": (changed_config(hidden_act="relu"), r"hidden_act='relu' \(it can be 'silu'\)"),
@@ -273,9 +311,9 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"\(fp8\). Dequantise .*FP8Config",
     ),
     "a number out of range": (changed_config(num_hidden_layers=0), r"config.json: .*layers"),
-    "a word for a number": (changed_config(hidden_size="wide"), r"describes a model that tedlab has not"),
-    "a missing tensor": (changed_tensors(lambda t: t.pop(W2)), rf"lacks 1 tensors: {W2}"),
-    "an unexpected tensor": (changed_tensors(lambda t: t.update(x=torch.ones(2))), r"has, beside .* 1 tensors: x"),
+    "a word for a number": (changed_config(hidden_size="wide"), r"describes a model that tedlab has not: hidden: "),
+    "a missing tensor": (changed_tensors(lambda t: t.pop(W2)), rf"lacks 1 tensor: {W2}"),
+    "an unexpected tensor": (changed_tensors(lambda t: t.update(x=torch.ones(2))), r"has, beside .* 1 tensor: x"),
     "another shape": (
         changed_tensors(lambda t: t.update({W2: t[W2].T.contiguous()})),
         r"shape \(28, 24\); .*\(24, 28\)",
@@ -304,7 +342,12 @@ def test_what_is_no_model_is_refused_and_nothing_is_written(
         (["parallel.tensor=3"], r"kv_heads \(2\) .*parallel.tensor \(3\).*can be 1, 2, 6$"),
         (["parallel.expert=3"], r"moe.num_experts \(4\)"),
         (["model.norm=layer"], r"model.norm is rms in .*leave it out"),
-        (["model.hiden=3"], r"hiden"),
+        (["model.hiden=3"], r"no value model.hiden. Did you mean 'model.hidden'\?"),
+        (["parallel.tensor=0"], r"parallel.tensor is 0"),
+        (["moe.dispatch=[a"], r"expected ',' or ']'"),
+        (["model.sequence_length=null"], r"^model.sequence_length: "),
+        (["moe.top_k=5"], r"moe.top_k"),
+        (["hf=elsewhere"], r"hf is given twice"),
         (["trainer.max_steps=3"], r"no override of an import"),
     ],
 )
@@ -327,6 +370,26 @@ def test_a_place_that_is_taken_is_refused(folders: dict[str, Path], runs: dict[s
         main(["import", f"hf={folders['llama']}", f"out={tmp_path}"])
     with pytest.raises(SystemExit, match="exists; an export goes into a folder of its own"):
         main(["export", f"run={runs['llama']}", f"out={tmp_path}"])
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    with pytest.raises(SystemExit, match="exists; an import"):
+        main(["import", f"hf={folders['llama']}", f"out={link}"])
+    assert link.is_symlink()
+
+
+def test_a_place_below_a_file_is_refused(folders: dict[str, Path], runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for what, source in (("import", f"hf={folders['llama']}"), ("export", f"run={runs['llama']}")):
+        with pytest.raises(SystemExit, match=r"out=.* cannot be made: .*/file is not a folder"):
+            main([what, source, f"out={tmp_path / 'file' / 'run'}"])
+    with pytest.raises(SystemExit, match=r"out=.* cannot be made: .*/file is not a folder"):
+        main(["upcycle", f"run={runs['llama']}", f"out={tmp_path / 'file' / 'run'}", "moe=mixtral"])
+
+
+def test_the_original_length_of_yarn_is_the_longest_text_where_no_field_says_it() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0}
+    values = FAMILIES["llama"].read({**CONFIGS["llama"], "rope_scaling": rope, "max_position_embeddings": 24})
+    assert values["model.rotary.original_length"] == 24
 
 
 @pytest.mark.parametrize("what", ["import", "export"])
@@ -353,7 +416,7 @@ def test_a_model_of_no_family_is_refused_with_what_is_different(
     with pytest.raises(SystemExit, match=r"no family of llama can express .*model.qk_norm=head \(there none\)"):
         main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}", "family=llama"])
     main(["export", f"run={runs['qwen3']}", f"out={tmp_path / 'out'}"])
-    assert "as a qwen3" in capsys.readouterr().out
+    assert "in the form of qwen3" in capsys.readouterr().out
 
 
 def test_blocks_that_predict_further_tokens_are_no_part_of_the_model() -> None:

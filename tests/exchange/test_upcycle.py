@@ -260,13 +260,14 @@ def test_nothing_is_left_of_what_does_not_finish(dense: Any, tmp_path: Path, mon
 
 WRONG: dict[str, tuple[list[str], list[str]]] = {
     "no_experts": (["moe=dense"], ["moe.num_experts is 0"]),
+    "no_preset": (["moe.num_experts=8"], ["needs moe=PRESET"]),
     "an_odd_width": (["moe=mixtral", "moe.ffn=7"], ["moe.ffn=7 does not divide", "model.ffn=24"]),
     "a_part_of_a_set": (["moe=mixtral", "moe.ffn=6"], ["moe.top_k is 2", "4 pieces", "multiple of 4, such as 4"]),
     "sets_in_parts": (["moe=mixtral", "moe.ffn=8", "moe.top_k=3"], ["moe.num_experts is 8", "6 or 9"]),
-    "another_gating": (["moe.gating=hash"], ["moe.gating=hash", "default only"]),
+    "another_gating": (["moe=top2", "moe.gating=hash"], ["moe.gating=hash", "default only"]),
     "shared_experts": (["moe=mixtral", "moe.shared.experts=1"], ["moe.shared.experts=1", "set it to 0"]),
     "another_model": (["model.hidden=8"], ["model.hidden=8", "stays as it is"]),
-    "a_slip": (["moe.num_expert=8"], ["num_experts"]),
+    "a_slip": (["moe=mixtral", "moe.num_expert=8"], ["num_experts"]),
     "a_share_above_1": (["moe=mixtral", "reinit=2"], ["reinit is 2.0", "at most 1"]),
     "an_unknown_scale": (["moe=mixtral", "scale=half"], ["scale=half", "weights, gates"]),
     "no_such_block": (["moe=mixtral", "moe.blocks=[9]"], ["moe.blocks"]),

@@ -32,10 +32,8 @@ def inspect(path: Path) -> Table:
     elements = sum(math.prod(t.size) for t in parameters.values())
     size = sum(file.stat().st_size for file in path.iterdir())
     state = sorted({n.rsplit(".", 1)[1] for n in tensors if ".state." in n})
-    table.caption = (
-        f"{elements:,} parameters in {len(parameters)} tensors; {size / 2**20:,.1f} MiB "
-        f"with the optimizer's {', '.join(state) or 'nothing'}"
-    )
+    optimizer = f"with the optimizer's {', '.join(state)}" if state else "without optimizer state"
+    table.caption = f"{elements:,} parameters in {len(parameters)} tensors; {size / 2**20:,.1f} MiB {optimizer}"
     return table
 
 

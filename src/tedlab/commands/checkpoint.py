@@ -60,8 +60,8 @@ def _import(arguments: Sequence[str]) -> None:
     given, overrides = _values("import", arguments, ("hf", "out"), (), others=True)
     done = import_folder(Path(given["hf"]).expanduser(), Path(given["out"]).expanduser(), overrides)
     print(
-        f"{given['out']}: {done.parameters:,} parameters of a {done.family}, read in pieces of at most "
-        f"{done.largest_bytes / _MIB:,.1f} MiB",
+        f"{given['out']}: {done.parameters:,} parameters of the family {done.family}, read in pieces of at most "
+        f"{_mib(done.largest_bytes)}",
         f"its tokenizer is in {given['out']}/tokenizer.json" if done.tokenizer else "the folder has no tokenizer.json",
         f"tedlab train weights={given['out']} …  starts from it",
         sep="\n",
@@ -74,8 +74,8 @@ def _export(arguments: Sequence[str]) -> None:
     given, _ = _values("export", arguments, ("run", "out"), ("family", "dtype", "checkpoint"))
     done = export(_checkpoint(given), Path(given["out"]).expanduser(), given.get("family"), given.get("dtype"))
     print(
-        f"{done.folder}: {done.parameters:,} parameters as a {done.family}, read in pieces of at most "
-        f"{done.largest_bytes / _MIB:,.1f} MiB"
+        f"{done.folder}: {done.parameters:,} parameters in the form of {done.family}, read in pieces of at most "
+        f"{_mib(done.largest_bytes)}"
     )
 
 
@@ -113,6 +113,11 @@ def _verify(arguments: Sequence[str]) -> None:
         sys.exit("\n".join(verdict.found))
 
 
+def _mib(size: int) -> str:
+    """Writes a number of bytes in MiB, with at least three digits that say something."""
+    return f"{size / _MIB:,.1f} MiB" if size >= 10 * _MIB else f"{size / _MIB:.3g} MiB"
+
+
 def _checkpoint(given: Mapping[str, str]) -> Path:
     """Returns the checkpoint that ``run=`` and ``checkpoint=`` name."""
     from tedlab.resume import find_checkpoint
@@ -125,9 +130,12 @@ def _values(
     command: str, arguments: Sequence[str], required: Sequence[str], optional: Sequence[str], others: bool = False
 ) -> tuple[dict[str, str], list[str]]:
     """Divides ``KEY=VALUE`` arguments into the command's own and, if there may be some, others."""
-    own, further = {}, []
+    own: dict[str, str] = {}
+    further: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
+        if key in own:
+            raise ValueError(f"{key} is given twice: {own[key]} and {value}")
         if equals and key in (*required, *optional):
             own[key] = value
         elif others:

@@ -66,6 +66,8 @@ def mixture(overrides: Sequence[str], model: ModelConfig) -> MoEConfig:
                 f"{override!r}: tedlab checkpoint upcycle takes run, out, {', '.join(OPTIONS)}, checkpoint, "
                 "moe=PRESET and moe.…, each as KEY=VALUE; everything else of the model stays as it is"
             )
+    if not any(override.startswith("moe=") for override in overrides):
+        raise ValueError("tedlab checkpoint upcycle needs moe=PRESET, such as moe=mixtral; moe.…= changes its values")
     try:
         check_overrides([*overrides])
         fixed = ["parallel=single", "logger=none", "output_dir=unused", "choices={}"]

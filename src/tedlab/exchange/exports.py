@@ -12,8 +12,10 @@ from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import PieceReader
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange import folder
+from tedlab.exchange.imports import parameters_of
 from tedlab.generate import model_of
 from tedlab.models.families import Rule, family_for
+from tedlab.places import check_free
 from tedlab.weights import PREFIX
 
 _DTYPES = {f"{d}".removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
@@ -52,10 +54,10 @@ def export(
     Raises:
         FileExistsError: If ``out`` exists.
         FileNotFoundError: If ``checkpoint`` is none.
-        ValueError: If no family, or not the one that is named, can express the model, or the checkpoint is damaged.
+        ValueError: If no family, or not the one that is named, can express the model, or the checkpoint is damaged, or
+            ``out`` cannot be made.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; an export goes into a folder of its own")
+    check_free(out, "an export")
     model, moe = model_of(checkpoint)
     family = family_for(model, moe, name)
     if dtype is not None and dtype not in _DTYPES:
@@ -98,5 +100,4 @@ def export(
         folder.write(partial, config, shapes, tensors(), shard_bytes)
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / SAVED)
-    count = sum(torch.Size(entry.size).numel() for entry in stored.values())
-    return Exported(out, family.model_type, count, largest)
+    return Exported(out, family.model_type, parameters_of(model, moe), largest)

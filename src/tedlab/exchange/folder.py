@@ -54,20 +54,31 @@ class Folder:
 
     def __init__(self, path: Path) -> None:
         if not (path / CONFIG).is_file():
-            what = f"it has no {CONFIG}" if path.is_dir() else "there is no such folder"
+            what = "there is no such folder on this machine (tedlab downloads none)"
+            if path.exists():
+                what = f"it has no {CONFIG}" if path.is_dir() else f"it is a file; give the folder with {CONFIG}"
             raise ValueError(f"{path} is no folder with a model: {what}")
         self.path, self.config = path, _read_json(path / CONFIG)
         self._open: dict[str, Any] = {}
         self._files = ExitStack()
         self.tensors: dict[str, Stored] = {}
-        for name in self._names():
+        placed = self._placed()
+        for name in sorted({*placed.values()}) if placed is not None else [SINGLE]:
             try:
                 file = self._opened(name)
                 for tensor in file.keys():  # noqa: SIM118 (it is no dictionary)
+                    if tensor in self.tensors:
+                        raise ValueError(
+                            f"{path} has {tensor} twice, in {self.tensors[tensor].file} and in {name}: delete the file "
+                            f"that is not of this model, and what {INDEX} says of it"
+                        )
                     part = file.get_slice(tensor)
                     self.tensors[tensor] = Stored(name, part.get_dtype(), tuple(part.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path / name} is damaged, or is no safetensors file: {error}") from None
+        for tensor, name in (placed or {}).items():
+            if tensor not in self.tensors or self.tensors[tensor].file != name:
+                raise ValueError(f"{path / INDEX} says that {tensor} is in {name}, which does not have it")
         self._packed = dict(self._take_packed())
 
     def _take_packed(self) -> Iterator[tuple[str, tuple[Stored, Stored]]]:
@@ -82,18 +93,21 @@ class Folder:
             del self.tensors[name], self.tensors[whole + _SCALES]
             yield whole, (blocks, scales)
 
-    def _names(self) -> list[str]:
+    def _placed(self) -> dict[str, str] | None:
+        """Returns which file has which tensor, or None if there is one file and no index."""
         if (self.path / INDEX).is_file():
             placed = _read_json(self.path / INDEX).get("weight_map")
             if not isinstance(placed, dict) or not all(isinstance(n, str) and is_file_name(n) for n in placed.values()):
-                raise ValueError(f"{self.path / INDEX} does not say which file has which tensor")
+                raise ValueError(
+                    f"{self.path / INDEX} must have, as weight_map, the name of a file in this folder for each tensor"
+                )
             names = sorted(set(placed.values()))
             absent = [name for name in names if not (self.path / name).is_file()]
             if absent:
-                raise ValueError(f"{self.path} is not complete: its index names {', '.join(absent[:3])}, not there")
-            return names
+                raise ValueError(f"{self.path} is not complete: its index names {', '.join(absent[:3])}: not there")
+            return placed
         if (self.path / SINGLE).is_file():
-            return [SINGLE]
+            return None
         if any(self.path.glob("*.bin")) or any(self.path.glob("*.pth")):
             raise ValueError(
                 f"{self.path} has no safetensors files but pickled ones, which can run code when they are read; "

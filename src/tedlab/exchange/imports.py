@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import Piece, write_pieces
@@ -18,13 +19,17 @@ from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
 from tedlab.data.tokenizers import SAVED, FileTokenizer
 from tedlab.degrees import ParallelDegrees, check_divides, parallel_degrees
 from tedlab.exchange.folder import CONFIG, Folder
+from tedlab.hints import did_you_mean
 from tedlab.models.families import Family, Rule, configured, essence, family_of
+from tedlab.models.families.family import flat
 from tedlab.models.families.gpt_oss import GptOss
 from tedlab.models.gpt import GPTSpec
+from tedlab.places import check_free
 from tedlab.ranges import check_ranges
 from tedlab.resume import IMPORTED
 from tedlab.untrusted import one_line
 from tedlab.validate.attention import check_attention
+from tedlab.validate.experts import check_mixture
 from tedlab.weights import PREFIX
 
 _MANY = 5
@@ -87,6 +92,7 @@ def open_folder(path: Path, overrides: Sequence[str] = ()) -> Opened:
         raise ValueError(
             f"{changed[0]} is {theirs.get(changed[0])} in {path}, whose weights are of no other model; leave it out"
         )
+    check_mixture(moe, model.layers)
     degrees = parallel_degrees(parallel)
     GPTSpec(model, moe).check(degrees)
     assert model.vocab_size is not None
@@ -111,9 +117,10 @@ def described(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfi
         family = family_of(config)
         _check_unquantised(config, family)
         model, moe = configured(family.read(config))
-        check_ranges(model)
-        check_ranges(moe)
+        check_ranges(model, "model.")
+        check_ranges(moe, "moe.")
         check_attention(model)
+        check_mixture(moe, model.layers)
         if model.vocab_size is None:
             raise ValueError("vocab_size is null")
         GPTSpec(model, moe).check(ParallelDegrees(1))
@@ -131,10 +138,9 @@ def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Impor
 
     Raises:
         FileExistsError: If ``out`` exists.
-        ValueError: If the folder cannot be imported. In both cases nothing has been written.
+        ValueError: If the folder cannot be imported, or ``out`` not be made. In both cases nothing has been written.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; an import goes into a folder of its own")
+    check_free(out, "an import")
     opened = open_folder(path, overrides)
     tokenizer = _tokenizer(opened)
     largest = 0
@@ -155,7 +161,7 @@ def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Impor
         if tokenizer is not None:
             shutil.copyfile(tokenizer, partial / SAVED)
         (partial / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    count = sum(torch.Size(shape).numel() for shape in opened.shapes.values())
+    count = parameters_of(opened.model, opened.moe)
     return Imported(out / place, opened.family.model_type, count, largest, tokenizer is not None)
 
 
@@ -165,6 +171,11 @@ def read_pieces(opened: Opened) -> Iterator[Piece]:
         index = rule.expert if rule.sliced else None
         joined = rule.transform.join([opened.folder.tensor(name, index) for name in rule.theirs])
         yield Piece(rule.ours, opened.shapes[rule.ours], rule.expert, joined)
+
+
+def parameters_of(model: ModelConfig, moe: MoEConfig) -> int:
+    """Returns the number of a model's parameters, of which biases that balance choices are none."""
+    return sum(torch.Size(parameter.shape).numel() for parameter in GPTSpec(model, moe).parameters())
 
 
 def shapes_of(model: ModelConfig, moe: MoEConfig) -> dict[str, tuple[int, ...]]:
@@ -178,10 +189,14 @@ def shapes_of(model: ModelConfig, moe: MoEConfig) -> dict[str, tuple[int, ...]]:
 def _overridden(
     model: ModelConfig, moe: MoEConfig, parallel: ParallelConfig, overrides: Sequence[str]
 ) -> tuple[ModelConfig, MoEConfig, ParallelConfig]:
+    known = {*flat(model, moe), *(f"parallel.{field.name}" for field in fields(ParallelConfig))}
+    groups = ("model.", "moe.", "parallel.")
     for override in overrides:
-        group, dot, _ = override.partition("=")[0].partition(".")
-        if "=" not in override or not dot or group not in ("model", "moe", "parallel"):
+        name, equals, _ = override.partition("=")
+        if not equals or not name.startswith(groups):
             raise ValueError(f"{override!r} is no override of an import: these are model.…=, moe.…= and parallel.…=")
+        if name not in known and not any(other.startswith(f"{name}.") for other in known):
+            raise ValueError(f"there is no value {name}.{did_you_mean(name, known)}")
     try:
         ours = OmegaConf.create(
             {kind: OmegaConf.structured(value) for kind, value in (("model", model), ("moe", moe))}
@@ -191,11 +206,11 @@ def _overridden(
         merged: Any = OmegaConf.merge(ours, given)
         degrees = merged.parallel.tensor * merged.parallel.expert
         if "world_size" not in given.get("parallel", {}):
-            merged.parallel.world_size = degrees
-        found = tuple(OmegaConf.to_object(merged[kind]) for kind in ("model", "moe", "parallel"))
-        for one in found:
-            check_ranges(one)
-    except OmegaConfBaseException as error:
+            merged.parallel.world_size = max(1, degrees)  # the range of each degree is checked below
+        found = tuple(OmegaConf.to_object(merged[group[:-1]]) for group in groups)
+        for group, one in zip(groups, found, strict=True):
+            check_ranges(one, group)
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ValueError(one_line(error)) from None
     return found  # type: ignore[return-value]
 
@@ -235,7 +250,8 @@ def _check_tensors(opened: Opened) -> None:
     for what, names in (("lacks", missing), ("has, beside those of the model,", extra)):
         if names:
             more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
-            raise ValueError(f"{folder.path} {what} {len(names)} tensors: {', '.join(names[:_MANY])}{more}")
+            count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+            raise ValueError(f"{folder.path} {what} {count}: {', '.join(names[:_MANY])}{more}")
     for name, shape in expected.items():
         if folder.tensors[name].shape != shape:
             raise ValueError(

@@ -26,6 +26,7 @@ from tedlab.exchange.imports import PREFIX
 from tedlab.generate import model_of
 from tedlab.models import models
 from tedlab.nn.sharded import seed_of
+from tedlab.places import check_free
 from tedlab.ranges import check_ranges, real, whole, word
 from tedlab.resume import UPCYCLED
 from tedlab.spec import ParameterSpec
@@ -94,8 +95,7 @@ def upcycle(source: Path, out: Path, moe: MoEConfig, recipe: Recipe) -> Upcycled
         ValueError: If the model has experts already, or cannot be divided into these, or a number is out of range; the
             message says what would do. Nothing has been written then.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} exists; an upcycled model goes into a folder of its own")
+    check_free(out, "an upcycled model")
     model, dense = model_of(source)
     if dense.num_experts:
         raise ValueError(f"{source} is of a model with {dense.num_experts} experts; only a dense model is upcycled")

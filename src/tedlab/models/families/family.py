@@ -95,7 +95,7 @@ class Family:
         layers = values["model.layers"]
         if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:  # lists of so many are made below
             raise UnknownField(f"it has {layers!r} layers; there can be 1 to {_MOST_LAYERS}")
-        values |= read_rotary(left, self.rope_theta, self.rope_scaling)
+        values |= read_rotary(left, self.rope_theta, self.rope_scaling, values["model.sequence_length"])
         values |= self.read_further(left, values)
         wrong = []
         for theirs, known in self.only.items():
@@ -236,13 +236,14 @@ _OF_SCALING = {
 }
 
 
-def read_rotary(left: dict[str, Any], theta: float, default: Mapping[str, Any]) -> dict[str, Any]:
+def read_rotary(left: dict[str, Any], theta: float, default: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """Returns the values of rotary positions, whose fields are at two places in transformers 4 and at one in 5.
 
     Args:
         left: The fields, of which it takes its own.
         theta: The base if they do not say.
         default: The scaling if they do not say.
+        longest: The longest text that the model knows, which is the original length if they do not say.
     """
     found = {**(left.pop("rope_scaling", None) or {}), **(left.pop("rope_parameters", None) or {})} or {**default}
     above = left.pop("rope_theta", theta)
@@ -258,9 +259,7 @@ def read_rotary(left: dict[str, Any], theta: float, default: Mapping[str, Any]) 
     scaling = _SCALINGS[kind]
     values["model.rotary.scaling"] = scaling
     if "original_length" in _OF_SCALING[scaling] and not found.get("original_max_position_embeddings"):
-        found["original_max_position_embeddings"] = left.get("original_max_position_embeddings") or left.get(
-            "max_position_embeddings"
-        )
+        found["original_max_position_embeddings"] = left.get("original_max_position_embeddings") or longest
     for theirs, value in found.items():
         ours = _SCALED.get(theirs)
         if ours is None or (ours not in _OF_SCALING[scaling] and value is not None):
