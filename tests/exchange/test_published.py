@@ -170,3 +170,13 @@ def said(config: dict[str, Any]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def test_the_base_of_rotary_positions_is_read_at_both_places() -> None:
+    """Releases 4 and 5 of transformers write it at different ones."""
+    config = {name: value for name, value in CONFIGS["mixtral"].items() if name != "rope_theta"} | {
+        "model_type": "mixtral"
+    }
+    for given in ({"rope_theta": 7e3}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e3}}):
+        assert described({**config, **given}, Path("there"))[1].rotary_base == 7e3
+    assert described(config, Path("there"))[1].rotary_base == 1e6
