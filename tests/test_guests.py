@@ -89,6 +89,7 @@ def unpredicted(config: TrainConfig) -> list[dict[Any, Any]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("guests")
 def test_a_path_for_rows_of_another_package_equals_one_process_and_is_predicted(pool: WorkerPool) -> None:
     def execute(run: Recorded, config: TrainConfig) -> None:

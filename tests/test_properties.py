@@ -183,7 +183,7 @@ def test_arranged_rows_are_sorted_by_expert_and_go_back_to_their_places(counts_s
         ]
         x[rank, : len(rows)] = torch.tensor(rows, dtype=torch.float64).view(-1, 4)
     x = x.flatten(0, 1)
-    arrangement = arrange(Exchange(Splits((0,), (0,)), counts_ise, width, total, None))
+    arrangement = arrange(Exchange(Splits((0,), (0,)), counts_ise, width, total, None, "torch"))
     arranged = arrangement.sort(x)
     assert arranged.tolist() == sorted(arranged.tolist())
     assert arranged[:, 0].long().tolist() == arrangement.groups.expert_N.tolist()

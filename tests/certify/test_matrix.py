@@ -219,16 +219,15 @@ CELLS = [
 ]
 
 
-SAMPLE = [
-    (layout, job)
-    for number, (layout, job) in enumerate(sorted(CELLS, key=lambda cell: cell[1] in BLOCKS | TRAINED))
-    if (layout == (4, 2, 2) and job in {*JOBS} - {*ROUTERS} | {*SAMPLED})
-    or (job not in ROUTERS | BLOCKS | TRAINED and number % 10 == 1)
-]
+MAIN = (4, 2, 2)
+SAMPLE = [(MAIN, job) for layout, job in CELLS if layout == MAIN and job in {*JOBS} - {*ROUTERS} | {*SAMPLED}]
+for of_layout in set(LAYOUTS) - {MAIN}:
+    common = [job for layout, job in CELLS if layout == of_layout and job not in ROUTERS | BLOCKS | TRAINED]
+    SAMPLE += [(of_layout, job) for job in common[len(common) // 2 :: 12]]
 
 
 def marked(layout: Layout, job: str) -> object:
-    """CI runs one layout's cells and a tenth of the others; of those of routers and blocks a few."""
+    """CI runs one layout's cells and one or two of each of the others; of those of routers and blocks a few."""
     marks = [pytest.mark.slow if (layout, job) in SAMPLE else pytest.mark.exhaustive]
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 
@@ -276,6 +275,7 @@ def test_a_layout_equals_one_process(rows_of: Callable[[Layout], Rows], layout: 
     assert [str(row) for row in rows_of(layout)[job] if not row.ok] == []
 
 
+@pytest.mark.slow
 def test_a_dropless_layout_equals_one_process(pool: WorkerPool) -> None:
     """One of the cells above, for every day."""
     found = certify(composed(*overrides((4, 2, 2), "dropless_sequence")), in_pool(pool), continuations=[])

@@ -25,7 +25,7 @@ from tedlab.generate import model_of
 from tedlab.models import GPT
 from tedlab.models.families import FAMILIES, family_for
 from tedlab.models.families.deepseek import DeepSeekV3
-from tedlab.models.families.family import Family
+from tedlab.models.families.family import Family, UnknownField
 from tests.certify.runs import composed
 from tests.exchange.families import CONFIGS, draw, packed
 from tests.pool import WorkerPool
@@ -433,3 +433,12 @@ def test_what_follows_from_other_numbers_is_written_as_a_number() -> None:
     assert config.model.kv_heads is config.model.head_dim is None
     written = family_for(config.model, config.moe).write(config.model, config.moe)
     assert (written["num_key_value_heads"], written["head_dim"]) == (16, 128)
+
+
+def test_a_number_of_layers_that_no_model_has_is_refused() -> None:
+    config = composed("preset=olmoe_1b_7b")
+    family = family_for(config.model, config.moe)
+    written = family.write(config.model, config.moe)
+    assert family.read({**written, "num_hidden_layers": 10_000})["model.layers"] == 10_000
+    with pytest.raises(UnknownField, match="10001 layers; there can be 1 to 10000"):
+        family.read({**written, "num_hidden_layers": 10_001})

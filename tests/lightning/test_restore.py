@@ -189,7 +189,7 @@ def four(pool: WorkerPool, tmp_path_factory: Any) -> list[dict[str, Any]]:
     return pool.run(4, everything, tmp_path_factory.mktemp("four"))
 
 
-@pytest.fixture(params=["alone", pytest.param("four", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param("alone", marks=pytest.mark.slow), pytest.param("four", marks=pytest.mark.slow)])
 def world(request: Any) -> dict[str, Any]:
     """One process, and the first of four (tensor 2 × expert 2)."""
     results = request.getfixturevalue(request.param)

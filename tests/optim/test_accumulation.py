@@ -71,7 +71,7 @@ def both_ways(overrides: Overrides) -> list[tuple[list[Tensor], list[Tensor]]]:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=[pytest.mark.slow] * (case not in ("tied", "sequence_overlapped"))) for case in CASES],
+    [pytest.param(case, marks=[pytest.mark.slow] * (case != "tied")) for case in CASES],
 )
 def test_gradients_added_as_they_come_are_those_added_afterwards(pool: WorkerPool, case: str) -> None:
     for ours, theirs in (pair for pairs in pool.run(4, both_ways, CASES[case]) for pair in pairs):

@@ -41,6 +41,7 @@ def test_every_candidate_validates_and_fits() -> None:
         assert candidate.peak_bytes <= 140 * 2**20
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_counted_by_reason_and_the_nearest_miss_is_the_smallest() -> None:
     _, everything = searched(float("inf"))
     _, found = searched(140 * 2**20)

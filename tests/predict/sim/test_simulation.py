@@ -296,10 +296,7 @@ PEAKS = {
 
 @pytest.mark.parametrize(
     "toggles",
-    [
-        pytest.param(toggles, id=name, marks=[pytest.mark.slow] * (name not in ("accumulating", "ted")))
-        for name, toggles in PEAKS.items()
-    ],
+    [pytest.param(toggles, id=name, marks=[pytest.mark.slow] * (name != "ted")) for name, toggles in PEAKS.items()],
 )
 def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
     real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
