@@ -104,10 +104,12 @@ def test_transformers_loads_an_export_and_has_the_same_logits(
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
 def test_the_first_blocks_of_a_large_model_can_be_compared(
-    folders: dict[str, Path], runs: dict[str, Path], single: Topology
+    folders: dict[str, Path], runs: dict[str, Path], name: str, single: Topology
 ) -> None:
-    assert verify(runs["qwen3_moe"] / CHECKPOINT, folders["qwen3_moe"], layers=1).ok
+    """These are dense."""
+    assert verify(runs[name] / CHECKPOINT, folders[name], layers=1).ok
 
 
 def test_mxfp4_is_what_transformers_makes_of_it(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ BATCH, LENGTH, HIDDEN, FFN, EXPERTS, TOP_K = 3, 7, 12, 10, 8, 3
 MOE = MoEConfig(EXPERTS, every=1, top_k=TOP_K, capacity_factor=None, capacity_multiple=1)
 DEEPSEEK = {
     **{"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "n_routed_experts": EXPERTS, "n_shared_experts": 2},
+    **{"num_attention_heads": 4},
     **{"num_experts_per_tok": TOP_K, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5},
 }
 GROUPS = RouterConfig(expert_groups=4, chosen_groups=2, gate_scale=2.5)

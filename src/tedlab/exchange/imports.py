@@ -3,7 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,8 @@ def described(config: Mapping[str, Any], path: Path) -> tuple[Family, ModelConfi
         check_ranges(model, "model.")
         check_ranges(moe, "moe.")
         check_attention(model)
+        if not moe.routed(model.layers):  # the first blocks of a larger model, say, which are dense
+            moe = replace(moe, num_experts=0)
         check_mixture(moe, model.layers)
         if model.vocab_size is None:
             raise ValueError("vocab_size is null")
