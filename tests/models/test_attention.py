@@ -58,6 +58,15 @@ CELLS = {  # processes, tensor, expert, overrides
     "latents, dtd": (4, 2, 2, (*LATENT, "moe.dispatch=capacity", "comm=ted", SEQUENCE[1], "optim.overlap=true")),
 }
 QUICK = "keys shared, sequence of 4"
+EXHAUSTIVE = (  # what other cells have each by itself
+    *("norms together, cac of shards", "keys shared by two ranks each", "windows and sinks, keys shared"),
+    *("latents, sequence of 4", "windows and sinks, compiled", "latents, compiled"),
+)
+
+
+def marked(cell: str) -> object:
+    marks = [] if cell == QUICK else [pytest.mark.exhaustive if cell in EXHAUSTIVE else pytest.mark.slow]
+    return pytest.param(cell, marks=marks)
 
 
 def case(cell: str) -> Case:
@@ -72,12 +81,12 @@ def certificates(
     pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[Case, list[Row]]:
     """Of all cells that are tested, in few worlds."""
-    slow = any("slow" in item.keywords for item in request.session.items)
-    cells = [case(cell) for cell in CELLS if slow or cell == QUICK]
+    asked = {item.callspec.params.get("cell") for item in request.session.items if hasattr(item, "callspec")}
+    cells = [case(cell) for cell in CELLS if cell in asked]
     return certified(pool, tmp_path_factory.mktemp("attention"), cells)
 
 
-@pytest.mark.parametrize("cell", [pytest.param(each, marks=[pytest.mark.slow] * (each != QUICK)) for each in CELLS])
+@pytest.mark.parametrize("cell", [marked(each) for each in CELLS])
 def test_a_layout_equals_one_process(certificates: dict[Case, list[Row]], cell: str) -> None:
     rows = certificates[case(cell)]
     assert {row.quantity for row in rows} >= {"losses and drops", "gradients", "next weights"}
