@@ -48,7 +48,7 @@ def peer(config: TrainConfig) -> Any:
     )
 
 
-def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
+def take_over(theirs: dict[str, Tensor], network: GPT, heads: int) -> None:
     """Puts transformers' weights into tedlab's model; that every parameter gets one is checked."""
     own = dict(network.named_parameters())
 
@@ -58,31 +58,20 @@ def take_over(theirs: dict[str, Tensor], network: GPT, kv_heads: int) -> None:
 
     put("embedding.weight", theirs["model.embed_tokens.weight"])
     put("norm.weight", theirs["model.norm.weight"])
-    if network.output is not None:
-        put("output.weight", theirs["lm_head.weight"])
+    put("output.weight", theirs["lm_head.weight"])
     for i in range(len(network.blocks)):
         layer, block = f"model.layers.{i}.", f"blocks.{i}."
-        q, k, v = (theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (kv_heads, -1)) for part in "qkv")
+        qkv = [theirs[f"{layer}self_attn.{part}_proj.weight"].unflatten(0, (heads, -1)) for part in "qkv"]
+        halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
         put(f"{block}norm1.weight", theirs[f"{layer}input_layernorm.weight"])
         put(f"{block}norm2.weight", theirs[f"{layer}post_attention_layernorm.weight"])
-        if f"{block}attention.qkv.weight" in own:
-            put(f"{block}attention.qkv.weight", torch.cat((q, k, v), 1).flatten(0, 1))  # head by head
-        else:
-            put(f"{block}attention.q.weight", q.flatten(0, 1))
-            put(f"{block}attention.kv.weight", torch.cat((k, v), 1).flatten(0, 1))
+        put(f"{block}attention.qkv.weight", torch.cat(qkv, 1).flatten(0, 1))  # head by head
         for norm in ("q_norm", "k_norm"):
-            if f"{block}attention.{norm}.weight" in own:
-                put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])
+            put(f"{block}attention.{norm}.weight", theirs[f"{layer}self_attn.{norm}.weight"])
         put(f"{block}attention.out.weight", theirs[f"{layer}self_attn.o_proj.weight"])
-        if f"{layer}mlp.gate.weight" in theirs:
-            halves = theirs[f"{layer}mlp.experts.gate_up_proj"].chunk(2, 1)
-            put(f"{block}feed_forward.router.weight", theirs[f"{layer}mlp.gate.weight"])
-            put(f"{block}feed_forward.experts.up", torch.stack(halves, 2).flatten(1, 2).mT)  # feature by feature
-            put(f"{block}feed_forward.experts.down", theirs[f"{layer}mlp.experts.down_proj"].mT)
-        else:
-            halves = theirs[f"{layer}mlp.gate_proj.weight"], theirs[f"{layer}mlp.up_proj.weight"]
-            put(f"{block}feed_forward.up.weight", torch.stack(halves, 1).flatten(0, 1))
-            put(f"{block}feed_forward.down.weight", theirs[f"{layer}mlp.down_proj.weight"])
+        put(f"{block}feed_forward.router.weight", theirs[f"{layer}mlp.gate.weight"])
+        put(f"{block}feed_forward.experts.up", torch.stack(halves, 2).flatten(1, 2).mT)  # feature by feature
+        put(f"{block}feed_forward.experts.down", theirs[f"{layer}mlp.experts.down_proj"].mT)
     assert not own, f"without a counterpart: {', '.join(own)}"
 
 
