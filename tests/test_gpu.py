@@ -18,6 +18,7 @@ from tedlab import ParallelDegrees, Topology
 from tedlab.certify import certify
 from tedlab.comm import Ledger
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
+from tedlab.comm.reading import start
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import launch
@@ -173,6 +174,22 @@ def test_the_ledger_times_collectives_by_events_as_the_clock_does(pool: WorkerPo
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_host_reads_numbers_while_the_device_does_what_was_issued_after_them() -> None:
+    numbers, matrix = torch.arange(6, device="cuda").view(2, 3), torch.ones(4096, 4096, device="cuda")
+    for _ in range(2):  # the first product loads libraries, which waits
+        read = start(numbers)
+        numbers = numbers + 1
+        for _ in range(50):
+            matrix = matrix @ matrix
+        done = torch.cuda.Event()
+        done.record()
+        found = read()
+        early = not done.query()
+    assert found == [[1, 2, 3], [4, 5, 6]]
+    assert early
+    assert numbers.tolist() == [[2, 3, 4], [5, 6, 7]]
 
 
 def pinned_batches(folder: str) -> list[tuple[bool, str]]:

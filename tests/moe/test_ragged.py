@@ -13,7 +13,8 @@ from tedlab.comm import Recomputation, Second
 from tedlab.comm.recompute import _Pass, _Region
 from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, MoEConfig
-from tedlab.moe import MoELayer, MoESpec
+from tedlab.moe import MoELayer, MoESpec, ragged
+from tedlab.moe.gather import spread_choices
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import RouterReport, Routing
@@ -108,6 +109,33 @@ def test_every_choice_comes_back_from_its_expert_in_every_world(
         assert not wrong, "\n".join(wrong)
 
 
+def order_of_events(dtd: bool) -> list[str]:
+    """What two processes do on the way to experts."""
+    degrees = ParallelDegrees(2, 2, 1) if dtd else ParallelDegrees(2, 1, 2)
+    topology, events = Topology(degrees, options=CommOptions(dtd=dtd)), []
+    start = topology.comm.reader
+
+    def reader(values: Tensor) -> Any:
+        events.append("asked")
+        read = start(values)
+        return lambda: (events.append("read"), read())[1]
+
+    topology.comm.reader = reader
+    topology.comm.register_hook(lambda call, event: events.append(call.tag) if event == "start" else None)
+    x, gates, experts = problem(0, 1, "uniform")
+    path, _ = ragged_path(EXPERTS, (HIDDEN, HIDDEN), topology)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ragged, "spread_choices", lambda *args: (events.append("spread"), spread_choices(*args))[1])
+        path.dispatch(x, routing_of(experts, gates))
+    return events
+
+
+def test_numbers_of_rows_travel_while_rows_are_spread(pool: WorkerPool) -> None:
+    counts, there = "dispatch.counts", "dispatch.all_to_all"
+    assert pool.run(2, order_of_events, False)[0] == [counts, "asked", "spread", "read", there]
+    assert pool.run(2, order_of_events, True)[0] == ["dispatch.gather_counts", "asked", "spread", "read"]
+
+
 # ---- one process ---------------------------------------------------------------------------------------------------
 
 
@@ -150,7 +178,7 @@ def test_experts_that_nobody_chooses_get_gradients_of_zero(single: Topology) -> 
 
 
 def test_one_process_in_bf16_never_waits_for_the_device(single: Topology) -> None:
-    def refuse(values: Tensor) -> list[Any]:
+    def refuse(values: Tensor) -> Any:
         raise RuntimeError("the host waits")
 
     single.comm.reader = refuse

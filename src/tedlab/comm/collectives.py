@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.utils.hooks import RemovableHandle
 
-from tedlab.comm import compiled
+from tedlab.comm import compiled, reading
 from tedlab.comm.raw import Wait, way_of
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
@@ -109,13 +109,13 @@ class Collectives:
 
     Attributes:
         place: The record in which this process notes what it waits in.
-        reader: Copies the values of an integer tensor to the host, which waits for the device.
+        reader: Starts to copy the values of an integer tensor to the host, see :func:`tedlab.comm.reading.start`.
     """
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup], place: Whereabouts | None = None) -> None:
         self._groups = dict(groups)
         self.place = place or Whereabouts()
-        self.reader: Callable[[Tensor], list[Any]] = Tensor.tolist
+        self.reader: reading.Reader = reading.start
         self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a type that allows weak references
 

@@ -55,7 +55,7 @@ class LocalExperts(Experts):
     def _order(self, x: Tensor, routing: Routing) -> Order:
         load, choices = routing.counts_E, routing.slot_TK.shape[1]
         # If products need the numbers of rows, the host waits for the device, except in recomputation.
-        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: tuple(self.comm.reader(load)))
+        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: tuple(self.comm.reader(load)()))
         ends = load.cumsum(0).int()
         each = torch.arange(len(load), device=load.device)
         expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())

@@ -3,9 +3,9 @@
 The modes and collectives are those of ``dispatch.py``, with rows in place of slots; before them the processes exchange
 their numbers of rows. A :class:`RaggedRows` passes between path and experts.
 
-If shapes on the host depend on these numbers, the host waits for the device once per layer: if expert groups have
-several processes, or products need the sizes (see ``grouped.py``). A recomputed forward pass reuses the numbers of the
-first one.
+If shapes on the host depend on these numbers, the host reads them once per layer: if expert groups have several
+processes, or products need the sizes (see ``grouped.py``). They set out as soon as the router has chosen, and the
+device spreads rows while the host waits for them. A recomputed forward pass reuses the numbers of the first one.
 
 =================  =======================  ==================================================================
 mode               path and region          rows
@@ -21,6 +21,8 @@ experts of this process; i: tensor ranks that receive rows of their own (1 if al
 M: rows that one of them receives (the most, if there are several); N: rows that this process's experts see.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -40,6 +42,7 @@ from tedlab.comm import (
     reduce_from,
     scatter_from,
     slice_to,
+    to_compute_dtype,
 )
 from tedlab.comm.rows import Rows, dealt, listed, rows_of
 from tedlab.moe.gather import gather_rows, merge_choices, spread_choices
@@ -118,60 +121,86 @@ class RaggedPath:
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        return self._to_experts(spread_choices(x_TH, routing, self.kernel), routing.counts_E)
+        x = to_compute_dtype(x_TH)
+        exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
+        return self._to_experts(spread_choices(x, routing, self.kernel), exchange)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
         return merge_choices(self._from_experts(y), routing, self.kernel)
 
-    def _to_experts(self, x_RH: Tensor, counts_E: Tensor) -> RaggedRows:
-        exchange = once("dispatch.counts", lambda: self._exchange(counts_E, x_RH))
-        return RaggedRows(all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", exchange.splits), exchange)
+    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange]) -> RaggedRows:
+        known = exchange()
+        return RaggedRows(all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", known.splits), known)
 
     def _from_experts(self, y: RaggedRows) -> Tensor:
         return all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
 
-    def _exchange(self, counts_E: Tensor, x_RH: Tensor) -> Exchange:
+    def _ask(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
+        """Exchanges numbers of rows, and returns a function that waits for them, once, if the host needs them.
+
+        Args:
+            counts_E: Rows that this process sends, by expert.
+            rows: Their sum.
+            x: A tensor with the dtype of the rows.
+        """
+        return once("dispatch.counts", lambda: functools.cache(self._start(counts_E, rows, x)))
+
+    def _start(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
         sent_se = counts_E.view(self.comm.size("expert"), -1)
         counts_ise = self.comm.all_to_all(sent_se, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
         if self.sharers > 1:
             counts_ise = self.comm.all_gather(
                 counts_ise, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
             )
-        exchange, moved = self._without_waiting(counts_ise, x_RH) or self._waiting(sent_se, counts_ise)
-        if torch.is_grad_enabled():
-            self.moved += moved
+        finish = self._without_waiting(counts_ise, rows, x) or self._waiting(sent_se, counts_ise)
+        counted = torch.is_grad_enabled()
+
+        def exchange() -> Exchange:
+            found, moved = finish()
+            if counted:
+                self.moved += moved
+            return found
+
         return exchange
 
-    def _without_waiting(self, counts_ise: Tensor, x_RH: Tensor) -> tuple[Exchange, Rows] | None:
+    def _without_waiting(self, counts_ise: Tensor, rows: int, x: Tensor) -> Callable[[], tuple[Exchange, Rows]] | None:
         """Works without counts on the host if only this process's experts can be chosen and a product is one kernel."""
-        if self.comm.size("expert") > 1 or not one_kernel(x_RH, *self.widths):
+        if self.comm.size("expert") > 1 or not one_kernel(x, *self.widths):
             return None
-        rows = len(x_RH)
         exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
-        return exchange, Rows(rows, rows, exchange.total, exchange.total)
+        return lambda: (exchange, Rows(rows, rows, exchange.total, exchange.total))
 
-    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> tuple[Exchange, Rows]:
-        values = np.array(self.comm.reader(torch.cat((sent_se.unsqueeze(0), counts_ise))))
-        sent, arriving = values[0].sum(1), values[1:]
+    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> Callable[[], tuple[Exchange, Rows]]:
+        read = self.comm.reader(torch.cat((sent_se.unsqueeze(0), counts_ise)))
         own = self.comm.rank("expert_tensor") if self.sharers > 1 else 0
-        rows = rows_of(arriving, int(sent.sum()), own)
-        splits = Splits(tuple(sent.tolist()), tuple(arriving[own].sum(1).tolist()))
-        sizes = tuple(arriving.sum((0, 1)).tolist())
-        width = rows.gathered // self.sharers
-        return Exchange(splits, counts_ise, width, rows.computed, sizes, self.kernel), rows
+
+        def finish() -> tuple[Exchange, Rows]:
+            values = np.array(read())
+            sent, arriving = values[0].sum(1), values[1:]
+            rows = rows_of(arriving, int(sent.sum()), own)
+            splits = Splits(tuple(sent.tolist()), tuple(arriving[own].sum(1).tolist()))
+            sizes = tuple(arriving.sum((0, 1)).tolist())
+            width = rows.gathered // self.sharers
+            return Exchange(splits, counts_ise, width, rows.computed, sizes, self.kernel), rows
+
+        return finish
 
 
 class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        x_RH, counts_E = spread_choices(x_TH, routing, self.kernel), routing.counts_E
-        missing = listed(len(x_RH), self.sharers) - len(x_RH)
+        x, rows, counts_E = to_compute_dtype(x_TH), len(routing.choice_EC), routing.counts_E
+        missing = listed(rows, self.sharers) - rows
+        if missing:
+            counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
+        hand = (rows + missing) // self.sharers
+        exchange = self._ask(dealt(counts_E, self.sharers, self.comm.rank("tensor")), hand, x)
+        x_RH = spread_choices(x, routing, self.kernel)
         if missing:
             x_RH = F.pad(x_RH, (0, 0, 0, missing))
-            counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
         hands = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
-        return self._to_experts(hands.flatten(0, 1), dealt(counts_E, self.sharers, self.comm.rank("tensor")))
+        return self._to_experts(hands.flatten(0, 1), exchange)
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
         hand = self._from_experts(y).unsqueeze(1)

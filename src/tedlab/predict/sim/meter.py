@@ -149,6 +149,16 @@ class Meter(TorchDispatchMode):
             self._host = self.memory.now
         return taken
 
+    def on_read(self, answer: Callable[[Tensor], list[Any]], values: Tensor) -> Callable[[], list[Any]]:
+        """Starts a read of the host as :func:`tedlab.comm.reading.start` does: it waits for what was issued before."""
+        numbers, copied = answer(values), self.memory.now
+
+        def wait() -> list[Any]:
+            self._host = max(self._host, copied)
+            return numbers
+
+        return wait
+
     def on_fused_step(
         self,
         master: Tensor,

@@ -79,7 +79,7 @@ class SimulatedRouting:
 
 
 class Answers:
-    """Answers the host's reads from a device, layer after layer, as the ``Collectives.reader`` of a simulation."""
+    """Answers the host's reads from a device, layer after layer, for the ``Collectives.reader`` of a simulation."""
 
     def __init__(self, routing: SimulatedRouting, rank: int) -> None:
         self.routing, self.rank = routing, rank

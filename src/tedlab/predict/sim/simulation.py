@@ -138,9 +138,10 @@ def simulate(
 
     def meter(topology: Topology) -> Meter:
         memory = StorageTracker(lambda: topology.recomputation.kept_bytes)
+        made = Meter(cluster, topology.degrees.groups(rank), memory, one_more)
         if routing is not None:
-            topology.comm.reader = Answers(routing, rank)
-        return Meter(cluster, topology.degrees.groups(rank), memory, one_more)
+            topology.comm.reader = functools.partial(made.on_read, Answers(routing, rank))
+        return made
 
     with fake_process_group(world, rank):
         simulated = _simulated(config, meter)
