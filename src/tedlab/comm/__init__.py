@@ -22,6 +22,7 @@ from tedlab.comm.differentiable import (
     slice_to,
     to_compute_dtype,
 )
+from tedlab.comm.issued import Issued, issue_all_to_all
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
 from tedlab.comm.whereabouts import Waiting, Whereabouts
@@ -33,6 +34,7 @@ __all__ = [
     "Collectives",
     "GroupKind",
     "Hook",
+    "Issued",
     "Ledger",
     "Operation",
     "Pending",
@@ -48,6 +50,7 @@ __all__ = [
     "copy_to",
     "gather_from",
     "gather_to",
+    "issue_all_to_all",
     "matmul_into",
     "once",
     "pin",

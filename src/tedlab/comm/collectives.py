@@ -175,6 +175,12 @@ class Collectives:
         """
         if torch.compiler.is_compiling() and self.size(kind) > 1:
             return compiled.run(x, "all_to_all", kind, tag, phase, self._number)
+        return self.start_all_to_all(x, kind, tag=tag, phase=phase, splits=splits).wait()
+
+    def start_all_to_all(
+        self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase, splits: Splits | None = None
+    ) -> "Pending":
+        """Starts an :meth:`all_to_all` without waiting for it."""
         group = self.group(kind)
 
         def launch() -> Wait:
@@ -188,7 +194,7 @@ class Collectives:
                 (sum(splits.sent) - splits.sent[own]) * row,
                 (sum(splits.received) - splits.received[own]) * row,
             )
-        return self._start("all_to_all", x, kind, tag, phase, launch, exchanged=exchanged).wait()
+        return self._start("all_to_all", x, kind, tag, phase, launch, exchanged=exchanged)
 
     def reduce_scatter(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> Tensor:
         """Sums over the group and returns the i-th of n equal slices along dimension 0 on process i."""
@@ -207,11 +213,13 @@ class Collectives:
             return x
         if torch.compiler.is_compiling():
             return compiled.run(x, "all_gather", kind, tag, phase, self._number)
+        return self.start_all_gather(x, kind, tag=tag, phase=phase).wait()
+
+    def start_all_gather(self, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> "Pending":
+        """Starts an :meth:`all_gather` without waiting for it."""
         group = self.group(kind)
         whole = torch.Size((group.size() * x.shape[0], *x.shape[1:]))
-        return self._start(
-            "all_gather", x, kind, tag, phase, lambda: way_of(x, group).all_gather(x, group), whole
-        ).wait()
+        return self._start("all_gather", x, kind, tag, phase, lambda: way_of(x, group).all_gather(x, group), whole)
 
     def all_gather_into(self, out: Tensor, x: Tensor, kind: GroupKind, *, tag: str, phase: Phase) -> None:
         """Fills ``out`` with every process's ``x`` along dimension 0, in order of rank.

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from tedlab._compat.torch import version
 from tedlab.comm.collectives import Collectives, Phase
+from tedlab.comm.raw import Wait
 
 
 class Second(Enum):
@@ -102,14 +103,33 @@ def collective(
         shape: The shape of the result.
         like: A tensor with the result's dtype and device.
     """
+
+    def launched(phase: Phase) -> Wait:
+        result = launch(phase)
+        return lambda: result
+
+    return begin(comm, tag, launched, shape, like)()
+
+
+def begin(comm: Collectives, tag: str, start: Callable[[Phase], Wait], shape: torch.Size, like: Tensor) -> Wait:
+    """Begins a :func:`collective` without waiting for it.
+
+    A region must wait for what begins in it, before it ends. A second pass that ends early waits for the rest.
+
+    Args:
+        comm: The collectives of this process.
+        tag: The call site.
+        start: Starts to communicate in the given phase, and returns what waits for the result.
+        shape: The shape of the result.
+        like: A tensor with the result's dtype and device.
+
+    Returns:
+        What waits for the result, once.
+    """
     region = _now.region
     if region is None:
-        return launch("forward")
-    if _now.second:
-        return region.repeated(comm, tag, launch, shape, like)
-    result = launch("forward")
-    region.keep_result(comm, tag, result)
-    return result
+        return start("forward")
+    return region.again(comm, tag, start, shape, like) if _now.second else region.first(comm, tag, start)
 
 
 def is_dead(tag: str) -> bool:
@@ -187,6 +207,7 @@ class _Region:
         self.skip_dead_gemm = skip_dead_gemm
         self.counters = counters
         self._kept: list[tuple[str, Any, int]] = []  # tag, value, and version, which in-place changes increment
+        self._on_their_way: dict[Wait, str] = {}  # what waits for each collective of this pass, and its tag
         self._bytes = 0
         self._next = 0
 
@@ -215,28 +236,65 @@ class _Region:
         # detach() makes a new tensor, because autograd sets attributes of the one it is given.
         return value.detach() if isinstance(value, Tensor) else value
 
-    def keep_result(self, comm: Collectives, tag: str, result: Tensor) -> None:
+    def first(self, comm: Collectives, tag: str, start: Callable[[Phase], Wait]) -> Wait:
+        """Starts a collective in the first pass; its result takes its place among what is kept when it arrives."""
         second = self.plan.get(tag, Second.AGAIN)
-        if second is Second.WHOLE:
-            self._count(result)
-            self.keep(tag, result)
-        elif second is Second.SLICE:
-            part = result.flatten().chunk(comm.size("tensor"))[comm.rank("tensor")].clone()
-            self._count(part)
-            self.keep(tag, part)
+        wait = self._awaiting(tag, start("forward"))
+        if second not in (Second.WHOLE, Second.SLICE):
+            return wait
+        place = len(self._kept)
+        self.keep(tag, None)
 
-    def repeated(
-        self, comm: Collectives, tag: str, launch: Callable[[Phase], Tensor], shape: torch.Size, like: Tensor
-    ) -> Tensor:
+        def kept() -> Tensor:
+            result = wait()
+            part = result
+            if second is Second.SLICE:
+                part = result.flatten().chunk(comm.size("tensor"))[comm.rank("tensor")].clone()
+            self._count(part)
+            self._kept[place] = tag, part.detach(), _version(part)
+            return result
+
+        return kept
+
+    def again(
+        self, comm: Collectives, tag: str, start: Callable[[Phase], Wait], shape: torch.Size, like: Tensor
+    ) -> Wait:
+        """Does in the second pass what the plan says."""
         second = self.plan.get(tag, Second.AGAIN)
         if second is Second.AGAIN:
-            return launch("recompute")
+            return self._awaiting(tag, start("recompute"))
         if second is Second.NOTHING:
-            return unused(shape, like)
+            return lambda: unused(shape, like)
         kept: Tensor = self.next_kept(tag)
-        if second is Second.SLICE:
-            kept = comm.all_gather(kept, "tensor", tag=tag, phase="recompute").view(shape)
-        return kept
+        if second is Second.WHOLE:
+            return lambda: kept
+        gathered = self._awaiting(tag, comm.start_all_gather(kept, "tensor", tag=tag, phase="recompute").wait)
+        return lambda: gathered().view(shape)
+
+    def _awaiting(self, tag: str, wait: Wait) -> Wait:
+        self._on_their_way[wait] = tag
+
+        def awaited() -> Tensor:
+            self._on_their_way.pop(wait, None)
+            return wait()
+
+        return awaited
+
+    def end(self, second: bool, complete: bool) -> None:
+        """Ends a pass, in which every collective that began must have been awaited.
+
+        Raises:
+            RuntimeError: If a complete pass leaves one unawaited.
+        """
+        left, self._on_their_way = self._on_their_way, {}
+        if complete and left:
+            raise RuntimeError(
+                f"a recomputed region ended before it had awaited what it issued: {', '.join(left.values())}. Await it "
+                "in the same region, which repeats both in its second pass"
+            )
+        if second:  # it ends as soon as it has everything that backward needs; the other processes communicate
+            for wait in left:
+                wait()
 
     def _count(self, kept: Tensor) -> None:
         size = kept.numel() * kept.itemsize
@@ -267,6 +325,7 @@ class _Pass:
 
     def __exit__(self, *exception: object) -> None:
         _now.region, _now.second = self._outside
+        self.region.end(self.second, complete=exception[0] is None)
 
 
 class _Now(threading.local):

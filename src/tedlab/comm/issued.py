@@ -1,0 +1,147 @@
+"""Exchanges that are issued and awaited separately, so that what stands between the two runs beside them.
+
+Each is two autograd nodes. Backward is the mirror image: the node of the wait *issues* the exchange of the gradient,
+and the node of the issue *awaits* it. Autograd runs the nodes of later operations first, so what ran between issue and
+wait in the forward pass has its backward between the two as well. Every process issues its exchanges in the order of
+its program, which must be the same in all processes of a group; backward keeps it, in reverse.
+
+Nobody can read a result before it has arrived: what the issue returns to autograd is a tensor without elements, and the
+result exists for Python only once it has been awaited. What is sent stays referenced until then: its memory is not used
+for anything else, and autograd does not add another gradient to it in place.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from tedlab.comm.collectives import Collectives, Pending, Phase, Splits
+from tedlab.comm.differentiable import all_to_all
+from tedlab.comm.recompute import begin
+from tedlab.degrees import GroupKind
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Issued(Generic[T]):
+    """Something that was issued and arrives later. Call :meth:`wait` or :meth:`then`, exactly once.
+
+    Args:
+        arrive: Waits and returns the value.
+        tag: The call site, for errors.
+    """
+
+    def __init__(self, arrive: Callable[[], T], tag: str = "") -> None:
+        self._arrive: Callable[[], T] | None = arrive
+        self._tag = tag
+
+    @classmethod
+    def arrived(cls, value: T) -> "Issued[T]":
+        """Returns something that there is no need to wait for."""
+        return cls(lambda: value)
+
+    def wait(self) -> T:
+        """Waits and returns the value.
+
+        Raises:
+            RuntimeError: If it was awaited before.
+        """
+        arrive, self._arrive = self._arrive, None
+        if arrive is None:
+            raise RuntimeError(f"'{self._tag or 'an exchange'}' was awaited twice: keep the value of the first wait")
+        return arrive()
+
+    def then(self, function: Callable[[T], U]) -> "Issued[U]":
+        """Returns what arrives as ``function`` of this value, which is called after the wait."""
+        return Issued(lambda: function(self.wait()), self._tag)
+
+
+def issue_all_to_all(
+    x: Tensor, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None = None
+) -> Issued[Tensor]:
+    """Issues an :func:`tedlab.comm.all_to_all`; its result arrives later.
+
+    Inside ``torch.compile`` it has arrived when this returns: the compiler would be free to move a wait.
+    """
+    if comm.size(kind) == 1 or torch.compiler.is_compiling():
+        return Issued.arrived(all_to_all(x, comm, kind, tag, splits))
+    shape = x.shape if splits is None else torch.Size((sum(splits.received), *x.shape[1:]))
+    back = None if splits is None else splits.reverse
+
+    def there(x: Tensor, phase: Phase) -> Pending:
+        return comm.start_all_to_all(x, kind, tag=tag, phase=phase, splits=splits)
+
+    def return_(gradient: Tensor) -> Pending:
+        return comm.start_all_to_all(gradient, kind, tag=tag, phase="backward", splits=back)
+
+    return _issue(x, _Flight(comm, tag, shape, there, return_))
+
+
+class _Flight:
+    """An exchange on its way, or that of its gradient.
+
+    Args:
+        comm: The collectives of this process.
+        tag: The call site.
+        shape: The shape of the result.
+        there: Starts the exchange in a phase of the forward pass.
+        back: Starts that of the gradient.
+    """
+
+    def __init__(
+        self,
+        comm: Collectives,
+        tag: str,
+        shape: torch.Size,
+        there: Callable[[Tensor, Phase], Pending],
+        back: Callable[[Tensor], Pending],
+    ) -> None:
+        self.comm, self.tag, self.shape, self.there, self.back = comm, tag, shape, there, back
+        self._on_its_way: tuple[Callable[[], Tensor], Tensor] | None = None
+
+    def depart(self, wait: Callable[[], Tensor], sent: Tensor) -> None:
+        """Keeps what to wait for, and what is sent, until :meth:`land`."""
+        self._on_its_way = wait, sent
+
+    def land(self) -> Tensor:
+        """Waits for the result and returns it."""
+        assert self._on_its_way is not None
+        (wait, _), self._on_its_way = self._on_its_way, None
+        return wait()
+
+
+def _issue(x: Tensor, flight: _Flight) -> Issued[Tensor]:
+    token = _Issue.apply(x, flight)
+    return Issued(lambda: _Wait.apply(token, flight), flight.tag)
+
+
+class _Issue(Function):
+    """Starts an exchange, and in backward awaits that of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        flight.depart(begin(flight.comm, flight.tag, lambda phase: flight.there(x, phase).wait, flight.shape, x), x)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.land(), None
+
+
+class _Wait(Function):
+    """Awaits an exchange, and in backward starts that of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.land()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        flight, gradient = ctx.flight, grads[0]
+        flight.depart(flight.back(gradient).wait, gradient)
+        return gradient.new_empty(0), None
