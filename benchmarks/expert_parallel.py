@@ -20,6 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peer_layers import PEERS, missing, versions
 from benchmarks.processes import Row, measure
 from benchmarks.surroundings import surroundings
 from tedlab.launch.launcher import launch
@@ -52,10 +53,10 @@ _TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "o
 
 
 ROWS = [
-    Row("plain loop, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2"), peer=True, cases="AB"),
+    *(Row(f"{peer}, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2"), peer, "AB") for peer in PEERS),
     Row("tedlab, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2")),
     Row("tedlab, tensor 2", 2, ("parallel.world_size=2", "parallel.tensor=2", "parallel.expert=1")),
-    Row("plain loop, one GPU", 1, (), peer=True, cases="AB"),
+    Row("plain loop, one GPU", 1, (), "plain loop", "AB"),
     Row("tedlab, one GPU", 1, ()),
 ]
 
@@ -107,11 +108,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     device = torch.device("cpu" if arguments.tiny else "cuda")
-    facts, results = surroundings(device), {}
+    facts, results = surroundings(device) | versions(), {}
     for case in arguments.cases:
         rows = []
         for row in ROWS:
             if row.name in arguments.rows and case in row.cases:
+                if (package := missing(row.peer)) is not None:
+                    print(f"{case}, {row.name}: {package} is not installed", flush=True)
+                    continue
                 overrides = (*_EACH, *CASES[case], *(_TINY if arguments.tiny else ()), *arguments.set, *row.overrides)
                 rows.append(
                     attempt(replace(row, overrides=overrides, steps=arguments.steps, profile=arguments.profile))

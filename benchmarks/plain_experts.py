@@ -5,6 +5,8 @@ Every process holds all dense weights and an equal part of the experts. Rows are
 cross-entropy, and compiles what has static shapes.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -104,9 +106,17 @@ class Decoder(nn.Module):
         moe: Experts and choices.
         processes: Number of processes that share the experts.
         compiled: Whether attention with its norms is compiled.
+        make: Makes the experts of a block.
     """
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, processes: int, compiled: bool) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        processes: int,
+        compiled: bool,
+        make: Callable[[int, int, MoEConfig, int], nn.Module] = Experts,
+    ) -> None:
         super().__init__()
         assert model.vocab_size is not None
         self.embedding = nn.Embedding(model.vocab_size, model.hidden)
@@ -114,7 +124,7 @@ class Decoder(nn.Module):
         self.attention = nn.ModuleList(
             Attention(model.hidden, model.heads, model.sequence_length) for _ in range(model.layers)
         )
-        self.experts = nn.ModuleList(Experts(model.hidden, model.ffn, moe, processes) for _ in range(model.layers))
+        self.experts = nn.ModuleList(make(model.hidden, model.ffn, moe, processes) for _ in range(model.layers))
         self.output = nn.Linear(model.hidden, model.vocab_size, bias=False)
         self._dense = torch.compile(self._before_experts) if compiled else self._before_experts
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
+from benchmarks.peer_layers import PEERS
 from benchmarks.plain_experts import Decoder
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, train
 from benchmarks.train_step import Profile
@@ -23,7 +24,7 @@ class Row:
         name: What the table calls it.
         processes: Number of processes.
         overrides: Of tedlab's configuration, which a peer reads as well.
-        peer: Whether the plain loop runs it.
+        peer: Whose MoE layer runs between plain attention, see ``peer_layers``; none: tedlab.
         cases: Cases that it can run.
         steps: Timed steps.
         profile: How many of the longest kernels of a step are listed; 0: none.
@@ -33,7 +34,7 @@ class Row:
     name: str
     processes: int
     overrides: tuple[str, ...]
-    peer: bool = False
+    peer: str = ""
     cases: str = "ABC"
     steps: int = 12
     profile: int = 0
@@ -46,14 +47,14 @@ def measure(row: Row) -> dict[str, Any]:
     size = composed(list(row.overrides)).data.micro_batch_size
     config = composed([*row.overrides, f"data.batch_size={data_ranks * size}"])
     profile = Profile(row.profile) if row.profile else None
-    measured = _plain(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
+    measured = _peer(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
     rank, device = os.environ.get("RANK", "0"), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found = measured.summary(config, device) | {"profile": profile.table if profile else ""}
     Path(row.output_dir, f"{rank}.json").write_text(json.dumps(found))
     return {}
 
 
-def _plain(row: Row, config: Any) -> Measured:
+def _peer(row: Row, config: Any) -> Measured:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -61,7 +62,8 @@ def _plain(row: Row, config: Any) -> Measured:
     dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(int(os.environ["RANK"]))
     with device:
-        model = Decoder(config.model, config.moe, row.processes, config.model.compile != "none")
+        compiled = config.model.compile != "none"
+        model = Decoder(config.model, config.moe, row.processes, compiled, PEERS[row.peer])
     model = model.bfloat16() if cuda else model
     optimizer = AdamW(model.parameters(), lr=config.optim.lr, fused=True)
     clock, batches, loss = Clock(), iter(RandomTokens(config)), torch.zeros(())
