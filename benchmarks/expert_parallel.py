@@ -42,11 +42,17 @@ CASES = {
         *("model=gpt_1.3b", "moe=paper16", "model.layers=4", "moe.num_experts=16", "moe.top_k=1", "moe.every=2"),
         *("moe.capacity_factor=1.0", "data.micro_batch_size=8"),
     ],
+    "D": ["preset=deepseek_v2_lite", "model.layers=4", "model.sequence_length=4096", "data.micro_batch_size=4"],
+    "E": ["preset=qwen3_30b_a3b", "model.layers=3", "model.sequence_length=4096", "data.micro_batch_size=4"],
 }
+CASES["Z"] = [*CASES["A"], "moe.gating=zipf"]
 TITLES = {
     "A": "4 blocks of OLMoE (2048, 64 × 1024, top-8), 4 × 4,096 tokens per GPU",
     "B": "2 blocks of Mixtral (4096, 8 × 14336, top-2), 4 × 4,096 tokens per GPU",
     "C": "4 blocks of TED 1.3B (2048, 16 × 8192, top-1, every second, capacity 1), 8 × 2,048 tokens per GPU",
+    "D": "4 blocks of DeepSeek-V2-Lite (2048, 64 × 1408, top-6, 2 shared, the first dense), 4 × 4,096 tokens per GPU",
+    "E": "3 blocks of Qwen3-30B-A3B (2048, 128 × 768, top-8), 4 × 4,096 tokens per GPU",
+    "Z": "A with experts chosen by Zipf's law, exponent 1.2",
 }
 _TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "model.hidden=64", "model.heads=4"]
 _TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
@@ -99,7 +105,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("cases", nargs="*", default=list(CASES), help="of A, B, C (default: all)")
+    parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="to measure (default: all)")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of all cases")

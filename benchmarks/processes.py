@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.optim import AdamW
 
+import benchmarks.skewed  # noqa: F401 (registers its router)
 from benchmarks.peer_layers import PEERS
 from benchmarks.plain_experts import Decoder
 from benchmarks.steps import WARM_UP, Clock, Measured, RandomTokens, composed, train
@@ -35,7 +36,7 @@ class Row:
     processes: int
     overrides: tuple[str, ...]
     peer: str = ""
-    cases: str = "ABC"
+    cases: str = "ABCDEZ"
     steps: int = 12
     profile: int = 0
     output_dir: str = ""
