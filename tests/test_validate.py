@@ -259,6 +259,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.fuse_reduce_scatter=true"],
         ["comm.fuse_reduce_scatter=true", "comm.dtd=true", "comm.fuse_reduce_scatter=false"],
     ),
+    "overlap_without_shared_experts": (
+        ["comm.overlap_shared=true"],
+        ["comm.overlap_shared=true", "moe.shared.experts is 0", "moe.shared.experts=1", "comm.overlap_shared=false"],
+    ),
     "dtd_of_a_sharded_sequence": (
         ["parallel.sequence=true", "comm.dtd=true"],
         ["comm.dtd=true", "parallel.sequence=true", "one of the two"],

@@ -287,6 +287,7 @@ class CommOptions(Frozen):
     # error about an unknown one lists all); auto: the best that fit in cac_budget_bytes.
     cac: Any = False
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
+    overlap_shared: bool = False  # shared experts compute while tokens are on their way to routed experts and back
 
 
 @dataclass

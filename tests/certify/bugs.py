@@ -871,28 +871,28 @@ def exchange_not_inverted_in_backward(patch: Patch) -> None:
     def wrong(launch: Callable[[Tensor], Any], x: Tensor, comm: Collectives) -> Any:
         return launch(x.roll(len(x) // comm.size("expert"), 0))
 
-    _collective(patch, "all_to_all", wrong, kind="expert", phase="backward")
+    _collective(patch, "start_all_to_all", wrong, kind="expert", phase="backward")
 
 
 def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:
     """Where T does not divide the capacity, there is one empty slot more than the router knows of."""
 
-    def wrong(self: dispatch.DroppingPath, y_eNH: Tensor, routing: Any) -> Tensor:
-        y = differentiable.gather_from(self._from_experts(y_eNH), self.comm, "tensor", "combine.gather", dim=1)
-        return self._tokens(y[:, y.shape[1] - len(routing.choice_EC) // self.num_experts :], routing)
+    def wrong(self: dispatch.DroppingPath, y: Tensor, routing: Any) -> Tensor:
+        y = y[:, y.shape[1] - len(routing.choice_EC) // self.num_experts :]
+        return ragged.merge_choices(y.flatten(0, 1), routing)
 
-    patch.setattr(dispatch.DroppingPath, "combine", wrong)
+    patch.setattr(dispatch.DroppingPath, "_tokens", wrong)
 
 
 def padding_of_dealt_rows_cut_at_the_wrong_end(patch: Patch) -> None:
     """Where T does not divide the rows, the last one is nobody's."""
 
-    def wrong(self: DealtPath, y: Any, routing: Any) -> Tensor:
-        hand = self._from_experts(y).unsqueeze(1)
+    def wrong(self: DealtPath, back: list[Tensor], routing: Any) -> Tensor:
+        hand = back[0].unsqueeze(1)
         rows = differentiable.gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
         return ragged.merge_choices(rows[len(rows) - len(routing.choice_EC) :], routing)
 
-    patch.setattr(DealtPath, "combine", wrong)
+    patch.setattr(DealtPath, "receive", wrong)
 
 
 def rows_returned_in_the_order_of_experts(patch: Patch) -> None:

@@ -8,7 +8,12 @@ from tedlab.hints import did_you_mean
 from tedlab.spec import Site
 
 
-def recompute_plan(sites: Iterable[Site], keep: Mapping[str, str]) -> RecomputePlan:
+def unread_tags(sites: Iterable[Site]) -> Collection[str]:
+    """Returns the tags whose results only the code behind the region reads."""
+    return {site.tag for site in sites if site.feeds == "end"}
+
+
+def recompute_plan(sites: Iterable[Site], keep: Mapping[str, str], unread: Collection[str] = ()) -> RecomputePlan:
     """Returns what a second pass does at each site.
 
     Args:
@@ -34,7 +39,7 @@ def recompute_plan(sites: Iterable[Site], keep: Mapping[str, str]) -> RecomputeP
             result[site.tag] = Second.SLICE
         else:
             result[site.tag] = Second.WHOLE
-    return result
+    return result | dict.fromkeys(unread, Second.NOTHING)
 
 
 def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = None) -> Mapping[str, str]:

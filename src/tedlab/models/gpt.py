@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tedlab.comm.keep import kept_tags, recompute_plan
+from tedlab.comm.keep import kept_tags, recompute_plan, unread_tags
 from tedlab.comm.rows import Rows
 from tedlab.config import (
     AttentionConfig,
@@ -297,10 +297,12 @@ class GPT(nn.Module):
         if seed is not None:
             initialize(self, seed)
         for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
-            sites = of.sites(topology.layout).present(topology.degrees).recomputed
-            second = recompute_plan(sites, kept_tags(topology.options.cac, spec.tags, index))
+            sites, early_stop = of.sites(topology.layout), model.recompute.early_stop
+            kept = kept_tags(topology.options.cac, spec.tags, index)
+            unread = unread_tags(sites.recomputed) if early_stop else ()
+            second = recompute_plan(sites.present(topology.degrees).recomputed, kept, unread)
             recomputed = model.recompute.granularity == Granularity.BLOCK
-            wrap(block, topology, second if recomputed else None, model.compile, model.recompute.early_stop)
+            wrap(block, topology, second if recomputed else None, model.compile, early_stop)
 
     @property
     def moved(self) -> dict[int, Rows]:

@@ -23,7 +23,7 @@ Legend as in ``router.py``, and e: experts of this process (E / E_p), N = E_p·C
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,10 +33,11 @@ from torch import Tensor
 from tedlab.capacity import group_capacity
 from tedlab.comm import (
     Collectives,
-    all_to_all,
+    Issued,
     copy_to,
     gather_from,
     gather_to,
+    issue_all_to_all,
     reduce_from,
     scatter_from,
     slice_to,
@@ -171,6 +172,23 @@ class TokenPath(Protocol):
         ...
 
 
+@runtime_checkable
+class OverlappingPath(TokenPath, Protocol):
+    """A token path in parts, between which exchanges are under way and others may compute."""
+
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Tensor]]:
+        """Begins a :meth:`dispatch`. What arrives are the slots in one or several chunks (e, n, H), to compute each."""
+        ...
+
+    def answer(self, y_enH: Tensor) -> Issued[Tensor]:
+        """Begins to send a chunk's results (e, n, H) back."""
+        ...
+
+    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+        """Returns what :meth:`combine` does, of the chunks that came back, in their order."""
+        ...
+
+
 class AllToAllPath:
     """Exchanges the slots of all this process's tokens within its expert group.
 
@@ -187,23 +205,43 @@ class AllToAllPath:
         self.ranks = self.comm.size("expert")
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        return self._to_experts(self._slots(x_TH, routing))
+        return self._to_experts(self._own(self._slots(x_TH, routing))).wait()
 
     def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
-        return self._tokens(self._from_experts(y_eNH), routing)
+        return self.receive([self.answer(y_eNH).wait()], routing)
+
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Tensor]]:
+        return [self._to_experts(self._own(self._slots(x_TH, routing)))]
+
+    def answer(self, y_enH: Tensor) -> Issued[Tensor]:
+        return self._from_experts(y_enH)
+
+    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+        (y_ECH,) = back
+        return self._tokens(self._whole(y_ECH), routing)
+
+    def _own(self, x_ECH: Tensor) -> Tensor:
+        """Returns the slots that this tensor rank sends."""
+        return x_ECH
+
+    def _whole(self, y_ECH: Tensor) -> Tensor:
+        """Inverts :meth:`_own`."""
+        return y_ECH
 
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Copies tokens to their slots (E, C, H), with the C that all processes agree on."""
         x_ECH = spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
         return _grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
 
-    def _to_experts(self, x_ECH: Tensor) -> Tensor:
-        x = all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all")
-        return x.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)  # (E_p senders, e, C, H) → (e, N, H)
+    def _to_experts(self, x_ECH: Tensor) -> Issued[Tensor]:
+        def by_expert(x: Tensor) -> Tensor:
+            return x.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)  # (E_p senders, e, C, H) → (e, N, H)
 
-    def _from_experts(self, y_eNH: Tensor) -> Tensor:
+        return issue_all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all").then(by_expert)
+
+    def _from_experts(self, y_eNH: Tensor) -> Issued[Tensor]:
         y = y_eNH.unflatten(1, (self.ranks, -1)).transpose(0, 1).flatten(0, 1)  # (E_p receivers · e, C, H)
-        return all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
+        return issue_all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
 
     def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
         own = len(routing.choice_EC) // self.num_experts
@@ -217,14 +255,13 @@ class DroppingPath(AllToAllPath):
     with empty slots, so DTD drops no tokens that would otherwise be kept.
     """
 
-    def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        x_ECH, tensor = self._slots(x_TH, routing), self.comm.size("tensor")
+    def _own(self, x_ECH: Tensor) -> Tensor:
+        tensor = self.comm.size("tensor")
         x_ECH = _grown(x_ECH, -(-x_ECH.shape[1] // tensor) * tensor)
-        return self._to_experts(slice_to(x_ECH, self.comm, "tensor", "dispatch.drop", dim=1))
+        return slice_to(x_ECH, self.comm, "tensor", "dispatch.drop", dim=1)
 
-    def combine(self, y_eNH: Tensor, routing: Routing) -> Tensor:
-        y_ECH = gather_from(self._from_experts(y_eNH), self.comm, "tensor", "combine.gather", dim=1)
-        return self._tokens(y_ECH, routing)
+    def _whole(self, y_ECH: Tensor) -> Tensor:
+        return gather_from(y_ECH, self.comm, "tensor", "combine.gather", dim=1)
 
 
 def _grown(x_ECH: Tensor, capacity: int) -> Tensor:

@@ -3,19 +3,19 @@
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tedlab.comm import matmul_into
+from tedlab.comm import Issued, matmul_into
 from tedlab.comm.rows import Rows
 from tedlab.config import MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.moe.dispatch import DispatchSpec, SlotRegion, TokenPath, token_path
+from tedlab.moe.dispatch import DispatchSpec, OverlappingPath, SlotRegion, TokenPath, token_path
 from tedlab.moe.gather import activate_rows
 from tedlab.moe.grouped import bias_rows, grouped_matmul
-from tedlab.moe.ragged import RaggedRows, RowPath, RowRegion, arrange, ragged_path
+from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule, activate
 from tedlab.registry import mixtures
@@ -152,6 +152,22 @@ class Experts(ShardedModule):
         """Maps this rank's tokens (T, H) to the gate-weighted sums of their experts' results (T, H)."""
         raise NotImplementedError
 
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Any]] | None:
+        """Begins to send tokens to their experts, so that the caller may compute until :meth:`answer`.
+
+        Args:
+            x_TH: This rank's tokens (T, H).
+            routing: What the router chose.
+
+        Returns:
+            What arrives, in one or several chunks; None if the experts do nothing that others could run beside.
+        """
+        return None
+
+    def answer(self, sent: list[Issued[Any]], routing: Routing) -> Issued[Tensor]:
+        """Computes what :meth:`send` has sent as it arrives, and returns what :meth:`forward` does, on its way."""
+        raise NotImplementedError
+
 
 @mixtures.register("capacity")
 class SlotExperts(Experts):
@@ -170,6 +186,12 @@ class SlotExperts(Experts):
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
+
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Tensor]] | None:
+        return self.path.send(x_TH, routing) if isinstance(self.path, OverlappingPath) else None
+
+    def answer(self, sent: list[Issued[Tensor]], routing: Routing) -> Issued[Tensor]:
+        return _answered(self, self.path, sent, routing)
 
     def compute(self, x_eNH: Tensor) -> Tensor:
         """Maps the slots of this process's experts (e, N, H) to their results (e, N, H)."""
@@ -198,6 +220,12 @@ class RowExperts(Experts):
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
 
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]] | None:
+        return self.path.send(x_TH, routing) if isinstance(self.path, OverlappingRowPath) else None
+
+    def answer(self, sent: list[Issued[RaggedRows]], routing: Routing) -> Issued[Tensor]:
+        return _answered(self, self.path, sent, routing)
+
     def compute(self, x: RaggedRows) -> RaggedRows:
         """Maps the rows of this process's experts to their results, which go back the way the rows came."""
         up, up_bias, down, down_bias = self.weights()
@@ -209,3 +237,9 @@ class RowExperts(Experts):
         partial_NH = grouped_matmul(h_NF, down, groups, "experts.reduce")
         bias_NH = None if down_bias is None else bias_rows(down_bias.squeeze(1), groups, partial_NH.dtype)
         return RaggedRows(self.region.leave(partial_NH, bias_NH, x.exchange, arrangement), x.exchange)
+
+
+def _answered(experts: Any, path: Any, sent: list[Issued[Any]], routing: Routing) -> Issued[Tensor]:
+    """Computes each chunk as it arrives, while the others are on their way there or back."""
+    back = [path.answer(experts.compute(chunk.wait())) for chunk in sent]
+    return Issued(lambda: path.receive([chunk.wait() for chunk in back], routing))

@@ -11,7 +11,7 @@ from tedlab.config import MoEConfig
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.local_spec import LocalSpec
-from tedlab.moe.router import RouterReport, RouterSpec, routers
+from tedlab.moe.router import RouterReport, RouterSpec, Routing, routers
 from tedlab.moe.shared import SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
 from tedlab.spec import MicroBatch, Spec, Work, WorkingSet
@@ -162,6 +162,7 @@ class MoELayer(nn.Module):
         self.router = routers[spec.config.gating](spec.router, topology)
         self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, topology)
         self.shared = None if spec.shared is None else SharedExperts(spec.shared, topology)
+        self.overlap_shared = topology.options.overlap_shared
 
     def expect(self, x: Tensor) -> None:
         """Checks before a forward pass that the layer's collectives will fit those of other processes.
@@ -198,5 +199,16 @@ class MoELayer(nn.Module):
             self.expect(x)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        y = self.experts(x_TH, routing).view_as(x)
-        return y if self.shared is None else y + self.shared(x), routing.report
+        return self._mixed(x, x_TH, routing).view_as(x), routing.report
+
+    def _mixed(self, x: Tensor, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Returns the sums of all experts' results; shared ones may compute while tokens are on their way."""
+        if self.shared is None:
+            return self.experts(x_TH, routing)
+        sent = self.experts.send(x_TH, routing) if self.overlap_shared else None
+        if sent is None:
+            return self.experts(x_TH, routing).view_as(x) + self.shared(x)
+        hidden = self.shared.first(x)
+        back = self.experts.answer(sent, routing)
+        shared = self.shared.finish(hidden, x)
+        return back.wait().view_as(x) + shared

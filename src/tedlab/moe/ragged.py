@@ -24,7 +24,7 @@ M: rows that one of them receives (the most, if there are several); N: rows that
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,11 +33,12 @@ from torch import Tensor
 
 from tedlab.comm import (
     Collectives,
+    Issued,
     Splits,
-    all_to_all,
     copy_to,
     gather_from,
     gather_to,
+    issue_all_to_all,
     once,
     reduce_from,
     scatter_from,
@@ -102,6 +103,23 @@ class RowPath(Protocol):
         ...
 
 
+@runtime_checkable
+class OverlappingRowPath(RowPath, Protocol):
+    """A row path in parts, see :class:`tedlab.moe.dispatch.OverlappingPath`."""
+
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
+        """Begins a :meth:`dispatch`. The rows arrive in one or several chunks, to compute each."""
+        ...
+
+    def answer(self, y: RaggedRows) -> Issued[Tensor]:
+        """Begins to send a chunk's results back."""
+        ...
+
+    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+        """Returns what :meth:`combine` does, of the chunks that came back, in their order."""
+        ...
+
+
 class RaggedPath:
     """Exchanges all rows of this process within its expert group.
 
@@ -121,19 +139,28 @@ class RaggedPath:
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
-        x = to_compute_dtype(x_TH)
-        exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
-        return self._to_experts(spread_choices(x, routing, self.kernel), exchange)
+        (rows,) = self.send(x_TH, routing)
+        return rows.wait()
 
     def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
-        return merge_choices(self._from_experts(y), routing, self.kernel)
+        return self.receive([self.answer(y).wait()], routing)
 
-    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange]) -> RaggedRows:
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
+        x = to_compute_dtype(x_TH)
+        exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
+        return [self._to_experts(spread_choices(x, routing, self.kernel), exchange)]
+
+    def answer(self, y: RaggedRows) -> Issued[Tensor]:
+        return issue_all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
+
+    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+        (y_RH,) = back
+        return merge_choices(y_RH, routing, self.kernel)
+
+    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange]) -> Issued[RaggedRows]:
         known = exchange()
-        return RaggedRows(all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", known.splits), known)
-
-    def _from_experts(self, y: RaggedRows) -> Tensor:
-        return all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
+        sent = issue_all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", known.splits)
+        return sent.then(lambda values: RaggedRows(values, known))
 
     def _ask(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
         """Exchanges numbers of rows, and returns a function that waits for them, once, if the host needs them.
@@ -189,7 +216,7 @@ class RaggedPath:
 class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
-    def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
+    def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
         x, rows, counts_E = to_compute_dtype(x_TH), len(routing.choice_EC), routing.counts_E
         missing = listed(rows, self.sharers) - rows
         if missing:
@@ -200,11 +227,11 @@ class DealtPath(RaggedPath):
         if missing:
             x_RH = F.pad(x_RH, (0, 0, 0, missing))
         hands = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
-        return self._to_experts(hands.flatten(0, 1), exchange)
+        return [self._to_experts(hands.flatten(0, 1), exchange)]
 
-    def combine(self, y: RaggedRows, routing: Routing) -> Tensor:
-        hand = self._from_experts(y).unsqueeze(1)
-        y_RH = gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
+    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+        (hand,) = back
+        y_RH = gather_from(hand.unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
         return merge_choices(y_RH[: len(routing.choice_EC)], routing, self.kernel)
 
 

@@ -109,5 +109,9 @@ class SharedExperts(FeedForward):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        return self.finish(self.first(x), x)
+
+    def finish(self, h: Tensor, x: Tensor) -> Tensor:
+        """Returns what :meth:`forward` does of the tokens ``x``, of which ``h`` are the features of :meth:`first`."""
+        y = self.second(h)
         return y if self.gate is None else y * self.gate(x)

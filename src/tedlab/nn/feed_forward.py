@@ -127,4 +127,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, H) to (B, S, H)."""
-        return self.down(activate(self.up(x), self.nonlinearity))
+        return self.second(self.first(x))
+
+    def first(self, x: Tensor) -> Tensor:
+        """Maps (B, S, H) to this tensor rank's inner features, which are activated."""
+        return activate(self.up(x), self.nonlinearity)
+
+    def second(self, h: Tensor) -> Tensor:
+        """Maps the features of :meth:`first` to (B, S, H)."""
+        return self.down(h)

@@ -43,6 +43,12 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
             "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop, "
             "but comm.dtd is false; use comm.dtd=true, or comm.fuse_reduce_scatter=false"
         )
+    if comm.overlap_shared and not (config.moe.num_experts and config.moe.shared.experts):
+        raise ValueError(
+            "comm.overlap_shared=true computes shared experts while tokens are on their way to routed ones, but "
+            f"moe.shared.experts is {config.moe.shared.experts}; use moe.shared.experts=1 or more, or "
+            "comm.overlap_shared=false"
+        )
     if degrees.sequence:
         _check_sequence(config, degrees)
     _check_emulation(config, degrees)
