@@ -5,6 +5,7 @@ import atexit
 import importlib
 import inspect
 import io
+import itertools
 import os
 import pickle
 import pkgutil
@@ -22,6 +23,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -33,6 +36,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import tedlab
 from tedlab._compat import hydra, lightning, python, simulation
 from tedlab._compat import torch as compat
+from tedlab.cli import CONF
 from tests.pool import WorkerPool
 
 SOURCE = Path(tedlab.__file__).parent
@@ -655,6 +659,20 @@ def test_hydras_parser_tells_flags_from_overrides() -> None:
     found = hydra.arguments_parser().parse_args(["--cfg", "job", "a=1", "--multirun"])
     assert (found.cfg, found.overrides, found.multirun) == ("job", ["a=1"], True)
     assert {"config_dir", "config_path", "config_name", "help", "hydra_help", "info"} <= set(vars(found))
+
+
+def test_options_of_groups_are_those_that_hydra_lists(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "of_ones_own.yaml").touch()
+    places = [f"hydra.searchpath=[file://{tmp_path}]"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        listed = hydra.group_options(loader, "train", places)
+        for group, kind in itertools.product(
+            ("model", "moe", "logger", "hydra"), (ObjectType.CONFIG, ObjectType.GROUP)
+        ):
+            assert listed(group, kind) == loader.get_group_options(group, kind, "train", places), group
+    assert {"of_ones_own", "gpt_tiny"} < {*listed("model", ObjectType.CONFIG)}
 
 
 def test_hydra_composes_the_translation_of_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
-from tedlab._compat.hydra import translate_files
+from tedlab._compat.hydra import group_options, translate_files
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
@@ -159,13 +159,13 @@ def presets(name: str, folder: str | None = None, searched: Sequence[str] = ()) 
         searched: overrides of ``hydra.searchpath``.
     """
     places = [*searched, *from_folder(folder)]
-    loader = GlobalHydra.instance().config_loader()
+    listed = group_options(GlobalHydra.instance().config_loader(), name, places)
     choices = hydra.compose(name, places, return_hydra_config=True).hydra.runtime.choices
 
     def options(group: str) -> list[str]:
-        inner = loader.get_group_options(group, ObjectType.GROUP, name, places)
+        inner = listed(group, ObjectType.GROUP)
         below = [f"{folder}/{option}" for folder in inner for option in options(f"{group}/{folder}")]
-        return loader.get_group_options(group, ObjectType.CONFIG, name, places) + below
+        return listed(group, ObjectType.CONFIG) + below
 
     return {group: options(group) for group in sorted(choices) if not group.startswith("hydra")}
 

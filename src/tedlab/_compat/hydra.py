@@ -1,11 +1,13 @@
 """What tedlab uses of Hydra's and OmegaConf's private names. Nothing here needs torch."""
 
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from hydra._internal import utils as hydra_utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.object_type import ObjectType
 from omegaconf import OmegaConf
 from omegaconf import _utils as omegaconf_utils
 
@@ -13,6 +15,16 @@ from omegaconf import _utils as omegaconf_utils
 def arguments_parser() -> ArgumentParser:
     """Hydra's own for ``--cfg``, ``--multirun`` and the others, to look at a command line before Hydra acts on it."""
     return hydra_utils.get_args_parser()
+
+
+def group_options(loader: ConfigLoader, name: str, overrides: Sequence[str]) -> Callable[[str, ObjectType], list[str]]:
+    """``loader.get_group_options`` for a configuration and overrides, of which it reads the search path only once.
+
+    The public method reads the configuration again for each group, which takes most of a second for all of them.
+    """
+    assert isinstance(loader, ConfigLoaderImpl)
+    _, repository = loader._parse_overrides_and_create_caching_repo(name, [*overrides])
+    return repository.get_group_options
 
 
 def translate_files(translate: Callable[[str, Any], Any]) -> None:
