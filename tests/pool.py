@@ -6,6 +6,7 @@ torch keeps of an earlier world (DTensor caches meshes, and these the threads of
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing as mp
 import os
 import pickle
@@ -145,6 +146,7 @@ def _serve(connection: Any, setting: tuple[int, int, str, float], task: bytes, l
     faulthandler.enable(words)
     faulthandler.register(signal.SIGUSR1, words)
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported is no garbage: collections need not look through it in every process
     try:
         function, args = pickle.loads(task)
         with _world(*setting):
