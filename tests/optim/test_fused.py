@@ -106,6 +106,18 @@ def test_interpreted_kernel_equals_torchs_in_float64(
     assert not exceeding(found)
 
 
+@pytest.mark.parametrize("size", [0, 1, 1024, 40_001])
+def test_squares_are_summed_in_float64_by_a_kernel(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """On a GPU if there is one, else in an interpreter."""
+    pytest.importorskip("triton", reason="Triton is not installed; it comes with torch for GPUs")
+    if not HAS_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel is first imported
+    from tedlab.optim.squares_kernel import launch
+
+    x = numbers(size, 1, device="cuda" if HAS_GPU else "cpu") * 1e20  # whose squares are too large for fp32
+    assert launch(x).sum().item() == pytest.approx(x.double().square().sum().item(), rel=1e-14)
+
+
 @needs_gpu
 @pytest.mark.parametrize("half", [None, torch.bfloat16])
 def test_a_step_on_a_gpu_allocates_nothing(half: torch.dtype | None) -> None:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedlab import ParallelDegrees, Topology
+from tedlab._compat.torch import TorchDispatchMode
 from tedlab.nn import Init, ShardedModule, initialize
 from tedlab.optim import ShardedOptimizer
+from tedlab.predict.sim.roofline import work_of
 from tedlab.spec import ParameterSpec
 from tests.pool import WorkerPool
 from tests.training import full
@@ -249,3 +251,82 @@ def test_partial_sums_of_several_backward_passes_are_each_summed_once(pool: Work
     for once, both in pool.run(4, twice):
         torch.testing.assert_close(once, 3 * numbers("replicated"))
         torch.testing.assert_close(both, 5 * numbers("replicated"))
+
+
+# ---- what a step moves -----------------------------------------------------------------------------------------------
+
+
+class Moved(TorchDispatchMode):
+    """Adds up the bytes that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        work = work_of(func, args, kwargs or {}, out)
+        self.bytes += 0.0 if work is None else work.bytes
+        return out
+
+
+def bytes_moved(sizes: list[int], bucket: int, factor: float) -> dict[str, float]:
+    """Bytes by part of a step of one rank, for each element of its parameters, in fp32."""
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    topology, moved = Topology(ParallelDegrees(dist.get_world_size())), {}
+    optimizer = optimizer_of(nn.ParameterList(parameters), topology, True, bucket_elements=bucket)
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    held = {p.grad.data_ptr() for p in parameters if p.grad is not None}
+    steps = {
+        "reduction": optimizer.reduce_gradients,
+        "norm": optimizer.global_norm,
+        "step": lambda: (optimizer.clip(factor * optimizer.global_norm()), optimizer.optimizer.step()),
+    }
+    for name, part in steps.items():
+        with torch.no_grad(), Moved() as counter:
+            part()
+        moved[name] = counter.bytes / sum(sizes)
+        if name == "reduction":
+            kept = {b.gradient.data_ptr() for b in optimizer.buckets if b.gradient is not None}
+            moved["gradients in place"] = float(kept == held)
+    return moved
+
+
+def test_a_gradient_that_fills_a_bucket_moves_only_where_it_is_used(pool: WorkerPool) -> None:
+    """SGD's step reads the parameter and the gradient and writes the parameter: 12 bytes of each element."""
+    (alone,) = pool.run(1, bytes_moved, [4096, 8192], 4096, 2.0)
+    assert alone == pytest.approx({"reduction": 0, "norm": 4, "step": 12, "gradients in place": 1}, abs=0.1)
+    (together,) = pool.run(1, bytes_moved, [4096, 8192], LARGE, 2.0)
+    assert together == pytest.approx({"reduction": 8, "norm": 4, "step": 12, "gradients in place": 0}, abs=0.1)
+    (clipped,) = pool.run(1, bytes_moved, [4096, 8192], 4096, 0.5)
+    assert clipped["step"] == pytest.approx(12 + 8, abs=0.1)  # the mean costs nothing more than this
+    for shard in pool.run(2, bytes_moved, [4096, 8192], 4096, 0.5):
+        assert shard == pytest.approx({"reduction": 0, "norm": 2, "step": 10, "gradients in place": 0}, abs=0.1)
+
+
+class Sum(ShardedModule):
+    def __init__(self, topology: Topology) -> None:
+        super().__init__()
+        for name in ("a", "b"):
+            self.add_parameter(ParameterSpec(name, (1, 3), Init(std=1.0)), topology)
+
+
+def twins() -> list[Tensor]:
+    """The gradients of two parameters that are only added up, after two backward passes."""
+    topology = Topology(ParallelDegrees(1))
+    module = Sum(topology)
+    initialize(module, seed=0)
+    optimizer = optimizer_of(module, topology, True, bucket_elements=1)
+    for _ in range(2):
+        ((module.local("a") + module.local("b")) * torch.arange(3.0)).sum().backward()
+    optimizer.reduce_gradients()
+    optimizer.clip(0.1)
+    return [b.gradient for b in optimizer.buckets if b.gradient is not None]
+
+
+def test_parameters_that_are_added_up_do_not_share_their_gradients(pool: WorkerPool) -> None:
+    (gradients,) = pool.run(1, twins)
+    assert len(gradients) == 2
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, 2 * torch.arange(3.0), rtol=0, atol=0)

@@ -1,7 +1,6 @@
 """What simulations use of torch's private names: tensors without values, and process groups that are none."""
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import fake_tensor
 from torch.testing._internal.distributed import fake_pg, multi_threaded_pg
@@ -32,12 +31,6 @@ def make_ranks_of_processes() -> None:
     multi_threaded_pg._uninstall_threaded_pg()
     torch._C._distributed_c10d._set_thread_isolation_mode(False)  # type: ignore[attr-defined]
     multi_threaded_pg.ProcessLocalGroup.reset()
-
-
-def storage_address(tensor: Tensor) -> int:
-    """What tells storages apart that have no memory: fake ones all have the data pointer 0."""
-    address: int = tensor.untyped_storage()._cdata
-    return address
 
 
 def packet_of(operator: Operator) -> OpOverloadPacket:

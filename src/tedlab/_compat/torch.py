@@ -48,6 +48,12 @@ class PreciseBuffers(nn.Module):
         return self
 
 
+def storage_address(tensor: Tensor) -> int:
+    """What tells storages apart that have no memory: fake ones all have the data pointer 0."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
 # ---- process groups and meshes ---------------------------------------------------------------------------------------
 
 functional_collectives = _functional_collectives

@@ -143,7 +143,9 @@ class CertificateRecorder(Callback):
                 if name != "params" and isinstance(value, float | Sequence)
             }
         )
-        self._quantities[LOSS_SCALE] = _parts({} if strategy.loss_scaler is None else {"all processes": sharded.scale})
+        self._quantities[LOSS_SCALE] = _parts(
+            {} if strategy.loss_scaler is None else {"all processes": sharded.loss_scale}
+        )
 
     @override
     def on_train_batch_end(

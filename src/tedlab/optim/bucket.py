@@ -5,14 +5,17 @@ This module owns the memory and its communication; ``sharded.py`` decides what a
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tedlab._compat.torch import set_local_tensor
+from tedlab._compat.torch import set_local_tensor, storage_address
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
+
+_gradients: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # those that buckets hold, by their storage
 
 BucketKey = TypeVar("BucketKey", bound=tuple[Any, ...])
 Parameter = TypeVar("Parameter")
@@ -90,7 +93,7 @@ class Bucket:
         self.present: set[nn.Parameter] = set()
         self._collected: dict[nn.Parameter, Tensor] = {}  # local gradients, not yet reduced
         self._reduction: Pending | None = None
-        self.gradient: Tensor | None = None  # the shard's reduced gradient, in the parameters' dtype
+        self.gradient: Tensor | None = None  # the shard's gradient, summed over data ranks, in the parameters' dtype
         self.new_partial: Tensor | None = None  # the last pass's, not yet summed over the tensor group
 
     @property
@@ -106,7 +109,7 @@ class Bucket:
         """
         if parameter.grad is not None:
             new, earlier = local(parameter.grad), self._collected.get(parameter)
-            self._collected[parameter] = new if earlier is None else earlier.add_(new)
+            self._collected[parameter] = _taken(new) if earlier is None else earlier.add_(new)
             self.present.add(parameter)
             parameter.grad = None
 
@@ -121,20 +124,25 @@ class Bucket:
         if not (self._collected or any(p.requires_grad for p in self.parameters)):
             return
         self.finish_reduction()  # that of an earlier pass
-        flat = torch.zeros_like(self.flat)
-        for p, part in zip(self.parameters, self.parts(flat), strict=True):
-            if p in self._collected:
-                part.copy_(self._collected.pop(p).flatten())
         start = self.comm.start_reduce_scatter if self.sharded else self.comm.start_all_reduce
-        self._reduction = start(flat, self.kind, tag="gradients.reduce", phase="optimizer")
+        self._reduction = start(self._joined(), self.kind, tag="gradients.reduce", phase="optimizer")
+
+    def _joined(self) -> Tensor:
+        """Joins the collected gradients, laid out like the bucket; the only one of a full bucket is not copied."""
+        found = [self._collected.pop(p, None) for p in self.parameters]
+        parts = [
+            self.flat.new_zeros(size) if gradient is None else gradient.flatten()
+            for gradient, size in zip(found, self.sizes, strict=True)
+        ]
+        if padding := self.flat.numel() - sum(self.sizes):
+            parts.append(self.flat.new_zeros(padding))
+        return torch.cat(parts) if parts[1:] else parts[0]
 
     def finish_reduction(self) -> None:
-        """Waits for the sum, divides it by D, and adds it to the shard's gradient."""
+        """Waits for the sum, and adds it to the shard's gradient."""
         if self._reduction is None:
             return
         reduced = self._reduction.wait()
-        if self.comm.size("data") > 1:
-            reduced.div_(self.comm.size("data"))
         self._reduction = None
         if self.partial:  # kept apart: earlier passes' gradients are no longer partial sums
             self.new_partial = reduced if self.new_partial is None else self.new_partial.add_(reduced)
@@ -244,6 +252,16 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.detach()
     with torch.no_grad():  # to_local then returns the tensor itself
         return tensor.to_local().detach()
+
+
+def _taken(gradient: Tensor) -> Tensor:
+    """Returns a gradient that may be changed in place: two parameters that are added up get the same one."""
+    address = storage_address(gradient)
+    if address in _gradients:
+        gradient = gradient.clone()
+        address = storage_address(gradient)
+    _gradients[address] = gradient
+    return gradient
 
 
 def _axes(mesh: DeviceMesh) -> tuple[str, ...]:

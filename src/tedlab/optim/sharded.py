@@ -25,6 +25,7 @@ from tedlab.optim.fused import Kernel, check_tile, fused_adam_step
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
+from tedlab.optim.squares import sum_of_squares
 from tedlab.optim.state import ShardedState
 
 
@@ -127,9 +128,17 @@ class ShardedOptimizer:
         self.adopt()
 
     @property
-    def scale(self) -> float:
-        """The loss scale, which the buckets' gradients contain."""
+    def loss_scale(self) -> float:
+        """The loss scale; 1 without a scaler."""
         return self.scaler.scale if self.scaler else 1.0
+
+    @property
+    def scale(self) -> float:
+        """How many times too large the buckets' gradients are: the loss scale, times the number of data ranks.
+
+        They are sums over data ranks until they are used, since a division would pass over memory once more.
+        """
+        return self.loss_scale * self.comm.size("data")
 
     # ---- which parameters ----------------------------------------------------------------------------------------
 
@@ -394,17 +403,11 @@ class ShardedOptimizer:
 
     def _squares(self) -> Tensor:
         device = local(next(iter(self.names))).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        found: list[Tensor] = []
         for bucket in self.buckets:
             if bucket.gradient is not None:
-                # Half precision takes one pass, which torch has in fp32 only. Others are copied into float64 first,
-                # and pieces keep that copy smaller than a bucket.
-                gradient, half = bucket.gradient, bucket.gradient.itemsize == 2
-                precise = torch.float32 if half else torch.float64
-                pieces = (gradient,) if half else gradient.split(self.piece)
-                norms = [torch.linalg.vector_norm(piece, dtype=precise).double() for piece in pieces]
-                total += torch.stack(norms).square().sum() / bucket.holders
-        return total
+                found.append(sum_of_squares(bucket.gradient, self.piece) / bucket.holders)
+        return torch.stack(found).sum() if found else torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -425,7 +428,7 @@ class ShardedOptimizer:
         self._agree()
         finite = self._finite and self._finite_when_clamped
         overflow = self.scaler is not None and not finite
-        if not finite and self.guard is not None and self.scale <= SMALLEST:
+        if not finite and self.guard is not None and self.loss_scale <= SMALLEST:
             self.guard.stop(self._not_finite(), scaled=self.scaler is not None)
         factor = self._clip_factor / self.scale
         group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}

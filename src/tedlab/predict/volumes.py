@@ -267,6 +267,10 @@ class ClosedForm:
         """Returns how many processes divide a bucket's optimizer state among them."""
         return self.groups[bucket.kind] if self.config.optim.zero else 1
 
+    def joined(self, bucket: "BucketSize") -> bool:
+        """Tells whether the gradients of a bucket are copied to new memory: all but the only one of a full bucket."""
+        return bucket.parameters > 1 or bucket.elements % self.shards(bucket) > 0
+
     @cached_property
     def buckets(self) -> list["BucketSize"]:
         """The buckets into which the optimizer lays out the parameters, in its order."""
@@ -280,7 +284,7 @@ class ClosedForm:
 
         buckets = lay_out(self.trained, key, local, self.config.optim.bucket_elements)
         return [
-            BucketSize(group, holders, partial, sum(map(local, together)))
+            BucketSize(group, holders, partial, sum(map(local, together)), len(together))
             for (_, group, holders, partial), together in buckets
         ]
 
@@ -318,9 +322,11 @@ class BucketSize(NamedTuple):
         holders: The number of processes that hold each element.
         partial: Whether gradients are partial sums over the tensor group, too.
         elements: The number of elements in this process.
+        parameters: The number of parameters.
     """
 
     kind: GroupKind
     holders: int
     partial: bool
     elements: int
+    parameters: int

@@ -105,10 +105,16 @@ class Memory:
 
     def _reduction(self) -> Moment:
         """Returns the moment of the reduction, which buffers a bucket at a time; with overlap, it holds all shards."""
-        if self.form.config.optim.overlap:
-            elements = sum(self.shards)
+        form = self.form
+        copied = [form.joined(bucket) or form.groups[bucket.kind] > 1 for bucket, _ in self.buckets]
+        if form.config.optim.overlap:
+            elements = sum(shard for shard, new in zip(self.shards, copied, strict=True) if new)
         else:
-            elements = max(shards * shard for (_, shards), shard in zip(self.buckets, self.shards, strict=True))
+            buffers = [
+                (shards if form.joined(bucket) else 1) * shard * new
+                for (bucket, shards), shard, new in zip(self.buckets, self.shards, copied, strict=True)
+            ]
+            elements = max(buffers)
         return self._moment("reduction of gradients", self.gradients, 0, 0, elements * self.parameter)
 
     def _optimizer(self) -> Moment:

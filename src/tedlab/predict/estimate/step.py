@@ -146,14 +146,13 @@ def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:
 def _optimizer(memory: Memory) -> Iterable[Work]:
     """Yields the work of filling the reduction buffers and of updating this rank's shards."""
     form, p, master = memory.form, memory.form.parameter.itemsize, memory.master
-    whole, shard = memory.gradients / p, sum(memory.shards)
+    joined, shard = sum(bucket.elements for bucket in form.buckets if form.joined(bucket)), sum(memory.shards)
 
     def moved(size: float) -> Work:
         return Work(0, size, form.precise, "arithmetic")
 
-    yield moved(3 * whole * p)  # zeros, and gradients copied into them
-    if form.degrees.data > 1:
-        yield moved(2 * shard * p)  # the mean
+    if joined:
+        yield moved(2 * joined * p)
     yield moved(shard * p)  # the norm
     half = master + p if p < master else 0
     if form.config.optim.tile == "fused":

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from tedlab._compat.simulation import storage_address
+from tedlab._compat.torch import storage_address
 
 Category = Literal["parameters", "optimizer", "gradients", "stash", "activations", "temporaries"]
 CATEGORIES: tuple[Category, ...] = ("parameters", "optimizer", "gradients", "stash", "activations", "temporaries")

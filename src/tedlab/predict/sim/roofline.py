@@ -21,8 +21,8 @@ from tedlab._compat.simulation import (
     Operator,
     argument_names,
     packet_of,
-    storage_address,
 )
+from tedlab._compat.torch import storage_address
 from tedlab.nn.attend import OPERATIONS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.spec import Work
