@@ -896,8 +896,11 @@ def counts_of_experts_swapped(patch: Patch) -> None:
     """Of as many rows as came, the first expert takes the last one's share."""
 
     def swapped(result: Any, self: RaggedPath, *arguments: Any) -> Any:
-        exchange, moved = result
-        return replace(exchange, counts_ise=exchange.counts_ise.flip(-1), sizes=exchange.sizes[::-1]), moved
+        def finish() -> Any:
+            exchange, moved = result()
+            return replace(exchange, counts_ise=exchange.counts_ise.flip(-1), sizes=exchange.sizes[::-1]), moved
+
+        return finish
 
     _after(patch, RaggedPath, "_waiting", swapped)
 
