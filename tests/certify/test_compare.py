@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tedlab.certify.compare import Row, compare
-from tedlab.certify.record import QUANTITIES, Record, Shard, assembled
+from tedlab.certify.record import QUANTITIES, Record, Shard, assembled, packed, unpacked
 from tedlab.degrees import ParallelDegrees
 
 
@@ -68,6 +68,34 @@ def parts(*values: float, offset: int = 0, name: str = "all") -> dict[int, dict[
 def test_parts_are_put_together() -> None:
     whole = assembled([parts(1, 2), parts(3, 4, offset=2)])[1]["next weights"]["all"]
     assert whole.tolist() == [1, 2, 3, 4]
+
+
+def test_parts_are_unpacked_as_they_were_packed() -> None:
+    """Of every dtype, one after another of as many bytes as no other dtype has."""
+    values = {
+        "flags": torch.tensor([True, False, True]),
+        "number": torch.tensor(0.1, dtype=torch.float64),
+        "halves": torch.tensor([[1.5, -2.0, math.inf]], dtype=torch.bfloat16),
+        "columns": torch.arange(6).view(2, 3).T,
+        "nothing": torch.empty(0, 2),
+    }
+    of_step = {
+        name: Shard(torch.Size((9, 9)), (number,), tensor) for number, (name, tensor) in enumerate(values.items())
+    }
+    given = {1: {"gradients": of_step, "loss scale": {}}, 3: {"gradients": parts(1, 2)[1]["next weights"]}}
+    found = unpacked(*packed(given))
+    assert {step: [*quantities] for step, quantities in found.items()} == {
+        1: ["gradients", "loss scale"],
+        3: ["gradients"],
+    }
+    for step, quantities in given.items():
+        for quantity, shards in quantities.items():
+            assert [*found[step][quantity]] == [*shards]
+            for name, (shape, offset, tensor) in shards.items():
+                its = found[step][quantity][name]
+                assert (its.shape, its.offset, its.values.dtype) == (shape, offset, tensor.dtype)
+                assert its.values.equal(tensor)
+    assert unpacked(*packed({})) == {}
 
 
 def test_what_two_processes_hold_and_do_not_agree_on_is_no_number() -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from tedlab.certify.record import CertificateRecorder, Record, assembled
+from tedlab.certify.record import CertificateRecorder, Record, assembled, packed, unpacked
 from tedlab.config import TrainConfig
 from tedlab.run import build
 from tests.certify.runs import Plant, planted
@@ -168,9 +168,9 @@ def _trained(config: TrainConfig, plant: Plant | None) -> Observation | None:
     with planted(plant):
         trainer, module, data = build(config, [witness], logged=False)
         trainer.fit(module, data)
-    everybody: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybody, (witness.parts, witness.batches))
-    if not trainer.is_global_zero:
+    everybody: list[Any] | None = [None] * dist.get_world_size() if trainer.is_global_zero else None
+    dist.gather_object((packed(witness.parts), witness.batches), everybody)
+    if everybody is None:
         return None
     parts, batches = zip(*everybody, strict=True)
     tensor = config.parallel.tensor
@@ -180,4 +180,4 @@ def _trained(config: TrainConfig, plant: Plant | None) -> Observation | None:
             a.equal(b) for ours, theirs in zip(its, first, strict=True) for a, b in zip(ours, theirs, strict=True)
         )
     of_steps = [[batch for its in of_step for batch in its] for of_step in zip(*batches[::tensor], strict=True)]
-    return Observation(assembled(parts), witness.initial, of_steps)
+    return Observation(assembled([unpacked(*its) for its in parts]), witness.initial, of_steps)

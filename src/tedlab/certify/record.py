@@ -54,10 +54,10 @@ def _recorded(config: TrainConfig, recorder: "CertificateRecorder") -> dict[str,
     trainer, module, data = build(config, [recorder], logged=False)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     everybody: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
-    dist.gather_object(recorder.parts, everybody)
+    dist.gather_object(packed(recorder.parts), everybody)
     if everybody is not None:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        torch.save(assembled(everybody), Path(config.output_dir, FILE))
+        torch.save(assembled([unpacked(*each) for each in everybody]), Path(config.output_dir, FILE))
     return {}
 
 
@@ -76,6 +76,44 @@ class Shard(NamedTuple):
 
 
 Parts = dict[int, dict[str, dict[str, Shard]]]  # step → quantity → name → part
+
+
+Described = dict[int, dict[str, dict[str, tuple[torch.Size, tuple[int, ...], torch.Size, torch.dtype]]]]
+
+
+def packed(parts: Parts) -> tuple[Described, Tensor]:
+    """Returns what there is of each part but its values, and the bytes of all values, which ``unpacked`` takes.
+
+    A record has thousands of small tensors. To pickle and to load each by itself takes as long as the training.
+    """
+    described: Described = {
+        step: {
+            quantity: {
+                name: (shape, offset, values.shape, values.dtype) for name, (shape, offset, values) in tensors.items()
+            }
+            for quantity, tensors in quantities.items()
+        }
+        for step, quantities in parts.items()
+    }
+    every = [shard.values for of_step in parts.values() for tensors in of_step.values() for shard in tensors.values()]
+    flat = [values.contiguous().flatten().view(torch.uint8) for values in every]
+    return described, torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
+
+
+def unpacked(described: Described, data: Tensor) -> Parts:
+    """Returns the parts that ``packed`` was given."""
+    every = [of for of_step in described.values() for tensors in of_step.values() for of in tensors.values()]
+    pieces = iter(data.split([size.numel() * dtype.itemsize for _, _, size, dtype in every]))
+    return {
+        step: {
+            quantity: {
+                name: Shard(shape, offset, next(pieces).clone().view(dtype).view(size))
+                for name, (shape, offset, size, dtype) in tensors.items()
+            }
+            for quantity, tensors in quantities.items()
+        }
+        for step, quantities in described.items()
+    }
 
 
 class CertificateRecorder(Callback):
