@@ -6,10 +6,10 @@ import pytest
 
 
 def asked_of(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Returns the parameters of those tests of the file, in this session, that take the fixture which asks."""
+    """Returns the parameters of this session's tests of the file that have some and take the fixture which asks."""
     return [
         item.callspec.params
         for item in request.session.items
-        if isinstance(item, pytest.Function)
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
         if item.path == request.path and request.fixturename in item.fixturenames
     ]

@@ -1,6 +1,7 @@
 """A checkpoint of any layout continues under any other as if nothing had happened."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tedlab.config import CheckpointOptions, DataConfig, ModelConfig, MoEConfig,
 from tedlab.data import TextDataModule
 from tedlab.module import LanguageModel
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 from tests.training import Job, Layout, full, loader, trainer
 from tests.training import language_model as module_of
 
@@ -118,13 +120,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(pool: WorkerPool, folder: Path) -> dict[Layout, Record]:
-    """Runs of all layouts; each leaves a checkpoint in passing."""
-    runs: dict[Any, tuple[Any, ...]] = {layout: (layout, folder, True) for layout in (SOURCE, *OTHERS)}
-    return records(pool, runs)
+def uninterrupted(pool: WorkerPool, folder: Path, request: pytest.FixtureRequest) -> dict[Layout, Record]:
+    """Runs of the layouts that tests of this session look at; each leaves a checkpoint in passing."""
+    layouts = dict.fromkeys([SOURCE, OTHERS[0], *(cell["before"] for cell in asked_of(request) if "before" in cell)])
+    return records(pool, {layout: (layout, folder, True) for layout in layouts})
 
 
-def records(pool: WorkerPool, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, Record]:
+def records(pool: WorkerPool, runs: Mapping[Any, tuple[Any, ...]]) -> dict[Any, Record]:
     """What ``run`` returns for the arguments given by some key; runs of as many processes share a world."""
     found: dict[Any, Record] = {}
     for size in {layout.world_size for layout, *_ in runs.values()}:
@@ -136,14 +138,24 @@ def records(pool: WorkerPool, runs: dict[Any, tuple[Any, ...]]) -> dict[Any, Rec
 CONTINUED = [(SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)]
 
 
+QUICK = [(SOURCE, SOURCE), (SOURCE, OTHERS[0]), (OTHERS[0], SOURCE), (SOURCE, OTHERS[1]), (OTHERS[3], SOURCE)]
+
+
 @pytest.fixture(scope="module")
 def continued(
-    pool: WorkerPool, folder: Path, uninterrupted: dict[Layout, Record]
+    pool: WorkerPool, folder: Path, request: pytest.FixtureRequest, uninterrupted: dict[Layout, Record]
 ) -> dict[tuple[Layout, Layout], Record]:
-    return records(pool, {(before, after): (after, folder, False, folder / str(before)) for before, after in CONTINUED})
+    cells = [(cell["before"], cell["after"]) for cell in asked_of(request)]
+    return records(pool, {(before, after): (after, folder, False, folder / str(before)) for before, after in cells})
 
 
-@pytest.mark.parametrize(("before", "after"), CONTINUED, ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(*cell, id="-".join(map(str, cell)), marks=[pytest.mark.slow] * (cell not in QUICK))
+        for cell in CONTINUED
+    ],
+)
 def test_a_run_continues_under_another_layout_as_if_uninterrupted(
     continued: dict[tuple[Layout, Layout], Record],
     uninterrupted: dict[Layout, Record],

@@ -15,6 +15,7 @@ from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.routing import SimulatedRouting, routing_of
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import WORLD, checked, out_of_the_pools_group
+from tests.selection import asked_of
 
 DROPLESS = [*WORLD, "moe.dispatch=dropless"]
 TOKENS = 2 * 32  # of a micro-batch
@@ -23,6 +24,16 @@ TOKENS = 2 * 32  # of a micro-batch
 def simulated(config: TrainConfig, routing: SimulatedRouting | None, *ranks: int) -> list[Simulation]:
     with out_of_the_pools_group():
         return [simulate(config, load_cluster("summit"), rank, routing=routing) for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def of_zipf(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str, ...], list[Simulation]]:
+    """Of the first and the last rank, with all toggles that this session asks for, in one process."""
+    asked = [tuple(cell["toggles"]) for cell in asked_of(request)]
+    configs = [checked(*DROPLESS, *toggles) for toggles in asked]
+    arguments = [(config, routing_of(config, "zipf", 1.2, None), 0, 127) for config in configs]
+    found = pool.run_each(1, simulated, arguments, timeout=280)
+    return {toggles: simulations for toggles, (simulations,) in zip(asked, found, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -40,10 +51,10 @@ def simulated(config: TrainConfig, routing: SimulatedRouting | None, *ranks: int
     ],
     ids=lambda toggles: ",".join(toggles),
 )
-def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(pool: WorkerPool, toggles: list[str]) -> None:
-    config = checked(*DROPLESS, *toggles)
-    for simulation in pool.run(1, simulated, config, routing_of(config, "zipf", 1.2, None), 0, 127)[0]:
-        assert simulation.differences == {}
+def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(
+    of_zipf: dict[tuple[str, ...], list[Simulation]], toggles: list[str]
+) -> None:
+    assert [simulation.differences for simulation in of_zipf[tuple(toggles)]] == [{}, {}]
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
 from tests.compare.sweep import compare_command
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 
 SMALL = ["model.layers=2", "model.hidden=64", "model.heads=4", "model.ffn=128", "model.sequence_length=32"]
 SMALL += ["model.vocab_size=512", "moe.num_experts=16", "parallel.tensor=4", "parallel.expert=16"]
@@ -68,6 +69,14 @@ def simulated(config: TrainConfig, *ranks: int) -> list[Simulation]:
 
 def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
     return pool.run(1, simulated, checked(*overrides), 0)[0][0]
+
+
+@pytest.fixture(scope="module")
+def of_128_ranks(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str, ...], Simulation]:
+    """With all toggles that this session asks for, in one process: the first there takes longest."""
+    asked = [tuple(cell["toggles"]) for cell in asked_of(request)]
+    found = pool.run_each(1, simulated, [(checked(*WORLD, *toggles), 0) for toggles in asked], timeout=280)
+    return {toggles: simulation for toggles, ((simulation,),) in zip(asked, found, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -102,8 +111,10 @@ def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
     ],
     ids=lambda toggles: ",".join(toggles),
 )
-def test_the_ledger_of_128_ranks_is_the_closed_form(pool: WorkerPool, toggles: list[str]) -> None:
-    simulation = in_pool(pool, *WORLD, *toggles)
+def test_the_ledger_of_128_ranks_is_the_closed_form(
+    of_128_ranks: dict[tuple[str, ...], Simulation], toggles: list[str]
+) -> None:
+    simulation = of_128_ranks[tuple(toggles)]
     assert simulation.differences == {}
     assert len({entry.phase for entry in simulation.ledger}) >= 3
     assert all(count.seconds > 0 for count in simulation.ledger.values())
