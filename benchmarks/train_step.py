@@ -35,7 +35,7 @@ ROWS = {  # what each changes
 
 
 class Profile(Callback):
-    """Of the first step after the warm-up: its kernels, those first that take longest together."""
+    """Of the first step after the warm-up: its kernels, those first that take longest together, and what was idle."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.table = rows, ""
@@ -53,15 +53,37 @@ class Profile(Callback):
         if batch_idx + 1 == (WARM_UP + 1) * trainer.accumulate_grad_batches:
             self.profile.stop()
             kernels: dict[str, list[float]] = {}
+            spans = []
             for event in self.profile.events() or ():
-                if event.device_type.name == "CUDA":
+                if event.device_type.name == "CUDA" and not event.name.startswith("nccl:"):  # names a kernel again
                     kernels.setdefault(event.name, []).append(event.device_time)
+                    spans.append((event.time_range.start, event.time_range.end, event.name))
             longest = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))
             lines = [
                 f"{sum(taken) / 1e3:9.2f} ms {len(taken):6} × {name.removeprefix('void at::native::')[:150]}"
                 for name, taken in longest[: self.rows]
             ]
-            self.table = "\n".join([f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all", *lines])
+            total = f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all"
+            self.table = "\n".join([total, *lines, *idle(sorted(spans), self.rows // 4)])
+
+
+def idle(spans: list[tuple[float, float, str]], rows: int) -> list[str]:
+    """Tells how long a device did nothing, and between which kernels longest.
+
+    Args:
+        spans: Start and end in µs, and name, of each kernel, by start.
+        rows: How many pairs of kernels are listed.
+    """
+    gaps: dict[str, list[float]] = {}
+    end, last = spans[0][1:] if spans else (0.0, "")  # of what ended last so far
+    for start, stop, name in spans:
+        if start > end:
+            gaps.setdefault(f"{last[:70]} → {name[:70]}", []).append(start - end)
+        if stop > end:
+            end, last = stop, name
+    longest = sorted(gaps.items(), key=lambda gap: -sum(gap[1]))[:rows]
+    total = sum(sum(gap) for gap in gaps.values())
+    return [f"{total / 1e3:9.2f} ms idle", *(f"{sum(g) / 1e3:9.2f} ms {len(g):6} × {name}" for name, g in longest)]
 
 
 def attempt(name: str, overrides: list[str], steps: int, text: bool = False) -> dict[str, Any]:
