@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 import benchmarks.skewed  # noqa: F401 (registers its router)
@@ -66,7 +67,10 @@ def _peer(row: Row, config: Any) -> Measured:
         compiled = config.model.compile != "none"
         model = Decoder(config.model, config.moe, row.processes, compiled, PEERS[row.peer])
     model = model.bfloat16() if cuda else model
-    optimizer = AdamW(model.parameters(), lr=config.optim.lr, fused=True)
+    whole = [parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)]
+    divided = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    groups = [{"params": group} for group in (whole, divided) if group]  # the fused step takes no mixture
+    optimizer = AdamW(groups, lr=config.optim.lr, fused=True)
     clock, batches, loss = Clock(), iter(RandomTokens(config)), torch.zeros(())
     for _ in range(WARM_UP + row.steps):
         ids = next(batches).to(device, non_blocking=True)
