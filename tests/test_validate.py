@@ -288,6 +288,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.dispatch=dropless", "model.compile=inductor", "model.recompute.granularity=block"],
         ["model.compile=inductor", "moe.dispatch=dropless", "model.recompute.granularity=none"],
     ),
+    "experts left out": (
+        ["moe.kernel=triton", "trainer=gpu", "model.compile=inductor", "model.recompute.granularity=block"],
+        ["model.compile=inductor", "moe.kernel=triton", "moe.kernel=auto"],
+    ),
     "capacity_groups_not_dividing": (
         ["moe.capacity_groups=3"],
         ["moe.capacity_groups is 3", "model.sequence_length (16)", "1, 2, 4, 8, 16"],

@@ -143,7 +143,7 @@ class ModelConfig(Frozen):
     init_std: float = real(0.02, above=0)
     # The number of tokens whose logits exist at a time, with their gradient; None: all logits exist at once.
     loss_chunk: int | None = whole(None, least=1)
-    # torch.compile of each block (not with dropless experts) and of the loss in chunks: none | inductor | aot_eager
+    # torch.compile of each block (all but dropless experts) and of the loss in chunks: none | inductor | aot_eager
     # (no code generation).
     compile: str = word(Compiler.NONE)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
@@ -223,7 +223,8 @@ class MoEConfig(Frozen):
     # The tokens of a micro-batch are divided into this many groups of neighbouring positions, each with its share of
     # the capacity. None: 1, or with parallel.sequence the tensor degree: each tensor rank only sees its own positions.
     capacity_groups: int | None = whole(None, least=1)
-    # Kernels that gather, activate and weight rows of dropless experts: auto (triton where it runs) | torch | triton.
+    # Kernels that gather, activate and weight rows of experts: auto (for dropless experts triton where it runs; with a
+    # capacity torch, which model.compile fuses) | torch | triton (which leaves experts out of what is compiled)
     kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers

@@ -1,16 +1,27 @@
 """The Triton kernels on rows compute what ``row_ops.py`` does, on a GPU if there is one, else in an interpreter."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from tedlab.moe import gather, row_ops
+from tedlab import Topology
+from tedlab.config import MoEConfig
+from tedlab.moe import MoELayer, MoESpec, gather, row_ops
 from tedlab.moe.grouped import Groups
 from tedlab.moe.products import products, unfit
-from tedlab.nn import Nonlinearity
+from tedlab.nn import FeedForwardSpec, Init, Nonlinearity, initialize
+from tedlab.optim.bucket import local
 from tests.moe.kernels import printed_by
+
+
+@pytest.fixture
+def single() -> Iterator[Topology]:
+    yield Topology.single()
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow
@@ -71,6 +82,33 @@ def test_fused_gathers_and_sums_are_what_autograd_makes_of_plain_ones(layout: st
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for plain, fused in zip(*found, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("swiglu", True), ("swiglu", False)])
+def test_experts_with_a_capacity_compute_by_kernels_what_they_do_without(
+    activation: str, bias: bool, single: Topology, monkeypatch: Any
+) -> None:
+    """Some choices are dropped, and some slots are empty."""
+    monkeypatch.setattr(gather, "row_functions", lambda kernel, x: row_ops if kernel == "torch" else FUSED)
+    found = []
+    for kernel in ("auto", "triton"):
+        config = MoEConfig(num_experts=4, top_k=2, kernel=kernel, capacity_factor=0.8, capacity_multiple=1)
+        expert = FeedForwardSpec(3, 5, Init(std=1.0), Init(std=0.5), activation, bias)
+        layer = MoELayer(MoESpec(expert, config), single).double()
+        initialize(layer, seed=3)
+        draw = torch.Generator().manual_seed(0)
+        for p in layer.experts.parameters():
+            local(p).copy_(torch.randn(local(p).shape, generator=draw, dtype=torch.float64))
+        x = torch.randn(2, 9, 3, generator=draw, dtype=torch.float64).requires_grad_()
+        y, report = layer(x)
+        y.square().sum().backward()
+        assert report.dropped > 0
+        assert report.load.max() > report.load.min()
+        assert layer.experts.compilable == (kernel == "auto")
+        gradients = [p.grad.to_local() for p in layer.parameters()]  # type: ignore[union-attr]
+        found.append([y.detach(), x.grad, *gradients])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 def test_a_kernel_that_does_not_take_the_rows_is_replaced_with_a_warning_that_says_why() -> None:

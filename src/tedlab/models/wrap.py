@@ -1,7 +1,7 @@
 """Runs a block recomputed in the backward pass, compiled, both or neither; the block itself knows of none of this.
 
 Layers that cannot be compiled (``compilable`` is False, as where shapes depend on routers' choices) are left out: the
-compiler sees the parts of the block before and after them.
+compiler sees the parts of the block before and after them, and the experts that all tokens share.
 """
 
 from typing import Any
@@ -67,11 +67,14 @@ class _Compiled:
         self.block, self.topology, self.eager = block, topology, run
         self.mixtures = [layer for layer in block.modules() if isinstance(layer, MoELayer)]
         left_out = [layer for layer in self.mixtures if not layer.experts.compilable]
-        for layer in left_out:
-            layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
         # Tensor ranks compute gradients of replicated parameters each by itself: with other kernels they would drift.
         alike = topology.degrees.tensor > 1 and backend == Compiler.INDUCTOR
         options: Any = reproducible_choices() if alike else None
+        for layer in left_out:
+            layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
+            if layer.shared is not None:
+                shared = torch.compile(layer.shared.forward, backend=backend, fullgraph=True, options=options)
+                layer.shared.forward = shared  # type: ignore[method-assign]
         self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out, options=options)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:

@@ -197,11 +197,12 @@ class AllToAllPath:
     Args:
         num_experts: Number of experts E, a multiple of the expert degree.
         topology: The process's place in the meshes.
+        kernel: What copies tokens to slots and sums them, ``torch`` or ``triton``.
     """
 
-    def __init__(self, num_experts: int, topology: Topology) -> None:
+    def __init__(self, num_experts: int, topology: Topology, kernel: str = "torch") -> None:
         self.comm, self.agreement = topology.comm, topology.slots
-        self.num_experts = num_experts
+        self.num_experts, self.kernel = num_experts, kernel
         self.ranks = self.comm.size("expert")
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -230,7 +231,7 @@ class AllToAllPath:
 
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Copies tokens to their slots (E, C, H), with the C that all processes agree on."""
-        x_ECH = spread_choices(x_TH, routing).unflatten(0, (self.num_experts, -1))
+        x_ECH = spread_choices(x_TH, routing, self.kernel).unflatten(0, (self.num_experts, -1))
         return _grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
 
     def _to_experts(self, x_ECH: Tensor) -> Issued[Tensor]:
@@ -245,7 +246,7 @@ class AllToAllPath:
 
     def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
         own = len(routing.choice_EC) // self.num_experts
-        return merge_choices(y_ECH[:, :own].flatten(0, 1), routing)
+        return merge_choices(y_ECH[:, :own].flatten(0, 1), routing, self.kernel)
 
 
 class DroppingPath(AllToAllPath):
@@ -328,11 +329,18 @@ class ScatteredSlots(GatheredSlots):
         return scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 2, bias).flatten(1, 2)
 
 
-def token_path(num_experts: int, topology: Topology) -> tuple[TokenPath, SlotRegion]:
-    """Returns the path and the region that the topology's toggles select."""
+def token_path(num_experts: int, topology: Topology, kernel: str = "torch") -> tuple[TokenPath, SlotRegion]:
+    """Returns the path and the region that the topology's toggles select.
+
+    Args:
+        num_experts: Number of experts E.
+        topology: The process's place in the meshes.
+        kernel: What copies tokens to slots and sums them, ``torch`` or ``triton``.
+    """
     comm, options = topology.comm, topology.options
     if topology.sequence_sharded:
-        return AllToAllPath(num_experts, topology), ScatteredSlots(comm)
+        return AllToAllPath(num_experts, topology, kernel), ScatteredSlots(comm)
     if not options.dtd:
-        return AllToAllPath(num_experts, topology), ReplicatedSlots(comm)
-    return DroppingPath(num_experts, topology), (ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots)(comm)
+        return AllToAllPath(num_experts, topology, kernel), ReplicatedSlots(comm)
+    region = ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots
+    return DroppingPath(num_experts, topology, kernel), region(comm)

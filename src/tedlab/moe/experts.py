@@ -5,19 +5,18 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from tedlab.comm import Issued, matmul_into
 from tedlab.comm.rows import Rows
-from tedlab.config import MoEConfig
+from tedlab.config import ExpertKernel, MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, OverlappingPath, SlotRegion, TokenPath, token_path
-from tedlab.moe.gather import activate_rows
+from tedlab.moe.gather import activate_rows, project_slots
 from tedlab.moe.grouped import bias_rows, grouped_matmul
 from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
-from tedlab.nn import FeedForwardSpec, ShardedModule, activate
+from tedlab.nn import FeedForwardSpec, ShardedModule
 from tedlab.registry import mixtures
 from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
 from tedlab.topology import Topology
@@ -110,13 +109,13 @@ class Experts(ShardedModule):
         dispatch: Class of the specification of its collectives.
         unlimited: Whether experts take every row that chose them. Routings then have a place for every choice, sorted
             by expert; otherwise they have a slot in a queue of limited capacity, or -1.
-        compilable: Whether all shapes are known before routers choose.
+        compilable: Whether ``torch.compile`` may see into it: all shapes are known before routers choose.
         moved: Rows of all forward passes so far that a backward pass may follow, if routers decide how many; else None.
     """
 
     dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
     unlimited: ClassVar[bool] = False
-    compilable: ClassVar[bool] = True
+    compilable: bool = True
     moved: Rows | None = None
 
     @classmethod
@@ -171,14 +170,20 @@ class Experts(ShardedModule):
 
 @mixtures.register("capacity")
 class SlotExperts(Experts):
-    """Experts with equal numbers of slots, which processes exchange as the topology's toggles say."""
+    """Experts with equal numbers of slots, which processes exchange as the topology's toggles say.
+
+    Slots are filled, activated and summed by torch's operations, which the compiler fuses; with ``moe.kernel=triton``
+    by the kernels that experts without a capacity use, outside of what is compiled.
+    """
 
     path: TokenPath
     region: SlotRegion
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        self.path, self.region = token_path(spec.num_experts, topology)
+        fused = spec.config.kernel == ExpertKernel.TRITON
+        self.compilable, self.kernel = not fused, str(ExpertKernel.TRITON if fused else ExpertKernel.TORCH)
+        self.path, self.region = token_path(spec.num_experts, topology, self.kernel)
         self.agreement = topology.slots
 
     def expect(self, tokens: int, slots: int) -> None:
@@ -197,14 +202,15 @@ class SlotExperts(Experts):
         """Maps the slots of this process's experts (e, N, H) to their results (e, N, H)."""
         up, up_bias, down, down_bias = self.weights()
         x_eNH = self.region.enter(x_eNH)
-        z_eNZ = torch.bmm(x_eNH, up) if up_bias is None else torch.baddbmm(up_bias, x_eNH, up)
-        return self.region.leave(matmul_into(activate(z_eNZ, self.nonlinearity), down, "experts.reduce"), down_bias)
+        h_eNF = project_slots(x_eNH, up, up_bias, self.nonlinearity, self.kernel)
+        return self.region.leave(matmul_into(h_eNF, down, "experts.reduce"), down_bias)
 
 
 class RowExperts(Experts):
     """Experts that take every row that chose them; processes exchange rows as the topology's toggles say."""
 
-    unlimited, compilable = True, False
+    unlimited = True
+    compilable = False
     path: RowPath
     region: RowRegion
 

@@ -8,6 +8,7 @@ or as kernels that pass over memory once.
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -66,6 +67,31 @@ def activate_rows(z_NZ: Tensor, bias_eZ: Tensor | None, groups: Groups, how: Non
         bias = None if bias_eZ is None else bias_eZ.to(z_NZ.dtype)
         return _Activate.apply(z_NZ, bias, groups.expert_N, how, rows)
     return activate(z_NZ if bias_eZ is None else z_NZ + bias_rows(bias_eZ, groups, z_NZ.dtype), how)
+
+
+def project_slots(
+    x_eNH: Tensor, up_eHZ: Tensor, bias_e1Z: Tensor | None, how: Nonlinearity, kernel: str = "torch"
+) -> Tensor:
+    """Applies each expert's first projection and the activation to its slots: (e, N, F).
+
+    Fused, the activation adds the bias, and keeps nothing but its input for the backward pass.
+
+    Args:
+        x_eNH: Slots.
+        up_eHZ: First projections.
+        bias_e1Z: Their biases, if any.
+        how: The activation.
+        kernel: See ``moe.kernel``.
+    """
+    rows = row_functions(kernel, x_eNH)
+    if rows is row_ops:
+        z_eNZ = torch.bmm(x_eNH, up_eHZ) if bias_e1Z is None else torch.baddbmm(bias_e1Z, x_eNH, up_eHZ)
+        return activate(z_eNZ, how)
+    z_eNZ = torch.bmm(x_eNH, up_eHZ)
+    experts, slots, _ = z_eNZ.shape
+    bias_eZ = None if bias_e1Z is None else bias_e1Z.squeeze(1).to(z_eNZ.dtype)
+    expert_N = torch.arange(experts * slots, device=z_eNZ.device).div_(slots, rounding_mode="floor")
+    return _Activate.apply(z_eNZ.flatten(0, 1), bias_eZ, expert_N, how, rows).unflatten(0, (experts, slots))
 
 
 class _GatherRows(Function):

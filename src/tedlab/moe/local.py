@@ -30,7 +30,8 @@ class LocalExperts(Experts):
         row_ops: Row operations in place of those; None: those.
     """
 
-    unlimited, compilable = True, False
+    unlimited = True
+    compilable = False
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)

@@ -33,7 +33,7 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
             )
         return
     _check_numbers(moe, model.layers)
-    _check_kernel(config, degrees)
+    _check_kernel(config)
     if moe.unlimited:
         _check_unlimited(config)
     else:
@@ -83,16 +83,20 @@ def _check_blocks(moe: MoEConfig, layers: int) -> None:
         )
 
 
-def _check_kernel(config: TrainConfig, degrees: ParallelDegrees) -> None:
-    kernel = config.moe.kernel
-    if kernel != ExpertKernel.TRITON:
-        return
-    if not config.moe.unlimited or degrees.tensor * degrees.expert > 1:
+def _check_kernel(config: TrainConfig) -> None:
+    model, moe = config.model, config.moe
+    recomputed = model.recompute.granularity
+    left_out = model.compile != Compiler.NONE and (moe.unlimited or moe.kernel == ExpertKernel.TRITON)
+    if left_out and recomputed != Granularity.NONE:
+        because = f"moe.dispatch={moe.dispatch}" if moe.unlimited else f"moe.kernel={moe.kernel}"
+        instead = "moe.dispatch=capacity" if moe.unlimited else "moe.kernel=auto"
         raise ValueError(
-            f"moe.kernel=triton is for dropless experts that are all in one process, not for "
-            f"moe.dispatch={config.moe.dispatch}, parallel.tensor={degrees.tensor}, parallel.expert={degrees.expert}; "
-            "use moe.kernel=auto"
+            f"model.compile={model.compile} with {because} leaves the experts out, and a block of which parts are "
+            f"compiled cannot be recomputed (model.recompute.granularity={recomputed}); use "
+            f"model.recompute.granularity=none, model.compile=none, or {instead}"
         )
+    if config.moe.kernel != ExpertKernel.TRITON:
+        return
     if config.trainer.get("accelerator") == "cpu":
         raise ValueError(
             "moe.kernel=triton needs a GPU, not trainer.accelerator=cpu; use trainer=gpu or moe.kernel=auto"
@@ -115,13 +119,6 @@ def _check_unlimited(config: TrainConfig) -> None:
         raise ValueError(
             f"moe.capacity_groups={moe.capacity_groups} divides a capacity, of which moe.dispatch={moe.dispatch} has "
             "none; leave it null, or use moe.dispatch=capacity"
-        )
-    if config.model.compile != Compiler.NONE and config.model.recompute.granularity != Granularity.NONE:
-        raise ValueError(
-            f"model.compile={config.model.compile} with moe.dispatch={moe.dispatch} leaves the experts out, and a "
-            f"block of which parts are compiled cannot be recomputed "
-            f"(model.recompute.granularity={config.model.recompute.granularity}); use "
-            "model.recompute.granularity=none, model.compile=none, or moe.dispatch=capacity"
         )
 
 
