@@ -74,7 +74,7 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "mixed", "ted", "dropless_ted", "fused", "dense", "today")
+QUICK = ("one_fused", "ted", "dropless_ted", "fused", "today")
 
 
 @pytest.fixture(scope="module")
