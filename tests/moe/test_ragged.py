@@ -65,8 +65,9 @@ def through_experts(x: Tensor, routing: Routing, topology: Topology) -> Tensor:
     expert_N = arrangement.groups.expert_N + topology.comm.rank("expert") * EXPERTS // topology.degrees.expert
     inside = region.enter(rows, arrangement)
     partial = torch.tanh((expert_N.unsqueeze(1) + 1) * inside) / topology.degrees.tensor
-    bias = expert_N.unsqueeze(1).expand_as(partial).to(partial.dtype)
-    return path.combine(RaggedRows(region.leave(partial, bias, rows.exchange, arrangement), rows.exchange), routing)
+    if topology.comm.rank("expert_tensor") == 0:
+        partial = partial + expert_N.unsqueeze(1)
+    return path.combine(RaggedRows(region.leave(partial, rows.exchange, arrangement), rows.exchange), routing)
 
 
 def expected(x: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Tensor:

@@ -9,8 +9,12 @@ from tedlab.spec import Site
 
 
 def unread_tags(sites: Iterable[Site]) -> Collection[str]:
-    """Returns the tags whose results only the code behind the region reads."""
-    return {site.tag for site in sites if site.feeds == "end"}
+    """Returns the tags whose results only the code behind the region reads, directly or through other collectives."""
+    unread: set[str] = set()
+    for site in reversed(tuple(sites)):
+        if site.feeds == "end" or site.feeds in unread:
+            unread.add(site.tag)
+    return unread
 
 
 def recompute_plan(sites: Iterable[Site], keep: Mapping[str, str], unread: Collection[str] = ()) -> RecomputePlan:

@@ -221,7 +221,11 @@ class GPTSpec(Spec):
         attention = AttentionConfig(latent=replace(self.model.attention.latent, q_rank=None))
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
         blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared)).blocks
-        layouts = (Layout(ParallelDegrees(2, 2, sequence=on), CommOptions(dtd=not on)) for on in (True, False))
+        layouts = (
+            Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), CommOptions(dtd=not on))
+            for expert in (1, 2)
+            for on in (True, False)
+        )
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
         return tuple(dict.fromkeys(site.tag for site in sites))
 

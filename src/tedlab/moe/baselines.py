@@ -42,6 +42,7 @@ class FixedRouter(Router):
     spec: ClassVar[type[RouterSpec]] = FixedRouterSpec
     options = ()
     router_options = ()
+    weights_learn = False
     supports = ("dropless", "groups", "replay", "generate")
 
     @override

@@ -75,6 +75,8 @@ class DispatchSpec(Spec):
         spread = Site("dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=True)
         summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True)
         whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
+        if self.config.unlimited and not sliced:
+            return self._partial_rows(layout, replace(to, replicated=True), back)
         if scattered:
             summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False)
         forward = [
@@ -93,6 +95,33 @@ class DispatchSpec(Spec):
         dropped = [replace(whole, tag="dispatch.drop")] if dealt else []
         # Gradients take the path of the rows in reverse.
         return Sites(tuple(forward), (replace(back, rows="sent"), *inside, replace(to, rows="received"), *dropped))
+
+    def _partial_rows(self, layout: Layout, to: Site, back: Site) -> Sites:
+        """Returns the collectives if rows come back as partial results, of which each token's sums are reduced."""
+        summed, gates = self._of_tokens()
+        return Sites(
+            (*self._counts(layout), to, back, summed),
+            (
+                *self._of_gates(gates),
+                replace(back, rows="sent"),
+                replace(to, rows="received"),
+                replace(summed, tag="experts.copy"),
+            ),
+        )
+
+    def _of_tokens(self) -> tuple[Site, Site]:
+        """Returns the reduction of tokens' partial sums, which nothing but the residual reads, and of their weights."""
+        summed = Site("experts.reduce", "all_reduce", "expert_tensor", self.hidden, replicated=True, feeds="end")
+        return summed, Site("experts.copy_gates", "all_reduce", "expert_tensor", self.choices, dtype="precise")
+
+    def fed(self, layout: Layout) -> str:
+        """Returns the tag of the collective that experts' results feed."""
+        partial = self.config.unlimited and self.obeyed(layout).sharers == 1
+        return "combine.all_to_all" if partial else "experts.reduce"
+
+    def _of_gates(self, *sites: Site) -> tuple[Site, ...]:
+        """Returns the sites of gradients of weights; none if weights have no gradients."""
+        return sites if routers[self.config.gating].weights_learn else ()
 
     def _counts(self, layout: Layout) -> list[Site]:
         """Returns the collectives that exchange numbers of rows if there is no capacity; recomputation skips them."""

@@ -13,7 +13,7 @@ from tedlab.config import ExpertKernel, MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, OverlappingPath, SlotRegion, TokenPath, token_path
 from tedlab.moe.gather import activate_rows, project_slots
-from tedlab.moe.grouped import bias_rows, grouped_matmul
+from tedlab.moe.grouped import add_bias, grouped_matmul
 from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule
@@ -56,12 +56,13 @@ class ExpertsSpec(Spec):
         return Counter(experts=self.expert.flops(length).total())
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        """Yields the kernels; ``stop`` leaves out the second product."""
         here, rows, inner, width = self.here(b)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
         yield b.product(rows, self.hidden, inner, times=here)
         yield from self.expert.activate(b, b.rows.computed * width)
-        if "experts.reduce" not in dead:
+        if not stop:
             yield b.product(rows, width, self.hidden, times=here)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
@@ -240,9 +241,11 @@ class RowExperts(Experts):
         x_NH = self.region.enter(x, arrangement)
         z_NZ, bias_eZ = grouped_matmul(x_NH, up, groups), None if up_bias is None else up_bias.squeeze(1)
         h_NF = activate_rows(z_NZ, bias_eZ, groups, self.nonlinearity, self.kernel)
-        partial_NH = grouped_matmul(h_NF, down, groups, "experts.reduce")
-        bias_NH = None if down_bias is None else bias_rows(down_bias.squeeze(1), groups, partial_NH.dtype)
-        return RaggedRows(self.region.leave(partial_NH, bias_NH, x.exchange, arrangement), x.exchange)
+        partial_NH = grouped_matmul(h_NF, down, groups, self.region.feeds)
+        if down_bias is not None:
+            first = self.comm.rank("expert_tensor") == 0  # one tensor rank adds it, for all
+            partial_NH = add_bias(partial_NH, down_bias.squeeze(1), groups, first)
+        return RaggedRows(self.region.leave(partial_NH, x.exchange, arrangement), x.exchange)
 
 
 def _answered(experts: Any, path: Any, sent: list[Issued[Any]], routing: Routing) -> Issued[Tensor]:

@@ -26,6 +26,13 @@ def spread_choices(x_TH: Tensor, routing: Routing, kernel: str = "torch") -> Ten
     return gather_rows(to_compute_dtype(x_TH), token, routing.slot_TK, kernel)
 
 
+def chosen_experts(routing: Routing) -> Tensor:
+    """Returns the expert of each choice (T, K) int64, if experts take all choices."""
+    load_E, slot_TK = routing.counts_E, routing.slot_TK
+    each = torch.arange(len(load_E), device=load_E.device)
+    return each.repeat_interleave(load_E, output_size=slot_TK.numel())[slot_TK]
+
+
 def merge_choices(y: Tensor, routing: Routing, kernel: str = "torch") -> Tensor:
     """Returns each token's gate-weighted sum of its choices' results (T, H), which ``y`` holds by slot."""
     rows = row_functions(kernel, y)

@@ -78,6 +78,21 @@ def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
     return _BiasRows.apply(bias_eF.to(dtype), groups.expert_N)
 
 
+def add_bias(partial_NF: Tensor, bias_eF: Tensor, groups: Groups, adds: bool) -> Tensor:
+    """Adds the bias of each row's expert to rows that a group sums later, which one of its processes does for all.
+
+    Forward: the sum if ``adds``, otherwise the rows. Backward: if every process of the group has the gradient of the
+    whole sum, as here, that of the bias is whole on every process, too.
+
+    Args:
+        partial_NF: This process's part of the rows.
+        bias_eF: The experts' biases.
+        groups: Which expert each row belongs to.
+        adds: Whether this process is the one.
+    """
+    return _AddBias.apply(partial_NF, bias_eF.to(partial_NF.dtype), groups.expert_N, adds)
+
+
 class _GroupedMatmul(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
@@ -136,3 +151,16 @@ class _BiasRows(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (expert,) = ctx.saved_tensors
         return sums_by_expert(grads[0], expert, ctx.experts), None
+
+
+class _AddBias(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor, expert: Tensor, adds: bool) -> Tensor:
+        ctx.save_for_backward(expert)
+        ctx.experts = len(bias)
+        return x + bias.index_select(0, expert) if adds else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (expert,) = ctx.saved_tensors
+        return grads[0], sums_by_expert(grads[0], expert, ctx.experts), None, None

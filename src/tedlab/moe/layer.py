@@ -48,7 +48,7 @@ class MoESpec(Spec):
         return ExpertsSpec(self.expert, self.config)
 
     def local(self, b: MicroBatch) -> LocalSpec | None:
-        """Returns what experts that are all in this process do, if they do it in their own way."""
+        """Returns what experts that are all in each process do, if they do it in their own way."""
         alone = mixtures[self.config.dispatch].alone(b.layout.degrees)
         return LocalSpec(self.experts) if alone else None
 
@@ -74,10 +74,10 @@ class MoESpec(Spec):
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
         local = self.local(b)
         if local is not None:
-            yield from local.forward(b)
+            yield from local.forward(b, dead)
         else:
             yield from self.dispatch.there(b)
-            yield from self.experts.forward(b, dead)
+            yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
             yield from self.dispatch.back(b, bias=self.expert.bias)
             if self.shared is not None or not stop:
                 yield b.moved(2 * chosen * self.hidden)  # gate

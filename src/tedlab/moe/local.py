@@ -1,8 +1,19 @@
-"""Experts without a capacity that are all in one process and undivided.
+"""Experts without a capacity that are all in each process, whole or divided by width over the tensor group.
 
 Rows never leave the process, so that fused kernels can gather, activate and weight them, and little is kept for the
 backward pass: the tokens, which the rest of the block keeps anyway, and each row's first projection. Each row's input,
 activation and result are recomputed or not needed. Legend as in ``row_ops.py``.
+
+Tensor ranks compute partial sums of each token, which one collective adds up: tokens are reduced, not rows. There is no
+exchange, so duplicate token dropping has nothing to drop.
+
+===================  ==============================================  =======================================
+tensor ranks hold    before                                          after
+===================  ==============================================  =======================================
+all tokens           nothing; the gradients of tokens and weights    all-reduce of tokens
+                     are all-reduced
+tokens of their own  all-gathers of tokens, choices and weights      reduce-scatter of tokens
+===================  ==============================================  =======================================
 """
 
 from typing import Any
@@ -11,20 +22,26 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm import once, to_compute_dtype
+from tedlab.comm import copy_to, gather_to, once, reduce_from, scatter_from, to_compute_dtype
+from tedlab.comm.recompute import is_dead, unused
 from tedlab.comm.rows import Rows
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
+from tedlab.moe.gather import chosen_experts
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
+from tedlab.moe.local_spec import DroplessSpec
 from tedlab.moe.products import Order, Products, products
 from tedlab.moe.router import Routing
+from tedlab.moe.slots import sort_choices
 from tedlab.topology import Topology
+
+_REDUCE = "experts.reduce"
 
 
 class LocalExperts(Experts):
     """Experts that are all in this process and take every token that chooses them.
 
-    The process must be alone in its expert and tensor groups. ``moe.kernel`` says which row operations it uses.
+    The process must be alone in its expert group. ``moe.kernel`` says which row operations it uses.
 
     Attributes:
         row_ops: Row operations in place of those; None: those.
@@ -38,35 +55,56 @@ class LocalExperts(Experts):
         self.kernel = spec.config.kernel
         self.moved: Rows = Rows()
         self.row_ops: Any | None = None
+        self.sharded = topology.sequence_sharded
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        x = to_compute_dtype(x_TH)
+        x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
         if self.row_ops is None:
             computing = products(self.kernel, self.nonlinearity, x)
         else:
             computing = Products(self.row_ops, self.nonlinearity)
-        rows = routing.slot_TK.numel()
         if torch.is_grad_enabled():
-            self.moved += Rows(rows, rows, rows, rows)
-        return _Mixture.apply(
-            x, routing.gate_TK, up, _flat(up_bias), down, _flat(down_bias), self._order(x, routing), computing
-        )
+            self.moved += Rows(*[gate_TK.numel()] * 4)
+        y = _Mixture.apply(x, gate_TK, up, _flat(up_bias), down, _flat(down_bias), order, computing, self._adds_bias)
+        if self.sharded:
+            return scatter_from(y, self.comm, "expert_tensor", _REDUCE, dim=0)
+        return reduce_from(y, self.comm, "expert_tensor", _REDUCE)
 
-    def _order(self, x: Tensor, routing: Routing) -> Order:
-        load, choices = routing.counts_E, routing.slot_TK.shape[1]
+    @property
+    def _adds_bias(self) -> bool:
+        """Whether this tensor rank adds the second bias to its partial sums: one does, for all."""
+        return self.comm.rank("expert_tensor") == 0
+
+    def _enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Order]:
+        """Returns the tokens of which this tensor rank computes a part, the weights of their choices, and their rows."""
+        comm, gate_TK, places, choice_N, load = self.comm, routing.gate_TK, *routing[1:3], routing.counts_E
+        if self.sharded:
+            own_TK = chosen_experts(routing)
+            expert_TK = once(
+                "dispatch.gather_choices",
+                lambda: comm.all_gather(own_TK, "expert_tensor", tag="dispatch.gather_choices", phase="forward"),
+            )
+            places, choice_N, load = sort_choices(expert_TK, self.num_experts)
+            x_TH = gather_to(x_TH, comm, "expert_tensor", "dispatch.gather", dim=0)
+            gate_TK = gather_to(gate_TK, comm, "expert_tensor", "dispatch.gather_gates", dim=0)
+        else:
+            x_TH = copy_to(x_TH, comm, "expert_tensor", "experts.copy")
+            gate_TK = copy_to(gate_TK, comm, "expert_tensor", "experts.copy_gates")
         # If products need the numbers of rows, the host waits for the device, except in recomputation.
-        sizes = None if one_kernel(x, *self.widths) else once("experts.sizes", lambda: tuple(self.comm.reader(load)()))
-        ends = load.cumsum(0).int()
+        sizes = None if one_kernel(x_TH, *self.widths) else once("experts.sizes", lambda: tuple(comm.reader(load)()))
         each = torch.arange(len(load), device=load.device)
-        expert_N = each.repeat_interleave(load, output_size=routing.slot_TK.numel())
-        token_N = routing.choice_EC.div(choices, rounding_mode="floor")
-        return Order(token_N, routing.slot_TK, expert_N[routing.slot_TK], Groups(expert_N, ends, sizes))
+        expert_N = each.repeat_interleave(load, output_size=places.numel())
+        token_N = choice_N.div(places.shape[1], rounding_mode="floor")
+        groups = Groups(expert_N, load.cumsum(0).int(), sizes)
+        return x_TH, gate_TK, Order(token_N, places, expert_N[places], groups)
 
 
 @mixtures.register("dropless")
 class Dropless(RowExperts):
-    """Makes :class:`LocalExperts` if all experts are in one process, otherwise :class:`RowExperts`."""
+    """Makes :class:`LocalExperts` if all experts are in each process, otherwise :class:`RowExperts`."""
+
+    dispatch = DroplessSpec
 
     @classmethod
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
@@ -74,7 +112,7 @@ class Dropless(RowExperts):
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:
-        return degrees.tensor == degrees.expert == 1
+        return degrees.expert == 1
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:
@@ -93,11 +131,16 @@ class _Mixture(Function):
         down_bias: Tensor | None,
         order: Order,
         computing: Products,
+        adds_bias: bool,
     ) -> Tensor:
-        z, y_NH = computing.forward(x_TH, up, up_bias, down, order)
+        dead = is_dead(_REDUCE)
+        z, y_NH = computing.forward(x_TH, up, up_bias, down, order, whole=not dead)
         ctx.save_for_backward(x_TH, gate_TK, up, up_bias, down, down_bias, z)
-        ctx.order, ctx.computing = order, computing
-        return computing.rows.combine(y_NH, order.place_TK, gate_TK, down_bias, order.expert_TK)
+        ctx.order, ctx.computing, ctx.adds_bias = order, computing, adds_bias
+        if dead:
+            return unused(x_TH.shape, x_TH)
+        added = down_bias if adds_bias else None
+        return computing.rows.combine(y_NH, order.place_TK, gate_TK, added, order.expert_TK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,7 +159,9 @@ class _Mixture(Function):
             each = torch.arange(len(up), device=x.device)
             # The gates of each token by expert: the bias is added gate times.
             gate_TE = (order.expert_TK.unsqueeze(-1) == each) * gate_TK.unsqueeze(-1)
+            # Every tensor rank holds the whole gradient of the sums, and hence of the bias, whoever adds it.
             grad_down_bias = gate_TE.sum(1).to(grad_TH.dtype).mT @ grad_TH
-            products_TE = (grad_TH @ down_bias.mT).to(gate_TK.dtype)
-            grad_gate = grad_gate + products_TE.gather(1, order.expert_TK)
-        return grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None
+            if ctx.adds_bias:
+                products_TE = (grad_TH @ down_bias.mT).to(gate_TK.dtype)
+                grad_gate = grad_gate + products_TE.gather(1, order.expert_TK)
+        return grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None, None

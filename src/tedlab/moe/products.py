@@ -47,9 +47,11 @@ class Products:
         self.rows, self.how = rows, how
 
     def forward(
-        self, x_TH: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, order: Order
+        self, x_TH: Tensor, up: Tensor, up_bias: Tensor | None, down: Tensor, order: Order, whole: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Returns z (N, Z), which :meth:`backward` needs, and each row's result (N, H) without the second bias.
+
+        If not ``whole``, it computes z alone, which it returns twice.
 
         Args:
             x_TH: Tokens.
@@ -57,8 +59,11 @@ class Products:
             up_bias: (e, Z), their biases, if any.
             down: (e, F, H), second projections.
             order: Order of the rows.
+            whole: Whether the results are wanted.
         """
         z_NZ = times(self.rows.take(x_TH, order.token_N), up, order.groups)
+        if not whole:
+            return z_NZ, z_NZ
         h_NF = self.rows.hidden(z_NZ, up_bias, order.groups.expert_N, self.how)
         return z_NZ, times(h_NF, down, order.groups)
 

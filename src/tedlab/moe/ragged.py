@@ -10,7 +10,9 @@ device spreads rows while the host waits for them. A recomputed forward pass reu
 =================  =======================  ==================================================================
 mode               path and region          rows
 =================  =======================  ==================================================================
-plain TED          sorted, replicated       every tensor rank exchanges all R rows of the data rank
+plain TED          sorted, replicated       every tensor rank exchanges all R rows of the data rank, and gets back
+                                            partial results, of which it adds up those of each token; these sums,
+                                            fewer than rows, are all-reduced
 DTD                dealt, gathered          tensor rank r mod T sends row r; what each received is gathered
 DTD, fused         dealt, scattered         the same with a reduce-scatter for all-reduce and drop
 sequence parallel  sorted, scattered        each tensor rank has its own tokens
@@ -123,6 +125,9 @@ class OverlappingRowPath(RowPath, Protocol):
 class RaggedPath:
     """Exchanges all rows of this process within its expert group.
 
+    If all tensor ranks receive the same rows, each computes a part of the results of its data rank's tokens, and the
+    region between there and back must not sum the parts: :meth:`receive` does.
+
     Args:
         num_experts: Number of experts E, a multiple of the expert degree.
         comm: The collectives of this process.
@@ -147,6 +152,8 @@ class RaggedPath:
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
         x = to_compute_dtype(x_TH)
+        if self.sharers == 1:
+            x = copy_to(x, self.comm, "expert_tensor", "experts.copy")
         exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
         return [self._to_experts(spread_choices(x, routing, self.kernel), exchange)]
 
@@ -155,7 +162,11 @@ class RaggedPath:
 
     def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
         (y_RH,) = back
-        return merge_choices(y_RH, routing, self.kernel)
+        if self.sharers > 1:
+            return merge_choices(y_RH, routing, self.kernel)
+        gate_TK = copy_to(routing.gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
+        partial_TH = merge_choices(y_RH, routing._replace(gate_TK=gate_TK), self.kernel)
+        return reduce_from(partial_TH, self.comm, "expert_tensor", "experts.reduce")
 
     def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange]) -> Issued[RaggedRows]:
         known = exchange()
@@ -283,40 +294,55 @@ def arrange(exchange: Exchange) -> Arrangement:
 
 
 class RowRegion(Protocol):
-    """The entry and exit of the experts' tensor-parallel computation."""
+    """The entry and exit of the experts' tensor-parallel computation.
+
+    Attributes:
+        feeds: Tag of the collective that results go into; a second pass that does not repeat it does not need them.
+    """
+
+    feeds: str
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         """Maps the rows that this tensor rank received to rows (N, H) of which every tensor rank computes its part."""
         ...
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        """Sums the tensor ranks' parts, adds a bias if given, and returns the rows that this rank sends back."""
+    def leave(self, partial_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        """Returns the rows that this rank sends back: sums of the tensor ranks' parts, or its own parts.
+
+        Backward, every tensor rank must get the gradient of the whole sums.
+        """
         ...
 
 
 class ReplicatedRows:
-    """Every tensor rank receives the same rows."""
+    """Every tensor rank receives the same rows and sends back its parts of the results."""
+
+    feeds = "combine.all_to_all"
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
-        return copy_to(arrangement.sort(x.values), self.comm, "expert_tensor", "experts.copy")
+        return arrangement.sort(x.values)
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        y_NH = reduce_from(partial_NH, self.comm, "expert_tensor", "experts.reduce")
-        return arrangement.restore(y_NH if bias_NH is None else y_NH + bias_NH)
+    def leave(self, partial_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        return arrangement.restore(partial_NH)
 
 
-class GatheredRows(ReplicatedRows):
-    """Each tensor rank receives its own rows, which are gathered; the rest is as without DTD, in the paper's order."""
+class GatheredRows:
+    """Each tensor rank receives its own rows, which are gathered; results are reduced in the paper's order."""
+
+    feeds = "experts.reduce"
+
+    def __init__(self, comm: Collectives) -> None:
+        self.comm = comm
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         x_iMH = gather_from(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0)
-        return super().enter(RaggedRows(x_iMH, x.exchange), arrangement)
+        return copy_to(arrangement.sort(x_iMH), self.comm, "expert_tensor", "experts.copy")
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        y_iMH = super().leave(partial_NH, bias_NH, exchange, arrangement)
+    def leave(self, partial_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        y_iMH = arrangement.restore(reduce_from(partial_NH, self.comm, "expert_tensor", "experts.reduce"))
         y_MH = slice_to(y_iMH, self.comm, "expert_tensor", "combine.drop", dim=0)
         return y_MH[: sum(exchange.splits.received)]
 
@@ -327,10 +353,8 @@ class ScatteredRows(GatheredRows):
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return arrangement.sort(gather_to(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0))
 
-    def leave(self, partial_NH: Tensor, bias_NH: Tensor | None, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        partial = arrangement.restore(partial_NH)
-        bias = None if bias_NH is None else arrangement.restore(bias_NH)
-        y_MH = scatter_from(partial, self.comm, "expert_tensor", "experts.reduce", 0, bias)
+    def leave(self, partial_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
+        y_MH = scatter_from(arrangement.restore(partial_NH), self.comm, "expert_tensor", "experts.reduce", dim=0)
         return y_MH[: sum(exchange.splits.received)]
 
 

@@ -210,6 +210,7 @@ class Router(PreciseBuffers, ShardedModule):
         needed_top_k: The only ``moe.top_k`` that it accepts; None: any.
         options: Fields of :class:`tedlab.config.MoEConfig` that it uses; other routers need them to be null.
         router_options: Fields of :class:`tedlab.config.RouterConfig` that it uses; others need their defaults.
+        weights_learn: Whether the weights of choices have gradients.
         supports: What it does beyond choosing experts for whole micro-batches, with a capacity: ``dropless``
             (``moe.dispatch``), ``groups`` (of positions, as with ``parallel.sequence``), ``compile``, ``balance`` (the
             options of ``moe.balance``), ``replay`` (of recorded choices), ``generate`` (choices for a token that depend
@@ -225,6 +226,7 @@ class Router(PreciseBuffers, ShardedModule):
     needed_top_k: ClassVar[int | None] = None
     options: ClassVar[tuple[str, ...]] = ("drop_policy",)
     router_options: ClassVar[tuple[str, ...]] = tuple(field.name for field in fields(RouterConfig))
+    weights_learn: ClassVar[bool] = True
     supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "compile", "balance", "replay", "generate")
 
     bias: DTensor

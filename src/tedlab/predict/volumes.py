@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tedlab.comm.collectives import Collective, Operation, Phase
-from tedlab.comm.keep import kept_tags, recompute_plan
+from tedlab.comm.keep import kept_tags, recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows
@@ -182,7 +182,10 @@ class ClosedForm:
 
     def second_pass(self, block: int, cac: object) -> RecomputePlan:
         """Returns what recomputation does at each collective of a block."""
-        return recompute_plan(self.sites[block].recomputed, kept_tags(cac, self.spec.tags, block))
+        sites = self.sites[block].recomputed
+        # Early stopping skips a collective whose result only the code behind the block reads.
+        unread = unread_tags(sites) if self.config.model.recompute.early_stop else ()
+        return recompute_plan(sites, kept_tags(cac, self.spec.tags, block), unread)
 
     def dead(self, block: int) -> set[str]:
         """Returns the tags of a block's collectives whose input recomputation does not compute."""
@@ -195,10 +198,7 @@ class ClosedForm:
             return
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
-            # Early stopping skips a collective whose result only the code behind the block reads.
-            if second[site.tag] is Second.AGAIN and not (
-                site.feeds == "end" and self.config.model.recompute.early_stop
-            ):
+            if second[site.tag] is Second.AGAIN:
                 yield from self._calls([site], "recompute", self._rows[block])
             elif second[site.tag] is Second.SLICE:
                 gathered = replace(site, op="all_gather", kind="tensor", rows=site.result or site.rows)
