@@ -24,7 +24,8 @@ from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, ragged, router, row_ops
-from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath, ReplicatedRows
+from tedlab.moe.local import LocalExperts
+from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
 from tedlab.moe.shared import SharedGateSpec
 from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, activate, attend, attention, norm, sharded
 from tedlab.nn import loss as losses
@@ -521,8 +522,20 @@ def norms_with_another_epsilon(patch: Patch) -> None:
 def bias_added_by_each_tensor_rank(patch: Patch) -> None:
     """To its part of an expert's result, before the parts are summed: T times too much."""
 
+    patch.setattr(LocalExperts, "_adds_bias", True)
     right = experts.add_bias
     patch.setattr(experts, "add_bias", lambda partial, bias, groups, adds: right(partial, bias, groups, True))
+
+
+def gates_gradient_of_this_tensor_rank_alone(patch: Patch) -> None:
+    """Each tensor rank weights its part of an expert's result, so that the gradient of a weight is a sum of parts."""
+    right = differentiable.copy_to
+
+    def wrong(x: Tensor, comm: Collectives, kind: Any, tag: str) -> Tensor:
+        return x if tag == "experts.copy_gates" else right(x, comm, kind, tag)
+
+    patch.setattr("tedlab.moe.local.copy_to", wrong)
+    patch.setattr(ragged, "copy_to", wrong)
 
 
 def bias_gradient_of_this_slice_alone(patch: Patch) -> None:

@@ -44,7 +44,8 @@ LATENT: Overrides = ("parallel=tp2", "model.positions=rotary", "model.attention.
 SHARED: Overrides = (*TODAY, "moe.every=1", "moe.shared.experts=2", "moe.shared.gated=true")
 SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.dtd=true", "comm.cac=shard")
 WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
-DEALT: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "comm.dtd=true")
+DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true")
+DIVIDED: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "moe.top_k=2")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
 BIASED: Overrides = ("parallel=dp2", "moe.router.bias_update=proportional", "moe.top_k=2", "data.micro_batch_size=4")
 GLOBAL: Overrides = (
@@ -126,7 +127,8 @@ CERTIFIED: dict[Plant, Found] = {
         SHARED, "gradients", "in step 1: network.blocks.0.feed_forward.shared.gate.weight"
     ),
     bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
-    bugs.bias_added_by_each_tensor_rank: Found(DEALT, "outputs", "in step 2: logits"),
+    bugs.bias_added_by_each_tensor_rank: Found(DIVIDED, "outputs", "in step 2: logits"),
+    bugs.gates_gradient_of_this_tensor_rank_alone: Found(DIVIDED, "gradients", "in step 1"),
     bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
     bugs.capacity_not_padded: Found(TP2, "outputs", "in step 1"),
     bugs.capacity_rounded_down: Found(TP2, "outputs", "in step 1"),

@@ -138,8 +138,9 @@ class MoESpec(Spec):
         if self.dispatch.choices > self.config.top_k:  # more room than results: gradients of both factors of each
             yield WorkingSet("gates", temporaries=2 * self._weighted(b))
         if recomputed and self.config.unlimited:
-            # Product; bias of each row and sum; if tensor ranks share rows, also rows as received and all tokens' rows.
-            copies = 1 + 2 * self.expert.bias + 2 * (self.dispatch.obeyed(b.layout).sharers > 1)
+            # Product; sum with the bias; if tensor ranks share rows, also rows as received, and parts in that order.
+            layout = self.dispatch.obeyed(b.layout)
+            copies = 1 + self.expert.bias + (layout.sharers > 1) + layout.scattered
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _local_working_sets(self, local: LocalSpec, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
