@@ -77,7 +77,7 @@ class LocalExperts(Experts):
         return self.comm.rank("expert_tensor") == 0
 
     def _enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Order]:
-        """Returns the tokens of which this tensor rank computes a part, the weights of their choices, and their rows."""
+        """Returns the tokens of which this rank computes a part, the weights of their choices, and their rows."""
         comm, gate_TK, places, choice_N, load = self.comm, routing.gate_TK, *routing[1:3], routing.counts_E
         if self.sharded:
             own_TK = chosen_experts(routing)

@@ -1,4 +1,4 @@
-"""What experts without a capacity that are all in each process do, see ``local.py``: what they send, compute and keep."""
+"""What experts without a capacity that are all in each process do, see ``local.py``: they send, compute and keep."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -33,9 +33,7 @@ class DroplessSpec(DispatchSpec):
         gates = replace(gates, tag="dispatch.gather_gates", op="all_gather", replicated=True)
         chosen = replace(gates, tag="dispatch.gather_choices", dtype="index", recomputed=False)
         back = replace(summed, op="all_gather"), replace(gathered, op="reduce_scatter")
-        return Sites(
-            (chosen, gathered, gates, summed), (*back, *self._of_gates(replace(gates, op="reduce_scatter")))
-        )
+        return Sites((chosen, gathered, gates, summed), (*back, *self._of_gates(replace(gates, op="reduce_scatter"))))
 
 
 @dataclass(frozen=True)
