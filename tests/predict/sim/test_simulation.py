@@ -19,16 +19,17 @@ from tedlab.certify import Certificate, certify
 from tedlab.comm import Collectives
 from tedlab.comm.ledger import differences
 from tedlab.commands.simulate import SimulateConfig, task
-from tedlab.config import SimulationConfig, TrainConfig
+from tedlab.config import SimulationConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.predict.cost import placement_of
 from tedlab.predict.flops import forward_flops
 from tedlab.predict.sim import Simulation, simulate
+from tedlab.predict.sim.meter import HIDDEN
 from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.show import _memory_table
-from tedlab.predict.sim.simulation import HIDDEN, Batches
+from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.predict.volumes import ClosedForm, predict
@@ -120,6 +121,29 @@ def test_the_ledger_of_128_ranks_is_the_closed_form(
     assert all(count.seconds > 0 for count in simulation.ledger.values())
     overlapped = "optim.overlap=true" in toggles
     assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
+
+
+def overlapping(config: TrainConfig) -> tuple[Simulation, Simulation]:
+    with out_of_the_pools_group():
+        off, on = (
+            simulate(with_values(config, {"comm.overlap_shared": o}), load_cluster("summit")) for o in (False, True)
+        )
+    return off, on
+
+
+def test_what_shared_experts_hide_is_what_the_step_becomes_shorter_by(pool: WorkerPool) -> None:
+    """In each layer, forward: no more than the first projections, and no more than the exchange they run beside."""
+    overrides = [*WORLD, "moe.shared.experts=1", "moe.shared.ffn=256", "data.batch_size=64"]
+    off, on = pool.run(1, overlapping, checked(*overrides))[0]
+    assert on.differences == {}
+    assert not off.hidden
+    assert {entry.tag for entry in on.hidden} == {"dispatch.all_to_all", "combine.all_to_all"}
+    assert {entry.phase for entry in on.hidden} == {"forward", "backward"}
+    assert all(0 < seconds <= on.ledger[entry].seconds for entry, seconds in on.hidden.items())
+    assert on.step_seconds == pytest.approx(off.step_seconds - sum(on.hidden.values()))
+    assert differences(on.ledger, off.ledger) == {}
+    ends = [max(s.end for s in run.spans) - min(s.start for s in run.spans) for run in (off, on)]
+    assert ends == pytest.approx([off.step_seconds, on.step_seconds])  # the makespan
 
 
 @pytest.mark.slow
@@ -351,7 +375,7 @@ def test_compare_reads_simulations_and_marks_their_times(
     for name in ("none", "dtd"):
         config = checked(*WORLD, f"comm={name}", f"output_dir={tmp_path / name}")
         pool.run(1, command, asked(config, rank=9), None)
-        for picture in ("memory.png", "time.png"):
+        for picture in ("memory.png", "time.png", "timeline.png"):
             assert (tmp_path / name / picture).read_bytes().startswith(b"\x89PNG")
     compare_command(str(tmp_path / "none"), str(tmp_path / "dtd"), "by=comm.dtd,sim.rank")
     text = capsys.readouterr().out

@@ -15,6 +15,7 @@ from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
+from tedlab.predict.sim.lanes import Lanes, Transfer
 from tedlab.predict.sim.memory import Category, StorageTracker
 from tedlab.predict.sim.roofline import seconds, work_of
 from tedlab.spec import Work
@@ -25,6 +26,7 @@ _DRAW = torch.ops.aten.exponential_.default
 _DEVICE = torch.ops.prim.device.default  # dispatched for fake tensors all the time
 
 MATRICES, KERNELS = "matrix products", "other kernels"
+HIDDEN = "hidden by overlap"
 
 
 class Counts:
@@ -34,8 +36,11 @@ class Counts:
         ledger: The ledger of collectives.
         flops: FLOPs by phase.
         kernels: How often each kind of work was done, by phase.
-        seconds: Predicted seconds by phase and cause: ``matrix products``, ``other kernels``, ``<operation>, <link>``.
+        seconds: Predicted seconds by phase and cause: ``matrix products``, ``other kernels``, ``<operation>, <link>``;
+            and, as negative numbers, ``hidden by overlap``: what collectives take while the processor computes.
         collectives: Predicted seconds of collectives, including the wait for other ranks, by the ledger's entries.
+        hidden: How many of these the processor does not wait for; negative where it waits longer, because the link was
+            busy with another.
         wire: The bytes that this rank sends, by link.
     """
 
@@ -45,6 +50,7 @@ class Counts:
         self.kernels: Counter[tuple[Phase, Work]] = Counter()
         self.seconds: defaultdict[tuple[Phase, str], float] = defaultdict(float)
         self.collectives: defaultdict[Entry, float] = defaultdict(float)
+        self.hidden: defaultdict[Entry, float] = defaultdict(float)
         self.wire: defaultdict[LinkClass, float] = defaultdict(float)
 
 
@@ -62,6 +68,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         counts: The counts to add to; None: nothing is counted.
+        lanes: What the processor and the links do, and when.
         parts: The counts of each micro-batch, by its number within the step.
     """
 
@@ -75,9 +82,11 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
+        self.lanes = Lanes()
         self.parts: dict[int, Counts] = {}
         self._in_forward = False
-        self._communicated = 0.0  # predicted time at which the last collective ended
+        self._on_their_way: dict[int, Transfer] = {}  # by id() of the call
+        self._communicated = 0.0  # predicted time at which the last collective was issued or awaited
         self._host = 0.0  # predicted time at which the host has issued all operations so far
 
     def start(self, micro_batch: int) -> None:
@@ -129,10 +138,12 @@ class Meter(TorchDispatchMode):
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
 
     def _do(self, counts: Counts, phase: Phase, work: Work) -> None:
-        taken = self._advance(seconds(work, self.cluster), self._dispatch(phase))
+        alone, cause = seconds(work, self.cluster), MATRICES if work.flops else KERNELS
+        taken = self._advance(alone, self._dispatch(phase))
+        self.lanes.compute(phase, cause, self.memory.now - alone, self.memory.now)
         counts.flops[phase] += work.flops
         counts.kernels[phase, work] += 1
-        counts.seconds[phase, MATRICES if work.flops else KERNELS] += taken
+        counts.seconds[phase, cause] += taken
 
     def _dispatch(self, phase: Phase) -> float:
         dispatch = self.cluster.kernels.dispatch
@@ -189,17 +200,35 @@ class Meter(TorchDispatchMode):
     def on_collective(self, call: Collective, event: Literal["start", "end"]) -> None:
         """Handles the start or end of a collective, as a hook does."""
         self.progress()
-        if self.counts is None or event == "start":
-            return
-        counts, members = self.counts, self.members[call.kind]
-        counts.ledger(call, event)
-        waiting = waiting_seconds(self.memory.now - self._communicated, members, self.cluster)
+        if event == "start":
+            if self.counts is not None:
+                self._on_their_way[id(call)] = self._issue(call)
+        elif (transfer := self._on_their_way.pop(id(call), None)) is not None and self.counts is not None:
+            self._await(self.counts, call, transfer)
+
+    def _issue(self, call: Collective) -> Transfer:
+        members, now = self.members[call.kind], self.memory.now
+        waiting = waiting_seconds(now - self._communicated, members, self.cluster)
         alone = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)
-        taken = self._advance(waiting + alone, 0.0)
+        self._communicated = now
+        link, name = link_of(members, self.cluster.gpus_per_node), f"{call.op} {call.tag}"
+        reduction = call.tag == "gradients.reduce"
+        return self.lanes.issue(link, call.phase, name, max(now, self._host), waiting + alone, yields=reduction)
+
+    def _await(self, counts: Counts, call: Collective, transfer: Transfer) -> None:
+        end, ready = self.lanes.end(transfer), max(self.memory.now, self._host)
+        hidden = 0.0
+        if transfer.start != ready:  # otherwise nothing was computed meanwhile, and the link was free
+            hidden = transfer.seconds - max(0.0, end - ready)
+        taken = self._advance(transfer.seconds - hidden, 0.0) + hidden
         self._communicated = self.memory.now
-        link = link_of(members, self.cluster.gpus_per_node)
-        counts.seconds[call.phase, f"{call.op}, {link}"] += taken
-        counts.collectives[Entry(call.phase, call.kind, call.op, call.tag)] += taken
+        members, entry = self.members[call.kind], Entry(call.phase, call.kind, call.op, call.tag)
+        counts.ledger(call, "end")
+        counts.seconds[call.phase, f"{call.op}, {transfer.link}"] += taken
+        counts.collectives[entry] += taken
+        if hidden:
+            counts.hidden[entry] += hidden
+            counts.seconds[call.phase, HIDDEN] -= hidden
         sent = wire_bytes_by_link(call.op, call.even_payload_bytes, members, self.cluster.gpus_per_node)
         for name, size in sent.items():
             counts.wire[name] += size

@@ -1,6 +1,7 @@
-"""Draws two pictures of a simulated step: memory over time, and where the time goes."""
+"""Draws pictures of a simulated step: memory over time, where the time goes, and what runs beside what."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ from matplotlib.figure import Figure
 from tedlab.comm import TRAINING_PHASES
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.sim.lanes import LANES, Span
 from tedlab.predict.sim.memory import Category
-from tedlab.predict.sim.meter import KERNELS, MATRICES
-from tedlab.predict.sim.simulation import HIDDEN, Simulation
+from tedlab.predict.sim.meter import HIDDEN, KERNELS, MATRICES
+from tedlab.predict.sim.simulation import Simulation
 
 _GIB = 2**30
 _GREY = "#9aa0a6"
@@ -80,6 +82,56 @@ def time_picture(simulation: Simulation, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
     figure.savefig(path)
+
+
+def lanes_picture(simulation: Simulation, path: Path) -> None:
+    """Draws what runs beside what: of the last micro-batch, the exchanges of one layer in both passes, or all of it."""
+    start = simulation.micro_batches[-1][0]
+    spans = [span for span in simulation.spans if span.end > start]
+    shown = [
+        window
+        for phase in ("forward", "backward")
+        if (window := _around_an_exchange([span for span in spans if span.phase == phase])) is not None
+    ]
+    draw_lanes(spans, shown or [(start, max(span.end for span in spans))], path)
+
+
+def draw_lanes(spans: Sequence[Span], windows: Sequence[tuple[float, float]], path: Path) -> None:
+    """Draws windows of a timeline, from its first to its last second, below each other."""
+    figure = Figure(figsize=(9, 0.6 + 1.5 * len(windows)), dpi=150, layout="constrained")
+    labelled: dict[str, object] = {}
+    lanes = [lane for lane in LANES if lane == "compute" or any(span.lane == lane for span in spans)]
+    for axes, (first, last) in zip(figure.subplots(len(windows), squeeze=False).flat, windows, strict=True):
+        scale, unit = (1e3, "ms") if last - first < 10 else (1.0, "s")
+        for span in spans:
+            start, end = max(span.start, first), min(span.end, last)
+            if start >= end:
+                continue
+            name = span.name if span.lane == "compute" else span.name.split()[0]
+            where = ((start - first) * scale, (end - start) * scale)
+            bar = axes.broken_barh([where], (lanes.index(span.lane) - 0.4, 0.8), color=_CAUSES[name], lw=0)
+            labelled.setdefault(name.replace("_", " "), bar)
+        axes.set_yticks(range(len(lanes)), [lane.replace("_", " ") for lane in lanes])
+        axes.invert_yaxis()
+        axes.set_xlim(0, (last - first) * scale)
+        axes.set_xlabel(f"predicted {unit} from {first * scale:.3f} {unit}")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(list(labelled.values()), list(labelled), loc="outside right center", frameon=False)
+    figure.savefig(path)
+
+
+def _around_an_exchange(spans: Sequence[Span]) -> tuple[float, float] | None:
+    """Returns the time around the exchanges of the middle one of the layers that exchange tokens in a phase."""
+    exchanges = [span for span in spans if span.name.startswith("all_to_all")]
+    names = [None, *(span.name for span in exchanges)]
+    starts = [n for n, (before, name) in enumerate(itertools.pairwise(names)) if name == names[1] != before]
+    if not starts:
+        return None
+    middle = len(starts) // 2
+    layer = exchanges[starts[middle] : (*starts, None)[middle + 1]]
+    start, end = layer[0].start, max(span.end for span in layer)
+    around = 0.25 * (end - start)
+    return max(0.0, start - around), end + around
 
 
 def causes(simulation: Simulation) -> list[str]:

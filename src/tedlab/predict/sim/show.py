@@ -26,10 +26,12 @@ from tedlab.config import TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.flops import training_flops
-from tedlab.predict.sim.pictures import causes, memory_picture, time_picture
+from tedlab.predict.sim.lanes import write_trace
+from tedlab.predict.sim.meter import HIDDEN
+from tedlab.predict.sim.pictures import causes, lanes_picture, memory_picture, time_picture
 from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.routing import SimulatedRouting
-from tedlab.predict.sim.simulation import HIDDEN, Simulation, simulate
+from tedlab.predict.sim.simulation import Simulation, simulate
 from tedlab.report import resolved_yaml
 
 _GIB = 2**30
@@ -71,6 +73,8 @@ def simulate_visibly(
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     memory_picture(simulation, cluster, directory / "memory.png")
     time_picture(simulation, directory / "time.png")
+    lanes_picture(simulation, directory / "timeline.png")
+    write_trace(simulation.spans, directory / "timeline.json", rank)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
     if not isinstance(ranks, int):
@@ -86,6 +90,7 @@ def simulate_visibly(
     for table in (
         traffic_table(title, simulation.ledger, 1, True, simulation.differences),
         _time_table(simulation),
+        *([_overlap_table(simulation)] if simulation.hidden else []),
         _memory_table(summary, cluster),
         _closing_table(config, summary),
     ):
@@ -159,6 +164,7 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
             abs(ours.calls - theirs.calls) for ours, theirs in simulation.differences.values()
         ),
         **{f"sim/flops/{phase}": done for phase, done in simulation.flops.items() if done},
+        **{f"sim/hidden_seconds/{e.phase}/{e.kind}/{e.op}/{e.tag}": time for e, time in simulation.hidden.items()},
         **{f"sim/seconds/{phase}/{cause}": taken for (phase, cause), taken in simulation.seconds.items()},
         "output_dir": config.output_dir,
     }
@@ -187,7 +193,7 @@ def _time_table(simulation: Simulation) -> Table:
     table.add_column("cause")
     for heading in (*TRAINING_PHASES, "all", "%"):
         table.add_column(heading, justify="right")
-    hidden = [HIDDEN] if ("optimizer", HIDDEN) in simulation.seconds else []
+    hidden = [HIDDEN] if simulation.hidden else []
     for cause in [*causes(simulation), *hidden]:
         values = [simulation.seconds.get((phase, cause), 0.0) for phase in TRAINING_PHASES]
         name = cause.replace(", ", " ").replace("in_node", "in node").replace("between_nodes", "between nodes")
@@ -197,6 +203,27 @@ def _time_table(simulation: Simulation) -> Table:
     table.add_row("all", *_row(phases, simulation.step_seconds))
     flops = [simulation.flops.get(phase, 0.0) / 1e12 for phase in TRAINING_PHASES]
     table.add_row("TFLOP", *(f"{t:,.2f}" if t else "" for t in flops), f"{sum(flops):,.2f}", "")
+    return table
+
+
+def _overlap_table(simulation: Simulation) -> Table:
+    """Shows how much of the time of collectives that something may hide behind is hidden."""
+    table = Table(title="overlap, seconds of a step", title_justify="left")
+    table.add_column("collective")
+    for heading in ("alone", "hidden", "exposed", "hidden, %"):
+        table.add_column(heading, justify="right")
+    overlapping = {entry._replace(phase="forward") for entry in simulation.hidden}
+    totals = {"all": [0.0, 0.0]}
+    for entry, count in simulation.ledger.items():
+        if entry._replace(phase="forward") in overlapping or entry in simulation.hidden:
+            for name in (f"{entry.op} {entry.tag} ({entry.phase})", "all"):
+                total = totals.setdefault(name, [0.0, 0.0])
+                total[0] += count.seconds
+                total[1] += simulation.hidden.get(entry, 0.0)
+    for name, (alone, hidden) in sorted(totals.items(), key=lambda item: item[0] == "all"):
+        if name == "all":
+            table.add_section()
+        table.add_row(name, f"{alone:.4f}", f"{hidden:.4f}", f"{alone - hidden:.4f}", f"{hidden / alone:.0%}")
     return table
 
 
@@ -232,5 +259,5 @@ def _closing_table(config: TrainConfig, summary: dict[str, Any]) -> Table:
     table.add_row("throughput", f"{speed}, MFU {summary['perf/mfu']:.1%}")
     table.add_row("parameters", f"{summary['parameters/total']:,} total, {summary['parameters/active']:,} active")
     table.add_row("saved in", config.output_dir)
-    table.add_row("", "summary.json, config.yaml, memory.png, time.png")
+    table.add_row("", "summary.json, config.yaml, memory.png, time.png, timeline.png, timeline.json (a trace)")
     return table

@@ -21,6 +21,7 @@ from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig, Dispatch
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
+from tedlab.predict.sim.lanes import Span
 from tedlab.predict.sim.memory import StorageTracker, Timeline
 from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
@@ -32,7 +33,6 @@ from tedlab.run import language_model, quieten, strategy_of
 from tedlab.spec import Work
 from tedlab.topology import Topology
 
-HIDDEN = "hidden by overlap"
 _MICRO_BATCHES = 3  # the number of different kinds
 _PRECISIONS = {"16-mixed": "bf16-mixed"}  # Lightning has fp16 autocast on GPUs only; bf16 takes as many bytes
 
@@ -48,7 +48,9 @@ class Simulation:
         differences: Where the ledger differs from the closed form; unless it is empty, one of them has a bug.
         flops: The FLOPs of this rank by phase, including recomputation.
         kernels: How often each kind of work is done, by phase.
-        seconds: Predicted seconds by phase and cause.
+        seconds: Predicted seconds by phase and cause; what overlaps is subtracted as ``hidden by overlap``.
+        hidden: Of the ledger's predicted seconds, those that the processor does not wait for, see :class:`Counts`.
+        spans: When the processor and the links are busy, over the micro-batches that ran.
         wire: The bytes that the rank sends, by link.
         memory: The memory over the micro-batches that ran.
         micro_batches: For each of these, its start in predicted seconds and how many micro-batches it stands for.
@@ -62,6 +64,8 @@ class Simulation:
     flops: Mapping[Phase, float]
     kernels: Mapping[tuple[Phase, Work], float]
     seconds: Mapping[tuple[Phase, str], float]
+    hidden: Mapping[Entry, float]
+    spans: Sequence[Span]
     wire: Mapping[LinkClass, float]
     memory: Timeline
     micro_batches: Sequence[tuple[float, int]]
@@ -78,13 +82,16 @@ class Simulation:
         All calls of a collective count with their mean payload, which is exact for rings and for equal payloads.
 
         Raises:
-            ValueError: If the reduction of gradients overlaps, or the cluster has measured host times or waits, since
-                what hides behind what then depends on the cluster.
+            ValueError: If anything overlaps, or the cluster has measured host times or waits, since what hides behind
+                what then depends on the cluster.
         """
         if cluster.waits or cluster.kernels.dispatch != Dispatch():
             raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
-        if ("optimizer", HIDDEN) in self.seconds:
-            raise ValueError("with optim.overlap=true a simulation cannot be priced again; simulate on that cluster")
+        if self.hidden:
+            raise ValueError(
+                "a simulation in which collectives are hidden (optim.overlap, comm.overlap_shared) cannot be priced "
+                "again; simulate on that cluster"
+            )
         priced: defaultdict[tuple[Phase, str], float] = defaultdict(float)
         for (phase, work), times in self.kernels.items():
             priced[phase, MATRICES if work.flops else KERNELS] += times * kernel_seconds(work, cluster)
@@ -162,6 +169,7 @@ class _Observer(Callback):
         self.counts: list[Counts] = []
         self.starts: list[float] = []
         self.memory: Timeline
+        self.spans: list[Span]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +192,7 @@ class _Observer(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         meter = _strategy(trainer).meter
         self.counts, meter.counts = list(meter.parts.values()), None
-        self.memory = meter.memory.timeline()
+        self.memory, self.spans = meter.memory.timeline(), meter.lanes.spans
 
 
 class Batches:
@@ -252,10 +260,6 @@ def _simulation(
     for part, n in zip(parts, times, strict=True):
         for entry, count in part.ledger.totals.items():
             ledger[entry] += replace(count, seconds=part.collectives[entry]) * n
-    seconds = _summed([part.seconds for part in parts], times)
-    if config.optim.overlap:
-        reductions = sum(t for entry, t in parts[-1].collectives.items() if entry.tag == "gradients.reduce")
-        seconds["optimizer", HIDDEN] = -min(reductions, _computing(parts[-1], "backward"))
     return Simulation(
         rank=rank,
         groups=groups,
@@ -263,7 +267,9 @@ def _simulation(
         differences=differences(ledger, expected),
         flops=_summed([part.flops for part in parts], times),
         kernels=_summed([part.kernels for part in parts], times),
-        seconds=seconds,
+        seconds=_summed([part.seconds for part in parts], times),
+        hidden=_summed([part.hidden for part in parts], times),
+        spans=observer.spans,
         wire=_summed([part.wire for part in parts], times),
         memory=observer.memory,
         micro_batches=list(zip(observer.starts, times, strict=True)),
@@ -277,10 +283,6 @@ def _summed(totals: list[Any], times: list[int]) -> dict[Any, float]:
         for key, value in part.items():
             result[key] += n * value
     return dict(result)
-
-
-def _computing(counts: Counts, phase: Phase) -> float:
-    return sum(t for (when, cause), t in counts.seconds.items() if when == phase and "," not in cause)
 
 
 def _strategy(trainer: Trainer) -> SimulatedStrategy:
