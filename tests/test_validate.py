@@ -263,6 +263,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.overlap_shared=true"],
         ["comm.overlap_shared=true", "moe.shared.experts is 0", "moe.shared.experts=1", "comm.overlap_shared=false"],
     ),
+    "chunks_without_experts": (
+        ["comm.chunks=2", "moe=dense", "parallel=tp2"],
+        ["comm.chunks=2", "moe.num_experts is 0", "comm.chunks=1"],
+    ),
+    "chunks_that_exceed_the_slots": (
+        ["comm.chunks=60", "moe.capacity_factor=1", "moe.capacity_multiple=1", "data.micro_batch_size=1"],
+        ["comm.chunks=60 exceeds", "slots of each expert", "16 tokens", "use at most"],
+    ),
     "dtd_of_a_sharded_sequence": (
         ["parallel.sequence=true", "comm.dtd=true"],
         ["comm.dtd=true", "parallel.sequence=true", "one of the two"],

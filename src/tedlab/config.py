@@ -288,6 +288,8 @@ class CommOptions(Frozen):
     # error about an unknown one lists all); auto: the best that fit in cac_budget_bytes.
     cac: Any = False
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
+    # Into how many chunks the slots of each expert are divided, so that one is exchanged while another is computed.
+    chunks: int = whole(1, least=1, most=64)
     overlap_shared: bool = False  # shared experts compute while tokens are on their way to routed experts and back
 
 

@@ -111,6 +111,11 @@ class Layout:
         return self.degrees.tensor if self.options.dtd or self.sequence else 1
 
     @property
+    def chunks(self) -> int:
+        """Into how many chunks a mixture divides what processes exchange, if they do."""
+        return self.options.chunks if self.degrees.expert > 1 else 1
+
+    @property
     def scattered(self) -> bool:
         """Whether each of the sharers gets only the sums of its own tokens, by a reduce-scatter."""
         return self.sharers > 1 and (self.sequence or self.options.fuse_reduce_scatter)
@@ -132,6 +137,7 @@ class Site:
         replicated: Whether all tensor ranks hold the same result, so that each may keep a part for all.
         result: Rows of an all-to-all's result if they differ from ``rows``.
         chunk: Number of rows that it moves at a time; None: all.
+        parts: Number of calls that it divides them into, as equally as can be.
         recomputed: Whether a second forward pass reaches it.
     """
 
@@ -145,6 +151,7 @@ class Site:
     replicated: bool = False
     result: RowCount | None = None
     chunk: int | None = None
+    parts: int = 1
     recomputed: bool = True
 
 

@@ -3,14 +3,14 @@
 The steps are those of ``test_ledger.py``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from tedlab.comm import Collective, Ledger, differentiable, recompute
-from tedlab.comm.ledger import differences
+from tedlab.comm import TRAINING_PHASES, Collective, Ledger, differentiable, recompute
+from tedlab.comm.ledger import Totals, differences
 from tedlab.moe import grouped
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
 from tests.comm.test_ledger import DEEPSEEK, MODES, configuration, one_step, poisoned, topology_of
@@ -31,11 +31,32 @@ BESIDE: dict[str, Overrides] = {  # model.recompute.granularity is block unless 
     "dropless_dtd_some": {**DEEPSEEK, **MODES["dropless_dtd"], "comm.cac": ["combine.all_to_all"]},
     "dropless_sequence": {**DEEPSEEK, **MODES["dropless_sequence"], **CAC},
 }
+CHUNKED: dict[str, Overrides] = {
+    "stored": {"model.recompute.granularity": "none", "comm.chunks": 2},
+    "recomputed": {**MODES["dtd"], "comm.chunks": 2, "accumulated": 2},  # three slots each: chunks of one and of two
+    "cac": {**MODES["dtd"], **CAC, "comm.chunks": 3},
+    "fused_shard": {**MODES["fused"], "comm.cac": "shard", "comm.chunks": 2},
+    "sequence_some": {**MODES["sequence"], "comm.cac": ["1/dispatch.all_to_all"], "comm.chunks": 2},
+    "beside_shared": {**WEIGHTED, **CAC, "comm.chunks": 2, "comm.overlap_shared": True},
+}
+OFF = {"comm.chunks": 1, "comm.overlap_shared": False}
+CHUNKED_TAGS = {f"dispatch.{op}" for op in ("all_to_all", "gather")} | {
+    f"combine.{op}" for op in ("all_to_all", "drop")
+}
+CHUNKED_TAGS |= {"experts.reduce", "experts.copy"}
 LAYOUT = (4, 2, 2)
 
 
-def step(layout: tuple[int, int, int], overrides: Overrides) -> tuple[list[Tensor], list[str], list[str]]:
-    """Results, what is not as the closed form says, and the collectives in order, as they start and end."""
+class Step(NamedTuple):
+    """Results, what is not as the closed form says, the collectives as they start and end, and their totals."""
+
+    results: list[Tensor]
+    wrong: list[str]
+    heard: list[str]
+    totals: Totals
+
+
+def step(layout: tuple[int, int, int], overrides: Overrides) -> Step:
     recompute.unused = differentiable.unused = grouped.unused = poisoned
     config = configuration(layout, overrides)
     topology, ledger, heard = topology_of(config), Ledger(), []
@@ -54,17 +75,38 @@ def step(layout: tuple[int, int, int], overrides: Overrides) -> tuple[list[Tenso
         wrong.append(f"kept {kept} bytes, not {expected}")
     if not all(torch.isfinite(x).all() for x in results):
         wrong.append("not finite")
-    return results, wrong, heard
+    return Step(results, wrong, heard, ledger.totals)
 
 
 def beside(layout: tuple[int, int, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, overrides in BESIDE.items():
-        off, *_ = step(layout, overrides)
-        on, wrong, heard = step(layout, {**overrides, "comm.overlap_shared": True})
-        if not all(torch.equal(a, b) for a, b in zip(on, off, strict=True)):
-            wrong.append("other results than without overlap")
-        found[name] = wrong, heard
+        off, on = (step(layout, {**overrides, "comm.overlap_shared": o}) for o in (False, True))
+        if not all(torch.equal(a, b) for a, b in zip(on.results, off.results, strict=True)):
+            on.wrong.append("other results than without overlap")
+        if differences(on.totals, off.totals):
+            on.wrong.append("another ledger than without overlap")
+        found[name] = on.wrong, on.heard
+    return found
+
+
+def in_chunks(layout: tuple[int, int, int]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, overrides in CHUNKED.items():
+        chunks, precision = overrides["comm.chunks"], {"trainer.precision": "64-true"}
+        off, on = (step(layout, {**overrides, **precision, **toggles}) for toggles in (OFF, {}))
+        wrong = list(on.wrong)
+        for ours, theirs in zip(on.results, off.results, strict=True):
+            error = (ours - theirs).abs().max() / theirs.abs().max()
+            if error > 4 * torch.finfo(theirs.dtype).eps:
+                wrong.append(f"{tuple(theirs.shape)} differs by {error:.1e}")
+        for entry, count in off.totals.items():
+            if entry.phase not in TRAINING_PHASES:  # the first step of a topology also compares numbers of slots
+                continue
+            times = chunks if entry.tag in CHUNKED_TAGS else 1
+            if (on.totals[entry].calls, on.totals[entry].payload_bytes) != (times * count.calls, count.payload_bytes):
+                wrong.append(f"{entry}: {on.totals[entry]} instead of {times} × {count.calls} calls")
+        found[name] = wrong, on.heard
     return found
 
 
@@ -92,3 +134,35 @@ def test_shared_experts_compute_while_tokens_are_on_their_way_in_both_passes(sha
         *("start shared.copy (backward)", "end shared.copy (backward)", f"end {there} (backward)"),
     ]
     assert order == [*forward, *forward, *backward, *backward]
+
+
+@pytest.fixture(scope="module")
+def chunked(pool: WorkerPool) -> list[dict[str, Any]]:
+    return pool.run(LAYOUT[0], in_chunks, LAYOUT)
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_send_the_same_bytes_in_more_calls_and_change_results_by_the_order_of_sums(
+    chunked: list[dict[str, Any]], name: str
+) -> None:
+    """Of weights' gradients, which are sums over chunks; in float64, four units in the last place of the largest."""
+    for rank in chunked:
+        assert not rank[name][0]
+
+
+def test_a_chunk_is_computed_while_others_are_on_their_way(chunked: list[dict[str, Any]]) -> None:
+    """What enters and leaves the experts' tensor-parallel region tells when each is computed."""
+    order = [line for line in chunked[0]["stored"][1] if "all_to_all" in line or "start experts" in line]
+    there, back = "dispatch.all_to_all", "combine.all_to_all"
+    pipeline = [
+        *("start A", "start A", "end A", "start experts", "start B", "end A", "start experts", "start B"),
+        *("end B", "end B"),
+    ]
+    forward, backward = (
+        [
+            line.replace("A", first).replace("B", second).replace("experts", f"experts.{tag}") + f" ({phase})"
+            for line in pipeline
+        ]
+        for phase, first, second, tag in (("forward", there, back, "reduce"), ("backward", back, there, "copy"))
+    )
+    assert order == [*forward, *backward]

@@ -43,6 +43,8 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import models
 from tedlab.nn import with_heads
 from tedlab.optim import Grouping
+from tedlab.registry import mixtures
+from tedlab.spec import Layout
 from tedlab.strategy import HALF_PRECISIONS
 
 STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
@@ -181,7 +183,12 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         model=model,
         moe=moe,
         parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert, given.sequence),
-        comm=replace(config.comm, backend=None if accelerator == "cpu" else config.comm.backend, emulate=None),
+        comm=replace(
+            config.comm,
+            backend=None if accelerator == "cpu" else config.comm.backend,
+            emulate=None,
+            chunks=_chunks(config.comm, moe, replace(degrees, sequence=given.sequence), micro_batch * length),
+        ),
         data=data,
         optim=optim,
         trainer=trainer,
@@ -310,6 +317,14 @@ def _capacity_multiple(moe: MoEConfig, tokens: int, tensor: int) -> int:
         if group_capacity(replace(moe, capacity_multiple=multiple), tokens // groups, groups) % tensor:
             return multiple
     return multiples[0] if multiples else moe.capacity_multiple
+
+
+def _chunks(comm: CommConfig, moe: MoEConfig, degrees: ParallelDegrees, tokens: int) -> int:
+    """Returns into how many chunks slots are divided: as many as before, if there are so many slots."""
+    if comm.chunks == 1:
+        return 1
+    sent = mixtures[moe.dispatch].dispatch(1, moe).rows(Layout(degrees, comm), tokens).sent
+    return min(comm.chunks, max(1, sent // max(1, moe.num_experts)))
 
 
 def _vocabulary(tensor: int) -> int:

@@ -41,6 +41,11 @@ def listed(rows: int, sharers: int) -> int:
     return -(-rows // sharers) * sharers
 
 
+def split_evenly(rows: int, parts: int) -> list[int]:
+    """Divides ``rows`` into ``parts`` whole numbers that differ by at most one."""
+    return [rows * (part + 1) // parts - rows * part // parts for part in range(parts)]
+
+
 def dealt(counts: Any, sharers: int, rank: int) -> Any:
     """Returns how many rows of each expert one of the ranks that share a list gets, (…, E) like ``counts``.
 

@@ -42,7 +42,7 @@ from tedlab.comm import (
     scatter_from,
     slice_to,
 )
-from tedlab.comm.rows import Rows, hands, rows_of, spread
+from tedlab.comm.rows import Rows, hands, rows_of, split_evenly, spread
 from tedlab.config import MoEConfig
 from tedlab.moe.gather import merge_choices, spread_choices
 from tedlab.moe.router import Routing, routers
@@ -66,14 +66,20 @@ class DispatchSpec(Spec):
         """Returns the layout with the toggles as the path obeys them: one without DTD, say, switches ``dtd`` off."""
         return layout
 
+    def chunks(self, layout: Layout) -> int:
+        """Returns into how many chunks it divides what processes exchange: slots only, so far."""
+        return 1 if self.config.unlimited else layout.chunks
+
     def sites(self, layout: Layout) -> Sites:
         layout = self.obeyed(layout)
         sliced, scattered, hidden = layout.sharers > 1, layout.scattered, self.hidden
-        dealt = sliced and not layout.sequence
-        to = Site("dispatch.all_to_all", "all_to_all", "expert", hidden, "sent", result="received")
-        back = Site("combine.all_to_all", "all_to_all", "expert", hidden, "received", result="sent")
-        spread = Site("dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=True)
-        summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True)
+        dealt, parts = sliced and not layout.sequence, self.chunks(layout)
+        to = Site("dispatch.all_to_all", "all_to_all", "expert", hidden, "sent", result="received", parts=parts)
+        back = Site("combine.all_to_all", "all_to_all", "expert", hidden, "received", result="sent", parts=parts)
+        spread = Site(
+            "dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=True, parts=parts
+        )
+        summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True, parts=parts)
         whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
         if self.config.unlimited and not sliced:
             return self._partial_rows(layout, replace(to, replicated=True), back)
@@ -154,6 +160,8 @@ class DispatchSpec(Spec):
         yield from self._indexed(b, b.rows.sent if b.layout.sequence else b.rows.computed)
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.sent * width)
+        if self.chunks(b.layout) > 1:
+            yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)
         if sliced:
@@ -170,6 +178,8 @@ class DispatchSpec(Spec):
         if sliced and not scattered:
             yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
+            yield b.moved(2 * b.rows.sent * width)
+        if self.chunks(b.layout) > 1:
             yield b.moved(2 * b.rows.sent * width)
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.computed * width)
@@ -231,7 +241,7 @@ class AllToAllPath:
 
     def __init__(self, num_experts: int, topology: Topology, kernel: str = "torch") -> None:
         self.comm, self.agreement = topology.comm, topology.slots
-        self.num_experts, self.kernel = num_experts, kernel
+        self.num_experts, self.kernel, self.chunks = num_experts, kernel, topology.layout.chunks
         self.ranks = self.comm.size("expert")
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
@@ -241,13 +251,16 @@ class AllToAllPath:
         return self.receive([self.answer(y_eNH).wait()], routing)
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Tensor]]:
-        return [self._to_experts(self._own(self._slots(x_TH, routing)))]
+        x_ECH = self._own(self._slots(x_TH, routing))
+        number = min(self.chunks, x_ECH.shape[1])
+        chunks = [x_ECH] if number == 1 else x_ECH.split(split_evenly(x_ECH.shape[1], number), 1)
+        return [self._to_experts(chunk) for chunk in chunks]
 
     def answer(self, y_enH: Tensor) -> Issued[Tensor]:
         return self._from_experts(y_enH)
 
     def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
-        (y_ECH,) = back
+        y_ECH = back[0] if len(back) == 1 else torch.cat(back, 1)
         return self._tokens(self._whole(y_ECH), routing)
 
     def _own(self, x_ECH: Tensor) -> Tensor:

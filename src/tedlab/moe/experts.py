@@ -76,6 +76,8 @@ class ExpertsSpec(Spec):
         yield b.product(inner, rows, self.hidden, times=here)
         if self.expert.bias:
             yield b.moved(b.rows.computed * inner)
+        if b.layout.chunks > 1 and not self.config.unlimited:  # adds up the gradients of weights
+            yield b.moved(3 * (b.layout.chunks - 1) * here * self.hidden * (inner + width), b.parameter)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
 
@@ -185,13 +187,16 @@ class SlotExperts(Experts):
         fused = spec.config.kernel == ExpertKernel.TRITON
         self.compilable, self.kernel = not fused, str(ExpertKernel.TRITON if fused else ExpertKernel.TORCH)
         self.path, self.region = token_path(spec.num_experts, topology, self.kernel)
-        self.agreement = topology.slots
+        self.agreement, self.chunks = topology.slots, topology.layout.chunks
 
     def expect(self, tokens: int, slots: int) -> None:
         self.agreement.expect(self, tokens, slots)
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
+        sent = self.send(x_TH, routing) if self.chunks > 1 else None
+        if sent is None:
+            return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
+        return self.answer(sent, routing).wait()
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Tensor]] | None:
         return self.path.send(x_TH, routing) if isinstance(self.path, OverlappingPath) else None

@@ -19,7 +19,7 @@ from tedlab.comm.collectives import Collective, Operation, Phase
 from tedlab.comm.keep import kept_tags, recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
-from tedlab.comm.rows import Rows
+from tedlab.comm.rows import Rows, split_evenly
 from tedlab.config import BalanceScope, BiasUpdate, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
@@ -294,9 +294,11 @@ class ClosedForm:
         for site in sites:
             rows = self._count(site.rows, moved)
             chunk = site.chunk or rows
-            for start in range(0, rows, chunk) if chunk else [0]:
-                elements = min(chunk, rows - start) * site.width
-                yield self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
+            at_a_time = [min(chunk, rows - start) for start in range(0, rows, chunk)] if chunk else [0]
+            if site.parts > 1:
+                at_a_time = split_evenly(rows, site.parts)
+            for number in at_a_time:
+                yield self._call(site.op, site.kind, phase, site.tag, number * site.width, self._dtype(site))
 
     def _count(self, rows: RowCount, moved: Rows) -> int:
         if rows == "tokens":

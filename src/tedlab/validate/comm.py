@@ -12,6 +12,8 @@ from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import ClosedForm
+from tedlab.registry import mixtures
+from tedlab.spec import Layout
 
 
 def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
@@ -49,6 +51,8 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"moe.shared.experts is {config.moe.shared.experts}; use moe.shared.experts=1 or more, or "
             "comm.overlap_shared=false"
         )
+    if comm.chunks > 1:
+        _check_chunks(config, degrees)
     if degrees.sequence:
         _check_sequence(config, degrees)
     _check_emulation(config, degrees)
@@ -89,6 +93,26 @@ def _check_compiled(config: TrainConfig) -> None:
         )
     if config.moe.num_experts and "compile" not in routers[config.moe.gating].supports:
         raise ValueError(f"model.compile={config.model.compile} needs moe.gating=default, not {config.moe.gating}")
+
+
+def _check_chunks(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    chunks, moe = config.comm.chunks, config.moe
+    if not moe.num_experts:
+        raise ValueError(
+            f"comm.chunks={chunks} divides what is exchanged with experts, but moe.num_experts is 0; use comm.chunks=1"
+        )
+    if moe.unlimited:
+        raise ValueError(
+            f"comm.chunks={chunks} divides the slots of experts with a capacity, but moe.dispatch={moe.dispatch} has "
+            "none; use comm.chunks=1"
+        )
+    layout, tokens = Layout(degrees, config.comm), config.data.micro_batch_size * config.model.sequence_length
+    slots = mixtures[moe.dispatch].dispatch(config.model.hidden, moe).rows(layout, tokens).sent // moe.num_experts
+    if chunks > slots:
+        raise ValueError(
+            f"comm.chunks={chunks} exceeds the {slots} slots of each expert that a process sends for a micro-batch of "
+            f"{tokens} tokens; use at most {slots}"
+        )
 
 
 def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:

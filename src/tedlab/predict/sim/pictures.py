@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from tedlab.comm import TRAINING_PHASES
@@ -99,7 +100,7 @@ def lanes_picture(simulation: Simulation, path: Path) -> None:
 def draw_lanes(spans: Sequence[Span], windows: Sequence[tuple[float, float]], path: Path) -> None:
     """Draws windows of a timeline, from its first to its last second, below each other."""
     figure = Figure(figsize=(9, 0.6 + 1.5 * len(windows)), dpi=150, layout="constrained")
-    labelled: dict[str, object] = {}
+    labelled: dict[str, Artist] = {}
     lanes = [lane for lane in LANES if lane == "compute" or any(span.lane == lane for span in spans)]
     for axes, (first, last) in zip(figure.subplots(len(windows), squeeze=False).flat, windows, strict=True):
         scale, unit = (1e3, "ms") if last - first < 10 else (1.0, "s")
