@@ -6,6 +6,7 @@ without an error. Which test notices which is in ``test_planted_bugs.py``.
 
 import math
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from tedlab import TEDStrategy, capacity, module
 from tedlab.checkpoint import directory
-from tedlab.comm import Collectives, differentiable, recompute
+from tedlab.comm import Collectives, differentiable, raw, recompute
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
@@ -874,6 +875,27 @@ def exchange_not_inverted_in_backward(patch: Patch) -> None:
         return launch(x.roll(len(x) // comm.size("expert"), 0))
 
     _collective(patch, "start_all_to_all", wrong, kind="expert", phase="backward")
+
+
+def exchange_that_is_not_awaited(patch: Patch) -> None:
+    """Results are read while they are on their way: one process joins late, and the other has memory nobody filled."""
+    right = raw.Functional.all_to_all
+
+    def wrong(self: raw.Functional, x: Tensor, received: Any, sent: Any, group: dist.ProcessGroup) -> raw.Wait:
+        if group.rank() == 1:
+            time.sleep(0.02)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(raw, "_awaited", lambda result: result)
+            result: Any = right(self, x, received, sent, group)
+        return lambda: torch.nan_to_num(result.elem.clone()).clamp(-1, 1)  # whatever is there, but finite
+
+    patch.setattr(raw.Functional, "all_to_all", wrong)
+
+
+def chunks_returned_in_another_order(patch: Patch) -> None:
+    """The chunk that was computed last is the first."""
+    right = dispatch.AllToAllPath.receive
+    patch.setattr(dispatch.AllToAllPath, "receive", lambda self, back, routing: right(self, back[::-1], routing))
 
 
 def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:

@@ -199,14 +199,24 @@ TRAINED: dict[str, dict[str, object]] = {
         "optim.groups": "[{pattern: '*.experts.*', weight_decay: 0.3}, {pattern: '*', frozen: true}]",
     },
 }
-JOBS |= ROUTERS | BLOCKS | TRAINED
+OVERLAP: dict[str, dict[str, object]] = {
+    "overlapped_ted": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "comm.chunks": 2},
+        **{"comm.overlap_shared": True, "moe.shared.gated": True, "moe.capacity_factor": 0.8, "optim.overlap": True},
+    },
+    "overlapped_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **DEEPSEEK, **RECOMPUTED, "parallel.sequence": True, "comm.cac": True},
+        **{"comm.overlap_shared": True, "comm.chunks": 3, "moe.capacity_factor": 1.5},
+    },
+}
+JOBS |= ROUTERS | BLOCKS | TRAINED | OVERLAP
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
     *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
     *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices"),
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
-    "experts_alone_ted",
+    *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -224,6 +234,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("ted", "ted_fused_sharded", "dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence"),
         *("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted"),
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
+        *("overlapped_ted", "overlapped_in_slices"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),

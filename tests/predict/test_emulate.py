@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
 
-from tedlab.comm import Collective, Phase
+from tedlab import ParallelDegrees, Topology
+from tedlab.comm import Collective, Phase, issue_all_to_all
 from tedlab.comm.collectives import Operation
 from tedlab.predict.cluster import ClusterConfig, Link, load_cluster
 from tedlab.predict.cost import collective_seconds, wire_bytes_by_link
 from tedlab.predict.emulate import Emulation
+from tests.pool import WorkerPool
 
 GROUPS: dict[Any, Any] = {"tensor": [0, 1], "expert": [0, 2], "world": [0, 1, 2, 3]}
 
@@ -147,3 +152,45 @@ def test_fewer_ranks_on_a_node_have_its_network_for_themselves() -> None:
 def test_an_emulation_that_cannot_be_is_refused_at_once(cluster: str, options: Any, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         Emulation(load_cluster(cluster), GROUPS, **options)
+
+
+class Work(Function):
+    """Takes so many seconds in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seconds: float) -> Tensor:
+        ctx.seconds = seconds
+        time.sleep(seconds)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        time.sleep(ctx.seconds)
+        return grads[0] * 2, None
+
+
+LINK, WORK = 0.06, 0.04  # seconds
+
+
+def both_passes() -> list[float]:
+    """The seconds of both passes of an exchange and of work: one after the other, and beside each other."""
+    comm, taken = Topology(ParallelDegrees(2, 1, 2)).comm, []
+    comm.register_hook(Emulation(network(LINK, LINK), comm.ranks))
+    for beside in (False, True):
+        x = torch.ones(4, 3, requires_grad=True)
+        dist.barrier()
+        begin = time.perf_counter()
+        issued = issue_all_to_all(x, comm, "expert", "test")
+        early = Work.apply(x, WORK) if beside else None
+        arrived = issued.wait()
+        work = Work.apply(x, WORK) if early is None else early
+        (arrived + work).sum().backward()
+        taken.append(time.perf_counter() - begin)
+    return taken
+
+
+def test_an_emulated_exchange_goes_on_while_a_process_works(pool: WorkerPool) -> None:
+    """On gloo, in both passes; generous, for machines that are busy."""
+    for blocking, beside in pool.run(2, both_passes):
+        assert blocking >= 2 * (LINK + WORK)
+        assert 2 * LINK <= beside < blocking - WORK
