@@ -80,13 +80,17 @@ def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, ro
     x = weights["network.embedding.weight"][ids]
     if model.positions == "learned":
         x = x + weights["network.positions.weight"][:length]
+    reads: list[Tensor] = []  # what each sub-layer so far has read
     for number in range(model.layers):
         block = {k.removeprefix(f"network.blocks.{number}."): w for k, w in weights.items() if f".{number}." in k}
-        x = x + _attention(block, _norm(block, "norm1", x, model), model)
+        attended = _norm(block, "norm1", x, model)
+        x = x + _attention(block, attended, model)
         inside = _norm(block, "norm2", x, model)
+        reads += [attended, inside]
         if _has_experts(number, moe):
-            flat = inside.reshape(samples * length, -1)
-            x = x + _mixture(block, flat, length, model, moe, routed).reshape(x.shape)
+            z = reads[{"none": -1, "pos1": -2, "pos2": -3, "pos3": -4}[moe.shortcut]]
+            flat, of_router = (tensor.reshape(samples * length, -1) for tensor in (inside, z))
+            x = x + _mixture(block, flat, of_router, length, model, moe, routed).reshape(x.shape)
         else:
             x = x + _feed_forward(block, inside, model)
     top = {k.removeprefix("network."): w for k, w in weights.items()}
@@ -152,17 +156,24 @@ def _feed_forward(weights: Weights, x: Tensor, model: ModelConfig, name: str = "
     return _linear(weights, f"{name}.down", _activated(_linear(weights, f"{name}.up", x), model))
 
 
-def _shared(weights: Weights, x: Tensor, model: ModelConfig, moe: MoEConfig) -> Tensor:
-    """What every token gets beside the experts that it chooses."""
+def _joined(weights: Weights, x: Tensor, mixed: Tensor, model: ModelConfig, moe: MoEConfig) -> Tensor:
+    """The sum of what a token's own experts made and of what every token gets, weighted by what ``x`` says."""
     if not moe.shared.experts:
-        return torch.zeros_like(x)
+        return mixed
     y = _feed_forward(weights, x, model, "feed_forward.shared")
-    return y / (1 + torch.exp(-(x @ weights["feed_forward.shared.gate.weight"].T))) if moe.shared.gated else y
+    if moe.shared.combine == "add":
+        return mixed + y
+    products = x @ weights["feed_forward.shared.gate.weight"].T
+    if moe.shared.combine == "cg1":
+        return mixed + y / (1 + torch.exp(-products))
+    shares = torch.exp(products) / torch.exp(products).sum(-1, keepdim=True)
+    return shares[:, 1:] * mixed + shares[:, :1] * y
 
 
 def _mixture(
-    weights: Weights, x: Tensor, length: int, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]
+    weights: Weights, own: Tensor, x: Tensor, length: int, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]
 ) -> Tensor:
+    """What a block's experts make: those that every token goes to of ``own``, router and routed ones of ``x``."""
     tokens, number = len(x), moe.num_experts
     scores = x @ weights["feed_forward.router.weight"].T
     if moe.router.bias:
@@ -172,7 +183,7 @@ def _mixture(
     chosen = [_chosen(row, moe) for row in (affinities.detach() + bias).tolist()]
     kept = _kept(chosen, affinities.tolist(), length, moe)
     gates = torch.stack([_gates(scores[t], affinities[t], experts, moe) for t, experts in enumerate(chosen)])
-    y = _shared(weights, x, model, moe)
+    y = torch.zeros_like(x)
     for expert in range(number):
         z = x @ weights["feed_forward.experts.up"][expert]
         if model.bias:
@@ -200,7 +211,7 @@ def _mixture(
             tokens * moe.top_k - len(kept),
         )
     )
-    return y
+    return _joined(weights, own, y, model, moe)
 
 
 def _affinities(scores: Tensor, moe: MoEConfig) -> Tensor:

@@ -135,6 +135,12 @@ def test_a_switch_that_is_a_word_now_is_taken_as_it_was() -> None:
         "model.qk_norm=head",
         "+model.qk_norm=none,head",
     ]
+    assert renamed(["moe.shared.gated=true", "+moe.shared.gated=false,true", "moe.shared.combine=cg2"]) == [
+        "moe.shared.combine=cg1",
+        "+moe.shared.combine=add,cg1",
+        "moe.shared.combine=cg2",
+    ]
+    assert nested({"moe": {"shared": {"gated": True}}}) == {"moe": {"shared": {"combine": "cg1"}}}
     for old, new in ((True, "head"), (False, "none"), ("full", "full")):
         assert nested({"model": {"qk_norm": old, "layers": 2}}) == {"model": {"qk_norm": new, "layers": 2}}
 

@@ -4,6 +4,7 @@ FLOPs are those of torch's ``FlopCounterMode``; kept are the storages, other tha
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,8 +65,11 @@ SPECS: dict[str, Spec] = {
     "experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), EXPERTS),
     "clamped": FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "clamped_swiglu", limit=0.1),
     "shared": SharedSpec(HIDDEN, FFN, INIT, INIT, "swiglu", bias=False, tag="shared"),
-    "weighted_shared": SharedSpec(HIDDEN, FFN, INIT, INIT, tag="shared", weighted=True),
+    "weighted_shared": SharedSpec(HIDDEN, FFN, INIT, INIT, tag="shared", combine="cg1"),
     "beside_shared": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT), BESIDE),
+    "weighted_beside_shared": MoESpec(
+        FeedForwardSpec(HIDDEN, FFN, INIT, INIT), replace(BESIDE, shared=SharedConfig(2, 16, "cg2"))
+    ),
     "clamped_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "clamped_swiglu"), EXPERTS),
     "swiglu_experts": MoESpec(FeedForwardSpec(HIDDEN, FFN, INIT, INIT, "swiglu", bias=False), EXPERTS),
     "latent_attention": LatentAttentionSpec(HIDDEN, 4, 12, 10, 6, 4, 8, INIT, INIT, scale=1.5),
@@ -85,7 +89,7 @@ LAYERS: dict[type[Spec], Callable[[Any, Topology], nn.Module]] = {
 # What the specification leaves out: a number for each row of a norm, and of routers' small tensors all but a sum.
 ROUGHLY = {
     **{"rms_norm": 0.05, "layer_norm": 0.07, "experts": 0.06, "swiglu_experts": 0.06},
-    **{"clamped_experts": 0.06, "beside_shared": 0.06},
+    **{"clamped_experts": 0.06, "beside_shared": 0.06, "weighted_beside_shared": 0.06},
     **dict.fromkeys(("latent_attention", "latent_attention_of_activations"), 0.03),
     **{name: 0.04 for name, options in ATTENTION.items() if "qk_norm" in options},
 }

@@ -22,7 +22,18 @@ from tedlab.config import TrainConfig, with_values
 from tedlab.validate import complete
 from tests import oracle
 from tests.certify.runs import Plant, composed
-from tests.certify.witness import MORE, MORE_ROUTERS, PARTS, ROUTERS, SETTINGS, SMALL, STEPS, Observation, observe
+from tests.certify.witness import (
+    MORE,
+    MORE_ROUTERS,
+    PARTS,
+    ROUTERS,
+    SETTINGS,
+    SHORTCUTS,
+    SMALL,
+    STEPS,
+    Observation,
+    observe,
+)
 from tests.pool import WorkerPool
 
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
@@ -41,7 +52,7 @@ def configuration(setting: str, layout: str, directory: Path, name: str = "") ->
             (text / file).write_text("".join(map(chr, characters)))
     given = {
         **SMALL,
-        **(SETTINGS | ROUTERS | PARTS | MORE | MORE_ROUTERS)[setting],
+        **(SETTINGS | ROUTERS | PARTS | SHORTCUTS | MORE | MORE_ROUTERS)[setting],
         "data.path": text,
         "data.cache_dir": directory / "cache",
     }
@@ -144,9 +155,9 @@ def verdict(pool: WorkerPool, layout: str, setting: str, among: Iterable[str]) -
 
 
 @pytest.mark.parametrize("layout", QUICK)
-@pytest.mark.parametrize("setting", SETTINGS | ROUTERS | PARTS)
+@pytest.mark.parametrize("setting", SETTINGS | ROUTERS | PARTS | SHORTCUTS)
 def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str, setting: str) -> None:
-    found = verdict(pool, layout, setting, SETTINGS | ROUTERS | PARTS)
+    found = verdict(pool, layout, setting, SETTINGS | ROUTERS | PARTS | SHORTCUTS)
     assert len(found) == STEPS
     assert first_wrong(found) is None, found
 

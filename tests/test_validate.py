@@ -341,7 +341,34 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel=tp4", "moe.ffn=66"],
         ["moe.ffn (66)", "parallel.tensor (4)", "can be 1, 2, 3, 6"],
     ),
-    "shared_experts_that_are_none": (["moe.shared.gated=true"], ["moe.shared.gated=True", "moe.shared.experts is 0"]),
+    "shared_experts_that_are_none": (["moe.shared.combine=cg1"], ["moe.shared.combine=cg1", "moe.shared.experts is 0"]),
+    "shortcut_without_shared_experts": (["moe.shortcut=pos1"], ["moe.shortcut=pos1", "moe.shared.experts=1"]),
+    "pair_without_a_dense_block": (
+        ["moe.shortcut=pos2", "moe.shared.experts=1", "moe.every=1"],
+        ["moe.shortcut=pos2", "for block 0 there is none before it", "moe.every=2", "pos1"],
+    ),
+    "pair_of_two_blocks_with_experts": (
+        ["moe.shortcut=pos3", "moe.shared.experts=1", "moe.every=1", "moe.first_dense=1", "model.layers=3"],
+        ["moe.shortcut=pos3", "for block 2 block 1 has experts, too", "moe.blocks"],
+    ),
+    "odd_number_of_layers_for_pairs": (
+        ["moe.shortcut=pos2", "moe.shared.experts=1", "model.layers=5"],
+        ["model.layers=5 is odd", "model.layers=4 or 6", "moe.blocks=[1, 3]"],
+    ),
+    "slot_after_the_last_sublayer": (
+        ["moe.shortcut=pos2", "moe.shared.experts=1", "comm.shortcut_slot=4"],
+        ["comm.shortcut_slot=4", "3 sub-layers", "to 3"],
+    ),
+    "overlap_of_nothing": (["comm.overlap_shortcut=true"], ["comm.overlap_shortcut=true", "moe.shortcut=pos1"]),
+    "overlap_of_shared_experts_alone": (
+        ["moe.shortcut=pos1", "moe.shared.experts=1", "comm.overlap_shared=true"],
+        ["comm.overlap_shared=true", "moe.shortcut=pos1", "comm.overlap_shortcut=true"],
+    ),
+    "slot_of_nothing": (["comm.shortcut_slot=0"], ["comm.shortcut_slot=0", "moe.shortcut=pos1"]),
+    "shortcut_around_experts_that_are_not_compiled": (
+        ["moe.shortcut=pos1", "moe.shared.experts=1", "moe.dispatch=dropless", "model.compile=aot_eager"],
+        ["model.compile=aot_eager", "moe.dispatch=dropless", "model.compile=none"],
+    ),
     "shared_experts_that_do_not_divide": (
         ["parallel=tp4", "moe.shared.experts=3", "moe.shared.ffn=22"],
         ["width of all shared experts (66)", "parallel.tensor (4)"],

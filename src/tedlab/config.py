@@ -37,6 +37,8 @@ DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
 Scoring = StrEnum("Scoring", "SOFTMAX SIGMOID")
 Gates = StrEnum("Gates", "RAW NORMALIZED SOFTMAX")
 GroupScore = StrEnum("GroupScore", "MAX TOP2")
+SharedCombine = StrEnum("SharedCombine", "ADD CG1 CG2")
+Shortcut = StrEnum("Shortcut", "NONE POS1 POS2 POS3")
 Noise = StrEnum("Noise", "NONE GUMBEL NORMAL")
 BiasUpdate = StrEnum("BiasUpdate", "NONE SIGN PROPORTIONAL")
 BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
@@ -205,7 +207,9 @@ class SharedConfig(Frozen):
 
     experts: int = whole(0, least=0, most=_WIDEST)  # computed as one that is as wide as all together
     ffn: int | None = whole(None, least=1, most=_WIDEST)  # width of each; null: that of a routed expert
-    gated: bool = False  # their result is weighted by the sigmoid of a product of the token (Qwen2-MoE)
+    # How their result joins that of routed experts (ScMoE): added (add) | added after it was weighted by the sigmoid of
+    # a product of the token (cg1, Qwen2-MoE) | both are weighted, by the softmax of two products of the token (cg2).
+    combine: str = word(SharedCombine.ADD)
 
 
 @dataclass
@@ -244,6 +248,10 @@ class MoEConfig(Frozen):
     blocks: list[int] | None = None
     ffn: int | None = whole(None, least=1, most=_WIDEST)  # width of an expert; null: model.ffn
     shared: SharedConfig = field(default_factory=SharedConfig)
+    # What routers and routed experts read (ScMoE, arXiv 2404.05019): what the shared experts of their block read (none)
+    # | what an earlier sub-layer reads: their block's attention (pos1) | the feed-forward layer (pos2) or the attention
+    # (pos3) of the dense block before it, which then runs as one with theirs.
+    shortcut: str = word(Shortcut.NONE)
 
     def routed(self, layers: int) -> tuple[int, ...]:
         """Returns the indices of the blocks that have experts, in a model of so many."""
@@ -252,6 +260,11 @@ class MoEConfig(Frozen):
         if self.blocks is not None:
             return tuple(sorted(self.blocks))
         return tuple(n for n in range(self.every - 1, layers, self.every) if n >= self.first_dense)
+
+    @property
+    def paired(self) -> bool:
+        """Whether each block with experts runs as one with the dense block before it."""
+        return self.shortcut in (Shortcut.POS2, Shortcut.POS3)
 
     @property
     def unlimited(self) -> bool:
@@ -291,6 +304,11 @@ class CommOptions(Frozen):
     # Into how many chunks the slots of each expert are divided, so that one is exchanged while another is computed.
     chunks: int = whole(1, least=1, most=64)
     overlap_shared: bool = False  # shared experts compute while tokens are on their way to routed experts and back
+    # With moe.shortcut: the sub-layers beside routed experts compute while tokens are on their way to these and back.
+    overlap_shortcut: bool = False
+    # With moe.shortcut: before which of the sub-layers beside their exchange routed experts compute, from 0 (the first)
+    # to the number of these (after the last); None: where the FLOPs beside both exchanges are as equal as can be.
+    shortcut_slot: int | None = whole(None, least=0)
 
 
 @dataclass

@@ -10,9 +10,13 @@ from typing import Any
 RENAMED = {
     "model.checkpoint": "model.recompute.granularity",
     "checkpoint.early_stop": "model.recompute.early_stop",
+    "moe.shared.gated": "moe.shared.combine",
 }
 # Switches that have become words, which take the place of ``true`` and ``false`` wherever these are given.
-WORDS = {"model.qk_norm": {"true": "head", "false": "none"}}
+WORDS = {
+    "model.qk_norm": {"true": "head", "false": "none"},
+    "moe.shared.combine": {"true": "cg1", "false": "add"},
+}
 _KEY = re.compile(r"(?P<prefix>\+\+?|~|)(?P<key>[\w.]+)(?P<rest>=.*|)", re.DOTALL)
 
 
@@ -33,10 +37,11 @@ def overrides(given: Iterable[str]) -> tuple[list[str], list[str]]:
         parts = _KEY.fullmatch(word)
         if parts is not None and parts["key"] in RENAMED:
             notes.append(note(parts["key"]))
-            word = f"{parts['prefix']}{renamed(parts['key'])}{parts['rest']}"
-        elif parts is not None and parts["key"] in WORDS:
-            given_words = (_in_words(parts["key"], value) for value in parts["rest"].removeprefix("=").split(","))
-            word = f"{parts['prefix']}{parts['key']}={','.join(given_words)}" if parts["rest"] else word
+        if parts is not None and parts["key"] in {*RENAMED, *WORDS}:
+            key, rest = renamed(parts["key"]), parts["rest"]
+            if rest and key in WORDS:
+                rest = "=" + ",".join(_in_words(key, value) for value in rest.removeprefix("=").split(","))
+            word = f"{parts['prefix']}{key}{rest}"
         words.append(word)
     return words, notes
 

@@ -23,6 +23,7 @@ from tedlab.comm import Collectives, differentiable, raw, recompute
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
+from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, ragged, router, row_ops
 from tedlab.moe.local import LocalExperts
@@ -494,6 +495,25 @@ def gate_of_shared_experts_of_this_slice_alone(patch: Patch) -> None:
     """Its gradient, where each tensor rank weights the results of its own tokens."""
     right = SharedGateSpec.own
     patch.setattr(SharedGateSpec, "own", lambda self: (replace(p, own_tokens=False) for p in right(self)))
+
+
+def coefficients_of_this_slice_alone(patch: Patch) -> None:
+    """The same of both coefficients, in a pair of blocks."""
+    gate_of_shared_experts_of_this_slice_alone(patch)
+
+
+def sum_of_shared_experts_taken_twice(patch: Patch) -> None:
+    """Over the tensor group, as if their part of the sum of all experts' results had not been summed yet."""
+    _collective(patch, "all_reduce", lambda launch, x, comm: launch(launch(x)), tag="shared.reduce", phase="forward")
+
+
+def shortcut_from_the_block_s_own_tokens(patch: Patch) -> None:
+    """Routed experts read what shared ones read: an ordinary block, in one process too."""
+
+    def late(_: None, self: ShortcutBlocks, *arguments: Any) -> None:
+        self.reads = self.slot = 2 * len(self.blocks) - 1
+
+    _after(patch, ShortcutBlocks, "__init__", late)
 
 
 def linear_part_without_the_one(patch: Patch) -> None:

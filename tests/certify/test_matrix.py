@@ -176,17 +176,32 @@ DEEPSEEK: dict[str, object] = {  # a dense block, then experts of another width 
 BLOCKS: dict[str, dict[str, object]] = {
     "shared_dropless": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "moe.dispatch": "dropless"},
     "shared_weighted_ted": {
-        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "moe.shared.gated": True},
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "moe.shared.combine": "cg1"},
         **{"model.bias": True, "moe.capacity_factor": 0.8, "moe.blocks": "[0,1]"},
     },
     "shared_in_slices": {
         **{EXPERTS_PER_RANK: 2, **DEEPSEEK, **RECOMPUTED, "parallel.sequence": True, "comm.cac": True},
-        **{"moe.shared.gated": True, "moe.shared.ffn": 32, "moe.dispatch": "dropless", "moe.router.bias": True},
+        **{"moe.shared.combine": "cg1", "moe.shared.ffn": 32, "moe.dispatch": "dropless", "moe.router.bias": True},
     },
     "clamped_in_slices": {
         **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "model.activation": "clamped_swiglu", "model.swiglu_limit": 0.3},
         **{"moe.router.bias": True, "moe.router.gates": "softmax", "moe.every": 1, "moe.top_k": 2},
         **{"parallel.sequence": True, "moe.shared.experts": 1, "moe.capacity_factor": 0.8, "optim.overlap": True},
+    },
+}
+PAIR: dict[str, object] = {"moe.shared.experts": 1, "comm.overlap_shortcut": True, ACCUMULATED: 2}
+SHORTCUTS: dict[str, dict[str, object]] = {
+    "pos1_every_block_dropless": {
+        **{EXPERTS_PER_RANK: 2, **PAIR, **RECOMPUTED, "moe.shortcut": "pos1", "moe.every": 1, "comm.cac": True},
+        **{"moe.dispatch": "dropless", "moe.shared.combine": "cg2", "moe.top_k": 2},
+    },
+    "pos2_ted": {
+        **{EXPERTS_PER_RANK: 2, **PAIR, **RECOMPUTED, "moe.shortcut": "pos2", "comm": "ted"},
+        **{"moe.shared.combine": "cg1", "moe.capacity_factor": 0.8, "optim.overlap": True, "comm.shortcut_slot": 1},
+    },
+    "pos3_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **PAIR, "moe.shortcut": "pos3", "parallel.sequence": True, **TODAY},
+        **{"moe.shared.combine": "cg2", "moe.dispatch": "dropless", "comm.shortcut_slot": 4, "moe.every": 2},
     },
 }
 TRAINED: dict[str, dict[str, object]] = {
@@ -202,21 +217,21 @@ TRAINED: dict[str, dict[str, object]] = {
 OVERLAP: dict[str, dict[str, object]] = {
     "overlapped_ted": {
         **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "comm.chunks": 2},
-        **{"comm.overlap_shared": True, "moe.shared.gated": True, "moe.capacity_factor": 0.8, "optim.overlap": True},
+        **{"comm.overlap_shared": True, "moe.shared.combine": "cg1", "moe.capacity_factor": 0.8, "optim.overlap": True},
     },
     "overlapped_in_slices": {
         **{EXPERTS_PER_RANK: 2, **DEEPSEEK, **RECOMPUTED, "parallel.sequence": True, "comm.cac": True},
         **{"comm.overlap_shared": True, "comm.chunks": 3, "moe.capacity_factor": 1.5},
     },
 }
-JOBS |= ROUTERS | BLOCKS | TRAINED | OVERLAP
+JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
     *("sequence_wise_in_slices_by_score", "global_balance_in_slices", "global_balance_ted_biased"),
     *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices"),
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
-    *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices"),
+    *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -235,6 +250,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted"),
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
         *("overlapped_ted", "overlapped_in_slices"),
+        *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),

@@ -41,7 +41,9 @@ TODAY: Overrides = (
 )
 KEYS: Overrides = ("parallel=tp2", "model.positions=rotary", "model.kv_heads=1", "model.qk_norm=full")
 LATENT: Overrides = ("parallel=tp2", "model.positions=rotary", "model.attention.latent.kv_rank=8")
-SHARED: Overrides = (*TODAY, "moe.every=1", "moe.shared.experts=2", "moe.shared.gated=true")
+SHARED: Overrides = (*TODAY, "moe.every=1", "moe.shared.experts=2", "moe.shared.combine=cg1")
+PAIRS: Overrides = ("parallel=tp2", "moe.shared.experts=1", "moe.shortcut=pos2", "comm.overlap_shortcut=true")
+SLICED_PAIRS: Overrides = (*PAIRS, "parallel.sequence=true", "moe.shared.combine=cg2")
 SHARDS: Overrides = ("parallel=tp2", "model.recompute.granularity=block", "comm.dtd=true", "comm.cac=shard")
 WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.granularity=block", "comm.cac=true")
 DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true")
@@ -126,6 +128,11 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.gate_of_shared_experts_of_this_slice_alone: Found(
         SHARED, "gradients", "in step 1: network.blocks.0.feed_forward.shared.gate.weight"
     ),
+    bugs.sum_of_shared_experts_taken_twice: Found(PAIRS, "outputs", "in step 1: logits"),
+    bugs.shortcut_from_the_block_s_own_tokens: Found(PAIRS, "outputs", "in step 1: logits"),
+    bugs.coefficients_of_this_slice_alone: Found(
+        SLICED_PAIRS, "gradients", "in step 1: network.blocks.1.feed_forward.shared.gate.weight"
+    ),
     bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
     bugs.bias_added_by_each_tensor_rank: Found(DIVIDED, "outputs", "in step 2: logits"),
     bugs.gates_gradient_of_this_tensor_rank_alone: Found(DIVIDED, "gradients", "in step 1"),
@@ -202,6 +209,7 @@ ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setti
     bugs.schedule_one_step_late: ("top1_clipped", "learning rate"),
     bugs.norms_with_another_epsilon: ("dropless_today", "losses and drops"),
     bugs.linear_part_without_the_one: ("clamped_with_biases", "losses and drops"),
+    bugs.shortcut_from_the_block_s_own_tokens: ("pos2", "losses and drops"),
     bugs.swiglu_in_halves: ("dropless_today", "losses and drops"),
     bugs.rotary_pairs_are_neighbours: ("dropless_today", "losses and drops"),
     bugs.gates_renormalised_after_dropping: ("top2_dropping_in_groups", "losses and drops"),

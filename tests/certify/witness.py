@@ -78,12 +78,31 @@ ROUTERS: dict[str, dict[str, object]] = {
 PARTS: dict[str, dict[str, object]] = {
     "shared_experts_after_a_dense_block": {
         **{**TODAY, "model.heads": 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.ffn": 10},
-        **{"moe.every": 1, "moe.first_dense": 1, "moe.shared.experts": 2, "moe.shared.gated": True},
+        **{"moe.every": 1, "moe.first_dense": 1, "moe.shared.experts": 2, "moe.shared.combine": "cg1"},
         **{"model.recompute.granularity": "block"},
     },
     "clamped_with_biases": {
         **{"model.activation": "clamped_swiglu", "model.swiglu_limit": 0.5, "moe.router.bias": True, "moe.every": 1},
         **{"moe.top_k": 2, "moe.router.gates": "softmax", "moe.shared.experts": 1, "moe.capacity_factor": 0.8},
+    },
+}
+PAIRS: dict[str, object] = {"model.layers": 4, "moe.every": 2, "moe.shared.experts": 1, "moe.aux_loss": 0.1}
+SHORTCUTS: dict[str, dict[str, object]] = {
+    "pos1_in_every_block": {
+        **{"moe.shortcut": "pos1", "moe.shared.experts": 1, "moe.every": 1, "moe.capacity_factor": 0.8},
+        **{"moe.shared.combine": "cg2", "comm.shortcut_slot": 0},
+    },
+    "pos2": {
+        **PAIRS,
+        "moe.shortcut": "pos2",
+        "moe.shared.combine": "cg1",
+        "model.recompute.granularity": "block",
+        "comm.overlap_shortcut": True,
+    },
+    "pos3_top2_sequence_dropless": {
+        **{**PAIRS, "moe.shortcut": "pos3", "moe.top_k": 2, "moe.dispatch": "dropless", "parallel.sequence": True},
+        **{"model.recompute.granularity": "block", "comm.cac": True, "moe.shared.combine": "cg2"},
+        "comm.overlap_shortcut": True,
     },
 }
 MORE_ROUTERS: dict[str, dict[str, object]] = {

@@ -51,11 +51,24 @@ DROPLESS = list(MODES)[len(ALL) :]
 DEEPSEEK = {"moe.every": 1, "moe.first_dense": 1, "moe.ffn": 8, "moe.shared.experts": 2}
 MODES |= {
     "shared": {**DEEPSEEK, "comm.dtd": True},
-    "shared_weighted": {**DEEPSEEK, "moe.shared.gated": True, "moe.dispatch": "dropless"},
+    "shared_weighted": {**DEEPSEEK, "moe.shared.combine": "cg1", "moe.dispatch": "dropless"},
     "shared_sequence": {**DEEPSEEK, "parallel.sequence": True, "moe.router.bias": True},
-    "shared_weighted_sequence": {**DEEPSEEK, "moe.shared.gated": True, "parallel.sequence": True},
+    "shared_weighted_sequence": {**DEEPSEEK, "moe.shared.combine": "cg1", "parallel.sequence": True},
 }
 SHARED = list(MODES)[-4:]
+BESIDE: Overrides = {"moe.shared.experts": 1, "moe.ffn": 8}
+MODES |= {
+    "pos1_fused": {**BESIDE, **MODES["fused"], "moe.shortcut": "pos1", "moe.shared.combine": "cg2", "moe.every": 1},
+    "pos2_sequence": {
+        **BESIDE,
+        **MODES["sequence"],
+        "comm.overlap_shortcut": True,
+        "moe.shortcut": "pos2",
+        "moe.shared.combine": "cg1",
+    },
+    "pos3_dropless_dtd": {**BESIDE, **MODES["dropless_dtd"], "moe.shortcut": "pos3"},
+}
+SHORTCUTS = list(MODES)[-3:]
 RECOMPUTED: dict[str, Overrides] = {
     "stored": {"model.recompute.granularity": "none"},
     "recomputed": {},
@@ -240,6 +253,7 @@ CELLS: list[Cell] = [
     *(((4, 4, 1), DROPLESS[::2], "32-true"), ((2, 2, 1), DROPLESS, "bf16-true")),
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
     *(((4, 2, 2), SHARED[::2], "32-true"), ((4, 2, 2), SHARED[1::2], "bf16-mixed")),
+    *(((4, 2, 2), SHORTCUTS[:2], "32-true"), ((4, 2, 2), SHORTCUTS[2:], "bf16-mixed")),
 ]
 
 
@@ -379,6 +393,7 @@ COMPILED_TOO: list[Overrides] = [
     {"optim.groups": [GroupConfig(pattern="*.experts.*"), GroupConfig(pattern="*", frozen=True)]},
     {"comm.dtd": True, "model.recompute.granularity": "none"},
     {"parallel.sequence": True},
+    {**BESIDE, "moe.shortcut": "pos2", "comm.overlap_shortcut": True, "moe.shared.combine": "cg2"},
 ]
 
 
@@ -428,7 +443,7 @@ TRAINED: dict[str, list[GroupConfig]] = {  # three blocks, of which the second h
 }
 OF_FROZEN = [  # modes, in turn
     {**MODES["sequence"], "comm.cac": True, "optim.zero": False},
-    {**MODES["fused"], "comm.cac": "shard", "moe.router.bias_update": "sign", "moe.shared": SharedConfig(1, 8, True)},
+    {**MODES["fused"], "comm.cac": "shard", "moe.router.bias_update": "sign", "moe.shared": SharedConfig(1, 8, "cg1")},
     {
         **{**MODES["dropless_dtd"], "comm.cac": ["dispatch.all_to_all", "attention.reduce:shard"], "accumulated": 2},
         **{"model.attention": AttentionConfig(latent=LatentConfig(6, 4, 4, 2, 3)), "model.positions": "rotary"},

@@ -17,8 +17,10 @@ from tests.comm.test_ledger import DEEPSEEK, MODES, configuration, one_step, poi
 from tests.pool import WorkerPool
 
 Overrides = dict[str, Any]
-WEIGHTED = {**DEEPSEEK, "moe.shared.gated": True}
+WEIGHTED = {**DEEPSEEK, "moe.shared.combine": "cg1"}
 CAC: Overrides = {"comm.cac": True}
+SHARED_ONE: Overrides = {"moe.shared.experts": 1, "moe.ffn": 8}
+PAIR: Overrides = {**SHARED_ONE, "moe.shortcut": "pos2"}
 BESIDE: dict[str, Overrides] = {  # model.recompute.granularity is block unless stated
     "stored": {**DEEPSEEK, "model.recompute.granularity": "none"},
     "recomputed": DEEPSEEK,
@@ -44,6 +46,29 @@ CHUNKED_TAGS = {f"dispatch.{op}" for op in ("all_to_all", "gather")} | {
     f"combine.{op}" for op in ("all_to_all", "drop")
 }
 CHUNKED_TAGS |= {"experts.reduce", "experts.copy"}
+SHORTCUTS: dict[str, Overrides] = {
+    f"pos1_slot{slot}": {
+        **SHARED_ONE,
+        **MODES["dtd"],
+        "moe.shortcut": "pos1",
+        "comm.shortcut_slot": slot,
+        "moe.every": 1,
+    }
+    for slot in (0, 2)
+}
+SHORTCUTS |= {
+    "pos2_slot0_cac": {**PAIR, **CAC, "comm.shortcut_slot": 0, "moe.shared.combine": "cg1"},
+    "pos2_stored": {**PAIR, "comm.shortcut_slot": 1, "model.recompute.granularity": "none"},
+    "pos2_slot2_sequence": {**PAIR, **MODES["dropless_sequence"], "comm.shortcut_slot": 2, "moe.shared.combine": "cg2"},
+    "pos1_plain_rows": {  # of which tokens' sums are reduced
+        **{**SHARED_ONE, **MODES["dropless_plain"], "moe.shortcut": "pos1", "moe.every": 1},
+        "moe.shared.combine": "cg2",
+    },
+    "pos2_plain_rows_cac": {**PAIR, **MODES["dropless_plain"], **CAC, "moe.shared.combine": "cg1"},
+    "pos2_slot3_all_recomputed": {**PAIR, "comm.shortcut_slot": 3, "model.recompute.early_stop": False},
+    "pos3_shard": {**PAIR, **MODES["fused"], "moe.shortcut": "pos3", "comm.cac": "shard", "accumulated": 2},
+    "pos3_slot4_dropless": {**PAIR, **MODES["dropless_dtd"], "moe.shortcut": "pos3", "comm.shortcut_slot": 4},
+}
 LAYOUT = (4, 2, 2)
 
 
@@ -78,10 +103,10 @@ def step(layout: tuple[int, int, int], overrides: Overrides) -> Step:
     return Step(results, wrong, heard, ledger.totals)
 
 
-def beside(layout: tuple[int, int, int]) -> dict[str, Any]:
+def beside(layout: tuple[int, int, int], cases: dict[str, Overrides], toggle: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, overrides in BESIDE.items():
-        off, on = (step(layout, {**overrides, "comm.overlap_shared": o}) for o in (False, True))
+    for name, overrides in cases.items():
+        off, on = (step(layout, {**overrides, toggle: o}) for o in (False, True))
         if not all(torch.equal(a, b) for a, b in zip(on.results, off.results, strict=True)):
             on.wrong.append("other results than without overlap")
         if differences(on.totals, off.totals):
@@ -112,7 +137,54 @@ def in_chunks(layout: tuple[int, int, int]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def shared(pool: WorkerPool) -> list[dict[str, Any]]:
-    return pool.run(LAYOUT[0], beside, LAYOUT)
+    return pool.run(LAYOUT[0], beside, LAYOUT, BESIDE, "comm.overlap_shared")
+
+
+@pytest.fixture(scope="module")
+def shortcuts(pool: WorkerPool) -> list[dict[str, Any]]:
+    return pool.run(LAYOUT[0], beside, LAYOUT, SHORTCUTS, "comm.overlap_shortcut")
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_sublayers_beside_the_exchange_of_a_shortcut_change_no_bit_and_no_byte(
+    shortcuts: list[dict[str, Any]], name: str
+) -> None:
+    for rank in shortcuts:
+        assert not rank[name][0]
+
+
+def test_experts_compute_in_their_slot_and_backward_is_the_mirror_image(shortcuts: list[dict[str, Any]]) -> None:
+    """Of a pair, with the slot after its dense layer: all-reduces tell where sub-layers and experts compute."""
+    names = ("all_to_all", "shared", "attention", "feed_forward", "experts")
+    order = [line for line in shortcuts[0]["pos2_stored"][1] if any(name in line for name in names)]
+    there, back = "dispatch.all_to_all", "combine.all_to_all"
+
+    def whole(*tags: str, phase: str) -> list[str]:
+        return [f"{event} {tag} ({phase})" for tag in tags for event in ("start", "end")]
+
+    forward = [
+        *whole("attention.reduce", phase="forward"),
+        f"start {there} (forward)",
+        *whole("feed_forward.reduce", phase="forward"),
+        f"end {there} (forward)",
+        *whole("experts.reduce", phase="forward"),
+        f"start {back} (forward)",
+        *whole("attention.reduce", "shared.reduce", phase="forward"),
+        f"end {back} (forward)",
+    ]
+    backward = [
+        f"start {back} (backward)",
+        *whole("shared.copy", "attention.copy", phase="backward"),
+        f"end {back} (backward)",
+        *whole("experts.copy", phase="backward"),
+        f"start {there} (backward)",
+        *whole("feed_forward.copy", phase="backward"),
+        f"end {there} (backward)",
+        *whole("attention.copy", phase="backward"),
+    ]
+    first, last = order.index(forward[2]) - 2, len(order) - order[::-1].index(backward[-3]) + 2
+    assert order[first : first + len(forward)] == forward
+    assert order[last - len(backward) : last] == backward
 
 
 @pytest.mark.parametrize("name", BESIDE)

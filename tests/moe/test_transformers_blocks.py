@@ -74,7 +74,7 @@ FAMILIES = {
             **{"hidden_size": HIDDEN, "moe_intermediate_size": FFN, "shared_expert_intermediate_size": 14},
             **{"num_experts": EXPERTS, "num_experts_per_tok": TOP_K, "norm_topk_prob": False},
         },
-        replace(MOE, router=RouterConfig(gates="raw"), shared=SharedConfig(1, ffn=14, gated=True)),
+        replace(MOE, router=RouterConfig(gates="raw"), shared=SharedConfig(1, ffn=14, combine="cg1")),
     ),
     "gpt_oss": Family(
         "GptOssMLP",

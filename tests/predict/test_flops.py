@@ -120,7 +120,10 @@ LIKE: dict[str, tuple[ModelConfig, MoEConfig]] = {
         replace(TODAY, kv_heads=2, head_dim=6, qk_norm="head", tie_embeddings=False),
         MoEConfig(num_experts=8, top_k=3, every=1, ffn=24),
     ),
-    "gated_shared": (TODAY, MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(2, 24, gated=True))),
+    "gated_shared": (
+        TODAY,
+        MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(2, 24, combine="cg1")),
+    ),
     "deepseek": (
         replace(TODAY, attention=AttentionConfig(latent=LatentConfig(6, 4, 4, 2, 3))),
         MoEConfig(num_experts=4, top_k=2, first_dense=1, shared=SharedConfig(1, 24)),

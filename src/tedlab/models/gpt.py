@@ -1,11 +1,11 @@
 """A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
-import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from itertools import chain
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +24,17 @@ from tedlab.config import (
     SharedConfig,
 )
 from tedlab.degrees import ParallelDegrees
+from tedlab.models.block import Block, BlockSpec
+from tedlab.models.shortcut import MergedSpec, ShortcutBlocks, ShortcutSpec, units
 from tedlab.models.wrap import wrap
-from tedlab.moe import Experts, MoELayer, MoESpec, Router, RouterReport, mixtures
+from tedlab.moe import Experts, MoELayer, Router, RouterReport, mixtures
 from tedlab.nn import (
     ColumnParallelLinear,
     ColumnParallelSpec,
     CrossEntropySpec,
     Embedding,
     EmbeddingSpec,
-    FeedForward,
-    FeedForwardSpec,
-    LatentAttention,
-    LatentAttentionSpec,
     NormSpec,
-    SelfAttention,
-    SelfAttentionSpec,
     VocabParallelEmbedding,
     VocabParallelEmbeddingSpec,
     initialize,
@@ -51,66 +47,6 @@ from tedlab.nn import (
 from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
-
-
-@dataclass(frozen=True)
-class BlockSpec(Spec):
-    """Describes a :class:`Block`."""
-
-    parts = ("norm1", "attention", "norm2", "feed_forward")
-    model: ModelConfig
-    moe: MoEConfig | None  # None: the block has no experts
-    window: int | None = None  # tokens that a token attends to; None: all before it
-
-    @property
-    def norm1(self) -> NormSpec:
-        return NormSpec(self.model.hidden, self.model.norm, self.model.norm_eps)
-
-    norm2 = norm1
-
-    @property
-    def inits(self) -> tuple[Init, Init]:
-        """Initial weights of projections into a layer and out of it; the latter are scaled as in GPT-2."""
-        return Init(std=self.model.init_std), Init(std=self.model.init_std / math.sqrt(2 * self.model.layers))
-
-    @property
-    def attention(self) -> SelfAttentionSpec | LatentAttentionSpec:
-        if self.model.attention.latent.kv_rank is not None:
-            return LatentAttentionSpec.of(self.model, *self.inits)
-        return SelfAttentionSpec.of(self.model, *self.inits, self.window)
-
-    @property
-    def feed_forward(self) -> FeedForwardSpec | MoESpec:
-        model = self.model
-        layer = FeedForwardSpec(model.hidden, model.ffn, *self.inits, model.activation, model.bias, model.swiglu_limit)
-        return layer if self.moe is None else MoESpec(replace(layer, ffn=self.moe.ffn or model.ffn), self.moe)
-
-    def rows(self, layout: Layout, tokens: int) -> Rows:
-        """Returns the rows that it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
-        inner = self.feed_forward
-        return inner.dispatch.rows(layout, tokens) if isinstance(inner, MoESpec) else Rows()
-
-    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        residual = b.moved(b.outside * self.model.hidden, b.parameter, b.parameter, b.compute)
-        yield from self.norm1.forward(b)
-        yield from self.attention.forward(b, dead)
-        yield residual
-        yield from self.norm2.forward(b)
-        yield from self.feed_forward.forward(b, dead, stop)
-        if not stop:
-            yield residual
-
-    def backward(self, b: MicroBatch) -> Iterator[Work]:
-        for layer, norm in ((self.feed_forward, self.norm2), (self.attention, self.norm1)):
-            yield from layer.backward(b)
-            yield from norm.backward(b)
-            yield b.moved(3 * b.outside * self.model.hidden, b.parameter)  # adds the residual's gradient
-
-    def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
-        yield from self.feed_forward.working_sets(b, recomputed)
-        freed = self.norm2.saved(b) + self.feed_forward.saved(b)
-        for moment in self.attention.working_sets(b, recomputed):
-            yield moment._replace(done=self.gradients(b), freed=freed)
 
 
 @dataclass(frozen=True)
@@ -127,38 +63,6 @@ class LogitsSpec(ColumnParallelSpec):
 
     def saved(self, b: MicroBatch) -> int:
         return b.tokens * self.in_features * b.compute.itemsize
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block whose ``feed_forward`` is dense or a mixture of experts."""
-
-    def __init__(self, spec: BlockSpec, topology: Topology) -> None:
-        super().__init__()
-        self.norm1 = norm_layer(spec.norm1, topology)
-        kind = spec.attention
-        self.attention = (
-            LatentAttention(kind, topology) if isinstance(kind, LatentAttentionSpec) else SelfAttention(kind, topology)
-        )
-        self.norm2 = norm_layer(spec.norm2, topology)
-        inner = spec.feed_forward
-        self.routed = spec.moe is not None
-        self.feed_forward = MoELayer(inner, topology) if isinstance(inner, MoESpec) else FeedForward(inner, topology)
-
-    def forward(
-        self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, RouterReport | None]:
-        """Maps activations (B, S, H) to (B, S, H), and returns the router's report if the block has experts.
-
-        Args:
-            x: Activations.
-            rotation: Turns queries and keys, see :class:`tedlab.nn.SelfAttention`.
-            padding_mask: See :class:`tedlab.moe.MoELayer`.
-        """
-        x = x + self.attention(self.norm1(x), rotation)
-        if not self.routed:
-            return x + self.feed_forward(self.norm2(x)), None
-        y, report = self.feed_forward(self.norm2(x), padding_mask)
-        return x + y, report
 
 
 @dataclass(frozen=True)
@@ -207,13 +111,27 @@ class GPTSpec(Spec):
         return [part for part in ends if part is not None]
 
     @cached_property
+    def units(self) -> list[BlockSpec | ShortcutSpec | MergedSpec]:
+        """For each block what runs as a whole: itself, or a pair, which stands at its second block."""
+        return units(self.blocks)
+
+    @cached_property
     def first(self) -> list[int]:
-        """For each block, the index of the first block that equals it."""
-        return [self.blocks.index(block) for block in self.blocks]
+        """For each unit, the index of the first that equals it."""
+        return [self.units.index(unit) for unit in self.units]
+
+    def kept(self, cac: object, block: int) -> Mapping[str, str]:
+        """Returns what CAC keeps of the unit at a block, see :func:`tedlab.comm.keep.kept_tags`.
+
+        What is said of either block of a pair holds for both.
+        """
+        unit = self.units[block]
+        blocks = len(unit.blocks) if isinstance(unit, ShortcutSpec) else 1
+        return dict(chain.from_iterable(kept_tags(cac, self.tags, block - n).items() for n in range(blocks)))
 
     def check(self, degrees: ParallelDegrees) -> None:
         for first in sorted(set(self.first)):
-            self.blocks[first].check(degrees)
+            self.units[first].check(degrees)
 
     @cached_property
     def tags(self) -> tuple[str, ...]:
@@ -242,8 +160,8 @@ class GPTSpec(Spec):
     def flops(self, length: int) -> Counter[str]:
         parts = Counter(self.first)
         total = sum((end.flops(length) for end in self.ends), Counter[str]())
-        for first, blocks in parts.items():
-            total.update({name: blocks * flops for name, flops in self.blocks[first].flops(length).items()})
+        for first, alike in parts.items():
+            total.update({name: alike * flops for name, flops in self.units[first].flops(length).items()})
         return total
 
     def children(self) -> Iterator[tuple[str, Spec]]:
@@ -300,13 +218,21 @@ class GPT(nn.Module):
         self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
         if seed is not None:
             initialize(self, seed)
-        for index, (block, of) in enumerate(zip(self.blocks, spec.blocks, strict=True)):
+        self._units: list[nn.Module] = []  # in a list: their parameters are those of the blocks
+        for index, (block, of) in enumerate(zip(self.blocks, spec.units, strict=True)):
+            if isinstance(of, MergedSpec):
+                continue
+            unit = block
+            if isinstance(of, ShortcutSpec):
+                its: Any = self.blocks[index + 1 - len(of.blocks) : index + 1]
+                unit = ShortcutBlocks(of, its, topology.options, model.sequence_length)
+            self._units.append(unit)
             sites, early_stop = of.sites(topology.layout), model.recompute.early_stop
-            kept = kept_tags(topology.options.cac, spec.tags, index)
             unread = unread_tags(sites.recomputed) if early_stop else ()
+            kept = spec.kept(topology.options.cac, index)
             second = recompute_plan(sites.present(topology.degrees).recomputed, kept, unread)
             recomputed = model.recompute.granularity == Granularity.BLOCK
-            wrap(block, topology, second if recomputed else None, model.compile, early_stop)
+            wrap(unit, topology, second if recomputed else None, model.compile, early_stop)
 
     @property
     def moved(self) -> dict[int, Rows]:
@@ -371,8 +297,8 @@ class GPT(nn.Module):
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []
-        for block in self.blocks:
-            x, report = block(_entered(x, block), turns, padding_mask)
+        for unit in self._units:
+            x, report = unit(_entered(x, unit), turns, padding_mask)
             if report is not None:
                 self._routers[len(reports)].count(report)
                 reports.append(report)

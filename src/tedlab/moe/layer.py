@@ -2,19 +2,21 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tedlab.config import MoEConfig
+from tedlab.comm import Issued
+from tedlab.config import MoEConfig, SharedCombine, SharedConfig, Shortcut
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.local_spec import LocalSpec
 from tedlab.moe.router import RouterReport, RouterSpec, Routing, routers
-from tedlab.moe.shared import SharedExperts, SharedSpec
+from tedlab.moe.shared import Beside, SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
-from tedlab.spec import MicroBatch, Spec, Work, WorkingSet
+from tedlab.spec import Layout, MicroBatch, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -60,12 +62,36 @@ class MoESpec(Spec):
             return None
         layer = {field.name: getattr(self.expert, field.name) for field in fields(self.expert)}
         width = shared.experts * (shared.ffn or self.expert.ffn)
-        return SharedSpec(**{**layer, "ffn": width, "tag": "shared"}, weighted=shared.gated)
+        return SharedSpec(**{**layer, "ffn": width, "tag": "shared"}, combine=shared.combine)
+
+    @property
+    def routed_alone(self) -> "MoESpec":
+        """The same layer without shared experts."""
+        return replace(self, config=replace(self.config, shared=SharedConfig()))
+
+    def read_twice(self, b: MicroBatch) -> int:
+        """Returns the bytes of the tokens that the router and a dense layer keep, if these can be the same."""
+        twice = self.shared is not None and not b.mixed and not b.layout.sequence
+        return b.tokens * self.hidden * b.compute.itemsize if twice else 0
+
+    def sites(self, layout: Layout) -> Sites:
+        forward, backward = super().sites(layout)
+        if self.config.shared.combine != SharedCombine.CG2:
+            return Sites(forward, backward)
+        # The gradients of both weights need both results, which otherwise nothing reads again.
+        return Sites(tuple(replace(s, feeds=None) if s.feeds == "end" else s for s in forward), backward)
 
     def flops(self, length: int) -> Counter[str]:
         """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
         routed = self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
         return routed if self.shared is None else routed + self.shared.flops(length)
+
+    @property
+    def summed_again(self) -> bool:
+        """Whether something that is computed again comes after the sum of a token's choices, or keeps it."""
+        if self.shared is None:
+            return False
+        return self.config.shortcut == Shortcut.NONE or self.config.shared.combine == SharedCombine.CG2
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         chosen = b.outside * self.dispatch.choices
@@ -79,7 +105,7 @@ class MoESpec(Spec):
             yield from self.dispatch.there(b)
             yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
             yield from self.dispatch.back(b, bias=self.expert.bias)
-            if self.shared is not None or not stop:
+            if self.summed_again or not stop:
                 yield b.moved(2 * chosen * self.hidden)  # gate
                 yield b.moved((chosen + b.outside) * self.hidden)
         if self.shared is not None:
@@ -106,10 +132,11 @@ class MoESpec(Spec):
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 
     def saved(self, b: MicroBatch) -> int:
-        """Adds the results that gates weight; shared experts and the router keep the same tokens, if these can be."""
-        twice = self.shared is not None and not b.mixed and not b.layout.sequence
-        same = b.tokens * self.hidden * b.compute.itemsize if twice else 0
-        local = self.local(b)
+        """Adds the results that gates weight.
+
+        The router keeps the same tokens as shared experts or, with a shortcut, as the dense layer that reads them.
+        """
+        same, local = self.read_twice(b), self.local(b)
         if local is not None:
             shared = 0 if self.shared is None else self.shared.saved(b)
             return self.router.saved(b) + local.saved(b) + shared - same
@@ -155,6 +182,20 @@ class MoESpec(Spec):
         return b.outside * self.dispatch.choices * self.hidden * b.compute.itemsize
 
 
+class Underway(NamedTuple):
+    """Tokens between two phases of :class:`MoELayer`.
+
+    Attributes:
+        routing: Where they go.
+        x_TH: The tokens.
+        sent: What is on its way to experts, see :meth:`tedlab.moe.Experts.send`; None: nothing has been sent.
+    """
+
+    routing: Routing
+    x_TH: Tensor
+    sent: list[Issued[Any]] | None
+
+
 class MoELayer(nn.Module):
     """A router and experts in place of a feed-forward layer (paper §2), and experts that all tokens share, if any."""
 
@@ -163,7 +204,7 @@ class MoELayer(nn.Module):
         self.router = routers[spec.config.gating](spec.router, topology)
         self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, topology)
         self.shared = None if spec.shared is None else SharedExperts(spec.shared, topology)
-        self.overlap_shared = topology.options.overlap_shared
+        self.overlap = topology.options.overlap_shared or topology.options.overlap_shortcut
 
     def expect(self, x: Tensor) -> None:
         """Checks before a forward pass that the layer's collectives will fit those of other processes.
@@ -179,6 +220,8 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
         """Maps activations (B, S, H) to (B, S, H), with S as on this tensor rank, and reports what the router did.
 
+        Shared experts may compute while tokens are on their way to routed ones and back.
+
         Args:
             x: Activations.
             padding_mask: (B, S) bool, True for padding (as torch's ``key_padding_mask``): it takes no slot, counts in
@@ -187,6 +230,21 @@ class MoELayer(nn.Module):
 
         Raises:
             ValueError: If the mask has another shape or dtype, or if the gating is DeepSpeed's, which knows no padding.
+        """
+        tokens, shared = self.begin(x, padding_mask), self.shared
+        if shared is None:
+            return self.compute(tokens).wait().view_as(x), tokens.routing.report
+        if tokens.sent is None:
+            return self.join(self.compute(tokens).wait().view_as(x), shared.beside(x)), tokens.routing.report
+        hidden = shared.first(x)
+        back = self.compute(tokens)
+        beside = shared.finish(hidden, x)
+        return self.join(back.wait().view_as(x), beside), tokens.routing.report
+
+    def begin(self, x: Tensor, padding_mask: Tensor | None = None) -> Underway:
+        """Routes tokens and, if exchanges overlap, sends them to their experts.
+
+        Arguments and exceptions are those of :meth:`forward`.
         """
         padding_T = None
         if padding_mask is not None:
@@ -200,16 +258,14 @@ class MoELayer(nn.Module):
             self.expect(x)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        return self._mixed(x, x_TH, routing).view_as(x), routing.report
+        return Underway(routing, x_TH, self.experts.send(x_TH, routing) if self.overlap else None)
 
-    def _mixed(self, x: Tensor, x_TH: Tensor, routing: Routing) -> Tensor:
-        """Returns the sums of all experts' results; shared ones may compute while tokens are on their way."""
-        if self.shared is None:
-            return self.experts(x_TH, routing)
-        sent = self.experts.send(x_TH, routing) if self.overlap_shared else None
-        if sent is None:
-            return self.experts(x_TH, routing).view_as(x) + self.shared(x)
-        hidden = self.shared.first(x)
-        back = self.experts.answer(sent, routing)
-        shared = self.shared.finish(hidden, x)
-        return back.wait().view_as(x) + shared
+    def compute(self, tokens: Underway) -> Issued[Tensor]:
+        """Computes what experts make of their tokens, and returns the sums of each token's results, on their way."""
+        if tokens.sent is None:
+            return Issued.arrived(self.experts(tokens.x_TH, tokens.routing))
+        return self.experts.answer(tokens.sent, tokens.routing)
+
+    def join(self, y: Tensor, beside: Beside) -> Tensor:
+        """Adds the shared experts' results to those of the routed ones, both (B, S, H)."""
+        return (y if beside.weight is None else y * beside.weight) + beside.y

@@ -3,16 +3,21 @@
 Several of the same width are one feed-forward layer that is as wide as all together. It is divided over the tensor
 group like any dense layer and takes no part in the exchange of tokens; its collectives have tags of their own,
 ``shared.…``: they sum tokens, those of routed experts slots or rows, in another process than the token's.
+
+Their result is added to that of the routed experts, or weighted first (``moe.shared.combine``): by the coefficients of
+ScMoE, which are functions of the token that the shared experts read.
 """
 
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
+from tedlab.config import SharedCombine
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn import FeedForward, FeedForwardSpec, ShardedModule
 from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
@@ -21,34 +26,39 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class SharedGateSpec(Spec):
-    """Describes a :class:`SharedGate`."""
+    """Describes a :class:`SharedGate`.
+
+    Attributes:
+        weights: The number of weights: 1 of the shared experts, or 2 of these and of the routed ones.
+    """
 
     hidden: int
     init: Init
+    weights: int = 1
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (1, self.hidden), self.init, own_tokens=True)
+        yield ParameterSpec("weight", (self.weights, self.hidden), self.init, own_tokens=True)
 
     def flops(self, length: int) -> Counter[str]:
-        return Counter(shared=2 * self.hidden)
+        return Counter(shared=2 * self.weights * self.hidden)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         if b.mixed:
             yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
-        yield b.product(b.outside, self.hidden, 1)
+        yield b.product(b.outside, self.hidden, self.weights)
         if not stop:
-            yield b.moved(2 * b.outside * self.hidden)
+            yield b.moved(2 * self.weights * b.outside * self.hidden)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        for passes in (3, 2, 2):  # gradients of both factors, and the sum over features of one
+        for passes in (3, 2, 2) * self.weights:  # gradients of both factors, and the sum over features of one
             yield b.moved(passes * b.outside * self.hidden)
-        yield from b.product_backward(b.outside, self.hidden, 1)
+        yield from b.product_backward(b.outside, self.hidden, self.weights)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the tokens' gradients
 
     def saved(self, b: MicroBatch) -> int:
-        """Counts the result that it weights, its weight and, if tokens are converted, these."""
-        features = self.hidden * (2 if b.mixed else 1)
-        return (b.outside * (features + 1) + (self.hidden if b.mixed else 0)) * b.compute.itemsize
+        """Counts the results that it weights, their weights and, if tokens are converted, these."""
+        features = self.weights * (self.hidden + 1) + (self.hidden if b.mixed else 0)
+        return (b.outside * features + (self.weights * self.hidden if b.mixed else 0)) * b.compute.itemsize
 
 
 @dataclass(frozen=True)
@@ -56,25 +66,27 @@ class SharedSpec(FeedForwardSpec):
     """Describes :class:`SharedExperts`, as the feed-forward layer that they are together.
 
     Attributes:
-        weighted: Whether each token's result is weighted by a gate.
+        combine: See ``moe.shared.combine``.
     """
 
     parts = ("up", "down", "gate")
-    weighted: bool = False
+    combine: str = SharedCombine.ADD.value
 
     @property
     def gate(self) -> SharedGateSpec | None:
-        return SharedGateSpec(self.hidden, self.init) if self.weighted else None
+        if self.combine == SharedCombine.ADD:
+            return None
+        return SharedGateSpec(self.hidden, self.init, 1 if self.combine == SharedCombine.CG1 else 2)
 
     def check(self, degrees: ParallelDegrees) -> None:
         check_divides("the width of all shared experts", self.ffn, "parallel.tensor", degrees.tensor)
 
     def sites(self, layout: Layout) -> Sites:
         # The gate's gradient needs the sum over tensor ranks, which otherwise nothing reads again.
-        return Spec.sites(self, layout) if self.weighted else super().sites(layout)
+        return super().sites(layout) if self.gate is None else Spec.sites(self, layout)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        yield from super().forward(b, dead, stop and not self.weighted)
+        yield from super().forward(b, dead, stop and self.gate is None)
         if self.gate is not None:
             yield from self.gate.forward(b, dead, stop)
 
@@ -89,15 +101,28 @@ class SharedSpec(FeedForwardSpec):
 
 
 class SharedGate(ShardedModule):
-    """The sigmoid of the product of a token with a vector (Qwen2-MoE)."""
+    """The weights that a token gives to results: a sigmoid of one product (cg1), or the softmax of two (cg2)."""
 
     def __init__(self, spec: SharedGateSpec, topology: Topology) -> None:
         super().__init__()
         self.build(spec, topology)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps tokens (…, H) to their weights (…, 1)."""
-        return F.linear(x, self.local("weight")).sigmoid()
+        """Maps tokens (…, H) to the weights (…, 1) of shared experts, or (…, 2) of these and of routed ones."""
+        logits = F.linear(x, self.local("weight"))
+        return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
+
+
+class Beside(NamedTuple):
+    """What shared experts contribute.
+
+    Attributes:
+        y: Their weighted results (…, H).
+        weight: The weights of routed experts' results (…, 1); None: they are 1.
+    """
+
+    y: Tensor
+    weight: Tensor | None
 
 
 class SharedExperts(FeedForward):
@@ -109,9 +134,20 @@ class SharedExperts(FeedForward):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens (…, H) to their weighted results (…, H)."""
+        return self.beside(x).y
+
+    def beside(self, x: Tensor) -> Beside:
+        """Maps tokens (…, H) to what they contribute to the routed experts' results."""
         return self.finish(self.first(x), x)
 
-    def finish(self, h: Tensor, x: Tensor) -> Tensor:
-        """Returns what :meth:`forward` does of the tokens ``x``, of which ``h`` are the features of :meth:`first`."""
+    def finish(self, h: Tensor, x: Tensor) -> Beside:
+        """Returns what :meth:`beside` does of the tokens ``x``, of which ``h`` are the features of :meth:`first`."""
         y = self.second(h)
-        return y if self.gate is None else y * self.gate(x)
+        if self.gate is None:
+            return Beside(y, None)
+        weights = self.gate(x)
+        if weights.shape[-1] == 1:
+            return Beside(y * weights, None)
+        of_shared, of_routed = weights.split(1, -1)
+        return Beside(y * of_shared, of_routed)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tedlab.comm.collectives import Collective, Operation, Phase
-from tedlab.comm.keep import kept_tags, recompute_plan, unread_tags
+from tedlab.comm.keep import recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows, split_evenly
@@ -83,7 +83,7 @@ class ClosedForm:
         spec: The specification of the model.
         layout: The layout of its processes.
         parameter, compute, precise: The dtypes, see :class:`tedlab.spec.MicroBatch`.
-        sites: The collective sites of each block.
+        sites: The collective sites of each block, of a pair that runs as one at its second block.
     """
 
     def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
@@ -94,8 +94,8 @@ class ClosedForm:
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
         self.tokens = config.data.micro_batch_size * config.model.sequence_length
-        blocks, first = self.spec.blocks, self.spec.first
-        alike = {n: blocks[n].sites(self.layout).present(self.degrees) for n in set(first)}
+        units, first = self.spec.units, self.spec.first
+        alike = {n: units[n].sites(self.layout).present(self.degrees) for n in set(first)}
         self.sites = [alike[n] for n in first]
         self.moved = rows
         self._grouping = Grouping(config.optim.groups)
@@ -105,7 +105,7 @@ class ClosedForm:
         """The rows that each block moves between experts and other processes; none for a block without experts."""
         if self.moved is not None:
             return [self.moved.get(block, Rows()) for block in range(len(self.sites))]
-        alike = {n: self.spec.blocks[n].rows(self.layout, self.tokens) for n in set(self.spec.first)}
+        alike = {n: self.spec.units[n].rows(self.layout, self.tokens) for n in set(self.spec.first)}
         return [alike[n] for n in self.spec.first]
 
     def at(self, block: int | None = None) -> MicroBatch:
@@ -119,7 +119,7 @@ class ClosedForm:
         """The blocks that are equal, have a backward pass or not, and for which CAC keeps the same, by the first."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block, first in enumerate(self.spec.first):
-            kept = kept_tags(self.config.comm.cac, self.spec.tags, block)
+            kept = self.spec.kept(self.config.comm.cac, block)
             alike.setdefault((first, self.has_backward(block), *sorted(kept.items())), []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
 
@@ -156,20 +156,20 @@ class ClosedForm:
     def counting(self) -> Iterator[Collective]:
         """Yields the collectives of a micro-batch's forward pass that only counts choices."""
         if self.counts_ahead:
-            yield from self._calls(
+            yield from self.calls(
                 self.spec.embedding.sites(self.layout).present(self.degrees).forward, "forward", Rows()
             )
             for sites, rows in zip(self.sites, self._rows, strict=True):
-                yield from self._calls(sites.forward, "forward", rows)
+                yield from self.calls(sites.forward, "forward", rows)
 
     def block(self, block: int) -> Iterator[Collective]:
         """Yields the collectives of a block, recomputation included."""
-        yield from self._calls(self.sites[block].forward, "forward", self._rows[block])
+        yield from self.calls(self.sites[block].forward, "forward", self._rows[block])
         if not self.has_backward(block):
             return
         if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
-        yield from self._calls(self.sites[block].backward, "backward", self._rows[block])
+        yield from self.calls(self.sites[block].backward, "backward", self._rows[block])
 
     def ends(self) -> Iterator[Collective]:
         """Yields the collectives before the first block and after the last."""
@@ -177,15 +177,15 @@ class ClosedForm:
         if not self._grouping.trains("embedding.weight"):  # the first of them; the others have a backward pass anyway
             parts[0] = Sites(parts[0].forward)
         sites = reduce(Sites.then, parts).present(self.degrees)
-        yield from self._calls(sites.forward, "forward", Rows())
-        yield from self._calls(sites.backward, "backward", Rows())
+        yield from self.calls(sites.forward, "forward", Rows())
+        yield from self.calls(sites.backward, "backward", Rows())
 
     def second_pass(self, block: int, cac: object) -> RecomputePlan:
         """Returns what recomputation does at each collective of a block."""
         sites = self.sites[block].recomputed
         # Early stopping skips a collective whose result only the code behind the block reads.
         unread = unread_tags(sites) if self.config.model.recompute.early_stop else ()
-        return recompute_plan(sites, kept_tags(cac, self.spec.tags, block), unread)
+        return recompute_plan(sites, self.spec.kept(cac, block), unread)
 
     def dead(self, block: int) -> set[str]:
         """Returns the tags of a block's collectives whose input recomputation does not compute."""
@@ -199,10 +199,10 @@ class ClosedForm:
         second = self.second_pass(block, cac)
         for site in self.sites[block].recomputed:
             if second[site.tag] is Second.AGAIN:
-                yield from self._calls([site], "recompute", self._rows[block])
+                yield from self.calls([site], "recompute", self._rows[block])
             elif second[site.tag] is Second.SLICE:
                 gathered = replace(site, op="all_gather", kind="tensor", rows=site.result or site.rows)
-                yield from self._calls([gathered], "recompute", self._rows[block])
+                yield from self.calls([gathered], "recompute", self._rows[block])
 
     def kept_bytes(self, block: int, cac: object) -> int:
         """Returns the bytes that CAC keeps of a block between its two passes, in each process."""
@@ -290,7 +290,8 @@ class ClosedForm:
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
-    def _calls(self, sites: Iterable[Site], phase: Phase, moved: Rows) -> Iterator[Collective]:
+    def calls(self, sites: Iterable[Site], phase: Phase, moved: Rows) -> Iterator[Collective]:
+        """Yields the collectives of sites, of which a mixture's move so many rows."""
         for site in sites:
             rows = self._count(site.rows, moved)
             chunk = site.chunk or rows

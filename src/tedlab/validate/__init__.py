@@ -31,6 +31,7 @@ from tedlab.validate.settings import (
     check_settings,
     check_writable,
 )
+from tedlab.validate.shortcut import check_shortcut
 from tedlab.validate.trainer import check_trainer
 
 __all__ = ["OBJECTIVES", "check", "check_simulated", "complete", "complete_simulated", "notes"]
@@ -124,6 +125,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     """Checks what must hold on any machine and with any data."""
     check_ranges(config)
     degrees = parallel_degrees(config.parallel)
+    check_shortcut(config)
     check_comm(config, degrees)
     check_model(config, degrees)
     check_experts(config, degrees)

@@ -56,7 +56,7 @@ def _check_numbers(moe: MoEConfig, layers: int) -> None:
     _check_blocks(moe, layers)
     if not moe.shared.experts and moe.shared != SharedConfig():
         raise ValueError(
-            f"moe.shared.ffn={moe.shared.ffn}, moe.shared.gated={moe.shared.gated} would have no effect: "
+            f"moe.shared.ffn={moe.shared.ffn}, moe.shared.combine={moe.shared.combine} would have no effect: "
             "moe.shared.experts is 0"
         )
     if moe.top_k > moe.num_experts:

@@ -13,6 +13,7 @@ import hydra
 import torch
 
 from tedlab.config import Granularity
+from tedlab.models.shortcut import MergedSpec
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 
@@ -69,19 +70,20 @@ class Memory:
 
         saves, kept, own = ([0] * len(spec.blocks) for _ in range(3))  # bytes of each block
         for first, blocks in form.kinds.items():
-            block, batch = spec.blocks[first], form.at(first)
+            block, batch = spec.units[first], form.at(first)
             for n in blocks:
                 saves[n], own[n] = block.saved(batch), block.gradients(batch)
                 kept[n] = form.kept_bytes(first, form.config.comm.cac) if recomputed else 0
         # Bytes before each block, and after the last:
-        saved = [0, *accumulate([stream] * len(saves) if recomputed else saves)]
+        inputs = [0 if isinstance(unit, MergedSpec) else stream for unit in spec.units]
+        saved = [0, *accumulate(inputs if recomputed else saves)]
         stash = [0, *accumulate(kept)]
         last = sum(end.saved(ends) for end in spec.ends) + stream
         yield self._moment("loss", before, stash[-1], saved[-1] + last, temporaries=0)
         gradients = before + spec.left(ends, several)
         for n in reversed(range(len(spec.blocks))):
             activations = saved[n + 1] + (saves[n] if recomputed else 0)
-            for moment in spec.blocks[n].working_sets(form.at(n), recomputed):
+            for moment in spec.units[n].working_sets(form.at(n), recomputed):
                 yield self._moment(
                     f"backward pass of block {n}, {moment.name}",
                     gradients + moment.new + (0 if several else moment.done),

@@ -11,6 +11,7 @@ from tedlab.comm import Collective
 from tedlab.config import Granularity, TrainConfig
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
+from tedlab.predict.estimate.hiding import Hiding
 from tedlab.predict.estimate.memory import Memory, Moment
 from tedlab.predict.flops import training_flops
 from tedlab.predict.sim.roofline import seconds
@@ -82,6 +83,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
         )
     form = ClosedForm(config)
     memory, links = Memory(form), _Links(form, cluster, rank)
+    hiding, hidden = Hiding(form, cluster, rank), 0.0
     accumulated, ends = memory.accumulated, form.at()
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
@@ -90,8 +92,9 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
     passes = _total((work for part in form.spec.ends for work in part.forward(ends)), cluster)
     backward = _total((work for part in reversed(form.spec.ends) for work in part.backward(ends)), cluster)
     for first, blocks in form.kinds.items():
-        spec, batch = form.spec.blocks[first], form.at(first)
+        spec, batch = form.spec.units[first], form.at(first)
         links.add(form.block(first), len(blocks) * accumulated, taken, wire)
+        hidden += len(blocks) * accumulated * hiding.seconds(first)
         passes += len(blocks) * _total(spec.forward(batch), cluster) * (2 if form.counts_ahead else 1)
         backward += len(blocks) * _total(spec.backward(batch), cluster)
         if config.model.recompute.granularity == Granularity.BLOCK:
@@ -102,7 +105,9 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
     links.add(form.optimizer_step(), 1, taken, wire)
     if config.optim.overlap:
-        taken[HIDDEN] = -min(links.reductions, backward + (adding if accumulated > 1 else 0))
+        hidden += min(links.reductions, backward + (adding if accumulated > 1 else 0))
+    if hidden:
+        taken[HIDDEN] = -hidden
     tokens = config.data.batch_size * config.model.sequence_length
     return Estimate(
         memory=memory.peak(),

@@ -1,0 +1,36 @@
+"""What the README of the study of ScMoE says is what its commands gave."""
+
+import json
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+import experiments.scmoe as study
+
+FOLDER = Path(study.__file__).parent
+TEXT = (FOLDER / "README.md").read_text()
+QUALITY = json.loads((FOLDER / "quality.json").read_text())
+PREDICTED = json.loads((FOLDER / "predicted.json").read_text())
+
+
+@pytest.mark.parametrize("variant", QUALITY)
+def test_the_readme_has_the_mean_and_the_range_of_three_seeds(variant: str) -> None:
+    losses = QUALITY[variant]["val_loss"]
+    assert len(losses) == 3
+    assert f"{mean(losses):.3f} ({min(losses):.3f}–{max(losses):.3f})" in TEXT
+
+
+def test_variants_have_the_same_flops_but_for_their_coefficients() -> None:
+    """Each of two layers has a product of 64 features, of which a step counts 2 FLOPs each, three times."""
+    base = QUALITY["top-2"]["flops_per_token"]
+    found = {name: its["flops_per_token"] - base for name, its in QUALITY.items()}
+    assert found == {name: 0 if name == "top-2" else 2 * 64 * 2 * 3 for name in QUALITY}
+
+
+@pytest.mark.parametrize("where", PREDICTED["predicted"])
+def test_the_readme_has_the_predicted_gains(where: str) -> None:
+    found = PREDICTED["predicted"][where]
+    gains = (f"{its['over_top2']:.2f}" for name, its in found.items() if name != "top-2")
+    model, cluster = where.split(", ", 1)
+    assert f"| {model} | {cluster} | {' | '.join(gains)} |" in TEXT
