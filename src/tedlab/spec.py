@@ -220,6 +220,7 @@ class MicroBatch:
         compute: Dtype of matrix products.
         precise: Dtype of what is computed in fp32 or better.
         rows: Rows that the layer moves between experts and other processes.
+        fused: Whether kernels may gather, activate and weight rows in one pass over memory each.
     """
 
     layout: Layout
@@ -229,6 +230,7 @@ class MicroBatch:
     compute: "torch.dtype"
     precise: "torch.dtype"
     rows: "Rows"
+    fused: bool = False
 
     @property
     def tensor(self) -> int:

@@ -29,6 +29,7 @@ DEEPSEEK = ["moe.router.scoring=sigmoid", "moe.router.expert_groups=4", "moe.rou
 DEEPSEEK += ["moe.router.bias_update=sign", "moe.balance.scope=sequence", "data.batch_size=1024"]
 
 BESIDE = ["moe.shared.experts=1"]
+ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
 
 CASES = {
     "one_fused": [*ONE, "optim.tile=fused"],
@@ -39,6 +40,9 @@ CASES = {
     "sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
     "no_zero": [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
     "dropless": [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024", "moe.dispatch=dropless"],
+    "dropless_gpu": [*MANY, *ON_GPU, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"],
+    "dropless_ted_gpu": [*MANY, *ON_GPU, "comm=ted", *TODAY, "model.recompute.granularity=block"],
+    "slots_gpu": [*MANY, "trainer=gpu", "trainer.precision=16-true", "moe.top_k=2", "moe.kernel=triton"],
     "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
     "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
     "fused": [*HALF, "optim.tile=fused"],
@@ -87,7 +91,7 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "ted", "dropless_ted", "fused", "today", "pos2_ted")
+QUICK = ("one_fused", "ted", "dropless_ted", "dropless_gpu", "fused", "today", "pos2_ted")
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,15 @@ def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation]
         assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)
     closed = estimate(config, load_cluster("summit")).seconds[OPTIMIZER]
     assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.02)
+
+
+def test_results_are_weighted_by_kernels_of_one_pass_on_a_gpu(simulations: dict[str, Simulation]) -> None:
+    """Backward: it reads a result, its token's gradient and its index, and writes the result's gradient."""
+    config, kernels = checked(*CASES["dropless_gpu"]), simulations["dropless_gpu"].kernels
+    rows = ClosedForm(config).at(1).rows.computed
+    moved = rows * (3 * config.model.hidden * 2 + 8)
+    layers = len(config.moe.routed(config.model.layers)) * config.trainer["accumulate_grad_batches"]
+    assert kernels["backward", Work(0.0, moved, torch.float32, "arithmetic")] == layers
 
 
 def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:

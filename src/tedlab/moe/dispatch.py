@@ -43,7 +43,7 @@ from tedlab.comm import (
     slice_to,
 )
 from tedlab.comm.rows import Rows, hands, rows_of, split_evenly, spread
-from tedlab.config import MoEConfig
+from tedlab.config import ExpertKernel, MoEConfig
 from tedlab.moe.gather import merge_choices, spread_choices
 from tedlab.moe.router import Routing, routers
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
@@ -157,7 +157,7 @@ class DispatchSpec(Spec):
     def there(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
         sliced, width = self.obeyed(b.layout).sharers > 1, self.hidden
-        yield from self._indexed(b, b.rows.sent if b.layout.sequence else b.rows.computed)
+        yield from self._indexed(b, self.merged(b))
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.sent * width)
         if self.chunks(b.layout) > 1:
@@ -183,7 +183,16 @@ class DispatchSpec(Spec):
             yield b.moved(2 * b.rows.sent * width)
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.computed * width)
-        yield from self._indexed(b, b.outside * self.choices)
+        if not self.fused(b):  # otherwise sums of choices read rows by index
+            yield from self._indexed(b, b.outside * self.choices)
+
+    def fused(self, b: MicroBatch) -> bool:
+        """Tells whether kernels gather, activate and weight rows; slots only have them if they are asked for."""
+        return b.fused and (self.config.unlimited or self.config.kernel == ExpertKernel.TRITON)
+
+    def merged(self, b: MicroBatch) -> int:
+        """Returns the rows from which this process makes its tokens' sums."""
+        return b.rows.sent if b.layout.sequence else b.rows.computed
 
     def saved(self, b: MicroBatch) -> int:
         """Counts the indices of choices and of slots."""
@@ -191,7 +200,7 @@ class DispatchSpec(Spec):
 
     def _indexed(self, b: MicroBatch, rows: int) -> Iterator[Work]:
         """Yields the kernels that gather rows by index and fill missing ones with zeros."""
-        for _ in range(2):
+        for _ in range(1 if self.fused(b) else 2):
             yield b.moved(2 * rows * self.hidden)
 
     def _reordered(self, b: MicroBatch) -> bool:

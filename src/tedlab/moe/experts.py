@@ -61,7 +61,10 @@ class ExpertsSpec(Spec):
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
         yield b.product(rows, self.hidden, inner, times=here)
-        yield from self.expert.activate(b, b.rows.computed * width)
+        if self.fused(b):
+            yield b.moved(b.rows.computed * (inner + width))
+        else:
+            yield from self.expert.activate(b, b.rows.computed * width)
         if not stop:
             yield b.product(rows, width, self.hidden, times=here)
 
@@ -71,7 +74,10 @@ class ExpertsSpec(Spec):
             yield b.moved(b.rows.computed * self.hidden)
         yield b.product(rows, self.hidden, width, times=here)
         yield b.product(self.hidden, rows, width, times=here)
-        yield from self.expert.activate_backward(b, b.rows.computed * width)
+        if self.fused(b):
+            yield b.moved(b.rows.computed * (2 * inner + width))
+        else:
+            yield from self.expert.activate_backward(b, b.rows.computed * width)
         yield b.product(rows, inner, self.hidden, times=here)
         yield b.product(inner, rows, self.hidden, times=here)
         if self.expert.bias:
@@ -85,7 +91,12 @@ class ExpertsSpec(Spec):
         """Counts inputs, both sides of the activation, and weights if they are converted."""
         here, _, inner, width = self.here(b)
         weights = here * self.hidden * (inner + width) if b.mixed else 0
-        return (b.rows.computed * (self.hidden + (self.expert.kept + 1) * width) + weights) * b.compute.itemsize
+        activating = inner if self.fused(b) else self.expert.kept * width
+        return (b.rows.computed * (self.hidden + activating + width) + weights) * b.compute.itemsize
+
+    def fused(self, b: MicroBatch) -> bool:
+        """See :meth:`DispatchSpec.fused`."""
+        return mixtures[self.config.dispatch].dispatch(self.hidden, self.config).fused(b)
 
     def here(self, b: MicroBatch) -> tuple[int, int, int, int]:
         """Returns the number of this process's experts, the rows of each, and its features around the activation."""

@@ -5,7 +5,6 @@ the same operations around them as those of one process (``products.py``): in pl
 or as kernels that pass over memory once.
 """
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -103,7 +102,7 @@ def project_slots(
 
 class _GatherRows(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, rows: ModuleType) -> Tensor:
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, rows: Any) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.rows = rows
         return rows.take(x, index, missing=True)
@@ -116,7 +115,7 @@ class _GatherRows(Function):
 
 class _Merge(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gate_TK: Tensor, slot_TK: Tensor, choice_R: Tensor, rows: ModuleType) -> Tensor:
+    def forward(ctx: Any, y: Tensor, gate_TK: Tensor, slot_TK: Tensor, choice_R: Tensor, rows: Any) -> Tensor:
         ctx.save_for_backward(y, gate_TK, choice_R)
         ctx.rows = rows
         return rows.combine(y, slot_TK, gate_TK, None, slot_TK)
@@ -129,7 +128,7 @@ class _Merge(Function):
 
 class _Activate(Function):
     @staticmethod
-    def forward(ctx: Any, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Any, rows: ModuleType) -> Tensor:
+    def forward(ctx: Any, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Any, rows: Any) -> Tensor:
         ctx.save_for_backward(z_NZ, bias_eZ, expert_N)
         ctx.how, ctx.rows = how, rows
         return rows.hidden(z_NZ, bias_eZ, expert_N, how)

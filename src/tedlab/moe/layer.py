@@ -106,7 +106,8 @@ class MoESpec(Spec):
             yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
             yield from self.dispatch.back(b, bias=self.expert.bias)
             if self.summed_again or not stop:
-                yield b.moved(2 * chosen * self.hidden)  # gate
+                if not self.dispatch.fused(b):
+                    yield b.moved(2 * chosen * self.hidden)  # gate
                 yield b.moved((chosen + b.outside) * self.hidden)
         if self.shared is not None:
             yield from self.shared.forward(b, dead, stop)
@@ -122,12 +123,17 @@ class MoESpec(Spec):
         if local is not None:
             yield from local.backward(b)
         else:
-            for passes in (3, 2, 1):  # of the gate and through it
-                yield b.moved(passes * chosen * self.hidden)
+            fused = self.dispatch.fused(b)
+            if fused:  # the kernel that gathers gradients also reads results, for the gates' gradients
+                yield b.moved(self.dispatch.merged(b) * self.hidden)
+            else:
+                for passes in (3, 2, 1):  # of the gate and through it
+                    yield b.moved(passes * chosen * self.hidden)
             yield from self.dispatch.there(b)
             yield from self.experts.backward(b)
             yield from self.dispatch.back(b, bias=False)
-            yield b.moved(3 * (self.dispatch.choices - 1) * b.outside * self.hidden)
+            sums = chosen + b.outside if fused else 3 * (self.dispatch.choices - 1) * b.outside
+            yield b.moved(sums * self.hidden)
         yield from self.router.backward(b)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 

@@ -42,9 +42,6 @@ class LocalExperts(Experts):
     """Experts that are all in this process and take every token that chooses them.
 
     The process must be alone in its expert group. ``moe.kernel`` says which row operations it uses.
-
-    Attributes:
-        row_ops: Row operations in place of those; None: those.
     """
 
     unlimited = True
@@ -54,16 +51,12 @@ class LocalExperts(Experts):
         super().__init__(spec, topology)
         self.kernel = spec.config.kernel
         self.moved: Rows = Rows()
-        self.row_ops: Any | None = None
         self.sharded = topology.sequence_sharded
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        if self.row_ops is None:
-            computing = products(self.kernel, self.nonlinearity, x)
-        else:
-            computing = Products(self.row_ops, self.nonlinearity)
+        computing = products(self.kernel, self.nonlinearity, x)
         if torch.is_grad_enabled():
             self.moved += Rows(*[gate_TK.numel()] * 4)
         y = _Mixture.apply(x, gate_TK, up, _flat(up_bias), down, _flat(down_bias), order, computing, self._adds_bias)

@@ -20,7 +20,7 @@ from tedlab.comm.keep import recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows, split_evenly
-from tedlab.config import BalanceScope, BiasUpdate, Granularity, TrainConfig
+from tedlab.config import BalanceScope, BiasUpdate, ExpertKernel, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.bucket import lay_out
@@ -112,7 +112,8 @@ class ClosedForm:
         """Returns what a block computes with, or, for None, what the layers before and after the blocks do."""
         rows = Rows() if block is None else self._rows[block]
         length = self.config.model.sequence_length
-        return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows)
+        fused = fused_rows(self.config)
+        return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows, fused)
 
     @cached_property
     def kinds(self) -> dict[int, list[int]]:
@@ -315,6 +316,12 @@ class ClosedForm:
         self, op: Operation, kind: GroupKind, phase: Phase, tag: str, elements: int, dtype: torch.dtype
     ) -> Collective:
         return Collective(op, kind, self.groups[kind], phase, tag, torch.Size([elements]), dtype)
+
+
+def fused_rows(config: TrainConfig) -> bool:
+    """Tells whether a GPU's kernels gather, activate and weight rows of experts, in one pass over memory each."""
+    on_gpu = config.trainer["accelerator"] == "gpu" and config.trainer["precision"] != "64-true"
+    return on_gpu and config.moe.kernel != ExpertKernel.TORCH
 
 
 class BucketSize(NamedTuple):

@@ -1,4 +1,4 @@
-"""The kernels on rows of local experts, as a GPU runs them, for a simulation: a kernel's inside shows no operations."""
+"""The kernels on rows of experts, as a GPU runs them, for a simulation: a kernel's inside shows no operations."""
 
 from collections.abc import Callable
 
@@ -18,11 +18,15 @@ class FusedRowOps:
     def __init__(self, count: Callable[..., None]) -> None:
         self.count = count
 
-    def take(self, x_TH: Tensor, token_N: Tensor) -> Tensor:
+    def take(self, x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
         """See :func:`tedlab.moe.row_ops.take`."""
         out = x_TH.new_empty(len(token_N), x_TH.shape[1])
         self.count(out, out, token_N)
         return out
+
+    def sums(self, y_RH: Tensor, place_TK: Tensor) -> Tensor:
+        """See :func:`tedlab.moe.row_ops.sums`."""
+        return self.combine(y_RH, place_TK, None, None, place_TK)
 
     def hidden(self, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
         """See :func:`tedlab.moe.row_ops.hidden`."""
@@ -36,13 +40,17 @@ class FusedRowOps:
         z_NZ: Tensor,
         bias_eZ: Tensor | None,
         expert_N: Tensor,
-        weight_N: Tensor,
+        weight_N: Tensor | None,
         how: Nonlinearity,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :func:`tedlab.moe.row_ops.hidden_backward`."""
-        results = torch.empty_like(z_NZ), torch.empty_like(grad_NF), torch.empty_like(weight_N)
-        self.count(grad_NF, z_NZ, weight_N, *results)
-        return results
+        grad_z = torch.empty_like(z_NZ)
+        if weight_N is None:
+            self.count(grad_NF, z_NZ, grad_z)
+            return grad_z, None, None
+        weighted, grad_weight = torch.empty_like(grad_NF), torch.empty_like(weight_N)
+        self.count(grad_NF, z_NZ, weight_N, grad_z, weighted, grad_weight)
+        return grad_z, weighted, grad_weight
 
     def combine(
         self, y_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, bias_eH: Tensor | None, expert_TK: Tensor
@@ -51,3 +59,11 @@ class FusedRowOps:
         out = y_NH.new_empty(len(place_TK), y_NH.shape[1])
         self.count(y_NH, out, place_TK)
         return out
+
+    def combine_backward(
+        self, grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`tedlab.moe.row_ops.combine_backward`; the gradient of a token is read for each of its rows."""
+        grad_y, grad_gate = torch.empty_like(y_RH), torch.zeros_like(gate_TK)
+        self.count(y_RH, y_RH, grad_y, choice_R)
+        return grad_y, grad_gate

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
-from tedlab.config import CheckpointOptions, ExpertKernel, TrainConfig, with_values
+from tedlab.config import CheckpointOptions, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig, Dispatch
@@ -27,7 +27,7 @@ from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
 from tedlab.predict.sim.routing import Answers, SimulatedRouting, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
-from tedlab.predict.volumes import predict, with_rows
+from tedlab.predict.volumes import fused_rows, predict, with_rows
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_of
 from tedlab.spec import Work
@@ -132,8 +132,8 @@ def simulate(
     routing = routing or routing_of(config, "balanced", None, None)
     micro_batches = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
     # The compiler does not fuse fake tensors, and a kernel's inside is invisible: only torch's operations are counted,
-    # and kernels that something stands in for (a fused step, rows of local experts).
-    eager = {"model.compile": "none", "moe.kernel": "torch"}
+    # and kernels that something stands in for (a fused step, rows of experts).
+    eager = {"model.compile": "none"} | ({} if fused_rows(config) else {"moe.kernel": "torch"})
     shorter = with_values(config, {**eager, "trainer.accumulate_grad_batches": micro_batches})
     expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
     told = 0
@@ -217,8 +217,6 @@ def _simulated(config: TrainConfig, meter: Callable[[Topology], Meter]) -> Simul
         loss_scale=scale or 2.0**16 if config.trainer["precision"] == "16-mixed" else scale,
     )
     assert isinstance(simulated, SimulatedStrategy)
-    on_gpu = config.trainer["accelerator"] == "gpu" and config.trainer["precision"] != "64-true"
-    simulated.fused_row_ops = on_gpu and config.moe.kernel != ExpertKernel.TORCH
     return simulated
 
 

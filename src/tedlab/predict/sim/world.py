@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from tedlab._compat.simulation import FakeStore, FakeTensorMode
 from tedlab.comm import SlotAgreement
-from tedlab.moe import LocalExperts
 from tedlab.moe.grouped import one_by_one
+from tedlab.moe.products import standing_in
 from tedlab.nn.ids import unchecked
 from tedlab.predict.sim.meter import Meter
 from tedlab.predict.sim.row_ops import FusedRowOps
@@ -80,9 +80,6 @@ class SimulatedStrategy(TEDStrategy):
     Args:
         meter: Makes the meter once the topology exists.
         arguments, options: The arguments of TEDStrategy.
-
-    Attributes:
-        fused_row_ops: Whether local experts count as a GPU's kernels on rows, not as torch's operations.
     """
 
     def __init__(self, meter: Callable[[Topology], Meter], *arguments: Any, **options: Any) -> None:
@@ -90,7 +87,6 @@ class SimulatedStrategy(TEDStrategy):
         self._make_meter = meter
         self._meter: Meter | None = None
         self._modes = ExitStack()
-        self.fused_row_ops = False
 
     @property
     def meter(self) -> Meter:
@@ -106,6 +102,7 @@ class SimulatedStrategy(TEDStrategy):
         self._modes.enter_context(one_by_one())  # torch knows neither all shapes nor the FLOPs of grouped products
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
+        self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
@@ -122,9 +119,6 @@ class SimulatedStrategy(TEDStrategy):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._label_gradient)
         super().setup_optimizers(trainer)
-        for module in self.model.modules() if self.fused_row_ops else ():
-            if isinstance(module, LocalExperts):
-                module.row_ops = FusedRowOps(self.meter.on_row_op)
         for optimizer in self.sharded_optimizers:
             # Real kernels return no tensors that would show them to the meter, and work tile by tile on a CPU.
             optimizer.kernel = self.meter.on_fused_step
