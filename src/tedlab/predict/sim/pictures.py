@@ -110,7 +110,9 @@ def draw_lanes(spans: Sequence[Span], windows: Sequence[tuple[float, float]], pa
                 continue
             name = span.name if span.lane == "compute" else span.name.split()[0]
             where = ((start - first) * scale, (end - start) * scale)
-            bar = axes.broken_barh([where], (lanes.index(span.lane) - 0.4, 0.8), color=_CAUSES[name], lw=0)
+            bar = axes.broken_barh(
+                [where], (lanes.index(span.lane) - 0.4, 0.8), color=_CAUSES[name], ec="white", lw=0.3
+            )
             labelled.setdefault(name.replace("_", " "), bar)
         axes.set_yticks(range(len(lanes)), [lane.replace("_", " ") for lane in lanes])
         axes.invert_yaxis()
