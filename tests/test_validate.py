@@ -259,6 +259,16 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.fuse_reduce_scatter=true"],
         ["comm.fuse_reduce_scatter=true", "comm.dtd=true", "comm.fuse_reduce_scatter=false"],
     ),
+    "pilots_to_places": (["comm.dedup=rank", "moe.top_k=2"], ["comm.dedup=rank", "moe.dispatch=dropless"]),
+    "pilots_of_one_choice": (
+        ["comm.dedup=rank", "moe.dispatch=dropless"],
+        ["moe.top_k is 1", "moe.top_k=2", "comm.dedup=none"],
+    ),
+    "pilots_in_the_papers_order": (
+        ["parallel=tp2_ep2", "comm=dtd", "comm.dedup=rank", "moe.dispatch=dropless", "moe.top_k=2"],
+        ["comm.dtd=true", "comm.fuse_reduce_scatter=true", "comm.dedup=none"],
+    ),
+    "pilots_to_nodes": (["comm.dedup=node"], ["comm.dedup=node", "none, rank"]),
     "overlap_without_shared_experts": (
         ["comm.overlap_shared=true"],
         ["comm.overlap_shared=true", "moe.shared.experts is 0", "moe.shared.experts=1", "comm.overlap_shared=false"],

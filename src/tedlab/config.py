@@ -31,6 +31,7 @@ Positions = StrEnum("Positions", "LEARNED ROTARY")
 QKNorm = StrEnum("QKNorm", "NONE HEAD FULL")
 RotaryScaling = StrEnum("RotaryScaling", "NONE LINEAR NTK YARN LLAMA3")
 Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
+Dedup = StrEnum("Dedup", "NONE RANK")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
 DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
@@ -309,6 +310,9 @@ class CommOptions(Frozen):
     # With moe.shortcut: before which of the sub-layers beside their exchange routed experts compute, from 0 (the first)
     # to the number of these (after the last); None: where the FLOPs beside both exchanges are as equal as can be.
     shortcut_slot: int | None = whole(None, least=0)
+    # Without a capacity: what a token sends if several of its choices are in one process. none: a row for each; rank:
+    # one row, which is copied there, and one back, which is summed there.
+    dedup: str = word(Dedup.NONE)
 
 
 @dataclass

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from tedlab.comm.rows import Rows
 
 # Rows that a mixture of experts moves, see ``comm/rows.py``; routers may decide how many there are.
-Routed = Literal["sent", "received", "computed", "gathered"]
+Routed = Literal["sent", "received", "computed", "gathered", "choices_sent", "choices_received", "choices_gathered"]
 ROUTED = get_args(Routed)
-RowCount = Literal["tokens", "samples", "once", Routed]
+RowCount = Literal["tokens", "dealt", "samples", "once", Routed]
 Number = Literal["parameter", "compute", "precise", "index"]
 
 
@@ -130,8 +130,8 @@ class Site:
         op: Its operation.
         kind: Its group.
         width: Number of elements in a row.
-        rows: How many rows it moves: one per token or sample of a data rank's micro-batch, a single one, or those of a
-            mixture.
+        rows: How many rows it moves: one per token or sample of a data rank's micro-batch, one per token that each of
+            the tensor ranks is dealt, a single one, or those of a mixture.
         dtype: Which dtype it moves: that of parameters, of matrix products, of fp32 or better, or of indices.
         feeds: The only site that uses its result; ``end``: no later collective or weight of the block uses it.
         replicated: Whether all tensor ranks hold the same result, so that each may keep a part for all.

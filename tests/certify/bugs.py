@@ -25,7 +25,7 @@ from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
-from tedlab.moe import balance, dispatch, experts, ragged, router, row_ops
+from tedlab.moe import balance, dispatch, experts, pilots, ragged, router, row_ops
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
 from tedlab.moe.shared import SharedGateSpec
@@ -557,6 +557,28 @@ def gates_gradient_of_this_tensor_rank_alone(patch: Patch) -> None:
 
     patch.setattr("tedlab.moe.local.copy_to", wrong)
     patch.setattr(ragged, "copy_to", wrong)
+
+
+def choices_counted_for_another_pilot(patch: Patch) -> None:
+    """Pilots are counted by sender, so that those of the second sender's choices are the first one's."""
+    right = pilots.order_of
+
+    def wrong(plan: pilots.Pilots, places: int, most: int) -> Any:
+        return right(replace(plan, code_iq=plan.code_iq.roll(most)), places, most)
+
+    patch.setattr(pilots, "order_of", wrong)
+
+
+def weights_applied_where_experts_are_and_again(patch: Patch) -> None:
+    """A token's pilots come back as weighted sums."""
+    right = pilots.PilotExperts.sums
+    patch.setattr(pilots.PilotExperts, "sums", lambda self, x, gate, *rest: right(self, x, gate * gate, *rest))
+
+
+def weights_gradient_stays_where_experts_are(patch: Patch) -> None:
+    """Weights travel with pilots, and their gradients must come back."""
+    right = differentiable.all_to_all
+    patch.setattr(pilots, "all_to_all", lambda x, *rest: right(x.detach(), *rest))
 
 
 def bias_gradient_of_this_slice_alone(patch: Patch) -> None:

@@ -224,7 +224,21 @@ OVERLAP: dict[str, dict[str, object]] = {
         **{"comm.overlap_shared": True, "comm.chunks": 3, "moe.capacity_factor": 1.5},
     },
 }
-JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP
+PILOT: dict[str, object] = {
+    **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1, "comm.dedup": "rank"}
+}
+PILOTS: dict[str, dict[str, object]] = {
+    "pilots": {**PILOT, ACCUMULATED: 2, **RECOMPUTED, "moe.z_loss": 0.01, "optim.overlap": True},
+    "pilots_ted_fused": {
+        **{**PILOT, **RECOMPUTED, "comm": "ted_fused", "model.recompute.early_stop": False},
+        **{"model.sequence_length": 3, "data.micro_batch_size": 1},  # T does not divide the tokens
+    },
+    "pilots_in_slices": {
+        **{**PILOT, ACCUMULATED: 2, **RECOMPUTED, **TODAY, "parallel.sequence": True, "comm.cac": "shard"},
+        **{"moe.shared.experts": 1, "comm.overlap_shared": True},
+    },
+}
+JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
@@ -232,6 +246,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices"),
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
+    *("pilots_ted_fused", "pilots_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -251,6 +266,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
         *("overlapped_ted", "overlapped_in_slices"),
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
+        *PILOTS,
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),

@@ -49,6 +49,7 @@ WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.g
 DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true")
 DIVIDED: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "moe.top_k=2")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
+PILOTS: Overrides = ("parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank")
 BIASED: Overrides = ("parallel=dp2", "moe.router.bias_update=proportional", "moe.top_k=2", "data.micro_batch_size=4")
 GLOBAL: Overrides = (
     *("parallel=dp2", "moe.balance.scope=global_batch", "moe.top_k=2", "moe.aux_loss=0.1", "data.micro_batch_size=4"),
@@ -136,6 +137,9 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.swiglu_in_halves: Found(TODAY, "outputs", "in step 1"),
     bugs.bias_added_by_each_tensor_rank: Found(DIVIDED, "outputs", "in step 2: logits"),
     bugs.gates_gradient_of_this_tensor_rank_alone: Found(DIVIDED, "gradients", "in step 1"),
+    bugs.choices_counted_for_another_pilot: Found(PILOTS, "outputs", "in step 1"),
+    bugs.weights_applied_where_experts_are_and_again: Found(PILOTS, "outputs", "in step 1"),
+    bugs.weights_gradient_stays_where_experts_are: Found(PILOTS, "gradients", "in step 1"),
     bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
     bugs.capacity_not_padded: Found(TP2, "outputs", "in step 1"),
     bugs.capacity_rounded_down: Found(TP2, "outputs", "in step 1"),

@@ -48,6 +48,8 @@ MODES: dict[str, Overrides] = {
 ALL = list(MODES)
 MODES |= {f"dropless_{name}": {**mode, "moe.dispatch": "dropless"} for name, mode in MODES.items()}
 DROPLESS = list(MODES)[len(ALL) :]
+MODES |= {f"dedup_{name}": {**MODES[f"dropless_{name}"], "comm.dedup": "rank"} for name in ALL if name != "dtd"}
+DEDUP = list(MODES)[-3:]
 DEEPSEEK = {"moe.every": 1, "moe.first_dense": 1, "moe.ffn": 8, "moe.shared.experts": 2}
 MODES |= {
     "shared": {**DEEPSEEK, "comm.dtd": True},
@@ -254,6 +256,7 @@ CELLS: list[Cell] = [
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
     *(((4, 2, 2), SHARED[::2], "32-true"), ((4, 2, 2), SHARED[1::2], "bf16-mixed")),
     *(((4, 2, 2), SHORTCUTS[:2], "32-true"), ((4, 2, 2), SHORTCUTS[2:], "bf16-mixed")),
+    *(((4, 2, 2), DEDUP, "bf16-mixed"), ((4, 1, 2), DEDUP[:1], "32-true"), ((8, 4, 2), DEDUP[1:], "32-true")),
 ]
 
 
@@ -262,6 +265,7 @@ EXHAUSTIVE = [  # what each of these has, other cells have as well: eight proces
     *(((8, 4, 2), ["dtd", "sequence"], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),
     *(((4, 4, 1), ALL[:2], "32-true"), ((2, 2, 1), ALL[2:], "32-true")),
+    *(((4, 1, 2), DEDUP[:1], "32-true"), ((8, 4, 2), DEDUP[1:], "32-true")),
 ]
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tedlab.comm.rows import dealt, hands, listed, rows_of, spread
+from tedlab.comm.rows import dealt, hands, listed, pilots, rows_of, spread
 
 COUNTS = np.array([[5, 0, 1, 7], [0, 0, 13, 0]])  # senders × experts
 
@@ -49,3 +49,12 @@ def test_rows_are_spread_in_proportion_as_far_as_whole_numbers_allow(
     shares: list[float], rows: int, most: int, expected: list[int]
 ) -> None:
     assert spread(shares, rows, most).tolist() == expected
+
+
+def test_pilots_of_balanced_choices_are_those_of_the_closed_form() -> None:
+    """D of K = 8 choices among 256 experts, as X-MoE (arXiv 2508.13337) counts it, and its bounds."""
+    for processes, share in ((2, 0.2491), (4, 0.4518)):
+        found = pilots(np.full(256, 8 * 3200 // 256), 3200, 8, processes)
+        assert found.sum() / (8 * 3200) == pytest.approx(share, abs=2e-4)
+    assert pilots(np.array([10, 10, 0, 0]), 10, 2, 2).tolist() == [10, 0]
+    assert pilots(np.array([10, 0, 10, 0]), 10, 2, 2).tolist() == [10, 10]

@@ -1,6 +1,7 @@
 """Dropless routing: every choice reaches its expert and comes back, whatever was chosen, in every world."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from tedlab.comm import Recomputation, Second
 from tedlab.comm.recompute import _Pass, _Region
 from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, MoEConfig
-from tedlab.moe import MoELayer, MoESpec, ragged
+from tedlab.moe import Experts, ExpertsSpec, MoELayer, MoESpec, mixtures, ragged
 from tedlab.moe.gather import spread_choices
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
+from tedlab.moe.pilots import list_pilots
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import sort_choices
@@ -135,6 +137,73 @@ def test_numbers_of_rows_travel_while_rows_are_spread(pool: WorkerPool) -> None:
     counts, there = "dispatch.counts", "dispatch.all_to_all"
     assert pool.run(2, order_of_events, False)[0] == [counts, "asked", "spread", "read", there]
     assert pool.run(2, order_of_events, True)[0] == ["dispatch.gather_counts", "asked", "spread", "read"]
+
+
+# ---- pilots --------------------------------------------------------------------------------------------------------
+
+
+def layer_of(dedup: str, topology: Topology, activation: str) -> Experts:
+    """The same experts whatever ``dedup`` is, with biases of their own."""
+    topology.options = replace(topology.options, dedup=dedup)
+    torch.set_default_dtype(torch.float64)
+    config = MoEConfig(num_experts=EXPERTS, top_k=3, dispatch="dropless", capacity_factor=None)
+    expert = FeedForwardSpec(HIDDEN, 8, Init(std=1.0), Init(std=0.5), activation)
+    layer = mixtures["dropless"].make(ExpertsSpec(expert, config), topology)
+    torch.set_default_dtype(torch.float32)
+    initialize(layer, seed=3)
+    number = topology.comm.rank("expert")
+    for name in ("up_bias", "down_bias"):
+        values = layer.get_parameter(name)._local_tensor  # type: ignore[attr-defined]
+        values.data.copy_(torch.linspace(-1 - number, 1, values.numel()).view_as(values))
+    return layer
+
+
+def pilots_and_rows(tensor: int, mode: str) -> tuple[list[str], list[int]]:
+    """Differences between a layer that sends pilots and one that sends rows, and what both send."""
+    options, sequence = MODES[mode]
+    degrees = ParallelDegrees(dist.get_world_size(), tensor, dist.get_world_size() // tensor, sequence)
+    topology, wrong, sent = Topology(degrees, options=options), [], []
+    rank = dist.get_rank() if sequence else topology.comm.rank("data")
+    for choices in CHOICES:
+        for top_k, activation in ((1, "gelu"), (2, "gelu"), (3, "swiglu")):
+            x, gates, experts = problem(rank, top_k, choices)
+            results: list[tuple[Tensor, ...]] = []
+            for dedup in ("rank", "none"):
+                layer = layer_of(dedup, topology, activation)
+                leaves = x.clone().requires_grad_(), gates.clone().requires_grad_()
+                y = layer(leaves[0], routing_of(experts, leaves[1]))
+                (y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
+                weights = (p.grad.to_local() for p in layer.parameters())  # type: ignore[union-attr]
+                results.append((y.detach(), leaves[0].grad, leaves[1].grad, *weights))  # type: ignore[arg-type]
+                assert layer.moved is not None
+                sent.append(layer.moved.sent)
+            for number, (a, b) in enumerate(zip(*results, strict=True)):
+                if (a - b).abs().max() > 1e-12 * b.abs().max().clamp(min=1):
+                    wrong.append(f"{choices}, top {top_k}: {number} off by {(a - b).abs().max()}")
+    return wrong, sent
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor", "mode"), [(2, 1, "plain"), *((4, 2, mode) for mode in ("plain", "fused", "sequence"))]
+)
+def test_pilots_give_what_rows_give_and_are_fewer(pool: WorkerPool, world_size: int, tensor: int, mode: str) -> None:
+    """Results and all gradients, in float64 to 1e-12: sums are added in another order."""
+    for wrong, sent in pool.run(world_size, pilots_and_rows, tensor, mode):
+        assert not wrong, "\n".join(wrong)
+        pilots, rows = sent[::2], sent[1::2]
+        assert all(a <= b for a, b in zip(pilots, rows, strict=True))
+        assert sum(pilots) < sum(rows)
+
+
+def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
+    expert_TK = torch.tensor([[0, 3, 1], [2, 0, 3], [3, 2, 1]])  # of two processes with two experts each
+    sent = list_pilots(expert_TK, 4, 2, 2)
+    assert sent.counts_sx.tolist() == [[2, 2, 3], [2, 3, 3]]
+    assert sent.token_R[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert sent.pilot_TK.tolist() == [[0, 3, -1], [4, 1, -1], [5, -1, 2]]
+    # Choices by expert and then by token: experts 0, 0, 1, 1, 2, 2, 3, 3, 3 of tokens 0, 1, 0, 2, 1, 2, 0, 1, 2.
+    assert sent.choice_R.tolist() == [0, 4, 2, 8, 3, 7, 1, 5, 6]
+    assert sent.code_R.tolist() == [0, 2, 1, 4, 2, 5, 0, 3, 4]
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------

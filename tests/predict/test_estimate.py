@@ -45,6 +45,12 @@ CASES = {
     "slots_gpu": [*MANY, "trainer=gpu", "trainer.precision=16-true", "moe.top_k=2", "moe.kernel=triton"],
     "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
     "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
+    "dropless_divided": [*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "parallel.expert=1", "moe.top_k=2"],
+    "pilots": [*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"],
+    "pilots_sequence": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"),
+        *("parallel.sequence=true", "comm.cac=true", "parallel.expert=4"),
+    ],
     "fused": [*HALF, "optim.tile=fused"],
     "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
     "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],

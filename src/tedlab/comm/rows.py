@@ -22,12 +22,17 @@ class Rows:
         received: Rows that it receives from its expert group.
         gathered: Rows in the buffer in which its tensor group gathers what each rank received, padded to the longest.
         computed: Rows that its experts compute.
+        choices_sent, choices_received, choices_gathered: With ``comm.dedup`` what travels are pilots (see
+            :mod:`tedlab.moe.pilots`), which the first three count; these count their choices in the same way.
     """
 
     sent: int = 0
     received: int = 0
     gathered: int = 0
     computed: int = 0
+    choices_sent: int = 0
+    choices_received: int = 0
+    choices_gathered: int = 0
 
     def __add__(self, other: "Rows") -> "Rows":
         return Rows(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -81,6 +86,65 @@ def rows_of(counts_ise: np.ndarray, sent: int, rank: int) -> Rows:
     """
     arriving = counts_ise.sum((1, 2))
     return Rows(sent, int(arriving[rank]), len(arriving) * int(arriving.max()), int(arriving.sum()))
+
+
+def rows_of_pilots(sent_sx: np.ndarray, arriving_isx: np.ndarray, rank: int) -> Rows:
+    """Returns the rows that a process moves which exchanges pilots.
+
+    Args:
+        sent_sx: (processes of the expert group, experts of one + 1) integers: for each process, the choices of each of
+            its experts that this process sends, and the pilots.
+        arriving_isx: The same for what arrives at each tensor rank from each process, as in :func:`rows_of`.
+        rank: The process's index in the first dimension.
+    """
+    pilots = rows_of(arriving_isx[..., -1:], int(sent_sx[:, -1].sum()), rank)
+    choices = rows_of(arriving_isx[..., :-1], int(sent_sx[:, :-1].sum()), rank)
+    of_choices = choices.sent, choices.received, choices.gathered
+    return Rows(pilots.sent, pilots.received, pilots.gathered, choices.computed, *of_choices)
+
+
+def pilots(counts_E: np.ndarray, tokens: int, top_k: int, processes: int) -> np.ndarray:
+    """Returns how many pilots tokens send to each process, (processes,), if their choices are independent.
+
+    If all experts are chosen equally often, a token's K choices miss a process of E/n of the E experts with the
+    probability C(E - E/n, K) / C(E, K). A process whose experts are chosen more often counts as one with
+    proportionally more experts, which is an assumption.
+
+    Args:
+        counts_E: The choices of each expert.
+        tokens: The number of tokens.
+        top_k: The number K of choices of each.
+        processes: The number n of processes, which divide the experts evenly.
+    """
+    experts, counts_se = len(counts_E), counts_E.reshape(processes, -1)
+    chosen_s = counts_se.sum(1)
+    room_s = experts * chosen_s / max(1, tokens * top_k)
+    missed_s = np.ones(processes)
+    for k in range(top_k):
+        missed_s *= np.maximum(0.0, experts - room_s - k) / (experts - k)
+    least = np.maximum(counts_se.max(1), -(-chosen_s // min(top_k, counts_se.shape[1])))
+    return np.clip(np.rint(tokens * (1 - missed_s)).astype(np.int64), least, np.minimum(chosen_s, tokens))
+
+
+def sent_as_pilots(shares: Sequence[float], tokens: int, top_k: int, sharers: int, processes: int) -> np.ndarray:
+    """Returns what each tensor rank of a data rank sends to each process: (sharers, processes, experts of one + 1).
+
+    The last number is that of the pilots, the others are choices of each expert.
+
+    Args:
+        shares: (E,) proportions in which experts are chosen.
+        tokens: Number of tokens of a data rank.
+        top_k: Number of choices of each.
+        sharers: Number of tensor ranks that send tokens of their own, of which each has every so manieth.
+        processes: Number of processes of an expert group.
+    """
+    found = []
+    for rank in range(sharers):
+        own = len(range(rank, tokens, sharers))
+        counts_E = spread(shares, own * top_k, own)
+        of_pilots = pilots(counts_E, own, top_k, processes)
+        found.append(np.concatenate((counts_E.reshape(processes, -1), of_pilots[:, None]), 1))
+    return np.stack(found)
 
 
 def spread(shares: Sequence[float], rows: int, most: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from tedlab.comm.rows import Rows
 from tedlab.config import (
     AttentionConfig,
     CommOptions,
+    Dedup,
     Granularity,
     LatentConfig,
     ModelConfig,
@@ -140,8 +141,8 @@ class GPTSpec(Spec):
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
         blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared)).blocks
         layouts = (
-            Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), CommOptions(dtd=not on))
-            for expert in (1, 2)
+            Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), CommOptions(dtd=not on, dedup=dedup))
+            for expert, dedup in ((1, Dedup.NONE), (2, Dedup.NONE), (2, Dedup.RANK))
             for on in (True, False)
         )
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)

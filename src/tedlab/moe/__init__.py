@@ -8,7 +8,7 @@ from tedlab.moe.expert_choice import ExpertChoiceRouter
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts, mixtures
 from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer, MoESpec
-from tedlab.moe.local import LocalExperts
+from tedlab.moe.local import LocalExperts, TokenExperts
 from tedlab.moe.ragged import RaggedPath, RaggedRows, ReplicatedRows, RowPath, RowRegion
 from tedlab.moe.router import (
     Decision,
@@ -52,6 +52,7 @@ __all__ = [
     "SlotExperts",
     "SlotRegion",
     "Sums",
+    "TokenExperts",
     "TokenPath",
     "assign_slots",
     "global_losses",

@@ -120,6 +120,10 @@ class DispatchSpec(Spec):
         summed = Site("experts.reduce", "all_reduce", "expert_tensor", self.hidden, replicated=True, feeds="end")
         return summed, Site("experts.copy_gates", "all_reduce", "expert_tensor", self.choices, dtype="precise")
 
+    def pilots(self, layout: Layout) -> bool:
+        """Tells whether tokens travel as pilots, see :mod:`tedlab.moe.pilots`."""
+        return False
+
     def fed(self, layout: Layout) -> str:
         """Returns the tag of the collective that experts' results feed."""
         partial = self.config.unlimited and self.obeyed(layout).sharers == 1

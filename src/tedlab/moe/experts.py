@@ -121,6 +121,7 @@ class Experts(ShardedModule):
 
     Attributes:
         dispatch: Class of the specification of its collectives.
+        sends_pilots: Whether it obeys ``comm.dedup``.
         unlimited: Whether experts take every row that chose them. Routings then have a place for every choice, sorted
             by expert; otherwise they have a slot in a queue of limited capacity, or -1.
         compilable: Whether ``torch.compile`` may see into it: all shapes are known before routers choose.
@@ -128,6 +129,7 @@ class Experts(ShardedModule):
     """
 
     dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
+    sends_pilots: ClassVar[bool] = False
     unlimited: ClassVar[bool] = False
     compilable: bool = True
     moved: Rows | None = None

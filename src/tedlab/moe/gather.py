@@ -58,6 +58,21 @@ def gather_rows(x: Tensor, index: Tensor, inverse: Tensor, kernel: str = "torch"
     return _GatherRows.apply(x, index, inverse, row_functions(kernel, x))
 
 
+def sum_rows(y: Tensor, index: Tensor, inverse: Tensor, kernel: str = "torch") -> Tensor:
+    """Sums rows by index, the transpose of :func:`gather_rows`.
+
+    Forward: ``out[n] = Σ_r y[inverse[n, r]]``, where -1 adds nothing; backward: ``grad_y[m] = grad_out[index[m]]``.
+    Nothing that a recomputed region could need is kept, so that its second pass may end before.
+
+    Args:
+        y: (m, H).
+        index: (m,) int64.
+        inverse: (n, r) int64.
+        kernel: See ``moe.kernel``.
+    """
+    return _SumRows.apply(y, index, inverse, row_functions(kernel, y))
+
+
 def activate_rows(z_NZ: Tensor, bias_eZ: Tensor | None, groups: Groups, how: Nonlinearity, kernel: str) -> Tensor:
     """Activates rows plus their experts' biases: (N, F). Fused, it keeps nothing but z for the backward pass.
 
@@ -111,6 +126,17 @@ class _GatherRows(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
         return ctx.rows.sums(grads[0], inverse), None, None, None
+
+
+class _SumRows(Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, index: Tensor, inverse: Tensor, rows: ModuleType) -> Tensor:
+        ctx.index, ctx.rows = index, rows
+        return rows.sums(y, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.rows.take(grads[0], ctx.index), None, None, None
 
 
 class _Merge(Function):

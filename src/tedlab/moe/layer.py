@@ -50,9 +50,10 @@ class MoESpec(Spec):
         return ExpertsSpec(self.expert, self.config)
 
     def local(self, b: MicroBatch) -> LocalSpec | None:
-        """Returns what experts that are all in each process do, if they do it in their own way."""
+        """Returns what experts do to which whole tokens come, or their pilots, if these are such."""
+        pilots = self.dispatch.pilots(b.layout)
         alone = mixtures[self.config.dispatch].alone(b.layout.degrees)
-        return LocalSpec(self.experts) if alone else None
+        return LocalSpec(self.experts, pilots) if alone or pilots else None
 
     @property
     def shared(self) -> SharedSpec | None:

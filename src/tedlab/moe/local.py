@@ -25,6 +25,7 @@ from torch.autograd import Function
 from tedlab.comm import copy_to, gather_to, once, reduce_from, scatter_from, to_compute_dtype
 from tedlab.comm.recompute import is_dead, unused
 from tedlab.comm.rows import Rows
+from tedlab.config import Dedup
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
 from tedlab.moe.gather import chosen_experts
@@ -38,10 +39,10 @@ from tedlab.topology import Topology
 _REDUCE = "experts.reduce"
 
 
-class LocalExperts(Experts):
-    """Experts that are all in this process and take every token that chooses them.
+class TokenExperts(Experts):
+    """Base of experts without a capacity to which whole tokens come, each with all its choices that are here.
 
-    The process must be alone in its expert group. ``moe.kernel`` says which row operations it uses.
+    ``moe.kernel`` says which row operations they use.
     """
 
     unlimited = True
@@ -51,23 +52,42 @@ class LocalExperts(Experts):
         super().__init__(spec, topology)
         self.kernel = spec.config.kernel
         self.moved: Rows = Rows()
-        self.sharded = topology.sequence_sharded
 
-    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
+    def sums(self, x_TH: Tensor, gate_TK: Tensor, order: Order, feeds: str) -> Tensor:
+        """Returns this tensor rank's part of each token's weighted sum (T, H).
+
+        Args:
+            x_TH: Tokens, in the dtype of products.
+            gate_TK: Weights of their choices.
+            order: Order of the rows.
+            feeds: Tag of the collective that the sums go into; a second pass that does not repeat it makes none.
+        """
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        computing = products(self.kernel, self.nonlinearity, x)
-        if torch.is_grad_enabled():
-            self.moved += Rows(*[gate_TK.numel()] * 4)
-        y = _Mixture.apply(x, gate_TK, up, _flat(up_bias), down, _flat(down_bias), order, computing, self._adds_bias)
-        if self.sharded:
-            return scatter_from(y, self.comm, "expert_tensor", _REDUCE, dim=0)
-        return reduce_from(y, self.comm, "expert_tensor", _REDUCE)
+        computing = products(self.kernel, self.nonlinearity, x_TH)
+        of_experts = up, _flat(up_bias), down, _flat(down_bias)
+        return _Mixture.apply(x_TH, gate_TK, *of_experts, order, computing, self._adds_bias, feeds)
 
     @property
     def _adds_bias(self) -> bool:
         """Whether this tensor rank adds the second bias to its partial sums: one does, for all."""
         return self.comm.rank("expert_tensor") == 0
+
+
+class LocalExperts(TokenExperts):
+    """Experts that are all in this process, which must be alone in its expert group."""
+
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
+        super().__init__(spec, topology)
+        self.sharded = topology.sequence_sharded
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
+        if torch.is_grad_enabled():
+            self.moved += Rows(*[gate_TK.numel()] * 4)
+        y = self.sums(x, gate_TK, order, _REDUCE)
+        if self.sharded:
+            return scatter_from(y, self.comm, "expert_tensor", _REDUCE, dim=0)
+        return reduce_from(y, self.comm, "expert_tensor", _REDUCE)
 
     def _enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Order]:
         """Returns the tokens of which this rank computes a part, the weights of their choices, and their rows."""
@@ -90,18 +110,25 @@ class LocalExperts(Experts):
         expert_N = each.repeat_interleave(load, output_size=places.numel())
         token_N = choice_N.div(places.shape[1], rounding_mode="floor")
         groups = Groups(expert_N, load.cumsum(0).int(), sizes)
-        return x_TH, gate_TK, Order(token_N, places, expert_N[places], groups)
+        return x_TH, gate_TK, Order(token_N, choice_N, places, expert_N[places], groups)
 
 
 @mixtures.register("dropless")
 class Dropless(RowExperts):
-    """Makes :class:`LocalExperts` if all experts are in each process, otherwise :class:`RowExperts`."""
+    """Makes :class:`LocalExperts` if all experts are in each process, otherwise what ``comm.dedup`` asks for."""
 
     dispatch = DroplessSpec
+    sends_pilots = True
 
     @classmethod
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
-        return (LocalExperts if cls.alone(topology.degrees) else RowExperts)(spec, topology)
+        if cls.alone(topology.degrees):
+            return LocalExperts(spec, topology)
+        if topology.options.dedup == Dedup.RANK:
+            from tedlab.moe.pilots import PilotExperts
+
+            return PilotExperts(spec, topology)
+        return RowExperts(spec, topology)
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:
@@ -125,8 +152,9 @@ class _Mixture(Function):
         order: Order,
         computing: Products,
         adds_bias: bool,
+        feeds: str,
     ) -> Tensor:
-        dead = is_dead(_REDUCE)
+        dead = is_dead(feeds)
         z, y_NH = computing.forward(x_TH, up, up_bias, down, order, whole=not dead)
         ctx.save_for_backward(x_TH, gate_TK, up, up_bias, down, down_bias, z)
         ctx.order, ctx.computing, ctx.adds_bias = order, computing, adds_bias
@@ -139,12 +167,12 @@ class _Mixture(Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_TK, up, up_bias, down, down_bias, z = ctx.saved_tensors
         order, computing, grad_TH = ctx.order, ctx.computing, grads[0].contiguous()
-        gate_N = torch.empty_like(gate_TK).flatten().scatter_(0, order.place_TK.flatten(), gate_TK.flatten())
+        gate_N = gate_TK.flatten()[order.choice_N]
         grad_NH, grad_z, grad_gate_N, grad_up, grad_down = computing.backward(
             grad_TH, x, z, up, up_bias, down, gate_N, order, (ctx.needs_input_grad[2], ctx.needs_input_grad[4])
         )
         grad_x = computing.rows.combine(grad_NH, order.place_TK, None, None, order.expert_TK)
-        grad_gate = grad_gate_N[order.place_TK]
+        grad_gate = torch.zeros_like(gate_TK).flatten().scatter_(0, order.choice_N, grad_gate_N).view_as(gate_TK)
         grad_up_bias = grad_down_bias = None
         if up_bias is not None:
             grad_up_bias = sums_by_expert(grad_z, order.groups.expert_N, len(up))
@@ -157,4 +185,4 @@ class _Mixture(Function):
             if ctx.adds_bias:
                 products_TE = (grad_TH @ down_bias.mT).to(gate_TK.dtype)
                 grad_gate = grad_gate + products_TE.gather(1, order.expert_TK)
-        return grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None, None
+        return grad_x, grad_gate, grad_up, grad_up_bias, grad_down, grad_down_bias, None, None, None, None

@@ -1,11 +1,14 @@
-"""What experts without a capacity that are all in each process do, see ``local.py``: they send, compute and keep."""
+"""What experts without a capacity to which whole tokens come send, compute and keep: ``local.py`` and ``pilots.py``."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from typing_extensions import override
 
+from tedlab.comm.rows import Rows, rows_of_pilots, sent_as_pilots
+from tedlab.config import Dedup
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import ExpertsSpec
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
@@ -13,7 +16,9 @@ from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 
 @dataclass(frozen=True)
 class DroplessSpec(DispatchSpec):
-    """Describes how tokens reach experts without a capacity: not at all, if each process holds all experts."""
+    """Describes how tokens reach experts without a capacity: not at all, if each process holds all experts; otherwise
+    as rows, or as pilots.
+    """
 
     @override
     def obeyed(self, layout: Layout) -> Layout:
@@ -23,6 +28,8 @@ class DroplessSpec(DispatchSpec):
 
     @override
     def sites(self, layout: Layout) -> Sites:
+        if self.pilots(layout):
+            return self._pilot_sites(layout)
         if layout.degrees.expert > 1:
             return super().sites(layout)
         summed, gates = self._of_tokens()
@@ -35,33 +42,113 @@ class DroplessSpec(DispatchSpec):
         back = replace(summed, op="all_gather"), replace(gathered, op="reduce_scatter")
         return Sites((chosen, gathered, gates, summed), (*back, *self._of_gates(replace(gates, op="reduce_scatter"))))
 
+    @override
+    def pilots(self, layout: Layout) -> bool:
+        return layout.options.dedup == Dedup.RANK and layout.degrees.expert > 1
+
+    @override
+    def rows(self, layout: Layout, tokens: int) -> Rows:
+        if not self.pilots(layout):
+            return super().rows(layout, tokens)
+        moe, processes = self.config, layout.degrees.expert
+        sent = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.sharers, processes)
+        return rows_of_pilots(sent[0], np.repeat(sent[:, :1], processes, 1), 0)
+
+    def _pilot_sites(self, layout: Layout) -> Sites:
+        tensor, sliced = layout.degrees.tensor, layout.sharers > 1
+        dealt = sliced and not layout.sequence
+        experts = self.config.num_experts + layout.degrees.expert
+        counts = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
+        of_all = replace(
+            counts, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=tensor * experts
+        )
+        codes = Site("dispatch.choices", "all_to_all", "expert", 1, "choices_sent", "index", recomputed=False)
+        of_all_codes = replace(
+            codes, tag="dispatch.gather_choices", op="all_gather", kind="expert_tensor", rows="choices_gathered"
+        )
+        gates = Site("dispatch.gates", "all_to_all", "expert", 1, "choices_sent", "precise", result="choices_received")
+        to = Site("dispatch.all_to_all", "all_to_all", "expert", self.hidden, "sent", result="received")
+        back = replace(to, tag="combine.all_to_all", rows="received", result="sent")
+        gates_back, to_back, back_back = (
+            replace(gates, rows="choices_received"),
+            replace(to, rows="received"),
+            replace(back, rows="sent"),
+        )
+        summed, of_gates = self._of_tokens()
+        if not sliced:
+            return Sites(
+                (counts, codes, gates, replace(to, replicated=True), replace(back, feeds=summed.tag), summed),
+                (
+                    back_back,
+                    *self._of_gates(gates_back, of_gates),
+                    to_back,
+                    replace(summed, tag="experts.copy"),
+                ),
+            )
+        spread = Site("dispatch.gather", "all_gather", "expert_tensor", self.hidden, "gathered", replicated=True)
+        spread_gates = replace(spread, tag="dispatch.gather_gates", width=1, rows="choices_gathered", dtype="precise")
+        summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=back.tag)
+        whole = Site("combine.gather", "all_gather", "tensor", tensor * self.hidden, "dealt", replicated=True)
+        there = (replace(gates, feeds=spread_gates.tag), replace(to, feeds=spread.tag), spread, spread_gates)
+        forward: tuple[Site, ...] = (counts, of_all, codes, of_all_codes, *there, summed)
+        inside = replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")
+        of_gates_back = replace(spread_gates, op="reduce_scatter"), gates_back
+        if not dealt:
+            forward = (*forward, replace(back, feeds="end"))
+            return Sites(forward, (back_back, *inside, to_back, *self._of_gates(*of_gates_back)))
+        forward = (*forward, replace(back, feeds=whole.tag), replace(whole, feeds="end"))
+        dropped = replace(whole, tag="dispatch.drop")
+        of_dropped = replace(dropped, tag="dispatch.drop_gates", width=tensor * self.choices, dtype="precise")
+        return Sites(forward, (back_back, *inside, to_back, dropped, *self._of_gates(*of_gates_back, of_dropped)))
+
 
 @dataclass(frozen=True)
 class LocalSpec(Spec):
     """Describes the work of :class:`tedlab.moe.LocalExperts`, with kernels on rows that pass over memory once.
 
+    Where pilots are sent, they are the experts' tokens.
+
     Attributes:
         experts: The experts, which state the parameters.
+        pilots: Whether pilots are sent.
     """
 
     experts: ExpertsSpec
+    pilots: bool = False
+
+    def tokens(self, b: MicroBatch) -> int:
+        """Returns the number of the experts' tokens."""
+        return b.rows.gathered if self.pilots else b.tokens
+
+    def _there(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that copy tokens to pilots, or gradients of sums to those of pilots."""
+        if self.pilots:
+            yield b.moved(2 * b.rows.sent * self.experts.hidden)
+
+    def _back(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that sum the pilots of each token, or their gradients."""
+        if self.pilots:
+            yield b.moved((b.rows.sent + b.outside) * self.experts.hidden)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
         total, hidden = b.rows.computed, self.experts.hidden
         if b.mixed:
             yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
+        yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers tokens
         yield b.product(rows, hidden, inner, times=number)
-        if "experts.reduce" in dead:
+        if ("experts.reduce" if not self.pilots or b.layout.sharers > 1 else "combine.all_to_all") in dead:
             return
         yield b.moved(total * (inner + width))  # bias and activation
         yield b.product(rows, width, hidden, times=number)
-        yield b.moved((total + b.tokens) * hidden)  # weights and sums
+        yield b.moved((total + self.tokens(b)) * hidden)  # weights and sums
+        yield from self._back(b)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
         total, hidden = b.rows.computed, self.experts.hidden
+        yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers gradients
         yield b.product(rows, hidden, width, times=number)
         yield b.moved(2 * total * (inner + width))  # of weight, activation and bias
@@ -69,11 +156,12 @@ class LocalSpec(Spec):
         yield b.moved(2 * total * hidden)  # gathers tokens again
         yield b.product(hidden, rows, inner, times=number)
         yield b.product(rows, inner, hidden, times=number)
-        yield b.moved((total + b.tokens) * hidden)  # sums
+        yield b.moved((total + self.tokens(b)) * hidden)  # sums
+        yield from self._back(b)
         if self.experts.expert.bias:  # sums of rows, by products with an indicator of each row's expert
             yield b.product(number, total, inner)
-            yield b.product(number, b.tokens, hidden)
-            yield b.product(b.tokens, hidden, number)
+            yield b.product(number, self.tokens(b), hidden)
+            yield b.product(self.tokens(b), hidden, number)
         if b.mixed:
             yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
 
@@ -81,7 +169,8 @@ class LocalSpec(Spec):
         """Counts rows before their activation, indices, and tokens and weights if they are gathered or converted."""
         number, _, inner, width = self.experts.here(b)
         hidden = self.experts.hidden
-        made = b.tokens * hidden * (b.mixed or b.layout.sequence) + number * hidden * (inner + width) * b.mixed
+        fresh = b.mixed or b.layout.sequence or self.pilots
+        made = self.tokens(b) * hidden * fresh + number * hidden * (inner + width) * b.mixed
         return (b.rows.computed * inner + made) * b.compute.itemsize + 4 * b.rows.computed * torch.int64.itemsize
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:

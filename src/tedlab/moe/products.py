@@ -25,12 +25,14 @@ class Order(NamedTuple):
 
     Attributes:
         token_N: (N,) int64, the token of each row.
-        place_TK: (T, K) int64, the rows of each token.
-        expert_TK: (T, K) int64, the experts of each token.
+        choice_N: (N,) int64, the choice t·K + k of each row.
+        place_TK: (T, K) int64, the rows of each token; -1: a choice that is not there, whose weight must be 0.
+        expert_TK: (T, K) int64, the experts of each token; any where there is no choice.
         groups: Which expert each row belongs to.
     """
 
     token_N: Tensor
+    choice_N: Tensor
     place_TK: Tensor
     expert_TK: Tensor
     groups: Groups

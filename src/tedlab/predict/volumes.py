@@ -7,7 +7,7 @@ It follows the algorithm, not the code that runs. Every run ends by comparing it
 difference is a bug in one of them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, reduce
 from itertools import chain
@@ -183,10 +183,11 @@ class ClosedForm:
 
     def second_pass(self, block: int, cac: object) -> RecomputePlan:
         """Returns what recomputation does at each collective of a block."""
-        sites = self.sites[block].recomputed
-        # Early stopping skips a collective whose result only the code behind the block reads.
-        unread = unread_tags(sites) if self.config.model.recompute.early_stop else ()
-        return recompute_plan(sites, self.spec.kept(cac, block), unread)
+        return recompute_plan(self.sites[block].recomputed, self.spec.kept(cac, block), self.unread(block))
+
+    def unread(self, block: int) -> Collection[str]:
+        """Returns the collectives that early stopping skips: only the code behind the block reads their results."""
+        return unread_tags(self.sites[block].recomputed) if self.config.model.recompute.early_stop else ()
 
     def dead(self, block: int) -> set[str]:
         """Returns the tags of a block's collectives whose input recomputation does not compute."""
@@ -305,6 +306,8 @@ class ClosedForm:
     def _count(self, rows: RowCount, moved: Rows) -> int:
         if rows == "tokens":
             return self.tokens
+        if rows == "dealt":
+            return -(-self.tokens // self.degrees.tensor)
         if rows == "samples":
             return self.config.data.micro_batch_size
         return 1 if rows == "once" else int(getattr(moved, rows))

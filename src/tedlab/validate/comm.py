@@ -3,10 +3,10 @@
 from typing import Any
 
 from tedlab.comm.keep import kept_tags
-from tedlab.config import Compiler, Granularity, TrainConfig
+from tedlab.config import Compiler, Dedup, Granularity, TrainConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models import models
-from tedlab.moe import routers
+from tedlab.moe import mixtures, routers
 from tedlab.predict.budget import within_budget
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
@@ -53,6 +53,8 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if comm.chunks > 1:
         _check_chunks(config, degrees)
+    if comm.dedup != Dedup.NONE:
+        _check_dedup(config, degrees)
     if degrees.sequence:
         _check_sequence(config, degrees)
     _check_emulation(config, degrees)
@@ -78,6 +80,26 @@ def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: Cluster
         config.comm.cac_budget_bytes,
         lambda call: collective_seconds(call.op, call.payload_bytes, members[call.kind], cluster),
     )
+
+
+def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    comm, moe = config.comm, config.moe
+    if moe.num_experts and not mixtures[moe.dispatch].sends_pilots:
+        raise ValueError(
+            f"comm.dedup={comm.dedup} sends a token once to each process that holds experts of its choice, but with "
+            f"moe.dispatch={moe.dispatch} each choice has a place of its own at its expert; use moe.dispatch=dropless, "
+            "or comm.dedup=none"
+        )
+    if moe.num_experts and moe.top_k == 1:
+        raise ValueError(
+            f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but moe.top_k is 1; "
+            "use moe.top_k=2 or more, or comm.dedup=none"
+        )
+    if comm.dtd and not comm.fuse_reduce_scatter and degrees.tensor > 1 and degrees.expert > 1:
+        raise ValueError(
+            f"comm.dedup={comm.dedup} sums the choices of a token before tensor ranks reduce them, but comm.dtd=true "
+            "reduces every row, in the paper's order; use comm.fuse_reduce_scatter=true with it, or comm.dedup=none"
+        )
 
 
 def _check_compiled(config: TrainConfig) -> None:

@@ -48,6 +48,7 @@ def of_zipf(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str,
             "trainer.precision=bf16-true",
         ],
         ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
+        ["moe.top_k=2", "comm.dedup=rank", "comm.dtd=true", "comm.fuse_reduce_scatter=true"],
     ],
     ids=lambda toggles: ",".join(toggles),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tedlab.comm.rows import Rows, hands, rows_of, spread
+from tedlab.comm.rows import Rows, hands, rows_of, rows_of_pilots, sent_as_pilots, spread
 from tedlab.config import TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
@@ -33,12 +33,19 @@ class SimulatedRouting:
         self.blocks = moe.routed(config.model.layers)
         self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
-        sharers = spec.obeyed(Layout(degrees, config.comm)).sharers
+        layout = spec.obeyed(Layout(degrees, config.comm))
+        sharers, self.pilots = layout.sharers, spec.pilots(layout)
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
-        # The rows sent in each layer: (tensor ranks that send rows of their own, senders, E).
+        # The rows sent in each layer: (tensor ranks that send rows of their own, senders, E). With pilots, their number
+        # follows the choices of each process's experts: (…, E + E_p).
         self._sent = []
+        if self.pilots:
+            for shares_E in shares_LE:
+                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, sharers, degrees.expert)
+                self._sent.append(np.repeat(sent.reshape(sharers, 1, -1), degrees.expert, 1))
+            shares_LE, self.local_experts = shares_LE[:0], self.local_experts + 1
         for shares_E in shares_LE:
             counts_E = spread(list(shares_E), tokens * moe.top_k, tokens)
             self._sent.append(hands(np.tile(counts_E, (degrees.expert, 1)), sharers))
@@ -46,6 +53,11 @@ class SimulatedRouting:
     def rows(self, rank: int) -> dict[int, Rows]:
         """Returns the rows that a rank of the world moves in one micro-batch, by block."""
         expert, tensor = self._place(rank)
+        if self.pilots:
+            own = [sent[tensor, expert].reshape(-1, self.local_experts) for sent in self._sent]
+            arriving = [self._arriving(sent, expert) for sent in self._sent]
+            numbers = zip(self.blocks, own, arriving, strict=True)
+            return {block: rows_of_pilots(sent, arrived, tensor) for block, sent, arrived in numbers}
         return {
             block: rows_of(self._arriving(sent, expert), int(sent[tensor, expert].sum()), tensor)
             for block, sent in zip(self.blocks, self._sent, strict=True)
@@ -54,7 +66,9 @@ class SimulatedRouting:
     def rows_by_expert_rank(self) -> np.ndarray:
         """Returns the rows that each process of an expert group computes in each MoE layer, (L, E_p)."""
         experts = range(self.degrees.expert)
-        return np.array([[self._arriving(sent, expert).sum() for expert in experts] for sent in self._sent])
+        computed = slice(-1 if self.pilots else None)
+        arriving = [[self._arriving(sent, expert) for expert in experts] for sent in self._sent]
+        return np.array([[rows[..., computed].sum() for rows in layer] for layer in arriving])
 
     def busiest_rank(self) -> int:
         """Returns the first rank whose experts compute the most rows over all layers."""
