@@ -12,7 +12,6 @@ from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import ClosedForm
-from tedlab.registry import mixtures
 from tedlab.spec import Layout
 
 
