@@ -486,7 +486,7 @@ def _halves(z: Tensor, how: Nonlinearity) -> Tensor:
 
 def swiglu_in_halves(patch: Patch) -> None:
     """First all gates, then all linear parts: another model in every layout, and in one process too."""
-    patch.setattr(experts, "activate", _halves)
+    patch.setattr("tedlab.moe.gather.activate", _halves)
     patch.setattr("tedlab.nn.feed_forward.activate", _halves)
     patch.setattr("tedlab.moe.row_ops.activate", _halves)
 
@@ -526,7 +526,7 @@ def linear_part_without_the_one(patch: Patch) -> None:
             right(torch.stack((pair[..., 0], pair[..., 1] - 1), -1).flatten(-2), how) if how.clamped else right(z, how)
         )
 
-    patch.setattr(experts, "activate", wrong)
+    patch.setattr("tedlab.moe.gather.activate", wrong)
 
 
 def norms_with_another_epsilon(patch: Patch) -> None:
