@@ -130,7 +130,7 @@ class _GatherRows(Function):
 
 class _SumRows(Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, index: Tensor, inverse: Tensor, rows: ModuleType) -> Tensor:
+    def forward(ctx: Any, y: Tensor, index: Tensor, inverse: Tensor, rows: Any) -> Tensor:
         ctx.index, ctx.rows = index, rows
         return rows.sums(y, inverse)
 
