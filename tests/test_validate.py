@@ -293,6 +293,23 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.sequence=true", "moe.gating=deepspeed_top1"],
         ["moe.gating=default", "deepspeed_top1"],
     ),
+    "lending_with_a_capacity": (
+        ["moe.lend.policy=llep"],
+        ["moe.lend.policy=llep", "moe.dispatch=capacity", "moe.dispatch=dropless", "moe.lend.policy=none"],
+    ),
+    "lending_with_pilots": (
+        ["moe.dispatch=dropless", "moe.top_k=2", "moe.lend.policy=even", "comm.dedup=rank"],
+        ["moe.lend.policy=even", "comm.dedup=rank", "one of the two"],
+    ),
+    "unknown_policy_of_lending": (["moe.lend.policy=least"], ["moe.lend.policy=least", "valid: none, llep, even"]),
+    "fewer_rows_than_the_mean": (["moe.lend.alpha=0.9"], ["moe.lend.alpha is 0.9", "at least 1"]),
+    "lending_below_the_mean": (["moe.lend.threshold=0.5"], ["moe.lend.threshold is 0.5", "at least 1"]),
+    "loans_of_no_row": (["moe.lend.minimum=0"], ["moe.lend.minimum=0", "at least 1", "[INSIDE,BETWEEN]", "auto"]),
+    "three_kinds_of_links": (["moe.lend.minimum=[1,2,3]"], ["moe.lend.minimum=[1, 2, 3]", "two of them"]),
+    "lending_on_no_cluster": (
+        ["moe.dispatch=dropless", "moe.lend.policy=llep", "moe.lend.cluster=dgx"],
+        ["There is no cluster 'dgx'", "dgx_h200"],
+    ),
     "unknown_dispatch": (["moe.dispatch=droples"], ["moe.dispatch=droples", "valid: capacity, dropless"]),
     "dropless_deepspeed_gating": (
         ["moe.dispatch=dropless", "moe.gating=deepspeed_top1"],

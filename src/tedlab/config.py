@@ -44,6 +44,7 @@ Noise = StrEnum("Noise", "NONE GUMBEL NORMAL")
 BiasUpdate = StrEnum("BiasUpdate", "NONE SIGN PROPORTIONAL")
 BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
 BalanceChoices = StrEnum("BalanceChoices", "ALL FIRST")
+LendPolicy = StrEnum("LendPolicy", "NONE LLEP EVEN")
 Backend = StrEnum("Backend", "NCCL GLOO")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
@@ -214,6 +215,23 @@ class SharedConfig(Frozen):
 
 
 @dataclass
+class LendConfig(Frozen):
+    """Whether processes with more rows than others lend them experts, see docs/llep.md. It changes no result."""
+
+    # none | llep (overloaded homes of experts lend to those with the fewest rows) | even (all get equally many rows, up
+    # to one, and borrow from at most one home; it obeys none of the values below)
+    policy: str = word(LendPolicy.NONE)
+    threshold: float = real(1.3, least=1)  # lend if the busiest process has so many times the mean of rows, or more
+    alpha: float = real(1.0, least=1)  # the rows that a process may have after that, as a multiple of the mean
+    # The fewest rows that are worth a loan: a number | [inside a node, between nodes] | auto (as many as save the time
+    # that the weights and their gradients take on these links).
+    minimum: Any = "auto"
+    keep_small: bool = True  # rows for which nobody has room enough stay at home; false: as in the paper's Algorithm 3
+    cluster: str = "dgx_h200"  # the cluster whose links auto assumes, unless one is emulated
+    ranks_per_node: int | None = whole(None, least=1)  # None: as in that cluster
+
+
+@dataclass
 class MoEConfig(Frozen):
     """Experts in place of the feed-forward layer of some blocks: every n-th, all but the first, or those listed."""
 
@@ -253,6 +271,7 @@ class MoEConfig(Frozen):
     # | what an earlier sub-layer reads: their block's attention (pos1) | the feed-forward layer (pos2) or the attention
     # (pos3) of the dense block before it, which then runs as one with theirs.
     shortcut: str = word(Shortcut.NONE)
+    lend: LendConfig = field(default_factory=LendConfig)
 
     def routed(self, layers: int) -> tuple[int, ...]:
         """Returns the indices of the blocks that have experts, in a model of so many."""
@@ -452,13 +471,19 @@ class TrainConfig(Frozen):
 
 
 @dataclass
-class SimulationConfig(Frozen):
-    """What ``tedlab simulate`` takes beside a job and a cluster."""
+class AssumedRouting(Frozen):
+    """What ``tedlab simulate`` and ``tedlab plan`` assume of routers."""
 
-    rank: Any = None  # the rank to simulate; stages: one of each kind; all: same, but reports every rank; None: 0
     routing: str | None = None  # how often dropless experts are chosen: balanced | zipf | trace; None: balanced
     zipf: float | None = real(None, least=0, most=100)  # the r-th expert is chosen in proportion to r^-zipf
     trace: str | None = None  # the router_trace.npz of a run
+
+
+@dataclass
+class SimulationConfig(AssumedRouting):
+    """What ``tedlab simulate`` takes beside a job and a cluster."""
+
+    rank: Any = None  # the rank to simulate; stages: one of each kind; all: same, but reports every rank; None: 0
     # fake: tensors have shapes but no values; real: compare all ranks (at most 128) of a scaled-down configuration with
     # one process, in float64.
     values: str = "fake"

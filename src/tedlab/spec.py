@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from tedlab.comm.rows import Rows
 
 # Rows that a mixture of experts moves, see ``comm/rows.py``; routers may decide how many there are.
-Routed = Literal["sent", "received", "computed", "gathered", "choices_sent", "choices_received", "choices_gathered"]
+Lent = Literal["lent", "borrowed"]  # rows of these are the weights of an expert
+LENT = get_args(Lent)
+Routed = Literal[
+    "sent", "received", "computed", "gathered", "choices_sent", "choices_received", "choices_gathered", Lent
+]
 ROUTED = get_args(Routed)
 RowCount = Literal["tokens", "dealt", "samples", "once", Routed]
 Number = Literal["parameter", "compute", "precise", "index"]

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, pilots, ragged, router, row_ops
+from tedlab.moe.lending import exchange, plan
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
 from tedlab.moe.shared import SharedGateSpec
@@ -953,12 +955,79 @@ def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:
 def padding_of_dealt_rows_cut_at_the_wrong_end(patch: Patch) -> None:
     """Where T does not divide the rows, the last one is nobody's."""
 
-    def wrong(self: DealtPath, back: list[Tensor], routing: Any) -> Tensor:
-        hand = back[0].unsqueeze(1)
+    def wrong(self: DealtPath, back: list[Any], routing: Any) -> Tensor:
+        hand = back[0].values.unsqueeze(1)
         rows = differentiable.gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
         return ragged.merge_choices(rows[len(rows) - len(routing.choice_EC) :], routing)
 
     patch.setattr(DealtPath, "receive", wrong)
+
+
+def _lend_backward(patch: Patch, wrong: Callable[..., Any]) -> None:
+    """``wrong(right, ctx, own, of_borrowed)`` in place of the backward pass of an exchange of lent experts."""
+    right = exchange._Lend.backward
+    patch.setattr(
+        exchange._Lend,
+        "backward",
+        staticmethod(lambda ctx, *grads: wrong(right, ctx, list(grads[:-1]), grads[-1])),
+    )
+
+
+def lent_gradients_not_returned(patch: Patch) -> None:
+    """The borrower keeps them, as for weights that are its own."""
+    _lend_backward(patch, lambda right, ctx, own, borrowed: right(ctx, *own, torch.zeros_like(borrowed)))
+
+
+def lent_gradients_returned_twice(patch: Patch) -> None:
+    """As when two buffers are keyed by the same pair of expert and borrower."""
+    _lend_backward(patch, lambda right, ctx, own, borrowed: right(ctx, *own, 2 * borrowed))
+
+
+def lent_gradients_divided_by_expert_data(patch: Patch) -> None:
+    """Averaged over replicas, which the reduction does anyway."""
+
+    def wrong(right: Any, ctx: Any, own: list[Tensor], borrowed: Tensor) -> Any:
+        return right(ctx, *own, borrowed / ctx.comm.size("expert_data"))
+
+    _lend_backward(patch, wrong)
+
+
+def lent_gradients_of_one_borrower_alone(patch: Patch) -> None:
+    """Written over each other where several processes borrow an expert."""
+
+    def wrong(ctx: Any, *grads: Tensor) -> Any:
+        *own, flat = grads
+        (lent,) = ctx.saved_tensors
+        back = ctx.loans.splits.reverse
+        returned = ctx.comm.all_to_all(flat, "expert", tag="experts.lend", phase="backward", splits=back)
+        parts = returned.split([shape.numel() for shape in ctx.shapes], 1)
+        for grad, part, shape in zip(own, parts, ctx.shapes, strict=True):
+            before = grad.clone()
+            for expert, of_copy in zip(lent.tolist(), part.unflatten(1, shape), strict=True):
+                grad[expert] = before[expert] + of_copy
+        return None, None, *own
+
+    patch.setattr(exchange._Lend, "backward", staticmethod(wrong))
+
+
+def lent_from_a_stale_copy(patch: Patch) -> None:
+    """Copied once, before the optimizer stepped."""
+    right, copies = exchange._Lend.forward, {}
+
+    def wrong(ctx: Any, comm: Collectives, loans: Any, *weights: Tensor) -> Any:
+        stale = copies.setdefault(weights[0].data_ptr(), [weight.clone() for weight in weights])
+        *_, flat = right(ctx, comm, loans, *stale)
+        return *(weight.view_as(weight) for weight in weights), flat
+
+    patch.setattr(exchange._Lend, "forward", staticmethod(wrong))
+
+
+def limit_of_rows_rounded_down(patch: Patch) -> None:
+    """So that rows are left over, which somebody who is full gets: a second range of the same expert.
+
+    LLEP's own code, https://github.com/SalesforceAIResearch/LeastLoadedEP
+    """
+    patch.setattr(plan, "math", SimpleNamespace(ceil=math.floor))
 
 
 def rows_returned_in_the_order_of_experts(patch: Patch) -> None:

@@ -238,7 +238,25 @@ PILOTS: dict[str, dict[str, object]] = {
         **{"moe.shared.experts": 1, "comm.overlap_shared": True},
     },
 }
-JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS
+LENDING: dict[str, dict[str, object]] = {
+    "lent": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1},
+        **{"moe.lend.policy": "llep", "optim.overlap": True},
+    },
+    "lent_ted": {
+        **{EXPERTS_PER_RANK: 4, ACCUMULATED: 2, **RECOMPUTED, **TODAY, "comm": "ted", "moe.dispatch": "dropless"},
+        **{"moe.lend.policy": "llep", "moe.top_k": 2, "model.sequence_length": 3, "data.micro_batch_size": 1},
+    },
+    "even_ted_fused": {
+        **{EXPERTS_PER_RANK: 2, **RECOMPUTED, "comm": "ted_fused", "moe.dispatch": "dropless", "optim.zero": False},
+        **{"moe.lend.policy": "even", "moe.every": 1, "comm.cac": "[experts.lend,dispatch.all_to_all]"},
+    },
+    "lent_in_slices": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "comm.cac": True, "parallel.sequence": True},
+        **{"moe.dispatch": "dropless", "moe.top_k": 2, "moe.lend.policy": "llep"},
+    },
+}
+JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
@@ -247,6 +265,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("pilots_ted_fused", "pilots_in_slices"),
+    *("lent_ted", "even_ted_fused", "lent_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -267,6 +286,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("overlapped_ted", "overlapped_in_slices"),
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
         *PILOTS,
+        *("lent", "lent_ted", "even_ted_fused", "lent_in_slices"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),

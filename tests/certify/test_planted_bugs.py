@@ -21,6 +21,7 @@ from tests.certify import bugs
 from tests.certify.runs import Case, Plant, certified, planted
 from tests.data import test_sampler
 from tests.moe import test_router, test_routers
+from tests.moe.lending import test_plan
 from tests.nn import test_attention, test_sharded
 from tests.optim import test_fused, test_loss_scale, test_schedule
 from tests.pool import WorkerPool
@@ -50,6 +51,9 @@ DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true"
 DIVIDED: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "moe.top_k=2")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
 PILOTS: Overrides = ("parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank")
+LENT: Overrides = ("moe.dispatch=dropless", "moe.lend.policy=llep", "moe.top_k=2", "data.micro_batch_size=4")
+LENT_EP4: Overrides = ("parallel=ep4", *LENT)
+LENT_EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2", *LENT)
 BIASED: Overrides = ("parallel=dp2", "moe.router.bias_update=proportional", "moe.top_k=2", "data.micro_batch_size=4")
 GLOBAL: Overrides = (
     *("parallel=dp2", "moe.balance.scope=global_batch", "moe.top_k=2", "moe.aux_loss=0.1", "data.micro_batch_size=4"),
@@ -164,6 +168,13 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.padding_of_dealt_rows_cut_at_the_wrong_end: Found(DEALT, "outputs", "in step 1"),
     bugs.rows_returned_in_the_order_of_experts: Found(DROPLESS, "outputs", "in step 1"),
     bugs.counts_of_experts_swapped: Found(DROPLESS, "outputs", "in step 1"),
+    bugs.lent_gradients_not_returned: Found(LENT_EP4, "gradients", "in step 1: network.blocks.1.feed_forward.experts"),
+    bugs.lent_gradients_returned_twice: Found(
+        LENT_EP4, "gradients", "in step 1: network.blocks.1.feed_forward.experts"
+    ),
+    bugs.lent_gradients_of_one_borrower_alone: Found(LENT_EP4, "gradients", "feed_forward.experts"),
+    bugs.lent_gradients_divided_by_expert_data: Found(LENT_EP2_DP2, "gradients", "in step 1"),
+    bugs.lent_from_a_stale_copy: Found(LENT_EP4, "outputs", "in step 2: logits"),
     bugs.recompute_that_routes_anew: Found(WHOLE, "gradients", "in step 1"),
     bugs.kept_result_of_another_rank: Found(SHARDS, "gradients", "in step 1"),
     bugs.kept_results_in_another_order: Found(WHOLE, "gradients", "in step 1"),
@@ -245,6 +256,7 @@ TESTED: dict[Plant, Callable[[Topology], None]] = {  # what fails with it
     bugs.every_epoch_in_the_same_order: (
         lambda single: test_sampler.test_an_epoch_reads_no_sample_twice_and_epochs_and_seeds_differ()
     ),
+    bugs.limit_of_rows_rounded_down: (lambda single: test_plan.test_an_odd_row_is_lent_in_one_piece()),
     bugs.expert_numbers_in_one_byte: (lambda single: test_router.test_choices_of_any_number_of_experts_are_sorted()),
     bugs.ties_to_the_last_expert: (
         lambda single: test_router.test_ties_are_decided_alike_however_many_tokens_there_are(single, 1)

@@ -29,6 +29,7 @@ from tedlab.config import (
     ExpertKernel,
     GroupConfig,
     LatentConfig,
+    LendConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -133,6 +134,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         ),
         capacity_groups=groups,
         router=router,
+        lend=replace(config.moe.lend, threshold=min(1.1, config.moe.lend.threshold), minimum=1),
     )
     if experts:
         moe = replace(moe, capacity_multiple=_capacity_multiple(moe, micro_batch * length, degrees.tensor))
@@ -218,7 +220,7 @@ def reference(config: TrainConfig, directory: Path) -> TrainConfig:
     return replace(
         config,
         model=replace(config.model, recompute=RecomputeConfig(), loss_chunk=None, compile="none"),
-        moe=replace(config.moe, kernel=kernel),
+        moe=replace(config.moe, kernel=kernel, lend=LendConfig()),
         parallel=ParallelConfig(1),
         comm=CommConfig(backend=config.comm.backend, timeout_s=config.comm.timeout_s),
         optim=replace(

@@ -7,6 +7,8 @@ from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.hints import did_you_mean
 from tedlab.spec import Site
 
+WEIGHTS = "experts.lend"  # the collective whose result is weights
+
 
 def unread_tags(sites: Iterable[Site]) -> Collection[str]:
     """Returns the tags whose results only the code behind the region reads, directly or through other collectives."""
@@ -50,17 +52,19 @@ def kept_tags(cac: object, tags: Collection[str] | None, block: int | None = Non
     """Converts ``comm.cac`` into the argument ``keep`` of :func:`recompute_plan`.
 
     Args:
-        cac: false, true (every result), ``shard`` (1/T of each), or a list of entries ``[block/]tag[:shard]``.
+        cac: false, true (every result but weights, which take memory and are exchanged again), ``shard`` (1/T of each),
+            or a list of entries ``[block/]tag[:shard]``.
         tags: The tags that exist; None if the model is not known yet.
         block: The block whose entries are wanted; entries without a block apply to all.
 
     Raises:
         ValueError: For any other value, and for a tag that does not exist; the message suggests the nearest one.
     """
+    results = [tag for tag in tags or () if tag != WEIGHTS]
     if isinstance(cac, bool) or cac is None:
-        return dict.fromkeys(tags or (), "whole") if cac else {}
+        return dict.fromkeys(results, "whole") if cac else {}
     if cac == "shard":
-        return dict.fromkeys(tags or (), "shard")
+        return dict.fromkeys(results, "shard")
     if not isinstance(cac, Sequence) or isinstance(cac, str):
         raise ValueError(
             f"comm.cac={cac} is not valid: false, true (keep every result), shard (1/T of each), auto (what "

@@ -24,6 +24,9 @@ class Rows:
         computed: Rows that its experts compute.
         choices_sent, choices_received, choices_gathered: With ``comm.dedup`` what travels are pilots (see
             :mod:`tedlab.moe.pilots`), which the first three count; these count their choices in the same way.
+        lent: Experts that it sends to other processes, which compute rows of these (see ``moe/lending``).
+        borrowed: Experts of other processes that it receives.
+        exchanges: Exchanges of lent experts, which there are only if somebody lends.
     """
 
     sent: int = 0
@@ -33,6 +36,9 @@ class Rows:
     choices_sent: int = 0
     choices_received: int = 0
     choices_gathered: int = 0
+    lent: int = 0
+    borrowed: int = 0
+    exchanges: int = 0
 
     def __add__(self, other: "Rows") -> "Rows":
         return Rows(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))

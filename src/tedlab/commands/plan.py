@@ -8,7 +8,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import JobOnCluster, job_alone, on_cluster, prepare
-from tedlab.config import PlanConfig
+from tedlab.config import AssumedRouting, PlanConfig
 
 
 @dataclass
@@ -16,6 +16,7 @@ class PlanningConfig(JobOnCluster):
     """The whole configuration of ``tedlab plan``."""
 
     plan: PlanConfig = field(default_factory=PlanConfig)
+    sim: AssumedRouting = field(default_factory=AssumedRouting)
 
 
 def task(config: PlanningConfig) -> float:
@@ -31,13 +32,14 @@ def task(config: PlanningConfig) -> float:
         simulations=config.plan.simulate,
         find_largest=config.plan.largest,
         given=overrides_of_the_job(HydraConfig.get().overrides.task),
+        assumed=config.sim,
     )
     return plan.winner.step_seconds
 
 
 def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides that ``tedlab train`` takes, and names the trainer, whose default is different here."""
-    ours = re.compile(r"\+*(cluster|plan)[.=]")
+    ours = re.compile(r"\+*(cluster|plan|sim)[.=]")
     job = [override for override in overrides if not ours.match(override)]
     return job if any(override.startswith("trainer=") for override in job) else [*job, "trainer=gpu"]
 

@@ -38,6 +38,10 @@ def task(config: SimulateConfig) -> float:
         raise UsageError(f"sim.rank={ranks} is no rank of {degrees}: 0 to {degrees.world_size - 1}")
     routing = routing_of(job, sim.routing or "balanced", sim.zipf, sim.trace)
     summary = simulate_visibly(job, name, cluster, ranks, routing)
+    if sim.routing not in (None, "balanced") and routing is not None and degrees.expert > 1:
+        from tedlab.predict.plan.lending import show_lending
+
+        show_lending(job, cluster, routing)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
         sys.exit(
             "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."

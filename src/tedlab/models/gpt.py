@@ -18,6 +18,8 @@ from tedlab.config import (
     Dedup,
     Granularity,
     LatentConfig,
+    LendConfig,
+    LendPolicy,
     ModelConfig,
     MoEConfig,
     Positions,
@@ -139,7 +141,8 @@ class GPTSpec(Spec):
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
         attention = AttentionConfig(latent=replace(self.model.attention.latent, q_rank=None))
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
-        blocks = type(self)(model, MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared)).blocks
+        moe = MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared, lend=self.moe.lend)
+        blocks = type(self)(model, moe).blocks
         layouts = (
             Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), CommOptions(dtd=not on, dedup=dedup))
             for expert, dedup in ((1, Dedup.NONE), (2, Dedup.NONE), (2, Dedup.RANK))
@@ -180,7 +183,8 @@ def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
     shapes = [ModelConfig(1, 1, 1, 1, 1, qk_norm=norm) for norm in QKNorm]
     shapes.append(ModelConfig(1, 1, 1, 1, 1, attention=AttentionConfig(latent=LatentConfig(kv_rank=1))))
-    kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1)) for dispatch in mixtures.names]
+    lend = LendConfig(LendPolicy.LLEP.value)
+    kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1), lend=lend) for dispatch in mixtures.names]
     specs = (models[m].spec(shape, moe) for m in models.names for shape in shapes for moe in kinds)
     return tuple(dict.fromkeys(tag for spec in specs for tag in spec.tags))
 

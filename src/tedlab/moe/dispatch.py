@@ -43,7 +43,7 @@ from tedlab.comm import (
     slice_to,
 )
 from tedlab.comm.rows import Rows, hands, rows_of, split_evenly, spread
-from tedlab.config import ExpertKernel, MoEConfig
+from tedlab.config import ExpertKernel, LendPolicy, MoEConfig
 from tedlab.moe.gather import merge_choices, spread_choices
 from tedlab.moe.router import Routing, routers
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
@@ -138,6 +138,11 @@ class DispatchSpec(Spec):
         if not self.config.unlimited:
             return []
         experts = self.config.num_experts
+        if self.config.lend.policy != LendPolicy.NONE and layout.degrees.expert > 1:  # all plan, with the lists of all
+            experts *= layout.degrees.expert
+            all_lists = Site("dispatch.counts", "all_gather", "expert", experts, "once", "index", recomputed=False)
+            gathered = replace(all_lists, tag="dispatch.gather_counts", kind="expert_tensor")
+            return [all_lists, replace(gathered, width=layout.sharers * experts)] if layout.sequence else [all_lists]
         own = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
         width = layout.degrees.tensor * experts
         all_ranks = replace(own, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=width)

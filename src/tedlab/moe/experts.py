@@ -2,23 +2,25 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from tedlab.comm import Issued, matmul_into
+from tedlab.comm import Issued, matmul_into, to_compute_dtype
 from tedlab.comm.rows import Rows
-from tedlab.config import ExpertKernel, MoEConfig
+from tedlab.config import ExpertKernel, LendPolicy, MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, OverlappingPath, SlotRegion, TokenPath, token_path
 from tedlab.moe.gather import activate_rows, project_slots
 from tedlab.moe.grouped import add_bias, grouped_matmul
+from tedlab.moe.lending import TAG, lend, policy_of
 from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule
 from tedlab.registry import mixtures
-from tedlab.spec import Init, MicroBatch, ParameterSpec, Spec, Work
+from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -50,6 +52,16 @@ class ExpertsSpec(Spec):
             biases = (("up_bias", one.inner, by_column), ("down_bias", one.hidden, {"expert": 0}))
             for name, width, divided in biases:
                 yield ParameterSpec(name, (number, 1, width), Init(), divided, "expert", decayed=False)
+
+    def sites(self, layout: Layout) -> Sites:
+        if self.config.lend.policy == LendPolicy.NONE:
+            return Sites()
+        lent = Site(TAG, "all_to_all", "expert", self.elements(layout.degrees), "lent", result="borrowed")
+        return Sites((lent,), (replace(lent, rows="borrowed"),))
+
+    def elements(self, degrees: ParallelDegrees) -> int:
+        """Returns the number of elements of one expert's parameters in one process."""
+        return sum(p.elements(degrees) * degrees.expert for p in self.own()) // self.num_experts
 
     def flops(self, length: int) -> Counter[str]:
         """Counts one expert."""
@@ -88,9 +100,10 @@ class ExpertsSpec(Spec):
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
 
     def saved(self, b: MicroBatch) -> int:
-        """Counts inputs, both sides of the activation, and weights if they are converted."""
+        """Counts inputs, both sides of the activation, weights if they are converted, and borrowed ones."""
         here, _, inner, width = self.here(b)
         weights = here * self.hidden * (inner + width) if b.mixed else 0
+        weights += b.rows.borrowed * self.elements(b.layout.degrees)
         activating = inner if self.fused(b) else self.expert.kept * width
         return (b.rows.computed * (self.hidden + activating + width) + weights) * b.compute.itemsize
 
@@ -236,7 +249,10 @@ class RowExperts(Experts):
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
         self.kernel = spec.config.kernel
-        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel)
+        first = topology.degrees.tensor * (self.comm.ranks["expert"][0] // topology.degrees.tensor)
+        group = range(first, first + topology.degrees.tensor * topology.degrees.expert, topology.degrees.tensor)
+        policy = policy_of(spec.config.lend, group, topology.degrees.tensor)
+        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel, policy)
 
     @property
     def moved(self) -> Rows:  # type: ignore[override]
@@ -253,17 +269,33 @@ class RowExperts(Experts):
 
     def compute(self, x: RaggedRows) -> RaggedRows:
         """Maps the rows of this process's experts to their results, which go back the way the rows came."""
-        up, up_bias, down, down_bias = self.weights()
+        own: tuple[Tensor | None, ...] = self.weights()
+        more: tuple[Tensor | None, ...] = (None,) * len(own)
+        loans = x.exchange.loans
+        if loans is not None:
+            own, borrowed = lend(own, loans, self.comm)
+            more = borrowed if loans.borrowed else more
+        (up, up_bias, down, down_bias), (more_up, more_up_bias, more_down, more_down_bias) = own, more
+        assert up is not None
+        assert down is not None
         arrangement = arrange(x.exchange)
         groups = arrangement.groups
         x_NH = self.region.enter(x, arrangement)
-        z_NZ, bias_eZ = grouped_matmul(x_NH, up, groups), None if up_bias is None else up_bias.squeeze(1)
-        h_NF = activate_rows(z_NZ, bias_eZ, groups, self.nonlinearity, self.kernel)
-        partial_NH = grouped_matmul(h_NF, down, groups, self.region.feeds)
-        if down_bias is not None:
+        z_NZ = grouped_matmul(x_NH, up, groups, more_bKM=more_up)
+        h_NF = activate_rows(z_NZ, _biases(up_bias, more_up_bias), groups, self.nonlinearity, self.kernel)
+        partial_NH = grouped_matmul(h_NF, down, groups, self.region.feeds, more_down)
+        bias_eH = _biases(down_bias, more_down_bias)
+        if bias_eH is not None:
             first = self.comm.rank("expert_tensor") == 0  # one tensor rank adds it, for all
-            partial_NH = add_bias(partial_NH, down_bias.squeeze(1), groups, first)
-        return RaggedRows(self.region.leave(partial_NH, x.exchange, arrangement), x.exchange)
+            partial_NH = add_bias(partial_NH, bias_eH, groups, first)
+        return x._replace(values=self.region.leave(partial_NH, x.exchange, arrangement))
+
+
+def _biases(own_e1F: Tensor | None, more_b1F: Tensor | None) -> Tensor | None:
+    """Returns the biases of this process's experts, if they have any, and of those that it borrows: (e + b, F)."""
+    if own_e1F is None:
+        return None
+    return (own_e1F if more_b1F is None else torch.cat((to_compute_dtype(own_e1F), more_b1F))).squeeze(1)
 
 
 def _answered(experts: Any, path: Any, sent: list[Issued[Any]], routing: Routing) -> Issued[Tensor]:

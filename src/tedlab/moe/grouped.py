@@ -31,6 +31,14 @@ class Groups(NamedTuple):
     ends: Tensor
     sizes: tuple[int, ...] | None
 
+    def divided(self, experts: int) -> "tuple[Groups, Groups]":
+        """Returns the groups of the first so many experts, and those of the others. The host must know sizes."""
+        assert self.sizes is not None
+        rows = sum(self.sizes[:experts])
+        first = Groups(self.expert_N[:rows], self.ends[:experts], self.sizes[:experts])
+        others = Groups(self.expert_N[rows:] - experts, self.ends[experts:] - rows, self.sizes[experts:])
+        return first, others
+
 
 _joined = True
 
@@ -61,7 +69,9 @@ def native(dtype: torch.dtype, *widths: int) -> bool:
     return dtype is torch.bfloat16 and not any(width % _ALIGNMENT for width in widths)
 
 
-def grouped_matmul(x_NK: Tensor, weight_eKM: Tensor, groups: Groups, tag: str | None = None) -> Tensor:
+def grouped_matmul(
+    x_NK: Tensor, weight_eKM: Tensor, groups: Groups, tag: str | None = None, more_bKM: Tensor | None = None
+) -> Tensor:
     """Multiplies each row by the matrix of its expert: (N, M). Inputs are cast as autocast would.
 
     Args:
@@ -69,8 +79,10 @@ def grouped_matmul(x_NK: Tensor, weight_eKM: Tensor, groups: Groups, tag: str | 
         weight_eKM: Matrices of the experts.
         groups: Which expert each row belongs to.
         tag: Tag of the collective that the product feeds, if nothing else; see :func:`tedlab.comm.matmul_into`.
+        more_bKM: Matrices of further experts, whose rows follow. Two tensors spare a copy of the first.
     """
-    return _GroupedMatmul.apply(to_compute_dtype(x_NK), to_compute_dtype(weight_eKM), groups, tag)
+    more = None if more_bKM is None else to_compute_dtype(more_bKM)
+    return _GroupedMatmul.apply(to_compute_dtype(x_NK), to_compute_dtype(weight_eKM), more, groups, tag)
 
 
 def bias_rows(bias_eF: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -95,27 +107,52 @@ def add_bias(partial_NF: Tensor, bias_eF: Tensor, groups: Groups, adds: bool) ->
 
 class _GroupedMatmul(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: Groups, tag: str | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)  # a frozen weight gets no gradient
+    def forward(ctx: Any, x: Tensor, weight: Tensor, more: Tensor | None, groups: Groups, tag: str | None) -> Tensor:
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if trained else None, weight, more)  # a frozen weight gets no gradient
         ctx.groups = groups
         if tag is not None and is_dead(tag):
             return unused(torch.Size((len(x), weight.shape[-1])), x)
-        return times(x, weight, groups)
+        return _times(x, weight, more, groups)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        of_weight = None if x is None else transposed_times(x, grad, ctx.groups)
-        return times(grad, weight.mT, ctx.groups), of_weight, None, None
+        x, weight, more = ctx.saved_tensors
+        grad, groups = grads[0].contiguous(), ctx.groups
+        of_x = _times(grad, weight.mT, None if more is None else more.mT, groups)
+        if x is None:
+            return of_x, None, None, None, None
+        if more is None:
+            return of_x, transposed_times(x, grad, groups), None, None, None
+        parts = groups.divided(len(weight))
+        rows = [len(part.expert_N) for part in parts]
+        of_weights = (
+            transposed_times(x_part, grad_part, part)
+            for x_part, grad_part, part in zip(x.split(rows), grad.split(rows), parts, strict=True)
+        )
+        return of_x, *of_weights, None, None
 
 
-def times(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Multiplies each row (N, K) by the matrix (K, M) of its expert: (N, M)."""
-    if one_kernel(x, x.shape[-1], weight.shape[-1]):
-        return F.grouped_mm(x, weight, offs=groups.ends)
-    assert groups.sizes is not None
+def _times(x: Tensor, weight: Tensor, more: Tensor | None, groups: Groups) -> Tensor:
+    if more is None:
+        return times(x, weight, groups)
+    first, others = groups.divided(len(weight))
     out = x.new_empty(len(x), weight.shape[-1])
+    rows = [len(first.expert_N), len(others.expert_N)]
+    for part, matrices, its_groups, result in zip(
+        x.split(rows), (weight, more), (first, others), out.split(rows), strict=True
+    ):
+        times(part, matrices, its_groups, result)
+    return out
+
+
+def times(x: Tensor, weight: Tensor, groups: Groups, out: Tensor | None = None) -> Tensor:
+    """Multiplies each row (N, K) by the matrix (K, M) of its expert: (N, M), in ``out`` if it is given."""
+    if one_kernel(x, x.shape[-1], weight.shape[-1]):
+        result = F.grouped_mm(x, weight, offs=groups.ends)
+        return result if out is None else out.copy_(result)
+    assert groups.sizes is not None
+    out = x.new_empty(len(x), weight.shape[-1]) if out is None else out
     for rows, matrix, result in zip(x.split(groups.sizes), weight, out.split(groups.sizes), strict=True):
         torch.mm(rows, matrix, out=result)
     return out

@@ -159,6 +159,8 @@ class MoESpec(Spec):
         # The results that gates weighted are freed, and the gradient of tokens is still only the block result's.
         matrix = here * self.hidden * width * b.parameter.itemsize
         held = slots * (self.hidden + inner) - stream
+        # The gradients of borrowed experts, then these in one tensor.
+        held += 2 * b.rows.borrowed * self.experts.elements(b.layout.degrees) * b.compute.itemsize
         experts = WorkingSet("experts", matrix, freed=self._weighted(b), temporaries=held)
         if self.shared is not None:  # their backward pass is the first
             yield from self.shared.working_sets(b, recomputed)

@@ -21,11 +21,15 @@ sequence parallel  sorted, scattered        each tensor rank has its own tokens
 Legend as in ``router.py``, and R: rows of a data rank (of a tensor rank, if sequence-sharded), sorted by expert; e:
 experts of this process; i: tensor ranks that receive rows of their own (1 if all receive the same); s: senders (E_p);
 M: rows that one of them receives (the most, if there are several); N: rows that this process's experts see.
+
+With ``moe.lend``, every process gets the numbers of all of its group, and plans alike who computes which rows (see
+``moe/lending``). Rows are then sorted by *slot* instead of by expert: one for each expert of a process, and one for
+each that it borrows. Otherwise rows travel as without.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -47,9 +51,10 @@ from tedlab.comm import (
     slice_to,
     to_compute_dtype,
 )
-from tedlab.comm.rows import Rows, dealt, listed, rows_of
+from tedlab.comm.rows import Rows, dealt, hands, listed, rows_of
 from tedlab.moe.gather import gather_rows, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
+from tedlab.moe.lending import Loans, Policy, Slots, by_slot, loans_of, slots_of
 from tedlab.moe.router import Routing
 from tedlab.topology import Topology
 
@@ -65,6 +70,8 @@ class Exchange:
         total: N, as in the legend.
         sizes: Number of rows of each expert of this process; None: the host has not asked.
         kernel: What sorts the rows, see ``moe.kernel``.
+        loans: What this process lends and borrows; e then counts borrowed experts, too. None: nobody lends.
+        slots: The slots in whose order rows are listed; None: experts.
     """
 
     splits: Splits
@@ -73,6 +80,8 @@ class Exchange:
     total: int
     sizes: tuple[int, ...] | None
     kernel: str
+    loans: Loans | None = None
+    slots: Slots | None = None
 
 
 class RaggedRows(NamedTuple):
@@ -81,10 +90,13 @@ class RaggedRows(NamedTuple):
     Attributes:
         values: (rows that this tensor rank received, H).
         exchange: How they came.
+        listing: The routing with this process's choices in the order in which their results come back; None: as they
+            were.
     """
 
     values: Tensor
     exchange: Exchange
+    listing: Routing | None = None
 
 
 class RowPath(Protocol):
@@ -113,11 +125,11 @@ class OverlappingRowPath(RowPath, Protocol):
         """Begins a :meth:`dispatch`. The rows arrive in one or several chunks, to compute each."""
         ...
 
-    def answer(self, y: RaggedRows) -> Issued[Tensor]:
+    def answer(self, y: RaggedRows) -> Issued[RaggedRows]:
         """Begins to send a chunk's results back."""
         ...
 
-    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
+    def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
         """Returns what :meth:`combine` does, of the chunks that came back, in their order."""
         ...
 
@@ -134,13 +146,20 @@ class RaggedPath:
         sharers: Number of tensor ranks that receive rows of their own.
         widths: Widths of the experts' matrices.
         kernel: What copies and sums rows, see ``moe.kernel``.
+        policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
     """
 
     def __init__(
-        self, num_experts: int, comm: Collectives, sharers: int, widths: tuple[int, int], kernel: str = "auto"
+        self,
+        num_experts: int,
+        comm: Collectives,
+        sharers: int,
+        widths: tuple[int, int],
+        kernel: str = "auto",
+        policy: Policy | None = None,
     ) -> None:
         self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
-        self.kernel = kernel
+        self.kernel, self.policy = kernel, policy
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
@@ -155,42 +174,62 @@ class RaggedPath:
         if self.sharers == 1:
             x = copy_to(x, self.comm, "expert_tensor", "experts.copy")
         exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
-        return [self._to_experts(spread_choices(x, routing, self.kernel), exchange)]
+        listing = self._listing(routing, exchange)
+        return [self._to_experts(spread_choices(x, listing, self.kernel), exchange, listing)]
 
-    def answer(self, y: RaggedRows) -> Issued[Tensor]:
-        return issue_all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
+    def answer(self, y: RaggedRows) -> Issued[RaggedRows]:
+        back = issue_all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
+        return back.then(lambda values: y._replace(values=values))
 
-    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
-        (y_RH,) = back
+    def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
+        (y,) = back
+        listing = y.listing or routing
         if self.sharers > 1:
-            return merge_choices(y_RH, routing, self.kernel)
-        gate_TK = copy_to(routing.gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
-        partial_TH = merge_choices(y_RH, routing._replace(gate_TK=gate_TK), self.kernel)
+            return merge_choices(y.values, listing, self.kernel)
+        gate_TK = copy_to(listing.gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
+        partial_TH = merge_choices(y.values, listing._replace(gate_TK=gate_TK), self.kernel)
         return reduce_from(partial_TH, self.comm, "expert_tensor", "experts.reduce")
 
-    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange]) -> Issued[RaggedRows]:
+    def _listing(self, routing: Routing, exchange: Callable[[], Exchange]) -> Routing:
+        """Returns the routing with choices in the order of rows, which with a policy the plan decides."""
+        slots = None if self.policy is None else exchange().slots
+        if slots is None:
+            return routing
+        own = self.comm.rank("expert_tensor") if len(slots.counts_isV) > 1 else 0
+        return by_slot(routing, slots, own, self.comm.rank("expert"))
+
+    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange], listing: Routing) -> Issued[RaggedRows]:
         known = exchange()
         sent = issue_all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", known.splits)
-        return sent.then(lambda values: RaggedRows(values, known))
+        return sent.then(lambda values: RaggedRows(values, known, listing))
 
     def _ask(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
         """Exchanges numbers of rows, and returns a function that waits for them, once, if the host needs them.
 
         Args:
-            counts_E: Rows that this process sends, by expert.
-            rows: Their sum.
+            counts_E: Rows that this process sends, by expert; with a policy, those that it lists.
+            rows: The number of rows that this process sends.
             x: A tensor with the dtype of the rows.
         """
         return once("dispatch.counts", lambda: functools.cache(self._start(counts_E, rows, x)))
 
     def _start(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
+        if self.policy is not None:
+            return self._counted(self._planning(counts_E, self.policy))
         sent_se = counts_E.view(self.comm.size("expert"), -1)
         counts_ise = self.comm.all_to_all(sent_se, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
         if self.sharers > 1:
             counts_ise = self.comm.all_gather(
                 counts_ise, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
             )
-        finish = self._without_waiting(counts_ise, rows, x) or self._waiting(sent_se, counts_ise)
+        return self._counted(self._without_waiting(counts_ise, rows, x) or self._waiting(sent_se, counts_ise))
+
+    def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
+        """Returns how many rows of each slot tensor ranks send of their lists: (i, s, V)."""
+        return counts_isV
+
+    def _counted(self, finish: Callable[[], tuple[Exchange, Rows]]) -> Callable[[], Exchange]:
+        """Adds what is moved to the total, if a backward pass may follow."""
         counted = torch.is_grad_enabled()
 
         def exchange() -> Exchange:
@@ -223,27 +262,77 @@ class RaggedPath:
 
         return finish
 
+    def _planning(self, counts_E: Tensor, policy: Policy) -> Callable[[], tuple[Exchange, Rows]]:
+        """Exchanges the numbers of rows of all lists, of which every process makes the same plan."""
+        processes, device = self.comm.size("expert"), counts_E.device
+        counts_isE = self.comm.all_gather(counts_E, "expert", tag="dispatch.counts", phase="forward")
+        counts_isE = counts_isE.view(1, processes, -1)
+        if self._own_lists:
+            counts_isE = self.comm.all_gather(
+                counts_isE, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
+            )
+        read = self.comm.reader(counts_isE)
+        process, own = self.comm.rank("expert"), self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+
+        def finish() -> tuple[Exchange, Rows]:
+            counts = np.array(read())
+            plan = policy(counts.sum((0, 1)))
+            slots, loans = slots_of(plan, counts), loans_of(plan, process)
+            hands_isV = self._hands(slots.counts_isV)
+            arriving = hands_isV[:, :, slots.of(process)]
+            sent = [int(hands_isV[own, process, slots.of(to)].sum()) for to in range(processes)]
+            rows = rows_of(arriving, sum(sent), own)
+            if loans is not None:
+                rows = replace(rows, lent=len(loans.lent), borrowed=loans.borrowed, exchanges=1)
+            exchange = Exchange(
+                Splits(tuple(sent), tuple(arriving[own].sum(1).tolist())),
+                torch.tensor(arriving.tolist(), dtype=torch.int64, device=device),
+                rows.gathered // self.sharers,
+                rows.computed,
+                tuple(arriving.sum((0, 1)).tolist()),
+                self.kernel,
+                loans,
+                None if loans is None else slots,
+            )
+            return exchange, rows
+
+        return finish
+
+    @property
+    def _own_lists(self) -> bool:
+        """Whether tensor ranks list rows of their own, rather than all the same."""
+        return self.sharers > 1
+
 
 class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
-        x, rows, counts_E = to_compute_dtype(x_TH), len(routing.choice_EC), routing.counts_E
-        missing = listed(rows, self.sharers) - rows
-        if missing:
-            counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
-        hand = (rows + missing) // self.sharers
-        exchange = self._ask(dealt(counts_E, self.sharers, self.comm.rank("tensor")), hand, x)
-        x_RH = spread_choices(x, routing, self.kernel)
+        x, rows = to_compute_dtype(x_TH), len(routing.choice_EC)
+        missing, counts_E = listed(rows, self.sharers) - rows, routing.counts_E
+        if self.policy is None:  # otherwise whole lists are planned for, and dealt afterwards
+            if missing:
+                counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
+            counts_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
+        exchange = self._ask(counts_E, (rows + missing) // self.sharers, x)
+        listing = self._listing(routing, exchange)
+        x_RH = spread_choices(x, listing, self.kernel)
         if missing:
             x_RH = F.pad(x_RH, (0, 0, 0, missing))
-        hands = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
-        return [self._to_experts(hands.flatten(0, 1), exchange)]
+        hand = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
+        return [self._to_experts(hand.flatten(0, 1), exchange, listing)]
 
-    def receive(self, back: list[Tensor], routing: Routing) -> Tensor:
-        (hand,) = back
-        y_RH = gather_from(hand.unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
-        return merge_choices(y_RH[: len(routing.choice_EC)], routing, self.kernel)
+    def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
+        (y,) = back
+        y_RH = gather_from(y.values.unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
+        return merge_choices(y_RH[: len(routing.choice_EC)], y.listing or routing, self.kernel)
+
+    def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
+        return hands(counts_isV[0], self.sharers)
+
+    @property
+    def _own_lists(self) -> bool:
+        return False
 
 
 class Arrangement(NamedTuple):
@@ -365,7 +454,11 @@ def _widened(x: RaggedRows) -> Tensor:
 
 
 def ragged_path(
-    num_experts: int, widths: tuple[int, int], topology: Topology, kernel: str = "auto"
+    num_experts: int,
+    widths: tuple[int, int],
+    topology: Topology,
+    kernel: str = "auto",
+    policy: Policy | None = None,
 ) -> tuple[RaggedPath, RowRegion]:
     """Returns the path and the region that the topology's toggles select.
 
@@ -374,11 +467,12 @@ def ragged_path(
         widths: Widths of this process's part of an expert's matrices.
         topology: The process's place in the meshes.
         kernel: What copies and sums rows, see ``moe.kernel``.
+        policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
     """
     comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
     if topology.sequence_sharded:
-        return RaggedPath(num_experts, comm, tensor, widths, kernel), ScatteredRows(comm)
+        return RaggedPath(num_experts, comm, tensor, widths, kernel, policy), ScatteredRows(comm)
     if not options.dtd or tensor == 1:
-        return RaggedPath(num_experts, comm, 1, widths, kernel), ReplicatedRows(comm)
+        return RaggedPath(num_experts, comm, 1, widths, kernel, policy), ReplicatedRows(comm)
     region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
-    return DealtPath(num_experts, comm, tensor, widths, kernel), region(comm)
+    return DealtPath(num_experts, comm, tensor, widths, kernel, policy), region(comm)

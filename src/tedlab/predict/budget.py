@@ -5,6 +5,7 @@ from itertools import product
 from typing import NamedTuple
 
 from tedlab.comm.collectives import Collective
+from tedlab.comm.keep import WEIGHTS
 from tedlab.predict.volumes import ClosedForm
 
 
@@ -54,7 +55,7 @@ def within_budget(form: ClosedForm, budget: int, seconds: Callable[[Collective],
 
 def _options(form: ClosedForm, block: int, seconds: Callable[[Collective], float]) -> Iterable[Choice]:
     unread = form.unread(block)  # neither kept nor repeated in any case
-    tags = [site.tag for site in form.sites[block].recomputed if site.tag not in unread]
+    tags = [site.tag for site in form.sites[block].recomputed if site.tag not in (*unread, WEIGHTS)]
     for suffixes in product(("", ":shard", None), repeat=len(tags)):
         entries = tuple(f"{tag}{suffix}" for tag, suffix in zip(tags, suffixes, strict=True) if suffix is not None)
         again = sum(seconds(call) for call in form.recompute(block, entries))

@@ -26,7 +26,7 @@ from tedlab.models import models
 from tedlab.optim.bucket import lay_out
 from tedlab.optim.groups import Grouping
 from tedlab.predict.flops import first_with_backward
-from tedlab.spec import ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
+from tedlab.spec import LENT, ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
 _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix products
     "32-true": (torch.float32, torch.float32),
@@ -36,6 +36,9 @@ _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix produc
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "16-mixed": (torch.float32, torch.float16),
 }
+
+# What comes back where these are sent.
+_BACK: Mapping[RowCount, RowCount] = {"sent": "received", "received": "sent", "lent": "borrowed", "borrowed": "lent"}
 
 
 def predict(config: TrainConfig) -> dict[Entry, Count]:
@@ -62,13 +65,16 @@ def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) 
     if not moved:
         return dict(expected)
     form = ClosedForm(config, moved)
-    routed = {site.tag for block in moved for site in chain(*form.sites[block]) if site.rows in ROUTED}
-    calls = (call for call in form.micro_batch() if call.tag in routed)
-    payload = {entry: count.payload_bytes for entry, count in counted(calls).items()}
+    rows = {site.tag: site.rows for block in moved for site in chain(*form.sites[block]) if site.rows in ROUTED}
+    totals = counted(call for call in form.micro_batch() if call.tag in rows)
+    # How often experts are lent depends on what is chosen, too.
+    lent = {entry: count for entry, count in totals.items() if rows[entry.tag] in LENT}
+    payload = {entry: count.payload_bytes for entry, count in totals.items()}
     return {
         entry: replace(count, payload_bytes=payload.get(entry, count.payload_bytes))
         for entry, count in expected.items()
-    }
+        if rows.get(entry.tag) not in LENT
+    } | lent
 
 
 class ClosedForm:
@@ -117,11 +123,12 @@ class ClosedForm:
 
     @cached_property
     def kinds(self) -> dict[int, list[int]]:
-        """The blocks that are equal, have a backward pass or not, and for which CAC keeps the same, by the first."""
+        """The blocks that are equal, move as many rows, train alike, and for which CAC keeps the same, by the first."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for block, first in enumerate(self.spec.first):
             kept = self.spec.kept(self.config.comm.cac, block)
-            alike.setdefault((first, self.has_backward(block), *sorted(kept.items())), []).append(block)
+            key = first, self.has_backward(block), self._rows[block], *sorted(kept.items())
+            alike.setdefault(key, []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
 
     # ---- what trains ---------------------------------------------------------------------------------------------
@@ -170,7 +177,9 @@ class ClosedForm:
             return
         if self.config.model.recompute.granularity == Granularity.BLOCK:
             yield from self.recompute(block, self.config.comm.cac)
-        yield from self.calls(self.sites[block].backward, "backward", self._rows[block])
+        lends = self._trains(f"blocks.{block}.feed_forward.experts.")
+        sites = (site for site in self.sites[block].backward if lends or site.rows not in LENT)
+        yield from self.calls(sites, "backward", self._rows[block])
 
     def ends(self) -> Iterator[Collective]:
         """Yields the collectives before the first block and after the last."""
@@ -261,7 +270,10 @@ class ClosedForm:
         """Tells whether the biases of a block's router, if it has any, follow its load: not if it is frozen."""
         if not self.config.optim.groups:
             return True
-        prefix = f"blocks.{block}.feed_forward.router."
+        return self._trains(f"blocks.{block}.feed_forward.router.")
+
+    def _trains(self, prefix: str) -> bool:
+        """Tells whether any parameter whose name begins so is trained, or there is none."""
         weights = [p.name for p in self.spec.parameters() if p.name.startswith(prefix)]
         return not weights or any(map(self._grouping.trains, weights))
 
@@ -296,12 +308,30 @@ class ClosedForm:
         """Yields the collectives of sites, of which a mixture's move so many rows."""
         for site in sites:
             rows = self._count(site.rows, moved)
+            if site.rows in LENT:
+                for number in range(moved.exchanges):  # how many of these each has makes no difference
+                    of_call = Rows() if number else moved
+                    elements = self._count(site.rows, of_call) * site.width
+                    call = self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
+                    yield replace(call, exchanged_bytes=self._exchanged(site, of_call))
+                continue
+            if self.moved is not None and site.op == "all_to_all" and site.rows in _BACK:
+                call = self._call(site.op, site.kind, phase, site.tag, rows * site.width, self._dtype(site))
+                yield replace(call, exchanged_bytes=self._exchanged(site, moved))
+                continue
             chunk = site.chunk or rows
             at_a_time = [min(chunk, rows - start) for start in range(0, rows, chunk)] if chunk else [0]
             if site.parts > 1:
                 at_a_time = split_evenly(rows, site.parts)
             for number in at_a_time:
                 yield self._call(site.op, site.kind, phase, site.tag, number * site.width, self._dtype(site))
+
+    def _exchanged(self, site: Site, moved: Rows) -> tuple[int, int]:
+        """Returns the bytes that go to and come from other processes: of rows, an equal part to and from each."""
+        each = site.width * self._dtype(site).itemsize
+        others = 1.0 if site.rows in LENT else 1 - 1 / self.groups[site.kind]
+        there, back = (self._count(rows, moved) for rows in (site.rows, _BACK[site.rows]))
+        return round(there * each * others), round(back * each * others)
 
     def _count(self, rows: RowCount, moved: Rows) -> int:
         if rows == "tokens":

@@ -20,6 +20,7 @@ from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm
 from tedlab.validate.defaults import filled_in
 from tedlab.validate.experts import check_experts, router_notes
+from tedlab.validate.lending import check_lending
 from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
@@ -59,8 +60,9 @@ def complete(config: TrainConfig, most_processes: int | None = None) -> TrainCon
     """Checks a configuration and returns a copy in which every value that follows from others is filled in.
 
     These are ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
-    ``moe.capacity_groups`` if sequences are sharded, ``comm.ledger.time`` if a network is emulated, and the choice that
-    replaces ``comm.cac=auto``. Arguments and exceptions are those of :func:`check`.
+    ``moe.capacity_groups`` if sequences are sharded, ``comm.ledger.time`` if a network is emulated, the numbers that
+    replace ``moe.lend.minimum=auto``, and the choice that replaces ``comm.cac=auto``. Arguments and exceptions are
+    those of :func:`check`.
     """
     return filled_in(config, *_checked(config, most_processes))
 
@@ -81,7 +83,8 @@ def complete_simulated(config: TrainConfig, cluster: ClusterConfig | None = None
 
     Args:
         config: The configuration as composed.
-        cluster: The cluster whose links ``comm.cac=auto`` assumes; None: ``comm.cac_cluster``.
+        cluster: The cluster whose links ``comm.cac=auto`` and ``moe.lend.minimum=auto`` assume; None:
+            ``comm.cac_cluster`` and ``moe.lend.cluster``.
 
     Raises:
         UsageError: As for :func:`check`.
@@ -129,6 +132,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_comm(config, degrees)
     check_model(config, degrees)
     check_experts(config, degrees)
+    check_lending(config)
     check_routing(config)
     check_trainer(config)
     check_settings(config)

@@ -8,6 +8,7 @@ from tedlab.predict.cluster import ClusterConfig
 from tedlab.validate.batches import accumulation
 from tedlab.validate.comm import what_to_keep
 from tedlab.validate.experts import capacity_groups
+from tedlab.validate.lending import minimum_filled_in
 from tedlab.validate.model import vocabulary
 
 
@@ -20,7 +21,8 @@ def filled_in(
         config: The configuration as composed.
         degrees: Its parallel degrees.
         tokens: The vocabulary size of the tokenizer.
-        cluster: The cluster whose links ``comm.cac=auto`` assumes; None: ``comm.cac_cluster``.
+        cluster: The cluster whose links ``comm.cac=auto`` and ``moe.lend.minimum=auto`` assume; None:
+            ``comm.cac_cluster`` and ``moe.lend.cluster``.
     """
     timed = config.comm.ledger.time or config.comm.emulate is not None  # otherwise the delays would not show
     completed = replace(
@@ -30,4 +32,5 @@ def filled_in(
         comm=replace(config.comm, ledger=replace(config.comm.ledger, time=timed)),
         trainer={**config.trainer, "accumulate_grad_batches": accumulation(config, degrees)},
     )
+    completed = replace(completed, moe=replace(completed.moe, lend=minimum_filled_in(completed, cluster)))
     return replace(completed, comm=replace(completed.comm, cac=what_to_keep(completed, degrees, cluster)))

@@ -4,12 +4,14 @@ Each test of random loads makes 10,000 plans: small groups of processes and heav
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from tedlab.moe.lending import Loan, Plan, even, least_loaded
+from tedlab.config import LendConfig
+from tedlab.moe.lending import Loan, Plan, even, least_loaded, policy_of
 
 CASES = 10_000
 
@@ -52,21 +54,29 @@ def test_plans_of_least_loaded_divide_all_rows_and_keep_the_limit_where_any_numb
         assert plan.loads_P.max() <= np.ceil(alpha * load_E.sum() / processes)
 
 
-def test_plans_of_least_loaded_lend_no_less_than_the_minimum_but_an_experts_last_rows() -> None:
+def test_plans_of_least_loaded_make_no_loan_below_the_minimum_of_its_two_processes() -> None:
     for load_E, processes, generator in loads():
-        minimum, keep = int(generator.integers(1, 3000)), bool(generator.random() < 0.5)
-        plan = least_loaded(load_E, processes, threshold=1.0, minimum=minimum, keep_small=keep)
+        minimum = generator.integers(1, int(generator.choice([3, 50, 3000])), (processes, processes))
+        plan = least_loaded(load_E, processes, threshold=1.0, minimum=minimum)
         check_partition(plan)
-        for loan in plan.loans:
-            assert loan.stop - loan.start >= minimum or loan.stop == load_E[loan.expert]
-        if keep:
-            assert all(load_E[loan.expert] - plan.kept_E[loan.expert] >= minimum for loan in plan.loans)
         limit = -(-load_E.sum() // processes)
-        # Who borrows over the limit took all of the last rows of an expert, because nobody had room for a minimum.
-        for process in np.flatnonzero(plan.loads_P > limit):
-            local = slice(process * len(load_E) // processes, (process + 1) * len(load_E) // processes)
-            small = keep and plan.kept_E[local].sum() > limit
-            assert small or any(loan.stop == load_E[loan.expert] for loan in plan.loans if loan.borrower == process)
+        for loan in plan.loans:
+            assert loan.stop - loan.start >= minimum[plan.home(loan.expert), loan.borrower]
+            assert plan.loads_P[loan.borrower] <= limit
+        # Homes are over the limit only by what nobody has room for: none of them took so much from its own.
+        at_home = plan.load_E.reshape(processes, -1).sum(1)
+        assert (plan.loads_P <= np.maximum(at_home, limit)).all()
+
+
+def test_without_keeping_small_excesses_homes_stay_within_the_limit_and_last_rows_may_be_few() -> None:
+    """The paper's Algorithm 3: who borrows over the limit took the last rows of an expert."""
+    for load_E, processes, generator in loads():
+        minimum = int(generator.integers(1, 3000))
+        plan = least_loaded(load_E, processes, threshold=1.0, minimum=minimum, keep_small=False)
+        check_partition(plan)
+        last = {loan.borrower for loan in plan.loans if loan.stop == load_E[loan.expert]}
+        assert all(loan.stop - loan.start >= minimum or loan.borrower in last for loan in plan.loans)
+        assert last >= {*np.flatnonzero(plan.loads_P > -(-load_E.sum() // processes)).tolist()}
 
 
 def test_plans_of_even_give_equal_loads_and_each_process_borrows_from_one_home() -> None:
@@ -82,9 +92,10 @@ def test_plans_of_even_give_equal_loads_and_each_process_borrows_from_one_home()
 
 def test_an_odd_row_is_lent_in_one_piece() -> None:
     """The authors' code rounds the limit down, and names the pair of expert 0 and process 1 twice here."""
-    plan = least_loaded(np.array([511, 0]), 2, threshold=1.0)
-    assert plan.loans == (Loan(0, 1, 256, 511),)
-    assert plan.loads_P.tolist() == [256, 255]
+    for keep_small in (False, True):
+        plan = least_loaded(np.array([511, 0]), 2, threshold=1.0, keep_small=keep_small)
+        assert plan.loans == (Loan(0, 1, 256, 511),)
+        assert plan.loads_P.tolist() == [256, 255]
 
 
 def test_a_hot_expert_is_divided_over_all_processes_by_hand() -> None:
@@ -120,16 +131,20 @@ def test_an_excess_below_the_minimum_stays_at_home_or_goes_as_a_whole() -> None:
 
 def test_where_nobody_has_room_for_a_minimum_the_least_loaded_takes_all_and_exceeds_the_limit() -> None:
     # 40 rows each; process 0 has 30 more. The others have room for 10, 5 and 15 of them, and 20 are worth a loan.
-    plan = least_loaded(np.array([70, 30, 35, 25]), 4, minimum=20)
-    assert plan.loans == (Loan(0, 3, 40, 70),)
-    assert plan.loads_P.tolist() == [40, 30, 35, 55]
+    # Process 3 takes all 30, then lends 15 of its own, for which again nobody has room.
+    plan = least_loaded(np.array([70, 30, 35, 25]), 4, minimum=20, keep_small=False)
+    assert plan.loans == (Loan(0, 3, 40, 70), Loan(3, 1, 10, 25))
+    assert plan.loads_P.tolist() == [40, 45, 35, 40]
+    assert least_loaded(np.array([70, 30, 35, 25]), 4, minimum=20).loans == ()  # which 15 rows less would not pay
 
 
 def test_each_pair_of_home_and_borrower_has_a_minimum_of_its_own() -> None:
     minimum = np.array([[1, 1, 20, 20], [1, 1, 20, 20], [20, 20, 1, 1], [20, 20, 1, 1]])  # two nodes
     # 25 rows each. Process 3 has the most room, but too little for what comes from another node; 12 of process 0's 18
-    # rows too many fit into process 1, and process 3 takes the last 6, since these are all that is left.
+    # rows too many fit into process 1, and the other 6 stay.
     plan = least_loaded(np.array([43, 13, 33, 11]), 4, minimum=minimum)
+    assert plan.loans == (Loan(0, 1, 31, 43), Loan(2, 3, 25, 33))
+    plan = least_loaded(np.array([43, 13, 33, 11]), 4, minimum=minimum, keep_small=False)
     assert plan.loans == (Loan(0, 1, 25, 37), Loan(0, 3, 37, 43), Loan(2, 3, 25, 33))
 
 
@@ -137,3 +152,14 @@ def test_no_rows_at_all_and_one_process_lend_nothing() -> None:
     for policy in (least_loaded, even):
         assert policy(np.zeros(4, dtype=np.int64), 2).loans == ()
         assert policy(np.array([9, 1]), 1).loans == ()
+
+
+def test_a_loan_is_inside_a_node_if_it_is_for_every_tensor_rank() -> None:
+    """Nodes of six ranks, tensor groups of four: the second group is on two nodes. With twelve, the first three fit."""
+    config = LendConfig("llep", threshold=1.0, minimum=[1, 100], ranks_per_node=6)
+    load_E = np.array([40, 0, 0, 0])  # 10 each
+    apart, together = (policy_of(replace(config, ranks_per_node=n), range(0, 16, 4), 4) for n in (6, 12))
+    assert apart is not None
+    assert together is not None
+    assert apart(load_E).loans == ()
+    assert together(load_E).loans == (Loan(0, 1, 20, 30), Loan(0, 2, 30, 40))

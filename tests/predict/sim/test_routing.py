@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from tedlab.comm.rows import spread
-from tedlab.config import TrainConfig
+from tedlab.config import LendConfig, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import load_cluster
+from tedlab.predict.estimate import estimate
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.routing import SimulatedRouting, routing_of
 from tests.pool import WorkerPool
@@ -18,6 +19,7 @@ from tests.predict.sim.test_simulation import WORLD, checked, out_of_the_pools_g
 from tests.selection import asked_of
 
 DROPLESS = [*WORLD, "moe.dispatch=dropless"]
+LENT = ["moe.lend.policy=llep", "moe.lend.minimum=1"]
 TOKENS = 2 * 32  # of a micro-batch
 
 
@@ -49,6 +51,9 @@ def of_zipf(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str,
         ],
         ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
         ["moe.top_k=2", "comm.dedup=rank", "comm.dtd=true", "comm.fuse_reduce_scatter=true"],
+        ["moe.top_k=2", *LENT],
+        ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
+        ["parallel.sequence=true", "moe.lend.policy=even"],
     ],
     ids=lambda toggles: ",".join(toggles),
 )
@@ -69,6 +74,38 @@ def test_a_popular_experts_rank_computes_more_and_keeps_more(pool: WorkerPool) -
     assert first.flops["forward"] > balanced.flops["forward"] > last.flops["forward"]
     assert first.memory.total.max() > balanced.memory.total.max() > last.memory.total.max()
     assert first.step_seconds > balanced.step_seconds
+
+
+@pytest.mark.parametrize("toggles", [[], ["model.recompute.granularity=block"]], ids=["stored", "recomputed"])
+def test_lending_relieves_the_busiest_rank_and_what_it_takes_is_estimated(pool: WorkerPool, toggles: list[str]) -> None:
+    home, lent = (checked(*DROPLESS, "moe.top_k=2", *toggles, *more) for more in ([], LENT))
+    flops, peaks = [], []
+    for config in (home, lent):
+        routing = routing_of(config, "zipf", 1.2, None)
+        assert routing is not None
+        ranks = (0, 12)
+        for rank, simulation in zip(ranks, pool.run(1, simulated, config, routing, *ranks)[0], strict=True):
+            estimated = estimate(config, load_cluster("summit"), rank, routing.rows(rank))
+            peaks.append(int(simulation.memory.total.max()))
+            assert estimated.memory.total == pytest.approx(peaks[-1], rel=0.2)
+            assert estimated.step_seconds == pytest.approx(simulation.step_seconds, rel=0.03)
+            flops.append(simulation.flops["forward"])
+    assert flops[0] > flops[2]
+    assert peaks[0] > 2 * peaks[2]
+    assert routing.rows(0)[1].lent > 0 == routing.rows(0)[1].borrowed
+    assert routing.rows(60)[1].borrowed > 0  # of those that nobody likes, the last
+
+
+def test_loads_are_planned_as_processes_will_plan_them() -> None:
+    """Two of sixteen experts get all tokens: each process may compute as many rows as the mean, rounded up."""
+    config = checked(*DROPLESS, *LENT)
+    shares = np.zeros((1, 16))
+    shares[:, [3, 9]] = 1
+    alone = SimulatedRouting(with_values(config, {"moe.lend": LendConfig()}), shares)
+    lending = SimulatedRouting(config, shares)
+    assert alone.rows_by_expert_rank().max() == 16 * TOKENS / 2
+    assert lending.rows_by_expert_rank().max() == 16 * TOKENS / 16
+    assert (lending.lending(LendConfig()).rows_by_expert_rank() == alone.rows_by_expert_rank()).all()
 
 
 def test_rows_by_expert_rank_are_those_of_the_law_and_the_busiest_is_named() -> None:

@@ -94,12 +94,10 @@ def least_loaded(
 
     A process may compute ``ceil(alpha · mean)`` rows. Experts take their turn from the most loaded to the least. One
     whose home has no room for all of its rows lends the excess, range by range, each to the process with the fewest
-    rows that has room for ``minimum`` of them, or for all that is left. If none has, the process with the fewest takes
-    all that is left, and exceeds the limit.
+    rows among those that have room for ``minimum`` of them.
 
     It differs from the authors' code where that is wrong: the limit is rounded up, so that all rows have a place and no
-    process borrows an expert twice; and with ``keep_small`` an excess below the minimum stays, as the paper's text has
-    it.
+    process borrows an expert twice; and by default rows that are not worth a loan stay, as the paper's text has it.
 
     Args:
         load_E: (E,) integers, the number of rows of each expert.
@@ -107,7 +105,9 @@ def least_loaded(
         threshold: Nothing is lent if the largest load of a process is less than this multiple of the mean.
         alpha: The limit of a process's load, as a multiple of the mean; at least 1.
         minimum: The smallest number of rows worth a loan, at least 1; or (P, P) integers, by home and borrower.
-        keep_small: Whether an excess below every minimum of its home stays at home.
+        keep_small: Whether rows stay at home for which nobody has enough room. Otherwise (the paper's Algorithm 3) the
+            last rows of an expert may be fewer than the minimum, and those that fit nowhere go to the process with the
+            fewest rows, which then exceeds the limit.
     """
     load_E = np.asarray(load_E, dtype=np.int64)
     plan = Plan(load_E, processes)
@@ -122,32 +122,37 @@ def least_loaded(
         rows, home = int(load_E[expert]), plan.home(expert)
         if rows_P[home] <= limit or not rows:
             continue
-        own = max(0, limit - (int(rows_P[home]) - rows))
-        if keep_small and rows - own < np.delete(least_PP[home], home).min():
-            continue
-        rows_P[home] -= rows - own
-        for borrower, taken in _placed(rows - own, home, rows_P, limit, least_PP[home]):
-            loans.append(Loan(expert, borrower, own, own + taken))
+        excess = rows - max(0, limit - (int(rows_P[home]) - rows))
+        placed = _placed(excess, home, rows_P, limit, least_PP[home], keep_small)
+        start = rows - sum(taken for _, taken in placed)
+        rows_P[home] -= rows - start
+        for borrower, taken in placed:
+            loans.append(Loan(expert, borrower, start, start + taken))
             rows_P[borrower] += taken
-            own += taken
+            start += taken
     return Plan(load_E, processes, tuple(sorted(loans, key=lambda loan: (loan.expert, loan.start))))
 
 
-def _placed(rest: int, home: int, rows_P: np.ndarray, limit: int, least_P: np.ndarray) -> list[tuple[int, int]]:
+def _placed(
+    rest: int, home: int, rows_P: np.ndarray, limit: int, least_P: np.ndarray, keep_small: bool
+) -> list[tuple[int, int]]:
     """Returns who takes how many of ``rest`` rows of a home that is full without them.
 
     Nobody is asked twice: who has taken rows is full, and while rows are left somebody is not, since the limit leaves
     room for all rows.
     """
+    never = np.iinfo(np.int64).max
     now_P = rows_P.copy()
-    now_P[home] = np.iinfo(np.int64).max  # never asked
+    now_P[home] = never
     taken = []
     while rest:
         rows_of_P = np.minimum(rest, limit - now_P)
-        willing_P = (rows_of_P >= 1) & ((rows_of_P >= least_P) | (rows_of_P == rest))
+        willing_P = rows_of_P >= (least_P if keep_small else np.where(rows_of_P == rest, 1, least_P))
         if willing_P.any():
-            borrower = int(np.where(willing_P, now_P, np.iinfo(np.int64).max).argmin())
+            borrower = int(np.where(willing_P, now_P, never).argmin())
             rows = int(rows_of_P[borrower])
+        elif keep_small:
+            break
         else:
             borrower, rows = int(now_P.argmin()), rest
         taken.append((borrower, rows))

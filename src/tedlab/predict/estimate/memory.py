@@ -16,6 +16,7 @@ from tedlab.config import Granularity
 from tedlab.models.shortcut import MergedSpec
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
+from tedlab.spec import LENT
 
 _TILE_TEMPORARIES = 2  # of Adam, besides the gradient: the root of the second moment, and the quotient
 _KERNELS = ("capturable", "foreach", "fused")  # options that choose a kernel, some of them for GPUs only
@@ -79,6 +80,10 @@ class Memory:
         saved = [0, *accumulate(inputs if recomputed else saves)]
         stash = [0, *accumulate(kept)]
         last = sum(end.saved(ends) for end in spec.ends) + stream
+        if form.moved is not None:  # otherwise no forward pass has so many rows that it is the fullest moment
+            for n in form.moved:
+                passed = saved[n] + saves[n]
+                yield self._moment(f"forward pass of block {n}", before, stash[n], passed, self._passing(n))
         yield self._moment("loss", before, stash[-1], saved[-1] + last, temporaries=0)
         gradients = before + spec.left(ends, several)
         for n in reversed(range(len(spec.blocks))):
@@ -104,6 +109,16 @@ class Memory:
         state = sum(self.shards) * (self.moments * self.master + (self.master if self.parameter < 4 else 0))
         values = (self.flat * self.parameter, state, gradients, stash, activations, temporaries)
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
+
+    def _passing(self, block: int) -> int:
+        """Returns the bytes of a forward pass's temporaries, before results have come back.
+
+        These are rows as they arrived, results in three places, and copies of lent weights.
+        """
+        batch = self.form.at(block)
+        rows = (4 * batch.rows.computed - batch.rows.sent) * self.form.config.model.hidden
+        width = max((site.width for site in self.form.sites[block].forward if site.rows in LENT), default=0)
+        return (rows + batch.rows.lent * width) * batch.compute.itemsize
 
     def _reduction(self) -> Moment:
         """Returns the moment of the reduction, which buffers a bucket at a time; with overlap, it holds all shards."""

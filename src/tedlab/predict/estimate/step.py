@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tedlab.comm import Collective
+from tedlab.comm.rows import Rows
 from tedlab.config import Granularity, TrainConfig
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
@@ -58,13 +59,17 @@ class Estimate:
         return self.flops / self.step_seconds / self.peak_flops
 
 
-def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Estimate:
+def estimate(
+    config: TrainConfig, cluster: ClusterConfig, rank: int = 0, rows: Mapping[int, Rows] | None = None
+) -> Estimate:
     """Estimates one optimizer step of a job.
 
     Args:
         config: The job's configuration, completed by :func:`tedlab.validate.complete_simulated`.
         cluster: The cluster that the job runs on.
         rank: The rank whose groups' places on the nodes count; everything else is the same for all ranks.
+        rows: The rows that its experts without a capacity move in a micro-batch, by block; None: all experts are chosen
+            equally often.
 
     Raises:
         ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, the loss is
@@ -81,7 +86,7 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
             "optim.groups freezes parameters: the closed form of memory and time is that of a model that trains whole; "
             "`tedlab simulate` runs any"
         )
-    form = ClosedForm(config)
+    form = ClosedForm(config, rows)
     memory, links = Memory(form), _Links(form, cluster, rank)
     hiding, hidden = Hiding(form, cluster, rank), 0.0
     accumulated, ends = memory.accumulated, form.at()
@@ -92,14 +97,11 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
     passes = _total((work for part in form.spec.ends for work in part.forward(ends)), cluster)
     backward = _total((work for part in reversed(form.spec.ends) for work in part.backward(ends)), cluster)
     for first, blocks in form.kinds.items():
-        spec, batch = form.spec.units[first], form.at(first)
         links.add(form.block(first), len(blocks) * accumulated, taken, wire)
         hidden += len(blocks) * accumulated * hiding.seconds(first)
-        passes += len(blocks) * _total(spec.forward(batch), cluster) * (2 if form.counts_ahead else 1)
-        backward += len(blocks) * _total(spec.backward(batch), cluster)
-        if config.model.recompute.granularity == Granularity.BLOCK:
-            second = spec.forward(batch, form.dead(first), stop=config.model.recompute.early_stop)
-            passes += len(blocks) * _total(second, cluster)
+        of_passes, of_backward = _kernels(form, first, cluster)
+        passes += len(blocks) * of_passes
+        backward += len(blocks) * of_backward
     adding = seconds(Work(0, 3 * memory.gradients, form.precise, "arithmetic"), cluster)  # to add up gradients
     taken[COMPUTE] = accumulated * (passes + backward) + (accumulated - 1) * adding
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
@@ -119,6 +121,22 @@ def estimate(config: TrainConfig, cluster: ClusterConfig, rank: int = 0) -> Esti
     )
 
 
+def block_seconds(form: ClosedForm, block: int, cluster: ClusterConfig, rank: int) -> float:
+    """Returns the seconds that a block takes in one micro-batch, with its collectives and its second pass if any."""
+    taken: defaultdict[str, float] = defaultdict(float)
+    _Links(form, cluster, rank).add(form.block(block), 1, taken, defaultdict(float))
+    return sum(taken.values()) + sum(_kernels(form, block, cluster))
+
+
+def _kernels(form: ClosedForm, block: int, cluster: ClusterConfig) -> tuple[float, float]:
+    """Returns the seconds of a block's kernels in all its forward passes, and in its backward pass."""
+    spec, batch, recompute = form.spec.units[block], form.at(block), form.config.model.recompute
+    passes = _total(spec.forward(batch), cluster) * (2 if form.counts_ahead else 1)
+    if recompute.granularity == Granularity.BLOCK:
+        passes += _total(spec.forward(batch, form.dead(block), stop=recompute.early_stop), cluster)
+    return passes, _total(spec.backward(batch), cluster)
+
+
 class _Links:
     """Adds up the time and bytes of a rank's collectives on a cluster."""
 
@@ -135,7 +153,7 @@ class _Links:
     ) -> None:
         for call, alike in Counter(calls).items():
             members, per_node = self.members[call.kind], self.cluster.gpus_per_node
-            once = collective_seconds(call.op, call.payload_bytes, members, self.cluster)
+            once = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)
             in_step = call.phase == "optimizer"
             taken["gradient sync" if in_step else f"{call.op}, {link_of(members, per_node)}"] += times * alike * once
             if call.tag == "gradients.reduce":

@@ -196,7 +196,7 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
     """Returns the candidate with the simulator's results. The process must not be part of a process group."""
     from tedlab.predict.sim import simulate
 
-    checked = complete_simulated(with_values(config, candidate.settings))
+    checked = complete_simulated(with_values(config, candidate.settings), cluster)
     result = simulate(checked, cluster, candidate.rank)
     held = result.memory.at_peak()
     faster = candidate.step_seconds / result.step_seconds

@@ -142,7 +142,7 @@ def search(
         for n, size in enumerate(micro_batches):
             settings = layout | {"data.micro_batch_size": size} | toggles
             try:
-                checked = complete_simulated(with_values(config, settings))
+                checked = complete_simulated(with_values(config, settings), cluster)
             except UsageError as error:
                 found.refused[_reason(error)] += len(micro_batches) - n
                 break
@@ -222,7 +222,7 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
         settings: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
         settings |= {name: value for name, value in lean.items() if name not in fixed}
         try:
-            checked = complete_simulated(with_values(config, settings))
+            checked = complete_simulated(with_values(config, settings), cluster)
         except UsageError:
             continue
         peaks.append(evaluated(checked, cluster, settings, 0).peak_bytes)

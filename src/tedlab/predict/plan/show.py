@@ -9,13 +9,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tedlab.config import TrainConfig
+from tedlab.config import AssumedRouting, TrainConfig, with_values
 from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import base_parameters, parameters
 from tedlab.predict.plan.file import allowed
+from tedlab.predict.plan.lending import show_lending
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.predict.plan.search import CHOSEN, Candidate
+from tedlab.predict.sim.routing import routing_of
+from tedlab.validate import complete_simulated
 
 _GIB = 2**30
 _ROWS = 10
@@ -31,6 +34,7 @@ def plan_visibly(
     simulations: int,
     find_largest: bool,
     given: Sequence[str],
+    assumed: AssumedRouting | None = None,
 ) -> Plan:
     """Runs :func:`make_plan` with a progress bar, prints the result and writes the winner to a file.
 
@@ -41,6 +45,7 @@ def plan_visibly(
         simulations: How many candidates to simulate.
         find_largest: Whether to look for the largest base model first.
         given: The overrides of the command line; the search keeps what they set.
+        assumed: What routers choose in the layout that is found, to say whether to lend experts; None: nothing is said.
     """
     fixed = fixed_by(given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -67,6 +72,11 @@ def plan_visibly(
     console.print(_refused_table(plan, usable))
     path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
     console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
+    if assumed is not None and assumed.routing not in (None, "balanced"):
+        found = complete_simulated(with_values(config, plan.winner.settings), cluster)
+        routing = routing_of(found, str(assumed.routing), assumed.zipf, assumed.trace)
+        if routing is not None and found.parallel.expert > 1:
+            show_lending(found, cluster, routing, console)
     apart = [shlex.quote(override) for override in given if not allowed(override)]
     console.print(" ".join([f"tedlab train +plan={path}", *apart]), soft_wrap=True, markup=False)
     return plan

@@ -17,7 +17,7 @@ def kinds_of_ranks(
     a node does not divide into tensor groups, and how many rows a ``routing`` sends to their experts if these have no
     capacity. (Tensor ranks that divide such rows differ by at most one row from each sender, and count as equal.)
     """
-    rows = [()] * degrees.expert if routing is None else [*map(tuple, routing.rows_by_expert_rank().T)]
+    rows: list[tuple[object, ...]] = [()] * degrees.expert if routing is None else routing.kinds_by_expert_rank()
     kinds: dict[tuple[object, ...], list[int]] = {}
     # After a period, groups lie on other nodes in the same way.
     period = min(math.lcm(degrees.tensor * degrees.expert, cluster.gpus_per_node), degrees.world_size)

@@ -5,19 +5,44 @@ to r^-exponent. ``trace`` chooses as in the last step of a real run's ``router_t
 micro-batches choose alike; tensor ranks with tokens of their own divide a data rank's choices evenly.
 """
 
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from tedlab.comm.rows import Rows, hands, rows_of, rows_of_pilots, sent_as_pilots, spread
-from tedlab.config import TrainConfig
+from tedlab.config import LendConfig, LendPolicy, TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.moe import mixtures
+from tedlab.moe.lending import Plan, Policy, policy_of, slots_of
 from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")
+
+
+class SimulatedLayer(NamedTuple):
+    """The rows of one layer in one expert group.
+
+    Attributes:
+        lists_isE: (i, s, E): the rows that each sender lists; i is 1 where all its tensor ranks list the same.
+        sent_isV: (tensor ranks that send rows of their own, senders, V): the rows that each sends, by slot. Unless
+            experts are lent, slots are experts.
+        first_P: The first slot of each process, and V.
+        plan: Who computes which rows.
+    """
+
+    lists_isE: np.ndarray
+    sent_isV: np.ndarray
+    first_P: tuple[int, ...]
+    plan: Plan
+
+    def arriving(self, process: int) -> np.ndarray:
+        """Returns the rows in a process's slots: (tensor ranks, senders, slots of one)."""
+        return self.sent_isV[:, :, self.first_P[process] : self.first_P[process + 1]]
 
 
 class SimulatedRouting:
@@ -31,65 +56,116 @@ class SimulatedRouting:
     def __init__(self, config: TrainConfig, shares_LE: np.ndarray | None = None) -> None:
         moe, degrees = config.moe, parallel_degrees(config.parallel)
         self.blocks = moe.routed(config.model.layers)
-        self.degrees, self.local_experts = degrees, moe.num_experts // degrees.expert
+        self.degrees, self.local_experts, self.lend = degrees, moe.num_experts // degrees.expert, moe.lend
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm))
-        sharers, self.pilots = layout.sharers, spec.pilots(layout)
+        self.sharers, self._own_lists, self.pilots = layout.sharers, layout.sequence, spec.pilots(layout)
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
-        # The rows sent in each layer: (tensor ranks that send rows of their own, senders, E). With pilots, their number
-        # follows the choices of each process's experts: (…, E + E_p).
-        self._sent = []
+        self._planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
+        self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
+        self._counts: list[np.ndarray] = []
         if self.pilots:
+            self.local_experts += 1  # the number of pilots follows the choices of each process's experts
             for shares_E in shares_LE:
-                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, sharers, degrees.expert)
-                self._sent.append(np.repeat(sent.reshape(sharers, 1, -1), degrees.expert, 1))
-            shares_LE, self.local_experts = shares_LE[:0], self.local_experts + 1
+                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, self.sharers, degrees.expert)
+                sent = np.repeat(sent.reshape(self.sharers, 1, -1), degrees.expert, 1)
+                first_P = tuple(range(0, sent.shape[-1] + 1, self.local_experts))
+                nothing = Plan(np.zeros(moe.num_experts, dtype=np.int64), degrees.expert)
+                self._of_pilots.append(SimulatedLayer(sent, sent, first_P, nothing))
+            return
         for shares_E in shares_LE:
             counts_E = spread(list(shares_E), tokens * moe.top_k, tokens)
-            self._sent.append(hands(np.tile(counts_E, (degrees.expert, 1)), sharers))
+            self._counts.append(np.tile(counts_E, (degrees.expert, 1)))
+
+    def lending(self, lend: LendConfig) -> "SimulatedRouting":
+        """Returns the same choices with experts lent in another way."""
+        other = copy(self)
+        other.lend, other._planned = lend, {}
+        return other
+
+    def layers(self, rank: int = 0) -> list[SimulatedLayer]:
+        """Returns the layers of a rank's expert group. Groups differ only by where they lie on nodes."""
+        if self.pilots:
+            return self._of_pilots
+        block = self.degrees.tensor * self.degrees.expert
+        group = self.degrees.groups(rank // block * block)["expert"]
+        members = range(group.start, group.start + block)
+        nodes = tuple(member // (self.lend.ranks_per_node or self.degrees.world_size) for member in members)
+        alike = tuple(node - nodes[0] for node in nodes)
+        if alike not in self._planned:
+            policy = policy_of(self.lend, group, self.degrees.tensor)
+            self._planned[alike] = [self._layer(counts_sE, policy) for counts_sE in self._counts]
+        return self._planned[alike]
+
+    def _layer(self, counts_sE: np.ndarray, policy: Policy | None) -> SimulatedLayer:
+        lists = hands(counts_sE, self.sharers) if self._own_lists else counts_sE[None]
+        load_E = counts_sE.sum(0)
+        plan = Plan(load_E, self.degrees.expert) if policy is None else policy(load_E)
+        slots = slots_of(plan, lists)
+        sent = slots.counts_isV if self._own_lists else hands(slots.counts_isV[0], self.sharers)
+        return SimulatedLayer(lists, sent, slots.first_P, plan)
 
     def rows(self, rank: int) -> dict[int, Rows]:
         """Returns the rows that a rank of the world moves in one micro-batch, by block."""
         expert, tensor = self._place(rank)
         if self.pilots:
-            own = [sent[tensor, expert].reshape(-1, self.local_experts) for sent in self._sent]
-            arriving = [self._arriving(sent, expert) for sent in self._sent]
-            numbers = zip(self.blocks, own, arriving, strict=True)
-            return {block: rows_of_pilots(sent, arrived, tensor) for block, sent, arrived in numbers}
+            found = {}
+            for block, layer in zip(self.blocks, self.layers(rank), strict=True):
+                own = layer.sent_isV[tensor, expert].reshape(-1, self.local_experts)
+                found[block] = rows_of_pilots(own, layer.arriving(expert), tensor)
+            return found
         return {
-            block: rows_of(self._arriving(sent, expert), int(sent[tensor, expert].sum()), tensor)
-            for block, sent in zip(self.blocks, self._sent, strict=True)
+            block: replace(
+                rows_of(layer.arriving(expert), int(layer.sent_isV[tensor, expert].sum()), tensor),
+                lent=layer.plan.lent(expert),
+                borrowed=layer.plan.borrowed(expert),
+                exchanges=int(bool(layer.plan.loans)),
+            )
+            for block, layer in zip(self.blocks, self.layers(rank), strict=True)
         }
 
     def rows_by_expert_rank(self) -> np.ndarray:
-        """Returns the rows that each process of an expert group computes in each MoE layer, (L, E_p)."""
+        """Returns the rows that each process of the first expert group computes in each MoE layer, (L, E_p)."""
         experts = range(self.degrees.expert)
         computed = slice(-1 if self.pilots else None)
-        arriving = [[self._arriving(sent, expert) for expert in experts] for sent in self._sent]
-        return np.array([[rows[..., computed].sum() for rows in layer] for layer in arriving])
+        return np.array(
+            [[layer.arriving(expert)[..., computed].sum() for expert in experts] for layer in self.layers()]
+        )
+
+    def kinds_by_expert_rank(self) -> list[tuple[object, ...]]:
+        """Returns for each process of the first expert group what it computes, lends and borrows in each layer."""
+        rows_LP, layers = self.rows_by_expert_rank(), self.layers()
+        return [
+            tuple(
+                (int(rows_P[expert]), layer.plan.lent(expert), layer.plan.borrowed(expert))
+                for rows_P, layer in zip(rows_LP, layers, strict=True)
+            )
+            for expert in range(self.degrees.expert)
+        ]
 
     def busiest_rank(self) -> int:
         """Returns the first rank whose experts compute the most rows over all layers."""
         return int(self.rows_by_expert_rank().sum(0).argmax()) * self.degrees.tensor
 
     def numbers(self, layer: int, rank: int) -> np.ndarray:
-        """Returns what a rank's host reads in one layer: the rows it sends, and those that arrive at each tensor rank.
+        """Returns what a rank's host reads in one layer.
 
-        The shape is (1 + tensor ranks, processes of the expert group, experts of one); see :mod:`tedlab.moe.ragged`.
+        These are the rows it sends, and those that arrive at each tensor rank: (1 + tensor ranks, processes of the
+        expert group, experts of one); or, where experts may be lent, what all senders list. See
+        :mod:`tedlab.moe.ragged`.
         """
-        sent = self._sent[layer]
+        simulated = self.layers(rank)[layer]
         expert, tensor = self._place(rank)
-        own = sent[tensor, expert].reshape(1, self.degrees.expert, self.local_experts)
-        return np.concatenate((own, self._arriving(sent, expert)))
+        if self.lend.policy != LendPolicy.NONE and self.degrees.expert > 1:
+            return simulated.lists_isE
+        own = simulated.sent_isV[tensor, expert].reshape(1, self.degrees.expert, self.local_experts)
+        return np.concatenate((own, simulated.arriving(expert)))
 
     def _place(self, rank: int) -> tuple[int, int]:
         """Returns a rank's index in its expert group, and among the tensor ranks that send rows of their own."""
-        return rank // self.degrees.tensor % self.degrees.expert, rank % len(self._sent[0])
-
-    def _arriving(self, sent: np.ndarray, expert: int) -> np.ndarray:
-        return sent[:, :, expert * self.local_experts : (expert + 1) * self.local_experts]
+        return rank // self.degrees.tensor % self.degrees.expert, rank % self.sharers
 
 
 class Answers:

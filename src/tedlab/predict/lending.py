@@ -1,0 +1,46 @@
+"""How many rows make it worth lending an expert, on given links.
+
+Each loan sends W bytes of weights and in backward as many of gradients; each row of it spares its home three products
+(one forward, two backward) of 2·W/q FLOPs, for numbers of q bytes. At R FLOP/s and B bytes/s, n rows gain as much time
+as the loan takes if n · 3 · 2 · W / (q · R) = 2 · W / B, so n = q · R / (3 · B): how large experts are does not matter.
+This leaves out that the exchange may run beside something else, which would make fewer rows worth it, and its latency.
+"""
+
+import math
+
+from tedlab.predict.cluster import ClusterConfig
+
+
+def break_even_rows(flops: float, bandwidth: float, itemsize: int) -> int:
+    """Returns the smallest number of rows for which a loan takes no more time than it saves.
+
+    Args:
+        flops: FLOP/s that products of rows reach.
+        bandwidth: Bytes/s at which a process sends weights.
+        itemsize: Bytes of a number.
+    """
+    return max(1, math.ceil(itemsize * flops / (3 * bandwidth)))
+
+
+def break_even_on(cluster: ClusterConfig, precision: str, itemsize: int) -> tuple[int, int]:
+    """Returns the break-even inside a node, and between nodes.
+
+    Where there is no such link, the number of the other stands for it. Between nodes, a GPU has its share of what a
+    node reaches in an all-to-all.
+
+    Args:
+        cluster: The cluster.
+        precision: A value of Lightning's ``trainer.precision``.
+        itemsize: Bytes of a number in matrix products.
+    """
+    efficiency = cluster.efficiency
+    flops = cluster.peak(precision) * efficiency.gemm
+    found = []
+    if cluster.in_node is not None:
+        found.append(break_even_rows(flops, cluster.in_node.bandwidth * efficiency.in_node, itemsize))
+    if cluster.between_nodes is not None:
+        share = cluster.between_nodes.bandwidth * efficiency.all_to_all / cluster.gpus_per_node
+        found.append(break_even_rows(flops, share, itemsize))
+    if not found:
+        raise ValueError("a cluster of one GPU has no link over which to lend experts")
+    return found[0], found[-1]
