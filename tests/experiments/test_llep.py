@@ -1,0 +1,48 @@
+"""What the README of the study of lending says is what the study gave, and the planner gives it again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import experiments.llep.__main__ as study
+
+FOLDER = Path(study.__file__).parent
+RESULTS = json.loads((FOLDER / "results.json").read_text())
+
+
+@pytest.mark.parametrize("shape", study.SHAPES)
+def test_the_readme_has_each_prediction_beside_what_was_reported(shape: str) -> None:
+    text = (FOLDER / "README.md").read_text()
+    for hot in study.HOT:
+        for row, reported in zip(RESULTS["predicted"][shape][f"{hot} hot"], study.REPORTED[shape], strict=True):
+            kept = [row[f"{way}/kept_bytes"] / 2**30 for way in ("home", "lent")]
+            assert (
+                f"| {shape} | {hot} | {row['share']:.0%} | {row['home/load']:.2f} → {row['lent/load']:.2f} | "
+                f"{row['speedup']:.2f} | {f'{reported:.2f}' if hot == 1 else ''} | {kept[0]:.2f} → {kept[1]:.2f} |"
+            ) in text
+
+
+def test_forced_choices_are_in_the_shares_of_the_paper() -> None:
+    counts_E = study.forced(128, 32768 * 4, 1, 0.95)
+    assert counts_E.sum() == 32768 * 4
+    assert counts_E[0] / counts_E.sum() == pytest.approx(0.95, abs=1e-3)
+    # The load of the busiest of eight GPUs, which bounds the speedup: 8 · (0.95 + 0.05 · 15/127).
+    assert RESULTS["predicted"]["gpt-oss-120b"]["1 hot"][3]["home/load"] == pytest.approx(7.647, abs=1e-2)
+    assert np.flatnonzero(study.forced(128, 1000, 4, 0.8) > 100).tolist() == [0, 16, 32, 48]
+
+
+def test_what_the_readme_concludes_is_in_the_numbers() -> None:
+    for shape, reported in study.REPORTED.items():
+        rows = RESULTS["predicted"][shape]["1 hot"]
+        assert all(row["speedup"] <= row["home/load"] / row["lent/load"] * 1.001 for row in rows)
+        assert all(row["lent/kept_bytes"] < row["home/kept_bytes"] for row in rows)
+        assert all(row["lent/loans"] == 7 for row in rows)
+        assert [row["speedup"] for row in rows] == sorted(row["speedup"] for row in rows), reported
+    real = RESULTS["measured"]
+    assert 1 < real["speedup"] < real["bound"]
+    text = (FOLDER / "README.md").read_text()
+    for row in ("busy_seconds", "seconds"):
+        assert f"| {real[f'home/{row}']:.2f} s | {real[f'lent/{row}']:.2f} s |" in text
+    assert f"{real['speedup']:.2f} times" in text
