@@ -60,7 +60,7 @@ def test_a_layout_on_one_gpu_equals_one_process(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("job", JOBS.values(), ids=JOBS)
+@pytest.mark.parametrize("job", [*JOBS.values(), "pilots", "overlapped_ted"])
 @pytest.mark.parametrize("layout", ["T2", "E2"])
 def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str) -> None:
     config = composed(*overrides(LAYOUTS[layout], job), "trainer=gpu", "optim.overlap=true")
