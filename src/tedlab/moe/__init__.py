@@ -4,6 +4,7 @@ from tedlab.moe.balance import Sums, global_losses, step_totals
 from tedlab.moe.baselines import HashRouter, RandomRouter, RoundRobinRouter
 from tedlab.moe.deepspeed_gating import DeepSpeedRouter
 from tedlab.moe.dispatch import AllToAllPath, DispatchSpec, ReplicatedSlots, SlotRegion, TokenPath, token_path
+from tedlab.moe.dropless import Dropless
 from tedlab.moe.expert_choice import ExpertChoiceRouter
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts, mixtures
 from tedlab.moe.health import relative_load, router_health
@@ -27,6 +28,7 @@ __all__ = [
     "Decision",
     "DeepSpeedRouter",
     "DispatchSpec",
+    "Dropless",
     "ExpertChoiceRouter",
     "Experts",
     "ExpertsSpec",

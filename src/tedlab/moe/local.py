@@ -25,12 +25,9 @@ from torch.autograd import Function
 from tedlab.comm import copy_to, gather_to, once, reduce_from, scatter_from, to_compute_dtype
 from tedlab.comm.recompute import is_dead, unused
 from tedlab.comm.rows import Rows
-from tedlab.config import Dedup
-from tedlab.degrees import ParallelDegrees
-from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
+from tedlab.moe.experts import Experts, ExpertsSpec
 from tedlab.moe.gather import chosen_experts
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
-from tedlab.moe.local_spec import DroplessSpec
 from tedlab.moe.products import Order, Products, products
 from tedlab.moe.router import Routing
 from tedlab.moe.slots import sort_choices
@@ -111,28 +108,6 @@ class LocalExperts(TokenExperts):
         token_N = choice_N.div(places.shape[1], rounding_mode="floor")
         groups = Groups(expert_N, load.cumsum(0).int(), sizes)
         return x_TH, gate_TK, Order(token_N, choice_N, places, expert_N[places], groups)
-
-
-@mixtures.register("dropless")
-class Dropless(RowExperts):
-    """Makes :class:`LocalExperts` if all experts are in each process, otherwise what ``comm.dedup`` asks for."""
-
-    dispatch = DroplessSpec
-    sends_pilots = True
-
-    @classmethod
-    def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
-        if cls.alone(topology.degrees):
-            return LocalExperts(spec, topology)
-        if topology.options.dedup == Dedup.RANK:
-            from tedlab.moe.pilots import PilotExperts
-
-            return PilotExperts(spec, topology)
-        return RowExperts(spec, topology)
-
-    @classmethod
-    def alone(cls, degrees: ParallelDegrees) -> bool:
-        return degrees.expert == 1
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:

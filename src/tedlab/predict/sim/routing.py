@@ -63,7 +63,7 @@ class SimulatedRouting:
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
-        self._planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
+        self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
         self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
         self._counts: list[np.ndarray] = []
         if self.pilots:
@@ -82,7 +82,7 @@ class SimulatedRouting:
     def lending(self, lend: LendConfig) -> "SimulatedRouting":
         """Returns the same choices with experts lent in another way."""
         other = copy(self)
-        other.lend, other._planned = lend, {}
+        other.lend, other.planned = lend, {}
         return other
 
     def layers(self, rank: int = 0) -> list[SimulatedLayer]:
@@ -94,10 +94,10 @@ class SimulatedRouting:
         members = range(group.start, group.start + block)
         nodes = tuple(member // (self.lend.ranks_per_node or self.degrees.world_size) for member in members)
         alike = tuple(node - nodes[0] for node in nodes)
-        if alike not in self._planned:
+        if alike not in self.planned:
             policy = policy_of(self.lend, group, self.degrees.tensor)
-            self._planned[alike] = [self._layer(counts_sE, policy) for counts_sE in self._counts]
-        return self._planned[alike]
+            self.planned[alike] = [self._layer(counts_sE, policy) for counts_sE in self._counts]
+        return self.planned[alike]
 
     def _layer(self, counts_sE: np.ndarray, policy: Policy | None) -> SimulatedLayer:
         lists = hands(counts_sE, self.sharers) if self._own_lists else counts_sE[None]
