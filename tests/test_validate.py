@@ -18,7 +18,9 @@ from tedlab.checkpoint import META
 from tedlab.commands.train import train
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
-from tedlab.validate import check, complete, notes
+from tedlab.models.families.family import essence
+from tedlab.validate import check, complete, complete_simulated, notes
+from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.loggers import check_loggers
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose
@@ -268,6 +270,14 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel=tp2_ep2", "comm=dtd", "comm.dedup=rank", "moe.dispatch=dropless", "moe.top_k=2"],
         ["comm.dtd=true", "comm.fuse_reduce_scatter=true", "comm.dedup=none"],
     ),
+    "pilots_to_one_expert_each": (
+        ["parallel=ep2", "moe.num_experts=2", "moe.top_k=2", "moe.dispatch=dropless", "comm.dedup=rank"],
+        ["comm.dedup=rank", "parallel.expert=2", "one of the 2 experts", "comm.dedup=none"],
+    ),
+    "loans_without_links": (
+        [*("parallel=ep2", "moe.dispatch=dropless", "moe.lend.policy=llep", "moe.lend.cluster=one_h200")],
+        ["moe.lend.minimum=auto", "moe.lend.cluster", "moe.lend.minimum=1024"],
+    ),
     "pilots_to_nodes": (["comm.dedup=node"], ["comm.dedup=node", "none, rank"]),
     "overlap_without_shared_experts": (
         ["comm.overlap_shared=true"],
@@ -392,6 +402,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.overlap_shared=true", "moe.shortcut=pos1", "comm.overlap_shortcut=true"],
     ),
     "slot_of_nothing": (["comm.shortcut_slot=0"], ["comm.shortcut_slot=0", "moe.shortcut=pos1"]),
+    "shortcut_around_kernels_that_are_not_compiled": (
+        ["moe.shortcut=pos1", "moe.shared.experts=1", "moe.kernel=triton", "model.compile=aot_eager"],
+        ["moe.kernel=triton", "moe.shortcut=pos1", "model.compile=none", "moe.kernel=auto"],
+    ),
     "shortcut_around_experts_that_are_not_compiled": (
         ["moe.shortcut=pos1", "moe.shared.experts=1", "moe.dispatch=dropless", "model.compile=aot_eager"],
         ["model.compile=aot_eager", "moe.dispatch=dropless", "model.compile=none"],
@@ -843,6 +857,30 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
     check(config)
     assert notes(config) == ["comm.dtd=true does nothing here: with parallel.tensor=1 there are no duplicates."]
     assert notes(small(corpus, "parallel=tp2", "comm.dtd=true")) == []
+
+
+def test_lending_and_kernels_are_no_part_of_the_model_that_a_checkpoint_is_of(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent = ["parallel=ep2", "moe.dispatch=dropless", "moe.kernel=torch", "moe.lend.policy=llep"]
+    stored = complete_simulated(small(corpus, *lent, "model.vocab_size=384"))
+    assert stored.moe.lend.minimum != "auto"
+    meta = {"hyper_parameters": asdict(stored), "global_step": 1}
+    monkeypatch.setattr("tedlab.validate.checkpoint.read_meta", lambda path: meta)
+    for again in (lent, lent[:2]):
+        resumed = small(corpus, *again, "model.vocab_size=384", "trainer.max_steps=5")
+        check_checkpoint(resumed, Path("last.ckpt"))
+        assert essence(resumed.model, resumed.moe) == essence(stored.model, stored.moe)
+    with pytest.raises(ValueError, match=r"moe.num_experts: 4 in the checkpoint, 8 here"):
+        check_checkpoint(
+            small(corpus, *lent, "model.vocab_size=384", "trainer.max_steps=5", "moe.num_experts=8"), Path("last.ckpt")
+        )
+
+
+def test_overlap_of_an_exchange_that_there_is_not_is_noted(corpus: Path) -> None:
+    (said,) = notes(small(corpus, "comm.chunks=2"))
+    assert "comm.chunks does nothing here" in said
+    assert notes(small(corpus, "comm.chunks=2", "parallel=ep2")) == []
 
 
 def test_how_attention_is_computed_is_noted_where_no_fused_kernel_can(corpus: Path) -> None:

@@ -206,6 +206,12 @@ def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
     assert sent.code_R.tolist() == [0, 2, 1, 4, 2, 5, 0, 3, 4]
 
 
+def test_a_token_whose_router_repeats_an_expert_claims_no_other_pilots_places() -> None:
+    sent = list_pilots(torch.tensor([[3, 3, 3, 3], [3, 3, 3, 3]]), 4, 2, 2)  # as a router does without finite scores
+    assert sent.counts_sx.tolist() == [[0, 0, 0], [0, 8, 2]]
+    assert [code // 2 for code in sent.code_R.tolist()] == [0] * 4 + [1] * 4
+
+
 # ---- one process ---------------------------------------------------------------------------------------------------
 
 

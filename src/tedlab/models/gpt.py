@@ -223,15 +223,17 @@ class GPT(nn.Module):
         self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
         if seed is not None:
             initialize(self, seed)
-        self._units: list[nn.Module] = []  # in a list: their parameters are those of the blocks
+        # What runs in place of a block, if not the block: a pair, or nothing, if the pair is run later. Not registered,
+        # because their parameters are those of the blocks.
+        self._joined: dict[int, ShortcutBlocks | None] = {}
         for index, (block, of) in enumerate(zip(self.blocks, spec.units, strict=True)):
             if isinstance(of, MergedSpec):
+                self._joined[index] = None
                 continue
             unit = block
             if isinstance(of, ShortcutSpec):
                 its: Any = self.blocks[index + 1 - len(of.blocks) : index + 1]
-                unit = ShortcutBlocks(of, its, topology.options, model.sequence_length)
-            self._units.append(unit)
+                unit = self._joined[index] = ShortcutBlocks(of, its, topology.options, model.sequence_length)
             sites, early_stop = of.sites(topology.layout), model.recompute.early_stop
             unread = unread_tags(sites.recomputed) if early_stop else ()
             kept = spec.kept(topology.options.cac, index)
@@ -302,7 +304,10 @@ class GPT(nn.Module):
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []
-        for unit in self._units:
+        for index, block in enumerate(self.blocks):
+            unit = self._joined.get(index, block)
+            if unit is None:
+                continue
             x, report = unit(_entered(x, unit), turns, padding_mask)
             if report is not None:
                 self._routers[len(reports)].count(report)

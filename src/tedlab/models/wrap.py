@@ -73,8 +73,9 @@ class _Compiled:
         for layer in left_out:
             layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
             if layer.shared is not None:
-                shared = torch.compile(layer.shared.beside, backend=backend, fullgraph=True, options=options)
-                layer.shared.beside = shared  # type: ignore[method-assign]
+                for name in ("beside", "first", "finish"):
+                    part = getattr(layer.shared, name)
+                    setattr(layer.shared, name, torch.compile(part, backend=backend, fullgraph=True, options=options))
         self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out, options=options)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:

@@ -266,7 +266,8 @@ def list_pilots(expert_TK: Tensor, num_experts: int, processes: int, most: int) 
     pilot_of_TK = torch.where(same_TKK, pilot_TK.unsqueeze(1), -1).amax(2)
     start_s = pilots_s.cumsum(0) - pilots_s
     place_TK, choice_R, counts_E = sort_choices(expert_TK, num_experts)
-    code_TK = (pilot_of_TK - start_s[process_TK]) * most + number_TK
+    # A router without a finite score repeats an expert; losses end such a run, which must get that far.
+    code_TK = (pilot_of_TK - start_s[process_TK]) * most + number_TK.clamp(max=most - 1)
     return Sent(
         token_R=choices.div(expert_TK.shape[1], rounding_mode="floor"),
         pilot_TK=pilot_TK,

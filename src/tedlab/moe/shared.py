@@ -110,7 +110,8 @@ class SharedGate(ShardedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Maps tokens (…, H) to the weights (…, 1) of shared experts, or (…, 2) of these and of routed ones."""
         logits = F.linear(x, self.local("weight"))
-        return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)
+        # On GPUs autocast would make the softmax fp32, and with it all tokens.
+        return logits.sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1).to(logits.dtype)
 
 
 class Beside(NamedTuple):

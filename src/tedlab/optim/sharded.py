@@ -352,7 +352,7 @@ class ShardedOptimizer:
             shown.clamp(limit)
         for bucket in [] if self._shown else self.buckets:
             if bucket.gradient is not None and self._clip_factor > 0:  # at 0 the step uses zeros anyway
-                bound = limit * self.scale / self._clip_factor
+                bound = min(limit * self.scale / self._clip_factor, torch.finfo(bucket.gradient.dtype).max)
                 bucket.gradient.clamp_(-bound, bound)
 
     def global_norm(self) -> float:

@@ -105,7 +105,8 @@ class Shown:
     def clamp(self, limit: float) -> None:
         """Clamps each element of what is shown to ±limit, and the gradient to the same times the scale."""
         assert self.bucket.gradient is not None
-        self.bucket.gradient.clamp_(-limit * self.scale, limit * self.scale)
+        bound = min(limit * self.scale, torch.finfo(self.bucket.gradient.dtype).max)
+        self.bucket.gradient.clamp_(-bound, bound)
         for tensor in (self._flat, self._before):
             tensor.clamp_(-limit, limit)
 

@@ -32,6 +32,9 @@ def break_even_on(cluster: ClusterConfig, precision: str, itemsize: int) -> tupl
         cluster: The cluster.
         precision: A value of Lightning's ``trainer.precision``.
         itemsize: Bytes of a number in matrix products.
+
+    Raises:
+        ValueError: If the cluster has no links.
     """
     efficiency = cluster.efficiency
     flops = cluster.peak(precision) * efficiency.gemm
@@ -42,5 +45,8 @@ def break_even_on(cluster: ClusterConfig, precision: str, itemsize: int) -> tupl
         share = cluster.between_nodes.bandwidth * efficiency.all_to_all / cluster.gpus_per_node
         found.append(break_even_rows(flops, share, itemsize))
     if not found:
-        raise ValueError("a cluster of one GPU has no link over which to lend experts")
+        raise ValueError(
+            "moe.lend.minimum=auto asks how many rows are worth a loan over a cluster's links, and this cluster has "
+            "none; name one with links in moe.lend.cluster, or give a number, such as moe.lend.minimum=1024"
+        )
     return found[0], found[-1]

@@ -150,6 +150,14 @@ def notes(config: TrainConfig) -> list[str]:
         for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
+    if config.moe.num_experts and config.parallel.expert == 1:
+        comm = config.comm
+        toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}
+        toggles["comm.chunks"] = comm.chunks > 1
+        named = [name for name, on in toggles.items() if on]
+        found += [
+            f"{name} does nothing here: all experts are in one process, so nothing is exchanged." for name in named
+        ]
     found += router_notes(config.moe)
     found += attention_notes(config)
     if not keeps_position(data_class(config.data)):

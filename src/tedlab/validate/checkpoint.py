@@ -53,6 +53,8 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         "capacity_factor",
         "capacity_multiple",
         "capacity_groups",
+        "kernel",
+        "lend",
     }
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"

@@ -94,6 +94,12 @@ def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but moe.top_k is 1; "
             "use moe.top_k=2 or more, or comm.dedup=none"
         )
+    if moe.num_experts == degrees.expert > 1:
+        raise ValueError(
+            f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but with "
+            f"parallel.expert={degrees.expert} each process has one of the {moe.num_experts} experts; use "
+            f"parallel.expert={degrees.expert // 2} or less, or comm.dedup=none"
+        )
     if comm.dtd and not comm.fuse_reduce_scatter and degrees.tensor > 1 and degrees.expert > 1:
         raise ValueError(
             f"comm.dedup={comm.dedup} sums the choices of a token before tensor ranks reduce them, but comm.dtd=true "

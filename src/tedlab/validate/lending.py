@@ -29,8 +29,8 @@ def check_lending(config: TrainConfig) -> None:
             f"moe.lend.policy={lend.policy} moves rows of experts to other processes, but with comm.dedup="
             f"{config.comm.dedup} a token travels once for all of its experts in a process; use one of the two"
         )
-    if lend.minimum == "auto":
-        load_cluster(config.comm.emulate or lend.cluster)
+    if lend.minimum == "auto" and lend.policy == LendPolicy.LLEP and config.parallel.expert > 1:
+        break_even_on(load_cluster(config.comm.emulate or lend.cluster), config.trainer["precision"], itemsize=2)
 
 
 def minimum_filled_in(config: TrainConfig, cluster: ClusterConfig | None = None) -> LendConfig:
@@ -47,7 +47,9 @@ def minimum_filled_in(config: TrainConfig, cluster: ClusterConfig | None = None)
         cluster = load_cluster(comm.emulate or lend.cluster)
     per_node = lend.ranks_per_node or comm.emulate_ranks_per_node or cluster.gpus_per_node
     precision = config.trainer["precision"]
-    if lend.minimum == "auto":
+    if config.parallel.expert == 1:  # nobody to lend to
+        minimum = 1, 1
+    elif lend.minimum == "auto":
         minimum = break_even_on(cluster, precision, ClosedForm(config).compute.itemsize)
     else:
         minimum = _numbers(lend)

@@ -1,6 +1,6 @@
 """Checks shortcut-connected experts: what they read, the blocks that they need, and where they compute."""
 
-from tedlab.config import Compiler, Shortcut, TrainConfig
+from tedlab.config import Compiler, ExpertKernel, Shortcut, TrainConfig
 from tedlab.models import Block, models
 from tedlab.models.shortcut import BESIDE
 
@@ -45,10 +45,11 @@ def check_shortcut(config: TrainConfig) -> None:
             f"moe.shortcut={moe.shortcut} connects the layers of tedlab's own blocks, and "
             f"model.architecture={model.architecture} has others; use moe.shortcut=none, or model.architecture=gpt"
         )
-    if model.compile != Compiler.NONE and moe.unlimited:
+    if model.compile != Compiler.NONE and (moe.unlimited or moe.kernel == ExpertKernel.TRITON):
         raise ValueError(
-            f"model.compile={model.compile} leaves experts of moe.dispatch={moe.dispatch} out, which moe.shortcut="
-            f"{moe.shortcut} has in the middle of a block; use model.compile=none, or moe.dispatch=capacity"
+            f"model.compile={model.compile} leaves experts with moe.dispatch={moe.dispatch} and moe.kernel="
+            f"{moe.kernel} out, which moe.shortcut={moe.shortcut} has in the middle of a block; use model.compile=none,"
+            " or moe.dispatch=capacity with moe.kernel=auto"
         )
     if moe.paired:
         _check_pairs(config)

@@ -39,7 +39,7 @@ _OF_TRAINING = frozenset(
         *("moe.second_expert_sampling", "moe.every", "moe.first_dense", "moe.blocks"),
     }
 )
-_GROUPS_OF_TRAINING = ("model.recompute.", "moe.balance.")
+_GROUPS_OF_TRAINING = ("model.recompute.", "moe.balance.", "moe.lend.")
 
 
 class UnknownField(ValueError):

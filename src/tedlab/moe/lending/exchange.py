@@ -108,5 +108,8 @@ class _Lend(Function):
         parts = returned.split([shape.numel() for shape in ctx.shapes], 1)
         for grad, part, shape in zip(own, parts, ctx.shapes, strict=True):
             # Products have just made this gradient for nobody else; a copy would take as much memory as the weights.
-            grad.index_add_(0, lent, part.unflatten(1, shape).to(grad.dtype))
+            # A borrower has an expert once. Those of several are added in turn, since additions to one place at once
+            # have no order on a GPU.
+            for of, returned_part in zip(lent.split(back.received), part.split(back.received), strict=True):
+                grad.index_add_(0, of, returned_part.unflatten(1, shape).to(grad.dtype))
         return None, None, *own

@@ -83,4 +83,4 @@ class Hiding:
         return link_of(self.members[kind], self.cluster.gpus_per_node)
 
     def _taken(self, call: Collective) -> float:
-        return collective_seconds(call.op, call.payload_bytes, self.members[call.kind], self.cluster)
+        return collective_seconds(call.op, call.even_payload_bytes, self.members[call.kind], self.cluster)

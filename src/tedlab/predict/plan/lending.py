@@ -133,8 +133,10 @@ def compare_lending(config: TrainConfig, cluster: ClusterConfig, routing: Simula
         routing: What routers choose.
 
     Raises:
-        ValueError: As :func:`tedlab.predict.estimate.estimate`.
+        ValueError: With ``comm.dedup``, which excludes lending, and as :func:`tedlab.predict.estimate.estimate`.
     """
+    if routing.pilots:
+        raise ValueError(f"comm.dedup={config.comm.dedup} excludes it; ask with comm.dedup=none")
     given = config.moe.lend
     if given.policy == LendPolicy.NONE:
         given = replace(given, policy=LendPolicy.LLEP.value)
