@@ -68,39 +68,30 @@ def issue_all_to_all(
     """
     if comm.size(kind) == 1 or torch.compiler.is_compiling():
         return Issued.arrived(all_to_all(x, comm, kind, tag, splits))
-    shape = x.shape if splits is None else torch.Size((sum(splits.received), *x.shape[1:]))
-    back = None if splits is None else splits.reverse
-
-    def there(x: Tensor, phase: Phase) -> Pending:
-        return comm.start_all_to_all(x, kind, tag=tag, phase=phase, splits=splits)
-
-    def return_(gradient: Tensor) -> Pending:
-        return comm.start_all_to_all(gradient, kind, tag=tag, phase="backward", splits=back)
-
-    return _issue(x, _Flight(comm, tag, shape, there, return_))
+    flight = _Flight(comm, kind, tag, splits)
+    token = _Issue.apply(x, flight)
+    return Issued(lambda: _Wait.apply(token, flight), tag)
 
 
 class _Flight:
-    """An exchange on its way, or that of its gradient.
+    """An all-to-all on its way, or that of its gradient."""
 
-    Args:
-        comm: The collectives of this process.
-        tag: The call site.
-        shape: The shape of the result.
-        there: Starts the exchange in a phase of the forward pass.
-        back: Starts that of the gradient.
-    """
-
-    def __init__(
-        self,
-        comm: Collectives,
-        tag: str,
-        shape: torch.Size,
-        there: Callable[[Tensor, Phase], Pending],
-        back: Callable[[Tensor], Pending],
-    ) -> None:
-        self.comm, self.tag, self.shape, self.there, self.back = comm, tag, shape, there, back
+    def __init__(self, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None) -> None:
+        self.comm, self.kind, self.tag, self.splits = comm, kind, tag, splits
         self._on_its_way: tuple[Callable[[], Tensor], Tensor] | None = None
+
+    def there(self, x: Tensor, phase: Phase) -> Pending:
+        """Starts it in a phase of the forward pass."""
+        return self.comm.start_all_to_all(x, self.kind, tag=self.tag, phase=phase, splits=self.splits)
+
+    def back(self, gradient: Tensor) -> Pending:
+        """Starts that of the gradient."""
+        splits = None if self.splits is None else self.splits.reverse
+        return self.comm.start_all_to_all(gradient, self.kind, tag=self.tag, phase="backward", splits=splits)
+
+    def shape(self, x: Tensor) -> torch.Size:
+        """Returns the shape of the result."""
+        return x.shape if self.splits is None else torch.Size((sum(self.splits.received), *x.shape[1:]))
 
     def depart(self, wait: Callable[[], Tensor], sent: Tensor) -> None:
         """Keeps what to wait for, and what is sent, until :meth:`land`."""
@@ -113,18 +104,13 @@ class _Flight:
         return wait()
 
 
-def _issue(x: Tensor, flight: _Flight) -> Issued[Tensor]:
-    token = _Issue.apply(x, flight)
-    return Issued(lambda: _Wait.apply(token, flight), flight.tag)
-
-
 class _Issue(Function):
     """Starts an exchange, and in backward awaits that of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.depart(begin(flight.comm, flight.tag, lambda phase: flight.there(x, phase).wait, flight.shape, x), x)
+        flight.depart(begin(flight.comm, flight.tag, lambda phase: flight.there(x, phase).wait, flight.shape(x), x), x)
         return x.new_empty(0)
 
     @staticmethod

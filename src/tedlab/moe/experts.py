@@ -154,7 +154,7 @@ class Experts(ShardedModule):
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:
-        """Tells whether it makes :class:`tedlab.moe.LocalExperts`: all experts are in one process, undivided."""
+        """Tells whether it makes :class:`tedlab.moe.LocalExperts`: every process has all experts, whole or by width."""
         return False
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
