@@ -27,7 +27,6 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.capacity import group_capacity
@@ -44,7 +43,7 @@ from tedlab.comm import (
 )
 from tedlab.comm.rows import Rows, hands, rows_of, split_evenly, spread
 from tedlab.config import ExpertKernel, LendPolicy, MoEConfig
-from tedlab.moe.gather import merge_choices, spread_choices
+from tedlab.moe.gather import grown, merge_choices, spread_choices
 from tedlab.moe.router import Routing, routers
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 from tedlab.topology import Topology
@@ -292,7 +291,7 @@ class AllToAllPath:
     def _slots(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Copies tokens to their slots (E, C, H), with the C that all processes agree on."""
         x_ECH = spread_choices(x_TH, routing, self.kernel).unflatten(0, (self.num_experts, -1))
-        return _grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
+        return grown(x_ECH, self.agreement.largest(x_ECH.shape[1]))
 
     def _to_experts(self, x_ECH: Tensor) -> Issued[Tensor]:
         def by_expert(x: Tensor) -> Tensor:
@@ -318,17 +317,11 @@ class DroppingPath(AllToAllPath):
 
     def _own(self, x_ECH: Tensor) -> Tensor:
         tensor = self.comm.size("tensor")
-        x_ECH = _grown(x_ECH, -(-x_ECH.shape[1] // tensor) * tensor)
+        x_ECH = grown(x_ECH, -(-x_ECH.shape[1] // tensor) * tensor)
         return slice_to(x_ECH, self.comm, "tensor", "dispatch.drop", dim=1)
 
     def _whole(self, y_ECH: Tensor) -> Tensor:
         return gather_from(y_ECH, self.comm, "tensor", "combine.gather", dim=1)
-
-
-def _grown(x_ECH: Tensor, capacity: int) -> Tensor:
-    """Pads with empty slots up to a capacity."""
-    missing = capacity - x_ECH.shape[1]
-    return F.pad(x_ECH, (0, 0, 0, missing)) if missing else x_ECH
 
 
 class SlotRegion(Protocol):

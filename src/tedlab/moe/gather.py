@@ -8,6 +8,7 @@ or as kernels that pass over memory once.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -23,6 +24,12 @@ def spread_choices(x_TH: Tensor, routing: Routing, kernel: str = "torch") -> Ten
     """Copies tokens to the slots of their choices, sorted by expert and hence by rank; empty slots hold zeros."""
     token = routing.choice_EC.div(routing.slot_TK.shape[1], rounding_mode="floor")  # -1 stays -1
     return gather_rows(to_compute_dtype(x_TH), token, routing.slot_TK, kernel)
+
+
+def grown(x: Tensor, rows: int) -> Tensor:
+    """Pads (…, R, H) with rows of zeros up to so many rows."""
+    missing = rows - x.shape[-2]
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def chosen_experts(routing: Routing) -> Tensor:

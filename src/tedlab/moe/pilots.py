@@ -45,7 +45,7 @@ from tedlab.comm import (
 from tedlab.comm.differentiable import all_to_all
 from tedlab.comm.rows import rows_of_pilots
 from tedlab.moe.experts import ExpertsSpec
-from tedlab.moe.gather import chosen_experts, gather_rows, sum_rows
+from tedlab.moe.gather import chosen_experts, gather_rows, grown, sum_rows
 from tedlab.moe.local import TokenExperts
 from tedlab.moe.products import Order
 from tedlab.moe.ragged import Exchange, arrange
@@ -132,14 +132,8 @@ class PilotExperts(TokenExperts):
         splits, width = arrived.pilots.splits, arrived.pilots.width
         x_pH, gate_q1 = arrived.x_pH, arrived.gate_q1
         if self.sharers > 1:
-            x_pH = gather_to(
-                _grown(x_pH, width),
-                self.comm,
-                "expert_tensor",
-                "dispatch.gather",
-                dim=0,
-            )
-            gate_q1 = _grown(gate_q1, arrived.pilots.choices.width)
+            x_pH = gather_to(grown(x_pH, width), self.comm, "expert_tensor", "dispatch.gather", dim=0)
+            gate_q1 = grown(gate_q1, arrived.pilots.choices.width)
             gate_q1 = gather_to(gate_q1, self.comm, "expert_tensor", "dispatch.gather_gates", dim=0)
         order, at_pW = order_of(arrived.pilots, len(x_pH), self.most)
         gate_pW = gather_rows(gate_q1, at_pW.flatten(), arrived.pilots.code_iq.unsqueeze(1)).view_as(at_pW)
@@ -168,13 +162,13 @@ class PilotExperts(TokenExperts):
     def _hand(self, x: Tensor, tag: str) -> Tensor:
         """Returns every T-th token, from the one with this tensor rank's number."""
         own = len(range(self.comm.rank("tensor"), len(x), self.sharers))
-        x = _grown(x, -(-len(x) // self.sharers) * self.sharers)
+        x = grown(x, -(-len(x) // self.sharers) * self.sharers)
         return slice_to(x.unflatten(0, (-1, self.sharers)), self.comm, "tensor", tag, dim=1).flatten(0, 1)[:own]
 
     def _leave(self, y_TH: Tensor, arrived: "_Arrived") -> Tensor:
         """Inverts :meth:`_enter`."""
         if self.dealing:
-            hand = _grown(y_TH, -(-arrived.tokens // self.sharers)).unsqueeze(1)
+            hand = grown(y_TH, -(-arrived.tokens // self.sharers)).unsqueeze(1)
             return gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)[: arrived.tokens]
         return reduce_from(y_TH, self.comm, "expert_tensor", "experts.reduce") if self.sharers == 1 else y_TH
 
@@ -184,12 +178,7 @@ class PilotExperts(TokenExperts):
         comm = self.comm
         counts_isx = comm.all_to_all(sent.counts_sx, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
         if self.sharers > 1:
-            counts_isx = comm.all_gather(
-                counts_isx,
-                "expert_tensor",
-                tag="dispatch.gather_counts",
-                phase="forward",
-            )
+            counts_isx = comm.all_gather(counts_isx, "expert_tensor", tag="dispatch.gather_counts", phase="forward")
         own = comm.rank("expert_tensor") if self.sharers > 1 else 0
         values = np.array(comm.reader(torch.cat((sent.counts_sx.unsqueeze(0), counts_isx)))())
         moved = rows_of_pilots(values[0], values[1:], own)
@@ -198,25 +187,9 @@ class PilotExperts(TokenExperts):
         pilots = Splits(*(tuple(counts[:, -1].tolist()) for counts in (values[0], values[1 + own])))
         choices = Splits(*(tuple(counts[:, :-1].sum(1).tolist()) for counts in (values[0], values[1 + own])))
         sizes = tuple(values[1:, :, :-1].sum((0, 1)).tolist())
-        width, of_choices = (
-            moved.gathered // self.sharers,
-            moved.choices_gathered // self.sharers,
-        )
-        exchange = Exchange(
-            choices,
-            counts_isx[..., :-1],
-            of_choices,
-            moved.computed,
-            sizes,
-            self.kernel,
-        )
-        code_q = comm.all_to_all(
-            sent.code_R,
-            "expert",
-            tag="dispatch.choices",
-            phase="forward",
-            splits=choices,
-        )
+        width, of_choices = (moved.gathered // self.sharers, moved.choices_gathered // self.sharers)
+        exchange = Exchange(choices, counts_isx[..., :-1], of_choices, moved.computed, sizes, self.kernel)
+        code_q = comm.all_to_all(sent.code_R, "expert", tag="dispatch.choices", phase="forward", splits=choices)
         # A sender counts the pilots that it sends here from 0; they lie behind those of the senders before it.
         counts_sx = counts_isx[own]
         before_s = counts_sx[:, -1].cumsum(0) - counts_sx[:, -1] + own * width
@@ -302,14 +275,4 @@ def order_of(pilots: Pilots, places: int, most: int) -> tuple[Order, Tensor]:
 def _inverse(index: Tensor, size: int) -> Tensor:
     """Returns where each number from 0 to ``size`` - 1 stands in ``index``, -1 if nowhere; -1 in it means nothing."""
     at = torch.full((size + 1,), -1, dtype=torch.int64, device=index.device)  # the last one is cut off
-    return at.scatter_(
-        0,
-        index.masked_fill(index < 0, size),
-        torch.arange(len(index), device=index.device),
-    )[:size]
-
-
-def _grown(x: Tensor, rows: int) -> Tensor:
-    """Pads with rows of zeros."""
-    missing = rows - len(x)
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
+    return at.scatter_(0, index.masked_fill(index < 0, size), torch.arange(len(index), device=index.device))[:size]

@@ -34,7 +34,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.comm import (
@@ -52,7 +51,7 @@ from tedlab.comm import (
     to_compute_dtype,
 )
 from tedlab.comm.rows import Rows, dealt, hands, listed, rows_of
-from tedlab.moe.gather import gather_rows, merge_choices, spread_choices
+from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.lending import Loans, Policy, Slots, by_slot, loans_of, slots_of
 from tedlab.moe.router import Routing
@@ -316,9 +315,7 @@ class DealtPath(RaggedPath):
             counts_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
         exchange = self._ask(counts_E, (rows + missing) // self.sharers, x)
         listing = self._listing(routing, exchange)
-        x_RH = spread_choices(x, listing, self.kernel)
-        if missing:
-            x_RH = F.pad(x_RH, (0, 0, 0, missing))
+        x_RH = grown(spread_choices(x, listing, self.kernel), rows + missing)
         hand = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
         return [self._to_experts(hand.flatten(0, 1), exchange, listing)]
 
@@ -449,8 +446,7 @@ class ScatteredRows(GatheredRows):
 
 def _widened(x: RaggedRows) -> Tensor:
     """Pads this rank's rows to (M, H), since the gather over tensor ranks takes equal parts."""
-    missing = x.exchange.width - len(x.values)
-    return F.pad(x.values, (0, 0, 0, missing)) if missing else x.values
+    return grown(x.values, x.exchange.width)
 
 
 def ragged_path(
