@@ -565,8 +565,8 @@ def choices_counted_for_another_pilot(patch: Patch) -> None:
     """Pilots are counted by sender, so that those of the second sender's choices are the first one's."""
     right = pilots.order_of
 
-    def wrong(plan: pilots.Pilots, places: int, most: int) -> Any:
-        return right(replace(plan, code_iq=plan.code_iq.roll(most)), places, most)
+    def wrong(choices: Any, code_iq: Tensor, places: int, most: int) -> Any:
+        return right(choices, code_iq.roll(most), places, most)
 
     patch.setattr(pilots, "order_of", wrong)
 

@@ -14,10 +14,10 @@ from tedlab.comm import Recomputation, Second
 from tedlab.comm.recompute import _Pass, _Region
 from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, MoEConfig
-from tedlab.moe import Experts, ExpertsSpec, MoELayer, MoESpec, mixtures, ragged
+from tedlab.moe import Experts, ExpertsSpec, MoELayer, MoESpec, mixtures, pilots, ragged
 from tedlab.moe.gather import spread_choices
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
-from tedlab.moe.pilots import list_pilots
+from tedlab.moe.pilots import list_pilots, number_choices
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import sort_choices
@@ -190,15 +190,43 @@ def test_pilots_give_what_rows_give_and_are_fewer(pool: WorkerPool, world_size: 
     """Results and all gradients, in float64 to 1e-12: sums are added in another order."""
     for wrong, sent in pool.run(world_size, pilots_and_rows, tensor, mode):
         assert not wrong, "\n".join(wrong)
-        pilots, rows = sent[::2], sent[1::2]
-        assert all(a <= b for a, b in zip(pilots, rows, strict=True))
-        assert sum(pilots) < sum(rows)
+        of_pilots, of_rows = sent[::2], sent[1::2]
+        assert all(a <= b for a, b in zip(of_pilots, of_rows, strict=True))
+        assert sum(of_pilots) < sum(of_rows)
+
+
+def events_of_pilots() -> list[str]:
+    """What two processes do on the way to experts."""
+    topology, events = Topology(ParallelDegrees(2, 1, 2)), []
+    start = topology.comm.reader
+
+    def reader(values: Tensor) -> Any:
+        events.append("asked")
+        read = start(values)
+        return lambda: (events.append("read"), read())[1]
+
+    topology.comm.reader = reader
+    topology.comm.register_hook(lambda call, event: events.append(call.tag) if event == "start" else None)
+    x, gates, experts = problem(0, 2, "uniform")
+    layer = layer_of("rank", topology, "gelu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pilots, "list_pilots", lambda *args: (events.append("listed"), list_pilots(*args))[1])
+        layer.send(x, routing_of(experts, gates))
+    return events
+
+
+def test_numbers_of_pilots_travel_while_pilots_are_listed(pool: WorkerPool) -> None:
+    assert pool.run(2, events_of_pilots)[0] == [
+        *("dispatch.counts", "asked", "listed", "read"),
+        *("dispatch.choices", "dispatch.gates", "dispatch.all_to_all"),
+    ]
 
 
 def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
     expert_TK = torch.tensor([[0, 3, 1], [2, 0, 3], [3, 2, 1]])  # of two processes with two experts each
-    sent = list_pilots(expert_TK, 4, 2, 2)
-    assert sent.counts_sx.tolist() == [[2, 2, 3], [2, 3, 3]]
+    numbered = number_choices(expert_TK, 4, 2)
+    sent = list_pilots(numbered, 2)
+    assert numbered.counts_sx.tolist() == [[2, 2, 3], [2, 3, 3]]
     assert sent.token_R[:6].tolist() == [0, 1, 2, 0, 1, 2]
     assert sent.pilot_TK.tolist() == [[0, 3, -1], [4, 1, -1], [5, -1, 2]]
     # Choices by expert and then by token: experts 0, 0, 1, 1, 2, 2, 3, 3, 3 of tokens 0, 1, 0, 2, 1, 2, 0, 1, 2.
@@ -207,9 +235,9 @@ def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
 
 
 def test_a_token_whose_router_repeats_an_expert_claims_no_other_pilots_places() -> None:
-    sent = list_pilots(torch.tensor([[3, 3, 3, 3], [3, 3, 3, 3]]), 4, 2, 2)  # as a router does without finite scores
-    assert sent.counts_sx.tolist() == [[0, 0, 0], [0, 8, 2]]
-    assert [code // 2 for code in sent.code_R.tolist()] == [0] * 4 + [1] * 4
+    repeated = number_choices(torch.tensor([[3, 3, 3, 3], [3, 3, 3, 3]]), 4, 2)  # as one does without finite scores
+    assert repeated.counts_sx.tolist() == [[0, 0, 0], [0, 8, 2]]
+    assert [code // 2 for code in list_pilots(repeated, 2).code_R.tolist()] == [0] * 4 + [1] * 4
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ places for the pilots of each tensor rank, as many as one of them received at mo
 processes first tell each other how many choices and pilots to expect; the host waits for these numbers once per layer.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,9 +51,9 @@ from tedlab.moe.experts import ExpertsSpec
 from tedlab.moe.gather import chosen_experts, gather_rows, grown, sum_rows
 from tedlab.moe.local import TokenExperts
 from tedlab.moe.products import Order
-from tedlab.moe.ragged import Exchange, arrange
+from tedlab.moe.ragged import Exchange, arrange, numbers
 from tedlab.moe.router import Routing
-from tedlab.moe.slots import sort_choices
+from tedlab.moe.slots import histogram, sort_choices
 from tedlab.topology import Topology
 
 
@@ -65,7 +68,6 @@ class Sent:
         place_TK: (T, K) int64, the inverse.
         code_R: (R,) int64: for each choice, W · the number of its pilot among those that go to the same process, plus
             its own number among the choices of that pilot.
-        counts_sx: (E_p, e + 1) int64: choices of each expert of each process, and pilots.
     """
 
     token_R: Tensor
@@ -73,7 +75,6 @@ class Sent:
     choice_R: Tensor
     place_TK: Tensor
     code_R: Tensor
-    counts_sx: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,13 @@ class Pilots:
         splits: Splits of the all-to-all of pilots to the experts.
         width: p, as in the legend.
         choices: The exchange of their choices, as if each were a row.
-        code_iq: (tensor ranks · q,) int64: for each choice received, W · the place of its pilot plus its number; -1:
-            there is none.
+        counts_sx: (E_p, e + 1) int64 on the device: choices of each expert, and pilots, that each process sends here.
     """
 
     splits: Splits
     width: int
     choices: Exchange
-    code_iq: Tensor
+    counts_sx: Tensor
 
 
 class PilotExperts(TokenExperts):
@@ -117,26 +117,31 @@ class PilotExperts(TokenExperts):
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued["_Arrived"]]:
         x, gate_TK, expert_TK = self._enter(to_compute_dtype(x_TH), routing)
-        sent = list_pilots(expert_TK, self.num_experts, self.processes, self.most)
-        pilots = once("dispatch.counts", lambda: self._plan(sent))
+        numbered = number_choices(expert_TK, self.num_experts, self.processes)
+        exchanged = once("dispatch.counts", lambda: functools.cache(self._start(numbered.counts_sx)))
+        # Only exchanges and the copy of tokens need what the host waits for.
+        listing = None if self.dealing else (routing.slot_TK, routing.choice_EC)
+        sent = list_pilots(numbered, self.most, listing)
+        gate_R1 = gather_rows(gate_TK.reshape(-1, 1), sent.choice_R, sent.place_TK.reshape(-1, 1))
+        pilots = exchanged()
+        code_iq = once("dispatch.choices", lambda: self._tell(sent.code_R, pilots))
         token_P = sent.token_R[: sum(pilots.splits.sent)]
         x_PH = gather_rows(x, token_P, sent.pilot_TK, self.kernel)
-        gate_R1 = gather_rows(gate_TK.reshape(-1, 1), sent.choice_R, sent.place_TK.reshape(-1, 1))
         gates = all_to_all(gate_R1, self.comm, "expert", "dispatch.gates", pilots.choices.splits)
         there = issue_all_to_all(x_PH, self.comm, "expert", "dispatch.all_to_all", pilots.splits)
         tokens = len(x_TH)
-        return [there.then(lambda x_pH: _Arrived(x_pH, gates, pilots, token_P, sent.pilot_TK, tokens))]
+        return [there.then(lambda x_pH: _Arrived(x_pH, gates, code_iq, pilots, token_P, sent.pilot_TK, tokens))]
 
     def answer(self, sent: list[Issued["_Arrived"]], routing: Routing) -> Issued[Tensor]:
         arrived = sent[0].wait()
         splits, width = arrived.pilots.splits, arrived.pilots.width
-        x_pH, gate_q1 = arrived.x_pH, arrived.gate_q1
+        x_pH, gate_q1, code_iq = arrived.x_pH, arrived.gate_q1, arrived.code_iq
         if self.sharers > 1:
             x_pH = gather_to(grown(x_pH, width), self.comm, "expert_tensor", "dispatch.gather", dim=0)
             gate_q1 = grown(gate_q1, arrived.pilots.choices.width)
             gate_q1 = gather_to(gate_q1, self.comm, "expert_tensor", "dispatch.gather_gates", dim=0)
-        order, at_pW = order_of(arrived.pilots, len(x_pH), self.most)
-        gate_pW = gather_rows(gate_q1, at_pW.flatten(), arrived.pilots.code_iq.unsqueeze(1)).view_as(at_pW)
+        order, at_pW = order_of(arrived.pilots.choices, code_iq, len(x_pH), self.most)
+        gate_pW = gather_rows(gate_q1, at_pW.flatten(), code_iq.unsqueeze(1)).view_as(at_pW)
         y_pH = self.sums(x_pH, gate_pW, order, self.feeds)
         if self.sharers > 1:
             y_pH = scatter_from(y_pH, self.comm, "expert_tensor", "experts.reduce", dim=0)[: sum(splits.received)]
@@ -174,30 +179,46 @@ class PilotExperts(TokenExperts):
 
     # ---- the plan of the exchange ----------------------------------------------------------------------------------
 
-    def _plan(self, sent: Sent) -> Pilots:
-        comm = self.comm
-        counts_isx = comm.all_to_all(sent.counts_sx, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
-        if self.sharers > 1:
-            counts_isx = comm.all_gather(counts_isx, "expert_tensor", tag="dispatch.gather_counts", phase="forward")
-        own = comm.rank("expert_tensor") if self.sharers > 1 else 0
-        values = np.array(comm.reader(torch.cat((sent.counts_sx.unsqueeze(0), counts_isx)))())
-        moved = rows_of_pilots(values[0], values[1:], own)
-        if torch.is_grad_enabled():
-            self.moved += moved
-        pilots = Splits(*(tuple(counts[:, -1].tolist()) for counts in (values[0], values[1 + own])))
-        choices = Splits(*(tuple(counts[:, :-1].sum(1).tolist()) for counts in (values[0], values[1 + own])))
-        sizes = tuple(values[1:, :, :-1].sum((0, 1)).tolist())
-        width, of_choices = (moved.gathered // self.sharers, moved.choices_gathered // self.sharers)
-        exchange = Exchange(choices, counts_isx[..., :-1], of_choices, moved.computed, sizes, self.kernel)
-        code_q = comm.all_to_all(sent.code_R, "expert", tag="dispatch.choices", phase="forward", splits=choices)
+    def _start(self, sent_sx: Tensor) -> Callable[[], Pilots]:
+        """Exchanges numbers of choices and pilots, and returns a function that waits for them."""
+        counts_isx = numbers(self.comm, sent_sx, self.sharers)
+        read = self.comm.reader(torch.cat((sent_sx.unsqueeze(0), counts_isx)))
+        own = self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+        counted = torch.is_grad_enabled()
+
+        def finish() -> Pilots:
+            values = np.array(read())
+            sent, arriving = values[0], values[1:]
+            moved = rows_of_pilots(sent, arriving, own)
+            if counted:
+                self.moved += moved
+            pilots = Splits(*(tuple(counts[:, -1].tolist()) for counts in (sent, arriving[own])))
+            choices = Splits(*(tuple(counts[:, :-1].sum(1).tolist()) for counts in (sent, arriving[own])))
+            sizes = tuple(arriving[..., :-1].sum((0, 1)).tolist())
+            width, of_choices = moved.gathered // self.sharers, moved.choices_gathered // self.sharers
+            exchange = Exchange(choices, counts_isx[..., :-1], of_choices, moved.computed, sizes, self.kernel)
+            return Pilots(pilots, width, exchange, counts_isx[own])
+
+        return finish
+
+    def _tell(self, code_R: Tensor, pilots: Pilots) -> Tensor:
+        """Exchanges the numbers of choices.
+
+        Returns:
+            (tensor ranks · q,) int64: for each choice received, W · the place of its pilot plus its number; -1: there
+            is none.
+        """
+        comm, choices, counts_sx = self.comm, pilots.choices, pilots.counts_sx
+        code_q = comm.all_to_all(code_R, "expert", tag="dispatch.choices", phase="forward", splits=choices.splits)
         # A sender counts the pilots that it sends here from 0; they lie behind those of the senders before it.
-        counts_sx = counts_isx[own]
-        before_s = counts_sx[:, -1].cumsum(0) - counts_sx[:, -1] + own * width
-        code_q = code_q + self.most * before_s.repeat_interleave(counts_sx[:, :-1].sum(1), output_size=len(code_q))
+        before_s = counts_sx[:, -1].cumsum(0) - counts_sx[:, -1]
         if self.sharers > 1:
-            code_q = F.pad(code_q, (0, of_choices - len(code_q)), value=-1)
-            code_q = comm.all_gather(code_q, "expert_tensor", tag="dispatch.gather_choices", phase="forward")
-        return Pilots(pilots, width, exchange, code_q)
+            before_s = before_s + comm.rank("expert_tensor") * pilots.width
+        code_q = code_q + self.most * before_s.repeat_interleave(counts_sx[:, :-1].sum(1), output_size=len(code_q))
+        if self.sharers == 1:
+            return code_q
+        code_q = F.pad(code_q, (0, choices.width - len(code_q)), value=-1)
+        return comm.all_gather(code_q, "expert_tensor", tag="dispatch.gather_choices", phase="forward")
 
 
 @dataclass(frozen=True)
@@ -207,6 +228,7 @@ class _Arrived:
     Attributes:
         x_pH: Pilots.
         gate_q1: The weights of their choices.
+        code_iq: The numbers of their choices, see :meth:`PilotExperts._tell`.
         pilots: How they came.
         token_P, pilot_TK: See :class:`Sent`.
         tokens: The number of this process's tokens, before they are dealt.
@@ -214,31 +236,62 @@ class _Arrived:
 
     x_pH: Tensor
     gate_q1: Tensor
+    code_iq: Tensor
     pilots: Pilots
     token_P: Tensor
     pilot_TK: Tensor
     tokens: int
 
 
-def list_pilots(expert_TK: Tensor, num_experts: int, processes: int, most: int) -> Sent:
-    """Lists the pilots of tokens by process and then by token, and their choices by expert and then by token.
+class Numbered(NamedTuple):
+    """Choices, numbered among those that their token has in the same process.
+
+    Attributes:
+        expert_TK, process_TK: The expert and the process of each.
+        same_TKK: Whether two choices of a token are in the same process.
+        number_TK: The number of each; that with number 0 stands for the pilot.
+        counts_sx: (E_p, e + 1) int64: choices of each expert of each process, and pilots.
+    """
+
+    expert_TK: Tensor
+    process_TK: Tensor
+    same_TKK: Tensor
+    number_TK: Tensor
+    counts_sx: Tensor
+
+
+def number_choices(expert_TK: Tensor, num_experts: int, processes: int) -> Numbered:
+    """Numbers the choices of each token by process, and counts them and their pilots, which takes no sorting.
 
     Args:
         expert_TK: (T, K) int64, the chosen experts.
         num_experts: Number of experts, E.
         processes: Number of processes that divide them evenly, E_p.
-        most: W, as in the legend.
     """
     process_TK = expert_TK.div(num_experts // processes, rounding_mode="floor")
     same_TKK = process_TK.unsqueeze(2) == process_TK.unsqueeze(1)
-    number_TK = same_TKK.tril(-1).sum(2)  # of a choice among those of its token at the same process
-    first_TK = number_TK == 0
-    first_place_TK, choices, pilots = sort_choices(process_TK.masked_fill(~first_TK, processes), processes + 1)
-    pilots_s = pilots[:-1]
+    number_TK = same_TKK.tril(-1).sum(2)
+    counts_E = histogram(expert_TK.flatten(), num_experts)
+    pilots_s = histogram(process_TK.flatten(), processes, (number_TK == 0).flatten())
+    counts_sx = torch.cat((counts_E.view(processes, -1), pilots_s.unsqueeze(1)), 1)
+    return Numbered(expert_TK, process_TK, same_TKK, number_TK, counts_sx)
+
+
+def list_pilots(numbered: Numbered, most: int, listing: tuple[Tensor, Tensor] | None = None) -> Sent:
+    """Lists the pilots of tokens by process and then by token, and their choices by expert and then by token.
+
+    Args:
+        numbered: The choices.
+        most: W, as in the legend.
+        listing: The place of each choice (T, K), and the choice in each place (T·K,), if they are known.
+    """
+    expert_TK, process_TK, same_TKK, number_TK, counts_sx = numbered
+    processes, first_TK, pilots_s = len(counts_sx), number_TK == 0, counts_sx[:, -1]
+    first_place_TK, choices, _ = sort_choices(process_TK.masked_fill(~first_TK, processes), processes + 1)
     pilot_TK = first_place_TK.masked_fill(~first_TK, -1)
     pilot_of_TK = torch.where(same_TKK, pilot_TK.unsqueeze(1), -1).amax(2)
     start_s = pilots_s.cumsum(0) - pilots_s
-    place_TK, choice_R, counts_E = sort_choices(expert_TK, num_experts)
+    place_TK, choice_R = listing or sort_choices(expert_TK, counts_sx[:, :-1].numel())[:2]
     # A router without a finite score repeats an expert; losses end such a run, which must get that far.
     code_TK = (pilot_of_TK - start_s[process_TK]) * most + number_TK.clamp(max=most - 1)
     return Sent(
@@ -247,15 +300,15 @@ def list_pilots(expert_TK: Tensor, num_experts: int, processes: int, most: int) 
         choice_R=choice_R,
         place_TK=place_TK,
         code_R=code_TK.flatten()[choice_R],
-        counts_sx=torch.cat((counts_E.view(processes, -1), pilots_s.unsqueeze(1)), 1),
     )
 
 
-def order_of(pilots: Pilots, places: int, most: int) -> tuple[Order, Tensor]:
+def order_of(choices: Exchange, code_iq: Tensor, places: int, most: int) -> tuple[Order, Tensor]:
     """Returns the order in which experts compute the choices of received pilots, without waiting for the device.
 
     Args:
-        pilots: How they came.
+        choices: How the choices came, as if each were a row.
+        code_iq: For each of them, W · the place of its pilot plus its number; -1: there is none.
         places: Number of places for pilots, of all tensor ranks.
         most: W, as in the legend.
 
@@ -263,7 +316,7 @@ def order_of(pilots: Pilots, places: int, most: int) -> tuple[Order, Tensor]:
         The order, to which pilots are tokens, and where each choice of a pilot lies among those received (p, W), -1 if
         there is none.
     """
-    arrangement, code_iq = arrange(pilots.choices), pilots.code_iq
+    arrangement = arrange(choices)
     groups = arrangement.groups
     choice_N = code_iq if arrangement.row_N is None else code_iq[arrangement.row_N]
     row_pW = _inverse(choice_N, places * most).view(-1, most)

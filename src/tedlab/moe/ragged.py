@@ -133,6 +133,23 @@ class OverlappingRowPath(RowPath, Protocol):
         ...
 
 
+def numbers(comm: Collectives, sent_sx: Tensor, sharers: int) -> Tensor:
+    """Exchanges numbers of rows within the expert group.
+
+    Args:
+        comm: The collectives of this process.
+        sent_sx: (processes, x) int64: what this process sends to each.
+        sharers: Number of tensor ranks that receive rows of their own.
+
+    Returns:
+        (i, s, x) int64: what each of these receives from each process.
+    """
+    counts_isx = comm.all_to_all(sent_sx, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
+    if sharers == 1:
+        return counts_isx
+    return comm.all_gather(counts_isx, "expert_tensor", tag="dispatch.gather_counts", phase="forward")
+
+
 class RaggedPath:
     """Exchanges all rows of this process within its expert group.
 
@@ -216,11 +233,7 @@ class RaggedPath:
         if self.policy is not None:
             return self._counted(self._planning(counts_E, self.policy))
         sent_se = counts_E.view(self.comm.size("expert"), -1)
-        counts_ise = self.comm.all_to_all(sent_se, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
-        if self.sharers > 1:
-            counts_ise = self.comm.all_gather(
-                counts_ise, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
-            )
+        counts_ise = numbers(self.comm, sent_se, self.sharers)
         return self._counted(self._without_waiting(counts_ise, rows, x) or self._waiting(sent_se, counts_ise))
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
