@@ -238,7 +238,8 @@ class MoEConfig(Frozen):
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
     top_k: int = whole(1, least=1)
-    # capacity | dropless (experts take all tokens routed to them; no capacity_… applies) | a registered name
+    # capacity | packed (the same choices; only slots that are full are sent and computed) | dropless (experts take all
+    # tokens routed to them; no capacity_… applies) | a registered name
     dispatch: str = "capacity"
     capacity_factor: float | None = real(1.25, above=0)  # None: unlimited, no token is dropped
     # Capacity is rounded up to a multiple of this in every layout.
@@ -246,8 +247,8 @@ class MoEConfig(Frozen):
     # The tokens of a micro-batch are divided into this many groups of neighbouring positions, each with its share of
     # the capacity. None: 1, or with parallel.sequence the tensor degree: each tensor rank only sees its own positions.
     capacity_groups: int | None = whole(None, least=1)
-    # Kernels that gather, activate and weight rows of experts: auto (for dropless experts triton where it runs; with a
-    # capacity torch, which model.compile fuses) | torch | triton (which leaves experts out of what is compiled)
+    # Kernels that gather, activate and weight rows of experts: auto (for rows of experts triton where it runs; for
+    # slots torch, which model.compile fuses) | torch | triton (which leaves experts out of what is compiled)
     kernel: str = word(ExpertKernel.AUTO)
     aux_loss: float = real(0.01, least=0)  # coefficient of the load-balancing loss, summed over MoE layers
     z_loss: float = real(0.0, least=0)  # coefficient of the router z-loss, summed over MoE layers
@@ -288,8 +289,13 @@ class MoEConfig(Frozen):
 
     @property
     def unlimited(self) -> bool:
-        """Whether experts take all tokens that choose them, so that shapes depend on what routers choose."""
+        """Whether experts take all tokens that choose them."""
         return mixtures[self.dispatch].unlimited
+
+    @property
+    def ragged(self) -> bool:
+        """Whether experts get rows, as many as routers choose, rather than slots, so that shapes depend on choices."""
+        return self.unlimited or mixtures[self.dispatch].packed
 
 
 @dataclass

@@ -256,7 +256,15 @@ LENDING: dict[str, dict[str, object]] = {
         **{"moe.dispatch": "dropless", "moe.top_k": 2, "moe.lend.policy": "llep"},
     },
 }
-JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING
+PACK: dict[str, object] = {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "moe.dispatch": "packed", "moe.every": 1}
+PACKED: dict[str, dict[str, object]] = {
+    "packed_ted": {**PACK, "comm": "ted", "moe.top_k": 2, "moe.capacity_factor": 0.6, "moe.capacity_multiple": 1},
+    "packed_in_slices_by_score": {
+        **{**PACK, "parallel.sequence": True, "comm.cac": True, "moe.drop_policy": "probs", **SIGMOID},
+        **{"moe.capacity_factor": 0.7, "optim.overlap": True},
+    },
+}
+JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING | PACKED
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
@@ -265,7 +273,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("pilots_ted_fused", "pilots_in_slices"),
-    *("lent_ted", "even_ted_fused", "lent_in_slices"),
+    *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -286,7 +294,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("overlapped_ted", "overlapped_in_slices"),
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
         *PILOTS,
-        *("lent", "lent_ted", "even_ted_fused", "lent_in_slices"),
+        *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),

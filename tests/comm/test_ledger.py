@@ -79,6 +79,8 @@ MODES |= {
     "lent_sequence": {**LEND, "parallel.sequence": True},
 }
 LENT = list(MODES)[-4:]
+MODES |= {f"packed_{name}": {**MODES[name], "moe.dispatch": "packed"} for name in ALL}
+PACKED = list(MODES)[-4:]
 RECOMPUTED: dict[str, Overrides] = {
     "stored": {"model.recompute.granularity": "none"},
     "recomputed": {},
@@ -267,7 +269,7 @@ CELLS: list[Cell] = [
     *(((4, 2, 2), SHORTCUTS[:2], "32-true"), ((4, 2, 2), SHORTCUTS[2:], "bf16-mixed")),
     *(((4, 2, 2), DEDUP, "bf16-mixed"), ((4, 1, 2), DEDUP[:1], "32-true"), ((8, 4, 2), DEDUP[1:], "32-true")),
     *(((4, 2, 2), LENT[1::2], "32-true"), ((4, 1, 4), LENT[:1], "32-true"), ((4, 2, 2), LENT[2:3], "bf16-mixed")),
-    ((2, 2, 1), LENT[1:2], "32-true"),
+    *(((2, 2, 1), LENT[1:2], "32-true"), ((4, 2, 2), PACKED[::2], "32-true"), ((4, 2, 2), PACKED[1::2], "bf16-mixed")),
 ]
 
 

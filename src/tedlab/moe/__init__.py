@@ -10,6 +10,7 @@ from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, SlotExperts, mi
 from tedlab.moe.health import relative_load, router_health
 from tedlab.moe.layer import MoELayer, MoESpec
 from tedlab.moe.local import LocalExperts, TokenExperts
+from tedlab.moe.packed import PackedExperts
 from tedlab.moe.ragged import RaggedPath, RaggedRows, ReplicatedRows, RowPath, RowRegion
 from tedlab.moe.router import (
     Decision,
@@ -36,6 +37,7 @@ __all__ = [
     "LocalExperts",
     "MoELayer",
     "MoESpec",
+    "PackedExperts",
     "RaggedPath",
     "RaggedRows",
     "RandomRouter",

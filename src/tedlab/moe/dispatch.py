@@ -67,7 +67,7 @@ class DispatchSpec(Spec):
 
     def chunks(self, layout: Layout) -> int:
         """Returns into how many chunks it divides what processes exchange: slots only, so far."""
-        return 1 if self.config.unlimited else layout.chunks
+        return 1 if self.config.ragged else layout.chunks
 
     def sites(self, layout: Layout) -> Sites:
         layout = self.obeyed(layout)
@@ -80,7 +80,7 @@ class DispatchSpec(Spec):
         )
         summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True, parts=parts)
         whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
-        if self.config.unlimited and not sliced:
+        if self.config.ragged and not sliced:
             return self._partial_rows(layout, replace(to, replicated=True), back)
         if scattered:
             summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False)
@@ -125,7 +125,7 @@ class DispatchSpec(Spec):
 
     def fed(self, layout: Layout) -> str:
         """Returns the tag of the collective that experts' results feed."""
-        partial = self.config.unlimited and self.obeyed(layout).sharers == 1
+        partial = self.config.ragged and self.obeyed(layout).sharers == 1
         return "combine.all_to_all" if partial else "experts.reduce"
 
     def _of_gates(self, *sites: Site) -> tuple[Site, ...]:
@@ -134,7 +134,7 @@ class DispatchSpec(Spec):
 
     def _counts(self, layout: Layout) -> list[Site]:
         """Returns the collectives that exchange numbers of rows if there is no capacity; recomputation skips them."""
-        if not self.config.unlimited:
+        if not self.config.ragged:
             return []
         experts = self.config.num_experts
         if self.config.lend.policy != LendPolicy.NONE and layout.degrees.expert > 1:  # all plan, with the lists of all
@@ -150,17 +150,24 @@ class DispatchSpec(Spec):
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that the first process moves for a data rank's micro-batch; all slots count as rows.
 
-        Without a capacity, this assumes that all experts are chosen equally often.
+        Where routers decide how many there are, this assumes that all experts are chosen equally often.
         """
         moe, sharers, senders = self.config, self.obeyed(layout).sharers, layout.degrees.expert
-        if moe.unlimited:
-            counts = spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens)
+        if moe.ragged:
+            counts = self.taken(spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens), layout, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)
             return rows_of(sent[:, :, : moe.num_experts // senders], int(sent[0, 0].sum()), 0)
-        groups = moe.capacity_groups or (sharers if layout.sequence else 1)
-        capacity = groups * group_capacity(moe, tokens // groups, groups)
-        slots = -(-capacity // sharers) * moe.num_experts  # padded so that each tensor rank gets as many
+        slots = -(-self.capacity(layout, tokens) // sharers) * moe.num_experts  # padded: as many for each tensor rank
         return Rows(slots, slots, sharers * slots, sharers * slots)
+
+    def capacity(self, layout: Layout, tokens: int) -> int:
+        """Returns the slots that each expert offers to a data rank's micro-batch, if their number is limited."""
+        groups = self.config.capacity_groups or (layout.degrees.tensor if layout.sequence else 1)
+        return groups * group_capacity(self.config, tokens // groups, groups)
+
+    def taken(self, counts_E: np.ndarray, layout: Layout, tokens: int) -> np.ndarray:
+        """Returns how many of a data rank's choices of each expert are sent."""
+        return counts_E if self.config.unlimited else np.minimum(counts_E, self.capacity(layout, tokens))
 
     def there(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
@@ -196,7 +203,7 @@ class DispatchSpec(Spec):
 
     def fused(self, b: MicroBatch) -> bool:
         """Tells whether kernels gather, activate and weight rows; slots only have them if they are asked for."""
-        return b.fused and (self.config.unlimited or self.config.kernel == ExpertKernel.TRITON)
+        return b.fused and (self.config.ragged or self.config.kernel == ExpertKernel.TRITON)
 
     def merged(self, b: MicroBatch) -> int:
         """Returns the rows from which this process makes its tokens' sums."""

@@ -94,7 +94,7 @@ class ExpertsSpec(Spec):
         yield b.product(inner, rows, self.hidden, times=here)
         if self.expert.bias:
             yield b.moved(b.rows.computed * inner)
-        if b.layout.chunks > 1 and not self.config.unlimited:  # adds up the gradients of weights
+        if b.layout.chunks > 1 and not self.config.ragged:  # adds up the gradients of weights
             yield b.moved(3 * (b.layout.chunks - 1) * here * self.hidden * (inner + width), b.parameter)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
@@ -137,6 +137,7 @@ class Experts(ShardedModule):
         sends_pilots: Whether it obeys ``comm.dedup``.
         unlimited: Whether experts take every row that chose them. Routings then have a place for every choice, sorted
             by expert; otherwise they have a slot in a queue of limited capacity, or -1.
+        packed: Whether experts get as many rows as slots are full, although their capacity is limited.
         compilable: Whether ``torch.compile`` may see into it: all shapes are known before routers choose.
         moved: Rows of all forward passes so far that a backward pass may follow, if routers decide how many; else None.
     """
@@ -144,6 +145,7 @@ class Experts(ShardedModule):
     dispatch: ClassVar[type[DispatchSpec]] = DispatchSpec
     sends_pilots: ClassVar[bool] = False
     unlimited: ClassVar[bool] = False
+    packed: ClassVar[bool] = False
     compilable: bool = True
     moved: Rows | None = None
 
@@ -252,7 +254,7 @@ class RowExperts(Experts):
         first = topology.degrees.tensor * (self.comm.ranks["expert"][0] // topology.degrees.tensor)
         group = range(first, first + topology.degrees.tensor * topology.degrees.expert, topology.degrees.tensor)
         policy = policy_of(spec.config.lend, group, topology.degrees.tensor)
-        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel, policy)
+        self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel, policy, self.packed)
 
     @property
     def moved(self) -> Rows:  # type: ignore[override]

@@ -173,7 +173,7 @@ class MoESpec(Spec):
         yield experts
         if self.dispatch.choices > self.config.top_k:  # more room than results: gradients of both factors of each
             yield WorkingSet("gates", temporaries=2 * self._weighted(b))
-        if recomputed and self.config.unlimited:
+        if recomputed and self.config.ragged:
             # Product; sum with the bias; if tensor ranks share rows, also rows as received, and parts in that order.
             layout = self.dispatch.obeyed(b.layout)
             copies = 1 + self.expert.bias + (layout.sharers > 1) + layout.scattered

@@ -163,6 +163,7 @@ class RaggedPath:
         widths: Widths of the experts' matrices.
         kernel: What copies and sums rows, see ``moe.kernel``.
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
+        packed: Whether the device decides how many rows there are, see ``packed.py``; otherwise one for each choice.
     """
 
     def __init__(
@@ -173,9 +174,10 @@ class RaggedPath:
         widths: tuple[int, int],
         kernel: str = "auto",
         policy: Policy | None = None,
+        packed: bool = False,
     ) -> None:
         self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
-        self.kernel, self.policy = kernel, policy
+        self.kernel, self.policy, self.packed = kernel, policy, packed
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
@@ -207,7 +209,12 @@ class RaggedPath:
         return reduce_from(partial_TH, self.comm, "expert_tensor", "experts.reduce")
 
     def _listing(self, routing: Routing, exchange: Callable[[], Exchange]) -> Routing:
-        """Returns the routing with choices in the order of rows, which with a policy the plan decides."""
+        """Returns the routing with choices in the order of rows, which with a policy the plan decides.
+
+        Of packed choices, which come before empty places, it keeps as many as this list has rows.
+        """
+        if self.packed:
+            return routing._replace(choice_EC=routing.choice_EC[: sum(exchange().splits.sent) * self._dealers])
         slots = None if self.policy is None else exchange().slots
         if slots is None:
             return routing
@@ -254,7 +261,7 @@ class RaggedPath:
 
     def _without_waiting(self, counts_ise: Tensor, rows: int, x: Tensor) -> Callable[[], tuple[Exchange, Rows]] | None:
         """Works without counts on the host if only this process's experts can be chosen and a product is one kernel."""
-        if self.comm.size("expert") > 1 or not one_kernel(x, *self.widths):
+        if self.packed or self.comm.size("expert") > 1 or not one_kernel(x, *self.widths):
             return None
         exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
         return lambda: (exchange, Rows(rows, rows, exchange.total, exchange.total))
@@ -315,27 +322,35 @@ class RaggedPath:
         """Whether tensor ranks list rows of their own, rather than all the same."""
         return self.sharers > 1
 
+    @property
+    def _dealers(self) -> int:
+        """Among how many processes the rows of a list are dealt."""
+        return 1
+
 
 class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
-        x, rows = to_compute_dtype(x_TH), len(routing.choice_EC)
-        missing, counts_E = listed(rows, self.sharers) - rows, routing.counts_E
+        x, rows = to_compute_dtype(x_TH), listed(len(routing.choice_EC), self.sharers)
+        counts_E = routing.counts_E
         if self.policy is None:  # otherwise whole lists are planned for, and dealt afterwards
-            if missing:
-                counts_E = torch.cat((counts_E[:-1], counts_E[-1:] + missing))
+            if self.packed or rows > len(routing.choice_EC):  # the last expert gets what is missing
+                counts_E = torch.cat((counts_E[:-1], counts_E[-1:] - counts_E.sum() % -self.sharers))
             counts_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
-        exchange = self._ask(counts_E, (rows + missing) // self.sharers, x)
+        exchange = self._ask(counts_E, rows // self.sharers, x)
         listing = self._listing(routing, exchange)
-        x_RH = grown(spread_choices(x, listing, self.kernel), rows + missing)
+        if self.packed:
+            rows = listed(len(listing.choice_EC), self.sharers)
+        x_RH = grown(spread_choices(x, listing, self.kernel), rows)
         hand = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
         return [self._to_experts(hand.flatten(0, 1), exchange, listing)]
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
         (y,) = back
         y_RH = gather_from(y.values.unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
-        return merge_choices(y_RH[: len(routing.choice_EC)], y.listing or routing, self.kernel)
+        listing = y.listing or routing
+        return merge_choices(y_RH[: len(listing.choice_EC)], listing, self.kernel)
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
         return hands(counts_isV[0], self.sharers)
@@ -343,6 +358,10 @@ class DealtPath(RaggedPath):
     @property
     def _own_lists(self) -> bool:
         return False
+
+    @property
+    def _dealers(self) -> int:
+        return self.sharers
 
 
 class Arrangement(NamedTuple):
@@ -468,6 +487,7 @@ def ragged_path(
     topology: Topology,
     kernel: str = "auto",
     policy: Policy | None = None,
+    packed: bool = False,
 ) -> tuple[RaggedPath, RowRegion]:
     """Returns the path and the region that the topology's toggles select.
 
@@ -477,11 +497,12 @@ def ragged_path(
         topology: The process's place in the meshes.
         kernel: What copies and sums rows, see ``moe.kernel``.
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
+        packed: Whether the device decides how many rows there are, see ``packed.py``.
     """
     comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
     if topology.sequence_sharded:
-        return RaggedPath(num_experts, comm, tensor, widths, kernel, policy), ScatteredRows(comm)
+        return RaggedPath(num_experts, comm, tensor, widths, kernel, policy, packed), ScatteredRows(comm)
     if not options.dtd or tensor == 1:
-        return RaggedPath(num_experts, comm, 1, widths, kernel, policy), ReplicatedRows(comm)
+        return RaggedPath(num_experts, comm, 1, widths, kernel, policy, packed), ReplicatedRows(comm)
     region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
-    return DealtPath(num_experts, comm, tensor, widths, kernel, policy), region(comm)
+    return DealtPath(num_experts, comm, tensor, widths, kernel, policy, packed), region(comm)

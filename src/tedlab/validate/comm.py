@@ -128,7 +128,7 @@ def _check_chunks(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(
             f"comm.chunks={chunks} divides what is exchanged with experts, but moe.num_experts is 0; use comm.chunks=1"
         )
-    if moe.unlimited:
+    if moe.ragged:
         raise ValueError(
             f"comm.chunks={chunks} divides the slots of experts with a capacity, but moe.dispatch={moe.dispatch} has "
             "none; use comm.chunks=1"

@@ -86,10 +86,10 @@ def _check_blocks(moe: MoEConfig, layers: int) -> None:
 def _check_kernel(config: TrainConfig) -> None:
     model, moe = config.model, config.moe
     recomputed = model.recompute.granularity
-    left_out = model.compile != Compiler.NONE and (moe.unlimited or moe.kernel == ExpertKernel.TRITON)
+    left_out = model.compile != Compiler.NONE and (moe.ragged or moe.kernel == ExpertKernel.TRITON)
     if left_out and recomputed != Granularity.NONE:
-        because = f"moe.dispatch={moe.dispatch}" if moe.unlimited else f"moe.kernel={moe.kernel}"
-        instead = "moe.dispatch=capacity" if moe.unlimited else "moe.kernel=auto"
+        because = f"moe.dispatch={moe.dispatch}" if moe.ragged else f"moe.kernel={moe.kernel}"
+        instead = "moe.dispatch=capacity" if moe.ragged else "moe.kernel=auto"
         raise ValueError(
             f"model.compile={model.compile} with {because} leaves the experts out, and a block of which parts are "
             f"compiled cannot be recomputed (model.recompute.granularity={recomputed}); use "

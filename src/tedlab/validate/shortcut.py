@@ -45,7 +45,7 @@ def check_shortcut(config: TrainConfig) -> None:
             f"moe.shortcut={moe.shortcut} connects the layers of tedlab's own blocks, and "
             f"model.architecture={model.architecture} has others; use moe.shortcut=none, or model.architecture=gpt"
         )
-    if model.compile != Compiler.NONE and (moe.unlimited or moe.kernel == ExpertKernel.TRITON):
+    if model.compile != Compiler.NONE and (moe.ragged or moe.kernel == ExpertKernel.TRITON):
         raise ValueError(
             f"model.compile={model.compile} leaves experts with moe.dispatch={moe.dispatch} and moe.kernel="
             f"{moe.kernel} out, which moe.shortcut={moe.shortcut} has in the middle of a block; use model.compile=none,"

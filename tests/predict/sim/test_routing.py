@@ -54,6 +54,8 @@ def of_zipf(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str,
         ["moe.top_k=2", *LENT],
         ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
         ["parallel.sequence=true", "moe.lend.policy=even"],
+        ["moe.dispatch=packed", "comm=dtd", "moe.top_k=2"],
+        ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
     ],
     ids=lambda toggles: ",".join(toggles),
 )

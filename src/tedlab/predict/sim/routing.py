@@ -76,7 +76,7 @@ class SimulatedRouting:
                 self._of_pilots.append(SimulatedLayer(sent, sent, first_P, nothing))
             return
         for shares_E in shares_LE:
-            counts_E = spread(list(shares_E), tokens * moe.top_k, tokens)
+            counts_E = spec.taken(spread(list(shares_E), tokens * moe.top_k, tokens), layout, tokens)
             self._counts.append(np.tile(counts_E, (degrees.expert, 1)))
 
     def lending(self, lend: LendConfig) -> "SimulatedRouting":
@@ -202,7 +202,7 @@ def routing_of(config: TrainConfig, name: str, zipf: float | None, trace: str | 
         if (name == key) != (value is not None):
             raise UsageError(f"sim.routing={key} and sim.{key}=… go together; sim.routing is {name}, sim.{key} {value}")
     layers, experts = len(config.moe.routed(config.model.layers)), config.moe.num_experts
-    if not layers or not config.moe.unlimited:
+    if not layers or not config.moe.ragged:
         if name != "balanced":
             raise UsageError(
                 f"sim.routing={name} has no effect: what experts are sent depends on what is chosen "
