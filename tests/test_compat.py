@@ -181,9 +181,6 @@ def ask_torch(rank_0_waits: float) -> dict[str, Any]:
     found["store"] = [store.get(f"compat/{other}").decode() for other in (0, 1)]
 
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))
-    finer = compat.unflatten(mesh, 0, (1, 2), ("outer", "inner"))
-    found["mesh"] = finer.mesh_dim_names, tuple(finer.shape), finer.mesh.flatten().tolist()
-    found["shares"] = finer.get_group("tensor").group_name == mesh.get_group("tensor").group_name
 
     group = dist.group.WORLD
     assert group is not None
@@ -232,11 +229,6 @@ def test_default_store_is_the_one_that_all_ranks_share(asked: list[dict[str, Any
 
 def test_set_timeout_ends_a_collective_that_nobody_joins(asked: list[dict[str, Any]]) -> None:
     assert 0.2 < asked[0]["waited"] < 20
-
-
-def test_unflatten_divides_a_dimension_and_shares_the_groups_of_the_others(asked: list[dict[str, Any]]) -> None:
-    assert asked[0]["mesh"] == (("outer", "inner", "tensor"), (1, 2, 1), [0, 1])
-    assert asked[0]["shares"]
 
 
 def test_functional_collectives_return_what_is_under_way(asked: list[dict[str, Any]]) -> None:

@@ -265,8 +265,8 @@ def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
         assert 0 < summary[f"memory/{category}_bytes"] < summary["memory/peak_bytes"]
     assert summary["memory/peak_bytes"] == max(summary["memory/peak_bytes_by_rank"]) > 2**20
     assert len(summary["memory/peak_bytes_by_rank"]) == 2
-    degrees = {"world_size": 2, "tensor": 2, "expert": 1, "sequence": False, "data": 1, "expert_data": 1}
-    assert summary["layout"] == degrees
+    degrees = {"world_size": 2, "tensor": 2, "expert": 1, "expert_tensor": 2, "data": 1, "expert_data": 1}
+    assert summary["layout"] == degrees | {"sequence": False, "order": "expert"}
     assert summary["comm/steps"] == STEPS
     assert summary["comm/forward/tensor/all_reduce/calls"] > STEPS
     assert summary["versions"].keys() >= {"python", "torch", "lightning", "tedlab"}

@@ -45,6 +45,7 @@ BiasUpdate = StrEnum("BiasUpdate", "NONE SIGN PROPORTIONAL")
 BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
 BalanceChoices = StrEnum("BalanceChoices", "ALL FIRST")
 LendPolicy = StrEnum("LendPolicy", "NONE LLEP EVEN")
+Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Backend = StrEnum("Backend", "NCCL GLOO")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
@@ -300,12 +301,17 @@ class MoEConfig(Frozen):
 
 @dataclass
 class ParallelConfig(Frozen):
-    """Degrees of parallelism. ``world_size`` = tensor × data; ``data`` = expert × expert_data."""
+    """Degrees of parallelism. ``world_size`` = tensor × data = expert_tensor × expert × expert_data."""
 
     world_size: int = whole(least=1, most=_MOST_PROCESSES)  # the number of processes on all nodes
     tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
     expert: int = whole(1, least=1, most=_MOST_PROCESSES)
     sequence: bool = False  # shard activations between layers over the tensor group (Megatron's sequence parallelism)
+    # Processes that divide each expert by width; None: as many as tensor. Any other number folds experts differently
+    # from dense layers over the same processes.
+    expert_tensor: int | None = whole(None, least=1, most=_MOST_PROCESSES)
+    # Which processes are neighbours: those of an expert group (expert) | the replicas of an expert (expert_data).
+    order: str = word(Order.EXPERT)
 
 
 @dataclass

@@ -1,90 +1,148 @@
 """Degrees of parallelism: how many processes there are and how they divide, the same for every process."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
-from tedlab.config import ParallelConfig
+from tedlab.config import Order, ParallelConfig
 
 GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
 
 
 @dataclass(frozen=True)
 class ParallelDegrees:
-    """How many processes there are and how they divide.
+    """How many processes there are, how they divide, and who is in a group with whom. Nothing else computes with ranks.
+
+    The same processes are arranged twice: dense layers divide them by data × tensor, experts by expert_data × expert ×
+    expert_tensor. Where ``expert_tensor`` is not ``tensor``, the layout is *folded*: tensor groups of dense layers and
+    those of experts are then different processes. The tensor index varies fastest; ``order`` says which index of
+    experts follows.
 
     Args:
-        world_size: The number of processes.
-        tensor: The size of a tensor-parallel group (T).
+        world_size: The number of processes (G).
+        tensor: The size of a tensor-parallel group of dense layers (T).
         expert: The size of an expert-parallel group (E_p).
         sequence: Whether activations between layers are divided over the tensor group by position.
+        expert_tensor: The number of processes that divide each expert (T_e); None: ``tensor``.
+        order: Which processes are neighbours: those of an expert group (``expert``), or the replicas of an expert
+            (``expert_data``).
 
     Raises:
-        ValueError: If tensor × expert does not divide the world size; the message says which degrees would.
+        ValueError: If tensor, or expert_tensor × expert, does not divide the world size; the message says which degrees
+            would.
     """
 
     world_size: int
     tensor: int = 1
     expert: int = 1
     sequence: bool = False
+    expert_tensor: int = None  # type: ignore[assignment]  # an int in every instance
+    order: str = Order.EXPERT.value
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "tensor", "expert"):
+        if self.expert_tensor is None:
+            object.__setattr__(self, "expert_tensor", self.tensor)
+        for name in ("world_size", "tensor", "expert", "expert_tensor"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; a degree is a whole number of at least 1")
-        if self.world_size % (self.tensor * self.expert):
-            block = self.tensor * self.expert
-            larger = -(-self.world_size // block) * block
-            fitting = ", ".join(f"{t}×{e}" for t, e in self._fitting(self.world_size))
+        if self.folded and self.world_size % self.tensor:
             raise ValueError(
-                f"tensor × expert = {self.tensor}×{self.expert} = {block} does not divide the world size "
-                f"{self.world_size}. Either use a multiple of {block} processes ({larger}, for instance), or, with "
-                f"{self.world_size}, one of these tensor×expert: {fitting}"
+                f"tensor = {self.tensor} does not divide the world size {self.world_size}. With {self.world_size} "
+                f"processes, tensor can be {_listed(_divisors(self.world_size))}"
             )
+        if self.world_size % (self.expert_tensor * self.expert):
+            raise ValueError(self._too_many())
 
-    @staticmethod
-    def _fitting(world_size: int) -> Iterator[tuple[int, int]]:
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        return ((t, e) for t in divisors for e in divisors if world_size % (t * e) == 0)
+    def _too_many(self) -> str:
+        name, block = "expert_tensor" if self.folded else "tensor", self.expert_tensor * self.expert
+        larger = -(-self.world_size // block) * block
+        while larger % self.tensor:
+            larger += block
+        fitting = _listed(f"{t}×{e}" for t, e in _fitting(self.world_size))
+        return (
+            f"{name} × expert = {self.expert_tensor}×{self.expert} = {block} does not divide the world size "
+            f"{self.world_size}. Either use a multiple of {block} processes ({larger}, for instance), or, with "
+            f"{self.world_size}, one of these {name}×expert: {fitting}"
+        )
+
+    @property
+    def folded(self) -> bool:
+        """Whether experts are divided by width over other processes than dense layers are."""
+        return self.expert_tensor != self.tensor
 
     @property
     def data(self) -> int:
-        """The number of data ranks, which see different tokens (D)."""
+        """The number of data ranks, which see different tokens (D = G / T)."""
         return self.world_size // self.tensor
 
     @property
     def expert_data(self) -> int:
-        """The number of replicas of each expert (D_e = D / E_p)."""
-        return self.data // self.expert
-
-    def groups(self, rank: int) -> dict[GroupKind, range]:
-        """Returns the global ranks of a rank's groups; tensor varies fastest, then expert, then expert_data.
-
-        :class:`tedlab.topology.Topology` holds the process groups themselves.
-        """
-        block = self.tensor * self.expert
-        tensor = range(rank - rank % self.tensor, rank - rank % self.tensor + self.tensor)
-        first_expert = rank - rank % block + rank % self.tensor
-        return {
-            "tensor": tensor,
-            "data": range(rank % self.tensor, self.world_size, self.tensor),
-            "expert": range(first_expert, first_expert + block, self.tensor),
-            "expert_data": range(rank % block, self.world_size, block),
-            "expert_tensor": tensor,
-            "world": range(self.world_size),
-        }
+        """The number of replicas of each expert (D_e = G / (E_p · T_e))."""
+        return self.world_size // (self.expert * self.expert_tensor)
 
     @property
     def sizes(self) -> dict[GroupKind, int]:
         """The number of processes in a group of each kind."""
-        return {kind: len(ranks) for kind, ranks in self.groups(0).items()}
+        return {kind: size for kind, (size, _) in self._places.items()}
+
+    @property
+    def _places(self) -> dict[GroupKind, tuple[int, int]]:
+        """Of each kind, the size of a group and the distance between the ranks of neighbours."""
+        block = self.expert_tensor * self.expert
+        expert, expert_data = self.expert_tensor, block
+        if self.order == Order.EXPERT_DATA:
+            expert, expert_data = self.expert_tensor * self.expert_data, self.expert_tensor
+        return {
+            "tensor": (self.tensor, 1),
+            "data": (self.data, self.tensor),
+            "expert": (self.expert, expert),
+            "expert_data": (self.expert_data, expert_data),
+            "expert_tensor": (self.expert_tensor, 1),
+            "world": (self.world_size, 1),
+        }
+
+    def coordinates(self, rank: int) -> dict[GroupKind, int]:
+        """Returns a process's place in its group of each kind."""
+        return {kind: rank // stride % size for kind, (size, stride) in self._places.items()}
+
+    def groups(self, rank: int) -> dict[GroupKind, range]:
+        """Returns the global ranks of a rank's groups, in the order of their places.
+
+        :class:`tedlab.topology.Topology` holds the process groups themselves.
+        """
+        found: dict[GroupKind, range] = {}
+        for kind, (size, stride) in self._places.items():
+            first = rank - rank // stride % size * stride
+            found[kind] = range(first, first + size * stride, stride)
+        return found
+
+    def described(self) -> dict[str, Any]:
+        """Returns all degrees by name, with those that follow from others."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**given, "data": self.data, "expert_data": self.expert_data}
 
     def __str__(self) -> str:
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        experts = f"expert_tensor {self.expert_tensor} × " if self.folded else ""
+        between = "; " if self.folded else " × "
+        beside = "" if self.order == Order.EXPERT else ", replicas of experts side by side"
         return (
-            f"{processes}: tensor {self.tensor} × expert {self.expert} × "
-            f"expert_data {self.expert_data} (data {self.data}){', sequence-sharded' if self.sequence else ''}"
+            f"{processes}: tensor {self.tensor}{between}{experts}expert {self.expert} × "
+            f"expert_data {self.expert_data} (data {self.data}){', sequence-sharded' if self.sequence else ''}{beside}"
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _fitting(world_size: int) -> Iterator[tuple[int, int]]:
+    divisors = _divisors(world_size)
+    return ((t, e) for t in divisors for e in divisors if world_size % (t * e) == 0)
+
+
+def _listed(options: Iterable[object]) -> str:
+    return ", ".join(map(str, options))
 
 
 def check_divides(name: str, value: int, by: str, degree: int) -> None:
@@ -102,4 +160,7 @@ def check_divides(name: str, value: int, by: str, degree: int) -> None:
 
 def parallel_degrees(config: ParallelConfig) -> ParallelDegrees:
     """Returns the degrees of a configuration, and raises the errors of :class:`ParallelDegrees`."""
-    return ParallelDegrees(config.world_size, config.tensor, config.expert, config.sequence)
+    expert_tensor = config.tensor if config.expert_tensor is None else config.expert_tensor
+    return ParallelDegrees(
+        config.world_size, config.tensor, config.expert, config.sequence, expert_tensor, config.order
+    )

@@ -125,7 +125,7 @@ def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
         "parameters/total": parameters.total,
         "parameters/active": parameters.active,
         "flops/per_token": training_flops(config.model, config.moe, config.optim.groups),
-        "layout": {**asdict(degrees), "data": degrees.data, "expert_data": degrees.expert_data},
+        "layout": degrees.described(),
         "choices": config.choices,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("tedlab", "torch", "lightning")}},
         "git_revision": _git_revision(),

@@ -206,6 +206,8 @@ def strategy_of(config: TrainConfig, kind: Callable[..., TEDStrategy] = TEDStrat
         "sharding": config.optim,
         "checkpoints": config.checkpoint,
         "sequence_parallel": config.parallel.sequence,
+        "expert_tensor_parallel_size": config.parallel.expert_tensor,
+        "order": config.parallel.order,
         "loss_scale": config.optim.loss_scale,
         "stop_on_nonfinite": config.optim.stop_on_nonfinite,
         "process_group_backend": config.comm.backend,

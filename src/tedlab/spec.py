@@ -45,7 +45,7 @@ class ParameterSpec:
         name: Name within its layer.
         shape: Global shape.
         init: Initial values.
-        divided: Maps a mesh axis to the dimension divided along it; other axes replicate the parameter.
+        divided: Maps an axis of its mesh to the dimension divided along it; other axes replicate the parameter.
         mesh: ``dense`` or ``expert``, see ``topology.py``. Gradients are summed over its first axis.
         own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded.
         own_features: Whether each tensor rank uses it for its own features in any layout.

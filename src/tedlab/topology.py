@@ -1,11 +1,12 @@
 """Which process does what: the two device meshes built from the parallel degrees, and their process groups.
 
-This is the only module that knows about ranks. Two meshes arrange the same processes (paper §3):
+Two meshes arrange the same processes (paper §3):
 
 - ``dense``:  data × tensor, for attention, embeddings, norms, routers and dense feed-forward layers;
-- ``expert``: expert_data × expert × tensor, for experts; ``data`` = expert_data × expert.
+- ``expert``: expert_data × expert × expert_tensor, for experts.
 
-The tensor index varies fastest, then expert, then expert_data, so that tensor groups lie inside a node.
+The degrees say which ranks are in a group (see ``degrees.py``). In the paper ``expert_tensor`` is ``tensor``, and both
+meshes share its groups; a folded layout divides experts by width over other groups than dense layers.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from tedlab._compat.torch import set_timeout, unflatten
+from tedlab._compat.torch import set_timeout
 from tedlab.comm import Collectives, GroupKind, Recomputation, SlotAgreement, Whereabouts
 from tedlab.config import CommOptions
 from tedlab.context import BatchContext
 from tedlab.degrees import ParallelDegrees
 from tedlab.spec import Layout
+
+_EXPERT_AXES: tuple[GroupKind, ...] = ("expert_data", "expert", "expert_tensor")
 
 
 class Topology:
@@ -40,7 +43,7 @@ class Topology:
         degrees: The parallel degrees.
         options: The toggles of communication.
         dense: The mesh (data, tensor).
-        expert: The mesh (expert_data, expert, tensor).
+        expert: The mesh (expert_data, expert, expert_tensor).
         comm: The object that runs every collective of the model, the strategy and the optimizer.
         recomputation: The counters of activation checkpointing.
         slots: The check that processes send each other equally many slots.
@@ -68,18 +71,25 @@ class Topology:
         self.dense: DeviceMesh = init_device_mesh(
             self.device.type, (degrees.data, degrees.tensor), mesh_dim_names=("data", "tensor")
         )
-        sizes = degrees.expert_data, degrees.expert
-        self.expert: DeviceMesh = unflatten(self.dense, 0, sizes, ("expert_data", "expert"))
         assert dist.group.WORLD is not None
         groups: dict[GroupKind, dist.ProcessGroup] = {
             "tensor": self.dense.get_group("tensor"),
             "data": self.dense.get_group("data"),
-            "expert": self.expert.get_group("expert"),
-            "expert_data": self.expert.get_group("expert_data"),
-            # The paper shards experts over the attention's tensor group; parallel folding would change this line.
-            "expert_tensor": self.expert.get_group("tensor"),
             "world": dist.group.WORLD,
         }
+        ranks = torch.empty([degrees.sizes[kind] for kind in _EXPERT_AXES], dtype=torch.int)
+        for rank in range(degrees.world_size):
+            coordinates = degrees.coordinates(rank)
+            ranks[tuple(coordinates[kind] for kind in _EXPERT_AXES)] = rank
+        for axis, kind in enumerate(_EXPERT_AXES):
+            if kind == "expert_tensor" and not degrees.folded:
+                groups[kind] = groups["tensor"]  # the same processes
+            else:
+                members = ranks.movedim(axis, -1).flatten(0, 1).tolist()
+                groups[kind], _ = dist.new_subgroups_by_enumeration(members, group_desc=kind)
+        self.expert: DeviceMesh = DeviceMesh.from_group(
+            [groups[kind] for kind in _EXPERT_AXES], self.device.type, ranks, mesh_dim_names=_EXPERT_AXES
+        )
         if timeout is not None:
             for group in set(groups.values()):  # meshes use torch's timeout, 30 minutes for gloo
                 set_timeout(timeout, group)
@@ -91,8 +101,8 @@ class Topology:
         return self
 
     def mesh_of(self, axes: Sequence[str]) -> DeviceMesh:
-        """Returns the mesh with these axes."""
-        return next(mesh for mesh in (self.dense, self.expert) if mesh.mesh_dim_names == tuple(axes))
+        """Returns the mesh with these axes; versions before folding called the last axis of experts ``tensor``."""
+        return self.expert if axes[0] == _EXPERT_AXES[0] else self.dense
 
     @property
     def sequence_sharded(self) -> bool:

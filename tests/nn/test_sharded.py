@@ -24,8 +24,8 @@ SHARDS = {
     "rows": {"tensor": 0},
     "columns": {"tensor": 1},
     "vector": {"tensor": 0},
-    "experts": {"expert": 0, "tensor": 2},
-    "inner": {"expert": 0, "tensor": 1},
+    "experts": {"expert": 0, "expert_tensor": 2},
+    "inner": {"expert": 0, "expert_tensor": 1},
     "whole": {},
     "big_rows": {"tensor": 0},
     "big_columns": {"tensor": 1},
@@ -59,6 +59,7 @@ def shards(tensor: int, expert: int, expected: dict[str, Tensor]) -> dict[str, b
     """Whether this process's shards are the slices that belong to its rank."""
     rank = dist.get_rank()
     place = {"tensor": (rank % tensor, tensor), "expert": (rank // tensor % expert, expert)}
+    place["expert_tensor"] = place["tensor"]
     equal = {}
     for name, local in initialized(Topology(ParallelDegrees(dist.get_world_size(), tensor, expert)), big=True).items():
         part = expected[name]

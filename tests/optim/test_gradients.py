@@ -24,7 +24,7 @@ SHARDS = {
     "replicated": {},
     "rows": {"tensor": 0},
     "columns": {"tensor": 1},
-    "experts": {"expert": 0, "tensor": 2},
+    "experts": {"expert": 0, "expert_tensor": 2},
     "expert_bias": {"expert": 0},
 }
 PLAIN = (2, 3)

@@ -79,7 +79,7 @@ DRIFTS = {
     "norm.weight": (1, ("process 3 differs from that of process 1", "the data group")),
     "feed_forward.up.weight": (2, ("process 2 differs from that of process 0", "the data group")),
     "experts.router.weight": (2, ("process 2 differs from that of process 0", "the data group")),
-    "experts.experts.down_bias": (3, ("process 3 differs from that of process 2", "the tensor group")),
+    "experts.experts.down_bias": (3, ("process 3 differs from that of process 2", "the expert_tensor group")),
 }
 
 

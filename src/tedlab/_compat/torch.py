@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.checkpoint import _nested_dict, filesystem, metadata
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, _utils
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.modules import batchnorm
@@ -74,14 +73,6 @@ def default_store() -> distributed.Store:
 def set_timeout(timeout: timedelta, group: distributed.ProcessGroup) -> None:
     """After how long a group's collectives fail. A mesh makes its groups without asking, with torch's 30 minutes."""
     distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def unflatten(mesh: DeviceMesh, dim: int, sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """The mesh with one dimension divided into several; it shares the groups of the others.
-
-    A second mesh made by ``init_device_mesh`` would create those again. By index: torch 2.11 refuses a name.
-    """
-    return mesh._unflatten(dim, sizes, names)
 
 
 # ---- autograd and operators ------------------------------------------------------------------------------------------

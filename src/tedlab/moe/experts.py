@@ -40,12 +40,14 @@ class ExpertsSpec(Spec):
         return self.expert.hidden
 
     def check(self, degrees: ParallelDegrees) -> None:
-        check_divides("moe.ffn" if self.config.ffn else "model.ffn", self.expert.ffn, "parallel.tensor", degrees.tensor)
+        width = "moe.ffn" if self.config.ffn else "model.ffn"
+        by = "parallel.expert_tensor" if degrees.folded else "parallel.tensor"
+        check_divides(width, self.expert.ffn, by, degrees.expert_tensor)
         check_divides("moe.num_experts", self.num_experts, "parallel.expert", degrees.expert)
 
     def own(self) -> Iterator[ParameterSpec]:
         one, number = self.expert, self.num_experts
-        by_column, by_row = {"expert": 0, "tensor": 2}, {"expert": 0, "tensor": 1}
+        by_column, by_row = {"expert": 0, "expert_tensor": 2}, {"expert": 0, "expert_tensor": 1}
         yield ParameterSpec("up", (number, one.hidden, one.inner), one.init, by_column, "expert")
         yield ParameterSpec("down", (number, one.ffn, one.hidden), one.out_init, by_row, "expert")
         if one.bias:
@@ -114,7 +116,8 @@ class ExpertsSpec(Spec):
     def here(self, b: MicroBatch) -> tuple[int, int, int, int]:
         """Returns the number of this process's experts, the rows of each, and its features around the activation."""
         here, expert = self.num_experts // b.layout.degrees.expert, self.expert
-        return here, b.rows.computed // here, expert.inner // b.tensor, expert.ffn // b.tensor
+        divided = b.layout.degrees.expert_tensor
+        return here, b.rows.computed // here, expert.inner // divided, expert.ffn // divided
 
 
 class Experts(ShardedModule):
@@ -125,11 +128,11 @@ class Experts(ShardedModule):
     (their protocols are in ``dispatch.py`` and ``ragged.py``); any other writes :meth:`forward`.
 
     This class holds the parameters of feed-forward experts: linear, GELU or a SwiGLU, linear. They are divided by
-    expert over the expert group and, inside an expert, by width. A SwiGLU's first projection alternates gate and linear
-    part, so even parts contain both.
+    expert over the expert group and, inside an expert, by width over the expert_tensor group. A SwiGLU's first
+    projection alternates gate and linear part, so even parts contain both.
 
     Args:
-        spec: Experts E, a multiple of the expert degree, whose inner width is a multiple of the tensor degree.
+        spec: Experts E, a multiple of the expert degree, whose inner width is a multiple of the expert_tensor degree.
         topology: The process's place in the meshes.
 
     Attributes:
@@ -163,7 +166,7 @@ class Experts(ShardedModule):
         super().__init__()
         self.num_experts, self.comm = spec.num_experts, topology.comm
         self.nonlinearity, self.bias = spec.expert.nonlinearity, spec.expert.bias
-        self.widths = spec.hidden, spec.expert.ffn // topology.degrees.tensor
+        self.widths = spec.hidden, spec.expert.ffn // topology.degrees.expert_tensor
         self.build(spec, topology)
 
     def weights(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -251,9 +254,9 @@ class RowExperts(Experts):
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
         self.kernel = spec.config.kernel
-        first = topology.degrees.tensor * (self.comm.ranks["expert"][0] // topology.degrees.tensor)
-        group = range(first, first + topology.degrees.tensor * topology.degrees.expert, topology.degrees.tensor)
-        policy = policy_of(spec.config.lend, group, topology.degrees.tensor)
+        # All tensor ranks plan alike, for the processes of the first of them.
+        group = topology.degrees.groups(self.comm.ranks["expert_tensor"][0])["expert"]
+        policy = policy_of(spec.config.lend, group, topology.degrees.expert_tensor)
         self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel, policy, self.packed)
 
     @property

@@ -17,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from tedlab import checkpoint
 from tedlab._compat import lightning as compat
 from tedlab.config import CheckpointOptions
+from tedlab.degrees import ParallelDegrees
 from tedlab.optim import LossScaler, ShardedOptimizer
 from tedlab.topology import Topology
 
@@ -158,7 +159,7 @@ class Checkpointing:
         if meta is None:
             return
         comm = self._topology.comm
-        if meta.get("layout") == asdict(self._topology.degrees):
+        if "layout" in meta and ParallelDegrees(**meta["layout"]) == self._topology.degrees:
             compat.set_random_states(meta["random"][comm.rank("world")])
         else:
             new = np.random.SeedSequence((torch.initial_seed(), meta["global_step"], comm.rank("data")))

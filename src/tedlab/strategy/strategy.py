@@ -32,7 +32,7 @@ from typing_extensions import override
 from tedlab._compat import lightning as compat
 from tedlab.comm import Whereabouts
 from tedlab.comm.keep import kept_tags
-from tedlab.config import CheckpointOptions, CommOptions, ShardingOptions
+from tedlab.config import CheckpointOptions, CommOptions, Order, ShardingOptions
 from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.launch import outside, rendezvous
 from tedlab.launch.watch import Watch, watch
@@ -90,6 +90,9 @@ class TEDStrategy(compat.SubprocessStrategy):
             overlap, tiles. None: the defaults of :class:`ShardingOptions`.
         checkpoints: How checkpoints are written; None: the defaults of :class:`CheckpointOptions`.
         sequence_parallel: Whether to divide activations between layers over the tensor group, by position.
+        expert_tensor_parallel_size: The number of processes that divide each expert by width, T_e; None:
+            ``tensor_parallel_size``.
+        order: Which processes are neighbours, see :class:`tedlab.ParallelDegrees`.
         loss_scale: The initial value of dynamic loss scaling; None: 65536 with fp16, no scaling otherwise.
         stop_on_nonfinite: Whether to raise :class:`tedlab.optim.NonFiniteError` in all processes before an infinite or
             NaN loss or gradient reaches a weight (with a loss scale: if even the smallest scale does not help).
@@ -119,6 +122,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         sharding: ShardingOptions | None = None,
         checkpoints: CheckpointOptions | None = None,
         sequence_parallel: bool = False,
+        expert_tensor_parallel_size: int | None = None,
+        order: str = Order.EXPERT.value,
         loss_scale: float | None = None,
         stop_on_nonfinite: bool = True,
         process_group_backend: str | None = None,
@@ -134,6 +139,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.tensor_parallel_size = tensor_parallel_size
         self.expert_parallel_size = expert_parallel_size
         self.sequence_parallel = sequence_parallel
+        self.expert_tensor_parallel_size = expert_tensor_parallel_size
+        self.order = order
         moved = _moved(old)
         self.comm = replace(comm or CommOptions(), **moved["comm"])
         self.sharding = replace(sharding or ShardingOptions(), **moved["sharding"])
@@ -193,11 +200,14 @@ class TEDStrategy(compat.SubprocessStrategy):
     @override
     def setup_environment(self) -> None:
         # Check the degrees before any process can wait for another.
+        tensor, expert_tensor = self.tensor_parallel_size, self.expert_tensor_parallel_size
         degrees = ParallelDegrees(
             self.num_nodes * self.num_processes,
-            self.tensor_parallel_size,
+            tensor,
             self.expert_parallel_size,
             self.sequence_parallel,
+            tensor if expert_tensor is None else expert_tensor,
+            self.order,
         )
         super().setup_environment()
         if self._topology is not None:  # validate after fit, for example: groups and watch still exist

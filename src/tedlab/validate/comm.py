@@ -71,8 +71,7 @@ def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: Cluster
         return config.comm.cac
     if config.comm.emulate is not None or cluster is None:
         cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
-    tensor, expert = range(degrees.tensor), range(0, degrees.expert * degrees.tensor, degrees.tensor)
-    members = {"tensor": tensor, "expert_tensor": tensor, "expert": expert}
+    members = degrees.groups(0)
     assert config.comm.cac_budget_bytes is not None
     return within_budget(
         ClosedForm(config),

@@ -31,7 +31,17 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
             raise ValueError(
                 f"parallel.expert is {degrees.expert}, but moe.num_experts is 0: a dense model has no experts"
             )
+        if degrees.folded:
+            raise ValueError(
+                f"parallel.expert_tensor is {degrees.expert_tensor}, but moe.num_experts is 0: a dense model has no "
+                "experts; leave parallel.expert_tensor null"
+            )
         return
+    if degrees.folded:
+        raise ValueError(
+            f"parallel.expert_tensor ({degrees.expert_tensor}) differs from parallel.tensor ({degrees.tensor}), for "
+            "which no path of tokens exists yet; leave parallel.expert_tensor null"
+        )
     _check_numbers(moe, model.layers)
     _check_kernel(config)
     if moe.unlimited:

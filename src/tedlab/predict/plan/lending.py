@@ -142,11 +142,10 @@ def compare_lending(config: TrainConfig, cluster: ClusterConfig, routing: Simula
         given = replace(given, policy=LendPolicy.LLEP.value)
     asked = with_values(config, {"moe.lend": given})
     lend = minimum_filled_in(asked, cluster)
-    block = routing.degrees.tensor * routing.degrees.expert
     return Comparison(
         lend,
         list(routing.blocks),
-        list(range(0, block, routing.degrees.tensor)),
+        list(routing.degrees.groups(0)["expert"]),
         *(_outcome(with_values(config, {"moe.lend": how}), cluster, routing) for how in (LendConfig(), lend)),
     )
 
@@ -171,9 +170,7 @@ def _outcome(config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRout
     degrees, accumulated = routing.degrees, int(config.trainer["accumulate_grad_batches"])
     layers = routing.layers()
     seconds, peaks, known = [], [], {}
-    for rank, kind in zip(
-        range(0, degrees.tensor * degrees.expert, degrees.tensor), routing.kinds_by_expert_rank(), strict=True
-    ):
+    for rank, kind in zip(degrees.groups(0)["expert"], routing.kinds_by_expert_rank(), strict=True):
         if kind not in known:  # ranks that compute and exchange the same take as long
             rows = routing.rows(rank)
             form = ClosedForm(config, rows)

@@ -2,6 +2,7 @@
 
 import math
 
+from tedlab.config import Order
 from tedlab.degrees import ParallelDegrees
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import placement_of
@@ -20,10 +21,11 @@ def kinds_of_ranks(
     rows: list[tuple[object, ...]] = [()] * degrees.expert if routing is None else routing.kinds_by_expert_rank()
     kinds: dict[tuple[object, ...], list[int]] = {}
     # After a period, groups lie on other nodes in the same way.
-    period = min(math.lcm(degrees.tensor * degrees.expert, cluster.gpus_per_node), degrees.world_size)
+    block = degrees.world_size // degrees.expert_data if degrees.order == Order.EXPERT else degrees.world_size
+    period = min(math.lcm(block, cluster.gpus_per_node), degrees.world_size)
     for rank in range(period):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
-        kinds.setdefault((places, rows[rank // degrees.tensor % degrees.expert]), []).extend(
+        kinds.setdefault((places, rows[degrees.coordinates(rank)["expert"]]), []).extend(
             range(rank, degrees.world_size, period)
         )
     return {ranks[0]: sorted(ranks) for ranks in kinds.values()}

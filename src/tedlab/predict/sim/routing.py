@@ -89,13 +89,12 @@ class SimulatedRouting:
         """Returns the layers of a rank's expert group. Groups differ only by where they lie on nodes."""
         if self.pilots:
             return self._of_pilots
-        block = self.degrees.tensor * self.degrees.expert
-        group = self.degrees.groups(rank // block * block)["expert"]
-        members = range(group.start, group.start + block)
+        group = self.degrees.groups(self.degrees.groups(rank)["expert_tensor"][0])["expert"]
+        members = [member for first in group for member in self.degrees.groups(first)["expert_tensor"]]
         nodes = tuple(member // (self.lend.ranks_per_node or self.degrees.world_size) for member in members)
         alike = tuple(node - nodes[0] for node in nodes)
         if alike not in self.planned:
-            policy = policy_of(self.lend, group, self.degrees.tensor)
+            policy = policy_of(self.lend, group, self.degrees.expert_tensor)
             self.planned[alike] = [self._layer(counts_sE, policy) for counts_sE in self._counts]
         return self.planned[alike]
 
@@ -147,7 +146,7 @@ class SimulatedRouting:
 
     def busiest_rank(self) -> int:
         """Returns the first rank whose experts compute the most rows over all layers."""
-        return int(self.rows_by_expert_rank().sum(0).argmax()) * self.degrees.tensor
+        return self.degrees.groups(0)["expert"][int(self.rows_by_expert_rank().sum(0).argmax())]
 
     def numbers(self, layer: int, rank: int) -> np.ndarray:
         """Returns what a rank's host reads in one layer.
@@ -165,7 +164,8 @@ class SimulatedRouting:
 
     def _place(self, rank: int) -> tuple[int, int]:
         """Returns a rank's index in its expert group, and among the tensor ranks that send rows of their own."""
-        return rank // self.degrees.tensor % self.degrees.expert, rank % self.sharers
+        places = self.degrees.coordinates(rank)
+        return places["expert"], places["expert_tensor"] if self.sharers > 1 else 0
 
 
 class Answers:
