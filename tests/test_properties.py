@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tedlab.comm import Splits
-from tedlab.comm.rows import dealt, hands, listed, rows_of, spread
+from tedlab.comm.rows import dealt, hands, in_chunks, listed, rows_of, spread
+from tedlab.moe.chunks import by_chunk
 from tedlab.moe.ragged import Exchange, arrange
+from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import assign_slots, sort_choices
 from tedlab.optim.bucket import Bucket, lay_out
 
@@ -136,6 +138,35 @@ def test_what_a_tensor_group_computes_is_what_its_ranks_received(counts_sE: np.n
     assert {rows.computed for rows in ranks} == {sum(rows.received for rows in ranks)}
     assert all(rows.received * sharers <= rows.gathered for rows in ranks)
     assert max(rows.received for rows in ranks) * sharers == ranks[0].gathered
+
+
+@always
+@given(choices(), st.integers(1, 4), st.integers(1, 5))
+def test_a_chunk_has_an_equal_part_of_every_experts_rows_in_their_order(
+    chosen: tuple[torch.Tensor, int], sharers: int, chunks: int
+) -> None:
+    """Of a list that tensor ranks deal, each rank's part of it; numbers of rows alone say how many are in a chunk."""
+    expert_TK, experts = chosen
+    place_TK, choice_R, load_E = sort_choices(expert_TK, experts)
+    zero = torch.zeros(())
+    counts_iE = hands(load_E.numpy()[None], sharers)[:, 0]
+    routing = Routing(zero, place_TK, choice_R, RouterReport(zero, zero, load_E, zero))
+    listing = by_chunk(routing, torch.from_numpy(counts_iE), chunks)
+    row_R, expert = listing.choice_EC, expert_TK.flatten()
+    assert row_R[listing.slot_TK.flatten()].tolist() == list(range(expert_TK.numel()))
+    for rank, counts_E in enumerate(counts_iE):
+        own = choice_R[rank::sharers].tolist()
+        queues = [[c for c in own if expert[c] == e] + [None] * counts_E[e] for e in range(experts)]
+        queues = [queue[: counts_E[e]] for e, queue in enumerate(queues)]  # None: rows that pad the list
+        wanted = []
+        for parts_E in in_chunks(counts_E, chunks).tolist():
+            assert all(abs(part * chunks - count) < chunks for part, count in zip(parts_E, counts_E, strict=True))
+            for queue, part in zip(queues, parts_E, strict=True):
+                wanted += queue[:part]
+                del queue[:part]
+        assert not any(queues)
+        assert row_R[rank::sharers].tolist() == [c for c in wanted if c is not None]
+        assert wanted[: len(own)] == row_R[rank::sharers].tolist()  # padding comes last
 
 
 @st.composite

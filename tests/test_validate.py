@@ -291,6 +291,18 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.chunks=60", "moe.capacity_factor=1", "moe.capacity_multiple=1", "data.micro_batch_size=1"],
         ["comm.chunks=60 exceeds", "slots of each expert", "16 tokens", "use at most"],
     ),
+    "chunks_that_exceed_the_rows": (
+        ["comm.chunks=60", "moe.dispatch=dropless", "data.micro_batch_size=1", "parallel=ep2"],
+        ["comm.chunks=60 exceeds the 16 rows", "16 tokens", "use at most 16"],
+    ),
+    "chunks_of_pilots": (
+        ["comm.chunks=2", "comm.dedup=rank", "moe.dispatch=dropless", "moe.top_k=2", "parallel=ep2"],
+        ["comm.chunks=2", "comm.dedup=rank", "one of the two"],
+    ),
+    "chunks_of_lent_experts": (
+        ["comm.chunks=2", "moe.lend.policy=even", "moe.dispatch=dropless", "parallel=ep2"],
+        ["comm.chunks=2", "moe.lend.policy=even", "one of the two"],
+    ),
     "dtd_of_a_sharded_sequence": (
         ["parallel.sequence=true", "comm.dtd=true"],
         ["comm.dtd=true", "parallel.sequence=true", "one of the two"],

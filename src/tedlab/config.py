@@ -333,7 +333,7 @@ class CommOptions(Frozen):
     # error about an unknown one lists all); auto: the best that fit in cac_budget_bytes.
     cac: Any = False
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
-    # Into how many chunks the slots of each expert are divided, so that one is exchanged while another is computed.
+    # Into how many chunks the slots or rows of each expert are divided: one is exchanged while another is computed.
     chunks: int = whole(1, least=1, most=64)
     overlap_shared: bool = False  # shared experts compute while tokens are on their way to routed experts and back
     # With moe.shortcut: the sub-layers beside routed experts compute while tokens are on their way to these and back.

@@ -942,6 +942,17 @@ def chunks_returned_in_another_order(patch: Patch) -> None:
     patch.setattr(dispatch.AllToAllPath, "receive", lambda self, back, routing: right(self, back[::-1], routing))
 
 
+def rows_of_chunks_swapped(patch: Patch) -> None:
+    """The rows of the chunk that was computed last are the first that return."""
+    right = ragged._joined
+    patch.setattr(ragged, "_joined", lambda back: right(back[::-1]))
+
+
+def chunk_computed_before_it_has_arrived(patch: Patch) -> None:
+    """See :func:`exchange_that_is_not_awaited`, of rows in chunks."""
+    exchange_that_is_not_awaited(patch)
+
+
 def padding_of_dropped_slots_cut_at_the_wrong_end(patch: Patch) -> None:
     """Where T does not divide the capacity, there is one empty slot more than the router knows of."""
 
@@ -956,7 +967,7 @@ def padding_of_dealt_rows_cut_at_the_wrong_end(patch: Patch) -> None:
     """Where T does not divide the rows, the last one is nobody's."""
 
     def wrong(self: DealtPath, back: list[Any], routing: Any) -> Tensor:
-        hand = back[0].values.unsqueeze(1)
+        hand = ragged._joined(back).unsqueeze(1)
         rows = differentiable.gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
         return ragged.merge_choices(rows[len(rows) - len(routing.choice_EC) :], routing)
 
@@ -1040,8 +1051,8 @@ def counts_of_experts_swapped(patch: Patch) -> None:
 
     def swapped(result: Any, self: RaggedPath, *arguments: Any) -> Any:
         def finish() -> Any:
-            exchange, moved = result()
-            return replace(exchange, counts_ise=exchange.counts_ise.flip(-1), sizes=exchange.sizes[::-1]), moved
+            (exchange,), moved = result()
+            return (replace(exchange, counts_ise=exchange.counts_ise.flip(-1), sizes=exchange.sizes[::-1]),), moved
 
         return finish
 

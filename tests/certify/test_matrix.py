@@ -224,6 +224,20 @@ OVERLAP: dict[str, dict[str, object]] = {
         **{"comm.overlap_shared": True, "comm.chunks": 3, "moe.capacity_factor": 1.5},
     },
 }
+OVERLAP |= {
+    "rows_in_chunks": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **TODAY, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1},
+        **{"comm.chunks": 2, "optim.overlap": True},
+    },
+    "rows_in_chunks_ted": {
+        **{EXPERTS_PER_RANK: 2, **RECOMPUTED, "comm": "ted", "moe.dispatch": "dropless", "moe.top_k": 2},
+        **{"comm.chunks": 3, "model.sequence_length": 3, "data.micro_batch_size": 1},  # T does not divide the rows
+    },
+    "rows_in_chunks_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **DEEPSEEK, **RECOMPUTED, "parallel.sequence": True, "comm.cac": "shard"},
+        **{"moe.dispatch": "packed", "comm.chunks": 2, "comm.overlap_shared": True, "moe.capacity_factor": 0.8},
+    },
+}
 PILOT: dict[str, object] = {
     **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1, "comm.dedup": "rank"}
 }
@@ -272,7 +286,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices"),
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
-    *("pilots_ted_fused", "pilots_in_slices"),
+    *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
@@ -291,7 +305,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("ted", "ted_fused_sharded", "dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence"),
         *("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted"),
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
-        *("overlapped_ted", "overlapped_in_slices"),
+        *OVERLAP,
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
         *PILOTS,
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),

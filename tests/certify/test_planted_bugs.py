@@ -163,6 +163,8 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.dropped_tokens_gradient_averaged: Found(SHARDS, "gradients", "in step 1"),
     bugs.exchange_that_is_not_awaited: Found(EP2, "outputs", "in step 1"),
     bugs.chunks_returned_in_another_order: Found((*EP2, "comm.chunks=2"), "outputs", "in step 1"),
+    bugs.rows_of_chunks_swapped: Found((*DROPLESS, "comm.chunks=2"), "outputs", "in step 1"),
+    bugs.chunk_computed_before_it_has_arrived: Found((*DROPLESS, "comm.chunks=2"), "outputs", "in step 1"),
     bugs.exchange_not_inverted_in_backward: Found(EP2, "gradients", "in step 1"),
     bugs.padding_of_dropped_slots_cut_at_the_wrong_end: Found(SHARDS, "outputs", "in step 1"),
     bugs.padding_of_dealt_rows_cut_at_the_wrong_end: Found(DEALT, "outputs", "in step 1"),

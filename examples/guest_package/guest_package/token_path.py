@@ -48,5 +48,5 @@ class PlainRows(RowExperts):
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        self.path = RaggedPath(spec.num_experts, topology.comm, 1, self.widths)
+        self.path = RaggedPath(spec.num_experts, topology.comm, 1, self.widths, chunks=topology.layout.chunks)
         self.region = ReplicatedRows(topology.comm)

@@ -322,11 +322,10 @@ def _capacity_multiple(moe: MoEConfig, tokens: int, tensor: int) -> int:
 
 
 def _chunks(comm: CommConfig, moe: MoEConfig, degrees: ParallelDegrees, tokens: int) -> int:
-    """Returns into how many chunks slots are divided: as many as before, if there are so many slots."""
+    """Returns into how many chunks slots or rows are divided: as many as before, if there are so many of these."""
     if comm.chunks == 1:
         return 1
-    sent = mixtures[moe.dispatch].dispatch(1, moe).rows(Layout(degrees, comm), tokens).sent
-    return min(comm.chunks, max(1, sent // max(1, moe.num_experts)))
+    return min(comm.chunks, max(1, mixtures[moe.dispatch].dispatch(1, moe).most_chunks(Layout(degrees, comm), tokens)))
 
 
 def _vocabulary(tensor: int) -> int:

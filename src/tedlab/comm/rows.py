@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,21 @@ def dealt(counts: Any, sharers: int, rank: int) -> Any:
     return (ends + sharers - 1 - rank) // sharers - (ends - counts + sharers - 1 - rank) // sharers
 
 
+def in_chunks(counts: Any, chunks: int) -> Any:
+    """Returns how many of so many rows are in each chunk: (chunks, …). Of c rows, chunk r of R begins with row ⌊c·r/R⌋.
+
+    Args:
+        counts: (…) integers, an array or a tensor.
+        chunks: The number of chunks, R.
+    """
+    if chunks == 1:
+        return counts[None]
+    on_device = isinstance(counts, torch.Tensor)
+    chunk = torch.arange(chunks + 1, device=counts.device) if on_device else np.arange(chunks + 1)
+    starts = counts[None] * chunk.reshape(-1, *[1] * counts.ndim) // chunks
+    return starts[1:] - starts[:-1]
+
+
 def hands(counts_sE: np.ndarray, sharers: int) -> np.ndarray:
     """Returns how many rows each of the ranks that share a list sends, (sharers, senders, E).
 
@@ -81,7 +97,7 @@ def hands(counts_sE: np.ndarray, sharers: int) -> np.ndarray:
     return np.stack([dealt(counts, sharers, rank) for rank in range(sharers)])
 
 
-def rows_of(counts_ise: np.ndarray, sent: int, rank: int) -> Rows:
+def rows_of(counts_ise: np.ndarray, sent: int, rank: int, chunks: int = 1) -> Rows:
     """Returns the rows that a process moves.
 
     Args:
@@ -89,9 +105,11 @@ def rows_of(counts_ise: np.ndarray, sent: int, rank: int) -> Rows:
             rank; the first dimension is 1 if all receive the same.
         sent: The number of rows that the process sends.
         rank: The process's index in the first dimension.
+        chunks: The number of chunks in which rows travel; each is gathered by itself.
     """
-    arriving = counts_ise.sum((1, 2))
-    return Rows(sent, int(arriving[rank]), len(arriving) * int(arriving.max()), int(arriving.sum()))
+    arriving_ri = in_chunks(counts_ise, chunks).sum((2, 3))
+    gathered = len(counts_ise) * int(arriving_ri.max(1).sum())
+    return Rows(sent, int(arriving_ri[:, rank].sum()), gathered, int(arriving_ri.sum()))
 
 
 def rows_of_pilots(sent_sx: np.ndarray, arriving_isx: np.ndarray, rank: int) -> Rows:

@@ -66,8 +66,13 @@ class DispatchSpec(Spec):
         return layout
 
     def chunks(self, layout: Layout) -> int:
-        """Returns into how many chunks it divides what processes exchange: slots only, so far."""
-        return 1 if self.config.ragged else layout.chunks
+        """Returns into how many chunks it divides what processes exchange."""
+        return layout.chunks
+
+    def most_chunks(self, layout: Layout, tokens: int) -> int:
+        """Returns into how many chunks what a process sends for a data rank's micro-batch can be divided at most."""
+        sent = self.rows(layout, tokens).sent
+        return sent if self.config.ragged else sent // self.config.num_experts
 
     def sites(self, layout: Layout) -> Sites:
         layout = self.obeyed(layout)
@@ -156,7 +161,8 @@ class DispatchSpec(Spec):
         if moe.ragged:
             counts = self.taken(spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens), layout, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)
-            return rows_of(sent[:, :, : moe.num_experts // senders], int(sent[0, 0].sum()), 0)
+            arriving = sent[:, :, : moe.num_experts // senders]
+            return rows_of(arriving, int(sent[0, 0].sum()), 0, self.chunks(layout))
         slots = -(-self.capacity(layout, tokens) // sharers) * moe.num_experts  # padded: as many for each tensor rank
         return Rows(slots, slots, sharers * slots, sharers * slots)
 
@@ -175,7 +181,7 @@ class DispatchSpec(Spec):
         yield from self._indexed(b, self.merged(b))
         if sliced and not b.layout.sequence:
             yield b.moved(2 * b.rows.sent * width)
-        if self.chunks(b.layout) > 1:
+        if self.chunks(b.layout) > 1 and not self.config.ragged:  # rows lie by chunk
             yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)

@@ -96,7 +96,7 @@ class ExpertsSpec(Spec):
         yield b.product(inner, rows, self.hidden, times=here)
         if self.expert.bias:
             yield b.moved(b.rows.computed * inner)
-        if b.layout.chunks > 1 and not self.config.ragged:  # adds up the gradients of weights
+        if b.layout.chunks > 1:  # adds up the gradients of weights
             yield b.moved(3 * (b.layout.chunks - 1) * here * self.hidden * (inner + width), b.parameter)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
@@ -258,12 +258,15 @@ class RowExperts(Experts):
         group = topology.degrees.groups(self.comm.ranks["expert_tensor"][0])["expert"]
         policy = policy_of(spec.config.lend, group, topology.degrees.expert_tensor)
         self.path, self.region = ragged_path(spec.num_experts, self.widths, topology, self.kernel, policy, self.packed)
+        self.chunks = topology.layout.chunks
 
     @property
     def moved(self) -> Rows:  # type: ignore[override]
         return self.path.moved
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        if self.chunks > 1 and isinstance(self.path, OverlappingRowPath):
+            return _answered(self, self.path, self.path.send(x_TH, routing), routing).wait()
         return self.path.combine(self.compute(self.path.dispatch(x_TH, routing)), routing)
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]] | None:

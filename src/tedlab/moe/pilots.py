@@ -98,11 +98,13 @@ class PilotExperts(TokenExperts):
     """Experts of several processes that exchange pilots as the topology's toggles say.
 
     Raises:
-        ValueError: With DTD in the paper's order, which reduces rows.
+        ValueError: With DTD in the paper's order, which reduces rows; and with several chunks.
     """
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
+        if topology.layout.chunks > 1:
+            raise ValueError("comm.dedup=rank sends all choices of a token at once: it needs comm.chunks=1")
         if topology.layout.sharers > 1 and not topology.layout.scattered:
             raise ValueError("comm.dedup=rank with comm.dtd=true needs comm.fuse_reduce_scatter=true")
         self.dealing = topology.options.dtd and topology.degrees.tensor > 1

@@ -22,6 +22,9 @@ Legend as in ``router.py``, and R: rows of a data rank (of a tensor rank, if seq
 experts of this process; i: tensor ranks that receive rows of their own (1 if all receive the same); s: senders (E_p);
 M: rows that one of them receives (the most, if there are several); N: rows that this process's experts see.
 
+With ``comm.chunks`` the rows of each expert are divided into chunks (see ``chunks.py``), each of which is exchanged and
+computed by itself; the numbers of rows are exchanged once.
+
 With ``moe.lend``, every process gets the numbers of all of its group, and plans alike who computes which rows (see
 ``moe/lending``). Rows are then sorted by *slot* instead of by expert: one for each expert of a process, and one for
 each that it borrows. Otherwise rows travel as without.
@@ -50,7 +53,8 @@ from tedlab.comm import (
     slice_to,
     to_compute_dtype,
 )
-from tedlab.comm.rows import Rows, dealt, hands, listed, rows_of
+from tedlab.comm.rows import Rows, dealt, hands, in_chunks, listed, rows_of
+from tedlab.moe.chunks import by_chunk
 from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.lending import Loans, Policy, Slots, by_slot, loans_of, slots_of
@@ -60,7 +64,7 @@ from tedlab.topology import Topology
 
 @dataclass(frozen=True)
 class Exchange:
-    """Who sends how many rows, in one layer and micro-batch.
+    """Who sends how many rows, in one layer and micro-batch, or in one chunk of it.
 
     Attributes:
         splits: Splits of the all-to-all to the experts.
@@ -81,6 +85,10 @@ class Exchange:
     kernel: str
     loans: Loans | None = None
     slots: Slots | None = None
+
+
+Exchanges = Callable[[], tuple[Exchange, ...]]  # waits for the numbers of rows; one exchange for each chunk
+Finish = Callable[[], tuple[tuple[Exchange, ...], Rows]]  # the same, and what is moved in all
 
 
 class RaggedRows(NamedTuple):
@@ -164,6 +172,10 @@ class RaggedPath:
         kernel: What copies and sums rows, see ``moe.kernel``.
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
         packed: Whether the device decides how many rows there are, see ``packed.py``; otherwise one for each choice.
+        chunks: The number of chunks in which rows travel; :meth:`dispatch` and :meth:`combine` need 1.
+
+    Raises:
+        ValueError: If there is a policy, and several chunks.
     """
 
     def __init__(
@@ -175,9 +187,12 @@ class RaggedPath:
         kernel: str = "auto",
         policy: Policy | None = None,
         packed: bool = False,
+        chunks: int = 1,
     ) -> None:
+        if policy is not None and chunks > 1:
+            raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
         self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
-        self.kernel, self.policy, self.packed = kernel, policy, packed
+        self.kernel, self.policy, self.packed, self.chunks = kernel, policy, packed, chunks
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
@@ -191,42 +206,53 @@ class RaggedPath:
         x = to_compute_dtype(x_TH)
         if self.sharers == 1:
             x = copy_to(x, self.comm, "expert_tensor", "experts.copy")
-        exchange = self._ask(routing.counts_E, len(routing.choice_EC), x)
-        listing = self._listing(routing, exchange)
-        return [self._to_experts(spread_choices(x, listing, self.kernel), exchange, listing)]
+        exchanges = self._ask(routing.counts_E, len(routing.choice_EC), x)
+        listing = self._listing(routing, routing.counts_E.unsqueeze(0), exchanges)
+        return self._to_experts(spread_choices(x, listing, self.kernel), exchanges, listing)
 
     def answer(self, y: RaggedRows) -> Issued[RaggedRows]:
         back = issue_all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
         return back.then(lambda values: y._replace(values=values))
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
-        (y,) = back
-        listing = y.listing or routing
+        y_RH, listing = _joined(back), back[0].listing or routing
         if self.sharers > 1:
-            return merge_choices(y.values, listing, self.kernel)
+            return merge_choices(y_RH, listing, self.kernel)
         gate_TK = copy_to(listing.gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
-        partial_TH = merge_choices(y.values, listing._replace(gate_TK=gate_TK), self.kernel)
+        partial_TH = merge_choices(y_RH, listing._replace(gate_TK=gate_TK), self.kernel)
         return reduce_from(partial_TH, self.comm, "expert_tensor", "experts.reduce")
 
-    def _listing(self, routing: Routing, exchange: Callable[[], Exchange]) -> Routing:
-        """Returns the routing with choices in the order of rows, which with a policy the plan decides.
+    def _listing(self, routing: Routing, counts_iE: Tensor, exchanges: Exchanges) -> Routing:
+        """Returns the routing with choices in the order of rows, which chunks decide or, with a policy, the plan.
 
         Of packed choices, which come before empty places, it keeps as many as this list has rows.
+
+        Args:
+            routing: The routing.
+            counts_iE: Rows by expert of each of the tensor ranks that deal the list; one if nobody deals.
+            exchanges: How the rows travel.
         """
         if self.packed:
-            return routing._replace(choice_EC=routing.choice_EC[: sum(exchange().splits.sent) * self._dealers])
-        slots = None if self.policy is None else exchange().slots
+            rows = sum(sum(exchange.splits.sent) for exchange in exchanges()) * self._dealers
+            routing = routing._replace(choice_EC=routing.choice_EC[:rows])
+        if self.chunks > 1:
+            return by_chunk(routing, counts_iE, self.chunks)
+        slots = None if self.policy is None else exchanges()[0].slots
         if slots is None:
             return routing
         own = self.comm.rank("expert_tensor") if len(slots.counts_isV) > 1 else 0
         return by_slot(routing, slots, own, self.comm.rank("expert"))
 
-    def _to_experts(self, x_RH: Tensor, exchange: Callable[[], Exchange], listing: Routing) -> Issued[RaggedRows]:
-        known = exchange()
-        sent = issue_all_to_all(x_RH, self.comm, "expert", "dispatch.all_to_all", known.splits)
-        return sent.then(lambda values: RaggedRows(values, known, listing))
+    def _to_experts(self, x_RH: Tensor, exchanges: Exchanges, listing: Routing) -> list[Issued[RaggedRows]]:
+        def issue(x: Tensor, exchange: Exchange) -> Issued[RaggedRows]:
+            sent = issue_all_to_all(x, self.comm, "expert", "dispatch.all_to_all", exchange.splits)
+            return sent.then(lambda values: RaggedRows(values, exchange, listing))
 
-    def _ask(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
+        known = exchanges()
+        parts = [x_RH] if len(known) == 1 else x_RH.split([sum(exchange.splits.sent) for exchange in known])
+        return [issue(x, exchange) for x, exchange in zip(parts, known, strict=True)]
+
+    def _ask(self, counts_E: Tensor, rows: int, x: Tensor) -> Exchanges:
         """Exchanges numbers of rows, and returns a function that waits for them, once, if the host needs them.
 
         Args:
@@ -236,7 +262,7 @@ class RaggedPath:
         """
         return once("dispatch.counts", lambda: functools.cache(self._start(counts_E, rows, x)))
 
-    def _start(self, counts_E: Tensor, rows: int, x: Tensor) -> Callable[[], Exchange]:
+    def _start(self, counts_E: Tensor, rows: int, x: Tensor) -> Exchanges:
         if self.policy is not None:
             return self._counted(self._planning(counts_E, self.policy))
         sent_se = counts_E.view(self.comm.size("expert"), -1)
@@ -247,41 +273,44 @@ class RaggedPath:
         """Returns how many rows of each slot tensor ranks send of their lists: (i, s, V)."""
         return counts_isV
 
-    def _counted(self, finish: Callable[[], tuple[Exchange, Rows]]) -> Callable[[], Exchange]:
+    def _counted(self, finish: Finish) -> Exchanges:
         """Adds what is moved to the total, if a backward pass may follow."""
         counted = torch.is_grad_enabled()
 
-        def exchange() -> Exchange:
+        def exchanges() -> tuple[Exchange, ...]:
             found, moved = finish()
             if counted:
                 self.moved += moved
             return found
 
-        return exchange
+        return exchanges
 
-    def _without_waiting(self, counts_ise: Tensor, rows: int, x: Tensor) -> Callable[[], tuple[Exchange, Rows]] | None:
+    def _without_waiting(self, counts_ise: Tensor, rows: int, x: Tensor) -> Finish | None:
         """Works without counts on the host if only this process's experts can be chosen and a product is one kernel."""
         if self.packed or self.comm.size("expert") > 1 or not one_kernel(x, *self.widths):
             return None
         exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
-        return lambda: (exchange, Rows(rows, rows, exchange.total, exchange.total))
+        return lambda: ((exchange,), Rows(rows, rows, exchange.total, exchange.total))
 
-    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> Callable[[], tuple[Exchange, Rows]]:
+    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> Finish:
         read = self.comm.reader(torch.cat((sent_se.unsqueeze(0), counts_ise)))
         own = self.comm.rank("expert_tensor") if self.sharers > 1 else 0
 
-        def finish() -> tuple[Exchange, Rows]:
+        def exchange(counts_ise: Tensor, sent_se: np.ndarray, arriving_ise: np.ndarray) -> Exchange:
+            rows = rows_of(arriving_ise, int(sent_se.sum()), own)
+            splits = Splits(tuple(sent_se.sum(1).tolist()), tuple(arriving_ise[own].sum(1).tolist()))
+            sizes = tuple(arriving_ise.sum((0, 1)).tolist())
+            return Exchange(splits, counts_ise, rows.gathered // self.sharers, rows.computed, sizes, self.kernel)
+
+        def finish() -> tuple[tuple[Exchange, ...], Rows]:
             values = np.array(read())
-            sent, arriving = values[0].sum(1), values[1:]
-            rows = rows_of(arriving, int(sent.sum()), own)
-            splits = Splits(tuple(sent.tolist()), tuple(arriving[own].sum(1).tolist()))
-            sizes = tuple(arriving.sum((0, 1)).tolist())
-            width = rows.gathered // self.sharers
-            return Exchange(splits, counts_ise, width, rows.computed, sizes, self.kernel), rows
+            chunks = (in_chunks(counts, self.chunks) for counts in (counts_ise, values[0], values[1:]))
+            exchanges = tuple(exchange(*chunk) for chunk in zip(*chunks, strict=True))
+            return exchanges, rows_of(values[1:], int(values[0].sum()), own, self.chunks)
 
         return finish
 
-    def _planning(self, counts_E: Tensor, policy: Policy) -> Callable[[], tuple[Exchange, Rows]]:
+    def _planning(self, counts_E: Tensor, policy: Policy) -> Finish:
         """Exchanges the numbers of rows of all lists, of which every process makes the same plan."""
         processes, device = self.comm.size("expert"), counts_E.device
         counts_isE = self.comm.all_gather(counts_E, "expert", tag="dispatch.counts", phase="forward")
@@ -293,7 +322,7 @@ class RaggedPath:
         read = self.comm.reader(counts_isE)
         process, own = self.comm.rank("expert"), self.comm.rank("expert_tensor") if self.sharers > 1 else 0
 
-        def finish() -> tuple[Exchange, Rows]:
+        def finish() -> tuple[tuple[Exchange, ...], Rows]:
             counts = np.array(read())
             plan = policy(counts.sum((0, 1)))
             slots, loans = slots_of(plan, counts), loans_of(plan, process)
@@ -313,7 +342,7 @@ class RaggedPath:
                 loans,
                 None if loans is None else slots,
             )
-            return exchange, rows
+            return (exchange,), rows
 
         return finish
 
@@ -334,22 +363,24 @@ class DealtPath(RaggedPath):
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
         x, rows = to_compute_dtype(x_TH), listed(len(routing.choice_EC), self.sharers)
         counts_E = routing.counts_E
+        own_E, hands_iE = counts_E, counts_E.unsqueeze(0)
         if self.policy is None:  # otherwise whole lists are planned for, and dealt afterwards
             if self.packed or rows > len(routing.choice_EC):  # the last expert gets what is missing
                 counts_E = torch.cat((counts_E[:-1], counts_E[-1:] - counts_E.sum() % -self.sharers))
-            counts_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
-        exchange = self._ask(counts_E, rows // self.sharers, x)
-        listing = self._listing(routing, exchange)
+            own_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
+            if self.chunks > 1:
+                hands_iE = torch.stack([dealt(counts_E, self.sharers, rank) for rank in range(self.sharers)])
+        exchanges = self._ask(own_E, rows // self.sharers, x)
+        listing = self._listing(routing, hands_iE, exchanges)
         if self.packed:
             rows = listed(len(listing.choice_EC), self.sharers)
         x_RH = grown(spread_choices(x, listing, self.kernel), rows)
         hand = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
-        return [self._to_experts(hand.flatten(0, 1), exchange, listing)]
+        return self._to_experts(hand.flatten(0, 1), exchanges, listing)
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
-        (y,) = back
-        y_RH = gather_from(y.values.unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
-        listing = y.listing or routing
+        y_RH = gather_from(_joined(back).unsqueeze(1), self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)
+        listing = back[0].listing or routing
         return merge_choices(y_RH[: len(listing.choice_EC)], listing, self.kernel)
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
@@ -362,6 +393,11 @@ class DealtPath(RaggedPath):
     @property
     def _dealers(self) -> int:
         return self.sharers
+
+
+def _joined(back: list[RaggedRows]) -> Tensor:
+    """Returns the results of all chunks."""
+    return back[0].values if len(back) == 1 else torch.cat([y.values for y in back])
 
 
 class Arrangement(NamedTuple):
@@ -500,9 +536,10 @@ def ragged_path(
         packed: Whether the device decides how many rows there are, see ``packed.py``.
     """
     comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
+    how = widths, kernel, policy, packed, topology.layout.chunks
     if topology.sequence_sharded:
-        return RaggedPath(num_experts, comm, tensor, widths, kernel, policy, packed), ScatteredRows(comm)
+        return RaggedPath(num_experts, comm, tensor, *how), ScatteredRows(comm)
     if not options.dtd or tensor == 1:
-        return RaggedPath(num_experts, comm, 1, widths, kernel, policy, packed), ReplicatedRows(comm)
+        return RaggedPath(num_experts, comm, 1, *how), ReplicatedRows(comm)
     region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
-    return DealtPath(num_experts, comm, tensor, widths, kernel, policy, packed), region(comm)
+    return DealtPath(num_experts, comm, tensor, *how), region(comm)

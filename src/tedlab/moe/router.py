@@ -96,6 +96,12 @@ class Routing(NamedTuple):
         """The number of choices that each expert receives if it takes all."""
         return self.report.load if self.rows_E is None else self.rows_E
 
+    def reordered(self, row_R: Tensor) -> "Routing":
+        """Returns it with its choices, of which none is missing, in another order: row r is what ``row_R[r]`` was."""
+        place_R = torch.full((len(row_R) + 1,), -1, dtype=row_R.dtype, device=row_R.device)
+        place_R.scatter_(0, row_R, torch.arange(len(row_R), device=row_R.device))
+        return self._replace(slot_TK=place_R[self.slot_TK], choice_EC=self.choice_EC[row_R])  # -1, the last, stays -1
+
 
 class Decision(NamedTuple):
     """What a gating rule makes of the logits of one micro-batch.

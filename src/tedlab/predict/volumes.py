@@ -316,8 +316,10 @@ class ClosedForm:
                     yield replace(call, exchanged_bytes=self._exchanged(site, of_call))
                 continue
             if self.moved is not None and site.op == "all_to_all" and site.rows in _BACK:
-                call = self._call(site.op, site.kind, phase, site.tag, rows * site.width, self._dtype(site))
-                yield replace(call, exchanged_bytes=self._exchanged(site, moved))
+                numbers = (rows, *self._exchanged(site, moved))
+                for number, *exchanged in zip(*(split_evenly(n, site.parts) for n in numbers), strict=True):
+                    call = self._call(site.op, site.kind, phase, site.tag, number * site.width, self._dtype(site))
+                    yield replace(call, exchanged_bytes=tuple(exchanged))
                 continue
             chunk = site.chunk or rows
             at_a_time = [min(chunk, rows - start) for start in range(0, rows, chunk)] if chunk else [0]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from tedlab.comm.keep import kept_tags
-from tedlab.config import Compiler, Dedup, Granularity, TrainConfig
+from tedlab.config import Compiler, Dedup, Granularity, LendPolicy, TrainConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.models import models
 from tedlab.moe import mixtures, routers
@@ -127,17 +127,23 @@ def _check_chunks(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(
             f"comm.chunks={chunks} divides what is exchanged with experts, but moe.num_experts is 0; use comm.chunks=1"
         )
-    if moe.ragged:
+    if config.comm.dedup != Dedup.NONE:
         raise ValueError(
-            f"comm.chunks={chunks} divides the slots of experts with a capacity, but moe.dispatch={moe.dispatch} has "
-            "none; use comm.chunks=1"
+            f"comm.chunks={chunks} divides the rows of each expert, but with comm.dedup={config.comm.dedup} a token "
+            "travels once for all of its experts in a process; use one of the two"
+        )
+    if moe.lend.policy != LendPolicy.NONE:
+        raise ValueError(
+            f"comm.chunks={chunks} divides the rows of each expert before they are sent, but moe.lend.policy="
+            f"{moe.lend.policy} lends experts once for all rows of a layer; use one of the two"
         )
     layout, tokens = Layout(degrees, config.comm), config.data.micro_batch_size * config.model.sequence_length
-    slots = mixtures[moe.dispatch].dispatch(config.model.hidden, moe).rows(layout, tokens).sent // moe.num_experts
-    if chunks > slots:
+    most = mixtures[moe.dispatch].dispatch(config.model.hidden, moe).most_chunks(layout, tokens)
+    if chunks > most:
+        what = "rows" if moe.ragged else "slots of each expert"
         raise ValueError(
-            f"comm.chunks={chunks} exceeds the {slots} slots of each expert that a process sends for a micro-batch of "
-            f"{tokens} tokens; use at most {slots}"
+            f"comm.chunks={chunks} exceeds the {most} {what} that a process sends for a micro-batch of {tokens} "
+            f"tokens; use at most {most}"
         )
 
 

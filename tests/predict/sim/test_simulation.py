@@ -146,6 +146,29 @@ def test_what_shared_experts_hide_is_what_the_step_becomes_shorter_by(pool: Work
     assert ends == pytest.approx([off.step_seconds, on.step_seconds])  # the makespan
 
 
+def in_chunks(configs: list[TrainConfig]) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(config, load_cluster("summit")) for config in configs]
+
+
+def test_chunks_of_slots_and_of_rows_are_exchanged_while_others_are_computed(pool: WorkerPool) -> None:
+    """In both passes; as many bytes travel as without, in twice as many calls."""
+    kinds: list[list[str]] = [[], ["moe.dispatch=dropless", "comm=dtd"]]
+    configs = [
+        checked(*WORLD, "data.batch_size=64", f"comm.chunks={chunks}", *kind) for kind in kinds for chunks in (1, 2)
+    ]
+    simulated = pool.run(1, in_chunks, configs)[0]
+    for off, on in zip(simulated[::2], simulated[1::2], strict=True):
+        assert on.differences == {}
+        exchanges = {e for e in on.ledger if e.tag in ("dispatch.all_to_all", "combine.all_to_all")}
+        assert on.hidden.keys() == exchanges
+        assert {e.phase for e in exchanges} == {"forward", "backward"}
+        for entry in exchanges:
+            assert 0 < on.hidden[entry] < on.ledger[entry].seconds
+            assert on.ledger[entry].calls == 2 * off.ledger[entry].calls
+            assert on.ledger[entry].payload_bytes == off.ledger[entry].payload_bytes
+
+
 @pytest.mark.slow
 def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -> None:
     first, *others = pool.run(1, simulated, checked(*WORLD), 0, 1, 66, 127)[0]

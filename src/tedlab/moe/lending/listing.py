@@ -24,6 +24,4 @@ def by_slot(routing: Routing, slots: Slots, rank: int, sender: int) -> Routing:
     choice_R = routing.choice_EC
     shift, counts = torch.tensor([shift_V.tolist(), counts_V.tolist()], device=choice_R.device)
     place = torch.arange(len(choice_R), device=choice_R.device)
-    row_R = shift.repeat_interleave(counts, output_size=len(choice_R)) + place
-    place_R = torch.empty_like(place).scatter_(0, row_R, place)
-    return routing._replace(slot_TK=place_R[routing.slot_TK], choice_EC=choice_R[row_R])
+    return routing.reordered(shift.repeat_interleave(counts, output_size=len(choice_R)) + place)

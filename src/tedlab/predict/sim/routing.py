@@ -60,6 +60,7 @@ class SimulatedRouting:
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm))
         self.sharers, self._own_lists, self.pilots = layout.sharers, layout.sequence, spec.pilots(layout)
+        self.chunks = spec.chunks(layout)
         tokens = config.data.micro_batch_size * config.model.sequence_length
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
@@ -117,7 +118,7 @@ class SimulatedRouting:
             return found
         return {
             block: replace(
-                rows_of(layer.arriving(expert), int(layer.sent_isV[tensor, expert].sum()), tensor),
+                rows_of(layer.arriving(expert), int(layer.sent_isV[tensor, expert].sum()), tensor, self.chunks),
                 lent=layer.plan.lent(expert),
                 borrowed=layer.plan.borrowed(expert),
                 exchanges=int(bool(layer.plan.loans)),
