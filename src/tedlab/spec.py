@@ -225,6 +225,7 @@ class MicroBatch:
         precise: Dtype of what is computed in fp32 or better.
         rows: Rows that the layer moves between experts and other processes.
         fused: Whether kernels may gather, activate and weight rows in one pass over memory each.
+        gpu: Whether the process has a GPU, for which torch has kernels that other devices have not.
     """
 
     layout: Layout
@@ -235,6 +236,7 @@ class MicroBatch:
     precise: "torch.dtype"
     rows: "Rows"
     fused: bool = False
+    gpu: bool = False
 
     @property
     def tensor(self) -> int:

@@ -118,8 +118,8 @@ class ClosedForm:
         """Returns what a block computes with, or, for None, what the layers before and after the blocks do."""
         rows = Rows() if block is None else self._rows[block]
         length = self.config.model.sequence_length
-        fused = fused_rows(self.config)
-        return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows, fused)
+        kernels = fused_rows(self.config), on_gpu(self.config)
+        return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows, *kernels)
 
     @cached_property
     def kinds(self) -> dict[int, list[int]]:
@@ -355,8 +355,13 @@ class ClosedForm:
 
 def fused_rows(config: TrainConfig) -> bool:
     """Tells whether a GPU's kernels gather, activate and weight rows of experts, in one pass over memory each."""
-    on_gpu = config.trainer["accelerator"] == "gpu" and config.trainer["precision"] != "64-true"
-    return on_gpu and config.moe.kernel != ExpertKernel.TORCH
+    fits = on_gpu(config) and config.trainer["precision"] != "64-true"
+    return fits and config.moe.kernel != ExpertKernel.TORCH
+
+
+def on_gpu(config: TrainConfig) -> bool:
+    """Tells whether processes have a GPU each."""
+    return config.trainer["accelerator"] == "gpu"
 
 
 class BucketSize(NamedTuple):

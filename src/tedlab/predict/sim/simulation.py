@@ -27,7 +27,7 @@ from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
 from tedlab.predict.sim.routing import Answers, SimulatedRouting, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
-from tedlab.predict.volumes import fused_rows, predict, with_rows
+from tedlab.predict.volumes import fused_rows, on_gpu, predict, with_rows
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_of
 from tedlab.spec import Work
@@ -210,7 +210,7 @@ def _simulated(config: TrainConfig, meter: Callable[[Topology], Meter]) -> Simul
     scale = config.optim.loss_scale
     simulated = strategy_of(
         config,
-        functools.partial(SimulatedStrategy, meter),
+        functools.partial(SimulatedStrategy, meter, on_gpu(config)),
         checkpoints=CheckpointOptions(),
         process_group_backend="fake",
         check_replicas_every=None,

@@ -15,7 +15,9 @@ from tedlab.comm import SlotAgreement
 from tedlab.moe.grouped import one_by_one
 from tedlab.moe.products import standing_in
 from tedlab.nn.ids import unchecked
+from tedlab.nn.norm import gpu_norms
 from tedlab.predict.sim.meter import Meter
+from tedlab.predict.sim.norm import FusedNorm
 from tedlab.predict.sim.row_ops import FusedRowOps
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -79,12 +81,13 @@ class SimulatedStrategy(TEDStrategy):
 
     Args:
         meter: Makes the meter once the topology exists.
+        gpu: Whether the process has a GPU.
         arguments, options: The arguments of TEDStrategy.
     """
 
-    def __init__(self, meter: Callable[[Topology], Meter], *arguments: Any, **options: Any) -> None:
+    def __init__(self, meter: Callable[[Topology], Meter], gpu: bool, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._make_meter = meter
+        self._make_meter, self._gpu = meter, gpu
         self._meter: Meter | None = None
         self._modes = ExitStack()
 
@@ -103,6 +106,8 @@ class SimulatedStrategy(TEDStrategy):
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
         self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
+        if self._gpu:
+            self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_row_op)))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
