@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import published
 from experiments.breakdown import NAMES, parts, total
 from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
 from tedlab.predict.cluster import load_cluster
@@ -29,7 +30,7 @@ from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.sim.show import simulate_visibly
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "simulate.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "simulate.md", ROOT / "docs" / "truth.md")
 _BLOCK = re.compile(r"(<!-- refresh (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 _GIB = 2**30
 
@@ -137,6 +138,13 @@ def _dropless(simulations: Mapping[str, Simulation]) -> str:
     )
 
 
+# ---- docs/truth.md -------------------------------------------------------------------------------------------------
+
+
+def _published(_: Mapping[str, Simulation]) -> str:
+    return published.markdown(published.compared(published.read()))
+
+
 BLOCKS = {
     "simulate": Block({}, _printed),
     "memory": Block(
@@ -158,6 +166,7 @@ BLOCKS = {
         },
         _dropless,
     ),
+    "published": Block({}, _published),
 }
 
 
