@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tedlab.certify.record import _PIECE, CertificateRecorder
-from tedlab.certify.shrink import SAVED, STEPS, STEPS_PER_EPOCH, reference, shrink
+from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, STEPS_PER_EPOCH, largest_alike, reference, shrink
 from tedlab.config import OptimConfig, TrainConfig, with_values
 from tedlab.data import MicroBatchSampler, PackedSamples, TextDataModule
+from tedlab.degrees import ParallelDegrees
 from tedlab.models import gpt
 from tedlab.moe.router import Router
 from tedlab.run import build
@@ -201,6 +202,25 @@ def test_what_is_valid_is_valid_when_small(tmp_path: Path, overrides: list[str])
     small = shrink(composed("data.batch_size=32", "data.micro_batch_size=4", "model.hidden=160", *overrides), tmp_path)
     check(small, 16)
     check(reference(small, tmp_path), 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "small"),
+    [
+        # Experts are over more processes than a tensor group, over as many, and over fewer; and divided more than it.
+        (ParallelDegrees(512, 8, 64, expert_tensor=1), (16, 4, 8, 1, 2)),
+        (ParallelDegrees(64, 8, 8, expert_tensor=1), (16, 8, 8, 1, 2)),
+        (ParallelDegrees(64, 8, 2, expert_tensor=1), (16, 8, 2, 1, 8)),
+        (ParallelDegrees(64, 1, 8, expert_tensor=4), (16, 1, 4, 2, 2)),
+        (ParallelDegrees(64, 8, 16, expert_tensor=4), (16, 8, 8, 2, 1)),
+        (ParallelDegrees(8, 4, 4, expert_tensor=1, order="expert_data"), (8, 4, 4, 1, 2)),
+    ],
+    ids=str,
+)
+def test_a_folded_layout_stays_folded_when_small(given: ParallelDegrees, small: tuple[int, ...]) -> None:
+    alike = largest_alike(given, MOST_PROCESSES)
+    assert (alike.world_size, alike.tensor, alike.expert, alike.expert_tensor, alike.expert_data) == small
+    assert alike.order == given.order
 
 
 def test_windows_and_stretched_positions_matter_when_small_and_ranks_go_on_sharing_keys(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ whatever needs padding is padded here, too. It replaces the precision, and the t
 every tensor rank. GPU configurations run on GPUs if this machine has enough of them, and on the CPU otherwise.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -100,7 +101,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     model = replace(
         with_heads(config.model, heads, widths.head, degrees.tensor),
         layers=2,
-        ffn=degrees.tensor * widths.ffn,
+        ffn=math.lcm(degrees.tensor, degrees.expert_tensor) * widths.ffn,
         sequence_length=length,
         vocab_size=_vocabulary(degrees.tensor),
         init_std=0.2,  # large enough for every path to matter
@@ -126,7 +127,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         every=1 if listed else min(2, config.moe.every),
         first_dense=int(dense_first),
         blocks=None,
-        ffn=None if config.moe.ffn is None else degrees.tensor * widths.expert,
+        ffn=None if config.moe.ffn is None else degrees.expert_tensor * widths.expert,
         shared=replace(
             shared,
             experts=min(2, shared.experts),
@@ -184,7 +185,13 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         config,
         model=model,
         moe=moe,
-        parallel=ParallelConfig(degrees.world_size, degrees.tensor, degrees.expert, given.sequence),
+        parallel=replace(
+            config.parallel,
+            world_size=degrees.world_size,
+            tensor=degrees.tensor,
+            expert=degrees.expert,
+            expert_tensor=degrees.expert_tensor if degrees.folded else None,
+        ),
         comm=replace(
             config.comm,
             backend=None if accelerator == "cpu" else config.comm.backend,
@@ -257,21 +264,41 @@ def _rotary(model: ModelConfig, length: int) -> RotaryConfig:
 def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:
     """Returns the largest layout of at most ``most_processes`` in which every degree divides the given one.
 
-    A degree is 1 only if the given one is.
+    A degree is 1 only if the given one is. A folded layout stays one: of tensor and expert_tensor the larger stays the
+    larger, and where it can be, an expert group holds a tensor group or is inside one if it did or was before.
 
     Raises:
         ValueError: If there is no such layout, as for three large prime degrees.
     """
     wanted = (degrees.tensor, degrees.expert, degrees.expert_data)
-    fitting = [
-        sizes
-        for sizes in product(*(_divisors(degree) for degree in wanted))
-        if np.prod(sizes) <= most_processes and all(s > 1 or w == 1 for s, w in zip(sizes, wanted, strict=True))
-    ]
+    widths = _divisors(degrees.expert_tensor) if degrees.folded else [None]
+    fitting = []
+    for (tensor, expert, replicas), width in product(product(*map(_divisors, wanted)), widths):
+        width = width or tensor
+        world = width * expert * replicas
+        if world <= most_processes and world % tensor == 0:
+            layout = ParallelDegrees(world, tensor, expert, degrees.sequence, width, degrees.order)
+            if _traits(layout) == _traits(degrees):
+                fitting.append(layout)
     if not fitting:
         raise ValueError(f"no layout of at most {most_processes} processes is like {degrees}")
-    tensor, expert, expert_data = max(fitting, key=lambda sizes: (np.prod(sizes), sizes))
-    return ParallelDegrees(tensor * expert * expert_data, tensor, expert, degrees.sequence)
+
+    def size(layout: ParallelDegrees) -> tuple[object, ...]:
+        sizes = layout.tensor, layout.expert, layout.expert_data, layout.expert_tensor
+        return layout.folded and _inside(layout) == _inside(degrees), layout.world_size, sizes
+
+    return max(fitting, key=size)
+
+
+def _inside(degrees: ParallelDegrees) -> int:
+    """Returns 1 if the processes that hold all experts together are fewer than a tensor group, -1 if more, else 0."""
+    return int(np.sign(degrees.tensor - degrees.expert * degrees.expert_tensor))
+
+
+def _traits(degrees: ParallelDegrees) -> tuple[object, ...]:
+    """Returns which degrees are 1, and which of tensor and expert_tensor is the larger."""
+    sizes = degrees.tensor, degrees.expert, degrees.expert_data, degrees.expert_tensor, degrees.data
+    return *(size == 1 for size in sizes), np.sign(degrees.tensor - degrees.expert_tensor)
 
 
 def _accelerator(config: TrainConfig, processes: int) -> str:
