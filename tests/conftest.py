@@ -43,6 +43,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compositions() -> Iterator[None]:
+    """Hydra reads the files of a choice of presets once."""
+    from tests.compositions import remembered
+
+    with remembered():
+        yield
+
+
 @pytest.fixture(scope="session")
 def pool() -> WorkerPool:
     """The server of worker processes that all tests share."""
