@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tedlab.certify import Row
-from tedlab.certify.certificate import CONTINUATIONS, Execute, Recorded, Runs, runs_for
+from tedlab.certify.certificate import Execute, Recorded, Runs, runs_for
 from tedlab.certify.record import record
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.cli import CONF
@@ -63,12 +63,15 @@ def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[
     A run that nothing continues has two steps.
     """
     runs: dict[Case, Runs] = {}
+    continued: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for case in cases:
+        continued[case.overrides].update(case.continuations)
     shared: dict[tuple[tuple[str, ...], bool], Runs] = {}
     for number, case in enumerate(cases):
         key = case.overrides, bool(case.continuations)
         if key not in shared:
-            saved = tuple(CONTINUATIONS) if case.continuations else ()
-            shared[key] = runs_for(composed(*case.overrides), directory / str(number), saved, MOST_PROCESSES)
+            names = tuple(continued[case.overrides]) if case.continuations else ()
+            shared[key] = runs_for(composed(*case.overrides), directory / str(number), names, MOST_PROCESSES)
             if not case.continuations:
                 shorter = {"trainer.max_steps": _STEPS}
                 layout, one = with_values(shared[key].layout, shorter), with_values(shared[key].one, shorter)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from tedlab.certify.certificate import CONTINUATIONS, runs_for
 from tedlab.certify.record import _PIECE, CertificateRecorder
 from tedlab.certify.shrink import MOST_PROCESSES, SAVED, STEPS, STEPS_PER_EPOCH, largest_alike, reference, shrink
 from tedlab.config import OptimConfig, TrainConfig, with_values
@@ -48,6 +49,22 @@ def test_a_run_that_is_continued_goes_on_into_the_next_epoch() -> None:
     assert SAVED % STEPS_PER_EPOCH  # saved in the middle of one
     assert SAVED < STEPS_PER_EPOCH < STEPS
     assert STEPS - SAVED >= 2
+
+
+@pytest.mark.parametrize(
+    ("continuations", "saving"),
+    [
+        ([], []),
+        (["in one process"], ["layout"]),
+        (["from one process"], ["one"]),
+        ([*CONTINUATIONS], ["layout", "one"]),
+    ],
+    ids=str,
+)
+def test_a_run_saves_only_if_another_continues_it(tmp_path: Path, continuations: list[str], saving: list[str]) -> None:
+    runs = runs_for(composed("parallel=tp2_ep2"), tmp_path, tuple(continuations), most_processes=4)
+    every = {"layout": runs.layout.checkpoint.every, "one": runs.one.checkpoint.every}
+    assert [name for name, steps in every.items() if steps is not None and steps <= STEPS] == saving
 
 
 def test_the_reference_is_the_plainest(tmp_path: Path) -> None:

@@ -49,3 +49,7 @@ class StepCheckpoint(ModelCheckpoint):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Does nothing: no save was postponed."""
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Does nothing: :func:`tedlab.run.run` saves the end of a run, and a certificate has no use for it."""

@@ -188,11 +188,17 @@ def runs_for(config: TrainConfig, directory: Path, continuations: tuple[str, ...
         UsageError: If the configuration is not valid.
     """
     layout = shrink(config, directory, most_processes)
-    if not continuations:  # then nothing needs to be saved either
-        layout = replace(layout, checkpoint=replace(layout.checkpoint, every=STEPS + 1))
     one = reference(layout, directory)
-    layout, one = complete(layout, most_processes), complete(one)
+    continued = {CONTINUATIONS[name][0] for name in continuations}
+    layout, one = (
+        complete(run if party in continued else _without_checkpoints(run), most)
+        for party, run, most in (("layout", layout, most_processes), ("one", one, None))
+    )
     return Runs(layout, one, parallel_degrees(layout.parallel), continuations)
+
+
+def _without_checkpoints(config: TrainConfig) -> TrainConfig:
+    return replace(config, checkpoint=replace(config.checkpoint, every=STEPS + 1))
 
 
 def _read(config: TrainConfig) -> Record:

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
+from tedlab._compat.lightning import count_as_saved
 from tedlab._compat.torch import shape_and_offset_of_shard
 from tedlab.config import TrainConfig
 from tedlab.module import NOT_SCALARS, LanguageModel
@@ -208,6 +210,9 @@ class CertificateRecorder(Callback):
         )
         self.parts[trainer.global_step] = {name: self._quantities[name] for name in (*QUANTITIES, LOSS_SCALE)}
         self._scalars, self._quantities = [], {}
+        saving = trainer.checkpoint_callback
+        if trainer.global_step == trainer.max_steps and isinstance(saving, ModelCheckpoint):
+            count_as_saved(saving, trainer.global_step)  # nothing goes on from there
 
 
 def assembled(everybody: Sequence[Parts]) -> Record:
