@@ -87,7 +87,10 @@ def logits(weights: Weights, ids: Tensor, model: ModelConfig, moe: MoEConfig, ro
         x = x + _attention(block, attended, model)
         inside = _norm(block, "norm2", x, model)
         reads += [attended, inside]
-        if _has_experts(number, moe):
+        if _has_experts(number, moe) and moe.shortcut == "dgmoe":
+            first, second = (tensor.reshape(samples * length, -1) for tensor in (reads[-3], inside))
+            x = x + _double_gated(block, first, second, length, model, moe, routed).reshape(x.shape)
+        elif _has_experts(number, moe):
             z = reads[{"none": -1, "pos1": -2, "pos2": -3, "pos3": -4}[moe.shortcut]]
             flat, of_router = (tensor.reshape(samples * length, -1) for tensor in (inside, z))
             x = x + _mixture(block, flat, of_router, length, model, moe, routed).reshape(x.shape)
@@ -170,17 +173,44 @@ def _joined(weights: Weights, x: Tensor, mixed: Tensor, model: ModelConfig, moe:
     return shares[:, 1:] * mixed + shares[:, :1] * y
 
 
-def _mixture(
-    weights: Weights, own: Tensor, x: Tensor, length: int, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]
+def _double_gated(
+    weights: Weights, u: Tensor, v: Tensor, length: int, model: ModelConfig, moe: MoEConfig, routed: list[_Routed]
 ) -> Tensor:
-    """What a block's experts make: those that every token goes to of ``own``, router and routed ones of ``x``."""
+    """DGMoE: each token's ``u`` goes to its best expert, and its ``v`` to the best of the others."""
+    preferred = _affinities(u @ weights["feed_forward.router.weight"].T, moe)
+    preferred = preferred + weights.get("feed_forward.router.bias", torch.zeros(moe.num_experts))
+    taken = [max(range(moe.num_experts), key=row.__getitem__) for row in preferred.tolist()]
+    barred: list[int | None] = [*[None] * len(u), *taken]
+    both = torch.cat((u, v))
+    of_u, of_v = _mixture(weights, both, both, length, model, moe, routed, barred).chunk(2)
+    return of_u + of_v
+
+
+def _mixture(
+    weights: Weights,
+    own: Tensor,
+    x: Tensor,
+    length: int,
+    model: ModelConfig,
+    moe: MoEConfig,
+    routed: list[_Routed],
+    barred: Sequence[int | None] | None = None,
+) -> Tensor:
+    """What a block's experts make: those that every token goes to of ``own``, router and routed ones of ``x``.
+
+    A token may be barred from an expert.
+    """
     tokens, number = len(x), moe.num_experts
     scores = x @ weights["feed_forward.router.weight"].T
     if moe.router.bias:
         scores = scores + weights["feed_forward.router.logit_bias"]
     affinities = _affinities(scores, moe)
     bias = weights.get("feed_forward.router.bias", torch.zeros(number))
-    chosen = [_chosen(row, moe) for row in (affinities.detach() + bias).tolist()]
+    preferences = (affinities.detach() + bias).tolist()
+    for row, expert in zip(preferences, barred or [], strict=False):
+        if expert is not None:
+            row[expert] = -math.inf
+    chosen = [_chosen(row, moe) for row in preferences]
     kept = _kept(chosen, affinities.tolist(), length, moe)
     gates = torch.stack([_gates(scores[t], affinities[t], experts, moe) for t, experts in enumerate(chosen)])
     y = torch.zeros_like(x)

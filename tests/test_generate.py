@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from tedlab.checkpoint.contents import consolidate
 from tedlab.commands.generate import main, prepare
-from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig
+from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig, SharedConfig
 from tedlab.generate import generate, model_of
+from tests import oracle
 from tests.commands import run_command
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -65,13 +69,13 @@ def test_a_router_that_sees_the_future_writes_no_text(tmp_path: Path, monkeypatc
 # ---- a trained model ------------------------------------------------------------------------------------------------
 
 
-def _job() -> Job:
-    return Job(steps=2, moe=MoEConfig(num_experts=4, capacity_factor=0.5))
+CAPACITY = MoEConfig(num_experts=4, capacity_factor=0.5)
+PAIRS = MoEConfig(num_experts=4, dispatch="dropless", shared=SharedConfig(1, combine="cg1"), shortcut="pos2")
 
 
-def save_run(layout: Layout, directory: str) -> dict[str, Any]:
+def save_run(layout: Layout, directory: str, moe: MoEConfig) -> dict[str, Any]:
     """Two steps of training in every process of the layout, and the checkpoint where a run leaves it."""
-    job = _job()
+    job = Job(steps=2, moe=moe)
     module = language_model(job)
     fit = trainer(layout, max_steps=job.steps, accumulate_grad_batches=job.micro_batches // layout.data)
     fit.fit(module, loader(layout, job, fit.global_rank))
@@ -89,20 +93,27 @@ def continue_text(config: GenerateConfig) -> str:
 
 @pytest.fixture(scope="module")
 def run_directory(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of four processes leaves."""
+    return finished(pool, tmp_path_factory.mktemp("run"), CAPACITY)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz ,.!?"
+
+
+def finished(pool: WorkerPool, directory: Path, moe: MoEConfig) -> Path:
     """What a run of four processes leaves. The model knows 64 tokens, so its tokenizer has letters only."""
     from hydra.core.hydra_config import HydraConfig
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from tedlab.report import resolved_yaml
 
-    directory = tmp_path_factory.mktemp("run")
-    parts = pool.run(4, save_run, Layout(4, tensor=2, expert=2), str(directory))[0]
+    parts = pool.run(4, save_run, Layout(4, tensor=2, expert=2), str(directory), moe)[0]
     model: ModelConfig = parts["model"]
     config = compose("logger=none")
     HydraConfig.instance().cfg = None
     config = replace(config, model=model, moe=parts["moe"], data=replace(config.data, path=None))
     (directory / "config.yaml").write_text(resolved_yaml(config))
-    letters = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz ,.!?"]
+    letters = ["<|endoftext|>", *LETTERS]
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -128,6 +139,20 @@ def test_greedy_text_can_be_had_again_and_keeps_the_prompt(pool: WorkerPool, run
     assert first == text(pool, run_directory, temperature=0, seed=2)
     assert first.startswith(PROMPT)
     assert len(first) > len(PROMPT)
+
+
+@pytest.mark.parametrize("moe", [PAIRS, replace(PAIRS, shared=SharedConfig(), shortcut="dgmoe")], ids=["pos2", "dgmoe"])
+def test_joined_blocks_write_what_plain_torch_does(pool: WorkerPool, tmp_path: Path, moe: MoEConfig) -> None:
+    run = finished(pool, tmp_path / "run", moe)
+    consolidate(run / "checkpoints" / "last.ckpt", tmp_path / "whole.safetensors")
+    weights = {name: weight.double() for name, weight in load_file(tmp_path / "whole.safetensors").items()}
+    ids = [1 + LETTERS.index(letter) for letter in "hello"]
+    for _ in range(6):
+        given = torch.tensor([ids[-Job().model.sequence_length :]])
+        values = oracle.logits(weights, given, Job().model, moe, [])[0, -1, : 1 + len(LETTERS)]
+        ids.append(int(values.argmax()))
+    expected = "".join(["", *LETTERS][number] for number in ids)
+    assert text(pool, run, prompt="hello", tokens=6, temperature=0) == expected
 
 
 def test_sampled_text_depends_on_the_seed_alone(pool: WorkerPool, run_directory: Path) -> None:

@@ -418,6 +418,25 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["moe.shortcut=pos1", "moe.shared.experts=1", "moe.kernel=triton", "model.compile=aot_eager"],
         ["moe.kernel=triton", "moe.shortcut=pos1", "model.compile=none", "moe.kernel=auto"],
     ),
+    "double_gate_beside_shared_experts": (
+        ["moe.shortcut=dgmoe", "moe.shared.experts=1"],
+        ["moe.shortcut=dgmoe", "moe.shared.experts=0, not 1", "moe.shortcut=pos2"],
+    ),
+    "double_gate_of_several_choices": (["moe.shortcut=dgmoe", "moe.top_k=2"], ["moe.top_k=1, not 2"]),
+    "double_gate_that_overlaps": (
+        ["moe.shortcut=dgmoe", "comm.overlap_shortcut=true"],
+        ["comm.overlap_shortcut=false, not true"],
+    ),
+    "double_gate_with_noise": (["moe.shortcut=dgmoe", "moe.router.noise=gumbel"], ["moe.router.noise=none"]),
+    "double_gate_balanced_by_sequence": (
+        ["moe.shortcut=dgmoe", "moe.balance.scope=sequence"],
+        ["moe.balance.scope=sequence", "micro_batch or global_batch"],
+    ),
+    "double_gate_without_a_dense_block": (
+        ["moe.shortcut=dgmoe", "moe.every=1"],
+        ["for block 0 there is none before it"],
+    ),
+    "record_of_a_double_gate": (["moe.shortcut=dgmoe", "routing.record=true"], ["routing.record=true", "routed twice"]),
     "shortcut_around_experts_that_are_not_compiled": (
         ["moe.shortcut=pos1", "moe.shared.experts=1", "moe.dispatch=dropless", "model.compile=aot_eager"],
         ["model.compile=aot_eager", "moe.dispatch=dropless", "model.compile=none"],

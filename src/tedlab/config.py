@@ -39,7 +39,7 @@ Scoring = StrEnum("Scoring", "SOFTMAX SIGMOID")
 Gates = StrEnum("Gates", "RAW NORMALIZED SOFTMAX")
 GroupScore = StrEnum("GroupScore", "MAX TOP2")
 SharedCombine = StrEnum("SharedCombine", "ADD CG1 CG2")
-Shortcut = StrEnum("Shortcut", "NONE POS1 POS2 POS3")
+Shortcut = StrEnum("Shortcut", "NONE POS1 POS2 POS3 DGMOE")
 Noise = StrEnum("Noise", "NONE GUMBEL NORMAL")
 BiasUpdate = StrEnum("BiasUpdate", "NONE SIGN PROPORTIONAL")
 BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
@@ -271,7 +271,8 @@ class MoEConfig(Frozen):
     shared: SharedConfig = field(default_factory=SharedConfig)
     # What routers and routed experts read (ScMoE, arXiv 2404.05019): what the shared experts of their block read (none)
     # | what an earlier sub-layer reads: their block's attention (pos1) | the feed-forward layer (pos2) or the attention
-    # (pos3) of the dense block before it, which then runs as one with theirs.
+    # (pos3) of the dense block before it, which then runs as one with theirs | both what pos2 and what none reads, each
+    # for an expert of its own, in place of shared experts (dgmoe, the paper's double-gated mixture).
     shortcut: str = word(Shortcut.NONE)
     lend: LendConfig = field(default_factory=LendConfig)
 
@@ -286,7 +287,12 @@ class MoEConfig(Frozen):
     @property
     def paired(self) -> bool:
         """Whether each block with experts runs as one with the dense block before it."""
-        return self.shortcut in (Shortcut.POS2, Shortcut.POS3)
+        return self.shortcut in (Shortcut.POS2, Shortcut.POS3, Shortcut.DGMOE)
+
+    @property
+    def inputs(self) -> int:
+        """How many tensors of a token routers read; each is routed to ``top_k`` experts."""
+        return 2 if self.shortcut == Shortcut.DGMOE else 1
 
     @property
     def unlimited(self) -> bool:

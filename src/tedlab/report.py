@@ -119,7 +119,7 @@ def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:
 
 def about(config: TrainConfig, module: LanguageModel) -> dict[str, Any]:
     """Returns the entries of a summary that need no measurement: sizes, layout, versions."""
-    parameters = count_parameters(module, config.moe.top_k)
+    parameters = count_parameters(module, config.moe.inputs * config.moe.top_k)
     degrees = module.topology.degrees
     return {
         "parameters/total": parameters.total,

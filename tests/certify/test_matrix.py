@@ -203,6 +203,13 @@ SHORTCUTS: dict[str, dict[str, object]] = {
         **{EXPERTS_PER_RANK: 2, **PAIR, "moe.shortcut": "pos3", "parallel.sequence": True, **TODAY},
         **{"moe.shared.combine": "cg2", "moe.dispatch": "dropless", "comm.shortcut_slot": 4, "moe.every": 2},
     },
+    "dgmoe_dealt": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "moe.shortcut": "dgmoe", "comm": "ted_fused"},
+        **{"moe.dispatch": "dropless", "optim.overlap": True},
+    },
+    "dgmoe_in_slices": {
+        **{EXPERTS_PER_RANK: 2, "moe.shortcut": "dgmoe", "parallel.sequence": True, "moe.capacity_factor": 0.8},
+    },
 }
 TRAINED: dict[str, dict[str, object]] = {
     "frozen_router_experts_faster": {

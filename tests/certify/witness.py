@@ -104,6 +104,14 @@ SHORTCUTS: dict[str, dict[str, object]] = {
         **{"model.recompute.granularity": "block", "comm.cac": True, "moe.shared.combine": "cg2"},
         "comm.overlap_shortcut": True,
     },
+    "dgmoe_ted": {
+        **{**PAIRS, "moe.shared.experts": 0, "moe.shortcut": "dgmoe", "moe.capacity_factor": 0.8, "comm": "ted"},
+        **{"model.recompute.granularity": "block", "moe.capacity_groups": 3, "moe.router.bias_update": "sign"},
+    },
+    "dgmoe_sequence_dropless": {
+        **{**PAIRS, **TODAY, "model.heads": 2, "moe.shared.experts": 0, "moe.shortcut": "dgmoe"},
+        **{"moe.dispatch": "dropless", "parallel.sequence": True, "moe.balance.scope": "global_batch"},
+    },
 }
 MORE_ROUTERS: dict[str, dict[str, object]] = {
     "deepseek_v2_by_score": {

@@ -69,8 +69,10 @@ MODES |= {
         "moe.shared.combine": "cg1",
     },
     "pos3_dropless_dtd": {**BESIDE, **MODES["dropless_dtd"], "moe.shortcut": "pos3"},
+    "dgmoe_dropless": {**MODES["dropless_plain"], "moe.shortcut": "dgmoe", "moe.top_k": 1},
+    "dgmoe_sequence": {**MODES["sequence"], "moe.shortcut": "dgmoe", "moe.top_k": 1},
 }
-SHORTCUTS = list(MODES)[-3:]
+SHORTCUTS = list(MODES)[-5:]
 LEND: Overrides = {"moe.dispatch": "dropless", "moe.lend.policy": "llep", "moe.lend.minimum": 1, "moe.every": 1}
 MODES |= {
     "lent": {**LEND, "moe.lend.threshold": 1.2},

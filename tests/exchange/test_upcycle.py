@@ -266,6 +266,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "sets_in_parts": (["moe=mixtral", "moe.ffn=8", "moe.top_k=3"], ["moe.num_experts is 8", "6 or 9"]),
     "another_gating": (["moe=top2", "moe.gating=hash"], ["moe.gating=hash", "default only"]),
     "shared_experts": (["moe=mixtral", "moe.shared.experts=1"], ["moe.shared.experts=1", "set it to 0"]),
+    "a_shortcut": (["moe=mixtral", "moe.shortcut=dgmoe"], ["moe.shortcut=dgmoe", "moe.shortcut=none"]),
     "another_model": (["model.hidden=8"], ["model.hidden=8", "stays as it is"]),
     "a_slip": (["moe=mixtral", "moe.num_expert=8"], ["num_experts"]),
     "a_share_above_1": (["moe=mixtral", "reinit=2"], ["reinit is 2.0", "at most 1"]),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tedlab.checkpoint import durable
 from tedlab.checkpoint.pieces import Piece, PieceReader, write_pieces
-from tedlab.config import BiasUpdate, Gates, ModelConfig, MoEConfig, Noise, Scoring
+from tedlab.config import BiasUpdate, Gates, ModelConfig, MoEConfig, Noise, Scoring, Shortcut
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange.imports import PREFIX
 from tedlab.generate import model_of
@@ -154,6 +154,11 @@ def _pieces(model: ModelConfig, moe: MoEConfig) -> int:
         raise ValueError(f"moe.gating={moe.gating}: upcycling knows the weights of choices of moe.gating=default only")
     if moe.shared.experts:
         raise ValueError(f"moe.shared.experts={moe.shared.experts}: upcycling makes routed experts only; set it to 0")
+    if moe.shortcut != Shortcut.NONE:
+        raise ValueError(
+            f"moe.shortcut={moe.shortcut}: experts would not read what the dense layers read of which they are made; "
+            "use moe.shortcut=none"
+        )
     width = moe.ffn or model.ffn
     if model.ffn % width:
         raise ValueError(

@@ -28,7 +28,9 @@ from tedlab.config import (
 )
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.block import Block, BlockSpec
-from tedlab.models.shortcut import MergedSpec, ShortcutBlocks, ShortcutSpec, units
+from tedlab.models.joined import JoinedSpec, MergedSpec
+from tedlab.models.units import Unit, joined, units
+from tedlab.models.wiring import check_wiring
 from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, Router, RouterReport, mixtures
 from tedlab.nn import (
@@ -114,7 +116,7 @@ class GPTSpec(Spec):
         return [part for part in ends if part is not None]
 
     @cached_property
-    def units(self) -> list[BlockSpec | ShortcutSpec | MergedSpec]:
+    def units(self) -> list[Unit]:
         """For each block what runs as a whole: itself, or a pair, which stands at its second block."""
         return units(self.blocks)
 
@@ -129,7 +131,7 @@ class GPTSpec(Spec):
         What is said of either block of a pair holds for both.
         """
         unit = self.units[block]
-        blocks = len(unit.blocks) if isinstance(unit, ShortcutSpec) else 1
+        blocks = len(unit.blocks) if isinstance(unit, JoinedSpec) else 1
         return dict(chain.from_iterable(kept_tags(cac, self.tags, block - n).items() for n in range(blocks)))
 
     def check(self, degrees: ParallelDegrees) -> None:
@@ -201,6 +203,9 @@ class GPT(nn.Module):
         topology: The process's place in the meshes.
         seed: Seed of the initial weights, which depend on nothing else; None: parameters are left to be filled.
 
+    Raises:
+        ValueError: If ``moe.shortcut`` needs other blocks or options, or sizes cannot be divided as the topology says.
+
     Attributes:
         spec: Class of its specification; a model with the same layers keeps it.
         block: Class of its blocks.
@@ -211,6 +216,7 @@ class GPT(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, topology: Topology, seed: int | None) -> None:
         super().__init__()
+        check_wiring(model, moe, topology.options, self.block)
         spec = self.spec(model, moe)
         self.embedding = VocabParallelEmbedding(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
@@ -225,15 +231,15 @@ class GPT(nn.Module):
             initialize(self, seed)
         # What runs in place of a block, if not the block: a pair, or nothing, if the pair is run later. Not registered,
         # because their parameters are those of the blocks.
-        self._joined: dict[int, ShortcutBlocks | None] = {}
+        self._joined: dict[int, nn.Module | None] = {}
         for index, (block, of) in enumerate(zip(self.blocks, spec.units, strict=True)):
             if isinstance(of, MergedSpec):
                 self._joined[index] = None
                 continue
             unit = block
-            if isinstance(of, ShortcutSpec):
+            if isinstance(of, JoinedSpec):
                 its: Any = self.blocks[index + 1 - len(of.blocks) : index + 1]
-                unit = self._joined[index] = ShortcutBlocks(of, its, topology.options, model.sequence_length)
+                unit = self._joined[index] = joined(of, its, topology, model.sequence_length)
             sites, early_stop = of.sites(topology.layout), model.recompute.early_stop
             unread = unread_tags(sites.recomputed) if early_stop else ()
             kept = spec.kept(topology.options.cac, index)

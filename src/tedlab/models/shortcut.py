@@ -13,44 +13,32 @@ The paper omits norms. Here z is normed as the sub-layer that reads the same ten
 does), and the coefficients of ``moe.shared.combine`` are functions of v.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from tedlab.comm.rows import Rows
 from tedlab.config import CommOptions, Shortcut
-from tedlab.models.block import Block, BlockSpec
-from tedlab.moe import MoESpec, RouterReport
-from tedlab.spec import Layout, MicroBatch, Sites, Spec, Work, WorkingSet
+from tedlab.models.block import Block
+from tedlab.models.joined import JoinedSpec
+from tedlab.moe import RouterReport
+from tedlab.spec import MicroBatch, Spec, WorkingSet
 
 # How many sub-layers routed experts run beside: those from the one that reads the same tensor to the shared experts.
 BESIDE = {Shortcut.POS1.value: 2, Shortcut.POS2.value: 3, Shortcut.POS3.value: 4}
 
 
 @dataclass(frozen=True)
-class ShortcutSpec(Spec):
-    """Describes a :class:`ShortcutBlocks`.
+class ShortcutSpec(JoinedSpec):
+    """Describes a :class:`ShortcutBlocks`: a block with shared experts, after its dense block if it has one.
 
     Attributes:
-        blocks: A block with shared experts, after the dense block that it forms a pair with, if it does.
         beside: The number of sub-layers that routed experts run beside.
     """
 
-    blocks: tuple[BlockSpec, ...]
     beside: int
-
-    def children(self) -> Iterator[tuple[str, Spec]]:
-        return ((str(number), block) for number, block in enumerate(self.blocks))
-
-    @property
-    def experts(self) -> MoESpec:
-        """The layer whose routed experts read an earlier sub-layer's tensor."""
-        layer = self.blocks[-1].feed_forward
-        assert isinstance(layer, MoESpec)
-        return layer
 
     @property
     def sublayers(self) -> list[tuple[Spec, Spec]]:
@@ -78,25 +66,6 @@ class ShortcutSpec(Spec):
         first, costs = number - self.beside, [layer.flops(length).total() for _, layer in self.sublayers]
         return min(range(first, number + 1), key=lambda slot: abs(sum(costs[first:slot]) - sum(costs[slot:])))
 
-    def rows(self, layout: Layout, tokens: int) -> Rows:
-        """See :meth:`BlockSpec.rows`."""
-        return self.blocks[-1].rows(layout, tokens)
-
-    def sites(self, layout: Layout) -> Sites:
-        """Returns the collectives of its blocks; what a dense block adds last is read by the next."""
-        *earlier, last = (block.sites(layout) for block in self.blocks)
-        together = Sites()
-        for forward, backward in earlier:
-            read = (replace(site, feeds=None) if site.feeds == "end" else site for site in forward)
-            together = together.then(Sites(tuple(read), backward))
-        return together.then(last)
-
-    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        *earlier, last = self.blocks
-        for block in earlier:
-            yield from block.forward(b, dead)
-        yield from last.forward(b, dead, stop)
-
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         """Yields those of the sub-layers, the last first, and of routed experts in the place where they compute."""
         parts, experts = self.sublayers, self.experts.routed_alone
@@ -109,32 +78,6 @@ class ShortcutSpec(Spec):
             freed += layer.saved(b) + norm.saved(b)
             if layer is experts:
                 freed -= self.experts.read_twice(b)
-
-
-@dataclass(frozen=True)
-class MergedSpec(Spec):
-    """Stands for a dense block that runs as one with the next, which describes both."""
-
-    def rows(self, layout: Layout, tokens: int) -> Rows:
-        """Returns none."""
-        return Rows()
-
-    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        return iter(())
-
-    def backward(self, b: MicroBatch) -> Iterator[Work]:
-        return iter(())
-
-
-def units(blocks: Sequence[BlockSpec]) -> list[BlockSpec | ShortcutSpec | MergedSpec]:
-    """Returns for each block what runs as a whole; a pair stands at its second block."""
-    found: list[BlockSpec | ShortcutSpec | MergedSpec] = list(blocks)
-    for index, block in enumerate(blocks):
-        if block.moe is not None and block.moe.shortcut != Shortcut.NONE:
-            pair = block.moe.paired
-            found[index] = ShortcutSpec(tuple(blocks[index - pair : index + 1]), BESIDE[block.moe.shortcut])
-            found[index - pair : index] = [MergedSpec()] * pair
-    return found
 
 
 class ShortcutBlocks(nn.Module):

@@ -158,6 +158,7 @@ class DispatchSpec(Spec):
         Where routers decide how many there are, this assumes that all experts are chosen equally often.
         """
         moe, sharers, senders = self.config, self.obeyed(layout).sharers, layout.degrees.expert
+        tokens *= moe.inputs
         if moe.ragged:
             counts = self.taken(spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens), layout, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)

@@ -85,6 +85,7 @@ class MoESpec(Spec):
     def flops(self, length: int) -> Counter[str]:
         """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
         routed = self.router.flops(length) + Counter(experts=self.config.top_k * self.experts.flops(length).total())
+        routed = Counter({name: self.config.inputs * flops for name, flops in routed.items()})
         return routed if self.shared is None else routed + self.shared.flops(length)
 
     @property

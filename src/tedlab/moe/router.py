@@ -322,7 +322,12 @@ class Router(PreciseBuffers, ShardedModule):
         """Returns each token's experts (T, K) int64, best first."""
         config, bias_E = self.config.router, local_tensor(self.bias) if self.biased else None
         groups = config.expert_groups, config.chosen_groups, config.group_score
-        return best_experts(self.preferences(logits_TE, scores_TE, sequence), bias_E, self.top_k, *groups)
+        preferred_TE = self.preferences(logits_TE, scores_TE, sequence)
+        expert_TK = best_experts(preferred_TE, bias_E, self.top_k, *groups)
+        if self.config.inputs == 1:
+            return expert_TK
+        first_TK, later_TE = expert_TK.chunk(2)[0], preferred_TE.chunk(2)[1]  # both of the same tokens
+        return torch.cat((first_TK, best_experts(later_TE.scatter(1, first_TK, -torch.inf), bias_E, self.top_k)))
 
     def gates(self, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
         """Returns the weight of each choice (T, K)."""

@@ -95,12 +95,14 @@ def first_with_backward(spec: GPTSpec, grouping: Grouping) -> int:
 def weight_flops(parameter: ParameterSpec, moe: MoEConfig) -> int:
     """Returns the FLOPs per token of the products with a block's parameter in one pass: none if it is no matrix.
 
-    A token uses a matrix once, or ``top_k`` of the matrices of all experts.
+    A token uses a matrix once, or ``top_k`` of the matrices of all experts, for each tensor that a router reads.
     """
     if not parameter.decayed:
         return 0
     once = 2 * prod(parameter.shape)
-    return once * moe.top_k // moe.num_experts if parameter.mesh == "expert" else once
+    if parameter.mesh == "expert":
+        return once * moe.inputs * moe.top_k // moe.num_experts
+    return once * moe.inputs if ".router." in parameter.name else once
 
 
 def peak_flops(device: str, precision: str) -> float | None:

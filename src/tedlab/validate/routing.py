@@ -22,6 +22,11 @@ def check_routing(config: TrainConfig) -> None:
     if "replay" not in routers[config.moe.gating].supports:
         able = ", ".join(gating for gating in routers.names if "replay" in routers[gating].supports)
         raise ValueError(f"{name} needs a router whose tokens choose experts: moe.gating from {able}")
+    if config.moe.inputs > 1:
+        raise ValueError(
+            f"{name} is about the experts of each token, and with moe.shortcut={config.moe.shortcut} a token is routed "
+            "twice; use another moe.shortcut"
+        )
     if config.model.compile != Compiler.NONE:
         raise ValueError(f"{name} needs model.compile=none, not {config.model.compile}")
 

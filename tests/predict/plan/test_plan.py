@@ -10,12 +10,14 @@ from tedlab.cli import with_plan
 from tedlab.commands.plan import overrides_of_the_job
 from tedlab.config import TrainConfig, with_values
 from tedlab.errors import UsageError
+from tedlab.models.shortcut import BESIDE
 from tedlab.predict.cluster import load_cluster
+from tedlab.predict.estimate import estimate
 from tedlab.predict.plan.family import base_parameters, member
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan
-from tedlab.predict.plan.search import Found, layouts, pareto_front, search, smallest
+from tedlab.predict.plan.search import TOGGLES, Degrees, Found, layouts, pareto_front, search, smallest
 from tedlab.predict.plan.show import fixed_by, plan_visibly
-from tedlab.validate import check_simulated
+from tedlab.validate import check_simulated, complete_simulated
 from tests.certify.runs import composed
 
 GIVEN = ["trainer=gpu", "parallel.world_size=16", "data.batch_size=32", "trainer.precision=bf16-true"]
@@ -74,6 +76,27 @@ def test_what_the_command_line_sets_stays() -> None:
     ]
     _, found = searched(float("inf"), "parallel.tensor", "optim.tile")
     assert {(c.settings["parallel.tensor"], c.settings["optim.tile"]) for c in found.fitting} == {(2, 1_800_000)}
+
+
+@pytest.mark.parametrize("shortcut", ["pos1", "pos3"])
+def test_experts_of_a_shortcut_compute_where_the_step_is_shortest(shortcut: str) -> None:
+    pairs = [
+        f"moe.shortcut={shortcut}",
+        "moe.shared.experts=1",
+        "data.micro_batch_size=4",
+        "comm.overlap_shortcut=true",
+    ]
+    config, fixed = composed(*GIVEN, *pairs), (*TOGGLES, "data.micro_batch_size")
+    (found,) = search(config, SUMMIT, float("inf"), fixed, Degrees(2, 8)).fitting
+    steps = []
+    for slot in range(BESIDE[shortcut] + 1):
+        there = with_values(config, {**found.settings, "comm.shortcut_slot": slot})
+        steps.append(estimate(complete_simulated(there, SUMMIT), SUMMIT, found.rank).step_seconds)
+    assert found.step_seconds == steps[found.settings["comm.shortcut_slot"]] == min(steps) < max(steps)
+    given = with_values(config, {"comm.shortcut_slot": 0})
+    (kept,) = search(given, SUMMIT, float("inf"), fixed, Degrees(2, 8)).fitting
+    assert "comm.shortcut_slot" not in kept.settings
+    assert kept.step_seconds == steps[0]
 
 
 @pytest.fixture(scope="module")

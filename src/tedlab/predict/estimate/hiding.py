@@ -36,11 +36,6 @@ class Sides:
         before, after = sum(self.beside[:slot]), sum(self.beside[slot:])
         return min(self.dispatch, before) + min(self.combine, after)
 
-    @property
-    def best_slot(self) -> int:
-        """The first slot that hides most."""
-        return max(range(len(self.beside) + 1), key=self.hidden)
-
 
 class Hiding:
     """What hides in each unit of a configuration, on a cluster.
@@ -60,9 +55,31 @@ class Hiding:
         form, unit = self.form, self.form.spec.units[block]
         if not isinstance(unit, ShortcutSpec) or not form.config.comm.overlap_shortcut:
             return 0.0
-        first = len(unit.sublayers) - unit.beside
-        slot = unit.slot(form.config.comm, form.config.model.sequence_length) - first
+        return self.at_slot(block, self._chosen(unit))
+
+    def at_slot(self, block: int, slot: int) -> float:
+        """Returns the seconds that would hide in all passes if experts computed before the sub-layer of this number."""
         return sum(self.sides(block, phase).hidden(slot) for phase in ("forward", "recompute", "backward"))
+
+    def best_slot(self) -> int | None:
+        """Returns the ``comm.shortcut_slot`` that hides most in a step, or None if experts run beside nothing.
+
+        If the slot that the configuration has hides as much, it is that one.
+        """
+        form = self.form
+        units = {n: unit for n in form.kinds if isinstance(unit := form.spec.units[n], ShortcutSpec)}
+        if not units or not form.config.comm.overlap_shortcut:
+            return None
+        any_unit = next(iter(units.values()))  # the slots of all have the same meaning
+        slots = range(any_unit.beside + 1)
+        hidden = [sum(len(form.kinds[n]) * self.at_slot(n, slot) for n in units) for slot in slots]
+        chosen = self._chosen(any_unit)
+        return chosen if hidden[chosen] >= max(hidden) * (1 - 1e-9) else max(slots, key=hidden.__getitem__)
+
+    def _chosen(self, unit: ShortcutSpec) -> int:
+        """Returns the number of the sub-layer beside the exchange before which experts compute."""
+        config = self.form.config
+        return unit.slot(config.comm, config.model.sequence_length) - len(unit.sublayers) + unit.beside
 
     def sides(self, block: int, phase: Phase) -> Sides:
         """Returns what a pass through the unit at a block communicates, and what can hide that."""

@@ -13,7 +13,7 @@ import hydra
 import torch
 
 from tedlab.config import Granularity
-from tedlab.models.shortcut import MergedSpec
+from tedlab.models.joined import MergedSpec
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import LENT

@@ -15,6 +15,8 @@ from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
 from tedlab.predict.estimate import estimate
+from tedlab.predict.estimate.hiding import Hiding
+from tedlab.predict.volumes import ClosedForm
 from tedlab.validate import check_simulated, complete_simulated
 
 Settings = dict[str, Any]  # by dotted name
@@ -146,6 +148,11 @@ def search(
             except UsageError as error:
                 found.refused[_reason(error)] += len(micro_batches) - n
                 break
+            if config.comm.overlap_shortcut and config.comm.shortcut_slot is None:
+                slot = Hiding(ClosedForm(checked), cluster, rank).best_slot()
+                if slot is not None:
+                    settings = settings | {"comm.shortcut_slot": slot}
+                    checked = with_values(checked, {"comm.shortcut_slot": slot})
             candidate = evaluated(checked, cluster, settings, rank)
             if candidate.peak_bytes > capacity:
                 # A larger micro-batch may still fit: if it is the only one of a step, no sum of gradients is kept.

@@ -61,7 +61,7 @@ class SimulatedRouting:
         layout = spec.obeyed(Layout(degrees, config.comm))
         self.sharers, self._own_lists, self.pilots = layout.sharers, layout.sequence, spec.pilots(layout)
         self.chunks = spec.chunks(layout)
-        tokens = config.data.micro_batch_size * config.model.sequence_length
+        tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
         self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
