@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from tedlab.cli import CONF
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
+from tedlab.validate import complete_simulated
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "cluster")
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -183,8 +184,8 @@ def test_presets_for_debugging_take_few_steps_and_yield_to_the_command_line(opti
 
 
 @pytest.mark.parametrize("option", [option for group, option in PRESETS if group == "experiment"])
-def test_experiments_rename_the_run_and_yield_to_the_command_line(option: str) -> None:
-    assert compose(f"experiment={option}").experiment_name == option
+def test_experiments_are_valid_rename_the_run_and_yield_to_the_command_line(option: str) -> None:
+    assert complete_simulated(compose(f"experiment={option}")).experiment_name == option
     config = compose(f"experiment={option}", "trainer.max_steps=7", "experiment_name=other")
     assert config.trainer["max_steps"] == 7
     assert config.experiment_name == "other"

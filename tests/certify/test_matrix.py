@@ -294,6 +294,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
+    *("dgmoe_dealt", "dgmoe_in_slices"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
@@ -313,7 +314,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("deepseek_v3_dropless", "global_balance_of_kept_choices", "global_balance_in_slices", "noisy_jittered_ted"),
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
         *OVERLAP,
-        *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices"),
+        *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *PILOTS,
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
     ),
@@ -390,6 +391,13 @@ def test_a_dropless_layout_equals_one_process(pool: WorkerPool) -> None:
     found = certify(composed(*overrides((4, 2, 2), "dropless_sequence")), in_pool(pool), continuations=[])
     assert found.ok, str(found.culprit)
     assert (found.precision, found.accelerator) == ("64-true", "cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llep", "scmoe"])
+def test_an_experiment_equals_one_process(pool: WorkerPool, name: str) -> None:
+    found = certify(composed(f"experiment={name}"), in_pool(pool), continuations=[])
+    assert found.ok, str(found.culprit)
 
 
 def test_the_matrix_is_large_and_reaches_far() -> None:
