@@ -99,7 +99,7 @@ def predicted(overrides: tuple[str, ...], cluster: ClusterConfig) -> dict[str, A
     if blocks:
         unit: Any = form.spec.units[blocks[0]]
         slot = unit.slot(config.comm, config.model.sequence_length) - len(unit.sublayers) + unit.beside
-        found["slots"] = [slot, hidden.sides(blocks[0], "forward").best_slot]
+        found["slots"] = [slot, hidden.best_slot()]
     return found
 
 
@@ -120,7 +120,8 @@ def draw(cluster: ClusterConfig, file: Path) -> None:
             color = {"links": "tab:orange", "compute": "tab:blue"}[lane] if what != "experts" else "tab:green"
             axes.barh(lane, taken * 1e3, left=start * 1e3, color=color, edgecolor="white")
             if taken > 2e-4:
-                axes.text((start + taken / 2) * 1e3, lane, what, ha="center", va="center", fontsize=7, color="white")
+                size = 7 if taken > 1e-3 else 5.5
+                axes.text((start + taken / 2) * 1e3, lane, what, ha="center", va="center", fontsize=size, color="white")
         axes.set_title(name, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     rows[-1].set_xlabel("predicted ms of a pair's forward pass, GPT2-MoE-Medium on eight A30")

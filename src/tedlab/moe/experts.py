@@ -281,7 +281,8 @@ class RowExperts(Experts):
         more: tuple[Tensor | None, ...] = (None,) * len(own)
         loans = x.exchange.loans
         if loans is not None:
-            own, borrowed = lend(own, loans, self.comm)
+            assert x.exchange.lent is not None
+            own, borrowed = lend(own, loans, x.exchange.lent, self.comm)
             more = borrowed if loans.borrowed else more
         (up, up_bias, down, down_bias), (more_up, more_up_bias, more_down, more_down_bias) = own, more
         assert up is not None

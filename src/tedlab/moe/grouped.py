@@ -137,12 +137,13 @@ def _times(x: Tensor, weight: Tensor, more: Tensor | None, groups: Groups) -> Te
     if more is None:
         return times(x, weight, groups)
     first, others = groups.divided(len(weight))
-    out = x.new_empty(len(x), weight.shape[-1])
-    rows = [len(first.expert_N), len(others.expert_N)]
-    for part, matrices, its_groups, result in zip(
-        x.split(rows), (weight, more), (first, others), out.split(rows), strict=True
-    ):
-        times(part, matrices, its_groups, result)
+    own = len(first.expert_N)
+    if one_kernel(x, x.shape[-1], weight.shape[-1]):
+        out = F.grouped_mm(x, weight, offs=first.ends)  # room for all rows, of which it leaves the last as they are
+    else:
+        out = x.new_empty(len(x), weight.shape[-1])
+        times(x[:own], weight, first, out[:own])
+    times(x[own:], more, others, out[own:])
     return out
 
 

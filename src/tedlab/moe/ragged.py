@@ -53,11 +53,12 @@ from tedlab.comm import (
     slice_to,
     to_compute_dtype,
 )
+from tedlab.comm.reading import deliver
 from tedlab.comm.rows import Rows, dealt, hands, in_chunks, listed, rows_of
 from tedlab.moe.chunks import by_chunk
 from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
-from tedlab.moe.lending import Loans, Policy, Slots, by_slot, loans_of, slots_of
+from tedlab.moe.lending import Loans, Policy, by_slot, loans_of, runs_of, slots_of
 from tedlab.moe.router import Routing
 from tedlab.topology import Topology
 
@@ -74,7 +75,8 @@ class Exchange:
         sizes: Number of rows of each expert of this process; None: the host has not asked.
         kernel: What sorts the rows, see ``moe.kernel``.
         loans: What this process lends and borrows; e then counts borrowed experts, too. None: nobody lends.
-        slots: The slots in whose order rows are listed; None: experts.
+        lent: Indices on the device of the experts that it lends, as ``loans`` has them.
+        runs_2V: What lists rows in the order of slots, see :func:`tedlab.moe.lending.by_slot`; None: by expert.
     """
 
     splits: Splits
@@ -84,7 +86,8 @@ class Exchange:
     sizes: tuple[int, ...] | None
     kernel: str
     loans: Loans | None = None
-    slots: Slots | None = None
+    lent: Tensor | None = None
+    runs_2V: Tensor | None = None
 
 
 Exchanges = Callable[[], tuple[Exchange, ...]]  # waits for the numbers of rows; one exchange for each chunk
@@ -237,11 +240,8 @@ class RaggedPath:
             routing = routing._replace(choice_EC=routing.choice_EC[:rows])
         if self.chunks > 1:
             return by_chunk(routing, counts_iE, self.chunks)
-        slots = None if self.policy is None else exchanges()[0].slots
-        if slots is None:
-            return routing
-        own = self.comm.rank("expert_tensor") if len(slots.counts_isV) > 1 else 0
-        return by_slot(routing, slots, own, self.comm.rank("expert"))
+        runs_2V = None if self.policy is None else exchanges()[0].runs_2V
+        return routing if runs_2V is None else by_slot(routing, runs_2V)
 
     def _to_experts(self, x_RH: Tensor, exchanges: Exchanges, listing: Routing) -> list[Issued[RaggedRows]]:
         def issue(x: Tensor, exchange: Exchange) -> Issued[RaggedRows]:
@@ -330,17 +330,21 @@ class RaggedPath:
             arriving = hands_isV[:, :, slots.of(process)]
             sent = [int(hands_isV[own, process, slots.of(to)].sum()) for to in range(processes)]
             rows = rows_of(arriving, sum(sent), own)
+            device_needs = [arriving]
             if loans is not None:
                 rows = replace(rows, lent=len(loans.lent), borrowed=loans.borrowed, exchanges=1)
+                lister = own if self._own_lists else 0
+                device_needs += [np.array(loans.lent, dtype=np.int64), runs_of(slots, lister, process)]
+            counts_ise, *of_loans = deliver(device_needs, device)
             exchange = Exchange(
                 Splits(tuple(sent), tuple(arriving[own].sum(1).tolist())),
-                torch.tensor(arriving.tolist(), dtype=torch.int64, device=device),
+                counts_ise,
                 rows.gathered // self.sharers,
                 rows.computed,
                 tuple(arriving.sum((0, 1)).tolist()),
                 self.kernel,
                 loans,
-                None if loans is None else slots,
+                *of_loans,
             )
             return (exchange,), rows
 

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
 from tedlab.comm import Ledger, Splits
+from tedlab.comm.reading import deliver
 from tedlab.config import CommOptions, LendConfig, MoEConfig
 from tedlab.moe import RowExperts, mixtures
 from tedlab.moe.experts import ExpertsSpec
-from tedlab.moe.lending import Loan, Loans, Plan, by_slot, even, least_loaded, loans_of, slots_of
+from tedlab.moe.grouped import Groups, grouped_matmul
+from tedlab.moe.lending import Loan, Loans, Plan, by_slot, even, least_loaded, loans_of, runs_of, slots_of
 from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import sort_choices
 from tedlab.nn import FeedForwardSpec, Init, initialize
@@ -176,10 +178,39 @@ def test_choices_listed_by_slot_keep_their_experts_and_their_order() -> None:
     plan = least_loaded(counts.sum((0, 1)), 2, threshold=1.0)
     assert plan.loans
     slots = slots_of(plan, counts)
-    listing = by_slot(routing, slots, 0, 0)
+    listing = by_slot(routing, torch.from_numpy(runs_of(slots, 0, 0)))
     expert_R = expert_TK.flatten()[listing.choice_EC]
     assert expert_R.tolist() == np.repeat(slots.expert_V, slots.counts_isV[0, 0]).tolist()
     assert (listing.slot_TK.flatten()[listing.choice_EC] == torch.arange(80)).all()
     for expert in range(4):  # in the order of the slots of an expert, tokens are in their order
         rows = torch.cat([(torch.arange(80))[expert_R == expert]])
         assert (listing.choice_EC[rows].diff() > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sizes", [(3, 0, 5, 0, 4), (0, 0, 0, 2, 6), (4, 1, 2, 0, 0)])
+def test_products_with_borrowed_experts_are_those_of_all_experts_in_one_tensor(
+    dtype: torch.dtype, sizes: tuple[int, ...]
+) -> None:
+    """In bf16 all rows of a tensor are one kernel, which must leave those of the borrowed experts to the other."""
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((sum(sizes), 16), (5, 16, 8)))
+    of_rows = torch.tensor(sizes)
+    groups = Groups(torch.arange(5).repeat_interleave(of_rows), of_rows.cumsum(0).int(), sizes)
+    together = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    apart = [x.clone().requires_grad_(), *(part.clone().requires_grad_() for part in weight.split([3, 2]))]
+    expected = grouped_matmul(*together, groups)
+    found = grouped_matmul(apart[0], apart[1], groups, more_bKM=apart[2])
+    assert torch.equal(found, expected)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    gradients = [part.grad for part in apart]
+    assert torch.equal(gradients[0], together[0].grad)
+    assert torch.equal(torch.cat(gradients[1:]), together[1].grad)
+
+
+def test_numbers_go_to_the_device_in_one_copy_and_keep_their_shapes() -> None:
+    parts = [np.arange(6).reshape(1, 2, 3), np.array([], dtype=np.int64), np.array([[7, 8]])]
+    found = deliver(parts, torch.device("cpu"))
+    assert [part.tolist() for part in found] == [part.tolist() for part in parts]
+    assert len({part.untyped_storage().data_ptr() for part in found}) == 1

@@ -7,7 +7,7 @@ gradients.
 """
 
 from tedlab.moe.lending.exchange import TAG, Loans, lend, loans_of
-from tedlab.moe.lending.listing import by_slot
+from tedlab.moe.lending.listing import by_slot, runs_of
 from tedlab.moe.lending.plan import Loan, Plan, even, least_loaded
 from tedlab.moe.lending.policy import Policy, policy_of
 from tedlab.moe.lending.slots import Slots, slots_of
@@ -25,5 +25,6 @@ __all__ = [
     "lend",
     "loans_of",
     "policy_of",
+    "runs_of",
     "slots_of",
 ]

@@ -53,7 +53,7 @@ def loans_of(plan: Plan, process: int) -> Loans | None:
 
 
 def lend(
-    weights: Sequence[Tensor | None], loans: Loans, comm: Collectives
+    weights: Sequence[Tensor | None], loans: Loans, lent: Tensor, comm: Collectives
 ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...]]:
     """Exchanges lent experts in one all-to-all of the expert group, which all of its processes enter.
 
@@ -62,6 +62,7 @@ def lend(
     Args:
         weights: (e, …) each, the weights of this process's experts, or None for those that there are not.
         loans: What this process lends and borrows.
+        lent: ``loans.lent`` on the device, int64.
         comm: The collectives of this process.
 
     Returns:
@@ -69,7 +70,7 @@ def lend(
         the borrowed experts, (borrowed, …) each, in the order of homes and experts.
     """
     there = [weight for weight in weights if weight is not None]
-    *own, flat = _Lend.apply(comm, loans, *there)
+    *own, flat = _Lend.apply(comm, loans, lent, *there)
     widths = [weight[0].numel() for weight in there]
     parts = iter(part.unflatten(1, weight.shape[1:]) for part, weight in zip(flat.split(widths, 1), there, strict=True))
     passed = iter(own)
@@ -81,11 +82,9 @@ def lend(
 
 class _Lend(Function):
     @staticmethod
-    def forward(ctx: Any, comm: Collectives, loans: Loans, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, comm: Collectives, loans: Loans, lent: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.comm, ctx.loans = comm, loans
         ctx.shapes = [weight.shape[1:] for weight in weights]
-        lent = torch.tensor(loans.lent, dtype=torch.int64, device=weights[0].device)
-
         widths = [shape.numel() for shape in ctx.shapes]
         width, like = sum(widths), to_compute_dtype(weights[0][:0])
 
@@ -112,4 +111,4 @@ class _Lend(Function):
             # have no order on a GPU.
             for of, returned_part in zip(lent.split(back.received), part.split(back.received), strict=True):
                 grad.index_add_(0, of, returned_part.unflatten(1, shape).to(grad.dtype))
-        return None, None, *own
+        return None, None, None, *own
