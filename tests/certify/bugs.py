@@ -1016,7 +1016,7 @@ def lent_gradients_of_one_borrower_alone(patch: Patch) -> None:
             before = grad.clone()
             for expert, of_copy in zip(lent.tolist(), part.unflatten(1, shape), strict=True):
                 grad[expert] = before[expert] + of_copy
-        return None, None, *own
+        return None, None, None, *own
 
     patch.setattr(exchange._Lend, "backward", staticmethod(wrong))
 
@@ -1025,9 +1025,9 @@ def lent_from_a_stale_copy(patch: Patch) -> None:
     """Copied once, before the optimizer stepped."""
     right, copies = exchange._Lend.forward, {}
 
-    def wrong(ctx: Any, comm: Collectives, loans: Any, *weights: Tensor) -> Any:
+    def wrong(ctx: Any, comm: Collectives, loans: Any, lent: Tensor, *weights: Tensor) -> Any:
         stale = copies.setdefault(weights[0].data_ptr(), [weight.clone() for weight in weights])
-        *_, flat = right(ctx, comm, loans, *stale)
+        *_, flat = right(ctx, comm, loans, lent, *stale)
         return *(weight.view_as(weight) for weight in weights), flat
 
     patch.setattr(exchange._Lend, "forward", staticmethod(wrong))
