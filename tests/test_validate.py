@@ -16,11 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tedlab.certify.shrink import shrink
 from tedlab.checkpoint import META
 from tedlab.commands.train import train
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.models.families.family import essence
+from tedlab.predict.cluster import load_cluster
 from tedlab.validate import check, complete, complete_simulated, notes
 from tedlab.validate.checkpoint import check_checkpoint
+from tedlab.validate.comm import ranks_per_node
 from tedlab.validate.loggers import check_loggers
 from tedlab.validate.trainer import check_trainer
 from tests.test_conf import compose
@@ -278,7 +280,23 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         [*("parallel=ep2", "moe.dispatch=dropless", "moe.lend.policy=llep", "moe.lend.cluster=one_h200")],
         ["moe.lend.minimum=auto", "moe.lend.cluster", "moe.lend.minimum=1024"],
     ),
-    "pilots_to_nodes": (["comm.dedup=node"], ["comm.dedup=node", "none, rank"]),
+    "pilots_to_nobody": (["comm.dedup=token"], ["comm.dedup=token", "none, rank, node"]),
+    "pilots_to_unequal_nodes": (
+        [*("parallel=ep4", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=node", "comm.ranks_per_node=3")],
+        ["comm.dedup=node", "ranks 0, 1, 2, 3 has 3 and 1", "comm.ranks_per_node", "comm.dedup=rank"],
+    ),
+    "pilots_to_one_node_with_an_expert_each": (
+        ["parallel=ep4", "moe.num_experts=4", "moe.top_k=2", "moe.dispatch=dropless", "comm.dedup=node"],
+        ["comm.dedup=node", "one of the 4 experts", "comm.dedup=none"],
+    ),
+    "nodes_with_unequal_parts_of_a_group": (
+        ["parallel=ep4", "comm.hierarchical=true", "comm.ranks_per_node=3"],
+        ["comm.hierarchical=true", "ranks 0, 1, 2, 3 has 3 and 1", "comm.ranks_per_node", "comm.hierarchical=false"],
+    ),
+    "pilots_by_way_of_nodes": (
+        ["parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank", "comm.hierarchical=true"],
+        ["comm.hierarchical=true", "comm.dedup=rank", "one of the two"],
+    ),
     "overlap_without_shared_experts": (
         ["comm.overlap_shared=true"],
         ["comm.overlap_shared=true", "moe.shared.experts is 0", "moe.shared.experts=1", "comm.overlap_shared=false"],
@@ -912,6 +930,39 @@ def test_overlap_of_an_exchange_that_there_is_not_is_noted(corpus: Path) -> None
     (said,) = notes(small(corpus, "comm.chunks=2"))
     assert "comm.chunks does nothing here" in said
     assert notes(small(corpus, "comm.chunks=2", "parallel=ep2")) == []
+
+
+PILOTS_TO_NODES = ["comm.dedup=node", "moe.dispatch=dropless", "moe.top_k=2", "moe.num_experts=8"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (["parallel=ep4", "comm.hierarchical=true"], "each expert group is on one node of 4 ranks"),
+        (["parallel=ep2", "comm.hierarchical=true", "comm.ranks_per_node=1"], "on a node of its own"),
+        (["parallel=tp2", "comm.hierarchical=true"], "nothing is exchanged"),
+        (["parallel=ep4", "comm.ranks_per_node=2"], "no exchange goes by way of nodes"),
+        (["parallel=ep4", "comm.hierarchical=true", "comm.ranks_per_node=2"], None),
+        (["parallel=ep4", *PILOTS_TO_NODES], "does what rank does here: each expert group is on one node"),
+        (["parallel=ep4", *PILOTS_TO_NODES, "comm.ranks_per_node=1"], "does what rank does here"),
+        (["parallel=ep4", *PILOTS_TO_NODES, "comm.ranks_per_node=2", "comm.hierarchical=true"], "anyway"),
+        (["parallel=ep4", *PILOTS_TO_NODES, "comm.ranks_per_node=2"], None),
+    ],
+    ids=str,
+)
+def test_exchanges_that_cannot_go_by_way_of_nodes_are_noted(corpus: Path, how: list[str], said: str | None) -> None:
+    found = notes(small(corpus, *how))
+    assert [said in note for note in found] == [True] if said else not found
+
+
+def test_ranks_of_a_node_are_those_of_this_machine_of_an_emulated_network_or_of_the_cluster(corpus: Path) -> None:
+    here = small(corpus, "parallel=ep4", "comm.hierarchical=true")
+    assert ranks_per_node(here) == 4
+    assert ranks_per_node(here, load_cluster("summit")) == 6
+    emulated = with_values(here, {"comm.emulate": "summit", "comm.emulate_ranks_per_node": 2})
+    assert ranks_per_node(emulated, load_cluster("dgx_a100")) == 2
+    assert ranks_per_node(with_values(emulated, {"comm.ranks_per_node": 1})) == 1
+    assert ranks_per_node(small(corpus, "parallel=ep4")) is None
 
 
 def test_how_attention_is_computed_is_noted_where_no_fused_kernel_can(corpus: Path) -> None:

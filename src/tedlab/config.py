@@ -31,7 +31,7 @@ Positions = StrEnum("Positions", "LEARNED ROTARY")
 QKNorm = StrEnum("QKNorm", "NONE HEAD FULL")
 RotaryScaling = StrEnum("RotaryScaling", "NONE LINEAR NTK YARN LLAMA3")
 Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
-Dedup = StrEnum("Dedup", "NONE RANK")
+Dedup = StrEnum("Dedup", "NONE RANK NODE")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
 DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
@@ -348,8 +348,20 @@ class CommOptions(Frozen):
     # to the number of these (after the last); None: where the FLOPs beside both exchanges are as equal as can be.
     shortcut_slot: int | None = whole(None, least=0)
     # Without a capacity: what a token sends if several of its choices are in one process. none: a row for each; rank:
-    # one row, which is copied there, and one back, which is summed there.
+    # one row, which is copied there, and one back, which is summed there; node: one to each node, and from there one to
+    # each process, likewise.
     dedup: str = word(Dedup.NONE)
+    # Where experts are on several nodes, exchange with them in two steps: between nodes, to the process with the same
+    # place in its node, and from there inside the node. As many bytes go between nodes, in fewer messages.
+    hierarchical: bool = False
+    # Consecutive ranks on a node, for hierarchical and dedup=node; None: those of this machine, of an emulated network,
+    # or in predictions of the cluster.
+    ranks_per_node: int | None = whole(None, least=1)
+
+    @property
+    def by_node(self) -> bool:
+        """Whether processes of several nodes exchange with experts in two steps."""
+        return self.hierarchical or self.dedup == Dedup.NODE
 
 
 @dataclass

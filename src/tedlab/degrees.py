@@ -1,12 +1,24 @@
 """Degrees of parallelism: how many processes there are and how they divide, the same for every process."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 from tedlab.config import Order, ParallelConfig
 
-GroupKind = Literal["tensor", "data", "expert", "expert_data", "expert_tensor", "world"]
+GroupKind = Literal[
+    "tensor",
+    "data",
+    "expert",
+    "expert_data",
+    "expert_tensor",
+    "world",
+    # Parts of an expert group that is on several nodes: its processes on one node, and one process of each node.
+    "expert_in_node",
+    "expert_between_nodes",
+]
 
 
 @dataclass(frozen=True)
@@ -105,16 +117,33 @@ class ParallelDegrees:
         """Returns a process's place in its group of each kind."""
         return {kind: rank // stride % size for kind, (size, stride) in self._places.items()}
 
-    def groups(self, rank: int) -> dict[GroupKind, range]:
+    def groups(self, rank: int, nodes: int = 1) -> dict[GroupKind, range]:
         """Returns the global ranks of a rank's groups, in the order of their places.
 
         :class:`tedlab.topology.Topology` holds the process groups themselves.
+
+        Args:
+            rank: The global rank.
+            nodes: If more than 1, an expert group is also divided into groups inside each of so many nodes, and between
+                them.
         """
-        found: dict[GroupKind, range] = {}
-        for kind, (size, stride) in self._places.items():
+        places, found = dict(self._places), {}
+        if nodes > 1:
+            expert, stride = places["expert"]
+            places["expert_in_node"] = expert // nodes, stride
+            places["expert_between_nodes"] = nodes, expert // nodes * stride
+        for kind, (size, stride) in places.items():
             first = rank - rank // stride % size * stride
             found[kind] = range(first, first + size * stride, stride)
         return found
+
+    def nodes(self, ranks_per_node: int) -> int:
+        """Returns over how many nodes of so many consecutive ranks each expert group is divided.
+
+        Raises:
+            ValueError: If these numbers, or those of a group's processes on its nodes, are not all the same.
+        """
+        return _nodes(self, ranks_per_node)
 
     def described(self) -> dict[str, Any]:
         """Returns all degrees by name, with those that follow from others."""
@@ -143,6 +172,21 @@ def _fitting(world_size: int) -> Iterator[tuple[int, int]]:
 
 def _listed(options: Iterable[object]) -> str:
     return ", ".join(map(str, options))
+
+
+@cache
+def _nodes(degrees: ParallelDegrees, ranks_per_node: int) -> int:
+    groups = dict.fromkeys(degrees.groups(rank)["expert"] for rank in range(degrees.world_size))
+    on_nodes = {tuple(Counter(rank // ranks_per_node for rank in group).values()): group for group in groups}
+    if len({(len(counts), count) for counts in on_nodes for count in counts}) > 1:
+        counts, group = max(on_nodes.items(), key=lambda item: max(item[0]) - min(item[0]))
+        others = "" if len(on_nodes) == 1 else ", and others lie differently"
+        raise ValueError(
+            "expert groups must have equally many processes on each of their nodes, but with "
+            f"{ranks_per_node} ranks per node the group of ranks {', '.join(map(str, group))} has "
+            f"{' and '.join(map(str, counts))}{others}"
+        )
+    return len(next(iter(on_nodes)))
 
 
 def check_divides(name: str, value: int, by: str, degree: int) -> None:

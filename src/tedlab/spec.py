@@ -6,6 +6,7 @@ A specification never runs a layer and is never run by one, so that a prediction
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
@@ -22,7 +23,17 @@ if TYPE_CHECKING:
 Lent = Literal["lent", "borrowed"]  # rows of these are the weights of an expert
 LENT = get_args(Lent)
 Routed = Literal[
-    "sent", "received", "computed", "gathered", "choices_sent", "choices_received", "choices_gathered", Lent
+    "sent",
+    "received",
+    "computed",
+    "gathered",
+    "relayed",
+    "passed",
+    "choices_sent",
+    "choices_relayed",
+    "choices_received",
+    "choices_gathered",
+    Lent,
 ]
 ROUTED = get_args(Routed)
 RowCount = Literal["tokens", "dealt", "samples", "once", Routed]
@@ -114,6 +125,35 @@ class Layout:
         """The number of tensor ranks that exchange tokens of their own with other processes' experts."""
         return self.degrees.tensor if self.options.dtd or self.sequence else 1
 
+    @cached_property
+    def nodes(self) -> int:
+        """Over how many nodes an expert group is divided, if processes exchange in two steps; 1: they do so in one.
+
+        Raises:
+            ValueError: If a group's nodes have unequal parts of it.
+        """
+        options = self.options
+        if options.ranks_per_node is None or not options.by_node:
+            return 1
+        nodes = self.degrees.nodes(options.ranks_per_node)
+        return (
+            1 if nodes == self.degrees.expert else nodes
+        )  # with one process on each node, all steps are between nodes
+
+    def groups(self, rank: int) -> dict[GroupKind, range]:
+        """Returns the global ranks of a rank's groups, see :meth:`tedlab.degrees.ParallelDegrees.groups`."""
+        return self.degrees.groups(rank, self.nodes)
+
+    @property
+    def sizes(self) -> dict[GroupKind, int]:
+        """The number of processes in a group of each kind."""
+        return {kind: len(ranks) for kind, ranks in self.groups(0).items()}
+
+    @property
+    def returning(self) -> str:
+        """The tag of the first exchange on the way back from experts."""
+        return "combine.all_to_all" if self.nodes == 1 else "combine.in_node"
+
     @property
     def chunks(self) -> int:
         """Into how many chunks a mixture divides what processes exchange, if they do."""
@@ -158,6 +198,30 @@ class Site:
     parts: int = 1
     recomputed: bool = True
 
+    @property
+    def adjoint(self) -> "Site":
+        """The all-to-all of its gradient, which goes the other way."""
+        return replace(self, rows=self.result or self.rows, result=self.rows)
+
+    def steps(
+        self, layout: "Layout", reaching: RowCount = "relayed", leaving: RowCount = "relayed"
+    ) -> tuple["Site", ...]:
+        """Returns the exchanges that an all-to-all with experts consists of: two if it goes by way of nodes.
+
+        Args:
+            layout: The layout.
+            reaching: What of its rows reaches a process from nodes.
+            leaving: What that process sends on inside its node.
+        """
+        if layout.nodes == 1:
+            return (self,)
+        stem = self.tag.removesuffix("all_to_all") if self.tag.endswith("all_to_all") else f"{self.tag}_"
+        near = replace(self, tag=f"{stem}in_node", kind="expert_in_node")
+        far = replace(self, tag=f"{stem}between_nodes", kind="expert_between_nodes")
+        if self.tag.startswith("dispatch."):
+            return replace(far, result=reaching, feeds=near.tag), replace(near, rows=leaving)
+        return replace(near, result=leaving, feeds=far.tag), replace(far, rows=reaching)
+
 
 class Sites(NamedTuple):
     """The collectives of a layer, in the order of its passes; those of the backward pass are adjoints."""
@@ -174,9 +238,9 @@ class Sites(NamedTuple):
         """Returns the collectives of this layer followed by those of a later one."""
         return Sites(self.forward + later.forward, later.backward + self.backward)
 
-    def present(self, degrees: ParallelDegrees) -> "Sites":
+    def present(self, layout: "Layout") -> "Sites":
         """Drops the collectives of groups of one process, which communicate nothing."""
-        sizes = degrees.sizes
+        sizes = layout.sizes
         there = {site.tag for site in self.forward if sizes[site.kind] > 1} | {"end"}
         feeds = {site.tag: site.feeds for site in self.forward}
 

@@ -25,6 +25,7 @@ from tedlab.degrees import ParallelDegrees
 from tedlab.spec import Layout
 
 _EXPERT_AXES: tuple[GroupKind, ...] = ("expert_data", "expert", "expert_tensor")
+_BY_NODE: tuple[GroupKind, ...] = ("expert_in_node", "expert_between_nodes")
 
 
 class Topology:
@@ -90,6 +91,9 @@ class Topology:
         self.expert: DeviceMesh = DeviceMesh.from_group(
             [groups[kind] for kind in _EXPERT_AXES], self.device.type, ranks, mesh_dim_names=_EXPERT_AXES
         )
+        for kind in _BY_NODE if self.layout.nodes > 1 else ():
+            every = dict.fromkeys(self.layout.groups(rank)[kind] for rank in range(degrees.world_size))
+            groups[kind], _ = dist.new_subgroups_by_enumeration([list(members) for members in every], group_desc=kind)
         if timeout is not None:
             for group in set(groups.values()):  # meshes use torch's timeout, 30 minutes for gloo
                 set_timeout(timeout, group)

@@ -26,7 +26,7 @@ from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
-from tedlab.moe import balance, dispatch, experts, pilots, ragged, router, row_ops
+from tedlab.moe import balance, dispatch, experts, pilot_steps, pilots, ragged, router, row_ops
 from tedlab.moe.lending import exchange, plan
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
@@ -580,7 +580,7 @@ def weights_applied_where_experts_are_and_again(patch: Patch) -> None:
 def weights_gradient_stays_where_experts_are(patch: Patch) -> None:
     """Weights travel with pilots, and their gradients must come back."""
     right = differentiable.all_to_all
-    patch.setattr(pilots, "all_to_all", lambda x, *rest: right(x.detach(), *rest))
+    patch.setattr(pilot_steps, "all_to_all", lambda x, *rest: right(x.detach(), *rest))
 
 
 def bias_gradient_of_this_slice_alone(patch: Patch) -> None:

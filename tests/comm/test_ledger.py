@@ -34,6 +34,7 @@ from tedlab.moe.balance import update_biases
 from tedlab.nn import partial_parameters
 from tedlab.optim import Grouping, ShardedOptimizer
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
+from tedlab.spec import Layout
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
 
@@ -192,14 +193,15 @@ def one_step(
     return results, topology.recomputation.peak_kept_bytes, model.moved
 
 
-_topologies: dict[ParallelDegrees, Topology] = {}  # groups take longer to make than a cell to run
+_topologies: dict[tuple[ParallelDegrees, int], Topology] = {}  # groups take longer to make than a cell to run
 
 
 def topology_of(config: TrainConfig) -> Topology:
-    degrees = parallel_degrees(config.parallel)
-    if degrees not in _topologies:
-        _topologies[degrees] = Topology(degrees)
-    topology = _topologies[degrees]
+    layout = Layout(parallel_degrees(config.parallel), config.comm)
+    key = layout.degrees, layout.nodes
+    if key not in _topologies:
+        _topologies[key] = Topology(layout.degrees, options=config.comm)
+    topology = _topologies[key]
     topology.options, topology.recomputation = config.comm, Recomputation()
     return topology
 

@@ -17,7 +17,7 @@ from tedlab.config import CommOptions, MoEConfig
 from tedlab.moe import Experts, ExpertsSpec, MoELayer, MoESpec, mixtures, pilots, ragged
 from tedlab.moe.gather import spread_choices
 from tedlab.moe.grouped import Groups, bias_rows, grouped_matmul, native
-from tedlab.moe.pilots import list_pilots, number_choices
+from tedlab.moe.pilot_steps import list_choices, list_pilots, number_choices
 from tedlab.moe.ragged import RaggedRows, arrange, ragged_path
 from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import sort_choices
@@ -40,21 +40,23 @@ def single() -> Iterator[Topology]:
     dist.destroy_process_group()
 
 
-def problem(rank: int, top_k: int, choices: str, tokens: int = 7) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    rank: int, top_k: int, choices: str, tokens: int = 7, number: int = EXPERTS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, gates and distinct choices of one rank that has tokens of its own; T divides their number nowhere."""
     draw = torch.Generator().manual_seed(10 * rank + top_k)
     x = torch.randn(tokens, HIDDEN, generator=draw, dtype=torch.float64)
     gates = torch.rand(tokens, top_k, generator=draw, dtype=torch.float64)
-    likes = torch.rand(tokens, EXPERTS, generator=draw)
+    likes = torch.rand(tokens, number, generator=draw)
     if choices == "skewed":
-        likes += torch.linspace(1.5, 0, EXPERTS)
+        likes += torch.linspace(1.5, 0, number)
     elif choices == "one_expert" or (choices == "tokens_of_some_ranks_alike" and rank % 2):
-        likes = torch.linspace(0, 1, EXPERTS).expand(tokens, -1)
+        likes = torch.linspace(0, 1, number).expand(tokens, -1)
     return x, gates, likes.argsort(-1, descending=True)[:, :top_k]
 
 
-def routing_of(expert_TK: Tensor, gate_TK: Tensor) -> Routing:
-    place_TK, choice, load_E = sort_choices(expert_TK, EXPERTS)
+def routing_of(expert_TK: Tensor, gate_TK: Tensor, number: int = EXPERTS) -> Routing:
+    place_TK, choice, load_E = sort_choices(expert_TK, number)
     zero = torch.zeros(())
     return Routing(gate_TK, place_TK, choice, RouterReport(zero, zero, load_E, zero))
 
@@ -142,57 +144,70 @@ def test_numbers_of_rows_travel_while_rows_are_spread(pool: WorkerPool) -> None:
 # ---- pilots --------------------------------------------------------------------------------------------------------
 
 
-def layer_of(dedup: str, topology: Topology, activation: str) -> Experts:
+def layer_of(dedup: str, topology: Topology, activation: str, number: int = EXPERTS) -> Experts:
     """The same experts whatever ``dedup`` is, with biases of their own."""
     topology.options = replace(topology.options, dedup=dedup)
     torch.set_default_dtype(torch.float64)
-    config = MoEConfig(num_experts=EXPERTS, top_k=3, dispatch="dropless", capacity_factor=None)
+    config = MoEConfig(num_experts=number, top_k=3, dispatch="dropless", capacity_factor=None)
     expert = FeedForwardSpec(HIDDEN, 8, Init(std=1.0), Init(std=0.5), activation)
     layer = mixtures["dropless"].make(ExpertsSpec(expert, config), topology)
     torch.set_default_dtype(torch.float32)
     initialize(layer, seed=3)
-    number = topology.comm.rank("expert")
+    rank = topology.comm.rank("expert")
     for name in ("up_bias", "down_bias"):
         values = layer.get_parameter(name)._local_tensor  # type: ignore[attr-defined]
-        values.data.copy_(torch.linspace(-1 - number, 1, values.numel()).view_as(values))
+        values.data.copy_(torch.linspace(-1 - rank, 1, values.numel()).view_as(values))
     return layer
 
 
-def pilots_and_rows(tensor: int, mode: str) -> tuple[list[str], list[int]]:
+def pilots_and_rows(
+    tensor: int, mode: str, dedup: str = "rank", per_node: int | None = None, number: int = EXPERTS
+) -> tuple[list[str], list[int]]:
     """Differences between a layer that sends pilots and one that sends rows, and what both send."""
     options, sequence = MODES[mode]
+    options = replace(options, ranks_per_node=per_node, hierarchical=per_node is not None)
     degrees = ParallelDegrees(dist.get_world_size(), tensor, dist.get_world_size() // tensor, sequence)
     topology, wrong, sent = Topology(degrees, options=options), [], []
     rank = dist.get_rank() if sequence else topology.comm.rank("data")
     for choices in CHOICES:
-        for top_k, activation in ((1, "gelu"), (2, "gelu"), (3, "swiglu")):
-            x, gates, experts = problem(rank, top_k, choices)
+        for top_k, activation, tokens in ((1, "gelu", 7), (2, "gelu", 7 * (rank % 2)), (3, "swiglu", 7)):
+            x, gates, experts = problem(rank, top_k, choices, tokens, number)
             results: list[tuple[Tensor, ...]] = []
-            for dedup in ("rank", "none"):
-                layer = layer_of(dedup, topology, activation)
+            for how in (dedup, "none"):
+                layer = layer_of(how, topology, activation, number)
                 leaves = x.clone().requires_grad_(), gates.clone().requires_grad_()
-                y = layer(leaves[0], routing_of(experts, leaves[1]))
+                y = layer(leaves[0], routing_of(experts, leaves[1], number))
                 (y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
                 weights = (p.grad.to_local() for p in layer.parameters())  # type: ignore[union-attr]
                 results.append((y.detach(), leaves[0].grad, leaves[1].grad, *weights))  # type: ignore[arg-type]
                 assert layer.moved is not None
                 sent.append(layer.moved.sent)
-            for number, (a, b) in enumerate(zip(*results, strict=True)):
-                if (a - b).abs().max() > 1e-12 * b.abs().max().clamp(min=1):
-                    wrong.append(f"{choices}, top {top_k}: {number} off by {(a - b).abs().max()}")
+            for place, (a, b) in enumerate(zip(*results, strict=True)):
+                if a.numel() and (a - b).abs().max() > 1e-12 * b.abs().max().clamp(min=1):
+                    wrong.append(f"{choices}, top {top_k}: {place} off by {(a - b).abs().max()}")
     return wrong, sent
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor", "mode"), [(2, 1, "plain"), *((4, 2, mode) for mode in ("plain", "fused", "sequence"))]
+    ("world_size", "cell"),
+    [
+        (2, (1, "plain")),
+        *((4, (2, mode)) for mode in ("plain", "fused", "sequence")),
+        (4, (1, "plain", "node", 2)),  # E_p = 4 on two nodes
+        (8, (1, "plain", "node", 4, 16)),  # E_p = 8 on two nodes
+        (8, (1, "plain", "node", 2, 8)),  # E_p = 8 on four nodes
+        *((8, (2, mode, "node", 4, 8)) for mode in ("plain", "fused", "sequence")),  # E_p = 4 on two nodes
+    ],
+    ids=str,
 )
-def test_pilots_give_what_rows_give_and_are_fewer(pool: WorkerPool, world_size: int, tensor: int, mode: str) -> None:
-    """Results and all gradients, in float64 to 1e-12: sums are added in another order."""
-    for wrong, sent in pool.run(world_size, pilots_and_rows, tensor, mode):
+def test_pilots_give_what_rows_give_and_are_fewer(pool: WorkerPool, world_size: int, cell: tuple[Any, ...]) -> None:
+    """Results and all gradients, in float64 to 1e-12: sums are added in another order. Some ranks have no tokens."""
+    found = pool.run(world_size, pilots_and_rows, *cell)
+    for wrong, sent in found:
         assert not wrong, "\n".join(wrong)
         of_pilots, of_rows = sent[::2], sent[1::2]
         assert all(a <= b for a, b in zip(of_pilots, of_rows, strict=True))
-        assert sum(of_pilots) < sum(of_rows)
+    assert sum(sum(sent[::2]) for _, sent in found) < sum(sum(sent[1::2]) for _, sent in found)
 
 
 def events_of_pilots() -> list[str]:
@@ -225,8 +240,8 @@ def test_numbers_of_pilots_travel_while_pilots_are_listed(pool: WorkerPool) -> N
 def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
     expert_TK = torch.tensor([[0, 3, 1], [2, 0, 3], [3, 2, 1]])  # of two processes with two experts each
     numbered = number_choices(expert_TK, 4, 2)
-    sent = list_pilots(numbered, 2)
-    assert numbered.counts_sx.tolist() == [[2, 2, 3], [2, 3, 3]]
+    sent = list_pilots(numbered, 2, list_choices(expert_TK, 4, 9))
+    assert numbered.pilots_s.tolist() == [3, 3]
     assert sent.token_R[:6].tolist() == [0, 1, 2, 0, 1, 2]
     assert sent.pilot_TK.tolist() == [[0, 3, -1], [4, 1, -1], [5, -1, 2]]
     # Choices by expert and then by token: experts 0, 0, 1, 1, 2, 2, 3, 3, 3 of tokens 0, 1, 0, 2, 1, 2, 0, 1, 2.
@@ -234,10 +249,24 @@ def test_a_token_has_one_pilot_for_each_process_that_it_chose() -> None:
     assert sent.code_R.tolist() == [0, 2, 1, 4, 2, 5, 0, 3, 4]
 
 
+def test_choices_that_a_pilot_does_not_have_are_passed_on_to_nobody() -> None:
+    expert_TK = torch.tensor([[-1, 3, 1], [-1, -1, -1], [3, -1, 2]])
+    numbered = number_choices(expert_TK, 4, 2)
+    sent = list_pilots(numbered, 2, list_choices(expert_TK, 4, 4))
+    assert numbered.pilots_s.tolist() == [1, 2]
+    assert sent.token_R[:3].tolist() == [0, 0, 2]
+    assert sent.pilot_TK.tolist() == [[-1, 1, 0], [-1, -1, -1], [2, -1, -1]]
+    assert sent.choice_R.tolist() == [2, 8, 1, 6]  # of experts 1, 2, 3, 3
+    assert sent.place_TK.tolist() == [[-1, 2, 0], [-1, -1, -1], [3, -1, 1]]
+    assert sent.code_R.tolist() == [0, 3, 0, 2]
+
+
 def test_a_token_whose_router_repeats_an_expert_claims_no_other_pilots_places() -> None:
-    repeated = number_choices(torch.tensor([[3, 3, 3, 3], [3, 3, 3, 3]]), 4, 2)  # as one does without finite scores
-    assert repeated.counts_sx.tolist() == [[0, 0, 0], [0, 8, 2]]
-    assert [code // 2 for code in list_pilots(repeated, 2).code_R.tolist()] == [0] * 4 + [1] * 4
+    expert_TK = torch.full((2, 4), 3)  # as one does without finite scores
+    repeated = number_choices(expert_TK, 4, 2)
+    assert repeated.pilots_s.tolist() == [0, 2]
+    sent = list_pilots(repeated, 2, list_choices(expert_TK, 4, 8))
+    assert [code // 2 for code in sent.code_R.tolist()] == [0] * 4 + [1] * 4
 
 
 # ---- one process ---------------------------------------------------------------------------------------------------

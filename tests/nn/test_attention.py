@@ -114,7 +114,7 @@ def written_out(of: SelfAttentionSpec | LatentAttentionSpec, w: Weights, x: Tens
 
 
 def sites_of(of: SelfAttentionSpec | LatentAttentionSpec, degrees: ParallelDegrees) -> Counter[tuple[str, str, int]]:
-    sites = of.sites(Layout(degrees)).present(degrees)
+    sites = of.sites(Layout(degrees)).present(Layout(degrees))
     return Counter((s.op, s.tag, s.width * 2 * LENGTH) for s in (*sites.forward, *sites.backward))
 
 

@@ -53,7 +53,7 @@ class CommunicationLedger(Callback):
         strategy = _strategy(trainer)
         comm = strategy.topology.comm
         if self.emulated is not None:
-            self.emulation = self.emulated(strategy.topology.degrees.groups(strategy.global_rank))
+            self.emulation = self.emulated(strategy.topology.layout.groups(strategy.global_rank))
             comm.register_hook(self.emulation)
         comm.register_hook(self.ledger)  # after the emulation: a collective's time includes its delay
         self._first_step = trainer.global_step

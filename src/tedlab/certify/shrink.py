@@ -48,6 +48,7 @@ from tedlab.optim import Grouping
 from tedlab.registry import mixtures
 from tedlab.spec import Layout
 from tedlab.strategy import HALF_PRECISIONS
+from tedlab.validate.comm import ranks_per_node
 
 STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
 STEPS_PER_EPOCH = 3  # a run that continues after step 2 starts in the middle of an epoch and reaches the next
@@ -196,6 +197,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
             config.comm,
             backend=None if accelerator == "cpu" else config.comm.backend,
             emulate=None,
+            ranks_per_node=_ranks_per_node(config, given, degrees),
             chunks=_chunks(config.comm, moe, replace(degrees, sequence=given.sequence), micro_batch * length),
         ),
         data=data,
@@ -259,6 +261,15 @@ def _rotary(model: ModelConfig, length: int) -> RotaryConfig:
     """Returns a stretch of rotary positions from less than the text's length, so that it matters."""
     original = model.rotary.original_length
     return replace(model.rotary, original_length=None if original is None else min(original, max(1, length // 2)))
+
+
+def _ranks_per_node(config: TrainConfig, given: ParallelDegrees, smaller: ParallelDegrees) -> int | None:
+    """Returns the ranks of a node, two of which each expert group is on if it was on several."""
+    per_node = ranks_per_node(config)
+    if per_node is None or given.nodes(per_node) == 1 or smaller.expert % 2:
+        return per_node
+    group = smaller.groups(0)["expert"]
+    return group[len(group) // 2]
 
 
 def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:

@@ -25,6 +25,7 @@ from tedlab.comm.differentiable import (
 from tedlab.comm.issued import Issued, issue_all_to_all
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
+from tedlab.comm.route import Numbers, Relay, Route, route
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
@@ -36,11 +37,14 @@ __all__ = [
     "Hook",
     "Issued",
     "Ledger",
+    "Numbers",
     "Operation",
     "Pending",
     "Phase",
     "Recomputation",
     "RecomputePlan",
+    "Relay",
+    "Route",
     "Second",
     "SlotAgreement",
     "Splits",
@@ -57,6 +61,7 @@ __all__ = [
     "recomputed",
     "recomputing",
     "reduce_from",
+    "route",
     "scatter_from",
     "slice_to",
     "to_compute_dtype",

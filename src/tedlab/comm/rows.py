@@ -7,7 +7,7 @@ is padded with rows of zeros for the last expert, whose results nobody reads.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,9 @@ class Rows:
         lent: Experts that it sends to other processes, which compute rows of these (see ``moe/lending``).
         borrowed: Experts of other processes that it receives.
         exchanges: Exchanges of lent experts, which there are only if somebody lends.
+        relayed: Where rows or pilots go by way of nodes, those that reach it from nodes (see ``comm/route.py``).
+        passed: The pilots that it passes on inside its node; of rows these are as many as ``relayed``.
+        choices_relayed: The choices of pilots that reach it from nodes, which it passes on.
     """
 
     sent: int = 0
@@ -40,6 +43,9 @@ class Rows:
     lent: int = 0
     borrowed: int = 0
     exchanges: int = 0
+    relayed: int = 0
+    passed: int = 0
+    choices_relayed: int = 0
 
     def __add__(self, other: "Rows") -> "Rows":
         return Rows(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -112,6 +118,23 @@ def rows_of(counts_ise: np.ndarray, sent: int, rank: int, chunks: int = 1) -> Ro
     return Rows(sent, int(arriving_ri[:, rank].sum()), gathered, int(arriving_ri.sum()))
 
 
+def relayed(sent_ssx: np.ndarray, process: int, nodes: int) -> np.ndarray:
+    """Returns the rows that pass through a process on their way between nodes, as ``comm/route.py`` says.
+
+    Args:
+        sent_ssx: (senders, processes, …) integers: the rows that each process of an expert group sends to each.
+        process: The number of the process in its group.
+        nodes: The number of nodes that the group is on, each with equally many of its processes.
+
+    Returns:
+        (processes, …): those from each node, for each process of its own node.
+    """
+    places = len(sent_ssx) // nodes
+    node, place = divmod(process, places)
+    passing = sent_ssx[place::places, node * places : (node + 1) * places]
+    return passing.reshape(len(sent_ssx), *sent_ssx.shape[2:])
+
+
 def rows_of_pilots(sent_sx: np.ndarray, arriving_isx: np.ndarray, rank: int) -> Rows:
     """Returns the rows that a process moves which exchanges pilots.
 
@@ -125,6 +148,27 @@ def rows_of_pilots(sent_sx: np.ndarray, arriving_isx: np.ndarray, rank: int) -> 
     choices = rows_of(arriving_isx[..., :-1], int(sent_sx[:, :-1].sum()), rank)
     of_choices = choices.sent, choices.received, choices.gathered
     return Rows(pilots.sent, pilots.received, pilots.gathered, choices.computed, *of_choices)
+
+
+def by_node(rows: Rows, sent_nx: np.ndarray, relayed_nx: np.ndarray, places: int) -> Rows:
+    """Returns the rows that a process moves which exchanges pilots by way of nodes.
+
+    Args:
+        rows: Those inside its node, see :func:`rows_of_pilots`.
+        sent_nx: (nodes, places · (experts of a process + 1) + 1) integers: what this process sends to each node, as for
+            :func:`rows_of_pilots` by process, and last the pilots to the node.
+        relayed_nx: The same for what reaches it from each node.
+        places: The number of processes of the expert group on each node.
+    """
+    choices = int(sent_nx[:, :-1].reshape(len(sent_nx), places, -1)[..., :-1].sum())
+    return replace(
+        rows,
+        sent=int(sent_nx[:, -1].sum()),
+        relayed=int(relayed_nx[:, -1].sum()),
+        passed=rows.sent,
+        choices_sent=choices,
+        choices_relayed=rows.choices_sent,
+    )
 
 
 def pilots(counts_E: np.ndarray, tokens: int, top_k: int, processes: int) -> np.ndarray:
@@ -150,10 +194,13 @@ def pilots(counts_E: np.ndarray, tokens: int, top_k: int, processes: int) -> np.
     return np.clip(np.rint(tokens * (1 - missed_s)).astype(np.int64), least, np.minimum(chosen_s, tokens))
 
 
-def sent_as_pilots(shares: Sequence[float], tokens: int, top_k: int, sharers: int, processes: int) -> np.ndarray:
+def sent_as_pilots(
+    shares: Sequence[float], tokens: int, top_k: int, sharers: int, processes: int, nodes: int = 1
+) -> np.ndarray:
     """Returns what each tensor rank of a data rank sends to each process: (sharers, processes, experts of one + 1).
 
-    The last number is that of the pilots, the others are choices of each expert.
+    The last number is that of the pilots, the others are choices of each expert. With several nodes, returns what each
+    sends to each node, as :func:`by_node` takes it: (sharers, nodes, …).
 
     Args:
         shares: (E,) proportions in which experts are chosen.
@@ -161,13 +208,18 @@ def sent_as_pilots(shares: Sequence[float], tokens: int, top_k: int, sharers: in
         top_k: Number of choices of each.
         sharers: Number of tensor ranks that send tokens of their own, of which each has every so manieth.
         processes: Number of processes of an expert group.
+        nodes: Number of nodes that they are on, if pilots go by way of these.
     """
     found = []
     for rank in range(sharers):
         own = len(range(rank, tokens, sharers))
         counts_E = spread(shares, own * top_k, own)
         of_pilots = pilots(counts_E, own, top_k, processes)
-        found.append(np.concatenate((counts_E.reshape(processes, -1), of_pilots[:, None]), 1))
+        sent = np.concatenate((counts_E.reshape(processes, -1), of_pilots[:, None]), 1)
+        if nodes > 1:
+            of_nodes = pilots(counts_E, own, top_k, nodes)
+            sent = np.concatenate((sent.reshape(nodes, -1), of_nodes[:, None]), 1)
+        found.append(sent)
     return np.stack(found)
 
 

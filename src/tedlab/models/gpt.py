@@ -145,9 +145,13 @@ class GPTSpec(Spec):
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
         moe = MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared, lend=self.moe.lend)
         blocks = type(self)(model, moe).blocks
+        direct, by_node = CommOptions(), CommOptions(hierarchical=True, ranks_per_node=4)
         layouts = (
-            Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), CommOptions(dtd=not on, dedup=dedup))
-            for expert, dedup in ((1, Dedup.NONE), (2, Dedup.NONE), (2, Dedup.RANK))
+            Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), replace(options, dtd=not on))
+            for expert, options in (
+                *((1, direct), (2, direct), (2, replace(direct, dedup=Dedup.RANK))),
+                *((4, by_node), (4, replace(by_node, dedup=Dedup.NODE))),
+            )
             for on in (True, False)
         )
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
@@ -243,7 +247,7 @@ class GPT(nn.Module):
             sites, early_stop = of.sites(topology.layout), model.recompute.early_stop
             unread = unread_tags(sites.recomputed) if early_stop else ()
             kept = spec.kept(topology.options.cac, index)
-            second = recompute_plan(sites.present(topology.degrees).recomputed, kept, unread)
+            second = recompute_plan(sites.present(topology.layout).recomputed, kept, unread)
             recomputed = model.recompute.granularity == Granularity.BLOCK
             wrap(unit, topology, second if recomputed else None, model.compile, early_stop)
 

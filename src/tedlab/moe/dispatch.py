@@ -36,8 +36,8 @@ from tedlab.comm import (
     copy_to,
     gather_from,
     gather_to,
-    issue_all_to_all,
     reduce_from,
+    route,
     scatter_from,
     slice_to,
 )
@@ -87,14 +87,15 @@ class DispatchSpec(Spec):
         whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
         if self.config.ragged and not sliced:
             return self._partial_rows(layout, replace(to, replicated=True), back)
+        back = replace(back, feeds=whole.tag if dealt else None, replicated=not sliced)
         if scattered:
             summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False)
         forward = [
             *self._counts(layout),
-            replace(to, feeds=spread.tag if sliced else None, replicated=not sliced),
+            *replace(to, feeds=spread.tag if sliced else None, replicated=not sliced).steps(layout),
             *([spread] if sliced else []),
-            replace(summed, feeds=back.tag),
-            replace(back, feeds=whole.tag if dealt else None, replicated=not sliced),
+            replace(summed, feeds=layout.returning),
+            *back.steps(layout),
             *([whole] if dealt else []),
         ]
         if scattered:
@@ -104,17 +105,17 @@ class DispatchSpec(Spec):
             inside.append(replace(summed, tag="experts.copy"))
         dropped = [replace(whole, tag="dispatch.drop")] if dealt else []
         # Gradients take the path of the rows in reverse.
-        return Sites(tuple(forward), (replace(back, rows="sent"), *inside, replace(to, rows="received"), *dropped))
+        return Sites(tuple(forward), (*adjoints(back.steps(layout)), *inside, *adjoints(to.steps(layout)), *dropped))
 
     def _partial_rows(self, layout: Layout, to: Site, back: Site) -> Sites:
         """Returns the collectives if rows come back as partial results, of which each token's sums are reduced."""
         summed, gates = self._of_tokens()
         return Sites(
-            (*self._counts(layout), to, back, summed),
+            (*self._counts(layout), *to.steps(layout), *back.steps(layout), summed),
             (
                 *self._of_gates(gates),
-                replace(back, rows="sent"),
-                replace(to, rows="received"),
+                *adjoints(back.steps(layout)),
+                *adjoints(to.steps(layout)),
                 replace(summed, tag="experts.copy"),
             ),
         )
@@ -131,7 +132,7 @@ class DispatchSpec(Spec):
     def fed(self, layout: Layout) -> str:
         """Returns the tag of the collective that experts' results feed."""
         partial = self.config.ragged and self.obeyed(layout).sharers == 1
-        return "combine.all_to_all" if partial else "experts.reduce"
+        return layout.returning if partial else "experts.reduce"
 
     def _of_gates(self, *sites: Site) -> tuple[Site, ...]:
         """Returns the sites of gradients of weights; none if weights have no gradients."""
@@ -148,9 +149,10 @@ class DispatchSpec(Spec):
             gathered = replace(all_lists, tag="dispatch.gather_counts", kind="expert_tensor")
             return [all_lists, replace(gathered, width=layout.sharers * experts)] if layout.sequence else [all_lists]
         own = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
+        steps = counting(own, layout)
         width = layout.degrees.tensor * experts
         all_ranks = replace(own, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=width)
-        return [own, all_ranks] if layout.sharers > 1 else [own]
+        return [*steps, all_ranks] if layout.sharers > 1 else steps
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that the first process moves for a data rank's micro-batch; all slots count as rows.
@@ -163,9 +165,12 @@ class DispatchSpec(Spec):
             counts = self.taken(spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens), layout, tokens)
             sent = hands(np.tile(counts, (senders, 1)), sharers)
             arriving = sent[:, :, : moe.num_experts // senders]
-            return rows_of(arriving, int(sent[0, 0].sum()), 0, self.chunks(layout))
+            rows = rows_of(arriving, int(sent[0, 0].sum()), 0, self.chunks(layout))
+            # From each node as many as this process sends to the experts of its own.
+            relayed = layout.nodes * int(sent[0, 0, : moe.num_experts // layout.nodes].sum())
+            return replace(rows, relayed=relayed) if layout.nodes > 1 else rows
         slots = -(-self.capacity(layout, tokens) // sharers) * moe.num_experts  # padded: as many for each tensor rank
-        return Rows(slots, slots, sharers * slots, sharers * slots)
+        return Rows(slots, slots, sharers * slots, sharers * slots, relayed=slots if layout.nodes > 1 else 0)
 
     def capacity(self, layout: Layout, tokens: int) -> int:
         """Returns the slots that each expert offers to a data rank's micro-batch, if their number is limited."""
@@ -184,6 +189,7 @@ class DispatchSpec(Spec):
             yield b.moved(2 * b.rows.sent * width)
         if self.chunks(b.layout) > 1 and not self.config.ragged:  # rows lie by chunk
             yield b.moved(2 * b.rows.sent * width)
+        yield from self._turned(b)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)
         if sliced:
@@ -201,6 +207,7 @@ class DispatchSpec(Spec):
             yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)
+        yield from self._turned(b)
         if self.chunks(b.layout) > 1:
             yield b.moved(2 * b.rows.sent * width)
         if sliced and not b.layout.sequence:
@@ -225,9 +232,30 @@ class DispatchSpec(Spec):
         for _ in range(1 if self.fused(b) else 2):
             yield b.moved(2 * rows * self.hidden)
 
+    def _turned(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that sort rows on their way by nodes, before and after they are exchanged inside one."""
+        if b.layout.nodes > 1:
+            yield b.moved(2 * b.rows.relayed * self.hidden)
+            yield b.moved(2 * b.rows.received * self.hidden)
+
     def _reordered(self, b: MicroBatch) -> bool:
         """Tells whether rows that arrive by sender must be sorted by expert."""
         return self.config.num_experts > b.layout.degrees.expert > 1
+
+
+def adjoints(steps: tuple[Site, ...]) -> tuple[Site, ...]:
+    """Returns the exchanges of the gradients of some exchanges, in their order."""
+    return tuple(step.adjoint for step in reversed(steps))
+
+
+def counting(site: Site, layout: Layout) -> list[Site]:
+    """Returns the exchanges of numbers of rows: two if rows go by way of nodes."""
+    if layout.nodes == 1:
+        return [site]
+    return [
+        replace(site, tag="dispatch.counts_between_nodes", kind="expert_between_nodes"),
+        replace(site, tag="dispatch.counts_in_node", kind="expert_in_node"),
+    ]
 
 
 class TokenPath(Protocol):
@@ -273,7 +301,7 @@ class AllToAllPath:
     def __init__(self, num_experts: int, topology: Topology, kernel: str = "torch") -> None:
         self.comm, self.agreement = topology.comm, topology.slots
         self.num_experts, self.kernel, self.chunks = num_experts, kernel, topology.layout.chunks
-        self.ranks = self.comm.size("expert")
+        self.ranks, self.route = self.comm.size("expert"), route(self.comm)
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> Tensor:
         return self._to_experts(self._own(self._slots(x_TH, routing))).wait()
@@ -311,11 +339,11 @@ class AllToAllPath:
         def by_expert(x: Tensor) -> Tensor:
             return x.unflatten(0, (self.ranks, -1)).transpose(0, 1).flatten(1, 2)  # (E_p senders, e, C, H) → (e, N, H)
 
-        return issue_all_to_all(x_ECH, self.comm, "expert", "dispatch.all_to_all").then(by_expert)
+        return self.route.there(x_ECH).then(by_expert)
 
     def _from_experts(self, y_eNH: Tensor) -> Issued[Tensor]:
         y = y_eNH.unflatten(1, (self.ranks, -1)).transpose(0, 1).flatten(0, 1)  # (E_p receivers · e, C, H)
-        return issue_all_to_all(y, self.comm, "expert", "combine.all_to_all")  # (E, C, H)
+        return self.route.back(y)  # (E, C, H)
 
     def _tokens(self, y_ECH: Tensor, routing: Routing) -> Tensor:
         own = len(routing.choice_EC) // self.num_experts

@@ -20,7 +20,7 @@ class Dropless(RowExperts):
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
         if cls.alone(topology.degrees):
             return LocalExperts(spec, topology)
-        return (PilotExperts if topology.options.dedup == Dedup.RANK else RowExperts)(spec, topology)
+        return (RowExperts if topology.options.dedup == Dedup.NONE else PilotExperts)(spec, topology)
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from tedlab.comm.rows import Rows, rows_of_pilots, sent_as_pilots
+from tedlab.comm.rows import Rows, by_node, rows_of_pilots, sent_as_pilots
 from tedlab.config import Dedup
-from tedlab.moe.dispatch import DispatchSpec
+from tedlab.moe.dispatch import DispatchSpec, adjoints, counting
 from tedlab.moe.experts import ExpertsSpec
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 
@@ -44,62 +44,82 @@ class DroplessSpec(DispatchSpec):
 
     @override
     def pilots(self, layout: Layout) -> bool:
-        return layout.options.dedup == Dedup.RANK and layout.degrees.expert > 1
+        return layout.options.dedup != Dedup.NONE and layout.degrees.expert > 1
 
     @override
     def rows(self, layout: Layout, tokens: int) -> Rows:
         if not self.pilots(layout):
             return super().rows(layout, tokens)
-        moe, processes = self.config, layout.degrees.expert
+        moe, processes, nodes = self.config, layout.degrees.expert, layout.nodes
+        tokens *= moe.inputs
         sent = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.sharers, processes)
-        return rows_of_pilots(sent[0], np.repeat(sent[:, :1], processes, 1), 0)
+        if nodes == 1:
+            return rows_of_pilots(sent[0], np.repeat(sent[:, :1], processes, 1), 0)
+        # All processes send alike, and each passes on what those with its place in their nodes send to its own node.
+        places = processes // nodes
+        to_nodes = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.sharers, processes, nodes)[0]
+        rows = rows_of_pilots(nodes * sent[0, :places], np.repeat(nodes * sent[:, :1], places, 1), 0)
+        return by_node(rows, to_nodes, np.repeat(to_nodes[:1], nodes, 0), places)
 
     def _pilot_sites(self, layout: Layout) -> Sites:
         tensor, sliced = layout.degrees.tensor, layout.sharers > 1
         dealt = sliced and not layout.sequence
-        experts = self.config.num_experts + layout.degrees.expert
-        counts = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
+        experts, processes, nodes = self.config.num_experts, layout.degrees.expert, layout.nodes
+        width = (experts + processes) // nodes
+        counts = Site("dispatch.counts", "all_to_all", "expert", width, "once", "index", recomputed=False)
         of_all = replace(
-            counts, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=tensor * experts
+            counts, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=tensor * width
         )
         codes = Site("dispatch.choices", "all_to_all", "expert", 1, "choices_sent", "index", recomputed=False)
         of_all_codes = replace(
             codes, tag="dispatch.gather_choices", op="all_gather", kind="expert_tensor", rows="choices_gathered"
         )
-        gates = Site("dispatch.gates", "all_to_all", "expert", 1, "choices_sent", "precise", result="choices_received")
+        codes = replace(codes, result="choices_received")
+        gates = replace(codes, tag="dispatch.gates", dtype="precise", recomputed=True)
         to = Site("dispatch.all_to_all", "all_to_all", "expert", self.hidden, "sent", result="received")
         back = replace(to, tag="combine.all_to_all", rows="received", result="sent")
-        gates_back, to_back, back_back = (
-            replace(gates, rows="choices_received"),
-            replace(to, rows="received"),
-            replace(back, rows="sent"),
-        )
+        told = counting(counts, layout)
+        if nodes > 1:  # nodes are also told of the choices of each process, and of pilots to it
+            told[0] = replace(told[0], width=experts + processes + nodes)
         summed, of_gates = self._of_tokens()
+        there = gates, replace(to, replicated=not sliced)
+        spread = Site("dispatch.gather", "all_gather", "expert_tensor", self.hidden, "gathered", replicated=True)
+        spread_gates = replace(spread, tag="dispatch.gather_gates", width=1, rows="choices_gathered", dtype="precise")
+        whole = Site("combine.gather", "all_gather", "tensor", tensor * self.hidden, "dealt", replicated=True)
+        if sliced:
+            told.append(of_all)
+            there = replace(gates, feeds=spread_gates.tag), replace(to, feeds=spread.tag)
+            back = replace(back, feeds=whole.tag if dealt else "end")
+        else:
+            back = replace(back, feeds=summed.tag)
+        of_codes = codes.steps(layout, "choices_relayed", "choices_relayed")
+        of_weights = there[0].steps(layout, "choices_relayed", "choices_relayed")
+        out, home = (site.steps(layout, "relayed", "passed") for site in (there[1], back))
+        # A process sends numbers, weights and rows to nodes before those that it passes on.
+        on_their_way = (site for step in zip(of_codes, of_weights, out, strict=True) for site in step)
+        back_again, weights_back, out_back = map(adjoints, (home, of_weights, out))
         if not sliced:
             return Sites(
-                (counts, codes, gates, replace(to, replicated=True), replace(back, feeds=summed.tag), summed),
+                (*told, *on_their_way, *home, summed),
                 (
-                    back_back,
-                    *self._of_gates(gates_back, of_gates),
-                    to_back,
+                    *back_again,
+                    *self._of_gates(*weights_back, of_gates),
+                    *out_back,
                     replace(summed, tag="experts.copy"),
                 ),
             )
-        spread = Site("dispatch.gather", "all_gather", "expert_tensor", self.hidden, "gathered", replicated=True)
-        spread_gates = replace(spread, tag="dispatch.gather_gates", width=1, rows="choices_gathered", dtype="precise")
-        summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=back.tag)
-        whole = Site("combine.gather", "all_gather", "tensor", tensor * self.hidden, "dealt", replicated=True)
-        there = (replace(gates, feeds=spread_gates.tag), replace(to, feeds=spread.tag), spread, spread_gates)
-        forward: tuple[Site, ...] = (counts, of_all, codes, of_all_codes, *there, summed)
+        summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=layout.returning)
+        forward = (*told, *on_their_way, of_all_codes, spread, spread_gates, summed, *home)
         inside = replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")
-        of_gates_back = replace(spread_gates, op="reduce_scatter"), gates_back
+        weights_back = replace(spread_gates, op="reduce_scatter"), *weights_back
         if not dealt:
-            forward = (*forward, replace(back, feeds="end"))
-            return Sites(forward, (back_back, *inside, to_back, *self._of_gates(*of_gates_back)))
-        forward = (*forward, replace(back, feeds=whole.tag), replace(whole, feeds="end"))
+            return Sites(forward, (*back_again, *inside, *out_back, *self._of_gates(*weights_back)))
         dropped = replace(whole, tag="dispatch.drop")
         of_dropped = replace(dropped, tag="dispatch.drop_gates", width=tensor * self.choices, dtype="precise")
-        return Sites(forward, (back_back, *inside, to_back, dropped, *self._of_gates(*of_gates_back, of_dropped)))
+        return Sites(
+            (*forward, replace(whole, feeds="end")),
+            (*back_again, *inside, *out_back, dropped, *self._of_gates(*weights_back, of_dropped)),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,10 +144,14 @@ class LocalSpec(Spec):
         """Yields the kernels that copy tokens to pilots, or gradients of sums to those of pilots."""
         if self.pilots:
             yield b.moved(2 * b.rows.sent * self.experts.hidden)
+            if b.layout.nodes > 1:
+                yield b.moved(2 * b.rows.passed * self.experts.hidden)
 
     def _back(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels that sum the pilots of each token, or their gradients."""
         if self.pilots:
+            if b.layout.nodes > 1:
+                yield b.moved((b.rows.passed + b.rows.relayed) * self.experts.hidden)
             yield b.moved((b.rows.sent + b.outside) * self.experts.hidden)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
@@ -138,7 +162,7 @@ class LocalSpec(Spec):
         yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers tokens
         yield b.product(rows, hidden, inner, times=number)
-        if ("experts.reduce" if not self.pilots or b.layout.sharers > 1 else "combine.all_to_all") in dead:
+        if ("experts.reduce" if not self.pilots or b.layout.sharers > 1 else b.layout.returning) in dead:
             return
         yield b.moved(total * (inner + width))  # bias and activation
         yield b.product(rows, width, hidden, times=number)

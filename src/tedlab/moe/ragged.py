@@ -42,19 +42,21 @@ from torch import Tensor
 from tedlab.comm import (
     Collectives,
     Issued,
+    Numbers,
+    Relay,
     Splits,
     copy_to,
     gather_from,
     gather_to,
-    issue_all_to_all,
     once,
     reduce_from,
+    route,
     scatter_from,
     slice_to,
     to_compute_dtype,
 )
 from tedlab.comm.reading import deliver
-from tedlab.comm.rows import Rows, dealt, hands, in_chunks, listed, rows_of
+from tedlab.comm.rows import Rows, dealt, hands, in_chunks, listed, relayed, rows_of
 from tedlab.moe.chunks import by_chunk
 from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
@@ -68,7 +70,7 @@ class Exchange:
     """Who sends how many rows, in one layer and micro-batch, or in one chunk of it.
 
     Attributes:
-        splits: Splits of the all-to-all to the experts.
+        splits: Splits of the exchange with the experts.
         counts_ise: (i, s, e) int64 on the device: rows by tensor rank, sender and expert.
         width: M, as in the legend.
         total: N, as in the legend.
@@ -79,7 +81,7 @@ class Exchange:
         runs_2V: What lists rows in the order of slots, see :func:`tedlab.moe.lending.by_slot`; None: by expert.
     """
 
-    splits: Splits
+    splits: Splits | Relay
     counts_ise: Tensor
     width: int
     total: int
@@ -144,21 +146,11 @@ class OverlappingRowPath(RowPath, Protocol):
         ...
 
 
-def numbers(comm: Collectives, sent_sx: Tensor, sharers: int) -> Tensor:
-    """Exchanges numbers of rows within the expert group.
-
-    Args:
-        comm: The collectives of this process.
-        sent_sx: (processes, x) int64: what this process sends to each.
-        sharers: Number of tensor ranks that receive rows of their own.
-
-    Returns:
-        (i, s, x) int64: what each of these receives from each process.
-    """
-    counts_isx = comm.all_to_all(sent_sx, "expert", tag="dispatch.counts", phase="forward").unsqueeze(0)
+def of_all(comm: Collectives, arriving_sx: Tensor, sharers: int) -> Tensor:
+    """Returns the numbers of rows that arrive at each tensor rank that receives rows of its own: (i, s, x)."""
     if sharers == 1:
-        return counts_isx
-    return comm.all_gather(counts_isx, "expert_tensor", tag="dispatch.gather_counts", phase="forward")
+        return arriving_sx.unsqueeze(0)
+    return comm.all_gather(arriving_sx.unsqueeze(0), "expert_tensor", tag="dispatch.gather_counts", phase="forward")
 
 
 class RaggedPath:
@@ -196,6 +188,7 @@ class RaggedPath:
             raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
         self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
         self.kernel, self.policy, self.packed, self.chunks = kernel, policy, packed, chunks
+        self.route = route(comm)
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
@@ -214,8 +207,7 @@ class RaggedPath:
         return self._to_experts(spread_choices(x, listing, self.kernel), exchanges, listing)
 
     def answer(self, y: RaggedRows) -> Issued[RaggedRows]:
-        back = issue_all_to_all(y.values, self.comm, "expert", "combine.all_to_all", y.exchange.splits.reverse)
-        return back.then(lambda values: y._replace(values=values))
+        return self.route.back(y.values, y.exchange.splits).then(lambda values: y._replace(values=values))
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
         y_RH, listing = _joined(back), back[0].listing or routing
@@ -245,8 +237,7 @@ class RaggedPath:
 
     def _to_experts(self, x_RH: Tensor, exchanges: Exchanges, listing: Routing) -> list[Issued[RaggedRows]]:
         def issue(x: Tensor, exchange: Exchange) -> Issued[RaggedRows]:
-            sent = issue_all_to_all(x, self.comm, "expert", "dispatch.all_to_all", exchange.splits)
-            return sent.then(lambda values: RaggedRows(values, exchange, listing))
+            return self.route.there(x, exchange.splits).then(lambda values: RaggedRows(values, exchange, listing))
 
         known = exchanges()
         parts = [x_RH] if len(known) == 1 else x_RH.split([sum(exchange.splits.sent) for exchange in known])
@@ -265,9 +256,9 @@ class RaggedPath:
     def _start(self, counts_E: Tensor, rows: int, x: Tensor) -> Exchanges:
         if self.policy is not None:
             return self._counted(self._planning(counts_E, self.policy))
-        sent_se = counts_E.view(self.comm.size("expert"), -1)
-        counts_ise = numbers(self.comm, sent_se, self.sharers)
-        return self._counted(self._without_waiting(counts_ise, rows, x) or self._waiting(sent_se, counts_ise))
+        numbers = self.route.numbers(counts_E.view(self.comm.size("expert"), -1))
+        counts_ise = of_all(self.comm, numbers.arriving_sx, self.sharers)
+        return self._counted(self._without_waiting(counts_ise, rows, x) or self._waiting(numbers, counts_ise))
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
         """Returns how many rows of each slot tensor ranks send of their lists: (i, s, V)."""
@@ -292,21 +283,23 @@ class RaggedPath:
         exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
         return lambda: ((exchange,), Rows(rows, rows, exchange.total, exchange.total))
 
-    def _waiting(self, sent_se: Tensor, counts_ise: Tensor) -> Finish:
-        read = self.comm.reader(torch.cat((sent_se.unsqueeze(0), counts_ise)))
-        own = self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+    def _waiting(self, numbers: Numbers, counts_ise: Tensor) -> Finish:
+        read = self.comm.reader(torch.cat((*numbers.passing, counts_ise)))
+        own, passing = self.comm.rank("expert_tensor") if self.sharers > 1 else 0, len(numbers.passing)
 
-        def exchange(counts_ise: Tensor, sent_se: np.ndarray, arriving_ise: np.ndarray) -> Exchange:
-            rows = rows_of(arriving_ise, int(sent_se.sum()), own)
-            splits = Splits(tuple(sent_se.sum(1).tolist()), tuple(arriving_ise[own].sum(1).tolist()))
+        def exchange(counts_ise: Tensor, passing_jse: np.ndarray, arriving_ise: np.ndarray) -> Exchange:
+            sent, *through = passing_jse.sum(2).tolist()
+            rows = rows_of(arriving_ise, sum(sent), own)
+            splits = self.route.splits(sent, arriving_ise[own].sum(1).tolist(), *through)
             sizes = tuple(arriving_ise.sum((0, 1)).tolist())
             return Exchange(splits, counts_ise, rows.gathered // self.sharers, rows.computed, sizes, self.kernel)
 
         def finish() -> tuple[tuple[Exchange, ...], Rows]:
             values = np.array(read())
-            chunks = (in_chunks(counts, self.chunks) for counts in (counts_ise, values[0], values[1:]))
+            chunks = (in_chunks(counts, self.chunks) for counts in (counts_ise, values[:passing], values[passing:]))
             exchanges = tuple(exchange(*chunk) for chunk in zip(*chunks, strict=True))
-            return exchanges, rows_of(values[1:], int(values[0].sum()), own, self.chunks)
+            rows = rows_of(values[passing:], int(values[0].sum()), own, self.chunks)
+            return exchanges, replace(rows, relayed=int(values[1:passing].sum()))
 
         return finish
 
@@ -328,8 +321,11 @@ class RaggedPath:
             slots, loans = slots_of(plan, counts), loans_of(plan, process)
             hands_isV = self._hands(slots.counts_isV)
             arriving = hands_isV[:, :, slots.of(process)]
-            sent = [int(hands_isV[own, process, slots.of(to)].sum()) for to in range(processes)]
+            sent_ss = np.stack([hands_isV[own][:, slots.of(to)].sum(1) for to in range(processes)], 1)
+            sent, passing = sent_ss[process].tolist(), relayed(sent_ss, process, self.route.nodes).tolist()
             rows = rows_of(arriving, sum(sent), own)
+            if self.route.nodes > 1:
+                rows = replace(rows, relayed=sum(passing))
             device_needs = [arriving]
             if loans is not None:
                 rows = replace(rows, lent=len(loans.lent), borrowed=loans.borrowed, exchanges=1)
@@ -337,7 +333,7 @@ class RaggedPath:
                 device_needs += [np.array(loans.lent, dtype=np.int64), runs_of(slots, lister, process)]
             counts_ise, *of_loans = deliver(device_needs, device)
             exchange = Exchange(
-                Splits(tuple(sent), tuple(arriving[own].sum(1).tolist())),
+                self.route.splits(sent, arriving[own].sum(1).tolist(), passing),
                 counts_ise,
                 rows.gathered // self.sharers,
                 rows.computed,
@@ -475,10 +471,8 @@ class RowRegion(Protocol):
 class ReplicatedRows:
     """Every tensor rank receives the same rows and sends back its parts of the results."""
 
-    feeds = "combine.all_to_all"
-
     def __init__(self, comm: Collectives) -> None:
-        self.comm = comm
+        self.comm, self.feeds = comm, route(comm).returning
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return arrangement.sort(x.values)

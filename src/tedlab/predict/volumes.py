@@ -37,9 +37,6 @@ _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix produc
     "16-mixed": (torch.float32, torch.float16),
 }
 
-# What comes back where these are sent.
-_BACK: Mapping[RowCount, RowCount] = {"sent": "received", "received": "sent", "lent": "borrowed", "borrowed": "lent"}
-
 
 def predict(config: TrainConfig) -> dict[Entry, Count]:
     """Returns the calls and bytes of one optimizer step of ``tedlab train``, which are the same in every process.
@@ -96,12 +93,12 @@ class ClosedForm:
         self.config, self.spec = config, models[config.model.architecture].spec(config.model, config.moe)
         self.degrees = parallel_degrees(config.parallel)
         self.layout = Layout(self.degrees, config.comm)
-        self.groups = self.degrees.sizes
+        self.groups = self.layout.sizes
         self.parameter, self.compute = _DTYPES[str(config.trainer["precision"])]
         self.precise = torch.promote_types(self.compute, torch.float32)
         self.tokens = config.data.micro_batch_size * config.model.sequence_length
         units, first = self.spec.units, self.spec.first
-        alike = {n: units[n].sites(self.layout).present(self.degrees) for n in set(first)}
+        alike = {n: units[n].sites(self.layout).present(self.layout) for n in set(first)}
         self.sites = [alike[n] for n in first]
         self.moved = rows
         self._grouping = Grouping(config.optim.groups)
@@ -165,7 +162,7 @@ class ClosedForm:
         """Yields the collectives of a micro-batch's forward pass that only counts choices."""
         if self.counts_ahead:
             yield from self.calls(
-                self.spec.embedding.sites(self.layout).present(self.degrees).forward, "forward", Rows()
+                self.spec.embedding.sites(self.layout).present(self.layout).forward, "forward", Rows()
             )
             for sites, rows in zip(self.sites, self._rows, strict=True):
                 yield from self.calls(sites.forward, "forward", rows)
@@ -186,7 +183,7 @@ class ClosedForm:
         parts = [part.sites(self.layout) for part in self.spec.ends]
         if not self._grouping.trains("embedding.weight"):  # the first of them; the others have a backward pass anyway
             parts[0] = Sites(parts[0].forward)
-        sites = reduce(Sites.then, parts).present(self.degrees)
+        sites = reduce(Sites.then, parts).present(self.layout)
         yield from self.calls(sites.forward, "forward", Rows())
         yield from self.calls(sites.backward, "backward", Rows())
 
@@ -315,7 +312,7 @@ class ClosedForm:
                     call = self._call(site.op, site.kind, phase, site.tag, elements, self._dtype(site))
                     yield replace(call, exchanged_bytes=self._exchanged(site, of_call))
                 continue
-            if self.moved is not None and site.op == "all_to_all" and site.rows in _BACK:
+            if self.moved is not None and site.op == "all_to_all" and site.result is not None:
                 numbers = (rows, *self._exchanged(site, moved))
                 for number, *exchanged in zip(*(split_evenly(n, site.parts) for n in numbers), strict=True):
                     call = self._call(site.op, site.kind, phase, site.tag, number * site.width, self._dtype(site))
@@ -332,7 +329,7 @@ class ClosedForm:
         """Returns the bytes that go to and come from other processes: of rows, an equal part to and from each."""
         each = site.width * self._dtype(site).itemsize
         others = 1.0 if site.rows in LENT else 1 - 1 / self.groups[site.kind]
-        there, back = (self._count(rows, moved) for rows in (site.rows, _BACK[site.rows]))
+        there, back = (self._count(rows, moved) for rows in (site.rows, site.result or site.rows))
         return round(there * each * others), round(back * each * others)
 
     def _count(self, rows: RowCount, moved: Rows) -> int:

@@ -43,6 +43,7 @@ from tedlab.nn import partial_parameters
 from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
 from tedlab.optim.finite import check_saved
 from tedlab.optim.reading import MANUAL, hooks_that_read
+from tedlab.spec import Layout
 from tedlab.strategy import contract, seeding
 from tedlab.strategy.ahead import StepAhead
 from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
@@ -209,6 +210,9 @@ class TEDStrategy(compat.SubprocessStrategy):
             tensor if expert_tensor is None else expert_tensor,
             self.order,
         )
+        if self.comm.by_node and self.comm.ranks_per_node is None:
+            self.comm = replace(self.comm, ranks_per_node=self.num_processes)
+        _ = Layout(degrees, self.comm).nodes  # raises if they have unequal parts of an expert group
         super().setup_environment()
         if self._topology is not None:  # validate after fit, for example: groups and watch still exist
             if self._watch is not None and self._watch.stopped:  # another strategy's watch has stopped it

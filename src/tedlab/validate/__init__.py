@@ -17,7 +17,7 @@ from tedlab.ranges import check_ranges
 from tedlab.validate.attention import attention_notes
 from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
-from tedlab.validate.comm import check_comm
+from tedlab.validate.comm import check_comm, node_notes
 from tedlab.validate.defaults import filled_in
 from tedlab.validate.experts import check_experts, router_notes
 from tedlab.validate.lending import check_lending
@@ -60,9 +60,9 @@ def complete(config: TrainConfig, most_processes: int | None = None) -> TrainCon
     """Checks a configuration and returns a copy in which every value that follows from others is filled in.
 
     These are ``model.vocab_size`` from the tokenizer, ``trainer.accumulate_grad_batches`` from the batch sizes,
-    ``moe.capacity_groups`` if sequences are sharded, ``comm.ledger.time`` if a network is emulated, the numbers that
-    replace ``moe.lend.minimum=auto``, and the choice that replaces ``comm.cac=auto``. Arguments and exceptions are
-    those of :func:`check`.
+    ``moe.capacity_groups`` if sequences are sharded, ``comm.ledger.time`` if a network is emulated,
+    ``comm.ranks_per_node`` if it matters, the numbers that replace ``moe.lend.minimum=auto``, and the choice that
+    replaces ``comm.cac=auto``. Arguments and exceptions are those of :func:`check`.
     """
     return filled_in(config, *_checked(config, most_processes))
 
@@ -89,7 +89,11 @@ def complete_simulated(config: TrainConfig, cluster: ClusterConfig | None = None
     Raises:
         UsageError: As for :func:`check`.
     """
-    return filled_in(config, *_checked_alone(config), cluster)
+    checked = _checked_alone(config)
+    try:
+        return filled_in(config, *checked, cluster)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelDegrees, int]:
@@ -158,6 +162,7 @@ def notes(config: TrainConfig) -> list[str]:
         found += [
             f"{name} does nothing here: all experts are in one process, so nothing is exchanged." for name in named
         ]
+    found += node_notes(config, parallel_degrees(config.parallel))
     found += router_notes(config.moe)
     found += attention_notes(config)
     if not keeps_position(data_class(config.data)):

@@ -1,5 +1,6 @@
 """Checks communication: its options, what recomputation takes from memory, sharded sequences, an emulated network."""
 
+from dataclasses import replace
 from typing import Any
 
 from tedlab.comm.keep import kept_tags
@@ -52,6 +53,8 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if comm.chunks > 1:
         _check_chunks(config, degrees)
+    if comm.by_node:
+        _check_nodes(config, degrees)
     if comm.dedup != Dedup.NONE:
         _check_dedup(config, degrees)
     if degrees.sequence:
@@ -71,7 +74,7 @@ def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: Cluster
         return config.comm.cac
     if config.comm.emulate is not None or cluster is None:
         cluster = load_cluster(config.comm.emulate or config.comm.cac_cluster)
-    members = degrees.groups(0)
+    members = Layout(degrees, config.comm).groups(0)
     assert config.comm.cac_budget_bytes is not None
     return within_budget(
         ClosedForm(config),
@@ -93,7 +96,8 @@ def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but moe.top_k is 1; "
             "use moe.top_k=2 or more, or comm.dedup=none"
         )
-    if moe.num_experts == degrees.expert > 1:
+    layout = Layout(degrees, replace(comm, ranks_per_node=ranks_per_node(config)))
+    if moe.num_experts == degrees.expert > 1 and layout.nodes == 1:
         raise ValueError(
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but with "
             f"parallel.expert={degrees.expert} each process has one of the {moe.num_experts} experts; use "
@@ -104,6 +108,63 @@ def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.dedup={comm.dedup} sums the choices of a token before tensor ranks reduce them, but comm.dtd=true "
             "reduces every row, in the paper's order; use comm.fuse_reduce_scatter=true with it, or comm.dedup=none"
         )
+
+
+def ranks_per_node(config: TrainConfig, cluster: ClusterConfig | None = None) -> int | None:
+    """Returns ``comm.ranks_per_node``, or where it is null and something depends on it, how many ranks share a node.
+
+    Args:
+        config: The job's configuration.
+        cluster: The cluster that it is predicted for; None: it runs here. An emulated one overrides both.
+    """
+    comm = config.comm
+    if comm.ranks_per_node is not None or not comm.by_node:
+        return comm.ranks_per_node
+    if comm.emulate is not None:
+        return comm.emulate_ranks_per_node or load_cluster(comm.emulate).gpus_per_node
+    if cluster is not None:
+        return cluster.gpus_per_node
+    return max(1, config.parallel.world_size // int(config.trainer["num_nodes"]))
+
+
+def node_notes(config: TrainConfig, degrees: ParallelDegrees) -> list[str]:
+    """Returns notes on exchanges that are asked to go by way of nodes, and do not."""
+    comm, per_node = config.comm, ranks_per_node(config)
+    if not comm.by_node or per_node is None:
+        return ["comm.ranks_per_node does nothing here: no exchange goes by way of nodes."] if per_node else []
+    once = comm.dedup == Dedup.NODE
+    what = "comm.dedup=node does what rank does here" if once else "comm.hierarchical=true does nothing here"
+    nodes = degrees.nodes(per_node)
+    if degrees.expert == 1 or not config.moe.num_experts:
+        return [f"{what}: all experts are in one process, so nothing is exchanged."]
+    if nodes == 1:
+        return [f"{what}: each expert group is on one node of {per_node} ranks."]
+    if nodes == degrees.expert:
+        return [f"{what}: each process of an expert group is on a node of its own."]
+    if once and comm.hierarchical:
+        return ["comm.hierarchical=true does nothing here: with comm.dedup=node tokens go by way of nodes anyway."]
+    return []
+
+
+def _check_nodes(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    comm = config.comm
+    if comm.hierarchical and comm.dedup == Dedup.RANK:
+        raise ValueError(
+            "comm.hierarchical=true sends all rows by way of nodes, but with comm.dedup=rank a token goes directly to "
+            "each process; use one of the two"
+        )
+    per_node = ranks_per_node(config)
+    assert per_node is not None
+    what, otherwise = "comm.hierarchical=true", "comm.hierarchical=false"
+    if comm.dedup == Dedup.NODE:
+        what, otherwise = "comm.dedup=node", "comm.dedup=rank"
+    try:
+        degrees.nodes(per_node)
+    except ValueError as error:
+        raise ValueError(
+            f"{what} exchanges by way of nodes, and {error}; use another comm.ranks_per_node or parallel.expert, or "
+            f"{otherwise}"
+        ) from None
 
 
 def _check_compiled(config: TrainConfig) -> None:

@@ -16,6 +16,7 @@ from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import MicroBatch, Spec
 
 EXCHANGES = ("dispatch.all_to_all", "combine.all_to_all")
+BETWEEN_NODES = ("dispatch.between_nodes", "combine.between_nodes")  # what of them is under way if there are two steps
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Hiding:
 
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int = 0) -> None:
         self.form, self.cluster = form, cluster
-        self.members: Mapping[GroupKind, Sequence[int]] = form.degrees.groups(rank)
+        self.members: Mapping[GroupKind, Sequence[int]] = form.layout.groups(rank)
 
     def seconds(self, block: int) -> float:
         """Returns the seconds that hide in all passes of one micro-batch through the unit at a block."""
@@ -86,13 +87,16 @@ class Hiding:
         unit, b, backward = self.form.spec.units[block], self.form.at(block), phase == "backward"
         assert isinstance(unit, ShortcutSpec)
         calls = [call for call in self.form.block(block) if call.phase == phase]
-        dispatch, combine = (sum(self._taken(call) for call in calls if call.tag == tag) for tag in EXCHANGES)
+        dispatch, combine = (
+            sum(self._taken(call) for call in calls if call.tag in tags)
+            for tags in zip(EXCHANGES, BETWEEN_NODES, strict=True)
+        )
         return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
 
     def _hides(self, norm: Spec, layer: Spec, b: MicroBatch, backward: bool) -> float:
         works = (part.backward(b) if backward else part.forward(b) for part in (norm, layer))
         total = sum(seconds(work, self.cluster) for work in chain(*works))
-        sites = layer.sites(b.layout).present(b.layout.degrees)
+        sites = layer.sites(b.layout).present(b.layout)
         calls = self.form.calls(sites.backward if backward else sites.forward, "forward", b.rows)
         return total + sum(self._taken(call) for call in calls if self._link(call.kind) != self._link("expert"))
 

@@ -141,7 +141,7 @@ class _Links:
     """Adds up the time and bytes of a rank's collectives on a cluster."""
 
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int) -> None:
-        self.cluster, self.members = cluster, form.degrees.groups(rank)
+        self.cluster, self.members = cluster, form.layout.groups(rank)
         self.reductions = 0.0
 
     def add(

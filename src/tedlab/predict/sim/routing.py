@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tedlab.comm.rows import Rows, hands, rows_of, rows_of_pilots, sent_as_pilots, spread
+from tedlab.comm.rows import Rows, by_node, hands, relayed, rows_of, rows_of_pilots, sent_as_pilots, spread
 from tedlab.config import LendConfig, LendPolicy, TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
@@ -44,6 +44,10 @@ class SimulatedLayer(NamedTuple):
         """Returns the rows in a process's slots: (tensor ranks, senders, slots of one)."""
         return self.sent_isV[:, :, self.first_P[process] : self.first_P[process + 1]]
 
+    def between(self, tensor: int) -> np.ndarray:
+        """Returns the rows that each process sends to each, (senders, processes), at one tensor rank of each."""
+        return np.add.reduceat(self.sent_isV[tensor], self.first_P[:-1], axis=1)
+
 
 class SimulatedRouting:
     """The rows that each process of an expert group sends and receives in one micro-batch.
@@ -60,12 +64,13 @@ class SimulatedRouting:
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm))
         self.sharers, self._own_lists, self.pilots = layout.sharers, layout.sequence, spec.pilots(layout)
-        self.chunks = spec.chunks(layout)
+        self.chunks, self.nodes = spec.chunks(layout), layout.nodes
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
         self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
         self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
+        self._to_nodes: list[np.ndarray] = []  # what each sends to nodes, see :func:`sent_as_pilots`
         self._counts: list[np.ndarray] = []
         if self.pilots:
             self.local_experts += 1  # the number of pilots follows the choices of each process's experts
@@ -75,6 +80,9 @@ class SimulatedRouting:
                 first_P = tuple(range(0, sent.shape[-1] + 1, self.local_experts))
                 nothing = Plan(np.zeros(moe.num_experts, dtype=np.int64), degrees.expert)
                 self._of_pilots.append(SimulatedLayer(sent, sent, first_P, nothing))
+                if self.nodes > 1:
+                    how = moe.top_k, self.sharers, degrees.expert, self.nodes
+                    self._to_nodes.append(sent_as_pilots(list(shares_E), tokens, *how))
             return
         for shares_E in shares_LE:
             counts_E = spec.taken(spread(list(shares_E), tokens * moe.top_k, tokens), layout, tokens)
@@ -112,13 +120,17 @@ class SimulatedRouting:
         expert, tensor = self._place(rank)
         if self.pilots:
             found = {}
-            for block, layer in zip(self.blocks, self.layers(rank), strict=True):
+            for number, (block, layer) in enumerate(zip(self.blocks, self.layers(rank), strict=True)):
                 own = layer.sent_isV[tensor, expert].reshape(-1, self.local_experts)
                 found[block] = rows_of_pilots(own, layer.arriving(expert), tensor)
+                if self.nodes > 1:
+                    sent, reaching, passed, arriving = self._by_node(number, rank)
+                    found[block] = by_node(rows_of_pilots(passed, arriving, tensor), sent, reaching, len(passed))
             return found
         return {
             block: replace(
                 rows_of(layer.arriving(expert), int(layer.sent_isV[tensor, expert].sum()), tensor, self.chunks),
+                relayed=int(relayed(layer.between(tensor), expert, self.nodes).sum()) if self.nodes > 1 else 0,
                 lent=layer.plan.lent(expert),
                 borrowed=layer.plan.borrowed(expert),
                 exchanges=int(bool(layer.plan.loans)),
@@ -135,14 +147,10 @@ class SimulatedRouting:
         )
 
     def kinds_by_expert_rank(self) -> list[tuple[object, ...]]:
-        """Returns for each process of the first expert group what it computes, lends and borrows in each layer."""
-        rows_LP, layers = self.rows_by_expert_rank(), self.layers()
+        """Returns for each process of the first expert group what it computes, relays, lends and borrows by layer."""
         return [
-            tuple(
-                (int(rows_P[expert]), layer.plan.lent(expert), layer.plan.borrowed(expert))
-                for rows_P, layer in zip(rows_LP, layers, strict=True)
-            )
-            for expert in range(self.degrees.expert)
+            tuple((rows.computed, rows.relayed, rows.lent, rows.borrowed) for rows in self.rows(rank).values())
+            for rank in self.degrees.groups(0)["expert"]
         ]
 
     def busiest_rank(self) -> int:
@@ -161,7 +169,31 @@ class SimulatedRouting:
         if self.lend.policy != LendPolicy.NONE and self.degrees.expert > 1:
             return simulated.lists_isE
         own = simulated.sent_isV[tensor, expert].reshape(1, self.degrees.expert, self.local_experts)
-        return np.concatenate((own, simulated.arriving(expert)))
+        if self.nodes == 1:
+            return np.concatenate((own, simulated.arriving(expert)))
+        if self.pilots:
+            sent, reaching, _, arriving = self._by_node(layer, rank)
+            return np.concatenate((sent.flatten(), reaching.flatten(), arriving.flatten()))[None]
+        sent = simulated.sent_isV[tensor].reshape(self.degrees.expert, self.degrees.expert, self.local_experts)
+        return np.concatenate((own, relayed(sent, expert, self.nodes)[None], simulated.arriving(expert)))
+
+    def _by_node(self, layer: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the numbers of pilots and choices that a rank sends to nodes, gets from them, passes on, and gets.
+
+        All processes send alike. See :mod:`tedlab.moe.pilots`.
+        """
+        expert, tensor = self._place(rank)
+        places = self.degrees.expert // self.nodes
+        node, place = divmod(expert, places)
+        reaching_ix = self._to_nodes[layer][:, node]
+        passed = self.nodes * reaching_ix[:, :-1].reshape(self.sharers, places, self.local_experts)
+        arriving = np.repeat(passed[:, place : place + 1], places, 1)
+        return (
+            self._to_nodes[layer][tensor],
+            np.repeat(reaching_ix[tensor][None], self.nodes, 0),
+            passed[tensor],
+            arriving,
+        )
 
     def _place(self, rank: int) -> tuple[int, int]:
         """Returns a rank's index in its expert group, and among the tensor ranks that send rows of their own."""

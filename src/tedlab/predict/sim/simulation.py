@@ -145,7 +145,7 @@ def simulate(
 
     def meter(topology: Topology) -> Meter:
         memory = StorageTracker(lambda: topology.recomputation.kept_bytes)
-        made = Meter(cluster, topology.degrees.groups(rank), memory, one_more)
+        made = Meter(cluster, topology.layout.groups(rank), memory, one_more)
         if routing is not None:
             topology.comm.reader = functools.partial(made.on_read, Answers(routing, rank))
         return made
