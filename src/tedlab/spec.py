@@ -371,10 +371,17 @@ class Spec:
 
     def parameters(self) -> Iterator[ParameterSpec]:
         """Yields all parameters, in the order of ``named_parameters()`` and by the same names."""
-        yield from self.own()
-        for name, part in self.children():
-            for parameter in part.parameters():
-                yield replace(parameter, name=f"{name}.{parameter.name}")
+        return iter(self._parameters)
+
+    @cached_property
+    def _parameters(self) -> tuple[ParameterSpec, ...]:
+        """Kept, because a plan asks for them a dozen times in each of thousands of estimates."""
+        inner = (
+            replace(parameter, name=f"{name}.{parameter.name}")
+            for name, part in self.children()
+            for parameter in part.parameters()
+        )
+        return (*self.own(), *inner)
 
     def check(self, degrees: ParallelDegrees) -> None:
         """Refuses sizes that the layer cannot have with these degrees.

@@ -53,6 +53,8 @@ from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
+_tags: dict[str, tuple[str, ...]] = {}  # by the settings that they depend on; a plan asks thousands of times
+
 
 @dataclass(frozen=True)
 class LogitsSpec(ColumnParallelSpec):
@@ -144,6 +146,12 @@ class GPTSpec(Spec):
         attention = AttentionConfig(latent=replace(self.model.attention.latent, q_rank=None))
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
         moe = MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared, lend=self.moe.lend)
+        key = repr((type(self), model, moe))
+        if key not in _tags:
+            _tags[key] = self._tags_of(model, moe)
+        return _tags[key]
+
+    def _tags_of(self, model: ModelConfig, moe: MoEConfig) -> tuple[str, ...]:
         blocks = type(self)(model, moe).blocks
         direct, by_node = CommOptions(), CommOptions(hierarchical=True, ranks_per_node=4)
         layouts = (
