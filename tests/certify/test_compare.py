@@ -1,13 +1,14 @@
 """What only one of two records has is a difference, whatever it is, and so is what processes do not agree on."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tedlab.certify.compare import Row, compare
-from tedlab.certify.record import QUANTITIES, Record, Shard, assembled, packed, unpacked
+from tedlab.certify.record import QUANTITIES, Record, Shard, assembled, packed, read, unpacked, write
 from tedlab.degrees import ParallelDegrees
 
 
@@ -125,3 +126,20 @@ def test_what_a_process_lacks_is_no_number() -> None:
     for everybody in ([parts(1, 2, 3, 4), {}], [{}, parts(1, 2, 3, 4)], [parts(1, 2, 3, 4), parts(1, name="other")]):
         for tensor in assembled(everybody)[1]["next weights"].values():
             assert tensor.isnan().all()
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    written: Record = {
+        1: {"gradients": {}, "next weights": {"a": torch.randn(2, 3, dtype=torch.float64), "b": torch.tensor(3)}},
+        4: {"outputs": {"logits": torch.full((2, 0, 1), 1.5)}, "losses": {"loss": torch.tensor(math.nan).bfloat16()}},
+    }
+    write(written, tmp_path / "record.pt")
+    found = read(tmp_path / "record.pt")
+    assert {step: {quantity: list(its) for quantity, its in of_step.items()} for step, of_step in found.items()} == {
+        1: {"gradients": [], "next weights": ["a", "b"]},
+        4: {"outputs": ["logits"], "losses": ["loss"]},
+    }
+    for step, quantities in written.items():
+        for quantity, tensors in quantities.items():
+            for name, tensor in tensors.items():
+                torch.testing.assert_close(found[step][quantity][name], tensor, rtol=0, atol=0, equal_nan=True)

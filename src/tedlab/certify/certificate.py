@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 import tedlab
@@ -18,6 +17,7 @@ from tedlab.certify.record import (
     LOSS_SCALE,
     QUANTITIES,
     Record,
+    read,
     record,
     record_reference,
     record_reference_of_overflow,
@@ -202,7 +202,7 @@ def _without_checkpoints(config: TrainConfig) -> TrainConfig:
 
 
 def _read(config: TrainConfig) -> Record:
-    return torch.load(Path(config.output_dir, FILE))
+    return read(Path(config.output_dir, FILE))
 
 
 def _summary(name: str, rows: list[Row]) -> Row:

@@ -1,7 +1,7 @@
 """Runs one process of a short training run, and records everything in which two runs can differ."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,8 +59,28 @@ def _recorded(config: TrainConfig, recorder: "CertificateRecorder") -> dict[str,
     dist.gather_object(packed(recorder.parts), everybody)
     if everybody is not None:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        torch.save(assembled([unpacked(*each) for each in everybody]), Path(config.output_dir, FILE))
+        write(assembled([unpacked(*each) for each in everybody]), Path(config.output_dir, FILE))
     return {}
+
+
+def write(record: Record, path: Path) -> None:
+    """Writes a record to a file."""
+    torch.save(packed(_mapped(lambda values: Shard(values.shape, (), values), record)), path)
+
+
+def read(path: Path) -> Record:
+    """Returns the record that ``write`` has written."""
+    return _mapped(lambda part: part.values, unpacked(*torch.load(path)))
+
+
+def _mapped(function: Callable[[Any], Any], of_steps: dict[int, dict[str, dict[str, Any]]]) -> Any:
+    return {
+        step: {
+            quantity: {name: function(value) for name, value in values.items()}
+            for quantity, values in of_quantities.items()
+        }
+        for step, of_quantities in of_steps.items()
+    }
 
 
 class Shard(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tedlab._compat.torch import set_local_tensor, storage_address
+from tedlab._compat.torch import set_local_tensor, spec_of, storage_address
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
 
 _gradients: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # those that buckets hold, by their storage
@@ -277,6 +277,8 @@ def _set_local(parameter: nn.Parameter, values: Tensor) -> None:
 
 
 def _like(parameter: nn.Parameter, values: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
-        return DTensor.from_local(values, parameter.device_mesh, parameter.placements, run_check=False)
-    return values
+    if not isinstance(parameter, DTensor):
+        return values
+    if values.dtype == parameter.dtype:  # then the specification is the same, which from_local takes long to make
+        return DTensor(values, spec_of(parameter), requires_grad=False)
+    return DTensor.from_local(values, parameter.device_mesh, parameter.placements, run_check=False)
