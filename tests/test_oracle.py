@@ -38,6 +38,10 @@ from tests.pool import WorkerPool
 
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
 QUICK = ["one process", pytest.param("tensor 2 × expert 2", marks=pytest.mark.slow)]
+OFTEN = [  # that the layout is one process in settings like these, certificates say
+    pytest.param("one process", marks=pytest.mark.slow),
+    pytest.param("tensor 2 × expert 2", marks=pytest.mark.exhaustive),
+]
 TOLERANCE = 1e-10
 SINGLE = 1e-6  # biases are kept in float32
 
@@ -162,8 +166,7 @@ def test_training_is_what_plain_torch_makes_of_it(pool: WorkerPool, layout: str,
     assert first_wrong(found) is None, found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OFTEN)
 @pytest.mark.parametrize("setting", MORE | MORE_ROUTERS)
 def test_so_is_training_in_further_settings(pool: WorkerPool, layout: str, setting: str) -> None:
     found = verdict(pool, layout, setting, MORE | MORE_ROUTERS)

@@ -75,8 +75,23 @@ def test_a_pytest_run_with_more_than_one_death_over_all_its_processes_fails(
         name, death = f"test_{number}.py", f'    deaths.record("rank {number} fell")\n' if number < fallen else ""
         (tmp_path / name).write_text(f"from tests import deaths\ndef test_passes():\n{death}    assert True\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", "-c", os.devnull, "-q", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "xdist",
+            "-n",
+            "2",
+            "--dist",
+            "loadfile",
+            "-c",
+            os.devnull,
+            "-q",
+            str(tmp_path),
+        ],
         env=os.environ
+        | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,

@@ -492,7 +492,8 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
     settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.recompute.granularity=block", "comm=cac"]
     quiet = ["+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
-    run = place.train("compiled", *settings, *quiet, "model.compile=aot_eager", "trainer.max_steps=2", "logger=none")
+    compiled = ["model.compile=aot_eager", "model.layers=2"]  # each block takes a second in each process
+    run = place.train("compiled", *settings, *quiet, *compiled, "trainer.max_steps=2", "logger=none")
     assert "val/loss" not in run.summary
     assert "objective, val/loss, will be nan" in run.shown
     assert "step 1/2" not in run.progress
@@ -500,7 +501,7 @@ def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -
     run = place.train("sequence", *settings, *budget, "trainer.max_steps=2", "logger=none")
     assert 0 < run.summary["memory/stash_bytes"] <= 3000
     today = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
-    today += ["moe.dispatch=dropless", "model.compile=aot_eager", "model.loss_chunk=50", "optim.tile=fused"]
+    today += ["moe.dispatch=dropless", *compiled, "model.loss_chunk=50", "optim.tile=fused"]
     place.train(
         "today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none"
     )

@@ -382,40 +382,48 @@ def test_dtd_sends_the_same_tokens_to_the_same_experts_in_the_same_order(
                 assert sent["expert"] == sent_plain["expert"] / layout[1]
 
 
-COMPILED: list[Overrides] = [
-    {
-        **{"comm.dtd": True, "comm.cac": True, "model.layers": 3},
-        "optim.groups": [GroupConfig(pattern="blocks.[01].*", frozen=True)],
-    },
-    {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
-    {"comm.cac": ["dispatch.all_to_all"], "accumulated": 2},
-    {
-        "model.recompute.granularity": "none",
-        "moe.dispatch": "dropless",
-        "model.positions": "rotary",
-        "model.loss_chunk": 5,
-    },
-    {
-        **{
+Layouts = dict[tuple[int, int, int], list[Overrides]]
+COMPILED: Layouts = {  # two processes where these have what a cell is about: each compiles by itself
+    (4, 2, 2): [
+        {
+            **{"comm.dtd": True, "comm.cac": True, "model.layers": 3},
+            "optim.groups": [GroupConfig(pattern="blocks.[01].*", frozen=True)],
+        },
+        {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "comm.cac": True},
+        {
+            **{"moe.router.scoring": "sigmoid", "moe.router.gates": "raw", "moe.router.bias_update": "sign"},
+            **{"moe.router.expert_groups": 2, "moe.router.group_score": "top2", "moe.balance.choices": "first"},
+            **{"comm.dtd": True, "moe.dispatch": "dropless", "model.recompute.granularity": "none"},
+        },
+    ],
+    (2, 1, 2): [
+        {"comm.cac": ["dispatch.all_to_all"], "accumulated": 2},
+        {
+            "model.recompute.granularity": "none",
+            "moe.dispatch": "dropless",
+            "model.positions": "rotary",
+            "model.loss_chunk": 5,
+        },
+    ],
+    (2, 2, 1): [
+        {
             "moe.router.noise": "gumbel",
             "moe.router.jitter": 0.1,
             "moe.drop_policy": "probs",
             "parallel.sequence": True,
-        },
-        **{"moe.balance.scope": "sequence", "moe.balance.dropped": False},
-    },
-    {
-        **{"moe.router.scoring": "sigmoid", "moe.router.gates": "raw", "moe.router.bias_update": "sign"},
-        **{"moe.router.expert_groups": 2, "moe.router.group_score": "top2", "moe.balance.choices": "first"},
-        **{"comm.dtd": True, "moe.dispatch": "dropless", "model.recompute.granularity": "none"},
-    },
-]
-COMPILED_TOO: list[Overrides] = [
-    {"optim.groups": [GroupConfig(pattern="*.experts.*"), GroupConfig(pattern="*", frozen=True)]},
-    {"comm.dtd": True, "model.recompute.granularity": "none"},
-    {"parallel.sequence": True},
-    {**BESIDE, "moe.shortcut": "pos2", "comm.overlap_shortcut": True, "moe.shared.combine": "cg2"},
-]
+            "moe.balance.scope": "sequence",
+            "moe.balance.dropped": False,
+        }
+    ],
+}
+COMPILED_TOO: Layouts = {
+    (4, 2, 2): [
+        {"optim.groups": [GroupConfig(pattern="*.experts.*"), GroupConfig(pattern="*", frozen=True)]},
+        {"comm.dtd": True, "model.recompute.granularity": "none"},
+        {"parallel.sequence": True},
+        {**BESIDE, "moe.shortcut": "pos2", "comm.overlap_shortcut": True, "moe.shared.combine": "cg2"},
+    ]
+}
 
 
 def compiled_complaints(layout: tuple[int, int, int], cells: Sequence[Overrides]) -> list[str]:
@@ -436,16 +444,17 @@ def compiled_complaints(layout: tuple[int, int, int], cells: Sequence[Overrides]
 
 
 @pytest.mark.parametrize(
-    "cells",
+    "layouts",
     [
         pytest.param(COMPILED, marks=pytest.mark.slow, id="sample"),
         pytest.param(COMPILED_TOO, marks=pytest.mark.exhaustive, id="others"),
     ],
 )
-def test_compiled_blocks_communicate_and_compute_the_same(pool: WorkerPool, cells: list[Overrides]) -> None:
+def test_compiled_blocks_communicate_and_compute_the_same(pool: WorkerPool, layouts: Layouts) -> None:
     """Under ``torch.compile`` the ledger hears of every collective, and CAC is selective checkpointing."""
-    for wrong in pool.run(4, compiled_complaints, (4, 2, 2), cells, timeout=250):
-        assert not wrong, "\n".join(wrong)
+    for layout, cells in layouts.items():
+        for wrong in pool.run(layout[0], compiled_complaints, layout, cells, timeout=250):
+            assert not wrong, "\n".join(wrong)
 
 
 # ---- frozen parameters -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import Spec, Work
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
+from tests.selection import asked_of
 
 MODEL = ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=1024", "model.sequence_length=256"]
 MODEL += ["model.vocab_size=2048", "moe.num_experts=16"]
@@ -99,13 +100,16 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "ted", "dropless_ted", "dropless_gpu", "fused", "today", "pos2_ted")
+QUICK = ("one_fused", "ted", "dropless_gpu", "fused", "pos2_ted")
 
 
 @pytest.fixture(scope="module")
 def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, Simulation]:
-    """Of all cases that run, in one process: the first one there takes twice as long as those after it."""
-    cases = CASES if any("slow" in item.keywords for item in request.session.items) else QUICK
+    """Of all cases that are asked for, in one process: the first one there takes twice as long as those after it."""
+    asked = {cell["case"] for cell in asked_of(request)}
+    if any("slow" not in item.keywords for item in request.session.items):
+        asked.update(QUICK)  # tests that name a case name one of these
+    cases = [case for case in CASES if case in asked]
     configs = [checked(*CASES[case]) for case in cases]
     return dict(zip(cases, pool.run(1, simulated, configs)[0], strict=True))
 

@@ -54,7 +54,7 @@ def test_what_is_refused_is_counted_by_reason_and_the_nearest_miss_is_the_smalle
 
 
 def test_the_front_has_all_that_nothing_beats_and_no_other() -> None:
-    _, found = searched(float("inf"))
+    _, found = searched(float("inf"), "optim.tile", "data.micro_batch_size")
     front = pareto_front(found.fitting)
     assert [c.step_seconds for c in front] == sorted(c.step_seconds for c in front)
     assert 1 < len(front) < len(found.fitting)
@@ -103,7 +103,8 @@ def test_experts_of_a_shortcut_compute_where_the_step_is_shortest(shortcut: str)
 def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
     """As from the command line, on a cluster of two nodes' worth of GPUs."""
     directory = tmp_path_factory.mktemp("plan")
-    config = composed(*GIVEN, f"output_dir={directory}")
+    given = [*GIVEN, "data.micro_batch_size=1"]
+    config = composed(*given, f"output_dir={directory}")
     found = plan_visibly(
         config,
         "dgx_a100",
@@ -111,7 +112,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
         reserve_gib=1.2,
         simulations=2,
         find_largest=False,
-        given=[*GIVEN, "optim.lr=0.001"],
+        given=[*given, "optim.lr=0.001"],
     )
     return found, directory / "plan.overrides"
 

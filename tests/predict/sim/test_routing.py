@@ -38,25 +38,25 @@ def of_zipf(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple[str,
     return {toggles: simulations for toggles, (simulations,) in zip(asked, found, strict=True)}
 
 
+TOGGLES = [
+    ["model.recompute.granularity=block", "comm=ted", "moe.every=1"],
+    ["moe.top_k=2", "parallel.expert=8", "comm.dedup=rank", "comm.dtd=true", "comm.fuse_reduce_scatter=true"],
+    ["parallel.sequence=true", "moe.lend.policy=even"],
+    ["moe.dispatch=packed", "comm=dtd", "moe.top_k=2"],
+]
+MORE_TOGGLES = [
+    ["moe.top_k=2"],
+    ["model.recompute.granularity=block", "parallel.sequence=true", "comm.cac=shard", "trainer.precision=bf16-true"],
+    ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
+    ["moe.top_k=2", *LENT],
+    ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
+    ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
+]
+
+
 @pytest.mark.parametrize(
     "toggles",
-    [
-        ["moe.top_k=2"],
-        ["model.recompute.granularity=block", "comm=ted", "moe.every=1"],
-        [
-            "model.recompute.granularity=block",
-            "parallel.sequence=true",
-            "comm.cac=shard",
-            "trainer.precision=bf16-true",
-        ],
-        ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
-        ["moe.top_k=2", "parallel.expert=8", "comm.dedup=rank", "comm.dtd=true", "comm.fuse_reduce_scatter=true"],
-        ["moe.top_k=2", *LENT],
-        ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
-        ["parallel.sequence=true", "moe.lend.policy=even"],
-        ["moe.dispatch=packed", "comm=dtd", "moe.top_k=2"],
-        ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
-    ],
+    [*TOGGLES, *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES)],
     ids=lambda toggles: ",".join(toggles),
 )
 def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(

@@ -80,36 +80,41 @@ def of_128_ranks(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[tuple
     return {toggles: simulation for toggles, ((simulation,),) in zip(asked, found, strict=True)}
 
 
+TOGGLES = [
+    ["optim.overlap=true"],
+    ["model.recompute.granularity=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
+    ["moe.balance.scope=global_batch", "moe.dispatch=dropless", "moe.top_k=2", "moe.router.noise=gumbel"],
+    [
+        *("optim.groups=[{pattern: '*.experts.*', lr_factor: 0.5}, {pattern: '*', frozen: true}]", "comm=ted"),
+        *("model.recompute.granularity=block", "optim.tile=fused"),
+    ],
+]
+MORE_TOGGLES = [
+    ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
+    [
+        "model.recompute.granularity=block",
+        "comm=ted_fused",
+        "comm.cac=shard",
+        "trainer.precision=16-mixed",
+        "trainer=gpu",
+    ],
+    ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
+    [
+        "moe.balance.scope=sequence",
+        "parallel.sequence=true",
+        "moe.router.bias_update=sign",
+        "moe.router.scoring=sigmoid",
+        "moe.router.expert_groups=4",
+        "moe.router.chosen_groups=2",
+    ],
+    ["moe.gating=expert_choice"],
+    ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
+]
+
+
 @pytest.mark.parametrize(
     "toggles",
-    [
-        ["optim.overlap=true"],
-        ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
-        [
-            "model.recompute.granularity=block",
-            "comm=ted_fused",
-            "comm.cac=shard",
-            "trainer.precision=16-mixed",
-            "trainer=gpu",
-        ],
-        ["model.recompute.granularity=block", "parallel.sequence=true", "moe.top_k=2", "trainer.precision=bf16-true"],
-        ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
-        ["moe.balance.scope=global_batch", "moe.dispatch=dropless", "moe.top_k=2", "moe.router.noise=gumbel"],
-        [
-            "moe.balance.scope=sequence",
-            "parallel.sequence=true",
-            "moe.router.bias_update=sign",
-            "moe.router.scoring=sigmoid",
-            "moe.router.expert_groups=4",
-            "moe.router.chosen_groups=2",
-        ],
-        ["moe.gating=expert_choice"],
-        [
-            *("optim.groups=[{pattern: '*.experts.*', lr_factor: 0.5}, {pattern: '*', frozen: true}]", "comm=ted"),
-            *("model.recompute.granularity=block", "optim.tile=fused"),
-        ],
-        ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
-    ],
+    [*TOGGLES, *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES)],
     ids=lambda toggles: ",".join(toggles),
 )
 def test_the_ledger_of_128_ranks_is_the_closed_form(
