@@ -47,7 +47,10 @@ CASES = {
     "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
     "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
     "dropless_divided": [*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "parallel.expert=1", "moe.top_k=2"],
-    "pilots": [*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"],
+    "pilots": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"),
+        "parallel.expert=8",
+    ],
     "pilots_sequence": [
         *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"),
         *("parallel.sequence=true", "comm.cac=true", "parallel.expert=4"),
