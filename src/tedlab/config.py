@@ -46,6 +46,7 @@ BalanceScope = StrEnum("BalanceScope", "MICRO_BATCH SEQUENCE GLOBAL_BATCH")
 BalanceChoices = StrEnum("BalanceChoices", "ALL FIRST")
 LendPolicy = StrEnum("LendPolicy", "NONE LLEP EVEN")
 Order = StrEnum("Order", "EXPERT EXPERT_DATA")
+Slicing = StrEnum("Slicing", "NONE TOKENS")
 Backend = StrEnum("Backend", "NCCL GLOO")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
@@ -246,7 +247,8 @@ class MoEConfig(Frozen):
     # Capacity is rounded up to a multiple of this in every layout.
     capacity_multiple: int = whole(8, least=1, most=_WIDEST)
     # The tokens of a micro-batch are divided into this many groups of neighbouring positions, each with its share of
-    # the capacity. None: 1, or with parallel.sequence the tensor degree: each tensor rank only sees its own positions.
+    # the capacity. None: 1, or with parallel.sequence or slice=tokens the tensor degree: each tensor rank only sees its
+    # own positions.
     capacity_groups: int | None = whole(None, least=1)
     # Kernels that gather, activate and weight rows of experts: auto (for rows of experts triton where it runs; for
     # slots torch, which model.compile fuses) | torch | triton (which leaves experts out of what is compiled)
@@ -275,6 +277,9 @@ class MoEConfig(Frozen):
     # for an expert of its own, in place of shared experts (dgmoe, the paper's double-gated mixture).
     shortcut: str = word(Shortcut.NONE)
     lend: LendConfig = field(default_factory=LendConfig)
+    # Which tokens each tensor rank routes and exchanges: all (none) | those of its own positions, as with
+    # parallel.sequence, but in blocks' routed experts alone (tokens; X-MoE's SSMB, arXiv 2508.13337).
+    slice: str = word(Slicing.NONE)
 
     def routed(self, layers: int) -> tuple[int, ...]:
         """Returns the indices of the blocks that have experts, in a model of so many."""
@@ -283,6 +288,11 @@ class MoEConfig(Frozen):
         if self.blocks is not None:
             return tuple(sorted(self.blocks))
         return tuple(n for n in range(self.every - 1, layers, self.every) if n >= self.first_dense)
+
+    @property
+    def sliced(self) -> bool:
+        """Whether each tensor rank routes and exchanges tokens of its own positions in any layout."""
+        return self.slice == Slicing.TOKENS
 
     @property
     def paired(self) -> bool:

@@ -145,6 +145,18 @@ class ParallelDegrees:
         """
         return _nodes(self, ranks_per_node)
 
+    @property
+    def in_step(self) -> GroupKind:
+        """The kind of group whose processes take part in each other's forward passes, beside tensor ranks.
+
+        Folded, groups of several kinds overlap, so that all processes do.
+        """
+        return "world" if self.folded else "expert"
+
+    def senders(self, rank: int) -> list[range]:
+        """Returns who sends tokens to the experts of a process: for each process that divides these, a group."""
+        return [self.groups(member)["expert"] for member in self.groups(rank)["expert_tensor"]]
+
     def described(self) -> dict[str, Any]:
         """Returns all degrees by name, with those that follow from others."""
         given = {field.name: getattr(self, field.name) for field in fields(self)}

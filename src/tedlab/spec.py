@@ -59,7 +59,7 @@ class ParameterSpec:
         divided: Maps an axis of its mesh to the dimension divided along it; other axes replicate the parameter.
         mesh: ``dense`` or ``expert``, see ``topology.py``. Gradients are summed over its first axis.
         own_tokens: Whether each tensor rank uses it for its own tokens where the sequence is sharded.
-        own_features: Whether each tensor rank uses it for its own features in any layout.
+        own_part: Whether each tensor rank uses it for its own features, or tokens, in any layout.
         decayed: Whether weight decay applies.
         units: The number of units, such as heads, that the dimension divided along ``tensor`` consists of. A unit stays
             whole: where there are more tensor ranks than units, each rank holds all of them and uses one. None: the
@@ -72,7 +72,7 @@ class ParameterSpec:
     divided: Mapping[str, int] = field(default_factory=dict)
     mesh: Literal["dense", "expert"] = "dense"
     own_tokens: bool = False
-    own_features: bool = False
+    own_part: bool = False
     decayed: bool = True
     units: int | None = None
 
@@ -83,7 +83,7 @@ class ParameterSpec:
 
     def partial(self, layout: "Layout") -> bool:
         """Tells whether the gradients of tensor ranks are parts of a sum, which is taken over their group as well."""
-        own = self.own_features or self.shared(layout.degrees) or (self.own_tokens and layout.sequence)
+        own = self.own_part or self.shared(layout.degrees) or (self.own_tokens and layout.sequence)
         return layout.degrees.tensor > 1 and own
 
     def shared(self, degrees: ParallelDegrees) -> bool:
@@ -110,20 +110,54 @@ def decayed_by_name(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """How processes divide a model, and the toggles of communication that its collectives depend on."""
+    """How processes divide a model, and the toggles of communication that its collectives depend on.
+
+    Two numbers say how tokens reach experts. ``deals`` tensor ranks exchange parts of a data rank's tokens (T, or 1 if
+    they all exchange the same), and ``gathers`` processes that divide an expert gather what each of them received (T_e,
+    or 1 if they all receive the same). In the paper's layouts both are T or both are 1. A folded layout (T_e ≠ T)
+    always deals: an expert group may hold several ranks of a tensor group, and would receive a token from each.
+
+    ===============================  =====  =======
+    layout                           deals  gathers
+    ===============================  =====  =======
+    T_e = T, all exchange the same   1      1
+    T_e = T, DTD or sequence         T      T
+    T_e ≠ T                          T      T_e
+    ===============================  =====  =======
+    """
 
     degrees: ParallelDegrees
     options: CommOptions = field(default_factory=CommOptions)
+    sliced: bool = False  # as routed experts see it where they slice the tokens, see ``moe.slice``
 
     @property
     def sequence(self) -> bool:
-        """Whether each tensor rank holds its own positions between layers."""
-        return self.degrees.sequence and self.degrees.tensor > 1
+        """Whether each tensor rank holds its own positions."""
+        return (self.degrees.sequence or self.sliced) and self.degrees.tensor > 1
 
     @property
-    def sharers(self) -> int:
-        """The number of tensor ranks that exchange tokens of their own with other processes' experts."""
-        return self.degrees.tensor if self.options.dtd or self.sequence else 1
+    def deals(self) -> int:
+        """The number of tensor ranks that exchange parts of a data rank's tokens with other processes' experts."""
+        return self.degrees.tensor if self._divided else 1
+
+    @property
+    def gathers(self) -> int:
+        """The number of processes of an expert_tensor group of which each receives tokens of its own."""
+        return self.degrees.expert_tensor if self._divided else 1
+
+    @property
+    def _divided(self) -> bool:
+        return self.options.dtd or self.sequence or self.degrees.folded
+
+    @property
+    def own(self) -> bool:
+        """Whether every process exchanges tokens of its own, rather than all tensor ranks the same."""
+        return self.deals > 1 or self.gathers > 1
+
+    @property
+    def dealt(self) -> bool:
+        """Whether tensor ranks hold the same tokens, of which each exchanges a part and gets back all results."""
+        return self.deals > 1 and not self.sequence
 
     @cached_property
     def nodes(self) -> int:
@@ -161,8 +195,11 @@ class Layout:
 
     @property
     def scattered(self) -> bool:
-        """Whether each of the sharers gets only the sums of its own tokens, by a reduce-scatter."""
-        return self.sharers > 1 and (self.sequence or self.options.fuse_reduce_scatter)
+        """Whether each process that gathers gets only the sums of its own tokens, by a reduce-scatter.
+
+        Otherwise it gets all sums and drops others', in the paper's order of DTD, which only dealt tokens have.
+        """
+        return self.gathers > 1 and (self.options.fuse_reduce_scatter or not self.dealt)
 
 
 @dataclass(frozen=True)

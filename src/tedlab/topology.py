@@ -10,6 +10,7 @@ meshes share its groups; a folded layout divides experts by width over other gro
 """
 
 from collections.abc import Sequence
+from copy import copy
 from datetime import timedelta
 from typing import Any
 
@@ -64,7 +65,7 @@ class Topology:
             raise ValueError(
                 f"degrees are for {degrees.world_size} processes, but {dist.get_world_size()} were started"
             )
-        self.degrees = degrees
+        self.degrees, self._sliced = degrees, False
         self.options = options or CommOptions()
         self.recomputation = Recomputation()
         self.device = torch.device(device)
@@ -98,7 +99,7 @@ class Topology:
             for group in set(groups.values()):  # meshes use torch's timeout, 30 minutes for gloo
                 set_timeout(timeout, group)
         self.comm = Collectives(groups, place)
-        self.slots = SlotAgreement(self.comm)
+        self.slots = SlotAgreement(self.comm, degrees.in_step)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Topology":
         """Returns itself, since a copy of a model belongs to the same process."""
@@ -110,13 +111,19 @@ class Topology:
 
     @property
     def sequence_sharded(self) -> bool:
-        """Whether tensor ranks divide the activations between layers by position."""
+        """Whether tensor ranks divide the activations that a layer gets by position."""
         return self.layout.sequence
 
     @property
     def layout(self) -> Layout:
         """The layout that layers' specifications are computed for."""
-        return Layout(self.degrees, self.options)
+        return Layout(self.degrees, self.options, self._sliced)
+
+    def sliced(self) -> "Topology":
+        """Returns the same topology for layers of which each tensor rank gets its own positions in any layout."""
+        inside = copy(self)
+        inside._sliced = True
+        return inside
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> "Topology":

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
-from tedlab.moe import RouterReport, relative_load, router_health
+from tedlab.moe import RouterReport, relative_load, router_health, routes_own_tokens
 
 PICTURE = "router_load.png"
 DATA = "router_load.json"
@@ -100,8 +100,9 @@ class RouterHealth(Callback):
 
     def _choices(self, trainer: Trainer, average: RouterReport) -> np.ndarray:
         """Returns how many choices of the step fell on each expert: (L, E), int64."""
-        topology = trainer.strategy.topology  # type: ignore[attr-defined]
-        shares = topology.degrees.world_size if topology.sequence_sharded else topology.degrees.data
+        degrees = trainer.strategy.topology.degrees  # type: ignore[attr-defined]
+        own = routes_own_tokens(trainer.lightning_module)
+        shares = degrees.world_size if own else degrees.data
         choices = average.load * (len(self._micro_batches) * shares)
         return choices.round().long().numpy()
 

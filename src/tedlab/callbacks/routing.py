@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
+from tedlab.moe import routes_own_tokens
 from tedlab.moe.recording import Replay, RoutingRecorder
 from tedlab.record import Recording, Shape, begin
 from tedlab.strategy import TEDStrategy
@@ -31,7 +32,7 @@ class RecordRouting(Callback):
             begin(self.directory, self.shape, trainer.global_step)
         trainer.strategy.barrier("record of routing")
         # Tensor ranks route the same tokens, unless they divide the positions.
-        if topology.sequence_sharded or topology.comm.rank("tensor") == 0:
+        if routes_own_tokens(pl_module) or topology.comm.rank("tensor") == 0:
             self._recorder = topology.context.recorder = RoutingRecorder(self.directory, trainer.global_rank)
 
     @override

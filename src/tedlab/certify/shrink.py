@@ -93,12 +93,13 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     given = parallel_degrees(config.parallel)
     degrees = largest_alike(given, most_processes)
     unlimited = config.moe.unlimited
-    # Sharded sequences divide the capacity into groups; the one process must use the same groups.
-    groups = degrees.tensor if given.sequence and not unlimited else config.moe.capacity_groups
+    # Sharded sequences, or sliced tokens, divide the capacity into groups; the one process must use the same groups.
+    in_slices = given.sequence or config.moe.sliced
+    groups = degrees.tensor if in_slices and not unlimited else config.moe.capacity_groups
     widths = _Widths.of(config)
     heads = degrees.tensor * min(3, max(1, config.model.heads // given.tensor))
     micro_batch = _MICRO_BATCH if config.data.micro_batch_size > 1 else 1
-    length = _length(config.model.sequence_length, degrees.tensor if given.sequence else groups or 1)
+    length = _length(config.model.sequence_length, degrees.tensor if in_slices else groups or 1)
     model = replace(
         with_heads(config.model, heads, widths.head, degrees.tensor),
         layers=2,
@@ -363,7 +364,8 @@ def _chunks(comm: CommConfig, moe: MoEConfig, degrees: ParallelDegrees, tokens: 
     """Returns into how many chunks slots or rows are divided: as many as before, if there are so many of these."""
     if comm.chunks == 1:
         return 1
-    return min(comm.chunks, max(1, mixtures[moe.dispatch].dispatch(1, moe).most_chunks(Layout(degrees, comm), tokens)))
+    layout = Layout(degrees, comm, moe.sliced)
+    return min(comm.chunks, max(1, mixtures[moe.dispatch].dispatch(1, moe).most_chunks(layout, tokens)))
 
 
 def _vocabulary(tensor: int) -> int:

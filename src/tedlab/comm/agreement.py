@@ -1,5 +1,7 @@
 """Checks that the processes of an expert group send each other equally many slots, as their all-to-all assumes.
 
+In a folded layout, groups that exchange, gather and divide layers overlap, so that all processes must.
+
 The number of slots follows from the tokens of a micro-batch. If data ranks have unequal numbers of tokens, a
 communication library aborts, hangs or mixes values up; this check raises an error first. It costs nothing while the
 numbers stay the same: the processes compare them in their first forward pass. Afterwards a process whose number changes
@@ -20,6 +22,7 @@ from torch.distributed import DistNetworkError
 from tedlab._compat.torch import default_store
 from tedlab.comm.collectives import Collectives
 from tedlab.comm.recompute import recomputing
+from tedlab.degrees import GroupKind
 
 _ADVICE = (
     "Give each the same number of tokens, by padding (see padding_mask of MoELayer), or use moe.dispatch=dropless, "
@@ -34,6 +37,7 @@ class SlotAgreement:
 
     Args:
         comm: The collectives of this process.
+        kind: The kind of group that must agree.
 
     Attributes:
         uneven: Whether the numbers may differ, as at the end of predictions; each forward pass then agrees on the
@@ -41,8 +45,8 @@ class SlotAgreement:
         patience: How long to wait for the others' announcements.
     """
 
-    def __init__(self, comm: Collectives) -> None:
-        self.comm = comm
+    def __init__(self, comm: Collectives, kind: GroupKind = "expert") -> None:
+        self.comm, self.kind = comm, kind
         self.uneven = False
         self.patience = timedelta(minutes=5)
         self._tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # in each layer's last forward pass
@@ -67,7 +71,7 @@ class SlotAgreement:
                 or says that the others announced none.
         """
         before = self._tokens.get(layer, self._last)  # a new layer is assumed to have as many tokens as the last one
-        if self.uneven or recomputing() or self.comm.size("expert") == 1:
+        if self.uneven or recomputing() or self.comm.size(self.kind) == 1:
             return
         self._tokens[layer] = tokens
         if tokens == before:
@@ -86,22 +90,22 @@ class SlotAgreement:
 
     def largest(self, slots: int) -> int:
         """Returns the slots to send for each expert: ``slots``, or the group's maximum where numbers may differ."""
-        if not self.uneven or self.comm.size("expert") == 1:
+        if not self.uneven or self.comm.size(self.kind) == 1:
             return slots
         own = torch.tensor([slots], device=self._device)
-        return int(self.comm.all_reduce(own, "expert", tag="dispatch.slots", phase="check", op="max"))
+        return int(self.comm.all_reduce(own, self.kind, tag="dispatch.slots", phase="check", op="max"))
 
     @property
     def _ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self.comm.group("expert"))
+        return dist.get_process_group_ranks(self.comm.group(self.kind))
 
     @property
     def _device(self) -> str:
-        return "cuda" if dist.get_backend(self.comm.group("expert")) == "nccl" else "cpu"
+        return "cuda" if dist.get_backend(self.comm.group(self.kind)) == "nccl" else "cpu"
 
     def _together(self, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         own = torch.tensor([[tokens, slots, next(_numbers)]], device=self._device)
-        table = self.comm.all_gather(own, "expert", tag="dispatch.slots", phase="check").tolist()
+        table = self.comm.all_gather(own, self.kind, tag="dispatch.slots", phase="check").tolist()
         # The group's earlier agreements may have left announcements in the store, under lower numbers.
         self._number = max(number for *_, number in table)
         return [(theirs, of_them) for theirs, of_them, _ in table]
@@ -109,7 +113,7 @@ class SlotAgreement:
     def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
         """Exchanges numbers through the store: processes that see no change would not join a collective."""
         self._changes += 1
-        store, group = default_store(), self.comm.group("expert")
+        store, group = default_store(), self.comm.group(self.kind)
         place = f"tedlab/slots/{group.group_name}/{self._number}"
         store.set(f"{place}/{self._changes}/{group.rank()}", f"{tokens} {slots}")
         keys = [f"{place}/{self._changes}/{rank}" for rank in range(group.size())]

@@ -58,7 +58,7 @@ class BlockSpec(Spec):
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that it moves between its experts and other processes, see :meth:`DispatchSpec.rows`."""
         inner = self.feed_forward
-        return inner.dispatch.rows(layout, tokens) if isinstance(inner, MoESpec) else Rows()
+        return inner.dispatch.rows(inner.inside(layout), tokens) if isinstance(inner, MoESpec) else Rows()
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         residual = b.moved(b.outside * self.model.hidden, b.parameter, b.parameter, b.compute)

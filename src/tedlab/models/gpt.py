@@ -145,7 +145,8 @@ class GPTSpec(Spec):
         """Tags of blocks' collectives that a second pass may reach in any layout, with or without experts."""
         attention = AttentionConfig(latent=replace(self.model.attention.latent, q_rank=None))
         model = ModelConfig(2, 1, 1, 1, 1, vocab_size=1, qk_norm=self.model.qk_norm, attention=attention)
-        moe = MoEConfig(num_experts=1, dispatch=self.moe.dispatch, shared=self.moe.shared, lend=self.moe.lend)
+        its = {name: getattr(self.moe, name) for name in ("dispatch", "shared", "lend", "slice")}
+        moe = MoEConfig(num_experts=1, **its)
         key = repr((type(self), model, moe))
         if key not in _tags:
             _tags[key] = self._tags_of(model, moe)

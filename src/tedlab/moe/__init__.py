@@ -19,6 +19,7 @@ from tedlab.moe.router import (
     RouterSpec,
     Routing,
     routers,
+    routes_own_tokens,
     stacked,
 )
 from tedlab.moe.shared import SharedExperts, SharedSpec
@@ -64,6 +65,7 @@ __all__ = [
     "relative_load",
     "router_health",
     "routers",
+    "routes_own_tokens",
     "stacked",
     "step_totals",
     "token_path",

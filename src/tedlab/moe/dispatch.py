@@ -16,9 +16,15 @@ DTD, fused         dropping,             the same with a reduce-scatter for all-
                    scattered slots
 sequence parallel  all-to-all,           each tensor rank has its own tokens, so there is nothing to drop
                    scattered slots
+folded (T_e ≠ T)   as DTD, or as with    the same, but what was received is gathered, and results are reduced, in
+                   sequence parallelism  the expert_tensor group: not at all if T_e = 1
 =================  ====================  ====================================================================
 
-Legend as in ``router.py``, and e: experts of this process (E / E_p), N = E_p·C: slots of one expert.
+With T = 1, nobody drops anything; a folded layout then gathers the slots of T_e data ranks, like those of tensor ranks
+in sequence parallelism.
+
+Legend as in ``router.py``, and e: experts of this process (E / E_p), N = E_p·C (T_e·E_p·C / T if gathered): slots of
+one expert.
 """
 
 from collections.abc import Iterator
@@ -76,24 +82,25 @@ class DispatchSpec(Spec):
 
     def sites(self, layout: Layout) -> Sites:
         layout = self.obeyed(layout)
-        sliced, scattered, hidden = layout.sharers > 1, layout.scattered, self.hidden
-        dealt, parts = sliced and not layout.sequence, self.chunks(layout)
+        gathered, scattered, dealt, hidden = layout.gathers > 1, layout.scattered, layout.dealt, self.hidden
+        # Tensor ranks hold the same results where they exchange the same, or are those that gather.
+        alike, together, parts = not layout.own, not layout.degrees.folded, self.chunks(layout)
         to = Site("dispatch.all_to_all", "all_to_all", "expert", hidden, "sent", result="received", parts=parts)
         back = Site("combine.all_to_all", "all_to_all", "expert", hidden, "received", result="sent", parts=parts)
         spread = Site(
-            "dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=True, parts=parts
+            "dispatch.gather", "all_gather", "expert_tensor", hidden, "gathered", replicated=together, parts=parts
         )
-        summed = Site("experts.reduce", "all_reduce", "expert_tensor", hidden, "computed", replicated=True, parts=parts)
-        whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.sharers, "sent", replicated=True)
-        if self.config.ragged and not sliced:
+        summed = replace(spread, tag="experts.reduce", op="all_reduce", rows="computed")
+        whole = Site("combine.gather", "all_gather", "tensor", hidden * layout.deals, "sent", replicated=True)
+        if self.config.ragged and alike:
             return self._partial_rows(layout, replace(to, replicated=True), back)
-        back = replace(back, feeds=whole.tag if dealt else None, replicated=not sliced)
+        back = replace(back, feeds=whole.tag if dealt else None, replicated=alike)
         if scattered:
             summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False)
         forward = [
             *self._counts(layout),
-            *replace(to, feeds=spread.tag if sliced else None, replicated=not sliced).steps(layout),
-            *([spread] if sliced else []),
+            *replace(to, feeds=spread.tag if gathered else None, replicated=alike).steps(layout),
+            *([spread] if gathered else []),
             replace(summed, feeds=layout.returning),
             *back.steps(layout),
             *([whole] if dealt else []),
@@ -101,7 +108,7 @@ class DispatchSpec(Spec):
         if scattered:
             inside = [replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")]
         else:
-            inside = [replace(spread, tag="combine.drop")] if sliced else []
+            inside = [replace(spread, tag="combine.drop")] if gathered else []
             inside.append(replace(summed, tag="experts.copy"))
         dropped = [replace(whole, tag="dispatch.drop")] if dealt else []
         # Gradients take the path of the rows in reverse.
@@ -131,7 +138,7 @@ class DispatchSpec(Spec):
 
     def fed(self, layout: Layout) -> str:
         """Returns the tag of the collective that experts' results feed."""
-        partial = self.config.ragged and self.obeyed(layout).sharers == 1
+        partial = self.config.ragged and self.obeyed(layout).gathers == 1
         return layout.returning if partial else "experts.reduce"
 
     def _of_gates(self, *sites: Site) -> tuple[Site, ...]:
@@ -147,30 +154,35 @@ class DispatchSpec(Spec):
             experts *= layout.degrees.expert
             all_lists = Site("dispatch.counts", "all_gather", "expert", experts, "once", "index", recomputed=False)
             gathered = replace(all_lists, tag="dispatch.gather_counts", kind="expert_tensor")
-            return [all_lists, replace(gathered, width=layout.sharers * experts)] if layout.sequence else [all_lists]
+            return [all_lists, replace(gathered, width=layout.gathers * experts)] if layout.sequence else [all_lists]
         own = Site("dispatch.counts", "all_to_all", "expert", experts, "once", "index", recomputed=False)
         steps = counting(own, layout)
-        width = layout.degrees.tensor * experts
+        width = layout.gathers * experts
         all_ranks = replace(own, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=width)
-        return [*steps, all_ranks] if layout.sharers > 1 else steps
+        return [*steps, all_ranks] if layout.gathers > 1 else steps
 
     def rows(self, layout: Layout, tokens: int) -> Rows:
         """Returns the rows that the first process moves for a data rank's micro-batch; all slots count as rows.
 
         Where routers decide how many there are, this assumes that all experts are chosen equally often.
         """
-        moe, sharers, senders = self.config, self.obeyed(layout).sharers, layout.degrees.expert
+        moe, degrees, layout = self.config, layout.degrees, self.obeyed(layout)
         tokens *= moe.inputs
         if moe.ragged:
             counts = self.taken(spread([1.0] * moe.num_experts, tokens * moe.top_k, tokens), layout, tokens)
-            sent = hands(np.tile(counts, (senders, 1)), sharers)
-            arriving = sent[:, :, : moe.num_experts // senders]
-            rows = rows_of(arriving, int(sent[0, 0].sum()), 0, self.chunks(layout))
+            of_ranks = hands(counts[None], layout.deals)[:, 0]  # what each of the tensor ranks sends
+            here = slice(moe.num_experts // degrees.expert)
+            arriving = [
+                [of_ranks[degrees.coordinates(sender)["tensor"] % layout.deals, here] for sender in senders]
+                for senders in degrees.senders(0)[: layout.gathers]
+            ]
+            rows = rows_of(np.array(arriving), int(of_ranks[0].sum()), 0, self.chunks(layout))
             # From each node as many as this process sends to the experts of its own.
-            relayed = layout.nodes * int(sent[0, 0, : moe.num_experts // layout.nodes].sum())
+            relayed = layout.nodes * int(of_ranks[0, : moe.num_experts // layout.nodes].sum())
             return replace(rows, relayed=relayed) if layout.nodes > 1 else rows
-        slots = -(-self.capacity(layout, tokens) // sharers) * moe.num_experts  # padded: as many for each tensor rank
-        return Rows(slots, slots, sharers * slots, sharers * slots, relayed=slots if layout.nodes > 1 else 0)
+        slots = -(-self.capacity(layout, tokens) // layout.deals) * moe.num_experts  # padded: as many for each
+        gathered = layout.gathers * slots
+        return Rows(slots, slots, gathered, gathered, relayed=slots if layout.nodes > 1 else 0)
 
     def capacity(self, layout: Layout, tokens: int) -> int:
         """Returns the slots that each expert offers to a data rank's micro-batch, if their number is limited."""
@@ -183,35 +195,35 @@ class DispatchSpec(Spec):
 
     def there(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
-        sliced, width = self.obeyed(b.layout).sharers > 1, self.hidden
+        layout, width = self.obeyed(b.layout), self.hidden
         yield from self._indexed(b, self.merged(b))
-        if sliced and not b.layout.sequence:
+        if layout.dealt:
             yield b.moved(2 * b.rows.sent * width)
         if self.chunks(b.layout) > 1 and not self.config.ragged:  # rows lie by chunk
             yield b.moved(2 * b.rows.sent * width)
         yield from self._turned(b)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)
-        if sliced:
+        if layout.gathers > 1:
             yield b.moved(2 * b.rows.computed * width)
 
     def back(self, b: MicroBatch, bias: bool) -> Iterator[Work]:
         """Yields the kernels that bring back results, with their bias if any, or gradients, which have none."""
         layout, width = self.obeyed(b.layout), self.hidden
-        sliced, scattered = layout.sharers > 1, layout.scattered
+        gathered, scattered = layout.gathers > 1, layout.scattered
         if scattered:
             yield b.moved(2 * b.rows.computed * width)  # orders rows by receiver
         if bias:
             yield b.moved(2 * (b.rows.sent if scattered else b.rows.computed) * width)
-        if sliced and not scattered:
+        if gathered and not scattered:
             yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
             yield b.moved(2 * b.rows.sent * width)
         yield from self._turned(b)
         if self.chunks(b.layout) > 1:
             yield b.moved(2 * b.rows.sent * width)
-        if sliced and not b.layout.sequence:
-            yield b.moved(2 * b.rows.computed * width)
+        if layout.dealt:
+            yield b.moved(2 * self.merged(b) * width)
         if not self.fused(b):  # otherwise sums of choices read rows by index
             yield from self._indexed(b, b.outside * self.choices)
 
@@ -221,7 +233,10 @@ class DispatchSpec(Spec):
 
     def merged(self, b: MicroBatch) -> int:
         """Returns the rows from which this process makes its tokens' sums."""
-        return b.rows.sent if b.layout.sequence else b.rows.computed
+        layout = self.obeyed(b.layout)
+        if layout.degrees.folded:
+            return b.rows.sent * (layout.deals if layout.dealt else 1)
+        return b.rows.sent if layout.sequence else b.rows.computed
 
     def saved(self, b: MicroBatch) -> int:
         """Counts the indices of choices and of slots."""
@@ -367,19 +382,19 @@ class DroppingPath(AllToAllPath):
 
 
 class SlotRegion(Protocol):
-    """The entry and exit of the experts' tensor-parallel computation."""
+    """The entry and exit of the computation that an expert_tensor group divides."""
 
     def enter(self, x_eNH: Tensor) -> Tensor:
-        """Maps the slots that this tensor rank received to slots of which every tensor rank computes its part."""
+        """Maps the slots that this process received to slots of which every process of the group computes its part."""
         ...
 
     def leave(self, partial_eNH: Tensor, bias_e1H: Tensor | None) -> Tensor:
-        """Sums the tensor ranks' parts, adds a bias if given, and returns the slots that this rank sends back."""
+        """Sums the group's parts, adds a bias if given, and returns the slots that this process sends back."""
         ...
 
 
 class ReplicatedSlots:
-    """Every tensor rank receives the same slots."""
+    """Every process that divides an expert receives the same slots, or there is one such process."""
 
     def __init__(self, comm: Collectives) -> None:
         self.comm = comm
@@ -393,7 +408,7 @@ class ReplicatedSlots:
 
 
 class GatheredSlots(ReplicatedSlots):
-    """Each tensor rank receives its own slots, which are gathered; the rest is as without DTD, in the paper's order.
+    """Each process receives its own slots, which are gathered; the rest is as without DTD, in the paper's order.
 
     In every region the experts see the same slots in the same order: by sender, then by slot.
     """
@@ -412,7 +427,7 @@ class GatheredSlots(ReplicatedSlots):
 
 
 class ScatteredSlots(GatheredSlots):
-    """Each tensor rank receives its own slots and gets only their sums: a reduce-scatter is all-reduce and drop."""
+    """Each process receives its own slots and gets only their sums: a reduce-scatter is all-reduce and drop."""
 
     def enter(self, x_eNH: Tensor) -> Tensor:
         x = gather_to(x_eNH.unflatten(1, (self.senders, -1)), self.comm, "expert_tensor", "dispatch.gather", dim=2)
@@ -432,10 +447,9 @@ def token_path(num_experts: int, topology: Topology, kernel: str = "torch") -> t
         topology: The process's place in the meshes.
         kernel: What copies tokens to slots and sums them, ``torch`` or ``triton``.
     """
-    comm, options = topology.comm, topology.options
-    if topology.sequence_sharded:
-        return AllToAllPath(num_experts, topology, kernel), ScatteredSlots(comm)
-    if not options.dtd:
-        return AllToAllPath(num_experts, topology, kernel), ReplicatedSlots(comm)
-    region = ScatteredSlots if options.fuse_reduce_scatter else GatheredSlots
-    return DroppingPath(num_experts, topology, kernel), region(comm)
+    layout = topology.layout
+    path = DroppingPath if layout.dealt else AllToAllPath
+    region = ReplicatedSlots
+    if layout.gathers > 1:
+        region = ScatteredSlots if layout.scattered else GatheredSlots
+    return path(num_experts, topology, kernel), region(topology.comm)

@@ -24,4 +24,4 @@ class Dropless(RowExperts):
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:
-        return degrees.expert == 1
+        return degrees.expert == 1 and not degrees.folded

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tedlab.comm import Issued
+from tedlab.comm import Issued, gather_from, slice_to
 from tedlab.config import MoEConfig, SharedCombine, SharedConfig, Shortcut
+from tedlab.degrees import check_divides
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
 from tedlab.moe.local_spec import LocalSpec
 from tedlab.moe.router import RouterReport, RouterSpec, Routing, routers
 from tedlab.moe.shared import Beside, SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
-from tedlab.spec import Layout, MicroBatch, Sites, Spec, Work, WorkingSet
+from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -49,6 +50,24 @@ class MoESpec(Spec):
     def experts(self) -> ExpertsSpec:
         return ExpertsSpec(self.expert, self.config)
 
+    def slices(self, layout: Layout) -> bool:
+        """Tells whether the layer itself slices the tokens, which nothing has divided before."""
+        return self.config.sliced and not layout.sequence and layout.degrees.tensor > 1
+
+    def inside(self, layout: Layout) -> Layout:
+        """Returns the layout as the router and routed experts see it."""
+        return replace(layout, sliced=self.config.sliced)
+
+    def within(self, b: MicroBatch) -> MicroBatch:
+        """Returns what the router and routed experts compute with."""
+        return replace(b, layout=self.inside(b.layout)) if self.slices(b.layout) else b
+
+    def _sliced(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that slice tokens and restore them, or their gradients."""
+        if self.slices(b.layout):
+            yield b.moved(2 * self.within(b).outside * self.hidden, b.parameter)
+            yield b.moved(2 * b.outside * self.hidden)
+
     def local(self, b: MicroBatch) -> LocalSpec | None:
         """Returns what experts do to which whole tokens come, or their pilots, if these are such."""
         pilots = self.dispatch.pilots(b.layout)
@@ -72,15 +91,26 @@ class MoESpec(Spec):
 
     def read_twice(self, b: MicroBatch) -> int:
         """Returns the bytes of the tokens that the router and a dense layer keep, if these can be the same."""
-        twice = self.shared is not None and not b.mixed and not b.layout.sequence
+        twice = self.shared is not None and not b.mixed and not self.inside(b.layout).sequence
         return b.tokens * self.hidden * b.compute.itemsize if twice else 0
 
     def sites(self, layout: Layout) -> Sites:
-        forward, backward = super().sites(layout)
+        shared = Sites() if self.shared is None else self.shared.sites(layout)
+        forward, backward = self._routed_sites(layout).then(shared)
         if self.config.shared.combine != SharedCombine.CG2:
             return Sites(forward, backward)
         # The gradients of both weights need both results, which otherwise nothing reads again.
         return Sites(tuple(replace(s, feeds=None) if s.feeds == "end" else s for s in forward), backward)
+
+    def _routed_sites(self, layout: Layout) -> Sites:
+        inside, together = self.inside(layout), Sites()
+        for part in (self.router, self.dispatch, self.experts):
+            together = together.then(part.sites(inside))
+        if not self.slices(layout):
+            return together
+        whole = Site("slice.gather", "all_gather", "tensor", self.hidden, replicated=True, feeds="end")
+        dropped = Sites((), (replace(whole, tag="slice.drop", feeds=None),))
+        return dropped.then(together).then(Sites((whole,)))
 
     def flops(self, length: int) -> Counter[str]:
         """Counts the experts that a token chooses, even if a full one drops it, and no empty slots."""
@@ -96,6 +126,14 @@ class MoESpec(Spec):
         return self.config.shortcut == Shortcut.NONE or self.config.shared.combine == SharedCombine.CG2
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        yield from self._sliced(b)
+        yield from self._routed_forward(self.within(b), dead, stop)
+        if self.shared is not None:
+            yield from self.shared.forward(b, dead, stop)
+            if not stop:
+                yield b.moved(3 * b.outside * self.hidden)
+
+    def _routed_forward(self, b: MicroBatch, dead: Collection[str], stop: bool) -> Iterator[Work]:
         chosen = b.outside * self.dispatch.choices
         yield from self.router.forward(b)
         if b.mixed:
@@ -103,25 +141,24 @@ class MoESpec(Spec):
         local = self.local(b)
         if local is not None:
             yield from local.forward(b, dead)
-        else:
-            yield from self.dispatch.there(b)
-            yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
-            yield from self.dispatch.back(b, bias=self.expert.bias)
-            if self.summed_again or not stop:
-                if not self.dispatch.fused(b):
-                    yield b.moved(2 * chosen * self.hidden)  # gate
-                yield b.moved((chosen + b.outside) * self.hidden)
-        if self.shared is not None:
-            yield from self.shared.forward(b, dead, stop)
-            if not stop:
-                yield b.moved(3 * b.outside * self.hidden)
+            return
+        yield from self.dispatch.there(b)
+        yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
+        yield from self.dispatch.back(b, bias=self.expert.bias)
+        if self.summed_again or not stop:
+            if not self.dispatch.fused(b):
+                yield b.moved(2 * chosen * self.hidden)  # gate
+            yield b.moved((chosen + b.outside) * self.hidden)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        chosen = b.outside * self.dispatch.choices
         if self.shared is not None:
             yield from self.shared.backward(b)
             yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the gradients of tokens
-        local = self.local(b)
+        yield from self._sliced(b)
+        yield from self._routed_backward(self.within(b))
+
+    def _routed_backward(self, b: MicroBatch) -> Iterator[Work]:
+        chosen, local = b.outside * self.dispatch.choices, self.local(b)
         if local is not None:
             yield from local.backward(b)
         else:
@@ -144,14 +181,17 @@ class MoESpec(Spec):
 
         The router keeps the same tokens as shared experts or, with a shortcut, as the dense layer that reads them.
         """
-        same, local = self.read_twice(b), self.local(b)
+        shared = 0 if self.shared is None else self.shared.saved(b)
+        shared -= self.read_twice(b)
+        b = self.within(b)
+        local = self.local(b)
         if local is not None:
-            shared = 0 if self.shared is None else self.shared.saved(b)
-            return self.router.saved(b) + local.saved(b) + shared - same
-        return super().saved(b) + self._weighted(b) - same
+            return self.router.saved(b) + local.saved(b) + shared
+        routed = sum(part.saved(b) for part in (self.router, self.dispatch, self.experts))
+        return routed + self._weighted(b) + shared
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
-        local = self.local(b)
+        local = self.local(self.within(b))
         if local is not None:
             yield from self._local_working_sets(local, b, recomputed)
             return
@@ -176,8 +216,8 @@ class MoESpec(Spec):
             yield WorkingSet("gates", temporaries=2 * self._weighted(b))
         if recomputed and self.config.ragged:
             # Product; sum with the bias; if tensor ranks share rows, also rows as received, and parts in that order.
-            layout = self.dispatch.obeyed(b.layout)
-            copies = 1 + self.expert.bias + (layout.sharers > 1) + layout.scattered
+            layout = self.dispatch.obeyed(self.inside(b.layout))
+            copies = 1 + self.expert.bias + (layout.gathers > 1) + layout.scattered
             yield WorkingSet("end of recomputing", temporaries=copies * slots * self.hidden - stream)
 
     def _local_working_sets(self, local: LocalSpec, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
@@ -189,7 +229,7 @@ class MoESpec(Spec):
             yield moment._replace(done=done, freed=freed)
 
     def _weighted(self, b: MicroBatch) -> int:
-        return b.outside * self.dispatch.choices * self.hidden * b.compute.itemsize
+        return self.within(b).outside * self.dispatch.choices * self.hidden * b.compute.itemsize
 
 
 class Underway(NamedTuple):
@@ -197,12 +237,12 @@ class Underway(NamedTuple):
 
     Attributes:
         routing: Where they go.
-        x_TH: The tokens.
+        x: The tokens (B, S, H) that this process routes.
         sent: What is on its way to experts, see :meth:`tedlab.moe.Experts.send`; None: nothing has been sent.
     """
 
     routing: Routing
-    x_TH: Tensor
+    x: Tensor
     sent: list[Issued[Any]] | None
 
 
@@ -211,8 +251,11 @@ class MoELayer(nn.Module):
 
     def __init__(self, spec: MoESpec, topology: Topology) -> None:
         super().__init__()
-        self.router = routers[spec.config.gating](spec.router, topology)
-        self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, topology)
+        inside = topology.sliced() if spec.config.sliced else topology
+        self.router = routers[spec.config.gating](spec.router, inside)
+        self.experts: Experts = mixtures[spec.config.dispatch].make(spec.experts, inside)
+        self.comm = topology.comm
+        self.slices = topology.degrees.tensor if spec.config.sliced and not topology.sequence_sharded else 1
         self.shared = None if spec.shared is None else SharedExperts(spec.shared, topology)
         self.overlap = topology.options.overlap_shared or topology.options.overlap_shortcut
 
@@ -224,7 +267,7 @@ class MoELayer(nn.Module):
         Raises:
             ValueError: If processes of an expert group have unequal numbers of tokens and experts have a capacity.
         """
-        tokens = x.shape[0] * x.shape[1]
+        tokens = x.shape[0] * x.shape[1] // self.slices
         self.experts.expect(tokens, self.router.capacity(tokens))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, RouterReport]:
@@ -263,18 +306,28 @@ class MoELayer(nn.Module):
                     f"padding_mask is {padding_mask.dtype} {tuple(padding_mask.shape)}; it must be torch.bool "
                     f"{tuple(x.shape[:2])}, True where there is padding"
                 )
+            if self.slices > 1:
+                padding_mask = padding_mask.chunk(self.slices, 1)[self.comm.rank("tensor")]
             padding_T = padding_mask.flatten()
         if not torch.compiler.is_compiling():
             self.expect(x)
+        if self.slices > 1:
+            check_divides("the number of positions", x.shape[1], "the tensor degree", self.slices)
+            x = slice_to(x, self.comm, "tensor", "slice.drop", dim=1)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        return Underway(routing, x_TH, self.experts.send(x_TH, routing) if self.overlap else None)
+        return Underway(routing, x, self.experts.send(x_TH, routing) if self.overlap else None)
 
     def compute(self, tokens: Underway) -> Issued[Tensor]:
         """Computes what experts make of their tokens, and returns the sums of each token's results, on their way."""
         if tokens.sent is None:
-            return Issued.arrived(self.experts(tokens.x_TH, tokens.routing))
-        return self.experts.answer(tokens.sent, tokens.routing)
+            back = Issued.arrived(self.experts(tokens.x.flatten(0, 1), tokens.routing))
+        else:
+            back = self.experts.answer(tokens.sent, tokens.routing)
+        if self.slices == 1:
+            return back
+        shape = tokens.x.shape
+        return back.then(lambda y_TH: gather_from(y_TH.view(shape), self.comm, "tensor", "slice.gather", dim=1))
 
     def join(self, y: Tensor, beside: Beside) -> Tensor:
         """Adds the shared experts' results to those of the routed ones, both (B, S, H)."""

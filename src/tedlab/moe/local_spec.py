@@ -11,6 +11,7 @@ from tedlab.comm.rows import Rows, by_node, rows_of_pilots, sent_as_pilots
 from tedlab.config import Dedup
 from tedlab.moe.dispatch import DispatchSpec, adjoints, counting
 from tedlab.moe.experts import ExpertsSpec
+from tedlab.registry import mixtures
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 
 
@@ -22,7 +23,7 @@ class DroplessSpec(DispatchSpec):
 
     @override
     def obeyed(self, layout: Layout) -> Layout:
-        if layout.degrees.expert > 1:
+        if not self._alone(layout):
             return layout
         return replace(layout, options=replace(layout.options, dtd=False))  # no exchange, nothing to drop
 
@@ -30,7 +31,7 @@ class DroplessSpec(DispatchSpec):
     def sites(self, layout: Layout) -> Sites:
         if self.pilots(layout):
             return self._pilot_sites(layout)
-        if layout.degrees.expert > 1:
+        if not self._alone(layout):
             return super().sites(layout)
         summed, gates = self._of_tokens()
         if not layout.sequence:
@@ -42,6 +43,9 @@ class DroplessSpec(DispatchSpec):
         back = replace(summed, op="all_gather"), replace(gathered, op="reduce_scatter")
         return Sites((chosen, gathered, gates, summed), (*back, *self._of_gates(replace(gates, op="reduce_scatter"))))
 
+    def _alone(self, layout: Layout) -> bool:
+        return mixtures[self.config.dispatch].alone(layout.degrees)
+
     @override
     def pilots(self, layout: Layout) -> bool:
         return layout.options.dedup != Dedup.NONE and layout.degrees.expert > 1
@@ -52,17 +56,17 @@ class DroplessSpec(DispatchSpec):
             return super().rows(layout, tokens)
         moe, processes, nodes = self.config, layout.degrees.expert, layout.nodes
         tokens *= moe.inputs
-        sent = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.sharers, processes)
+        sent = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.gathers, processes)
         if nodes == 1:
             return rows_of_pilots(sent[0], np.repeat(sent[:, :1], processes, 1), 0)
         # All processes send alike, and each passes on what those with its place in their nodes send to its own node.
         places = processes // nodes
-        to_nodes = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.sharers, processes, nodes)[0]
+        to_nodes = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.gathers, processes, nodes)[0]
         rows = rows_of_pilots(nodes * sent[0, :places], np.repeat(nodes * sent[:, :1], places, 1), 0)
         return by_node(rows, to_nodes, np.repeat(to_nodes[:1], nodes, 0), places)
 
     def _pilot_sites(self, layout: Layout) -> Sites:
-        tensor, sliced = layout.degrees.tensor, layout.sharers > 1
+        tensor, sliced = layout.degrees.tensor, layout.gathers > 1
         dealt = sliced and not layout.sequence
         experts, processes, nodes = self.config.num_experts, layout.degrees.expert, layout.nodes
         width = (experts + processes) // nodes
@@ -162,7 +166,7 @@ class LocalSpec(Spec):
         yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers tokens
         yield b.product(rows, hidden, inner, times=number)
-        if ("experts.reduce" if not self.pilots or b.layout.sharers > 1 else b.layout.returning) in dead:
+        if ("experts.reduce" if not self.pilots or b.layout.gathers > 1 else b.layout.returning) in dead:
             return
         yield b.moved(total * (inner + width))  # bias and activation
         yield b.product(rows, width, hidden, times=number)

@@ -96,10 +96,10 @@ class PilotExperts(TokenExperts):
         layout, top_k, dedup = topology.layout, spec.config.top_k, topology.options.dedup
         if layout.chunks > 1:
             raise ValueError(f"comm.dedup={dedup} sends all choices of a token at once: it needs comm.chunks=1")
-        if layout.sharers > 1 and not layout.scattered:
+        if layout.gathers > 1 and not layout.scattered:
             raise ValueError(f"comm.dedup={dedup} with comm.dtd=true needs comm.fuse_reduce_scatter=true")
         self.dealing = topology.options.dtd and topology.degrees.tensor > 1
-        self.sharers = layout.sharers
+        self.sharers = layout.gathers
         self.nodes, self.processes = layout.nodes, topology.degrees.expert
         most = min(top_k, spec.num_experts // self.processes)
         self.steps = [Step(self.comm, "expert" if self.nodes == 1 else "expert_in_node", most, self.kernel)]

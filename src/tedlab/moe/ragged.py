@@ -16,11 +16,13 @@ plain TED          sorted, replicated       every tensor rank exchanges all R ro
 DTD                dealt, gathered          tensor rank r mod T sends row r; what each received is gathered
 DTD, fused         dealt, scattered         the same with a reduce-scatter for all-reduce and drop
 sequence parallel  sorted, scattered        each tensor rank has its own tokens
+folded (T_e ≠ T)   as DTD or sequence       the same; the expert_tensor group gathers and reduces, if T_e > 1
 =================  =======================  ==================================================================
 
 Legend as in ``router.py``, and R: rows of a data rank (of a tensor rank, if sequence-sharded), sorted by expert; e:
-experts of this process; i: tensor ranks that receive rows of their own (1 if all receive the same); s: senders (E_p);
-M: rows that one of them receives (the most, if there are several); N: rows that this process's experts see.
+experts of this process; i: processes that divide its experts and receive rows of their own (1 if all receive the same);
+s: senders (E_p); M: rows that one of them receives (the most, if there are several); N: rows that this process's
+experts see.
 
 With ``comm.chunks`` the rows of each expert are divided into chunks (see ``chunks.py``), each of which is exchanged and
 computed by itself; the numbers of rows are exchanged once.
@@ -71,7 +73,7 @@ class Exchange:
 
     Attributes:
         splits: Splits of the exchange with the experts.
-        counts_ise: (i, s, e) int64 on the device: rows by tensor rank, sender and expert.
+        counts_ise: (i, s, e) int64 on the device: rows by receiver, sender and expert.
         width: M, as in the legend.
         total: N, as in the legend.
         sizes: Number of rows of each expert of this process; None: the host has not asked.
@@ -100,7 +102,7 @@ class RaggedRows(NamedTuple):
     """Rows at the process of their experts, sorted by sender and then by expert.
 
     Attributes:
-        values: (rows that this tensor rank received, H).
+        values: (rows that this process received, H).
         exchange: How they came.
         listing: The routing with this process's choices in the order in which their results come back; None: as they
             were.
@@ -146,9 +148,9 @@ class OverlappingRowPath(RowPath, Protocol):
         ...
 
 
-def of_all(comm: Collectives, arriving_sx: Tensor, sharers: int) -> Tensor:
-    """Returns the numbers of rows that arrive at each tensor rank that receives rows of its own: (i, s, x)."""
-    if sharers == 1:
+def of_all(comm: Collectives, arriving_sx: Tensor, gathers: int) -> Tensor:
+    """Returns the numbers of rows that arrive at each process which receives rows of its own: (i, s, x)."""
+    if gathers == 1:
         return arriving_sx.unsqueeze(0)
     return comm.all_gather(arriving_sx.unsqueeze(0), "expert_tensor", tag="dispatch.gather_counts", phase="forward")
 
@@ -161,8 +163,7 @@ class RaggedPath:
 
     Args:
         num_experts: Number of experts E, a multiple of the expert degree.
-        comm: The collectives of this process.
-        sharers: Number of tensor ranks that receive rows of their own.
+        topology: The process's place in the meshes.
         widths: Widths of the experts' matrices.
         kernel: What copies and sums rows, see ``moe.kernel``.
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
@@ -176,8 +177,7 @@ class RaggedPath:
     def __init__(
         self,
         num_experts: int,
-        comm: Collectives,
-        sharers: int,
+        topology: Topology,
         widths: tuple[int, int],
         kernel: str = "auto",
         policy: Policy | None = None,
@@ -186,9 +186,12 @@ class RaggedPath:
     ) -> None:
         if policy is not None and chunks > 1:
             raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
-        self.comm, self.num_experts, self.sharers, self.widths = comm, num_experts, sharers, widths
+        layout = topology.layout
+        self.comm, self.num_experts, self.widths = topology.comm, num_experts, widths
+        self.deals, self.gathers = layout.deals, layout.gathers
+        self.of_one_rank = not layout.degrees.folded  # all that are gathered are a data rank's, and as many of each
         self.kernel, self.policy, self.packed, self.chunks = kernel, policy, packed, chunks
-        self.route = route(comm)
+        self.route = route(topology.comm)
         self.moved = Rows()
 
     def dispatch(self, x_TH: Tensor, routing: Routing) -> RaggedRows:
@@ -200,7 +203,7 @@ class RaggedPath:
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
         x = to_compute_dtype(x_TH)
-        if self.sharers == 1:
+        if self.gathers == 1:
             x = copy_to(x, self.comm, "expert_tensor", "experts.copy")
         exchanges = self._ask(routing.counts_E, len(routing.choice_EC), x)
         listing = self._listing(routing, routing.counts_E.unsqueeze(0), exchanges)
@@ -211,7 +214,7 @@ class RaggedPath:
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
         y_RH, listing = _joined(back), back[0].listing or routing
-        if self.sharers > 1:
+        if self.gathers > 1:
             return merge_choices(y_RH, listing, self.kernel)
         gate_TK = copy_to(listing.gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
         partial_TH = merge_choices(y_RH, listing._replace(gate_TK=gate_TK), self.kernel)
@@ -257,7 +260,7 @@ class RaggedPath:
         if self.policy is not None:
             return self._counted(self._planning(counts_E, self.policy))
         numbers = self.route.numbers(counts_E.view(self.comm.size("expert"), -1))
-        counts_ise = of_all(self.comm, numbers.arriving_sx, self.sharers)
+        counts_ise = of_all(self.comm, numbers.arriving_sx, self.gathers)
         return self._counted(self._without_waiting(counts_ise, rows, x) or self._waiting(numbers, counts_ise))
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
@@ -278,21 +281,22 @@ class RaggedPath:
 
     def _without_waiting(self, counts_ise: Tensor, rows: int, x: Tensor) -> Finish | None:
         """Works without counts on the host if only this process's experts can be chosen and a product is one kernel."""
-        if self.packed or self.comm.size("expert") > 1 or not one_kernel(x, *self.widths):
+        alone = self.comm.size("expert") == 1 and (self.of_one_rank or self.gathers == 1)
+        if self.packed or not alone or not one_kernel(x, *self.widths):
             return None
-        exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.sharers * rows, None, self.kernel)
+        exchange = Exchange(Splits((rows,), (rows,)), counts_ise, rows, self.gathers * rows, None, self.kernel)
         return lambda: ((exchange,), Rows(rows, rows, exchange.total, exchange.total))
 
     def _waiting(self, numbers: Numbers, counts_ise: Tensor) -> Finish:
         read = self.comm.reader(torch.cat((*numbers.passing, counts_ise)))
-        own, passing = self.comm.rank("expert_tensor") if self.sharers > 1 else 0, len(numbers.passing)
+        own, passing = self.comm.rank("expert_tensor") if self.gathers > 1 else 0, len(numbers.passing)
 
         def exchange(counts_ise: Tensor, passing_jse: np.ndarray, arriving_ise: np.ndarray) -> Exchange:
             sent, *through = passing_jse.sum(2).tolist()
             rows = rows_of(arriving_ise, sum(sent), own)
             splits = self.route.splits(sent, arriving_ise[own].sum(1).tolist(), *through)
             sizes = tuple(arriving_ise.sum((0, 1)).tolist())
-            return Exchange(splits, counts_ise, rows.gathered // self.sharers, rows.computed, sizes, self.kernel)
+            return Exchange(splits, counts_ise, rows.gathered // self.gathers, rows.computed, sizes, self.kernel)
 
         def finish() -> tuple[tuple[Exchange, ...], Rows]:
             values = np.array(read())
@@ -313,7 +317,7 @@ class RaggedPath:
                 counts_isE, "expert_tensor", tag="dispatch.gather_counts", phase="forward"
             )
         read = self.comm.reader(counts_isE)
-        process, own = self.comm.rank("expert"), self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+        process, own = self.comm.rank("expert"), self.comm.rank("expert_tensor") if self.gathers > 1 else 0
 
         def finish() -> tuple[tuple[Exchange, ...], Rows]:
             counts = np.array(read())
@@ -335,7 +339,7 @@ class RaggedPath:
             exchange = Exchange(
                 self.route.splits(sent, arriving[own].sum(1).tolist(), passing),
                 counts_ise,
-                rows.gathered // self.sharers,
+                rows.gathered // self.gathers,
                 rows.computed,
                 tuple(arriving.sum((0, 1)).tolist()),
                 self.kernel,
@@ -349,7 +353,7 @@ class RaggedPath:
     @property
     def _own_lists(self) -> bool:
         """Whether tensor ranks list rows of their own, rather than all the same."""
-        return self.sharers > 1
+        return self.gathers > 1
 
     @property
     def _dealers(self) -> int:
@@ -361,21 +365,21 @@ class DealtPath(RaggedPath):
     """Duplicate token dropping (paper §5.1): all tensor ranks list the same rows, and each exchanges every T-th."""
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[RaggedRows]]:
-        x, rows = to_compute_dtype(x_TH), listed(len(routing.choice_EC), self.sharers)
+        x, rows = to_compute_dtype(x_TH), listed(len(routing.choice_EC), self.deals)
         counts_E = routing.counts_E
         own_E, hands_iE = counts_E, counts_E.unsqueeze(0)
         if self.policy is None:  # otherwise whole lists are planned for, and dealt afterwards
             if self.packed or rows > len(routing.choice_EC):  # the last expert gets what is missing
-                counts_E = torch.cat((counts_E[:-1], counts_E[-1:] - counts_E.sum() % -self.sharers))
-            own_E = dealt(counts_E, self.sharers, self.comm.rank("tensor"))
+                counts_E = torch.cat((counts_E[:-1], counts_E[-1:] - counts_E.sum() % -self.deals))
+            own_E = dealt(counts_E, self.deals, self.comm.rank("tensor"))
             if self.chunks > 1:
-                hands_iE = torch.stack([dealt(counts_E, self.sharers, rank) for rank in range(self.sharers)])
-        exchanges = self._ask(own_E, rows // self.sharers, x)
+                hands_iE = torch.stack([dealt(counts_E, self.deals, rank) for rank in range(self.deals)])
+        exchanges = self._ask(own_E, rows // self.deals, x)
         listing = self._listing(routing, hands_iE, exchanges)
         if self.packed:
-            rows = listed(len(listing.choice_EC), self.sharers)
+            rows = listed(len(listing.choice_EC), self.deals)
         x_RH = grown(spread_choices(x, listing, self.kernel), rows)
-        hand = slice_to(x_RH.unflatten(0, (-1, self.sharers)), self.comm, "tensor", "dispatch.drop", dim=1)
+        hand = slice_to(x_RH.unflatten(0, (-1, self.deals)), self.comm, "tensor", "dispatch.drop", dim=1)
         return self._to_experts(hand.flatten(0, 1), exchanges, listing)
 
     def receive(self, back: list[RaggedRows], routing: Routing) -> Tensor:
@@ -384,7 +388,7 @@ class DealtPath(RaggedPath):
         return merge_choices(y_RH[: len(listing.choice_EC)], listing, self.kernel)
 
     def _hands(self, counts_isV: np.ndarray) -> np.ndarray:
-        return hands(counts_isV[0], self.sharers)
+        return hands(counts_isV[0], self.deals)
 
     @property
     def _own_lists(self) -> bool:
@@ -392,7 +396,7 @@ class DealtPath(RaggedPath):
 
     @property
     def _dealers(self) -> int:
-        return self.sharers
+        return self.deals
 
 
 def _joined(back: list[RaggedRows]) -> Tensor:
@@ -405,7 +409,7 @@ class Arrangement(NamedTuple):
 
     Attributes:
         row_N: The place of each expert row among received ones, (i, M) flattened; None: the same place.
-        place_iM: The inverse, -1 where a tensor rank received fewer than M.
+        place_iM: The inverse, -1 where a process received fewer than M.
         groups: Which expert each row belongs to.
         kernel: What sorts them, see ``moe.kernel``.
     """
@@ -429,7 +433,7 @@ class Arrangement(NamedTuple):
 
 
 def arrange(exchange: Exchange) -> Arrangement:
-    """Sorts by expert, then by sender, then by tensor rank, without waiting for the device."""
+    """Sorts by expert, then by sender, then by receiver, without waiting for the device."""
     counts_ise, width, total = exchange.counts_ise, exchange.width, exchange.total
     device, (ranks, senders, experts) = counts_ise.device, counts_ise.shape
     counts_e = counts_ise.sum((0, 1))
@@ -437,7 +441,7 @@ def arrange(exchange: Exchange) -> Arrangement:
     groups = Groups(expert_N, counts_e.cumsum(0).int(), exchange.sizes)
     if ranks == 1 and 1 in (senders, experts):
         return Arrangement(None, None, groups, exchange.kernel)
-    runs = counts_ise.flatten(1)  # of each tensor rank, in the order of arrival
+    runs = counts_ise.flatten(1)  # of each receiver, in the order of arrival
     starts = runs.cumsum(1) - runs + width * torch.arange(ranks, device=device).unsqueeze(1)
     sizes, starts = (t.view(counts_ise.shape).permute(2, 1, 0).flatten() for t in (runs, starts))
     shift = starts - (sizes.cumsum(0) - sizes)
@@ -448,7 +452,7 @@ def arrange(exchange: Exchange) -> Arrangement:
 
 
 class RowRegion(Protocol):
-    """The entry and exit of the experts' tensor-parallel computation.
+    """The entry and exit of the computation that an expert_tensor group divides.
 
     Attributes:
         feeds: Tag of the collective that results go into; a second pass that does not repeat it does not need them.
@@ -457,19 +461,22 @@ class RowRegion(Protocol):
     feeds: str
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
-        """Maps the rows that this tensor rank received to rows (N, H) of which every tensor rank computes its part."""
+        """Maps the rows that this process received to rows (N, H) of which every process computes its part."""
         ...
 
     def leave(self, partial_NH: Tensor, exchange: Exchange, arrangement: Arrangement) -> Tensor:
-        """Returns the rows that this rank sends back: sums of the tensor ranks' parts, or its own parts.
+        """Returns the rows that this process sends back: sums of the group's parts, or its own parts.
 
-        Backward, every tensor rank must get the gradient of the whole sums.
+        Backward, every process of the group must get the gradient of the whole sums.
         """
         ...
 
 
 class ReplicatedRows:
-    """Every tensor rank receives the same rows and sends back its parts of the results."""
+    """Every process that divides an expert receives the same rows and sends back its parts of the results.
+
+    If there is one, its parts are whole.
+    """
 
     def __init__(self, comm: Collectives) -> None:
         self.comm, self.feeds = comm, route(comm).returning
@@ -482,7 +489,7 @@ class ReplicatedRows:
 
 
 class GatheredRows:
-    """Each tensor rank receives its own rows, which are gathered; results are reduced in the paper's order."""
+    """Each process receives its own rows, which are gathered; results are reduced in the paper's order."""
 
     feeds = "experts.reduce"
 
@@ -500,7 +507,7 @@ class GatheredRows:
 
 
 class ScatteredRows(GatheredRows):
-    """Each tensor rank receives its own rows and gets only their sums: a reduce-scatter is all-reduce and drop."""
+    """Each process receives its own rows and gets only their sums: a reduce-scatter is all-reduce and drop."""
 
     def enter(self, x: RaggedRows, arrangement: Arrangement) -> Tensor:
         return arrangement.sort(gather_to(_widened(x), self.comm, "expert_tensor", "dispatch.gather", dim=0))
@@ -511,7 +518,7 @@ class ScatteredRows(GatheredRows):
 
 
 def _widened(x: RaggedRows) -> Tensor:
-    """Pads this rank's rows to (M, H), since the gather over tensor ranks takes equal parts."""
+    """Pads this process's rows to (M, H), since the gather takes equal parts."""
     return grown(x.values, x.exchange.width)
 
 
@@ -533,11 +540,13 @@ def ragged_path(
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
         packed: Whether the device decides how many rows there are, see ``packed.py``.
     """
-    comm, options, tensor = topology.comm, topology.options, topology.degrees.tensor
-    how = widths, kernel, policy, packed, topology.layout.chunks
-    if topology.sequence_sharded:
-        return RaggedPath(num_experts, comm, tensor, *how), ScatteredRows(comm)
-    if not options.dtd or tensor == 1:
-        return RaggedPath(num_experts, comm, 1, *how), ReplicatedRows(comm)
-    region = ScatteredRows if options.fuse_reduce_scatter else GatheredRows
-    return DealtPath(num_experts, comm, tensor, *how), region(comm)
+    layout = topology.layout
+    path = DealtPath if layout.dealt else RaggedPath
+    return path(num_experts, topology, widths, kernel, policy, packed, layout.chunks), _region(topology)
+
+
+def _region(topology: Topology) -> RowRegion:
+    layout, comm = topology.layout, topology.comm
+    if layout.gathers == 1:
+        return ReplicatedRows(comm)
+    return (ScatteredRows if layout.scattered else GatheredRows)(comm)

@@ -12,7 +12,7 @@ from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedlab._compat.torch import PreciseBuffers, local_tensor
@@ -136,9 +136,10 @@ class RouterSpec(Spec):
 
     def own(self) -> Iterator[ParameterSpec]:
         experts = self.config.num_experts
-        yield ParameterSpec("weight", (experts, self.hidden), self.init, own_tokens=True)
+        sliced = self.config.sliced
+        yield ParameterSpec("weight", (experts, self.hidden), self.init, own_tokens=True, own_part=sliced)
         if self.config.router.bias:
-            yield ParameterSpec("logit_bias", (experts,), own_tokens=True, decayed=False)
+            yield ParameterSpec("logit_bias", (experts,), own_tokens=True, own_part=sliced, decayed=False)
 
     def sites(self, layout: Layout) -> Sites:
         if not layout.sequence:
@@ -499,3 +500,8 @@ def _without_padding(decision: Decision, padding_T: Tensor) -> Decision:
         probs_TE=decision.probs_TE.masked_fill(padding_T1, 0.0),
         counted_TE=None if decision.counted_TE is None else decision.counted_TE.masked_fill(padding_T1, 0),
     )
+
+
+def routes_own_tokens(root: nn.Module) -> bool:
+    """Tells whether tensor ranks route tokens of their own below ``root``, rather than all the same."""
+    return any(module.sharded for module in root.modules() if isinstance(module, Router))

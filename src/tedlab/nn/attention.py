@@ -26,7 +26,7 @@ class HeadNormSpec(NormSpec):
 
     def own(self) -> Iterator[ParameterSpec]:
         for parameter in super().own():
-            yield replace(parameter, own_tokens=False, own_features=True)
+            yield replace(parameter, own_tokens=False, own_part=True)
 
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
         return b.tokens * max(1, self.heads // b.tensor) * self.hidden, b.compute

@@ -1,7 +1,7 @@
 """Compares how many batches each process has in a loop, and keeps processes in step where the numbers differ.
 
-If experts are divided over data ranks, a whole expert group takes part in every forward pass, so a process whose data
-ends early would leave the others waiting.
+If experts are divided over data ranks, a whole expert group takes part in every forward pass (in a folded layout, all
+processes do), so a process whose data ends early would leave the others waiting.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ def _lengths(own: Lengths, topology: Topology) -> list[list[int]]:
 
 
 class PredictionsInStep:
-    """Lets a process with fewer batches to predict than others of its expert group take part in their last ones.
+    """Lets a process with fewer batches to predict than others that need it take part in their last ones.
 
     It repeats its own last batch as often as necessary, and discards the results.
 
@@ -54,7 +54,7 @@ class PredictionsInStep:
 
     def __init__(self, own: Lengths, topology: Topology) -> None:
         table = _lengths(own, topology)
-        members = topology.degrees.groups(topology.comm.rank("world"))["expert"]
+        members = topology.comm.ranks[topology.degrees.in_step]
         self._missing: dict[int, int] = {}  # number of own batches → repetitions after them
         done = 0
         for loader, column in enumerate(zip(*table, strict=True)):

@@ -533,7 +533,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         """Prepares for a loop of the given length for each data loader."""
         self._first_batch = True
         self.topology.slots.uneven = False
-        if stage == "training" or self.topology.comm.size("expert") > 1:  # else no process needs another
+        in_step = self.topology.comm.size(self.topology.degrees.in_step)
+        if stage == "training" or in_step > 1:  # else no process needs another
             check_lengths(lengths, stage, self.topology)
 
     @override

@@ -154,6 +154,8 @@ def notes(config: TrainConfig) -> list[str]:
         for name, on in (("comm.dtd", config.comm.dtd), ("parallel.sequence", config.parallel.sequence)):
             if on:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
+        if config.moe.num_experts and config.moe.sliced:
+            found.append("moe.slice=tokens does nothing here: with parallel.tensor=1 each process has its own tokens.")
     if config.moe.num_experts and config.parallel.expert == 1:
         comm = config.comm
         toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}

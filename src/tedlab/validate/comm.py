@@ -198,7 +198,8 @@ def _check_chunks(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.chunks={chunks} divides the rows of each expert before they are sent, but moe.lend.policy="
             f"{moe.lend.policy} lends experts once for all rows of a layer; use one of the two"
         )
-    layout, tokens = Layout(degrees, config.comm), config.data.micro_batch_size * config.model.sequence_length
+    layout = Layout(degrees, config.comm, moe.sliced)
+    tokens = config.data.micro_batch_size * config.model.sequence_length
     most = mixtures[moe.dispatch].dispatch(config.model.hidden, moe).most_chunks(layout, tokens)
     if chunks > most:
         what = "rows" if moe.ragged else "slots of each expert"

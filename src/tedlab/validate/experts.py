@@ -5,9 +5,11 @@ from tedlab.config import (
     BalanceScope,
     BiasUpdate,
     Compiler,
+    Dedup,
     ExpertKernel,
     Granularity,
     GroupScore,
+    LendPolicy,
     MoEConfig,
     RouterConfig,
     SharedConfig,
@@ -38,10 +40,9 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
             )
         return
     if degrees.folded:
-        raise ValueError(
-            f"parallel.expert_tensor ({degrees.expert_tensor}) differs from parallel.tensor ({degrees.tensor}), for "
-            "which no path of tokens exists yet; leave parallel.expert_tensor null"
-        )
+        _check_folded(config, degrees)
+    if moe.sliced:
+        _check_slice(config, degrees)
     _check_numbers(moe, model.layers)
     _check_kernel(config)
     if moe.unlimited:
@@ -49,6 +50,48 @@ def check_experts(config: TrainConfig, degrees: ParallelDegrees) -> None:
     else:
         capacity_groups(config, degrees)
     _check_gating(moe)
+
+
+def _check_folded(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    given, folded = config.moe.lend.policy, f"parallel.expert_tensor={degrees.expert_tensor} and parallel.tensor="
+    folded += str(degrees.tensor)
+    if given != LendPolicy.NONE:
+        raise ValueError(
+            f"moe.lend.policy={given} plans for tensor ranks that list the same rows, but with {folded} each lists its "
+            "own; leave parallel.expert_tensor null, or use moe.lend.policy=none"
+        )
+    if config.comm.hierarchical:
+        raise ValueError(
+            f"comm.hierarchical=true sends rows by way of nodes on which all tensor ranks lie alike, but with {folded} "
+            "tensor ranks are in one expert group; leave parallel.expert_tensor null, or use comm.hierarchical=false"
+        )
+    if config.comm.dedup != Dedup.NONE:
+        raise ValueError(
+            f"comm.dedup={config.comm.dedup} deals tokens among tensor ranks that divide experts, but with {folded} "
+            "others do; leave parallel.expert_tensor null, or use comm.dedup=none"
+        )
+
+
+def _check_slice(config: TrainConfig, degrees: ParallelDegrees) -> None:
+    moe, length = config.moe, config.model.sequence_length
+    if degrees.sequence:
+        raise ValueError(
+            "moe.slice=tokens slices the tokens that tensor ranks hold alike, but with parallel.sequence=true each has "
+            "its own positions already; use one of the two"
+        )
+    if config.comm.dtd:
+        raise ValueError(
+            "comm.dtd=true drops duplicate tokens, but with moe.slice=tokens routed experts get none; use one of the "
+            "two"
+        )
+    if moe.inputs > 1:
+        raise ValueError(
+            f"moe.slice=tokens slices one tensor, but with moe.shortcut={moe.shortcut} experts read two; use "
+            "moe.slice=none"
+        )
+    check_divides("model.sequence_length", length, "parallel.tensor", degrees.tensor)
+    if "groups" not in routers[moe.gating].supports:
+        raise ValueError(f"moe.slice=tokens needs moe.gating=default; moe.gating is {moe.gating}")
 
 
 def check_mixture(moe: MoEConfig, layers: int) -> None:
@@ -138,7 +181,8 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     Raises:
         ValueError: If positions do not divide into these groups; the message says what would do.
     """
-    shards = degrees.tensor if degrees.sequence else 1
+    sliced = config.moe.sliced
+    shards = degrees.tensor if degrees.sequence or sliced else 1
     given = config.moe.capacity_groups
     if not config.moe.num_experts or config.moe.unlimited:
         return given
@@ -147,9 +191,10 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     groups, length = given or 1, config.model.sequence_length
     if length % groups or groups % shards:
         fitting = ", ".join(str(n) for n in range(1, min(length, 64) + 1) if length % n == 0 and n % shards == 0)
+        why = "moe.slice=tokens" if sliced else "parallel.sequence"
         raise ValueError(
             f"moe.capacity_groups is {groups}; it must divide model.sequence_length ({length})"
-            + (f" and be a multiple of parallel.tensor ({shards}) with parallel.sequence" if shards > 1 else "")
+            + (f" and be a multiple of parallel.tensor ({shards}) with {why}" if shards > 1 else "")
             + f": {fitting or 'impossible here'}"
         )
     if groups > 1 and "groups" not in routers[config.moe.gating].supports:

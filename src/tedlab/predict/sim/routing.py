@@ -62,8 +62,8 @@ class SimulatedRouting:
         self.blocks = moe.routed(config.model.layers)
         self.degrees, self.local_experts, self.lend = degrees, moe.num_experts // degrees.expert, moe.lend
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
-        layout = spec.obeyed(Layout(degrees, config.comm))
-        self.sharers, self._own_lists, self.pilots = layout.sharers, layout.sequence, spec.pilots(layout)
+        layout = spec.obeyed(Layout(degrees, config.comm, moe.sliced))
+        self.sharers, self._own_lists, self.pilots = layout.deals, layout.sequence, spec.pilots(layout)
         self.chunks, self.nodes = spec.chunks(layout), layout.nodes
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
         if shares_LE is None:
