@@ -29,9 +29,10 @@ COMMON = (
     *("data.batch_size=8", "data.micro_batch_size=8"),
 )
 SHARED = ("moe=top1", "moe.shared.experts=1", "moe.shared.combine=cg1")
-VARIANTS = {  # of equal FLOPs, but for the coefficient's product of a token
+VARIANTS = {  # of equal FLOPs, but for the coefficient's product of a token and DGMoE's second one of the router
     "top-2": ("moe=top2",),
     "shared expert": SHARED,
+    "DGMoE": ("moe=top1", "moe.shortcut=dgmoe"),
     **{position: (*SHARED, f"moe.shortcut={position}") for position in ("pos1", "pos2", "pos3")},
 }
 

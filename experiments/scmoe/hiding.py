@@ -26,7 +26,7 @@ from tedlab.predict.cluster import Link, load_cluster
 from tedlab.predict.emulate import Emulation
 
 HERE = Path(__file__).parent
-PROCESSES, STEPS, WARM = 2, 12, 2
+PROCESSES, STEPS, WARM, PROBED = 2, 9, 1, 4
 TIMES = (0.5, 1.0, 2.0)  # an exchange's seconds, as multiples of what runs beside one
 MODEL = ModelConfig(2, 256, 4, 1024, 128, vocab_size=512)
 MOE = MoEConfig(4, every=2, ffn=1024, shared=SharedConfig(1))
@@ -40,7 +40,8 @@ class Measured:
     Attributes:
         position: See ``moe.shortcut``.
         exchange_s: Seconds of an exchange on the emulated link.
-        predicted: The share that should hide: of each exchange as much as ran beside it on links without delay.
+        predicted: The share that should hide: of each exchange as much as ran beside it on links without
+            delay, in steps in turn with the others.
         waited: The share for which no process waited.
         gained: The share by which a step is shorter than without overlap.
     """
@@ -61,10 +62,10 @@ def main() -> None:
         mp.spawn(rank, (port, folder), PROCESSES)
         found: list[Measured] = torch.load(Path(folder, "found"), weights_only=False)
     write_json(HERE / "hiding.json", {"rows": [vars(one) for one in found]})
-    shown = Table("position", "an exchange, s", "hidden, predicted", "not waited for", "step shorter by")
+    shown = Table("position", "an exchange, ms", "predicted", "not waited for", "step shorter")
     for one in found:
         shares = (f"{share:.0%}" for share in (one.predicted, one.waited, one.gained))
-        shown.add_row(one.position, f"{one.exchange_s:.3f}", *shares)
+        shown.add_row(one.position, f"{1e3 * one.exchange_s:.0f}", *shares)
     Console().print(shown)
 
 
@@ -83,47 +84,58 @@ def measured(position: str) -> list[Measured]:
     """Compares a position's steps with and without overlap, on links of several speeds."""
     moe = replace(MOE, shortcut=position)
     steps: dict[bool, Callable[[], None]] = {}
-    hooks: dict[bool, Any] = {}
+    hooks: dict[bool, Switch] = {}
     for on in (False, True):
         topology = Topology(ParallelDegrees(PROCESSES, expert=PROCESSES), options=CommOptions(overlap_shortcut=on))
         model = GPT(MODEL, moe, topology, seed=0)
-        steps[on], hooks[on] = stepping(model, topology), topology
-    clock = Clock()
-    handle = hooks[True].comm.register_hook(clock)
-    for _ in range(WARM + STEPS):
+        steps[on], hooks[on] = stepping(model, topology), Switch()
+        topology.comm.register_hook(hooks[on])
+    clock = hooks[True].now = Clock()
+    for _ in range(WARM + PROBED):
         steps[True]()
-    handle.remove()
-    beside = clock.medians()
-    typical = statistics.mean(beside)
-    return [compared(position, steps, hooks, beside, times * typical) for times in TIMES]
+    typical = statistics.mean(statistics.median(beside) for beside in zip(*clock.of_steps()[WARM:], strict=True))
+    return [compared(position, steps, hooks, times * typical) for times in TIMES]
 
 
 def compared(
-    position: str, steps: dict[bool, Callable[[], None]], hooks: dict[bool, Any], beside: list[float], link: float
+    position: str, steps: dict[bool, Callable[[], None]], hooks: dict[bool, "Switch"], link: float
 ) -> Measured:
-    """Measures steps whose exchanges take so many seconds each."""
+    """Measures steps whose exchanges take so many seconds each, in turns with those of links without delay.
+
+    What else the machine does is then in all three kinds of step alike.
+    """
     seconds = torch.tensor(link)
     dist.all_reduce(seconds)  # the processes agree on it
     each = float(seconds) / PROCESSES
     cluster = replace(load_cluster("one_h200"), gpus_per_node=PROCESSES, in_node=Link(1e30, each))
     groups = ParallelDegrees(PROCESSES, expert=PROCESSES).groups(dist.get_rank())
-    waits = Waits(Emulation(cluster, groups))
-    handles = [hooks[on].comm.register_hook(waits if on else Emulation(cluster, groups)) for on in (False, True)]
-    taken: defaultdict[bool, list[float]] = defaultdict(list)
+    clock, waits, delay = Clock(), Waits(Emulation(cluster, groups)), Emulation(cluster, groups)
+    kinds: tuple[tuple[bool, Any], ...] = ((True, clock), (False, delay), (True, waits))
+    taken: defaultdict[Any, list[float]] = defaultdict(list)
     for _ in range(WARM + STEPS):
-        for on in (False, True):
+        for on, hook in kinds:
+            hooks[on].now = hook
             dist.barrier()
             begin = time.perf_counter()
             steps[on]()
-            taken[on].append(time.perf_counter() - begin)
-    for handle in handles:
-        handle.remove()
-    total = each * len(beside)
-    predicted = sum(min(each, other) for other in beside) / total
-    pairs = zip(taken[False][WARM:], taken[True][WARM:], strict=True)
-    gained = statistics.median(off - on for off, on in pairs)
+            taken[hook].append(time.perf_counter() - begin)
+    beside = clock.of_steps()[WARM:]
+    total = each * len(beside[0])
+    predicted = statistics.median(sum(min(each, other) for other in of_step) for of_step in beside)
+    gained = statistics.median(off - on for off, on in zip(taken[delay][WARM:], taken[waits][WARM:], strict=True))
     waited = statistics.median(waits.of_steps(WARM + STEPS)[WARM:])
-    return Measured(position, each, predicted, 1 - waited / total, gained / total)
+    return Measured(position, each, predicted / total, 1 - waited / total, gained / total)
+
+
+class Switch:
+    """A hook that another stands behind, which changes."""
+
+    def __init__(self) -> None:
+        self.now: Any = None
+
+    def __call__(self, call: Collective, event: Literal["start", "end"]) -> None:
+        if self.now is not None:
+            self.now(call, event)
 
 
 def stepping(model: GPT, topology: Topology) -> Callable[[], None]:
@@ -173,9 +185,9 @@ class Clock:
         else:
             self.found[key].append(time.perf_counter() - self.began[key])
 
-    def medians(self) -> list[float]:
-        """Returns the seconds beside each exchange."""
-        return [statistics.median(times[WARM:]) for times in self.found.values()]
+    def of_steps(self) -> list[tuple[float, ...]]:
+        """Returns the seconds beside each exchange, step by step."""
+        return list(zip(*self.found.values(), strict=True))
 
 
 if __name__ == "__main__":

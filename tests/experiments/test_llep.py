@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import experiments.llep.__main__ as study
+from tedlab.models import GPTSpec
+from tedlab.moe import MoESpec
 
 FOLDER = Path(study.__file__).parent
 RESULTS = json.loads((FOLDER / "results.json").read_text())
@@ -17,11 +19,30 @@ def test_the_readme_has_each_prediction_beside_what_was_reported(shape: str) -> 
     text = (FOLDER / "README.md").read_text()
     for hot in study.HOT:
         for row, reported in zip(RESULTS["predicted"][shape][f"{hot} hot"], study.REPORTED[shape], strict=True):
+            with_theirs = row.get("speedup_of_their_host")
             kept = [row[f"{way}/kept_bytes"] / 2**30 for way in ("home", "lent")]
             assert (
                 f"| {shape} | {hot} | {row['share']:.0%} | {row['home/load']:.2f} → {row['lent/load']:.2f} | "
-                f"{row['speedup']:.2f} | {f'{reported:.2f}' if hot == 1 else ''} | {kept[0]:.2f} → {kept[1]:.2f} |"
+                f"{row['speedup']:.2f} | {f'{with_theirs:.2f}' if hot == 1 else ''} | "
+                f"{f'{reported:.2f}' if hot == 1 else ''} | {kept[0]:.2f} → {kept[1]:.2f} |"
             ) in text
+    assert f"{1e3 * RESULTS['planning_seconds'][shape]:.1f} ms" in text
+
+
+def test_layers_are_those_of_the_paper() -> None:
+    """Hidden size, width of an expert, experts, choices, tokens of a GPU (arXiv 2601.17111)."""
+    shapes = {}
+    for shape in study.SHAPES:
+        config = study.job(shape, study.PAPER)
+        layer = GPTSpec(config.model, config.moe).blocks[0].feed_forward
+        assert isinstance(layer, MoESpec)
+        sizes = layer.hidden, layer.expert.ffn, config.moe.num_experts, config.moe.top_k
+        shapes[shape] = *sizes, config.model.sequence_length
+    assert shapes == {
+        "gpt-oss-120b": (2880, 2880, 128, 4, 32768),
+        "DeepSeek-V3": (7168, 2048, 256, 8, 16384),
+        "Kimi-K2": (7168, 2048, 384, 8, 16384),
+    }
 
 
 def test_forced_choices_are_in_the_shares_of_the_paper() -> None:
@@ -40,6 +61,12 @@ def test_what_the_readme_concludes_is_in_the_numbers() -> None:
         assert all(row["lent/kept_bytes"] < row["home/kept_bytes"] for row in rows)
         assert all(row["lent/loans"] == 7 for row in rows)
         assert [row["speedup"] for row in rows] == sorted(row["speedup"] for row in rows), reported
+    off = [
+        row["speedup_of_their_host"] / reported - 1
+        for shape, of_shape in study.REPORTED.items()
+        for row, reported in zip(RESULTS["predicted"][shape]["1 hot"], of_shape, strict=True)
+    ]
+    assert sum(abs(error) < 0.15 for error in off) == 11
     real = RESULTS["measured"]
     assert 1 < real["speedup"] < real["bound"]
     text = (FOLDER / "README.md").read_text()

@@ -12,6 +12,7 @@ FOLDER = Path(study.__file__).parent
 TEXT = (FOLDER / "README.md").read_text()
 QUALITY = json.loads((FOLDER / "quality.json").read_text())
 PREDICTED = json.loads((FOLDER / "predicted.json").read_text())
+HIDING = json.loads((FOLDER / "hiding.json").read_text())["rows"]
 
 
 @pytest.mark.parametrize("variant", QUALITY)
@@ -21,11 +22,15 @@ def test_the_readme_has_the_mean_and_the_range_of_three_seeds(variant: str) -> N
     assert f"{mean(losses):.3f} ({min(losses):.3f}–{max(losses):.3f})" in TEXT
 
 
-def test_variants_have_the_same_flops_but_for_their_coefficients() -> None:
-    """Each of two layers has a product of 64 features, of which a step counts 2 FLOPs each, three times."""
+def test_variants_have_the_same_flops_but_for_coefficients_and_routers() -> None:
+    """Products of 64 features in two layers, of which a step counts 2 FLOPs each, three times.
+
+    DGMoE has eight of them more, since its router reads two tensors; those with shared experts have a coefficient.
+    """
     base = QUALITY["top-2"]["flops_per_token"]
     found = {name: its["flops_per_token"] - base for name, its in QUALITY.items()}
-    assert found == {name: 0 if name == "top-2" else 2 * 64 * 2 * 3 for name in QUALITY}
+    more = {"top-2": 0, "DGMoE": 8}
+    assert found == {name: more.get(name, 1) * 2 * 64 * 2 * 3 for name in QUALITY}
 
 
 @pytest.mark.parametrize("where", PREDICTED["predicted"])
@@ -34,3 +39,12 @@ def test_the_readme_has_the_predicted_gains(where: str) -> None:
     gains = (f"{its['over_top2']:.2f}" for name, its in found.items() if name != "top-2")
     model, cluster = where.split(", ", 1)
     assert f"| {model} | {cluster} | {' | '.join(gains)} |" in TEXT
+
+
+def test_what_hides_is_predicted_within_ten_points_and_as_the_readme_says() -> None:
+    assert len(HIDING) == 9
+    for row in HIDING:
+        assert abs(row["predicted"] - row["waited"]) < 0.05
+        shares = " | ".join(f"{row[name]:.0%}" for name in ("predicted", "waited", "gained"))
+        assert f"| {row['position']} | {1e3 * row['exchange_s']:.0f} | {shares} |" in TEXT
+    assert sum(abs(row["predicted"] - row["gained"]) < 0.1 for row in HIDING) == 7

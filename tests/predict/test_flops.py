@@ -84,6 +84,18 @@ def test_the_closed_form_is_what_torch_counts_but_for_masked_scores_and_empty_sl
     assert training_flops(model, moe) == 3 * sum(parts.values())
 
 
+@pytest.mark.parametrize("frozen", ["nothing", "*.experts.*", "*.router.*"])
+def test_two_gates_take_twice_the_flops_of_router_and_experts(frozen: str, single: Topology) -> None:
+    moe, groups = replace(MIXTURES["top1"], dispatch="dropless"), [GroupConfig(pattern=frozen, frozen=True)]
+    twice, groups = replace(moe, shortcut="dgmoe"), [] if frozen == "nothing" else groups
+    parts, of_one = forward_flops(TODAY, twice), forward_flops(TODAY, moe)
+    assert parts - of_one == {"routers": of_one["routers"], "experts": of_one["experts"]}
+    masked = TOKENS * parts["attention_scores"]
+    forward, backward = counted(TODAY, twice, single, groups)
+    assert forward == TOKENS * sum(parts.values()) + masked
+    assert forward + backward == TOKENS * training_flops(TODAY, twice, groups) + 3 * masked
+
+
 BEFORE = [GroupConfig(pattern=f"{name}.*", frozen=True) for name in ("embedding", "positions", "blocks.0")]
 FROZEN: dict[str, tuple[list[GroupConfig], int]] = {  # and how many of three blocks the backward pass reaches
     "routers": ([GroupConfig(pattern="*.router.*", frozen=True)], 3),
