@@ -135,7 +135,11 @@ def records(pool: WorkerPool, runs: Mapping[Any, tuple[Any, ...]]) -> dict[Any, 
     return found
 
 
-CONTINUED = [(SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)]
+FOLDED = Layout(4, tensor=2, expert=4, expert_tensor=1), Layout(4, expert=2, expert_tensor=2)
+CONTINUED = [
+    *((SOURCE, SOURCE), *((SOURCE, other) for other in OTHERS), *((other, SOURCE) for other in OTHERS)),
+    *((SOURCE, FOLDED[0]), FOLDED, (FOLDED[1], SOURCE)),
+]
 
 
 QUICK = [(SOURCE, SOURCE), (SOURCE, OTHERS[0]), (OTHERS[0], SOURCE), (SOURCE, OTHERS[1]), (OTHERS[3], SOURCE)]
@@ -613,3 +617,14 @@ def test_an_incomplete_checkpoint_is_refused_with_a_complete_one_beside_it(
     ) as caught:
         read(tmp_path / "broken")
     assert str(tmp_path / "whole") in str(caught.value)
+
+
+def test_state_that_a_callback_sharded_before_axes_were_renamed_still_has_a_mesh(single: Topology) -> None:
+    """The last axis of the experts' mesh was called ``tensor``."""
+    note = {"tedlab_sharded_tensor": "average/up", "shape": [4, 3, 2], "dtype": "torch.float64"}
+    old = {"axes": ["expert_data", "expert", "tensor"], "shards": {"expert": 0, "tensor": 2}}
+    tensor = checkpoint.attach({"average": {"up": note | old}}, single.mesh_of)["average/up"]
+    assert tensor.device_mesh is single.expert
+    assert [getattr(placement, "dim", None) for placement in tensor.placements] == [None, 0, 2]
+    dense = checkpoint.attach({"up": note | old | {"axes": ["data", "tensor"]}}, single.mesh_of)
+    assert dense["average/up"].device_mesh is single.dense

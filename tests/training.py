@@ -26,13 +26,15 @@ class Layout:
     world_size: int = 1
     tensor: int = 1
     expert: int = 1
+    expert_tensor: int | None = None
 
     @property
     def data(self) -> int:
         return self.world_size // self.tensor
 
     def __str__(self) -> str:
-        return f"G{self.world_size}_T{self.tensor}_E{self.expert}"
+        folded = "" if self.expert_tensor is None else f"_Te{self.expert_tensor}"
+        return f"G{self.world_size}_T{self.tensor}_E{self.expert}{folded}"
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def trainer(layout: Layout, job: Job | None = None, **options: Any) -> Trainer:
         "strategy": TEDStrategy(
             layout.tensor,
             layout.expert,
+            expert_tensor_parallel_size=layout.expert_tensor,
             sharding=ShardingOptions(
                 zero=job.zero, tile=job.tile, overlap=job.overlap, bucket_elements=job.bucket_elements
             ),

@@ -210,6 +210,59 @@ def partial_gradients_summed_twice(patch: Patch) -> None:
     _collective(patch, "all_reduce", lambda launch, x, comm: 2 * launch(x), tag="gradients.partial")
 
 
+# ---- folded layouts, and experts that slice tokens ------------------------------------------------------------------
+
+
+def folded_expert_gradient_divided_by_expert_data(patch: Patch) -> None:
+    """By the number of the experts' replicas, which have nothing to do with the number of data ranks (D)."""
+
+    def wrong(launch: Callable[[Tensor], Any], x: Tensor, comm: Collectives) -> Any:
+        return launch(x * comm.size("data") / comm.size("expert_data"))
+
+    for op in ("start_reduce_scatter", "start_all_reduce"):
+        _collective(patch, op, wrong, kind="expert_data", tag="gradients.reduce")
+
+
+def folded_experts_summed_over_the_tensor_group(patch: Patch) -> None:
+    """As if they were whole experts of which each tensor rank saw a part of the tokens, and not other experts."""
+    finish = Bucket.finish_reduction
+
+    def wrong(self: Bucket) -> None:
+        pending = self._reduction is not None
+        finish(self)
+        if pending and self.kind == "expert_data":
+            assert self.gradient is not None
+            self.gradient = self.comm.all_reduce(self.gradient, "tensor", tag="gradients.reduce", phase="optimizer")
+
+    patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+def folded_experts_counted_once_for_each_tensor_rank(patch: Patch) -> None:
+    """In the norm, as if they were divided like dense layers: T / T_e times."""
+    right = Bucket.holders.fget
+    assert right is not None
+
+    def wrong(self: Bucket) -> float:
+        experts = self.kind == "expert_data"
+        return right(self) * (self.comm.size("expert_tensor") / self.comm.size("tensor") if experts else 1)
+
+    patch.setattr(Bucket, "holders", property(wrong))
+
+
+def tokens_sent_by_every_tensor_rank(patch: Patch) -> None:
+    """Of one tensor group, to experts that are divided in another way: each token comes T times, and returns once."""
+    patch.setattr(dispatch.DroppingPath, "_own", lambda self, x: x)
+    patch.setattr(dispatch.DroppingPath, "_whole", lambda self, y: y)
+
+
+def gradient_of_a_router_that_slices_kept_by_each_rank(patch: Patch) -> None:
+    """X-MoE (b0283d5): nothing sums it over the tensor ranks, each of which routes a slice of the tokens."""
+    right = router.RouterSpec.own
+    patch.setattr(
+        router.RouterSpec, "own", lambda self: (replace(p, own_tokens=False, own_part=False) for p in right(self))
+    )
+
+
 # ---- norm, clipping, loss scale ----------------------------------------------------------------------------------
 
 
@@ -661,6 +714,15 @@ def gates_detached(patch: Patch) -> None:
 
 def _decided(patch: Patch, change: Callable[[router.Decision, Tensor], router.Decision]) -> None:
     _after(patch, router.Router, "decide", lambda decision, self, logits_TE, *_: change(decision, logits_TE))
+
+
+def gates_are_logits(patch: Patch) -> None:
+    """X-MoE (b0283d5): by default the weights of choices are raw logits, negative ones too."""
+
+    def wrong(self: router.Router, logits_TE: Tensor, scores_TE: Tensor, expert_TK: Tensor) -> Tensor:
+        return logits_TE.gather(1, expert_TK)
+
+    patch.setattr(router.Router, "gates", wrong)
 
 
 def gates_not_renormalised(patch: Patch) -> None:

@@ -17,7 +17,7 @@ from tests.certify.runs import Case, certified, composed, in_pool
 from tests.pool import WorkerPool
 from tests.selection import asked_of
 
-Layout = tuple[int, int, int]  # processes, tensor, expert; the rest is data parallel, up to D_e = 8
+Layout = tuple[int, ...]  # processes, tensor, expert, and expert_tensor if folded; up to D_e = 8 replicas
 LAYOUTS = [
     *((2, 2, 1), (2, 1, 2), (2, 1, 1)),
     *((4, 4, 1), (4, 1, 4), (4, 1, 1), (4, 2, 2), (4, 2, 1), (4, 1, 2)),
@@ -285,6 +285,22 @@ PACKED: dict[str, dict[str, object]] = {
         **{"moe.capacity_factor": 0.7, "optim.overlap": True},
     },
 }
+SLICED: dict[str, dict[str, object]] = {
+    "sliced": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "moe.slice": "tokens", "moe.capacity_factor": 0.7},
+        **{**GLOBAL, "comm.cac": "shard", "optim.overlap": True, "moe.every": 1},
+    },
+    "sliced_dropless_shared": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "moe.slice": "tokens", "comm.cac": True},
+        **{"moe.dispatch": "dropless", "moe.shared.combine": "cg2", "comm.overlap_shared": True},
+        **{"moe.router.bias_update": "sign", "moe.router.noise": "gumbel"},
+    },
+    "sliced_shortcut": {
+        **{EXPERTS_PER_RANK: 2, **PAIR, "moe.shortcut": "pos2", "moe.slice": "tokens", "moe.balance.scope": "sequence"},
+        **{"moe.shared.combine": "cg1", "moe.capacity_factor": 0.8},
+    },
+}
+JOBS |= SLICED
 JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING | PACKED
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
@@ -295,7 +311,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
     *("dgmoe_dealt", "dgmoe_in_slices"),
-    *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
+    *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -316,7 +332,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *OVERLAP,
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *PILOTS,
-        *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED),
+        *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),
@@ -334,21 +350,38 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
     (8, 1, 1): ("fp16_scaled",),
 }
 SAMPLE = [(layout, job) for layout, jobs in SAMPLED.items() for job in jobs]
+FOLDED: dict[Layout, tuple[str, ...]] = {  # CI's cells of folded layouts, each of which has a fifth of the jobs
+    (4, 2, 4, 1): ("sliced_dropless_shared", "ted_fused_sharded", "sequence"),
+    (4, 1, 2, 2): ("top2_none_dropped_overlapped", "dropless_top2"),
+    (4, 4, 2, 2): ("dropless_ted", "pos2_ted"),
+    (8, 2, 2, 4): ("dropless_sequence",),
+    (8, 4, 4, 1): ("sliced",),
+}
+FOLDED_CELLS = [
+    (layout, job)
+    for place, (layout, sampled) in enumerate(FOLDED.items())
+    for number, job in enumerate(JOBS)
+    if job in sampled or (number + place) % 5 == 0
+    if job not in (*PILOTS, *LENDING) and (layout[1] > 1 or job not in TENSOR_ONLY)
+    if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
+]
+SAMPLE_OF_ALL = {*SAMPLE, *((layout, job) for layout, jobs in FOLDED.items() for job in jobs)}
 
 
 def marked(layout: Layout, job: str) -> object:
     """CI runs a sample of the cells."""
-    marks = [pytest.mark.slow if (layout, job) in SAMPLE else pytest.mark.exhaustive]
+    marks = [pytest.mark.slow if (layout, job) in SAMPLE_OF_ALL else pytest.mark.exhaustive]
     return pytest.param(layout, job, marks=marks, id=f"{'_'.join(map(str, layout))}-{job}")
 
 
 def overrides(layout: Layout, job: str) -> list[str]:
-    world, tensor, expert = layout
+    world, tensor, expert, *expert_tensor = layout
     settings = {"data.micro_batch_size": 2, **JOBS[job]}
     per_rank, accumulated = int(str(settings.pop(EXPERTS_PER_RANK))), int(str(settings.pop(ACCUMULATED, 1)))
     batch = int(str(settings["data.micro_batch_size"])) * world // tensor * accumulated
     return [
         *(f"parallel.world_size={world}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"),
+        *(f"parallel.expert_tensor={degree}" for degree in expert_tensor),
         *(f"moe.num_experts={expert * per_rank}", f"data.batch_size={batch}"),
         *(f"{key}={value}" for key, value in settings.items()),
     ]
@@ -380,7 +413,7 @@ def rows_of(
 
 
 @pytest.mark.timeout(600)  # the first cell of a layout waits for all of them
-@pytest.mark.parametrize(("layout", "job"), [marked(*cell) for cell in CELLS])
+@pytest.mark.parametrize(("layout", "job"), [marked(*cell) for cell in CELLS + FOLDED_CELLS])
 def test_a_layout_equals_one_process(rows_of: Callable[[Layout], Rows], layout: Layout, job: str) -> None:
     assert [str(row) for row in rows_of(layout)[job] if not row.ok] == []
 
@@ -405,6 +438,7 @@ def test_the_matrix_is_large_and_reaches_far() -> None:
     assert {layout for layout, _ in SAMPLE} == {layout for layout, _ in CELLS} == set(LAYOUTS)
     assert {job for _, job in SAMPLE} >= JOBS.keys() - ROUTERS.keys()
     assert set(SAMPLE) <= set(CELLS)
+    assert {*CELLS, *FOLDED_CELLS} >= SAMPLE_OF_ALL
     for job in JOBS:
         assert len([layout for layout, its in CELLS if its == job]) >= 4, job
         assert any(layout[0] == 8 for layout, its in CELLS if its == job), job
@@ -413,8 +447,10 @@ def test_the_matrix_is_large_and_reaches_far() -> None:
 
 if __name__ == "__main__":
     shared = WorkerPool()
-    for place in LAYOUTS:
+    for place in [*LAYOUTS, *FOLDED]:
         with TemporaryDirectory() as folder:
-            results = compared(shared, Path(folder), place, [job for layout, job in CELLS if layout == place])
+            results = compared(
+                shared, Path(folder), place, [job for layout, job in CELLS + FOLDED_CELLS if layout == place]
+            )
         largest = max(row.error for rows in results.values() for row in rows)
         print(f"{place!s:15}  {len(results)} cells  {largest:.1e}", flush=True)

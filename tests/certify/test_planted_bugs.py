@@ -67,6 +67,8 @@ NOISY: Overrides = (
     *("parallel=dp2", "moe.router.noise=gumbel", "moe.router.jitter=0.2", "data.micro_batch_size=4"),
     "model.recompute.granularity=block",
 )
+FOLDED: Overrides = ("parallel=tp2_ep2", "parallel.expert=4", "parallel.expert_tensor=1", "moe.capacity_factor=1.05")
+SLICED: Overrides = (*FOLDED, "moe.slice=tokens")
 FROM_ONE, AGAIN = "from one process", "in this layout"
 
 
@@ -114,6 +116,19 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.clipped_before_unscaling: Found(FP16, "clip factor", "in step 2"),
     bugs.overflow_that_is_not_skipped: Found(FP16, "gradients", "is absent in one process"),
     bugs.last_tile_left_out: Found(DP2, "optimizer state", "in step 1"),
+    bugs.folded_expert_gradient_divided_by_expert_data: Found(
+        FOLDED, "gradients", "in step 1: network.blocks.1.feed_forward.experts.up is 2 × what one process has"
+    ),
+    bugs.folded_experts_summed_over_the_tensor_group: Found(
+        FOLDED, "gradients", "in step 1: network.blocks.1.feed_forward.experts.up is no multiple"
+    ),
+    bugs.tokens_sent_by_every_tensor_rank: Found(
+        FOLDED, "gradients", "in step 1: network.blocks.1.feed_forward.experts.up is 2 × what one process has"
+    ),
+    bugs.folded_experts_counted_once_for_each_tensor_rank: Found(FOLDED, "gradient norm", "all parameters is 1."),
+    bugs.gradient_of_a_router_that_slices_kept_by_each_rank: Found(
+        SLICED, "gradients", "in step 1: network.blocks.1.feed_forward.router.weight"
+    ),
     bugs.parameters_not_gathered: Found(DP2, "next weights", "in step 1"),
     bugs.replicas_that_drift: Found(DP2, "next weights", "in step 1: network."),
     bugs.tensor_ranks_with_different_seeds: Found(TP2, "outputs", "in step 1: logits"),
@@ -229,6 +244,7 @@ ORACLE: dict[Plant, tuple[str, str]] = {  # what one process has, too: the setti
     bugs.shortcut_from_the_block_s_own_tokens: ("pos2", "losses and drops"),
     bugs.swiglu_in_halves: ("dropless_today", "losses and drops"),
     bugs.rotary_pairs_are_neighbours: ("dropless_today", "losses and drops"),
+    bugs.gates_are_logits: ("top2_dropping_in_groups", "losses and drops"),
     bugs.gates_renormalised_after_dropping: ("top2_dropping_in_groups", "losses and drops"),
     bugs.balance_of_first_choices: ("top2_dropping_in_groups", "losses and drops"),
     bugs.balance_of_dropped_choices_too: ("global_of_kept_choices_recomputed", "losses and drops"),
