@@ -79,6 +79,44 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.world_size=4096", "data.batch_size=4096", "data.micro_batch_size=1"],
         ["4096 processes", f"{os.cpu_count()} cores", "at most"],
     ),
+    "folded_degrees_that_do_not_multiply": (
+        ["parallel.world_size=4", "parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=4"],
+        ["expert_tensor × expert = 4×2 = 8", "world size 4", "8, for instance", "1×4, 2×1"],
+    ),
+    "experts_not_divisible_by_expert_tensor": (
+        ["parallel.world_size=4", "parallel.tensor=2", "parallel.expert_tensor=4", "model.ffn=66"],
+        ["model.ffn (66)", "parallel.expert_tensor (4)", "can be 1, 2, 3, 6"],
+    ),
+    "folded_without_experts": (
+        ["parallel=tp2", "parallel.expert_tensor=1", "moe=dense"],
+        ["parallel.expert_tensor is 1", "no experts", "leave parallel.expert_tensor null"],
+    ),
+    "folded_and_lent": (
+        ["parallel=tp2_ep2", "parallel.expert_tensor=1", "moe.dispatch=dropless", "moe.lend.policy=even"],
+        ["moe.lend.policy=even", "parallel.expert_tensor=1 and parallel.tensor=2", "moe.lend.policy=none"],
+    ),
+    "folded_pilots": (
+        ["parallel=tp2_ep2", "parallel.expert_tensor=1", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank"],
+        ["comm.dedup=rank", "parallel.expert_tensor=1 and parallel.tensor=2", "comm.dedup=none"],
+    ),
+    "unknown_order": (["parallel.order=data"], ["parallel.order=data", "valid: expert, expert_data"]),
+    # sliced tokens
+    "sliced_twice": (
+        ["parallel=tp2", "parallel.sequence=true", "moe.slice=tokens"],
+        ["moe.slice=tokens", "parallel.sequence=true", "one of the two"],
+    ),
+    "sliced_and_dropped": (
+        ["parallel=tp2", "comm.dtd=true", "moe.slice=tokens"],
+        ["comm.dtd=true", "moe.slice=tokens", "one of the two"],
+    ),
+    "slices_of_unequal_length": (
+        ["parallel=tp4", "model.heads=4", "moe.slice=tokens", "model.sequence_length=10"],
+        ["model.sequence_length (10)", "parallel.tensor (4)", "can be 1, 2, 5, 10"],
+    ),
+    "sliced_by_deepspeed": (
+        ["parallel=tp2", "moe.slice=tokens", "moe.gating=deepspeed_top1"],
+        ["moe.slice=tokens needs moe.gating=default", "deepspeed_top1"],
+    ),
     # model
     "heads_not_divisible_by_tensor": (
         ["parallel=tp4", "model.heads=2"],
