@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from tedlab import ParallelDegrees, Topology
+from tedlab import ParallelDegrees, Topology, topology
 from tests.pool import WorkerPool
 
 KINDS = ("tensor", "data", "expert", "expert_data", "expert_tensor", "world")
@@ -181,3 +182,10 @@ def test_a_topology_of_another_world_size_is_refused(pool: WorkerPool) -> None:
 def test_a_world_of_one_needs_no_launcher_and_can_be_asked_for_again(single: Topology) -> None:
     assert {single.comm.size(kind) for kind in KINDS} == {1}
     assert Topology.single().degrees == single.degrees == ParallelDegrees(1)
+
+
+def test_exchanges_go_first_under_nccl_and_need_nothing_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=SimpleNamespace), raising=False)
+    for backend, options in (("gloo", None), ("nccl", SimpleNamespace(is_high_priority_stream=True))):
+        monkeypatch.setattr(dist, "get_backend", lambda backend=backend: backend)
+        assert topology._urgent() == options

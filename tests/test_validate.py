@@ -359,6 +359,20 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.chunks=2", "moe.lend.policy=even", "moe.dispatch=dropless", "parallel=ep2"],
         ["comm.chunks=2", "moe.lend.policy=even", "one of the two"],
     ),
+    "one_micro_batch_beside_nothing": (
+        ["comm.interleave=true", "parallel=ep2", "data.batch_size=8", "data.micro_batch_size=4"],
+        ["comm.interleave=true", "a step has 1", "data.batch_size", "comm.interleave=false"],
+    ),
+    "compiled_blocks_beside_each_other": (
+        [
+            "comm.interleave=true",
+            "parallel=ep2",
+            "data.batch_size=16",
+            "data.micro_batch_size=4",
+            "model.compile=aot_eager",
+        ],
+        ["comm.interleave=true", "model.compile=aot_eager", "one of the two"],
+    ),
     "dtd_of_a_sharded_sequence": (
         ["parallel.sequence=true", "comm.dtd=true"],
         ["comm.dtd=true", "parallel.sequence=true", "one of the two"],

@@ -351,6 +351,8 @@ class CommOptions(Frozen):
     skip_dead_gemm: bool = True  # with cac: do not recompute matrix products that only feed a result that was kept
     # Into how many chunks the slots or rows of each expert are divided: one is exchanged while another is computed.
     chunks: int = whole(1, least=1, most=64)
+    # Backward passes of micro-batches run beside the forward pass of the next: one computes while the other exchanges.
+    interleave: bool = False
     overlap_shared: bool = False  # shared experts compute while tokens are on their way to routed experts and back
     # With moe.shortcut: the sub-layers beside routed experts compute while tokens are on their way to these and back.
     overlap_shortcut: bool = False

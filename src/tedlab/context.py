@@ -1,5 +1,6 @@
 """Which tokens a process works on, so that what is drawn or recorded for a token does not depend on the layout."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,15 @@ class BatchContext:
         """Moves to a micro-batch of a step."""
         self.step, self.micro_batch = step, micro_batch
         self._place = torch.tensor([step, micro_batch], dtype=torch.int64).to(self._place.device, non_blocking=True)
+
+    def keep(self) -> Callable[[], None]:
+        """Notes the current micro-batch, and returns a function that moves back to it."""
+        step, micro_batch, ids, place = self.step, self.micro_batch, self.ids, self._place
+
+        def restore() -> None:
+            self.step, self.micro_batch, self.ids, self._place = step, micro_batch, ids, place
+
+        return restore
 
     def tokens(self, samples: int, length: int, shard: int = 0, shards: int = 1) -> Tensor:
         """Returns the numbers of a micro-batch's tokens within the step's global batch, sample after sample.

@@ -88,13 +88,15 @@ class Topology:
                 groups[kind] = groups["tensor"]  # the same processes
             else:
                 members = ranks.movedim(axis, -1).flatten(0, 1).tolist()
-                groups[kind], _ = dist.new_subgroups_by_enumeration(members, group_desc=kind)
+                options = _urgent() if kind == "expert" else None
+                groups[kind], _ = dist.new_subgroups_by_enumeration(members, pg_options=options, group_desc=kind)
         self.expert: DeviceMesh = DeviceMesh.from_group(
             [groups[kind] for kind in _EXPERT_AXES], self.device.type, ranks, mesh_dim_names=_EXPERT_AXES
         )
         for kind in _BY_NODE if self.layout.nodes > 1 else ():
             every = dict.fromkeys(self.layout.groups(rank)[kind] for rank in range(degrees.world_size))
-            groups[kind], _ = dist.new_subgroups_by_enumeration([list(members) for members in every], group_desc=kind)
+            members = [list(group) for group in every]
+            groups[kind], _ = dist.new_subgroups_by_enumeration(members, pg_options=_urgent(), group_desc=kind)
         if timeout is not None:
             for group in set(groups.values()):  # meshes use torch's timeout, 30 minutes for gloo
                 set_timeout(timeout, group)
@@ -133,3 +135,15 @@ class Topology:
         if torch.device(device).type == "cuda":
             torch.cuda.init()  # otherwise torch's mesh chooses a device and warns
         return cls(ParallelDegrees(1), device)
+
+
+def _urgent() -> Any:
+    """Returns options of a group whose collectives go first on a GPU, as exchanges do before reductions of gradients.
+
+    Streams of NCCL have two priorities, of which groups otherwise have the lower one. Others have none: None.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = True
+    return options

@@ -19,6 +19,7 @@ from lightning.pytorch.profilers import XLAProfiler
 from torch import nn
 
 from tedlab import TEDStrategy
+from tedlab.config import CommOptions
 from tests.lightning.side_by_side import Small, attempt, fit, run_cells
 from tests.pool import WorkerPool
 
@@ -40,6 +41,21 @@ class Complex(Stepless):
     def __init__(self) -> None:
         super().__init__()
         self.rotation = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+
+
+class ByHand(Stepless):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class OwnBackward(Stepless):
+    def backward(self, loss: Any, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+
+
+def interleaved() -> TEDStrategy:
+    return TEDStrategy(1, 2, comm=CommOptions(interleave=True))
 
 
 class EightBit(Precision):
@@ -85,6 +101,9 @@ CELLS = {
     "lazy": tried(lambda: With(nn.LazyLinear(3))),
     "complex": tried(Complex),
     "sparse": tried(lambda: With(nn.Embedding(4, 3, sparse=True))),
+    "interleave, one micro-batch": tried(strategy=interleaved),
+    "interleave, by hand": tried(ByHand, strategy=interleaved),
+    "interleave, own backward": tried(OwnBackward, strategy=interleaved, accumulate_grad_batches=lambda: 2),
     "LBFGS": tried(lambda: with_optimizer(torch.optim.LBFGS)),
     "Muon": tried(lambda: with_optimizer(torch.optim.Muon)),
     "compiled module": tried(lambda: torch.compile(Stepless(), backend="eager")),
@@ -114,6 +133,9 @@ SAID = {
     "lazy": "layer.weight has no shape before the first forward pass",
     "complex": "use two real parameters",
     "sparse": "layer has sparse gradients",
+    "interleave, one micro-batch": "accumulate_grad_batches is 1: use 2 or more",
+    "interleave, by hand": "needs automatic optimization",
+    "interleave, own backward": "OwnBackward.backward would not be called",
     "LBFGS": "LBFGS",
     "Muon": "Muon",
     "compiled module": "compile",

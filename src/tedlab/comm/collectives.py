@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tedlab.comm import compiled, reading
 from tedlab.comm.raw import Wait, way_of
+from tedlab.comm.turns import Turns
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
 
@@ -110,12 +111,14 @@ class Collectives:
     Attributes:
         place: The record in which this process notes what it waits in.
         reader: Starts to copy the values of an integer tensor to the host, see :func:`tedlab.comm.reading.start`.
+        turns: Lets another pass compute while exchanges are under way, see ``turns.py``.
     """
 
     def __init__(self, groups: Mapping[GroupKind, dist.ProcessGroup], place: Whereabouts | None = None) -> None:
         self._groups = dict(groups)
         self.place = place or Whereabouts()
         self.reader: reading.Reader = reading.start
+        self.turns = Turns()
         self._number = compiled.register(self)
         self._hooks: OrderedDict[int, Hook] = OrderedDict()  # RemovableHandle needs a type that allows weak references
 

@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from tedlab.comm.collectives import Collectives, Pending, Phase, Splits
 from tedlab.comm.differentiable import all_to_all
+from tedlab.comm.raw import Wait
 from tedlab.comm.recompute import begin
 from tedlab.degrees import GroupKind
 
@@ -78,22 +79,30 @@ class _Flight:
 
     def __init__(self, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None) -> None:
         self.comm, self.kind, self.tag, self.splits = comm, kind, tag, splits
-        self._on_its_way: tuple[Callable[[], Tensor], Tensor] | None = None
+        self._on_its_way: tuple[Wait, Tensor] | None = None
 
-    def there(self, x: Tensor, phase: Phase) -> Pending:
-        """Starts it in a phase of the forward pass."""
-        return self.comm.start_all_to_all(x, self.kind, tag=self.tag, phase=phase, splits=self.splits)
+    def there(self, x: Tensor, phase: Phase) -> Wait:
+        """Starts it in a phase of the forward pass, and returns what waits for it."""
+        return self._waiting(self.comm.start_all_to_all(x, self.kind, tag=self.tag, phase=phase, splits=self.splits))
 
-    def back(self, gradient: Tensor) -> Pending:
-        """Starts that of the gradient."""
+    def back(self, gradient: Tensor) -> Wait:
+        """Starts that of the gradient, and returns what waits for it."""
         splits = None if self.splits is None else self.splits.reverse
-        return self.comm.start_all_to_all(gradient, self.kind, tag=self.tag, phase="backward", splits=splits)
+        started = self.comm.start_all_to_all(gradient, self.kind, tag=self.tag, phase="backward", splits=splits)
+        return self._waiting(started)
+
+    def _waiting(self, pending: Pending) -> Wait:
+        def wait() -> Tensor:
+            self.comm.turns.give()
+            return pending.wait()
+
+        return wait
 
     def shape(self, x: Tensor) -> torch.Size:
         """Returns the shape of the result."""
         return x.shape if self.splits is None else torch.Size((sum(self.splits.received), *x.shape[1:]))
 
-    def depart(self, wait: Callable[[], Tensor], sent: Tensor) -> None:
+    def depart(self, wait: Wait, sent: Tensor) -> None:
         """Keeps what to wait for, and what is sent, until :meth:`land`."""
         self._on_its_way = wait, sent
 
@@ -110,7 +119,7 @@ class _Issue(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
-        flight.depart(begin(flight.comm, flight.tag, lambda phase: flight.there(x, phase).wait, flight.shape(x), x), x)
+        flight.depart(begin(flight.comm, flight.tag, lambda phase: flight.there(x, phase), flight.shape(x), x), x)
         return x.new_empty(0)
 
     @staticmethod
@@ -129,5 +138,5 @@ class _Wait(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         flight, gradient = ctx.flight, grads[0]
-        flight.depart(flight.back(gradient).wait, gradient)
+        flight.depart(flight.back(gradient), gradient)
         return gradient.new_empty(0), None

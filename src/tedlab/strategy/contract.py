@@ -4,7 +4,7 @@ import copy
 import functools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.core import saving
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import Replicate
 from torch.nn.parameter import is_lazy
@@ -32,10 +33,13 @@ from tedlab._compat.lightning import (
 from tedlab._compat.torch import IS_ANY_TRUE, BatchNorm
 from tedlab.checkpoint import META
 
+if TYPE_CHECKING:
+    from tedlab.strategy.strategy import TEDStrategy
+
 PRECISIONS = ("32-true", "64-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed")
 
 
-def check(trainer: Trainer, strategy: ParallelStrategy, tensor_ranks: int) -> None:
+def check(trainer: Trainer, strategy: "TEDStrategy", tensor_ranks: int) -> None:
     """Refuses, before the first step and on all processes, what would go wrong silently or late.
 
     Args:
@@ -81,7 +85,7 @@ def explain_directories() -> None:
     saving.pl_load = load_or_explain  # type: ignore[assignment]
 
 
-def _settings(trainer: Trainer, strategy: ParallelStrategy, module: LightningModule) -> Iterator[str]:
+def _settings(trainer: Trainer, strategy: "TEDStrategy", module: LightningModule) -> Iterator[str]:
     precision = strategy.precision_plugin
     known = type(precision) is Precision or isinstance(precision, (MixedPrecision, HalfPrecision, DoublePrecision))
     if precision.precision not in PRECISIONS or not known:
@@ -96,6 +100,19 @@ def _settings(trainer: Trainer, strategy: ParallelStrategy, module: LightningMod
             "through torch.distributed.checkpoint; leave it out (in the background: "
             "TEDStrategy(checkpoints=CheckpointOptions(async_save=True)))"
         )
+    if strategy.comm.interleave and trainer.state.fn == TrainerFn.FITTING:
+        if not module.automatic_optimization:
+            yield "interleave=true needs automatic optimization, which knows the micro-batches of a step: use false"
+        if trainer.accumulate_grad_batches < 2:
+            yield (
+                "interleave=true runs the backward pass of a micro-batch beside the forward pass of the next, but "
+                f"accumulate_grad_batches is {trainer.accumulate_grad_batches}: use 2 or more, or interleave=false"
+            )
+        if is_overridden("backward", module, LightningModule):
+            yield (
+                f"interleave=true runs backward passes later and in another thread, where {type(module).__name__}."
+                "backward would not be called: leave it out, or use interleave=false"
+            )
     if synchronises_batch_norm(strategy) and any(isinstance(layer, BatchNorm) for layer in module.modules()):
         yield (
             "sync_batchnorm=True does not work under TEDStrategy: leave it out (each data rank then normalises with "

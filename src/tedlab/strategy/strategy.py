@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from tedlab.strategy import contract, seeding
 from tedlab.strategy.ahead import StepAhead
 from tedlab.strategy.batches import Lengths, PredictionsInStep, check_lengths
 from tedlab.strategy.checkpointing import Checkpointing
+from tedlab.strategy.interleave import DeferredBackward
 from tedlab.strategy.metric_sync import sync_over_data_ranks
 from tedlab.strategy.replicas import ReplicaCheck, agree_on_threads, check_batch
 from tedlab.topology import Topology
@@ -160,6 +162,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._watch: Watch | None = None
         self._checkpointing: Checkpointing | None = None
         self._last_micro_batch = True
+        self._deferred: DeferredBackward | None = None
         self._seeds: seeding.Roots | None = None
         self._first_batch = True  # whether the next batch is the first of a loop
         self._predictions: PredictionsInStep
@@ -290,8 +293,13 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._share([*self.model.parameters(), *self.model.buffers()], "broadcast of initial values")
 
     def _share_buffers(self) -> None:
-        """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes."""
+        """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes.
+
+        A backward pass that is still to come may need them as they are.
+        """
         assert self.model is not None
+        if self._deferred is not None:
+            return
         self._share(self.model.buffers(), "broadcast of buffers")
 
     def _share(self, tensors: Iterable[Tensor], what: str) -> None:
@@ -348,6 +356,9 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def teardown(self) -> None:
+        self._deferred = None
+        if self._topology is not None:
+            self._topology.comm.turns.close()
         if self._checkpointing is not None:
             self._checkpointing.writer.wait()
         for optimizer in self.sharded_optimizers:
@@ -376,8 +387,22 @@ class TEDStrategy(compat.SubprocessStrategy):
         return Gradients(self.sharded_optimizers, self.topology.comm)
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's ``training_step``, and beside it the backward pass that waits for it, if there is one."""
+        deferred, self._deferred = self._deferred, None
+        forward = partial(super().training_step, *args, **kwargs)
+        if deferred is None:
+            return forward()
+        result = self.topology.comm.turns.beside(deferred.run, forward, self.topology.context.keep)
+        deferred.finish()
+        return result
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs Lightning's backward pass; if ``on_after_backward`` reads gradients, they are reduced by then."""
+        """Runs Lightning's backward pass; if ``on_after_backward`` reads gradients, they are reduced by then.
+
+        With ``comm.interleave``, that of a micro-batch that is not the last of its step runs in the next training step.
+        """
         module = self.lightning_module
         assert module is not None
         loss = closure_loss
@@ -385,9 +410,19 @@ class TEDStrategy(compat.SubprocessStrategy):
             closure_loss = closure_loss * self.loss_scaler.scale
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        note = partial(self._note_loss, module.trainer.global_step, module.trainer.fit_loop.batch_idx, loss.detach())
+        if self.comm.interleave and not self._last_micro_batch:
+            scaled = closure_loss.detach()
+
+            def finish() -> None:
+                note()
+                self.post_backward(self.precision_plugin.post_backward(scaled, module))
+
+            backward = partial(closure_loss.backward, *args, **kwargs)
+            self._deferred = DeferredBackward(backward, self.topology.context.keep(), finish)
+            return closure_loss
         self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-        for sharded in self.sharded_optimizers:
-            sharded.note_loss(module.trainer.global_step, module.trainer.fit_loop.batch_idx, loss)
+        note()
         early = self._last_micro_batch and self._read_in & {"on_after_backward", MANUAL}
         for sharded in self.sharded_optimizers if early else ():
             sharded.reduce_gradients()
@@ -397,6 +432,10 @@ class TEDStrategy(compat.SubprocessStrategy):
             sharded.reduce_gradients()
         self.post_backward(closure_loss)
         return closure_loss
+
+    def _note_loss(self, step: int, batch_idx: int, loss: Tensor) -> None:
+        for sharded in self.sharded_optimizers:
+            sharded.note_loss(step, batch_idx, loss)
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -539,6 +578,7 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def on_train_end(self) -> None:
+        self._deferred = None  # of a step that did not come to its end
         self._check_replicas()
 
     def _check_replicas(self) -> None:

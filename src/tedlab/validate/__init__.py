@@ -17,7 +17,7 @@ from tedlab.ranges import check_ranges
 from tedlab.validate.attention import attention_notes
 from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
-from tedlab.validate.comm import check_comm, node_notes
+from tedlab.validate.comm import check_comm, check_interleaving, node_notes
 from tedlab.validate.defaults import filled_in
 from tedlab.validate.experts import check_experts, router_notes
 from tedlab.validate.lending import check_lending
@@ -71,7 +71,7 @@ def check_simulated(config: TrainConfig) -> ParallelDegrees:
     """Checks what depends neither on this machine nor on data.
 
     Raises:
-        UsageError: As for :func:`check`.
+        UsageError: As for :func:`check`; and with ``comm.interleave``, which predictions do not know.
     """
     return _checked_alone(config)[0]
 
@@ -123,6 +123,11 @@ def _checked_alone(config: TrainConfig) -> tuple[ParallelDegrees, int]:
     try:
         degrees, tokens = _check_together(config), config.model.vocab_size or _GPT2_TOKENS
         vocabulary(config, tokens)
+        if config.comm.interleave:
+            raise ValueError(
+                "comm.interleave=true: no prediction knows yet what two micro-batches beside each other take; predict "
+                "with comm.interleave=false"
+            )
         return degrees, tokens
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -142,7 +147,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_settings(config)
     check_loggers(config)
     check_callbacks(config)
-    accumulation(config, degrees)
+    check_interleaving(config, accumulation(config, degrees))
     check_optim(config)
     return degrees
 
@@ -159,7 +164,7 @@ def notes(config: TrainConfig) -> list[str]:
     if config.moe.num_experts and config.parallel.expert == 1:
         comm = config.comm
         toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}
-        toggles["comm.chunks"] = comm.chunks > 1
+        toggles |= {"comm.chunks": comm.chunks > 1, "comm.interleave": comm.interleave}
         named = [name for name, on in toggles.items() if on]
         found += [
             f"{name} does nothing here: all experts are in one process, so nothing is exchanged." for name in named

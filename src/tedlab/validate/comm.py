@@ -209,6 +209,31 @@ def _check_chunks(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
 
 
+def check_interleaving(config: TrainConfig, micro_batches: int) -> None:
+    """Checks ``comm.interleave``.
+
+    Args:
+        config: The job's configuration.
+        micro_batches: The number of micro-batches of a step in each data rank.
+
+    Raises:
+        ValueError: If it cannot work.
+    """
+    if not config.comm.interleave:
+        return
+    if micro_batches < 2:
+        raise ValueError(
+            "comm.interleave=true runs the backward pass of a micro-batch beside the forward pass of the next of its "
+            f"step, but a step has {micro_batches}; use a data.batch_size of two micro-batches or more "
+            "(data.micro_batch_size × data ranks each), or comm.interleave=false"
+        )
+    if config.model.compile != Compiler.NONE:
+        raise ValueError(
+            f"comm.interleave=true switches between passes where they wait for an exchange, but with model.compile="
+            f"{config.model.compile} what is compiled waits by itself; use one of the two"
+        )
+
+
 def _check_sequence(config: TrainConfig, degrees: ParallelDegrees) -> None:
     moe = config.moe
     if config.comm.dtd:
