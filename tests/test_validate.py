@@ -68,6 +68,18 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel.world_size=6", "parallel.tensor=4"],
         ["4×1 = 4", "world size 6", "multiple of 4", "8", "2×3", "6×1"],
     ),
+    "tensor_that_does_not_divide_a_folded_world": (
+        ["parallel.world_size=8", "parallel.tensor=3", "parallel.expert_tensor=1"],
+        ["tensor = 3", "world size 8", "1, 2, 4, 8"],
+    ),
+    "experts_that_folded_groups_do_not_divide": (
+        ["parallel.world_size=8", "parallel.tensor=2", "parallel.expert=8", "parallel.expert_tensor=1"],
+        ["moe.num_experts (4)", "parallel.expert (8)", "1, 2, 4"],
+    ),
+    "experts_too_narrow_to_be_folded_so": (
+        ["parallel.world_size=8", "parallel.tensor=2", "parallel.expert_tensor=8", "moe.ffn=12"],
+        ["moe.ffn (12)", "parallel.expert_tensor (8)", "1, 2, 3, 4, 6, 12"],
+    ),
     "degree_0": (["parallel.tensor=0"], ["tensor is 0", "at least 1"]),
     "negative_degree": (["parallel.expert=-2"], ["expert is -2", "at least 1"]),
     "devices_are_not_the_world": (
@@ -958,6 +970,16 @@ def test_what_has_no_effect_is_noted_and_no_error(corpus: Path) -> None:
     check(config)
     assert notes(config) == ["comm.dtd=true does nothing here: with parallel.tensor=1 there are no duplicates."]
     assert notes(small(corpus, "parallel=tp2", "comm.dtd=true")) == []
+
+
+def test_folding_that_changes_a_toggle_or_leaves_one_without_effect_is_noted(corpus: Path) -> None:
+    folded = ["parallel.world_size=4", "parallel.tensor=2", "parallel.expert=2", "parallel.expert_tensor=1"]
+    (said,) = notes(small(corpus, *folded))
+    assert "comm.dtd=false is like true" in said
+    assert notes(small(corpus, *folded, "comm.dtd=true", "parallel.order=expert_data")) == []
+    (said,) = notes(small(corpus, *folded, "moe.slice=tokens", "parallel.expert=4", "parallel.order=expert_data"))
+    assert "parallel.order=expert_data does nothing here" in said
+    assert "expert 4 × expert_data 1" in said
 
 
 def test_lending_and_kernels_are_no_part_of_the_model_that_a_checkpoint_is_of(

@@ -240,6 +240,17 @@ def test_a_folded_layout_stays_folded_when_small(given: ParallelDegrees, small: 
     assert alike.order == given.order
 
 
+def test_a_folded_model_is_valid_when_small(tmp_path: Path) -> None:
+    layout = ["parallel.world_size=512", "parallel.tensor=8", "parallel.expert=64", "parallel.expert_tensor=2"]
+    sizes = ["model.heads=8", "model.hidden=160", "moe.num_experts=64", "data.batch_size=512"]
+    for width in ([], ["moe.ffn=24", "moe.slice=tokens"], ["model.ffn=64", "moe.shared.experts=1"]):
+        small = shrink(composed(*layout, *sizes, "data.micro_batch_size=4", *width), tmp_path)
+        assert (small.parallel.tensor, small.parallel.expert_tensor, small.parallel.expert) == (4, 2, 4)
+        check(small, 16)
+        check(reference(small, tmp_path), 16)
+        assert reference(small, tmp_path).parallel.expert_tensor is None
+
+
 def test_windows_and_stretched_positions_matter_when_small_and_ranks_go_on_sharing_keys(tmp_path: Path) -> None:
     large = ["parallel.world_size=512", "parallel.tensor=16", "parallel.expert=8", "data.batch_size=512"]
     config = composed("preset=gpt_oss_20b", *large)

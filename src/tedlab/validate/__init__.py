@@ -8,7 +8,7 @@ configuration. Every error says what is wrong, the values, and what would be val
 from pathlib import Path
 
 from tedlab.checkpoint import read_meta
-from tedlab.config import TrainConfig, with_values
+from tedlab.config import Order, TrainConfig, with_values
 from tedlab.data import TextDataModule, data_class, data_module, keeps_position
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
@@ -161,6 +161,8 @@ def notes(config: TrainConfig) -> list[str]:
                 found.append(f"{name}=true does nothing here: with parallel.tensor=1 there are no duplicates.")
         if config.moe.num_experts and config.moe.sliced:
             found.append("moe.slice=tokens does nothing here: with parallel.tensor=1 each process has its own tokens.")
+    if config.moe.num_experts:
+        found += _folding_notes(config)
     if config.moe.num_experts and config.parallel.expert == 1:
         comm = config.comm
         toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}
@@ -179,4 +181,19 @@ def notes(config: TrainConfig) -> list[str]:
         )
     if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
         found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
+    return found
+
+
+def _folding_notes(config: TrainConfig) -> list[str]:
+    degrees, found = parallel_degrees(config.parallel), []
+    if degrees.folded and degrees.tensor > 1 and not (config.comm.dtd or degrees.sequence or config.moe.sliced):
+        found.append(
+            f"comm.dtd=false is like true here: parallel.expert_tensor={degrees.expert_tensor} differs from "
+            f"parallel.tensor={degrees.tensor}, and such a layout always deals tokens."
+        )
+    if degrees.order == Order.EXPERT_DATA and 1 in (degrees.expert, degrees.expert_data):
+        found.append(
+            f"parallel.order=expert_data does nothing here: there is one expert group or one replica of each expert "
+            f"(expert {degrees.expert} × expert_data {degrees.expert_data})."
+        )
     return found

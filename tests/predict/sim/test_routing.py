@@ -43,6 +43,8 @@ TOGGLES = [
     ["moe.top_k=2", "parallel.expert=8", "comm.dedup=rank", "comm.dtd=true", "comm.fuse_reduce_scatter=true"],
     ["parallel.sequence=true", "moe.lend.policy=even"],
     ["moe.dispatch=packed", "comm=dtd", "moe.top_k=2"],
+    ["moe.top_k=2", "parallel.expert_tensor=2", "parallel.expert=8", "comm=ted", "model.recompute.granularity=block"],
+    ["moe.top_k=2", "parallel.tensor=1", "parallel.expert_tensor=4", "parallel.expert=8", "data.batch_size=512"],
 ]
 MORE_TOGGLES = [
     ["moe.top_k=2"],
@@ -51,6 +53,7 @@ MORE_TOGGLES = [
     ["moe.top_k=2", *LENT],
     ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
     ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
+    ["moe.top_k=2", "parallel.expert_tensor=1", "moe.slice=tokens", "parallel.order=expert_data"],
 ]
 
 
@@ -120,6 +123,28 @@ def test_rows_by_expert_rank_are_those_of_the_law_and_the_busiest_is_named() -> 
     assert rows[0].tolist() == pytest.approx(4 * load.reshape(4, 4).sum(1), abs=4 * 4)
     assert routing.busiest_rank() == 12  # the last of four expert ranks of four tensor ranks each
     assert routing.rows(12)[1].computed == routing.rows(31)[1].computed == rows[0, 3]  # of the next replica, too
+
+
+def test_rows_of_a_folded_layout_are_those_of_the_tensor_ranks_in_an_expert_group() -> None:
+    """Three of a data rank's rows are the first expert's: tensor ranks 0, 1 and 2 of four have one of them each."""
+    shares = np.zeros((1, 16))
+    shares[:, [0, 8]] = 3, TOKENS - 3
+    config = checked(*DROPLESS, "parallel.expert=2", "parallel.expert_tensor=1")
+    rows = [SimulatedRouting(config, shares).rows(rank)[1] for rank in range(8)]
+    assert [each.sent for each in rows] == [TOKENS / 4] * 8
+    # Expert groups are ranks 0 and 1, 2 and 3, …; the first of each has the experts from 0 to 7.
+    assert [each.computed for each in rows] == [2, 30, 1, 31] * 2
+    side_by_side = with_values(config, {"parallel.order": "expert_data"})  # ranks 0 and 64, 1 and 65, …
+    routing = SimulatedRouting(side_by_side, shares)
+    assert [routing.rows(rank)[1].computed for rank in (0, 2, 3, 64, 66, 67)] == [2, 2, 0, 30, 30, 32]
+
+
+def test_rows_that_whole_data_ranks_gather_are_all_of_theirs() -> None:
+    """Without tensor parallelism, four processes that divide an expert gather the rows of four data ranks."""
+    layout = ["parallel.tensor=1", "parallel.expert=2", "parallel.expert_tensor=4", "data.batch_size=512"]
+    config = checked(*DROPLESS, *layout)
+    found = SimulatedRouting(config).rows(0)[1]
+    assert (found.sent, found.received, found.gathered, found.computed) == (64, 64, 256, 256)
 
 
 def trace(file: Path, load: np.ndarray) -> str:

@@ -88,6 +88,7 @@ TOGGLES = [
         *("optim.groups=[{pattern: '*.experts.*', lr_factor: 0.5}, {pattern: '*', frozen: true}]", "comm=ted"),
         *("model.recompute.granularity=block", "optim.tile=fused"),
     ],
+    ["parallel.expert_tensor=1", "parallel.order=expert_data", "moe.slice=tokens", "moe.top_k=2"],
 ]
 MORE_TOGGLES = [
     ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
@@ -108,6 +109,11 @@ MORE_TOGGLES = [
         "moe.router.chosen_groups=2",
     ],
     ["moe.gating=expert_choice"],
+    [
+        *("parallel.expert_tensor=2", "parallel.expert=8", "comm=ted_fused", "comm.cac=shard"),
+        *("model.recompute.granularity=block", "trainer.precision=bf16-true"),
+    ],
+    ["parallel.expert_tensor=8", "parallel.expert=4", "moe.dispatch=packed", "moe.capacity_factor=1"],
     ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
 ]
 
@@ -427,9 +433,17 @@ def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) 
     assert max(seconds[0]) < max(seconds[4])
 
 
-@pytest.mark.parametrize(("world", "tensor", "expert"), [(120, 4, 2), (128, 4, 16), (36, 12, 1), (64, 2, 16)])
-def test_ranks_of_a_kind_lie_alike_and_others_do_not(world: int, tensor: int, expert: int) -> None:
-    degrees, cluster = ParallelDegrees(world, tensor, expert), load_cluster("summit")
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        *(ParallelDegrees(120, 4, 2), ParallelDegrees(128, 4, 16), ParallelDegrees(36, 12), ParallelDegrees(64, 2, 16)),
+        *(ParallelDegrees(72, 4, 2, expert_tensor=1), ParallelDegrees(48, 4, 2, expert_tensor=3)),
+        *(ParallelDegrees(96, 4, 8, expert_tensor=1, order="expert_data"), ParallelDegrees(64, 1, 2, expert_tensor=4)),
+    ],
+    ids=str,
+)
+def test_ranks_of_a_kind_lie_alike_and_others_do_not(degrees: ParallelDegrees) -> None:
+    world, cluster = degrees.world_size, load_cluster("summit")
     by_place: dict[tuple[object, ...], list[int]] = {}
     for rank in range(world):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())

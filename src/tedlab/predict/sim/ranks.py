@@ -22,7 +22,7 @@ def kinds_of_ranks(
     kinds: dict[tuple[object, ...], list[int]] = {}
     # After a period, groups lie on other nodes in the same way.
     block = degrees.world_size // degrees.expert_data if degrees.order == Order.EXPERT else degrees.world_size
-    period = min(math.lcm(block, cluster.gpus_per_node), degrees.world_size)
+    period = min(math.lcm(block, degrees.tensor, cluster.gpus_per_node), degrees.world_size)
     for rank in range(period):
         places = tuple(placement_of(group, cluster.gpus_per_node) for group in degrees.groups(rank).values())
         kinds.setdefault((places, rows[degrees.coordinates(rank)["expert"]]), []).extend(

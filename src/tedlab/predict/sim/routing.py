@@ -29,8 +29,8 @@ class SimulatedLayer(NamedTuple):
 
     Attributes:
         lists_isE: (i, s, E): the rows that each sender lists; i is 1 where all its tensor ranks list the same.
-        sent_isV: (tensor ranks that send rows of their own, senders, V): the rows that each sends, by slot. Unless
-            experts are lent, slots are experts.
+        sent_isV: (processes that divide an expert and send rows of their own, senders, V): the rows that each sends, by
+            slot. Unless experts are lent, slots are experts.
         first_P: The first slot of each process, and V.
         plan: Who computes which rows.
     """
@@ -41,7 +41,7 @@ class SimulatedLayer(NamedTuple):
     plan: Plan
 
     def arriving(self, process: int) -> np.ndarray:
-        """Returns the rows in a process's slots: (tensor ranks, senders, slots of one)."""
+        """Returns the rows in a process's slots: (processes that divide it, senders, slots of one)."""
         return self.sent_isV[:, :, self.first_P[process] : self.first_P[process + 1]]
 
     def between(self, tensor: int) -> np.ndarray:
@@ -63,25 +63,27 @@ class SimulatedRouting:
         self.degrees, self.local_experts, self.lend = degrees, moe.num_experts // degrees.expert, moe.lend
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm, moe.sliced))
-        self.sharers, self._own_lists, self.pilots = layout.deals, layout.sequence, spec.pilots(layout)
+        self.deals, self.gathers = layout.deals, layout.gathers
+        self._own_lists, self.pilots = layout.sequence, spec.pilots(layout)
         self.chunks, self.nodes = spec.chunks(layout), layout.nodes
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
         self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
+        self._folded: dict[tuple[tuple[int, ...], ...], list[SimulatedLayer]] = {}  # by the tensor ranks of senders
         self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
         self._to_nodes: list[np.ndarray] = []  # what each sends to nodes, see :func:`sent_as_pilots`
         self._counts: list[np.ndarray] = []
         if self.pilots:
             self.local_experts += 1  # the number of pilots follows the choices of each process's experts
             for shares_E in shares_LE:
-                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, self.sharers, degrees.expert)
-                sent = np.repeat(sent.reshape(self.sharers, 1, -1), degrees.expert, 1)
+                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, self.deals, degrees.expert)
+                sent = np.repeat(sent.reshape(self.deals, 1, -1), degrees.expert, 1)
                 first_P = tuple(range(0, sent.shape[-1] + 1, self.local_experts))
                 nothing = Plan(np.zeros(moe.num_experts, dtype=np.int64), degrees.expert)
                 self._of_pilots.append(SimulatedLayer(sent, sent, first_P, nothing))
                 if self.nodes > 1:
-                    how = moe.top_k, self.sharers, degrees.expert, self.nodes
+                    how = moe.top_k, self.deals, degrees.expert, self.nodes
                     self._to_nodes.append(sent_as_pilots(list(shares_E), tokens, *how))
             return
         for shares_E in shares_LE:
@@ -95,9 +97,14 @@ class SimulatedRouting:
         return other
 
     def layers(self, rank: int = 0) -> list[SimulatedLayer]:
-        """Returns the layers of a rank's expert group. Groups differ only by where they lie on nodes."""
+        """Returns the layers of a rank's expert group.
+
+        Groups differ by where they lie on nodes, and in a folded layout by the tensor ranks that are in them.
+        """
         if self.pilots:
             return self._of_pilots
+        if self.degrees.folded:
+            return self._folded_layers(rank)
         group = self.degrees.groups(self.degrees.groups(rank)["expert_tensor"][0])["expert"]
         members = [member for first in group for member in self.degrees.groups(first)["expert_tensor"]]
         nodes = tuple(member // (self.lend.ranks_per_node or self.degrees.world_size) for member in members)
@@ -107,12 +114,24 @@ class SimulatedRouting:
             self.planned[alike] = [self._layer(counts_sE, policy) for counts_sE in self._counts]
         return self.planned[alike]
 
+    def _folded_layers(self, rank: int) -> list[SimulatedLayer]:
+        senders = self.degrees.senders(rank)[: self.gathers]
+        places = tuple(tuple(self.degrees.coordinates(sender)["tensor"] for sender in group) for group in senders)
+        if places not in self._folded:
+            self._folded[places] = []
+            for counts_sE in self._counts:
+                sent = hands(counts_sE[:1], self.deals)[:, 0][np.array(places)]
+                first_P = tuple(range(0, sent.shape[-1] + 1, self.local_experts))
+                nothing = Plan(counts_sE.sum(0), self.degrees.expert)
+                self._folded[places].append(SimulatedLayer(sent, sent, first_P, nothing))
+        return self._folded[places]
+
     def _layer(self, counts_sE: np.ndarray, policy: Policy | None) -> SimulatedLayer:
-        lists = hands(counts_sE, self.sharers) if self._own_lists else counts_sE[None]
+        lists = hands(counts_sE, self.deals) if self._own_lists else counts_sE[None]
         load_E = counts_sE.sum(0)
         plan = Plan(load_E, self.degrees.expert) if policy is None else policy(load_E)
         slots = slots_of(plan, lists)
-        sent = slots.counts_isV if self._own_lists else hands(slots.counts_isV[0], self.sharers)
+        sent = slots.counts_isV if self._own_lists else hands(slots.counts_isV[0], self.deals)
         return SimulatedLayer(lists, sent, slots.first_P, plan)
 
     def rows(self, rank: int) -> dict[int, Rows]:
@@ -186,7 +205,7 @@ class SimulatedRouting:
         places = self.degrees.expert // self.nodes
         node, place = divmod(expert, places)
         reaching_ix = self._to_nodes[layer][:, node]
-        passed = self.nodes * reaching_ix[:, :-1].reshape(self.sharers, places, self.local_experts)
+        passed = self.nodes * reaching_ix[:, :-1].reshape(self.deals, places, self.local_experts)
         arriving = np.repeat(passed[:, place : place + 1], places, 1)
         return (
             self._to_nodes[layer][tensor],
@@ -196,9 +215,9 @@ class SimulatedRouting:
         )
 
     def _place(self, rank: int) -> tuple[int, int]:
-        """Returns a rank's index in its expert group, and among the tensor ranks that send rows of their own."""
+        """Returns a rank's index in its expert group, and among those that divide an expert and send their own rows."""
         places = self.degrees.coordinates(rank)
-        return places["expert"], places["expert_tensor"] if self.sharers > 1 else 0
+        return places["expert"], places["expert_tensor"] if self.gathers > 1 else 0
 
 
 class Answers:
