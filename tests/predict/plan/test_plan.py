@@ -1,6 +1,8 @@
 """A plan is the fastest layout that fits, its file is what training takes, and what does not fit is named."""
 
 import functools
+import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,10 +15,23 @@ from tedlab.errors import UsageError
 from tedlab.models.shortcut import BESIDE
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import estimate
+from tedlab.predict.plan import plan as plan_module
 from tedlab.predict.plan.family import base_parameters, member
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan
-from tedlab.predict.plan.search import TOGGLES, Degrees, Found, layouts, pareto_front, search, smallest
-from tedlab.predict.plan.show import fixed_by, plan_visibly
+from tedlab.predict.plan.plan import overrides as overrides_of
+from tedlab.predict.plan.search import (
+    CHOSEN,
+    TOGGLES,
+    Candidate,
+    Degrees,
+    Found,
+    foldings,
+    layouts,
+    pareto_front,
+    search,
+    smallest,
+)
+from tedlab.predict.plan.show import _gain, fixed_by, plan_visibly
 from tedlab.validate import check_simulated, complete_simulated
 from tests.certify.runs import composed
 
@@ -153,6 +168,77 @@ def test_the_family_has_gpt3s_models() -> None:
     for name, width in (("gpt_1.3b", 2048), ("gpt_2.7b", 2560), ("gpt_6.7b", 4096), ("gpt_13b", 5120)):
         theirs, ours = composed(f"model={name}").model, member(composed(), width).model
         assert (ours.layers, ours.hidden, ours.ffn) == (theirs.layers, theirs.hidden, theirs.ffn)
+
+
+# ---- folding -------------------------------------------------------------------------------------------------------
+
+# Attention is divided over four processes, as memory may demand, in nodes of eight, for 64 narrow experts.
+FINE = ["trainer=gpu", "parallel.world_size=16", "parallel.tensor=4", "data.batch_size=8", "data.micro_batch_size=1"]
+FINE += ["trainer.precision=bf16-true", "model.layers=2", "model.hidden=1024", "model.heads=8", "model.ffn=256"]
+FINE += ["model.sequence_length=1024", "model.vocab_size=512", "moe.num_experts=64", "moe.top_k=8", "moe.every=1"]
+FINE += ["model.recompute.granularity=none", "comm.cac=false", "optim.tile=fused"]
+
+
+def as_simulated(config: TrainConfig, cluster: object, candidate: Candidate) -> Candidate:
+    return candidate
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, *overrides: str, fixed: Sequence[str] = ()) -> Plan:
+    monkeypatch.setattr(plan_module, "simulated", as_simulated)
+    given = [override.partition("=")[0] for override in FINE] + [*fixed]
+    kept = [name for name in given if name in CHOSEN]
+    cluster, workers = load_cluster("dgx_h100"), ThreadPoolExecutor(1)
+    return make_plan(composed(*FINE, *overrides), cluster, workers, reserve=0, simulations=2, fixed=kept)
+
+
+def test_narrow_experts_are_better_whole_where_attention_is_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows, eight of each token, would be gathered and summed over tensor ranks; whole ones gather nothing.
+
+    In a node, eight processes can hold all experts whole. Then an exchange has a quarter of the rows of a data rank,
+    7/8 of which leave the process. Divided by four, experts of two such processes exchange as many, of which half stay,
+    and then gather all rows, 3/4 of which come from others, and sum as many.
+    """
+    plan = planned(monkeypatch)
+    winner, other = plan.winner, plan.unfolded
+    assert other is not None
+    assert winner.folded
+    assert (winner.settings["parallel.expert_tensor"], winner.settings["parallel.expert"]) == (1, 8)
+    assert winner.between_nodes_bytes <= other.between_nodes_bytes
+    assert other.step_seconds / winner.step_seconds > 1.1
+    assert f"({other.step_seconds / winner.step_seconds:.2f} ×)" in _gain(plan)
+    assert "parallel.expert_tensor=1" in overrides_of(winner)
+    assert "parallel.expert_tensor" not in other.settings
+
+
+def test_a_folded_layout_that_cannot_win_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, cluster, fixed = composed(*FINE), load_cluster("dgx_h100"), ["data.micro_batch_size"]
+    degrees = Degrees(4, 8, 1)
+    whole = search(config, cluster, math.inf, fixed, degrees)
+    assert whole.fitting
+    assert search(config, cluster, math.inf, fixed, degrees, whole.fastest * 1.001).fitting
+    left_out = search(config, cluster, math.inf, fixed, degrees, whole.fastest)
+    assert (left_out.fitting, left_out.slower) == ([], 1)
+
+
+def test_foldings_are_all_that_multiply_and_divide() -> None:
+    config = composed(*FINE, "parallel.world_size=8", "moe.num_experts=4", "model.ffn=24")
+    assert {tuple(one) for one in foldings(config, [], {2, 8}, most=4)} == {
+        *((2, 1, 1), (2, 2, 1), (2, 4, 1), (2, 1, 4), (2, 2, 4)),
+        *((8, 1, 1), (8, 2, 1), (8, 4, 1), (8, 1, 2), (8, 2, 2), (8, 4, 2), (8, 1, 4), (8, 2, 4)),
+    }
+    assert foldings(config, ["parallel.expert_tensor"], {2, 8}, most=4) == []
+    assert foldings(composed("moe=dense", "parallel=tp2"), [], {2}, most=4) == []
+    (only,) = layouts(
+        with_values(config, {"parallel.tensor": 8, "parallel.expert": 4, "parallel.expert_tensor": 2}),
+        ["parallel.tensor", "parallel.expert", "parallel.expert_tensor"],
+    )
+    assert only == (8, 4, 2)
+
+
+def test_positions_are_sliced_around_experts_alone_if_the_sequence_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, fixed=["parallel.sequence", "parallel.expert"])
+    assert plan.winner.settings["moe.slice"] == "tokens"
+    assert all("moe.slice" not in candidate.settings for candidate in planned(monkeypatch).found.fitting)
 
 
 # ---- what the user gets wrong --------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Makes a plan: estimates all layouts in closed form and simulates the most promising, in one process per core."""
 
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from tedlab.predict.plan.search import (
     Candidate,
     Degrees,
     Found,
+    foldings,
     layouts,
     pareto_front,
     search,
@@ -33,7 +35,8 @@ class Plan:
     Attributes:
         found: What the search found by the closed form.
         front: The fitting candidates that no other equals or beats in time, memory and traffic at once.
-        simulated: The fastest of the front with the simulator's results, fastest first; the winner is the first.
+        simulated: The fastest of the front with the simulator's results, fastest first; the winner is the first. If
+            that is folded, the fastest layout that is not is among them, if there is one.
     """
 
     found: Found
@@ -44,6 +47,11 @@ class Plan:
     def winner(self) -> Candidate:
         """The fastest candidate that fits."""
         return self.simulated[0]
+
+    @property
+    def unfolded(self) -> Candidate | None:
+        """The fastest that was simulated of those that are not folded."""
+        return next((candidate for candidate in self.simulated if not candidate.folded), None)
 
 
 def make_plan(
@@ -72,18 +80,31 @@ def make_plan(
     """
     slowest_rank(config.parallel.world_size, 1, cluster)  # raises if the cluster is too small
     capacity = cluster.memory_bytes - reserve
-    found, pairs = Found(), layouts(config, fixed)
-    try:
-        running = [workers.submit(search, config, cluster, capacity, fixed, pair) for pair in pairs]
+    found = Found()
+
+    def look(doing: str, among: Sequence[Degrees], beat: float) -> None:
+        running = [workers.submit(search, config, cluster, capacity, fixed, one, beat) for one in among]
         for n, part in enumerate(as_completed(running), 1):
             found.add(part.result())
-            progress("layouts", n, len(pairs))
+            progress(doing, n, len(among))
+
+    try:
+        look("layouts", layouts(config, fixed), math.inf)
+        look("folded layouts", foldings(config, fixed, found.tensors, cluster.gpus_per_node), found.fastest)
     except ValueError as error:
         raise UsageError(str(error)) from None
     _check_found(found, capacity)
     front = pareto_front(found.fitting)
     simulated = _simulated(workers, config, cluster, capacity, front, simulations, progress)
-    return Plan(found, front, simulated)
+    if not simulated:
+        raise UsageError(
+            f"By the closed form {len(front)} candidates fit, by simulation none: they are at the limit of memory. "
+            "Use more GPUs, a smaller model, or a smaller plan.reserve_gib"
+        )
+    if all(candidate.folded for candidate in simulated):  # what that gains is to be a difference of simulations
+        others = pareto_front([candidate for candidate in found.fitting if not candidate.folded])
+        simulated += _simulated(workers, config, cluster, capacity, others, 1, progress)
+    return Plan(found, front, sorted(simulated, key=lambda candidate: candidate.costs))
 
 
 def largest_models(
@@ -172,7 +193,7 @@ def _simulated(
     simulations: int,
     progress: Callable[[str, int, int], None],
 ) -> list[Candidate]:
-    """Simulates the first candidates of the front, and further ones as long as none fits."""
+    """Simulates the first candidates of the front, and further ones as long as none fits; returns those that do."""
     fitting: list[Candidate] = []
     for start in range(0, len(front), simulations):
         chosen = front[start : start + simulations]
@@ -184,12 +205,7 @@ def _simulated(
             progress("simulations", n, len(chosen))
         if fitting:
             break
-    if not fitting:
-        raise UsageError(
-            f"By the closed form {len(front)} candidates fit, by simulation none: they are at the limit of memory. "
-            "Use more GPUs, a smaller model, or a smaller plan.reserve_gib"
-        )
-    return sorted(fitting, key=lambda candidate: candidate.costs)
+    return fitting
 
 
 def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate) -> Candidate:

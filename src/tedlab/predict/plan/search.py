@@ -3,14 +3,14 @@
 Nothing here prints or simulates.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
-from tedlab.config import TrainConfig, value_of, with_values
-from tedlab.degrees import ParallelDegrees
+from tedlab.config import Slicing, TrainConfig, value_of, with_values
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
@@ -33,9 +33,12 @@ _DUPLICATES: tuple[Settings, ...] = (
     {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "parallel.sequence": False},
     {"comm.dtd": False, "comm.fuse_reduce_scatter": False, "parallel.sequence": True},
 )
+# Where parallel.sequence stays false, positions may be divided around experts alone.
+_SLICED: Settings = {**_DUPLICATES[0], "moe.slice": Slicing.TOKENS.value}
 _TILES: tuple[Settings, ...] = ({"optim.tile": 1_800_000}, {"optim.tile": "fused"})
-TOGGLES = {name for group in (_CHECKPOINTING, _DUPLICATES, _TILES) for name in group[0]}
-CHOSEN = {"parallel.tensor", "parallel.expert", "data.micro_batch_size"} | TOGGLES  # what a search chooses
+TOGGLES = {name for group in (_CHECKPOINTING, (_SLICED,), _TILES) for name in group[0]}
+DEGREES = {"parallel.tensor", "parallel.expert", "parallel.expert_tensor"}
+CHOSEN = DEGREES | {"data.micro_batch_size"} | TOGGLES  # what a search chooses
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,12 @@ class Candidate:
         """The step's seconds, peak bytes and bytes between nodes, all of which should be small."""
         return self.step_seconds, self.peak_bytes, self.between_nodes_bytes
 
+    @property
+    def folded(self) -> bool:
+        """Whether experts are divided by width over other processes than dense layers are."""
+        width = self.settings.get("parallel.expert_tensor")
+        return width not in (None, self.settings["parallel.tensor"])
+
 
 @dataclass
 class Found:
@@ -75,18 +84,24 @@ class Found:
         refused: How many combinations do not validate, by reason.
         too_large: How many combinations do not fit in memory.
         nearest: The smallest of those that do not fit.
+        tensors: The tensor degrees of layouts that are possible.
+        slower: How many layouts were left out, because even with unlimited memory another is faster.
     """
 
     fitting: list[Candidate] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     too_large: int = 0
     nearest: Candidate | None = None
+    tensors: set[int] = field(default_factory=set)
+    slower: int = 0
 
     def add(self, other: "Found") -> None:
         """Adds what another part of the search has found."""
         self.fitting += other.fitting
         self.refused += other.refused
         self.too_large += other.too_large
+        self.tensors |= other.tensors
+        self.slower += other.slower
         if other.nearest is not None:
             self.miss(other.nearest)
 
@@ -95,30 +110,80 @@ class Found:
         if self.nearest is None or candidate.peak_bytes < self.nearest.peak_bytes:
             self.nearest = candidate
 
+    @property
+    def fastest(self) -> float:
+        """The predicted seconds of the fastest candidate that fits; infinite if there is none."""
+        return min((candidate.step_seconds for candidate in self.fitting), default=math.inf)
+
 
 class Degrees(NamedTuple):
-    """The degrees of a layout."""
+    """The degrees of a layout; an ``expert_tensor`` of None is ``tensor``."""
 
     tensor: int
     expert: int
+    expert_tensor: int | None = None
+
+    @property
+    def width(self) -> int:
+        """The number of processes that divide each expert."""
+        return self.tensor if self.expert_tensor is None else self.expert_tensor
+
+    @property
+    def folded(self) -> bool:
+        """Whether experts are divided by width over other processes than dense layers are."""
+        return self.width != self.tensor
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that give these degrees."""
+        settings: Settings = {"parallel.tensor": self.tensor, "parallel.expert": self.expert}
+        return settings | ({} if self.expert_tensor is None else {"parallel.expert_tensor": self.expert_tensor})
 
 
 def layouts(config: TrainConfig, fixed: Sequence[str]) -> list[Degrees]:
-    """Returns every pair of degrees whose product divides the world and whose expert degree divides the experts.
+    """Returns the degrees of every layout that is not folded, or is as ``parallel.expert_tensor`` says.
 
-    Settings named in ``fixed`` keep their value, whether that is possible or not.
+    The products of degrees divide the world, and expert degrees the experts. Settings named in ``fixed`` keep their
+    value, whether that is possible or not.
     """
     world, experts = config.parallel.world_size, config.moe.num_experts
     tensors = [config.parallel.tensor] if "parallel.tensor" in fixed else _divisors(world)
     degrees = [config.parallel.expert] if "parallel.expert" in fixed else _divisors(experts or 1)
-    pairs = [Degrees(*pair) for pair in product(tensors, degrees)]
-    return [pair for pair in pairs if world % (pair.tensor * pair.expert) == 0] or pairs
+    width = config.parallel.expert_tensor if "parallel.expert_tensor" in fixed else None
+    found = [Degrees(*pair, width) for pair in product(tensors, degrees)]
+    return [one for one in found if world % one.tensor == 0 == world % (one.width * one.expert)] or found
+
+
+def foldings(config: TrainConfig, fixed: Sequence[str], tensors: Collection[int], most: int) -> list[Degrees]:
+    """Returns the degrees of every folded layout; none if the model is dense or ``parallel.expert_tensor`` is fixed.
+
+    Args:
+        config: The configuration as composed, not yet completed.
+        fixed: The dotted names of settings that keep their value in ``config``.
+        tensors: The tensor degrees.
+        most: The most processes that divide an expert, unless they divide dense layers, too.
+    """
+    world, moe = config.parallel.world_size, config.moe
+    if not moe.num_experts or "parallel.expert_tensor" in fixed:
+        return []
+    degrees = [config.parallel.expert] if "parallel.expert" in fixed else _divisors(moe.num_experts)
+    widths = [n for n in _divisors(world) if (moe.ffn or config.model.ffn) % n == 0]
+    return [
+        Degrees(tensor, expert, width)
+        for tensor, expert, width in product(sorted(tensors), degrees, widths)
+        if width != tensor and width <= max(tensor, most) and world % (width * expert) == 0
+    ]
 
 
 def search(
-    config: TrainConfig, cluster: ClusterConfig, capacity: float, fixed: Sequence[str], degrees: Degrees
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    capacity: float,
+    fixed: Sequence[str],
+    degrees: Degrees,
+    beat: float = math.inf,
 ) -> Found:
-    """Estimates all combinations with one pair of degrees.
+    """Estimates all combinations with the same degrees.
 
     Args:
         config: The configuration as composed, not yet completed.
@@ -126,20 +191,26 @@ def search(
         capacity: The bytes of a GPU that may be used.
         fixed: The dotted names of settings that keep their value in ``config``.
         degrees: The degrees of the layout.
+        beat: The seconds of a step below which a layout is worth a search. It is left out if its largest micro-batch
+            without recomputation takes longer, whether or not that fits.
 
     Raises:
         ValueError: See :func:`tedlab.predict.estimate.estimate`.
     """
     found = Found()
-    layout: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
+    layout = degrees.settings
     try:
         smallest = 1 if "data.micro_batch_size" not in fixed else config.data.micro_batch_size
         check_simulated(with_values(config, layout | {"data.micro_batch_size": smallest, **_plain(config, fixed)}))
-        rank = slowest_rank(config.parallel.world_size, degrees.tensor, cluster)
+        rank = slowest_rank(config.parallel.world_size, degrees.tensor, cluster, degrees.width)
     except UsageError as error:
         found.refused[_reason(error)] += 1
         return found
+    found.tensors.add(degrees.tensor)
     micro_batches = _micro_batches(config, degrees, fixed)
+    if beat < math.inf and _quickest(config, cluster, fixed, degrees, micro_batches[-1], rank) >= beat:
+        found.slower = 1
+        return found
     for toggles in _toggles(config, degrees, fixed):
         for n, size in enumerate(micro_batches):
             settings = layout | {"data.micro_batch_size": size} | toggles
@@ -161,6 +232,25 @@ def search(
             else:
                 found.fitting.append(candidate)
     return found
+
+
+def _quickest(
+    config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], degrees: Degrees, size: int, rank: int
+) -> float:
+    """Returns the fewest seconds of a step with this micro-batch size and as little recomputation as may be."""
+    first, *_ = toggles = list(_toggles(config, degrees, fixed))
+    alike = ("model.recompute.granularity", "comm.cac", "optim.tile")
+    seconds = []
+    for settings in toggles:
+        if any(settings[name] != first[name] for name in alike):
+            continue
+        settings = degrees.settings | {"data.micro_batch_size": size} | settings
+        try:
+            checked = complete_simulated(with_values(config, settings), cluster)
+        except UsageError:
+            continue
+        seconds.append(evaluated(checked, cluster, settings, rank).step_seconds)
+    return min(seconds, default=math.inf)
 
 
 def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, rank: int) -> Candidate:
@@ -187,8 +277,8 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return front
 
 
-def slowest_rank(world: int, tensor: int, cluster: ClusterConfig) -> int:
-    """Returns the first rank whose tensor group spans several nodes, or 0 if none does.
+def slowest_rank(world: int, tensor: int, cluster: ClusterConfig, expert_tensor: int = 1) -> int:
+    """Returns the first rank whose tensor group spans several nodes, else whose expert_tensor group does, or 0.
 
     Raises:
         UsageError: If the cluster has fewer GPUs than the world needs.
@@ -197,21 +287,26 @@ def slowest_rank(world: int, tensor: int, cluster: ClusterConfig) -> int:
         collective_seconds("all_reduce", 0, range(world), cluster)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    for first in range(0, min(world, tensor * cluster.gpus_per_node), tensor):
-        if link_of(range(first, first + tensor), cluster.gpus_per_node) == "between_nodes":
-            return first
+    for size in (tensor, expert_tensor):
+        for first in range(0, min(world, size * cluster.gpus_per_node), size):
+            if link_of(range(first, first + size), cluster.gpus_per_node) == "between_nodes":
+                return first
     return 0
 
 
 def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Iterator[Settings]:
     """Yields the combinations of toggles that have an effect in this layout, with fixed ones at their value."""
     several = degrees.tensor > 1
-    communicates = several or degrees.expert > 1
+    communicates = several or degrees.expert > 1 or degrees.folded
     checkpointing = [c for c in _CHECKPOINTING if communicates or not c["comm.cac"]]
     checkpointing = [c for c in checkpointing if several or c["comm.cac"] != "shard"]
     duplicates = _DUPLICATES if config.moe.num_experts else (_DUPLICATES[0], _DUPLICATES[-1])
+    if degrees.folded and several:  # tokens are dealt anyway; whole experts gather nothing, so there is nothing to fuse
+        duplicates = _DUPLICATES[1 if degrees.width == 1 else 2], _DUPLICATES[-1]
+    if config.moe.num_experts and "parallel.sequence" in fixed and not config.parallel.sequence:
+        duplicates += (_SLICED,)
     adam = str(config.optim.optimizer["_target_"]).endswith(("Adam", "AdamW"))
-    tiles = _TILES if adam else _TILES[:1]
+    tiles = _TILES[degrees.folded :] if adam else _TILES[:1]  # fused takes less time and memory
     kept = {name: value_of(config, name) for name in TOGGLES.intersection(fixed)}
     seen: list[Settings] = []
     for parts in product(checkpointing, duplicates if several else duplicates[:1], tiles):
@@ -226,7 +321,7 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
     peaks = []
     for toggles in ({"parallel.sequence": False}, {"parallel.sequence": True, "comm.dtd": False}):
         lean = {"data.micro_batch_size": 1, "model.recompute.granularity": "block", "comm.cac": False, **toggles}
-        settings: Settings = {"parallel.tensor": degrees.tensor, "parallel.expert": degrees.expert}
+        settings = degrees.settings
         settings |= {name: value for name, value in lean.items() if name not in fixed}
         try:
             checked = complete_simulated(with_values(config, settings), cluster)
@@ -246,7 +341,7 @@ def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) 
     """Returns the powers of two that divide a data rank's samples, or the fixed size alone."""
     if "data.micro_batch_size" in fixed:
         return [config.data.micro_batch_size]
-    samples = config.data.batch_size // ParallelDegrees(config.parallel.world_size, *degrees).data
+    samples = config.data.batch_size // (config.parallel.world_size // degrees.tensor)
     return [1 << n for n in range(samples.bit_length()) if samples % (1 << n) == 0]
 
 

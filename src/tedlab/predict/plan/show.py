@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tedlab.config import AssumedRouting, TrainConfig, with_values
+from tedlab.config import AssumedRouting, Slicing, TrainConfig, with_values
 from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import base_parameters, parameters
@@ -72,6 +72,8 @@ def plan_visibly(
     console.print(_refused_table(plan, usable))
     path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
     console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
+    if plan.winner.folded:
+        console.print(_gain(plan), markup=False)
     if assumed is not None and assumed.routing not in (None, "balanced"):
         found = complete_simulated(with_values(config, plan.winner.settings), cluster)
         routing = routing_of(found, str(assumed.routing), assumed.zipf, assumed.trace)
@@ -89,6 +91,19 @@ def fixed_by(given: Sequence[str]) -> list[str]:
         name
         for name in CHOSEN
         if name in keys or (name.partition(".")[0] in keys and name.startswith(("comm.", "parallel.")))
+    )
+
+
+def _gain(plan: Plan) -> str:
+    """Says what folding gains."""
+    winner, other = plan.winner, plan.unfolded
+    what = f"It is folded: each expert is divided over {winner.settings['parallel.expert_tensor']} processes, dense "
+    what += f"layers over {winner.settings['parallel.tensor']}. "
+    if other is None:
+        return f"{what}No layout fits that is not."
+    return (
+        f"{what}A step takes {winner.step_seconds:.4g} s, in the fastest layout that is not folded "
+        f"{other.step_seconds:.4g} s ({other.step_seconds / winner.step_seconds:.2f} ×): {' '.join(overrides(other))}"
     )
 
 
@@ -135,18 +150,19 @@ def _models_table(models: Mapping[int, TrainConfig]) -> Table:
 def _candidates_table(plan: Plan, usable: float) -> Table:
     shown = plan.front[:_ROWS]
     table = Table(title="layouts that no other beats in everything", title_justify="left")
-    for heading in ("tensor", "expert", "batch"):
+    folded = any(candidate.folded for candidate in (*plan.simulated, *shown))
+    for heading in ("tensor", "expert", *(("expert tensor",) if folded else ()), "batch"):
         table.add_column(heading, justify="right")
     for heading in ("recompute", "duplicates", "tile"):
         table.add_column(heading)
     for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB out"):
         table.add_column(heading, justify="right")
     for candidate in plan.simulated:
-        table.add_row(*_row(candidate), style="bold" if candidate is plan.winner else None)
+        table.add_row(*_row(candidate, folded), style="bold" if candidate is plan.winner else None)
     table.add_section()
     for candidate in shown:
         if not any(candidate.settings == other.settings for other in plan.simulated):
-            table.add_row(*_row(candidate), style="dim")
+            table.add_row(*_row(candidate, folded), style="dim")
     more = len(plan.front) - len(shown)
     table.caption = (
         f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
@@ -158,7 +174,8 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
 
 def _largest_error(plan: Plan) -> float:
     """Returns the largest relative error of the closed form's time and memory against the simulator's."""
-    estimated = [next(c for c in plan.front if c.settings == simulated.settings) for simulated in plan.simulated]
+    fitting = plan.found.fitting
+    estimated = [next(c for c in fitting if c.settings == simulated.settings) for simulated in plan.simulated]
     return max(
         abs(ours / theirs - 1)
         for mine, simulated in zip(estimated, plan.simulated, strict=True)
@@ -166,13 +183,16 @@ def _largest_error(plan: Plan) -> float:
     )
 
 
-def _row(candidate: Candidate) -> list[str]:
+def _row(candidate: Candidate, folded: bool) -> list[str]:
+    """Returns a candidate's cells; ``folded``: whether there is a column of the expert_tensor degree."""
     s = candidate.settings
     cac = {False: "", True: " cac", "shard": " cac shard"}.get(s["comm.cac"], " cac list")
     duplicates = "sequence" if s["parallel.sequence"] else "dtd" if s["comm.dtd"] else ""
+    duplicates = "slice" if s.get("moe.slice") == Slicing.TOKENS else duplicates
     return [
         f"{s['parallel.tensor']}",
         f"{s['parallel.expert']}",
+        *([f"{s.get('parallel.expert_tensor') or s['parallel.tensor']}"] if folded else []),
         f"{s['data.micro_batch_size']}",
         "" if s["model.recompute.granularity"] == "none" else f"block{cac}",
         duplicates + (" fused" if s["comm.fuse_reduce_scatter"] else ""),
@@ -198,6 +218,8 @@ def _refused_table(plan: Plan, usable: float) -> Table:
             f"do not fit in memory; the nearest miss, by {over:.2f} GiB in the {found.nearest.fullest}: "
             + " ".join(overrides(found.nearest)),
         )
+    if found.slower:
+        table.add_row(f"{found.slower:,}", "folded layouts are slower than the fastest that is not")
     reasons = found.refused.most_common()
     for reason, count in reasons[:_REASONS]:
         table.add_row(f"{count:,}", reason)
