@@ -12,6 +12,7 @@ import multiprocessing
 import re
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,14 +24,16 @@ from benchmarks import published
 from experiments.breakdown import NAMES, parts, total
 from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
 from tedlab.predict.cluster import load_cluster
+from tedlab.predict.cost import wire_bytes_by_link
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.memory import Category
 from tedlab.predict.sim.meter import KERNELS, MATRICES
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.sim.show import simulate_visibly
+from tedlab.predict.volumes import ClosedForm
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "simulate.md", ROOT / "docs" / "truth.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/simulate.md", "docs/truth.md", "docs/folding.md"))
 _BLOCK = re.compile(r"(<!-- refresh (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 _GIB = 2**30
 
@@ -145,7 +148,54 @@ def _published(_: Mapping[str, Simulation]) -> str:
     return published.markdown(published.compared(published.read()))
 
 
+# ---- docs/folding.md -------------------------------------------------------------------------------------------------
+
+# A layer of X-MoE's Medium model in micro-batches of one sample, on 64 processes in nodes of 8.
+_MEDIUM = (
+    *("model.layers=1", "model.hidden=5120", "model.ffn=1536", "model.heads=128", "model.sequence_length=4096"),
+    *("model.vocab_size=50304", "moe.num_experts=128", "moe.top_k=6", "moe.every=1", "moe.capacity_factor=1.25"),
+    *("trainer=gpu", "trainer.precision=bf16-true", "data.batch_size=16", "data.micro_batch_size=1"),
+    *("parallel.world_size=64", "parallel.tensor=4"),
+)
+_FOLDINGS = {
+    "plain TED": ("parallel.expert=16",),
+    "`comm.dtd=true`": ("parallel.expert=16", "comm=dtd"),
+    "`… comm.fuse_reduce_scatter=true`": ("parallel.expert=16", "comm.dtd=true", "comm.fuse_reduce_scatter=true"),
+    "`parallel.expert_tensor=2`, fused": (
+        *("parallel.expert=32", "parallel.expert_tensor=2"),
+        *("comm.dtd=true", "comm.fuse_reduce_scatter=true"),
+    ),
+    "`parallel.expert_tensor=1`": ("parallel.expert=64", "parallel.expert_tensor=1", "comm=dtd"),
+    "`… parallel.expert=8`": ("parallel.expert=8", "parallel.expert_tensor=1", "comm=dtd"),
+    "`parallel.expert_tensor=1 moe.slice=tokens` (SSMB)": (
+        *("parallel.expert=64", "parallel.expert_tensor=1", "moe.slice=tokens"),
+    ),
+    "`… parallel.expert=8 moe.slice=tokens`": ("parallel.expert=8", "parallel.expert_tensor=1", "moe.slice=tokens"),
+}
+
+
+def _folding(_: Mapping[str, Simulation]) -> str:
+    """What the routed experts of one layer send in a forward pass, by the closed form, and hold."""
+    rows, per_node = [], 8
+    for name, overrides in _FOLDINGS.items():
+        form = ClosedForm(configured([*_MEDIUM, *overrides]))
+        layer, members = form.spec.blocks[0].feed_forward, form.degrees.groups(0)
+        calls = form.calls(layer.sites(form.layout).present(form.layout).forward, "forward", form.at(0).rows)
+        sent: defaultdict[str, float] = defaultdict(float)
+        for call in calls:
+            sent[call.kind] += call.wire_bytes
+            for link, size in wire_bytes_by_link(call.op, call.payload_bytes, members[call.kind], per_node).items():
+                sent[link] += size
+        weights = sum(p.elements(form.degrees) for p in layer.parameters() if p.mesh == "expert")
+        degrees = f"{form.degrees.expert_tensor} × {form.degrees.expert} × {form.degrees.expert_data}"
+        columns = ("expert", "expert_tensor", "tensor", "in_node", "between_nodes")
+        rows.append((name, degrees, *(f"{sent[kind] / 1e6:.0f}" for kind in columns), f"{weights / 1e6:.0f}"))
+    head = ("", "T_e × E_p × D_e", "expert", "expert_tensor", "tensor", "in node", "between nodes", "weights, M")
+    return _table(head, rows)
+
+
 BLOCKS = {
+    "folding": Block({}, _folding),
     "simulate": Block({}, _printed),
     "memory": Block(
         {

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import pytest
 import torch.distributed as dist
 
+from docs import folding
 from docs.refresh import BLOCKS, DOCUMENTS, ROOT, Job, said, simulated, texts
+from tedlab.degrees import ParallelDegrees
 from tedlab.predict.sim import Simulation
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import out_of_the_pools_group
@@ -19,11 +21,21 @@ def test_every_block_of_every_document_is_refreshed() -> None:
     assert all(path.exists() for path in DOCUMENTS)
 
 
+@pytest.mark.parametrize("degrees", [folding.TED, folding.FOLDED], ids=str)
+def test_the_picture_of_folding_has_each_part_of_each_expert_once_in_each_replica(degrees: ParallelDegrees) -> None:
+    for replica in range(degrees.expert_data):
+        ranks = [rank for rank in range(8) if degrees.coordinates(rank)["expert_data"] == replica]
+        parts = sorted((number, part) for rank in ranks for number, (part, _) in folding.held(degrees, rank).items())
+        assert parts == [(n, part) for n in range(folding.EXPERTS) for part in range(degrees.expert_tensor)]
+    for kind in degrees.sizes:
+        assert sorted(rank for members in folding.groups(degrees, kind) for rank in members) == [*range(8)]
+
+
 def _marks(text: str) -> list[str]:
     return re.findall(r"<!-- (?:refresh|end) (\S+) -->", text)
 
 
-OFTEN = ("simulate", "published")  # CI leaves the others' eighteen simulations out, each a quarter of a minute
+OFTEN = ("simulate", "published", "folding")  # CI leaves the others' eighteen simulations out, of a quarter of a minute
 
 
 @pytest.fixture(scope="module")
