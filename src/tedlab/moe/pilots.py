@@ -94,6 +94,8 @@ class PilotExperts(TokenExperts):
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
         layout, top_k, dedup = topology.layout, spec.config.top_k, topology.options.dedup
+        if layout.degrees.folded:
+            raise ValueError(f"comm.dedup={dedup} needs tensor ranks that divide experts: expert_tensor = tensor")
         if layout.chunks > 1:
             raise ValueError(f"comm.dedup={dedup} sends all choices of a token at once: it needs comm.chunks=1")
         if layout.gathers > 1 and not layout.scattered:

@@ -171,7 +171,7 @@ class RaggedPath:
         chunks: The number of chunks in which rows travel; :meth:`dispatch` and :meth:`combine` need 1.
 
     Raises:
-        ValueError: If there is a policy, and several chunks.
+        ValueError: If there is a policy, and several chunks or a folded layout.
     """
 
     def __init__(
@@ -187,6 +187,8 @@ class RaggedPath:
         if policy is not None and chunks > 1:
             raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
         layout = topology.layout
+        if layout.degrees.folded and (policy is not None or layout.nodes > 1):
+            raise ValueError("a folded layout (expert_tensor ≠ tensor) neither lends experts nor goes by way of nodes")
         self.comm, self.num_experts, self.widths = topology.comm, num_experts, widths
         self.deals, self.gathers = layout.deals, layout.gathers
         self.of_one_rank = not layout.degrees.folded  # all that are gathered are a data rank's, and as many of each
