@@ -259,6 +259,18 @@ PILOTS: dict[str, dict[str, object]] = {
         **{"moe.shared.experts": 1, "comm.overlap_shared": True},
     },
 }
+NODE_PILOT: dict[str, object] = {**PILOT, **RECOMPUTED, "comm.dedup": "node", "comm.ranks_per_node": 4}
+NODES: dict[str, dict[str, object]] = {  # in some layouts of several nodes, with several processes of a group on each
+    "node_pilots": {**NODE_PILOT, ACCUMULATED: 2, "comm.ranks_per_node": 2, "comm.cac": True, "optim.overlap": True},
+    "node_pilots_ted_fused": {
+        **{**NODE_PILOT, "comm": "ted_fused", "model.sequence_length": 3, "data.micro_batch_size": 1}
+    },
+    "node_pilots_in_slices": {**NODE_PILOT, **TODAY, "parallel.sequence": True, "comm.cac": "shard"},
+    "hierarchical": {
+        **{EXPERTS_PER_RANK: 2, **RECOMPUTED, "moe.dispatch": "dropless", "moe.top_k": 2, "comm.chunks": 2},
+        **{"comm.hierarchical": True, "comm.ranks_per_node": 2},
+    },
+}
 LENDING: dict[str, dict[str, object]] = {
     "lent": {
         **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1},
@@ -300,8 +312,7 @@ SLICED: dict[str, dict[str, object]] = {
         **{"moe.shared.combine": "cg1", "moe.capacity_factor": 0.8},
     },
 }
-JOBS |= SLICED
-JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING | PACKED
+JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING | PACKED | SLICED | NODES
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
@@ -311,13 +322,14 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
     *("dgmoe_dealt", "dgmoe_in_slices"),
+    *("node_pilots_ted_fused", "node_pilots_in_slices"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
     (layout, job)
     for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
-    if layout in WHOLE or (number + place) % (3 if layout[0] == 8 else 2) == 0
+    if layout in WHOLE or (number + place) % (3 if layout[0] == 8 else 2) == 0 or (job in NODES and layout[2] > 2)
     if layout[1] > 1 or job not in TENSOR_ONLY
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
@@ -338,13 +350,13 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),
     (2, 1, 1): ("starved_experts",),
     (4, 4, 1): ("many_dropped_no_zero",),
-    (4, 1, 4): ("dropless_recomputed",),
+    (4, 1, 4): ("dropless_recomputed", "node_pilots", "hierarchical"),
     (4, 1, 1): ("dropless_top2",),
     (4, 2, 1): ("rotary_ted",),
     (4, 1, 2): ("shared_dropless",),
     (8, 2, 2): ("deepspeed_topk",),
     (8, 4, 2): ("sequence_cac",),
-    (8, 2, 4): ("sequence",),
+    (8, 2, 4): ("sequence", "node_pilots_ted_fused", "node_pilots_in_slices"),
     (8, 1, 8): ("deepspeed_top1",),
     (8, 1, 4): ("losses_untied_fused",),
     (8, 1, 1): ("fp16_scaled",),

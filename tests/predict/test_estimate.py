@@ -55,6 +55,10 @@ CASES = {
         *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"),
         *("parallel.sequence=true", "comm.cac=true", "parallel.expert=4"),
     ],
+    "pilots_by_node": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=node", "moe.top_k=2"),
+        *("parallel.expert=4", "comm.ranks_per_node=8"),
+    ],
     "fused": [*HALF, "optim.tile=fused"],
     "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
     "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],

@@ -177,9 +177,12 @@ class DispatchSpec(Spec):
                 for senders in degrees.senders(0)[: layout.gathers]
             ]
             rows = rows_of(np.array(arriving), int(of_ranks[0].sum()), 0, self.chunks(layout))
-            # From each node as many as this process sends to the experts of its own.
-            relayed = layout.nodes * int(of_ranks[0, : moe.num_experts // layout.nodes].sum())
-            return replace(rows, relayed=relayed) if layout.nodes > 1 else rows
+            if layout.nodes == 1:
+                return rows
+            # Those that the first process of each node sends to the experts of the first node.
+            first = [degrees.coordinates(sender)["tensor"] for sender in degrees.senders(0)[0]]
+            of_node = [of_ranks[rank % layout.deals, : moe.num_experts // layout.nodes].sum() for rank in first]
+            return replace(rows, relayed=int(sum(of_node[:: degrees.expert // layout.nodes])))
         slots = -(-self.capacity(layout, tokens) // layout.deals) * moe.num_experts  # padded: as many for each
         gathered = layout.gathers * slots
         return Rows(slots, slots, gathered, gathered, relayed=slots if layout.nodes > 1 else 0)

@@ -5,9 +5,10 @@ weight. The process gives the row to all of these experts and sends one row back
 The token adds up its pilots. Experts see the rows that they see without pilots; sums are added in another order.
 
 With ``comm.dedup=node`` this happens twice. A token first sends one pilot to each node, to the process that has the
-sender's place there: senders have equally many tokens, so that pilots are as even as choices, and recomputation sends
-the same. That process sends a pilot to each process of its node that has experts of the token's choice, adds up what
-comes back, and returns one row. Weights are applied where experts are, and their gradients return as numbers.
+sender's place there. So each process relays the pilots of one sender of each node, which is as even as can be without
+knowing the choices, and recomputation repeats it. It sends a pilot to each process of its node that has experts of the
+token's choice, adds up what comes back, and returns one row. Weights are applied where experts are, and their gradients
+return as numbers.
 
 Rows are copied to experts and summed by the kernels that serve a process with all experts (``local.py``), to which
 received pilots are tokens. So little is kept for the backward pass here, too: the pilots that arrived.

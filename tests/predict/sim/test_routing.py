@@ -50,6 +50,11 @@ MORE_TOGGLES = [
     ["moe.top_k=2"],
     ["model.recompute.granularity=block", "parallel.sequence=true", "comm.cac=shard", "trainer.precision=bf16-true"],
     ["parallel.expert=1", "comm=dtd", "data.batch_size=64"],
+    ["moe.top_k=2", "parallel.expert=8", "comm.hierarchical=true", "comm.ranks_per_node=8"],
+    [
+        *("moe.top_k=2", "parallel.expert=8", "comm.dedup=node", "comm.dtd=true", "comm.fuse_reduce_scatter=true"),
+        *("comm.ranks_per_node=8", "model.recompute.granularity=block", "comm.cac=true"),
+    ],
     ["moe.top_k=2", *LENT],
     ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
     ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
