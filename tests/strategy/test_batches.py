@@ -67,6 +67,8 @@ LAYOUTS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "T2_E2_fused": (4, (2, 2), {"comm": CommOptions(dtd=True, fuse_reduce_scatter=True)}),
     "E2_D2": (4, (1, 2), {}),
     "E4": (4, (1, 4), {}),
+    "T2_E2_folded": (4, (2, 2), {"expert_tensor_parallel_size": 1}),
+    "D4_folded": (4, (1, 1), {"expert_tensor_parallel_size": 2}),
 }
 
 
@@ -105,8 +107,9 @@ def test_each_sample_is_predicted_once_whatever_divides_their_number(
         assert seen == Counter(range(count))
     asked = [asked for _, asked in answers]
     own = [sum(map(len, batches)) for batches, _ in answers]
-    for rank in range(world):  # all of an expert group kept step, some by repeating
-        assert len({asked[member] for member in ParallelDegrees(world, *degrees).groups(rank)["expert"]}) == 1
+    divided = ParallelDegrees(world, *degrees, expert_tensor=options.get("expert_tensor_parallel_size"))
+    for rank in range(world):  # all of an expert group, or of a folded layout, kept step, some by repeating
+        assert len({asked[member] for member in divided.groups(rank)[divided.in_step]}) == 1
     assert sum(own) < sum(asked)
 
 
