@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SHARED = ["trainer=gpu", "comm.backend=gloo"]  # by all processes of a layout
 LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2)}
 JOBS = {"capacity": "ted", "dropless": "dropless_ted"}  # with DTD, CAC and recomputation
+OVER_NCCL = [*JOBS.values(), "pilots", "overlapped_ted", "rows_in_chunks_ted", "micro_batches_beside_each_other_ted"]
 
 SMALL = [
     *("model.hidden=32", "model.ffn=64", "model.sequence_length=16", "data=text", "data.batch_size=4"),
@@ -60,7 +61,7 @@ def test_a_layout_on_one_gpu_equals_one_process(
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("job", [*JOBS.values(), "pilots", "overlapped_ted"])
+@pytest.mark.parametrize("job", OVER_NCCL)
 @pytest.mark.parametrize("layout", ["T2", "E2"])
 def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str) -> None:
     config = composed(*overrides(LAYOUTS[layout], job), "trainer=gpu", "optim.overlap=true")

@@ -245,6 +245,16 @@ OVERLAP |= {
         **{"moe.dispatch": "packed", "comm.chunks": 2, "comm.overlap_shared": True, "moe.capacity_factor": 0.8},
     },
 }
+OVERLAP |= {
+    "micro_batches_beside_each_other": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **RECOMPUTED, "comm.interleave": True, "moe.dispatch": "dropless"},
+        **{"moe.router.noise": "gumbel", "moe.router.jitter": 0.1, "moe.top_k": 2, "optim.overlap": True},
+    },
+    "micro_batches_beside_each_other_ted": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, **RECOMPUTED, "comm": "ted", "comm.interleave": True},
+        **{"comm.overlap_shared": True, "moe.capacity_factor": 0.8},
+    },
+}
 PILOT: dict[str, object] = {
     **{EXPERTS_PER_RANK: 2, "moe.dispatch": "dropless", "moe.top_k": 2, "moe.every": 1, "comm.dedup": "rank"}
 }
@@ -321,7 +331,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
-    *("dgmoe_dealt", "dgmoe_in_slices"),
+    *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
 )
