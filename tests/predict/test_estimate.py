@@ -7,7 +7,7 @@ from tedlab.config import TrainConfig
 from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
-from tedlab.predict.estimate.hiding import Sides
+from tedlab.predict.estimate.hiding import Sides, hidden_in_chunks
 from tedlab.predict.estimate.memory import Memory, moments
 from tedlab.predict.estimate.step import HIDDEN, OPTIMIZER
 from tedlab.predict.sim import Simulation, simulate
@@ -30,6 +30,7 @@ DEEPSEEK = ["moe.router.scoring=sigmoid", "moe.router.expert_groups=4", "moe.rou
 DEEPSEEK += ["moe.router.bias_update=sign", "moe.balance.scope=sequence", "data.batch_size=1024"]
 
 BESIDE = ["moe.shared.experts=1"]
+ALONE = [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"]
 ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
 
 CASES = {
@@ -71,6 +72,10 @@ CASES = {
     "pos3_sequence": [*AGAIN, *BESIDE, "moe.shortcut=pos3", "parallel.sequence=true", "moe.shared.combine=cg2"],
     "pos2_overlapped": [*HALF, *BESIDE, "moe.shortcut=pos2", "comm.overlap_shortcut=true"],
     "pos3_overlapped": [*AGAIN, *BESIDE, "comm=dtd", "moe.shortcut=pos3", "comm.overlap_shortcut=true"],
+    "shared_overlapped": [*HALF, *BESIDE, "comm.overlap_shared=true", "moe.shared.combine=cg1"],
+    "chunked": [*AGAIN, "comm=dtd", "comm.chunks=2", "data.micro_batch_size=8"],
+    "rows_chunked": [*ALONE, "moe.dispatch=dropless", "comm.chunks=2", "moe.top_k=2"],
+    "shared_chunked": [*ALONE, *BESIDE, "comm.overlap_shared=true", "comm.chunks=4"],
     "pos3_stored": [*HALF, *BESIDE, "moe.shortcut=pos3"],
     "dgmoe_ted": [*AGAIN, "comm=ted", "moe.shortcut=dgmoe"],
     "dgmoe_stored": [*HALF, "moe.shortcut=dgmoe", "moe.dispatch=dropless"],
@@ -147,6 +152,19 @@ def test_an_exchange_hides_behind_what_is_on_its_side_of_the_experts() -> None:
     """3 s each way; sub-layers of 1, 2 and 4 s."""
     sides = Sides(3.0, 3.0, [1.0, 2.0, 4.0])
     assert [sides.hidden(slot) for slot in range(4)] == [3.0, 1.0 + 3.0, 3.0 + 3.0, 3.0]
+
+
+def test_chunks_hide_what_fits_between_the_first_way_there_and_the_last_way_back() -> None:
+    """Worked by hand; with one chunk, each exchange hides behind what is on its side."""
+    assert hidden_in_chunks(3.0, 3.0, 5.0, 1, 1.0, 4.0) == 1.0 + 3.0
+    # There 0-4, compute 2-5 and 5-8, back 5-7 and 8-10, of 4 + 6 + 4 seconds.
+    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 0.0, 0.0) == 4.0
+    # There 0-8, compute 4-5 and 8-9, back 8-12 and 12-16: what returns waits until the link is free.
+    assert hidden_in_chunks(8.0, 8.0, 2.0, 2, 0.0, 0.0) == 2.0
+    # The first chunk's collectives wait for the second to arrive, the second one's for the first to be back.
+    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 0.0, 0.0, waits=True) == 14.0 - (4 + 3 + 2 + 3 + 2)
+    # Before: 0-3; compute 3-6 and 6-9, back 6-8 and 9-11 beside what is computed after, 9-10.
+    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 3.0, 1.0) == 18.0 - 11.0
 
 
 def test_what_an_overlapped_shortcut_hides_is_subtracted_and_no_more_than_is_exchanged() -> None:

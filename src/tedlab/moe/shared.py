@@ -95,6 +95,16 @@ class SharedSpec(FeedForwardSpec):
             yield from self.gate.backward(b)
         yield from super().backward(b)
 
+    def halves(self, b: MicroBatch, backward: bool) -> tuple[list[Work], list[Work]]:
+        """Returns the kernels of ``first`` and of ``finish`` of :class:`SharedExperts`, or of their adjoints."""
+        features = b.tokens * self.ffn // b.tensor
+        if backward:
+            gate = [] if self.gate is None else [*self.gate.backward(b)]
+            first = [*self.activate_backward(b, features), *self.up.backward(b)]
+            return first, [*gate, *self.down.backward(b)]
+        gate = [] if self.gate is None else [*self.gate.forward(b)]
+        return [*self.up.forward(b), *self.activate(b, features)], [*self.down.forward(b), *gate]
+
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         for moment in super().working_sets(b, recomputed):
             yield moment._replace(name="shared experts")

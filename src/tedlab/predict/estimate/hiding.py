@@ -1,20 +1,24 @@
-"""Computes how much of the exchanges of shortcut-connected experts hides behind the sub-layers beside them.
+"""Computes how much of the exchanges with experts hides behind what runs beside them.
+
+That is shared experts and the products of other chunks, or with a shortcut sub-layers.
 
 A sub-layer's kernels hide an exchange, and so do its collectives on other links; those on the same links wait for it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from tedlab.comm import Collective, GroupKind, Phase
 from tedlab.models.shortcut import ShortcutSpec
+from tedlab.moe import MoESpec
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.volumes import ClosedForm
-from tedlab.spec import MicroBatch, Spec
+from tedlab.spec import MicroBatch, Spec, Work
 
+PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward")
 EXCHANGES = ("dispatch.all_to_all", "combine.all_to_all")
 BETWEEN_NODES = ("dispatch.between_nodes", "combine.between_nodes")  # what of them is under way if there are two steps
 
@@ -38,6 +42,29 @@ class Sides:
         return min(self.dispatch, before) + min(self.combine, after)
 
 
+def hidden_in_chunks(
+    there: float, back: float, computing: float, chunks: int, before: float, after: float, waits: bool = False
+) -> float:
+    """Returns the seconds that are hidden in a layer whose exchanges and products are divided into equal chunks.
+
+    All chunks leave at once; each is computed when it has arrived, and its results leave then. The link serves one
+    exchange at a time, in the order in which they leave.
+
+    Args:
+        there, back: The seconds of all exchanges in each direction.
+        computing: The seconds of what is computed of all chunks.
+        chunks: The number of chunks.
+        before: The seconds of what is computed after all have left, before the first is computed.
+        after: The seconds of what is computed after the last one.
+        waits: Whether computing includes collectives on the same link, which wait until that is free.
+    """
+    now, free = before, there
+    for chunk in range(1, chunks + 1):
+        now = max(now, there * chunk / chunks, free if waits else 0.0) + computing / chunks
+        free = max(free, now) + back / chunks
+    return there + computing + back + before + after - max(now + after, free)
+
+
 class Hiding:
     """What hides in each unit of a configuration, on a cluster.
 
@@ -54,13 +81,16 @@ class Hiding:
     def seconds(self, block: int) -> float:
         """Returns the seconds that hide in all passes of one micro-batch through the unit at a block."""
         form, unit = self.form, self.form.spec.units[block]
-        if not isinstance(unit, ShortcutSpec) or not form.config.comm.overlap_shortcut:
+        if not isinstance(unit, ShortcutSpec):
+            layer = getattr(unit, "feed_forward", None)
+            return sum(self._in_layer(layer, block, phase) for phase in PHASES) if isinstance(layer, MoESpec) else 0.0
+        if not form.config.comm.overlap_shortcut:
             return 0.0
         return self.at_slot(block, self._chosen(unit))
 
     def at_slot(self, block: int, slot: int) -> float:
         """Returns the seconds that would hide in all passes if experts computed before the sub-layer of this number."""
-        return sum(self.sides(block, phase).hidden(slot) for phase in ("forward", "recompute", "backward"))
+        return sum(self.sides(block, phase).hidden(slot) for phase in PHASES)
 
     def best_slot(self) -> int | None:
         """Returns the ``comm.shortcut_slot`` that hides most in a step, or None if experts run beside nothing.
@@ -87,15 +117,45 @@ class Hiding:
         unit, b, backward = self.form.spec.units[block], self.form.at(block), phase == "backward"
         assert isinstance(unit, ShortcutSpec)
         calls = [call for call in self.form.block(block) if call.phase == phase]
-        dispatch, combine = (
+        dispatch, combine = self._both_ways(calls)
+        return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
+
+    def _in_layer(self, layer: MoESpec, block: int, phase: Phase) -> float:
+        """Returns what hides behind shared experts and the products of other chunks, in a pass through a block."""
+        form, b, backward = self.form, self.form.at(block), phase == "backward"
+        calls = [call for call in form.block(block) if call.phase == phase]
+        there, back = self._both_ways(calls)
+        chunks, computing, waits = layer.dispatch.chunks(b.layout), 0.0, False
+        if chunks > 1:
+            works = layer.experts.backward(b) if backward else layer.experts.forward(b)
+            sites = layer.dispatch.sites(b.layout).present(b.layout)
+            tags = {site.tag for site in chain(*sites) if site.parts > 1 and site.kind == "expert_tensor"}
+            inside = [call for call in calls if call.tag in tags]
+            computing = sum(seconds(work, self.cluster) for work in works) + sum(map(self._taken, inside))
+            waits = bool(inside) and self._link("expert_tensor") == self._link("expert")
+        before = after = 0.0
+        if form.config.comm.overlap_shared and layer.shared is not None:
+            halves = zip(layer.shared.halves(b, backward), (layer.shared.up, layer.shared.down), strict=True)
+            before, after = (self._hiding(works, half, b, backward) for works, half in halves)
+        if backward:
+            there, back, before, after = back, there, after, before
+        return hidden_in_chunks(there, back, computing, chunks, before, after, waits)
+
+    def _both_ways(self, calls: Sequence[Collective]) -> tuple[float, float]:
+        """Returns the seconds of the exchanges with experts, there and back."""
+        there, back = (
             sum(self._taken(call) for call in calls if call.tag in tags)
             for tags in zip(EXCHANGES, BETWEEN_NODES, strict=True)
         )
-        return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
+        return there, back
 
     def _hides(self, norm: Spec, layer: Spec, b: MicroBatch, backward: bool) -> float:
         works = (part.backward(b) if backward else part.forward(b) for part in (norm, layer))
-        total = sum(seconds(work, self.cluster) for work in chain(*works))
+        return self._hiding(chain(*works), layer, b, backward)
+
+    def _hiding(self, works: Iterable[Work], layer: Spec, b: MicroBatch, backward: bool) -> float:
+        """Returns the seconds of kernels, and of a layer's collectives on other links than exchanges."""
+        total = sum(seconds(work, self.cluster) for work in works)
         sites = layer.sites(b.layout).present(b.layout)
         calls = self.form.calls(sites.backward if backward else sites.forward, "forward", b.rows)
         return total + sum(self._taken(call) for call in calls if self._link(call.kind) != self._link("expert"))
