@@ -237,12 +237,15 @@ class Underway(NamedTuple):
 
     Attributes:
         routing: Where they go.
-        x: The tokens (B, S, H) that this process routes.
+        x_TH: The tokens that this process routes. Router and experts take the same tensor: so gradients of tokens are
+            added in one order, whether exchanges overlap or not.
+        length: How many positions of a sample it routes.
         sent: What is on its way to experts, see :meth:`tedlab.moe.Experts.send`; None: nothing has been sent.
     """
 
     routing: Routing
-    x: Tensor
+    x_TH: Tensor
+    length: int
     sent: list[Issued[Any]] | None
 
 
@@ -316,18 +319,20 @@ class MoELayer(nn.Module):
             x = slice_to(x, self.comm, "tensor", "slice.drop", dim=1)
         x_TH = x.flatten(0, 1)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        return Underway(routing, x, self.experts.send(x_TH, routing) if self.overlap else None)
+        return Underway(routing, x_TH, x.shape[1], self.experts.send(x_TH, routing) if self.overlap else None)
 
     def compute(self, tokens: Underway) -> Issued[Tensor]:
         """Computes what experts make of their tokens, and returns the sums of each token's results, on their way."""
         if tokens.sent is None:
-            back = Issued.arrived(self.experts(tokens.x.flatten(0, 1), tokens.routing))
+            back = Issued.arrived(self.experts(tokens.x_TH, tokens.routing))
         else:
             back = self.experts.answer(tokens.sent, tokens.routing)
         if self.slices == 1:
             return back
-        shape = tokens.x.shape
-        return back.then(lambda y_TH: gather_from(y_TH.view(shape), self.comm, "tensor", "slice.gather", dim=1))
+        samples = -1, tokens.length
+        return back.then(
+            lambda y_TH: gather_from(y_TH.unflatten(0, samples), self.comm, "tensor", "slice.gather", dim=1)
+        )
 
     def join(self, y: Tensor, beside: Beside) -> Tensor:
         """Adds the shared experts' results to those of the routed ones, both (B, S, H)."""
