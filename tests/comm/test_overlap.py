@@ -15,6 +15,7 @@ from tedlab.moe import grouped
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
 from tests.comm.test_ledger import DEEPSEEK, MODES, configuration, one_step, poisoned, topology_of
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 
 Overrides = dict[str, Any]
 WEIGHTED = {**DEEPSEEK, "moe.shared.combine": "cg1"}
@@ -83,6 +84,21 @@ SHORTCUTS |= {
     "pos3_slot4_dropless": {**PAIR, **MODES["dropless_dtd"], "moe.shortcut": "pos3", "comm.shortcut_slot": 4},
 }
 LAYOUT = (4, 2, 2)
+OFTEN = {  # the others are tried with CI's slow tests
+    *("stored", "dtd_cac", "sequence_cac", "dropless_dtd_some"),
+    *("cac", "beside_shared", "dropless_stored", "packed_dtd", "dropless_sequence"),
+    *("pos1_slot0", "pos2_stored", "pos2_plain_rows_cac", "pos3_shard"),
+}
+
+
+def marked(cases: dict[str, Overrides]) -> list[Any]:
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in cases]
+
+
+def asked(cases: dict[str, Overrides], request: pytest.FixtureRequest) -> dict[str, Overrides]:
+    """Those whose tests this session runs, and those in which other tests look at the order of calls."""
+    names = {cell["name"] for cell in asked_of(request)} | {"stored", "dropless_stored", "pos2_stored"}
+    return {name: overrides for name, overrides in cases.items() if name in names}
 
 
 class Step(NamedTuple):
@@ -128,9 +144,9 @@ def beside(layout: tuple[int, int, int], cases: dict[str, Overrides], toggle: st
     return found
 
 
-def in_chunks(layout: tuple[int, int, int]) -> dict[str, Any]:
+def in_chunks(layout: tuple[int, int, int], cases: dict[str, Overrides]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, overrides in CHUNKED.items():
+    for name, overrides in cases.items():
         chunks, precision = overrides["comm.chunks"], {"trainer.precision": "64-true"}
         off, on = (step(layout, {**overrides, **precision, **toggles}) for toggles in (OFF, {}))
         wrong = list(on.wrong)
@@ -153,16 +169,16 @@ def in_chunks(layout: tuple[int, int, int]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def shared(pool: WorkerPool) -> list[dict[str, Any]]:
-    return pool.run(LAYOUT[0], beside, LAYOUT, BESIDE, "comm.overlap_shared")
+def shared(pool: WorkerPool, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return pool.run(LAYOUT[0], beside, LAYOUT, asked(BESIDE, request), "comm.overlap_shared")
 
 
 @pytest.fixture(scope="module")
-def shortcuts(pool: WorkerPool) -> list[dict[str, Any]]:
-    return pool.run(LAYOUT[0], beside, LAYOUT, SHORTCUTS, "comm.overlap_shortcut")
+def shortcuts(pool: WorkerPool, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return pool.run(LAYOUT[0], beside, LAYOUT, asked(SHORTCUTS, request), "comm.overlap_shortcut")
 
 
-@pytest.mark.parametrize("name", SHORTCUTS)
+@pytest.mark.parametrize("name", marked(SHORTCUTS))
 def test_sublayers_beside_the_exchange_of_a_shortcut_change_no_bit_and_no_byte(
     shortcuts: list[dict[str, Any]], name: str
 ) -> None:
@@ -204,7 +220,7 @@ def test_experts_compute_in_their_slot_and_backward_is_the_mirror_image(shortcut
     assert order[last - len(backward) : last] == backward
 
 
-@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("name", marked(BESIDE))
 def test_shared_experts_beside_an_exchange_change_no_bit_and_no_byte(shared: list[dict[str, Any]], name: str) -> None:
     for rank in shared:
         assert not rank[name][0]
@@ -226,11 +242,11 @@ def test_shared_experts_compute_while_tokens_are_on_their_way_in_both_passes(sha
 
 
 @pytest.fixture(scope="module")
-def chunked(pool: WorkerPool) -> list[dict[str, Any]]:
-    return pool.run(LAYOUT[0], in_chunks, LAYOUT)
+def chunked(pool: WorkerPool, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return pool.run(LAYOUT[0], in_chunks, LAYOUT, asked(CHUNKED, request))
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", marked(CHUNKED))
 def test_chunks_send_the_same_bytes_in_more_calls_and_change_results_by_the_order_of_sums(
     chunked: list[dict[str, Any]], name: str
 ) -> None:
