@@ -31,8 +31,6 @@ CELLS: dict[str, tuple[tuple[int, int, int], int, Overrides]] = {  # layout, ran
     "rows, plain": ((8, 2, 4), 4, {**MODES["dropless_plain"], "comm.cac": ["combine.between_nodes"]}),
     "rows, fused": ((8, 2, 4), 4, {**MODES["dropless_fused"], **CAC}),
     "rows in chunks, fused": ((8, 2, 4), 4, {**MODES["dropless_fused"], "comm.chunks": 2}),
-    "slots, folded": ((8, 2, 8), 4, {"parallel.expert_tensor": 1}),
-    "rows, folded": ((8, 2, 8), 4, {"parallel.expert_tensor": 1, **MODES["dropless_plain"], **CAC}),
     "rows, sequence": ((8, 2, 4), 4, {**MODES["dropless_sequence"], "trainer.precision": "bf16-mixed"}),
 }
 PILOTS: dict[str, tuple[tuple[int, int, int], int, Overrides]] = {
@@ -166,7 +164,7 @@ def test_fewer_messages_bring_as_many_bytes_to_other_nodes(cells: Any) -> None:
     """Of all processes together: which of a node's processes sends what is another matter."""
     for name in cells[0][1]:
         before, after = (sum((traffic[name][way] for _, traffic in cells), Counter()) for way in (0, 1))
-        places = CELLS[name][1] // (1 if "folded" in name else CELLS[name][0][1])
+        places = CELLS[name][1] // CELLS[name][0][1]
         if not name.startswith("lent"):
             assert after["bytes"] == before["bytes"] > 0, name
             assert before["messages"] == places * after["messages"], name
