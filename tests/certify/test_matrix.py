@@ -384,7 +384,7 @@ FOLDED_CELLS = [
     for place, (layout, sampled) in enumerate(FOLDED.items())
     for number, job in enumerate(JOBS)
     if job in sampled or (number + place) % 5 == 0
-    if job not in (*PILOTS, *LENDING) and (layout[1] > 1 or job not in TENSOR_ONLY)
+    if job not in LENDING and "comm.dedup" not in JOBS[job] and (layout[1] > 1 or job not in TENSOR_ONLY)
     if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
 ]
 SAMPLE_OF_ALL = {*SAMPLE, *((layout, job) for layout, jobs in FOLDED.items() for job in jobs)}

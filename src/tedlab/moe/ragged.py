@@ -187,8 +187,8 @@ class RaggedPath:
         if policy is not None and chunks > 1:
             raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
         layout = topology.layout
-        if layout.degrees.folded and (policy is not None or layout.nodes > 1):
-            raise ValueError("a folded layout (expert_tensor ≠ tensor) neither lends experts nor goes by way of nodes")
+        if layout.degrees.folded and policy is not None:
+            raise ValueError("a folded layout (expert_tensor ≠ tensor) lends no experts: tensor ranks list other rows")
         self.comm, self.num_experts, self.widths = topology.comm, num_experts, widths
         self.deals, self.gathers = layout.deals, layout.gathers
         self.of_one_rank = not layout.degrees.folded  # all that are gathered are a data rank's, and as many of each

@@ -60,11 +60,6 @@ def _check_folded(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"moe.lend.policy={given} plans for tensor ranks that list the same rows, but with {folded} each lists its "
             "own; leave parallel.expert_tensor null, or use moe.lend.policy=none"
         )
-    if config.comm.hierarchical:
-        raise ValueError(
-            f"comm.hierarchical=true sends rows by way of nodes on which all tensor ranks lie alike, but with {folded} "
-            "tensor ranks are in one expert group; leave parallel.expert_tensor null, or use comm.hierarchical=false"
-        )
     if config.comm.dedup != Dedup.NONE:
         raise ValueError(
             f"comm.dedup={config.comm.dedup} deals tokens among tensor ranks that divide experts, but with {folded} "
