@@ -6,11 +6,13 @@ from math import comb, prod
 from pathlib import Path
 from typing import Any
 
+from matplotlib.patches import Patch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.paper import composed, configured, write_json
+from experiments.paper import Job, canvas, composed, configured, peak_gib, simulate_all, write_json
 from experiments.uncertainty import einsum_flops
+from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from tedlab.config import TrainConfig
 from tedlab.models import models
 from tedlab.moe import MoESpec
@@ -250,6 +252,12 @@ def folding() -> dict[str, dict[str, float]]:
 
 # ---- the command ---------------------------------------------------------------------------------------------------
 
+CONFIRMED = {  # simulated beside the closed form
+    "Medium, 256, TED": (*MODELS["Medium"].sizes(), *SYSTEMS["TED"].layout(MODELS["Medium"], 256)),
+    "Medium, 256, SSMB, rows": (*MODELS["Medium"].sizes(), *SYSTEMS["SSMB, rows"].layout(MODELS["Medium"], 256)),
+    "Large, 256, SSMB, rows": (*MODELS["Large"].sizes(), *SYSTEMS["SSMB, rows"].layout(MODELS["Large"], 256)),
+}
+
 
 def main() -> None:
     """The command."""
@@ -261,7 +269,18 @@ def main() -> None:
         "folding": folding(),
         "reported": REPORTED,
     }
+    simulations = simulate_all({name: Job(overrides, FRONTIER) for name, overrides in CONFIRMED.items()})
+    results["confirmed"] = {
+        name: {
+            "simulated_s": simulation.step_seconds,
+            "closed_form_s": predicted(CONFIRMED[name])[1].step_seconds,
+            "simulated_gib": peak_gib(simulation),
+            "closed_form_gib": predicted(CONFIRMED[name])[1].memory.total / GIB,
+        }
+        for name, simulation in simulations.items()
+    }
     write_json(HERE / "results.json", results)
+    draw(results, HERE / "frontier.png")
     console = Console(width=150)
     for shown in tables(results):
         console.print(shown)
@@ -294,6 +313,32 @@ def cells(found: Mapping[str, float]) -> tuple[str, ...]:
         f"{found['step_s']:.2f}",
         f"{found['tflops']:.1f}",
     )
+
+
+SHOWN = {"Medium, 256": "Medium, 256 GCDs", "Large, 256": "Large, 256 GCDs", "Super, 1024": "Super, 1,024 GCDs"}
+COLOURS = (ORANGE, VERMILION, PURPLE, SKY, BLUE, GREEN)
+DRAWN = ("Tutel-like", "TED", "TED, rows", "folded, rows", "SSMB", "SSMB, rows")
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Draws memory and time of each system for the larger models."""
+    figure, axes = canvas("Predicted on Frontier, every layout with as many processes per set of experts", 2, (10, 4.2))
+    limit = FRONTIER.memory_bytes / GIB
+    for each, key, what in ((axes[0], "memory_gib", "GiB at the peak"), (axes[1], "step_s", "seconds of a step")):
+        for number, case in enumerate(SHOWN):
+            for place, (system, colour) in enumerate(zip(DRAWN, COLOURS, strict=True)):
+                found = results["frontier"][case][system]
+                fits = found["memory_gib"] <= limit
+                at = number + (place - 2.5) * 0.14
+                face, hatch = (colour, None) if fits else ("white", "////")
+                each.bar(at, found[key], 0.12, facecolor=face, edgecolor=colour, hatch=hatch)
+        each.set(xticks=range(len(SHOWN)), xticklabels=SHOWN.values(), ylabel=what)
+    axes[0].axhline(limit, color="#444444", linewidth=0.9, linestyle="--")
+    axes[0].annotate("a GCD's memory", (-0.5, limit), ha="left", va="bottom", fontsize=8)
+    patches = [Patch(color=colour, label=system) for system, colour in zip(DRAWN, COLOURS, strict=True)]
+    patches.append(Patch(facecolor="white", edgecolor="#444444", hatch="////", label="does not fit"))
+    figure.legend(handles=patches, loc="outside lower left", ncols=7, frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

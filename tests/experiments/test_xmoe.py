@@ -25,6 +25,11 @@ def test_the_readme_has_each_prediction() -> None:
         reported = study.FOLDING[name].reported
         numbers = f"{found['memory_gib']:.1f} | {found['step_s']:.2f} | {found['mfu_percent']:.1f}"
         assert f"| {name} | {numbers} | {'' if reported is None else reported} |".replace("|  |", "| |") in README
+    for name, both in RESULTS["confirmed"].items():
+        assert both["closed_form_s"] == pytest.approx(both["simulated_s"], rel=0.01)
+        assert both["closed_form_gib"] == pytest.approx(both["simulated_gib"], rel=0.05)
+        seconds = f"{both['closed_form_s']:.2f} | {both['simulated_s']:.2f}"
+        assert f"| {name} | {seconds} | {both['closed_form_gib']:.1f} | {both['simulated_gib']:.1f} |" in README
 
 
 @pytest.mark.parametrize("case", ["Medium, 256", "Large, 256"])
