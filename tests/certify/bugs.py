@@ -27,7 +27,7 @@ from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
 from tedlab.moe import balance, dispatch, experts, pilot_steps, pilots, ragged, router, row_ops
-from tedlab.moe.lending import exchange, plan
+from tedlab.moe.lending import exchange, plan, policy
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
 from tedlab.moe.shared import SharedGateSpec
@@ -1093,6 +1093,26 @@ def lent_from_a_stale_copy(patch: Patch) -> None:
         return *(weight.view_as(weight) for weight in weights), flat
 
     patch.setattr(exchange._Lend, "forward", staticmethod(wrong))
+
+
+def lent_twice_to_the_same_borrower(patch: Patch) -> None:
+    """In two ranges of the expert's rows. The borrower adds up the gradients of both, and returns the sum for each."""
+    right = policy.least_loaded
+
+    def halves(load_E: Any, *, processes: int, **settings: Any) -> plan.Plan:
+        once = right(load_E, processes, **settings)
+        twice: list[plan.Loan] = []
+        for loan in once.loans:
+            middle = (loan.start + loan.stop) // 2
+            twice += loan._replace(stop=middle), loan._replace(start=middle)
+        return replace(once, loans=tuple(twice))
+
+    def wrong(right: Any, ctx: Any, own: list[Tensor], borrowed: Tensor) -> Any:
+        of_both = borrowed.unflatten(0, (-1, 2)).sum(1)
+        return right(ctx, *own, of_both.repeat_interleave(2, 0))
+
+    patch.setattr(policy, "least_loaded", halves)
+    _lend_backward(patch, wrong)
 
 
 def limit_of_rows_rounded_down(patch: Patch) -> None:

@@ -191,6 +191,9 @@ CERTIFIED: dict[Plant, Found] = {
     ),
     bugs.lent_gradients_of_one_borrower_alone: Found(LENT_EP4, "gradients", "feed_forward.experts"),
     bugs.lent_gradients_divided_by_expert_data: Found(LENT_EP2_DP2, "gradients", "in step 1"),
+    bugs.lent_twice_to_the_same_borrower: Found(
+        LENT_EP4, "gradients", "in step 1: network.blocks.1.feed_forward.experts"
+    ),
     bugs.lent_from_a_stale_copy: Found(LENT_EP4, "outputs", "in step 2: logits"),
     bugs.recompute_that_routes_anew: Found(WHOLE, "gradients", "in step 1"),
     bugs.kept_result_of_another_rank: Found(SHARDS, "gradients", "in step 1"),

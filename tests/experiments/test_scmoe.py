@@ -41,6 +41,20 @@ def test_the_readme_has_the_predicted_gains(where: str) -> None:
     assert f"| {model} | {cluster} | {' | '.join(gains)} |" in TEXT
 
 
+def test_the_readme_has_the_shares_of_exchanges_on_nvlink() -> None:
+    of_top2, of_positions = [], []
+    for model in ("GPT2-MoE-Medium", "GPT3-MoE-XL"):
+        found = PREDICTED["predicted"][f"{model}, 8 × A800, NVLink"]
+        shares = {name: f"{100 * its['exchange_s'] / its['step_s']:.1f} %" for name, its in found.items()}
+        assert all(found[name]["hidden_s"] == found[name]["exchange_s"] for name in ("pos1", "pos2", "pos3"))
+        (of_position,) = {shares[name] for name in ("pos1", "pos2", "pos3")}
+        of_top2.append(f"{shares['top-2']} of the step of top-2" if not of_top2 else shares["top-2"])
+        of_positions.append(of_position)
+    text = " ".join(TEXT.split())
+    assert f"With NVLink exchanges are {of_top2[0]} in GPT2-MoE-Medium and {of_top2[1]} in GPT3-MoE-XL." in text
+    assert f"takes as long as {of_positions[0]} and {of_positions[1]} of their steps" in text
+
+
 def test_what_hides_is_predicted_within_ten_points_and_as_the_readme_says() -> None:
     assert len(HIDING) == 9
     for row in HIDING:

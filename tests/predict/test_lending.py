@@ -61,6 +61,27 @@ def test_the_papers_model_does_not_lend_between_summits_nodes_but_over_nvlink_it
     assert nvlink.verdict().startswith("Lend: moe.lend.policy=llep lends")
     assert max(nvlink.lending.rows[0]) < max(nvlink.without.rows[0])
     assert max(nvlink.lending.peak_bytes) < max(nvlink.without.peak_bytes)
+    said = " ".join((Path(__file__).parents[2] / "docs" / "llep.md").read_text().split())
+    after, before = (
+        (f"{outcome.step_seconds:.2f}", f"{max(outcome.peak_bytes) / 2**30:.1f}")
+        for outcome in (nvlink.lending, nvlink.without)
+    )
+    assert f"it is to lend with micro-batches of four samples: predicted are {after[0]} s a step instead of " in said
+    assert f" instead of {before[0]}, and {after[1]} GiB on the fullest rank instead of {before[1]}. With" in said
+    assert "With micro-batches of one it is not to lend there either" in said
+    assert compared("gb200_nvl72", *PAPER_40B).verdict().startswith("Do not lend")
+
+
+def test_what_hides_behind_shared_experts_is_no_time_of_a_layer() -> None:
+    one_node = ("parallel.world_size=8", "parallel.tensor=1", "parallel.expert=8", "model.layers=2")
+    shared = (*PAPER_40B, *one_node, "moe.shared.experts=1")
+    shown, hidden = (compared("dgx_h200", *shared, f"comm.overlap_shared={on}") for on in ("false", "true"))
+    for before, after in ((shown.without, hidden.without), (shown.lending, hidden.lending)):
+        assert before.rows == after.rows
+        slowest, hiding = (sum(map(max, outcome.seconds)) for outcome in (before, after))
+        assert hiding < slowest
+        # The rest of a step is the same, and layers take as long as the slowest process.
+        assert before.step_seconds - after.step_seconds == pytest.approx(slowest - hiding)
 
 
 def test_a_comparison_has_every_ranks_load_memory_and_time(tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_lending_changes_no_result_and_no_gradient_in_any_layout(
     answers = pool.run(world_size, complaints, tensor, expert, mode)
     for rank, answer in enumerate(answers):
         assert not answer["wrong"], f"rank {rank}:\n" + "\n".join(answer["wrong"])
+        assert answer["largest"] <= 1e-12
         assert answer["exchanges"] >= 10
 
 

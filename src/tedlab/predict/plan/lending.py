@@ -14,6 +14,7 @@ from rich.table import Table
 
 from tedlab.config import LendConfig, LendPolicy, TrainConfig, with_values
 from tedlab.predict.cluster import ClusterConfig
+from tedlab.predict.estimate.hiding import Hiding
 from tedlab.predict.estimate.step import block_seconds, estimate
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.volumes import ClosedForm
@@ -29,7 +30,7 @@ class Outcome:
 
     Attributes:
         rows: Rows that each process computes: a list of processes for each layer.
-        seconds: Seconds of each layer's block in each process, forward and backward.
+        seconds: Seconds of each layer's block in each process, forward and backward, less what hides.
         loans: How many experts each layer lends.
         lent, borrowed: How many each process lends and borrows, over all layers.
         peak_bytes: The most memory that each process needs.
@@ -175,7 +176,9 @@ def _outcome(config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRout
             rows = routing.rows(rank)
             form = ClosedForm(config, rows)
             peak = estimate(config, cluster, rank, rows).memory.total
-            known[kind] = [block_seconds(form, n, cluster, rank) * accumulated for n in routing.blocks], peak
+            hiding = Hiding(form, cluster, rank)
+            taken = (block_seconds(form, n, cluster, rank) - hiding.seconds(n) for n in routing.blocks)
+            known[kind] = [once * accumulated for once in taken], peak
         seconds.append(known[kind][0])
         peaks.append(known[kind][1])
     by_layer = [list(of_layer) for of_layer in zip(*seconds, strict=True)]

@@ -219,12 +219,8 @@ def search(
             except UsageError as error:
                 found.refused[_reason(error)] += len(micro_batches) - n
                 break
-            if config.comm.overlap_shortcut and config.comm.shortcut_slot is None:
-                slot = Hiding(ClosedForm(checked), cluster, rank).best_slot()
-                if slot is not None:
-                    settings = settings | {"comm.shortcut_slot": slot}
-                    checked = with_values(checked, {"comm.shortcut_slot": slot})
-            candidate = evaluated(checked, cluster, settings, rank)
+            slot = _best_slot(checked, cluster, rank)
+            candidate = evaluated(with_values(checked, slot), cluster, settings | slot, rank)
             if candidate.peak_bytes > capacity:
                 # A larger micro-batch may still fit: if it is the only one of a step, no sum of gradients is kept.
                 found.too_large += 1
@@ -249,8 +245,17 @@ def _quickest(
             checked = complete_simulated(with_values(config, settings), cluster)
         except UsageError:
             continue
+        checked = with_values(checked, _best_slot(checked, cluster, rank))
         seconds.append(evaluated(checked, cluster, settings, rank).step_seconds)
     return min(seconds, default=math.inf)
+
+
+def _best_slot(checked: TrainConfig, cluster: ClusterConfig, rank: int) -> Settings:
+    """Returns the ``comm.shortcut_slot`` that hides most; nothing if it is given, or experts run beside nothing."""
+    if not checked.comm.overlap_shortcut or checked.comm.shortcut_slot is not None:
+        return {}
+    slot = Hiding(ClosedForm(checked), cluster, rank).best_slot()
+    return {} if slot is None else {"comm.shortcut_slot": slot}
 
 
 def evaluated(checked: TrainConfig, cluster: ClusterConfig, settings: Settings, rank: int) -> Candidate:
