@@ -65,4 +65,11 @@ def _state(repo: Any) -> Any:
     if not all(source.startswith(_ALWAYS_THE_SAME) for source in sources):
         return None
     stored = ConfigStore.instance().repo  # a command that is imported later stores its schema
-    return sources, tuple((name, id(node)) for name, node in stored.items())
+    return sources, _stored(stored)
+
+
+def _stored(nodes: Any) -> Any:
+    """What packages have registered, by name."""
+    if not isinstance(nodes, dict):
+        return id(nodes)
+    return tuple((name, _stored(node)) for name, node in nodes.items())

@@ -239,7 +239,7 @@ def test_a_search_tries_values_within_its_bounds_and_ends_with_the_best(tmp_path
 
 
 def test_a_search_without_optuna_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(ConfigStore.instance().repo["hydra"]["sweeper"], "optuna.yaml", raising=False)
+    monkeypatch.delitem(ConfigStore.instance().repo["hydra"].get("sweeper", {}), "optuna.yaml", raising=False)
     with pytest.raises(UsageError, match=r"^hydra/sweeper/optuna needs a package .*: pip install 'tedlab\[optuna\]'$"):
         check_overrides(["hparams_search=optuna"])
 

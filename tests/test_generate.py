@@ -141,16 +141,23 @@ def test_greedy_text_can_be_had_again_and_keeps_the_prompt(pool: WorkerPool, run
     assert len(first) > len(PROMPT)
 
 
-@pytest.mark.parametrize("moe", [PAIRS, replace(PAIRS, shared=SharedConfig(), shortcut="dgmoe")], ids=["pos2", "dgmoe"])
-def test_joined_blocks_write_what_plain_torch_does(pool: WorkerPool, tmp_path: Path, moe: MoEConfig) -> None:
+WRITTEN = {
+    "pos2": PAIRS,
+    "dgmoe": replace(PAIRS, shared=SharedConfig(), shortcut="dgmoe"),
+    "slices": replace(CAPACITY, slice="tokens", capacity_groups=2),  # positions of a text divide into no groups
+}
+
+
+@pytest.mark.parametrize("moe", WRITTEN.values(), ids=WRITTEN)
+def test_a_model_writes_what_plain_torch_does(pool: WorkerPool, tmp_path: Path, moe: MoEConfig) -> None:
     run = finished(pool, tmp_path / "run", moe)
     consolidate(run / "checkpoints" / "last.ckpt", tmp_path / "whole.safetensors")
     weights = {name: weight.double() for name, weight in load_file(tmp_path / "whole.safetensors").items()}
     ids = [1 + LETTERS.index(letter) for letter in "hello"]
     for _ in range(6):
         given = torch.tensor([ids[-Job().model.sequence_length :]])
-        values = oracle.logits(weights, given, Job().model, moe, [])[0, -1, : 1 + len(LETTERS)]
-        ids.append(int(values.argmax()))
+        values = oracle.logits(weights, given, Job().model, replace(moe, capacity_factor=None), [])
+        ids.append(int(values[0, -1, : 1 + len(LETTERS)].argmax()))
     expected = "".join(["", *LETTERS][number] for number in ids)
     assert text(pool, run, prompt="hello", tokens=6, temperature=0) == expected
 

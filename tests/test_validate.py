@@ -982,12 +982,19 @@ def test_folding_that_changes_a_toggle_or_leaves_one_without_effect_is_noted(cor
     assert "expert 4 × expert_data 1" in said
 
 
-def test_lending_and_kernels_are_no_part_of_the_model_that_a_checkpoint_is_of(
-    corpus: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "lent",
+    [
+        ["parallel=ep2", "moe.dispatch=dropless", "moe.kernel=torch", "moe.lend.policy=llep"],
+        ["parallel=tp2", "moe.dispatch=capacity", "moe.slice=tokens"],
+    ],
+    ids=["loans", "slices"],
+)
+def test_how_experts_are_computed_is_no_part_of_the_model_that_a_checkpoint_is_of(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, lent: list[str]
 ) -> None:
-    lent = ["parallel=ep2", "moe.dispatch=dropless", "moe.kernel=torch", "moe.lend.policy=llep"]
     stored = complete_simulated(small(corpus, *lent, "model.vocab_size=384"))
-    assert stored.moe.lend.minimum != "auto"
+    assert stored.moe.lend.minimum != "auto" or stored.moe.capacity_groups == 2
     meta = {"hyper_parameters": asdict(stored), "global_step": 1}
     monkeypatch.setattr("tedlab.validate.checkpoint.read_meta", lambda path: meta)
     for again in (lent, lent[:2]):

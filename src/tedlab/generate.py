@@ -37,9 +37,9 @@ def generate(config: GenerateConfig) -> str:
     path = directory / "checkpoints" / config.checkpoint
     shape, experts = model_of(path)
     tokenizer = _tokenizer(directory, shape)
-    # Capacity enforces balance in training; a text must not change because its tokens crowd one expert, nor because a
-    # second expert is drawn at random.
-    moe = replace(experts, capacity_factor=None)
+    # Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
+    # positions, nor because a second expert is drawn at random.
+    moe = replace(experts, capacity_factor=None, capacity_groups=None)
     if "generate" not in routers[moe.gating].supports:
         raise ValueError(
             f"{path} was trained with moe.gating={moe.gating}, whose choices for a token depend on tokens after it: it "

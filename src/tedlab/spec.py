@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
-from tedlab.config import CommOptions
+from tedlab.config import CommOptions, MoEConfig
 from tedlab.degrees import GroupKind, ParallelDegrees
 
 if TYPE_CHECKING:
@@ -134,6 +134,10 @@ class Layout:
     def sequence(self) -> bool:
         """Whether each tensor rank holds its own positions."""
         return (self.degrees.sequence or self.sliced) and self.degrees.tensor > 1
+
+    def inside(self, moe: MoEConfig) -> "Layout":
+        """Returns the layout as routers and routed experts see it, which may slice what tensor ranks hold alike."""
+        return replace(self, sliced=moe.sliced)
 
     @property
     def deals(self) -> int:

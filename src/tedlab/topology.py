@@ -47,6 +47,7 @@ class Topology:
         dense: The mesh (data, tensor).
         expert: The mesh (expert_data, expert, expert_tensor).
         comm: The object that runs every collective of the model, the strategy and the optimizer.
+        own_positions: Whether each tensor rank has positions of its own in any layout, see :meth:`sliced`.
         recomputation: The counters of activation checkpointing.
         slots: The check that processes send each other equally many slots.
         context: The place of the current micro-batch in the run.
@@ -65,7 +66,7 @@ class Topology:
             raise ValueError(
                 f"degrees are for {degrees.world_size} processes, but {dist.get_world_size()} were started"
             )
-        self.degrees, self._sliced = degrees, False
+        self.degrees, self.own_positions = degrees, False
         self.options = options or CommOptions()
         self.recomputation = Recomputation()
         self.device = torch.device(device)
@@ -119,12 +120,12 @@ class Topology:
     @property
     def layout(self) -> Layout:
         """The layout that layers' specifications are computed for."""
-        return Layout(self.degrees, self.options, self._sliced)
+        return Layout(self.degrees, self.options, self.own_positions)
 
     def sliced(self) -> "Topology":
         """Returns the same topology for layers of which each tensor rank gets its own positions in any layout."""
         inside = copy(self)
-        inside._sliced = True
+        inside.own_positions = True
         return inside
 
     @classmethod

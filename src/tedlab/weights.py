@@ -22,7 +22,10 @@ from tedlab.resume import find_checkpoint, is_named
 PREFIX = "model.network."  # of a model's parameters in a checkpoint
 _BALANCING = ".router.bias"  # no parameter, and may be left out
 # How a model is computed, and not what it is.
-_HOW = ("model.compile", "model.recompute", "model.loss_chunk", "model.init_std", "moe.kernel", "moe.lend")
+_HOW = (
+    *("model.compile", "model.recompute", "model.loss_chunk", "model.init_std"),
+    *("moe.kernel", "moe.lend", "moe.slice", "moe.capacity_groups"),
+)
 
 
 def start_from(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, list[str]]:

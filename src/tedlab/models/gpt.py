@@ -25,6 +25,7 @@ from tedlab.config import (
     Positions,
     QKNorm,
     SharedConfig,
+    Slicing,
 )
 from tedlab.degrees import ParallelDegrees
 from tedlab.models.block import Block, BlockSpec
@@ -198,8 +199,8 @@ def known_tags() -> tuple[str, ...]:
     """Returns the tags of all registered models with all registered mixtures, for a strategy that knows neither."""
     shapes = [ModelConfig(1, 1, 1, 1, 1, qk_norm=norm) for norm in QKNorm]
     shapes.append(ModelConfig(1, 1, 1, 1, 1, attention=AttentionConfig(latent=LatentConfig(kv_rank=1))))
-    lend = LendConfig(LendPolicy.LLEP.value)
-    kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1), lend=lend) for dispatch in mixtures.names]
+    more: dict[str, Any] = {"lend": LendConfig(LendPolicy.LLEP.value), "slice": Slicing.TOKENS.value}
+    kinds = [MoEConfig(1, dispatch=dispatch, shared=SharedConfig(1), **more) for dispatch in mixtures.names]
     specs = (models[m].spec(shape, moe) for m in models.names for shape in shapes for moe in kinds)
     return tuple(dict.fromkeys(tag for spec in specs for tag in spec.tags))
 

@@ -56,7 +56,7 @@ class MoESpec(Spec):
 
     def inside(self, layout: Layout) -> Layout:
         """Returns the layout as the router and routed experts see it."""
-        return replace(layout, sliced=self.config.sliced)
+        return layout.inside(self.config)
 
     def within(self, b: MicroBatch) -> MicroBatch:
         """Returns what the router and routed experts compute with."""

@@ -101,7 +101,7 @@ class PilotExperts(TokenExperts):
             raise ValueError(f"comm.dedup={dedup} sends all choices of a token at once: it needs comm.chunks=1")
         if layout.gathers > 1 and not layout.scattered:
             raise ValueError(f"comm.dedup={dedup} with comm.dtd=true needs comm.fuse_reduce_scatter=true")
-        self.dealing = topology.options.dtd and topology.degrees.tensor > 1
+        self.dealing = layout.dealt
         self.sharers = layout.gathers
         self.nodes, self.processes = layout.nodes, topology.degrees.expert
         most = min(top_k, spec.num_experts // self.processes)

@@ -29,6 +29,7 @@ from tedlab.config import (
     RouterConfig,
     Scoring,
 )
+from tedlab.degrees import check_divides
 from tedlab.moe.balance import Sums, balance_loss, bias_step
 from tedlab.moe.choice import best_experts
 from tedlab.moe.precise import PreciseLinear
@@ -372,6 +373,7 @@ class Router(PreciseBuffers, ShardedModule):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Assigns slots within each capacity group; returns slot_TK, choice_EC and load_E."""
         tokens, groups = len(expert_TK), self.groups
+        check_divides("sequence length", sequence, "capacity groups", groups)
         capacity = group_capacity(self.config, tokens // groups, self.all_groups)
         # Queues treat group g of expert e as an expert of its own, e·groups + g, so that slots stay sorted by expert.
         group_T = torch.arange(sequence, device=expert_TK.device).div(sequence // groups, rounding_mode="floor")

@@ -258,8 +258,7 @@ class ClosedForm:
             yield self._call(
                 "all_reduce", "data", "forward", "router.totals", layers * (moe.num_experts + 1), torch.float64
             )
-        own = self.layout.sequence or (moe.sliced and self.degrees.tensor > 1)
-        kind: GroupKind = "world" if own else "data"
+        kind: GroupKind = "world" if self.layout.inside(moe).sequence else "data"
         moving = sum(self._moves_biases(n) for n, block in enumerate(self.spec.blocks) if block.moe is not None)
         if moving and moe.router.bias_update != BiasUpdate.NONE and self.groups[kind] > 1:
             yield self._call("all_reduce", kind, "optimizer", "router.bias", moving * moe.num_experts, torch.int64)

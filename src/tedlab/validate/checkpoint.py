@@ -55,6 +55,7 @@ def check_checkpoint(config: TrainConfig, path: Path) -> None:
         "capacity_groups",
         "kernel",
         "lend",
+        "slice",
     }
     differences = [
         f"{section}.{name}: {stored[section].get(name)} in the checkpoint, {value} here"

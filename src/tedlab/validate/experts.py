@@ -17,6 +17,7 @@ from tedlab.config import (
 )
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe import mixtures, routers
+from tedlab.spec import Layout
 
 GATING_OPTIONS = ("min_capacity", "random_token_selection", "second_expert_sampling", "drop_policy")
 
@@ -176,8 +177,7 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     Raises:
         ValueError: If positions do not divide into these groups; the message says what would do.
     """
-    sliced = config.moe.sliced
-    shards = degrees.tensor if degrees.sequence or sliced else 1
+    shards = degrees.tensor if Layout(degrees).inside(config.moe).sequence else 1
     given = config.moe.capacity_groups
     if not config.moe.num_experts or config.moe.unlimited:
         return given
@@ -186,7 +186,7 @@ def capacity_groups(config: TrainConfig, degrees: ParallelDegrees) -> int | None
     groups, length = given or 1, config.model.sequence_length
     if length % groups or groups % shards:
         fitting = ", ".join(str(n) for n in range(1, min(length, 64) + 1) if length % n == 0 and n % shards == 0)
-        why = "moe.slice=tokens" if sliced else "parallel.sequence"
+        why = "moe.slice=tokens" if config.moe.sliced else "parallel.sequence"
         raise ValueError(
             f"moe.capacity_groups is {groups}; it must divide model.sequence_length ({length})"
             + (f" and be a multiple of parallel.tensor ({shards}) with {why}" if shards > 1 else "")

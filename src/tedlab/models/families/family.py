@@ -33,7 +33,8 @@ MEANINGLESS = frozenset(
 _OF_TRAINING = frozenset(
     {
         *("model.sequence_length", "model.init_std", "model.loss_chunk", "model.compile", "model.architecture"),
-        *("moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups", "moe.kernel"),
+        *("moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
+        *("moe.kernel", "moe.slice"),
         *("moe.aux_loss", "moe.z_loss", "moe.drop_policy", "moe.router.bias_rate", "moe.router.jitter"),
         *("moe.router.noise", "moe.router.noise_std", "moe.min_capacity", "moe.random_token_selection"),
         *("moe.second_expert_sampling", "moe.every", "moe.first_dense", "moe.blocks"),

@@ -125,10 +125,11 @@ class Hiding:
         form, b, backward = self.form, self.form.at(block), phase == "backward"
         calls = [call for call in form.block(block) if call.phase == phase]
         there, back = self._both_ways(calls)
-        chunks, computing, waits = layer.dispatch.chunks(b.layout), 0.0, False
+        within = layer.within(b)
+        chunks, computing, waits = layer.dispatch.chunks(within.layout), 0.0, False
         if chunks > 1:
-            works = layer.experts.backward(b) if backward else layer.experts.forward(b)
-            sites = layer.dispatch.sites(b.layout).present(b.layout)
+            works = layer.experts.backward(within) if backward else layer.experts.forward(within)
+            sites = layer.dispatch.sites(within.layout).present(within.layout)
             tags = {site.tag for site in chain(*sites) if site.parts > 1 and site.kind == "expert_tensor"}
             inside = [call for call in calls if call.tag in tags]
             computing = sum(seconds(work, self.cluster) for work in works) + sum(map(self._taken, inside))
