@@ -21,6 +21,7 @@ from torch import Tensor
 from tedlab import TEDStrategy, capacity, module
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, raw, recompute
+from tedlab.comm.route import NodeRoute
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.models import gpt
@@ -636,6 +637,61 @@ def weights_gradient_stays_where_experts_are(patch: Patch) -> None:
     patch.setattr(pilot_steps, "all_to_all", lambda x, *rest: right(x.detach(), *rest))
 
 
+def weights_gradient_stays_on_the_node(patch: Patch) -> None:
+    """Weights also travel between nodes, and their gradients must come back all the way."""
+    right = differentiable.all_to_all
+
+    def wrong(x: Tensor, comm: Collectives, kind: Any, *rest: Any) -> Tensor:
+        return right(x.detach() if kind == "expert_between_nodes" else x, comm, kind, *rest)
+
+    patch.setattr(pilot_steps, "all_to_all", wrong)
+
+
+def own_pilots_behind_replicas_on_the_way_back(patch: Patch) -> None:
+    """X-MoE's dispatcher puts replicas before pilots, and its combiner takes pilots to be the first."""
+    right = pilot_steps.Step.back
+
+    def wrong(self: pilot_steps.Step, y_pH: Tensor, arrived: pilot_steps.Arrived) -> Any:
+        first = arrived.told.pilots.received[0] if self.kind == "expert_in_node" else 0
+        return right(self, torch.cat((y_pH[first:], y_pH[:first])), arrived)
+
+    patch.setattr(pilot_steps.Step, "back", wrong)
+
+
+def replicas_sent_to_another_rank_of_the_node(patch: Patch) -> None:
+    """Numbers and weights of choices go to their expert's process, but pilots to the next one."""
+    right = pilot_steps.Step.send
+
+    def wrong(self: pilot_steps.Step, x: Tensor, gate: Tensor, sent: Any, told: Any) -> Any:
+        if self.kind == "expert_in_node":
+            pilots, to_first = sum(told.pilots.sent), told.pilots.sent[0]
+            rolled = torch.cat((sent.token_R[to_first:pilots], sent.token_R[:to_first], sent.token_R[pilots:]))
+            sent = replace(sent, token_R=rolled)
+        return right(self, x, gate, sent, told)
+
+    patch.setattr(pilot_steps.Step, "send", wrong)
+
+
+def pilots_drawn_anew_in_recomputation(patch: Patch) -> None:
+    """X-MoE draws which choice of a token becomes its pilot; a second pass must come to the same."""
+    right = pilots.list_pilots
+
+    def wrong(numbered: Any, *rest: Any) -> Any:
+        sent = right(numbered, *rest)
+        if not recompute.recomputing():
+            return sent
+        pilots_sent = int(numbered.pilots_s.sum())
+        drawn = torch.randperm(pilots_sent, generator=torch.Generator().manual_seed(1))
+        return replace(sent, token_R=torch.cat((sent.token_R[:pilots_sent][drawn], sent.token_R[pilots_sent:])))
+
+    patch.setattr(pilots, "list_pilots", wrong)
+
+
+def rows_by_way_of_nodes_stay_sorted_by_place(patch: Patch) -> None:
+    """After both exchanges rows lie by the sender's place in its node, and must be sorted by sender."""
+    patch.setattr(NodeRoute, "_by_node", lambda self, x, sizes: x)
+
+
 def bias_gradient_of_this_slice_alone(patch: Patch) -> None:
     """A bias that is added to a reduce-scatter's result gets its gradient from this process's slice."""
     right = differentiable._ScatterFrom.backward
@@ -731,6 +787,11 @@ def gates_not_renormalised(patch: Patch) -> None:
         patch,
         lambda decision, logits: decision._replace(gate_TK=logits.softmax(-1).topk(decision.gate_TK.shape[1]).values),
     )
+
+
+def logits_as_weights_of_choices(patch: Patch) -> None:
+    """X-MoE's released default weights results with raw logits, which may be negative."""
+    _decided(patch, lambda decision, logits: decision._replace(gate_TK=logits.topk(decision.gate_TK.shape[1]).values))
 
 
 def gates_renormalised_after_dropping(patch: Patch) -> None:

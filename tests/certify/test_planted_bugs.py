@@ -51,6 +51,8 @@ DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true"
 DIVIDED: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "moe.top_k=2")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
 PILOTS: Overrides = ("parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank")
+BY_NODE: Overrides = ("parallel=ep4", "moe.dispatch=dropless", "moe.top_k=2", "comm.ranks_per_node=2")
+NODES: Overrides = (*BY_NODE, "moe.num_experts=8", "comm.dedup=node", "data.micro_batch_size=4")
 LENT: Overrides = ("moe.dispatch=dropless", "moe.lend.policy=llep", "moe.top_k=2", "data.micro_batch_size=4")
 LENT_EP4: Overrides = ("parallel=ep4", *LENT)
 LENT_EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2", *LENT)
@@ -159,6 +161,14 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.choices_counted_for_another_pilot: Found(PILOTS, "outputs", "in step 1"),
     bugs.weights_applied_where_experts_are_and_again: Found(PILOTS, "outputs", "in step 1"),
     bugs.weights_gradient_stays_where_experts_are: Found(PILOTS, "gradients", "in step 1"),
+    bugs.weights_gradient_stays_on_the_node: Found(NODES, "gradients", "in step 1"),
+    bugs.own_pilots_behind_replicas_on_the_way_back: Found(NODES, "losses and drops", "in step 1: train/loss"),
+    bugs.replicas_sent_to_another_rank_of_the_node: Found(NODES, "outputs", "in step 1"),
+    bugs.logits_as_weights_of_choices: Found(NODES, "outputs", "in step 1"),
+    bugs.pilots_drawn_anew_in_recomputation: Found(
+        (*NODES, "model.recompute.granularity=block"), "gradients", "in step 1"
+    ),
+    bugs.rows_by_way_of_nodes_stay_sorted_by_place: Found((*BY_NODE, "comm.hierarchical=true"), "outputs", "in step 1"),
     bugs.bias_gradient_of_this_slice_alone: Found(SEQUENCE, "gradients", "in step 1"),
     bugs.capacity_not_padded: Found(TP2, "outputs", "in step 1"),
     bugs.capacity_rounded_down: Found(TP2, "outputs", "in step 1"),
