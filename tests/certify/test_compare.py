@@ -143,3 +143,14 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         for quantity, tensors in quantities.items():
             for name, tensor in tensors.items():
                 torch.testing.assert_close(found[step][quantity][name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_factor_of_the_processes_that_divide_an_expert_is_named_where_they_are_not_a_tensor_group() -> None:
+    record = a_record(1)
+    record[1]["gradients"]["all"] *= 3
+    for degrees, meaning in (
+        (ParallelDegrees(12, expert=2, expert_tensor=3), "3 × what one process has = expert_tensor"),
+        (ParallelDegrees(12, tensor=3, expert=2), "3 × what one process has = tensor"),
+    ):
+        (row,) = (row for row in compare(record, a_record(1), degrees) if not row.ok)
+        assert row.hint == meaning

@@ -171,6 +171,7 @@ def _hint(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], name: str, d
         "expert_data": degrees.expert_data,
         "√tensor": degrees.tensor**0.5,
         "√data": degrees.data**0.5,
+        **({"expert_tensor": degrees.expert_tensor} if degrees.folded else {}),
     }
     meanings = [name for name, size in named.items() if size > 1 and abs(factor / size - 1) < _NO_MULTIPLE]
     meanings += [f"1/{name}" for name, size in named.items() if size > 1 and abs(factor * size - 1) < _NO_MULTIPLE]
