@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from tedlab import Topology
 from tedlab.comm import Ledger, Recomputation, differentiable, recompute
 from tedlab.comm.ledger import differences
-from tedlab.config import ParallelConfig, TrainConfig, with_values
+from tedlab.config import CommOptions, ParallelConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import grouped, mixtures, routes_own_tokens
@@ -62,9 +62,12 @@ MODES: dict[str, Overrides] = {
     },
     "slice_packed": {**SLICE, "moe.dispatch": "packed", "moe.balance.scope": "sequence"},
     "slice_pilots": {**SLICE, **DROPLESS, **AGAIN, "comm.dedup": "rank", "comm.cac": True, "moe.shared.experts": 1},
+    "slots_by_node": {**AGAIN, "comm.hierarchical": True, "comm.cac": True, "trainer.accumulate_grad_batches": 2},
+    "rows_by_node": {**DROPLESS, **FUSED, **AGAIN, "comm.hierarchical": True, "comm.cac": "shard", "comm.chunks": 2},
     "slice_lent": {**SLICE, **DROPLESS, **AGAIN, "moe.lend.policy": "llep", "moe.lend.minimum": 1},
 }
 TENSOR_ONLY = {mode for mode in MODES if mode.startswith(("sequence", "slice"))}
+BY_NODE = {mode for mode in MODES if mode.endswith("by_node")}
 UNFOLDED_ONLY = {"slice_pilots", "slice_lent"}
 Degrees = tuple[int, int, int, int, str]  # processes, tensor, expert, expert_tensor, order
 
@@ -118,6 +121,9 @@ def configuration(degrees: Degrees, mode: str, micro_batches: int | None = None)
     else:
         settings.setdefault("trainer.accumulate_grad_batches", 1)
     config = with_values(config, settings)
+    if config.comm.hierarchical:  # two nodes: the halves of an expert group
+        group = parallel_degrees(config.parallel).groups(0)["expert"]
+        config = with_values(config, {"comm.ranks_per_node": group[len(group) // 2]})
     layout = Layout(parallel_degrees(config.parallel), config.comm, config.moe.sliced)
     most = mixtures[config.moe.dispatch].dispatch(2 * n, config.moe).most_chunks(layout, MICRO_BATCH * n)
     return with_values(config, {"comm.chunks": min(config.comm.chunks, most)})
@@ -128,7 +134,7 @@ def train(config: TrainConfig) -> Step:
     recompute.unused = differentiable.unused = grouped.unused = poisoned
     degrees = parallel_degrees(config.parallel)
     check_experts(config, degrees)
-    topology, ledger = _topology(degrees), Ledger()
+    topology, ledger = _topology(degrees, config.comm.ranks_per_node), Ledger()
     topology.options, topology.recomputation = config.comm, Recomputation()
     torch.set_default_dtype(torch.float64)
     try:
@@ -173,8 +179,9 @@ def train(config: TrainConfig) -> Step:
 
 
 @cache
-def _topology(degrees: ParallelDegrees) -> Topology:
-    return Topology(degrees)
+def _topology(degrees: ParallelDegrees, ranks_per_node: int | None) -> Topology:
+    by_node = CommOptions(hierarchical=ranks_per_node is not None, ranks_per_node=ranks_per_node)
+    return Topology(degrees, options=by_node)
 
 
 def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -230,6 +237,7 @@ def cells(processes: int) -> list[tuple[Degrees, str]]:
         for degrees in layouts(processes)
         for mode in MODES.keys() - UNFOLDED_ONLY
         if degrees[1] > 1 or mode not in TENSOR_ONLY
+        if (degrees[2] >= 4 and degrees[2] % 2 == 0) or mode not in BY_NODE  # two places or more on two nodes
     ]
     for degrees in layouts(processes, folded=False):
         modes = [mode for mode in MODES if mode.startswith("slice")] if degrees[1] > 1 else []
@@ -258,6 +266,8 @@ SAMPLE = [  # CI's: without folding; of six processes, where no degree need divi
     ((8, 4, 4, 1, "expert"), "slice_slots"),
     ((8, 2, 2, 1, "expert_data"), "sequence_rows"),
     ((8, 4, 2, 2, "expert"), "rows_fused_kept"),
+    ((8, 4, 4, 1, "expert"), "slots_by_node"),
+    ((8, 4, 4, 2, "expert"), "rows_by_node"),
 ]
 
 
@@ -295,6 +305,9 @@ def test_every_layout_of_up_to_eight_processes_is_there() -> None:
     assert sum(map(len, EVERY.values())) > 900
     assert {mode for _, mode in [*QUICK, *SAMPLE]} == set(MODES)
     assert all(cell in EVERY[cell[0][0]] for cell in [*QUICK, *SAMPLE])
+    for degrees, mode in (cell for cells in EVERY.values() for cell in cells if cell[1] in BY_NODE):
+        config = configuration(degrees, mode)
+        assert Layout(parallel_degrees(config.parallel), config.comm).nodes == 2
 
 
 def test_slices_are_gathered_once_where_dealt_slots_are_four_times_or_three() -> None:
