@@ -19,6 +19,7 @@ from tedlab.degrees import ParallelDegrees
 from tedlab.models import gpt
 from tedlab.moe.router import Router
 from tedlab.run import build
+from tedlab.spec import Layout
 from tedlab.validate import check, complete
 from tests.certify.runs import composed
 from tests.pool import WorkerPool
@@ -238,6 +239,59 @@ def test_a_folded_layout_stays_folded_when_small(given: ParallelDegrees, small: 
     alike = largest_alike(given, MOST_PROCESSES)
     assert (alike.world_size, alike.tensor, alike.expert, alike.expert_tensor, alike.expert_data) == small
     assert alike.order == given.order
+
+
+BY_NODE = ["moe.dispatch=dropless", "moe.top_k=2", "data.micro_batch_size=1"]
+
+
+def on_nodes(degrees: tuple[int, ...], ranks_per_node: int, *overrides: str) -> TrainConfig:
+    """With one expert in each process; ``degrees``: tensor, expert, processes, and expert_tensor if it is another."""
+    tensor, expert, processes, *expert_tensor = degrees
+    layout = [f"parallel.world_size={processes}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"]
+    layout += [f"parallel.expert_tensor={width}" for width in expert_tensor]
+    sizes = [f"moe.num_experts={expert}", f"model.heads={tensor}", f"model.hidden={16 * tensor}", "model.ffn=120"]
+    nodes = f"comm.ranks_per_node={ranks_per_node}"
+    return composed(*layout, *sizes, *BY_NODE, nodes, f"data.batch_size={processes}", *overrides)
+
+
+ON_SEVERAL_NODES = [  # degrees; ranks per node; and when small: tensor, expert, expert_data, nodes
+    ((4, 8, 64), 8, (2, 4, 2, 2)),
+    ((8, 8, 64), 16, (4, 4, 1, 2)),
+    ((4, 16, 128), 8, (2, 4, 2, 2)),
+    ((8, 4, 64), 16, (2, 4, 2, 2)),
+    ((2, 6, 24), 4, (2, 4, 2, 2)),  # no divisor of 6 would do
+    ((1, 9, 9), 3, (1, 9, 1, 3)),  # three nodes
+]
+OTHERS = [
+    ((2, 32, 64), 64, (2, 8, 1, 1)),  # one node
+    ((2, 32, 64), 2, (2, 8, 1, 8)),  # each process of an expert group is on a node of its own
+    ((8, 32, 64, 1), 8, (4, 8, 2, 2)),  # folded
+]
+
+
+@pytest.mark.parametrize(
+    ("how", "degrees", "ranks_per_node", "small"),
+    [
+        *(("comm.dedup=node", *case) for case in ON_SEVERAL_NODES),
+        *(("comm.hierarchical=true", *case) for case in ON_SEVERAL_NODES + OTHERS),
+    ],
+)
+def test_what_goes_by_way_of_nodes_does_so_when_small(
+    tmp_path: Path, how: str, degrees: tuple[int, ...], ranks_per_node: int, small: tuple[int, ...]
+) -> None:
+    config = shrink(on_nodes(degrees, ranks_per_node, how), tmp_path)
+    alike = check(config, 16)
+    assert config.comm.ranks_per_node is not None
+    nodes = alike.nodes(config.comm.ranks_per_node)
+    assert (alike.tensor, alike.expert, alike.expert_data, nodes) == small
+    assert Layout(alike, config.comm).nodes == (1 if nodes == alike.expert else nodes)
+
+
+def test_a_layout_on_nodes_without_a_small_one_like_it_is_refused_with_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no layout of at most 16 .* an expert degree of 4 or more; certify it"):
+        shrink(on_nodes((3, 4, 24), 6, "comm.hierarchical=true"), tmp_path)
+    directly = shrink(on_nodes((3, 4, 24), 7), tmp_path)  # 7 do not divide, but nothing goes by way of nodes
+    assert (directly.parallel.world_size, directly.comm.ranks_per_node) == (12, 7)
 
 
 def test_a_folded_model_is_valid_when_small(tmp_path: Path) -> None:

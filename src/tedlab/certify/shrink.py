@@ -1,8 +1,9 @@
 """Scales a training configuration down so that a laptop can run it, and derives its one-process reference.
 
-It keeps the layout (up to 16 processes), whether a process has one expert or several (then 3, or 6 if experts form
-groups), routing, clipping, optimizer and schedule, ZeRO, tiles, overlap and every toggle; for fp16, loss scaling with a
-first step that overflows. Biases that balance experts move in steps as large as differences between scores.
+It keeps the layout (up to 16 processes), whether exchanges go by way of nodes, whether a process has one expert or
+several (then 3, or 6 if experts form groups), routing, clipping, optimizer and schedule, ZeRO, tiles, overlap and every
+toggle; for fp16, loss scaling with a first step that overflows. Biases that balance experts move in steps as large as
+differences between scores.
 It reduces layers, widths, sequence, batch, the number of steps, and the sizes of the pieces that a computation is
 divided into, so that there are several pieces and the last is smaller. Sizes are odd where the layout allows, so that
 whatever needs padding is padded here, too. It replaces the precision, and the text with one that contains tokens of
@@ -91,7 +92,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         ValueError: If the degrees do not fit the world size, or no smaller layout is like them.
     """
     given = parallel_degrees(config.parallel)
-    degrees = largest_alike(given, most_processes)
+    degrees = largest_alike(given, most_processes, _places_on_nodes(config, given))
     unlimited = config.moe.unlimited
     # Sharded sequences, or sliced tokens, divide the capacity into groups; the one process must use the same groups.
     in_slices = given.sequence or config.moe.sliced
@@ -264,28 +265,59 @@ def _rotary(model: ModelConfig, length: int) -> RotaryConfig:
     return replace(model.rotary, original_length=None if original is None else min(original, max(1, length // 2)))
 
 
-def _ranks_per_node(config: TrainConfig, given: ParallelDegrees, smaller: ParallelDegrees) -> int | None:
-    """Returns the ranks of a node, two of which each expert group is on if it was on several."""
+def _places_on_nodes(config: TrainConfig, given: ParallelDegrees) -> tuple[int, int] | None:
+    """Returns over how many nodes an expert group is divided and its processes on each; None if nothing depends on it.
+
+    Raises:
+        ValueError: If a group's nodes have unequal parts of it.
+    """
     per_node = ranks_per_node(config)
-    if per_node is None or given.nodes(per_node) == 1 or smaller.expert % 2:
-        return per_node
+    if per_node is None or not config.comm.by_node:
+        return None
+    nodes = given.nodes(per_node)
+    return nodes, given.expert // nodes
+
+
+def _ranks_per_node(config: TrainConfig, given: ParallelDegrees, smaller: ParallelDegrees) -> int | None:
+    """Returns the ranks of a node, for an expert group of the smaller layout to be on nodes as one of the given is."""
+    on_nodes = _places_on_nodes(config, given)
+    if on_nodes is None:
+        return config.comm.ranks_per_node
+    nodes, places = on_nodes
+    if nodes == 1:
+        return smaller.world_size
     group = smaller.groups(0)["expert"]
-    return group[len(group) // 2]
+    per_node = group.step * (1 if places == 1 else smaller.expert // _divisors(smaller.expert)[1])
+    alike = smaller.nodes(per_node)
+    assert alike > 1
+    assert (alike == smaller.expert) == (places == 1)
+    return per_node
 
 
-def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegrees:
+def largest_alike(
+    degrees: ParallelDegrees, most_processes: int, on_nodes: tuple[int, int] | None = None
+) -> ParallelDegrees:
     """Returns the largest layout of at most ``most_processes`` in which every degree divides the given one.
 
     A degree is 1 only if the given one is. A folded layout stays one: of tensor and expert_tensor the larger stays the
-    larger, and where it can be, an expert group holds a tensor group or is inside one if it did or was before.
+    larger, and where it can be, an expert group holds a tensor group or is inside one if it did or was before. Expert
+    groups that exchange by way of several nodes, with several processes on each, can do so afterwards: ``expert`` is
+    then no prime, and may be 4 whatever it was.
+
+    Args:
+        degrees: The given layout.
+        most_processes: The most processes that the layout may have.
+        on_nodes: The number of nodes that an expert group is on and of its processes on each, if it matters.
 
     Raises:
         ValueError: If there is no such layout, as for three large prime degrees.
     """
-    wanted = (degrees.tensor, degrees.expert, degrees.expert_data)
+    by_node = on_nodes is not None and min(on_nodes) > 1
+    experts = [n for n in {*_divisors(degrees.expert), 4} if len(_divisors(n)) > 2] if by_node else None
+    wanted = _divisors(degrees.tensor), experts or _divisors(degrees.expert), _divisors(degrees.expert_data)
     widths = _divisors(degrees.expert_tensor) if degrees.folded else [None]
     fitting = []
-    for (tensor, expert, replicas), width in product(product(*map(_divisors, wanted)), widths):
+    for (tensor, expert, replicas), width in product(product(*wanted), widths):
         width = width or tensor
         world = width * expert * replicas
         if world <= most_processes and world % tensor == 0:
@@ -293,7 +325,13 @@ def largest_alike(degrees: ParallelDegrees, most_processes: int) -> ParallelDegr
             if _traits(layout) == _traits(degrees):
                 fitting.append(layout)
     if not fitting:
-        raise ValueError(f"no layout of at most {most_processes} processes is like {degrees}")
+        sending = ""
+        if by_node:
+            sending = (
+                ", whose expert groups exchange by way of nodes with several processes on each, which takes an expert "
+                "degree of 4 or more; certify it without comm.hierarchical and comm.dedup=node"
+            )
+        raise ValueError(f"no layout of at most {most_processes} processes is like {degrees}{sending}")
 
     def size(layout: ParallelDegrees) -> tuple[object, ...]:
         sizes = layout.tensor, layout.expert, layout.expert_data, layout.expert_tensor
