@@ -29,6 +29,7 @@ from tests.certify.runs import composed, in_pool
 from tests.certify.test_matrix import overrides
 from tests.comm.test_raw import results
 from tests.pool import WorkerPool
+from tests.strategy.test_interleave import check_beside, check_order, compared
 from tests.test_train import assert_close, write_words
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -68,6 +69,25 @@ def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str
     found = certify(config, continuations=["in this layout"])
     assert found.accelerator == "gpu"
     assert found.ok, str(found.culprit)
+
+
+def micro_batches_beside_each_other(config: TrainConfig) -> dict[str, Any]:
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # else sums by atomics differ from run to run
+    found = compared(["stored", "recomputed"], layout=(2, 1, 2), accelerator=config.trainer["accelerator"])
+    ranks: list[Any] = [None] * 2
+    dist.all_gather_object(ranks, found)
+    return {"ranks": ranks}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl_one_pass_computes_while_the_other_exchanges_and_changes_no_bit(tmp_path: Path) -> None:
+    ranks = launch(micro_batches_beside_each_other, composed("trainer=gpu", f"output_dir={tmp_path}"), 2)["ranks"]
+    for rank in ranks:
+        assert [rank[name]["wrong"] for name in ("stored", "recomputed")] == [[], []]
+        check_beside(rank["stored"]["heard"])
+    for name in ("stored", "recomputed"):
+        check_order(ranks, name)
 
 
 class Stops(Callback):

@@ -45,11 +45,19 @@ class BatchContext:
         self._place = torch.tensor([step, micro_batch], dtype=torch.int64).to(self._place.device, non_blocking=True)
 
     def keep(self) -> Callable[[], None]:
-        """Notes the current micro-batch, and returns a function that moves back to it."""
+        """Notes the current micro-batch and torch's generators, and returns a function that moves back to them.
+
+        A module's own dropout draws from these generators, and recomputation sets them back for a while.
+        """
         step, micro_batch, ids, place = self.step, self.micro_batch, self.ids, self._place
+        device, cpu = place.device, torch.get_rng_state()
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
         def restore() -> None:
             self.step, self.micro_batch, self.ids, self._place = step, micro_batch, ids, place
+            torch.set_rng_state(cpu)
+            if gpu is not None:
+                torch.cuda.set_rng_state(gpu, device)
 
         return restore
 

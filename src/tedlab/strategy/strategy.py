@@ -293,13 +293,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._share([*self.model.parameters(), *self.model.buffers()], "broadcast of initial values")
 
     def _share_buffers(self) -> None:
-        """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes.
-
-        A backward pass that is still to come may need them as they are.
-        """
+        """Broadcasts the first process's buffers, as DDP does: batch norm's statistics differ between processes."""
         assert self.model is not None
-        if self._deferred is not None:
-            return
         self._share(self.model.buffers(), "broadcast of buffers")
 
     def _share(self, tensors: Iterable[Tensor], what: str) -> None:
@@ -397,11 +392,18 @@ class TEDStrategy(compat.SubprocessStrategy):
         deferred.finish()
         return result
 
+    def _run_deferred(self) -> None:
+        """Runs the backward pass that waits for the next training step, if there is one, before anything else."""
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            deferred.run_alone(self.topology.context.keep)
+
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Runs Lightning's backward pass; if ``on_after_backward`` reads gradients, they are reduced by then.
 
-        With ``comm.interleave``, that of a micro-batch that is not the last of its step runs in the next training step.
+        With ``comm.interleave``, that of a micro-batch that is not the last of its step runs in the next training step,
+        or before a validation or a checkpoint in between.
         """
         module = self.lightning_module
         assert module is not None
@@ -411,7 +413,7 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         note = partial(self._note_loss, module.trainer.global_step, module.trainer.fit_loop.batch_idx, loss.detach())
-        if self.comm.interleave and not self._last_micro_batch:
+        if self.comm.interleave and not self._last_micro_batch and self.topology.comm.size("expert") > 1:
             scaled = closure_loss.detach()
 
             def finish() -> None:
@@ -419,7 +421,8 @@ class TEDStrategy(compat.SubprocessStrategy):
                 self.post_backward(self.precision_plugin.post_backward(scaled, module))
 
             backward = partial(closure_loss.backward, *args, **kwargs)
-            self._deferred = DeferredBackward(backward, self.topology.context.keep(), finish)
+            modes = {part: part.training for part in module.modules()}
+            self._deferred = DeferredBackward(backward, self.topology.context.keep(), finish, modes)
             return closure_loss
         self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
         note()
@@ -549,6 +552,7 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def on_validation_start(self) -> None:
+        self._run_deferred()
         self._share_buffers()
         trainer = self._trainer
         sanity = trainer.sanity_checking
@@ -640,6 +644,7 @@ class TEDStrategy(compat.SubprocessStrategy):
     def save_checkpoint(self, checkpoint_: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None:
             raise TypeError("TEDStrategy writes a directory through torch.distributed.checkpoint: no storage_options")
+        self._run_deferred()
         self._share_buffers()  # the state refers to these buffers
         self._check_replicas()
         if self.stop_on_nonfinite and self.sharded_optimizers:
@@ -671,7 +676,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self._first_batch |= batch_idx == 0
         self._check_batch(batch, "training", alone=False)
         assert self.model is not None
-        self._share_buffers()
+        if self._deferred is None:  # else its backward pass, still to come, may need the buffers as they are
+            self._share_buffers()
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         self.checkpointing.restore_random_state()  # this late because starting a data loader draws a number
         within = batch_idx % self._trainer.accumulate_grad_batches

@@ -221,6 +221,11 @@ def check_interleaving(config: TrainConfig, micro_batches: int) -> None:
     """
     if not config.comm.interleave:
         return
+    if not config.moe.num_experts:
+        raise ValueError(
+            "comm.interleave=true computes one micro-batch while another is exchanged with experts, but "
+            "moe.num_experts is 0; use comm.interleave=false"
+        )
     if micro_batches < 2:
         raise ValueError(
             "comm.interleave=true runs the backward pass of a micro-batch beside the forward pass of the next of its "
