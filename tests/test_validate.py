@@ -375,6 +375,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.interleave=true", "parallel=ep2", "data.batch_size=8", "data.micro_batch_size=4"],
         ["comm.interleave=true", "a step has 1", "data.batch_size", "comm.interleave=false"],
     ),
+    "micro_batches_beside_each_other_without_experts": (
+        ["comm.interleave=true", "moe=dense", "parallel=tp2", "data.batch_size=16", "data.micro_batch_size=4"],
+        ["comm.interleave=true", "moe.num_experts is 0", "comm.interleave=false"],
+    ),
     "compiled_blocks_beside_each_other": (
         [
             "comm.interleave=true",
@@ -1010,6 +1014,16 @@ def test_how_experts_are_computed_is_no_part_of_the_model_that_a_checkpoint_is_o
 def test_overlap_of_an_exchange_that_there_is_not_is_noted(corpus: Path) -> None:
     (said,) = notes(small(corpus, "comm.chunks=2"))
     assert "comm.chunks does nothing here" in said
+    compiled = ["parallel=ep2", "model.compile=aot_eager", "comm.chunks=2", "comm.overlap_shared=true"]
+    said = notes(small(corpus, *compiled, "moe.shared.experts=1"))
+    assert [note.split(":")[0] for note in said] == [
+        f"comm.{name} hides nothing here" for name in ("overlap_shared", "chunks")
+    ]
+    assert notes(small(corpus, *compiled, "moe.shared.experts=1", "moe.kernel=triton")) == []
+    (said,) = notes(
+        small(corpus, *compiled[:2], "moe.shared.experts=1", "moe.shortcut=pos2", "comm.overlap_shortcut=true")
+    )
+    assert "comm.overlap_shortcut hides nothing here: with model.compile=aot_eager" in said
     assert notes(small(corpus, "comm.chunks=2", "parallel=ep2")) == []
 
 

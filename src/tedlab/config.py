@@ -511,6 +511,12 @@ class TrainConfig(Frozen):
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
 
+    @property
+    def compiles_experts(self) -> bool:
+        """Whether exchanges with experts are inside what is compiled, where nothing can run beside them."""
+        left_out = self.moe.ragged or self.moe.kernel == ExpertKernel.TRITON
+        return self.model.compile != Compiler.NONE and not left_out
+
 
 @dataclass
 class AssumedRouting(Frozen):

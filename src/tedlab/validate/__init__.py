@@ -162,15 +162,7 @@ def notes(config: TrainConfig) -> list[str]:
         if config.moe.num_experts and config.moe.sliced:
             found.append("moe.slice=tokens does nothing here: with parallel.tensor=1 each process has its own tokens.")
     if config.moe.num_experts:
-        found += _folding_notes(config)
-    if config.moe.num_experts and config.parallel.expert == 1:
-        comm = config.comm
-        toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}
-        toggles |= {"comm.chunks": comm.chunks > 1, "comm.interleave": comm.interleave}
-        named = [name for name, on in toggles.items() if on]
-        found += [
-            f"{name} does nothing here: all experts are in one process, so nothing is exchanged." for name in named
-        ]
+        found += _folding_notes(config) + _overlap_notes(config)
     found += node_notes(config, parallel_degrees(config.parallel))
     found += router_notes(config.moe)
     found += attention_notes(config)
@@ -182,6 +174,22 @@ def notes(config: TrainConfig) -> list[str]:
     if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
         found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
     return found
+
+
+def _overlap_notes(config: TrainConfig) -> list[str]:
+    comm = config.comm
+    toggles = {"comm.overlap_shared": comm.overlap_shared, "comm.overlap_shortcut": comm.overlap_shortcut}
+    toggles |= {"comm.chunks": comm.chunks > 1, "comm.interleave": comm.interleave}
+    if config.parallel.expert == 1:
+        why = "does nothing here: all experts are in one process, so nothing is exchanged"
+    elif config.compiles_experts:
+        why = (
+            f"hides nothing here: with model.compile={config.model.compile}, exchanges with experts are inside what is "
+            "compiled, which waits for them at once"
+        )
+    else:
+        return []
+    return [f"{name} {why}." for name, on in toggles.items() if on]
 
 
 def _folding_notes(config: TrainConfig) -> list[str]:

@@ -78,19 +78,24 @@ class Hiding:
         self.form, self.cluster = form, cluster
         self.members: Mapping[GroupKind, Sequence[int]] = form.layout.groups(rank)
 
-    def seconds(self, block: int) -> float:
-        """Returns the seconds that hide in all passes of one micro-batch through the unit at a block."""
+    def seconds(self, block: int, phases: Sequence[Phase] = PHASES) -> float:
+        """Returns the seconds that hide in these passes of one micro-batch through the unit at a block."""
         form, unit = self.form, self.form.spec.units[block]
+        if form.config.compiles_experts:
+            return 0.0
         if not isinstance(unit, ShortcutSpec):
             layer = getattr(unit, "feed_forward", None)
-            return sum(self._in_layer(layer, block, phase) for phase in PHASES) if isinstance(layer, MoESpec) else 0.0
+            return sum(self._in_layer(layer, block, phase) for phase in phases) if isinstance(layer, MoESpec) else 0.0
         if not form.config.comm.overlap_shortcut:
             return 0.0
-        return self.at_slot(block, self._chosen(unit))
+        return self.at_slot(block, self._chosen(unit), phases)
 
-    def at_slot(self, block: int, slot: int) -> float:
-        """Returns the seconds that would hide in all passes if experts computed before the sub-layer of this number."""
-        return sum(self.sides(block, phase).hidden(slot) for phase in PHASES)
+    def at_slot(self, block: int, slot: int, phases: Sequence[Phase] = PHASES) -> float:
+        """Returns the seconds that would hide in these passes if experts computed before the sub-layer of this number.
+
+        That is, where they are not compiled.
+        """
+        return sum(self.sides(block, phase).hidden(slot) for phase in phases)
 
     def best_slot(self) -> int | None:
         """Returns the ``comm.shortcut_slot`` that hides most in a step, or None if experts run beside nothing.
@@ -99,7 +104,7 @@ class Hiding:
         """
         form = self.form
         units = {n: unit for n in form.kinds if isinstance(unit := form.spec.units[n], ShortcutSpec)}
-        if not units or not form.config.comm.overlap_shortcut:
+        if not units or not form.config.comm.overlap_shortcut or form.config.compiles_experts:
             return None
         any_unit = next(iter(units.values()))  # the slots of all have the same meaning
         slots = range(any_unit.beside + 1)
@@ -133,7 +138,7 @@ class Hiding:
             tags = {site.tag for site in chain(*sites) if site.parts > 1 and site.kind == "expert_tensor"}
             inside = [call for call in calls if call.tag in tags]
             computing = sum(seconds(work, self.cluster) for work in works) + sum(map(self._taken, inside))
-            waits = bool(inside) and self._link("expert_tensor") == self._link("expert")
+            waits = bool(inside) and self.shares_link("expert_tensor")
         before = after = 0.0
         if form.config.comm.overlap_shared and layer.shared is not None:
             halves = zip(layer.shared.halves(b, backward), (layer.shared.up, layer.shared.down), strict=True)
@@ -159,7 +164,11 @@ class Hiding:
         total = sum(seconds(work, self.cluster) for work in works)
         sites = layer.sites(b.layout).present(b.layout)
         calls = self.form.calls(sites.backward if backward else sites.forward, "forward", b.rows)
-        return total + sum(self._taken(call) for call in calls if self._link(call.kind) != self._link("expert"))
+        return total + sum(self._taken(call) for call in calls if not self.shares_link(call.kind))
+
+    def shares_link(self, kind: GroupKind) -> bool:
+        """Returns whether the collectives of a kind of group use the same links as exchanges with experts."""
+        return self._link(kind) == self._link("expert")
 
     def _link(self, kind: GroupKind) -> LinkClass:
         return link_of(self.members[kind], self.cluster.gpus_per_node)

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from tedlab.comm import Collective
+from tedlab.comm import Collective, GroupKind
 from tedlab.comm.rows import Rows
 from tedlab.config import Granularity, TrainConfig
 from tedlab.predict.cluster import ClusterConfig
@@ -88,7 +88,7 @@ def estimate(
         )
     form = ClosedForm(config, rows)
     memory, links = Memory(form), _Links(form, cluster, rank)
-    hiding, hidden = Hiding(form, cluster, rank), 0.0
+    hiding, hidden, hidden_backward = Hiding(form, cluster, rank), 0.0, 0.0
     accumulated, ends = memory.accumulated, form.at()
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
@@ -99,6 +99,7 @@ def estimate(
     for first, blocks in form.kinds.items():
         links.add(form.block(first), len(blocks) * accumulated, taken, wire)
         hidden += len(blocks) * accumulated * hiding.seconds(first)
+        hidden_backward += len(blocks) * hiding.seconds(first, ["backward"])
         of_passes, of_backward = _kernels(form, first, cluster)
         passes += len(blocks) * of_passes
         backward += len(blocks) * of_backward
@@ -107,7 +108,11 @@ def estimate(
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
     links.add(form.optimizer_step(), 1, taken, wire)
     if config.optim.overlap:
-        hidden += min(links.reductions, backward + (adding if accumulated > 1 else 0))
+        # The kernels that hide an exchange keep a link busy that way, so they hide no reduction on the same link.
+        beside = backward + (adding if accumulated > 1 else 0)
+        waiting = sum(each for kind, each in links.reductions.items() if hiding.shares_link(kind))
+        others = sum(links.reductions.values()) - waiting
+        hidden += min(others + min(waiting, max(beside - hidden_backward, 0)), beside)
     if hidden:
         taken[HIDDEN] = -hidden
     tokens = config.data.batch_size * config.model.sequence_length
@@ -142,7 +147,7 @@ class _Links:
 
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int) -> None:
         self.cluster, self.members = cluster, form.layout.groups(rank)
-        self.reductions = 0.0
+        self.reductions: defaultdict[GroupKind, float] = defaultdict(float)
 
     def add(
         self,
@@ -157,7 +162,7 @@ class _Links:
             in_step = call.phase == "optimizer"
             taken["gradient sync" if in_step else f"{call.op}, {link_of(members, per_node)}"] += times * alike * once
             if call.tag == "gradients.reduce":
-                self.reductions += alike * once
+                self.reductions[call.kind] += alike * once
             for link, sent in wire_bytes_by_link(call.op, call.payload_bytes, members, per_node).items():
                 wire[link] += times * alike * sent
 
