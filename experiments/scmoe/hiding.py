@@ -40,7 +40,7 @@ class Measured:
     Attributes:
         position: See ``moe.shortcut``.
         exchange_s: Seconds of an exchange on the emulated link.
-        predicted: The share that should hide: of each exchange as much as ran beside it on links without
+        predicted: The share that could hide: of each exchange as much as ran beside it on links without
             delay, in steps in turn with the others.
         waited: The share for which no process waited.
         gained: The share by which a step is shorter than without overlap.
@@ -62,7 +62,7 @@ def main() -> None:
         mp.spawn(rank, (port, folder), PROCESSES)
         found: list[Measured] = torch.load(Path(folder, "found"), weights_only=False)
     write_json(HERE / "hiding.json", {"rows": [vars(one) for one in found]})
-    shown = Table("position", "an exchange, ms", "predicted", "not waited for", "step shorter")
+    shown = Table("position", "an exchange, ms", "could hide", "not waited for", "step shorter")
     for one in found:
         shares = (f"{share:.0%}" for share in (one.predicted, one.waited, one.gained))
         shown.add_row(one.position, f"{1e3 * one.exchange_s:.0f}", *shares)
