@@ -20,6 +20,7 @@ from tedlab.config import TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.models.families.family import essence
 from tedlab.predict.cluster import load_cluster
+from tedlab.predict.volumes import ClosedForm
 from tedlab.validate import check, complete, complete_simulated, notes
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import ranks_per_node
@@ -984,6 +985,17 @@ def test_folding_that_changes_a_toggle_or_leaves_one_without_effect_is_noted(cor
     (said,) = notes(small(corpus, *folded, "moe.slice=tokens", "parallel.expert=4", "parallel.order=expert_data"))
     assert "parallel.order=expert_data does nothing here" in said
     assert "expert 4 × expert_data 1" in said
+
+
+def test_a_folded_layout_may_fuse_whatever_dtd_says_because_it_deals_anyway(corpus: Path) -> None:
+    folded = ["parallel.world_size=4", "parallel.tensor=4", "parallel.expert=2", "parallel.expert_tensor=2"]
+    with_dtd, without = (
+        small(corpus, *folded, "comm.fuse_reduce_scatter=true", f"comm.dtd={dtd}") for dtd in ("true", "false")
+    )
+    calls, same = (list(ClosedForm(complete(config)).micro_batch()) for config in (without, with_dtd))
+    assert calls == same
+    with pytest.raises(UsageError, match=r"comm\.dtd is false"):
+        check(with_values(without, {"parallel.expert": 1, "parallel.expert_tensor": None}))
 
 
 @pytest.mark.parametrize(

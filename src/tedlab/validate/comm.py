@@ -40,7 +40,7 @@ def check_comm(config: TrainConfig, degrees: ParallelDegrees) -> None:
         )
     if model.compile != Compiler.NONE:
         _check_compiled(config)
-    if comm.fuse_reduce_scatter and not comm.dtd:
+    if comm.fuse_reduce_scatter and not (comm.dtd or degrees.folded):
         raise ValueError(
             "comm.fuse_reduce_scatter=true makes one reduce-scatter of the experts' all-reduce and DTD's drop, "
             "but comm.dtd is false; use comm.dtd=true, or comm.fuse_reduce_scatter=false"

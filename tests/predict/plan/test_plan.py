@@ -93,6 +93,18 @@ def test_what_the_command_line_sets_stays() -> None:
     assert {(c.settings["parallel.tensor"], c.settings["optim.tile"]) for c in found.fitting} == {(2, 1_800_000)}
 
 
+@pytest.mark.parametrize("degrees", [Degrees(2, 8), Degrees(4, 8, 1)])
+@pytest.mark.parametrize("preset", ["ted", "ted_fused"])
+def test_a_preset_of_communication_is_found_with_the_recomputation_that_it_needs(preset: str, degrees: Degrees) -> None:
+    given = f"comm={preset}"
+    fixed = [*fixed_by([given]), "data.micro_batch_size", "optim.tile"]
+    config = composed(*GIVEN, "data.micro_batch_size=4", given)
+    (found,) = search(config, SUMMIT, float("inf"), fixed, degrees, beat=1e9).fitting
+    assert (found.settings["comm.cac"], found.settings["comm.dtd"]) == (True, True)
+    assert found.settings["comm.fuse_reduce_scatter"] == (preset == "ted_fused")
+    assert found.settings["model.recompute.granularity"] == "block"
+
+
 @pytest.mark.parametrize("shortcut", ["pos1", "pos3"])
 def test_experts_of_a_shortcut_compute_where_the_step_is_shortest(shortcut: str) -> None:
     pairs = [
@@ -179,14 +191,16 @@ FINE += ["model.sequence_length=1024", "model.vocab_size=512", "moe.num_experts=
 FINE += ["model.recompute.granularity=none", "comm.cac=false", "optim.tile=fused"]
 
 
+FIXED = [name for override in FINE if (name := override.partition("=")[0]) in CHOSEN]
+
+
 def as_simulated(config: TrainConfig, cluster: object, candidate: Candidate) -> Candidate:
     return candidate
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, *overrides: str, fixed: Sequence[str] = ()) -> Plan:
     monkeypatch.setattr(plan_module, "simulated", as_simulated)
-    given = [override.partition("=")[0] for override in FINE] + [*fixed]
-    kept = [name for name in given if name in CHOSEN]
+    kept = [*FIXED, *fixed]
     cluster, workers = load_cluster("dgx_h100"), ThreadPoolExecutor(1)
     return make_plan(composed(*FINE, *overrides), cluster, workers, reserve=0, simulations=2, fixed=kept)
 
@@ -218,6 +232,42 @@ def test_a_folded_layout_that_cannot_win_is_not_searched(monkeypatch: pytest.Mon
     assert search(config, cluster, math.inf, fixed, degrees, whole.fastest * 1.001).fitting
     left_out = search(config, cluster, math.inf, fixed, degrees, whole.fastest)
     assert (left_out.fitting, left_out.slower) == ([], 1)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(4, 8, 1), Degrees(4, 4, 2)])
+def test_slices_that_are_asked_for_are_found_in_folded_layouts(degrees: Degrees) -> None:
+    config = composed(*FINE, "moe.slice=tokens")
+    found = search(config, load_cluster("dgx_h100"), math.inf, [*FIXED, "moe.slice"], degrees, beat=1e9)
+    assert [(c.settings["moe.slice"], c.settings["comm.dtd"]) for c in found.fitting] == [("tokens", False)]
+    assert not found.refused
+    assert not found.slower
+
+
+def test_the_best_layout_that_slices_is_xmoes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, "moe.slice=tokens", fixed=["moe.slice"])
+    assert plan.winner.settings["parallel.expert_tensor"] == 1
+    assert {candidate.settings["moe.slice"] for candidate in plan.found.fitting} == {"tokens"}
+    assert plan.unfolded is not None
+    assert plan.unfolded.step_seconds > plan.winner.step_seconds
+
+
+@pytest.mark.parametrize("degrees", [Degrees(4, 8, 1), Degrees(4, 4, 2)])
+def test_a_folded_layout_without_dtd_deals_like_one_with_it(degrees: Degrees) -> None:
+    config, cluster = composed(*FINE), load_cluster("dgx_h100")
+    asked, free = (search(config, cluster, math.inf, fixed, degrees) for fixed in ([*FIXED, "comm.dtd"], FIXED))
+    assert {candidate.settings["comm.dtd"] for candidate in asked.fitting} == {False}
+    assert {candidate.settings["comm.dtd"] for candidate in free.fitting} == {False, True}
+    assert [candidate.costs for candidate in asked.fitting] == [candidate.costs for candidate in free.fitting]
+
+
+def test_a_folded_layout_is_not_slower_because_its_largest_micro_batch_is_refused() -> None:
+    """A data rank has two samples a step, so two micro-batches, as is given, have one each."""
+    fixed = [name for name in FIXED if name != "data.micro_batch_size"]
+    config = composed(*FINE, "trainer.accumulate_grad_batches=2")
+    found = search(config, load_cluster("dgx_h100"), math.inf, fixed, Degrees(4, 8, 1), beat=1e9)
+    assert {candidate.settings["data.micro_batch_size"] for candidate in found.fitting} == {1}
+    assert found.slower == 0
+    assert sum(found.refused.values()) == len(found.fitting)
 
 
 def test_foldings_are_all_that_multiply_and_divide() -> None:

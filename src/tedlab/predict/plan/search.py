@@ -33,7 +33,7 @@ _DUPLICATES: tuple[Settings, ...] = (
     {"comm.dtd": True, "comm.fuse_reduce_scatter": True, "parallel.sequence": False},
     {"comm.dtd": False, "comm.fuse_reduce_scatter": False, "parallel.sequence": True},
 )
-# Where parallel.sequence stays false, positions may be divided around experts alone.
+# Where parallel.sequence stays false or moe.slice is given, positions are divided around experts alone.
 _SLICED: Settings = {**_DUPLICATES[0], "moe.slice": Slicing.TOKENS.value}
 _TILES: tuple[Settings, ...] = ({"optim.tile": 1_800_000}, {"optim.tile": "fused"})
 TOGGLES = {name for group in (_CHECKPOINTING, (_SLICED,), _TILES) for name in group[0]}
@@ -201,16 +201,18 @@ def search(
     layout = degrees.settings
     try:
         smallest = 1 if "data.micro_batch_size" not in fixed else config.data.micro_batch_size
-        check_simulated(with_values(config, layout | {"data.micro_batch_size": smallest, **_plain(config, fixed)}))
+        _check_degrees(with_values(config, layout | {"data.micro_batch_size": smallest}), degrees, fixed)
         rank = slowest_rank(config.parallel.world_size, degrees.tensor, cluster, degrees.width)
     except UsageError as error:
         found.refused[_reason(error)] += 1
         return found
     found.tensors.add(degrees.tensor)
     micro_batches = _micro_batches(config, degrees, fixed)
-    if beat < math.inf and _quickest(config, cluster, fixed, degrees, micro_batches[-1], rank) >= beat:
-        found.slower = 1
-        return found
+    if beat < math.inf:
+        quickest = _quickest(config, cluster, fixed, degrees, micro_batches[-1], rank)
+        if quickest is not None and quickest >= beat:
+            found.slower = 1
+            return found
     for toggles in _toggles(config, degrees, fixed):
         for n, size in enumerate(micro_batches):
             settings = layout | {"data.micro_batch_size": size} | toggles
@@ -230,24 +232,40 @@ def search(
     return found
 
 
+def _check_degrees(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> None:
+    """Raises what is wrong with the first combination of toggles if all are refused."""
+    refused: UsageError | None = None
+    for toggles in _toggles(config, degrees, fixed):
+        try:
+            check_simulated(with_values(config, toggles))
+            return
+        except UsageError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
+
+
 def _quickest(
     config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], degrees: Degrees, size: int, rank: int
-) -> float:
-    """Returns the fewest seconds of a step with this micro-batch size and as little recomputation as may be."""
-    first, *_ = toggles = list(_toggles(config, degrees, fixed))
-    alike = ("model.recompute.granularity", "comm.cac", "optim.tile")
-    seconds = []
-    for settings in toggles:
-        if any(settings[name] != first[name] for name in alike):
+) -> float | None:
+    """Returns the fewest seconds of a step with this micro-batch size and as little recomputation as may be.
+
+    None if no combination of toggles validates.
+    """
+    seconds, first = [], None
+    for toggles in _toggles(config, degrees, fixed):
+        alike = [toggles[name] for name in ("model.recompute.granularity", "comm.cac", "optim.tile")]
+        if first not in (None, alike):
             continue
-        settings = degrees.settings | {"data.micro_batch_size": size} | settings
+        settings = degrees.settings | {"data.micro_batch_size": size} | toggles
         try:
             checked = complete_simulated(with_values(config, settings), cluster)
         except UsageError:
             continue
+        first = alike
         checked = with_values(checked, _best_slot(checked, cluster, rank))
         seconds.append(evaluated(checked, cluster, settings, rank).step_seconds)
-    return min(seconds, default=math.inf)
+    return min(seconds, default=None)
 
 
 def _best_slot(checked: TrainConfig, cluster: ClusterConfig, rank: int) -> Settings:
@@ -306,19 +324,32 @@ def _toggles(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> Ite
     checkpointing = [c for c in _CHECKPOINTING if communicates or not c["comm.cac"]]
     checkpointing = [c for c in checkpointing if several or c["comm.cac"] != "shard"]
     duplicates = _DUPLICATES if config.moe.num_experts else (_DUPLICATES[0], _DUPLICATES[-1])
-    if degrees.folded and several:  # tokens are dealt anyway; whole experts gather nothing, so there is nothing to fuse
-        duplicates = _DUPLICATES[1 if degrees.width == 1 else 2], _DUPLICATES[-1]
-    if config.moe.num_experts and "parallel.sequence" in fixed and not config.parallel.sequence:
+    kept = {name: value_of(config, name) for name in TOGGLES.intersection(fixed)}
+    if degrees.folded and several:
+        # Tokens are dealt whatever comm.dtd says; whole experts gather nothing, so there is nothing to fuse.
+        dealt = _DUPLICATES[1 if degrees.width == 1 else 2]
+        duplicates = {**dealt, "comm.dtd": kept.get("comm.dtd", True)}, _DUPLICATES[-1]
+    if config.moe.num_experts and kept.get("moe.slice") == Slicing.TOKENS:
+        duplicates = (_SLICED,)
+    elif config.moe.num_experts and kept.get("parallel.sequence") is False:
         duplicates += (_SLICED,)
+    if degrees.folded:  # where fusing may be asked for anyway
+        fused = {name: kept[name] for name in kept if name == "comm.fuse_reduce_scatter"}
+        duplicates = tuple(choice | fused for choice in duplicates)
     adam = str(config.optim.optimizer["_target_"]).endswith(("Adam", "AdamW"))
     tiles = _TILES[degrees.folded :] if adam else _TILES[:1]  # fused takes less time and memory
-    kept = {name: value_of(config, name) for name in TOGGLES.intersection(fixed)}
+    choices = checkpointing, duplicates if several else duplicates[:1], tiles
     seen: list[Settings] = []
-    for parts in product(checkpointing, duplicates if several else duplicates[:1], tiles):
+    for parts in product(*(_agreeing(choice, kept) for choice in choices)):
         settings = {name: value for part in parts for name, value in part.items()} | kept
         if settings not in seen:
             seen.append(settings)
             yield settings
+
+
+def _agreeing(choices: Sequence[Settings], kept: Settings) -> Sequence[Settings]:
+    """Returns the choices that have the kept values; if none has, all, whose values the kept ones then replace."""
+    return [one for one in choices if all(kept.get(name, value) == value for name, value in one.items())] or choices
 
 
 def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], degrees: Degrees) -> int | None:
@@ -334,12 +365,6 @@ def smallest(config: TrainConfig, cluster: ClusterConfig, fixed: Sequence[str], 
             continue
         peaks.append(evaluated(checked, cluster, settings, 0).peak_bytes)
     return min(peaks, default=None)
-
-
-def _plain(config: TrainConfig, fixed: Sequence[str]) -> Settings:
-    """Returns settings without toggles, except fixed ones, which show whether the degrees alone are possible."""
-    plain = _CHECKPOINTING[0] | _DUPLICATES[0]
-    return {name: value_of(config, name) if name in fixed else value for name, value in plain.items()}
 
 
 def _micro_batches(config: TrainConfig, degrees: Degrees, fixed: Sequence[str]) -> list[int]:

@@ -187,7 +187,8 @@ def _row(candidate: Candidate, folded: bool) -> list[str]:
     """Returns a candidate's cells; ``folded``: whether there is a column of the expert_tensor degree."""
     s = candidate.settings
     cac = {False: "", True: " cac", "shard": " cac shard"}.get(s["comm.cac"], " cac list")
-    duplicates = "sequence" if s["parallel.sequence"] else "dtd" if s["comm.dtd"] else ""
+    dealt = s["comm.dtd"] or (candidate.folded and s["parallel.tensor"] > 1)
+    duplicates = "sequence" if s["parallel.sequence"] else "dtd" if dealt else ""
     duplicates = "slice" if s.get("moe.slice") == Slicing.TOKENS else duplicates
     return [
         f"{s['parallel.tensor']}",
