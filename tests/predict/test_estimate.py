@@ -72,12 +72,12 @@ CASES = {
     "pos3_sequence": [*AGAIN, *BESIDE, "moe.shortcut=pos3", "parallel.sequence=true", "moe.shared.combine=cg2"],
     "pos2_overlapped": [*HALF, *BESIDE, "moe.shortcut=pos2", "comm.overlap_shortcut=true"],
     "pos3_overlapped": [
-        *AGAIN,
-        *BESIDE,
-        "comm=dtd",
-        "moe.shortcut=pos3",
-        "comm.overlap_shortcut=true",
-        "optim.overlap=true",
+        *(*AGAIN, *BESIDE, "comm=dtd"),
+        *("moe.shortcut=pos3", "comm.overlap_shortcut=true", "optim.overlap=true"),
+    ],
+    "reductions_yield": [
+        *(*ALONE, *BESIDE, "parallel.expert=16", "data.batch_size=512"),
+        *("moe.shortcut=pos3", "comm.overlap_shortcut=true", "optim.overlap=true"),
     ],
     "shared_overlapped": [*HALF, *BESIDE, "comm.overlap_shared=true", "moe.shared.combine=cg1"],
     "chunked": [*AGAIN, "comm=dtd", "comm.chunks=2", "data.micro_batch_size=8"],
