@@ -157,6 +157,9 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
         table.add_column(heading)
     for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB out"):
         table.add_column(heading, justify="right")
+    if folded:  # lines stay within 120 columns
+        for column in table.columns:
+            column.header = str(column.header).replace(" ", "\n")
     for candidate in plan.simulated:
         table.add_row(*_row(candidate, folded), style="bold" if candidate is plan.winner else None)
     table.add_section()
