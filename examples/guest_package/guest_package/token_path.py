@@ -48,5 +48,6 @@ class PlainRows(RowExperts):
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        self.path = RaggedPath(spec.num_experts, topology.comm, 1, self.widths, chunks=topology.layout.chunks)
+        layout = PlainSpec(spec.hidden, spec.config).obeyed(topology.layout)
+        self.path = RaggedPath(spec.num_experts, topology, self.widths, chunks=layout.chunks, layout=layout)
         self.region = ReplicatedRows(topology.comm)

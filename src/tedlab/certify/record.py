@@ -53,12 +53,12 @@ def record_reference_of_overflow(config: TrainConfig) -> dict[str, Any]:
 
 
 def _recorded(config: TrainConfig, recorder: "CertificateRecorder") -> dict[str, Any]:
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)  # callbacks write there, too
     trainer, module, data = build(config, [recorder], logged=False)
     trainer.fit(module, data, ckpt_path=config.ckpt_path)
     everybody: list[Any] | None = [None] * trainer.world_size if trainer.is_global_zero else None
     dist.gather_object(packed(recorder.parts), everybody)
     if everybody is not None:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         write(assembled([unpacked(*each) for each in everybody]), Path(config.output_dir, FILE))
     return {}
 

@@ -64,6 +64,7 @@ from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.lending import Loans, Policy, by_slot, loans_of, runs_of, slots_of
 from tedlab.moe.router import Routing
+from tedlab.spec import Layout
 from tedlab.topology import Topology
 
 
@@ -169,6 +170,7 @@ class RaggedPath:
         policy: Plans who computes which rows, see ``moe/lending``; None: the home of their expert.
         packed: Whether the device decides how many rows there are, see ``packed.py``; otherwise one for each choice.
         chunks: The number of chunks in which rows travel; :meth:`dispatch` and :meth:`combine` need 1.
+        layout: The layout as the path obeys its toggles; None: the topology's.
 
     Raises:
         ValueError: If there is a policy, and several chunks or a folded layout.
@@ -183,10 +185,11 @@ class RaggedPath:
         policy: Policy | None = None,
         packed: bool = False,
         chunks: int = 1,
+        layout: Layout | None = None,
     ) -> None:
         if policy is not None and chunks > 1:
             raise ValueError(f"comm.chunks={chunks} divides rows before a plan that lends experts could: use 1")
-        layout = topology.layout
+        layout = layout or topology.layout
         if layout.degrees.folded and policy is not None:
             raise ValueError("a folded layout (expert_tensor ≠ tensor) lends no experts: tensor ranks list other rows")
         self.comm, self.num_experts, self.widths = topology.comm, num_experts, widths
