@@ -114,10 +114,9 @@ def test_every_choice_comes_back_from_its_expert_in_every_world(
         assert not wrong, "\n".join(wrong)
 
 
-def order_of_events(dtd: bool) -> list[str]:
-    """What two processes do on the way to experts."""
-    degrees = ParallelDegrees(2, 2, 1) if dtd else ParallelDegrees(2, 1, 2)
-    topology, events = Topology(degrees, options=CommOptions(dtd=dtd)), []
+def heard(topology: Topology) -> list[str]:
+    """The list to which the host's reads and the starts of collectives add themselves from now on."""
+    events: list[str] = []
     start = topology.comm.reader
 
     def reader(values: Tensor) -> Any:
@@ -127,6 +126,14 @@ def order_of_events(dtd: bool) -> list[str]:
 
     topology.comm.reader = reader
     topology.comm.register_hook(lambda call, event: events.append(call.tag) if event == "start" else None)
+    return events
+
+
+def order_of_events(dtd: bool) -> list[str]:
+    """What two processes do on the way to experts."""
+    degrees = ParallelDegrees(2, 2, 1) if dtd else ParallelDegrees(2, 1, 2)
+    topology = Topology(degrees, options=CommOptions(dtd=dtd))
+    events = heard(topology)
     x, gates, experts = problem(0, 1, "uniform")
     path, _ = ragged_path(EXPERTS, (HIDDEN, HIDDEN), topology)
     with pytest.MonkeyPatch.context() as patch:
@@ -215,16 +222,8 @@ def test_pilots_give_what_rows_give_and_are_fewer(pool: WorkerPool, world_size: 
 
 def events_of_pilots() -> list[str]:
     """What two processes do on the way to experts."""
-    topology, events = Topology(ParallelDegrees(2, 1, 2)), []
-    start = topology.comm.reader
-
-    def reader(values: Tensor) -> Any:
-        events.append("asked")
-        read = start(values)
-        return lambda: (events.append("read"), read())[1]
-
-    topology.comm.reader = reader
-    topology.comm.register_hook(lambda call, event: events.append(call.tag) if event == "start" else None)
+    topology = Topology(ParallelDegrees(2, 1, 2))
+    events = heard(topology)
     x, gates, experts = problem(0, 2, "uniform")
     layer = layer_of("rank", topology, "gelu")
     with pytest.MonkeyPatch.context() as patch:
