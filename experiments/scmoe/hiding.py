@@ -5,7 +5,6 @@ import socket
 import statistics
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,16 +20,19 @@ from experiments.paper import write_json
 from tedlab import ParallelDegrees, Topology
 from tedlab.comm import Collective
 from tedlab.config import CommOptions, ModelConfig, MoEConfig, SharedConfig
-from tedlab.models import GPT
+from tedlab.models import GPT, GPTSpec
+from tedlab.models.shortcut import ShortcutSpec
 from tedlab.predict.cluster import Link, load_cluster
 from tedlab.predict.emulate import Emulation
+from tedlab.predict.estimate.hiding import Sides
 
 HERE = Path(__file__).parent
-PROCESSES, STEPS, WARM, PROBED = 2, 9, 1, 4
+PROCESSES, STEPS, WARM, PROBED = 2, 13, 1, 4
 TIMES = (0.5, 1.0, 2.0)  # an exchange's seconds, as multiples of what runs beside one
 MODEL = ModelConfig(2, 256, 4, 1024, 128, vocab_size=512)
 MOE = MoEConfig(4, every=2, ffn=1024, shared=SharedConfig(1))
 SAMPLES = 10
+EXCHANGES = 4  # of a step: there and back, forward and backward
 
 
 @dataclass
@@ -40,10 +42,10 @@ class Measured:
     Attributes:
         position: See ``moe.shortcut``.
         exchange_s: Seconds of an exchange on the emulated link.
-        predicted: The share that could hide: of each exchange as much as ran beside it on links without
-            delay, in steps in turn with the others.
+        predicted: The share that should hide by the closed form, from the seconds of sub-layers that run alone.
         waited: The share for which no process waited.
         gained: The share by which a step is shorter than without overlap.
+        spread: The first and the third quartile of that, among steps.
     """
 
     position: str
@@ -51,6 +53,7 @@ class Measured:
     predicted: float
     waited: float
     gained: float
+    spread: tuple[float, float]
 
 
 def main() -> None:
@@ -62,10 +65,10 @@ def main() -> None:
         mp.spawn(rank, (port, folder), PROCESSES)
         found: list[Measured] = torch.load(Path(folder, "found"), weights_only=False)
     write_json(HERE / "hiding.json", {"rows": [vars(one) for one in found]})
-    shown = Table("position", "an exchange, ms", "could hide", "not waited for", "step shorter")
+    shown = Table("position", "an exchange, ms", "predicted", "not waited for", "step shorter", "half of the steps")
     for one in found:
         shares = (f"{share:.0%}" for share in (one.predicted, one.waited, one.gained))
-        shown.add_row(one.position, f"{1e3 * one.exchange_s:.0f}", *shares)
+        shown.add_row(one.position, f"{1e3 * one.exchange_s:.0f}", *shares, "{:.0%} to {:.0%}".format(*one.spread))
     Console().print(shown)
 
 
@@ -90,41 +93,82 @@ def measured(position: str) -> list[Measured]:
         model = GPT(MODEL, moe, topology, seed=0)
         steps[on], hooks[on] = stepping(model, topology), Switch()
         topology.comm.register_hook(hooks[on])
-    clock = hooks[True].now = Clock()
-    for _ in range(WARM + PROBED):
-        steps[True]()
-    typical = statistics.mean(statistics.median(beside) for beside in zip(*clock.of_steps()[WARM:], strict=True))
-    return [compared(position, steps, hooks, times * typical) for times in TIMES]
+        steps[on]()
+    alone = Alone(model, moe)
+    typical = statistics.mean(sum(sides.beside) / 2 for _ in range(PROBED) for sides in alone.sides(0.0))
+    return [compared(position, steps, hooks, alone, times * typical) for times in TIMES]
 
 
 def compared(
-    position: str, steps: dict[bool, Callable[[], None]], hooks: dict[bool, "Switch"], link: float
+    position: str, steps: dict[bool, Callable[[], None]], hooks: dict[bool, "Switch"], alone: "Alone", link: float
 ) -> Measured:
-    """Measures steps whose exchanges take so many seconds each, in turns with those of links without delay.
+    """Measures steps whose exchanges take so many seconds each, in turns with sub-layers that run alone.
 
-    What else the machine does is then in all three kinds of step alike.
+    What else the machine does is then alike for all.
     """
     seconds = torch.tensor(link)
     dist.all_reduce(seconds)  # the processes agree on it
     each = float(seconds) / PROCESSES
     cluster = replace(load_cluster("one_h200"), gpus_per_node=PROCESSES, in_node=Link(1e30, each))
     groups = ParallelDegrees(PROCESSES, expert=PROCESSES).groups(dist.get_rank())
-    clock, waits, delay = Clock(), Waits(Emulation(cluster, groups)), Emulation(cluster, groups)
-    kinds: tuple[tuple[bool, Any], ...] = ((True, clock), (False, delay), (True, waits))
-    taken: defaultdict[Any, list[float]] = defaultdict(list)
+    waits = Waits(Emulation(cluster, groups))
+    hooks[False].now, hooks[True].now = Emulation(cluster, groups), waits
+    taken: dict[bool, list[float]] = {False: [], True: []}
+    hidden = []
     for _ in range(WARM + STEPS):
-        for on, hook in kinds:
-            hooks[on].now = hook
+        dist.barrier()
+        hidden.append(sum(sides.hidden(alone.slot) for sides in alone.sides(each)))
+        for on, step in steps.items():
             dist.barrier()
             begin = time.perf_counter()
-            steps[on]()
-            taken[hook].append(time.perf_counter() - begin)
-    beside = clock.of_steps()[WARM:]
-    total = each * len(beside[0])
-    predicted = statistics.median(sum(min(each, other) for other in of_step) for of_step in beside)
-    gained = statistics.median(off - on for off, on in zip(taken[delay][WARM:], taken[waits][WARM:], strict=True))
-    waited = statistics.median(waits.of_steps(WARM + STEPS)[WARM:])
-    return Measured(position, each, predicted / total, 1 - waited / total, gained / total)
+            step()
+            taken[on].append(time.perf_counter() - begin)
+    assert len(waits.found) == EXCHANGES * (WARM + STEPS)  # in the steps, and none in sub-layers alone
+    total = EXCHANGES * each
+    gains = [(off - on) / total for off, on in zip(taken[False][WARM:], taken[True][WARM:], strict=True)]
+    first, gained, third = statistics.quantiles(gains, n=4)
+    predicted = statistics.median(hidden[WARM:]) / total
+    waited = statistics.median(waits.of_steps(WARM + STEPS)[WARM:]) / total
+    return Measured(position, each, predicted, 1 - waited, gained, (first, third))
+
+
+class Alone:
+    """The sub-layers beside a model's exchanges, run by themselves: nothing is exchanged, and no experts compute.
+
+    Args:
+        model: A model whose last unit has a shortcut.
+        moe: The configuration of its experts.
+
+    Attributes:
+        slot: The number of the sub-layer beside the exchanges before which experts compute.
+    """
+
+    def __init__(self, model: GPT, moe: MoEConfig) -> None:
+        unit = GPTSpec(MODEL, moe).units[-1]
+        assert isinstance(unit, ShortcutSpec)
+        reads = len(unit.sublayers) - unit.beside
+        self.slot = unit.slot(CommOptions(overlap_shortcut=True), MODEL.sequence_length) - reads
+        layers: list[Any] = []
+        blocks: list[Any] = list(model.blocks)[-len(unit.blocks) :]
+        last = blocks[-1]
+        for block in blocks:
+            layers += [(block.norm1, block.attention), (block.norm2, block.feed_forward)]
+        layers[-1] = last.norm2, lambda x: last.feed_forward.shared.beside(x)[0]
+        self.layers = layers[reads:]
+        self.x_BSH = torch.randn(SAMPLES, MODEL.sequence_length, MODEL.hidden)
+
+    def sides(self, exchange: float) -> tuple[Sides, Sides]:
+        """Runs each once, and returns the forward and the backward pass with exchanges of so many seconds."""
+        there, back = [], []
+        for norm, layer in self.layers:
+            x_BSH = self.x_BSH.clone().requires_grad_()
+            begin = time.perf_counter()
+            y_BSH = layer(norm(x_BSH))
+            between = time.perf_counter()
+            y_BSH.backward(self.x_BSH)
+            there.append(between - begin)
+            back.append(time.perf_counter() - between)
+        return Sides(exchange, exchange, there), Sides(exchange, exchange, back)
 
 
 class Switch:
@@ -167,27 +211,6 @@ class Waits:
         """Returns the seconds waited in each of so many equal steps."""
         each = len(self.found) // steps
         return [sum(self.found[start : start + each]) for start in range(0, len(self.found), each)]
-
-
-class Clock:
-    """A hook that measures what runs between the start and the end of each exchange of a step."""
-
-    def __init__(self) -> None:
-        self.began: dict[tuple[str, str], float] = {}
-        self.found: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-
-    def __call__(self, call: Collective, event: Literal["start", "end"]) -> None:
-        if call.op != "all_to_all":
-            return
-        key = call.tag, call.phase
-        if event == "start":
-            self.began[key] = time.perf_counter()
-        else:
-            self.found[key].append(time.perf_counter() - self.began[key])
-
-    def of_steps(self) -> list[tuple[float, ...]]:
-        """Returns the seconds beside each exchange, step by step."""
-        return list(zip(*self.found.values(), strict=True))
 
 
 if __name__ == "__main__":
