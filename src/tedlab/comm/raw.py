@@ -1,7 +1,8 @@
 """Launches torch's collectives in one of two ways: as functional collectives, or in place.
 
 A launch returns a function that waits for the result, which is a new tensor or the one to be filled. Inputs do not
-change. The functional way is the default; gloo on CUDA tensors crashes with it (torch 2.11) and gets the other.
+change. CUDA tensors are exchanged in place: with functional collectives the host takes several times as long to launch
+one (0.5 ms under NCCL on a machine where a layer takes 7), and gloo crashes with them (torch 2.11). All else is functional.
 """
 
 from collections.abc import Callable
@@ -49,9 +50,10 @@ class Way(Protocol):
 
 def way_of(x: Tensor, group: ProcessGroup) -> Way:
     """Returns the way that is safe for this tensor in this group."""
-    if x.is_cuda and dist.get_backend(group) == "gloo":
+    backend = dist.get_backend(group)
+    if x.is_cuda and backend in ("gloo", "nccl"):
         return _IN_PLACE
-    return ways.get(dist.get_backend(group), _FUNCTIONAL) if ways else _FUNCTIONAL
+    return ways.get(backend, _FUNCTIONAL)
 
 
 class Functional:

@@ -13,7 +13,9 @@ from torch import Tensor
 from tedlab.comm import Collectives, GroupKind, Issued, Splits, issue_all_to_all, once
 from tedlab.comm.differentiable import all_to_all
 from tedlab.moe.gather import gather_rows, sum_rows
-from tedlab.moe.slots import histogram, sort_choices
+from tedlab.moe.index_ops import inverse
+from tedlab.moe.products import index_functions
+from tedlab.moe.slots import sort_choices
 
 _NAMES: dict[GroupKind, tuple[str, str]] = {  # of rows, and after those of all else
     "expert": ("all_to_all", ""),
@@ -27,33 +29,32 @@ class Numbered(NamedTuple):
 
     Attributes:
         expert_TK: The expert of each; -1: there is none.
-        process_TK: Its process, which for -1 is one after the last.
-        same_TKK: Whether two choices of a token are in the same process.
+        experts: Number of experts of a process.
         number_TK: The number of each; that with number 0 stands for the pilot.
+        upto_sT: (processes, T) how many of the tokens up to each send a pilot to each process.
         pilots_s: (processes,) the number of pilots that go to each.
     """
 
     expert_TK: Tensor
-    process_TK: Tensor
-    same_TKK: Tensor
+    experts: int
     number_TK: Tensor
+    upto_sT: Tensor
     pilots_s: Tensor
 
 
-def number_choices(expert_TK: Tensor, num_experts: int, processes: int) -> Numbered:
+def number_choices(expert_TK: Tensor, num_experts: int, processes: int, kernel: str = "torch") -> Numbered:
     """Numbers the choices of each token by process, and counts their pilots, which takes no sorting.
 
     Args:
         expert_TK: (T, K) int64, the chosen experts; -1: none.
         num_experts: Number of experts.
         processes: Number of processes that divide them evenly.
+        kernel: See ``moe.kernel``.
     """
-    process_TK = expert_TK.div(num_experts // processes, rounding_mode="floor")
-    process_TK = process_TK.masked_fill(expert_TK < 0, processes)
-    same_TKK = process_TK.unsqueeze(2) == process_TK.unsqueeze(1)
-    number_TK = same_TKK.tril(-1).sum(2)
-    pilots_s = histogram(process_TK.flatten(), processes + 1, (number_TK == 0).flatten())[:processes]
-    return Numbered(expert_TK, process_TK, same_TKK, number_TK, pilots_s)
+    experts = num_experts // processes
+    number_TK, upto_sT = index_functions(kernel, expert_TK.device).number(expert_TK, experts, processes)
+    pilots_s = upto_sT[:, -1] if len(expert_TK) else upto_sT.new_zeros(processes)
+    return Numbered(expert_TK, experts, number_TK, upto_sT, pilots_s)
 
 
 @dataclass(frozen=True)
@@ -89,31 +90,19 @@ def list_choices(expert_TK: Tensor, num_experts: int, number: int) -> tuple[Tens
     return place_TK.masked_fill(missing_TK, -1), choice[:number]
 
 
-def list_pilots(numbered: Numbered, most: int, listing: tuple[Tensor, Tensor]) -> Sent:
+def list_pilots(numbered: Numbered, most: int, listing: tuple[Tensor, Tensor], kernel: str = "torch") -> Sent:
     """Lists the pilots of tokens by process and then by token, and their choices by expert and then by token.
 
     Args:
         numbered: The choices.
         most: W, as in the legend.
         listing: The choices as :func:`list_choices` or the router lists them.
+        kernel: See ``moe.kernel``.
     """
-    _, process_TK, same_TKK, number_TK, pilots_s = numbered
-    processes = len(pilots_s)
-    first_TK = (number_TK == 0) & (process_TK < processes)
-    first_place_TK, choices, _ = sort_choices(process_TK.masked_fill(~first_TK, processes), processes + 1)
-    pilot_TK = first_place_TK.masked_fill(~first_TK, -1)
-    pilot_of_TK = torch.where(same_TKK, pilot_TK.unsqueeze(1), -1).amax(2)
-    start_s = torch.cat((pilots_s.new_zeros(1), pilots_s.cumsum(0)))
+    expert_TK, experts, number_TK, upto_sT, _ = numbered
+    pilots = index_functions(kernel, expert_TK.device).pilots(expert_TK, number_TK, upto_sT, experts, most)
     place_TK, choice_R = listing
-    # A router without a finite score repeats an expert; losses end such a run, which must get that far.
-    code_TK = (pilot_of_TK - start_s[process_TK]) * most + number_TK.clamp(max=most - 1)
-    return Sent(
-        token_R=choices.div(process_TK.shape[1], rounding_mode="floor"),
-        pilot_TK=pilot_TK,
-        choice_R=choice_R,
-        place_TK=place_TK,
-        code_R=code_TK.flatten()[choice_R],
-    )
+    return Sent(pilots.token_R, pilots.pilot_TK, choice_R, place_TK, pilots.code_TK.flatten()[choice_R])
 
 
 @dataclass(frozen=True)
@@ -202,11 +191,6 @@ class Step:
         tag = f"dispatch.choices{self.suffix}"
         code_q = self.comm.all_to_all(code_R, self.kind, tag=tag, phase="forward", splits=told.choices)
         # A sender counts the pilots that it sends here from 0; they lie behind those of the senders before it.
-        before_s = told.pilots_s.cumsum(0) - told.pilots_s
-        return code_q + self.most * before_s.repeat_interleave(told.choices_se.sum(1), output_size=len(code_q))
-
-
-def inverse(index: Tensor, size: int) -> Tensor:
-    """Returns where each number from 0 to ``size`` - 1 stands in ``index``, -1 if nowhere; -1 in it means nothing."""
-    at = torch.full((size + 1,), -1, dtype=torch.int64, device=index.device)  # the last one is cut off
-    return at.scatter_(0, index.masked_fill(index < 0, size), torch.arange(len(index), device=index.device))[:size]
+        index = index_functions(self.kernel, code_q.device)
+        moved: Tensor = index.moved_on(code_q, told.pilots_s, told.choices_se, self.most)
+        return moved

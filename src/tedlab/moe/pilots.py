@@ -58,12 +58,11 @@ from tedlab.moe.pilot_steps import (
     Numbered,
     Step,
     Told,
-    inverse,
     list_choices,
     list_pilots,
     number_choices,
 )
-from tedlab.moe.products import Order
+from tedlab.moe.products import Order, index_functions
 from tedlab.moe.ragged import Exchange, arrange, of_all
 from tedlab.moe.router import Routing
 from tedlab.moe.slots import histogram
@@ -116,13 +115,13 @@ class PilotExperts(TokenExperts):
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[tuple[Arrived, Plan]]]:
         x, gate_TK, expert_TK = self._enter(to_compute_dtype(x_TH), routing)
-        numbered = number_choices(expert_TK, self.num_experts, self.steps[0].processes)
+        numbered = number_choices(expert_TK, self.num_experts, self.steps[0].processes, self.kernel)
         planned = once("dispatch.counts", lambda: functools.cache(self._start(numbered)))
         # Only exchanges and the copy of tokens need what the host waits for.
         listing = routing.slot_TK, routing.choice_EC
         if self.dealing:
             listing = list_choices(expert_TK, self.num_experts, expert_TK.numel())
-        sent = list_pilots(numbered, self.steps[0].most, listing)
+        sent = list_pilots(numbered, self.steps[0].most, listing, self.kernel)
         gate_R1 = gather_rows(gate_TK.reshape(-1, 1), sent.choice_R, sent.place_TK.reshape(-1, 1))
         plan = planned()
         there = self.steps[0].send(x, gate_R1, sent, plan.steps[0])
@@ -140,8 +139,9 @@ class PilotExperts(TokenExperts):
         """Sends pilots that came from other nodes, or this one, to the processes of this node."""
         step, local = self.steps[1], self.num_experts // self.nodes
         expert_pW, at_pW = arrived.choices(self.steps[0].most)
-        numbered = number_choices(expert_pW, local, step.processes)
-        sent = list_pilots(numbered, step.most, list_choices(expert_pW, local, len(arrived.code_q)))
+        numbered = number_choices(expert_pW, local, step.processes, self.kernel)
+        listing = list_choices(expert_pW, local, len(arrived.code_q))
+        sent = list_pilots(numbered, step.most, listing, self.kernel)
         from_R, to_q = at_pW.flatten()[sent.choice_R], sent.place_TK.flatten()[arrived.code_q]
         gate_R1 = gather_rows(arrived.gate_q1, from_R, to_q.unsqueeze(1))
         return step.send(arrived.x_pH, gate_R1, sent, plan.steps[1]).wait()
@@ -214,7 +214,7 @@ class PilotExperts(TokenExperts):
         """
         comm, nodes, (processes, experts) = self.comm, self.nodes, counts_se.shape
         local = processes // nodes
-        of_processes = number_choices(numbered.expert_TK, self.num_experts, processes).pilots_s
+        of_processes = number_choices(numbered.expert_TK, self.num_experts, processes, self.kernel).pilots_s
         sent_nx = torch.cat((counts_se, of_processes.unsqueeze(1)), 1).view(nodes, -1)
         sent_nx = torch.cat((sent_nx, numbered.pilots_s.unsqueeze(1)), 1)
         tag = "dispatch.counts_between_nodes"
@@ -303,9 +303,6 @@ def order_of(choices: Exchange, code_iq: Tensor, places: int, most: int) -> tupl
         there is none.
     """
     arrangement = arrange(choices)
-    groups = arrangement.groups
-    choice_N = code_iq if arrangement.row_N is None else code_iq[arrangement.row_N]
-    row_pW = inverse(choice_N, places * most).view(-1, most)
-    expert_pW = torch.zeros_like(row_pW).flatten().scatter_(0, choice_N, groups.expert_N).view_as(row_pW)
-    order = Order(choice_N.div(most, rounding_mode="floor"), choice_N, row_pW, expert_pW, groups)
-    return order, inverse(code_iq, places * most).view(-1, most)
+    groups, index = arrangement.groups, index_functions(choices.kernel, code_iq.device)
+    codes = index.codes(code_iq, arrangement.row_N, groups.expert_N, places, most)
+    return Order(codes.token_N, codes.choice_N, codes.row_pW, codes.expert_pW, groups), codes.at_pW

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tedlab.moe import row_ops
+from tedlab.moe import index_ops, row_ops
 from tedlab.moe.grouped import Groups, times, transposed_times
 from tedlab.nn import Nonlinearity
 
@@ -157,6 +157,20 @@ def row_functions(kernel: str, x: Tensor) -> Any:
     if kernel == "triton":
         _warn_once(f"moe.kernel=triton is not used here: {reason}")
     return row_ops
+
+
+def index_functions(kernel: str, device: torch.device) -> Any:
+    """Chooses what makes lists of indices: the functions of ``index_kernels.py`` on a GPU, of ``index_ops.py`` elsewhere.
+
+    Args:
+        kernel: See :func:`row_functions`. Both return the same numbers.
+        device: Where they are.
+    """
+    if kernel == "torch" or unfit(torch.float32, device) is not None:
+        return index_ops
+    from tedlab.moe import index_kernels
+
+    return index_kernels
 
 
 def unfit(dtype: torch.dtype, device: torch.device) -> str | None:

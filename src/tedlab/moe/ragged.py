@@ -63,6 +63,7 @@ from tedlab.moe.chunks import by_chunk
 from tedlab.moe.gather import gather_rows, grown, merge_choices, spread_choices
 from tedlab.moe.grouped import Groups, one_kernel
 from tedlab.moe.lending import Loans, Policy, by_slot, loans_of, runs_of, slots_of
+from tedlab.moe.products import index_functions
 from tedlab.moe.router import Routing
 from tedlab.spec import Layout
 from tedlab.topology import Topology
@@ -439,21 +440,13 @@ class Arrangement(NamedTuple):
 
 def arrange(exchange: Exchange) -> Arrangement:
     """Sorts by expert, then by sender, then by receiver, without waiting for the device."""
-    counts_ise, width, total = exchange.counts_ise, exchange.width, exchange.total
-    device, (ranks, senders, experts) = counts_ise.device, counts_ise.shape
-    counts_e = counts_ise.sum((0, 1))
-    expert_N = torch.arange(experts, device=device).repeat_interleave(counts_e, output_size=total)
-    groups = Groups(expert_N, counts_e.cumsum(0).int(), exchange.sizes)
-    if ranks == 1 and 1 in (senders, experts):
-        return Arrangement(None, None, groups, exchange.kernel)
-    runs = counts_ise.flatten(1)  # of each receiver, in the order of arrival
-    starts = runs.cumsum(1) - runs + width * torch.arange(ranks, device=device).unsqueeze(1)
-    sizes, starts = (t.view(counts_ise.shape).permute(2, 1, 0).flatten() for t in (runs, starts))
-    shift = starts - (sizes.cumsum(0) - sizes)
-    place = torch.arange(total, device=device)
-    row_N = shift.repeat_interleave(sizes, output_size=total) + place
-    place_iM = torch.full((ranks * width,), -1, device=device).scatter_(0, row_N, place)
-    return Arrangement(row_N, place_iM, groups, exchange.kernel)
+    counts_ise = exchange.counts_ise
+    ranks, senders, experts = counts_ise.shape
+    alike = ranks == 1 and 1 in (senders, experts)
+    index = index_functions(exchange.kernel, counts_ise.device)
+    runs = index.runs(counts_ise, exchange.width, exchange.total, not alike)
+    groups = Groups(runs.expert_N, runs.ends_e, exchange.sizes)
+    return Arrangement(runs.row_N, runs.place_iM, groups, exchange.kernel)
 
 
 class RowRegion(Protocol):
