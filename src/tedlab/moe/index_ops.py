@@ -1,8 +1,8 @@
 """The lists of indices around exchanges without a capacity, in plain torch; GPUs use ``index_kernels.py``.
 
-A list has as many numbers as there are rows or choices, and comes from a few counts that are on the device. Nothing here
-waits for it. On a GPU the host would need longer to launch the small operations of this file than the device to run
-them, and for a whole layer longer than the device needs for the layer. Legend as in ``ragged.py`` and ``pilots.py``.
+A list has as many numbers as there are rows or choices, and comes from a few counts that are on the device, for which
+nothing here waits. On a GPU the host would need longer to launch the small operations of this file than the device to
+run them, and then for a whole layer longer than the device. Legend as in ``ragged.py`` and ``pilots.py``.
 """
 
 from typing import NamedTuple

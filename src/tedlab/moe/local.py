@@ -28,7 +28,7 @@ from tedlab.comm.rows import Rows
 from tedlab.moe.experts import Experts, ExpertsSpec
 from tedlab.moe.gather import chosen_experts
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
-from tedlab.moe.products import Order, Products, products
+from tedlab.moe.products import Order, Products, index_functions, products
 from tedlab.moe.router import Routing
 from tedlab.moe.slots import sort_choices
 from tedlab.topology import Topology
@@ -103,11 +103,12 @@ class LocalExperts(TokenExperts):
             gate_TK = copy_to(gate_TK, comm, "expert_tensor", "experts.copy_gates")
         # If products need the numbers of rows, the host waits for the device, except in recomputation.
         sizes = None if one_kernel(x_TH, *self.widths) else once("experts.sizes", lambda: tuple(comm.reader(load)()))
-        each = torch.arange(len(load), device=load.device)
-        expert_N = each.repeat_interleave(load, output_size=places.numel())
+        runs = index_functions(self.kernel, load.device).runs(
+            load.view(1, 1, -1), places.numel(), places.numel(), False
+        )
         token_N = choice_N.div(places.shape[1], rounding_mode="floor")
-        groups = Groups(expert_N, load.cumsum(0).int(), sizes)
-        return x_TH, gate_TK, Order(token_N, choice_N, places, expert_N[places], groups)
+        groups = Groups(runs.expert_N, runs.ends_e, sizes)
+        return x_TH, gate_TK, Order(token_N, choice_N, places, runs.expert_N[places], groups)
 
 
 def _flat(bias_e1F: Tensor | None) -> Tensor | None:
