@@ -13,13 +13,8 @@ from torch import Tensor
 from tedlab.moe import index_kernels, index_ops
 
 RECEIVED = [(1, 1, 5), (1, 3, 4), (2, 2, 3), (4, 1, 6), (3, 5, 2)]  # receivers, senders, experts of a process
-TOKENS = [(0, 2, 4, 2), (7, 1, 6, 3), (130, 3, 8, 4), (50, 6, 12, 3), (9, 8, 8, 1)]  # choices, experts, processes
-    (0, 2, 4, 2),
-    (7, 1, 6, 3),
-    (130, 3, 8, 4),
-    (50, 6, 12, 3),
-    (9, 8, 8, 1),
-]  # tokens, choices, experts, processes
+# Tokens, choices, experts, processes.
+TOKENS = [(0, 2, 4, 2), (7, 1, 6, 3), (130, 3, 8, 4), (50, 6, 12, 3), (9, 8, 8, 1)]
 
 
 def differing(ours: Any, theirs: Any, there: Tensor | None = None) -> int:

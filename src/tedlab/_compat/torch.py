@@ -18,7 +18,6 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
 from torch.utils import _python_dispatch, _pytree
-from torch.utils.weak import WeakTensorKeyDictionary
 
 tree_map, tree_map_only = _pytree.tree_map, _pytree.tree_map_only
 """Apply a function to all leaves of nested containers, or to those of a type. torch has no public functions for it."""
@@ -145,17 +144,7 @@ def spec_of(tensor: DTensor, placements: tuple[Placement, ...] | None = None) ->
         placements: that it has instead of the tensor's own.
     """
     spec = tensor._spec
-    if placements is None:
-        return spec
-    made_of, *made = _specs.get(tensor, (None,))
-    if made_of is not spec or made[0] != placements:
-        made = [placements, DTensorSpec(tensor.device_mesh, placements, spec.tensor_meta)]
-        _specs[tensor] = spec, *made
-    found: DTensorSpec = made[1]
-    return found
-
-
-_specs: Any = WeakTensorKeyDictionary()  # of a tensor: its own, and the last one made of it, which takes long to make
+    return spec if placements is None else DTensorSpec(tensor.device_mesh, placements, spec.tensor_meta)
 
 
 shape_and_offset_of_shard = _utils.compute_local_shape_and_global_offset

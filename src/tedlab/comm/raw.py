@@ -2,7 +2,7 @@
 
 A launch returns a function that waits for the result, which is a new tensor or the one to be filled. Inputs do not
 change. CUDA tensors are exchanged in place: with functional collectives the host takes several times as long to launch
-one (0.5 ms under NCCL on a machine where a layer takes 7), and gloo crashes with them (torch 2.11). Others are functional.
+one (0.5 ms under NCCL on a machine where a layer takes 7), and gloo crashes with them (torch 2.11).
 """
 
 from collections.abc import Callable

@@ -72,7 +72,7 @@ class _Compiled:
         options: Any = reproducible_choices() if alike else None
         for layer in left_out:
             layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
-            parts = [(layer.router, "averages")]
+            parts: list[tuple[nn.Module, str]] = [(layer.router, "averages")]
             parts += [] if layer.shared is None else [(layer.shared, name) for name in ("beside", "first", "finish")]
             for owner, name in parts:
                 part = torch.compile(getattr(owner, name), backend=backend, fullgraph=True, options=options)

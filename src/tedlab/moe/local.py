@@ -103,9 +103,8 @@ class LocalExperts(TokenExperts):
             gate_TK = copy_to(gate_TK, comm, "expert_tensor", "experts.copy_gates")
         # If products need the numbers of rows, the host waits for the device, except in recomputation.
         sizes = None if one_kernel(x_TH, *self.widths) else once("experts.sizes", lambda: tuple(comm.reader(load)()))
-        runs = index_functions(self.kernel, load.device).runs(
-            load.view(1, 1, -1), places.numel(), places.numel(), False
-        )
+        rows, index = places.numel(), index_functions(self.kernel, load.device)
+        runs = index.runs(load.view(1, 1, -1), rows, rows, whole=False)
         token_N = choice_N.div(places.shape[1], rounding_mode="floor")
         groups = Groups(runs.expert_N, runs.ends_e, sizes)
         return x_TH, gate_TK, Order(token_N, choice_N, places, runs.expert_N[places], groups)

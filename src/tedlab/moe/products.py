@@ -160,7 +160,7 @@ def row_functions(kernel: str, x: Tensor) -> Any:
 
 
 def index_functions(kernel: str, device: torch.device) -> Any:
-    """Chooses what makes lists of indices: the functions of ``index_kernels.py`` on a GPU, of ``index_ops.py`` elsewhere.
+    """Chooses what makes lists of indices: functions of ``index_kernels.py`` on a GPU, of ``index_ops.py`` elsewhere.
 
     Args:
         kernel: See :func:`row_functions`. Both return the same numbers.

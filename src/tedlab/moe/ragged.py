@@ -444,7 +444,7 @@ def arrange(exchange: Exchange) -> Arrangement:
     ranks, senders, experts = counts_ise.shape
     alike = ranks == 1 and 1 in (senders, experts)
     index = index_functions(exchange.kernel, counts_ise.device)
-    runs = index.runs(counts_ise, exchange.width, exchange.total, not alike)
+    runs = index.runs(counts_ise, exchange.width, exchange.total, whole=not alike)
     groups = Groups(runs.expert_N, runs.ends_e, exchange.sizes)
     return Arrangement(runs.row_N, runs.place_iM, groups, exchange.kernel)
 
