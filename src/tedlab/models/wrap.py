@@ -1,7 +1,7 @@
 """Runs a block recomputed in the backward pass, compiled, both or neither; the block itself knows of none of this.
 
 Layers that cannot be compiled (``compilable`` is False, as where shapes depend on routers' choices) are left out: the
-compiler sees the parts of the block before and after them, the experts that all tokens share, and routers' losses.
+compiler sees the parts of the block before and after them, and the experts that all tokens share.
 """
 
 from typing import Any
@@ -72,11 +72,10 @@ class _Compiled:
         options: Any = reproducible_choices() if alike else None
         for layer in left_out:
             layer.forward = _LeftOut(layer)  # type: ignore[method-assign]
-            parts: list[tuple[nn.Module, str]] = [(layer.router, "averages")]
-            parts += [] if layer.shared is None else [(layer.shared, name) for name in ("beside", "first", "finish")]
-            for owner, name in parts:
-                part = torch.compile(getattr(owner, name), backend=backend, fullgraph=True, options=options)
-                setattr(owner, name, part)
+            if layer.shared is not None:
+                for name in ("beside", "first", "finish"):
+                    part = getattr(layer.shared, name)
+                    setattr(layer.shared, name, torch.compile(part, backend=backend, fullgraph=True, options=options))
         self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out, options=options)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:

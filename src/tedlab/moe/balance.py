@@ -24,18 +24,6 @@ def balance_loss(counted_GE: Tensor, probs_GE: Tensor) -> Tensor:
     return probs_GE.shape[-1] * (counted_GE * probs_GE).sum(-1)
 
 
-def averages(logits_TE: Tensor, probs_TE: Tensor, counted_E: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns both losses of a micro-batch without padding that one process routes: for balance, and of logits' size.
-
-    Args:
-        logits_TE: Logits (T, E).
-        probs_TE: Probabilities of experts (T, E).
-        counted_E: The counted choices of each expert, of which each token has one in all.
-    """
-    z_T = logits_TE.logsumexp(-1).square()
-    return balance_loss(counted_E / len(logits_TE), probs_TE.mean(0)), z_T.mean()
-
-
 class Sums(NamedTuple):
     """What the losses of a micro-batch are made of, over all its tokens. Several layers are stacked: (L, E) and (L,).
 

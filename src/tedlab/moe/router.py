@@ -30,7 +30,7 @@ from tedlab.config import (
     Scoring,
 )
 from tedlab.degrees import check_divides
-from tedlab.moe.balance import Sums, averages, balance_loss, bias_step
+from tedlab.moe.balance import Sums, balance_loss, bias_step
 from tedlab.moe.choice import best_experts
 from tedlab.moe.precise import PreciseLinear
 from tedlab.moe.slots import assign_slots, choices_of_slots, histogram, sort_choices
@@ -250,7 +250,6 @@ class Router(PreciseBuffers, ShardedModule):
         if groups % self.shards:
             raise ValueError(f"capacity_groups ({groups}) is not a multiple of the tensor degree ({self.shards})")
         self.groups, self.all_groups = groups // self.shards, groups  # this process's and the data rank's
-        self.averages = averages  # which may be compiled, where the layer is not
         self.build(spec, topology)
         if self.biased:
             # In bf16, steps of 0.001 would vanish.
@@ -269,12 +268,14 @@ class Router(PreciseBuffers, ShardedModule):
         with torch.autocast(x_TH.device.type, enabled=False):  # a mixed-precision run must not route in bf16
             logits_TE = self.logits(x_TH, sequence)
         decision = self.decide(logits_TE, sequence, padding_T)
+        z_T = logits_TE.logsumexp(-1).square()
         without_slot_TK = decision.slot_TK < 0
         if padding_T is not None:
             decision = _without_padding(decision, padding_T)
+            z_T = z_T.masked_fill(padding_T, 0.0)
             without_slot_TK = without_slot_TK & ~padding_T.unsqueeze(1)
         dropped = without_slot_TK.sum() if decision.dropped is None else decision.dropped
-        loss, z_loss, sums = self._losses(decision, logits_TE, padding_T, sequence)
+        loss, z_loss, sums = self._losses(decision, z_T, padding_T, sequence)
         report = RouterReport(loss, z_loss, decision.load, dropped, sums)
         return Routing(decision.gate_TK, decision.slot_TK, decision.choice_EC, report, decision.rows_E)
 
@@ -461,23 +462,20 @@ class Router(PreciseBuffers, ShardedModule):
         bias_E += bias_step(load_E, config.bias_update, config.bias_rate).to(bias_E.dtype)
 
     def _losses(
-        self, decision: Decision, logits_TE: Tensor, padding_T: Tensor | None, sequence: int
+        self, decision: Decision, z_T: Tensor, padding_T: Tensor | None, sequence: int
     ) -> tuple[Tensor, Tensor, Sums | None]:
         """Computes both losses from sums over the tokens of each group: a sample, or the micro-batch.
 
         Tensor ranks that divide the positions of samples add up their sums.
         """
-        scope, tokens = self.config.balance.scope, len(logits_TE)
-        groups = tokens // sequence if scope == BalanceScope.SEQUENCE else 1
+        scope = self.config.balance.scope
+        groups = len(z_T) // sequence if scope == BalanceScope.SEQUENCE else 1
         if decision.counted_TE is None:
-            counted_GE = (decision.load.to(logits_TE.dtype) / self.top_k).unsqueeze(0)
+            counted_GE = (decision.load.to(z_T.dtype) / self.top_k).unsqueeze(0)
         else:
-            counted_GE = decision.counted_TE.to(logits_TE.dtype).unflatten(0, (groups, -1)).sum(1)
+            counted_GE = decision.counted_TE.to(z_T.dtype).unflatten(0, (groups, -1)).sum(1)
         if scope == BalanceScope.MICRO_BATCH and not self.sharded and padding_T is None:  # few kernels
-            return *self.averages(logits_TE, decision.probs_TE, counted_GE[0]), None
-        z_T = logits_TE.logsumexp(-1).square()
-        if padding_T is not None:
-            z_T = z_T.masked_fill(padding_T, 0.0)
+            return balance_loss(counted_GE[0] / len(z_T), decision.probs_TE.mean(0)), z_T.mean(), None
         parts = [decision.probs_TE, z_T.unsqueeze(1)]
         if padding_T is not None:  # the number of tokens must be summed as well
             parts.append((~padding_T).to(z_T.dtype).unsqueeze(1))
