@@ -17,6 +17,9 @@ NAMES = cluster_names()
 DOCUMENT = Path(__file__).parents[2] / "docs" / "cost-model.md"
 
 
+RATES = "  latency: 3.4e-6\n  all_to_all: "
+
+
 def table() -> str:
     """The table of clusters in ``docs/cost-model.md``, from the YAML files."""
 
@@ -61,6 +64,7 @@ def test_figures_are_in_the_order_that_hardware_has(name: str) -> None:
     if cluster.in_node is not None:
         assert cluster.in_node.bandwidth < cluster.memory_bandwidth
         assert 1e-7 < cluster.in_node.latency < 1e-3
+        assert all(rate.bandwidth < cluster.in_node.bandwidth for rate in cluster.in_node.all_to_all)
     if cluster.between_nodes is not None:
         assert cluster.in_node is not None
         assert cluster.between_nodes.bandwidth / cluster.gpus_per_node < cluster.in_node.bandwidth
@@ -112,6 +116,10 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("gemm: 0.6", "gemm: 60", "efficiency.gemm is 60; it is a share"),
         ("gpus_per_node: 6", "gpus_per_node: 1", "gpus_per_node is 1, but in_node is given"),
         ("gpus_per_node: 6", "gpus_per_node: [", "flow sequence"),
+        ("  latency: 3.4e-6", f"{RATES}[{{bytes: 2, bandwidth: 1}}, {{bytes: 1, bandwidth: 0.1}}]", "all_to_all.1: 1 by"),
+        ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1, bandwidth: 1}}, {{bytes: 2, bandwidth: 2}}]", "growing times"),
+        ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1}}]", "no value for in_node.all_to_all"),
+        ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1, bandwidth: 0}}]", "all_to_all.0.bandwidth is 0; it must be pos"),
     ],
 )
 def test_a_file_with_a_mistake_is_refused_with_the_place(tmp_path: Path, old: str, new: str, complaint: str) -> None:

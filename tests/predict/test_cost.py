@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 
 from tedlab.comm.collectives import Operation
-from tedlab.predict.cluster import ClusterConfig, Efficiency, Link, PeakFlops, cluster_names, load_cluster
+from tedlab.predict.cluster import ClusterConfig, Efficiency, Link, MeasuredRate, PeakFlops, cluster_names, load_cluster
 from tedlab.predict.cost import collective_seconds, link_of, wire_bytes_by_link
 
 OPERATIONS = get_args(Operation)
@@ -95,6 +95,44 @@ def test_all_to_alls_side_by_side_share_the_network() -> None:
     expected = 9.6e-6 + 2**24 * 15 / 16 / (25e9 / 4 * 0.6)
     assert collective_seconds("all_to_all", 2**24, range(0, 64, 4), summit) == pytest.approx(expected)
     assert collective_seconds("all_to_all", 2**24, range(67, 128, 4), summit) == pytest.approx(expected)
+
+
+# ---- rates that depend on the size of an all-to-all ----------------------------------------------------------------
+
+SIZED = replace(
+    FOURS,
+    in_node=Link(10e9, 1e-6, [MeasuredRate(1e6, 2e9), MeasuredRate(4e6, 4e9), MeasuredRate(9e6, 6e9)]),
+    between_nodes=Link(2e9, 5e-6, [MeasuredRate(12e6, 1e9)]),
+)
+
+
+@pytest.mark.parametrize(
+    ("sent", "seconds"),
+    [
+        (0.0, 1e-6),  # the latency
+        (0.5e6, (1e-6 + 0.5e-3) / 2),  # halfway to 1 MB, which takes 0.5 ms
+        (1e6, 0.5e-3),
+        (2e6, 0.5e-3 + 0.5e-3 / 3),  # a third of the way to 4 MB, which take 1 ms
+        (4e6, 1e-3),
+        (9e6, 1.5e-3),
+        (18e6, 3e-3),  # as fast as the largest that was measured
+    ],
+)
+def test_an_all_to_all_lies_between_the_sizes_that_were_measured(sent: float, seconds: float) -> None:
+    """Each of four GPUs of a node keeps a quarter of its buffer."""
+    assert collective_seconds("all_to_all", sent * 4 / 3, range(4), SIZED) == pytest.approx(seconds)
+
+
+def test_between_nodes_the_size_is_what_all_gpus_of_a_node_send() -> None:
+    """Four pairs on two nodes of four: each rank sends half of 6 MB, so a node 12 MB, which take 12 ms."""
+    assert collective_seconds("all_to_all", 6e6, range(0, 8, 4), SIZED) == pytest.approx(12e-3)
+    assert collective_seconds("all_to_all", 12e6, range(0, 8, 4), SIZED) == pytest.approx(24e-3)
+
+
+def test_rates_of_all_to_alls_change_no_ring() -> None:
+    for op in ("all_reduce", "all_gather", "reduce_scatter"):
+        for members in (range(4), range(0, 8, 4), range(8)):
+            assert collective_seconds(op, P, members, SIZED) == collective_seconds(op, P, members, FOURS)
 
 
 # ---- what holds for any --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ what the figures mean for a collective.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,48 @@ _LARGEST_FILE = 1 << 20
 
 
 @dataclass
+class MeasuredRate:
+    """What a link reaches in an all-to-all of one size, latency included."""
+
+    bytes: float = MISSING  # that all-to-alls send over the link at the same time
+    bandwidth: float = MISSING  # bytes/s
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that this size takes."""
+        return self.bytes / self.bandwidth
+
+
+@dataclass
 class Link:
     """A kind of connection between GPUs."""
 
     bandwidth: float = MISSING  # bytes/s in each direction, as the maker states it
     latency: float = MISSING  # fixed seconds per step of a collective over this link
+    all_to_all: list[MeasuredRate] = field(default_factory=list)  # by growing bytes; none: the efficiency, at any size
+
+    def exchanging(self, sent: float, efficiency: float) -> float:
+        """Returns the seconds of an all-to-all that sends so many bytes over this link.
+
+        Where rates are measured, this lies on lines through their seconds, from the latency of sending nothing on, and
+        larger ones reach the rate of the largest. Where none are, it is the latency, and the bytes at the link's
+        bandwidth × ``efficiency``.
+        """
+        if not self.all_to_all:
+            return self.latency + sent / (self.bandwidth * efficiency)
+        first, last = self.all_to_all[0], self.all_to_all[-1]
+        if sent > last.bytes:
+            return sent / last.bandwidth
+        below, before = 0.0, min(self.latency, first.seconds)
+        for rate in self.all_to_all:
+            if sent <= rate.bytes:
+                break
+            below, before = rate.bytes, rate.seconds
+        return before + (rate.seconds - before) * (sent - below) / (rate.bytes - below)
+
+    def exchange_rate(self, efficiency: float) -> float:
+        """Returns the bytes/s that a large all-to-all reaches over this link."""
+        return self.all_to_all[-1].bandwidth if self.all_to_all else self.bandwidth * efficiency
 
 
 @dataclass
@@ -48,7 +86,7 @@ class Efficiency:
     memory: float = MISSING  # share of the memory bandwidth
     in_node: float = MISSING  # share of the bandwidth between the GPUs of a node
     between_nodes: float = MISSING  # share of the node's network bandwidth in a ring
-    all_to_all: float = MISSING  # share of the node's network bandwidth in an all-to-all
+    all_to_all: float = MISSING  # share of the node's network bandwidth in an all-to-all whose rates are not measured
     attention: float | None = None  # share of the peak FLOP/s in fused attention; None: that of gemm
 
 
@@ -136,6 +174,8 @@ class ClusterConfig:
                     raise ValueError(
                         f"{kind}.{number}.nodes is {group.nodes}, but a group of {group.size} ranks is on no more nodes"
                     )
+        for name, link in (("in_node", self.in_node), ("between_nodes", self.between_nodes)):
+            _check_rates(f"{name}.all_to_all", link)
         if (self.in_node is None) != (self.gpus_per_node == 1):
             raise ValueError(
                 f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
@@ -196,6 +236,17 @@ def _plain(path: Path) -> dict[str, Any]:
     if interpolation(tree) is not None:
         raise ValueError("it has an interpolation (${…}); write the figure itself")
     return tree
+
+
+def _check_rates(name: str, link: Link | None) -> None:
+    """Raises a ValueError if more bytes would take no longer."""
+    rates = [] if link is None else link.all_to_all
+    for number, (rate, larger) in enumerate(pairwise(rates), 1):
+        if larger.bytes <= rate.bytes or larger.seconds <= rate.seconds:
+            raise ValueError(
+                f"{name}.{number}: {larger.bytes:g} bytes take {larger.seconds:.4g} s, those before it ({rate.bytes:g}) "
+                f"{rate.seconds:.4g} s; list rates by growing bytes, which take growing times"
+            )
 
 
 def _may_be_zero(name: str) -> bool:

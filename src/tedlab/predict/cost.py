@@ -26,7 +26,8 @@ node and P·(n−k)/n out of it. The two parts overlap, and all messages leave t
 
     seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
 
-A part without bytes to send costs nothing; a group of one costs nothing.
+A part without bytes to send costs nothing; a group of one costs nothing. Where a link has measured rates
+(``all_to_all``), each part is interpolated between their seconds instead: :meth:`tedlab.predict.cluster.Link.exchanging`.
 
 **Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace these formulas for groups of the
 same operation, n and m: seconds = latency + V / bandwidth, where V is the bytes that a rank sends (P·(n−1)/n in an
@@ -78,11 +79,9 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
     if op == "all_to_all":
         parts = []
         if inside:
-            sent = payload_bytes * (place.most_together - 1) / place.size
-            parts.append(inside.latency + sent / (inside.bandwidth * efficiency.in_node))
+            parts.append(inside.exchanging(payload_bytes * (place.most_together - 1) / place.size, efficiency.in_node))
         if outside:
-            sent = payload_bytes * place.buffers_out
-            parts.append(outside.latency + sent / (outside.bandwidth * efficiency.all_to_all))
+            parts.append(outside.exchanging(payload_bytes * place.buffers_out, efficiency.all_to_all))
         return max(parts)
     rounds = 2 if op == "all_reduce" else 1
     latency, slowest = 0.0, 0.0

@@ -1,5 +1,6 @@
 """What is measured becomes a cluster file that predicts it: fit, file, command line, and a whole calibration."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,28 @@ def test_groups_that_were_not_measured_go_by_the_links(cluster: ClusterConfig) -
     assert collective_seconds("all_reduce", 1e6, range(2), cluster) == pytest.approx(expected, 1e-3)
     assert cluster.between_nodes is not None
     assert cluster.between_nodes.bandwidth == pytest.approx(4 * OUTSIDE.rate)  # four rings left each node at once
+
+
+def test_all_to_alls_of_groups_that_were_not_measured_go_by_the_sizes_that_were(cluster: ClusterConfig) -> None:
+    """Those of four, inside a node: a pair's message takes what the four needed to send as many bytes each."""
+    for sent in BYTES:
+        assert collective_seconds("all_to_all", 2 * sent, range(2), cluster) == pytest.approx(
+            EXCHANGE.seconds(sent), 1e-3
+        )
+    between = (EXCHANGE.seconds(1e5) + EXCHANGE.seconds(1e6)) / 2
+    assert collective_seconds("all_to_all", 2 * 5.5e5, range(2), cluster) == pytest.approx(between, 1e-3)
+    assert cluster.between_nodes is not None
+    assert cluster.between_nodes.all_to_all == []  # no group had one rank on each node
+
+
+def test_a_message_that_was_no_slower_than_a_smaller_one_is_left_out_of_the_sizes(tmp_path: Path) -> None:
+    noisy = Series("x", "B", "made up", [1e6, 2e6, 4e6], [1e-3, 0.9e-3, 2e-3])
+    measured = replace(MEASURED, collectives={**MEASURED.collectives, ("all_to_all", Group(2, 2)): noisy})
+    (tmp_path / "mine.yaml").write_text(cluster_yaml(measured, Facts(8, 4, 1, "", 8e9, True, "fp32", "2026-01-01")))
+    text = (tmp_path / "mine.yaml").read_text()
+    assert "{bytes: 4e+06, bandwidth: 4e+09}" in text  # a node's four ranks at once
+    assert "{bytes: 1.6e+07, bandwidth: 8e+09}" in text
+    assert "bytes: 8e+06" not in text
 
 
 def test_every_figure_of_the_file_says_how_it_was_measured() -> None:

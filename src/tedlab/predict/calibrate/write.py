@@ -62,7 +62,9 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         "peak_flops:",
         *(f"  {n}: {line.rate:.4g}  # {_how(measured.products[n], line)}" for n, line in products.items()),
         *_link("in_node", fits, inside, 1),
+        *_rates(measured.collectives, 1, 1),
         *_link("between_nodes", fits, outside, facts.per_node),
+        *_rates(measured.collectives, None, facts.per_node),
         "efficiency:",
         "  gemm: 1  # measured figures above",
         "  memory: 1  # measured figures above",
@@ -132,6 +134,30 @@ def _link(name: str, fits: dict[Call, Line], key: Call | None, share: int) -> It
     yield f"{name}:"
     yield f"  bandwidth: {fits[key].rate * share:.4g}  # {source}"
     yield f"  latency: {max(fits[key].latency / steps, 1e-9):.4g}  # {source}, one of {steps} steps"
+
+
+def _rates(collectives: dict[Call, Series], nodes: int | None, share: int) -> Iterator[str]:
+    """Yields the lines of what all-to-alls of several sizes reach over a link, for groups that were not measured.
+
+    They are those of the widest group whose bytes all take this link: inside one node, or with one rank on each.
+
+    Args:
+        collectives: What was measured.
+        nodes: 1 for the link inside a node, None for that between nodes.
+        share: How many ranks use the link at the same time.
+    """
+    kinds = [kind for op, kind in collectives if op == "all_to_all" and kind.nodes == (nodes or kind.size)]
+    if not kinds:
+        return
+    widest = max(kinds, key=lambda kind: kind.size)
+    series = collectives["all_to_all", widest]
+    yield f"  all_to_all:  # bytes over the link at once, and bytes/s; the all-to-alls of {widest.size} below, one by one"
+    longest = 0.0
+    for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True)):
+        if seconds > longest:  # a larger message that was no slower shows noise, which no line could go through
+            longest = seconds
+            values = f"bytes: {share * sent:.6g}, bandwidth: {share * sent / seconds:.4g}"
+            yield f"    - {{{values}}}  # {seconds * 1e6:,.1f} µs"
 
 
 def _how(series: Series, line: Line) -> str:
