@@ -45,6 +45,8 @@ class NormSpec(Spec):
             yield b.moved(elements, dtype, b.compute)
         if self.kind == "layer" or b.gpu:
             yield b.moved(3 * elements, dtype)
+            if self.kind != "layer":  # a second kernel for the weight, see tedlab.predict.sim.norm
+                yield b.moved(2 * elements, dtype)
             return
         yield b.moved(elements, dtype, b.precise)
         for passes in (2, 3, 1, 2, 3, 2, 3, 1):  # of the input, then of the weight
