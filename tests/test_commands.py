@@ -1,5 +1,6 @@
 """Every command refuses a value that makes no sense with a sentence that names it, before it does anything."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +15,12 @@ from hydra.errors import HydraException
 from tedlab.cli import CONF
 from tedlab.commands import calibrate, certify, plan, simulate
 from tedlab.commands.application import hydra_entry
-from tedlab.commands.on_cluster import job_alone, on_cluster, prepare
+from tedlab.commands.on_cluster import job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import GenerateConfig
 from tedlab.errors import UsageError
 from tedlab.generate import generate
 from tedlab.predict.cluster import cluster_names, load_cluster
+from tedlab.predict.volumes import on_gpu
 from tedlab.ranges import check_ranges
 from tedlab.validate import complete_simulated
 from tests.commands import run_command
@@ -98,6 +100,34 @@ def test_a_clusters_figures_can_be_overridden(tmp_path: Path) -> None:
     assert on_cluster(config) == ("summit", replace(whole, efficiency=replace(whole.efficiency, gemm=0.25)))
     with pytest.raises(ValueError, match=r"efficiency.gemm is 2; it is a share of a peak"):
         compose("cluster=summit", "cluster.efficiency.gemm=2", name="simulate")
+
+
+def test_on_a_cluster_of_gpus_kernels_are_those_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever the trainer's setting, which is about this machine; a line says so where it differs."""
+    here, there = (compose(f"trainer={kind}", "cluster=dgx_a100", name="simulate") for kind in ("cpu", "gpu"))
+    a100, ours = load_cluster("dgx_a100"), load_cluster("this_machine")
+    moved = on_gpus_of(job_alone(here), "dgx_a100", a100)
+    assert on_gpu(moved)
+    assert capsys.readouterr().out.startswith("Kernels are those of GPUs, which dgx_a100 has")
+    assert on_gpus_of(job_alone(there), "dgx_a100", a100) == job_alone(there)
+    assert on_gpus_of(job_alone(here), "this_machine", ours) == job_alone(here)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_calibration_of_another_device_is_a_warning_that_stays_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = ["model.layers=2", "model.hidden=16", "model.heads=2", "model.ffn=32", "model.sequence_length=16"]
+    tiny += ["parallel=single", "data.batch_size=2", "data.micro_batch_size=2", "moe.num_experts=2"]
+    simulate.task(compose("cluster=this_machine", "trainer=gpu", f"output_dir={tmp_path}", *tiny, name="simulate"))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["sim/warnings"]) == 1
+    assert "this_machine is a calibration of another device (a CPU) than the job's" in summary["sim/warnings"][0]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Warning: {summary['sim/warnings'][0]}" in printed
+    low, high = summary["sim/step_time_s_range"]
+    assert low < summary["perf/step_time_s"] < high
+    assert f"s ({low:.3g} to {high:.3g}), by the errors of published runs" in printed
 
 
 def test_every_cluster_is_the_same_by_its_preset_and_by_its_file() -> None:

@@ -116,7 +116,11 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("gemm: 0.6", "gemm: 60", "efficiency.gemm is 60; it is a share"),
         ("gpus_per_node: 6", "gpus_per_node: 1", "gpus_per_node is 1, but in_node is given"),
         ("gpus_per_node: 6", "gpus_per_node: [", "flow sequence"),
-        ("  latency: 3.4e-6", f"{RATES}[{{bytes: 2, bandwidth: 1}}, {{bytes: 1, bandwidth: 0.1}}]", "all_to_all.1: 1 by"),
+        (
+            "  latency: 3.4e-6",
+            f"{RATES}[{{bytes: 2, bandwidth: 1}}, {{bytes: 1, bandwidth: 0.1}}]",
+            "all_to_all.1: 1 b",
+        ),
         ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1, bandwidth: 1}}, {{bytes: 2, bandwidth: 2}}]", "growing times"),
         ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1}}]", "no value for in_node.all_to_all"),
         ("  latency: 3.4e-6", f"{RATES}[{{bytes: 1, bandwidth: 0}}]", "all_to_all.0.bandwidth is 0; it must be pos"),
@@ -145,6 +149,9 @@ def full() -> dict[str, Any]:
     tree["kernels"] |= dict.fromkeys(("arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth"), 1.0)
     tree["collectives"] = [{"op": "all_reduce", "size": 4, "nodes": 2, "latency": 1e-5, "bandwidth": 1e9}]
     tree["waits"] = [{"size": 4, "nodes": 2, "latency": 1e-5, "share": 0.1}]
+    tree["in_node"]["all_to_all"] = [{"bytes": 1e6, "bandwidth": 1e9}]
+    tree["spread"] = 1.2
+    del tree["device"]  # no figure
     return tree
 
 
@@ -157,7 +164,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 PLACES = [*places(full())]
-NULL = ("attention", "arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth")
+NULL = ("attention", "arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth", "spread")
 ZERO = ("forward", "backward", "optimizer", "share", "asynchronous")  # beside latencies of measured things
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
-from tedlab.config import TrainConfig
+from tedlab.config import TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
 
@@ -44,6 +44,27 @@ def prepare(arguments: list[str]) -> list[str]:
 def job_alone(config: JobOnCluster) -> TrainConfig:
     """Returns the training job without its cluster."""
     return TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
+
+
+def on_gpus_of(job: TrainConfig, name: str, cluster: ClusterConfig) -> TrainConfig:
+    """Returns the job with ``trainer.accelerator=gpu`` if it is ``cpu`` on a cluster of GPUs, and says so.
+
+    Kernels then count as those that torch has for GPUs.
+    """
+    if not cluster.of_gpus or job.trainer["accelerator"] != "cpu":
+        return job
+    print(f"Kernels are those of GPUs, which {name} has; trainer.accelerator=cpu is about this machine.")
+    return with_values(job, {"trainer": {**job.trainer, "accelerator": "gpu"}})
+
+
+def doubts(job: TrainConfig, name: str, cluster: ClusterConfig) -> list[str]:
+    """Returns what makes predictions for a job on a cluster doubtful, in a sentence each."""
+    if cluster.of_gpus or job.trainer["accelerator"] == "cpu":
+        return []
+    return [
+        f"{name} is a calibration of another device ({cluster.device or 'a CPU'}) than the job's, whose "
+        f"trainer.accelerator is {job.trainer['accelerator']}: times are those of that device."
+    ]
 
 
 def on_cluster(config: JobOnCluster) -> tuple[str, ClusterConfig]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from tedlab.commands.application import hydra_entry
-from tedlab.commands.on_cluster import JobOnCluster, job_alone, on_cluster, prepare
+from tedlab.commands.on_cluster import JobOnCluster, doubts, job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import SimulationConfig, TrainConfig, with_values
 from tedlab.errors import UsageError
 
@@ -32,16 +32,19 @@ def task(config: SimulateConfig) -> float:
 
     name, cluster = on_cluster(config)
     ranks = _ranks(sim.rank)
+    job = on_gpus_of(job, name, cluster)
     job = complete_simulated(with_values(job, {"comm.cac_cluster": name}), cluster)  # for cac=auto
     degrees = parallel_degrees(job.parallel)
     if isinstance(ranks, int) and ranks >= degrees.world_size:
         raise UsageError(f"sim.rank={ranks} is no rank of {degrees}: 0 to {degrees.world_size - 1}")
     routing = routing_of(job, sim.routing or "balanced", sim.zipf, sim.trace)
-    summary = simulate_visibly(job, name, cluster, ranks, routing)
+    summary = simulate_visibly(job, name, cluster, ranks, routing, doubts(job, name, cluster))
     if sim.routing not in (None, "balanced") and routing is not None and degrees.expert > 1:
+        from tedlab.predict.plan.choices import show_choices
         from tedlab.predict.plan.lending import show_lending
 
         show_lending(job, cluster, routing)
+        show_choices(job, cluster, routing)
     if summary["comm/predicted_difference_calls"] or summary["comm/predicted_difference_bytes"]:
         sys.exit(
             "The ledger is not what the closed form says (see its table): one of them has a bug; please report it."

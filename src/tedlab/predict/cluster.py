@@ -135,6 +135,14 @@ class MeasuredWait:
 
 
 @dataclass
+class Slower:
+    """Factors by which measured steps correct predicted times; ``tedlab plan plan.from=…`` finds them."""
+
+    kernels: float = 1.0
+    collectives: float = 1.0
+
+
+@dataclass
 class ClusterConfig:
     """A cluster of equal nodes of equal GPUs.
 
@@ -152,6 +160,9 @@ class ClusterConfig:
     kernels: Kernels = field(default_factory=Kernels)
     collectives: list[MeasuredCollective] = field(default_factory=list)  # replace the formulas for their groups
     waits: list[MeasuredWait] = field(default_factory=list)  # in groups of other kinds all ranks are equally fast
+    device: str | None = None  # how the name that torch gives its GPUs begins; None: not known
+    spread: float | None = None  # by which factor a predicted time may be off; None: as of published runs (spread.py)
+    slower: Slower = field(default_factory=Slower)  # how many times longer steps took than the rest of this file says
 
     def __post_init__(self) -> None:
         for name, value in _numbers(asdict(self)).items():
@@ -161,6 +172,8 @@ class ClusterConfig:
                 raise ValueError(f"{name} is {value:g}; it must be positive")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
+        if self.spread is not None and self.spread < 1:
+            raise ValueError(f"spread is {self.spread:g}; it is a factor of at least 1")
         for number, collective in enumerate(self.collectives):
             if collective.op not in _OPS:
                 raise ValueError(f"collectives.{number}.op is {collective.op}; valid: {', '.join(_OPS)}")
@@ -181,6 +194,11 @@ class ClusterConfig:
                 f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
                 "a node of several GPUs has a link between them, a single GPU has none (in_node: null)"
             )
+
+    @property
+    def of_gpus(self) -> bool:
+        """Whether it computes on GPUs: the host of a CPU computes itself."""
+        return self.kernels.asynchronous
 
     def peak(self, precision: str) -> float:
         """Returns the peak FLOP/s of one GPU for a value of Lightning's ``trainer.precision``."""
@@ -244,8 +262,8 @@ def _check_rates(name: str, link: Link | None) -> None:
     for number, (rate, larger) in enumerate(pairwise(rates), 1):
         if larger.bytes <= rate.bytes or larger.seconds <= rate.seconds:
             raise ValueError(
-                f"{name}.{number}: {larger.bytes:g} bytes take {larger.seconds:.4g} s, those before it ({rate.bytes:g}) "
-                f"{rate.seconds:.4g} s; list rates by growing bytes, which take growing times"
+                f"{name}.{number}: {larger.bytes:g} bytes take {larger.seconds:.4g} s, and the {rate.bytes:g} before "
+                f"them {rate.seconds:.4g} s; list rates by growing bytes, which take growing times"
             )
 
 

@@ -27,7 +27,7 @@ node and P·(n−k)/n out of it. The two parts overlap, and all messages leave t
     seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
 
 A part without bytes to send costs nothing; a group of one costs nothing. Where a link has measured rates
-(``all_to_all``), each part is interpolated between their seconds instead: :meth:`tedlab.predict.cluster.Link.exchanging`.
+(``all_to_all``), each part is interpolated between their seconds: see :meth:`tedlab.predict.cluster.Link.exchanging`.
 
 **Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace these formulas for groups of the
 same operation, n and m: seconds = latency + V / bandwidth, where V is the bytes that a rank sends (P·(n−1)/n in an
@@ -69,6 +69,10 @@ def collective_seconds(op: "Operation", payload_bytes: float, members: Sequence[
             f"there is no rank {members[-1]} on this cluster: it is one node of {cluster.gpus_per_node} "
             "(between_nodes is null). Use fewer ranks, or a cluster of several nodes"
         )
+    return cluster.slower.collectives * _seconds(op, payload_bytes, place, cluster)
+
+
+def _seconds(op: "Operation", payload_bytes: float, place: "Placement", cluster: ClusterConfig) -> float:
     passed = _wire_bytes(op, payload_bytes, place.size)
     for measured in cluster.collectives:
         if (measured.op, measured.size, measured.nodes) == (op, place.size, place.nodes):

@@ -1,5 +1,6 @@
 """Writes the measurements for the cost model (a cluster file) and for people (a table and a picture)."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from tedlab.comm.collectives import Operation
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
 from tedlab.predict.calibrate.measure import Group, Measured
+from tedlab.predict.spread import spread_of
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 _MARKS = "os^Dv*"
@@ -55,6 +57,8 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
     lines = [
         f"# Measured by tedlab calibrate on {facts.date}: {facts.processes} processes of {facts.threads} threads,",
         f"# torch {torch.__version__}, {facts.device}. Figures are what is reached, so efficiencies are 1.",
+        f"device: {json.dumps(facts.device)}  # what was measured",
+        f"spread: {_spread(measured):.4g}  # two of three lines are nowhere further from what was measured",
         f"gpus_per_node: {facts.per_node}  # processes on a node, started for the measurement",
         f"memory_bytes: {facts.memory_bytes:.4g}  # "
         + ("of the GPU" if facts.asynchronous else "of the machine, divided by the processes"),
@@ -109,6 +113,13 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _spread(measured: Measured) -> float:
+    """Returns the factor within which two of three lines are of all that was measured for them."""
+    lines = *measured.products.values(), measured.attention, measured.movement, measured.arithmetic
+    several = [series for series in (*lines, *measured.collectives.values()) if len(series.amounts) > 1]
+    return spread_of(1 + largest_error(series, fit(series)) for series in several)
+
+
 def _share(line: Line) -> float:
     """Returns the share by which waiting lengthens the time between collectives, from the line of a wait series."""
     return max(0.0, 1 / line.rate - 1)
@@ -151,7 +162,7 @@ def _rates(collectives: dict[Call, Series], nodes: int | None, share: int) -> It
         return
     widest = max(kinds, key=lambda kind: kind.size)
     series = collectives["all_to_all", widest]
-    yield f"  all_to_all:  # bytes over the link at once, and bytes/s; the all-to-alls of {widest.size} below, one by one"
+    yield f"  all_to_all:  # bytes over the link at once, and bytes/s: each size that {widest.size} exchanged"
     longest = 0.0
     for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True)):
         if seconds > longest:  # a larger message that was no slower shows noise, which no line could go through

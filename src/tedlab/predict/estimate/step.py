@@ -16,6 +16,7 @@ from tedlab.predict.estimate.hiding import Hiding
 from tedlab.predict.estimate.memory import Memory, Moment
 from tedlab.predict.flops import training_flops
 from tedlab.predict.sim.roofline import seconds
+from tedlab.predict.spread import Spread, spread_on
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import Work
 
@@ -34,6 +35,7 @@ class Estimate:
         tokens: The tokens of the step, over all ranks.
         flops: Model FLOPs per rank (see ``flops.py``).
         peak_flops: The peak of a GPU in the configuration's precision, in FLOP/s.
+        spread: How far the seconds may be from those of a real step.
     """
 
     memory: Moment
@@ -42,6 +44,10 @@ class Estimate:
     tokens: int
     flops: float
     peak_flops: float
+    spread: Spread
+
+    def __str__(self) -> str:
+        return f"{self.spread.said(self.step_seconds)}, {self.memory.total / 2**30:.2f} GiB"
 
     @property
     def step_seconds(self) -> float:
@@ -123,6 +129,7 @@ def estimate(
         tokens=tokens,
         flops=tokens * training_flops(config.model, config.moe, config.optim.groups) / config.parallel.world_size,
         peak_flops=cluster.peak(str(config.trainer["precision"])),
+        spread=spread_on(cluster),
     )
 
 

@@ -115,7 +115,7 @@ def seconds(work: Work, cluster: ClusterConfig) -> float:
         latency = latency if kernels.arithmetic_latency is None else kernels.arithmetic_latency
         bandwidth = kernels.arithmetic_bandwidth or bandwidth
     mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
-    return mapping + max(computing, latency + work.bytes / bandwidth)
+    return cluster.slower.kernels * (mapping + max(computing, latency + work.bytes / bandwidth))
 
 
 def _flops(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

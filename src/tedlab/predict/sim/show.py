@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ from tedlab.predict.sim.pictures import causes, lanes_picture, memory_picture, t
 from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.sim.simulation import Simulation, simulate
+from tedlab.predict.spread import Spread, spread_on
 from tedlab.report import resolved_yaml
 
 _GIB = 2**30
@@ -44,6 +46,7 @@ def simulate_visibly(
     cluster: ClusterConfig,
     ranks: Ranks,
     routing: SimulatedRouting | None = None,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Runs :func:`simulate` with a progress bar, prints tables and fills ``output_dir``.
 
@@ -53,6 +56,7 @@ def simulate_visibly(
         cluster: The cluster that times are predicted for.
         ranks: One rank; or "stages", one of each kind that differs; or "all", whose summary lists every rank.
         routing: What routers choose, if experts have no capacity.
+        warnings: What makes the prediction doubtful; it is printed, and stays in the summary.
 
     Returns:
         The summary of the rank, or of the slowest one, as written to ``summary.json``.
@@ -68,6 +72,8 @@ def simulate_visibly(
     summary = summarize(simulation, config, cluster)
     if ranks == "all":
         summary |= _by_rank(simulations, kinds, degrees.world_size)
+    if warnings:
+        summary["sim/warnings"] = list(warnings)
     ours = OmegaConf.to_yaml({"sim": {"cluster": cluster_name, "rank": ranks}})
     (directory / "config.yaml").write_text(resolved_yaml(config) + ours)
     (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -77,6 +83,8 @@ def simulate_visibly(
     write_trace(simulation.spans, directory / "timeline.json", rank)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
+    for warning in warnings:
+        console.print(f"Warning: {warning}", markup=False)
     if not isinstance(ranks, int):
         console.print(_ranks_table(simulations, kinds))
     elif len(alike) > 1:
@@ -92,7 +100,7 @@ def simulate_visibly(
         _time_table(simulation),
         *([_overlap_table(simulation)] if simulation.hidden else []),
         _memory_table(summary, cluster),
-        _closing_table(config, summary),
+        _closing_table(config, summary, spread_on(cluster)),
     ):
         console.print(table)
     return summary
@@ -143,6 +151,8 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
         **simulation.about,
         "steps": 1,
         "perf/step_time_s": step,
+        "sim/step_time_s_range": list(spread_on(cluster).range(step)),
+        "sim/step_time_s_range_from": spread_on(cluster).source,
         "perf/tokens_per_second": tokens / step,
         "perf/tflops": flops / step / 1e12,
         "perf/mfu": flops / step / cluster.peak(str(config.trainer["precision"])),
@@ -250,11 +260,11 @@ def _memory_table(summary: dict[str, Any], cluster: ClusterConfig) -> Table:
     return table
 
 
-def _closing_table(config: TrainConfig, summary: dict[str, Any]) -> Table:
+def _closing_table(config: TrainConfig, summary: dict[str, Any], spread: Spread) -> Table:
     table = Table(title="predicted", show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column()
-    table.add_row("step", f"{summary['perf/step_time_s']:.4g} s")
+    table.add_row("step", f"{spread.said(summary['perf/step_time_s'])}, by {spread.source}")
     speed = f"{summary['perf/tokens_per_second']:,.0f} tokens/s, {summary['perf/tflops']:.3g} TFLOP/s per GPU"
     table.add_row("throughput", f"{speed}, MFU {summary['perf/mfu']:.1%}")
     table.add_row("parameters", f"{summary['parameters/total']:,} total, {summary['parameters/active']:,} active")
