@@ -147,7 +147,7 @@ def compare_lending(config: TrainConfig, cluster: ClusterConfig, routing: Simula
         lend,
         list(routing.blocks),
         list(routing.degrees.groups(0)["expert"]),
-        *(_outcome(with_values(config, {"moe.lend": how}), cluster, routing) for how in (LendConfig(), lend)),
+        *(outcome(with_values(config, {"moe.lend": how}), cluster, routing) for how in (LendConfig(), lend)),
     )
 
 
@@ -166,7 +166,8 @@ def show_lending(
     comparison.save(Path(config.output_dir))
 
 
-def _outcome(config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRouting) -> Outcome:
+def outcome(config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRouting) -> Outcome:
+    """Predicts what every process of the first expert group does with a routing, with experts lent as configured."""
     routing = routing.lending(config.moe.lend)
     degrees, accumulated = routing.degrees, int(config.trainer["accumulate_grad_batches"])
     layers = routing.layers()

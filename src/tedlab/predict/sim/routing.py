@@ -55,6 +55,10 @@ class SimulatedRouting:
     Args:
         config: A configuration whose experts have no capacity.
         shares_LE: (MoE layers, experts) proportions in which each layer chooses its experts; None: all equally often.
+
+    Attributes:
+        shares_LE: These.
+        dropped: The share of choices that no expert takes, because its capacity is full.
     """
 
     def __init__(self, config: TrainConfig, shares_LE: np.ndarray | None = None) -> None:
@@ -69,6 +73,8 @@ class SimulatedRouting:
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
+        self.shares_LE = shares_LE
+        self.dropped = 0.0  # the share of choices beyond the capacity
         self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
         self._folded: dict[tuple[tuple[int, ...], ...], list[SimulatedLayer]] = {}  # by the tensor ranks of senders
         self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
@@ -87,8 +93,10 @@ class SimulatedRouting:
                     self._to_nodes.append(sent_as_pilots(list(shares_E), tokens, *how))
             return
         for shares_E in shares_LE:
-            counts_E = spec.taken(spread(list(shares_E), tokens * moe.top_k, tokens), layout, tokens)
+            chosen_E = spread(list(shares_E), tokens * moe.top_k, tokens)
+            counts_E = spec.taken(chosen_E, layout, tokens)
             self._counts.append(np.tile(counts_E, (degrees.expert, 1)))
+            self.dropped += (1 - np.sum(counts_E) / np.sum(chosen_E)) / len(self.blocks)
 
     def lending(self, lend: LendConfig) -> "SimulatedRouting":
         """Returns the same choices with experts lent in another way."""
