@@ -544,6 +544,8 @@ class PlanConfig(Frozen):
     reserve_gib: float = real(1.2, least=0)  # of each GPU, left for the CUDA context, NCCL and workspaces
     simulate: int = whole(4, least=1, most=1000)  # how many of the best are simulated
     largest: bool = False  # first find the largest base model that fits
+    # Directories of runs on this cluster, whose measured steps correct its constants; plan.from=[…] for short.
+    runs: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
@@ -97,6 +98,7 @@ def report(
         **measured,
         **baseline,
         **about(config, module),
+        **_device(trainer),
         "steps": trainer.global_step,
         "certificate": certified(directory),
         "output_dir": str(directory),
@@ -110,6 +112,12 @@ def report(
     for table in (*tables, _table(config, summary, str(degrees))):
         console.print(table)
     return summary
+
+
+def _device(trainer: Trainer) -> dict[str, str]:
+    """Returns the name of the GPU that this process used, by which predictions recognise it; nothing on a CPU."""
+    device = trainer.strategy.root_device
+    return {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hydra.core.hydra_config import HydraConfig
 
 from tedlab.commands.application import hydra_entry
-from tedlab.commands.on_cluster import JobOnCluster, job_alone, on_cluster, prepare
+from tedlab.commands.on_cluster import JobOnCluster, doubts, job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import AssumedRouting, PlanConfig
 
 
@@ -21,11 +21,15 @@ class PlanningConfig(JobOnCluster):
 
 def task(config: PlanningConfig) -> float:
     """Plans one job and returns the predicted time of a step."""
-    from tedlab.predict.plan.show import plan_visibly
+    from tedlab.predict.plan.show import learn_visibly, plan_visibly
 
     name, cluster = on_cluster(config)
+    warnings: list[str] = []
+    if config.plan.runs:
+        cluster, warnings = learn_visibly(cluster, config.plan.runs)
+    job = on_gpus_of(job_alone(config), name, cluster)
     plan = plan_visibly(
-        job_alone(config),
+        job,
         name,
         cluster,
         reserve_gib=config.plan.reserve_gib,
@@ -33,6 +37,7 @@ def task(config: PlanningConfig) -> float:
         find_largest=config.plan.largest,
         given=overrides_of_the_job(HydraConfig.get().overrides.task),
         assumed=config.sim,
+        warnings=[*warnings, *doubts(job, name, cluster)],
     )
     return plan.winner.step_seconds
 
@@ -44,4 +49,9 @@ def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
     return job if any(override.startswith("trainer=") for override in job) else [*job, "trainer=gpu"]
 
 
-main = hydra_entry(task, "plan", PlanningConfig, prepare)
+def prepared(arguments: list[str]) -> list[str]:
+    """Turns ``plan.from``, which no field of Python can be called, into ``plan.runs``; see also :func:`prepare`."""
+    return prepare([re.sub(r"^(\+*)plan\.from=", r"\1plan.runs=", argument) for argument in arguments])
+
+
+main = hydra_entry(task, "plan", PlanningConfig, prepared)

@@ -14,10 +14,12 @@ from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import base_parameters, parameters
 from tedlab.predict.plan.file import allowed
+from tedlab.predict.plan.learn import learn
 from tedlab.predict.plan.lending import show_lending
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.predict.plan.search import CHOSEN, Candidate
 from tedlab.predict.sim.routing import routing_of
+from tedlab.predict.spread import Spread, spread_on
 from tedlab.validate import complete_simulated
 
 _GIB = 2**30
@@ -35,6 +37,7 @@ def plan_visibly(
     find_largest: bool,
     given: Sequence[str],
     assumed: AssumedRouting | None = None,
+    warnings: Sequence[str] = (),
 ) -> Plan:
     """Runs :func:`make_plan` with a progress bar, prints the result and writes the winner to a file.
 
@@ -46,6 +49,7 @@ def plan_visibly(
         find_largest: Whether to look for the largest base model first.
         given: The overrides of the command line; the search keeps what they set.
         assumed: What routers choose in the layout that is found, to say whether to lend experts; None: nothing is said.
+        warnings: What makes predictions doubtful; it is printed, and stays in the file.
     """
     fixed = fixed_by(given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -65,12 +69,16 @@ def plan_visibly(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     world = config.parallel.world_size
     console.print(f"Planned: {world} GPUs of {cluster_name}. Times are predicted, none was measured.")
+    for warning in warnings:
+        console.print(f"Warning: {warning}", markup=False)
     if find_largest:
         console.print(_models_table(models))
     usable = cluster.memory_bytes / _GIB - reserve_gib
     console.print(_candidates_table(plan, usable))
+    console.print(_alike(plan, spread_on(cluster)), markup=False)
     console.print(_refused_table(plan, usable))
-    path = write_overrides(plan, config, cluster, given, find_largest, Path(config.output_dir) / "plan.overrides")
+    path = Path(config.output_dir) / "plan.overrides"
+    write_overrides(plan, config, cluster, given, find_largest, path, warnings)
     console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
     if plan.winner.folded:
         console.print(_gain(plan), markup=False)
@@ -82,6 +90,15 @@ def plan_visibly(
     apart = [shlex.quote(override) for override in given if not allowed(override)]
     console.print(" ".join([f"tedlab train +plan={path}", *apart]), soft_wrap=True, markup=False)
     return plan
+
+
+def learn_visibly(cluster: ClusterConfig, paths: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
+    """Runs :func:`learn` and prints the result; returns the corrected cluster, and what is doubtful about it."""
+    learned = learn(cluster, paths)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(learned.table())
+    console.print(learned.verdict(), markup=False)
+    return learned.cluster, list(learned.notes)
 
 
 def fixed_by(given: Sequence[str]) -> list[str]:
@@ -107,9 +124,35 @@ def _gain(plan: Plan) -> str:
     )
 
 
+def _alike(plan: Plan, spread: Spread) -> str:
+    """Says how long a step may take, and how many layouts a prediction cannot tell from the fastest."""
+    fastest = plan.winner.step_seconds
+    text = f"A step of the fastest takes {spread.said(fastest)}, by {spread.source}."
+    others = [candidate for candidate in _shown(plan) if candidate is not plan.winner]
+    alike = [other for other in others if not spread.apart(fastest, other.step_seconds)]
+    if not alike:
+        return text
+    return (
+        f"{text} {len(alike)} of the {len(others)} others above cannot be told apart from it: they are predicted to be "
+        f"slower by less than that ({spread.factor:.2f} ×). Measure some steps of them before a long run."
+    )
+
+
+def _shown(plan: Plan) -> list[Candidate]:
+    """Returns the candidates of the table: those that were simulated, then others of the front."""
+    known = [candidate.settings for candidate in plan.simulated]
+    return [*plan.simulated, *(other for other in plan.front[:_ROWS] if other.settings not in known)]
+
+
 def write_overrides(
-    plan: Plan, config: TrainConfig, cluster: ClusterConfig, given: Sequence[str], largest: bool, path: Path
-) -> Path:
+    plan: Plan,
+    config: TrainConfig,
+    cluster: ClusterConfig,
+    given: Sequence[str],
+    largest: bool,
+    path: Path,
+    warnings: Sequence[str] = (),
+) -> None:
     """Writes the overrides that make the winner, one a line, with those of ``given`` that such a file may contain."""
     chosen = overrides(plan.winner)
     if largest:
@@ -123,10 +166,10 @@ def write_overrides(
     winner = plan.winner
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"# predicted: {winner.step_seconds:.4g} s a step, {winner.peak_bytes / _GIB:.2f} GiB\n"
+        f"# predicted: {spread_on(cluster).said(winner.step_seconds)} a step, {winner.peak_bytes / _GIB:.2f} GiB\n"
+        + "".join(f"# warning: {warning}\n" for warning in warnings)
         + "".join(f"{override}\n" for override in [*kept, *chosen])
     )
-    return path
 
 
 def _models_table(models: Mapping[int, TrainConfig]) -> Table:
@@ -148,9 +191,9 @@ def _models_table(models: Mapping[int, TrainConfig]) -> Table:
 
 
 def _candidates_table(plan: Plan, usable: float) -> Table:
-    shown = plan.front[:_ROWS]
+    shown = _shown(plan)
     table = Table(title="layouts that no other beats in everything", title_justify="left")
-    folded = any(candidate.folded for candidate in (*plan.simulated, *shown))
+    folded = any(candidate.folded for candidate in shown)
     for heading in ("tensor", "expert", *(("expert tensor",) if folded else ()), "batch"):
         table.add_column(heading, justify="right")
     for heading in ("recompute", "duplicates", "tile"):
@@ -163,10 +206,9 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
     for candidate in plan.simulated:
         table.add_row(*_row(candidate, folded), style="bold" if candidate is plan.winner else None)
     table.add_section()
-    for candidate in shown:
-        if not any(candidate.settings == other.settings for other in plan.simulated):
-            table.add_row(*_row(candidate, folded), style="dim")
-    more = len(plan.front) - len(shown)
+    for candidate in shown[len(plan.simulated) :]:
+        table.add_row(*_row(candidate, folded), style="dim")
+    more = len(plan.front) - len(plan.front[:_ROWS])
     table.caption = (
         f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
         f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
