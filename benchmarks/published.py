@@ -23,6 +23,7 @@ from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
 from tedlab.predict.flops import forward_flops
+from tedlab.predict.spread import PUBLISHED, spread_of
 
 HERE = Path(__file__).parent
 RUNS = HERE / "published.yaml"
@@ -149,6 +150,11 @@ def score(rows: Sequence[Compared]) -> tuple[float, float]:
     return median(errors), max(errors)
 
 
+def spread(rows: Sequence[Compared]) -> float:
+    """The factor within which two of three rows are that calibrate nothing."""
+    return spread_of(row.ratio for row in rows if not row.run.calibrates)
+
+
 def lines(rows: Sequence[Compared]) -> list[tuple[str, ...]]:
     """The cells of the table."""
     return [
@@ -173,11 +179,15 @@ def markdown(rows: Sequence[Compared]) -> str:
     by_profile = {profile: [row for row in rows if row.run.profile == profile] for profile in PROFILES}
     scores = {profile: score(of) for profile, of in by_profile.items() if any(not row.run.calibrates for row in of)}
     said = ", ".join(f"{name} {100 * middle:.0f} % and {100 * worst:.0f} %" for name, (middle, worst) in scores.items())
-    return f"{table}\nMedian and largest error of the rows that calibrate nothing: {said}.\n"
+    modern = PROFILES[0]
+    return (
+        f"{table}\nMedian and largest error of the rows that calibrate nothing: {said}.\n"
+        f"Two of three {modern} runs are within a factor of {spread(by_profile[modern]):.2f}.\n"
+    )
 
 
 def draw(rows: Sequence[Compared], path: Path = PICTURE) -> None:
-    """Predicted by published seconds of each run, with the band of 15 %."""
+    """Predicted by published seconds of each run and its range, with the band of 15 %."""
     figure, (axes,) = canvas("Published runs: predicted by published seconds of a step", size=(9, 4.6))
     axes.axvspan(1 - BAND, 1 + BAND, color="0.92", label=f"± {BAND:.0%}", zorder=0)
     axes.axvline(1, color="0.6", linewidth=1, zorder=1)
@@ -188,15 +198,17 @@ def draw(rows: Sequence[Compared], path: Path = PICTURE) -> None:
         ratios = [row.ratio for row in those.values()]
         face = "white" if calibrates else color
         label = profile + (", calibrates" if calibrates else "")
+        low, high = zip(*(PUBLISHED.range(ratio) for ratio in ratios), strict=True)
+        axes.hlines([*those], low, high, color=color, linewidth=1, alpha=0.6, zorder=2)
         axes.scatter(ratios, [*those], s=50, edgecolors=color, facecolors=face, zorder=3, label=label)
     axes.set_yticks(range(len(rows)), [row.run.name for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    marks = (0.6, 0.7, 0.85, 1, 1.15, 1.5, 2)
+    marks = (0.35, 0.5, 0.7, 0.85, 1, 1.15, 1.5, 2)
     axes.set_xticks(marks, [f"{mark:g}" for mark in marks])
     axes.minorticks_off()
-    axes.set_xlim(0.6, 2)
-    axes.set_xlabel("predicted / published: below 1, the prediction is too fast")
+    axes.set_xlim(0.33, 2)
+    axes.set_xlabel("predicted / published, and the range of the prediction: below 1, it is too fast")
     axes.legend(fontsize=8, frameon=False, loc="upper right")
     figure.savefig(path)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.published import Compared, Run, compared, read, score
+from benchmarks.published import Compared, Run, compared, read, score, spread
+from tedlab.predict.spread import PUBLISHED
 from tests.predict.test_estimate import closed_form
 
 ROW = {
@@ -44,13 +45,24 @@ def rows() -> list[Compared]:
 
 @pytest.mark.slow
 def test_errors_do_not_grow(rows: list[Compared]) -> None:
-    """Of the closed form. A row that is added may raise them, and then says so here."""
+    """Of the closed form. A row that is added may raise them, and then says so here: Moonlight's, which no kernel or
+    link explains, is 0.40 of what was published (docs/truth.md).
+    """
     of = {profile: score([row for row in rows if row.run.profile == profile]) for profile in ("modern", "eager")}
     middle, worst = of["modern"]
-    assert middle < 0.085
-    assert worst < 0.48
+    assert middle < 0.065
+    assert worst < 1.49
+    others = [row for row in rows if row.run.profile == "modern" and not row.run.name.startswith("Moonlight")]
+    assert score(others)[1] < 0.32
     assert of["eager"][1] < 0.27
     assert score(rows)[0] < 0.18
+
+
+@pytest.mark.slow
+def test_ranges_of_predictions_are_those_of_published_runs(rows: list[Compared]) -> None:
+    """The factor stands in the package, which does not have these rows."""
+    modern = [row for row in rows if row.run.profile == "modern"]
+    assert pytest.approx(spread(modern), abs=0.01) == PUBLISHED.factor
 
 
 @pytest.mark.slow
