@@ -1,6 +1,6 @@
 """Kills, stops and cuts off processes of real runs at random moments; nothing may be lost, hang, or be left over.
 
-``TEDLAB_CHAOS_MOMENTS`` (8) says how many, ``TEDLAB_CHAOS_SEED`` (drawn, and printed) which. What a dead network link
+``TEDLAB_CHAOS_MOMENTS`` (4) says how many, ``TEDLAB_CHAOS_SEED`` (drawn, and printed) which. What a dead network link
 does is emulated: from then on one process's next collective never starts, and its peers wait for it.
 """
 
@@ -33,7 +33,7 @@ from tests.pool import WorkerPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-MOMENTS = int(os.environ.get("TEDLAB_CHAOS_MOMENTS", "8"))
+MOMENTS = int(os.environ.get("TEDLAB_CHAOS_MOMENTS", "4"))
 SEED = int(os.environ.get("TEDLAB_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
 TIMEOUT_S = 4
 GRACE_S = 30  # after the timeout everything has to be over

@@ -44,7 +44,7 @@ class Job:
     moe: MoEConfig = field(default_factory=lambda: MoEConfig(num_experts=4))
     tie_embeddings: bool = True
     steps: int = 1
-    micro_batches: int = 8  # of every step: one process accumulates them all, 8 data ranks take one each
+    micro_batches: int = 4  # of every step: one process accumulates them all, 4 data ranks take one each
     lr: float = 1e-2
     clip: float | None = None
     zero: bool = True

@@ -19,7 +19,7 @@ from tests.training import Job, Layout, language_model, loader, trainer
 
 STEPS, EVERY = 5, 2
 JOB = Job(moe=MoEConfig(num_experts=8, top_k=2, every=1, capacity_factor=0.75, capacity_multiple=4), steps=STEPS)
-LAYOUTS = [Layout(2, tensor=2), Layout(4, tensor=2, expert=2), Layout(8)]
+LAYOUTS = [Layout(2, tensor=2), Layout(4, tensor=2, expert=2), Layout(4)]
 
 
 class Counter(Callback):
@@ -59,7 +59,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(pool: WorkerPool, directory: Path) -> dict[str, Any]:
-    """One process, which accumulates eight micro-batches."""
+    """One process, which accumulates four micro-batches."""
     return pool.run(1, train, Layout(), directory)[0]
 
 

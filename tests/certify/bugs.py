@@ -24,6 +24,7 @@ from tedlab.comm import Collectives, differentiable, raw, recompute
 from tedlab.comm.route import NodeRoute
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
+from tedlab.degrees import GroupKind
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
@@ -108,8 +109,8 @@ def replicated_gradient_summed_over_tensor(patch: Patch) -> None:
     patch.setattr(Bucket, "finish_reduction", wrong)
 
 
-def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
-    """Over processes that hold other experts."""
+def _experts_summed_again(patch: Patch, kind: GroupKind) -> None:
+    """The gradients of experts, once they are reduced, over another group."""
     finish = Bucket.finish_reduction
 
     def wrong(self: Bucket) -> None:
@@ -117,9 +118,14 @@ def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
         finish(self)
         if pending and self.kind == "expert_data":
             assert self.gradient is not None
-            self.gradient = self.comm.all_reduce(self.gradient, "data", tag="gradients.reduce", phase="optimizer")
+            self.gradient = self.comm.all_reduce(self.gradient, kind, tag="gradients.reduce", phase="optimizer")
 
     patch.setattr(Bucket, "finish_reduction", wrong)
+
+
+def experts_reduced_over_all_data_ranks(patch: Patch) -> None:
+    """Over processes that hold other experts."""
+    _experts_summed_again(patch, "data")
 
 
 def input_gradient_not_summed_over_tensor(patch: Patch) -> None:
@@ -226,16 +232,7 @@ def folded_expert_gradient_divided_by_expert_data(patch: Patch) -> None:
 
 def folded_experts_summed_over_the_tensor_group(patch: Patch) -> None:
     """As if they were whole experts of which each tensor rank saw a part of the tokens, and not other experts."""
-    finish = Bucket.finish_reduction
-
-    def wrong(self: Bucket) -> None:
-        pending = self._reduction is not None
-        finish(self)
-        if pending and self.kind == "expert_data":
-            assert self.gradient is not None
-            self.gradient = self.comm.all_reduce(self.gradient, "tensor", tag="gradients.reduce", phase="optimizer")
-
-    patch.setattr(Bucket, "finish_reduction", wrong)
+    _experts_summed_again(patch, "tensor")
 
 
 def folded_experts_counted_once_for_each_tensor_rank(patch: Patch) -> None:

@@ -19,8 +19,8 @@ from tedlab.config import TrainConfig, with_values
 from tests.pool import WorkerPool
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-_RUNS_OF_A_WORLD = 8  # a hang costs no more than these
-_STEPS = 2  # of a run that nothing continues
+_RUNS_OF_A_WORLD = 16  # the first of them costs most; a hang costs no more than these
+_SECONDS = 15  # that a run may take beside other tests, before it counts as a hang
 
 
 def composed(*overrides: str) -> TrainConfig:
@@ -49,33 +49,35 @@ class Case:
         overrides: of the configuration.
         plant: the bug in the processes of its layout; None: none.
         continuations: see :func:`tedlab.certify.certify`.
+        steps: of its runs, if nothing continues them.
     """
 
     overrides: tuple[str, ...]
     plant: Plant | None = None
     continuations: tuple[str, ...] = ()
+    steps: int = 2
 
 
 def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[Case, list[Row]]:
     """Rows of many certificates, as of :func:`tedlab.certify.certify`, in few worlds.
 
-    Cases with the same overrides share a reference; all runs of as many processes share worlds, one after the other.
-    A run that nothing continues has two steps.
+    Cases with the same overrides and steps share a reference; all runs of as many processes share worlds, one after the
+    other.
     """
     runs: dict[Case, Runs] = {}
     continued: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for case in cases:
         continued[case.overrides].update(case.continuations)
-    shared: dict[tuple[tuple[str, ...], bool], Runs] = {}
+    shared: dict[tuple[tuple[str, ...], int | None], Runs] = {}
     for number, case in enumerate(cases):
-        key = case.overrides, bool(case.continuations)
+        key = case.overrides, None if case.continuations else case.steps
         if key not in shared:
             names = tuple(continued[case.overrides]) if case.continuations else ()
             shared[key] = runs_for(composed(*case.overrides), directory / str(number), names, MOST_PROCESSES)
             if not case.continuations:
-                shorter = {"trainer.max_steps": _STEPS}
+                shorter = {"trainer.max_steps": case.steps}
                 layout, one = with_values(shared[key].layout, shorter), with_values(shared[key].one, shorter)
-                shared[key] = replace(shared[key], layout=layout, one=one, steps=_STEPS)
+                shared[key] = replace(shared[key], layout=layout, one=one, steps=case.steps)
         layout = replace(shared[key].layout, output_dir=f"{shared[key].layout.output_dir}_{number}")
         runs[case] = replace(shared[key], layout=layout, continuations=case.continuations)
     stages: list[dict[int, list[_Task]]] = [defaultdict(list) for _ in range(3)]
@@ -90,7 +92,8 @@ def certified(pool: WorkerPool, directory: Path, cases: Sequence[Case]) -> dict[
     for stage in stages:
         for processes, tasks in stage.items():
             for start in range(0, len(tasks), _RUNS_OF_A_WORLD):
-                pool.run(processes, _in_turn, tasks[start : start + _RUNS_OF_A_WORLD])
+                some = tasks[start : start + _RUNS_OF_A_WORLD]
+                pool.run(processes, _in_turn, some, timeout=max(120, _SECONDS * len(some)))
     return {case: list(its.compared()) for case, its in runs.items()}
 
 

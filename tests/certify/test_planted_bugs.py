@@ -7,7 +7,7 @@ by a test that is named here, and fails with it. All certificates are made in a 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from tests.moe.lending import test_plan
 from tests.nn import test_attention, test_sharded
 from tests.optim import test_fused, test_loss_scale, test_schedule
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 from tests.test_oracle import Errors, first_wrong, judged
 
 Overrides = tuple[str, ...]
@@ -308,23 +309,39 @@ TESTED: dict[Plant, Callable[[Topology], None]] = {  # what fails with it
 
 
 def _case(plant: Plant | None, found: Found) -> Case:
-    return Case(found.overrides, plant, (found.quantity,) if found.quantity in (FROM_ONE, AGAIN) else ())
+    continuations = (found.quantity,) if found.quantity in (FROM_ONE, AGAIN) else ()
+    return Case(found.overrides, plant, continuations, steps=1 if "in step 1" in found.said else 2)
 
 
-def _made(pool: WorkerPool, directory: Path, every_day: bool) -> dict[Case, list[Row]]:
-    """Certificates of bugs, and of their configurations without one."""
-    cases = [_case(plant, found) for plant, found in CERTIFIED.items() if (plant in EVERY_DAY) == every_day]
+def _sampled(bugs_of: dict[Plant, Any]) -> list[Plant]:
+    """One of each kind, which is what finds it: of certificates the configuration and the quantity."""
+    kinds: dict[object, Plant] = {}
+    for plant in sorted(bugs_of, key=lambda plant: plant not in EVERY_DAY):
+        found = bugs_of[plant]
+        kinds.setdefault((found.overrides, found.quantity) if isinstance(found, Found) else found, plant)
+    return [plant for plant in kinds.values() if plant not in EVERY_DAY]
+
+
+def _asked(request: pytest.FixtureRequest, otherwise: dict[Plant, Any]) -> list[Plant]:
+    return [parameters["plant"] for parameters in asked_of(request)] or _sampled(otherwise)
+
+
+def _made(pool: WorkerPool, directory: Path, plants: Iterable[Plant]) -> dict[Case, list[Row]]:
+    """Certificates of bugs, of no more steps than show them, and of their configurations without one."""
+    cases = [_case(plant, CERTIFIED[plant]) for plant in plants]
     return certified(pool, directory, [*cases, *dict.fromkeys(replace(case, plant=None) for case in cases)])
 
 
 @pytest.fixture(scope="module")
 def certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Row]]:
-    return _made(pool, tmp_path_factory.mktemp("certificates"), every_day=True)
+    return _made(pool, tmp_path_factory.mktemp("certificates"), [plant for plant in CERTIFIED if plant in EVERY_DAY])
 
 
 @pytest.fixture(scope="module")
-def more_certificates(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[Row]]:
-    return _made(pool, tmp_path_factory.mktemp("certificates"), every_day=False)
+def more_certificates(
+    pool: WorkerPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Case, list[Row]]:
+    return _made(pool, tmp_path_factory.mktemp("certificates"), _asked(request, CERTIFIED))
 
 
 def _assert_caught_and_named(made: dict[Case, list[Row]], plant: Plant) -> None:
@@ -345,9 +362,15 @@ def _assert_that_without_a_bug_all_is_well(made: dict[Case, list[Row]]) -> None:
         assert min(row.compared for row in rows) >= 1
 
 
-def _each(bugs_of: Iterable[Plant], every_day: bool) -> pytest.MarkDecorator:
-    plants = [plant for plant in bugs_of if (plant in EVERY_DAY) == every_day]
-    return pytest.mark.parametrize("plant", plants, ids=lambda plant: plant.__name__)
+def _each(bugs_of: dict[Plant, Any], every_day: bool) -> pytest.MarkDecorator:
+    """Those of every day, or the others, of which CI runs a sample."""
+    sample = _sampled(bugs_of)
+    params = [
+        pytest.param(plant, marks=() if every_day else pytest.mark.slow if plant in sample else pytest.mark.exhaustive)
+        for plant in bugs_of
+        if (plant in EVERY_DAY) == every_day
+    ]
+    return pytest.mark.parametrize("plant", params, ids=lambda plant: plant.__name__)
 
 
 @_each(CERTIFIED, every_day=True)
@@ -355,7 +378,6 @@ def test_a_planted_bug_is_caught_and_named(certificates: dict[Case, list[Row]], 
     _assert_caught_and_named(certificates, plant)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)  # the first waits for all certificates
 @_each(CERTIFIED, every_day=False)
 def test_so_is_every_other(more_certificates: dict[Case, list[Row]], plant: Plant) -> None:
@@ -374,19 +396,18 @@ def test_without_a_bug_the_other_configurations_pass(more_certificates: dict[Cas
 Verdicts = dict[tuple[str, Plant | None], Errors]
 
 
-def _judged(pool: WorkerPool, every_day: bool) -> Verdicts:
-    cases = [(setting, plant) for plant, (setting, _) in ORACLE.items() if (plant in EVERY_DAY) == every_day]
-    return judged(pool, "one process", cases)
+def _judged(pool: WorkerPool, plants: Iterable[Plant]) -> Verdicts:
+    return judged(pool, "one process", [(ORACLE[plant][0], plant) for plant in plants])
 
 
 @pytest.fixture(scope="module")
 def verdicts(pool: WorkerPool) -> Verdicts:
-    return _judged(pool, every_day=True)
+    return _judged(pool, [plant for plant in ORACLE if plant in EVERY_DAY])
 
 
 @pytest.fixture(scope="module")
-def more_verdicts(pool: WorkerPool) -> Verdicts:
-    return _judged(pool, every_day=False)
+def more_verdicts(pool: WorkerPool, request: pytest.FixtureRequest) -> Verdicts:
+    return _judged(pool, _asked(request, ORACLE))
 
 
 @_each(ORACLE, every_day=True)
@@ -395,7 +416,6 @@ def test_what_one_process_has_too_is_caught_by_the_oracle(verdicts: Verdicts, pl
     assert first_wrong(verdicts[setting, plant]) == quantity
 
 
-@pytest.mark.slow
 @_each(ORACLE, every_day=False)
 def test_so_is_every_other_that_one_process_has_too(more_verdicts: Verdicts, plant: Plant) -> None:
     setting, quantity = ORACLE[plant]

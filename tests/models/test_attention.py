@@ -1,5 +1,6 @@
 """Models with every form of attention: in every layout what one process computes, and as predicted."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from tedlab.predict.sim import simulate
 from tests.certify.runs import Case, certified
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
+from tests.selection import asked_of
 
 ROTARY = ("model=olmoe_1b_7b", "moe=olmoe", "model.qk_norm=none")
 SHARED = (*ROTARY, "model.kv_heads=2", "model.qk_norm=full", "model.attention.qkv_bias=true")
@@ -122,11 +124,12 @@ PREDICTED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def differences() -> dict[str, dict[str, float]]:
+def differences(names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Of closed form and simulation, which checks its ledger against the closed form of communication."""
     found = {}
     with out_of_the_pools_group():
-        for name, overrides in PREDICTED.items():
+        for name in names:
+            overrides = PREDICTED[name]
             config = checked(*overrides[0], *SMALL, *overrides[1])
             closed, simulation = (predicted(config, load_cluster("dgx_a100")) for predicted in (estimate, simulate))
             found[name] = {
@@ -138,12 +141,14 @@ def differences() -> dict[str, dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def predictions(pool: WorkerPool) -> Any:
-    return pool.run(1, differences)[0]
+def predictions(pool: WorkerPool, request: pytest.FixtureRequest) -> Any:
+    return pool.run(1, differences, [cell["name"] for cell in asked_of(request)])[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PREDICTED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.exhaustive if "queries" in name else pytest.mark.slow) for name in PREDICTED],
+)
 def test_the_closed_form_says_what_the_simulator_says(predictions: Any, name: str) -> None:
     difference = predictions[name]
     assert difference["ledger"] == 0

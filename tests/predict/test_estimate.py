@@ -120,6 +120,23 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
 
 
 QUICK = ("one_fused", "ted", "dropless_gpu", "fused", "pos2_ted")
+EXHAUSTIVE = (  # what each of these has, other cases have as well
+    *(
+        "recomputing",
+        "dropless_ted",
+        "dropless_sequence",
+        "pilots_sequence",
+        "today",
+        "today_sequence",
+        "pos1_dropless",
+    ),
+    *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
+)
+
+
+def marked(case: str) -> object:
+    marks = [] if case in QUICK else [pytest.mark.exhaustive if case in EXHAUSTIVE else pytest.mark.slow]
+    return pytest.param(case, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +150,7 @@ def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, S
     return dict(zip(cases, pool.run(1, simulated, configs)[0], strict=True))
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in CASES])
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulation], case: str) -> None:
     closed, simulation = closed_form(CASES[case]), simulations[case]
     held = simulation.memory.at_peak()

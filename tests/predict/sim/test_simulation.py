@@ -46,7 +46,7 @@ ALONE = [*SMALL, "parallel=single", "parallel.tensor=1", "parallel.expert=1", "d
 ALONE += ["data.micro_batch_size=2"]
 WIDE = [*SMALL, "model.layers=1", "model.hidden=1024", "model.ffn=4096", "moe.num_experts=0"]
 WIDE += ["parallel=dp2", "data.batch_size=4", "parallel.tensor=1", "parallel.expert=1", "data.micro_batch_size=2"]
-WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=320", "data.micro_batch_size=2"]  # 5 micro-batches
+WORLD = [*SMALL, "parallel.world_size=128", "data.batch_size=192", "data.micro_batch_size=2"]  # 3 micro-batches
 
 
 def checked(*overrides: str) -> TrainConfig:
