@@ -142,7 +142,7 @@ CONTINUED = [
 ]
 
 
-QUICK = [(SOURCE, SOURCE), (SOURCE, OTHERS[0]), (OTHERS[0], SOURCE), (SOURCE, OTHERS[1]), (OTHERS[3], SOURCE)]
+QUICK = [(SOURCE, SOURCE), (SOURCE, OTHERS[0]), (OTHERS[0], SOURCE)]
 
 
 @pytest.fixture(scope="module")

@@ -148,7 +148,9 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("moe", WRITTEN.values(), ids=WRITTEN)
+@pytest.mark.parametrize(
+    "moe", [pytest.param(moe, id=name, marks=[pytest.mark.slow] * (name != "pos2")) for name, moe in WRITTEN.items()]
+)
 def test_a_model_writes_what_plain_torch_does(pool: WorkerPool, tmp_path: Path, moe: MoEConfig) -> None:
     run = finished(pool, tmp_path / "run", moe)
     consolidate(run / "checkpoints" / "last.ckpt", tmp_path / "whole.safetensors")

@@ -85,9 +85,8 @@ SHORTCUTS |= {
 }
 LAYOUT = (4, 2, 2)
 OFTEN = {  # the others are tried with CI's slow tests
-    *("stored", "dtd_cac", "sequence_cac", "dropless_dtd_some"),
-    *("cac", "beside_shared", "dropless_stored", "packed_dtd", "dropless_sequence"),
-    *("pos1_slot0", "pos2_stored", "pos2_plain_rows_cac", "pos3_shard"),
+    *("stored", "dtd_cac", "dropless_dtd_some", "cac", "dropless_stored", "dropless_sequence"),
+    *("pos2_stored", "pos2_plain_rows_cac", "pos3_shard"),
 }
 
 

@@ -204,8 +204,7 @@ def pilots_and_rows(
         pytest.param(8, (1, "plain", "node", 4, 16), marks=pytest.mark.slow),  # E_p = 8 on two nodes
         pytest.param(8, (1, "plain", "node", 2, 8), marks=pytest.mark.slow),  # E_p = 8 on four nodes
         *(  # E_p = 4 on two nodes
-            pytest.param(8, (2, mode, "node", 4, 8), marks=[] if mode == "fused" else pytest.mark.slow)
-            for mode in ("plain", "fused", "sequence")
+            pytest.param(8, (2, mode, "node", 4, 8), marks=pytest.mark.slow) for mode in ("plain", "fused", "sequence")
         ),
     ],
     ids=str,
