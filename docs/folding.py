@@ -6,14 +6,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE
+from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from tedlab.degrees import GroupKind, ParallelDegrees
 
 FILE = Path(__file__).with_name("folding.png")
 EXPERTS = 8
 TED = ParallelDegrees(8, tensor=4, expert=2)
 FOLDED = ParallelDegrees(8, tensor=4, expert=4, expert_tensor=1)
-_DATA_RANKS, _REPLICAS = (BLUE, ORANGE), (GREEN, PURPLE)
+_DATA_RANKS, _REPLICAS = (BLUE, ORANGE, SKY, VERMILION), (GREEN, PURPLE)
 _EMPTY, _INK = "#e9ecef", "#1f2328"
 _WIDTH, _GAP = 1.0, 0.28  # of a process, and between two
 
@@ -35,28 +35,30 @@ def draw(file: Path = FILE) -> None:
     """Draws the same processes three times: dense layers, experts as in TED, and folded experts."""
     figure = Figure(figsize=(10, 5.4), layout="constrained")
     dense, ted, folded = figure.subplots(3)
-    _dense(dense)
-    _experts(ted, TED, "Experts as in the paper: a quarter of each of four")
-    _bracket(ted, TED, "expert_tensor", "expert_tensor group: rows are gathered, results summed")
-    _listed(ted, TED, "expert", "expert groups, one exchange there and one back")
-    _experts(folded, FOLDED, "Experts folded: two whole ones")
-    _bracket(folded, FOLDED, "expert", "expert group: one exchange there and one back")
-    _listed(folded, FOLDED, "expert_data", "expert_data groups, gradients of experts")
+    draw_dense(dense, TED, "a quarter of each")
+    bracket(dense, TED, "tensor", "tensor group: results of each layer are summed")
+    draw_experts(ted, TED, "Experts as in the paper: a quarter of each of four")
+    bracket(ted, TED, "expert_tensor", "expert_tensor group: rows are gathered, results summed")
+    listed(ted, TED, "expert", "expert groups, one exchange there and one back")
+    draw_experts(folded, FOLDED, "Experts folded: two whole ones")
+    bracket(folded, FOLDED, "expert", "expert group: one exchange there and one back")
+    listed(folded, FOLDED, "expert_data", "expert_data groups, gradients of experts")
     figure.savefig(file, dpi=150)
 
 
-def _dense(axes: Axes) -> None:
-    _frame(axes, TED, f"Dense layers, data {TED.data} × tensor {TED.tensor}: a quarter of each")
-    for rank in range(TED.world_size):
-        places = TED.coordinates(rank)
-        for part in range(TED.tensor):
+def draw_dense(axes: Axes, degrees: ParallelDegrees, share: str) -> None:
+    """Draws which part of the dense layers each process holds; ``share`` says so in words."""
+    _frame(axes, degrees, f"Dense layers, data {degrees.data} × tensor {degrees.tensor}: {share}")
+    for rank in range(degrees.world_size):
+        places = degrees.coordinates(rank)
+        for part in range(degrees.tensor):
             colour = _DATA_RANKS[places["data"]] if part == places["tensor"] else _EMPTY
-            _box(axes, _left(rank) + part * _WIDTH / TED.tensor, 0.45, _WIDTH / TED.tensor, 0.95, colour)
-    _bracket(axes, TED, "tensor", "tensor group: results of each layer are summed")
-    _listed(axes, TED, "data", "data groups, gradients of dense layers")
+            _box(axes, _left(rank) + part * _WIDTH / degrees.tensor, 0.45, _WIDTH / degrees.tensor, 0.95, colour)
+    listed(axes, degrees, "data", "data groups, gradients of dense layers")
 
 
-def _experts(axes: Axes, degrees: ParallelDegrees, title: str) -> None:
+def draw_experts(axes: Axes, degrees: ParallelDegrees, title: str) -> None:
+    """Draws which parts of which of eight experts each process holds."""
     sizes = f"expert_data {degrees.expert_data} × expert {degrees.expert} × expert_tensor {degrees.expert_tensor}"
     what, _, rest = title.partition(":")
     _frame(axes, degrees, f"{what}, {sizes}:{rest}")
@@ -82,7 +84,7 @@ def _frame(axes: Axes, degrees: ParallelDegrees, title: str) -> None:
         axes.text(_left(rank) + _WIDTH / 2, 1.47, f"rank {rank}", ha="center", va="bottom", fontsize=8.5, color=_INK)
 
 
-def _bracket(axes: Axes, degrees: ParallelDegrees, kind: GroupKind, text: str) -> None:
+def bracket(axes: Axes, degrees: ParallelDegrees, kind: GroupKind, text: str) -> None:
     """Draws a bracket under each group of a kind whose members are neighbours."""
     for members in groups(degrees, kind):
         left, right = _left(members[0]), _left(members[-1]) + _WIDTH
@@ -90,11 +92,11 @@ def _bracket(axes: Axes, degrees: ParallelDegrees, kind: GroupKind, text: str) -
         axes.text((left + right) / 2, 0.18, text, ha="center", va="top", fontsize=8.5, color=_INK)
 
 
-def _listed(axes: Axes, degrees: ParallelDegrees, kind: GroupKind, text: str) -> None:
+def listed(axes: Axes, degrees: ParallelDegrees, kind: GroupKind, text: str, bottom: float = -0.22) -> None:
     """Lists the groups of a kind whose members are not neighbours."""
-    listed = "  ".join("{" + ", ".join(map(str, members)) + "}" for members in groups(degrees, kind))
+    text_of_groups = "  ".join("{" + ", ".join(map(str, members)) + "}" for members in groups(degrees, kind))
     middle = (_left(degrees.world_size) - _GAP) / 2
-    axes.text(middle, -0.22, f"{text}: {listed}", ha="center", va="top", fontsize=8.5, color=_INK)
+    axes.text(middle, bottom, f"{text}: {text_of_groups}", ha="center", va="top", fontsize=8.5, color=_INK)
 
 
 def _box(axes: Axes, left: float, bottom: float, width: float, height: float, colour: str) -> None:

@@ -1,13 +1,12 @@
 """``python -m docs.refresh [--check] [NAME …]``: writes into README and docs what commands print and simulations give.
 
 What stands between ``<!-- refresh NAME -->`` and ``<!-- end NAME -->`` in a document comes from here, and from nowhere
-else. Nothing of it depends on the machine: times are predicted ones. ``--check`` writes nothing and exits with 1 if a
+else. Where commands train, numbers depend on the machine and on the text of Python's library, and only words are
+compared. All others must agree: their times are predicted ones. ``--check`` writes nothing and exits with 1 if a
 document says something else than the code; tests do that, too.
 """
 
 import argparse
-import contextlib
-import io
 import multiprocessing
 import re
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import published
+from docs.commands import Run, Shown, commands, in_a_new_process, run_commands
 from experiments.breakdown import NAMES, parts, total
 from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
 from tedlab.predict.cluster import load_cluster
@@ -29,11 +29,13 @@ from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.memory import Category
 from tedlab.predict.sim.meter import KERNELS, MATRICES
 from tedlab.predict.sim.routing import routing_of
-from tedlab.predict.sim.show import simulate_visibly
 from tedlab.predict.volumes import ClosedForm
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/simulate.md", "docs/truth.md", "docs/folding.md"))
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("certify", "folding", "plan", "simulate", "truth")),
+)
 _BLOCK = re.compile(r"(<!-- refresh (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 _GIB = 2**30
 
@@ -59,21 +61,32 @@ class Block:
     text: Callable[[Mapping[str, Simulation]], str]
 
 
-# ---- the README's simulation -----------------------------------------------------------------------------------------
+# ---- what commands print ---------------------------------------------------------------------------------------------
+
+PRINTED = {
+    "train": Shown(r"main: \d+ steps", "parameters"),
+    "compare": Shown("Results", "Communication by phase"),
+    "certificate": Shown("4 processes", "float64, on cpu"),
+    "simulate": Shown("predicted seconds of a step", "saved in", exact=True),
+    "predicted": Shown("predicted$", "saved in", exact=True),
+    "plan": Shown("Planned", "tedlab train", exact=True),
+}
 
 
-def _printed(_: Mapping[str, Simulation]) -> str:
-    """What the README's command prints, from the second table on, without the place of its files."""
-    torch.set_num_threads(1)
-    (command,) = re.findall(r"tedlab simulate (.*?)\n```", DOCUMENTS[0].read_text(), re.DOTALL)
-    overrides = [word for word in command.replace("\\\n", " ").split() if not word.startswith("cluster=")]
-    config = configured([word.replace("world_size", "parallel.world_size") for word in overrides])
-    out = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(out), contextlib.redirect_stderr(None):
-        simulate_visibly(replace(config, output_dir=folder), "summit", load_cluster("summit"), 0)
-    lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    end = next(n for n, line in enumerate(lines) if "saved in" in line)
-    return "```\n" + "\n".join([*lines[lines.index("predicted seconds of a step") : end], lines[-1]]) + "\n```\n"
+def _above(name: str) -> list[str]:
+    """Returns the commands of the last bash block above a place in a document."""
+    (text,) = (text for path in DOCUMENTS if f"<!-- refresh {name} -->" in (text := path.read_text()))
+    above = text[: text.index(f"<!-- refresh {name} -->")]
+    return commands(above[above.rindex("```bash") :])
+
+
+def printed(names: Sequence[str], run: Run, added: Mapping[str, Sequence[str]] | None = None) -> dict[str, str]:
+    """Returns what documents should show of what the commands above it print, by name; the last command counts."""
+    outputs: dict[tuple[str, ...], str] = {}
+    for lines in dict.fromkeys(tuple(_above(name)) for name in names):
+        with tempfile.TemporaryDirectory() as folder:
+            outputs[lines] = run_commands(lines, Path(folder), run, added)[-1]
+    return {name: PRINTED[name].of(outputs[tuple(_above(name))]) for name in names}
 
 
 # ---- docs/simulate.md ----------------------------------------------------------------------------------------------
@@ -196,7 +209,6 @@ def _folding(_: Mapping[str, Simulation]) -> str:
 
 BLOCKS = {
     "folding": Block({}, _folding),
-    "simulate": Block({}, _printed),
     "memory": Block(
         {
             f"{name} {count}": Job((*_40B, f"data.batch_size={32 * count}", *overrides))
@@ -250,9 +262,16 @@ def _in_processes(jobs: Sequence[Job]) -> list[Simulation]:
 
 def texts(names: Sequence[str], run: Callable[[Sequence[Job]], Sequence[Simulation]] = _in_processes) -> dict[str, str]:
     """What the documents should say, by block; ``run`` makes the simulations, by default several at a time."""
-    jobs = {(name, key): job for name in names for key, job in BLOCKS[name].jobs.items()}
+    blocks = {name: BLOCKS[name] for name in names if name in BLOCKS}
+    jobs = {(name, key): job for name, block in blocks.items() for key, job in block.jobs.items()}
     done = dict(zip(jobs, run([*jobs.values()]), strict=True))
-    return {name: BLOCKS[name].text({key: done[name, key] for key in BLOCKS[name].jobs}) for name in names}
+    made = {name: block.text({key: done[name, key] for key in block.jobs}) for name, block in blocks.items()}
+    return made | printed([name for name in names if name in PRINTED], in_a_new_process)
+
+
+def agrees(name: str, one: str, other: str) -> bool:
+    """Returns whether two texts of a block say the same."""
+    return PRINTED[name].same(one, other) if name in PRINTED else one == other
 
 
 def said() -> dict[str, str]:
@@ -272,11 +291,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a document is stale")
     parser.add_argument("names", nargs="*", help="blocks; all if none is named")
     options = parser.parse_args()
-    unknown = sorted(set(options.names) - set(BLOCKS))
+    unknown = sorted(set(options.names) - {*BLOCKS, *PRINTED})
     if unknown:
-        parser.error(f"there is no block {unknown[0]}; valid: {', '.join(BLOCKS)}")
-    right, before = texts(options.names or list(BLOCKS)), said()
-    stale = [name for name, text in right.items() if before[name] != text]
+        parser.error(f"there is no block {unknown[0]}; valid: {', '.join((*BLOCKS, *PRINTED))}")
+    right, before = texts(options.names or [*BLOCKS, *PRINTED]), said()
+    stale = [name for name, text in right.items() if not agrees(name, before[name], text)]
     if options.check and stale:
         sys.exit(f"Stale: {', '.join(stale)}. `python -m docs.refresh` writes what the code gives today.")
     if not options.check:

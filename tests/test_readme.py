@@ -1,9 +1,10 @@
-"""The README's code runs as it stands there, and what it names exists."""
+"""The code of documents runs as it stands there, what they name exists, and the README stays short."""
 
 import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,23 @@ def test_links_pictures_modules_and_commands_exist(document: Path) -> None:
     assert not missing
 
 
+def test_the_readme_is_read_in_minutes() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_every_dependency_has_a_licence_in_the_list() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = (ROOT / "docs" / "dependencies.md").read_text()
+    needed = project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]
+    names = {re.match(r"[\w-]+", text)[0] for text in needed} - {"tedlab"}
+    assert sorted(name for name in names if not re.search(rf"\b{name}\b", listed)) == []
+
+
 @pytest.mark.slow
 def test_the_strategy_works_alone_in_a_plain_script(tmp_path: Path) -> None:
     """No Hydra, no launcher of ours: Lightning starts the other processes itself."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    document = ROOT / "docs" / "strategy.md"
+    (code,) = re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.DOTALL)
     (tmp_path / "script.py").write_text(code)
     result = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
