@@ -15,12 +15,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from rich.console import Console
 
 import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.application import hydra_entry
+from tedlab.commands.differences import difference_tree
 from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig, value_of
 from tedlab.errors import UsageError
@@ -292,7 +294,7 @@ def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
     assert not [line for line in shown if line.startswith("cluster") or "hydra.help" in line]
 
 
-@pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify"])
+@pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify", "doctor"])
 def test_every_command_has_help_of_every_value_that_it_takes(name: str) -> None:
     import_module(f"tedlab.commands.{name}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -420,3 +422,31 @@ def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", ["tedlab", "checkpoint", "inspect", "/nowhere"])
     with pytest.raises(SystemExit, match="/nowhere"):
         tedlab_command()
+
+
+def test_a_run_begins_with_what_its_command_line_changes() -> None:
+    overrides = [
+        "moe=top2",
+        "moe.num_experts=8",
+        "trainer.max_steps=5",
+        "+trainer.benchmark=true",
+        "hydra.run.dir=x",
+        "seed=3",
+    ]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        preset = compose("train", ["moe=top2"])
+    tree = difference_tree(overrides, ["moe", "model"], preset)
+    console = Console(width=80)
+    with console.capture() as shown:
+        console.print(tree)
+    before = preset.moe.num_experts, preset.trainer.max_steps, preset.seed
+    assert [line.strip(" │├└─") for line in shown.get().splitlines()] == [
+        "moe=top2",
+        "moe",
+        f"num_experts: {before[0]} → 8",
+        "trainer",
+        f"max_steps: {before[1]} → 5",
+        "benchmark: true",
+        f"seed: {before[2]} → 3",
+    ]
+    assert difference_tree(["hydra.run.dir=x"], ["moe"], preset) is None

@@ -11,8 +11,10 @@ COMMANDS = {
     "plan": "find the fastest layout that fits on a cluster",
     "calibrate": "measure this machine, for predictions about it",
     "certify": "prove that a configuration equals one process",
+    "runs": "list runs with their states, losses and where to resume",
     "compare": "put finished runs side by side",
     "generate": "continue a text with a trained model",
+    "doctor": "test this machine or allocation, and say what is wrong",
     "models": "list the published models of which there are presets",
     "checkpoint": "inspect a checkpoint, or take models of transformers in and out",
 }

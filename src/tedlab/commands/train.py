@@ -1,11 +1,14 @@
 """``tedlab train``: composes a configuration, checks it, and launches the run."""
 
 import signal
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from tedlab.commands.application import hydra_entry
 from tedlab.config import TrainConfig
@@ -36,6 +39,7 @@ def train(config: TrainConfig) -> float:
         if config.certificate:
             certify_first(composed)
         if not started_outside:
+            show_differences()
             said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
             print(*said, sep="\n", flush=True)
         try:
@@ -45,6 +49,24 @@ def train(config: TrainConfig) -> float:
                 leave_summary(config, error)
             raise
     return float(summary.get(config.objective, float("nan")))
+
+
+def show_differences() -> None:
+    """Prints what the command line changes of the presets, if a command line has begun this run."""
+    if not HydraConfig.initialized() or not GlobalHydra.instance().is_initialized():
+        return
+    import hydra
+    from rich.console import Console
+
+    from tedlab.commands.differences import difference_tree, split
+
+    chosen, overrides = HydraConfig.get().runtime.choices, [*HydraConfig.get().overrides.task]
+    presets, values = split(overrides, [str(group) for group in chosen])
+    if not presets and not values:
+        return
+    preset = hydra.compose(HydraConfig.get().job.config_name, presets) if values else OmegaConf.create()
+    tree = difference_tree(overrides, [str(group) for group in chosen], preset)
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(tree)
 
 
 def leave_summary(config: TrainConfig, error: BaseException) -> None:

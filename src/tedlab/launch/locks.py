@@ -105,6 +105,21 @@ def run_directory(directory: Path, patience_s: float = 5.0) -> Iterator[Lock]:
         lock.close()
 
 
+def is_in_use(directory: Path) -> bool:
+    """Returns whether a run of this machine writes into a run directory at the moment; it changes nothing there."""
+    try:
+        descriptor = os.open(directory / RUN_LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # a run that starts just now tries again
+    except OSError as error:
+        return error.errno not in _UNSUPPORTED
+    finally:
+        os.close(descriptor)
+    return False
+
+
 @contextmanager
 def scratch(name: str, parent: Path | None = None) -> Iterator[Path]:
     """Creates a temporary folder ``tedlab-<name>-…``, after removing those of the same name whose owners are dead.

@@ -1,0 +1,60 @@
+"""``tedlab runs [DIR …]``: lists runs with their states and losses, the newest last, and says how to resume them.
+
+DIR is a run, a sweep, or a folder with such folders; by default ``runs``. It reads files and changes none.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROWS = 20
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="tedlab runs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("places", nargs="*", type=Path, default=[Path("runs")], metavar="DIR", help="default: runs")
+    parser.add_argument("--all", action="store_true", help=f"list all runs, not only the newest {ROWS}")
+    options = parser.parse_args(arguments)
+    missing = [place for place in options.places if not place.is_dir()]
+    if missing:
+        sys.exit(f"There is no folder {missing[0]}. `tedlab runs DIR` lists the runs in DIR")
+    show(options.places, None if options.all else ROWS)
+
+
+def show(places: Sequence[Path], most: int | None) -> None:
+    """Prints the newest ``most`` runs below some folders; None: all of them."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from tedlab.launch.listing import KILLED, list_runs
+    from tedlab.launch.outcome import FAILED, INTERRUPTED
+
+    found = list_runs(places)
+    shown = found if most is None else found[-most:]
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    if not found:
+        console.print(f"There are no runs in {', '.join(map(str, places))}.", markup=False)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("run", "state", "step", "train loss", "val loss", "last change"):
+        table.add_column(
+            name, justify="right" if name in ("step", "train loss", "val loss") else "left", overflow="fold"
+        )
+    for run in shown:
+        steps = f"{run.steps:,}" + (f" / {run.max_steps:,}" if run.max_steps else "")
+        losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.val_loss))
+        cells = (str(run.directory), run.state, steps, *losses, run.changed)
+        table.add_row(*(Text(cell) for cell in cells))
+    console.print(table)
+    if len(shown) < len(found):
+        console.print(f"… and {len(found) - len(shown)} older ones (--all)")
+    for run in shown:
+        if run.state in (FAILED, INTERRUPTED, KILLED) and run.resumable is not None:
+            reason = f" ({run.reason})" if run.reason else ""
+            where = f"tedlab train resume=auto hydra.run.dir={run.directory}   # goes on at step {run.resumable}"
+            console.print(f"{run.directory} {run.state}{reason}\n  {where}", markup=False, soft_wrap=True)

@@ -1,0 +1,93 @@
+"""``tedlab runs`` says how runs stand, from files alone, whoever wrote them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tedlab.checkpoint.manifest import MANIFEST
+from tedlab.commands import runs
+from tedlab.launch import listing
+from tedlab.launch.listing import Listed, list_runs
+from tedlab.launch.locks import is_in_use, run_directory
+
+
+def make(directory: Path, summary: dict | str | None, losses: int = 0, step: int | None = None) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text("trainer: {max_steps: 100}\n")
+    if summary is not None:
+        (directory / "summary.json").write_text(summary if isinstance(summary, str) else json.dumps(summary))
+    if losses:
+        rows = [f"{n},{n * 8},{5 - n}\n" for n in range(1, losses + 1)]
+        (directory / "metrics.csv").write_text("step,tokens,train/loss\n" + "".join(rows))
+    if step is not None:
+        (directory / "checkpoints" / "last.ckpt").mkdir(parents=True)
+        (directory / "checkpoints" / "last.ckpt" / MANIFEST).write_text(json.dumps({"step": step}))
+    return directory
+
+
+def only(place: Path) -> Listed:
+    (run,) = list_runs([place])
+    return run
+
+
+def test_checkpoints_state_their_step_where_it_is_read() -> None:
+    assert listing.MANIFEST == MANIFEST
+
+
+def test_a_finished_run_is_as_its_summary_says(tmp_path: Path) -> None:
+    make(tmp_path / "main" / "date", {"state": "finished", "steps": 100, "train/loss": 2.5, "val/loss": 3.0}, 3)
+    run = only(tmp_path)
+    assert (run.state, run.steps, run.max_steps, run.train_loss, run.val_loss) == ("finished", 100, 100, 2.5, 3.0)
+
+
+def test_a_run_that_left_no_summary_was_killed_and_goes_on_at_its_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path / "a", None, losses=3, step=2)
+    run = only(tmp_path)
+    assert (run.state, run.steps, run.train_loss, run.resumable) == ("killed", 3, 2.0, 2)
+
+
+def test_a_run_at_work_is_running_and_stays_undisturbed(tmp_path: Path) -> None:
+    with run_directory(make(tmp_path / "a", None, losses=1)):
+        assert only(tmp_path).state == "running"
+        assert is_in_use(tmp_path / "a")
+    assert not is_in_use(tmp_path / "a")
+    assert only(tmp_path).state == "killed"
+
+
+def test_jobs_of_sweeps_are_found_and_hidden_folders_are_not(tmp_path: Path) -> None:
+    for number in range(3):
+        make(tmp_path / "main" / "date" / str(number), {"state": "finished", "steps": 1})
+    make(tmp_path / ".hidden", {"state": "finished", "steps": 1})
+    assert {run.directory.name for run in list_runs([tmp_path])} == {"0", "1", "2"}
+    assert len(list_runs([tmp_path, tmp_path / "main"])) == 3
+
+
+@pytest.mark.parametrize("summary", ["{", "[]", '{"steps": "many", "train/loss": [1]}', '{"steps": 1e999}'])
+def test_damaged_files_are_no_reason_to_fail(tmp_path: Path, summary: str) -> None:
+    directory = make(tmp_path / "a", summary)
+    (directory / "config.yaml").write_text("!!python/object:os.system x")
+    (directory / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    (directory / "checkpoints" / "last.ckpt" / MANIFEST).write_text("[]")
+    run = only(tmp_path)
+    assert (run.max_steps, run.train_loss, run.resumable) == (None, None, None)
+
+
+def test_the_table_has_the_newest_and_says_how_unfinished_ones_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(runs.ROWS + 2):
+        make(tmp_path / f"{number:02}", {"state": "finished", "steps": number})
+    failed = make(tmp_path / "failed", {"state": "failed", "reason": "no space left", "steps": 7}, step=5)
+    runs.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "… and 3 older ones (--all)" in shown
+    assert f"{failed} failed (no space left)\n  tedlab train resume=auto hydra.run.dir={failed}" in shown
+    assert "goes on at step 5" in shown
+    runs.main([str(tmp_path), "--all"])
+    assert "older" not in capsys.readouterr().out
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="There is no folder"):
+        runs.main([str(tmp_path / "none")])
