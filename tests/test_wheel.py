@@ -1,9 +1,10 @@
-"""What pip installs is whole: an installed tedlab finds its configuration and trains, far from any checkout."""
+"""What is released is whole: an installed tedlab finds its configuration and trains, far from any checkout."""
 
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -19,15 +20,32 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a wheel and a source distribution, made by the environment's hatchling: nothing is downloaded."""
+    folder = tmp_path_factory.mktemp("dist")
+    build = [
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "--directory",
+        folder,
+        "--target",
+        "wheel",
+        "--target",
+        "sdist",
+    ]
+    subprocess.run(build, cwd=CHECKOUT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of its own with the wheel, whose dependencies are this environment's."""
-    folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    # The environment's hatchling (of the dev extra): nothing is downloaded.
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, CHECKOUT], check=True)
-    (wheel,) = folder.glob("tedlab-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", wheel], check=True)
-    return folder / "site"
+    site = tmp_path_factory.mktemp("wheel") / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, *built.glob("*.whl")], check=True)
+    return site
 
 
 def run(installed: Path, where: Path, *arguments: str) -> str:
@@ -36,6 +54,31 @@ def run(installed: Path, where: Path, *arguments: str) -> str:
     done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_an_index_would_take_wheel_and_sdist(built: Path) -> None:
+    pytest.importorskip("twine", reason="needs the extra 'dev'")
+    files = sorted(built.iterdir())
+    assert [file.suffix for file in files] == [".whl", ".gz"]
+    done = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_sdist_has_what_its_documents_and_tests_need(built: Path) -> None:
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    for needed in (
+        "conf/train.yaml",
+        "docs/tutorials/text.md",
+        "tests/pool.py",
+        "mkdocs.yml",
+        "SECURITY.md",
+        "CHANGELOG.md",
+    ):
+        assert needed in inside
 
 
 def test_the_installed_package_is_not_the_checkout(installed: Path, tmp_path: Path) -> None:
