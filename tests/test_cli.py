@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
 from tedlab.commands.application import hydra_entry
+from tedlab.commands.completion import script
 from tedlab.commands.differences import difference_tree
 from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig, value_of
@@ -422,6 +424,35 @@ def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "argv", ["tedlab", "checkpoint", "inspect", "/nowhere"])
     with pytest.raises(SystemExit, match="/nowhere"):
         tedlab_command()
+
+
+@pytest.fixture(scope="module")
+def completion_script() -> str:
+    return script()
+
+
+COMPLETED = {
+    "tedlab tr": ["train"],
+    "tedlab train parallel=tp2_ep": ["tp2_ep2", "tp2_ep2_dp2", "tp2_ep4"],
+    "tedlab train comm.dt": ["comm.dtd="],
+    "tedlab plan parallel=single plan.la": ["plan.largest="],
+    "tedlab generate pro": ["prompt="],
+    "tedlab train moe=no_such": [],
+    "tedlab train data=text data.path=no": ["notes.md"],
+    "tedlab train data.path=": ["notes.md"],
+}
+
+
+@pytest.mark.parametrize(("typed", "offered"), COMPLETED.items(), ids=COMPLETED)
+def test_bash_completes_commands_presets_and_values(
+    completion_script: str, typed: str, offered: list[str], tmp_path: Path
+) -> None:
+    ask = f"COMP_LINE={shlex.quote(typed)}; COMP_POINT=${{#COMP_LINE}}; _tedlab; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    (tmp_path / "notes.md").touch()
+    done = subprocess.run(
+        ["bash", "-c", f"{completion_script}\n{ask}"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == offered
 
 
 def test_a_run_begins_with_what_its_command_line_changes() -> None:

@@ -8,8 +8,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+from hydra.core.hydra_config import HydraConfig
 
 from tedlab.__main__ import COMMANDS
+from tedlab.cli import check_overrides
+from tedlab.config import value_of
+from tests.test_conf import compose
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -53,3 +58,16 @@ def test_the_strategy_works_alone_in_a_plain_script(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "`Trainer.fit` stopped: `max_steps=8` reached." in result.stderr
     assert list(tmp_path.rglob("*.ckpt/.metadata")), "Lightning's default checkpoint is one of our directories"
+
+
+def test_what_wandbs_agent_would_type_is_a_command() -> None:
+    """``${args_no_hyphens}`` stands for KEY=VALUE of each parameter."""
+    sweep = yaml.safe_load((ROOT / "examples" / "wandb_sweep.yaml").read_text())
+    assert sweep["command"] == ["${program}", "train", "${args_no_hyphens}"]
+    values = {name: (p.get("values") or [p.get("value", p.get("min"))])[0] for name, p in sweep["parameters"].items()}
+    overrides = [f"{name}={value}" for name, value in values.items()]
+    check_overrides(overrides)
+    config = compose(*overrides)
+    HydraConfig.instance().cfg = None  # nothing of Hydra is left behind
+    assert {name: value_of(config, name) for name in values} == values
+    assert sweep["metric"]["name"] == config.objective
