@@ -473,11 +473,7 @@ def test_a_run_begins_with_what_its_command_line_changes() -> None:
     before = preset.moe.num_experts, preset.trainer.max_steps, preset.seed
     assert [line.strip(" │├└─") for line in shown.get().splitlines()] == [
         "moe=top2",
-        "moe",
-        f"num_experts: {before[0]} → 8",
-        "trainer",
-        f"max_steps: {before[1]} → 5",
-        "benchmark: true",
-        f"seed: {before[2]} → 3",
+        f"trainer: max_steps {before[1]} → 5, benchmark true",
+        f"moe.num_experts {before[0]} → 8, seed {before[2]} → 3",
     ]
     assert difference_tree(["hydra.run.dir=x"], ["moe"], preset) is None

@@ -1,6 +1,7 @@
 """Shows at the start of a run what its command line changes: presets, and values of presets with what they were."""
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -9,7 +10,7 @@ from rich.tree import Tree
 
 
 def difference_tree(overrides: Sequence[str], groups: Collection[str], preset: DictConfig) -> Tree | None:
-    """Returns a tree of what overrides change, by section; None if there are none.
+    """Returns a tree of what overrides change, a line for each section with several changes; None if there are none.
 
     Args:
         overrides: Those of the command line, without Hydra's own.
@@ -19,15 +20,32 @@ def difference_tree(overrides: Sequence[str], groups: Collection[str], preset: D
     presets, values = split(overrides, groups)
     if not presets and not values:
         return None
-    tree = Tree(Text(" ".join(presets) or "default presets"))
-    branches: dict[str, Tree] = {}
+    sections: defaultdict[str, dict[str, str]] = defaultdict(dict)
     for override in values:
         key, _, value = override.partition("=")
         section, _, name = key.lstrip("+~").rpartition(".")
-        if section not in branches:
-            branches[section] = tree.add(Text(section)) if section else tree
-        branches[section].add(Text(f"{name}: {_was(preset, key.lstrip('+~'))}{value or 'removed'}"))
+        sections[section][name] = f"{_was(preset, key.lstrip('+~'))}{value or 'removed'}"
+    several = {section: of for section, of in sections.items() if section and len(of) > 1}
+    others = {
+        f"{section}.{name}" if section else name: what
+        for section, of in sections.items()
+        if section not in several
+        for name, what in of.items()
+    }
+    tree = Tree(_line(" ".join(presets) or "default presets"))
+    for section, of in several.items():
+        tree.add(_line(f"{section}: {_listed(of)}"))
+    if others:
+        tree.add(_line(_listed(others)))
     return tree
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
+
+
+def _listed(changes: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {what}" for name, what in changes.items())
 
 
 def split(overrides: Sequence[str], groups: Collection[str]) -> tuple[list[str], list[str]]:
