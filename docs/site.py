@@ -39,6 +39,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
     return _LINK.sub(lambda m: m[1] if "://" not in m[2] and (here / m[2]).is_dir() else m[0], markdown)
 
 
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Leaves out the roles of names in docstrings (:class: and so on), which Markdown does not know."""
+    return re.sub(r":(?:class|func|meth|mod|attr|data):(?=<code>)", "", html)
+
+
 def pages() -> list[Path]:
     """Returns the Markdown files of the repository that the site shows."""
     at_the_top = (ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY"))
@@ -116,13 +121,14 @@ def _table(kind: Any) -> str:
         comment = comments.get(field.name, Comment())
         text = " ".join((*comment.above, comment.beside)).strip()
         annotation = getattr(hints[field.name], "__name__", None) if isinstance(hints[field.name], type) else None
-        cells = (f"`{field.name}`", f"`{annotation or hints[field.name]}`", _default(field), text)
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = (f"`{field.name}`", f"`{annotation or hints[field.name]}`", _default(field))
+        rows.append("| " + " | ".join((*cells, text.replace("|", "\\|"))) + " |")
     return "\n".join(rows) + "\n"
 
 
 def _default(field: Any) -> str:
     if isinstance(field.default, str | int | float | bool):
         text = str(getattr(field.default, "value", field.default))
+        text = text.lower() if isinstance(field.default, bool) else text
         return "must be set" if text == "???" else f"`{text}`"
     return "`null`" if field.default is None else ""
