@@ -584,7 +584,10 @@ class CompareConfig(Frozen):
     # command line they need no key: tedlab compare DIR DIR.
     runs: list[str] = field(default_factory=list)
     by: str | None = None  # the settings to show: KEY,KEY,…; None: all that differ
-    out: str | None = None  # FILE.html: write a self-contained report; its charts go into FILE_charts/ beside it
+    # FILE.html: write a self-contained report; its charts go into FILE_charts/ beside it. FILE.csv: all numbers as they
+    # were measured. FILE.tex: the table of results for LaTeX.
+    out: str | None = None
+    baseline: str | None = None  # the name of the run that others are compared with; None: the first one
     # Also compare runs of different models, data or numbers of steps (otherwise an error), with a note that their
     # losses are not comparable, and runs that failed or were interrupted, as far as they came.
     force: bool = False

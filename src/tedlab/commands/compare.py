@@ -7,7 +7,8 @@ from tedlab.commands.literal import quote, quoted
 from tedlab.config import CompareConfig
 from tedlab.errors import UsageError
 
-_TEXTS = ("by", "out", "wandb", "group")
+_TEXTS = ("by", "out", "wandb", "group", "baseline")
+_FILES = (".html", ".csv", ".tex")
 _SWITCHES = ("force", "workspace")
 
 
@@ -38,8 +39,10 @@ def task(config: CompareConfig) -> None:
         raise UsageError(f"wandb={config.wandb}: write it as ENTITY/PROJECT")
     if config.workspace and not config.wandb:
         raise UsageError("workspace=true needs wandb=ENTITY/PROJECT group=GROUP")
-    if config.out is not None and Path(config.out).suffix != ".html":
-        raise UsageError(f"out={config.out}: the report is an HTML file, its name must end in .html")
+    if config.out is not None and Path(config.out).suffix not in _FILES:
+        raise UsageError(
+            f"out={config.out} must end in .html (a report), .csv (numbers as measured) or .tex (rounded, for LaTeX)"
+        )
     try:
         _compare(config)
     except OSError as error:
@@ -51,7 +54,8 @@ def _compare(config: CompareConfig) -> None:
 
     from tedlab.compare.comparison import compare
     from tedlab.compare.page import write
-    from tedlab.compare.runs import read_runs
+    from tedlab.compare.runs import first_of, read_runs
+    from tedlab.compare.tables import write_table
     from tedlab.compare.terminal import show
 
     if config.wandb and config.group:
@@ -60,11 +64,17 @@ def _compare(config: CompareConfig) -> None:
         runs, notes = read_group(config.wandb, config.group, config.force)
     else:
         runs, notes = read_runs([Path(run) for run in config.runs], config.force)
+    if config.baseline is not None:
+        runs = first_of(runs, config.baseline)
     by = [key.strip() for key in config.by.split(",")] if config.by else []
     comparison = compare(runs, by, notes, config.force)
     show(comparison)
     if config.out is not None:
-        Console(soft_wrap=True, highlight=False).print(f"Report: {write(comparison, Path(config.out))}", markup=False)
+        out = Path(config.out)
+        said = (
+            f"Report: {write(comparison, out)}" if out.suffix == ".html" else f"Table: {write_table(comparison, out)}"
+        )
+        Console(soft_wrap=True, highlight=False).print(said, markup=False)
     if config.workspace and config.wandb and config.group:
         from tedlab.compare.workspace import save_workspace
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tedlab.errors import UsageError
+from tedlab.hints import did_you_mean
 from tedlab.history import steps_done
 from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
 from tedlab.renamed import nested
@@ -86,6 +87,21 @@ def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], 
     if not runs:
         raise UsageError("\n".join(["There is no finished run to compare.", *notes]))
     return runs, notes
+
+
+def first_of(runs: Sequence[Run], name: str) -> list[Run]:
+    """Returns the runs in order, but with the one of this name first.
+
+    Raises:
+        UsageError: If there is no such run; the message lists the names.
+    """
+    chosen = [run for run in runs if name in (run.name, run.source)]
+    if not chosen:
+        names = [run.name for run in runs]
+        raise UsageError(
+            f"baseline={name}: there is no such run.{did_you_mean(name, names)}\nValid: {', '.join(names)}"
+        )
+    return [*chosen, *(run for run in runs if run not in chosen)]
 
 
 def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
