@@ -33,7 +33,9 @@ def test_the_reference_has_every_command_value_and_class(site: Path) -> None:
         (site / "docs" / "reference" / f"{name}.html").read_text() for name in ("commands", "config", "api")
     )
     assert all(f"tedlab {name}" in commands for name in COMMANDS)
-    assert all(f"<code>{field.name}</code>" in config for field in fields(CommConfig))
+    own = [field.name for field in fields(CommConfig) if field.name != "ledger"]  # which is a section
+    assert [name for name in own if f"<code>{name}</code>" not in config] == []
+    assert "comm.ledger" in config
     assert "chunks" in config
     assert "tensor_parallel_size" in api
     assert "The number of processes that share one layer" in api, "docstrings are taken apart into parameters"
@@ -41,16 +43,14 @@ def test_the_reference_has_every_command_value_and_class(site: Path) -> None:
 
 
 def test_links_and_pictures_of_pages_exist(site: Path) -> None:
-    missing = []
-    for page in site.rglob("*.html"):
-        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text()):
-            if (
-                "://" not in link
-                and not link.startswith(("data:", "mailto:", "/"))
-                and not (page.parent / link).exists()
-            ):
-                missing.append((page.name, link))
-    assert not missing
+    found = [
+        (page, link)
+        for page in site.rglob("*.html")
+        for link in re.findall(r'(?:href|src)="?([^"#?\s>]+)', page.read_text())
+        if "://" not in link and not link.startswith(("data:", "mailto:", "/"))
+    ]
+    assert len(found) > 1000
+    assert [(page.name, link) for page, link in found if not (page.parent / link).exists()] == []
 
 
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
