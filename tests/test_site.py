@@ -56,7 +56,7 @@ def test_links_and_pictures_of_pages_exist(site: Path) -> None:
 def test_pages_load_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(
-            r'<(?:script|img)[^>]* src="(https?:[^"]+)|<link[^>]* rel="stylesheet"[^>]* href="(https?:[^"]+)',
+            r'<(?:script|img)[^>]* src="?(https?:[^"]+)|<link[^>]* rel="stylesheet"[^>]* href="?(https?:[^"]+)',
             page.read_text(),
         )
         assert not loaded, page
