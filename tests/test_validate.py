@@ -108,9 +108,15 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["parallel=tp2_ep2", "parallel.expert_tensor=1", "moe.dispatch=dropless", "moe.lend.policy=even"],
         ["moe.lend.policy=even", "parallel.expert_tensor=1 and parallel.tensor=2", "moe.lend.policy=none"],
     ),
-    "folded_pilots": (
-        ["parallel=tp2_ep2", "parallel.expert_tensor=1", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank"],
-        ["comm.dedup=rank", "parallel.expert_tensor=1 and parallel.tensor=2", "comm.dedup=none"],
+    "folded_pilots_in_the_papers_order": (
+        [
+            *("parallel.world_size=8", "parallel.tensor=4", "parallel.expert=2", "parallel.expert_tensor=2"),
+            *("moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank"),
+        ],
+        [
+            *("comm.dedup=rank", "parallel.expert_tensor=2", "comm.fuse_reduce_scatter=true"),
+            *("parallel.expert_tensor=1", "comm.dedup=none"),
+        ],
     ),
     "unknown_order": (["parallel.order=data"], ["parallel.order=data", "valid: expert, expert_data"]),
     # sliced tokens

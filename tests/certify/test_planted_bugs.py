@@ -72,6 +72,10 @@ NOISY: Overrides = (
 )
 FOLDED: Overrides = ("parallel=tp2_ep2", "parallel.expert=4", "parallel.expert_tensor=1", "moe.capacity_factor=1.05")
 SLICED: Overrides = (*FOLDED, "moe.slice=tokens")
+SLICED_NODES: Overrides = (
+    *("parallel=tp2_ep2", "parallel.expert=4", "parallel.expert_tensor=1", "moe.slice=tokens", "moe.num_experts=8"),
+    *("moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=node", "comm.ranks_per_node=2", "data.micro_batch_size=4"),
+)
 FROM_ONE, AGAIN = "from one process", "in this layout"
 
 
@@ -166,6 +170,7 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.own_pilots_behind_replicas_on_the_way_back: Found(NODES, "losses and drops", "in step 1: train/loss"),
     bugs.replicas_sent_to_another_rank_of_the_node: Found(NODES, "outputs", "in step 1"),
     bugs.logits_as_weights_of_choices: Found(NODES, "outputs", "in step 1"),
+    bugs.pilots_of_a_slice_sent_as_if_tensor_ranks_had_the_same: Found(SLICED_NODES, "gradients", "in step 1"),
     bugs.pilots_drawn_anew_in_recomputation: Found(
         (*NODES, "model.recompute.granularity=block"), "gradients", "in step 1"
     ),

@@ -64,11 +64,25 @@ MODES: dict[str, Overrides] = {
     "slice_pilots": {**SLICE, **DROPLESS, **AGAIN, "comm.dedup": "rank", "comm.cac": True, "moe.shared.experts": 1},
     "slots_by_node": {**AGAIN, "comm.hierarchical": True, "comm.cac": True, "trainer.accumulate_grad_batches": 2},
     "rows_by_node": {**DROPLESS, **FUSED, **AGAIN, "comm.hierarchical": True, "comm.cac": "shard", "comm.chunks": 2},
+    "pilots": {**DROPLESS, **AGAIN, "comm.dedup": "rank", "comm.cac": "shard", "trainer.accumulate_grad_batches": 2},
+    "pilots_fused": {**DROPLESS, **FUSED, **AGAIN, "comm.dedup": "rank", "comm.cac": True, "optim.overlap": True},
+    "pilots_fused_by_node": {**DROPLESS, **FUSED, **AGAIN, "comm.dedup": "node", "comm.cac": "shard"},
+    "slice_pilots_by_node": {
+        **{**SLICE, **DROPLESS, **AGAIN, "comm.dedup": "node", "comm.cac": True, "trainer.accumulate_grad_batches": 2},
+        **{"moe.shared.experts": 1, "comm.overlap_shared": True},
+    },
+    "sequence_pilots_by_node": {**IN_SEQUENCE, **DROPLESS, **AGAIN, "comm.dedup": "node", "comm.cac": "shard"},
+    "slice_slots_by_node": {**SLICE, **AGAIN, "comm.hierarchical": True, "comm.cac": True},
+    "slice_rows_by_node": {**SLICE, **DROPLESS, **AGAIN, "comm.hierarchical": True, "comm.chunks": 2},
+    "sequence_slots_by_node": {**IN_SEQUENCE, **AGAIN, "comm.hierarchical": True, "comm.cac": "shard"},
+    "sequence_rows_by_node": {
+        **{**IN_SEQUENCE, **DROPLESS, **AGAIN, "comm.hierarchical": True, "trainer.accumulate_grad_batches": 2}
+    },
     "slice_lent": {**SLICE, **DROPLESS, **AGAIN, "moe.lend.policy": "llep", "moe.lend.minimum": 1},
 }
 TENSOR_ONLY = {mode for mode in MODES if mode.startswith(("sequence", "slice"))}
 BY_NODE = {mode for mode in MODES if mode.endswith("by_node")}
-UNFOLDED_ONLY = {"slice_pilots", "slice_lent"}
+UNFOLDED_ONLY = {"slice_lent"}
 Degrees = tuple[int, int, int, int, str]  # processes, tensor, expert, expert_tensor, order
 
 
@@ -121,12 +135,25 @@ def configuration(degrees: Degrees, mode: str, micro_batches: int | None = None)
     else:
         settings.setdefault("trainer.accumulate_grad_batches", 1)
     config = with_values(config, settings)
-    if config.comm.hierarchical:  # two nodes: the halves of an expert group
+    if config.comm.by_node:  # two nodes: the halves of an expert group
         group = parallel_degrees(config.parallel).groups(0)["expert"]
         config = with_values(config, {"comm.ranks_per_node": group[len(group) // 2]})
     layout = Layout(parallel_degrees(config.parallel), config.comm, config.moe.sliced)
     most = mixtures[config.moe.dispatch].dispatch(2 * n, config.moe).most_chunks(layout, MICRO_BATCH * n)
     return with_values(config, {"comm.chunks": min(config.comm.chunks, most)})
+
+
+def fits(degrees: Degrees, mode: str) -> bool:
+    """Whether the mode does anything in the layout, and may be asked for."""
+    _, tensor, expert, expert_tensor, _ = degrees
+    if (mode in TENSOR_ONLY and tensor == 1) or (mode in UNFOLDED_ONLY and expert_tensor != tensor):
+        return False
+    if mode in BY_NODE:  # two places or more on two nodes
+        return expert >= 4 and expert % 2 == 0
+    if mode == "pilots" and tensor > 1 < expert_tensor:  # sums of rows, in the paper's order
+        return False
+    several = "pilots" in mode or "lent" in mode  # processes, and experts in each
+    return 1 < expert < size(degrees[0]) or not several
 
 
 def train(config: TrainConfig) -> Step:
@@ -232,17 +259,12 @@ def faults(pool: WorkerPool, cells: Sequence[tuple[Degrees, str]], timeout: floa
 
 def cells(processes: int) -> list[tuple[Degrees, str]]:
     """Every folded layout in every mode, and every other that divides layers in the modes that slice."""
-    found = [
-        (degrees, mode)
-        for degrees in layouts(processes)
-        for mode in MODES.keys() - UNFOLDED_ONLY
-        if degrees[1] > 1 or mode not in TENSOR_ONLY
-        if (degrees[2] >= 4 and degrees[2] % 2 == 0) or mode not in BY_NODE  # two places or more on two nodes
-    ]
+    found = [(degrees, mode) for degrees in layouts(processes) for mode in MODES if fits(degrees, mode)]
     for degrees in layouts(processes, folded=False):
-        modes = [mode for mode in MODES if mode.startswith("slice")] if degrees[1] > 1 else []
+        modes = [mode for mode in MODES if mode.startswith("slice") and not mode.endswith("by_node")]
+        modes = [mode for mode in modes if fits(degrees, mode)]
         modes += ["slots_fused", "rows"] if degrees[-1] == "expert_data" else []
-        found += [(degrees, mode) for mode in modes if mode not in UNFOLDED_ONLY or 1 < degrees[2] < size(processes)]
+        found += [(degrees, mode) for mode in modes]
     return sorted(found)
 
 
@@ -268,6 +290,15 @@ SAMPLE = [  # CI's: without folding; of six processes, where no degree need divi
     ((8, 4, 2, 2, "expert"), "rows_fused_kept"),
     ((8, 4, 4, 1, "expert"), "slots_by_node"),
     ((8, 4, 4, 2, "expert"), "rows_by_node"),
+    ((4, 2, 2, 1, "expert_data"), "pilots"),
+    ((4, 1, 2, 2, "expert"), "pilots_fused"),
+    ((4, 2, 4, 1, "expert"), "slice_pilots_by_node"),
+    ((4, 2, 4, 1, "expert"), "sequence_pilots_by_node"),
+    ((4, 2, 4, 1, "expert"), "slice_slots_by_node"),
+    ((4, 2, 4, 1, "expert"), "slice_rows_by_node"),
+    ((4, 2, 4, 1, "expert"), "sequence_slots_by_node"),
+    ((4, 2, 4, 1, "expert"), "sequence_rows_by_node"),
+    ((8, 4, 4, 2, "expert"), "pilots_fused_by_node"),
 ]
 
 

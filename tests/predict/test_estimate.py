@@ -60,6 +60,10 @@ CASES = {
         *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=node", "moe.top_k=2"),
         *("parallel.expert=4", "comm.ranks_per_node=8"),
     ],
+    "pilots_folded": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=node", "moe.top_k=2", "parallel.expert_tensor=1"),
+        *("parallel.expert=8", "comm.ranks_per_node=4", "moe.slice=tokens"),
+    ],
     "fused": [*HALF, "optim.tile=fused"],
     "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
     "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],

@@ -1,6 +1,5 @@
 """Which experts a layer without a capacity has: that depends on where they are, and on what is sent."""
 
-from tedlab.config import Dedup
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
 from tedlab.moe.local import LocalExperts
@@ -20,7 +19,8 @@ class Dropless(RowExperts):
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
         if cls.alone(topology.degrees):
             return LocalExperts(spec, topology)
-        return (RowExperts if topology.options.dedup == Dedup.NONE else PilotExperts)(spec, topology)
+        pilots = cls.dispatch(spec.hidden, spec.config).pilots(topology.layout)
+        return (PilotExperts if pilots else RowExperts)(spec, topology)
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:

@@ -3,14 +3,14 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from typing_extensions import override
 
-from tedlab.comm.rows import Rows, by_node, rows_of_pilots, sent_as_pilots
+from tedlab.comm.rows import Rows
 from tedlab.config import Dedup
 from tedlab.moe.dispatch import DispatchSpec, adjoints, counting
 from tedlab.moe.experts import ExpertsSpec
+from tedlab.moe.pilot_rows import PilotSenders, pilots_of
 from tedlab.registry import mixtures
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 
@@ -54,26 +54,16 @@ class DroplessSpec(DispatchSpec):
     def rows(self, layout: Layout, tokens: int) -> Rows:
         if not self.pilots(layout):
             return super().rows(layout, tokens)
-        moe, processes, nodes = self.config, layout.degrees.expert, layout.nodes
-        tokens *= moe.inputs
-        sent = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.gathers, processes)
-        if nodes == 1:
-            return rows_of_pilots(sent[0], np.repeat(sent[:, :1], processes, 1), 0)
-        # All processes send alike, and each passes on what those with its place in their nodes send to its own node.
-        places = processes // nodes
-        to_nodes = sent_as_pilots([1.0] * moe.num_experts, tokens, moe.top_k, layout.gathers, processes, nodes)[0]
-        rows = rows_of_pilots(nodes * sent[0, :places], np.repeat(nodes * sent[:, :1], places, 1), 0)
-        return by_node(rows, to_nodes, np.repeat(to_nodes[:1], nodes, 0), places)
+        sent_tx = pilots_of([1.0] * self.config.num_experts, tokens * self.config.inputs, self.config.top_k, layout)
+        return PilotSenders(layout, 0).moved(sent_tx).rows
 
     def _pilot_sites(self, layout: Layout) -> Sites:
-        tensor, sliced = layout.degrees.tensor, layout.gathers > 1
-        dealt = sliced and not layout.sequence
+        tensor, gathered, dealt, alike = layout.degrees.tensor, layout.gathers > 1, layout.dealt, not layout.own
         experts, processes, nodes = self.config.num_experts, layout.degrees.expert, layout.nodes
         width = (experts + processes) // nodes
         counts = Site("dispatch.counts", "all_to_all", "expert", width, "once", "index", recomputed=False)
-        of_all = replace(
-            counts, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor", width=tensor * width
-        )
+        of_all = replace(counts, tag="dispatch.gather_counts", op="all_gather", kind="expert_tensor")
+        of_all = replace(of_all, width=layout.gathers * width)
         codes = Site("dispatch.choices", "all_to_all", "expert", 1, "choices_sent", "index", recomputed=False)
         of_all_codes = replace(
             codes, tag="dispatch.gather_choices", op="all_gather", kind="expert_tensor", rows="choices_gathered"
@@ -86,44 +76,37 @@ class DroplessSpec(DispatchSpec):
         if nodes > 1:  # nodes are also told of the choices of each process, and of pilots to it
             told[0] = replace(told[0], width=experts + processes + nodes)
         summed, of_gates = self._of_tokens()
-        there = gates, replace(to, replicated=not sliced)
-        spread = Site("dispatch.gather", "all_gather", "expert_tensor", self.hidden, "gathered", replicated=True)
+        there = gates, replace(to, replicated=alike)
+        together = not layout.degrees.folded  # then those that gather are a tensor group
+        spread = Site("dispatch.gather", "all_gather", "expert_tensor", self.hidden, "gathered", replicated=together)
         spread_gates = replace(spread, tag="dispatch.gather_gates", width=1, rows="choices_gathered", dtype="precise")
         whole = Site("combine.gather", "all_gather", "tensor", tensor * self.hidden, "dealt", replicated=True)
-        if sliced:
+        if gathered:
             told.append(of_all)
             there = replace(gates, feeds=spread_gates.tag), replace(to, feeds=spread.tag)
-            back = replace(back, feeds=whole.tag if dealt else "end")
-        else:
-            back = replace(back, feeds=summed.tag)
+        back = replace(back, feeds=summed.tag if alike else whole.tag if dealt else "end")
         of_codes = codes.steps(layout, "choices_relayed", "choices_relayed")
         of_weights = there[0].steps(layout, "choices_relayed", "choices_relayed")
         out, home = (site.steps(layout, "relayed", "passed") for site in (there[1], back))
         # A process sends numbers, weights and rows to nodes before those that it passes on.
         on_their_way = (site for step in zip(of_codes, of_weights, out, strict=True) for site in step)
         back_again, weights_back, out_back = map(adjoints, (home, of_weights, out))
-        if not sliced:
-            return Sites(
-                (*told, *on_their_way, *home, summed),
-                (
-                    *back_again,
-                    *self._of_gates(*weights_back, of_gates),
-                    *out_back,
-                    replace(summed, tag="experts.copy"),
-                ),
-            )
-        summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=layout.returning)
-        forward = (*told, *on_their_way, of_all_codes, spread, spread_gates, summed, *home)
-        inside = replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")
-        weights_back = replace(spread_gates, op="reduce_scatter"), *weights_back
-        if not dealt:
-            return Sites(forward, (*back_again, *inside, *out_back, *self._of_gates(*weights_back)))
-        dropped = replace(whole, tag="dispatch.drop")
-        of_dropped = replace(dropped, tag="dispatch.drop_gates", width=tensor * self.choices, dtype="precise")
-        return Sites(
-            (*forward, replace(whole, feeds="end")),
-            (*back_again, *inside, *out_back, dropped, *self._of_gates(*weights_back, of_dropped)),
-        )
+        forward, backward = (*told, *on_their_way), back_again
+        if gathered:
+            summed = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=layout.returning)
+            forward = *forward, of_all_codes, spread, spread_gates, summed
+            backward = *backward, replace(summed, op="all_gather"), replace(spread, op="reduce_scatter")
+            weights_back = replace(spread_gates, op="reduce_scatter"), *weights_back
+        forward, backward = (*forward, *home), (*backward, *out_back)
+        if alike:
+            forward, backward = (*forward, summed), (*backward, replace(summed, tag="experts.copy"))
+            weights_back = *weights_back, of_gates
+        elif dealt:
+            dropped = replace(whole, tag="dispatch.drop")
+            forward, backward = (*forward, replace(whole, feeds="end")), (*backward, dropped)
+            of_dropped = replace(dropped, tag="dispatch.drop_gates", width=tensor * self.choices, dtype="precise")
+            weights_back = *weights_back, of_dropped
+        return Sites(forward, (*backward, *self._of_gates(*weights_back)))
 
 
 @dataclass(frozen=True)

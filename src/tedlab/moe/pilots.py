@@ -21,11 +21,13 @@ plain TED          every tensor rank sends the pilots of all tokens, gets back p
 DTD, fused         tensor rank r mod T sends those of token r; what each received is gathered, and a
                    reduce-scatter returns the sums of its own; tokens are gathered at the end
 sequence parallel  as with DTD, but each tensor rank has its own tokens from the beginning
+folded (T_e ≠ T)   as DTD, fused, or sequence; the expert_tensor group gathers and reduces, if T_e > 1
 =================  ===========================================================================================
 
 Legend as in ``ragged.py``, and W: the most choices that a pilot can stand for; P: pilots that this process sends; p:
-places for the pilots of each tensor rank, as many as one of them received at most; q: places for choices, likewise. The
-processes first tell each other how many choices and pilots to expect; the host waits for these numbers once per layer.
+places for the pilots of each process that gathers, as many as one of them received at most; q: places for choices,
+likewise. The processes first tell each other how many choices and pilots to expect; the host waits for these numbers
+once per layer.
 """
 
 import functools
@@ -88,26 +90,25 @@ class PilotExperts(TokenExperts):
     """Experts of several processes that exchange pilots as the topology's toggles say.
 
     Raises:
-        ValueError: With DTD in the paper's order, which reduces rows; and with several chunks.
+        ValueError: If several processes gather tokens that are dealt and reduce them in the paper's order, which
+            reduces rows; and with several chunks.
     """
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
         layout, top_k, dedup = topology.layout, spec.config.top_k, topology.options.dedup
-        if layout.degrees.folded:
-            raise ValueError(f"comm.dedup={dedup} needs tensor ranks that divide experts: expert_tensor = tensor")
         if layout.chunks > 1:
             raise ValueError(f"comm.dedup={dedup} sends all choices of a token at once: it needs comm.chunks=1")
         if layout.gathers > 1 and not layout.scattered:
-            raise ValueError(f"comm.dedup={dedup} with comm.dtd=true needs comm.fuse_reduce_scatter=true")
-        self.dealing = layout.dealt
-        self.sharers = layout.gathers
+            raise ValueError(f"comm.dedup={dedup} with tokens that are dealt needs comm.fuse_reduce_scatter=true")
+        self.dealing, self.alike = layout.dealt, not layout.own
+        self.deals, self.gathers = layout.deals, layout.gathers
         self.nodes, self.processes = layout.nodes, topology.degrees.expert
         most = min(top_k, spec.num_experts // self.processes)
         self.steps = [Step(self.comm, "expert" if self.nodes == 1 else "expert_in_node", most, self.kernel)]
         if self.nodes > 1:
             self.steps.insert(0, Step(self.comm, "expert_between_nodes", top_k, self.kernel))
-        self.feeds = "experts.reduce" if self.sharers > 1 else layout.returning
+        self.feeds = "experts.reduce" if self.gathers > 1 else layout.returning
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         (pilots,) = self.send(x_TH, routing)
@@ -150,14 +151,14 @@ class PilotExperts(TokenExperts):
         """Returns the weighted sum of experts' results for each pilot that arrived in this process."""
         x_pH, gate_q1, most = arrived.x_pH, arrived.gate_q1, self.steps[-1].most
         code_iq = once("dispatch.gather_choices", lambda: self._of_all(arrived.code_q, plan))
-        if self.sharers > 1:
+        if self.gathers > 1:
             x_pH = gather_to(grown(x_pH, plan.width), self.comm, "expert_tensor", "dispatch.gather", dim=0)
             gate_q1 = grown(gate_q1, plan.choices.width)
             gate_q1 = gather_to(gate_q1, self.comm, "expert_tensor", "dispatch.gather_gates", dim=0)
         order, at_pW = order_of(plan.choices, code_iq, len(x_pH), most)
         gate_pW = gather_rows(gate_q1, at_pW.flatten(), code_iq.unsqueeze(1)).view_as(at_pW)
         y_pH = self.sums(x_pH, gate_pW, order, self.feeds)
-        if self.sharers > 1:
+        if self.gathers > 1:
             y_pH = scatter_from(y_pH, self.comm, "expert_tensor", "experts.reduce", dim=0)[: len(arrived.x_pH)]
         return y_pH
 
@@ -167,26 +168,26 @@ class PilotExperts(TokenExperts):
         """Returns the tokens that this process sends, the weights of their choices, and their experts."""
         gate_TK, expert_TK = routing.gate_TK, chosen_experts(routing)
         if self.dealing:
-            own = slice(self.comm.rank("tensor"), None, self.sharers)
+            own = slice(self.comm.rank("tensor"), None, self.deals)
             gate_TK = self._hand(gate_TK, "dispatch.drop_gates")
             return self._hand(x_TH, "dispatch.drop"), gate_TK, expert_TK[own]
-        if self.sharers == 1:
+        if self.alike:
             x_TH = copy_to(x_TH, self.comm, "expert_tensor", "experts.copy")
             gate_TK = copy_to(gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
         return x_TH, gate_TK, expert_TK
 
     def _hand(self, x: Tensor, tag: str) -> Tensor:
         """Returns every T-th token, from the one with this tensor rank's number."""
-        own = len(range(self.comm.rank("tensor"), len(x), self.sharers))
-        x = grown(x, -(-len(x) // self.sharers) * self.sharers)
-        return slice_to(x.unflatten(0, (-1, self.sharers)), self.comm, "tensor", tag, dim=1).flatten(0, 1)[:own]
+        own = len(range(self.comm.rank("tensor"), len(x), self.deals))
+        x = grown(x, -(-len(x) // self.deals) * self.deals)
+        return slice_to(x.unflatten(0, (-1, self.deals)), self.comm, "tensor", tag, dim=1).flatten(0, 1)[:own]
 
     def _leave(self, y_TH: Tensor, tokens: int) -> Tensor:
         """Inverts :meth:`_enter`."""
         if self.dealing:
-            hand = grown(y_TH, -(-tokens // self.sharers)).unsqueeze(1)
+            hand = grown(y_TH, -(-tokens // self.deals)).unsqueeze(1)
             return gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)[:tokens]
-        return reduce_from(y_TH, self.comm, "expert_tensor", "experts.reduce") if self.sharers == 1 else y_TH
+        return reduce_from(y_TH, self.comm, "expert_tensor", "experts.reduce") if self.alike else y_TH
 
     # ---- the plan of the exchanges ---------------------------------------------------------------------------------
 
@@ -197,7 +198,7 @@ class PilotExperts(TokenExperts):
             return self._start_by_node(numbered, counts_E.view(self.processes, -1))
         sent_sx = torch.cat((counts_E.view(self.processes, -1), numbered.pilots_s.unsqueeze(1)), 1)
         arriving_sx = self.comm.all_to_all(sent_sx, "expert", tag="dispatch.counts", phase="forward")
-        counts_isx = of_all(self.comm, arriving_sx, self.sharers)
+        counts_isx = of_all(self.comm, arriving_sx, self.gathers)
         read = self.comm.reader(torch.cat((sent_sx.unsqueeze(0), counts_isx)))
 
         def finish() -> tuple[Plan, Rows]:
@@ -222,7 +223,7 @@ class PilotExperts(TokenExperts):
         passed_nlx = relayed_nx[:, :-1].view(nodes, local, experts + 1)
         tag = "dispatch.counts_in_node"
         arriving_lx = comm.all_to_all(passed_nlx.sum(0), "expert_in_node", tag=tag, phase="forward")
-        counts_ilx = of_all(comm, arriving_lx, self.sharers)
+        counts_ilx = of_all(comm, arriving_lx, self.gathers)
         read = comm.reader(torch.cat((sent_nx.flatten(), relayed_nx.flatten(), counts_ilx.flatten())).unsqueeze(0))
 
         def finish() -> tuple[Plan, Rows]:
@@ -250,7 +251,7 @@ class PilotExperts(TokenExperts):
         pilots = _splits(sent_sx[:, -1], arriving_sx[:, -1])
         choices = _splits(sent_sx[:, :-1].sum(1), arriving_sx[:, :-1].sum(1))
         sizes = tuple(arriving_isx[..., :-1].sum((0, 1)).tolist())
-        width, of_choices = rows.gathered // self.sharers, rows.choices_gathered // self.sharers
+        width, of_choices = rows.gathered // self.gathers, rows.choices_gathered // self.gathers
         exchange = Exchange(choices, counts_isx[..., :-1], of_choices, rows.computed, sizes, self.kernel)
         told = Told(pilots, choices, counts_isx[own, :, -1], counts_isx[own, :, :-1])
         return Plan((told,), width, exchange), rows
@@ -268,12 +269,13 @@ class PilotExperts(TokenExperts):
         return plan
 
     def _of_all(self, code_q: Tensor, plan: Plan) -> Tensor:
-        """Returns the numbers of choices that all tensor ranks received, with pilots in the places of all.
+        """Returns the numbers of choices that all who gather received, with pilots in the places of all.
 
         Returns:
-            (tensor ranks · q,) int64: for each choice, W · the place of its pilot plus its number; -1: there is none.
+            (processes that gather · q,) int64: for each choice, W · the place of its pilot plus its number; -1 if there
+            is none.
         """
-        if self.sharers == 1:
+        if self.gathers == 1:
             return code_q
         code_q = code_q + self.steps[-1].most * self._own * plan.width
         code_q = F.pad(code_q, (0, plan.choices.width - len(code_q)), value=-1)
@@ -281,8 +283,8 @@ class PilotExperts(TokenExperts):
 
     @property
     def _own(self) -> int:
-        """This process's number among the tensor ranks that receive pilots of their own."""
-        return self.comm.rank("expert_tensor") if self.sharers > 1 else 0
+        """This process's number among those that gather, each of which receives pilots of its own."""
+        return self.comm.rank("expert_tensor") if self.gathers > 1 else 0
 
 
 def _splits(sent: np.ndarray, received: np.ndarray) -> Splits:
@@ -295,7 +297,7 @@ def order_of(choices: Exchange, code_iq: Tensor, places: int, most: int) -> tupl
     Args:
         choices: How the choices came, as if each were a row.
         code_iq: For each of them, W · the place of its pilot plus its number; -1: there is none.
-        places: Number of places for pilots, of all tensor ranks.
+        places: Number of places for pilots, of all who gather.
         most: W, as in the legend.
 
     Returns:

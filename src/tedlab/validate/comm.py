@@ -96,17 +96,21 @@ def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but moe.top_k is 1; "
             "use moe.top_k=2 or more, or comm.dedup=none"
         )
-    layout = Layout(degrees, replace(comm, ranks_per_node=ranks_per_node(config)))
+    layout = Layout(degrees, replace(comm, ranks_per_node=ranks_per_node(config)), moe.sliced)
     if moe.num_experts == degrees.expert > 1 and layout.nodes == 1:
         raise ValueError(
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but with "
             f"parallel.expert={degrees.expert} each process has one of the {moe.num_experts} experts; use "
             f"parallel.expert={degrees.expert // 2} or less, or comm.dedup=none"
         )
-    if comm.dtd and not comm.fuse_reduce_scatter and degrees.tensor > 1 and degrees.expert > 1:
+    if layout.gathers > 1 and not layout.scattered and degrees.expert > 1:
+        who, what, otherwise = "tensor ranks", "comm.dtd=true", ""
+        if degrees.folded:
+            who, what = "processes", f"a folded layout with parallel.expert_tensor={degrees.expert_tensor}"
+            otherwise = ", parallel.expert_tensor=1"
         raise ValueError(
-            f"comm.dedup={comm.dedup} sums the choices of a token before tensor ranks reduce them, but comm.dtd=true "
-            "reduces every row, in the paper's order; use comm.fuse_reduce_scatter=true with it, or comm.dedup=none"
+            f"comm.dedup={comm.dedup} sums the choices of a token before {who} reduce them, but {what} reduces every "
+            f"row, in the paper's order; use comm.fuse_reduce_scatter=true with it{otherwise}, or comm.dedup=none"
         )
 
 

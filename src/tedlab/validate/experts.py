@@ -5,7 +5,6 @@ from tedlab.config import (
     BalanceScope,
     BiasUpdate,
     Compiler,
-    Dedup,
     ExpertKernel,
     Granularity,
     GroupScore,
@@ -60,11 +59,6 @@ def _check_folded(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(
             f"moe.lend.policy={given} plans for tensor ranks that list the same rows, but with {folded} each lists its "
             "own; leave parallel.expert_tensor null, or use moe.lend.policy=none"
-        )
-    if config.comm.dedup != Dedup.NONE:
-        raise ValueError(
-            f"comm.dedup={config.comm.dedup} deals tokens among tensor ranks that divide experts, but with {folded} "
-            "others do; leave parallel.expert_tensor null, or use comm.dedup=none"
         )
 
 

@@ -59,6 +59,15 @@ MORE_TOGGLES = [
     ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
     ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
     ["moe.top_k=2", "parallel.expert_tensor=1", "moe.slice=tokens", "parallel.order=expert_data"],
+    ["moe.top_k=2", "parallel.expert_tensor=1", "comm.dedup=rank", "parallel.expert=8", "parallel.order=expert_data"],
+    [
+        *("moe.top_k=2", "parallel.expert_tensor=1", "comm.dedup=node", "parallel.expert=8", "comm.ranks_per_node=4"),
+        *("moe.slice=tokens", "model.recompute.granularity=block", "comm.cac=shard"),
+    ],
+    [
+        *("moe.top_k=2", "parallel.expert_tensor=2", "comm.dedup=node", "parallel.expert=8", "comm.ranks_per_node=8"),
+        *("comm.fuse_reduce_scatter=true", "model.recompute.granularity=block", "comm.cac=true"),
+    ],
 ]
 
 
@@ -151,6 +160,23 @@ def test_rows_that_whole_data_ranks_gather_are_all_of_theirs() -> None:
     config = checked(*DROPLESS, *layout)
     found = SimulatedRouting(config).rows(0)[1]
     assert (found.sent, found.received, found.gathered, found.computed) == (64, 64, 256, 256)
+
+
+def test_pilots_of_a_folded_layout_are_those_of_the_tensor_ranks_in_an_expert_group() -> None:
+    """Every token chooses the experts 0 and 8; of 30 tokens, tensor ranks 0 to 3 have 8, 8, 7 and 7."""
+    shares = np.zeros((1, 16))
+    shares[:, [0, 8]] = 1
+    layout = ["parallel.expert_tensor=1", "moe.top_k=2", "data.micro_batch_size=1", "data.batch_size=32"]
+    config = checked(*DROPLESS, *layout, "model.sequence_length=30", "comm.dedup=rank", "parallel.expert=2")
+    rows = [SimulatedRouting(config, shares).rows(rank)[1] for rank in range(4)]  # groups of two neighbours
+    assert [(each.sent, each.received, each.computed) for each in rows] == [(16, 16, 16)] * 2 + [(14, 14, 14)] * 2
+    side_by_side = SimulatedRouting(with_values(config, {"parallel.order": "expert_data"}), shares)
+    assert [side_by_side.rows(rank)[1].received for rank in (0, 1, 2, 3, 64, 67)] == [16, 16, 14, 14, 16, 14]
+    # Groups of four on nodes of two. Ranks 0 and 2 hold the experts, and tokens go to each by way of two ranks.
+    by_node = {"parallel.expert": 4, "comm.dedup": "node", "comm.ranks_per_node": 2}
+    rows = [SimulatedRouting(with_values(config, by_node), shares).rows(rank)[1] for rank in range(4)]
+    assert [(each.sent, each.relayed, each.passed) for each in rows] == [(16, 15, 15)] * 2 + [(14, 15, 15)] * 2
+    assert [(each.received, each.computed) for each in rows] == [(30, 30), (0, 0)] * 2
 
 
 def trace(file: Path, load: np.ndarray) -> str:

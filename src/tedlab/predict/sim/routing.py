@@ -13,12 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from tedlab.comm.rows import Rows, by_node, hands, relayed, rows_of, rows_of_pilots, sent_as_pilots, spread
+from tedlab.comm.rows import Rows, hands, relayed, rows_of, spread
 from tedlab.config import LendConfig, LendPolicy, TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.moe import mixtures
 from tedlab.moe.lending import Plan, Policy, policy_of, slots_of
+from tedlab.moe.pilot_rows import PilotSenders, pilots_of
 from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")
@@ -67,7 +68,7 @@ class SimulatedRouting:
         self.degrees, self.local_experts, self.lend = degrees, moe.num_experts // degrees.expert, moe.lend
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm, moe.sliced))
-        self.deals, self.gathers = layout.deals, layout.gathers
+        self.layout, self.deals, self.gathers = layout, layout.deals, layout.gathers
         self._own_lists, self.pilots = layout.sequence, spec.pilots(layout)
         self.chunks, self.nodes = spec.chunks(layout), layout.nodes
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
@@ -77,20 +78,10 @@ class SimulatedRouting:
         self.dropped = 0.0  # the share of choices beyond the capacity
         self.planned: dict[tuple[int, ...], list[SimulatedLayer]] = {}  # by the nodes of an expert group
         self._folded: dict[tuple[tuple[int, ...], ...], list[SimulatedLayer]] = {}  # by the tensor ranks of senders
-        self._of_pilots: list[SimulatedLayer] = []  # if these travel, which nobody lends with
-        self._to_nodes: list[np.ndarray] = []  # what each sends to nodes, see :func:`sent_as_pilots`
+        self._pilots: list[np.ndarray] = []  # if these travel, which nobody lends with: see :func:`pilots_of`
         self._counts: list[np.ndarray] = []
         if self.pilots:
-            self.local_experts += 1  # the number of pilots follows the choices of each process's experts
-            for shares_E in shares_LE:
-                sent = sent_as_pilots(list(shares_E), tokens, moe.top_k, self.deals, degrees.expert)
-                sent = np.repeat(sent.reshape(self.deals, 1, -1), degrees.expert, 1)
-                first_P = tuple(range(0, sent.shape[-1] + 1, self.local_experts))
-                nothing = Plan(np.zeros(moe.num_experts, dtype=np.int64), degrees.expert)
-                self._of_pilots.append(SimulatedLayer(sent, sent, first_P, nothing))
-                if self.nodes > 1:
-                    how = moe.top_k, self.deals, degrees.expert, self.nodes
-                    self._to_nodes.append(sent_as_pilots(list(shares_E), tokens, *how))
+            self._pilots = [pilots_of(list(shares_E), tokens, moe.top_k, layout) for shares_E in shares_LE]
             return
         for shares_E in shares_LE:
             chosen_E = spread(list(shares_E), tokens * moe.top_k, tokens)
@@ -105,12 +96,10 @@ class SimulatedRouting:
         return other
 
     def layers(self, rank: int = 0) -> list[SimulatedLayer]:
-        """Returns the layers of a rank's expert group.
+        """Returns the layers of a rank's expert group, if rows travel and no pilots.
 
         Groups differ by where they lie on nodes, and in a folded layout by the tensor ranks that are in them.
         """
-        if self.pilots:
-            return self._of_pilots
         if self.degrees.folded:
             return self._folded_layers(rank)
         group = self.degrees.groups(self.degrees.groups(rank)["expert_tensor"][0])["expert"]
@@ -144,16 +133,12 @@ class SimulatedRouting:
 
     def rows(self, rank: int) -> dict[int, Rows]:
         """Returns the rows that a rank of the world moves in one micro-batch, by block."""
-        expert, tensor = self._place(rank)
         if self.pilots:
-            found = {}
-            for number, (block, layer) in enumerate(zip(self.blocks, self.layers(rank), strict=True)):
-                own = layer.sent_isV[tensor, expert].reshape(-1, self.local_experts)
-                found[block] = rows_of_pilots(own, layer.arriving(expert), tensor)
-                if self.nodes > 1:
-                    sent, reaching, passed, arriving = self._by_node(number, rank)
-                    found[block] = by_node(rows_of_pilots(passed, arriving, tensor), sent, reaching, len(passed))
-            return found
+            senders = PilotSenders(self.layout, rank)
+            return {
+                block: senders.moved(sent_tx).rows for block, sent_tx in zip(self.blocks, self._pilots, strict=True)
+            }
+        expert, tensor = self._place(rank)
         return {
             block: replace(
                 rows_of(layer.arriving(expert), int(layer.sent_isV[tensor, expert].sum()), tensor, self.chunks),
@@ -167,11 +152,8 @@ class SimulatedRouting:
 
     def rows_by_expert_rank(self) -> np.ndarray:
         """Returns the rows that each process of the first expert group computes in each MoE layer, (L, E_p)."""
-        experts = range(self.degrees.expert)
-        computed = slice(-1 if self.pilots else None)
-        return np.array(
-            [[layer.arriving(expert)[..., computed].sum() for expert in experts] for layer in self.layers()]
-        )
+        group = self.degrees.groups(0)["expert"]
+        return np.array([[rows.computed for rows in self.rows(rank).values()] for rank in group]).T
 
     def kinds_by_expert_rank(self) -> list[tuple[object, ...]]:
         """Returns for each process of the first expert group what it computes, relays, lends and borrows by layer."""
@@ -191,6 +173,11 @@ class SimulatedRouting:
         expert group, experts of one); or, where experts may be lent, what all senders list. See
         :mod:`tedlab.moe.ragged`.
         """
+        if self.pilots:
+            moved = PilotSenders(self.layout, rank).moved(self._pilots[layer])
+            if moved.relayed is None:
+                return np.concatenate((moved.sent[None], moved.arriving_isx))
+            return np.concatenate((moved.sent.flatten(), moved.relayed.flatten(), moved.arriving_isx.flatten()))[None]
         simulated = self.layers(rank)[layer]
         expert, tensor = self._place(rank)
         if self.lend.policy != LendPolicy.NONE and self.degrees.expert > 1:
@@ -198,29 +185,8 @@ class SimulatedRouting:
         own = simulated.sent_isV[tensor, expert].reshape(1, self.degrees.expert, self.local_experts)
         if self.nodes == 1:
             return np.concatenate((own, simulated.arriving(expert)))
-        if self.pilots:
-            sent, reaching, _, arriving = self._by_node(layer, rank)
-            return np.concatenate((sent.flatten(), reaching.flatten(), arriving.flatten()))[None]
         sent = simulated.sent_isV[tensor].reshape(self.degrees.expert, self.degrees.expert, self.local_experts)
         return np.concatenate((own, relayed(sent, expert, self.nodes)[None], simulated.arriving(expert)))
-
-    def _by_node(self, layer: int, rank: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the numbers of pilots and choices that a rank sends to nodes, gets from them, passes on, and gets.
-
-        All processes send alike. See :mod:`tedlab.moe.pilots`.
-        """
-        expert, tensor = self._place(rank)
-        places = self.degrees.expert // self.nodes
-        node, place = divmod(expert, places)
-        reaching_ix = self._to_nodes[layer][:, node]
-        passed = self.nodes * reaching_ix[:, :-1].reshape(self.deals, places, self.local_experts)
-        arriving = np.repeat(passed[:, place : place + 1], places, 1)
-        return (
-            self._to_nodes[layer][tensor],
-            np.repeat(reaching_ix[tensor][None], self.nodes, 0),
-            passed[tensor],
-            arriving,
-        )
 
     def _place(self, rank: int) -> tuple[int, int]:
         """Returns a rank's index in its expert group, and among those that divide an expert and send their own rows."""
