@@ -12,9 +12,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from tedlab.cli import CONF
+from tedlab.commands.train import without_absent_loggers
 from tedlab.config import TrainConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.validate import complete_simulated
+from tedlab.validate.loggers import check_loggers
 
 GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "cluster")
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
@@ -189,3 +191,14 @@ def test_experiments_are_valid_rename_the_run_and_yield_to_the_command_line(opti
     config = compose(f"experiment={option}", "trainer.max_steps=7", "experiment_name=other")
     assert config.trainer["max_steps"] == 7
     assert config.experiment_name == "other"
+
+
+@pytest.mark.parametrize("logger", ["none", "csv"])
+def test_an_experiment_that_names_its_wandb_runs_also_works_without_wandb(logger: str) -> None:
+    config = compose("experiment=ablation_comm", f"logger={logger}")
+    with pytest.raises(ValueError, match="is no logger"):
+        check_loggers(config)  # its file says how runs are called there
+    check_loggers(without_absent_loggers(config))
+    assert "wandb" in without_absent_loggers(compose("experiment=ablation_comm")).logger
+    mistaken = compose("+logger.mine.path=x")
+    assert "mine" in without_absent_loggers(mistaken).logger, "which validation refuses"

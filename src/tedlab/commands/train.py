@@ -31,7 +31,7 @@ def train(config: TrainConfig) -> float:
     if started_outside and outside.restarts():
         config = after_restart(config)
     named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # empty if a program calls this
-    config, resumed = resume(config, named)
+    config, resumed = resume(without_absent_loggers(config), named)
     composed, config = config, complete(config)
     degrees = parallel_degrees(config.parallel)
     held = not started_outside or outside.first_outside()  # one process holds it for all
@@ -49,6 +49,14 @@ def train(config: TrainConfig) -> float:
                 leave_summary(config, error)
             raise
     return float(summary.get(config.objective, float("nan")))
+
+
+def without_absent_loggers(config: TrainConfig) -> TrainConfig:
+    """Returns a copy without what an experiment's file says about a logger that ``logger=…`` leaves out."""
+    if config.choices.get("experiment") is None:
+        return config
+    kept = {name: of for name, of in config.logger.items() if not isinstance(of, dict) or "_target_" in of}
+    return replace(config, logger=kept)
 
 
 def show_differences() -> None:
