@@ -25,7 +25,7 @@ LONGEST = (  # files of more than half a minute, of which two processes had bett
     *("test_oracle.py", "models/test_attention.py", "test_documents.py", "test_chaos.py", "models/test_families.py"),
     *("launch/test_launch.py", "predict/sim/test_simulation.py", "test_validate.py", "test_checkpoint.py"),
     *("predict/test_estimate.py", "test_guests.py", "predict/plan/test_plan.py", "test_wheel.py"),
-    *("lightning/test_restore.py", "certify/test_regressions.py", "lightning/test_arguments.py"),
+    *("lightning/test_restore.py", "certify/test_regressions.py", "test_tutorials.py", "lightning/test_arguments.py"),
     *("optim/test_sharded.py", "test_conf.py", "test_cli.py", "test_readme.py", "test_parity.py"),
 )
 
