@@ -93,6 +93,7 @@ RECOMPUTED: dict[str, Overrides] = {
     "shard": {"comm.cac": "shard"},
     "some": {"comm.cac": ["combine.all_to_all", "1/dispatch.all_to_all", "attention.reduce:shard"]},
 }
+BRIEFLY = ("stored", "recomputed", "cac", "shard", "some")
 STEPS: dict[str, Overrides] = {  # ZeRO × accumulation, some with the loss of a few of 16 tokens at a time
     "zero": {},
     "zero_accumulated": {"accumulated": 2, "trainer.gradient_clip_val": None, "model.loss_chunk": 5},
@@ -214,18 +215,22 @@ def poisoned(shape: torch.Size, like: Tensor) -> Tensor:
 
 
 def complaints(
-    layout: tuple[int, int, int], modes: list[str], precision: str, every: int, layers: int = BASE.model.layers
+    layout: tuple[int, int, int], modes: list[str], precision: str, every: int, brief: bool = False
 ) -> tuple[int, list[str]]:
-    """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``."""
+    """How many cells were tried, and what was wrong. Each takes one kind of step of ``every``.
+
+    ``brief`` leaves out every second kind of step, two kinds of recomputation, and the block after the experts.
+    """
     recompute.unused = differentiable.unused = grouped.unused = poisoned
     wrong, cells = [], 0
     for mode in modes:
         expected: dict[str, list[Tensor]] = {}
-        for number, (how, recomputed) in enumerate(RECOMPUTED.items()):
-            for step in list(STEPS)[0 if how == "stored" else number % every :: 1 if how == "stored" else every]:
+        steps = [*STEPS][[*MODES].index(mode) % 2 :: 2] if brief else [*STEPS]
+        model = {"trainer.precision": precision} | ({"model.layers": 2} if brief else {})
+        for number, how in enumerate(BRIEFLY if brief else RECOMPUTED):
+            for step in steps if how == "stored" else steps[number % every % len(steps) :: every]:
                 cells += 1
-                model = {"model.layers": layers, "trainer.precision": precision}
-                config = configuration(layout, {**MODES[mode], **recomputed, **STEPS[step], **model})
+                config = configuration(layout, {**MODES[mode], **RECOMPUTED[how], **STEPS[step], **model})
                 topology, ledger, cell = topology_of(config), Ledger(), f"{mode} {how} {step}"
                 with Recorder() as recorder:
                     results, kept, moved = one_step(config, topology, ledger)
@@ -286,6 +291,7 @@ CELLS: list[Cell] = [
 
 
 QUICK = ((4, 2, 2), ["sequence"], "32-true")
+THOROUGH = (QUICK, ((4, 2, 2), ["plain", "dtd", "fused"], "32-true"))
 EXHAUSTIVE = [  # what each of these has, other cells have as well: eight processes take longest
     *(((8, 4, 2), ["dtd", "sequence"], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),
@@ -318,14 +324,13 @@ def test_ci_runs_every_layout_and_mode_and_precision() -> None:
 def test_ledger_closed_form_and_dispatcher_agree_and_toggles_change_no_result(
     pool: WorkerPool, layout: tuple[int, int, int], modes: list[str], precision: str
 ) -> None:
-    """Kinds of step in turn, and no block after the one with experts, but in the cell of every day.
-
-    ``python -m tests.comm.test_ledger`` tries all combinations.
-    """
-    layers = BASE.model.layers if (layout, modes, precision) == QUICK else 2
-    for tried, wrong in pool.run(layout[0], complaints, layout, modes, precision, len(STEPS), layers, timeout=250):
+    """Kinds of step in turn; ``python -m tests.comm.test_ledger`` tries all combinations."""
+    cell = layout, modes, precision
+    brief = cell not in (*THOROUGH, *EXHAUSTIVE)
+    each = len(STEPS) // 2 + len(BRIEFLY) - 1 if brief else len(STEPS) + len(RECOMPUTED) - 1
+    for tried, wrong in pool.run(layout[0], complaints, *cell, len(STEPS), brief, timeout=250):
         assert not wrong, "\n".join(wrong[:20])
-        assert tried == len(modes) * (len(STEPS) + len(RECOMPUTED) - 1)
+        assert tried == len(modes) * each
 
 
 def rows_of_step(layout: tuple[int, int, int], mode: str) -> tuple[list[tuple[int, list[Tensor]]], dict[int, Rows]]:
@@ -399,10 +404,6 @@ Layouts = dict[tuple[int, int, int], list[Overrides]]
 COMPILED: Layouts = {  # two processes where these have what a cell is about: each compiles by itself
     (4, 2, 2): [
         {
-            **{"comm.dtd": True, "comm.cac": True, "model.layers": 3},
-            "optim.groups": [GroupConfig(pattern="blocks.[01].*", frozen=True)],
-        },
-        {
             **{"moe.router.scoring": "sigmoid", "moe.router.gates": "raw", "moe.router.bias_update": "sign"},
             **{"moe.router.expert_groups": 2, "moe.router.group_score": "top2", "moe.balance.choices": "first"},
             **{"comm.dtd": True, "moe.dispatch": "dropless", "model.recompute.granularity": "none"},
@@ -419,13 +420,17 @@ COMPILED: Layouts = {  # two processes where these have what a cell is about: ea
     ],
     (2, 2, 1): [
         {
+            **{"comm.dtd": True, "comm.cac": True, "model.layers": 3},
+            "optim.groups": [GroupConfig(pattern="blocks.[01].*", frozen=True)],
+        },
+        {
             "moe.router.noise": "gumbel",
             "moe.router.jitter": 0.1,
             "moe.drop_policy": "probs",
             "parallel.sequence": True,
             "moe.balance.scope": "sequence",
             "moe.balance.dropped": False,
-        }
+        },
     ],
 }
 COMPILED_TOO: Layouts = {
