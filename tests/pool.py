@@ -24,6 +24,7 @@ from tests import deaths
 PRELOADED = [  # what tests import, pytest not least: each worker would take longer for that than for its work
     *("pytest", "tedlab", "tedlab.certify", "tedlab.predict.sim"),
     *("tests.pool", "tests.training", "tests.certify.runs"),
+    *("tests.comm.test_ledger", "tests.moe.test_folding"),  # which compose a configuration when imported
 ]
 
 
