@@ -11,7 +11,7 @@ from tedlab.errors import UsageError
 from tedlab.predict.cluster import Slower, load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
-from tedlab.predict.plan.learn import factors_of, learn
+from tedlab.predict.plan.learn import factors_of, learn, left_out
 from tedlab.predict.spread import PUBLISHED
 from tedlab.report import resolved_yaml
 from tedlab.validate import complete_simulated
@@ -96,6 +96,13 @@ def test_factors_worked_by_hand(parts: list[list[float]], measured: list[float],
     if factors is None:
         factors = [float(np.sqrt(1 / 5 * 19 / 5))] * 2  # the geometric mean of what each run asks for
     assert found == pytest.approx(factors)
+
+
+def test_the_range_is_how_far_each_run_is_from_what_the_others_teach() -> None:
+    """Runs without collectives, all predicted to take 1 s: 2, 2 and 4 s were measured."""
+    parts, measured = np.array([[1.0, 0.0]] * 3), np.array([2.0, 2.0, 4.0])
+    root = 2 * 2**0.5  # the geometric mean of 2 and 4
+    assert left_out(parts, measured) == pytest.approx([root / 2, root / 2, 2 / 4])
 
 
 def test_from_is_short_for_a_field_that_python_cannot_name() -> None:

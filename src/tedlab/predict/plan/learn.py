@@ -103,7 +103,7 @@ def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
     ]
     before = cluster.slower
     slower = Slower(float(factors[0]) * before.kernels, float(factors[1]) * before.collectives)
-    spread = spread_of(corrected / measured) if len(seen) >= _ENOUGH else cluster.spread
+    spread = spread_of(left_out(parts, measured)) if len(seen) >= _ENOUGH else cluster.spread
     return Learned(replace(cluster, slower=slower, spread=spread), seen, notes)
 
 
@@ -121,6 +121,18 @@ def factors_of(parts: np.ndarray, measured: np.ndarray) -> np.ndarray:
         return together
     apart = np.linalg.lstsq(relative, np.ones(len(measured)), rcond=None)[0]
     return apart if (apart > 0).all() else together
+
+
+def left_out(parts: np.ndarray, measured: np.ndarray) -> list[float]:
+    """Returns of each run predicted by measured seconds, with the factors that all other runs give.
+
+    The arguments are those of :func:`factors_of`, for two runs or more.
+    """
+    ratios = []
+    for number in range(len(measured)):
+        factors = factors_of(np.delete(parts, number, 0), np.delete(measured, number))
+        ratios.append(float(parts[number] @ factors / measured[number]))
+    return ratios
 
 
 def _kernels(found: Estimate) -> float:
