@@ -55,7 +55,7 @@ CELLS = {  # processes, tensor, expert, overrides
         (*LATENT, *SEQUENCE, "model.attention.latent.q_rank=null", "model.attention.qkv_bias=true"),
     ),
     "windows and sinks, compiled": (4, 2, 2, (*GPT_OSS, *COMPILED)),
-    "keys shared, compiled": (4, 4, 1, (*SHARED, *COMPILED, SEQUENCE[1], "comm.cac=true")),
+    "keys shared, compiled": (2, 2, 1, (*SHARED, "model.kv_heads=1", *COMPILED, SEQUENCE[1], "comm.cac=true")),
     "latents, compiled": (4, 2, 2, (*LATENT, *COMPILED)),
     "latents, dtd": (4, 2, 2, (*LATENT, "moe.dispatch=capacity", "comm=ted", SEQUENCE[1], "optim.overlap=true")),
 }
