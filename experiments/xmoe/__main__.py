@@ -99,21 +99,24 @@ class System:
 
 ROWS = "moe.dispatch=packed"
 ONCE = ("moe.dispatch=dropless", "comm.dedup=node", "comm.ranks_per_node=8")  # redundancy-bypassing dispatch
+SLICED = ("moe.slice=tokens",)
 SYSTEMS = {
     "Tutel-like": System((), tensor=False),
     "rows": System((ROWS,), tensor=False),
-    "rows, once a node": System(ONCE, tensor=False),  # where a process has several experts
+    "rows, once a node": System(ONCE, tensor=False),
     "TED": System(("comm.dtd=true",), whole=False),
     "TED, rows": System(("comm.dtd=true", ROWS), whole=False),
     "folded, rows": System(("comm.dtd=true", ROWS)),
-    "SSMB": System(("moe.slice=tokens",)),
-    "SSMB, rows": System(("moe.slice=tokens", ROWS)),
+    "SSMB": System(SLICED),
+    "SSMB, rows": System((*SLICED, ROWS)),
+    "SSMB, rows, once a node": System((*SLICED, *ONCE)),  # X-MoE's own
 }
 THEIRS = ("parallel.world_size=256", "data.batch_size=1024", "data.micro_batch_size=1")
 AS_RUN: Mapping[str, tuple[str, ...]] = {  # Medium on 256 GCDs, by the scripts
     "TED": (*THEIRS, "parallel.tensor=2", "parallel.expert=128", "comm.dtd=true"),
     "Tutel": (*THEIRS, "parallel.tensor=1", "parallel.expert=64"),
-    "X-MoE": (*THEIRS, "parallel.tensor=1", "parallel.expert=64", ROWS),
+    "X-MoE without RBD": (*THEIRS, "parallel.tensor=1", "parallel.expert=64", ROWS),
+    "X-MoE": (*THEIRS, "parallel.tensor=1", "parallel.expert=64", *ONCE),
 }
 REPORTED: Mapping[str, Any] = {  # arXiv 2508.13337 and its repository; B are 2^30
     "parameters": {"Small": 10.1, "Medium": 55.2, "Large": 201.4, "Super": 545.4},
@@ -146,7 +149,6 @@ def on_frontier() -> dict[str, dict[str, dict[str, float]]]:
         f"{name}, {world}": {
             system: numbers(predicted((*model.sizes(), *how.layout(model, world)))[1])
             for system, how in SYSTEMS.items()
-            if how.overrides != ONCE or model.experts > model.holders
         }
         for name, model in MODELS.items()
         for world in model.worlds
@@ -256,6 +258,10 @@ CONFIRMED = {  # simulated beside the closed form
     "Medium, 256, TED": (*MODELS["Medium"].sizes(), *SYSTEMS["TED"].layout(MODELS["Medium"], 256)),
     "Medium, 256, SSMB, rows": (*MODELS["Medium"].sizes(), *SYSTEMS["SSMB, rows"].layout(MODELS["Medium"], 256)),
     "Large, 256, SSMB, rows": (*MODELS["Large"].sizes(), *SYSTEMS["SSMB, rows"].layout(MODELS["Large"], 256)),
+    "Large, 256, SSMB, rows, once a node": (
+        *MODELS["Large"].sizes(),
+        *SYSTEMS["SSMB, rows, once a node"].layout(MODELS["Large"], 256),
+    ),
 }
 
 
@@ -316,8 +322,8 @@ def cells(found: Mapping[str, float]) -> tuple[str, ...]:
 
 
 SHOWN = {"Medium, 256": "Medium, 256 GCDs", "Large, 256": "Large, 256 GCDs", "Super, 1024": "Super, 1,024 GCDs"}
-COLOURS = (ORANGE, VERMILION, PURPLE, SKY, BLUE, GREEN)
-DRAWN = ("Tutel-like", "TED", "TED, rows", "folded, rows", "SSMB", "SSMB, rows")
+COLOURS = (ORANGE, VERMILION, PURPLE, SKY, BLUE, GREEN, "black")
+DRAWN = ("Tutel-like", "TED", "TED, rows", "folded, rows", "SSMB", "SSMB, rows", "SSMB, rows, once a node")
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -329,15 +335,15 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
             for place, (system, colour) in enumerate(zip(DRAWN, COLOURS, strict=True)):
                 found = results["frontier"][case][system]
                 fits = found["memory_gib"] <= limit
-                at = number + (place - 2.5) * 0.14
+                at = number + (place - 3) * 0.12
                 face, hatch = (colour, None) if fits else ("white", "////")
-                each.bar(at, found[key], 0.12, facecolor=face, edgecolor=colour, hatch=hatch)
+                each.bar(at, found[key], 0.105, facecolor=face, edgecolor=colour, hatch=hatch)
         each.set(xticks=range(len(SHOWN)), xticklabels=SHOWN.values(), ylabel=what)
     axes[0].axhline(limit, color="#444444", linewidth=0.9, linestyle="--")
     axes[0].annotate("a GCD's memory", (-0.5, limit), ha="left", va="bottom", fontsize=8)
     patches = [Patch(color=colour, label=system) for system, colour in zip(DRAWN, COLOURS, strict=True)]
     patches.append(Patch(facecolor="white", edgecolor="#444444", hatch="////", label="does not fit"))
-    figure.legend(handles=patches, loc="outside lower left", ncols=7, frameon=False, fontsize=8)
+    figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, fontsize=8)
     figure.savefig(path)
 
 

@@ -35,7 +35,7 @@ def test_the_readme_has_each_prediction() -> None:
 @pytest.mark.parametrize("case", ["Medium, 256", "Large, 256"])
 def test_predictions_are_those_of_today(case: str) -> None:
     name, world = case.split(", ")
-    for system in ("TED", "SSMB, rows"):
+    for system in ("TED", "SSMB, rows", "SSMB, rows, once a node"):
         model = study.MODELS[name]
         again = study.numbers(study.predicted((*model.sizes(), *study.SYSTEMS[system].layout(model, int(world))))[1])
         assert again == pytest.approx(RESULTS["frontier"][case][system], rel=1e-4)
@@ -69,3 +69,6 @@ def test_what_the_readme_concludes_is_in_the_numbers() -> None:
         assert sliced["step_s"] < ted["step_s"]
         assert sliced["in_node_gb"] < ted["in_node_gb"]
         assert sliced["memory_gib"] < ted["memory_gib"]
+        own = systems["SSMB, rows, once a node"]
+        assert own["memory_gib"] == min(found["memory_gib"] for found in systems.values())
+        assert own["between_nodes_gb"] == pytest.approx(systems["rows, once a node"]["between_nodes_gb"], rel=0.01)
