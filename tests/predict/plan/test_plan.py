@@ -28,6 +28,7 @@ from tedlab.predict.plan.search import (
     foldings,
     layouts,
     pareto_front,
+    reordered,
     search,
     smallest,
 )
@@ -191,6 +192,7 @@ FINE += ["model.sequence_length=1024", "model.vocab_size=512", "moe.num_experts=
 FINE += ["model.recompute.granularity=none", "comm.cac=false", "optim.tile=fused"]
 
 
+DGX = load_cluster("dgx_h100")
 FIXED = [name for override in FINE if (name := override.partition("=")[0]) in CHOSEN]
 
 
@@ -268,6 +270,36 @@ def test_a_folded_layout_is_not_slower_because_its_largest_micro_batch_is_refuse
     assert {candidate.settings["data.micro_batch_size"] for candidate in found.fitting} == {1}
     assert found.slower == 0
     assert sum(found.refused.values()) == len(found.fitting)
+
+
+# Eight processes of a node hold all experts, of which the next node has replicas.
+REPLICAS = ("parallel.tensor=1", "parallel.expert=8", "data.batch_size=16", "moe.top_k=1")
+
+
+@pytest.mark.parametrize(("tokens", "order"), [(16, "expert_data"), (4096, None)])
+def test_replicas_are_neighbours_where_reductions_outweigh_exchanges(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, order: str | None
+) -> None:
+    """The weights' gradients are as large whatever a step computes; what is exchanged grows with its tokens."""
+    given = (*REPLICAS, f"model.sequence_length={tokens}")
+    fixed = ["parallel.expert", "parallel.expert_tensor"]
+    plan = planned(monkeypatch, *given, fixed=fixed)
+    assert plan.winner.settings.get("parallel.order") == order
+    assert (f"parallel.order={order}" in overrides_of(plan.winner)) == (order is not None)
+    asked = planned(monkeypatch, *given, fixed=[*fixed, "parallel.order"])
+    assert all("parallel.order" not in candidate.settings for candidate in asked.found.fitting)
+    other = reordered(composed(*FINE, *given), DGX, asked.winner)
+    assert other is not None
+    assert other.peak_bytes == asked.winner.peak_bytes
+    assert (other.step_seconds < asked.winner.step_seconds) == (order is not None)
+
+
+def test_an_order_is_not_tried_where_there_is_one() -> None:
+    """Without replicas, or with all experts in each process."""
+    config = composed(*FINE, "parallel.tensor=1", "data.batch_size=16")
+    for expert in (1, 16):
+        candidate = search(config, DGX, math.inf, FIXED, Degrees(1, expert)).fitting[0]
+        assert reordered(config, DGX, candidate) is None
 
 
 def test_foldings_are_all_that_multiply_and_divide() -> None:

@@ -13,12 +13,14 @@ from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import largest
 from tedlab.predict.plan.search import (
+    ORDER,
     Candidate,
     Degrees,
     Found,
     foldings,
     layouts,
     pareto_front,
+    reordered,
     search,
     slowest_rank,
     smallest,
@@ -95,6 +97,10 @@ def make_plan(
         raise UsageError(str(error)) from None
     _check_found(found, capacity)
     front = pareto_front(found.fitting)
+    if ORDER not in fixed:
+        others = [other for one in front if (other := reordered(config, cluster, one)) is not None]
+        front = pareto_front([*found.fitting, *others])
+        found.fitting += [other for other in others if other in front]
     simulated = _simulated(workers, config, cluster, capacity, front, simulations, progress)
     if not simulated:
         raise UsageError(

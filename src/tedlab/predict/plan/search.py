@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, NamedTuple
 
-from tedlab.config import Slicing, TrainConfig, value_of, with_values
+from tedlab.config import Order, Slicing, TrainConfig, value_of, with_values
+from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
@@ -38,7 +39,8 @@ _SLICED: Settings = {**_DUPLICATES[0], "moe.slice": Slicing.TOKENS.value}
 _TILES: tuple[Settings, ...] = ({"optim.tile": 1_800_000}, {"optim.tile": "fused"})
 TOGGLES = {name for group in (_CHECKPOINTING, (_SLICED,), _TILES) for name in group[0]}
 DEGREES = {"parallel.tensor", "parallel.expert", "parallel.expert_tensor"}
-CHOSEN = DEGREES | {"data.micro_batch_size"} | TOGGLES  # what a search chooses
+ORDER = "parallel.order"
+CHOSEN = DEGREES | {ORDER, "data.micro_batch_size"} | TOGGLES  # what a search chooses
 
 
 @dataclass(frozen=True)
@@ -298,6 +300,24 @@ def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
         if not any(all(a <= b for a, b in zip(other.costs, candidate.costs, strict=True)) for other in front):
             front.append(candidate)
     return front
+
+
+def reordered(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate) -> Candidate | None:
+    """Returns a candidate in which others are neighbours: replicas of an expert, or else the processes of its group.
+
+    Groups are then on other links, and nothing else changes. None if an expert has no replicas or each process has all
+    experts, so that there is one order, or if the layout does not validate in the other.
+    """
+    other = Order.EXPERT if config.parallel.order == Order.EXPERT_DATA else Order.EXPERT_DATA
+    settings = candidate.settings | {ORDER: other.value}
+    try:
+        checked = complete_simulated(with_values(config, settings), cluster)
+    except UsageError:
+        return None
+    degrees = parallel_degrees(checked.parallel)
+    if degrees.expert == 1 or degrees.expert_data == 1:
+        return None
+    return evaluated(checked, cluster, settings, candidate.rank)
 
 
 def slowest_rank(world: int, tensor: int, cluster: ClusterConfig, expert_tensor: int = 1) -> int:

@@ -17,7 +17,7 @@ from tedlab.predict.plan.file import allowed
 from tedlab.predict.plan.learn import learn
 from tedlab.predict.plan.lending import show_lending
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
-from tedlab.predict.plan.search import CHOSEN, Candidate
+from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.spread import Spread, spread_on
 from tedlab.validate import complete_simulated
@@ -214,6 +214,8 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
         f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
         "batch: micro-batch; GB out: sent by a GPU to other nodes in a step"
     )
+    reordered = {c.settings[ORDER] for c in (*plan.simulated, *shown) if ORDER in c.settings}
+    table.caption += "".join(f"; *: {ORDER}={order}" for order in reordered)
     return table
 
 
@@ -237,7 +239,7 @@ def _row(candidate: Candidate, folded: bool) -> list[str]:
     duplicates = "slice" if s.get("moe.slice") == Slicing.TOKENS else duplicates
     return [
         f"{s['parallel.tensor']}",
-        f"{s['parallel.expert']}",
+        f"{s['parallel.expert']}{'*' * (ORDER in s)}",
         *([f"{s.get('parallel.expert_tensor') or s['parallel.tensor']}"] if folded else []),
         f"{s['data.micro_batch_size']}",
         "" if s["model.recompute.granularity"] == "none" else f"block{cac}",
