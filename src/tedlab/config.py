@@ -574,6 +574,11 @@ class GenerateConfig(Frozen):
     temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
     seed: int = whole(0, least=0, most=2**63 - 1)
     checkpoint: str = "last.ckpt"  # its name in checkpoints/
+    top_k: int | None = whole(None, least=1)  # choose among so many of the most probable tokens; null: among all
+    top_p: float = real(1.0, least=1e-6, most=1.0)  # choose among the most probable that together have this probability
+    stop: list[str] = field(default_factory=list)  # texts that end a continuation, which does not contain them
+    prompts: str | None = None  # a file with a prompt on each line, which are continued together; null: prompt
+    cache: bool = True  # remember keys and values of earlier tokens; false: compute them again for each token
 
 
 @dataclass

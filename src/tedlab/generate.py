@@ -3,66 +3,128 @@
 It needs one process, whatever layout the run had, and reads the sharded checkpoint into an unsharded model.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from tedlab import checkpoint
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
+from tedlab.decode import continuations
 from tedlab.models import models
 from tedlab.moe import routers
 from tedlab.ranges import check_ranges
 from tedlab.renamed import nested
+from tedlab.sampling import Sampling
 from tedlab.topology import Topology
 from tedlab.untrusted import read_yaml, typed
 
+Show = Callable[[str], None]  # gets each piece of a text as soon as it is known
 
-@torch.inference_mode()
-def generate(config: GenerateConfig) -> str:
-    """Returns the prompt and its continuation.
+
+def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
+    """Returns each prompt and its continuation.
+
+    Args:
+        config: What to continue, and how.
+        show: Gets the first text, piece by piece; None: nobody sees it before it is whole.
 
     Raises:
-        FileNotFoundError: If the run or its checkpoint does not exist.
-        ValueError: If a number is out of range, or a file of the run is damaged; the message says which.
+        FileNotFoundError: If the run, its checkpoint or the file of prompts does not exist.
+        ValueError: If a number is out of range, a prompt has more tokens than the model has positions, or a file of the
+            run is damaged; the message says which.
     """
     check_ranges(config)
     directory = Path(config.run)
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
-    shape, experts = model_of(path)
-    tokenizer = _tokenizer(directory, shape)
-    # Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
-    # positions, nor because a second expert is drawn at random.
-    moe = replace(experts, capacity_factor=None, capacity_groups=None)
+    shape, moe = model_of(path)
+    tokenizer, given = _tokenizer(directory, shape), _prompts(config)
+    model = models[shape.architecture](
+        replace(shape, compile="none"), _generating(moe, path), Topology.single(), seed=0
+    )
+    weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint.load({"model": weights}, path)
+    model.eval()
+
+    prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.separator] for prompt in given]
+    texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
+    vocabulary = tokenizer.vocab_size  # padding contains no tokens
+    steps = continuations(
+        *(model, prompts, config.tokens, sampling),
+        ended=lambda number, added: texts[number].ends(added),
+        vocabulary=vocabulary,
+        remember=config.cache,
+    )
+    shown = texts[0].now() if show else ""
+    if show:
+        show(shown)
+    for _ in steps:
+        if show and (whole := texts[0].now()).startswith(shown) and not whole.endswith("\N{REPLACEMENT CHARACTER}"):
+            show(whole[len(shown) :])
+            shown = whole
+    if show:
+        show(texts[0].now()[len(shown) :])
+    return [text.now() for text in texts]
+
+
+class _Text:
+    """A prompt and what was added to it.
+
+    Args:
+        tokenizer: Knows its tokens.
+        prompt: Ids of the prompt's tokens.
+        stop: What ends it, and is no part of it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str]) -> None:
+        self.tokenizer, self.prompt, self.stop = tokenizer, prompt, stop
+        self.begins = len(tokenizer.decode(prompt))
+        self.text = tokenizer.decode(prompt)
+
+    def ends(self, added: Sequence[int]) -> bool:
+        """Takes the tokens that were added so far, and tells whether a stop ends the text."""
+        self.text = self.tokenizer.decode([*self.prompt, *added])
+        found = [at for stop in self.stop if (at := self.text.find(stop, self.begins)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+    def now(self) -> str:
+        """Returns the text as it is."""
+        return self.text
+
+
+def _prompts(config: GenerateConfig) -> list[str]:
+    if config.prompts is None:
+        return [config.prompt]
+    if config.prompt:
+        raise ValueError(f"both prompt and prompts={config.prompts} are given: use one of the two")
+    lines = Path(config.prompts).read_text("utf-8").splitlines()
+    if not lines:
+        raise ValueError(f"{config.prompts} has no lines: each would be a prompt")
+    return lines
+
+
+def _generating(moe: MoEConfig, path: Path) -> MoEConfig:
+    """Returns the mixtures as they generate.
+
+    Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
+    positions, nor because a second expert is drawn at random.
+    """
+    moe = replace(moe, capacity_factor=None, capacity_groups=None)
     if "generate" not in routers[moe.gating].supports:
         raise ValueError(
             f"{path} was trained with moe.gating={moe.gating}, whose choices for a token depend on tokens after it: it "
             "cannot generate text"
         )
-    if moe.gating == "deepspeed_top2":
-        moe = replace(moe, second_expert_sampling=False)
-    model = models[shape.architecture](replace(shape, compile="none"), moe, Topology.single(), seed=0)
-    weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.load({"model": weights}, path)
-    model.eval()
-
-    ids = tokenizer.encode(config.prompt).tolist() or [tokenizer.separator]
-    generator = torch.Generator().manual_seed(config.seed)
-    for _ in range(config.tokens):
-        window = torch.tensor([ids[-shape.sequence_length :]])
-        logits = model(window)[0][0, -1, : tokenizer.vocab_size].float()  # the vocabulary's padding contains no tokens
-        if config.temperature == 0:
-            ids.append(int(logits.argmax()))
-        else:
-            probabilities = (logits / config.temperature).softmax(-1)
-            ids.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    return tokenizer.decode(ids)
+    return replace(moe, second_expert_sampling=False) if moe.gating == "deepspeed_top2" else moe
 
 
 def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:

@@ -8,15 +8,19 @@ from tedlab.errors import UsageError
 
 def prepare(arguments: list[str]) -> list[str]:
     """Quotes the values that are text."""
-    return quoted(arguments, ("run", "prompt"))
+    return quoted(arguments, ("run", "prompt", "prompts"))
 
 
 def task(config: GenerateConfig) -> None:
-    """Prints the continued text."""
+    """Prints the continued texts, a single one while it grows."""
     from tedlab.generate import generate
 
     try:
-        print(generate(config))
+        if config.prompts is None:
+            generate(config, show=lambda piece: print(piece, end="", flush=True))
+            print()
+        else:
+            print("\n\n".join(generate(config)))
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
 

@@ -41,6 +41,7 @@ from tedlab.nn import (
     Embedding,
     EmbeddingSpec,
     NormSpec,
+    Past,
     VocabParallelEmbedding,
     VocabParallelEmbeddingSpec,
     initialize,
@@ -235,6 +236,7 @@ class GPT(nn.Module):
         self.embedding = VocabParallelEmbedding(spec.embedding, topology)
         self.config, self.comm, self.sequence_sharded = model, topology.comm, topology.sequence_sharded
         self.context = topology.context
+        self.past: Past | None = None
         self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
         self.rotary_dim = spec.blocks[0].attention.rotary_dim
@@ -279,6 +281,17 @@ class GPT(nn.Module):
         x, reports = self._hidden(ids, padding_mask)
         return self.embedding.logits(x) if self.output is None else self.output(x), reports
 
+    def next_logits(self, ids: Tensor, at_B: Tensor) -> Tensor:
+        """Returns this tensor rank's logits (B, V/T) of the tokens that follow one token of each sample.
+
+        Args:
+            ids: (B, S) int64.
+            at_B: (B,) int64, which of a sample's S tokens that is.
+        """
+        x, _ = self._hidden(ids, None)
+        x = x[torch.arange(len(x), device=x.device), at_B.to(x.device)].unsqueeze(1)
+        return (self.embedding.logits(x) if self.output is None else self.output(x)).squeeze(1)
+
     def loss(
         self, ids: Tensor, targets: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, list[RouterReport]]:
@@ -315,12 +328,14 @@ class GPT(nn.Module):
         """Returns what logits are computed from (B, S, H), as activations outside layers, and the reports."""
         self.context.ids = ids
         x = self.embedding(ids)
-        turns = None
+        turns, past = None, self.past
         if self.positions is not None:
-            x = x + self.positions(ids.shape[1])
+            x = x + (self.positions(ids.shape[1]) if past is None else self.positions.at(past.position_BS))
         else:
+            length = ids.shape[1] if past is None else past.room
             base, rotary = self.config.rotary_base, self.config.rotary
-            turns = rotation(ids.shape[1], self.rotary_dim, base, x.device, x.dtype, rotary)
+            turns = rotation(length, self.rotary_dim, base, x.device, x.dtype, rotary)
+            turns = turns if past is None else turns[:, past.position_BS]
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []

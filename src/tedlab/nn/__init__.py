@@ -22,6 +22,7 @@ from tedlab.nn.loss import (
     vocab_parallel_cross_entropy,
 )
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
+from tedlab.nn.past import Past, remembering
 from tedlab.nn.rotary import rotation
 from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters, replicated
 from tedlab.spec import Init
@@ -42,6 +43,7 @@ __all__ = [
     "LayerNorm",
     "Nonlinearity",
     "NormSpec",
+    "Past",
     "RMSNorm",
     "ReplicatedLinear",
     "ReplicatedSpec",
@@ -61,6 +63,7 @@ __all__ = [
     "mean_over_counted",
     "norm_layer",
     "partial_parameters",
+    "remembering",
     "replicated",
     "rotation",
     "vocab_parallel_cross_entropy",

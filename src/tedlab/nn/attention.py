@@ -12,6 +12,7 @@ from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.attend import AttentionPath, attend, attention_path, visible_pairs
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.norm import FullNormSpec, NormSpec, RMSNorm, normalise_together, normalise_together_sites
+from tedlab.nn.past import Past
 from tedlab.nn.rotary import rotate, rotate_backward, rotate_forward
 from tedlab.nn.sharded import ShardedModule
 from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
@@ -309,6 +310,7 @@ class SelfAttention(ShardedModule):
         super().__init__()
         self.build(spec, topology)
         self.head_dim, self.comm = spec.head_dim, topology.comm
+        self.past: Past | None = None
         # Heads of keys, and of queries of each, in this process.
         self.own_heads = (
             max(1, spec.key_heads // topology.degrees.tensor),
@@ -327,16 +329,30 @@ class SelfAttention(ShardedModule):
 
         Args:
             x: Activations outside, see ``region.py``.
-            rotation: (2, S, head_dim/2), see :func:`tedlab.nn.rotation`; None: queries and keys are not rotated.
+            rotation: (2, S, head_dim/2), see :func:`tedlab.nn.rotation`, or (2, B, S, head_dim/2) if samples' positions
+                differ; None: queries and keys are not rotated.
         """
         q, k, v = self._projected(x)  # (B, S, heads of keys, queries of each or 1, head_dim)
         q, k = self._normed(q, k)
         if rotation is not None:
-            q, k = (rotate(part, rotation[:, :, None, None]) for part in (q, k))
+            turns = rotation.unsqueeze(-2).unsqueeze(-2)
+            q, k = (rotate(part, turns) for part in (q, k))
         if self.together or (rotation is not None and self.q_norm is None):
             v = v.clone()  # a view would keep the whole projection alive, which otherwise the norms of heads do
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))  # (B, heads/T, S, head_dim)
-        y = attend(q, k, v, self.window, self.local("sinks") if "sinks" in self.specs else None)
+        sinks = self.local("sinks") if "sinks" in self.specs else None
+        if self.past is not None:
+            return self._output(self._with_past(q, k, v, sinks, self.past))
+        return self._output(attend(q, k, v, self.window, sinks))
+
+    def _with_past(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, past: Past) -> Tensor:
+        """Attends to what is remembered, too; of the first tokens nothing is."""
+        all_k, all_v = (part.transpose(1, 2) for part in past.extend(id(self), k.transpose(1, 2), v.transpose(1, 2)))
+        if past.begins:
+            return attend(q, k, v, self.window, sinks)
+        return past.attend(q, all_k, all_v, self.window, sinks)
+
+    def _output(self, y: Tensor) -> Tensor:
         return self.out(y.transpose(1, 2).flatten(-2))
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -96,6 +96,10 @@ class Embedding(ShardedModule):
         self.slice = topology.comm.rank("tensor") % self.slices
         self.build(spec, topology)
 
+    def at(self, position: Tensor) -> Tensor:
+        """Returns the embeddings of any positions (…,) int64: (…, H)."""
+        return F.embedding(position, self.local("weight"))
+
     def forward(self, length: int) -> Tensor:
         """Returns the embeddings of positions 0 … length-1 (length, H), or this tensor rank's slice if it has one."""
         weight = self.local("weight")

@@ -25,6 +25,7 @@ from tedlab.nn.linear import (
     RowParallelSpec,
 )
 from tedlab.nn.norm import NormSpec, RMSNorm
+from tedlab.nn.past import Past
 from tedlab.nn.region import enter_sites, tensor_region
 from tedlab.nn.rotary import latent_score_factor, rotate, rotate_backward, rotate_forward
 from tedlab.spec import Init, Layout, MicroBatch, Sites, Spec, Work, WorkingSet
@@ -230,6 +231,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.nope_dim, self.rope_dim, self.v_dim, self.kv_rank = spec.nope_dim, spec.rope_dim, spec.v_dim, spec.kv_rank
         self.scale = spec.scale * spec.width**-0.5
+        self.past: Past | None = None
         self.q = None if spec.q is None else ColumnParallelLinear(spec.q, topology)
         self.q_down = None if spec.q_down is None else ReplicatedLinear(spec.q_down, topology)
         self.q_norm = None if spec.q_norm is None else RMSNorm(spec.q_norm, topology)
@@ -245,15 +247,35 @@ class LatentAttention(nn.Module):
 
         Args:
             x: Activations outside, see ``region.py``.
-            rotation: (2, S, rope_dim/2), see :func:`tedlab.nn.rotation`.
+            rotation: (2, S, rope_dim/2), see :func:`tedlab.nn.rotation`, or (2, B, S, rope_dim/2) if samples' positions
+                differ.
         """
         assert rotation is not None
-        x, turns = to_compute_dtype(x), rotation[:, :, None]
+        x, turns = to_compute_dtype(x), rotation.unsqueeze(-2)
         q = self._queries(x, turns)
-        k, v = self.expand(*self.compress(x, turns))
+        latent, key = self.compress(x, turns)
+        if self.past is not None:
+            all_latents, all_keys = self.past.extend(id(self), latent, key)
+            if not self.past.begins:
+                return self._output(self._with_past(q, all_latents, all_keys, self.past))
+        k, v = self.expand(latent, key)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        y = attend(q, k, v, scale=self.scale)  # (B, h, S, v_dim)
-        return self.out(y.transpose(1, 2).flatten(-2))
+        return self._output(attend(q, k, v, scale=self.scale))
+
+    def _with_past(self, q: Tensor, latent: Tensor, key: Tensor, past: Past) -> Tensor:
+        """Attends to latents, which all heads share: what made keys and values of them is applied to queries and sums.
+
+        Products with the latents of the whole text are so made once for each new token, and not for each old one.
+        """
+        up = self.kv_up.local("weight").unflatten(0, (-1, self.nope_dim + self.v_dim)).to(q.dtype)
+        to_keys, to_values = up.split((self.nope_dim, self.v_dim), 1)  # (h, nope_dim, kv_rank), (h, v_dim, kv_rank)
+        own, turned = q.transpose(1, 2).split((self.nope_dim, self.rope_dim), -1)  # (B, h, S, …)
+        q = torch.cat((own @ to_keys, turned), -1)
+        k = torch.cat((latent.unsqueeze(2), key), -1).transpose(1, 2)
+        return past.attend(q, k, latent.unsqueeze(1), scale=self.scale) @ to_values.mT
+
+    def _output(self, y: Tensor) -> Tensor:
+        return self.out(y.transpose(1, 2).flatten(-2))  # of (B, h, S, v_dim)
 
     def compress(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """Returns all that later tokens need of each token: its latent (B, S, kv_rank) and key (B, S, 1, rope_dim).

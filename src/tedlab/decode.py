@@ -1,0 +1,136 @@
+"""Continues texts with a model, in every layout: prefill, then token by token with what attention remembers.
+
+Tensor ranks compute each token together and choose alike. Data ranks divide the texts, and go on together until the
+last text has ended, as ranks that share experts must. Every process yields all texts.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tedlab.config import RotaryScaling
+from tedlab.nn import Past, remembering
+from tedlab.sampling import Sampling
+
+Ended = Callable[[int, Sequence[int]], bool]  # whether a text has ended, by its number and the tokens added so far
+
+
+@torch.inference_mode()
+def continuations(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    sampling: Sampling,
+    ended: Ended = lambda number, added: False,
+    vocabulary: int | None = None,
+    remember: bool = True,
+) -> Iterator[list[int | None]]:
+    """Yields the next token of each text, None for one that has ended, until all have or ``tokens`` are added.
+
+    Args:
+        model: A :class:`tedlab.models.GPT`. In a layout with sequence parallelism it cannot compute single tokens.
+        prompts: Ids of each text's tokens, at least one and no more than the model has positions.
+        tokens: How many to add to each at most.
+        sampling: How they are chosen.
+        ended: Called for each token that was added.
+        vocabulary: Only ids below can be chosen, such as those that a tokenizer knows; None: all.
+        remember: Whether keys and values of earlier tokens are kept; otherwise all is computed again for each token.
+            Beyond the model's positions, texts lose their beginnings, and what remains must be computed again.
+
+    Raises:
+        ValueError: If a prompt is empty or too long, or the layout is sequence-sharded; before anything is computed.
+    """
+    room, comm = model.config.sequence_length, model.comm
+    if model.sequence_sharded:
+        raise ValueError(
+            "parallel.sequence divides the positions of a text, of which there is one at a time: switch it off"
+        )
+    for number, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has room for 1 to {room}")
+    if not prompts:
+        return
+    sides, side = comm.size("data"), comm.rank("data")
+    padded = [*range(len(prompts)), *[len(prompts) - 1] * (-len(prompts) % sides)]  # each rank has as many texts
+    own = padded[side::sides]
+    texts, streams = [list(prompts[number]) for number in own], sampling.streams(len(prompts))
+    added: list[list[int]] = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    longest = max(map(len, prompts))
+    device = next(iter(model.parameters())).device
+    most = min(room, longest + tokens)
+    rotary = model.config.rotary
+    if rotary.scaling == RotaryScaling.NTK and most > rotary.original_length:
+        remember = False  # each token turns those before it more slowly
+    steps = _Steps(model, texts, longest, most, device)
+    for step in range(tokens):
+        remembers = remember and longest + step <= room
+        logits_BV = steps.remembered() if remembers else steps.whole(room, min(room, longest + step))
+        logits_BV = _gathered(logits_BV.movedim(1, 0), comm, "tensor").movedim(0, 1)[:, :vocabulary]
+        chosen_B = sampling.choose(logits_BV, [streams[number] for number in own])
+        # By data rank, of which each had every so manieth text.
+        everyone = _gathered(chosen_B, comm, "data").view(sides, -1).t().flatten().tolist()
+        for text, token in zip(texts, chosen_B.tolist(), strict=True):
+            text.append(token)
+        news: list[int | None] = []
+        for number, token in enumerate(everyone[: len(prompts)]):
+            news.append(token if going[number] else None)
+            if going[number]:
+                added[number].append(token)
+                going[number] = not ended(number, added[number])
+        yield news
+        if not any(going):
+            return
+
+
+class _Steps:
+    """Computes the logits of the next tokens of some texts, which grow by a token between two calls.
+
+    Args:
+        model: The model.
+        texts: Ids of the tokens of each.
+        longest: How many the longest of all processes has, so that all compute as many.
+        room: How many positions there are for each.
+        device: Where the model is.
+    """
+
+    def __init__(self, model: Any, texts: list[list[int]], longest: int, room: int, device: torch.device) -> None:
+        self.model, self.texts, self.longest, self.device = model, texts, longest, device
+        self.past = Past(room)
+
+    def remembered(self) -> Tensor:
+        """Returns logits (B, V/T), for which only tokens are computed that no call before has computed."""
+        last_B = torch.tensor([len(text) - 1 for text in self.texts], device=self.device)
+        if self.past.end == 0:
+            ids, at_B, end = self._right_padded(self.texts, self.longest), last_B, self.longest
+            position_BS = torch.arange(end, device=self.device).expand(len(ids), -1)
+        else:
+            ids, end = torch.tensor([text[-1:] for text in self.texts], device=self.device), max(map(len, self.texts))
+            at_B, position_BS = torch.zeros_like(last_B), last_B.unsqueeze(1)
+        self.past.enter(position_BS, end)
+        with remembering(self.model, self.past):
+            logits: Tensor = self.model.next_logits(ids, at_B)
+        return logits
+
+    def whole(self, room: int, width: int) -> Tensor:
+        """Returns logits (B, V/T), for which the ends of texts are computed again.
+
+        Args:
+            room: How many tokens of each text at most.
+            width: How many the longest of all processes has of these.
+        """
+        ends = [text[-room:] for text in self.texts]
+        at_B = torch.tensor([len(text) - 1 for text in ends], device=self.device)
+        logits: Tensor = self.model.next_logits(self._right_padded(ends, width), at_B)
+        return logits
+
+    def _right_padded(self, texts: list[list[int]], width: int) -> Tensor:
+        """Returns ids (B, S): what follows a text is seen by none of its tokens."""
+        return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self.device)
+
+
+def _gathered(x: Tensor, comm: Any, kind: Any) -> Tensor:
+    whole: Tensor = comm.all_gather(x.contiguous(), kind, tag="generate.gather", phase="validation")
+    return whole

@@ -1,0 +1,115 @@
+"""What attention remembers of the tokens before, so that a text grows by a token without being computed again.
+
+A layer remembers each token's keys and values, or, if it is :class:`~tedlab.nn.LatentAttention`, the latent that they
+are made of. Each token has a slot with the number of its position. Samples may differ in length: a query sees slots up
+to its own position, and what stands in later ones is written before a query sees it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Past:
+    """The slots of all layers, and the positions of the tokens that are being computed.
+
+    Args:
+        room: Number of slots for each sample, the most positions that it may have.
+
+    Attributes:
+        position_BS: (B, S) int64, the positions of the tokens that are being computed.
+        end: One more than the last of these positions.
+        begins: Whether they are the first ones of all samples, so that nothing is remembered of tokens before.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.end, self.begins = 0, True
+        self.position_BS = torch.empty(0, 0, dtype=torch.int64)
+        self._slots: dict[int, tuple[Tensor, ...]] = {}
+
+    def enter(self, position_BS: Tensor, end: int) -> None:
+        """Says which tokens are computed next.
+
+        Args:
+            position_BS: (B, S) int64, their positions, which are consecutive in each sample.
+            end: One more than the last of these positions, in all samples.
+
+        Raises:
+            ValueError: If there is no room for them.
+        """
+        if end > self.room:
+            raise ValueError(f"{end} positions are more than the {self.room} for which there is room")
+        self.begins = not self._slots
+        self.position_BS, self.end = position_BS, end
+
+    def extend(self, layer: int, *values: Tensor) -> tuple[Tensor, ...]:
+        """Remembers what a layer has computed of the tokens, and returns what it knows of all up to them.
+
+        Args:
+            layer: Any number that tells layers apart.
+            values: (B, S, …), in the order of the first call.
+
+        Returns:
+            (B, end, …) for each.
+        """
+        if layer not in self._slots:
+            self._slots[layer] = tuple(value.new_zeros(len(value), self.room, *value.shape[2:]) for value in values)
+        sample_B1 = torch.arange(len(self.position_BS), device=self.position_BS.device).unsqueeze(1)
+        for slots, value in zip(self._slots[layer], values, strict=True):
+            slots[sample_B1, self.position_BS] = value
+        return tuple(slots[:, : self.end] for slots in self._slots[layer])
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None = None,
+        sinks: Tensor | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Does what :func:`tedlab.nn.attend` does for queries of the tokens and keys of all slots up to them.
+
+        Args:
+            q: Queries (B, H, S, d).
+            k: Keys (B, K, end, d).
+            v: Values (B, K, end, e).
+            window, sinks, scale: See there.
+        """
+        before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
+        visible = (before >= 0 if window is None else (before >= 0) & (before < window)).unsqueeze(1)
+        grouped = q.shape[1] > k.shape[1]
+        if sinks is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped, scale=scale)
+        precise = torch.promote_types(q.dtype, torch.float32)
+        q_groups = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, S, d)
+        scores = (q_groups @ k.unsqueeze(2).mT).to(precise) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+        sink = sinks.to(precise).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(v.dtype)
+        return (weights @ v.unsqueeze(2)).flatten(1, 2)
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A module whose tokens depend on those before, or on their positions."""
+
+    past: Past | None
+
+
+@contextmanager
+def remembering(root: nn.Module, past: Past) -> Iterator[Past]:
+    """Lets the modules below ``root`` remember tokens inside the context, and compute only those that are new."""
+    modules = [module for module in root.modules() if isinstance(module, Remembers)]
+    for module in modules:
+        module.past = past
+    try:
+        yield past
+    finally:
+        for module in modules:
+            module.past = None

@@ -1,0 +1,186 @@
+"""Texts grow by what attention remembers as if they were computed again for each token, in every layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+from tedlab import ParallelDegrees, Topology
+from tedlab.config import (
+    AttentionConfig,
+    LatentConfig,
+    ModelConfig,
+    MoEConfig,
+    RotaryConfig,
+    RouterConfig,
+    SharedConfig,
+)
+from tedlab.decode import _Steps, continuations
+from tedlab.models import GPT
+from tedlab.sampling import Sampling
+from tests.pool import WorkerPool
+
+LEARNED = ModelConfig(2, 16, 4, 24, sequence_length=24, vocab_size=32, init_std=0.3)
+ROTARY = replace(LEARNED, positions="rotary", norm="rms", bias=False, activation="swiglu", tie_embeddings=False)
+LATENT = LatentConfig(kv_rank=6, q_rank=8, nope_dim=6, rope_dim=4, v_dim=5)
+ROWS, SLOTS = (
+    MoEConfig(num_experts=4, top_k=2, dispatch=kind, capacity_factor=None) for kind in ("dropless", "capacity")
+)
+MODELS = {
+    "learned positions": (LEARNED, SLOTS),
+    "grouped queries, norms of heads": (replace(ROTARY, kv_heads=2, qk_norm="head"), ROWS),
+    "norms of all heads": (replace(ROTARY, qk_norm="full"), ROWS),
+    "windows and sinks": (
+        replace(ROTARY, kv_heads=2, attention=AttentionConfig(window=4, full_every=2, sinks=True)),
+        replace(ROWS, router=RouterConfig(gates="softmax")),
+    ),
+    "latents": (replace(ROTARY, attention=AttentionConfig(latent=LATENT)), replace(ROWS, shared=SharedConfig(1))),
+    "stretched": (replace(ROTARY, rotary=RotaryConfig("yarn", factor=2.0, original_length=12)), ROWS),
+    "stretched by length": (replace(ROTARY, rotary=RotaryConfig("ntk", factor=2.0, original_length=12)), ROWS),
+    "shortcut": (LEARNED, replace(ROWS, every=2, top_k=1, shared=SharedConfig(1, combine="cg1"), shortcut="pos2")),
+}
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8]]
+LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2), "D2": (2, 1, 1), "E4": (4, 1, 4)}
+
+
+def network(model: ModelConfig, moe: MoEConfig, topology: Topology) -> GPT:
+    torch.set_default_dtype(torch.float64)
+    try:
+        return GPT(model, moe, topology, seed=0).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_whole_text(single: Topology, name: str) -> None:
+    model = network(*MODELS[name], single)
+    texts = [list(prompt) for prompt in PROMPTS]
+    longest = max(map(len, texts))
+    steps = _Steps(model, texts, longest, 20, torch.device("cpu"))
+    draw = torch.Generator().manual_seed(1)
+    if name == "stretched by length":
+        found = list(continuations(model, texts, 13, Sampling(0)))
+        assert found == list(continuations(model, texts, 13, Sampling(0), remember=False))
+        return
+    with torch.inference_mode():
+        for step in range(13):
+            remembered, again = steps.remembered(), steps.whole(24, longest + step)
+            torch.testing.assert_close(remembered, again, rtol=1e-12, atol=1e-12)
+            for text in texts:
+                text.append(int(torch.randint(32, (), generator=draw)))
+
+
+def test_logits_of_the_whole_text_are_those_of_the_models_forward_pass(single: Topology) -> None:
+    model = network(*MODELS["latents"], single)
+    steps = _Steps(model, PROMPTS, 7, 20, torch.device("cpu"))
+    with torch.inference_mode():
+        for row, prompt in zip(steps.whole(24, 7), PROMPTS, strict=True):
+            torch.testing.assert_close(row, model(torch.tensor([prompt]))[0][0, -1], rtol=1e-12, atol=1e-12)
+
+
+@dataclass
+class Written:
+    """What a layout writes."""
+
+    news: list[list[int | None]]
+    logits: torch.Tensor  # of the first step and the third, of its own texts
+
+
+def written(degrees: tuple[int, int, int], name: str, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> Written:
+    topology = Topology(ParallelDegrees(degrees[0], tensor=degrees[1], expert=degrees[2]))
+    model = network(*MODELS[name], topology)
+    seen: list[torch.Tensor] = []
+
+    class Listening(Sampling):
+        def choose(self, logits_BV: torch.Tensor, streams: Any) -> torch.Tensor:
+            seen.append(logits_BV)
+            return super().choose(logits_BV, streams)
+
+    listening = Listening(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed)
+    news = list(
+        continuations(model, prompts, 6, listening, ended=lambda number, added: number == 1 and len(added) == 2)
+    )
+    return Written(news, torch.stack([seen[0], seen[2]]))
+
+
+@pytest.mark.parametrize("name", ["grouped queries, norms of heads", "latents", "learned positions"])
+def test_layouts_write_what_one_process_writes(pool: WorkerPool, name: str) -> None:
+    sampling = Sampling(0.9, top_k=20, top_p=0.95, seed=3)
+    (one,) = pool.run(1, written, (1, 1, 1), name, sampling, PROMPTS)
+    assert [step[1] is None for step in one.news] == [False, False, True, True, True, True]
+    for layout in LAYOUTS.values():
+        ranks = pool.run(layout[0], written, layout, name, sampling, PROMPTS)
+        for rank, found in enumerate(ranks):
+            assert found.news == one.news, (layout, rank)
+            sides = layout[0] // layout[1]
+            texts = [*range(5), *[4] * (-5 % sides)][rank // layout[1] :: sides]
+            torch.testing.assert_close(found.logits, one.logits[:, texts], rtol=1e-12, atol=1e-12)
+
+
+def test_a_text_does_not_depend_on_those_beside_it(single: Topology) -> None:
+    model = network(*MODELS["grouped queries, norms of heads"], single)
+    together = list(continuations(model, PROMPTS, 9, Sampling(1.2, seed=5)))
+    for number, prompt in enumerate(PROMPTS):
+        alone = list(continuations(model, [prompt], 9, Sampling(1.2, seed=5 + number)))
+        assert [step[number] for step in together] == [step[0] for step in alone]
+
+
+def test_beyond_its_positions_a_model_reads_the_end_of_a_text(single: Topology) -> None:
+    model = network(*MODELS["learned positions"], single)
+    ids = list(PROMPTS[0])
+    for (token,) in continuations(model, [ids], 30, Sampling(0)):
+        window = torch.tensor([ids[-24:]])
+        assert token == int(model(window)[0][0, -1].argmax())
+        ids.append(token)
+    assert len(ids) == 37
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [([[1], []], "prompt 1 has 0 tokens"), ([[1] * 25], "prompt 0 has 25 tokens; the model has room for 1 to 24")],
+)
+def test_prompts_that_do_not_fit_are_refused(single: Topology, prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        next(continuations(network(*MODELS["learned positions"], single), prompts, 2, Sampling()))
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+PROBABILITIES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2])
+
+
+def shares(sampling: Sampling) -> list[float]:
+    """How often each token is chosen of 4,000 times."""
+    samples = 4000
+    logits = PROBABILITIES.log().expand(samples, -1)
+    chosen = sampling.choose(logits, sampling.streams(samples))
+    return (torch.bincount(chosen, minlength=5) / samples).tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), [0.1, 0.4, 0.05, 0.25, 0.2]),
+        (Sampling(0), [0, 1, 0, 0, 0]),
+        (Sampling(top_k=1), [0, 1, 0, 0, 0]),
+        (Sampling(top_k=3), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        (Sampling(top_p=0.3), [0, 1, 0, 0, 0]),
+        (Sampling(top_p=0.6), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # 0.4 is less, and with 0.25 it is enough
+        (Sampling(top_k=3, top_p=0.7), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),  # of 0.85, 0.65 is more than 0.7
+        (Sampling(0.5), [p * p / 0.275 for p in PROBABILITIES.tolist()]),
+    ],
+    ids=str,
+)
+def test_tokens_are_chosen_as_often_as_they_should_be(sampling: Sampling, expected: list[float]) -> None:
+    for found, wanted in zip(shares(sampling), expected, strict=True):
+        assert abs(found - wanted) < (0.03 if 0 < wanted < 1 else 1e-9)  # four standard deviations
+
+
+def test_seeds_choose_streams() -> None:
+    logits = torch.zeros(3, 1000)
+    first = Sampling(seed=7).choose(logits, Sampling(seed=7).streams(3))
+    assert torch.equal(first, Sampling(seed=7).choose(logits, Sampling(seed=7).streams(3)))
+    assert torch.equal(first[1:], Sampling(seed=8).choose(logits[:2], Sampling(seed=8).streams(2)))
+    assert len(set(first.tolist())) == 3
