@@ -18,7 +18,7 @@ from tests.pool import WorkerPool
 from tests.test_conf import compose
 from tests.training import Job, Layout, language_model, loader, trainer
 
-PROMPT = "the prompt, exactly "
+PROMPT = "the start "
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,15 @@ def save_run(layout: Layout, directory: str, moe: MoEConfig) -> dict[str, Any]:
     return {"model": job.model, "moe": job.moe}
 
 
-def continue_text(config: GenerateConfig) -> str:
-    """The text, or what the command would print if the checkpoint is not there."""
+def continue_text(config: GenerateConfig) -> list[str]:
+    """The texts, as the pieces say the first of them as well; or what the command would print in their place."""
+    pieces: list[str] = []
     try:
-        return generate(config)
-    except FileNotFoundError as error:
-        return f"{error}"
+        texts = generate(config, show=pieces.append)
+    except (FileNotFoundError, ValueError) as error:
+        return [f"{error}"]
+    assert "".join(pieces) == texts[0]
+    return texts
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_a_model_of_the_last_release_is_read(monkeypatch: pytest.MonkeyPatch) ->
 
 def text(pool: WorkerPool, run: Path, **options: Any) -> str:
     config = GenerateConfig(run=str(run), **{"prompt": PROMPT, "tokens": 20, **options})
-    return pool.run(1, continue_text, config)[0]
+    return pool.run(1, continue_text, config)[0][0]
 
 
 def test_greedy_text_can_be_had_again_and_keeps_the_prompt(pool: WorkerPool, run_directory: Path) -> None:
@@ -186,3 +189,42 @@ def test_a_missing_checkpoint_is_told_with_those_that_exist(pool: WorkerPool, ru
     message = text(pool, run_directory, checkpoint="step_7.ckpt")
     assert "step_7.ckpt is not a complete checkpoint" in message
     assert "last.ckpt" in message
+
+
+def test_prompts_of_a_file_are_continued_as_if_each_were_alone(
+    pool: WorkerPool, run_directory: Path, tmp_path: Path
+) -> None:
+    prompts = ["the start ", "a", "of it all"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    options = {"run": str(run_directory), "tokens": 7, "temperature": 0.0}
+    together = pool.run(1, continue_text, GenerateConfig(prompts=str(tmp_path / "prompts.txt"), **options))[0]
+    assert together == [text(pool, run_directory, prompt=prompt, tokens=7, temperature=0) for prompt in prompts]
+
+
+def test_what_is_computed_again_is_the_same_text(pool: WorkerPool, run_directory: Path) -> None:
+    options = {"temperature": 1.1, "top_k": 12, "top_p": 0.9}
+    assert text(pool, run_directory, **options) == text(pool, run_directory, cache=False, **options)
+
+
+def test_a_stop_ends_a_text_and_is_no_part_of_it(pool: WorkerPool, run_directory: Path) -> None:
+    whole = text(pool, run_directory, temperature=0)
+    stop = whole[len(PROMPT) + 3 : len(PROMPT) + 5]
+    stopped = text(pool, run_directory, temperature=0, stop=["not in it, surely", stop])
+    assert stopped == PROMPT + whole[len(PROMPT) :].split(stop)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": "longer than positions"}, "prompt 0 has 21 tokens; the model has room for 1 to 12"),
+        ({"prompts": "nowhere.txt", "prompt": ""}, "No such file or directory: 'nowhere.txt'"),
+        ({"prompts": "nowhere.txt"}, "both prompt and prompts=nowhere.txt are given: use one of the two"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_continued_is_told(
+    pool: WorkerPool, run_directory: Path, options: dict[str, Any], message: str
+) -> None:
+    assert message in text(pool, run_directory, **options)

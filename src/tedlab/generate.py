@@ -3,6 +3,7 @@
 It needs one process, whatever layout the run had, and reads the sharded checkpoint into an unsharded model.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,16 +63,14 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
         vocabulary=vocabulary,
         remember=config.cache,
     )
-    shown = texts[0].now() if show else ""
+    shown = 0
+    for _ in itertools.chain([None], steps):
+        if show and len(known := texts[0].known()) > shown:
+            show(known[shown:])
+            shown = len(known)
     if show:
-        show(shown)
-    for _ in steps:
-        if show and (whole := texts[0].now()).startswith(shown) and not whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            show(whole[len(shown) :])
-            shown = whole
-    if show:
-        show(texts[0].now()[len(shown) :])
-    return [text.now() for text in texts]
+        show(texts[0].text[shown:])
+    return [text.text for text in texts]
 
 
 class _Text:
@@ -81,12 +80,15 @@ class _Text:
         tokenizer: Knows its tokens.
         prompt: Ids of the prompt's tokens.
         stop: What ends it, and is no part of it.
+
+    Attributes:
+        text: What is written so far.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str]) -> None:
         self.tokenizer, self.prompt, self.stop = tokenizer, prompt, stop
-        self.begins = len(tokenizer.decode(prompt))
         self.text = tokenizer.decode(prompt)
+        self.begins = len(self.text)
 
     def ends(self, added: Sequence[int]) -> bool:
         """Takes the tokens that were added so far, and tells whether a stop ends the text."""
@@ -96,9 +98,12 @@ class _Text:
             self.text = self.text[: min(found)]
         return bool(found)
 
-    def now(self) -> str:
-        """Returns the text as it is."""
-        return self.text
+    def known(self) -> str:
+        """Returns the part of the text that no further token changes: not half a character, nor what begins a stop."""
+        beginnings = [stop[:length] for stop in self.stop for length in range(1, len(stop))]
+        beginnings.append("\N{REPLACEMENT CHARACTER}")
+        kept = len(self.text) - max((len(part) for part in beginnings if self.text.endswith(part)), default=0)
+        return self.text[: max(kept, self.begins)]
 
 
 def _prompts(config: GenerateConfig) -> list[str]:
