@@ -1,5 +1,7 @@
 """``tedlab generate``: errors of one line before anything is loaded; text that can be had again."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 from tedlab.checkpoint.contents import consolidate
 from tedlab.commands.generate import main, prepare
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig, SharedConfig
-from tedlab.generate import generate, model_of
+from tedlab.degrees import ParallelDegrees
+from tedlab.generate import _check_memory, generate, model_of
+from tedlab.models import GPTSpec
 from tests import oracle
 from tests.commands import run_command
 from tests.pool import WorkerPool
@@ -201,6 +205,25 @@ def test_prompts_of_a_file_are_continued_as_if_each_were_alone(
     assert together == [text(pool, run_directory, prompt=prompt, tokens=7, temperature=0) for prompt in prompts]
 
 
+@pytest.mark.parametrize("layout", [{"processes": 2, "tensor": 2}, {"processes": 4, "tensor": 2, "expert": 2}], ids=str)
+def test_every_layout_writes_the_same(
+    pool: WorkerPool, run_directory: Path, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("the start \na\nof it")
+    options = {"run": str(run_directory), "prompts": str(tmp_path / "prompts.txt"), "tokens": 9, "temperature": 0.0}
+    (one,) = pool.run(1, continue_text, GenerateConfig(**options))
+    for rank in pool.run(layout["processes"], continue_text, GenerateConfig(**options, **layout)):
+        assert rank == one
+
+
+@pytest.mark.slow
+def test_the_command_launches_the_processes_of_a_layout(pool: WorkerPool, run_directory: Path) -> None:
+    command = [sys.executable, "-m", "tedlab", "generate", f"run={run_directory}", f"prompt={PROMPT}", "tokens=8"]
+    command += ["temperature=0", "processes=2", "tensor=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, text(pool, run_directory, tokens=8, temperature=0) + "\n"), done.stderr
+
+
 def test_what_is_computed_again_is_the_same_text(pool: WorkerPool, run_directory: Path) -> None:
     options = {"temperature": 1.1, "top_k": 12, "top_p": 0.9}
     assert text(pool, run_directory, **options) == text(pool, run_directory, cache=False, **options)
@@ -221,6 +244,10 @@ def test_a_stop_ends_a_text_and_is_no_part_of_it(pool: WorkerPool, run_directory
         ({"prompts": "nowhere.txt"}, "both prompt and prompts=nowhere.txt are given: use one of the two"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": 0}, "top_k"),
+        ({"processes": 3, "tensor": 3}, "model.heads (4) is not divisible by parallel.tensor (3)"),
+        ({"processes": 2, "tensor": 4}, "4 does not divide the world size 2"),
+        ({"device": "tpu"}, "device=tpu is unknown; valid: cpu, cuda"),
+        ({"device": "cuda"}, "device=cuda needs a GPU for each process, but torch sees 0 here; use device=cpu"),
     ],
     ids=str,
 )
@@ -228,3 +255,18 @@ def test_what_cannot_be_continued_is_told(
     pool: WorkerPool, run_directory: Path, options: dict[str, Any], message: str
 ) -> None:
     assert message in text(pool, run_directory, **options)
+
+
+def test_texts_for_which_there_is_no_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of 131,072 tokens in 64 blocks of 8,192 features are 512 GiB in fp32."""
+    model = ModelConfig(64, 8192, 64, 1, sequence_length=131_072, vocab_size=64)
+    sizes = {"SC_PAGE_SIZE": 1 << 12, "SC_AVPHYS_PAGES": 1 << 28}  # 1 TiB
+    monkeypatch.setattr("os.sysconf", sizes.__getitem__)
+    spec, prompts = GPTSpec(model, MoEConfig(4)), [[1]] * 5
+    given = GenerateConfig(run="", tokens=10**9), spec, ParallelDegrees(1), prompts[:2], "cpu"
+    _check_memory(*given)
+    message = "5 texts of up to 131072 tokens needs 1536.0 GiB more .*: 2 texts would fit, or use cache=false"
+    with pytest.raises(ValueError, match=message):
+        _check_memory(*given[:3], prompts, "cpu")
+    _check_memory(replace(given[0], cache=False), *given[1:3], prompts, "cpu")
+    _check_memory(given[0], spec, ParallelDegrees(4, tensor=4), prompts, "cpu")  # a quarter each, of a quarter

@@ -579,6 +579,16 @@ class GenerateConfig(Frozen):
     stop: list[str] = field(default_factory=list)  # texts that end a continuation, which does not contain them
     prompts: str | None = None  # a file with a prompt on each line, which are continued together; null: prompt
     cache: bool = True  # remember keys and values of earlier tokens; false: compute them again for each token
+    # The number of processes, which torchrun and srun set: of tensor x data ranks, and expert of them share experts.
+    processes: int = whole(1, least=1, most=_MOST_PROCESSES)
+    tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
+    expert: int = whole(1, least=1, most=_MOST_PROCESSES)
+    device: str | None = None  # cpu | cuda; null: cuda where there is a GPU for each process
+
+    @property
+    def output_dir(self) -> str:
+        """The run, from which nothing is resumed."""
+        return self.run
 
 
 @dataclass

@@ -47,9 +47,7 @@ def continuations(
         raise ValueError(
             "parallel.sequence divides the positions of a text, of which there is one at a time: switch it off"
         )
-    for number, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= room:
-            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has room for 1 to {room}")
+    check_lengths(prompts, room)
     if not prompts:
         return
     sides, side = comm.size("data"), comm.rank("data")
@@ -83,6 +81,17 @@ def continuations(
         yield news
         if not any(going):
             return
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], room: int) -> None:
+    """Refuses a prompt that is empty or has more tokens than the model has positions.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for number, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= room:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has room for 1 to {room}")
 
 
 class _Steps:

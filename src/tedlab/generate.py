@@ -1,21 +1,22 @@
-"""Continues a text with the model of a finished run.
-
-It needs one process, whatever layout the run had, and reads the sharded checkpoint into an unsharded model.
-"""
+"""Continues texts with the model of a finished run, in one process or any layout, whatever layout the run had."""
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from omegaconf.errors import OmegaConfBaseException
+from torch import distributed as dist
 
 from tedlab import checkpoint
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
-from tedlab.decode import continuations
+from tedlab.decode import check_lengths, continuations
+from tedlab.degrees import ParallelDegrees
 from tedlab.models import models
 from tedlab.moe import routers
 from tedlab.ranges import check_ranges
@@ -27,17 +28,35 @@ from tedlab.untrusted import read_yaml, typed
 Show = Callable[[str], None]  # gets each piece of a text as soon as it is known
 
 
-def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
-    """Returns each prompt and its continuation.
+class Given(NamedTuple):
+    """What there is to continue texts with.
 
-    Args:
-        config: What to continue, and how.
-        show: Gets the first text, piece by piece; None: nobody sees it before it is whole.
+    Attributes:
+        path: The checkpoint.
+        model, moe: The model's configuration, as it generates.
+        tokenizer: The run's.
+        prompts: Ids of the tokens of what to continue.
+        degrees: The layout.
+        device: Type of the device.
+    """
+
+    path: Path
+    model: ModelConfig
+    moe: MoEConfig
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
+    degrees: ParallelDegrees
+    device: str
+
+
+def given(config: GenerateConfig) -> Given:
+    """Reads what a configuration names, and checks all that can be checked before processes are launched.
 
     Raises:
         FileNotFoundError: If the run, its checkpoint or the file of prompts does not exist.
-        ValueError: If a number is out of range, a prompt has more tokens than the model has positions, or a file of the
-            run is damaged; the message says which.
+        ValueError: If a number is out of range, a layout does not fit the model, a prompt has more tokens than the
+            model has positions, there is no memory for all texts, or a file of the run is damaged; the message says
+            which.
     """
     check_ranges(config)
     directory = Path(config.run)
@@ -45,15 +64,59 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
     shape, moe = model_of(path)
-    tokenizer, given = _tokenizer(directory, shape), _prompts(config)
-    model = models[shape.architecture](
-        replace(shape, compile="none"), _generating(moe, path), Topology.single(), seed=0
-    )
+    shape, moe = replace(shape, compile="none"), _generating(moe, path)
+    degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert)
+    models[shape.architecture].spec(shape, moe).check(degrees)
+    gpus = torch.cuda.device_count()
+    device = config.device or ("cuda" if gpus and gpus >= config.processes else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device} is unknown; valid: cpu, cuda")
+    if device == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", config.processes)):
+        raise ValueError(f"device=cuda needs a GPU for each process, but torch sees {gpus} here; use device=cpu")
+    tokenizer = _tokenizer(directory, shape)
+    prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.separator] for prompt in _prompts(config)]
+    check_lengths(prompts, shape.sequence_length)
+    _check_memory(config, models[shape.architecture].spec(shape, moe), degrees, prompts, device)
+    return Given(path, shape, moe, tokenizer, prompts, degrees, device)
+
+
+def _check_memory(
+    config: GenerateConfig, spec: Any, degrees: ParallelDegrees, prompts: list[list[int]], device: str
+) -> None:
+    """Refuses more texts than there is memory for what attention remembers of them."""
+    positions = min(spec.model.sequence_length, max(map(len, prompts)) + config.tokens)
+    each = sum(block.attention.remembered(degrees.tensor) for block in spec.blocks)
+    text = positions * each * torch.get_default_dtype().itemsize
+    texts, data = len(prompts), degrees.world_size // degrees.tensor
+    if device == "cuda":
+        room = torch.cuda.get_device_properties(0).total_memory
+    else:
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // config.processes
+    missing = -(-texts // data) * text - room
+    if config.cache and missing > 0:
+        over = f"{missing / 2**30:.1f} GiB"
+        raise ValueError(
+            f"attention to {texts} texts of up to {positions} tokens needs {over} more than there are "
+            f"in each process: {room // text * data} texts would fit, or use cache=false"
+        )
+
+
+def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
+    """Returns each prompt and its continuation, in every process of the layout.
+
+    Args:
+        config: What to continue, and how.
+        show: Gets the first text, piece by piece; None: nobody sees it before it is whole.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`given`.
+    """
+    path, shape, moe, tokenizer, prompts, degrees, device = given(config)
+    model = models[shape.architecture](shape, moe, _topology(degrees, device), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, path)
     model.eval()
 
-    prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.separator] for prompt in given]
     texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     vocabulary = tokenizer.vocab_size  # padding contains no tokens
@@ -71,6 +134,18 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
     if show:
         show(texts[0].text[shown:])
     return [text.text for text in texts]
+
+
+def _topology(degrees: ParallelDegrees, device: str) -> Topology:
+    """Joins the processes of the layout, if there are several."""
+    if "RANK" not in os.environ:
+        return Topology.single(device)
+    place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return Topology(degrees, place)
 
 
 class _Text:

@@ -255,6 +255,10 @@ class SelfAttentionSpec(Spec):
         gradients = 2 * (self._queries(b) + 2 * self._keys(b))
         yield WorkingSet("attention", temporaries=gradients * b.compute.itemsize)
 
+    def remembered(self, tensor: int) -> int:
+        """Returns the elements of a token that :class:`~tedlab.nn.Past` keeps in each of so many tensor ranks."""
+        return 2 * max(1, self.key_heads // tensor) * self.head_dim
+
     def _queries(self, b: MicroBatch) -> int:
         """Returns the number of elements of this rank's queries."""
         return b.tokens * self.heads * self.head_dim // b.tensor

@@ -198,6 +198,10 @@ class LatentAttentionSpec(Spec):
         gradients = 2 * self._heads(b, 2 * self.width + self.v_dim)
         yield WorkingSet("attention", temporaries=gradients * b.compute.itemsize)
 
+    def remembered(self, tensor: int) -> int:
+        """Returns the elements of a token that :class:`~tedlab.nn.Past` keeps in each tensor rank."""
+        return self.kv_rank + self.rope_dim
+
     def _heads(self, b: MicroBatch, width: int) -> int:
         """Returns the number of elements of this rank's heads, each of so many features."""
         return b.tokens * self.heads * width // b.tensor
