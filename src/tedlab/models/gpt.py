@@ -332,10 +332,7 @@ class GPT(nn.Module):
         if self.positions is not None:
             x = x + (self.positions(ids.shape[1]) if past is None else self.positions.at(past.position_BS))
         else:
-            length = ids.shape[1] if past is None else past.room
-            base, rotary = self.config.rotary_base, self.config.rotary
-            turns = rotation(length, self.rotary_dim, base, x.device, x.dtype, rotary)
-            turns = turns if past is None else turns[:, past.position_BS]
+            turns = self._turns(ids.shape[1], x) if past is None else past.turns(lambda room: self._turns(room, x))
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []
@@ -349,6 +346,11 @@ class GPT(nn.Module):
                 reports.append(report)
         ends = [self.norm] if self.output is None else [self.norm, self.output]
         return self.norm(_entered(x, *ends)), reports
+
+    def _turns(self, length: int, x: Tensor) -> Tensor:
+        """Returns the rotation of so many positions (2, length, rotary_dim/2), for activations like ``x``."""
+        base, rotary = self.config.rotary_base, self.config.rotary
+        return rotation(length, self.rotary_dim, base, x.device, x.dtype, rotary)
 
     def route(self, ids: Tensor, padding_mask: Tensor | None = None) -> list[RouterReport]:
         """Runs the blocks for the sake of their routers' reports, see :meth:`forward`."""

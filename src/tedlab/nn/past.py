@@ -5,7 +5,7 @@ are made of. Each token has a slot with the number of its position. Samples may 
 to its own position, and what stands in later ones is written before a query sees it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ class Past:
         self.end, self.begins = 0, True
         self.position_BS = torch.empty(0, 0, dtype=torch.int64)
         self._slots: dict[int, tuple[Tensor, ...]] = {}
+        self._turns: Tensor | None = None
 
     def enter(self, position_BS: Tensor, end: int) -> None:
         """Says which tokens are computed next.
@@ -46,6 +47,16 @@ class Past:
             raise ValueError(f"{end} positions are more than the {self.room} for which there is room")
         self.begins = not self._slots
         self.position_BS, self.end = position_BS, end
+
+    def turns(self, of_all: Callable[[int], Tensor]) -> Tensor:
+        """Returns the rotation of the tokens' positions (2, B, S, d/2).
+
+        Args:
+            of_all: Returns that of so many positions (2, room, d/2), see :func:`tedlab.nn.rotation`; called once.
+        """
+        if self._turns is None:
+            self._turns = of_all(self.room)
+        return self._turns[:, self.position_BS]
 
     def extend(self, layer: int, *values: Tensor) -> tuple[Tensor, ...]:
         """Remembers what a layer has computed of the tokens, and returns what it knows of all up to them.
