@@ -52,6 +52,8 @@ def measure(row: Row) -> dict[str, Any]:
     measured = _peer(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
     rank, device = os.environ.get("RANK", "0"), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     found = measured.summary(config, device) | {"profile": profile.table if profile else ""}
+    for name in ("tflops", "mfu"):  # of a GPU, among which the batch is divided
+        found[name] = None if found[name] is None else found[name] / row.processes
     Path(row.output_dir, f"{rank}.json").write_text(json.dumps(found))
     return {}
 

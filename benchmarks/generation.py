@@ -1,0 +1,167 @@
+"""Tokens per second of generated text, and the wait for the first one: tedlab and transformers, with the same weights.
+
+    pip install -e '.[transformers]'
+    python -m benchmarks.generation                       # on a GPU the published shapes, on a CPU small ones
+    python -m benchmarks.generation olmoe --batches 1 32
+
+Both take the most probable token each time, in bf16 on a GPU and fp32 on a CPU, with keys and values cached. Prompts
+are random tokens of one length, so that transformers needs no padding. Of its ways to compute experts transformers has
+the one that is fastest here. Each figure is the median of several runs.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.steps import composed
+from benchmarks.surroundings import require, surroundings
+from benchmarks.vs_transformers import SHAPES, Shape, peer_model
+from tedlab.decode import continuations
+from tedlab.exchange.imports import open_folder, read_pieces
+from tedlab.models import GPT
+from tedlab.sampling import Sampling
+from tedlab.topology import Topology
+
+_CPU = ["model.layers=4", "model.hidden=256", "model.heads=8", "model.ffn=256", "model.sequence_length=512"]
+_CPU += ["model.vocab_size=8192", "moe.num_experts=16", "model.compile=none"]
+_GPU = ["model.sequence_length=2048", "model.compile=none"]
+_RUNS = 3
+
+
+def both(shape: Shape, overrides: list[str], device: torch.device) -> tuple[GPT, Any]:
+    """Returns tedlab's model and transformers', with the same random weights."""
+    config = composed([*shape.overrides, *overrides])
+    theirs: Any = peer_model(shape, config, device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    theirs = theirs.to(dtype)
+    theirs.config.use_cache = True
+    ours = (
+        GPT(config.model, replace(config.moe, capacity_factor=None), Topology.single(device), seed=0).eval().to(dtype)
+    )
+    own: dict[str, Any] = dict(ours.named_parameters())
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        theirs.save_pretrained(folder)
+        for piece in read_pieces(open_folder(Path(folder))):
+            local = own[piece.name].detach().to_local()
+            (local if piece.row is None else local[piece.row]).copy_(piece.values)
+    return ours, theirs
+
+
+def by_tedlab(model: GPT, ids: Tensor, tokens: int) -> list[list[int]]:
+    """Returns the tokens that tedlab adds to each prompt."""
+    steps = list(continuations(model, ids.tolist(), tokens, Sampling(0)))
+    return [[step[number] or 0 for step in steps] for number in range(len(ids))]
+
+
+@torch.inference_mode()
+def by_transformers(model: Any, ids: Tensor, tokens: int) -> list[list[int]]:
+    """Returns the tokens that transformers adds to each prompt."""
+    added: list[list[int]] = model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)[
+        :, ids.shape[1] :
+    ].tolist()
+    return added
+
+
+def seconds(run: Callable[[], Any], device: torch.device, runs: int = _RUNS) -> float:
+    """Returns the median of several runs, after one that does not count."""
+    taken = []
+    for _ in range(1 + runs):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:])
+
+
+def fastest_experts(model: Any, ids: Tensor, device: torch.device) -> str:
+    """Chooses transformers' way to compute experts, and returns its name."""
+    taken = {}
+    for name in ("eager", "grouped_mm"):
+        model.set_experts_implementation(name)
+        taken[name] = seconds(partial(by_transformers, model, ids, 3), device, runs=1)
+    best = min(taken, key=taken.__getitem__)
+    model.set_experts_implementation(best)
+    return best
+
+
+def measure(shape: Shape, overrides: list[str], batches: list[int], lengths: tuple[int, int]) -> list[dict[str, Any]]:
+    """Returns a row for each batch: of both, the tokens per second after the first, and the seconds until that."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ours, theirs = both(shape, overrides, device)
+    prompt, tokens = lengths
+    rows = []
+    for batch in batches:
+        draw = torch.Generator().manual_seed(batch)
+        ids = torch.randint(1, ours.config.vocab_size or 0, (batch, prompt), generator=draw).to(device)
+        found: dict[str, Any] = {"batch": batch, "experts": fastest_experts(theirs, ids, device)}
+        for name, run, model in (("transformers", by_transformers, theirs), ("tedlab", by_tedlab, ours)):
+            first, whole = (seconds(partial(run, model, ids, number), device) for number in (1, tokens))
+            found[name] = {"first_s": first, "tokens_per_second": batch * (tokens - 1) / (whole - first)}
+        same = zip(by_tedlab(ours, ids, tokens), by_transformers(theirs, ids, tokens), strict=True)
+        found["texts_alike"] = sum(a == b for a, b in same) / batch
+        found["ratio"] = found["tedlab"]["tokens_per_second"] / found["transformers"]["tokens_per_second"]
+        rows.append(found)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    """For people."""
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("batch", "transformers, tokens/s", "tedlab", "ratio", "first token, ms", "tedlab", "texts alike"):
+        result.add_column(column, justify="right")
+    for row in rows:
+        theirs, ours = row["transformers"], row["tedlab"]
+        result.add_row(
+            f"{row['batch']}",
+            *(f"{theirs['tokens_per_second']:,.0f}", f"{ours['tokens_per_second']:,.0f}", f"{row['ratio']:.2f}"),
+            *(f"{1e3 * theirs['first_s']:.0f}", f"{1e3 * ours['first_s']:.0f}", f"{row['texts_alike']:.0%}"),
+        )
+    return result
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    shapes = [name for name in SHAPES if name != "ted_1.3b"]
+    parser.add_argument("shapes", nargs="*", default=shapes, help=f"of {', '.join(shapes)} (default: all)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="texts (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default: %(default)s)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the presets")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    require("transformers")
+    cuda = torch.cuda.is_available()
+    facts = surroundings(torch.device("cuda" if cuda else "cpu"), "transformers")
+    results = {}
+    for name in arguments.shapes:
+        overrides = [*(_GPU if cuda else [*_CPU, *SHAPES[name].small]), *arguments.set]
+        results[name] = measure(SHAPES[name], overrides, arguments.batches, (arguments.prompt, arguments.tokens))
+        title = f"{name}: {facts['device']}, transformers {facts['versions']['transformers']}"
+        Console(width=110).print(table(results[name], title))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
