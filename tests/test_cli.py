@@ -436,7 +436,7 @@ COMPLETED = {
     "tedlab train parallel=tp2_ep": ["tp2_ep2", "tp2_ep2_dp2", "tp2_ep4"],
     "tedlab train comm.dt": ["comm.dtd="],
     "tedlab plan parallel=single plan.la": ["plan.largest="],
-    "tedlab generate pro": ["prompt="],
+    "tedlab generate tem": ["temperature="],
     "tedlab train moe=no_such": [],
     "tedlab train data=text data.path=no": ["notes.md"],
     "tedlab train data.path=": ["notes.md"],
