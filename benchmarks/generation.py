@@ -146,10 +146,12 @@ def main() -> None:
     parser.add_argument("shapes", nargs="*", default=shapes, help=f"of {', '.join(shapes)} (default: all)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="texts (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens to add (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to add, at least 2 (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the presets")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if arguments.tokens < 2:
+        parser.error("--tokens must be at least 2: speed is that of the tokens after the first")
     require("transformers")
     cuda = torch.cuda.is_available()
     facts = surroundings(torch.device("cuda" if cuda else "cpu"), "transformers")

@@ -66,7 +66,7 @@ def test_a_place_that_cannot_be_written_to_is_wrong(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "_available_memory", lambda: 2.0 * GIB)
+    monkeypatch.setattr(machine, "available_memory", lambda: 2.0 * GIB)
     assert machine._memory(2).verdict is Verdict.OK
     assert machine._memory(8).verdict is Verdict.WRONG
 

@@ -587,8 +587,8 @@ class GenerateConfig(Frozen):
 
     @property
     def output_dir(self) -> str:
-        """The run, from which nothing is resumed."""
-        return self.run
+        """Nowhere: it writes no files, and there is nothing to resume."""
+        return "/dev/null"
 
 
 @dataclass

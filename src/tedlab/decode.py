@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tedlab.config import RotaryScaling
-from tedlab.nn import Past, remembering
+from tedlab.nn import Past, Remembers, rememberers, remembering
 from tedlab.sampling import Sampling
 
 Ended = Callable[[int, Sequence[int]], bool]  # whether a text has ended, by its number and the tokens added so far
@@ -30,23 +30,29 @@ def continuations(
     """Yields the next token of each text, None for one that has ended, until all have or ``tokens`` are added.
 
     Args:
-        model: A :class:`tedlab.models.GPT`. In a layout with sequence parallelism it cannot compute single tokens.
+        model: A :class:`tedlab.models.GPT`, which computes as in evaluation. It must not be compiled, and its layout
+            must not divide the positions of a text.
         prompts: Ids of each text's tokens, at least one and no more than the model has positions.
         tokens: How many to add to each at most.
         sampling: How they are chosen.
-        ended: Called for each token that was added.
+        ended: Called for each token that was added; every process must give the same answer.
         vocabulary: Only ids below can be chosen, such as those that a tokenizer knows; None: all.
         remember: Whether keys and values of earlier tokens are kept; otherwise all is computed again for each token.
-            Beyond the model's positions, texts lose their beginnings, and what remains must be computed again.
+            Beyond the model's positions, texts lose their beginnings, and what remains must be computed again; so must
+            texts whose rotary positions depend on their length, and those of models whose attention cannot remember.
 
     Raises:
-        ValueError: If a prompt is empty or too long, or the layout is sequence-sharded; before anything is computed.
+        ValueError: If a prompt is empty or too long, or the model is compiled or divides positions, before anything is
+            computed; and if logits are not finite.
     """
     room, comm = model.config.sequence_length, model.comm
-    if model.sequence_sharded:
+    if model.sequence_sharded or any(getattr(module, "slices", 1) > 1 for module in model.modules()):
         raise ValueError(
-            "parallel.sequence divides the positions of a text, of which there is one at a time: switch it off"
+            "parallel.sequence and moe.slice divide the positions of a text, of which one is computed at a time: "
+            "switch them off"
         )
+    if model.config.compile != "none":
+        raise ValueError(f"model.compile={model.config.compile} would compile each length of a text anew: use none")
     check_lengths(prompts, room)
     if not prompts:
         return
@@ -59,28 +65,34 @@ def continuations(
     longest = max(map(len, prompts))
     device = next(iter(model.parameters())).device
     most = min(room, longest + tokens)
-    rotary = model.config.rotary
-    if rotary.scaling == RotaryScaling.NTK and most > rotary.original_length:
-        remember = False  # each token turns those before it more slowly
     steps = _Steps(model, texts, longest, most, device)
-    for step in range(tokens):
-        remembers = remember and longest + step <= room
-        logits_BV = steps.remembered() if remembers else steps.whole(room, min(room, longest + step))
-        logits_BV = _gathered(logits_BV.movedim(1, 0), comm, "tensor").movedim(0, 1)[:, :vocabulary]
-        chosen_B = sampling.choose(logits_BV, [streams[number] for number in own])
-        # By data rank, of which each had every so manieth text.
-        everyone = _gathered(chosen_B, comm, "data").view(sides, -1).t().flatten().tolist()
-        for text, token in zip(texts, chosen_B.tolist(), strict=True):
-            text.append(token)
-        news: list[int | None] = []
-        for number, token in enumerate(everyone[: len(prompts)]):
-            news.append(token if going[number] else None)
-            if going[number]:
-                added[number].append(token)
-                going[number] = not ended(number, added[number])
-        yield news
-        if not any(going):
-            return
+    training = model.training
+    model.eval()
+    try:
+        for step in range(tokens):
+            if remember and steps.can_remember and longest + step <= room:
+                logits_BV = steps.remembered()
+            else:
+                steps.past = Past(0)  # what was remembered is of no use any more
+                logits_BV = steps.whole(room, min(room, longest + step))
+            logits_BV = _gathered(logits_BV.movedim(1, 0), comm, "tensor").movedim(0, 1)[:, :vocabulary]
+            chosen_B = sampling.choose(logits_BV, [streams[number] for number in own])
+            chosen_B = _gathered(chosen_B, comm, "tensor")[: len(own)]  # the first tensor rank's
+            # By data rank, of which each had every so manieth text.
+            everyone = _gathered(chosen_B, comm, "data").view(sides, -1).t().flatten().tolist()
+            for text, token in zip(texts, chosen_B.tolist(), strict=True):
+                text.append(token)
+            news: list[int | None] = []
+            for number, token in enumerate(everyone[: len(prompts)]):
+                news.append(token if going[number] else None)
+                if going[number]:
+                    added[number].append(token)
+                    going[number] = not ended(number, added[number])
+            yield news
+            if not any(going):
+                return
+    finally:
+        model.train(training)
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], room: int) -> None:
@@ -107,7 +119,12 @@ class _Steps:
 
     def __init__(self, model: Any, texts: list[list[int]], longest: int, room: int, device: torch.device) -> None:
         self.model, self.texts, self.longest, self.device = model, texts, longest, device
-        self.past = Past(room)
+        rotary = model.config.rotary
+        # Each token that comes may turn those before it more slowly.
+        self.stretched = rotary.scaling == RotaryScaling.NTK and room > rotary.original_length
+        layers = [getattr(block, "attention", None) for block in model.blocks]
+        self.can_remember = not self.stretched and all(isinstance(layer, Remembers) for layer in layers)
+        self.rememberers, self.past = rememberers(model), Past(room)
 
     def remembered(self) -> Tensor:
         """Returns logits (B, V/T), for which only tokens are computed that no call before has computed."""
@@ -119,7 +136,7 @@ class _Steps:
             ids, end = torch.tensor([text[-1:] for text in self.texts], device=self.device), max(map(len, self.texts))
             at_B, position_BS = torch.zeros_like(last_B), last_B.unsqueeze(1)
         self.past.enter(position_BS, end)
-        with remembering(self.model, self.past):
+        with remembering(self.rememberers, self.past):
             logits: Tensor = self.model.next_logits(ids, at_B)
         return logits
 
@@ -131,6 +148,11 @@ class _Steps:
             width: How many the longest of all processes has of these.
         """
         ends = [text[-room:] for text in self.texts]
+        if self.stretched:  # as much as each is long
+            return torch.cat([self._logits([text], len(text)) for text in ends])
+        return self._logits(ends, width)
+
+    def _logits(self, ends: list[list[int]], width: int) -> Tensor:
         at_B = torch.tensor([len(text) - 1 for text in ends], device=self.device)
         logits: Tensor = self.model.next_logits(self._right_padded(ends, width), at_B)
         return logits

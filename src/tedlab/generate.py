@@ -12,11 +12,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import distributed as dist
 
 from tedlab import checkpoint
-from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
+from tedlab.config import GenerateConfig, LendConfig, ModelConfig, MoEConfig, Slicing
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.decode import check_lengths, continuations
-from tedlab.degrees import ParallelDegrees
+from tedlab.degrees import ParallelDegrees, check_divides
+from tedlab.doctor.machine import available_memory
+from tedlab.launch.joining import join, local_rank
+from tedlab.launch.outside import started_outside
 from tedlab.models import models
 from tedlab.moe import routers
 from tedlab.ranges import check_ranges
@@ -49,8 +52,12 @@ class Given(NamedTuple):
     device: str
 
 
-def given(config: GenerateConfig) -> Given:
+def given(config: GenerateConfig, in_worker: bool = False) -> Given:
     """Reads what a configuration names, and checks all that can be checked before processes are launched.
+
+    Args:
+        config: What to continue, and how.
+        in_worker: Whether the launching process has checked that there is memory.
 
     Raises:
         FileNotFoundError: If the run, its checkpoint or the file of prompts does not exist.
@@ -66,17 +73,23 @@ def given(config: GenerateConfig) -> Given:
     shape, moe = model_of(path)
     shape, moe = replace(shape, compile="none"), _generating(moe, path)
     degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert)
-    models[shape.architecture].spec(shape, moe).check(degrees)
-    gpus = torch.cuda.device_count()
-    device = config.device or ("cuda" if gpus and gpus >= config.processes else "cpu")
+    spec = models[shape.architecture].spec(shape, moe)
+    spec.check(degrees)
+    assert shape.vocab_size is not None
+    check_divides("model.vocab_size", shape.vocab_size, "tensor", degrees.tensor)
+    if "" in config.stop:
+        raise ValueError("stop has an empty text, which would end every continuation before it begins: leave it out")
+    gpus, here = torch.cuda.device_count(), _processes_here(config)
+    device = config.device or ("cuda" if gpus and gpus >= here else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device} is unknown; valid: cpu, cuda")
-    if device == "cuda" and gpus < int(os.environ.get("LOCAL_WORLD_SIZE", config.processes)):
+    if device == "cuda" and gpus < here:
         raise ValueError(f"device=cuda needs a GPU for each process, but torch sees {gpus} here; use device=cpu")
     tokenizer = _tokenizer(directory, shape)
     prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.separator] for prompt in _prompts(config)]
     check_lengths(prompts, shape.sequence_length)
-    _check_memory(config, models[shape.architecture].spec(shape, moe), degrees, prompts, device)
+    if config.cache and not in_worker:
+        _check_memory(config, spec, degrees, prompts, device)
     return Given(path, shape, moe, tokenizer, prompts, degrees, device)
 
 
@@ -84,21 +97,29 @@ def _check_memory(
     config: GenerateConfig, spec: Any, degrees: ParallelDegrees, prompts: list[list[int]], device: str
 ) -> None:
     """Refuses more texts than there is memory for what attention remembers of them."""
+    layers = [getattr(block, "attention", None) for block in spec.blocks]
+    if not all(hasattr(layer, "remembered") for layer in layers):  # then nothing is
+        return
     positions = min(spec.model.sequence_length, max(map(len, prompts)) + config.tokens)
-    each = sum(block.attention.remembered(degrees.tensor) for block in spec.blocks)
+    each = sum(layer.remembered(degrees.tensor) for layer in layers if layer is not None)
     text = positions * each * torch.get_default_dtype().itemsize
     texts, data = len(prompts), degrees.world_size // degrees.tensor
     if device == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory
     else:
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // config.processes
+        room = int(available_memory()) // _processes_here(config)
     missing = -(-texts // data) * text - room
-    if config.cache and missing > 0:
+    if missing > 0:
         over = f"{missing / 2**30:.1f} GiB"
         raise ValueError(
-            f"attention to {texts} texts of up to {positions} tokens needs {over} more than there are "
-            f"in each process: {room // text * data} texts would fit, or use cache=false"
+            f"attention to {texts} texts of up to {positions} tokens needs {over} more than there are in each process: "
+            f"{room // text * data} texts would fit, or use cache=false"
         )
+
+
+def _processes_here(config: GenerateConfig) -> int:
+    """Returns how many processes there are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", config.processes)))
 
 
 def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
@@ -111,7 +132,7 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: See :func:`given`.
     """
-    path, shape, moe, tokenizer, prompts, degrees, device = given(config)
+    path, shape, moe, tokenizer, prompts, degrees, device = given(config, in_worker=True)
     model = models[shape.architecture](shape, moe, _topology(degrees, device), seed=0)
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, path)
@@ -138,13 +159,13 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
 
 def _topology(degrees: ParallelDegrees, device: str) -> Topology:
     """Joins the processes of the layout, if there are several."""
-    if "RANK" not in os.environ:
+    if degrees.world_size == 1 and not started_outside():
         return Topology.single(device)
-    place = torch.device(device, int(os.environ["LOCAL_RANK"])) if device == "cuda" else torch.device(device)
+    place = torch.device(device, local_rank()) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        join("nccl" if place.type == "cuda" else "gloo")
     return Topology(degrees, place)
 
 
@@ -186,8 +207,11 @@ def _prompts(config: GenerateConfig) -> list[str]:
         return [config.prompt]
     if config.prompt:
         raise ValueError(f"both prompt and prompts={config.prompts} are given: use one of the two")
-    lines = Path(config.prompts).read_text("utf-8").splitlines()
-    if not lines:
+    try:
+        lines = Path(config.prompts).read_text("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{config.prompts} is not a text in UTF-8: {error}") from None
+    if lines == [""]:
         raise ValueError(f"{config.prompts} has no lines: each would be a prompt")
     return lines
 
@@ -196,14 +220,18 @@ def _generating(moe: MoEConfig, path: Path) -> MoEConfig:
     """Returns the mixtures as they generate.
 
     Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
-    positions, nor because a second expert is drawn at random.
+    positions, nor because a second expert is drawn at random. Then rows are less work than slots. What only changes
+    where training computes is left out.
     """
-    moe = replace(moe, capacity_factor=None, capacity_groups=None)
-    if "generate" not in routers[moe.gating].supports:
+    supports = routers[moe.gating].supports
+    if "generate" not in supports:
         raise ValueError(
-            f"{path} was trained with moe.gating={moe.gating}, whose choices for a token depend on tokens after it: it "
-            "cannot generate text"
+            f"{path} was trained with moe.gating={moe.gating}, which chooses for a token by more than the token and "
+            "those before it: it cannot generate text"
         )
+    moe = replace(moe, capacity_factor=None, capacity_groups=None, slice=Slicing.NONE.value, lend=LendConfig())
+    if moe.num_experts and "dropless" in supports and moe.dispatch in ("capacity", "packed"):
+        moe = replace(moe, dispatch="dropless", kernel="auto")
     return replace(moe, second_expert_sampling=False) if moe.gating == "deepspeed_top2" else moe
 
 

@@ -33,17 +33,27 @@ class Sampling:
         Args:
             logits_BV: (B, V).
             streams: One for each sample, from which it takes a number unless the temperature is 0.
+
+        Raises:
+            ValueError: If the largest logit of a sample is not finite.
         """
+        if not logits_BV.amax(-1).isfinite().all():
+            raise ValueError("the model's logits are not finite: it has diverged, so that no token is the next")
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        probability_BV, token_BV = (logits_BV.double() / self.temperature).softmax(-1).sort(-1, descending=True)
-        if self.top_k is not None:
-            probability_BV = probability_BV[:, : self.top_k]
+        probability_BV = (logits_BV.double() / self.temperature).softmax(-1)
+        token_BV = None  # in the order of the vocabulary
+        if self.top_k is not None and self.top_k < probability_BV.shape[1]:
+            probability_BV, token_BV = probability_BV.topk(self.top_k, dim=-1)
+        elif self.top_p < 1:
+            probability_BV, token_BV = probability_BV.sort(-1, descending=True)
         upto_BV = probability_BV.cumsum(-1)
-        whole_B1 = upto_BV[:, -1:]
-        # A token is in the nucleus if those before it have less than its share; the first always is.
-        inside_BV = upto_BV - probability_BV < self.top_p * whole_B1
-        last_B1 = upto_BV.masked_fill(~inside_BV, 0.0).amax(-1, keepdim=True)
+        last_B1 = upto_BV[:, -1:]
+        if self.top_p < 1:
+            # A token is in the nucleus if those before it have less than its share; the first always is.
+            inside_BV = upto_BV - probability_BV < self.top_p * last_B1
+            last_B1 = upto_BV.masked_fill(~inside_BV, 0.0).amax(-1, keepdim=True)
         drawn = [torch.rand((), generator=stream, dtype=torch.float64) for stream in streams]
         place_B1 = torch.searchsorted(upto_BV, torch.stack(drawn).to(upto_BV.device).unsqueeze(1) * last_B1, right=True)
-        return token_BV.gather(1, place_B1.clamp(max=upto_BV.shape[1] - 1)).squeeze(1)
+        place_B1 = place_B1.clamp(max=upto_BV.shape[1] - 1)
+        return (place_B1 if token_BV is None else token_BV.gather(1, place_B1)).squeeze(1)

@@ -395,7 +395,7 @@ def generated(directory: Path, planted: str) -> str:
         f"optim: {{optimizer: {{_target_: builtins.open, _args_: [{directory}/fired, w]}}}}"
     )
     try:
-        return generate(GenerateConfig(run=str(directory), tokens=1))
+        return "".join(generate(GenerateConfig(run=str(directory), tokens=1)))
     except ValueError as error:
         return str(error)
 

@@ -1,6 +1,8 @@
 """``tedlab generate run=<dir> prompt="def "``: continues a text with the model of a finished run."""
 
-import os
+import json
+import re
+from dataclasses import replace
 from typing import Any
 
 from tedlab.commands.application import hydra_entry
@@ -11,38 +13,45 @@ from tedlab.errors import UsageError
 
 def prepare(arguments: list[str]) -> list[str]:
     """Quotes the values that are text."""
-    return quoted(arguments, ("run", "prompt", "prompts"))
+    return quoted(arguments, ("run", "prompt") if "prompts=null" in arguments else ("run", "prompt", "prompts"))
 
 
 def task(config: GenerateConfig) -> None:
-    """Prints the continued texts, a single one while it grows."""
+    """Prints the continued texts: a single one while it grows, those of a file as lines of JSON."""
     from tedlab.generate import given
+    from tedlab.launch import outside
     from tedlab.launch.launcher import launch
-    from tedlab.launch.outside import started_outside
 
+    config = replace(config, stop=[unescaped(text) for text in config.stop])
     try:
         given(config)
-        if config.processes == 1 and not started_outside():
+        if config.processes == 1 and not outside.started_outside():
             written(config)
         else:
+            outside.check(config.processes)
             launch(written, config, config.processes)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
 
 
+def unescaped(text: str) -> str:
+    r"""Returns a text with line feeds and tabs for ``\n`` and ``\t``, which a shell does not write as such."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
+
+
 def written(config: GenerateConfig) -> dict[str, Any]:
     """Writes texts to the standard output of the first process."""
     from tedlab.generate import generate
+    from tedlab.launch.outside import first_outside
 
-    first = os.environ.get("RANK", "0") == "0"
     if config.prompts is not None:
         texts = generate(config)
-        if first:
-            print("\n\n".join(texts))
-    else:
-        generate(config, show=(lambda piece: print(piece, end="", flush=True)) if first else None)
-        if first:
-            print()
+        for text in texts if first_outside() else ():
+            print(json.dumps({"text": text}, ensure_ascii=False))
+        return {}
+    generate(config, show=(lambda piece: print(piece, end="", flush=True)) if first_outside() else None)
+    if first_outside():
+        print()
     return {}
 
 

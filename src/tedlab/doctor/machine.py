@@ -88,7 +88,7 @@ def _processors(processes: int, accelerator: str, share_gpus: bool) -> Finding:
 
 
 def _memory(processes: int) -> Finding:
-    free = _available_memory()
+    free = available_memory()
     needed = processes * _PER_PROCESS
     said = f"{free / _GIB:.1f} GiB free; {processes} processes need {needed / _GIB:.1f} GiB before there is a model"
     if free < needed:
@@ -96,7 +96,8 @@ def _memory(processes: int) -> Finding:
     return Finding("memory", said)
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
+    """Returns the bytes that programs may still take on this machine."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

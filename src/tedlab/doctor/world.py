@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from tedlab.config import Backend, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.doctor.finding import Finding, Verdict
-from tedlab.launch.outside import started_outside
+from tedlab.launch.joining import join
 from tedlab.topology import Topology
 
 TIMEOUT = timedelta(seconds=60)
@@ -51,7 +50,7 @@ def examine_world(config: TrainConfig) -> dict[str, Any]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = _backend(config, device)
-    _join(backend)
+    join(backend, TIMEOUT)
     try:
         topology = Topology(parallel_degrees(config.parallel), device, timeout=TIMEOUT)
         own = {"host": socket.gethostname(), "product": _product(device)}
@@ -124,17 +123,6 @@ def _backend(config: TrainConfig, device: torch.device) -> str:
     if config.comm.backend is not None:
         return str(Backend(config.comm.backend).value)
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-def _join(backend: str) -> None:
-    if not started_outside() or "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-        return
-    slurm = SLURMEnvironment()
-    address = f"tcp://{slurm.main_address}:{slurm.main_port}"
-    dist.init_process_group(
-        backend, init_method=address, rank=slurm.global_rank(), world_size=slurm.world_size(), timeout=TIMEOUT
-    )
 
 
 def _product(device: torch.device) -> float:

@@ -43,7 +43,7 @@ class FixedRouter(Router):
     options = ()
     router_options = ()
     weights_learn = False
-    supports = ("dropless", "groups", "replay", "generate")
+    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "replay", "generate")
 
     @override
     def logits(self, x_TH: Tensor, sequence: int) -> Tensor:
@@ -58,6 +58,12 @@ class FixedRouter(Router):
 @routers.register("random")
 class RandomRouter(FixedRouter):
     """Draws K experts for each token, others in each step (THOR, Zuo et al. 2022, without its pairs)."""
+
+    supports: ClassVar[tuple[str, ...]] = (
+        "dropless",
+        "groups",
+        "replay",
+    )  # a text's tokens have no place in a batch that could be drawn for
 
     @override
     def choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:
@@ -91,6 +97,8 @@ class HashRouter(FixedRouter):
 @routers.register("round_robin")
 class RoundRobinRouter(FixedRouter):
     """Deals tokens to experts in turn: token n of the global batch gets n·K, n·K + 1, … modulo E. Always balanced."""
+
+    supports: ClassVar[tuple[str, ...]] = ("dropless", "groups", "replay")  # a text's tokens have no place in a batch
 
     @override
     def choose(self, logits_TE: Tensor, scores_TE: Tensor, sequence: int) -> Tensor:

@@ -22,7 +22,7 @@ from tedlab.nn.loss import (
     vocab_parallel_cross_entropy,
 )
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
-from tedlab.nn.past import Past, remembering
+from tedlab.nn.past import Past, Remembers, rememberers, remembering
 from tedlab.nn.rotary import rotation
 from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters, replicated
 from tedlab.spec import Init
@@ -45,6 +45,7 @@ __all__ = [
     "NormSpec",
     "Past",
     "RMSNorm",
+    "Remembers",
     "ReplicatedLinear",
     "ReplicatedSpec",
     "RowParallelLinear",
@@ -63,6 +64,7 @@ __all__ = [
     "mean_over_counted",
     "norm_layer",
     "partial_parameters",
+    "rememberers",
     "remembering",
     "replicated",
     "rotation",

@@ -5,7 +5,7 @@ are made of. Each token has a slot with the number of its position. Samples may 
 to its own position, and what stands in later ones is written before a query sees it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -95,6 +95,9 @@ class Past:
         before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
         visible = (before >= 0 if window is None else (before >= 0) & (before < window)).unsqueeze(1)
         grouped = q.shape[1] > k.shape[1]
+        if sinks is None and grouped and q.shape[2] == 1:  # otherwise torch would copy keys for each head
+            y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, visible, scale=scale)
+            return y.flatten(1, 2).unsqueeze(2)
         if sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped, scale=scale)
         precise = torch.promote_types(q.dtype, torch.float32)
@@ -113,10 +116,14 @@ class Remembers(Protocol):
     past: Past | None
 
 
+def rememberers(root: nn.Module) -> list[Remembers]:
+    """Returns the modules below ``root``, itself included, that can remember tokens."""
+    return [module for module in root.modules() if isinstance(module, Remembers)]
+
+
 @contextmanager
-def remembering(root: nn.Module, past: Past) -> Iterator[Past]:
-    """Lets the modules below ``root`` remember tokens inside the context, and compute only those that are new."""
-    modules = [module for module in root.modules() if isinstance(module, Remembers)]
+def remembering(modules: Sequence[Remembers], past: Past) -> Iterator[Past]:
+    """Lets modules remember tokens inside the context, and compute only those that are new."""
     for module in modules:
         module.past = past
     try:

@@ -1,0 +1,26 @@
+"""Lets a process join the others that a launcher started, for commands without a Trainer."""
+
+import os
+from datetime import timedelta
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from torch import distributed as dist
+
+from tedlab.launch.outside import started_outside
+
+
+def join(backend: str, timeout: timedelta | None = None) -> None:
+    """Initialises the process group of what tedlab, torchrun or srun has started."""
+    if not started_outside() or "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    slurm = SLURMEnvironment()
+    address = f"tcp://{slurm.main_address}:{slurm.main_port}"
+    dist.init_process_group(
+        backend, init_method=address, rank=slurm.global_rank(), world_size=slurm.world_size(), timeout=timeout
+    )
+
+
+def local_rank() -> int:
+    """Returns this process's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
