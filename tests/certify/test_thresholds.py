@@ -51,6 +51,9 @@ THRESHOLDS = {  # what is found in the code: the test that crosses it
     "moe/precise.py int32": "moe/test_router.py::test_three_numbers_in_bf16_are_one_in_fp32",
     "moe/router.py _STREAMS": "moe/test_routers.py::test_layers_draw_other_numbers",
     "moe/choice_kernels.py _ELEMENTS": "moe/test_choice_kernels.py::test_the_kernel_chooses_as_plain_torch_does",
+    "moe/index_kernels.py _ROWS": "moe/test_index_kernels.py::test_the_kernels_list_what_plain_torch_does",
+    "moe/index_kernels.py _PROGRAMS": "moe/test_index_kernels.py::test_the_kernels_list_what_plain_torch_does",
+    "moe/index_kernels.py int32": "moe/test_index_kernels.py::test_the_kernels_list_what_plain_torch_does",
     "moe/choice_kernels.py int32": "moe/test_choice_kernels.py::test_the_kernel_chooses_as_plain_torch_does",
 }
 SETTINGS = {  # those that a user chooses, which are made small

@@ -25,8 +25,10 @@ def differing(ours: Any, theirs: Any, there: Tensor | None = None) -> int:
     return int((ours != theirs).sum() if there is None else (ours != theirs)[there].sum())
 
 
-def of_runs(device: str, ranks: int, senders: int, experts: int, draw: torch.Generator, most: int) -> list[int]:
-    counts_ise = torch.randint(most, (ranks, senders, experts), generator=draw)
+def of_runs(
+    device: str, ranks: int, senders: int, experts: int, draw: torch.Generator, most: int, least: int = 0
+) -> list[int]:
+    counts_ise = torch.randint(least, most, (ranks, senders, experts), generator=draw)
     counts_ise[-1, 0] = 0
     width, total = int(counts_ise.sum((1, 2)).max()), int(counts_ise.sum())
     found = []
@@ -80,6 +82,7 @@ def main(device: str) -> None:
     for sizes in RECEIVED:
         found[f"runs {sizes}"] = of_runs(device, *sizes, draw, 7)
     found["runs that several programs divide"] = of_runs(device, 1, 2, 2, draw, 5000)
+    found["runs longer than their programs take at once"] = of_runs(device, 2, 1, 1, draw, 40_000, least=33_000)
     for tokens in TOKENS:
         for empty in (False, True):
             found[f"pilots {tokens}, some choices missing: {empty}"] = of_pilots(device, *tokens, draw, empty)
