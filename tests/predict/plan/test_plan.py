@@ -177,6 +177,17 @@ def test_the_largest_model_fits_and_a_somewhat_larger_one_does_not() -> None:
     assert all(peak is not None and peak > capacity for peak in peaks)
 
 
+def test_a_folded_layout_has_room_for_a_larger_model() -> None:
+    """With four experts and dense layers that are whole, only so folded do sixteen processes divide the experts."""
+    capacity, fixed = SUMMIT.memory_bytes - 2**30, ["parallel.tensor"]
+    config = composed(*GIVEN, "parallel.world_size=16", "parallel.tensor=1", "moe.num_experts=4")
+    best = largest_models(config, SUMMIT, ThreadPoolExecutor(1), reserve=2**30, fixed=fixed)[1]
+    peaks = [smallest(best, SUMMIT, fixed, one) for one in layouts(best, fixed)]
+    assert all(peak is None or peak > capacity for peak in peaks)
+    peaks = [smallest(best, SUMMIT, fixed, Degrees(1, 4, width)) for width in (2, 4)]
+    assert min(peak for peak in peaks if peak is not None) <= capacity
+
+
 def test_the_family_has_gpt3s_models() -> None:
     for name, width in (("gpt_1.3b", 2048), ("gpt_2.7b", 2560), ("gpt_6.7b", 4096), ("gpt_13b", 5120)):
         theirs, ours = composed(f"model={name}").model, member(composed(), width).model

@@ -124,7 +124,8 @@ def largest_models(
 ) -> dict[int, TrainConfig]:
     """Returns, by tensor degree, a copy of ``config`` with the largest base model of a GPT-3-like family that fits.
 
-    The arguments are those of :func:`make_plan`.
+    Of folded layouts, for each number of processes that divide an expert, it looks at the one with the most expert
+    ranks, in which a process holds the least. The arguments are those of :func:`make_plan`.
 
     Raises:
         UsageError: If not even the smallest model fits with any degree, or blocks with experts are listed one by one.
@@ -157,11 +158,15 @@ def largest_models(
 def _largest(
     config: TrainConfig, cluster: ClusterConfig, capacity: float, fixed: Sequence[str], pairs: Sequence[Degrees]
 ) -> TrainConfig | None:
+    tensor = pairs[0].tensor
+
     def fits(candidate: TrainConfig) -> bool:
-        peaks = (smallest(candidate, cluster, fixed, pair) for pair in reversed(pairs))
+        folded = foldings(candidate, fixed, [tensor], cluster.gpus_per_node)
+        densest = {one.width: one for one in sorted(folded, key=lambda one: one.expert)}
+        peaks = (smallest(candidate, cluster, fixed, one) for one in (*reversed(pairs), *densest.values()))
         return any(peak is not None and peak <= capacity for peak in peaks)
 
-    return largest(config, pairs[0].tensor, fits)
+    return largest(config, tensor, fits)
 
 
 def _check_found(found: Found, capacity: float) -> None:
