@@ -16,6 +16,7 @@ from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, Train
 from tedlab.data import TextDataModule
 from tedlab.errors import UsageError
 from tedlab.module import LanguageModel
+from tedlab.report import resolved_yaml
 from tedlab.resume import find_checkpoint, named_values, resume, take_over
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -198,6 +199,31 @@ def test_auto_goes_on_at_the_last_checkpoint_and_in_the_same_wandb_run(
     assert config.ckpt_path == str(last)
     assert config.logger["wandb"]["id"] == "second"
     assert config.optim.lr == 0.5
+
+
+FORGOTTEN = {
+    "all": ([], "data.path=corpus"),
+    "all_but_a_value_that_decides_no_text": (["data.validation_samples=8"], "data.path=corpus"),
+    "nothing": (["data=text", "data.path=corpus"], None),
+    "nothing_since_other_text_is_named": (["data=stdlib"], None),
+}
+
+
+@pytest.mark.parametrize(("overrides", "refused"), FORGOTTEN.values(), ids=FORGOTTEN)
+def test_a_run_goes_on_with_other_text_only_if_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], refused: str | None
+) -> None:
+    last = checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    before = compose("data=text", "data.path=corpus")
+    (tmp_path / "config.yaml").write_text(resolved_yaml(before))
+    monkeypatch.setattr("tedlab.resume.read_meta", lambda path: saved(before))
+    names = named(*overrides)
+    config = compose("resume=auto", f"output_dir={tmp_path}", *overrides)
+    if refused is None:
+        assert resume(config, names)[0].ckpt_path == str(last)
+    else:
+        with pytest.raises(UsageError, match=f"is of a run with {refused}, .* data.path=null, which nothing names"):
+            resume(config, names)
 
 
 # ---- the optimizer obeys --------------------------------------------------------------------------------------------

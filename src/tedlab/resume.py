@@ -2,7 +2,8 @@
 
 A checkpoint decides how training continues: every value in ``DECIDED`` stays as it was, unless the command line or the
 experiment file that it selects names it. A preset for ``optim`` or ``moe`` names all values of its group; one for
-``trainer``, ``data`` or ``parallel`` says where to run and on what, and names none. The configuration is changed before
+``trainer``, ``data`` or ``parallel`` says where to run and on what, and names none; other text than that of the
+checkpoint's run is refused unless it is named. The configuration is changed before
 anything is launched, so that config.yaml and the loggers are right and the optimizer follows it, see
 :meth:`tedlab.module.LanguageModel.on_load_checkpoint`.
 """
@@ -27,7 +28,7 @@ from tedlab.config import (
 )
 from tedlab.errors import UsageError
 from tedlab.renamed import renamed
-from tedlab.untrusted import interpolation, typed
+from tedlab.untrusted import interpolation, read_yaml, typed
 
 DECIDED = (
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr_fraction", "optim.decay_fraction"),
@@ -41,6 +42,8 @@ DECIDED = (
 # Keys in the metadata of weights that no run has trained: the family of what was imported, the recipe of an upcycling.
 IMPORTED, UPCYCLED = "imported", "upcycled"
 _RECIPES = ("optim", "moe")  # groups whose presets say how to train
+# Values of data that decide which text a run is trained on, and how it becomes samples.
+_TEXT_DECIDING = ("path", "field", "tokenizer", "bpe_vocab_size", "validation_fraction", "training_batches", "module")
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 
@@ -72,6 +75,7 @@ def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, li
                 raise ValueError(
                     f"{path} is {what}, which has no optimizer to go on with; weights={config.ckpt_path} starts from it"
                 )
+        _check_text(config, path, named)
         config, said = take_over(replace(config, ckpt_path=str(path)), meta, named)
         return config, [f"Going on from {path}, step {meta.get('global_step')}.", *said]
     except (OSError, ValueError) as error:
@@ -102,6 +106,29 @@ def find_checkpoint(path: Path, key: str = "ckpt_path") -> Path:
     raise FileNotFoundError(f"{key}={path} {what}; checkpoints near it: {near}")
 
 
+def _check_text(config: TrainConfig, checkpoint: Path, named: Collection[str]) -> None:
+    """Refuses other text than that of the checkpoint's run, as its config.yaml says, unless it is named.
+
+    Raises:
+        ValueError: If ``data`` was merely forgotten: the run would go on, from a new epoch, with another text.
+    """
+    if "data.path" in named or checkpoint.parent.name != "checkpoints":
+        return
+    try:
+        stored = read_yaml(checkpoint.parent.parent / "config.yaml").get("data")
+    except (OSError, ValueError):  # a checkpoint that was moved away from its run
+        return
+    stored = stored if isinstance(stored, dict) else {}
+    for name in _TEXT_DECIDING:
+        ours, theirs = getattr(config.data, name), stored.get(name, getattr(config.data, name))
+        if theirs != ours and f"data.{name}" not in named:
+            raise ValueError(
+                f"{checkpoint} is of a run with data.{name}={_text(theirs)}, and this one would go on with "
+                f"data.{name}={_text(ours)}, which nothing names. Give the run its data again, or name other data "
+                "(data=… or data.path=…): a text that is another begins with a new epoch"
+            )
+
+
 def named_values(hydra: Any) -> set[str]:
     """Returns the dotted names of values and sections that the command line or its experiment file sets.
 
@@ -119,6 +146,8 @@ def named_values(hydra: Any) -> set[str]:
                 if isinstance(default, dict):
                     named |= {str(key).removeprefix("override").strip(" /") for key in default}
             named |= {renamed(name) for name in _leaves(content)}
+    if "data" in named:  # a preset of data says which text
+        named.add("data.path")
     return named - ({"data", "model", "parallel", "trainer"} | {"experiment"})
 
 

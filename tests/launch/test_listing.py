@@ -1,15 +1,20 @@
 """``tedlab runs`` says how runs stand, from files alone, whoever wrote them."""
 
 import json
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 from tedlab.checkpoint.manifest import MANIFEST
 from tedlab.commands import runs
+from tedlab.commands.continued import COMMAND, command_to_continue, keep_command
 from tedlab.launch import listing
 from tedlab.launch.listing import Listed, list_runs
 from tedlab.launch.locks import is_in_use, run_directory
+from tests.test_conf import compose
 
 
 def make(directory: Path, summary: dict | str | None, losses: int = 0, step: int | None = None) -> Path:
@@ -82,8 +87,11 @@ def test_the_table_has_the_newest_and_says_how_unfinished_ones_go_on(
     runs.main([str(tmp_path)])
     shown = capsys.readouterr().out
     assert "… and 3 older ones (--all)" in shown
-    assert f"{failed} failed (no space left)\n  tedlab train resume=auto hydra.run.dir={failed}" in shown
-    assert "goes on at step 5" in shown
+    assert f"{failed} failed (no space left)\n  It goes on at step 5 with its own overrides" in shown
+    (failed / COMMAND).write_text(json.dumps({"cwd": str(Path.cwd()), "arguments": ["parallel=ep4", "seed=2"]}))
+    runs.main([str(tmp_path)])
+    line = f"  tedlab train parallel=ep4 seed=2 resume=auto hydra.run.dir={failed}   # goes on at step 5"
+    assert line in capsys.readouterr().out
     runs.main([str(tmp_path), "--all"])
     assert "older" not in capsys.readouterr().out
 
@@ -91,3 +99,60 @@ def test_the_table_has_the_newest_and_says_how_unfinished_ones_go_on(
 def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="There is no folder"):
         runs.main([str(tmp_path / "none")])
+
+
+# ---- the command that continues a run -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _no_hydra_left_behind() -> Iterator[None]:
+    yield
+    HydraConfig.instance().cfg = None
+
+
+@pytest.mark.usefixtures("_no_hydra_left_behind")
+def test_what_is_printed_composes_to_the_configuration_of_the_run_in_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "a run's, $HOME"
+    directory.mkdir()
+    overrides = ["data=text", "data.path='my text, $1/*.txt'", "model.hidden=64", "parallel=ep4", "optim.lr=0.01"]
+    settings = [*overrides, "trainer.max_steps=7", "+trainer.benchmark=true", "moe=top2", "comm=ted", "logger=none"]
+    before = compose(*settings, "resume=auto", "ckpt_path=elsewhere")
+    hydra = HydraConfig.get()
+    keep_command(directory, hydra)
+    line = command_to_continue(directory)
+    assert line is not None
+    tedlab, train, *again = shlex.split(line)
+    assert (tedlab, train) == ("tedlab", "train")
+    after = compose(*again)
+    assert HydraConfig.get().run.dir == str(directory)
+    assert (after.resume, after.ckpt_path) == ("auto", None)
+    for name in ("model", "moe", "parallel", "comm", "data", "optim", "trainer", "logger", "seed", "checkpoint"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert after.data.path == "my text, $1/*.txt"
+    monkeypatch.chdir(tmp_path)
+    assert command_to_continue(Path(directory.name)) == f"cd {shlex.quote(hydra.runtime.cwd)} && {line}"
+
+
+@pytest.mark.usefixtures("_no_hydra_left_behind")
+def test_a_job_of_a_sweep_goes_on_alone(tmp_path: Path) -> None:
+    compose("experiment=ablation_comm", "comm=dtd", "hydra.searchpath=[file:///mine]", "optim.loss_scale=8")
+    keep_command(tmp_path, HydraConfig.get())
+    line = command_to_continue(tmp_path)
+    assert line is not None
+    assert shlex.split(line)[2:-1] == [
+        "experiment=ablation_comm",
+        "comm=dtd",
+        "hydra.searchpath=[file:///mine]",
+        "hydra.mode=RUN",
+        "resume=auto",
+    ]
+
+
+@pytest.mark.parametrize(
+    "kept", ["{", "[]", '{"cwd": 1, "arguments": []}', '{"cwd": "/", "arguments": ["\\u001b[2J"]}', "[" * 9999]
+)
+def test_a_damaged_command_is_not_shown(tmp_path: Path, kept: str) -> None:
+    (tmp_path / COMMAND).write_text(kept)
+    assert command_to_continue(tmp_path) is None

@@ -31,6 +31,7 @@ def show(places: Sequence[Path], most: int | None) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from tedlab.commands.continued import command_to_continue
     from tedlab.launch.listing import KILLED, list_runs
     from tedlab.launch.outcome import FAILED, INTERRUPTED
 
@@ -56,5 +57,11 @@ def show(places: Sequence[Path], most: int | None) -> None:
     for run in shown:
         if run.state in (FAILED, INTERRUPTED, KILLED) and run.resumable is not None:
             reason = f" ({run.reason})" if run.reason else ""
-            where = f"tedlab train resume=auto hydra.run.dir={run.directory}   # goes on at step {run.resumable}"
+            command = command_to_continue(run.directory)
+            where = f"{command}   # goes on at step {run.resumable}"
+            if command is None:
+                where = (
+                    f"It goes on at step {run.resumable} with its own overrides (they are not kept here), resume=auto "
+                    f"and hydra.run.dir={run.directory}"
+                )
             console.print(f"{run.directory} {run.state}{reason}\n  {where}", markup=False, soft_wrap=True)

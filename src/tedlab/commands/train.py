@@ -17,6 +17,7 @@ from tedlab.errors import UsageError
 
 def train(config: TrainConfig) -> float:
     """Runs one job and returns the metric that a sweeper minimises."""
+    from tedlab.commands.continued import keep_command
     from tedlab.degrees import parallel_degrees
     from tedlab.errors import WorkerFailed
     from tedlab.launch import outside
@@ -30,7 +31,8 @@ def train(config: TrainConfig) -> float:
     started_outside = outside.started_outside()
     if started_outside and outside.restarts():
         config = after_restart(config)
-    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else set()  # empty if a program calls this
+    # A program that calls this has chosen its data, and names nothing else.
+    named = named_values(HydraConfig.get()) if HydraConfig.initialized() else {"data.path"}
     config, resumed = resume(without_absent_loggers(config), named)
     composed, config = config, complete(config)
     degrees = parallel_degrees(config.parallel)
@@ -38,6 +40,8 @@ def train(config: TrainConfig) -> float:
     with run_directory(Path(config.output_dir)) if held else nullcontext() as lock:
         if config.certificate:
             certify_first(composed)
+        if held and HydraConfig.initialized():
+            keep_command(Path(config.output_dir), HydraConfig.get())
         if not started_outside:
             show_differences()
             said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
