@@ -1,5 +1,6 @@
 """``tedlab runs`` says how runs stand, from files alone, whoever wrote them."""
 
+import errno
 import json
 import shlex
 from collections.abc import Iterator
@@ -68,7 +69,17 @@ def test_jobs_of_sweeps_are_found_and_hidden_folders_are_not(tmp_path: Path) -> 
     assert len(list_runs([tmp_path, tmp_path / "main"])) == 3
 
 
-@pytest.mark.parametrize("summary", ["{", "[]", '{"steps": "many", "train/loss": [1]}', '{"steps": 1e999}'])
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "{",
+        "[]",
+        "[" * 99999,
+        '{"steps": 1' + 400 * "0" + "}",
+        '{"steps": "many", "train/loss": [1]}',
+        '{"steps": 1e999}',
+    ],
+)
 def test_damaged_files_are_no_reason_to_fail(tmp_path: Path, summary: str) -> None:
     directory = make(tmp_path / "a", summary)
     (directory / "config.yaml").write_text("!!python/object:os.system x")
@@ -76,6 +87,54 @@ def test_damaged_files_are_no_reason_to_fail(tmp_path: Path, summary: str) -> No
     (directory / "checkpoints" / "last.ckpt" / MANIFEST).write_text("[]")
     run = only(tmp_path)
     assert (run.max_steps, run.train_loss, run.resumable) == (None, None, None)
+
+
+DAMAGED_METRICS = {
+    "no_step": b"tokens,train/loss\n8,4.0\n",
+    "step_of_a_fraction": b"step,tokens\n1.0,8\n",
+    "no_utf_8": b"step,tokens\n\xff\xfe,8\n",
+    "zeros": b"step,tokens\n" + bytes(64) + b"\n",
+    "a_row_cut_short": b"tokens,step\n8\n",
+}
+
+
+@pytest.mark.parametrize("metrics", DAMAGED_METRICS.values(), ids=DAMAGED_METRICS)
+def test_damaged_metrics_of_one_run_are_told_and_hide_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], metrics: bytes
+) -> None:
+    damaged = make(tmp_path / "damaged", None, step=5)
+    (damaged / "metrics.csv").write_bytes(metrics)
+    make(tmp_path / "whole", None, losses=3)
+    runs.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert f"{damaged} damaged (metrics.csv cannot be read: move it away)" in shown
+    assert "goes on at step 5" in shown
+    assert {run.directory.name: run.steps for run in list_runs([tmp_path])} == {"damaged": 0, "whole": 3}
+
+
+def test_a_folder_that_may_not_be_read_is_told_and_hides_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "whole", None, losses=3)
+    closed, is_file, stat = tmp_path / "closed", Path.is_file, Path.stat
+    closed.mkdir()
+
+    def refuse(path: Path) -> None:
+        if path.parent == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # Written so since the superuser may read everything.
+    monkeypatch.setattr(Path, "is_file", lambda path: refuse(path) or is_file(path))
+    monkeypatch.setattr(Path, "stat", lambda path, **options: refuse(path) or stat(path, **options))
+    states = {run.directory.name: (run.state, run.reason.partition(":")[0]) for run in list_runs([tmp_path])}
+    assert states == {"closed": ("damaged", "Permission denied"), "whole": ("killed", "")}
+
+
+def test_a_finished_run_that_is_trained_further_shows_the_steps_of_now(tmp_path: Path) -> None:
+    directory = make(tmp_path / "a", {"state": "finished", "steps": 2, "train/loss": 3.0}, losses=3)
+    with run_directory(directory):
+        run = only(tmp_path)
+    assert (run.state, run.steps, run.train_loss) == ("running", 3, 2.0)
 
 
 def test_the_table_has_the_newest_and_says_how_unfinished_ones_go_on(

@@ -32,7 +32,7 @@ def show(places: Sequence[Path], most: int | None) -> None:
     from rich.text import Text
 
     from tedlab.commands.continued import command_to_continue
-    from tedlab.launch.listing import KILLED, list_runs
+    from tedlab.launch.listing import DAMAGED, KILLED, list_runs
     from tedlab.launch.outcome import FAILED, INTERRUPTED
 
     found = list_runs(places)
@@ -55,8 +55,10 @@ def show(places: Sequence[Path], most: int | None) -> None:
     if len(shown) < len(found):
         console.print(f"… and {len(found) - len(shown)} older ones (--all)")
     for run in shown:
-        if run.state in (FAILED, INTERRUPTED, KILLED) and run.resumable is not None:
-            reason = f" ({run.reason})" if run.reason else ""
+        reason = f" ({run.reason})" if run.reason else ""
+        if run.state == DAMAGED and run.resumable is None:
+            console.print(f"{run.directory} {run.state}{reason}", markup=False, soft_wrap=True)
+        if run.state in (FAILED, INTERRUPTED, KILLED, DAMAGED) and run.resumable is not None:
             command = command_to_continue(run.directory)
             where = f"{command}   # goes on at step {run.resumable}"
             if command is None:

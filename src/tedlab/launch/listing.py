@@ -1,5 +1,6 @@
 """Finds the run directories below folders, and says from their files how each run stands."""
 
+import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from tedlab.launch.locks import is_in_use
 from tedlab.launch.outcome import FINISHED, METRICS, SUMMARY, read_summary
 from tedlab.untrusted import read_yaml
 
-RUNNING, KILLED, SIMULATED = "running", "killed", "simulated"
+RUNNING, KILLED, SIMULATED, DAMAGED = "running", "killed", "simulated", "damaged"
 MANIFEST = "manifest.json"  # of tedlab.checkpoint, for which torch would be imported
 _CONFIG = "config.yaml"
 _DEPTH = 4  # runs/NAME/DATE/NUMBER of a sweep
@@ -25,8 +26,9 @@ class Listed:
     Attributes:
         directory: Where its files are.
         state: ``finished``, ``failed`` or ``interrupted`` as its summary says, ``running`` if a process of this machine
-            holds its directory, ``killed`` if it has begun and left no summary, ``simulated`` if it was not trained.
-        reason: Why it ended, if not as planned.
+            holds its directory, ``killed`` if it has begun and left no summary, ``simulated`` if it was not trained,
+            ``damaged`` if its folder or its metrics cannot be read.
+        reason: Why it ended, if not as planned, or what cannot be read.
         steps: The last step that it logged.
         max_steps: How many it was to take; None if its configuration does not say.
         train_loss: The last that it logged; None if it logged none.
@@ -47,30 +49,50 @@ class Listed:
 
 
 def list_runs(places: Sequence[Path]) -> list[Listed]:
-    """Returns the runs below some folders, the one that changed last at the end."""
+    """Returns the runs below some folders, the one that changed last at the end; folders it cannot read are damaged."""
     found = dict.fromkeys(directory for place in places for directory in _directories(place, _DEPTH))
-    dated = [(max(file.stat().st_mtime for file in _files(directory)), directory) for directory in found]
-    return [_listed(directory, when) for when, directory in sorted(dated)]
+    return [
+        _listed(directory, when) for when, directory in sorted((_changed(directory), directory) for directory in found)
+    ]
 
 
 def _directories(place: Path, depth: int) -> Iterator[Path]:
-    if (place / _CONFIG).is_file():
+    try:
+        is_run = (place / _CONFIG).is_file()
+        inside = [] if is_run or not depth else sorted(below for below in place.iterdir() if below.is_dir())
+    except OSError:
+        is_run, inside = True, []  # what it is cannot be seen, and is said
+    if is_run:
         yield place
-    elif depth:
-        for below in sorted(place.iterdir()):
-            if below.is_dir() and not below.name.startswith(".") and not below.is_symlink():
-                yield from _directories(below, depth - 1)
+    for below in inside:
+        if not below.name.startswith(".") and not below.is_symlink():
+            yield from _directories(below, depth - 1)
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    yield from (path for name in (_CONFIG, SUMMARY, METRICS) if (path := directory / name).is_file())
+def _changed(directory: Path) -> float:
+    try:
+        files = [path for name in (_CONFIG, SUMMARY, METRICS) if (path := directory / name).is_file()]
+        return max(path.stat().st_mtime for path in files or [directory])
+    except OSError:
+        return time.time()
+
+
+def _rows(directory: Path) -> tuple[list[dict[str, str]], str]:
+    """Returns the rows of a run's metrics, and why they cannot be read; empty if they can."""
+    try:
+        (directory / _CONFIG).stat()
+        return read_history(directory / METRICS), ""
+    except OSError as error:
+        return [], f"{error.strerror}: {error.filename}"
+    except (ValueError, KeyError, TypeError, csv.Error):
+        return [], f"{METRICS} cannot be read: move it away"
 
 
 def _listed(directory: Path, when: float) -> Listed:
-    summary, config = read_summary(directory), _configuration(directory)
-    rows = [] if summary.get("state") == FINISHED else read_history(directory / METRICS)
-    in_use = is_in_use(directory)
+    summary, config, in_use = read_summary(directory), _configuration(directory), is_in_use(directory)
+    rows, damage = ([], "") if summary.get("state") == FINISHED and not in_use else _rows(directory)
     state = RUNNING if in_use else str(summary.get("state", FINISHED if summary else KILLED))
+    state = DAMAGED if damage else state
     state = SIMULATED if "sim" in config else state
     last = {name: value for row in rows for name, value in row.items()}
     trainer = config.get("trainer")
@@ -78,7 +100,7 @@ def _listed(directory: Path, when: float) -> Listed:
     return Listed(
         directory,
         state,
-        "" if in_use else str(summary.get("reason", "")),
+        damage or ("" if in_use else str(summary.get("reason", ""))),
         _whole(last.get("step", summary.get("steps"))) or 0,
         max_steps if isinstance(max_steps, int) and max_steps > 0 else None,
         _number(last.get("train/loss", summary.get("train/loss"))),
@@ -103,7 +125,7 @@ def _whole(value: Any) -> int | None:
 def _number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
 
@@ -112,6 +134,6 @@ def _step_of(checkpoint: Path) -> int | None:
     """Returns the step that a checkpoint's manifest states; None without a checkpoint, or one that is whole."""
     try:
         step = json.loads((checkpoint / MANIFEST).read_text())["step"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None

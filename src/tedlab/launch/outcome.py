@@ -83,7 +83,7 @@ def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
 
 def read_summary(directory: Path) -> dict[str, Any]:
     """Returns the contents of ``summary.json``; an empty dictionary if the file is missing or incomplete."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         summary = json.loads((directory / SUMMARY).read_text())
         return summary if isinstance(summary, dict) else {}
     return {}
