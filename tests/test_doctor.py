@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tedlab import Topology
+from tedlab import Topology, certify, doctor
+from tedlab.commands.doctor import findings
 from tedlab.degrees import ParallelDegrees
-from tedlab.doctor import Verdict, judge_world, machine, world
+from tedlab.doctor import Finding, Verdict, judge_world, machine, world
+from tedlab.launch import launcher
 from tests.commands import run_forked
 from tests.pool import WorkerPool
+from tests.test_conf import compose
 
 GIB = 2**30
 
@@ -48,6 +51,68 @@ def test_a_wrong_sum_is_wrong_in_its_group() -> None:
     finding = judged(process(), process(tensor=(1e-4, 1e9, False)))["groups: tensor"]
     assert finding.verdict is Verdict.WRONG
     assert "ranks 1 " in finding.said
+
+
+def test_other_machines_are_named_with_what_is_wrong_there_and_the_first_is_not_told_twice() -> None:
+    full = [Finding("versions", "as here"), Finding("disk", "no space", Verdict.WRONG, "free some")]
+    found = judged(
+        process(machine=full),
+        process(machine=[]),
+        process(host="two", machine=full),
+        process(host="three", machine=full[:1]),
+    )
+    assert [name for name in found if "disk" in name or "machine" in name] == ["disk on two", "machine three"]
+    assert found["disk on two"].verdict is Verdict.WRONG
+    assert found["machine three"].verdict is Verdict.OK
+
+
+OUTSIDE = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_processes_that_exist_all_reach_each_other_and_one_on_each_machine_looks_at_it(
+    local: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**OUTSIDE, "LOCAL_RANK": str(local)}.items():
+        monkeypatch.setenv(name, value)
+    wrong, given = Finding("disk", "no space", Verdict.WRONG), []
+    monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter([wrong]))
+    monkeypatch.setattr(doctor, "examine_world", lambda _, machine: given.append(machine) or judgeable())
+    found = [*findings(compose(name="doctor"))]
+    assert given == [[wrong] if local == 0 else []]
+    assert (wrong in found) == (local == 0)
+    assert (found[-1].verdict, found[-1].said.partition(":")[0]) == (Verdict.SKIPPED, "not tested here")
+
+
+def judgeable() -> dict[str, Any]:
+    return {"backend": "gloo", "processes": [process()], "sizes": {}}
+
+
+def test_a_number_of_processes_that_is_none_is_a_finding() -> None:
+    (found,) = findings(compose("trainer.devices=auto", name="doctor"))
+    assert (found.name, found.verdict) == ("configuration", Verdict.WRONG)
+    assert "trainer.devices=auto" in found.said
+
+
+@pytest.mark.parametrize("message", ["", "first\n\nlast"])
+def test_what_fails_on_the_way_is_a_finding_also_if_it_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(doctor, "examine_machine", lambda *_: iter(()))
+    monkeypatch.setattr(launcher, "launch", fail)
+    (found,) = findings(compose(name="doctor"))
+    assert (found.name, found.said, found.verdict) == ("processes", said(message), Verdict.WRONG)
+    monkeypatch.setattr(launcher, "launch", lambda *_: {})
+    monkeypatch.setattr(certify, "certify", fail)
+    (found,) = findings(compose(name="doctor"))
+    assert (found.name, found.said, found.verdict) == ("a step against one process", said(message), Verdict.WRONG)
+
+
+def said(message: str) -> str:
+    return " ".join(message.split()) or "RuntimeError"
 
 
 def test_a_package_that_is_too_old_or_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

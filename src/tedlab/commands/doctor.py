@@ -15,6 +15,8 @@ from tedlab.config import Backend, TrainConfig
 if TYPE_CHECKING:
     from tedlab.doctor import Finding
 
+_STEP = "a step against one process"
+
 
 def task(config: TrainConfig) -> None:
     """Runs all checks, prints each finding as it comes, and ends with 1 if one is wrong."""
@@ -25,7 +27,12 @@ def task(config: TrainConfig) -> None:
     from tedlab.launch.outside import first_outside
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, quiet=not first_outside())
-    marks = {Verdict.OK: "[green]✓[/]", Verdict.WARNING: "[yellow]![/]", Verdict.WRONG: "[red]✗[/]"}
+    marks = {
+        Verdict.SKIPPED: "[dim]–[/]",
+        Verdict.OK: "[green]✓[/]",
+        Verdict.WARNING: "[yellow]![/]",
+        Verdict.WRONG: "[red]✗[/]",
+    }
     worst, start = Verdict.OK, time.perf_counter()
     for finding in findings(config):
         console.print(f"{marks[finding.verdict]} [bold]{finding.name}[/]", Text(finding.said))
@@ -47,53 +54,72 @@ def findings(config: TrainConfig) -> Iterator["Finding"]:
     from tedlab.doctor import Finding, Verdict, examine_machine, examine_world, judge_world
     from tedlab.errors import UsageError, WorkerFailed, WrongEnvironment
     from tedlab.launch import outside
+    from tedlab.launch.joining import local_rank
     from tedlab.launch.launcher import launch
     from tedlab.validate import check_simulated
 
-    here = int(config.trainer["devices"])
-    wrong = False
-    machine = examine_machine(
-        here,
-        str(config.trainer["accelerator"]),
-        Path(config.output_dir, "runs"),
-        share_gpus=config.comm.backend == Backend.GLOO,
-    )
-    for finding in machine:
-        wrong = wrong or finding.verdict is Verdict.WRONG
-        yield finding
+    devices = config.trainer["devices"]
+    if not isinstance(devices, int) or devices < 1:
+        said = f"trainer.devices={devices} is no number of processes on each machine"
+        yield Finding("configuration", said, Verdict.WRONG, "Give the number, such as trainer.devices=4")
+        return
+    # Processes that exist already all go on to the next check, since they wait for each other there. One on each
+    # machine looks at it; the first tells of what others have found.
+    together, machine = outside.started_outside(), []
+    if not together or local_rank() == 0:
+        share_gpus = config.comm.backend == Backend.GLOO
+        accelerator, output = str(config.trainer["accelerator"]), Path(config.output_dir, "runs")
+        for finding in examine_machine(devices, accelerator, output, share_gpus):
+            machine.append(finding)
+            yield finding
     try:
         outside.check(config.parallel.world_size)
         check_simulated(config)  # what has nothing to do with this machine
     except (UsageError, WrongEnvironment) as error:
         yield Finding("configuration", str(error), Verdict.WRONG, "Correct it before anything is launched")
         return
-    if wrong:
+    if not together and any(finding.verdict is Verdict.WRONG for finding in machine):
         return
     try:
-        measured = launch(examine_world, config, here)
+        measured = examine_world(config, machine) if together else launch(examine_world, config, devices)
     except (WorkerFailed, RuntimeError) as error:  # the latter from torch, in processes that exist already
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         remedy = "Nodes must reach each other: check firewalls, MASTER_ADDR, NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME"
-        yield Finding("processes", " ".join(dict.fromkeys((lines[0], lines[-1]))), Verdict.WRONG, remedy)
+        yield Finding("processes", _in_brief(error), Verdict.WRONG, remedy)
         return
     if measured:  # the first process
         yield from judge_world(measured)
-    if not outside.started_outside():
-        yield _certified(config)
+    yield _not_certified() if together else _certified(config)
+
+
+def _in_brief(error: Exception) -> str:
+    """Returns the first and the last line of an error's message, or its name if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(dict.fromkeys((lines[0], lines[-1])))
+
+
+def _not_certified() -> "Finding":
+    from tedlab.doctor import Finding, Verdict
+
+    said = "not tested here: it would start processes of its own. `tedlab certify` tests it on one machine"
+    return Finding(_STEP, said, Verdict.SKIPPED)
 
 
 def _certified(config: TrainConfig) -> "Finding":
     from tedlab.certify import certify
     from tedlab.doctor import Finding, Verdict
+    from tedlab.errors import UsageError, WorkerFailed
 
     start = time.perf_counter()
-    certificate = certify(config, continuations=())
+    try:
+        certificate = certify(config, continuations=())
+    except (UsageError, WorkerFailed, ValueError, RuntimeError, OSError) as error:
+        return Finding(_STEP, _in_brief(error), Verdict.WRONG, "`tedlab certify` with the same overrides shows more")
     said = f"{certificate.layout}: {len(certificate.rows)} quantities in {time.perf_counter() - start:.0f} s"
     if certificate.ok:
         largest = max(row.error for row in certificate.rows)
-        return Finding("a step against one process", f"{said}, equal to one process (largest error {largest:.1e})")
+        return Finding(_STEP, f"{said}, equal to one process (largest error {largest:.1e})")
     return Finding(
-        "a step against one process",
+        _STEP,
         f"{said}, {certificate.culprit}",
         Verdict.WRONG,
         "`tedlab certify` shows more; do not trust what this machine trains",

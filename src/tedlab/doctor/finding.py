@@ -5,8 +5,9 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """How bad it is."""
+    """How bad it is, from the best on."""
 
+    SKIPPED = "skipped"
     OK = "ok"
     WARNING = "warning"
     WRONG = "wrong"

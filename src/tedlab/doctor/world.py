@@ -1,10 +1,9 @@
 """Checks that need all processes of a layout: whether they find each other, clocks, speeds, every kind of group."""
 
-import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from statistics import median
 from typing import Any
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from tedlab.config import Backend, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.doctor.finding import Finding, Verdict
-from tedlab.launch.joining import join
+from tedlab.launch.joining import join, local_rank
 from tedlab.topology import Topology
 
 TIMEOUT = timedelta(seconds=60)
@@ -43,17 +42,22 @@ class Group:
     wrong: list[int] = field(default_factory=list)
 
 
-def examine_world(config: TrainConfig) -> dict[str, Any]:
-    """Runs in every process of a layout: measures, and returns what :func:`judge_world` reads, in the first one."""
+def examine_world(config: TrainConfig, machine: Sequence[Finding] = ()) -> dict[str, Any]:
+    """Runs in every process of a layout: measures, and returns what :func:`judge_world` reads.
+
+    Args:
+        config: The configuration of the layout.
+        machine: What this process has found on its machine; one process of each machine looks.
+    """
     device = torch.device("cpu")
     if config.trainer["accelerator"] != "cpu":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        device = torch.device("cuda", local_rank() % torch.cuda.device_count())
         torch.cuda.set_device(device)
     backend = _backend(config, device)
     join(backend, TIMEOUT)
     try:
         topology = Topology(parallel_degrees(config.parallel), device, timeout=TIMEOUT)
-        own = {"host": socket.gethostname(), "product": _product(device)}
+        own: dict[str, Any] = {"host": socket.gethostname(), "product": _product(device), "machine": [*machine]}
         dist.barrier()
         own["clock"] = time.time()
         for kind in topology.comm.sizes:
@@ -74,6 +78,8 @@ def judge_world(measured: Mapping[str, Any]) -> Iterator[Finding]:
     yield Finding(
         "processes", f"{len(processes)} found each other on {', '.join(hosts)}, through {measured['backend']}"
     )
+    for process in processes[1:]:  # the first has told of its own machine
+        yield from _elsewhere(process["host"], process.get("machine", ()))
     clocks = [process["clock"] for process in processes]
     skew = max(clocks) - min(clocks)
     said = f"at most {skew * 1e3:,.0f} ms apart, with the time that a barrier takes"
@@ -85,6 +91,14 @@ def judge_world(measured: Mapping[str, Any]) -> Iterator[Finding]:
     for kind, size in measured["sizes"].items():
         if size > 1:
             yield _judged(kind, groups(processes, kind, size))
+
+
+def _elsewhere(host: str, found: Sequence[Finding]) -> Iterator[Finding]:
+    """Yields what is wrong on another machine, each with its name, or that nothing is."""
+    bad = [finding for finding in found if finding.verdict in (Verdict.WARNING, Verdict.WRONG)]
+    yield from (replace(finding, name=f"{finding.name} on {host}") for finding in bad)
+    if found and not bad:
+        yield Finding(f"machine {host}", ", ".join(finding.name for finding in found) + ": nothing is wrong")
 
 
 def groups(processes: list[Mapping[str, Any]], kind: str, size: int) -> Group:
