@@ -22,8 +22,9 @@ import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
+from tedlab.commands import checkpoint
 from tedlab.commands.application import hydra_entry
-from tedlab.commands.completion import script
+from tedlab.commands.completion import _OTHERS, script
 from tedlab.commands.differences import difference_tree
 from tedlab.commands.help import field_comments, help_text
 from tedlab.config import TrainConfig, value_of
@@ -431,6 +432,13 @@ def completion_script() -> str:
     return script()
 
 
+def test_completion_knows_the_commands_of_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        checkpoint.main(["--help"])
+    commands = capsys.readouterr().out.partition("{")[2].partition("}")[0].replace("\n", "").split(",")
+    assert sorted(_OTHERS["checkpoint "].split()) == sorted(["--help", *map(str.strip, commands)])
+
+
 COMPLETED = {
     "tedlab tr": ["train"],
     "tedlab train parallel=tp2_ep": ["tp2_ep2", "tp2_ep2_dp2", "tp2_ep4"],
@@ -439,7 +447,19 @@ COMPLETED = {
     "tedlab generate tem": ["temperature="],
     "tedlab train moe=no_such": [],
     "tedlab train data=text data.path=no": ["notes.md"],
-    "tedlab train data.path=": ["notes.md"],
+    "tedlab train data.path=": ["notes.md", "runs"],
+    "tedlab runs ": ["--all", "--help", "runs/"],
+    "tedlab runs ru": ["runs/"],
+    "tedlab runs runs/m": ["runs/my", "main/"],
+    "tedlab compare ru": ["runs=", "runs/"],
+    "tedlab checkpoint ": ["inspect", "consolidate", "import", "verify", "export", "upcycle", "--help"],
+    "tedlab checkpoint inspect r": ["runs/"],
+    "tedlab checkpoint export r": ["run="],
+    "tedlab checkpoint export run=r": ["runs"],
+    "tedlab completion ": ["bash", "--help"],
+    "tedlab models ": ["--help"],
+    ".venv/bin/tedlab  tr": ["train"],
+    "./tedlab train comm.dt": ["comm.dtd="],
 }
 
 
@@ -449,6 +469,7 @@ def test_bash_completes_commands_presets_and_values(
 ) -> None:
     ask = f"COMP_LINE={shlex.quote(typed)}; COMP_POINT=${{#COMP_LINE}}; _tedlab; printf '%s\\n' \"${{COMPREPLY[@]}}\""
     (tmp_path / "notes.md").touch()
+    (tmp_path / "runs" / "my main").mkdir(parents=True)
     done = subprocess.run(
         ["bash", "-c", f"{completion_script}\n{ask}"], cwd=tmp_path, capture_output=True, text=True, check=True
     )

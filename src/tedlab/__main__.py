@@ -17,7 +17,7 @@ COMMANDS = {
     "doctor": "test this machine or allocation, and say what is wrong",
     "models": "list the published models of which there are presets",
     "checkpoint": "inspect a checkpoint, or take models of transformers in and out",
-    "completion": "make bash or zsh complete commands, presets and values",
+    "completion": "make bash complete commands, presets, values and folders",
 }
 
 
