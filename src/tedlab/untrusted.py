@@ -81,6 +81,11 @@ def interpolation(values: Any, name: str = "") -> str | None:
     return None
 
 
+def flat(text: object) -> str:
+    """Returns a text with single spaces for all line breaks, so that it stays within the line that it is put into."""
+    return " ".join(str(text).split())
+
+
 def one_line(error: Exception) -> str:
     """Returns the first line of an error's message, with the line number if it is a parser's, or the value's name."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -13,7 +13,7 @@ from tedlab.hints import did_you_mean
 from tedlab.history import steps_done
 from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
 from tedlab.renamed import nested
-from tedlab.untrusted import read_yaml
+from tedlab.untrusted import flat, read_yaml
 
 CONFIG = "config.yaml"
 _NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # prefixes of numeric values
@@ -115,7 +115,7 @@ def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
 def why_left_out(summary: Mapping[str, Any]) -> str:
     """Says why a run that failed or was interrupted is left out, as a clause that begins with "it"."""
     verb = "failed" if summary["state"] == FAILED else f"was {summary['state']}"
-    stopped = f"it {verb} at step {summary.get('steps')} ({summary.get('reason')})"
+    stopped = f"it {verb} at step {summary.get('steps')} ({flat(summary.get('reason'))})"
     return f"{stopped}; force=true compares it as far as it came."
 
 

@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from tedlab.commands.plan import prepared
 from tedlab.errors import UsageError
@@ -80,6 +82,68 @@ def test_runs_that_say_nothing_are_named(tmp_path: Path) -> None:
         learn(A100, [str(tmp_path / "tensor")])
     with pytest.raises(UsageError, match="There is no folder"):
         learn(A100, [str(tmp_path / "nowhere")])
+
+
+def test_a_damaged_run_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    made_up(tmp_path, "dense", 1.0, 1.0)
+    good = yaml.safe_load((tmp_path / "dense" / "config.yaml").read_text())
+    times = {"nan": float("nan"), "inf": float("inf"), "below": -1.0, "tiny": 5e-324, "list": [1.0], "false": False}
+    configs: dict[str, dict[str, Any]] = {
+        "no_trainer": {"trainer": {}},
+        "no_degrees": {"parallel": {"world_size": 0, "tensor": None, "expert": None}},
+        "no_model": {"model": {**good["model"], "hidden": 0}},
+        "no_optimizer": {"optim": {**good["optim"], "optimizer": {}}},
+        "no_precision": {"trainer": {**good["trainer"], "precision": "x"}},
+    }
+    for name, config in ({key: {} for key in times} | configs).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(good | config))
+        summary = {"steps": 9, "perf/step_time_s": times.get(name, 1.0)}
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    learned = learn(A100, [str(tmp_path)])
+    assert [Path(run.name).name for run in learned.seen] == ["dense"]
+    for name in (*times, *configs):
+        assert sum(note.startswith(f"{tmp_path / name} is left out: ") for note in learned.notes) == 1, learned.notes
+
+
+def test_a_vocabulary_that_a_run_does_not_tell_is_that_of_a_prediction(tmp_path: Path) -> None:
+    made_up(tmp_path, "dense", 1.0, 1.0)
+    path = tmp_path / "dense" / "config.yaml"
+    values = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(values | {"model": values["model"] | {"vocab_size": None}}))
+    assert learn(A100, [str(tmp_path)]).notes == []
+
+
+def test_what_a_run_says_of_itself_stays_within_a_note(tmp_path: Path) -> None:
+    """Notes become comments of the plan's file, of which every other line is an override."""
+    made_up(tmp_path, "dense", 1.0, 1.0, device="H200\noptim.lr=9")
+    made_up(tmp_path, "expert", 1.0, 1.0, state="failed", reason="why\u2028seed=9")
+    notes = learn(A100, [str(tmp_path)]).notes
+    assert [len(note.splitlines()) for note in notes] == [1, 1]
+    assert f"{tmp_path / 'expert'} is left out: it failed at step 9 (why seed=9)" in notes  # plan has no force=true
+
+
+def test_a_run_that_comes_from_others_constructs_nothing(tmp_path: Path) -> None:
+    fired = tmp_path / "fired"
+    evil = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(fired)]}]}
+    planted: dict[str, dict[str, Any]] = {
+        "target": {"optim": {"optimizer": evil}},
+        "option": {"optim": {"optimizer": {"_target_": "torch.optim.AdamW", "betas": [evil]}}},
+        "logger": {"logger": {"x": evil}, "callbacks": {"x": {**evil, "_args_": []}}},
+    }
+    for name, values in planted.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        made_up(tmp_path / "runs" / name, "dense", 1.0, 1.0)
+        path = tmp_path / "runs" / name / "dense" / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+        for section, value in values.items():
+            config[section] = config.get(section, {}) | value
+        path.write_text(yaml.safe_dump(config))
+    runs = [str(tmp_path / "runs" / name / "dense") for name in planted]
+    learned = learn(A100, runs)
+    assert [path for path in runs if any(path in note for note in learned.notes)] == runs[:2]
+    assert all("none of torch.optim" in note for note in learned.notes)
+    assert not fired.exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import estimate
 from tedlab.predict.plan import plan as plan_module
 from tedlab.predict.plan.family import base_parameters, member
+from tedlab.predict.plan.file import read
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan
 from tedlab.predict.plan.plan import overrides as overrides_of
 from tedlab.predict.plan.search import (
@@ -141,6 +142,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path]:
         simulations=2,
         find_largest=False,
         given=[*given, "optim.lr=0.001"],
+        warnings=["a run says\noptim.lr=9\u2028seed=9"],
     )
     return found, directory / "plan.overrides"
 
@@ -150,6 +152,11 @@ def test_the_winner_is_the_fastest_that_was_simulated(plan: tuple[Plan, Path]) -
     assert found.winner.step_seconds == min(c.step_seconds for c in found.simulated)
     estimated = next(c for c in found.front if c.settings == found.winner.settings)
     assert found.winner.peak_bytes == pytest.approx(estimated.peak_bytes, rel=0.06)
+
+
+def test_a_warning_adds_no_override_to_the_file(plan: tuple[Plan, Path]) -> None:
+    assert not {"optim.lr=9", "seed=9"} & set(read(plan[1]))
+    assert "# warning: a run says optim.lr=9 seed=9\n" in plan[1].read_text()
 
 
 def test_training_takes_the_file_and_the_command_line_wins_over_it(plan: tuple[Plan, Path]) -> None:

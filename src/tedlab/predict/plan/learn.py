@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
+import torch
 from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
-from tedlab.compare.runs import CONFIG, Run, read_runs
+from tedlab.compare.runs import CONFIG, Run, how_it_stopped, read_runs
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, Slower
@@ -21,8 +23,13 @@ from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
 from tedlab.predict.spread import spread_of
 from tedlab.renamed import nested
-from tedlab.untrusted import one_line, read_yaml, typed
+from tedlab.untrusted import flat, one_line, read_yaml, typed
+from tedlab.validate import complete_simulated
 
+_SHORTEST, _LONGEST = 1e-6, 1e7  # seconds that a step may take
+_OPTIMIZERS = {f"torch.optim.{name}" for name in torch.optim.__all__}
+_TELLING = (OSError, ValueError, OmegaConfBaseException, UsageError)  # their messages say what is wrong
+_DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)  # a configuration is no run's
 _ENOUGH = 3  # runs to say how far from them predictions are
 _ALIKE = 1e-2  # smallest ratio of singular values of two factors that runs tell apart
 
@@ -80,17 +87,21 @@ def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
     Raises:
         UsageError: If a path has no run, or none was measured and can be estimated; the message says why.
     """
-    runs, notes = read_runs([Path(path) for path in paths])
+    runs, notes = read_runs([Path(path) for path in paths], stopped=True)
     known: list[tuple[Run, float, Estimate]] = []
     for run in runs:
         try:
-            config = _config(run)
+            seconds = _measured(run)
+            config = _config(run, cluster)
             found = estimate(config, cluster)
-        except (OSError, ValueError, OmegaConfBaseException) as error:
+        except _TELLING as error:
             notes.append(f"{run.source} is left out: {one_line(error)}")
-            continue
-        notes += _other_device(run, config, cluster)
-        known.append((run, float(run.summary["perf/step_time_s"]), found))
+        except _DAMAGED as error:
+            notes.append(f"{run.source} is left out: its {CONFIG} is no run's ({type(error).__name__}: {error})")
+        else:
+            notes += _other_device(run, config, cluster)
+            known.append((run, seconds, found))
+    notes = [flat(note) for note in notes]  # what they quote may come from others
     if not known:
         raise UsageError("\n".join(["plan.from has no run whose steps were measured.", *notes]))
     parts = np.array([[_kernels(found), found.step_seconds - _kernels(found)] for _, _, found in known])
@@ -139,13 +150,33 @@ def _kernels(found: Estimate) -> float:
     return found.seconds[COMPUTE] + found.seconds[OPTIMIZER]
 
 
-def _config(run: Run) -> TrainConfig:
-    """Returns the configuration of a run whose steps were measured."""
+def _measured(run: Run) -> float:
+    """Returns the seconds of a step that were measured in a run."""
+    if (how := how_it_stopped(run.summary)) is not None:
+        raise ValueError(f"it {how} ({flat(run.summary.get('reason'))})")
     if run.emulated is not None:
         raise ValueError(f"its times are those of {run.emulated}, and were not measured")
-    if not run.number("perf/step_time_s"):
+    seconds = run.number("perf/step_time_s")
+    if seconds is None:
         raise ValueError("it was too short to measure a step (summary.json has no perf/step_time_s)")
-    return typed(TrainConfig, nested(read_yaml(Path(run.source) / CONFIG)))
+    if not _SHORTEST <= seconds <= _LONGEST:
+        raise ValueError(f"summary.json is damaged: perf/step_time_s is {seconds:g}, and no step takes that")
+    return seconds
+
+
+def _config(run: Run, cluster: ClusterConfig) -> TrainConfig:
+    """Returns a run's configuration, completed, without what Hydra would construct: the run may come from others."""
+    config = typed(TrainConfig, nested(read_yaml(Path(run.source) / CONFIG)) | {"logger": {}, "callbacks": {}})
+    options = dict(config.optim.optimizer)
+    target = options.pop("_target_", None)
+    if target not in _OPTIMIZERS or any(name.startswith("_") or not _plain(it) for name, it in options.items()):
+        raise ValueError(f"its optimizer ({flat(target)}) is none of torch.optim with plain options")
+    return complete_simulated(config, cluster)
+
+
+def _plain(option: Any) -> bool:
+    values = option if isinstance(option, list) else [option]
+    return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
 def _other_device(run: Run, config: TrainConfig, cluster: ClusterConfig) -> list[str]:

@@ -20,6 +20,7 @@ from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides,
 from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.untrusted import flat
 from tedlab.validate import complete_simulated
 
 _GIB = 2**30
@@ -167,7 +168,7 @@ def write_overrides(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f"# predicted: {spread_on(cluster).said(winner.step_seconds)} a step, {winner.peak_bytes / _GIB:.2f} GiB\n"
-        + "".join(f"# warning: {warning}\n" for warning in warnings)
+        + "".join(f"# warning: {flat(warning)}\n" for warning in warnings)
         + "".join(f"{override}\n" for override in [*kept, *chosen])
     )
 
