@@ -10,7 +10,7 @@ from tedlab.commands.calibrate import checked
 from tedlab.config import CalibrateConfig
 from tedlab.errors import UsageError
 from tedlab.predict.calibrate.calibration import calibrate
-from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
+from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import Group, Measured
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
@@ -130,6 +130,22 @@ def test_groups_that_were_not_measured_go_by_the_links(cluster: ClusterConfig) -
     assert collective_seconds("all_reduce", 1e6, range(2), cluster) == pytest.approx(expected, 1e-3)
     assert cluster.between_nodes is not None
     assert cluster.between_nodes.bandwidth == pytest.approx(4 * OUTSIDE.rate)  # four rings left each node at once
+
+
+def test_rates_whose_times_grow_less_than_the_files_digits_say_are_a_file_that_loads(tmp_path: Path) -> None:
+    """100.04 and 100.06 bytes/s become 100.0 and 100.1, with which the larger message would take less time."""
+    close = Series("x", "B", "made up", [10004.0, 10007.0, 1e6], [100.0, 100.01, 1e3])
+    measured = replace(MEASURED, collectives={**MEASURED.collectives, ("all_to_all", Group(4, 1)): close})
+    path = tmp_path / "mine.yaml"
+    path.write_text(cluster_yaml(measured, Facts(8, 4, 1, "a machine", 8e9, True, "fp32", "2026-01-01")))
+    inside = load_cluster(path).in_node
+    assert inside is not None
+    assert [rate.bytes for rate in inside.all_to_all] == [10004, 1e6]
+
+
+def test_half_of_what_was_measured_is_as_far_off_as_twice() -> None:
+    assert largest_ratio(Series("x", "B", "", [1.0, 2.0], [1.0, 4.0]), Line(0.0, 1.0)) == 2.0
+    assert largest_ratio(Series("x", "B", "", [1.0, 2.0], [1.0, 1.0]), Line(0.0, 1.0)) == 2.0
 
 
 def test_all_to_alls_of_groups_that_were_not_measured_go_by_the_sizes_that_were(cluster: ClusterConfig) -> None:

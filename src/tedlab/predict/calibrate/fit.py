@@ -61,3 +61,9 @@ def fit(series: Series) -> Line:
 def largest_error(series: Series, line: Line) -> float:
     """Returns the largest relative error of the line over the timings."""
     return max(abs(line.seconds(a) / s - 1) for a, s in zip(series.amounts, series.seconds, strict=True))
+
+
+def largest_ratio(series: Series, line: Line) -> float:
+    """Returns the largest factor, 1 at least, between the line and a timing: half of it is as far off as twice."""
+    ratios = [line.seconds(a) / s for a, s in zip(series.amounts, series.seconds, strict=True)]
+    return max(max(ratio, 1 / ratio) for ratio in ratios)

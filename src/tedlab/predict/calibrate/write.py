@@ -13,8 +13,9 @@ from rich.table import Table
 
 from tedlab.comm.collectives import Operation
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error
+from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import Group, Measured
+from tedlab.predict.cluster import MeasuredRate
 from tedlab.predict.spread import spread_of
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
@@ -117,7 +118,7 @@ def _spread(measured: Measured) -> float:
     """Returns the factor within which two of three lines are of all that was measured for them."""
     lines = *measured.products.values(), measured.attention, measured.movement, measured.arithmetic
     several = [series for series in (*lines, *measured.collectives.values()) if len(series.amounts) > 1]
-    return spread_of(1 + largest_error(series, fit(series)) for series in several)
+    return spread_of(largest_ratio(series, fit(series)) for series in several)
 
 
 def _share(line: Line) -> float:
@@ -165,9 +166,10 @@ def _rates(collectives: dict[Call, Series], nodes: int | None, share: int) -> It
     yield f"  all_to_all:  # bytes over the link at once, and bytes/s: each size that {widest.size} exchanged"
     longest = 0.0
     for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True)):
-        if seconds > longest:  # a larger message that was no slower shows noise, which no line could go through
-            longest = seconds
-            values = f"bytes: {share * sent:.6g}, bandwidth: {share * sent / seconds:.4g}"
+        rate = MeasuredRate(float(f"{share * sent:.6g}"), float(f"{share * sent / seconds:.4g}"))
+        if rate.seconds > longest:  # a larger message that was no slower shows noise, which no line could go through
+            longest = rate.seconds  # as the file says it
+            values = f"bytes: {rate.bytes:.6g}, bandwidth: {rate.bandwidth:.4g}"
             yield f"    - {{{values}}}  # {seconds * 1e6:,.1f} µs"
 
 
