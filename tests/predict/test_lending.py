@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tedlab.config import with_values
-from tedlab.predict.cluster import load_cluster
+from tedlab.predict.cluster import Slower, load_cluster
 from tedlab.predict.lending import break_even_on, break_even_rows
 from tedlab.predict.plan.lending import Comparison, compare_lending
 from tedlab.predict.sim.routing import routing_of
@@ -33,6 +33,11 @@ def test_the_break_even_of_a_cluster_has_a_number_for_each_kind_of_link() -> Non
     # 2 · 0.8 · 989e12 / (3 · 0.82 · 450e9), and / (3 · 0.6 · 400e9 / 8)
     assert break_even_on(cluster, "bf16-true", 2) == (1430, 17583)
     assert break_even_on(replace(cluster, between_nodes=None), "bf16-true", 2) == (1430, 1430)
+    # Where all-to-alls were measured, at the rate of the largest: 2 · 0.8 · 989e12 / (3 · 313e9)
+    assert break_even_on(load_cluster("dgx_h100"), "bf16-true", 2) == (1686, 17583)
+    # Measured steps correct both: half the FLOP/s are worth half the rows, half the bytes/s twice as many.
+    assert break_even_on(replace(cluster, slower=Slower(kernels=2)), "bf16-true", 2) == (715, 8792)
+    assert break_even_on(replace(cluster, slower=Slower(collectives=2)), "bf16-true", 2) == (2859, 35165)
 
 
 def compared(cluster: str, *overrides: str) -> Comparison:

@@ -37,13 +37,15 @@ def break_even_on(cluster: ClusterConfig, precision: str, itemsize: int) -> tupl
         ValueError: If the cluster has no links.
     """
     efficiency = cluster.efficiency
-    flops = cluster.peak(precision) * efficiency.gemm
+    slower = cluster.slower
+    flops = cluster.peak(precision) * efficiency.gemm / slower.kernels
     found = []
     if cluster.in_node is not None:
-        found.append(break_even_rows(flops, cluster.in_node.bandwidth * efficiency.in_node, itemsize))
+        rate = cluster.in_node.exchange_rate(efficiency.in_node)
+        found.append(break_even_rows(flops, rate / slower.collectives, itemsize))
     if cluster.between_nodes is not None:
-        share = cluster.between_nodes.bandwidth * efficiency.all_to_all / cluster.gpus_per_node
-        found.append(break_even_rows(flops, share, itemsize))
+        share = cluster.between_nodes.exchange_rate(efficiency.all_to_all) / cluster.gpus_per_node
+        found.append(break_even_rows(flops, share / slower.collectives, itemsize))
     if not found:
         raise ValueError(
             "moe.lend.minimum=auto asks how many rows are worth a loan over a cluster's links, and this cluster has "
