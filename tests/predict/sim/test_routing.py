@@ -179,6 +179,19 @@ def test_pilots_of_a_folded_layout_are_those_of_the_tensor_ranks_in_an_expert_gr
     assert [(each.received, each.computed) for each in rows] == [(30, 30), (0, 0)] * 2
 
 
+def test_processes_that_compute_the_same_but_receive_other_pilots_differ() -> None:
+    """Each is chosen for a quarter; the first has two experts for it, and a token that chooses both sends one pilot."""
+    layout = ["moe.top_k=2", "comm.dedup=rank", "parallel.expert=4", "parallel.expert_tensor=1"]
+    config = checked(*DROPLESS, *layout, "data.micro_batch_size=1", "data.batch_size=32")
+    shares = np.array([[1.0, 1, 0, 0, *[2.0, 0, 0, 0] * 3]])
+    routing = SimulatedRouting(config, shares)
+    rows = [routing.rows(rank)[1] for rank in routing.degrees.groups(0)["expert"]]
+    assert len({each.computed for each in rows}) == 1
+    assert rows[0].received < rows[1].received == rows[2].received == rows[3].received
+    kinds = routing.kinds_by_expert_rank()
+    assert kinds[0] != kinds[1] == kinds[2] == kinds[3]
+
+
 def trace(file: Path, load: np.ndarray) -> str:
     np.savez_compressed(file, load=load)
     return str(file)

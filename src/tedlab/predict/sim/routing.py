@@ -156,11 +156,11 @@ class SimulatedRouting:
         return np.array([[rows.computed for rows in self.rows(rank).values()] for rank in group]).T
 
     def kinds_by_expert_rank(self) -> list[tuple[object, ...]]:
-        """Returns for each process of the first expert group what it computes, relays, lends and borrows by layer."""
-        return [
-            tuple((rows.computed, rows.relayed, rows.lent, rows.borrowed) for rows in self.rows(rank).values())
-            for rank in self.degrees.groups(0)["expert"]
-        ]
+        """Returns for each process of the first expert group all that it sends, receives and computes by layer.
+
+        Processes that compute the same may receive different numbers of rows, where what travels are pilots.
+        """
+        return [tuple(self.rows(rank).values()) for rank in self.degrees.groups(0)["expert"]]
 
     def busiest_rank(self) -> int:
         """Returns the first rank whose experts compute the most rows over all layers."""
