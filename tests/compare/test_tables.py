@@ -19,7 +19,16 @@ def test_csv_has_numbers_as_measured(tmp_path: Path) -> None:
     assert [row["comm.dtd"] for row in rows] == ["false", "false", "true", "true"]
     assert [float(row["s/step"]) for row in rows] == pytest.approx([0.256, 0.246, 0.236, 0.226])
     assert [float(row["peak bytes"]) for row in rows] == [400 * MIB, 408 * MIB] * 2
+    assert {row["times"] for row in rows} == {"measured"}
     assert "MFU share" not in rows[0], "what no run measured is no column"
+
+
+def test_csv_says_which_times_were_measured(tmp_path: Path) -> None:
+    for name, setting in (("0", {}), ("1", {"comm.emulate": "summit"}), ("2", {"sim.cluster": "summit"})):
+        write_run(tmp_path / name, setting)
+    compare_command(str(tmp_path), "out=" + str(tmp_path / "t.csv"), "force=true")
+    with (tmp_path / "t.csv").open() as file:
+        assert [row["times"] for row in csv.DictReader(file)] == ["measured", "emulated", "predicted"]
 
 
 def test_latex_has_a_row_for_each_run_and_escapes_what_latex_would_take_for_its_own(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def task(config: CompareConfig) -> None:
         raise UsageError("workspace=true needs wandb=ENTITY/PROJECT group=GROUP")
     if config.out is not None and Path(config.out).suffix not in _FILES:
         raise UsageError(
-            f"out={config.out} must end in .html (a report), .csv (numbers as measured) or .tex (rounded, for LaTeX)"
+            f"out={config.out} must end in .html (a report), .csv (unrounded numbers) or .tex (rounded, for LaTeX)"
         )
     try:
         _compare(config)

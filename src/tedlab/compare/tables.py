@@ -9,7 +9,6 @@ from tedlab.compare.comparison import Comparison
 from tedlab.compare.quantities import FURTHER, RESULTS
 from tedlab.compare.runs import CURVES
 
-SUFFIXES = (".csv", ".tex")
 _ESCAPED = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -23,8 +22,9 @@ _SPECIAL = re.compile(r"[\\~^×–#$%&_{}]")
 def write_table(comparison: Comparison, path: Path) -> Path:
     """Writes the table in the format of the file's ending, and returns the path.
 
-    CSV has everything that was measured, in bytes and seconds, unrounded. LaTeX has the rounded numbers of the
-    terminal, with ratios, for the package booktabs.
+    CSV has the numbers of the runs in bytes and seconds, unrounded, and says of each run whether its times were
+    measured, emulated or predicted. LaTeX has the rounded numbers of the terminal, with ratios, for the package
+    booktabs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".csv":
@@ -39,7 +39,8 @@ def _write_csv(comparison: Comparison, path: Path) -> None:
     names = {heading: _unit_of_si(heading) for heading in quantities}
     rows = []
     for run in comparison.runs:
-        row: dict[str, object] = {"run": run.name}
+        times = "predicted" if run.simulated else "emulated" if run.emulated else "measured"
+        row: dict[str, object] = {"run": run.name, "times": times}
         row |= {key: comparison.value(run, key) for key in comparison.settings}
         row |= {curve: run.number(curve) for curve in CURVES}
         row |= {names[heading]: quantity.value(run) for heading, quantity in quantities.items()}
