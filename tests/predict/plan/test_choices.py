@@ -72,6 +72,7 @@ def test_the_verdict_names_what_cannot_be_told_apart_and_neither_what_drops_nor_
     ways = [
         Choice("drops", {}, 1.0, 1, 0.1),
         Choice("too large", {}, 1.0, 10**12),
+        Choice("balanced", {}, 1.0, 1, assumed=True),  # is no setting
         Choice("fastest", {}, 2.0, 1),
         Choice("alike", {}, 2.2, 1),
         Choice("slow", {}, 3.0, 1),
@@ -79,5 +80,13 @@ def test_the_verdict_names_what_cannot_be_told_apart_and_neither_what_drops_nor_
     ]
     assert verdict(ways, H100, Spread(1.2, "")) == (
         "The fastest that fits and drops nothing: fastest. Not told apart from it (1.20 ×): alike.\n"
+        "If training reaches it, balanced: 1 s (0.833 to 1.2).\n"
         "Not possible: other: it cannot"
     )
+
+
+def test_where_nothing_can_be_estimated_it_says_so() -> None:
+    assert verdict([Choice("one", {}, why_not="it cannot")], H100, Spread(1.2, "")) == (
+        "No way can be estimated.\nNot possible: one: it cannot"
+    )
+    assert verdict([Choice("large", {}, 1.0, 10**12)], H100, Spread(1.2, "")) == "No way fits that drops nothing."

@@ -42,6 +42,7 @@ class Choice:
         dropped: The share of choices that no expert takes.
         between_nodes_bytes: The bytes that the first process sends to other nodes in a step.
         why_not: Why it is not possible.
+        assumed: Whether it is no setting but what training would have to reach first: equally busy experts.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Choice:
     dropped: float = 0.0
     between_nodes_bytes: float = 0.0
     why_not: str = ""
+    assumed: bool = False
 
 
 def choices(config: TrainConfig, cluster: ClusterConfig, shares_LE: np.ndarray) -> list[Choice]:
@@ -100,8 +102,8 @@ def _choice(
             found = estimate(job, cluster, 0, routing.rows(0))
             dropped, seconds, peak = routing.dropped, whole.step_seconds, max(whole.peak_bytes)
     except (UsageError, ValueError) as error:
-        return Choice(name, settings, why_not=" ".join(str(error).split()))
-    return Choice(name, settings, seconds, peak, dropped, found.wire.get("between_nodes", 0.0))
+        return Choice(name, settings, why_not=" ".join(str(error).split()), assumed=balanced)
+    return Choice(name, settings, seconds, peak, dropped, found.wire.get("between_nodes", 0.0), assumed=balanced)
 
 
 def table(found: list[Choice], cluster: ClusterConfig) -> Table:
@@ -129,13 +131,21 @@ def table(found: list[Choice], cluster: ClusterConfig) -> Table:
 
 
 def verdict(found: list[Choice], cluster: ClusterConfig, spread: Spread) -> str:
-    """Says which way is the fastest of those that fit and drop nothing, which are as fast, and what is not possible."""
+    """Says which setting is the fastest that fits and drops nothing, which are as fast, and what is not possible."""
     said = [f"Not possible: {choice.name}: {choice.why_not}" for choice in found if choice.step_seconds is None]
     fitting = {
         choice.name: choice.step_seconds
         for choice in found
         if choice.step_seconds is not None and not choice.dropped and choice.peak_bytes <= cluster.memory_bytes
+        if not choice.assumed
     }
+    if all(choice.step_seconds is None for choice in found):
+        return "\n".join(["No way can be estimated.", *said])
+    said[:0] = [
+        f"If training reaches it, {choice.name}: {spread.said(choice.step_seconds)}."
+        for choice in found
+        if choice.assumed and choice.step_seconds is not None
+    ]
     if not fitting:
         return "\n".join(["No way fits that drops nothing.", *said])
     fastest = min(fitting, key=fitting.__getitem__)
