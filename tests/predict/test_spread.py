@@ -17,6 +17,10 @@ def test_two_of_three_ratios_are_within_the_factor_however_gross_a_miss_is() -> 
 
 def test_a_time_is_said_with_its_range() -> None:
     assert Spread(1.15, "").said(12.3) == "12.3 s (10.7 to 14.1)"
+    assert Spread(1.0001, "").said(25.32) == "25.32 s (25.32 to 25.32)"  # and not 25.3 to 25.3, which it is not in
+    assert Spread(1.01, "").said(25.32) == "25.32 s (25.1 to 25.6)"
+    assert Spread(1.17, "").said(1060.4) == "1060 s (906 to 1240)"
+    assert Spread(1.0, "").said(12345.6) == "12350 s (12350 to 12350)"
     assert Spread(1.0, "").range(2.0) == (2.0, 2.0)
 
 

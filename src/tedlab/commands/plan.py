@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import JobOnCluster, doubts, job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import AssumedRouting, PlanConfig
+from tedlab.predict.cluster import cluster_names, load_cluster
 
 
 @dataclass
@@ -22,11 +23,14 @@ class PlanningConfig(JobOnCluster):
 def task(config: PlanningConfig) -> float:
     """Plans one job and returns the predicted time of a step."""
     from tedlab.predict.plan.show import learn_visibly, plan_visibly
+    from tedlab.predict.spread import spread_on
 
     name, cluster = on_cluster(config)
     warnings: list[str] = []
+    spread = spread_on(cluster)
     if config.plan.runs:
-        cluster, warnings = learn_visibly(cluster, config.plan.runs)
+        learned = learn_visibly(cluster, config.plan.runs)
+        cluster, warnings, spread = learned.cluster, [*learned.notes], learned.spread
     job = on_gpus_of(job_alone(config), name, cluster)
     plan = plan_visibly(
         job,
@@ -38,6 +42,7 @@ def task(config: PlanningConfig) -> float:
         given=overrides_of_the_job(HydraConfig.get().overrides.task),
         assumed=config.sim,
         warnings=[*warnings, *doubts(job, name, cluster)],
+        spread=spread,
     )
     return plan.winner.step_seconds
 
@@ -50,8 +55,22 @@ def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
 
 
 def prepared(arguments: list[str]) -> list[str]:
-    """Turns ``plan.from``, which no field of Python can be called, into ``plan.runs``; see also :func:`prepare`."""
-    return prepare([re.sub(r"^(\+*)plan\.from=", r"\1plan.runs=", argument) for argument in arguments])
+    """Turns ``plan.from``, which no field of Python can be called, into ``plan.runs``; see also :func:`prepare`.
+
+    Where no trainer is given, it is that of the cluster's devices: the preset of the command, gpu, or cpu.
+    """
+    made = prepare([re.sub(r"^(\+*)plan\.from=", r"\1plan.runs=", argument) for argument in arguments])
+    if not any(argument.startswith(("trainer=", "+plan=")) for argument in arguments) and _of_cpus(arguments):
+        made.append("trainer=cpu")
+    return made
+
+
+def _of_cpus(arguments: Sequence[str]) -> bool:
+    """Returns whether the clusters that the command line names are all calibrations of CPUs."""
+    names = [name for argument in arguments if argument.startswith("cluster=") for name in argument[8:].split(",")]
+    paths = [name.strip("'\"") for name in names]
+    known = [path for path in paths if path.endswith(".yaml") or path in cluster_names()]
+    return bool(known) and len(known) == len(paths) and not any(load_cluster(path).of_gpus for path in known)
 
 
 main = hydra_entry(task, "plan", PlanningConfig, prepared)

@@ -200,6 +200,11 @@ class ClusterConfig:
         """Whether it computes on GPUs: the host of a CPU computes itself."""
         return self.kernels.asynchronous
 
+    @property
+    def has_clock(self) -> bool:
+        """Whether it has host times or waits, which only simulations add to a step: closed forms have no clock."""
+        return bool(self.waits) or self.kernels.dispatch != Dispatch()
+
     def peak(self, precision: str) -> float:
         """Returns the peak FLOP/s of one GPU for a value of Lightning's ``trainer.precision``."""
         short = {"64": "fp64", "32": "fp32", "16": "fp16", "bf16": "bf16"}

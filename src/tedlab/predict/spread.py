@@ -1,7 +1,8 @@
 """How far a predicted time may be from a measured one, and where that is known from.
 
-A factor f stands for it: what is predicted to take t seconds takes t / f to t · f in two of three cases. That share of
-cases is what the median absolute deviation is to one half: a few gross misses do not widen it.
+A factor f stands for it: two of three of the cases that it was found by took t / f to t · f seconds where t were
+predicted. Like the median of the errors, it is not widened by a few gross misses. The cases are published runs, the
+lines of a calibration, or a user's own runs (docs/truth.md).
 """
 
 import math
@@ -30,11 +31,20 @@ class Spread:
     def said(self, seconds: float) -> str:
         """Returns a time with its range: ``12.3 s (10.6 to 14.3)``."""
         low, high = self.range(seconds)
-        return f"{seconds:.4g} s ({low:.3g} to {high:.3g})"
+        value = _written(seconds, 4)
+        ends = [_written(end, 3) for end in (low, high)]
+        if not float(ends[0]) <= float(value) <= float(ends[1]):  # so narrow a range needs the value's digits
+            ends = [_written(end, 4) for end in (low, high)]
+        return f"{value} s ({ends[0]} to {ends[1]})"
 
     def apart(self, one: float, other: float) -> bool:
         """Tells whether of two predicted times one is surely the longer: their ratio is more than the factor."""
         return max(one, other) > self.factor * min(one, other)
+
+
+def _written(seconds: float, digits: int) -> str:
+    """Returns a number with so many digits, without an exponent up to a million."""
+    return f"{float(f'{seconds:.{digits}g}'):g}"
 
 
 # benchmarks.published finds it for its rows of today's software; a test compares the two.

@@ -1,6 +1,7 @@
 """Measured steps correct a cluster's constants, which is known here because the runs are made up of predicted parts."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ import yaml
 
 from tedlab.commands.plan import prepared
 from tedlab.errors import UsageError
-from tedlab.predict.cluster import Slower, load_cluster
+from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, Slower, load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
-from tedlab.predict.plan.learn import factors_of, learn, left_out
+from tedlab.predict.plan.learn import Learned, factors_of, learn, left_out
+from tedlab.predict.sim import simulate
 from tedlab.predict.spread import PUBLISHED
 from tedlab.report import resolved_yaml
 from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
+from tests.pool import WorkerPool
+from tests.predict.sim.test_simulation import out_of_the_pools_group
 
 A100 = load_cluster("dgx_a100")
 LAYOUTS = {
@@ -49,6 +53,7 @@ def test_kernels_and_collectives_are_corrected_apart_by_runs_that_differ(tmp_pat
     assert learned.cluster.slower.kernels == pytest.approx(1.25)
     assert learned.cluster.slower.collectives == pytest.approx(0.8)
     assert learned.notes == []
+    assert learned.spread.source == "how far each of 3 runs is from the others"
     assert learned.cluster.spread == pytest.approx(1)  # of three runs, each is met
     for run in learned.seen:
         assert run.corrected == pytest.approx(run.measured)
@@ -64,10 +69,38 @@ def test_one_run_gives_both_the_same_factor_and_no_range(tmp_path: Path) -> None
     learned = learn(A100, [str(tmp_path / "expert")])
     assert learned.cluster.slower == Slower(pytest.approx(2), pytest.approx(2))
     assert learned.cluster.spread is None
+    assert learned.spread is PUBLISHED
     assert learned.seen[0].predicted == pytest.approx(found.step_seconds)
     assert "Predictions were 0.50 × what 1 run took" in learned.verdict()
     again = learn(learned.cluster, [str(tmp_path / "expert")])  # nothing is left to correct
     assert again.cluster.slower == Slower(pytest.approx(2), pytest.approx(2))
+
+
+HELD_UP = Kernels(Dispatch(forward=2e-5, backward=1e-5, optimizer=1e-5), asynchronous=False)
+
+
+def learned_by_simulation(folder: Path, kernels: Kernels) -> tuple[Learned, float, float]:
+    """Learns from a run whose device is 1.5 × slower than the cluster's; returns the step measured and predicted."""
+    cluster = replace(A100, kernels=kernels, waits=[MeasuredWait(8, 1, 1e-5, 0.1)])
+    config = complete_simulated(composed(*SIZES, *LAYOUTS["tensor"], "data.batch_size=32", "model.layers=2"))
+    made_up(folder, "tensor", 1.0, 1.0)
+    with out_of_the_pools_group():
+        taken = simulate(config, replace(cluster, slower=Slower(1.5, 1.5))).step_seconds
+        (folder / "tensor" / "config.yaml").write_text(resolved_yaml(config))
+        (folder / "tensor" / "summary.json").write_text(json.dumps({"steps": 9, "perf/step_time_s": taken}))
+        learned = learn(cluster, [str(folder)])
+        return learned, taken, simulate(config, learned.cluster).step_seconds
+
+
+@pytest.mark.parametrize("kernels", [HELD_UP, replace(HELD_UP, asynchronous=True)], ids=["CPU", "GPU"])
+def test_the_host_and_waits_count_once(kernels: Kernels, pool: WorkerPool, tmp_path: Path) -> None:
+    """What a plan prints of its winner is a simulation, so that is what has to meet the run."""
+    learned, taken, after = pool.run(1, learned_by_simulation, tmp_path, kernels)[0]
+    assert after == pytest.approx(taken, rel=5e-3 if kernels.asynchronous else 1e-3)
+    assert learned.seen[0].corrected == pytest.approx(after)
+    assert learned.seen[0].predicted < taken
+    if not kernels.asynchronous:
+        assert learned.cluster.slower == Slower(pytest.approx(1.5, rel=1e-3), pytest.approx(1.5, rel=1e-3))
 
 
 def test_runs_that_say_nothing_are_named(tmp_path: Path) -> None:
@@ -151,6 +184,7 @@ def test_a_run_that_comes_from_others_constructs_nothing(tmp_path: Path) -> None
     [
         ([[1.0, 0.0], [0.0, 1.0]], [2.0, 3.0], [2.0, 3.0]),
         ([[1.0, 1.0], [2.0, 2.0]], [3.0, 6.0], [1.5, 1.5]),  # alike: one factor
+        ([[0.9, 0.1], [0.88, 0.12]], [1.0, 1.03], [(1.0 * 1.03) ** 0.5] * 2),  # nearly alike: noise tells nothing
         ([[1.0, 0.0], [2.0, 0.0]], [2.0, 4.0], [2.0, 2.0]),  # nothing communicates
         ([[4.0, 1.0], [1.0, 4.0]], [1.0, 19.0], None),  # a negative factor would fit best
     ],
@@ -160,6 +194,20 @@ def test_factors_worked_by_hand(parts: list[list[float]], measured: list[float],
     if factors is None:
         factors = [float(np.sqrt(1 / 5 * 19 / 5))] * 2  # the geometric mean of what each run asks for
     assert found == pytest.approx(factors)
+
+
+def test_what_is_fixed_is_corrected_by_no_factor() -> None:
+    parts, measured, fixed = np.eye(2), np.array([3.0, 4.0]), np.array([1.0, 1.0])
+    assert factors_of(parts, measured, fixed) == pytest.approx([2.0, 3.0])
+    assert factors_of(parts[:1], measured[:1], fixed[:1]) == pytest.approx([2.0, 2.0])
+    assert left_out(np.ones((2, 2)), np.array([5.0, 5.0]), np.array([1.0, 1.0])) == pytest.approx([1.0, 1.0])
+    assert factors_of(parts[:1], measured[:1], np.array([9.0])) == pytest.approx([1.0, 1.0])  # longer than the run
+
+
+def test_factors_that_are_far_apart_are_doubtful(tmp_path: Path) -> None:
+    for name in LAYOUTS:
+        made_up(tmp_path, name, 1.0, 3.0)
+    assert ["collectives by 3" in note for note in learn(A100, [str(tmp_path)]).notes] == [True]
 
 
 def test_the_range_is_how_far_each_run_is_from_what_the_others_teach() -> None:
@@ -172,3 +220,10 @@ def test_the_range_is_how_far_each_run_is_from_what_the_others_teach() -> None:
 def test_from_is_short_for_a_field_that_python_cannot_name() -> None:
     assert prepared(["plan.from=[runs/a,runs/b]", "seed=1"]) == ["plan.runs=[runs/a,runs/b]", "seed=1"]
     assert PUBLISHED.factor > 1
+
+
+def test_a_plan_for_a_calibration_of_cpus_is_for_cpus_unless_a_trainer_is_given() -> None:
+    assert prepared(["cluster=this_machine", "seed=1"]) == ["cluster=this_machine", "seed=1", "trainer=cpu"]
+    assert prepared(["cluster=this_machine", "trainer=gpu"]) == ["cluster=this_machine", "trainer=gpu"]
+    for clusters in ("dgx_h100", "this_machine,dgx_h100"):
+        assert prepared([f"cluster={clusters}"]) == [f"cluster={clusters}"]

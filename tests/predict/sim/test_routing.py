@@ -181,8 +181,7 @@ def test_pilots_of_a_folded_layout_are_those_of_the_tensor_ranks_in_an_expert_gr
 
 def test_processes_that_compute_the_same_but_receive_other_pilots_differ() -> None:
     """Each is chosen for a quarter; the first has two experts for it, and a token that chooses both sends one pilot."""
-    layout = ["moe.top_k=2", "comm.dedup=rank", "parallel.expert=4", "parallel.expert_tensor=1"]
-    config = checked(*DROPLESS, *layout, "data.micro_batch_size=1", "data.batch_size=32")
+    config = checked(*DROPLESS, "moe.top_k=2", "comm.dedup=rank", "parallel.expert=4")
     shares = np.array([[1.0, 1, 0, 0, *[2.0, 0, 0, 0] * 3]])
     routing = SimulatedRouting(config, shares)
     rows = [routing.rows(rank)[1] for rank in routing.degrees.groups(0)["expert"]]

@@ -1,11 +1,12 @@
 """Corrects a cluster's constants by runs that were measured on it, and says by how much predictions were off.
 
-Kernels and collectives get a factor each, so that the closed form comes closest to the steps of all runs, in relative
-errors. One run alone, or runs that share their time alike between the two, give both the same factor.
+Kernels and collectives get a factor each, so that predictions come closest to the steps of all runs, in relative
+errors. One run alone, or runs that share their time alike between the two, give both the same factor. What a file
+says of the host and of waits stays as it is: it is measured by itself, and counts on top.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -19,9 +20,10 @@ from tedlab.compare.runs import CONFIG, Run, how_it_stopped, read_runs
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, Slower
-from tedlab.predict.estimate import Estimate, estimate
+from tedlab.predict.estimate import estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
-from tedlab.predict.spread import spread_of
+from tedlab.predict.sim.meter import KERNELS, MATRICES
+from tedlab.predict.spread import Spread, spread_of, spread_on
 from tedlab.renamed import nested
 from tedlab.untrusted import flat, one_line, read_yaml, typed
 from tedlab.validate import complete_simulated
@@ -31,7 +33,10 @@ _OPTIMIZERS = {f"torch.optim.{name}" for name in torch.optim.__all__}
 _TELLING = (OSError, ValueError, OmegaConfBaseException, UsageError)  # their messages say what is wrong
 _DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)  # a configuration is no run's
 _ENOUGH = 3  # runs to say how far from them predictions are
-_ALIKE = 1e-2  # smallest ratio of singular values of two factors that runs tell apart
+_ALIKE = 0.07  # smallest ratio of singular values of two factors told apart: below, noise grows more than tenfold
+_FAR = 2.0  # ratio of the two factors from which on they are doubtful
+_ROUNDS = 12  # of correcting at most: how long the host and waits hold a step up depends on the factors
+_SETTLED = 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,13 @@ class Learned:
     cluster: ClusterConfig
     seen: Sequence[Seen]
     notes: Sequence[str]
+
+    @property
+    def spread(self) -> Spread:
+        """How far predictions for the cluster may be off, and that runs say so, if enough do."""
+        if len(self.seen) < _ENOUGH:
+            return spread_on(self.cluster)
+        return replace(spread_on(self.cluster), source=f"how far each of {len(self.seen)} runs is from the others")
 
     def table(self) -> Table:
         """Returns a table of what was measured and predicted."""
@@ -88,66 +100,102 @@ def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
         UsageError: If a path has no run, or none was measured and can be estimated; the message says why.
     """
     runs, notes = read_runs([Path(path) for path in paths], stopped=True)
-    known: list[tuple[Run, float, Estimate]] = []
+    known: list[tuple[Run, float, TrainConfig, tuple[float, float, float]]] = []
     for run in runs:
         try:
             seconds = _measured(run)
             config = _config(run, cluster)
-            found = estimate(config, cluster)
+            parts = _parts(config, cluster)
         except _TELLING as error:
             notes.append(f"{run.source} is left out: {one_line(error)}")
         except _DAMAGED as error:
             notes.append(f"{run.source} is left out: its {CONFIG} is no run's ({type(error).__name__}: {error})")
         else:
             notes += _other_device(run, config, cluster)
-            known.append((run, seconds, found))
+            known.append((run, seconds, config, parts))
     notes = [flat(note) for note in notes]  # what they quote may come from others
     if not known:
         raise UsageError("\n".join(["plan.from has no run whose steps were measured.", *notes]))
-    parts = np.array([[_kernels(found), found.step_seconds - _kernels(found)] for _, _, found in known])
-    measured = np.array([seconds for _, seconds, _ in known])
-    factors = factors_of(parts, measured)
-    corrected = parts @ factors
+    measured = np.array([seconds for _, seconds, _, _ in known])
+    predicted = np.array([parts for _, _, _, parts in known])
+    factors, now = np.ones(2), predicted
+    for _ in range(_ROUNDS):
+        before, alone = factors, now[:, :2] / factors
+        factors = factors_of(alone, measured, now[:, 2])
+        slower = Slower(*(float(f) * old for f, old in zip(factors, asdict(cluster.slower).values(), strict=True)))
+        now = np.array([_parts(config, replace(cluster, slower=slower)) for _, _, config, _ in known])
+        if np.allclose(factors, before, rtol=_SETTLED):
+            break
     seen = [
-        Seen(run.name, seconds, found.step_seconds, float(now))
-        for (run, seconds, found), now in zip(known, corrected, strict=True)
+        Seen(run.name, seconds, float(parts.sum()), float(corrected.sum()))
+        for (run, seconds, _, _), parts, corrected in zip(known, predicted, now, strict=True)
     ]
-    before = cluster.slower
-    slower = Slower(float(factors[0]) * before.kernels, float(factors[1]) * before.collectives)
-    spread = spread_of(left_out(parts, measured)) if len(seen) >= _ENOUGH else cluster.spread
+    for one, held_up in zip(seen, now[:, 2], strict=True):
+        if held_up >= one.measured:
+            notes.append(
+                f"{flat(one.name)}: the host and waits alone, which no factor corrects, are predicted to take "
+                f"{held_up:.4g} s, and the step took {one.measured:.4g}; calibrate again"
+            )
+    if max(factors) > _FAR * min(factors):
+        notes.append(
+            f"kernels are corrected by {factors[0]:.3g}, collectives by {factors[1]:.3g}: so far apart they may stand "
+            "for something else that runs differ in; measure runs that communicate more, and less, than these"
+        )
+    spread = spread_of(left_out(alone, measured, now[:, 2])) if len(seen) >= _ENOUGH else cluster.spread
     return Learned(replace(cluster, slower=slower, spread=spread), seen, notes)
 
 
-def factors_of(parts: np.ndarray, measured: np.ndarray) -> np.ndarray:
+def factors_of(parts: np.ndarray, measured: np.ndarray, fixed: np.ndarray | float = 0.0) -> np.ndarray:
     """Returns by how much to multiply kernels and collectives.
 
     Args:
         parts: Predicted seconds of kernels and of collectives, (runs, 2).
         measured: Measured seconds, (runs,).
+        fixed: Predicted seconds that no factor multiplies, (runs,).
     """
-    relative = parts / measured[:, None]
-    together = np.full(2, np.exp(-np.log(relative.sum(1)).mean()))
+    relative, rest = parts / measured[:, None], 1 - fixed / measured
+    whole = relative.sum(1)
+    if (rest > 0).all():
+        one = np.exp((np.log(rest) - np.log(whole)).mean())
+    else:  # what is fixed takes longer than a run took: the other runs decide, or none
+        one = whole @ rest / (whole @ whole) if whole @ rest > 0 else 1.0
+    together = np.full(2, one)
     singular = np.linalg.svd(relative, compute_uv=False)
     if len(measured) < 2 or singular[-1] < _ALIKE * singular[0]:
         return together
-    apart = np.linalg.lstsq(relative, np.ones(len(measured)), rcond=None)[0]
+    apart = np.linalg.lstsq(relative, rest, rcond=None)[0]
     return apart if (apart > 0).all() else together
 
 
-def left_out(parts: np.ndarray, measured: np.ndarray) -> list[float]:
+def left_out(parts: np.ndarray, measured: np.ndarray, fixed: np.ndarray | float = 0.0) -> list[float]:
     """Returns of each run predicted by measured seconds, with the factors that all other runs give.
 
     The arguments are those of :func:`factors_of`, for two runs or more.
     """
+    fixed = np.broadcast_to(fixed, measured.shape)
     ratios = []
     for number in range(len(measured)):
-        factors = factors_of(np.delete(parts, number, 0), np.delete(measured, number))
-        ratios.append(float(parts[number] @ factors / measured[number]))
+        factors = factors_of(*(np.delete(each, number, 0) for each in (parts, measured, fixed)))
+        ratios.append(float((parts[number] @ factors + fixed[number]) / measured[number]))
     return ratios
 
 
-def _kernels(found: Estimate) -> float:
-    return found.seconds[COMPUTE] + found.seconds[OPTIMIZER]
+def _parts(config: TrainConfig, cluster: ClusterConfig) -> tuple[float, float, float]:
+    """Returns the predicted seconds of a step's kernels, of its collectives, and of the host and waits.
+
+    The closed form knows no host and no waits. Where the cluster has any, the step is simulated, as a plan's winner is.
+    """
+    if not cluster.has_clock:
+        found = estimate(config, cluster)
+        kernels = found.seconds[COMPUTE] + found.seconds[OPTIMIZER]
+        return kernels, found.step_seconds - kernels, 0.0
+    from tedlab.predict.sim import simulate
+
+    simulation = simulate(config, cluster)
+    alone = simulation.alone_on(cluster)
+    kernels = sum(taken for (_, cause), taken in alone.items() if cause in (MATRICES, KERNELS))
+    collectives = sum(alone.values()) - kernels - sum(simulation.hidden.values())
+    return kernels, collectives, simulation.step_seconds - kernels - collectives
 
 
 def _measured(run: Run) -> float:

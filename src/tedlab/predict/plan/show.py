@@ -14,7 +14,7 @@ from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import base_parameters, parameters
 from tedlab.predict.plan.file import allowed
-from tedlab.predict.plan.learn import learn
+from tedlab.predict.plan.learn import Learned, learn
 from tedlab.predict.plan.lending import show_lending
 from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides, worker_processes
 from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
@@ -39,6 +39,7 @@ def plan_visibly(
     given: Sequence[str],
     assumed: AssumedRouting | None = None,
     warnings: Sequence[str] = (),
+    spread: Spread | None = None,
 ) -> Plan:
     """Runs :func:`make_plan` with a progress bar, prints the result and writes the winner to a file.
 
@@ -51,7 +52,9 @@ def plan_visibly(
         given: The overrides of the command line; the search keeps what they set.
         assumed: What routers choose in the layout that is found, to say whether to lend experts; None: nothing is said.
         warnings: What makes predictions doubtful; it is printed, and stays in the file.
+        spread: How far times may be off; None: as the cluster says.
     """
+    spread = spread or spread_on(cluster)
     fixed = fixed_by(given)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar, worker_processes() as workers:
@@ -76,7 +79,7 @@ def plan_visibly(
         console.print(_models_table(models))
     usable = cluster.memory_bytes / _GIB - reserve_gib
     console.print(_candidates_table(plan, usable))
-    console.print(_alike(plan, spread_on(cluster)), markup=False)
+    console.print(_alike(plan, spread), markup=False)
     console.print(_refused_table(plan, usable))
     path = Path(config.output_dir) / "plan.overrides"
     write_overrides(plan, config, cluster, given, find_largest, path, warnings)
@@ -93,13 +96,13 @@ def plan_visibly(
     return plan
 
 
-def learn_visibly(cluster: ClusterConfig, paths: Sequence[str]) -> tuple[ClusterConfig, list[str]]:
-    """Runs :func:`learn` and prints the result; returns the corrected cluster, and what is doubtful about it."""
+def learn_visibly(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
+    """Runs :func:`learn`, prints the result and returns it."""
     learned = learn(cluster, paths)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(learned.table())
     console.print(learned.verdict(), markup=False)
-    return learned.cluster, list(learned.notes)
+    return learned
 
 
 def fixed_by(given: Sequence[str]) -> list[str]:

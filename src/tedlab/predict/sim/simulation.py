@@ -19,7 +19,7 @@ from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.config import CheckpointOptions, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
-from tedlab.predict.cluster import ClusterConfig, Dispatch
+from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
 from tedlab.predict.sim.lanes import Span
 from tedlab.predict.sim.memory import StorageTracker, Timeline
@@ -85,13 +85,20 @@ class Simulation:
             ValueError: If anything overlaps, or the cluster has measured host times or waits, since what hides behind
                 what then depends on the cluster.
         """
-        if cluster.waits or cluster.kernels.dispatch != Dispatch():
+        if cluster.has_clock:
             raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
         if self.hidden:
             raise ValueError(
                 "a simulation in which collectives are hidden (optim.overlap, comm.overlap_shared) cannot be priced "
                 "again; simulate on that cluster"
             )
+        return self.alone_on(cluster)
+
+    def alone_on(self, cluster: ClusterConfig) -> dict[tuple[Phase, str], float]:
+        """Returns what kernels and collectives take on a cluster without host times, waits, and anything hidden.
+
+        All calls of a collective count with their mean payload, as in :meth:`seconds_on`.
+        """
         priced: defaultdict[tuple[Phase, str], float] = defaultdict(float)
         for (phase, work), times in self.kernels.items():
             priced[phase, MATRICES if work.flops else KERNELS] += times * kernel_seconds(work, cluster)
