@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 
 from tedlab.checkpoint import read_meta
 from tedlab.comm import TRAINING_PHASES
+from tedlab.commands.continued import command_to_continue
 from tedlab.compare.runs import read_runs
 from tedlab.config import TrainConfig
 from tests.commands import run_forked
@@ -455,6 +457,14 @@ def test_auto_goes_on_in_its_directory_with_what_is_named_and_in_the_same_wandb_
     assert len(runs) == 2
     assert len({name.rpartition("-")[2] for name in runs}) == 1
     assert config.logger.wandb.id == runs[0].rpartition("-")[2]
+    forgotten = place.command("tedlab.train", "resume=auto", "hydra.run.dir=auto")
+    assert "is of a run with data.path=corpus" in forgotten.stderr
+    line = command_to_continue(second.directory)
+    assert line is not None
+    _, train, *again = shlex.split(line.partition(" && ")[2])
+    third = place.finished("auto", place.command(f"tedlab.{train}", *again, "trainer.max_steps=5"))
+    assert list(third.column("train/loss")) == [1, 2, 3, 4, 5]
+    assert third.column("train/learning_rate")[5] == pytest.approx(1e-4)
 
 
 # ---- ablations -------------------------------------------------------------------------------------------------------
