@@ -28,14 +28,17 @@ class Spread:
         """Returns the shortest and the longest time of the range."""
         return seconds / self.factor, seconds * self.factor
 
+    def ends(self, seconds: float) -> str:
+        """Returns the range as text: ``10.6 to 14.3``. A range so narrow that it needs them has the value's digits."""
+        for digits in (3, 4):
+            low, high = (_written(end, digits) for end in self.range(seconds))
+            if float(low) <= float(_written(seconds, 4)) <= float(high):
+                break
+        return f"{low} to {high}"
+
     def said(self, seconds: float) -> str:
         """Returns a time with its range: ``12.3 s (10.6 to 14.3)``."""
-        low, high = self.range(seconds)
-        value = _written(seconds, 4)
-        ends = [_written(end, 3) for end in (low, high)]
-        if not float(ends[0]) <= float(value) <= float(ends[1]):  # so narrow a range needs the value's digits
-            ends = [_written(end, 4) for end in (low, high)]
-        return f"{value} s ({ends[0]} to {ends[1]})"
+        return f"{_written(seconds, 4)} s ({self.ends(seconds)})"
 
     def apart(self, one: float, other: float) -> bool:
         """Tells whether of two predicted times one is surely the longer: their ratio is more than the factor."""

@@ -117,12 +117,11 @@ def table(found: list[Choice], cluster: ClusterConfig) -> Table:
         if choice.step_seconds is None:
             shown.add_row(choice.name, "", "", "", "", "")
             continue
-        low, high = spread.range(choice.step_seconds)
         peak = f"{choice.peak_bytes / _GIB:.2f}" + ("" if choice.peak_bytes <= cluster.memory_bytes else " (too much)")
         shown.add_row(
             choice.name,
             f"{choice.step_seconds:.4g}",
-            f"{low:.3g} to {high:.3g}",
+            spread.ends(choice.step_seconds),
             peak,
             f"{choice.dropped:.1%}" if choice.dropped else "",
             f"{choice.between_nodes_bytes / 1e9:.2f}",
