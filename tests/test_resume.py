@@ -202,9 +202,9 @@ def test_auto_goes_on_at_the_last_checkpoint_and_in_the_same_wandb_run(
 
 
 FORGOTTEN = {
-    "all": ([], "data.path=corpus"),
-    "all_but_a_value_that_decides_no_text": (["data.validation_samples=8"], "data.path=corpus"),
-    "nothing": (["data=text", "data.path=corpus"], None),
+    "all": ([], "data.path=my corpus"),
+    "all_but_a_value_that_decides_no_text": (["data.validation_samples=8"], "data.path=my corpus"),
+    "nothing": (["data=text", "data.path=my corpus"], None),
     "nothing_since_other_text_is_named": (["data=stdlib"], None),
 }
 
@@ -214,7 +214,7 @@ def test_a_run_goes_on_with_other_text_only_if_that_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], refused: str | None
 ) -> None:
     last = checkpoint(tmp_path / "checkpoints" / "last.ckpt")
-    before = compose("data=text", "data.path=corpus")
+    before = compose("data=text", "data.path=my corpus")
     (tmp_path / "config.yaml").write_text(resolved_yaml(before))
     monkeypatch.setattr("tedlab.resume.read_meta", lambda path: saved(before))
     names = named(*overrides)

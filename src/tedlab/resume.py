@@ -123,10 +123,14 @@ def _check_text(config: TrainConfig, checkpoint: Path, named: Collection[str]) -
         ours, theirs = getattr(config.data, name), stored.get(name, getattr(config.data, name))
         if theirs != ours and f"data.{name}" not in named:
             raise ValueError(
-                f"{checkpoint} is of a run with data.{name}={_text(theirs)}, and this one would go on with "
-                f"data.{name}={_text(ours)}, which nothing names. Give the run its data again, or name other data "
+                f"{checkpoint} is of a run with data.{name}={_as_is(theirs)}, and this one would go on with "
+                f"data.{name}={_as_is(ours)}, which nothing names. Give the run its data again, or name other data "
                 "(data=… or data.path=…): a text that is another begins with a new epoch"
             )
+
+
+def _as_is(value: object) -> object:
+    return "null" if value is None else value
 
 
 def named_values(hydra: Any) -> set[str]:
