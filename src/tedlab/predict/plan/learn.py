@@ -36,7 +36,7 @@ _ENOUGH = 3  # runs to say how far from them predictions are
 _ALIKE = 0.07  # smallest ratio of singular values of two factors told apart: below, noise grows more than tenfold
 _FAR = 2.0  # ratio of the two factors from which on they are doubtful
 _ROUNDS = 12  # of correcting at most: how long the host and waits hold a step up depends on the factors
-_SETTLED = 1e-4
+_SETTLED = 1e-3  # relative change of factors that ends it
 
 
 @dataclass(frozen=True)
