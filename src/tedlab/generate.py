@@ -18,7 +18,7 @@ from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.decode import check_lengths, continuations
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.doctor.machine import available_memory
-from tedlab.launch.joining import join, local_rank
+from tedlab.launch.joining import join, own_device
 from tedlab.launch.outside import started_outside
 from tedlab.models import models
 from tedlab.moe import routers
@@ -161,9 +161,7 @@ def _topology(degrees: ParallelDegrees, device: str) -> Topology:
     """Joins the processes of the layout, if there are several."""
     if degrees.world_size == 1 and not started_outside():
         return Topology.single(device)
-    place = torch.device(device, local_rank()) if device == "cuda" else torch.device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = own_device(device)
     if not dist.is_initialized():
         join("nccl" if place.type == "cuda" else "gloo")
     return Topology(degrees, place)

@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from torch import distributed as dist
 
@@ -24,3 +25,12 @@ def join(backend: str, timeout: timedelta | None = None) -> None:
 def local_rank() -> int:
     """Returns this process's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+
+
+def own_device(kind: str) -> torch.device:
+    """Returns this process's device, ``cpu`` or one of the machine's GPUs, and makes that the current one."""
+    if kind != "cuda":
+        return torch.device(kind)
+    device = torch.device(kind, local_rank())
+    torch.cuda.set_device(device)
+    return device

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tedlab.config import CalibrateConfig
+from tedlab.launch.joining import own_device
 from tedlab.predict.calibrate.fit import fit
 from tedlab.predict.calibrate.measure import SIZES, Bench
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
@@ -69,9 +70,7 @@ def default_device() -> str:
 
 def _join(device: str) -> torch.device:
     """Initialises the process group and returns this process's device."""
-    place = torch.device(device, int(os.environ.get("LOCAL_RANK", "0"))) if device == "cuda" else torch.device(device)
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    place = own_device(device)
     backend = "nccl" if place.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend)
