@@ -58,9 +58,17 @@ _TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "mode
 _TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
 
 
+_EXPERT_2 = ("parallel.world_size=2", "parallel.expert=2")
+_TWO = (*_EXPERT_2, "model.compile=none")  # which comm.interleave needs
+_LENT = ("moe.lend.policy=llep", "moe.lend.minimum=64")
 ROWS = [
-    *(Row(f"{peer}, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2"), peer, "AB") for peer in PEERS),
-    Row("tedlab, expert 2", 2, ("parallel.world_size=2", "parallel.expert=2")),
+    *(Row(f"{peer}, expert 2", 2, _EXPERT_2, peer, "AB") for peer in PEERS),
+    Row("tedlab, expert 2", 2, _EXPERT_2),
+    Row("tedlab, expert 2, comm.dedup=rank", 2, (*_EXPERT_2, "comm.dedup=rank"), cases="ABDEZ"),
+    Row("tedlab, expert 2, comm.chunks=2", 2, (*_EXPERT_2, "comm.chunks=2")),
+    Row("tedlab, expert 2, 2 micro-batches", 2, _TWO, cases="AB", micro_batches=2),
+    Row("tedlab, expert 2, 2 beside each other", 2, (*_TWO, "comm.interleave=true"), cases="AB", micro_batches=2),
+    Row("tedlab, expert 2, experts lent", 2, (*_EXPERT_2, *_LENT), cases="Z"),
     Row("tedlab, tensor 2", 2, ("parallel.world_size=2", "parallel.tensor=2", "parallel.expert=1")),
     Row("plain loop, one GPU", 1, (), "plain loop", "AB"),
     Row("tedlab, one GPU", 1, ()),
@@ -126,7 +134,7 @@ def main() -> None:
                 rows.append(
                     attempt(replace(row, overrides=overrides, steps=arguments.steps, profile=arguments.profile))
                 )
-                said = rows[-1].get("error") or f"{1e3 * rows[-1]['passes_s']:.1f} ms"
+                said = rows[-1].get("error") or f"{1e3 * rows[-1]['passes_s']:.1f} ms, step {1e3 * rows[-1]['step_s']:.1f}"
                 print(f"{case}, {row.name}: {said}", flush=True)
                 print(rows[-1].get("profile", ""), flush=True)
         results[case] = rows

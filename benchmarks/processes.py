@@ -28,6 +28,7 @@ class Row:
         overrides: Of tedlab's configuration, which a peer reads as well.
         peer: Whose MoE layer runs between plain attention, see ``peer_layers``; none: tedlab.
         cases: Cases that it can run.
+        micro_batches: How many a step has.
         steps: Timed steps.
         profile: How many of the longest kernels of a step are listed; 0: none.
         output_dir: Where each process leaves what it measured.
@@ -38,6 +39,7 @@ class Row:
     overrides: tuple[str, ...]
     peer: str = ""
     cases: str = "ABCDEZ"
+    micro_batches: int = 1
     steps: int = 12
     profile: int = 0
     output_dir: str = ""
@@ -47,7 +49,7 @@ def measure(row: Row) -> dict[str, Any]:
     """Runs in each process; what it measured is left in the row's directory."""
     data_ranks = 1 if "parallel.tensor=2" in row.overrides else row.processes
     size = composed(list(row.overrides)).data.micro_batch_size
-    config = composed([*row.overrides, f"data.batch_size={data_ranks * size}"])
+    config = composed([*row.overrides, f"data.batch_size={data_ranks * size * row.micro_batches}"])
     profile = Profile(row.profile) if row.profile else None
     measured = _peer(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
     rank, device = os.environ.get("RANK", "0"), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
