@@ -12,7 +12,7 @@ COMMANDS = {
     "calibrate": "measure this machine, for predictions about it",
     "certify": "prove that a configuration equals one process",
     "runs": "list runs with their states, losses and where to resume",
-    "compare": "put finished runs side by side",
+    "compare": "put runs side by side",
     "generate": "continue a text with a trained model",
     "doctor": "test this machine or allocation, and say what is wrong",
     "models": "list the published models of which there are presets",

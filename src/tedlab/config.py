@@ -48,6 +48,7 @@ LendPolicy = StrEnum("LendPolicy", "NONE LLEP EVEN")
 Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Slicing = StrEnum("Slicing", "NONE TOKENS")
 Backend = StrEnum("Backend", "NCCL GLOO")
+ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
@@ -604,11 +605,16 @@ class CompareConfig(Frozen):
     out: str | None = None
     baseline: str | None = None  # the name of the run that others are compared with; None: the first one
     # Also compare runs of different models, data or numbers of steps (otherwise an error), with a note that their
-    # losses are not comparable, and runs that failed or were interrupted, as far as they came.
+    # losses are not comparable, and runs that are going on or broke, as far as they came.
     force: bool = False
     wandb: str | None = None  # ENTITY/PROJECT: read the runs from a W&B server, not from directories
     group: str | None = None  # the group of those runs; tedlab train names it after the directory of a sweep
     workspace: bool = False  # also save a view of the group with the same charts there (needs tedlab's extra 'wandb')
+    x: str = word(ChartAxis.STEP)  # step | tokens | time: what the report draws losses over
+    # How much of the earlier values each value of a training loss in the chart keeps: 0.9 averages over about ten.
+    smoothing: float = real(0.0, least=0.0, below=1.0)
+    # Average runs that differ in nothing but their seed: losses have standard deviations, the chart has bands.
+    seeds: bool = False
 
 
 def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:

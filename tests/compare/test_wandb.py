@@ -28,7 +28,10 @@ def server_run(directory: Path, identifier: str, state: str = "finished") -> Sim
         {"_step": 0, "_runtime": 1.5, "trainer/global_step": 9, "train/loss": LOSSES[0], "val/loss": None},
         {"_step": 1, "_runtime": 2.5, "trainer/global_step": 19, "train/loss": LOSSES[1], "epoch": 0},
         {"_step": 2, "_runtime": 3.5, "trainer/global_step": STEPS, "val/loss": summary["val/loss"]},
+        {"_step": 3, "_runtime": 3.6, "system/gpu": 1.0},  # a row that is not of a step
     ]
+    if state != "finished":
+        summary = {"train/loss": LOSSES[0], "trainer/global_step": 10, "tokens": 10240}
 
     def scan_history() -> Iterator[dict[str, Any]]:
         return iter(history)
@@ -40,7 +43,7 @@ def server_run(directory: Path, identifier: str, state: str = "finished") -> Sim
         state=state,
         url=f"https://wandb.example/me/tedlab/runs/{identifier}",
         config=yaml.safe_load((directory / "config.yaml").read_text()) | EXTRA,
-        summary_metrics=(summary if state == "finished" else {"train/loss": 4.0}) | {"_wandb": {"runtime": 4}},
+        summary_metrics=summary | {"_wandb": {"runtime": 4}},
         scan_history=scan_history,
     )
 
@@ -77,7 +80,11 @@ def test_a_group_on_a_server_is_compared_as_its_directories_would_be(tmp_path: P
         assert a.curves == b.curves
         assert {key: value for key, value in a.summary.items() if key != "_wandb"} == b.summary
     assert compare(theirs).loss_statements() == compare(ours).loss_statements()
-    assert notes == ["https://wandb.example/me/tedlab/runs/id4 is left out: it is running and has no summary."]
+    assert notes == [
+        "https://wandb.example/me/tedlab/runs/id4 is left out: it is running, now at step 10; "
+        "force=true compares it as far as it came."
+    ]
+    assert read_group("me/tedlab", "ablation", stopped=True)[0][-1].name == "ablation 3 (id4) (running at step 10)"
 
 
 def test_runs_of_one_name_are_told_apart_by_their_identifiers(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""``tedlab compare DIR…``: compares finished runs in tables and in a report with charts."""
+"""``tedlab compare DIR…``: compares runs in tables and in a report with charts."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from tedlab.config import CompareConfig
 from tedlab.errors import UsageError
 
 _TEXTS = ("by", "out", "wandb", "group", "baseline")
+_VALUES = (*_TEXTS, "x", "smoothing")
 _FILES = (".html", ".csv", ".tex")
-_SWITCHES = ("force", "workspace")
+_SWITCHES = ("force", "workspace", "seeds")
 
 
 def prepare(arguments: list[str]) -> list[str]:
@@ -20,7 +21,7 @@ def prepare(arguments: list[str]) -> list[str]:
         name, equals, value = word.removeprefix("--").partition("=")
         if word.startswith("--") and name in _SWITCHES:
             others.append(f"{name}=true")
-        elif word.startswith("--") and name in _TEXTS:
+        elif word.startswith("--") and name in _VALUES:
             others.append(f"{name}={value if equals else next(words, '')}")
         elif word.startswith("-") or ("=" in word and not Path(word).exists()):
             others.append(word)
@@ -52,9 +53,10 @@ def task(config: CompareConfig) -> None:
 def _compare(config: CompareConfig) -> None:
     from rich.console import Console
 
-    from tedlab.compare.comparison import compare
+    from tedlab.compare.comparison import View, compare
     from tedlab.compare.page import write
     from tedlab.compare.runs import first_of, read_runs
+    from tedlab.compare.seeds import averaged
     from tedlab.compare.tables import write_table
     from tedlab.compare.terminal import show
 
@@ -64,10 +66,12 @@ def _compare(config: CompareConfig) -> None:
         runs, notes = read_group(config.wandb, config.group, config.force)
     else:
         runs, notes = read_runs([Path(run) for run in config.runs], config.force)
+    if config.seeds:
+        runs = averaged(runs)
     if config.baseline is not None:
         runs = first_of(runs, config.baseline)
     by = [key.strip() for key in config.by.split(",")] if config.by else []
-    comparison = compare(runs, by, notes, config.force)
+    comparison = compare(runs, by, notes, config.force, View(config.x, config.smoothing))
     show(comparison)
     if config.out is not None:
         out = Path(config.out)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
-from tedlab.compare.comparison import Comparison
+from tedlab.compare.comparison import Comparison, missing
 from tedlab.compare.quantities import MIB, SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import Curve, Run
+from tedlab.compare.seeds import band
 from tedlab.compare.traffic import emulated_seconds_by_link, seconds_by_phase, sorted_ops, traffic, wire_total
+from tedlab.config import ChartAxis
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart.
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
@@ -36,6 +38,7 @@ _PARTS = {  # part of a step's time → colour
     _OTHER: "#9aa0a6",
 }
 _BAR = 0.46  # height of a bar, in rows
+_LONG = 2 * 3600  # seconds from which an axis has hours
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def charts(comparison: Comparison) -> list[Chart]:
     """Draws the charts for which the runs have data."""
     drawn = []
     for name, caption, draw in (
-        ("loss", _LOSS_CAPTION, _losses),
+        ("loss", _loss_caption(comparison), _losses),
         ("flips", _FLIPS_CAPTION, _flips),
         ("bytes", _BYTES_CAPTION, _bytes),
         ("step_time", _time_caption(comparison), _times),
@@ -83,13 +86,21 @@ def charts(comparison: Comparison) -> list[Chart]:
     return drawn
 
 
-_LOSS_CAPTION = (
-    "Lines are training losses, circles validation losses. Curves that coincide are drawn inside one another."
-)
 _BYTES_CAPTION = "Colours are operations; the names above a bar are the phases of the step, gaps part them."
 
 
 _FLIPS_CAPTION = "Lines are means over the MoE layers, bands reach from the layer with fewest to that with most flips."
+
+
+def _loss_caption(comparison: Comparison) -> str:
+    said = ["Lines are training losses, circles validation losses. Curves that coincide are drawn inside one another."]
+    if comparison.view.smoothing:
+        said.append(f"Lines are smoothed ({comparison.view.smoothing:g}); the losses themselves are faint behind them.")
+    if any(run.members for run in comparison.runs):
+        said.append("Where runs were averaged over seeds, the line is their mean; bands reach from lowest to highest.")
+    if any(run.unfinished for run in comparison.runs):
+        said.append("× marks where a run stands that has not finished.")
+    return " ".join(said)
 
 
 def _time_caption(comparison: Comparison) -> str:
@@ -101,25 +112,82 @@ def _time_caption(comparison: Comparison) -> str:
 
 
 def _losses(comparison: Comparison, theme: Theme) -> Figure | None:
-    if not any(curve for run in comparison.runs for curve in run.curves.values()):
+    view = comparison.view
+    absent = missing(comparison.runs, view.x)
+    runs = [run for run in comparison.runs if run not in absent]
+    if not any(curve for run in runs for curve in run.curves.values()):
         return None
     count = len(comparison.runs)
     figure, axes = _canvas(4.6 + 0.12 * count, _loss_title(comparison))
+    divisor, unit = _unit(runs, view.x)
     for index, run in enumerate(comparison.runs):
+        if run in absent:
+            continue
+
+        def points(curve: Curve, run: Run = run) -> tuple[list[float], list[float]]:
+            return [x / divisor for x in _axis(run, view.x, [step for step, _ in curve])], [loss for _, loss in curve]
+
         style = {"color": _COLOURS[index % len(_COLOURS)], "ls": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
         covering = sum(_coincide(run, later) for later in comparison.runs[index + 1 :])
         width = 1.5 + 5.0 * covering / count
-        axes.plot(*_xy(run.curves["train/loss"]), lw=width, label=comparison.label(run), **style)
-        axes.plot(*_xy(run.curves["val/loss"]), lw=0.7, marker="o", ms=3 + 1.5 * width, mfc=theme.paper, **style)
-    axes.set_xlabel("step")
+        train = run.curves["train/loss"]
+        if view.smoothing:
+            axes.plot(*points(train), lw=0.8, alpha=0.3, **style)
+        line = smoothed(train, view.smoothing)
+        axes.plot(*points(line), lw=width, label=comparison.label(run), **style)
+        axes.plot(*points(run.curves["val/loss"]), lw=0.7, marker="o", ms=3 + 1.5 * width, mfc=theme.paper, **style)
+        if run.members:
+            lowest, highest = (points(smoothed(edge, view.smoothing)) for edge in band(run, "train/loss"))
+            axes.fill_between(lowest[0], lowest[1], highest[1], color=style["color"], alpha=0.2, lw=0)
+        if run.unfinished and line:
+            axes.plot(*points(line[-1:]), marker="x", ms=9, mew=2.5, color=style["color"])
+    axes.set_xlabel(unit)
     axes.set_ylabel("cross-entropy, nats per token")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    if view.x == ChartAxis.STEP:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color=theme.faint, lw=0.7)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower left", ncols=2 if max(map(len, labels)) < 45 else 1, frameon=False
     )
     return figure
+
+
+def smoothed(curve: Curve, weight: float) -> Curve:
+    """Returns the exponential moving average of a curve, as W&B and TensorBoard draw it.
+
+    Each value keeps ``weight`` of the average before it. The first ones, which have little before them, are divided by
+    the weight that there is. Values that are no numbers count neither for their neighbours nor for themselves.
+    """
+    average = total = 0.0
+    smooth = []
+    for step, loss in curve:
+        if math.isfinite(loss):
+            average = weight * average + (1 - weight) * loss
+            total = weight * total + (1 - weight)
+            loss = average / total
+        smooth.append((step, loss))
+    return smooth
+
+
+def _axis(run: Run, x: str, steps: Sequence[int]) -> list[float]:
+    """Returns where steps of a run lie on the axis; between and after those that were logged, at the rate around."""
+    clock = {ChartAxis.TOKENS: run.tokens, ChartAxis.TIME: run.seconds}.get(ChartAxis(x))
+    if clock is None or not steps:
+        return [float(step) for step in steps]
+    known = sorted({0: 0.0, **clock}.items())
+    (before, less), (end, most) = known[-2:]
+    rate = (most - less) / (end - before)
+    values = np.interp(steps, [step for step, _ in known], [value for _, value in known])  # stays at the last one
+    return [float(value) + rate * max(0, step - end) for value, step in zip(values, steps, strict=True)]
+
+
+def _unit(runs: Sequence[Run], x: str) -> tuple[float, str]:
+    """Returns by what to divide an axis, and its label."""
+    if x != ChartAxis.TIME:
+        return 1, {ChartAxis.STEP: "step", ChartAxis.TOKENS: "tokens read"}[ChartAxis(x)]
+    divisor, unit = (3600, "h") if max(max(run.seconds.values(), default=0) for run in runs) > _LONG else (1, "s")
+    return divisor, f"training without validation, {unit}{' †' * any(run.emulated for run in runs)}"
 
 
 def _flips(comparison: Comparison, theme: Theme) -> Figure | None:

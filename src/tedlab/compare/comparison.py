@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
 from tedlab.compare.runs import CURVES, Run
+from tedlab.config import ChartAxis
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
 from tedlab.record import DIRECTORY, Recording, flip_rates
@@ -78,7 +80,22 @@ class Effect:
     @property
     def loss_distance(self) -> float:
         """The largest difference of any loss in any pair; 0 if all agree to the last digit."""
-        return max(_distance(before, after, name) for before, after in self.pairs for name in CURVES)
+        apart = [_distance(before, after, name) for before, after in self.pairs for name in CURVES]
+        return max((distance for distance in apart if distance is not None), default=math.inf)
+
+
+@dataclass(frozen=True)
+class View:
+    """How loss curves are drawn.
+
+    Attributes:
+        x: What they are drawn over.
+        smoothing: Weight of the earlier values in an exponential moving average of training losses; 0 draws them as
+            they are.
+    """
+
+    x: str = ChartAxis.STEP
+    smoothing: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,12 +107,14 @@ class Comparison:
         settings: Keys of the configuration to show.
         differing: Keys of the configuration that differ, shown or not.
         notes: Sentences that a reader must know before drawing conclusions.
+        view: How the chart of losses is drawn.
     """
 
     runs: Sequence[Run]
     settings: Sequence[str]
     differing: Sequence[str]
     notes: Sequence[str]
+    view: View = View()
 
     def value(self, run: Run, key: str) -> str:
         """Returns a setting as YAML would show it."""
@@ -184,7 +203,9 @@ class Comparison:
             where = f", at each of the {logged} steps where it was logged" if logged > 1 else ""
             who = "all runs" if len(runs) == len(self.runs) else f"runs {', '.join(run.name for run in runs)}"
             return f"{name}: identical to the last digit in {who} ({runs[0].number(name)!r}){where}."
-        apart = max(_distance(a, b, name) for a in runs for b in runs)
+        apart = max(_distance(a, b, name) or 0.0 for a in runs for b in runs)
+        if apart == 0.0:
+            return f"{name}: identical to the last digit where two runs logged it, but not all runs came equally far."
         groups = [f"runs {', '.join(run.name for run in group)}" for group in alike.values() if len(group) > 1]
         same = f"identical to the last digit in {' and in '.join(groups)}; the others" if groups else "the runs"
         return f"{name}: {same} differ by up to {apart:.1e}."
@@ -196,7 +217,13 @@ class Comparison:
         return ", ".join(f"{key}={self.value(run, key)}" for key in keys)
 
 
-def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = (), force: bool = False) -> Comparison:
+def compare(
+    runs: Sequence[Run],
+    by: Sequence[str] = (),
+    notes: Sequence[str] = (),
+    force: bool = False,
+    view: View = View(),
+) -> Comparison:
     """Checks that runs can be compared, and determines how they differ.
 
     Args:
@@ -204,6 +231,7 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
         by: Keys of the settings to show; by default all that differ.
         notes: Notes from reading the runs, to keep.
         force: Whether to compare unlike runs nevertheless, with a note.
+        view: How to draw losses.
 
     Raises:
         UsageError: If no configuration has a key of ``by``, or if losses of the runs do not mean the same.
@@ -226,7 +254,17 @@ def compare(runs: Sequence[Run], by: Sequence[str] = (), notes: Sequence[str] = 
             + "\nforce=true compares them nevertheless, and says so in the report."
         )
     forced = [f"These runs are not alike, and their losses do not mean the same: {'; '.join(unlike)}."] * bool(unlike)
-    return Comparison(runs, by or differing, differing, [*forced, *notes, *_warnings(runs)])
+    notes = [*forced, *notes, *_warnings(runs)]
+    notes += [
+        f"Run {run.name} is not in the chart of losses: it did not log {view.x}." for run in missing(runs, view.x)
+    ]
+    return Comparison(runs, by or differing, differing, notes, view)
+
+
+def missing(runs: Sequence[Run], x: str) -> list[Run]:
+    """Returns the runs that have losses, but cannot be drawn over ``x``."""
+    clocks = {ChartAxis.TOKENS: attrgetter("tokens"), ChartAxis.TIME: attrgetter("seconds")}
+    return [run for run in runs if x in clocks and any(run.curves.values()) and not clocks[ChartAxis(x)](run)]
 
 
 def _record(run: Run) -> Recording | None:
@@ -241,7 +279,7 @@ def written(value: Any) -> str:
 
 
 def _differing(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
-    shown = [key for key in known if not _is_one_of(key, PLUMBING)]
+    shown = [key for key in known if not is_one_of(key, PLUMBING)]
     return [key for key in shown if len({written(run.config.get(key, ABSENT)) for run in runs}) > 1]
 
 
@@ -250,7 +288,7 @@ def _unlike(runs: Sequence[Run], known: Sequence[str]) -> list[str]:
     values: dict[str, Callable[[Run], Any]] = {
         key: lambda run, key=key: run.config.get(key, ABSENT)  # type: ignore[misc]
         for key in known
-        if _is_one_of(key, MUST_AGREE) and not _is_one_of(key, MAY_DIFFER)
+        if is_one_of(key, MUST_AGREE) and not is_one_of(key, MAY_DIFFER)
     }
     values["steps"] = lambda run: run.summary["steps"]
     unlike = []
@@ -283,7 +321,8 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
     return texts
 
 
-def _is_one_of(key: str, prefixes: Sequence[str]) -> bool:
+def is_one_of(key: str, prefixes: Sequence[str]) -> bool:
+    """Tells whether a key of the configuration is one of these, or lies below one."""
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
 
 
@@ -293,11 +332,17 @@ def _digits(run: Run, name: str) -> str | None:
     return None if final is None else repr((final, run.curves[name]))
 
 
-def _distance(a: Run, b: Run, name: str) -> float:
-    """Returns the largest difference of a loss between two runs, at the end and at steps where both logged it."""
+def _distance(a: Run, b: Run, name: str) -> float | None:
+    """Returns the largest difference of a loss between two runs, at steps where both logged it and at a common end.
+
+    It is infinite where one is no number, and None for runs of other lengths that logged it at no common step.
+    """
     theirs = dict(b.curves[name])
     pairs = [(loss, theirs[step]) for step, loss in a.curves[name] if step in theirs]
-    pairs.append((_final(a, name), _final(b, name)))
+    if a.summary["steps"] == b.summary["steps"]:  # a run that broke ends elsewhere
+        pairs.append((_final(a, name), _final(b, name)))
+    if not pairs:
+        return None
     return max(0.0 if repr(x) == repr(y) else math.inf if math.isnan(x - y) else abs(x - y) for x, y in pairs)
 
 

@@ -37,6 +37,7 @@ def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
         headline_cells=sheets.effect_cells(headline) if headline else {},
         effects=[(effect, sheets.effect_cells(effect)) for effect in comparison.effects()],
         collectives=[(run, traffic(run)) for run in comparison.runs],
+        averaged=any(run.members for run in comparison.runs),
         definitions=[q for q in (*RESULTS, *FURTHER) if q.heading in shown],
     )
 

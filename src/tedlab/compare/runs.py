@@ -1,17 +1,19 @@
-"""Reads finished runs from disk (configuration, summary, loss curves), and finds the run directories of a path."""
+"""Reads runs from disk (configuration, summary, loss curves), and finds the run directories of a path."""
 
 import csv
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
-from tedlab.history import steps_done
-from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY
+from tedlab.history import TOKENS, read_history
+from tedlab.launch.listing import KILLED, RUNNING
+from tedlab.launch.locks import is_in_use
+from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY, last_logged
 from tedlab.renamed import nested
 from tedlab.untrusted import flat, read_yaml
 
@@ -19,8 +21,13 @@ CONFIG = "config.yaml"
 _NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # prefixes of numeric values
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, csv.Error)  # what a file of metrics that is none can cause
+
+_STEP_TIME = "perf/step_time_s"
+_STATES = {FAILED: "it failed", "crashed": "it crashed", RUNNING: "it is running, now"}  # W&B says crashed
 
 Curve = list[tuple[int, float]]
+Clock = Mapping[int, float]  # steps done → tokens read, or seconds trained, by then
 
 
 class Unfinished(Exception):
@@ -29,14 +36,17 @@ class Unfinished(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run, wherever it was read from.
+    """One run, wherever it was read from.
 
     Attributes:
         name: Short name that no other run of the comparison has.
         source: Its directory, or its address on a W&B server.
         config: Every value of the configuration under its dotted key.
-        summary: The content of ``summary.json``.
+        summary: The content of ``summary.json``; of a run that has none, what it logged last.
         curves: For each of ``CURVES``, the pairs (steps done, value) in order; empty if it was never logged.
+        tokens: The tokens read by each step that was logged; empty if the run's version did not log them.
+        seconds: The seconds of training, without validation, up to each step that was logged.
+        members: The runs of which this one is the mean (:mod:`tedlab.compare.seeds`); empty if it is a run itself.
     """
 
     name: str
@@ -44,6 +54,9 @@ class Run:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     curves: Mapping[str, Curve]
+    tokens: Clock = field(default_factory=dict)
+    seconds: Clock = field(default_factory=dict)
+    members: Sequence["Run"] = ()
 
     @property
     def simulated(self) -> str | None:
@@ -58,6 +71,11 @@ class Run:
             return "unnamed cluster"
         return None if cluster is None else str(cluster)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether the run is going on, or ended otherwise than planned."""
+        return how_it_stopped(self.summary) is not None
+
     def number(self, key: str) -> float | None:
         """Returns a value of the summary as a float; None if it is missing or not a number."""
         value = self.summary.get(key)
@@ -65,11 +83,12 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], list[str]]:
-    """Reads the finished runs of run and sweep directories.
+    """Reads the runs of run and sweep directories.
 
     Args:
         paths: Run and sweep directories.
-        stopped: Whether to include runs that failed or were interrupted; their names then say so.
+        stopped: Whether to include runs that have not finished: that are going on, failed, or were interrupted or
+            killed. Their names then say so.
 
     Returns:
         The runs, and a note for each run that is left out.
@@ -90,12 +109,12 @@ def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], 
 
 
 def first_of(runs: Sequence[Run], name: str) -> list[Run]:
-    """Returns the runs in order, but with the one of this name first.
+    """Returns the runs in order, but with the one of this name, or the mean that holds it, first.
 
     Raises:
         UsageError: If there is no such run; the message lists the names.
     """
-    chosen = [run for run in runs if name in (run.name, run.source)]
+    chosen = [run for run in runs if name in (run.name, run.source, *(member.name for member in run.members))]
     if not chosen:
         names = [run.name for run in runs]
         raise UsageError(
@@ -113,10 +132,11 @@ def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
 
 
 def why_left_out(summary: Mapping[str, Any]) -> str:
-    """Says why a run that failed or was interrupted is left out, as a clause that begins with "it"."""
-    verb = "failed" if summary["state"] == FAILED else f"was {summary['state']}"
-    stopped = f"it {verb} at step {summary.get('steps')} ({flat(summary.get('reason'))})"
-    return f"{stopped}; force=true compares it as far as it came."
+    """Says why a run that has not finished is left out, as a clause that begins with "it"."""
+    state = summary["state"]
+    stopped = _STATES.get(state, f"it was {state}")
+    reason = f" ({flat(summary['reason'])})" if summary.get("reason") else ""
+    return f"{stopped} at step {summary.get('steps')}{reason}; force=true compares it as far as it came."
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -127,20 +147,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def curves(rows: Iterable[Mapping[str, Any]], step_key: str, steps: int) -> dict[str, Curve]:
-    """Extracts the loss curves from logged rows.
+def logged(rows: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """Extracts from logged rows what a :class:`Run` keeps of them: ``curves``, ``tokens`` and ``seconds``.
 
     Args:
-        rows: Rows of metrics; a metric that was not logged at a row's step is absent, empty or None.
-        step_key: Key under which a row has its step; see :func:`tedlab.history.steps_done`.
+        rows: Rows of metrics, with the steps done as ``step``; a metric that was not logged then is absent or None.
         steps: Number of steps of the run, at which steps are capped.
     """
-    found: dict[str, Curve] = {name: [] for name in CURVES}
+    curves: dict[str, Curve] = {name: [] for name in CURVES}
+    tokens: dict[int, float] = {}
+    seconds: dict[int, float] = {0: 0.0}
     for row in rows:
-        for name, curve in found.items():
-            if row.get(name) not in (None, ""):
-                curve.append((min(steps_done(row, step_key), steps), float(row[name])))
-    return found
+        step = min(int(row["step"]), steps)
+        for name, curve in curves.items():
+            if row.get(name) is not None:
+                curve.append((step, float(row[name])))
+        if row.get(TOKENS) is not None:
+            tokens[step] = float(row[TOKENS])
+        if row.get(_STEP_TIME) is not None:  # the mean since the row before
+            before = max(seconds)
+            seconds[step] = seconds[before] + (step - before) * float(row[_STEP_TIME])
+    return {"curves": curves, "tokens": tokens, "seconds": seconds if len(seconds) > 1 else {}}
 
 
 def _run_directories(path: Path) -> list[Path]:
@@ -172,10 +199,9 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _read(directory: Path, name: str, stopped: bool) -> Run:
-    for needed, meaning in ((CONFIG, "it never started"), (SUMMARY, "it has not finished")):
-        if not (directory / needed).exists():
-            raise Unfinished(f"{meaning} (there is no {needed}).")
-    summary = _summary(directory)
+    if not (directory / CONFIG).exists():
+        raise Unfinished(f"it never started (there is no {CONFIG}).")
+    summary = _summary(directory) if (directory / SUMMARY).exists() else _so_far(directory)
     try:
         config = flatten(nested(read_yaml(directory / CONFIG)))
     except (OSError, ValueError, RecursionError) as error:
@@ -184,13 +210,21 @@ def _read(directory: Path, name: str, stopped: bool) -> Run:
         if not stopped:
             raise Unfinished(why_left_out(summary))
         name = f"{name} ({how})"
-    metrics = directory / METRICS
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
-        losses = curves(csv.DictReader(lines), "step", summary["steps"])
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        rows = logged(read_history(directory / METRICS), summary["steps"])
+    except _DAMAGED as error:
         raise Unfinished(f"{METRICS} is damaged ({type(error).__name__}: {error}).") from None
-    return Run(name, str(directory), config, summary, losses)
+    return Run(name, str(directory), config, summary, **rows)
+
+
+def _so_far(directory: Path) -> dict[str, Any]:
+    """Returns the summary of a run that has written none, because it goes on or could not."""
+    try:
+        summary = last_logged(directory)
+    except _DAMAGED as error:
+        raise Unfinished(f"there is no {SUMMARY}, and {METRICS} is damaged ({type(error).__name__}).") from None
+    running = is_in_use(directory)
+    return summary | {"state": RUNNING if running else KILLED, "reason": "" if running else f"there is no {SUMMARY}"}
 
 
 def _summary(directory: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from tedlab.compare.comparison import Comparison, Effect
 from tedlab.compare.quantities import FURTHER, PEAK, RESULTS, SENT, STEP_TIME, Quantity, mib, milliseconds, telling
 from tedlab.compare.runs import CURVES, Run
+from tedlab.compare.seeds import deviation
 from tedlab.compare.traffic import (
     LINKS,
     PHASES,
@@ -22,7 +23,7 @@ _LEAST = 1024  # bytes per step, mean over runs: a few scalars deserve no column
 
 
 class Cell(NamedTuple):
-    """One cell of a table: a value, and its ratio to the first run if there is one."""
+    """One cell of a table: a value, and its ratio to the first run or, of a mean, its deviation, if there is one."""
 
     text: str
     ratio: str = ""
@@ -56,7 +57,9 @@ def results(comparison: Comparison) -> Sheet:
     losses = []
     for name in CURVES:
         texts = telling([run.number(name) for run in comparison.runs])
-        losses.append(Column(name.replace("/", "\n"), [Cell(text) for text in texts]))
+        around = [deviation(run, name) for run in comparison.runs]
+        cells = [Cell(text, "" if by is None else f"±{by:.1g}") for text, by in zip(texts, around, strict=True)]
+        losses.append(Column(name.replace("/", "\n"), cells))
     return Sheet("Results", _present([*losses, *(_quantity(comparison, quantity) for quantity in RESULTS)]))
 
 

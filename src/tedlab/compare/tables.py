@@ -8,6 +8,7 @@ from tedlab.compare import sheets
 from tedlab.compare.comparison import Comparison
 from tedlab.compare.quantities import FURTHER, RESULTS
 from tedlab.compare.runs import CURVES
+from tedlab.compare.seeds import deviation
 
 _ESCAPED = {
     "\\": r"\textbackslash{}",
@@ -15,8 +16,9 @@ _ESCAPED = {
     "^": r"\textasciicircum{}",
     "×": r"$\times$",
     "–": "--",
+    "±": r"$\pm$",
 }
-_SPECIAL = re.compile(r"[\\~^×–#$%&_{}]")
+_SPECIAL = re.compile(r"[\\~^×–±#$%&_{}]")
 
 
 def write_table(comparison: Comparison, path: Path) -> Path:
@@ -43,6 +45,7 @@ def _write_csv(comparison: Comparison, path: Path) -> None:
         row: dict[str, object] = {"run": run.name, "times": times}
         row |= {key: comparison.value(run, key) for key in comparison.settings}
         row |= {curve: run.number(curve) for curve in CURVES}
+        row |= {f"{curve} deviation": deviation(run, curve) for curve in CURVES}
         row |= {names[heading]: quantity.value(run) for heading, quantity in quantities.items()}
         rows.append(row)
     present = [name for name in rows[0] if any(row[name] is not None for row in rows)]

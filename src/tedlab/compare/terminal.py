@@ -35,6 +35,8 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         _print_split(console, comparison, sheet, width)
     if not settings.columns and len(comparison.runs) > 1:
         console.print("The runs have the same settings.")
+    if any(run.members for run in comparison.runs):
+        console.print("Runs named a+b are means over seeds; ± is the standard deviation over them.")
     if len(comparison.runs) > 1:
         console.print(f"× is the ratio to run {escape(comparison.runs[0].name)}.")
     for statement in (*comparison.loss_statements(), *comparison.flip_statements()):

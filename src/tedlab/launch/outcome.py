@@ -96,6 +96,13 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     os.replace(partial, directory / SUMMARY)
 
 
+def last_logged(directory: Path) -> dict[str, Any]:
+    """Returns what ``metrics.csv`` says of a run that has no summary: the last value of each metric, and ``steps``."""
+    rows = read_history(directory / METRICS)
+    last = {name: float(value) for row in rows for name, value in row.items() if name.startswith(_KEPT)}
+    return {**last, "steps": max((int(row["step"]) for row in rows), default=0), "output_dir": str(directory)}
+
+
 def write_unfinished(directory: Path, outcome: Outcome, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes the summary of a run that ended early: its state, and the last value of each metric.
 
@@ -109,11 +116,7 @@ def write_unfinished(directory: Path, outcome: Outcome, known: Mapping[str, Any]
     Returns:
         The summary.
     """
-    left = read_summary(directory)
-    rows = read_history(directory / METRICS)
-    last = {name: float(value) for row in rows for name, value in row.items() if name.startswith(_KEPT)}
-    steps = max((int(row["step"]) for row in rows), default=0)
-    summary = {**last, "steps": steps, "output_dir": str(directory), **left, **(known or {})}
+    summary = {**last_logged(directory), **read_summary(directory), **(known or {})}
     summary |= {"state": outcome.state, "reason": outcome.reason}
     write_summary(directory, summary)
     return summary
