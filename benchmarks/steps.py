@@ -176,7 +176,7 @@ def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> 
         data = TextDataModule(config.data, config.model.sequence_length, config.seed)
         data.prepare_data()
     try:
-        with patch("tedlab.models.gpt.initialize", _drawn_there):
+        with patch("tedlab.models.gpt.initialize", drawn_there):
             trainer.fit(language_model(config), data)
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
         return clock.clock.measured(steps, peak, clock.loss.item())
@@ -184,7 +184,7 @@ def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> 
         dist.destroy_process_group()
 
 
-def _drawn_there(root: nn.Module, seed: int) -> None:
+def drawn_there(root: nn.Module, seed: int) -> None:
     """Initial weights drawn where they are: in another order than in training, but billions in no time."""
     torch.manual_seed(seed)  # the same in each process: replicas are equal
     for module in root.modules():

@@ -1,25 +1,33 @@
-"""Predicted against measured: step time and communication after calibration, and peak memory.
+"""Predicted against measured: step time, communication and peak memory after calibration.
 
-    python -m benchmarks.truth                  CPU processes over gloo: 2, 4 and 8 of them
-    python -m benchmarks.truth processes=1,2    other numbers of them
-    python -m benchmarks.truth device=cuda      one GPU; peak memory also of a rank of 128
+    python -m benchmarks.truth                            CPU processes over gloo: 2, 4 and 8 of them
+    python -m benchmarks.truth processes=1,2              other numbers of them
+    python -m benchmarks.truth device=cuda                one GPU; peak memory also of a rank of 128
+    python -m benchmarks.truth device=cuda processes=1,2  first two GPUs over NCCL, then one
+    python -m benchmarks.truth again=FILE                 predicts once more what FILE has measured
 
-``out=FILE.json`` and ``rounds=N`` (of a few steps of every configuration, in turn) have defaults. Calibration uses none
-of these configurations. What could not be measured is in the file with its traceback.
+``out=FILE.json`` and ``rounds=N`` (of a few steps of every configuration, in turn) have defaults. ``memory=false``
+leaves out ranks that are alone, ``kernels=true`` also lists the longest kernels of a step, and ``tiny=true`` makes the
+same configurations tiny, for a CPU, to see that all of it works. Calibration uses none of these configurations.
+Everything is measured before anything is predicted, and the file is written after every configuration. What could not
+be measured or predicted is in it with its traceback, and the others go on.
 """
 
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import hydra
 import torch
@@ -31,7 +39,11 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
+from benchmarks.skewed import EXPONENT
+from benchmarks.steps import WARM_UP, drawn_there
 from benchmarks.surroundings import surroundings
+from benchmarks.train_step import Profile
+from benchmarks.truth_cases import CPU, CPU_MEMORY, CUDA, CUDA_MEMORY, TINY
 from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.cli import CONF
@@ -43,121 +55,20 @@ from tedlab.launch.launcher import launch
 from tedlab.predict.calibrate import calibrate
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.sim import simulate
+from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.run import language_model, quieten, strategy_of
 from tedlab.validate import complete_simulated
 
 _RESULTS = Path(__file__).parent / "results"
-_STEPS = {"cpu": 3, "cuda": 6}  # timed in a round, after one that is not
+_WARM_UP = {"cpu": 1, "cuda": WARM_UP}  # steps of a round that are not timed: on a GPU some compile and allocate
+_STEPS = {"cpu": 3, "cuda": 6}  # timed in a round
 _ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is short of its time
-_MEASURED = ["output_dir=unused", "choices={}", "logger=none", "comm.ledger.time=true"]
+_COMPOSED = ["output_dir=unused", "choices={}", "logger=none"]
+_KERNELS = 60  # listed of a step
 _PARTS = ("forward", "backward", "optimizer", "loop")  # of a step; recomputation is part of backward
 _GIB = 2**30
-
-_WIDE = ["model.layers=4", "model.hidden=512", "model.heads=8", "model.ffn=2048", "model.sequence_length=256"]
-_WIDE += ["model.vocab_size=2048", "moe.num_experts=8", "data.batch_size=8", "data.micro_batch_size=1"]
-_NARROW = [*_WIDE, "model.hidden=384", "model.heads=6", "model.ffn=1536"]
-_DENSE = ["moe.num_experts=0"]
-_WIDER = [*_WIDE, "model.layers=2", "model.hidden=768", "model.heads=12", "model.ffn=3072"]
-CPU: dict[int, dict[str, list[str]]] = {
-    1: {
-        "one process": [*_WIDE, "parallel=single", "data.batch_size=4", "data.micro_batch_size=4"],
-        "… recomputing": [*_WIDE, "parallel=single", "data.batch_size=4", "model.recompute.granularity=block"],
-        "… narrower, 4 micro-batches": [*_NARROW, "parallel=single", "data.batch_size=4"],
-    },
-    2: {
-        "tensor 2": [*_WIDE, "parallel=tp2", "data.micro_batch_size=4"],
-        "expert 2, recomputing": [
-            *_WIDE,
-            "parallel=ep2",
-            "model.recompute.granularity=block",
-            "data.micro_batch_size=4",
-        ],
-        "data 2, dense, wider": [*_WIDER, "parallel=dp2", *_DENSE, "data.micro_batch_size=4"],
-        "sequence 2, narrower": [*_NARROW, "parallel=tp2", "parallel.sequence=true", "data.micro_batch_size=4"],
-    },
-    4: {
-        "tensor 2 × expert 2": [*_WIDE, "parallel=tp2_ep2", "data.micro_batch_size=4"],
-        "… DTD, CAC, recomputing": [*_WIDE, "parallel=tp2_ep2", "comm=ted", "model.recompute.granularity=block"],
-        "tensor 4, wider": [*_WIDER, "parallel=tp4", "data.micro_batch_size=4"],
-        "expert 4, top-2": [*_NARROW, "parallel=ep4", "moe.top_k=2", "data.micro_batch_size=2"],
-    },
-    8: {
-        "tensor 2 × expert 4, DTD": [*_WIDE, "parallel=tp2_ep4", "comm=dtd", "data.micro_batch_size=2"],
-        "tensor 4 × expert 2, wider": [*_WIDER, "parallel=tp4_ep2", "data.micro_batch_size=4"],
-        "2 × 2 × 2, DTD, CAC, recomputing": [
-            *_WIDE,
-            "parallel=tp2_ep2_dp2",
-            "comm=ted",
-            "model.recompute.granularity=block",
-        ],
-    },
-}
-
-_GPU = ["trainer=gpu", "parallel=single", "model=gpt_1.3b", "model.vocab_size=50304", "moe=dense"]
-_RANK = ["trainer=gpu", "parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "moe=paper16"]
-_RANK += ["comm=ted", "model.recompute.granularity=block", "trainer.precision=bf16-true", "model.vocab_size=50304"]
-_RANK += ["data.batch_size=32", "data.micro_batch_size=1"]
-CUDA = {
-    "1.3B's width, 4 layers, bf16-true": [
-        *_GPU,
-        "model.layers=4",
-        "trainer.precision=bf16-true",
-        "data.batch_size=4",
-        "data.micro_batch_size=4",
-    ],
-    "… bf16-mixed, 8 layers, 2 micro-batches": [
-        *_GPU,
-        "model.layers=8",
-        "trainer.precision=bf16-mixed",
-        "data.batch_size=4",
-        "data.micro_batch_size=2",
-    ],
-    "… 4 layers, 8 experts, recomputing, bf16-true": [
-        *_GPU,
-        "model.layers=4",
-        "moe=top1",
-        "moe.num_experts=8",
-        "model.recompute.granularity=block",
-        "trainer.precision=bf16-true",
-        "data.batch_size=8",
-        "data.micro_batch_size=8",
-    ],
-    "6.7B's width, 2 layers, bf16-true": [
-        *_GPU,
-        "model=gpt_6.7b",
-        "model.layers=2",
-        "trainer.precision=bf16-true",
-        "data.batch_size=4",
-        "data.micro_batch_size=2",
-    ],
-}
-CUDA_MEMORY = {
-    "6.7B × 16 experts, one rank of 128": [*_RANK, "model=gpt_6.7b"],
-    "2.7B × 16 experts, one rank of 128, DTD": [*_RANK, "model=gpt_2.7b", "comm=dtd"],
-    "1.3B's width, 8 layers, one process": [
-        *_GPU,
-        "model.layers=8",
-        "trainer.precision=bf16-true",
-        "data.batch_size=2",
-        "data.micro_batch_size=2",
-    ],
-}
-CPU_MEMORY = {
-    "one process, 8 experts": [*_WIDE, "parallel=single", "data.batch_size=4", "data.micro_batch_size=4"],
-    "one rank of 128, DTD, CAC, recomputing": [
-        *_WIDE,
-        "parallel.world_size=128",
-        "parallel.tensor=4",
-        "parallel.expert=16",
-        "moe.num_experts=16",
-        "data.batch_size=128",
-        "data.micro_batch_size=4",
-        "comm=ted",
-        "model.recompute.granularity=block",
-    ],
-}
 
 
 @dataclass
@@ -166,25 +77,64 @@ class Measured:
 
     Attributes:
         steps: seconds of each, by part.
-        collectives: seconds that the collectives of each step took, by phase and operation.
+        collectives: seconds that the collectives of each step took, by phase and operation; 0 unless they are timed.
         differences: between what was communicated and the closed form: calls and bytes.
         sent: bytes of a step.
+        peak: the most bytes that a GPU's allocator gave out in a step after the first ones.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
     collectives: list[dict[str, float]] = field(default_factory=list)
     differences: int = 0
     sent: float = 0.0
+    peak: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        """For a row."""
+        steps = [sum(step.values()) for step in self.steps]
+        return {
+            "measured_s": median(steps),
+            "quickest_s": min(steps),
+            "measured_steps_s": steps,
+            "measured_s_by_part": {part: median(step[part] for step in self.steps) for part in _PARTS},
+            "measured_collectives_s": median(sum(step.values()) for step in self.collectives),
+            "measured_collectives_s_by_cause": {
+                cause: median(step[cause] for step in self.collectives) for cause in self.collectives[0]
+            },
+            "measured_bytes": self.peak,
+            "sent_bytes": self.sent,
+            "differences": self.differences,
+        }
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes measure."""
+    """What the processes measure.
 
-    configs: dict[str, TrainConfig]
+    Attributes:
+        report: Where the first of them adds a row for each configuration.
+        overrides: Of each configuration, by name.
+        processes: How many there are.
+        rounds: How often all configurations run.
+        warm_up: Steps of a round that are not timed.
+        steps: Steps of a round that are.
+        kernels: Whether to list the kernels of a step instead.
+        output_dir: Where files of the run would go.
+    """
+
+    report: "Report"
+    overrides: Mapping[str, list[str]]
+    processes: int
     rounds: int
-    steps: int  # of a round, the first of which is not timed
-    output_dir: str
+    warm_up: int
+    steps: int
+    kernels: bool = False
+    output_dir: str = "unused"
+
+    @property
+    def kind(self) -> str:
+        """Of its rows."""
+        return "kernels" if self.kernels else "step time"
 
 
 class Clock(Callback):
@@ -265,36 +215,63 @@ class RandomBatches(Batches):
 def measure(job: Job) -> dict[str, Any]:
     """Runs in every process: all configurations in turn, several times."""
     quieten()
-    results: dict[str, Any] = {name: Measured() for name in job.configs}
-    for _ in range(job.rounds):
-        for name, config in job.configs.items():
-            if isinstance(results[name], str):
-                continue
-            try:
-                _round(config, job.steps, results[name])
-            except Exception:
-                if dist.is_initialized() and dist.get_world_size() > 1:
-                    raise  # the others wait
-                results[name] = traceback.format_exc()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return results
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    first, results = rank == 0, {name: Measured() for name in job.overrides}
+    try:
+        for number in range(job.rounds):
+            for name, overrides in job.overrides.items():
+                row = {"kind": job.kind, "name": name, "processes": job.processes, "overrides": overrides}
+                if first:
+                    job.report.starts(row)
+                if job.kernels:
+                    profile = Profile(_KERNELS)
+                    _round(composed(overrides), WARM_UP, 1, Measured(), profile)
+                    figures: dict[str, Any] = {"kernels": profile.table.splitlines()}
+                else:
+                    _round(composed(overrides), job.warm_up, job.steps, results[name])
+                    figures = results[name].figures()
+                if first and number + 1 == job.rounds:
+                    job.report.add(**row, **figures)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return {}
 
 
-def _round(config: TrainConfig, steps: int, result: Measured) -> None:
-    ledger = CommunicationLedger(config)
-    clock = Clock(ledger)
-    trainer = _trainer(config, [clock, ledger], steps)
-    _clear("cuda" if config.trainer["accelerator"] == "gpu" else "cpu")
-    trainer.fit(language_model(config), RandomBatches(config))
-    result.steps += clock.seconds()
+def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *callbacks: Callback) -> None:
+    ledger, gpu = CommunicationLedger(config), config.trainer["accelerator"] == "gpu"
+    clock, peak = Clock(ledger), Peak(warm_up)
+    trainer = _trainer(config, [clock, ledger, *([peak] if gpu else []), *callbacks], warm_up + steps)
+    _clear("cuda" if gpu else "cpu")
+    before = torch.cuda.memory_allocated() if gpu else 0
+    with patch("tedlab.models.gpt.initialize", drawn_there) if gpu else nullcontext():
+        trainer.fit(language_model(config), RandomBatches(config))
+    result.steps += clock.seconds()[warm_up - 1 :]
     totals: Totals = ledger.ledger.totals
-    result.collectives += clock.collectives()
-    result.sent = sum(count.wire_bytes for entry, count in totals.items() if entry.phase in TRAINING_PHASES) / steps
+    result.collectives += clock.collectives()[warm_up - 1 :]
+    sent = sum(count.wire_bytes for entry, count in totals.items() if entry.phase in TRAINING_PHASES)
+    result.sent = sent / (warm_up + steps)
+    result.peak = max(result.peak, peak.bytes - before)
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
     )
+
+
+class Peak(Callback):
+    """The most that the GPU's allocator gave out after the first steps."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up, self.bytes = warm_up, 0
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.warm_up * trainer.accumulate_grad_batches:
+            torch.cuda.reset_peak_memory_stats()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bytes = torch.cuda.max_memory_allocated()
 
 
 def _trainer(config: TrainConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
@@ -374,27 +351,57 @@ def _clear(device: str) -> None:
 def composed(overrides: list[str]) -> TrainConfig:
     """A complete configuration of overrides."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=[*_MEASURED, *overrides])
+        config = hydra.compose("train", overrides=[*_COMPOSED, *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
     return complete_simulated(typed)
 
 
 class Report:
-    """Rows, written to a file whenever there is another one."""
+    """A file of rows, written whenever there is another one, by this process or by one that it waits for."""
 
-    def __init__(self, path: Path, device: str) -> None:
-        self.path, self.started = path, time.perf_counter()
-        self.facts = surroundings(torch.device(device))
-        self.rows: list[dict[str, Any]] = []
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, device: str) -> None:
+        """Writes on what machine; what the file had is lost."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._write(surroundings(torch.device(device)) | {"began": time.time(), "measuring": None, "rows": []})
+
+    def rows(self, *kinds: str) -> list[dict[str, Any]]:
+        """Those of these kinds."""
+        return [row for row in self._read()["rows"] if row["kind"] in kinds]
+
+    def starts(self, row: dict[str, Any]) -> None:
+        """Notes what is being measured, in case it cannot be."""
+        self._write(self._read() | {"measuring": row})
+
+    def measuring(self) -> dict[str, Any] | None:
+        """Returns what was started and has no row yet."""
+        started: dict[str, Any] | None = self._read()["measuring"]
+        return started
 
     def add(self, **row: Any) -> None:
-        """One more row."""
-        self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        wall = round(time.perf_counter() - self.started, 1)
-        self.path.write_text(json.dumps(self.facts | {"wall_seconds": wall, "rows": self.rows}, indent=2) + "\n")
-        print("failed" if "error" in row else "done", row["kind"], row["name"], flush=True)
+        """Adds a row, or more to the row of the same kind, name and number of processes."""
+        report = self._read()
+        same = [old for old in report["rows"] if _key(old) == _key(row)]
+        if same:
+            same[0] |= row
+        else:
+            report["rows"].append(row)
+        wall = round(time.time() - report["began"], 1) if "began" in report else report["wall_seconds"]
+        self._write(report | {"measuring": None, "wall_seconds": wall})
+        failed = "error" in row or "prediction_error" in row
+        print("failed" if failed else "done", row["kind"], row["name"], f"after {wall} s", flush=True)
+
+    def _read(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads(self.path.read_text())
+        return report
+
+    def _write(self, report: dict[str, Any]) -> None:
+        part = self.path.with_suffix(".part")  # a run may be cut off at any time
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.replace(self.path)
 
     def attempt(self, function: Callable[[], dict[str, Any]], **row: Any) -> None:
         """A row with what ``function`` returns, or its traceback."""
@@ -418,24 +425,34 @@ class Report:
         )
         parts = _table("configuration: predicted / measured, s", *_PARTS)
         memory = _table("configuration", "allocated, GiB", "simulated, GiB", "ratio")
-        for row in self.rows:
-            if "error" in row:
-                console.print(f"{row['name']}: {row['error'].strip().splitlines()[-1]}", markup=False)
+        for row in self.rows("step time", "memory", "kernels", "calibration"):
+            if error := row.get("error") or row.get("prediction_error"):
+                console.print(f"{row['name']}: {error.strip().splitlines()[-1]}", markup=False)
             elif row["kind"] == "step time":
                 shown = [row["name"], f"{row['processes']}"]
                 shown += [f"{row[key]:.3f}" for key in ("predicted_s", "measured_s", "ratio")]
                 shown += [f"{row['quickest_s']:.3f}"]
                 shown += [f"{row['predicted_collectives_s']:.3f} / {row['measured_collectives_s']:.3f}"]
                 times.add_row(*shown, "equal" if row["equal_bytes"] else "DIFFERENT")
+                if row["measured_bytes"]:
+                    memory.add_row(row["name"], *_sizes(row))
                 both = [(row["predicted_s_by_part"][part], row["measured_s_by_part"][part]) for part in _PARTS]
                 parts.add_row(row["name"], *(f"{predicted:.4f} / {measured:.4f}" for predicted, measured in both))
             elif row["kind"] == "memory":
-                sizes = [f"{row[key] / _GIB:.3f}" for key in ("measured_bytes", "predicted_bytes")]
-                memory.add_row(row["name"], *sizes, f"{row['ratio']:.4f}")
+                memory.add_row(row["name"], *_sizes(row))
         for table in (times, parts, memory):
             if table.row_count:
                 console.print(table)
         console.print(f"saved in {self.path}")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["kind"], row["name"], row.get("processes")
+
+
+def _sizes(row: dict[str, Any]) -> list[str]:
+    measured, predicted = row["measured_bytes"], row["predicted_bytes"]
+    return [f"{measured / _GIB:.3f}", f"{predicted / _GIB:.3f}", f"{predicted / measured:.4f}"]
 
 
 def _table(*headings: str) -> Table:
@@ -445,66 +462,71 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def step_times(report: Report, overrides: dict[str, list[str]], processes: int, device: str, rounds: int) -> None:
-    """Calibrates, measures, predicts."""
+def calibrated(report: Report, processes: int, device: str, quick: bool) -> None:
+    """Adds what calibration with so many processes writes."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "mine.yaml")
-        settings = CalibrateConfig(str(path), processes, device)
-        began = time.perf_counter()
-        started(calibrate, settings, processes)
-        cluster = load_cluster(path)
-        report.add(
-            kind="calibration",
-            name=f"{processes} on {device}",
-            seconds=time.perf_counter() - began,
-            yaml=path.read_text().splitlines(),
-        )
-        configs = {name: composed(given) for name, given in overrides.items()}
-        measured = started(measure, Job(configs, rounds, _STEPS[device] + 1, folder), processes)
-        for name, config in configs.items():
-            report.attempt(
-                lambda name=name, config=config: _compared(config, measured[name], cluster),  # type: ignore[misc]
-                kind="step time",
-                name=name,
-                processes=processes,
-                overrides=overrides[name],
-            )
+        path, began = Path(folder, "mine.yaml"), time.perf_counter()
+        launch(calibrate, CalibrateConfig(str(path), processes, device, quick), processes)
+        seconds, lines = time.perf_counter() - began, path.read_text().splitlines()
+    report.add(kind="calibration", name=f"{processes} on {device}", processes=processes, seconds=seconds, yaml=lines)
 
 
-def started(run: Callable[[Any], dict[str, Any]], job: Any, processes: int) -> dict[str, Any]:
-    """In so many processes; one is this."""
-    return run(job) if processes == 1 else launch(run, job, processes)
+def measured(job: Job) -> None:
+    """Measures all configurations of a job; one that fails ends its processes, and others begin with the next."""
+    while missing := _missing(job):
+        try:
+            launch(measure, replace(job, overrides=missing), job.processes)
+        except Exception:
+            row = job.report.measuring() or {"kind": job.kind, "name": "all", "processes": job.processes}
+            job.report.add(**row, error=traceback.format_exc())
+            if "overrides" not in row:  # no configuration was to blame
+                return
 
 
-def _compared(config: TrainConfig, measured: Measured | str, cluster: ClusterConfig) -> dict[str, Any]:
-    if isinstance(measured, str):
-        return {"error": measured}
-    simulation = simulate(config, cluster)
-    steps = [sum(step.values()) for step in measured.steps]
-    seconds = median(steps)
-    predicted = dict.fromkeys(_PARTS, 0.0)
+def _missing(job: Job) -> dict[str, list[str]]:
+    done = {_key(row) for row in job.report.rows(job.kind)}
+    return {name: given for name, given in job.overrides.items() if (job.kind, name, job.processes) not in done}
+
+
+def predicted(report: Report) -> None:
+    """Adds to every step that was measured what it would have been by the calibration with as many processes."""
+    clusters = {row["processes"]: row for row in report.rows("calibration") if "error" not in row}
+    for row in report.rows("step time"):
+        if "error" in row:
+            continue
+        same = {key: row[key] for key in ("kind", "name", "processes")}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "mine.yaml")
+                path.write_text("\n".join(clusters[row["processes"]]["yaml"]))
+                cluster = load_cluster(path)
+            report.add(**same, **prediction(row, cluster))
+        except Exception:
+            report.add(**same, prediction_error=traceback.format_exc())
+
+
+def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
+    """Returns a step's prediction on a cluster, beside what a row says was measured."""
+    config = composed(row["overrides"])
+    skewed = config.moe.gating == "zipf"
+    simulation = simulate(config, cluster, routing=routing_of(config, "zipf", EXPONENT, None) if skewed else None)
+    parts = dict.fromkeys(_PARTS, 0.0)
     for (phase, _), taken in simulation.seconds.items():
-        predicted["backward" if phase == "recompute" else phase] += taken
+        parts["backward" if phase == "recompute" else phase] += taken
+    sent = sum(count.wire_bytes for count in simulation.ledger.values())
     return {
         "predicted_s": simulation.step_seconds,
-        "measured_s": seconds,
-        "ratio": simulation.step_seconds / seconds,
-        "quickest_s": min(steps),
-        "measured_steps_s": steps,
-        "predicted_s_by_part": predicted,
-        "measured_s_by_part": {part: median(step[part] for step in measured.steps) for part in _PARTS},
+        "ratio": simulation.step_seconds / row["measured_s"],
+        "predicted_s_by_part": parts,
         "predicted_collectives_s": sum(count.seconds for count in simulation.ledger.values()),
-        "measured_collectives_s": median(sum(step.values()) for step in measured.collectives),
         "predicted_collectives_s_by_cause": {
             "/".join(key): count.seconds for key, count in summed(simulation.ledger, "phase", "op").items()
         },
-        "measured_collectives_s_by_cause": {
-            cause: median(step[cause] for step in measured.collectives) for cause in measured.collectives[0]
-        },
         "predicted_s_by_cause": {f"{p}/{cause}": taken for (p, cause), taken in simulation.seconds.items()},
-        "sent_bytes": measured.sent,
-        "equal_bytes": measured.differences == 0
-        and measured.sent == sum(count.wire_bytes for count in simulation.ledger.values()),
+        "predicted_bytes": sum(simulation.memory.at_peak().values()),
+        "predicted_sent_bytes": sent,
+        # Where routers decide, the closed form knows the bytes of the choices that were made, a simulation of others.
+        "equal_bytes": row["differences"] == 0 and (config.moe.ragged or row["sent_bytes"] == sent),
     }
 
 
@@ -522,34 +544,43 @@ def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None
 
 def main() -> None:
     """The command."""
-    known = {"device": "cpu", "processes": "2,4,8", "rounds": "", "out": ""}
+    known = dict.fromkeys(("device", "processes", "rounds", "out", "memory", "kernels", "tiny", "again"), "")
     for argument in sys.argv[1:]:
         name, equals, value = argument.partition("=")
         if name not in known or not equals:
             sys.exit(f"{argument}: there is no such argument. Valid: {', '.join(f'{n}=…' for n in known)}\n\n{__doc__}")
         known[name] = value
-    device = known["device"]
-    if device not in _STEPS:
-        sys.exit(f"device={device} is unknown; valid: {', '.join(_STEPS)}")
-    wanted = [int(number) for number in known["processes"].split(",") if number.isdecimal()]
-    if not wanted or not CPU.keys() >= set(wanted):
-        sys.exit(f"processes={known['processes']}: there are configurations for {', '.join(map(str, CPU))}")
-    rounds = int(known["rounds"] or _ROUNDS[device])
-    report = Report(Path(known["out"] or _RESULTS / f"truth_{device}.json"), device)
+    if known["again"]:
+        report = Report(Path(known["again"]))
+        predicted(report)
+        return report.show()
+    cases, tiny = known["device"] or "cpu", known["tiny"] == "true"
+    if cases not in _STEPS:
+        sys.exit(f"device={cases} is unknown; valid: {', '.join(_STEPS)}")
+    configs = {"cpu": CPU, "cuda": CUDA}[cases]
+    numbers = known["processes"] or {"cpu": "2,4,8", "cuda": "1"}[cases]
+    wanted = [int(number) for number in numbers.split(",") if number.isdecimal()]
+    if not wanted or not configs.keys() >= set(wanted):
+        sys.exit(f"processes={numbers}: there are configurations for {', '.join(map(str, configs))}")
+    device = "cpu" if tiny else cases
+    report = Report(Path(known["out"] or _RESULTS / f"truth_{cases}.json"))
+    report.begin(device)
+    rounds, jobs = int(known["rounds"] or _ROUNDS[cases]), []
     try:
-        if device == "cpu":
-            for processes in wanted:
-                step_times(report, CPU[processes], processes, device, rounds)
-            memory(report, CPU_MEMORY, device)
-        else:
-            try:
-                step_times(report, CUDA, 1, device, rounds)
-            except Exception:  # peak memory needs none of it
-                report.add(kind="step time", name="all", error=traceback.format_exc())
-            memory(report, CUDA_MEMORY, device)
+        for processes in sorted(wanted, reverse=True):  # what most machines cannot measure comes first
+            calibrated(report, processes, device, tiny)
+            overrides = {name: [*given, *(TINY if tiny else [])] for name, given in configs[processes].items()}
+            jobs.append(Job(report, overrides, processes, rounds, _WARM_UP[cases], _STEPS[cases]))
+            measured(jobs[-1])
+        if known["kernels"] == "true":
+            for job in jobs:
+                measured(replace(job, rounds=1, kernels=True))
+        predicted(report)
+        if known["memory"] != "false" and not tiny:
+            memory(report, {"cpu": CPU_MEMORY, "cuda": CUDA_MEMORY}[cases], device)
     except UsageError as error:
         sys.exit(f"{error}")
-    report.show()
+    return report.show()
 
 
 if __name__ == "__main__":

@@ -14,23 +14,26 @@ from tests.pool import WorkerPool
 
 SMALL = ["model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "model.sequence_length=16"]
 SMALL += ["model.vocab_size=64", "moe.num_experts=4", "model.recompute.granularity=block", "parallel=tp2"]
-SMALL += ["data.batch_size=4", "data.micro_batch_size=2"]
+SMALL += ["data.batch_size=4", "data.micro_batch_size=2", "comm.ledger.time=true"]
 STEPS = 3
 
 
-def measured() -> truth.Measured:
-    result: truth.Measured = truth.measure(truth.Job({"tiny": truth.composed(SMALL)}, 1, STEPS, "."))["tiny"]
+def measured(path: Path) -> dict[str, Any]:
+    report = truth.Report(path)
+    if dist.get_rank() == 0:
+        report.begin("cpu")
+    truth.measure(truth.Job(report, {"tiny": SMALL}, 2, 1, 1, STEPS))
     _join_the_pool_again()
-    return result
+    return report.rows("step time")[0]
 
 
-def compared(result: truth.Measured | str, dispatch: float) -> dict[str, Any]:
+def predicted(row: dict[str, Any], dispatch: float) -> dict[str, Any]:
     dist.destroy_process_group()
     machine = load_cluster("this_machine")
     slower = replace(machine.kernels, dispatch=Dispatch(dispatch, dispatch, dispatch), asynchronous=False)
-    row = truth._compared(truth.composed(SMALL), result, replace(machine, kernels=slower))
+    both = row | truth.prediction(row, replace(machine, kernels=slower))
     _join_the_pool_again()
-    return row
+    return both
 
 
 def _join_the_pool_again() -> None:
@@ -38,23 +41,31 @@ def _join_the_pool_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(pool: WorkerPool) -> truth.Measured:
-    return pool.run(2, measured)[0]
+def tiny(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    row: dict[str, Any] = pool.run(2, measured, tmp_path_factory.mktemp("truth") / "truth.json")[0]
+    return row
 
 
-Compare = Callable[[truth.Measured | str, float], dict[str, Any]]
+Predict = Callable[[dict[str, Any], float], dict[str, Any]]
 
 
 @pytest.fixture
-def compare(pool: WorkerPool) -> Compare:
-    return lambda result, dispatch: pool.run(1, compared, result, dispatch)[0]
+def predict(pool: WorkerPool) -> Predict:
+    return lambda row, dispatch: pool.run(1, predicted, row, dispatch)[0]
 
 
-def test_a_step_is_measured_in_parts_that_add_up(tiny: truth.Measured, compare: Compare) -> None:
-    row = compare(tiny, 1e-5)
-    assert len(row["measured_steps_s"]) == STEPS - 1  # the first is not timed
-    assert all(seconds > 0 for step in tiny.steps for seconds in step.values())
-    assert row["measured_steps_s"] == pytest.approx([sum(step.values()) for step in tiny.steps])
+@pytest.fixture
+def report(tmp_path: Path) -> truth.Report:
+    made = truth.Report(tmp_path / "truth.json")
+    made.begin("cpu")
+    return made
+
+
+def test_a_step_is_measured_in_parts_that_add_up(tiny: dict[str, Any], predict: Predict) -> None:
+    row = predict(tiny, 1e-5)
+    assert len(row["measured_steps_s"]) == STEPS  # the first, which is not timed, comes before them
+    assert all(seconds > 0 for seconds in row["measured_s_by_part"].values())
+    assert row["quickest_s"] <= row["measured_s"] <= max(row["measured_steps_s"])
     assert row["ratio"] == row["predicted_s"] / row["measured_s"]
     assert sum(row["predicted_s_by_part"].values()) == pytest.approx(row["predicted_s"])
     assert 0 < row["measured_collectives_s"] < row["measured_s"]
@@ -63,31 +74,66 @@ def test_a_step_is_measured_in_parts_that_add_up(tiny: truth.Measured, compare: 
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_taken_for_a_slower_one_shows(tiny: truth.Measured, compare: Compare) -> None:
-    assert compare(tiny, 1.0)["ratio"] > 1000 * compare(tiny, 1e-5)["ratio"]
+def test_a_machine_that_is_taken_for_a_slower_one_shows(tiny: dict[str, Any], predict: Predict) -> None:
+    assert predict(tiny, 1.0)["ratio"] > 1000 * predict(tiny, 1e-5)["ratio"]
 
 
-@pytest.mark.parametrize("wrong", [{"sent": 1.0}, {"differences": 4}], ids=str)
+@pytest.mark.parametrize("wrong", [{"sent_bytes": 1.0}, {"differences": 4}], ids=str)
 def test_a_byte_too_many_shows(
-    tiny: truth.Measured, compare: Compare, wrong: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, Any],
+    predict: Predict,
+    wrong: dict[str, Any],
+    report: truth.Report,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    report = truth.Report(tmp_path / "truth.json", "cpu")
-    report.add(kind="step time", name="tiny", processes=2, **compare(replace(tiny, **wrong), 1e-5))
+    report.add(**predict(tiny | wrong, 1e-5))
     report.show()
     assert "DIFFERENT" in capsys.readouterr().out
 
 
-def test_what_failed_is_reported_with_its_error(
-    compare: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_failed_is_reported_with_its_error_and_the_others_go_on(
+    report: truth.Report, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = truth.Report(tmp_path / "truth.json", "cpu")
-    report.attempt(lambda: compare("Traceback …\nRuntimeError: out of memory", 0.0), kind="step time", name="large")
-    report.attempt(lambda: {}["no such figure"], kind="memory", name="larger")
+    def one_after_another(job: truth.Job) -> None:
+        for name in job.overrides:
+            job.report.starts({"kind": job.kind, "name": name, "processes": 2, "overrides": []})
+            if name == "large":
+                raise RuntimeError("out of memory")
+            job.report.add(
+                kind=job.kind,
+                name=name,
+                processes=2,
+                **truth.Measured([dict.fromkeys(truth._PARTS, 1.0)], [{}]).figures(),
+            )
+
+    monkeypatch.setattr(truth, "launch", lambda run, job, processes: one_after_another(job))
+    truth.measured(truth.Job(report, {"small": [], "large": [], "last": []}, 2, 1, 1, STEPS))
+    truth.predicted(report)  # nothing was calibrated
     report.show()
+    rows = report.rows("step time")
+    assert [row["name"] for row in rows] == ["small", "large", "last"]
+    assert ["error" in row for row in rows] == [False, True, False]
     said = capsys.readouterr().out
     assert "large: RuntimeError: out of memory" in said
-    assert "larger: KeyError: 'no such figure'" in said
-    assert (tmp_path / "truth.json").read_text().count('"error"') == 2
+    assert "last: KeyError: 2" in said
+
+
+def test_what_fails_before_any_configuration_is_not_tried_again(
+    report: truth.Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(run: object, job: object, processes: int) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(truth, "launch", fails)
+    truth.measured(truth.Job(report, {"small": []}, 2, 1, 1, STEPS))
+    assert [row["name"] for row in report.rows("step time")] == ["all"]
+
+
+def test_all_configurations_for_gpus_are_valid() -> None:
+    for processes, configs in truth.CUDA.items():
+        for overrides in configs.values():
+            assert truth.composed(overrides).parallel.world_size == processes
+    assert len(truth.CUDA[2]) >= 12
 
 
 @pytest.mark.slow
