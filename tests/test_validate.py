@@ -337,7 +337,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         [*("parallel=ep2", "moe.dispatch=dropless", "moe.lend.policy=llep", "moe.lend.cluster=one_h200")],
         ["moe.lend.minimum=auto", "moe.lend.cluster", "moe.lend.minimum=1024"],
     ),
-    "pilots_to_nobody": (["comm.dedup=token"], ["comm.dedup=token", "none, rank, node"]),
+    "pilots_to_nobody": (["comm.dedup=token"], ["comm.dedup=token", "none, rank, node, group"]),
     "pilots_to_unequal_nodes": (
         [*("parallel=ep4", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=node", "comm.ranks_per_node=3")],
         ["comm.dedup=node", "ranks 0, 1, 2, 3 has 3 and 1", "comm.ranks_per_node", "comm.dedup=rank"],
@@ -369,6 +369,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "chunks_that_exceed_the_rows": (
         ["comm.chunks=60", "moe.dispatch=dropless", "data.micro_batch_size=1", "parallel=ep2"],
         ["comm.chunks=60 exceeds the 16 rows", "16 tokens", "use at most 16"],
+    ),
+    "gathered_by_way_of_nodes": (
+        ["parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=group", "comm.hierarchical=true"],
+        ["comm.hierarchical=true", "comm.dedup=group", "one of the two"],
     ),
     "chunks_of_pilots": (
         ["comm.chunks=2", "comm.dedup=rank", "moe.dispatch=dropless", "moe.top_k=2", "parallel=ep2"],

@@ -31,7 +31,7 @@ Positions = StrEnum("Positions", "LEARNED ROTARY")
 QKNorm = StrEnum("QKNorm", "NONE HEAD FULL")
 RotaryScaling = StrEnum("RotaryScaling", "NONE LINEAR NTK YARN LLAMA3")
 Compiler = StrEnum("Compiler", "NONE INDUCTOR AOT_EAGER")
-Dedup = StrEnum("Dedup", "NONE RANK NODE")
+Dedup = StrEnum("Dedup", "NONE RANK NODE GROUP")
 Granularity = StrEnum("Granularity", "NONE BLOCK")
 ExpertKernel = StrEnum("ExpertKernel", "AUTO TORCH TRITON")
 DropPolicy = StrEnum("DropPolicy", "PROBS POSITION")
@@ -362,7 +362,8 @@ class CommOptions(Frozen):
     shortcut_slot: int | None = whole(None, least=0)
     # Without a capacity: what a token sends if several of its choices are in one process. none: a row for each; rank:
     # one row, which is copied there, and one back, which is summed there; node: one to each node, and from there one to
-    # each process, likewise.
+    # each process, likewise; group: one to every process of the expert group, by an all-gather of known size, for which
+    # no host waits, and sums come back by a reduce-scatter.
     dedup: str = word(Dedup.NONE)
     # Where experts are on several nodes, exchange with them in two steps: between nodes, to the process with the same
     # place in its node, and from there inside the node. As many bytes go between nodes, in fewer messages.

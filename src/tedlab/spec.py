@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
-from tedlab.config import CommOptions, MoEConfig
+from tedlab.config import CommOptions, Dedup, MoEConfig
 from tedlab.degrees import GroupKind, ParallelDegrees
 
 if TYPE_CHECKING:
@@ -190,6 +190,8 @@ class Layout:
     @property
     def returning(self) -> str:
         """The tag of the first exchange on the way back from experts."""
+        if self.options.dedup == Dedup.GROUP:
+            return "combine.reduce_scatter"
         return "combine.all_to_all" if self.nodes == 1 else "combine.in_node"
 
     @property

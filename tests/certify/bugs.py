@@ -671,12 +671,12 @@ def replicas_sent_to_another_rank_of_the_node(patch: Patch) -> None:
 
 def pilots_of_a_slice_sent_as_if_tensor_ranks_had_the_same(patch: Patch) -> None:
     """As in plain TED, which sums the gradients of tokens over the tensor group: that adds up those of other slices."""
-    right = pilots.PilotExperts._enter
+    right = pilots.PilotExperts.enter
 
     def wrong(self: pilots.PilotExperts, x_TH: Tensor, routing: Any) -> Any:
         return right(self, differentiable.copy_to(x_TH, self.comm, "tensor", "experts.copy"), routing)
 
-    patch.setattr(pilots.PilotExperts, "_enter", wrong)
+    patch.setattr(pilots.PilotExperts, "enter", wrong)
 
 
 def pilots_drawn_anew_in_recomputation(patch: Patch) -> None:

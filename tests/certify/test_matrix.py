@@ -269,6 +269,18 @@ PILOTS: dict[str, dict[str, object]] = {
         **{"moe.shared.experts": 1, "comm.overlap_shared": True},
     },
 }
+GATHERED: dict[str, object] = {**PILOT, "comm.dedup": "group"}
+PILOTS |= {
+    "gathered": {**GATHERED, ACCUMULATED: 2, **RECOMPUTED, "moe.z_loss": 0.01, "optim.overlap": True},
+    "gathered_ted_fused": {
+        **{**GATHERED, **RECOMPUTED, "comm": "ted_fused", "model.recompute.early_stop": False},
+        **{"model.sequence_length": 3, "data.micro_batch_size": 1},  # T does not divide the tokens
+    },
+    "gathered_in_slices": {
+        **{**GATHERED, ACCUMULATED: 2, **RECOMPUTED, **TODAY, "parallel.sequence": True, "comm.cac": "shard"},
+        **{"moe.shared.experts": 1},
+    },
+}
 NODE_PILOT: dict[str, object] = {**PILOT, **RECOMPUTED, "comm.dedup": "node", "comm.ranks_per_node": 4}
 NODES: dict[str, dict[str, object]] = {  # in some layouts of several nodes, with several processes of a group on each
     "node_pilots": {**NODE_PILOT, ACCUMULATED: 2, "comm.ranks_per_node": 2, "comm.cac": True, "optim.overlap": True},
@@ -335,6 +347,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("noisy_jittered_ted", "hash_in_slices", "random_in_slices", "expert_choice_in_slices"),
     *("experts_alone_ted", "overlapped_ted", "overlapped_in_slices", "pos2_ted", "pos3_in_slices"),
     *("rows_in_chunks_ted", "rows_in_chunks_in_slices", "pilots_ted_fused", "pilots_in_slices"),
+    *("gathered_ted_fused", "gathered_in_slices"),
     *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices", "node_pilots_sliced"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),

@@ -24,9 +24,11 @@ from tedlab.comm.collectives import Collectives
 from tedlab.comm.recompute import recomputing
 from tedlab.degrees import GroupKind
 
+_RULE = "Experts with a capacity take equally many slots from every process of an expert group"
+_GATHERED_RULE = "comm.dedup=group gathers equally many tokens from every process of an expert group"
 _ADVICE = (
-    "Give each the same number of tokens, by padding (see padding_mask of MoELayer), or use moe.dispatch=dropless, "
-    "which takes as many as there are"
+    "Give each the same number of tokens, by padding (see padding_mask of MoELayer), or use {}, which takes as many as "
+    "there are"
 )
 
 _numbers = itertools.count()  # numbers the agreements that this process has begun
@@ -58,13 +60,14 @@ class SlotAgreement:
         """Returns itself, since a copy of a layer communicates with the same processes."""
         return self
 
-    def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
+    def expect(self, layer: nn.Module, tokens: int, slots: int, gathered: bool = False) -> None:
         """Checks what a layer is about to send. Every process calls it before every forward pass of the layer.
 
         Args:
             layer: The MoE layer.
             tokens: The number of tokens in this process's micro-batch.
             slots: The number of slots that it sends for each expert.
+            gathered: Whether tokens are gathered rather than put into slots; ``slots`` is then how many it sends.
 
         Raises:
             ValueError: If the processes of the group do not send equally many slots; the message lists their numbers,
@@ -77,16 +80,19 @@ class SlotAgreement:
         if tokens == before:
             return
         self._last = tokens
-        have = self._together(tokens, slots) if before is None else self._announced(before, tokens, slots)
+        rule = _GATHERED_RULE if gathered else _RULE
+        advice = _ADVICE.format("comm.dedup=rank" if gathered else "moe.dispatch=dropless")
+        if before is None:
+            have = self._together(tokens, slots)
+        else:
+            have = self._announced(before, tokens, slots, f"{rule}, but", advice)
         if len({theirs for _, theirs in have}) > 1:
+            what = "" if gathered else ", {} slots for each expert"
             told = ", ".join(
-                f"process {rank} {own} tokens, {theirs} slots for each expert"
+                f"process {rank} {own} tokens{what.format(theirs)}"
                 for rank, (own, theirs) in zip(self._ranks, have, strict=True)
             )
-            raise ValueError(
-                f"Experts with a capacity take equally many slots from every process of an expert group, but the "
-                f"micro-batches of this one are unequal: {told}. {_ADVICE}."
-            )
+            raise ValueError(f"{rule}, but the micro-batches of this one are unequal: {told}. {advice}.")
 
     def largest(self, slots: int) -> int:
         """Returns the slots to send for each expert: ``slots``, or the group's maximum where numbers may differ."""
@@ -110,7 +116,7 @@ class SlotAgreement:
         self._number = max(number for *_, number in table)
         return [(theirs, of_them) for theirs, of_them, _ in table]
 
-    def _announced(self, before: int, tokens: int, slots: int) -> Sequence[tuple[int, int]]:
+    def _announced(self, before: int, tokens: int, slots: int, rule: str, advice: str) -> Sequence[tuple[int, int]]:
         """Exchanges numbers through the store: processes that see no change would not join a collective."""
         self._changes += 1
         store, group = default_store(), self.comm.group(self.kind)
@@ -123,10 +129,9 @@ class SlotAgreement:
             if isinstance(error, DistNetworkError):
                 raise
             raise ValueError(
-                f"Experts with a capacity take equally many tokens from every process of an expert group, but with a "
-                f"micro-batch of {tokens} tokens after {before} process {self._ranks[group.rank()]} has waited "
-                f"{self.patience.total_seconds():g} s for others of processes {', '.join(map(str, self._ranks))} to "
-                f"have another number, too. {_ADVICE}."
+                f"{rule} with a micro-batch of {tokens} tokens after {before} process {self._ranks[group.rank()]} has "
+                f"waited {self.patience.total_seconds():g} s for others of processes "
+                f"{', '.join(map(str, self._ranks))} to have another number, too. {advice}."
             ) from None
         # A process that announces this change has read all announcements of the one before the previous.
         store.delete_key(f"{place}/{self._changes - 2}/{group.rank()}")

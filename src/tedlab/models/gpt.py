@@ -161,6 +161,7 @@ class GPTSpec(Spec):
             Layout(ParallelDegrees(2 * expert, 2, expert, sequence=on), replace(options, dtd=not on))
             for expert, options in (
                 *((1, direct), (2, direct), (2, replace(direct, dedup=Dedup.RANK))),
+                (2, replace(direct, dedup=Dedup.GROUP)),
                 *((4, by_node), (4, replace(by_node, dedup=Dedup.NODE))),
             )
             for on in (True, False)

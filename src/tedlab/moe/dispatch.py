@@ -133,7 +133,11 @@ class DispatchSpec(Spec):
         return summed, Site("experts.copy_gates", "all_reduce", "expert_tensor", self.choices, dtype="precise")
 
     def pilots(self, layout: Layout) -> bool:
-        """Tells whether tokens travel as pilots, see :mod:`tedlab.moe.pilots`."""
+        """Tells whether whole tokens travel: as pilots, see :mod:`tedlab.moe.pilots`, or to all processes."""
+        return False
+
+    def gathered(self, layout: Layout) -> bool:
+        """Tells whether every token comes to all processes of an expert group, see :mod:`tedlab.moe.gathered`."""
         return False
 
     def fed(self, layout: Layout) -> str:

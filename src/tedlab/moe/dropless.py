@@ -1,7 +1,9 @@
 """Which experts a layer without a capacity has: that depends on where they are, and on what is sent."""
 
+from tedlab.config import Dedup
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe.experts import Experts, ExpertsSpec, RowExperts, mixtures
+from tedlab.moe.gathered import GatheredExperts
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.local_spec import DroplessSpec
 from tedlab.moe.pilots import PilotExperts
@@ -19,8 +21,8 @@ class Dropless(RowExperts):
     def make(cls, spec: ExpertsSpec, topology: Topology) -> Experts:
         if cls.alone(topology.degrees):
             return LocalExperts(spec, topology)
-        pilots = cls.dispatch(spec.hidden, spec.config).pilots(topology.layout)
-        return (PilotExperts if pilots else RowExperts)(spec, topology)
+        made = {Dedup.NONE: RowExperts, Dedup.GROUP: GatheredExperts}.get(Dedup(topology.options.dedup), PilotExperts)
+        return made(spec, topology)
 
     @classmethod
     def alone(cls, degrees: ParallelDegrees) -> bool:

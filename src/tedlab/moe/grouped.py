@@ -22,7 +22,7 @@ class Groups(NamedTuple):
     """Which expert each row belongs to.
 
     Attributes:
-        expert_N: (N,) int64, the expert of each row, ascending.
+        expert_N: (N,) int64, the expert of each row, ascending; -1 behind the last, where rows may be left as they are.
         ends: (e,) int32, the end of each expert's rows.
         sizes: Number of rows of each expert; None: the host does not know it, and products must not need it.
     """
@@ -154,9 +154,14 @@ def times(x: Tensor, weight: Tensor, groups: Groups, out: Tensor | None = None) 
         return result if out is None else out.copy_(result)
     assert groups.sizes is not None
     out = x.new_empty(len(x), weight.shape[-1]) if out is None else out
-    for rows, matrix, result in zip(x.split(groups.sizes), weight, out.split(groups.sizes), strict=True):
+    for rows, matrix, result in zip(_divided(x, groups.sizes), weight, _divided(out, groups.sizes), strict=True):
         torch.mm(rows, matrix, out=result)
     return out
+
+
+def _divided(x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Returns the rows of each expert, without those behind the last."""
+    return x[: sum(sizes)].split(sizes)
 
 
 def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
@@ -165,7 +170,7 @@ def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(x.mT, grad, offs=groups.ends)
     assert groups.sizes is not None
     out = x.new_empty(len(groups.sizes), x.shape[1], grad.shape[1])
-    for rows, of_rows, result in zip(x.split(groups.sizes), grad.split(groups.sizes), out, strict=True):
+    for rows, of_rows, result in zip(_divided(x, groups.sizes), _divided(grad, groups.sizes), out, strict=True):
         torch.mm(rows.mT, of_rows, out=result)
     return out
 

@@ -70,9 +70,9 @@ class MoESpec(Spec):
 
     def local(self, b: MicroBatch) -> LocalSpec | None:
         """Returns what experts do to which whole tokens come, or their pilots, if these are such."""
-        pilots = self.dispatch.pilots(b.layout)
+        whole, gathered = self.dispatch.pilots(b.layout), self.dispatch.gathered(b.layout)
         alone = mixtures[self.config.dispatch].alone(b.layout.degrees)
-        return LocalSpec(self.experts, pilots) if alone or pilots else None
+        return LocalSpec(self.experts, whole and not gathered, gathered) if alone or whole else None
 
     @property
     def shared(self) -> SharedSpec | None:

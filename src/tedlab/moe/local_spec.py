@@ -10,7 +10,8 @@ from tedlab.comm.rows import Rows
 from tedlab.config import Dedup
 from tedlab.moe.dispatch import DispatchSpec, adjoints, counting
 from tedlab.moe.experts import ExpertsSpec
-from tedlab.moe.pilot_rows import PilotSenders, pilots_of
+from tedlab.moe.grouped import native
+from tedlab.moe.pilot_rows import PilotSenders, pilots_of, rows_of_gathered
 from tedlab.registry import mixtures
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work, WorkingSet
 
@@ -29,6 +30,8 @@ class DroplessSpec(DispatchSpec):
 
     @override
     def sites(self, layout: Layout) -> Sites:
+        if self.gathered(layout):
+            return self._gathered_sites(layout)
         if self.pilots(layout):
             return self._pilot_sites(layout)
         if not self._alone(layout):
@@ -51,11 +54,65 @@ class DroplessSpec(DispatchSpec):
         return layout.options.dedup != Dedup.NONE and layout.degrees.expert > 1
 
     @override
+    def gathered(self, layout: Layout) -> bool:
+        return layout.options.dedup == Dedup.GROUP and layout.degrees.expert > 1
+
+    @override
     def rows(self, layout: Layout, tokens: int) -> Rows:
         if not self.pilots(layout):
             return super().rows(layout, tokens)
-        sent_tx = pilots_of([1.0] * self.config.num_experts, tokens * self.config.inputs, self.config.top_k, layout)
-        return PilotSenders(layout, 0).moved(sent_tx).rows
+        tokens *= self.config.inputs
+        sent_tx = pilots_of([1.0] * self.config.num_experts, tokens, self.config.top_k, layout)
+        rows = PilotSenders(layout, 0).moved(sent_tx).rows
+        return rows_of_gathered(layout, tokens, rows.computed) if self.gathered(layout) else rows
+
+    def _gathered_sites(self, layout: Layout) -> Sites:
+        tensor, hidden, twice, dealt, alike = (
+            layout.degrees.tensor,
+            self.hidden,
+            layout.gathers > 1,
+            layout.dealt,
+            not layout.own,
+        )
+        together = not layout.degrees.folded
+        summed, of_gates = self._of_tokens()
+        whole = Site("combine.gather", "all_gather", "tensor", tensor * hidden, "dealt", replicated=True, feeds="end")
+        to = Site("dispatch.all_gather", "all_gather", "expert", hidden, "sent", replicated=alike)
+        gates = replace(to, tag="dispatch.all_gather_gates", width=self.choices, dtype="precise", replicated=alike)
+        chosen = replace(gates, tag="dispatch.all_gather_choices", dtype="index", recomputed=False)
+        back = replace(to, tag="combine.reduce_scatter", op="reduce_scatter")
+        back = replace(back, feeds=summed.tag if alike else whole.tag if dealt else "end")
+        spread = [
+            replace(
+                site,
+                tag=site.tag.replace("all_gather", "gather"),
+                kind="expert_tensor",
+                rows="gathered",
+                replicated=together,
+            )
+            for site in (chosen, to, gates)
+        ]
+        inside = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=layout.returning)
+        forward, backward, of_weights = [chosen], [replace(back, op="all_gather")], []
+        if twice:
+            forward += [spread[0], replace(to, feeds=spread[1].tag), spread[1], replace(gates, feeds=spread[2].tag)]
+            forward += [spread[2], inside, back]
+            backward += [replace(inside, op="all_gather"), replace(spread[1], op="reduce_scatter")]
+            of_weights.append(replace(spread[2], op="reduce_scatter"))
+        else:
+            forward += [to, gates, back]
+        backward.append(replace(to, op="reduce_scatter"))
+        of_weights.append(replace(gates, op="reduce_scatter"))
+        if alike:
+            forward.append(summed)
+            backward.append(replace(summed, tag="experts.copy"))
+            of_weights.append(of_gates)
+        elif dealt:
+            forward.append(whole)
+            backward.append(replace(whole, tag="dispatch.drop"))
+            width = tensor * self.choices
+            of_weights.append(replace(whole, tag="dispatch.drop_gates", width=width, dtype="precise"))
+        return Sites(tuple(forward), (*backward, *self._of_gates(*of_weights)))
 
     def _pilot_sites(self, layout: Layout) -> Sites:
         tensor, gathered, dealt, alike = layout.degrees.tensor, layout.gathers > 1, layout.dealt, not layout.own
@@ -118,14 +175,22 @@ class LocalSpec(Spec):
     Attributes:
         experts: The experts, which state the parameters.
         pilots: Whether pilots are sent.
+        gathered: Whether tokens of others come, all of them.
     """
 
     experts: ExpertsSpec
     pilots: bool = False
+    gathered: bool = False
 
     def tokens(self, b: MicroBatch) -> int:
         """Returns the number of the experts' tokens."""
-        return b.rows.gathered if self.pilots else b.tokens
+        return b.rows.gathered if self.pilots or self.gathered else b.tokens
+
+    def places(self, b: MicroBatch) -> int:
+        """Returns the number of rows for which there is room, of which kernels that are no products read all."""
+        number, _, _, width = self.experts.here(b)
+        roomy = self.gathered and not self.experts.expert.bias and native(b.compute, self.experts.hidden, width)
+        return b.rows.gathered * min(self.experts.config.top_k, number) if roomy else b.rows.computed
 
     def _there(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels that copy tokens to pilots, or gradients of sums to those of pilots."""
@@ -143,13 +208,14 @@ class LocalSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
-        total, hidden = b.rows.computed, self.experts.hidden
+        total, hidden = self.places(b), self.experts.hidden
         if b.mixed:
             yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
         yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers tokens
         yield b.product(rows, hidden, inner, times=number)
-        if ("experts.reduce" if not self.pilots or b.layout.gathers > 1 else b.layout.returning) in dead:
+        alone = not (self.pilots or self.gathered)
+        if ("experts.reduce" if alone or b.layout.gathers > 1 else b.layout.returning) in dead:
             return
         yield b.moved(total * (inner + width))  # bias and activation
         yield b.product(rows, width, hidden, times=number)
@@ -158,7 +224,7 @@ class LocalSpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
-        total, hidden = b.rows.computed, self.experts.hidden
+        total, hidden = self.places(b), self.experts.hidden
         yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers gradients
         yield b.product(rows, hidden, width, times=number)
@@ -180,13 +246,14 @@ class LocalSpec(Spec):
         """Counts rows before their activation, indices, and tokens and weights if they are gathered or converted."""
         number, _, inner, width = self.experts.here(b)
         hidden = self.experts.hidden
-        fresh = b.mixed or b.layout.sequence or self.pilots
+        fresh = b.mixed or b.layout.sequence or self.pilots or self.gathered
         made = self.tokens(b) * hidden * fresh + number * hidden * (inner + width) * b.mixed
-        return (b.rows.computed * inner + made) * b.compute.itemsize + 4 * b.rows.computed * torch.int64.itemsize
+        rows = self.places(b)
+        return (rows * inner + made) * b.compute.itemsize + 4 * rows * torch.int64.itemsize
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         number, _, inner, width = self.experts.here(b)
-        rows, hidden = b.rows.computed * b.compute.itemsize, self.experts.hidden
+        rows, hidden = self.places(b) * b.compute.itemsize, self.experts.hidden
         down = number * hidden * width * b.parameter.itemsize
         up = number * hidden * inner * b.parameter.itemsize
         yield WorkingSet("activations of experts", temporaries=rows * (hidden + inner + 2 * width))

@@ -90,3 +90,15 @@ class PilotSenders:
 def pilots_of(shares: Sequence[float], tokens: int, top_k: int, layout: Layout) -> np.ndarray:
     """Returns what each of the tensor ranks that deal a data rank's tokens sends, see :func:`sent_as_pilots`."""
     return sent_as_pilots(shares, tokens, top_k, layout.deals, layout.degrees.expert, layout.nodes)
+
+
+def rows_of_gathered(layout: Layout, tokens: int, computed: int) -> Rows:
+    """Returns the rows that a process moves where every token comes to all processes, see ``moe/gathered.py``.
+
+    Args:
+        layout: The layout.
+        tokens: Number of tokens of a data rank.
+        computed: Number of choices of this process's experts.
+    """
+    sent = -(-tokens // layout.deals) * layout.degrees.expert
+    return Rows(sent=sent, gathered=sent * layout.gathers, computed=computed)

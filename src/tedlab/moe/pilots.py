@@ -42,19 +42,15 @@ from torch import Tensor
 from tedlab.comm import (
     Issued,
     Splits,
-    copy_to,
-    gather_from,
     gather_to,
     once,
-    reduce_from,
     scatter_from,
-    slice_to,
     to_compute_dtype,
 )
 from tedlab.comm.rows import Rows, by_node, rows_of_pilots
+from tedlab.moe.dealt import DealtExperts
 from tedlab.moe.experts import ExpertsSpec
-from tedlab.moe.gather import chosen_experts, gather_rows, grown
-from tedlab.moe.local import TokenExperts
+from tedlab.moe.gather import gather_rows, grown
 from tedlab.moe.pilot_steps import (
     Arrived,
     Numbered,
@@ -86,23 +82,12 @@ class Plan:
     choices: Exchange
 
 
-class PilotExperts(TokenExperts):
-    """Experts of several processes that exchange pilots as the topology's toggles say.
-
-    Raises:
-        ValueError: If several processes gather tokens that are dealt and reduce them in the paper's order, which
-            reduces rows; and with several chunks.
-    """
+class PilotExperts(DealtExperts):
+    """Experts of several processes that exchange pilots as the topology's toggles say."""
 
     def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
         super().__init__(spec, topology)
-        layout, top_k, dedup = topology.layout, spec.config.top_k, topology.options.dedup
-        if layout.chunks > 1:
-            raise ValueError(f"comm.dedup={dedup} sends all choices of a token at once: it needs comm.chunks=1")
-        if layout.gathers > 1 and not layout.scattered:
-            raise ValueError(f"comm.dedup={dedup} with tokens that are dealt needs comm.fuse_reduce_scatter=true")
-        self.dealing, self.alike = layout.dealt, not layout.own
-        self.deals, self.gathers = layout.deals, layout.gathers
+        layout, top_k = topology.layout, spec.config.top_k
         self.nodes, self.processes = layout.nodes, topology.degrees.expert
         most = min(top_k, spec.num_experts // self.processes)
         self.steps = [Step(self.comm, "expert" if self.nodes == 1 else "expert_in_node", most, self.kernel)]
@@ -115,7 +100,7 @@ class PilotExperts(TokenExperts):
         return self.answer([pilots], routing).wait()
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[tuple[Arrived, Plan]]]:
-        x, gate_TK, expert_TK = self._enter(to_compute_dtype(x_TH), routing)
+        x, gate_TK, expert_TK = self.enter(to_compute_dtype(x_TH), routing)
         numbered = number_choices(expert_TK, self.num_experts, self.steps[0].processes, self.kernel)
         planned = once("dispatch.counts", lambda: functools.cache(self._start(numbered)))
         # Only exchanges and the copy of tokens need what the host waits for.
@@ -134,7 +119,7 @@ class PilotExperts(TokenExperts):
         back = self.steps[-1].back(self._computed(last, plan), last)
         if self.nodes > 1:
             back = self.steps[0].back(back.wait(), first)
-        return back.then(lambda y_TH: self._leave(y_TH, len(routing.gate_TK)))
+        return back.then(lambda y_TH: self.leave(y_TH, len(routing.gate_TK)))
 
     def _pass_on(self, arrived: Arrived, plan: Plan) -> Arrived:
         """Sends pilots that came from other nodes, or this one, to the processes of this node."""
@@ -161,33 +146,6 @@ class PilotExperts(TokenExperts):
         if self.gathers > 1:
             y_pH = scatter_from(y_pH, self.comm, "expert_tensor", "experts.reduce", dim=0)[: len(arrived.x_pH)]
         return y_pH
-
-    # ---- the tokens that this process sends ------------------------------------------------------------------------
-
-    def _enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the tokens that this process sends, the weights of their choices, and their experts."""
-        gate_TK, expert_TK = routing.gate_TK, chosen_experts(routing)
-        if self.dealing:
-            own = slice(self.comm.rank("tensor"), None, self.deals)
-            gate_TK = self._hand(gate_TK, "dispatch.drop_gates")
-            return self._hand(x_TH, "dispatch.drop"), gate_TK, expert_TK[own]
-        if self.alike:
-            x_TH = copy_to(x_TH, self.comm, "expert_tensor", "experts.copy")
-            gate_TK = copy_to(gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
-        return x_TH, gate_TK, expert_TK
-
-    def _hand(self, x: Tensor, tag: str) -> Tensor:
-        """Returns every T-th token, from the one with this tensor rank's number."""
-        own = len(range(self.comm.rank("tensor"), len(x), self.deals))
-        x = grown(x, -(-len(x) // self.deals) * self.deals)
-        return slice_to(x.unflatten(0, (-1, self.deals)), self.comm, "tensor", tag, dim=1).flatten(0, 1)[:own]
-
-    def _leave(self, y_TH: Tensor, tokens: int) -> Tensor:
-        """Inverts :meth:`_enter`."""
-        if self.dealing:
-            hand = grown(y_TH, -(-tokens // self.deals)).unsqueeze(1)
-            return gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)[:tokens]
-        return reduce_from(y_TH, self.comm, "expert_tensor", "experts.reduce") if self.alike else y_TH
 
     # ---- the plan of the exchanges ---------------------------------------------------------------------------------
 

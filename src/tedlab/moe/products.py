@@ -24,7 +24,7 @@ class Order(NamedTuple):
     """The order of a micro-batch's rows.
 
     Attributes:
-        token_N: (N,) int64, the token of each row.
+        token_N: (N,) int64, the token of each row; -1 behind the last, where there may be room for more.
         choice_N: (N,) int64, the choice t·K + k of each row.
         place_TK: (T, K) int64, the rows of each token; -1: a choice that is not there, whose weight must be 0.
         expert_TK: (T, K) int64, the experts of each token; any where there is no choice.

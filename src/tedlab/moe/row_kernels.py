@@ -14,12 +14,13 @@ _COLUMNS = 1024  # elements of a row at a time
 
 
 def take(x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
-    """See :func:`tedlab.moe.row_ops.take`; rows whose index is -1 always hold zeros."""
+    """See :func:`tedlab.moe.row_ops.take`."""
     rows, width = len(token_N), x_TH.shape[1]
     out = x_TH.new_empty(rows, width)
     if rows:
         block = min(4 * _COLUMNS, triton.next_power_of_2(width))
-        _take[(rows, triton.cdiv(width, block))](x_TH.contiguous(), token_N.contiguous(), out, width, BLOCK=block)
+        given = x_TH.contiguous(), token_N.contiguous()
+        _take[(rows, triton.cdiv(width, block))](*given, out, width, MISSING=missing, BLOCK=block)
     return out
 
 
@@ -93,12 +94,13 @@ def combine_backward(grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: T
 
 
 @triton.jit
-def _take(x, token, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _take(x, token, out, width, MISSING: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(token + row).to(tl.int64)
-    values = tl.load(x + source * width + at, at < tl.where(source >= 0, width, 0), 0.0)
-    tl.store(out + row * width + at, values, at < width)
+    there = at < tl.where(source >= 0, width, 0)
+    values = tl.load(x + source * width + at, there, 0.0)
+    tl.store(out + row * width + at, values, at < width if MISSING else there)
 
 
 @triton.jit
@@ -120,11 +122,14 @@ def _hidden(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     at = start + tl.arange(0, BLOCK)
+    owner = tl.load(expert + row)
+    if owner < 0:  # there is room for this row, but it is none
+        return
     if GATED:
         pair = 2 * start + tl.arange(0, 2 * BLOCK)
         value = tl.load(z + row * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
         if bias is not None:
-            value += tl.load(bias + tl.load(expert + row) * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
+            value += tl.load(bias + owner * 2 * inner + pair, pair < 2 * inner, 0.0).to(tl.float32)
         gate, linear = tl.split(tl.reshape(value, (BLOCK, 2)))
         if LIMIT > 0:
             gate = tl.minimum(gate, LIMIT)
@@ -135,7 +140,7 @@ def _hidden(  # type: ignore[no-untyped-def]
     else:
         value = tl.load(z + row * inner + at, at < inner, 0.0).to(tl.float32)
         if bias is not None:
-            value += tl.load(bias + tl.load(expert + row) * inner + at, at < inner, 0.0).to(tl.float32)
+            value += tl.load(bias + owner * inner + at, at < inner, 0.0).to(tl.float32)
         result, _ = _gelu_and_slope(value)
     tl.store(out + row * inner + at, result.to(out.dtype.element_ty), at < inner)
 
@@ -158,6 +163,8 @@ def _hidden_backward(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     w = 1.0 if weight is None else tl.load(weight + row).to(tl.float32)
     owner = tl.load(expert + row)
+    if owner < 0:  # as in _hidden
+        return
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, inner, BLOCK):
         at = start + tl.arange(0, BLOCK)

@@ -14,9 +14,11 @@ from tedlab.nn.activation import clamped_swiglu
 
 
 def take(x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
-    """Gathers rows by index: (N, H). With ``missing``, rows whose index is -1 hold zeros."""
+    """Gathers rows by index: (N, H). With ``missing``, rows whose index is -1 hold zeros, otherwise anything."""
     if not missing:
-        return x_TH.index_select(0, token_N)
+        return x_TH.index_select(0, token_N.clamp(min=0))
+    if not len(x_TH):  # all are missing
+        return x_TH.new_zeros(len(token_N), x_TH.shape[1])
     return x_TH.index_select(0, token_N.clamp(min=0)).masked_fill_((token_N < 0).unsqueeze(1), 0.0)
 
 
@@ -27,7 +29,7 @@ def sums(y_RH: Tensor, place_TK: Tensor) -> Tensor:
 
 
 def hidden(z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
-    """Activates each row plus its expert's bias: (N, F)."""
+    """Activates each row plus its expert's bias: (N, F). Rows whose expert is -1 hold anything."""
     return activate(_biased(z_NZ, bias_eZ, expert_N), how)
 
 

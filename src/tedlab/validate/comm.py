@@ -152,10 +152,10 @@ def node_notes(config: TrainConfig, degrees: ParallelDegrees) -> list[str]:
 
 def _check_nodes(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm = config.comm
-    if comm.hierarchical and comm.dedup == Dedup.RANK:
+    if comm.hierarchical and comm.dedup in (Dedup.RANK, Dedup.GROUP):
         raise ValueError(
-            "comm.hierarchical=true sends all rows by way of nodes, but with comm.dedup=rank a token goes directly to "
-            "each process; use one of the two"
+            f"comm.hierarchical=true sends all rows by way of nodes, but with comm.dedup={comm.dedup} a token goes "
+            "directly to each process; use one of the two"
         )
     per_node = ranks_per_node(config)
     assert per_node is not None

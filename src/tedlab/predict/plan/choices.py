@@ -77,6 +77,7 @@ def _ways(config: TrainConfig) -> dict[str, dict[str, Any]]:
         "dropless, lent evenly": {**_PLAIN, "moe.lend.policy": LendPolicy.EVEN.value},
         "dropless, dedup by rank": {**_PLAIN, "comm.dedup": "rank"},
         "dropless, dedup by node": {**_PLAIN, "comm.dedup": "node"},
+        "dropless, gathered": {**_PLAIN, "comm.dedup": "group"},
         "dropless, balanced by biases": _PLAIN,
     }
 

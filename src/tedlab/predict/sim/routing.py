@@ -19,7 +19,7 @@ from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.moe import mixtures
 from tedlab.moe.lending import Plan, Policy, policy_of, slots_of
-from tedlab.moe.pilot_rows import PilotSenders, pilots_of
+from tedlab.moe.pilot_rows import PilotSenders, pilots_of, rows_of_gathered
 from tedlab.spec import Layout
 
 ROUTINGS = ("balanced", "zipf", "trace")
@@ -69,9 +69,10 @@ class SimulatedRouting:
         spec = mixtures[moe.dispatch].dispatch(config.model.hidden, moe)
         layout = spec.obeyed(Layout(degrees, config.comm, moe.sliced))
         self.layout, self.deals, self.gathers = layout, layout.deals, layout.gathers
-        self._own_lists, self.pilots = layout.sequence, spec.pilots(layout)
+        self._own_lists, self.pilots, self.gathered = layout.sequence, spec.pilots(layout), spec.gathered(layout)
         self.chunks, self.nodes = spec.chunks(layout), layout.nodes
         tokens = config.data.micro_batch_size * config.model.sequence_length * moe.inputs
+        self._tokens = tokens
         if shares_LE is None:
             shares_LE = np.ones((len(self.blocks), moe.num_experts))
         self.shares_LE = shares_LE
@@ -135,9 +136,10 @@ class SimulatedRouting:
         """Returns the rows that a rank of the world moves in one micro-batch, by block."""
         if self.pilots:
             senders = PilotSenders(self.layout, rank)
-            return {
-                block: senders.moved(sent_tx).rows for block, sent_tx in zip(self.blocks, self._pilots, strict=True)
-            }
+            moved = [senders.moved(sent_tx).rows for sent_tx in self._pilots]
+            if self.gathered:
+                moved = [rows_of_gathered(self.layout, self._tokens, rows.computed) for rows in moved]
+            return dict(zip(self.blocks, moved, strict=True))
         expert, tensor = self._place(rank)
         return {
             block: replace(
@@ -175,6 +177,8 @@ class SimulatedRouting:
         """
         if self.pilots:
             moved = PilotSenders(self.layout, rank).moved(self._pilots[layer])
+            if self.gathered:
+                return moved.arriving_isx[..., :-1].sum((0, 1))
             if moved.relayed is None:
                 return np.concatenate((moved.sent[None], moved.arriving_isx))
             return np.concatenate((moved.sent.flatten(), moved.relayed.flatten(), moved.arriving_isx.flatten()))[None]
@@ -204,7 +208,7 @@ class Answers:
     def __call__(self, values: Tensor) -> list[object]:
         numbers = self.routing.numbers(self._reads % len(self.routing.blocks), self.rank)
         self._reads += 1
-        if values.dim() == 1:  # where rows do not travel, the host reads only how many each expert has
+        if values.dim() < numbers.ndim == 3:  # where rows do not travel, the host reads only how many each expert has
             numbers = numbers[1:].sum((0, 1))
         assert numbers.shape == values.shape
         return numbers.tolist()

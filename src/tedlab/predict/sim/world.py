@@ -72,7 +72,7 @@ class _Unasked(SlotAgreement):
     """Assumes that all processes have as many tokens, since there are no others to agree with."""
 
     @override
-    def expect(self, layer: nn.Module, tokens: int, slots: int) -> None:
+    def expect(self, layer: nn.Module, tokens: int, slots: int, gathered: bool = False) -> None:
         pass
 
 

@@ -1,0 +1,106 @@
+"""A token path without a capacity that gives every token of an expert group to each of its processes.
+
+An all-gather brings the tokens, the numbers of their chosen experts and the weights of the choices. Each process
+computes the weighted sums of what its own experts make of them, and a reduce-scatter adds these up and returns them.
+Whatever is chosen, the same bytes are sent, and all sizes are known before routers choose: no process tells another how
+much to expect, and the host waits for nothing. Where a token has about as many choices as the group has processes, it
+would go to nearly all of these anyway.
+
+Products of rows that are one kernel (bf16) compute in room for all choices that there can be: a token has at most
+min(K, e) here. Rows behind the last are left as they are, and nobody reads them. Other products need the number of rows
+of each expert, for which the host does wait.
+
+=================  ===========================================================================================
+mode               tokens
+=================  ===========================================================================================
+plain TED          every tensor rank gathers all tokens, computes partial sums, and gets back those of its own,
+                   which are all-reduced
+DTD, fused         tensor rank r mod T gathers those of token r from its expert group, and the result from its
+                   tensor group; two reduce-scatters return the sums, which are gathered at the end
+sequence parallel  as with DTD, but each tensor rank has its own tokens from the beginning
+folded (T_e ≠ T)   as DTD, fused, or sequence; the expert_tensor group gathers and reduces, if T_e > 1
+=================  ===========================================================================================
+
+Legend as in ``products.py``, and O: tokens that this process sends; X: those that all processes of both groups send.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tedlab.comm import gather_to, once, scatter_from, to_compute_dtype
+from tedlab.comm.rows import Rows
+from tedlab.moe.dealt import DealtExperts
+from tedlab.moe.experts import ExpertsSpec
+from tedlab.moe.gather import grown
+from tedlab.moe.grouped import Groups, native, one_kernel
+from tedlab.moe.products import Order
+from tedlab.moe.router import Routing
+from tedlab.moe.slots import sort_choices
+from tedlab.topology import Topology
+
+
+class GatheredExperts(DealtExperts):
+    """Experts of several processes, each of which gets all tokens of its expert group."""
+
+    def __init__(self, spec: ExpertsSpec, topology: Topology) -> None:
+        super().__init__(spec, topology)
+        self.processes, self.agreement = topology.degrees.expert, topology.slots
+        self.here = self.num_experts // self.processes
+        self.feeds = "experts.reduce" if self.gathers > 1 else topology.layout.returning
+
+    def expect(self, tokens: int, slots: int) -> None:
+        self.agreement.expect(self, tokens, -(-tokens // (self.deals if self.dealing else 1)), gathered=True)
+
+    def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        x, gate, expert = self.enter(to_compute_dtype(x_TH), routing)
+        tokens, own = len(routing.gate_TK), len(x)
+        each = self.agreement.largest(-(-tokens // self.deals) if self.dealing else own)
+        expert = F.pad(expert, (0, 0, 0, each - own), value=-1)
+        expert_XK = once("dispatch.all_gather_choices", lambda: self._of_all(expert))
+        x_XH = self._gathered(grown(x, each), "")
+        gate_XK = self._gathered(grown(gate, each), "_gates")
+        order = self._order(x, expert_XK)
+        if torch.is_grad_enabled():
+            sent = each * self.processes
+            self.moved += Rows(sent=sent, gathered=sent * self.gathers, computed=len(order.token_N))
+        # Weights of choices elsewhere must be 0, and get no gradient, whatever is in rows that nobody computes.
+        y_XH = self.sums(x_XH, gate_XK.masked_fill(order.place_TK < 0, 0.0), order, self.feeds)
+        if self.gathers > 1:
+            y_XH = scatter_from(y_XH, self.comm, "expert_tensor", "experts.reduce", dim=0)
+        y_OH = scatter_from(y_XH, self.comm, "expert", "combine.reduce_scatter", dim=0)
+        return self.leave(y_OH[:own], tokens)
+
+    def _gathered(self, x: Tensor, what: str) -> Tensor:
+        """Returns a tensor's rows of all processes of the expert group, then of those that divide an expert."""
+        x = gather_to(x, self.comm, "expert", f"dispatch.all_gather{what}", dim=0)
+        return gather_to(x, self.comm, "expert_tensor", f"dispatch.gather{what}", dim=0) if self.gathers > 1 else x
+
+    def _of_all(self, expert_OK: Tensor) -> Tensor:
+        """Gathers choices as :meth:`_gathered` does what is differentiable."""
+        comm, found = self.comm, expert_OK
+        found = comm.all_gather(found, "expert", tag="dispatch.all_gather_choices", phase="forward")
+        if self.gathers == 1:
+            return found
+        return comm.all_gather(found, "expert_tensor", tag="dispatch.gather_choices", phase="forward")
+
+    def _order(self, x: Tensor, expert_XK: Tensor) -> Order:
+        """Returns the order in which this process's experts compute what chose them, with room for more in bf16."""
+        own_XK = expert_XK - self.here * self.comm.rank("expert")
+        elsewhere_XK = (own_XK < 0) | (own_XK >= self.here)
+        own_XK = own_XK.masked_fill(elsewhere_XK, self.here)  # sorted behind all others
+        place_XK, choice, load = sort_choices(own_XK, self.here + 1)
+        load_e, top_k = load[:-1], expert_XK.shape[1]
+        roomy = not self.bias and native(x.dtype, *self.widths)
+        sizes, rows = None, len(expert_XK) * min(top_k, self.here)
+        if not roomy or not one_kernel(x, *self.widths):
+            sizes = once("experts.sizes", lambda: tuple(self.comm.reader(load_e)()))
+            rows = rows if roomy else sum(sizes)
+        choice_N = choice[:rows]
+        expert_N = own_XK.flatten()[choice_N]
+        token_N = choice_N.div(top_k, rounding_mode="floor")
+        if roomy:
+            unused_N = expert_N == self.here
+            expert_N, token_N = expert_N.masked_fill(unused_N, -1), token_N.masked_fill(unused_N, -1)
+        groups = Groups(expert_N, load_e.cumsum(0).int(), sizes)
+        return Order(token_N, choice_N, place_XK.masked_fill(elsewhere_XK, -1), own_XK % self.here, groups)
