@@ -135,9 +135,8 @@ def main() -> None:
                 rows.append(
                     attempt(replace(row, overrides=overrides, steps=arguments.steps, profile=arguments.profile))
                 )
-                said = (
-                    rows[-1].get("error") or f"{1e3 * rows[-1]['passes_s']:.1f} ms, step {1e3 * rows[-1]['step_s']:.1f}"
-                )
+                last = rows[-1]
+                said = last.get("error") or f"{1e3 * last['passes_s']:.1f} ms, step {1e3 * last['step_s']:.1f}"
                 print(f"{case}, {row.name}: {said}", flush=True)
                 print(last.get("profile", ""), flush=True)
         results[case] = rows
