@@ -34,7 +34,7 @@ from tedlab.predict.volumes import ClosedForm
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("certify", "folding", "plan", "simulate", "truth")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("certify", "folding", "inference-plans", "plan", "simulate", "truth")),
 )
 _BLOCK = re.compile(r"(<!-- refresh (\S+) -->\n)(.*?)(<!-- end \2 -->)", re.DOTALL)
 _GIB = 2**30
@@ -70,6 +70,7 @@ PRINTED = {
     "simulate": Shown("predicted seconds of a step", "saved in", exact=True),
     "predicted": Shown("predicted$", "saved in", exact=True),
     "plan": Shown("Planned", "tedlab train", exact=True),
+    "plan_generate": Shown("Planned", exact=True),
 }
 
 

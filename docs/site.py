@@ -84,20 +84,21 @@ def commands_page() -> str:
 
 def config_page() -> str:
     """Returns a page with each field of the configuration, its type, default and comment in ``config.py``."""
-    from tedlab.config import CalibrateConfig, CompareConfig, GenerateConfig, PlanConfig, SimulationConfig, TrainConfig
+    from tedlab import config
 
     parts = [
         "# Configuration\n\nEvery value of `tedlab train`, which `simulate`, `plan` and `certify` take as well; one is "
         "set by `section.name=value`. Defaults here are those of `config.py`; presets in `conf/` set others, and "
         "`tedlab train --help` shows what is in force.\n"
     ]
-    parts += _sections(TrainConfig, "")
+    parts += _sections(config.TrainConfig, "")
     for command, kind in {
-        "simulate": SimulationConfig,
-        "plan": PlanConfig,
-        "calibrate": CalibrateConfig,
-        "generate": GenerateConfig,
-        "compare": CompareConfig,
+        "simulate": config.SimulationConfig,
+        "plan": config.PlanConfig,
+        "plan phase=generate": config.ServeConfig,
+        "calibrate": config.CalibrateConfig,
+        "generate": config.GenerateConfig,
+        "compare": config.CompareConfig,
     }.items():
         parts += [f"## Only of tedlab {command}\n", _table(kind)]
     return "\n".join(parts)

@@ -13,6 +13,7 @@ from tedlab.config import (
     CalibrateConfig,
     GenerateConfig,
     PlanConfig,
+    ServeConfig,
     SimulationConfig,
     TrainConfig,
     with_values,
@@ -35,7 +36,7 @@ def sections(kind: type, path: str = "") -> Iterator[tuple[type, str]]:
             yield from sections(hint, f"{path}{name}.")
 
 
-OF_OTHER_COMMANDS = (CalibrateConfig, GenerateConfig, PlanConfig, SimulationConfig)
+OF_OTHER_COMMANDS = (CalibrateConfig, GenerateConfig, PlanConfig, ServeConfig, SimulationConfig)
 SECTIONS = [*sections(TrainConfig), *((kind, f"{kind.__name__}.") for kind in OF_OTHER_COMMANDS)]
 NUMBERS = [(kind, f"{path}{number.name}", number) for kind, path in SECTIONS for number in number_fields(kind)]
 

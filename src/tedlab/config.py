@@ -49,6 +49,7 @@ Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Slicing = StrEnum("Slicing", "NONE TOKENS")
 Backend = StrEnum("Backend", "NCCL GLOO")
 ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
+PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
@@ -548,6 +549,20 @@ class PlanConfig(Frozen):
     largest: bool = False  # first find the largest base model that fits
     # Directories of runs on this cluster, whose measured steps correct its constants; plan.from=[…] for short.
     runs: list[str] = field(default_factory=list)
+    phase: str = word(PlannedPhase.TRAIN)  # what is planned: train | generate (docs/inference-plans.md); short: phase=…
+
+
+@dataclass
+class ServeConfig(Frozen):
+    """What ``tedlab plan phase=generate`` takes. On the command line its values need no ``serve.``."""
+
+    prompt: int | None = whole(None, least=1, most=1 << 24)  # tokens of each prompt; required
+    output: int | None = whole(None, least=1, most=1 << 24)  # tokens that are added to each; required
+    batch: int | None = whole(None, least=1, most=1 << 24)  # texts at the same time, over all GPUs; required
+    # Decoding may load experts in another layout from the host, where they wait in INT4: this changes weights, and so
+    # what the model says.
+    int4: bool = False
+    upload: float = real(25e9, above=0)  # with int4: bytes/s from the host to each GPU at the same time; assumed
 
 
 @dataclass

@@ -5,14 +5,20 @@ last text has ended, as ranks that share experts must. Every process yields all 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tedlab.config import RotaryScaling
+from tedlab.config import LendConfig, MoEConfig, RotaryScaling, Slicing
+from tedlab.degrees import ParallelDegrees
+from tedlab.moe import routers
 from tedlab.nn import Past, Remembers, rememberers, remembering
 from tedlab.sampling import Sampling
+from tedlab.spec import Site
+
+_TAG = "generate.gather"
 
 Ended = Callable[[int, Sequence[int]], bool]  # whether a text has ended, by its number and the tokens added so far
 
@@ -106,6 +112,44 @@ def check_lengths(prompts: Sequence[Sequence[int]], room: int) -> None:
             raise ValueError(f"prompt {number} has {len(prompt)} tokens; the model has room for 1 to {room}")
 
 
+def generating(moe: MoEConfig, whose: str) -> MoEConfig:
+    """Returns the mixtures as they generate.
+
+    Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
+    positions, nor because a second expert is drawn at random. Then rows are less work than slots. What only changes
+    where training computes is left out.
+
+    Args:
+        moe: The mixtures as they are trained.
+        whose: Begins the message about a router that cannot generate: who has it.
+
+    Raises:
+        ValueError: If the router chooses for a token by later ones, or by its place.
+    """
+    supports = routers[moe.gating].supports
+    if "generate" not in supports:
+        raise ValueError(
+            f"{whose} moe.gating={moe.gating}, which chooses for a token by more than the token and "
+            "those before it: it cannot generate text"
+        )
+    moe = replace(moe, capacity_factor=None, capacity_groups=None, slice=Slicing.NONE.value, lend=LendConfig())
+    if moe.num_experts and "dropless" in supports and moe.dispatch in ("capacity", "packed"):
+        moe = replace(moe, dispatch="dropless", kernel="auto")
+    return replace(moe, second_expert_sampling=False) if moe.gating == "deepspeed_top2" else moe
+
+
+def choosing_sites(vocabulary: int, degrees: ParallelDegrees) -> tuple[Site, ...]:
+    """Returns the collectives by which all processes learn the next token of each text, in every step.
+
+    Args:
+        vocabulary: The number of logits.
+        degrees: The degrees of the layout.
+    """
+    logits = Site(_TAG, "all_gather", "tensor", vocabulary, "samples")
+    chosen = replace(logits, width=degrees.tensor, dtype="index")
+    return logits, chosen, replace(chosen, kind="data", width=degrees.data)
+
+
 class _Steps:
     """Computes the logits of the next tokens of some texts, which grow by a token between two calls.
 
@@ -163,5 +207,5 @@ class _Steps:
 
 
 def _gathered(x: Tensor, comm: Any, kind: Any) -> Tensor:
-    whole: Tensor = comm.all_gather(x.contiguous(), kind, tag="generate.gather", phase="validation")
+    whole: Tensor = comm.all_gather(x.contiguous(), kind, tag=_TAG, phase="validation")
     return whole

@@ -12,16 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import distributed as dist
 
 from tedlab import checkpoint
-from tedlab.config import GenerateConfig, LendConfig, ModelConfig, MoEConfig, Slicing
+from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
 from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
-from tedlab.decode import check_lengths, continuations
+from tedlab.decode import check_lengths, continuations, generating
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.doctor.machine import available_memory
 from tedlab.launch.joining import join, own_device
 from tedlab.launch.outside import started_outside
 from tedlab.models import models
-from tedlab.moe import routers
 from tedlab.ranges import check_ranges
 from tedlab.renamed import nested
 from tedlab.sampling import Sampling
@@ -71,7 +70,7 @@ def given(config: GenerateConfig, in_worker: bool = False) -> Given:
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
     shape, moe = model_of(path)
-    shape, moe = replace(shape, compile="none"), _generating(moe, path)
+    shape, moe = replace(shape, compile="none"), generating(moe, f"{path} was trained with")
     degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert)
     spec = models[shape.architecture].spec(shape, moe)
     spec.check(degrees)
@@ -212,25 +211,6 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if lines == [""]:
         raise ValueError(f"{config.prompts} has no lines: each would be a prompt")
     return lines
-
-
-def _generating(moe: MoEConfig, path: Path) -> MoEConfig:
-    """Returns the mixtures as they generate.
-
-    Capacity enforces balance in training; a text must not change because its tokens crowd one expert or one group of
-    positions, nor because a second expert is drawn at random. Then rows are less work than slots. What only changes
-    where training computes is left out.
-    """
-    supports = routers[moe.gating].supports
-    if "generate" not in supports:
-        raise ValueError(
-            f"{path} was trained with moe.gating={moe.gating}, which chooses for a token by more than the token and "
-            "those before it: it cannot generate text"
-        )
-    moe = replace(moe, capacity_factor=None, capacity_groups=None, slice=Slicing.NONE.value, lend=LendConfig())
-    if moe.num_experts and "dropless" in supports and moe.dispatch in ("capacity", "packed"):
-        moe = replace(moe, dispatch="dropless", kernel="auto")
-    return replace(moe, second_expert_sampling=False) if moe.gating == "deepspeed_top2" else moe
 
 
 def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:

@@ -333,6 +333,8 @@ class MicroBatch:
         rows: Rows that the layer moves between experts and other processes.
         fused: Whether kernels may gather, activate and weight rows in one pass over memory each.
         gpu: Whether the process has a GPU, for which torch has kernels that other devices have not.
+        past: Number of tokens of each sample before these, of which attention remembers what it needs.
+        busy: How many of the process's experts have rows; None: all.
     """
 
     layout: Layout
@@ -344,6 +346,8 @@ class MicroBatch:
     rows: "Rows"
     fused: bool = False
     gpu: bool = False
+    past: int = 0
+    busy: int | None = None
 
     @property
     def tensor(self) -> int:

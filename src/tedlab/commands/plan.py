@@ -1,15 +1,15 @@
-"""``tedlab plan``: finds the fastest layout that fits, for a training job on any cluster."""
+"""``tedlab plan``: finds the fastest layout that fits on any cluster, for a training job or for inference."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from hydra.core.hydra_config import HydraConfig
 
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import JobOnCluster, doubts, job_alone, on_cluster, on_gpus_of, prepare
-from tedlab.config import AssumedRouting, PlanConfig
-from tedlab.predict.cluster import cluster_names, load_cluster
+from tedlab.config import AssumedRouting, PlanConfig, PlannedPhase, ServeConfig, TrainConfig
+from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
 
 
 @dataclass
@@ -18,6 +18,7 @@ class PlanningConfig(JobOnCluster):
 
     plan: PlanConfig = field(default_factory=PlanConfig)
     sim: AssumedRouting = field(default_factory=AssumedRouting)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
 
 def task(config: PlanningConfig) -> float:
@@ -32,6 +33,8 @@ def task(config: PlanningConfig) -> float:
         learned = learn_visibly(cluster, config.plan.runs)
         cluster, warnings, spread = learned.cluster, [*learned.notes], learned.spread
     job = on_gpus_of(job_alone(config), name, cluster)
+    if config.plan.phase == PlannedPhase.GENERATE:
+        return _generation(config, job, name, cluster)
     plan = plan_visibly(
         job,
         name,
@@ -47,9 +50,20 @@ def task(config: PlanningConfig) -> float:
     return plan.winner.step_seconds
 
 
+def _generation(config: PlanningConfig, job: TrainConfig, name: str, cluster: ClusterConfig) -> float:
+    """Plans a generation and returns the predicted time until all texts are finished."""
+    from tedlab.predict.serve.load import shares_of
+    from tedlab.predict.serve.show import plan_generation
+
+    shares = shares_of(config.sim, job.moe.num_experts)
+    for doubt in doubts(job, name, cluster):
+        print(f"Warning: {doubt}")
+    return plan_generation(job, config.serve, name, cluster, config.plan.reserve_gib, shares).seconds
+
+
 def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
     """Returns the overrides that ``tedlab train`` takes, and names the trainer, whose default is different here."""
-    ours = re.compile(r"\+*(cluster|plan|sim)[.=]")
+    ours = re.compile(r"\+*(cluster|plan|sim|serve)[.=]")
     job = [override for override in overrides if not ours.match(override)]
     return job if any(override.startswith("trainer=") for override in job) else [*job, "trainer=gpu"]
 
@@ -57,9 +71,14 @@ def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:
 def prepared(arguments: list[str]) -> list[str]:
     """Turns ``plan.from``, which no field of Python can be called, into ``plan.runs``; see also :func:`prepare`.
 
+    ``phase``, and all that inference takes, come without the names of their sections.
+
     Where no trainer is given, it is that of the cluster's devices: the preset of the command, gpu, or cpu.
     """
-    made = prepare([re.sub(r"^(\+*)plan\.from=", r"\1plan.runs=", argument) for argument in arguments])
+    short = re.compile(rf"({'|'.join(field.name for field in fields(ServeConfig))})=")
+    longer = (re.sub(r"^(\+*)plan\.from=", r"\1plan.runs=", argument) for argument in arguments)
+    longer = (f"plan.{argument}" if argument.startswith("phase=") else argument for argument in longer)
+    made = prepare([f"serve.{argument}" if short.match(argument) else argument for argument in longer])
     if not any(argument.startswith(("trainer=", "+plan=")) for argument in arguments) and _of_cpus(arguments):
         made.append("trainer=cpu")
     return made

@@ -111,12 +111,17 @@ class GPTSpec(Spec):
         return ColumnParallelSpec(table.hidden, table.vocab_size, "output", table.init, bias=False)
 
     @property
+    def logits(self) -> LogitsSpec:
+        """The product that makes logits."""
+        table = self.embedding
+        return LogitsSpec(table.hidden, table.vocab_size, "output", table.init, False, self.model.tie_embeddings)
+
+    @property
     def ends(self) -> Sequence[Spec]:
         """The layers before the first block and after the last."""
         table = self.embedding
-        logits = LogitsSpec(table.hidden, table.vocab_size, "output", table.init, False, self.model.tie_embeddings)
         loss = CrossEntropySpec(table.vocab_size, self.model.loss_chunk)
-        ends = (table, self.positions, self.norm, logits, loss)
+        ends = (table, self.positions, self.norm, self.logits, loss)
         return [part for part in ends if part is not None]
 
     @cached_property

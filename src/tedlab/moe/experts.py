@@ -114,8 +114,11 @@ class ExpertsSpec(Spec):
         return mixtures[self.config.dispatch].dispatch(self.hidden, self.config).fused(b)
 
     def here(self, b: MicroBatch) -> tuple[int, int, int, int]:
-        """Returns the number of this process's experts, the rows of each, and its features around the activation."""
-        here, expert = self.num_experts // b.layout.degrees.expert, self.expert
+        """Returns the number of this process's experts, the rows of each, and its features around the activation.
+
+        Experts without rows are left out where it is known how many these are.
+        """
+        here, expert = self.num_experts // b.layout.degrees.expert if b.busy is None else b.busy, self.expert
         divided = b.layout.degrees.expert_tensor
         return here, b.rows.computed // here, expert.inner // divided, expert.ffn // divided
 

@@ -49,6 +49,11 @@ def visible_pairs(length: int, window: int | None) -> float:
     return seen * (2 * length - seen) / 2
 
 
+def new_pairs(past: int, length: int, window: int | None) -> float:
+    """Returns the number of such pairs of the last ``length`` of ``past + length`` queries."""
+    return visible_pairs(past + length, window) - visible_pairs(past, window)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None, scale: float | None = None
 ) -> Tensor:

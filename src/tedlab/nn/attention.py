@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tedlab.config import ModelConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.nn.attend import AttentionPath, attend, attention_path, visible_pairs
+from tedlab.nn.attend import AttentionPath, attend, attention_path, new_pairs, visible_pairs
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
 from tedlab.nn.norm import FullNormSpec, NormSpec, RMSNorm, normalise_together, normalise_together_sites
 from tedlab.nn.past import Past
@@ -270,10 +270,12 @@ class SelfAttentionSpec(Spec):
     def _scores(self, b: MicroBatch, flops: int, sides: int) -> Work:
         """Returns the kernel of this rank's heads: ``flops`` per feature and visible pair.
 
-        It moves ``sides`` tensors like the queries and as many like the keys.
+        It moves ``sides`` tensors like the queries and as many like the keys, and reads what is remembered.
         """
-        size = sides * (self._queries(b) + self._keys(b)) * b.compute.itemsize
-        pairs = visible_pairs(b.length, self.window) / b.length
+        seen = b.past if self.window is None else min(b.past, self.window)
+        size = sides * (self._queries(b) + self._keys(b)) + b.tokens // b.length * seen * self.remembered(b.tensor)
+        size *= b.compute.itemsize
+        pairs = new_pairs(b.past, b.length, self.window) / b.length
         return Work(flops * self._queries(b) * pairs, size, b.compute, "attention")
 
 

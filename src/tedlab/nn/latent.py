@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tedlab.comm import to_compute_dtype
 from tedlab.config import ModelConfig
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.nn.attend import AttentionPath, attend, attention_path, visible_pairs
+from tedlab.nn.attend import AttentionPath, attend, attention_path, new_pairs, visible_pairs
 from tedlab.nn.linear import (
     ColumnParallelLinear,
     ColumnParallelSpec,
@@ -157,10 +157,14 @@ class LatentAttentionSpec(Spec):
             if part is not None:
                 yield from part.forward(b)
         yield b.moved(2 * b.outside * (self.kv_rank + self.rope_dim))  # the normed latent and the key, side by side
-        for up in (self._queries, self.kv_up):
-            yield from self._entered(b, up)
+        yield from self._entered(b, self._queries)
         for elements in (self._heads(b, self.rope_dim), b.tokens * self.rope_dim):
             yield from rotate_forward(b, elements)
+        if b.past:
+            yield from self._with_past(b)
+            yield from self.out.forward(b, dead)
+            return
+        yield from self._entered(b, self.kv_up)
         for width in (self.width, self.width, self.v_dim):  # parts of queries and of keys, side by side; values alone
             yield b.moved(2 * self._heads(b, width))
         yield self._scores(b, flops=(2, 2), sides=2)
@@ -214,6 +218,17 @@ class LatentAttentionSpec(Spec):
         if b.layout.sequence:  # reorders by position
             yield b.moved(2 * b.tokens * k)
         yield b.product(b.tokens, k, n)
+
+    def _with_past(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels that attend to remembered latents, which all heads share, see :class:`LatentAttention`."""
+        heads, shared = self.heads // b.tensor, self.kv_rank + self.rope_dim
+        yield b.product(b.tokens, self.nope_dim, self.kv_rank, times=heads)
+        yield b.moved(2 * self._heads(b, shared))
+        pairs = new_pairs(b.past, b.length, None) / b.length
+        read = b.tokens // b.length * (b.past + b.length) * shared
+        size = (read + self._heads(b, shared + self.kv_rank)) * b.compute.itemsize
+        yield Work(2 * self._heads(b, shared + self.kv_rank) * pairs, size, b.compute, "attention")
+        yield b.product(b.tokens, self.kv_rank, self.v_dim, times=heads)
 
     def _scores(self, b: MicroBatch, flops: tuple[int, int], sides: int) -> Work:
         """Returns the kernel of this rank's heads: FLOPs per visible pair and feature of keys, and of values."""

@@ -41,6 +41,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from tedlab.predict.cluster import ClusterConfig
 
 if TYPE_CHECKING:  # keeps comm free to import this module
@@ -96,6 +98,38 @@ def _seconds(op: "Operation", payload_bytes: float, place: "Placement", cluster:
         latency += rounds * (place.nodes - 1) * outside.latency
         slowest = max(slowest, place.groups_out * passed / (outside.bandwidth * efficiency.between_nodes))
     return latency + slowest
+
+
+def exchange_seconds(bytes_sr: np.ndarray, cluster: ClusterConfig) -> float:
+    """Returns the seconds of one all-to-all in which ranks send unequal parts, by the all-to-all's formula above.
+
+    In each part the rank that sends or receives the most decides: over its own link inside a node, and over its node's
+    to others.
+
+    Args:
+        bytes_sr: (senders, receivers) bytes, of the cluster's first ranks; what stays with its rank does not count.
+        cluster: The cluster.
+
+    Raises:
+        ValueError: If the ranks exceed those of the cluster's only node.
+    """
+    ranks = len(bytes_sr)
+    if cluster.between_nodes is None and ranks > cluster.gpus_per_node:
+        raise ValueError(
+            f"{ranks} ranks do not fit on the only node, of {cluster.gpus_per_node} (between_nodes is null)"
+        )
+    moved = bytes_sr * (1.0 - np.eye(ranks))
+    node = np.arange(ranks) // cluster.gpus_per_node
+    inside = np.where(node[:, None] == node, moved, 0.0)
+    outside = moved - inside
+    parts = [0.0]
+    if cluster.in_node and inside.any():
+        busiest = max(inside.sum(0).max(), inside.sum(1).max())
+        parts.append(cluster.in_node.exchanging(busiest, cluster.efficiency.in_node))
+    if cluster.between_nodes and outside.any():
+        busiest = max(np.bincount(node, outside.sum(axis)).max() for axis in (0, 1))
+        parts.append(cluster.between_nodes.exchanging(busiest, cluster.efficiency.all_to_all))
+    return cluster.slower.collectives * max(parts)
 
 
 def waiting_seconds(since: float, members: Sequence[int], cluster: ClusterConfig) -> float:
