@@ -37,7 +37,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SHARED = ["trainer=gpu", "comm.backend=gloo"]  # by all processes of a layout
 LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2)}
 JOBS = {"capacity": "ted", "dropless": "dropless_ted"}  # with DTD, CAC and recomputation
-OVER_NCCL = [*JOBS.values(), "pilots", "gathered", "overlapped_ted", "rows_in_chunks_ted", "micro_batches_beside_each_other_ted"]
+OVER_NCCL = [
+    *JOBS.values(),
+    "pilots",
+    "gathered",
+    "overlapped_ted",
+    "rows_in_chunks_ted",
+    "micro_batches_beside_each_other_ted",
+]
 
 SMALL = [
     *("model.hidden=32", "model.ffn=64", "model.sequence_length=16", "data=text", "data.batch_size=4"),
