@@ -19,6 +19,10 @@ class OfflineRun:
         events: in order: ``config`` and ``history`` with their values, ``exit`` with its code.
         name: as people see it.
         group: of the run.
+        tags: of the run.
+        charts: preset of each chart that W&B draws, by key.
+        artifacts: the name of each that was logged, and its references by file.
+        preempting: whether it was marked so.
         config: nested, as it was in the end.
         rows: of metrics.
         summary: in the end.
@@ -29,6 +33,10 @@ class OfflineRun:
     events: list[tuple[str, Any]] = field(default_factory=list)
     name: str = ""
     group: str = ""
+    tags: list[str] = field(default_factory=list)
+    charts: dict[str, str] = field(default_factory=dict)
+    artifacts: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    preempting: bool = False
     config: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -47,10 +55,15 @@ def read_offline_run(directory: Path) -> OfflineRun:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.name, run.group = record.run.display_name, record.run.run_group
+            run.tags += record.run.tags
             run.config |= _values(record.run.config.update)
         elif kind == "config":
             run.config |= _values(record.config.update)
-            run.events.append(("config", _values(record.config.update)))
+            for path, value in _values(record.config.update).items():
+                if path.startswith("_wandb.visualize."):
+                    run.charts[path.removeprefix("_wandb.visualize.")] = value["panel_config"]["panelDefId"]
+                else:
+                    run.events.append(("config", {path: value}))
         elif kind == "history":
             row = _values(record.history.item)
             run.rows.append(row)
@@ -59,6 +72,11 @@ def read_offline_run(directory: Path) -> OfflineRun:
             run.summary |= _values(record.summary.update)
         elif kind == "metric":
             run.axes.add(record.metric.name or record.metric.glob_name)
+        elif kind == "artifact":
+            entries = {entry.path: entry.ref for entry in record.artifact.manifest.contents if entry.ref}
+            run.artifacts.append((record.artifact.name, entries))
+        elif kind == "preempting":
+            run.preempting = True
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
             run.events.append(("exit", run.exit_code))

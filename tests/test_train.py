@@ -160,6 +160,7 @@ def run(place: Place) -> Run:
     """The run that most claims are about: two tensor ranks, uninterrupted, with W&B and TensorBoard if there is."""
     loggers = "logger=many" if find_spec("tensorboard") else "logger=wandb"
     settings = ("hydra.run.dir=run", "parallel=tp2", loggers, "validate_every=4", "comm.ledger.every=2")
+    settings += ("logger.wandb.references=true",)
     return place.finished("run", place.python("-m", "tedlab.train", *place.small(*settings)))
 
 
@@ -213,8 +214,41 @@ def test_wandb_knows_the_run_before_its_first_step_and_how_it_ended(run: Run) ->
     assert logged.name == logged.name.strip()
     assert len(logged.name) <= 128
     assert re.fullmatch(r"runs/main/20\d\d-\d\d-\d\d_\d\d-\d\d-\d\d", logged.group)
+    assert set(logged.tags) == {"model=gpt_tiny", "parallel=tp2", "comm=none"}
     assert logged.exit_code == 0
+    assert not logged.preempting
     assert logged.summary["state"] == run.summary["state"] == "finished"
+
+
+def test_wandb_draws_the_loads_of_experts_and_what_was_sent(run: Run) -> None:
+    """As charts of its own: a preset and a table. The table of loads is what ``router_load.json`` holds."""
+    logged = read_offline_run(run.directory)
+    assert logged.charts == {
+        "router/load_map": "wandb/confusion_matrix/v1",
+        "charts/sent": "wandb/bar/v0",
+        "charts/memory": "wandb/bar/v0",
+    }
+    files = (run.directory / "wandb").glob("offline-run-*/files/media/table/**/*.table.json")
+    tables = {file.name.partition("_table_")[0]: json.loads(file.read_text()) for file in files}
+    loads = json.loads((run.directory / "router_load.json").read_text())
+    assert [load for _, _, load in tables["load_map"]["data"]] == [x for row in loads["relative_load"] for x in row]
+    sent = sum(size for _, size in tables["sent"]["data"])
+    training = r"comm/(forward|recompute|backward|optimizer)/\w+/\w+/wire_bytes"
+    keys = [key for key in run.summary if re.fullmatch(training, key)]
+    assert sent == pytest.approx(sum(run.summary[key] for key in keys) / STEPS / 2**20)
+
+
+def test_wandb_knows_where_each_checkpoint_lies_and_has_no_copy(run: Run) -> None:
+    identifier = next((run.directory / "wandb").glob("offline-run-*")).name.rpartition("-")[2]
+    logged = [entries for name, entries in read_offline_run(run.directory).artifacts if name.startswith("checkpoint")]
+    kept = [run.directory / "checkpoints" / name for name in (f"step_{CHECKPOINT}.ckpt", "last.ckpt")]
+    files = [[path for path in folder.rglob("*") if path.is_file()] for folder in kept]
+    assert logged == [
+        {str(path.relative_to(folder)): path.as_uri() for path in paths}
+        for folder, paths in zip(kept, files, strict=True)
+    ]
+    names = {name for name, _ in read_offline_run(run.directory).artifacts if name.startswith("checkpoint")}
+    assert names == {f"checkpoint-{identifier}"}
 
 
 def test_wandb_and_metrics_have_one_row_for_a_step_with_the_same_values(run: Run) -> None:
@@ -394,6 +428,7 @@ def test_an_interrupted_run_says_so_in_its_summary_and_to_wandb(place: Place) ->
     assert summary["train/loss"] == [*run.column("train/loss").values()][-1]
     assert summary["parameters/total"] > 0
     assert logged.exit_code == 1
+    assert logged.preempting
     assert logged.summary["state"] == "interrupted"
     ((compared,), _) = read_runs([directory], stopped=True)
     assert compared.name == f"interrupted (interrupted at step {summary['steps']})"

@@ -26,6 +26,7 @@ from tedlab.launch.outcome import FINISHED, write_summary
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 from tedlab.predict.flops import training_flops
+from tedlab.tracking import closing_charts
 
 CERTIFICATE = "certificate.json"
 LEFT_OUT = "left_out.txt"
@@ -107,6 +108,7 @@ def report(
     (directory / "hparams.yaml").unlink(missing_ok=True)  # Lightning's empty file; ours is config.yaml
     _plot(directory, baseline.get("baseline/bigram_loss"))
     for logger in wandb_loggers(trainer):
+        logger.log_metrics(closing_charts(summary), step=trainer.global_step)
         logger.experiment.summary.update(summary)
     console = Console(width=None if sys.stdout.isatty() else 110)
     for table in (*tables, _table(config, summary, str(degrees))):

@@ -15,14 +15,15 @@ import hydra
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from tedlab._compat.lightning import forget_anonymous, has_started
+from tedlab._compat.lightning import has_started
 from tedlab.callbacks import (
     CommunicationLedger,
     Journal,
     MemoryByCategory,
+    Prune,
     RecordRouting,
     ReplayRouting,
     RouterHealth,
@@ -34,7 +35,7 @@ from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
-from tedlab.launch.outcome import METRICS, SUMMARY, Outcome, signals_raised, write_unfinished
+from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.emulate import Emulation
@@ -43,6 +44,7 @@ from tedlab.record import DIRECTORY, Shape, record_in
 from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.resume import find_checkpoint
 from tedlab.strategy import TEDStrategy, gpus
+from tedlab.tracking import WandbLogger
 from tedlab.weights import load_into
 
 _LONGEST_NAME = 128
@@ -87,12 +89,19 @@ def run(config: TrainConfig) -> dict[str, Any]:
                 report_left_out(data.corpus, directory)
         _announce(config, trainer)
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
-        _save_last(trainer, directory / "checkpoints" / "last.ckpt")
+        last = directory / "checkpoints" / "last.ckpt"
+        _save_last(trainer, last)
+        for logger in wandb_loggers(trainer):
+            if isinstance(logger, WandbLogger):
+                logger.refer_to(last)
         if trainer.global_step % config.validate_every:
             trainer.validate(module, data, verbose=False)
         validation = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         measured = {**metrics.overall(), **routers.overall(), **memory.overall(trainer), **validation}
         measured |= ledger.overall(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Prune):
+                measured |= callback.outcome()
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     dist.destroy_process_group()
     return summary
@@ -133,9 +142,12 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
         yield
         return
 
+    outcomes: list[Outcome] = []
+
     def unfinished(outcome: Outcome) -> dict[str, Any]:
+        outcomes.append(outcome)  # the first one is why: a signal can surface as the failure of what it interrupted
         known = {"steps": trainer.global_step, **(about(config, module) if hasattr(module, "network") else {})}
-        return write_unfinished(Path(config.output_dir), outcome, known)
+        return write_unfinished(Path(config.output_dir), outcomes[0], known)
 
     # Where SLURM requeues jobs by signals, Lightning handles them.
     slurm = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
@@ -147,6 +159,10 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
             for logger in wandb_loggers(trainer):
                 if has_started(logger):  # otherwise W&B itself failed to start
                     logger.experiment.summary.update(left)
+                    if left["reason"] == SIGTERM and "WANDB_SWEEP_ID" not in os.environ:
+                        # A scheduler takes the machine away. In a sweep it may be W&B's agent that ends a bad run,
+                        # which would start again what was preempted.
+                        logger.experiment.mark_preempting()
                     logger.experiment.finish(exit_code=1)
             raise
     for logger in wandb_loggers(trainer):
@@ -235,9 +251,6 @@ def _checkpoints(config: TrainConfig, directory: Path) -> ModelCheckpoint:
 
 def _loggers(config: TrainConfig, directory: Path) -> list[Logger]:
     loggers = [hydra.utils.instantiate(settings) for settings in config.logger.values()]
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            forget_anonymous(logger)
     return [CSVLogger(directory, name="", version="", flush_logs_every_n_steps=1), *loggers]
 
 

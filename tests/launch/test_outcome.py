@@ -17,7 +17,15 @@ from tedlab import run as run_module
 from tedlab.commands.train import leave_summary
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
-from tedlab.launch.outcome import FAILED, INTERRUPTED, Outcome, Signalled, signals_raised, write_unfinished
+from tedlab.launch.outcome import (
+    FAILED,
+    INTERRUPTED,
+    Outcome,
+    Signalled,
+    read_summary,
+    signals_raised,
+    write_unfinished,
+)
 from tests.offline_wandb import read_offline_run
 
 ROWS = "epoch,step,tokens,train/loss,val/loss,comm/a/b/c/calls\n0,10,100,3.5,,4.0\n0,20,200,3.25,,\n0,20,200,,3.0,\n"
@@ -110,6 +118,25 @@ def test_sigterm_is_told_at_once_and_then_raised_and_a_second_one_disturbs_nothi
     assert error.code == 143
     assert len(told) == 1
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_signal_that_surfaces_as_another_failure_is_the_reason(tmp_path: Path) -> None:
+    """Writing a checkpoint turns whatever interrupts it into an OSError."""
+    strategy = SimpleNamespace(cluster_environment=None)
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[], strategy=strategy)
+
+    def checkpoint() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Signalled as error:
+            raise OSError("could not write") from error
+
+    with (
+        pytest.raises(OSError, match="could not write"),
+        run_module._ending(TrainConfig(output_dir=str(tmp_path)), trainer, SimpleNamespace()),  # type: ignore[arg-type]
+    ):
+        checkpoint()
+    assert (read_summary(tmp_path)["state"], read_summary(tmp_path)["reason"]) == (INTERRUPTED, "SIGTERM")
 
 
 @mock.patch.dict(os.environ)  # W&B notes in it where its service is

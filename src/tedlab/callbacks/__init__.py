@@ -6,6 +6,7 @@ from tedlab.callbacks.ledger import CommunicationLedger
 from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
+from tedlab.callbacks.prune import Prune
 from tedlab.callbacks.router import RouterHealth
 from tedlab.callbacks.routing import RecordRouting, ReplayRouting
 
@@ -13,6 +14,7 @@ __all__ = [
     "CommunicationLedger",
     "Journal",
     "MemoryByCategory",
+    "Prune",
     "RecordRouting",
     "ReplayRouting",
     "RouterHealth",

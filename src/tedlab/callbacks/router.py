@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from tedlab.callbacks.journal import log
 from tedlab.moe import RouterReport, relative_load, router_health, routes_own_tokens
+from tedlab.tracking import load_chart
 
 PICTURE = "router_load.png"
 DATA = "router_load.json"
@@ -117,6 +118,7 @@ class RouterHealth(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("router/load", [str(self.directory / PICTURE)], step=self._drawn)
+                logger.log_metrics({"router/load_map": load_chart(load_LE, self.blocks)}, step=self._drawn)
 
 
 def draw_load(load_LE: Tensor, blocks: Sequence[int], step: int, file: Path) -> None:

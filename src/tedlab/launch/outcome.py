@@ -15,6 +15,8 @@ from tedlab.history import read_history
 
 SUMMARY, METRICS = "summary.json", "metrics.csv"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
+SIGTERM = signal.SIGTERM.name  # the reason of a run that a scheduler ended
+PRUNED = "pruned"  # a search stopped it, since others had come further by then
 _KEPT = ("train/", "val/", "perf/", "router/")  # metrics whose last logged value describes the whole run
 
 
@@ -38,7 +40,7 @@ class Outcome:
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             return cls(INTERRUPTED, "SIGINT")  # Lightning turns it into a SystemExit
         if type(error).__name__ == "SIGTERMException":  # Lightning raises it where SLURM requeues jobs
-            return cls(INTERRUPTED, "SIGTERM")
+            return cls(INTERRUPTED, SIGTERM)
         lines = str(error).strip().splitlines()
         return cls(FAILED, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 

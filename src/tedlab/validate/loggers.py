@@ -66,6 +66,7 @@ def _class(key: str, settings: Any, base: type[Any], what: str) -> type[Any]:
 def _check_arguments(key: str, kind: type[Any], settings: Mapping[str, Any]) -> None:
     known = dict(inspect.signature(kind).parameters)
     if issubclass(kind, WandbLogger):  # it passes others on to wandb.init
+        known |= inspect.signature(WandbLogger).parameters
         if {name for name in settings if not name.startswith("_")} <= {*known, *_OF_WANDB}:
             return
         import wandb
