@@ -27,6 +27,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
+def local_world_size() -> int:
+    """Returns how many processes are on this machine; under srun, which may start fewer on the last, on the first."""
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # 8, or 8(x3),2
+    return int(tasks.partition(",")[0].partition("(")[0])
+
+
 def own_device(kind: str) -> torch.device:
     """Returns this process's device, ``cpu`` or one of the machine's GPUs, and makes that the current one."""
     if kind != "cuda":

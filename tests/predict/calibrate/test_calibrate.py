@@ -190,6 +190,7 @@ def in_worker(config: CalibrateConfig) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.delenv("RANK")
+            patch.delenv("LOCAL_RANK")
             patch.setenv("LOCAL_WORLD_SIZE", "1")
             calibrate(config)
     finally:

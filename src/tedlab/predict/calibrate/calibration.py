@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tedlab.config import CalibrateConfig
-from tedlab.launch.joining import own_device
+from tedlab.launch.joining import join, local_world_size, own_device
+from tedlab.launch.outside import started_outside
 from tedlab.predict.calibrate.fit import fit
 from tedlab.predict.calibrate.measure import SIZES, Bench
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
@@ -26,7 +27,7 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
         dictionary in all processes but the first.
     """
     device, out = _join(config.device or default_device()), Path(config.out)
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    per_node = local_world_size()
     sizes = SIZES[device.type].shortened() if config.quick else SIZES[device.type]
     columns = (
         TextColumn("{task.description}"),
@@ -72,8 +73,8 @@ def _join(device: str) -> torch.device:
     """Initialises the process group and returns this process's device."""
     place = own_device(device)
     backend = "nccl" if place.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
+    if "RANK" in os.environ or started_outside():
+        join(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return place
