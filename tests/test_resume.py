@@ -137,6 +137,15 @@ def test_a_run_that_goes_on_trains_the_same_parameters_together() -> None:
     assert take_over(config, older, set()) == (config, [])
 
 
+def test_a_run_that_goes_on_steps_the_same_matrices() -> None:
+    now = ["optim=muon", "optim.optimizer.adamw=['*embed*']"]
+    with pytest.raises(ValueError, match=r"optim\.optimizer\.adamw=.*other parameters to AdamW than .*\*\.router\.\*"):
+        take_over(compose(*now), saved(compose("optim=muon")), named(*now))
+    faster = ["optim=muon", "optim.optimizer.momentum=0.5"]
+    config, _ = take_over(compose(*faster), saved(compose("optim=muon")), named(*faster))
+    assert config.optim.optimizer["momentum"] == 0.5
+
+
 def test_a_checkpoint_brings_no_class_to_be_made() -> None:
     meta = saved(compose())
     call = {"_target_": "os.system", "command": "true"}

@@ -612,6 +612,23 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "strategy_is_null": (["+trainer.strategy=null"], ["trainer.strategy=None", "parallel.…"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
+    "torchs_muon": (
+        ["optim.optimizer={_target_: torch.optim.Muon}"],
+        ["torch.optim.Muon", "tedlab.optim.Muon", "optim=muon"],
+    ),
+    "muon_fused": (["optim=muon", "optim.tile=fused"], ["tile=fused", "not Muon", "a number of elements"]),
+    "muon_without_matrices": (
+        ["optim=muon", "optim.optimizer.adamw=['*']"],
+        ["adamw", "leave Muon no matrix", "optim=adamw"],
+    ),
+    "muon_of_one_pattern": (
+        ["optim=muon", "optim.optimizer.adamw='*router*'"],
+        ["adamw is *router*", "list of patterns"],
+    ),
+    "muon_in_half_precision": (
+        ["optim=muon", "optim.optimizer.dtype=float16"],
+        ["dtype is float16", "bfloat16, float32"],
+    ),
     "differentiable": (["+optim.optimizer.differentiable=true"], ["AdamW", "differentiable=True"]),
     "clip_by_values": (["+trainer.gradient_clip_algorithm=values"], ["gradient_clip_algorithm", "values", "norm"]),
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),

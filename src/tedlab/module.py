@@ -54,7 +54,7 @@ class LanguageModel(LightningModule):
         self.seed: int | None = seed
         self.bytes_per_token = bytes_per_token
         self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
-        self._grouping = Grouping(optim.groups)
+        self._grouping = Grouping.under(optim)
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
@@ -133,7 +133,7 @@ class LanguageModel(LightningModule):
         for name, parameter in self.named_parameters():
             name = name.removeprefix(_NETWORK)
             if self._grouping.trains(name):
-                groups[self._grouping.index(name, parameter in decayed)]["params"].append(parameter)
+                groups[self._grouping.index(name, parameter.dim(), parameter in decayed)]["params"].append(parameter)
         optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
         self._options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -200,6 +200,13 @@ def take_over(config: TrainConfig, meta: Mapping[str, Any], named: Collection[st
             "change their lr, lr_factor and weight_decay, but not pattern and frozen; weights=… in place of ckpt_path "
             "starts a new run from the checkpoint's weights"
         )
+    adamw_now, adamw = (_section(of, "optim.optimizer").get("adamw") for of in (values, stored))
+    if adamw_now != adamw:
+        raise ValueError(
+            f"optim.optimizer.adamw={_text(adamw_now)} gives other parameters to AdamW than the checkpoint's "
+            f"{_text(adamw)}, whose state is of these. A run that resumes may not change it; weights=… in "
+            "place of ckpt_path starts a new run from the checkpoint's weights"
+        )
     said = []
     if changed:
         text = ", ".join(f"{name}={_text(new)} (so far {_text(old)})" for name, new, old in changed)

@@ -48,6 +48,18 @@ class Init:
     std: float = 0.0
 
 
+class Fused(NamedTuple):
+    """How one parameter holds several matrices, side by side.
+
+    Attributes:
+        dim: The dimension of the parameter along which they alternate.
+        widths: How many rows (or columns) of each matrix come before those of the next, again and again.
+    """
+
+    dim: int
+    widths: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of the whole model, and how processes divide it.
@@ -64,6 +76,7 @@ class ParameterSpec:
         units: The number of units, such as heads, that the dimension divided along ``tensor`` consists of. A unit stays
             whole: where there are more tensor ranks than units, each rank holds all of them and uses one. None: the
             dimension is divided by any degree.
+        fused: How several matrices are fused in it, which an optimizer of matrices steps apart; None: it is one.
     """
 
     name: str
@@ -75,6 +88,7 @@ class ParameterSpec:
     own_part: bool = False
     decayed: bool = True
     units: int | None = None
+    fused: Fused | None = None
 
     @property
     def group(self) -> GroupKind:
@@ -101,6 +115,13 @@ class ParameterSpec:
     def elements(self, degrees: ParallelDegrees) -> int:
         """Returns the number of elements that one process holds."""
         return prod(self.shape) // self.parts(degrees)
+
+    def local_shape(self, degrees: ParallelDegrees) -> tuple[int, ...]:
+        """Returns the shape of what one process holds."""
+        shape = [*self.shape]
+        for axis, dim in self.placed(degrees).items():
+            shape[dim] //= getattr(degrees, axis)
+        return tuple(shape)
 
 
 def decayed_by_name(name: str) -> bool:

@@ -37,7 +37,9 @@ from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, activate,
 from tedlab.nn import loss as losses
 from tedlab.nn.region import ReplicatedRegion, SequenceRegion
 from tedlab.optim import LossScaler, ShardedOptimizer, fused
+from tedlab.optim.blocks import Block
 from tedlab.optim.bucket import Bucket, local
+from tedlab.optim.matrices import Matrices
 from tedlab.optim.segment import Segment
 from tedlab.spec import ParameterSpec
 
@@ -1371,6 +1373,24 @@ def step_count_starts_anew_on_resume(patch: Patch) -> None:
             state["step"] = torch.zeros_like(state["step"])
 
     _after(patch, ShardedOptimizer, "load_state_dict", forget)
+
+
+def matrices_not_joined(patch: Patch) -> None:
+    """Each tensor rank makes its own part of a matrix orthogonal."""
+
+    def apart(
+        self: Matrices, kind: GroupKind, places: list[Any], parts: list[Tensor], group_of: dict[Any, Any]
+    ) -> None:
+        for n, place in enumerate(places):
+            parts[n] = self._become(place, parts[n], group_of)
+
+    patch.setattr(Matrices, "_within", apart)
+
+
+def fused_matrices_taken_for_one(patch: Patch) -> None:
+    """As a user of torch.optim.Muon does, who sees a parameter and not what is in it."""
+    patch.setattr(Block, "matrices", lambda self, whole: [whole])
+    patch.setattr(Block, "joined", lambda self, matrices: matrices[0])
 
 
 def moments_start_anew_on_resume(patch: Patch) -> None:

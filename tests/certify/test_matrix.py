@@ -110,6 +110,22 @@ JOBS: dict[str, dict[str, object]] = {
         **{"model.recompute.granularity": "block", "model.loss_chunk": 5},
     },
 }
+MUON: dict[str, dict[str, object]] = {
+    "muon_clipped": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "optim": "muon", "trainer.gradient_clip_val": 0.05, "optim.tile": 50},
+        **{"optim.groups": "[{pattern: '*.experts.*', lr_factor: 2}]"},
+    },
+    "muon_no_zero": {EXPERTS_PER_RANK: 2, "optim": "muon", "optim.zero": False, "optim.tile": "null"},
+    "muon_shared_keys_in_slices": {  # queries apart from keys and values, which tensor ranks share where there are more
+        **{EXPERTS_PER_RANK: 3, **TODAY, "optim": "muon", "model.kv_heads": 2, "moe.dispatch": "dropless"},
+        **{"moe.top_k": 2, "model.tie_embeddings": False, "optim.overlap": True, "parallel.sequence": True},
+    },
+    "muon_latent": {
+        **{EXPERTS_PER_RANK: 2, **TODAY, "optim": "muon", "model.attention.latent.kv_rank": 8, "moe.top_k": 2},
+        **{"optim.optimizer.nesterov": False, "trainer.precision": "16-true"},
+    },
+}
+JOBS |= MUON
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
 RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
@@ -350,7 +366,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("gathered_ted_fused", "gathered_in_slices"),
     *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices", "node_pilots_sliced"),
-    *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
+    *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED, "muon_shared_keys_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -372,13 +388,14 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *PILOTS,
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
+        *("muon_clipped", "muon_latent"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),
     (2, 1, 1): ("starved_experts",),
-    (4, 4, 1): ("many_dropped_no_zero",),
+    (4, 4, 1): ("many_dropped_no_zero", "muon_shared_keys_in_slices"),
     (4, 1, 4): ("dropless_recomputed", "node_pilots", "hierarchical"),
-    (4, 1, 1): ("dropless_top2",),
+    (4, 1, 1): ("dropless_top2", "muon_no_zero"),
     (4, 2, 1): ("rotary_ted",),
     (4, 1, 2): ("shared_dropless",),
     (8, 2, 2): ("deepspeed_topk",),
@@ -441,7 +458,7 @@ def overrides(layout: Layout, job: str) -> list[str]:
 CHECKPOINTS = (  # of jobs that differ in what a checkpoint holds
     *("top1_clipped", "ted_fused_sharded", "today", "deepseek_v3_dropless", "global_balance_in_slices"),
     *("noisy_jittered_ted", "shared_weighted_ted", "shared_in_slices", "frozen_router_experts_faster"),
-    *("experts_alone_ted", "dgmoe_dealt", "lent", "packed_ted", "sliced_dropless_shared"),
+    *("experts_alone_ted", "dgmoe_dealt", "lent", "packed_ted", "sliced_dropless_shared", "muon_clipped"),
 )
 
 

@@ -32,6 +32,7 @@ Overrides = tuple[str, ...]
 TP2: Overrides = ("parallel=tp2", "moe.capacity_factor=1.05")
 EP2: Overrides = ("parallel=ep2", "moe.top_k=2", "moe.z_loss=0.1", "data.micro_batch_size=4")
 DP2: Overrides = ("parallel=dp2", "optim.overlap=true", "data.micro_batch_size=4")
+MUON: Overrides = ("parallel.world_size=4", "parallel.tensor=2", "parallel.expert=1", "optim=muon")
 EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2")
 CHUNKED: Overrides = ("parallel=tp2", "model.loss_chunk=7")
 FP16: Overrides = ("parallel=tp2", "trainer.precision=16-true")
@@ -123,6 +124,8 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.clipped_before_unscaling: Found(FP16, "clip factor", "in step 2"),
     bugs.overflow_that_is_not_skipped: Found(FP16, "gradients", "is absent in one process"),
     bugs.last_tile_left_out: Found(DP2, "optimizer state", "in step 1"),
+    bugs.matrices_not_joined: Found(MUON, "next weights", "in step 1"),
+    bugs.fused_matrices_taken_for_one: Found(MUON, "next weights", "in step 1"),
     bugs.folded_expert_gradient_divided_by_expert_data: Found(
         FOLDED, "gradients", "in step 1: network.blocks.1.feed_forward.experts.up is 2 × what one process has"
     ),

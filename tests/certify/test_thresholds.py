@@ -35,6 +35,7 @@ THRESHOLDS = {  # what is found in the code: the test that crosses it
     "optim/sharded.py piece": PIECES,
     "optim/fused.py _TILE": "optim/test_fused.py::test_steps_equal_torchs_in_float64",
     "optim/adam_kernel.py _BLOCK": "optim/test_fused.py::test_interpreted_kernel_equals_torchs_in_float64",
+    "optim/muon.py NS_STEPS": "optim/test_muon.py::test_newton_schulz_is_a_polynomial_of_singular_values",
     "optim/loss_scale.py growth_interval": (
         "optim/test_loss_scale.py::test_the_scale_doubles_after_so_many_steps_without_overflow"
     ),

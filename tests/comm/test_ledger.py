@@ -30,8 +30,8 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import GPT
 from tedlab.moe import Router, grouped
 from tedlab.moe.balance import update_biases
-from tedlab.nn import partial_parameters
-from tedlab.optim import Grouping, ShardedOptimizer
+from tedlab.nn import fused_parameters, partial_parameters
+from tedlab.optim import Grouping, Muon, ShardedOptimizer
 from tedlab.predict.volumes import ClosedForm, predict, with_rows
 from tedlab.spec import Layout
 from tests.certify.runs import composed
@@ -143,6 +143,12 @@ def configuration(layout: tuple[int, int, int], overrides: Overrides) -> TrainCo
     return with_values(config, {"trainer.accumulate_grad_batches": overrides.get("accumulated", 1), **named})
 
 
+def optimizer_of(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Muon if that is configured; else SGD, which is quick: what it communicates is what any other does."""
+    matrices = any("matrix" in group for group in groups)
+    return Muon(groups, lr=0.1) if matrices else torch.optim.SGD(groups, lr=0.1)
+
+
 def one_step(
     config: TrainConfig, topology: Topology, ledger: Ledger | None = None
 ) -> tuple[list[Tensor], int, dict[int, Rows]]:
@@ -154,18 +160,19 @@ def one_step(
     finally:
         torch.set_default_dtype(torch.float32)
     names = {p: n for n, p in model.named_parameters()}
-    grouping = Grouping(config.optim.groups)
+    grouping = Grouping.under(config.optim)
     groups: list[dict[str, Any]] = [{"params": [], **options} for options in grouping.options(config.optim)]
     for p, name in names.items():
         if grouping.trains(name):
-            groups[grouping.index(name, not ("bias" in name or "norm" in name))]["params"].append(p)
+            groups[grouping.index(name, p.dim(), not ("bias" in name or "norm" in name))]["params"].append(p)
         else:
             p.requires_grad_(False)
     optimizer = ShardedOptimizer(
-        torch.optim.SGD(groups, lr=0.1),
+        optimizer_of(config, groups),
         topology.comm,
         names,
         partial=partial_parameters(model),
+        fused=fused_parameters(model),
         zero=config.optim.zero,
         tile=None,
         bucket_elements=config.optim.bucket_elements,

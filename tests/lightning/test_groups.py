@@ -231,10 +231,10 @@ def test_the_optimizer_s_groups_come_in_pairs_and_in_order() -> None:
         *({"lr": 3.0}, {"lr": 3.0, "weight_decay": 0.0}),
         *({"lr": 0.5, "weight_decay": 0.5}, {"lr": 0.5, "weight_decay": 0.0}),
     ]
-    assert grouping.index("embedding.weight", True) == 0
-    assert grouping.index("norm.weight", False) == 1
-    assert grouping.index("blocks.0.attention.qkv.weight", True) == 2
-    assert grouping.index("blocks.0.norm1.weight", False) == 5
+    assert grouping.index("embedding.weight", 2, True) == 0
+    assert grouping.index("norm.weight", 1, False) == 1
+    assert grouping.index("blocks.0.attention.qkv.weight", 2, True) == 2
+    assert grouping.index("blocks.0.norm1.weight", 1, False) == 5
     assert not grouping.trains("blocks.1.feed_forward.router.weight")
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, NAdam, Optimizer, RMSprop
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.optim import ShardedOptimizer
-from tedlab.optim.elementwise import KNOWN
+from tedlab.optim import Muon, ShardedOptimizer
+from tedlab.optim.kinds import KNOWN
 from tests.pool import WorkerPool
 
 SHAPES = ((5,), (2, 3), (4,), (7, 2), (1,))  # 30 elements: shards of 15, which begin within a parameter
@@ -45,6 +45,10 @@ MAKE: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
     "RMSprop centred": lambda p: RMSprop(p, lr=0.05, centered=True, momentum=0.9),
     "NAdam maximize": lambda p: NAdam(p, lr=0.05, maximize=True, decoupled_weight_decay=True, weight_decay=0.1),
     "Lion": Lion,
+    "Muon": lambda p: Muon(
+        [{"params": [x for x in p if x.dim() == 2]}, {"params": [x for x in p if x.dim() < 2], "matrix": False}],
+        lr=0.05,
+    ),
 }
 
 

@@ -65,6 +65,8 @@ CASES = {
         *("parallel.expert=8", "comm.ranks_per_node=4", "moe.slice=tokens"),
     ],
     "fused": [*HALF, "optim.tile=fused"],
+    "muon": [*HALF, *TODAY, "optim=muon", "model.kv_heads=4"],
+    "muon_one": [*ONE, "optim=muon", "optim.optimizer.dtype=float32"],
     "today": [*HALF, *TODAY, "model.tie_embeddings=false"],
     "today_mixed": [*MANY, *TODAY, "trainer.precision=bf16-mixed", "trainer=gpu"],
     "today_sequence": [*AGAIN, *TODAY, "parallel.sequence=true", "moe.dispatch=dropless"],
@@ -163,7 +165,8 @@ def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulatio
         assert closed.memory.held[category] == pytest.approx(held[category], rel=0.01)
     assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.04)
     for link, sent in simulation.wire.items():
-        assert closed.wire[link] == pytest.approx(sent)
+        # Matrices are exchanged in unequal parts, which the closed form takes for equal ones.
+        assert closed.wire[link] == pytest.approx(sent, rel=0.02 if case.startswith("muon") else 1e-6)
 
 
 def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simulation]) -> None:

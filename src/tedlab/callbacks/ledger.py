@@ -14,7 +14,7 @@ from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
 from tedlab.config import TrainConfig
 from tedlab.module import LanguageModel
 from tedlab.predict.emulate import Emulation
-from tedlab.predict.volumes import predict, with_rows
+from tedlab.predict.volumes import STEPPING, predict, with_rows
 from tedlab.strategy import TEDStrategy
 
 _MIB = 2**20
@@ -120,9 +120,9 @@ class CommunicationLedger(Callback):
         """Returns the entries where this process's ledger differs from the closed form, as (counted, expected)."""
         steps, skipped = self.steps(trainer), _skipped(_strategy(trainer)) - self._first_skipped
         expected = {
-            # A step whose gradients overflowed is skipped and gathers no parameters.
-            entry: count * (steps - skipped if entry.tag == "parameters.gather" else steps)
-            for entry, count in predict(self.config).items()
+            # A step whose gradients overflowed is skipped and exchanges neither matrices nor parameters.
+            entry: count * (steps - skipped if entry.tag in STEPPING else steps)
+            for entry, count in predict(self.config, trainer.global_rank).items()
         }
         assert isinstance(trainer.lightning_module, LanguageModel)
         moved = trainer.lightning_module.network.moved

@@ -200,7 +200,7 @@ class CertificateRecorder(Callback):
                 f"{name} of group {index}": value
                 for index, group in enumerate(sharded.optimizer.param_groups)
                 for name, value in group.items()
-                if name != "params" and isinstance(value, float | Sequence)
+                if name != "params" and isinstance(value, float | Sequence) and not isinstance(value, str)
             }
         )
         self._quantities[LOSS_SCALE] = _parts(

@@ -154,7 +154,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         cache_dir=str(directory / "cache"),
     )
     optimizer = dict(config.optim.optimizer)
-    if "Adam" in str(optimizer.get("_target_")):
+    if any(kind in str(optimizer.get("_target_")) for kind in ("Adam", "Muon")):
         # A key bias has a gradient of zero in theory and of rounding noise in practice, which Adam divides by eps.
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
     optim = replace(

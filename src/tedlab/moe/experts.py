@@ -20,7 +20,7 @@ from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule
 from tedlab.registry import mixtures
-from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
+from tedlab.spec import Fused, Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -48,7 +48,8 @@ class ExpertsSpec(Spec):
     def own(self) -> Iterator[ParameterSpec]:
         one, number = self.expert, self.num_experts
         by_column, by_row = {"expert": 0, "expert_tensor": 2}, {"expert": 0, "expert_tensor": 1}
-        yield ParameterSpec("up", (number, one.hidden, one.inner), one.init, by_column, "expert")
+        fused = Fused(2, (1, 1)) if one.gated else None
+        yield ParameterSpec("up", (number, one.hidden, one.inner), one.init, by_column, "expert", fused=fused)
         yield ParameterSpec("down", (number, one.ffn, one.hidden), one.out_init, by_row, "expert")
         if one.bias:
             biases = (("up_bias", one.inner, by_column), ("down_bias", one.hidden, {"expert": 0}))

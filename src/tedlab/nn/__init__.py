@@ -24,7 +24,15 @@ from tedlab.nn.loss import (
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
 from tedlab.nn.past import Past, Remembers, rememberers, remembering
 from tedlab.nn.rotary import rotation
-from tedlab.nn.sharded import ShardedModule, decay_groups, initialize, localised, partial_parameters, replicated
+from tedlab.nn.sharded import (
+    ShardedModule,
+    decay_groups,
+    fused_parameters,
+    initialize,
+    localised,
+    partial_parameters,
+    replicated,
+)
 from tedlab.spec import Init
 
 __all__ = [
@@ -58,6 +66,7 @@ __all__ = [
     "activate",
     "attention_path",
     "decay_groups",
+    "fused_parameters",
     "initialize",
     "linear_cross_entropy",
     "localised",

@@ -171,7 +171,8 @@ class SelfAttentionSpec(Spec):
     def qkv(self) -> ColumnParallelSpec | None:
         if not self.fused:
             return None
-        return ColumnParallelSpec(self.hidden, 3 * self.heads * self.head_dim, "attention", self.init, self.bias)
+        features, parts = 3 * self.heads * self.head_dim, (self.head_dim,) * 3
+        return ColumnParallelSpec(self.hidden, features, "attention", self.init, self.bias, alternating=parts)
 
     @property
     def q(self) -> ColumnParallelSpec | None:
@@ -184,7 +185,8 @@ class SelfAttentionSpec(Spec):
         if self.fused:
             return None
         features = 2 * self.key_heads * self.head_dim
-        return KeyValueSpec(self.hidden, features, "attention", self.init, self.bias, self.key_heads)
+        parts = (self.head_dim,) * 2
+        return KeyValueSpec(self.hidden, features, "attention", self.init, self.bias, self.key_heads, alternating=parts)
 
     @property
     def q_norm(self) -> HeadNormSpec | FullNormSpec | None:

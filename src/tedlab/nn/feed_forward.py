@@ -54,7 +54,8 @@ class FeedForwardSpec(Spec):
 
     @property
     def up(self) -> ColumnParallelSpec:
-        return ColumnParallelSpec(self.hidden, self.inner, self.tag, self.init, self.bias)
+        parts = (1, 1) if self.gated else ()
+        return ColumnParallelSpec(self.hidden, self.inner, self.tag, self.init, self.bias, alternating=parts)
 
     @property
     def down(self) -> RowParallelSpec:

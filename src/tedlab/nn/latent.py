@@ -116,7 +116,7 @@ class LatentAttentionSpec(Spec):
 
     @property
     def kv_down(self) -> ReplicatedSpec:
-        return self._down(self.kv_rank + self.rope_dim)
+        return self._down(self.kv_rank, self.rope_dim)
 
     @property
     def kv_norm(self) -> NormSpec:
@@ -125,7 +125,8 @@ class LatentAttentionSpec(Spec):
     @property
     def kv_up(self) -> ColumnParallelSpec:
         features = self.heads * (self.nope_dim + self.v_dim)
-        return ColumnParallelSpec(self.kv_rank, features, "attention.latent", self.init, bias=False)
+        parts = self.nope_dim, self.v_dim
+        return ColumnParallelSpec(self.kv_rank, features, "attention.latent", self.init, bias=False, alternating=parts)
 
     @property
     def out(self) -> RowParallelSpec:
@@ -136,8 +137,9 @@ class LatentAttentionSpec(Spec):
         features = self.q_rank or self.hidden
         return ColumnParallelSpec(features, self.heads * self.width, "attention", self.init, bias=False)
 
-    def _down(self, features: int) -> ReplicatedSpec:
-        return ReplicatedSpec(self.hidden, features, "attention", self.init, self.bias)
+    def _down(self, *features: int) -> ReplicatedSpec:
+        parts = features if features[1:] else ()
+        return ReplicatedSpec(self.hidden, sum(features), "attention", self.init, self.bias, alternating=parts)
 
     def sites(self, layout: Layout) -> Sites:
         queries = enter_sites("attention", self.q_rank or self.hidden, layout)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from tedlab.comm import matmul_into
 from tedlab.nn.region import enter_sites, leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work
+from tedlab.spec import Fused, Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -23,6 +23,7 @@ class LinearSpec(Spec):
         tag: Begins the tags of its collectives.
         init: Initial weights; the bias starts at zero.
         bias: Whether there is a bias.
+        alternating: Output features of each of several matrices before those of the next, see :class:`Fused`.
     """
 
     in_features: int
@@ -30,6 +31,12 @@ class LinearSpec(Spec):
     tag: str
     init: Init
     bias: bool = True
+    alternating: tuple[int, ...] = field(default=(), kw_only=True)
+
+    @property
+    def fused(self) -> Fused | None:
+        """How its matrices are fused, if there are several."""
+        return Fused(0, self.alternating) if self.alternating else None
 
     def flops(self, length: int) -> Counter[str]:
         return Counter({self.tag: 2 * self.in_features * self.out_features})
@@ -49,7 +56,7 @@ class ColumnParallelSpec(LinearSpec):
     """Describes a :class:`ColumnParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0})
+        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0}, fused=self.fused)
         if self.bias:
             yield ParameterSpec("bias", (self.out_features,), divided={"tensor": 0}, decayed=False)
 
@@ -98,7 +105,8 @@ class ReplicatedSpec(LinearSpec):
     """Describes a :class:`ReplicatedLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, own_tokens=True)
+        shape = self.out_features, self.in_features
+        yield ParameterSpec("weight", shape, self.init, own_tokens=True, fused=self.fused)
         if self.bias:
             yield ParameterSpec("bias", (self.out_features,), own_tokens=True, decayed=False)
 

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from tedlab._compat.torch import local_tensor, spec_of
-from tedlab.spec import Init, ParameterSpec, Spec, decayed_by_name
+from tedlab.spec import Fused, Init, ParameterSpec, Spec, decayed_by_name
 from tedlab.topology import Topology
 
 _BLOCK_ELEMENTS = 1 << 20  # values drawn at a time; changing it changes initial weights
@@ -121,6 +121,17 @@ def partial_parameters(root: nn.Module) -> set[nn.Parameter]:
         for module in root.modules()
         if isinstance(module, ShardedModule)
         for name in module.partial
+    }
+
+
+def fused_parameters(root: nn.Module) -> dict[nn.Parameter, Fused]:
+    """Returns the parameters below ``root`` that hold several matrices, and how."""
+    return {
+        module.get_parameter(name): spec.fused
+        for module in root.modules()
+        if isinstance(module, ShardedModule)
+        for name, spec in module.specs.items()
+        if spec.fused is not None
     }
 
 

@@ -3,7 +3,9 @@
 from tedlab.optim.finite import FiniteGuard, NonFiniteError
 from tedlab.optim.gradients import Gradients
 from tedlab.optim.groups import Grouping
+from tedlab.optim.kinds import MatrixOptimizer
 from tedlab.optim.loss_scale import LossScaler
+from tedlab.optim.muon import Muon, matrix_groups
 from tedlab.optim.schedule import learning_rate_schedule, schedules
 from tedlab.optim.sharded import ShardedOptimizer
 
@@ -12,8 +14,11 @@ __all__ = [
     "Gradients",
     "Grouping",
     "LossScaler",
+    "MatrixOptimizer",
+    "Muon",
     "NonFiniteError",
     "ShardedOptimizer",
     "learning_rate_schedule",
+    "matrix_groups",
     "schedules",
 ]

@@ -4,12 +4,17 @@ The optimizer and the closed form of its communication both ask a :class:`Groupi
 the optimizer's parameter groups.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
+import hydra
+
 from tedlab.config import GroupConfig, OptimConfig
+from tedlab.optim.kinds import is_matrixwise
+from tedlab.optim.muon import ADAMW, is_matrix
 
 _SHOWN = 4  # names in a message
 
@@ -18,15 +23,25 @@ class Grouping:
     """Assigns parameters to the optimizer's groups by name.
 
     The optimizer has two groups, one with weight decay and one without, for the parameters that match no pattern, and
-    two for each pattern that is not frozen, in the order of the configuration.
+    two for each pattern that is not frozen, in the order of the configuration. An optimizer of matrices has three each:
+    the first is of matrices.
 
     Args:
         groups: The configured groups, of which the first that matches a name counts.
+        is_matrix: Tells of a name, a number of dimensions, and whether weight decay applies, whether the optimizer
+            steps such a parameter as a matrix; None: it steps none so.
     """
 
-    def __init__(self, groups: Sequence[GroupConfig]) -> None:
-        self._groups = groups
+    def __init__(
+        self, groups: Sequence[GroupConfig], is_matrix: Callable[[str, int, bool], bool] | None = None
+    ) -> None:
+        self._groups, self._is_matrix = groups, is_matrix
         self._trained = [None, *(group for group in groups if not group.frozen)]
+
+    @classmethod
+    def under(cls, optim: OptimConfig) -> "Grouping":
+        """Returns the groups of the configured optimizer."""
+        return cls(optim.groups, _matrix_rule(optim.optimizer))
 
     def of(self, name: str) -> GroupConfig | None:
         """Returns the group of a parameter; None: it matches no pattern, so ``optim``'s own values apply."""
@@ -37,10 +52,22 @@ class Grouping:
         group = self.of(name)
         return group is None or not group.frozen
 
-    def index(self, name: str, decayed: bool) -> int:
+    @property
+    def of_matrices(self) -> bool:
+        """Whether the optimizer has groups of matrices."""
+        return self._is_matrix is not None
+
+    def matrix(self, name: str, dimensions: int, decayed: bool) -> bool:
+        """Tells whether the optimizer steps a parameter as a matrix."""
+        return self._is_matrix is not None and self._is_matrix(name, dimensions, decayed)
+
+    def index(self, name: str, dimensions: int, decayed: bool) -> int:
         """Returns the index of the optimizer's group that a trained parameter is in."""
         group = self.of(name)
-        return 2 * next(n for n, other in enumerate(self._trained) if other is group) + (not decayed)
+        position = next(n for n, other in enumerate(self._trained) if other is group)
+        if self._is_matrix is None:
+            return 2 * position + (not decayed)
+        return 3 * position + (0 if self.matrix(name, dimensions, decayed) else 1 if decayed else 2)
 
     def options(self, optim: OptimConfig) -> list[dict[str, Any]]:
         """Returns the options of each of the optimizer's groups, where they differ from the optimizer's own."""
@@ -52,7 +79,10 @@ class Grouping:
             if group is not None and group.lr_factor is not None:
                 options["lr"] = optim.lr * group.lr_factor
             decay = {} if group is None or group.weight_decay is None else {"weight_decay": group.weight_decay}
-            found += [{**options, **decay}, {**options, "weight_decay": 0.0}]
+            both = [{**options, **decay}, {**options, "weight_decay": 0.0}]
+            if self._is_matrix is not None:
+                both = [{**both[0], "matrix": True}, *({**its, "matrix": False} for its in both)]
+            found += both
         return found
 
     def check(self, names: Iterable[str]) -> None:
@@ -87,6 +117,13 @@ class Grouping:
                 "optim.groups freezes every parameter, so there is nothing to train; put a pattern for those that are "
                 "to train before the frozen one, such as {pattern: '*.experts.*'} before {pattern: '*', frozen: true}"
             )
+
+
+def _matrix_rule(options: Mapping[str, Any]) -> Callable[[str, int, bool], bool] | None:
+    """Returns which parameters the optimizer of these options steps as matrices; None: it steps none so."""
+    if not is_matrixwise(hydra.utils.get_class(str(options["_target_"]))):
+        return None
+    return functools.partial(is_matrix, adamw=options.get("adamw", ADAMW))
 
 
 def _near(pattern: str, names: Iterable[str]) -> str:

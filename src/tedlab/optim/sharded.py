@@ -1,4 +1,4 @@
-"""ZeRO-1 for any element-wise torch optimizer, with the paper's tiled step.
+"""ZeRO-1 for any optimizer that is element-wise or needs whole matrices, with the paper's tiled step.
 
 The user's optimizer stays the same object, with its schedulers and parameter groups, to which parameters may be added.
 Only its ``step`` is replaced, by one that feeds it this process's shards tile by tile.
@@ -7,9 +7,9 @@ Only its ``step`` is replaced, by one that feeds it this process's shards tile b
 import functools
 import math
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from torch.utils.hooks import RemovableHandle
 from tedlab._compat.torch import step_hooks, without_step_hooks
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
-from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.finite import FiniteGuard
 from tedlab.optim.fused import Kernel, check_tile, fused_adam_step
+from tedlab.optim.kinds import MatrixOptimizer, check_kind, is_matrixwise
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
+from tedlab.optim.matrices import Matrices
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
 from tedlab.optim.squares import sum_of_squares
 from tedlab.optim.state import ShardedState
+from tedlab.spec import Fused
 
 
 class ShardedOptimizer:
@@ -37,7 +39,8 @@ class ShardedOptimizer:
     tile by tile and gathers the parameters. Half-precision gradients are upcast one tile at a time, so the temporary
     takes 4 bytes × ``tile`` whatever the size of the model (paper §4.2).
 
-    Tiles have only a length and no shape, so the optimizer must be element-wise. As in torch, a parameter that got no
+    Tiles have only a length and no shape, so the optimizer must be element-wise, except for what it does to whole
+    matrices (see ``matrices.py``), which is not done tile by tile. As in torch, a parameter that got no
     gradient is left alone, with its state and step count: one that is frozen, that no process used, or whose ``.grad``
     the user set to None. If some process used a parameter, it has a gradient in all, to which the others add zeros.
 
@@ -54,6 +57,7 @@ class ShardedOptimizer:
         piece: Number of elements at a time for temporaries outside the step. On a CPU torch takes a norm in fp64 of a
             copy in fp64, which is then 16 MiB at most.
         scaler: Loss scaler, for fp16; all processes skip a step in which any overflowed.
+        fused: How several matrices are fused in parameters, for an optimizer that needs them whole.
         guard: Stops a step whose loss or gradient is not finite; None: nothing does.
 
     Attributes:
@@ -62,7 +66,7 @@ class ShardedOptimizer:
             step's last stay in ``.grad``, where torch adds to them.
 
     Raises:
-        ValueError: If the optimizer is not element-wise, or cannot be stepped with this ``tile``.
+        ValueError: If the optimizer is neither element-wise nor one of matrices, or does not know this ``tile``.
     """
 
     def __init__(
@@ -79,9 +83,10 @@ class ShardedOptimizer:
         piece: int = 1 << 21,
         scaler: LossScaler | None = None,
         guard: FiniteGuard | None = None,
+        fused: Mapping[nn.Parameter, Fused] | None = None,
     ) -> None:
         for group in optimizer.param_groups:
-            check_elementwise(type(optimizer), group)
+            check_kind(type(optimizer), group)
             check_tile(tile, type(optimizer), group)
         self.optimizer = optimizer
         self.overlap = overlap
@@ -94,6 +99,10 @@ class ShardedOptimizer:
         self.buckets: list[Bucket] = []
         self._zero, self._partial, self._bucket_elements = zero, partial, bucket_elements
         self._fused = tile == "fused"
+        self._matrices: Matrices | None = None
+        self._of_matrices: list[Bucket] = []  # of groups of matrices
+        if is_matrixwise(type(optimizer)):
+            self._matrices = Matrices(cast(MatrixOptimizer, optimizer), comm, fused or {}, names)
         self.kernel: Kernel | None = None
         self.state = ShardedState(optimizer, names, tile if isinstance(tile, int) else None)
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
@@ -172,12 +181,18 @@ class ShardedOptimizer:
         def key(p: nn.Parameter) -> tuple[int, str, str, int, bool]:
             return group_of[p], reduction_group(p), str(p.dtype), holders(p, self.comm), p in self._partial
 
-        for (*_, partial), parameters in lay_out(group_of, key, lambda p: local(p).numel(), self._bucket_elements):
-            self._fill_bucket(parameters, partial)
+        for (index, *_, partial), parameters in lay_out(
+            group_of, key, lambda p: local(p).numel(), self._bucket_elements
+        ):
+            bucket = self._fill_bucket(parameters, partial)
+            if self._matrices is not None and self.optimizer.param_groups[index]["matrix"]:
+                self._of_matrices.append(bucket)
+        if self._matrices is not None:
+            self._matrices.lay_out(self._of_matrices)
         position = {parameter: n for n, parameter in enumerate(self.names)}
         self._in_order_of_backward = sorted(self.buckets, key=lambda b: -min(position[p] for p in b.parameters))
 
-    def _fill_bucket(self, parameters: list[nn.Parameter], partial: bool) -> None:
+    def _fill_bucket(self, parameters: list[nn.Parameter], partial: bool) -> Bucket:
         bucket = Bucket(parameters, self.comm, self._zero, partial=partial)
         self.buckets.append(bucket)
         self.state.add(bucket)
@@ -185,6 +200,7 @@ class ShardedOptimizer:
             self._bucket_of[p] = bucket
             if p.requires_grad:
                 self._listen(p)
+        return bucket
 
     def _listen(self, parameter: nn.Parameter) -> None:
         on_gradient = functools.partial(self._on_gradient, self._bucket_of[parameter])
@@ -433,9 +449,12 @@ class ShardedOptimizer:
         factor = self._clip_factor / self.scale
         group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         with self._parameters_apart():
-            for bucket in [] if overflow else self.buckets:
-                if bucket.gradient is not None:
+            stepped = [b for b in self.buckets if b.gradient is not None and not overflow]
+            for bucket in stepped:
+                if bucket not in self._of_matrices:
                     self._step_bucket(bucket, factor, group_of)
+            if self._matrices is not None:
+                self._step_matrices(self._matrices, [b for b in stepped if b in self._of_matrices], factor, group_of)
             self._inner_step()  # has no parameters to update; tells schedulers that there was a step
         if self.scaler is not None:
             self.scaler.update(overflow)
@@ -474,16 +493,51 @@ class ShardedOptimizer:
 
     def _step_bucket(self, bucket: Bucket, factor: float, group_of: Mapping[nn.Parameter, int]) -> None:
         """Steps the parameters that have a gradient, each with its group's settings."""
-        stepped: dict[int, set[nn.Parameter]] = {}
-        for p in bucket.parameters:
-            if p in bucket.present and p in group_of:
-                stepped.setdefault(group_of[p], set()).add(p)
-        for index, parameters in stepped.items():
+        stepped = self._segments(bucket, group_of)
+        for segment, group in stepped:
             step = self._step_fused if self._fused else self._step_tiles
-            for segment in self.state.divided(bucket, parameters):
-                step(segment, factor, self.optimizer.param_groups[index])
+            step(segment, factor, group)
         if stepped:
             bucket.gather_parameters()
+
+    def _segments(self, bucket: Bucket, group_of: Mapping[nn.Parameter, int]) -> list[tuple[Segment, dict[str, Any]]]:
+        """Returns the segments of a bucket that have a gradient, each with its group."""
+        parameters: dict[int, set[nn.Parameter]] = {}
+        for p in bucket.parameters:
+            if p in bucket.present and p in group_of:
+                parameters.setdefault(group_of[p], set()).add(p)
+        return [
+            (segment, self.optimizer.param_groups[index])
+            for index, its in parameters.items()
+            for segment in self.state.divided(bucket, its)
+        ]
+
+    def _step_matrices(
+        self, matrices: Matrices, buckets: Sequence[Bucket], factor: float, group_of: Mapping[nn.Parameter, int]
+    ) -> None:
+        """Steps all buckets of matrices: tile by tile, except that matrices are whole in between."""
+        optimizer, groups = matrices.optimizer, self.optimizer.param_groups
+        stepped = {bucket: self._segments(bucket, group_of) for bucket in buckets}
+        directions: dict[Bucket, Tensor] = {}
+        for bucket, segments in stepped.items():
+            assert bucket.gradient is not None
+            for segment, group in segments:
+                precision = optimizer.precision(bucket.master.dtype, group)
+                whole = directions.setdefault(bucket, torch.zeros_like(bucket.shard, dtype=precision))
+                for tile, part, direction in zip(
+                    segment.tiles, segment.split(bucket.gradient), segment.split(whole), strict=True
+                ):
+                    gradient = part.to(tile.dtype)
+                    direction.copy_(optimizer.direct(tile, gradient.mul_(factor) if factor != 1.0 else gradient, group))
+        present = {p: groups[group_of[p]] for b in buckets for p in b.parameters if p in b.present and p in group_of}
+        matrices.orthogonalise(directions, present)
+        for bucket, segments in stepped.items():
+            for segment, group in segments:
+                for tile, update in zip(segment.tiles, segment.split(directions[bucket]), strict=True):
+                    optimizer.apply(tile, update, group)
+                self._round(segment)
+            if segments:
+                bucket.gather_parameters()
 
     def _step_fused(self, segment: Segment, factor: float, group: dict[str, Any]) -> None:
         bucket = segment.bucket
@@ -501,6 +555,11 @@ class ShardedOptimizer:
         for tile, part in zip(segment.tiles, segment.split(bucket.gradient), strict=True):
             gradient = part.to(tile.dtype)  # copies only a half-precision gradient
             self._step_tile(group, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
+        self._round(segment)
+
+    def _round(self, segment: Segment) -> None:
+        """Copies a segment's master copy to half-precision parameters, if these are."""
+        bucket = segment.bucket
         if bucket.master is not bucket.shard:
             for where in segment.ranges:
                 bucket.shard[where].copy_(bucket.master[where])
@@ -547,6 +606,9 @@ class ShardedOptimizer:
                 group = group_of.get(segment.parameters[0], self.optimizer.param_groups[0])
                 if names is None or any(self.names[p] in names for p in segment.parameters):
                     for tile in segment.tiles:
-                        self._step_tile(group, tile, torch.zeros_like(tile))
+                        if self._matrices is not None and segment.bucket in self._of_matrices:
+                            self._matrices.optimizer.direct(tile, torch.zeros_like(tile), group)
+                        else:
+                            self._step_tile(group, tile, torch.zeros_like(tile))
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate

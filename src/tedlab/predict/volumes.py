@@ -23,11 +23,15 @@ from tedlab.comm.rows import Rows, split_evenly
 from tedlab.config import BalanceScope, BiasUpdate, ExpertKernel, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
+from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, owners
 from tedlab.optim.bucket import lay_out
 from tedlab.optim.groups import Grouping
+from tedlab.optim.muon import DTYPES
 from tedlab.predict.flops import first_with_backward
 from tedlab.spec import LENT, ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
+# Tags of what a step exchanges beside gradients, and leaves out if these overflowed.
+STEPPING = ("parameters.gather", "matrices.to_owner", "matrices.to_shards", "matrices.join", "matrices.part")
 _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix products
     "32-true": (torch.float32, torch.float32),
     "64-true": (torch.float64, torch.float64),
@@ -38,14 +42,15 @@ _DTYPES = {  # trainer.precision → dtype of parameters, dtype of matrix produc
 }
 
 
-def predict(config: TrainConfig) -> dict[Entry, Count]:
-    """Returns the calls and bytes of one optimizer step of ``tedlab train``, which are the same in every process.
+def predict(config: TrainConfig, rank: int = 0) -> dict[Entry, Count]:
+    """Returns the calls and bytes of one optimizer step of ``tedlab train``.
 
     Args:
         config: A configuration completed by :func:`tedlab.validate.complete`. If its experts have no capacity, all are
             assumed to be chosen equally often; see :func:`with_rows`.
+        rank: The process. Processes differ only if an optimizer needs matrices whole, of which each has its own.
     """
-    form = ClosedForm(config)
+    form = ClosedForm(config, rank=rank)
     micro_batch = counted(form.micro_batch())
     accumulated = int(config.trainer["accumulate_grad_batches"])
     return {entry: count * accumulated for entry, count in micro_batch.items()} | counted(form.optimizer_step())
@@ -81,6 +86,7 @@ class ClosedForm:
         config: A configuration completed by :func:`tedlab.validate.complete`.
         rows: The rows that mixtures without a capacity move in one micro-batch, by block; None: those of the first
             process when every expert is chosen equally often.
+        rank: The process whose matrices count, if the optimizer needs them whole.
 
     Attributes:
         spec: The specification of the model.
@@ -89,7 +95,8 @@ class ClosedForm:
         sites: The collective sites of each block, of a pair that runs as one at its second block.
     """
 
-    def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None) -> None:
+    def __init__(self, config: TrainConfig, rows: Mapping[int, Rows] | None = None, rank: int = 0) -> None:
+        self.rank = rank
         self.config, self.spec = config, models[config.model.architecture].spec(config.model, config.moe)
         self.degrees = parallel_degrees(config.parallel)
         self.layout = Layout(self.degrees, config.comm)
@@ -101,7 +108,8 @@ class ClosedForm:
         alike = {n: units[n].sites(self.layout).present(self.layout) for n in set(first)}
         self.sites = [alike[n] for n in first]
         self.moved = rows
-        self._grouping = Grouping(config.optim.groups)
+        self._grouping = Grouping.under(config.optim)
+        self._owned: dict[GroupKind, list[tuple[Block, Owner]]] = {}
 
     @cached_property
     def _rows(self) -> list[Rows]:
@@ -246,9 +254,71 @@ class ClosedForm:
                 yield self._call("all_gather", bucket.kind, "optimizer", "parameters.gather", whole, self.parameter)
         if partial:
             yield self._call("all_reduce", "tensor", "optimizer", "gradients.partial", partial, self.parameter)
+        for kind in INNER:
+            yield from self.matrix_exchanges(kind)
         yield from self.balancing()
         if self.groups["world"] > 1:  # sum of squares, missing gradients, non-finite losses
             yield self._call("all_reduce", "world", "optimizer", "gradients.norm", 3, torch.float64)
+
+    # ---- matrices ------------------------------------------------------------------------------------------------
+
+    def matrix_exchanges(self, kind: GroupKind) -> Iterator[Collective]:
+        """Yields the collectives that make the matrices of one kind of group whole, and those that bring them back."""
+        buckets = [bucket for bucket in self.buckets if bucket.matrix and bucket.kind == kind]
+        if not buckets:
+            return
+        across, inner, (own, own_inner) = self.shards(buckets[0]), INNER[kind], self.place(kind)
+        mine = [(block, owner) for block, owner in self.owned(kind) if owner.across == own]
+        divided = [(block.elements, owner.inner) for block, owner in mine if block.divided is not None]
+        moved: list[tuple[GroupKind, str, int]] = []
+        if across > 1:
+            sizes = [(bucket.elements, -(-bucket.elements // across)) for bucket in buckets]
+            shard = sum(min(max(elements - own * size, 0), size) for elements, size in sizes)
+            moved.append((kind, "matrices.to_owner", shard))
+            moved.append((kind, "matrices.to_shards", sum(block.elements for block, _ in mine)))
+        if self.groups[inner] > 1 and divided:
+            whole = self.groups[inner] * sum(elements for elements, t in divided if t == own_inner)
+            moved.append((inner, "matrices.join", sum(elements for elements, _ in divided)))
+            moved.append((inner, "matrices.part", whole))
+        for group, tag, elements in moved:
+            yield self._call("all_to_all", group, "optimizer", tag, elements, self.travelling)
+
+    def owned(self, kind: GroupKind) -> list[tuple[Block, Owner]]:
+        """Returns the blocks of one kind of group's matrices, and who makes each whole."""
+        if kind not in self._owned:
+            buckets = [bucket for bucket in self.buckets if bucket.matrix and bucket.kind == kind]
+            blocks = [block for bucket in buckets for p in bucket.parameters for block in self._blocks(p)]
+            across = self.shards(buckets[0]) if buckets else 1
+            self._owned[kind] = list(zip(blocks, owners(blocks, across, self.groups[INNER[kind]]), strict=True))
+        return self._owned[kind]
+
+    def made_whole(self, kind: GroupKind) -> Iterator[tuple[Block, list[tuple[int, int]]]]:
+        """Yields the blocks that this process makes whole, each with the shapes of its matrices."""
+        own, inner = self.place(kind)
+        for block, owner in self.owned(kind):
+            if owner.across == own and owner.inner in (None, inner):
+                yield block, list(block.shapes(self.groups[INNER[kind]]))
+
+    def place(self, kind: GroupKind) -> tuple[int, int]:
+        """Returns this process's rank in the group that divides state, 0 if it does not, and in the tensor group."""
+        members = self.layout.groups(self.rank)
+        own, inner = (members[its].index(self.rank) for its in (kind, INNER[kind]))
+        return own if self.config.optim.zero else 0, inner
+
+    def _blocks(self, parameter: ParameterSpec) -> list[Block]:
+        placed = parameter.placed(self.degrees)
+        divided = next((placed[axis] for axis in INNER.values() if axis in placed), None)
+        return blocks_of(parameter.local_shape(self.degrees), divided, parameter.fused)
+
+    @property
+    def travelling(self) -> torch.dtype:
+        """The dtype in which matrices travel between processes and become orthogonal."""
+        if self.parameter == torch.float64:
+            return torch.float64
+        named: torch.dtype = getattr(torch, str(self.config.optim.optimizer.get("dtype", DTYPES[0])))
+        return named
+
+    # ---- what routers count --------------------------------------------------------------------------------------
 
     def balancing(self) -> Iterator[Collective]:
         """Yields the collectives that count the choices of the whole step."""
@@ -280,22 +350,25 @@ class ClosedForm:
 
     def joined(self, bucket: "BucketSize") -> bool:
         """Tells whether the gradients of a bucket are copied to new memory: all but the only one of a full bucket."""
-        return bucket.parameters > 1 or bucket.elements % self.shards(bucket) > 0
+        return len(bucket.parameters) > 1 or bucket.elements % self.shards(bucket) > 0
 
     @cached_property
     def buckets(self) -> list["BucketSize"]:
         """The buckets into which the optimizer lays out the parameters, in its order."""
 
         def key(p: ParameterSpec) -> tuple[int, GroupKind, int, bool]:
-            index = self._grouping.index(p.name, p.decayed)
+            index = self._grouping.index(p.name, len(p.shape), p.decayed)
             return index, p.group, self.degrees.world_size // p.parts(self.degrees), p.partial(self.layout)
+
+        def matrix(p: ParameterSpec) -> bool:
+            return self._grouping.matrix(p.name, len(p.shape), p.decayed)
 
         def local(p: ParameterSpec) -> int:
             return p.elements(self.degrees)
 
         buckets = lay_out(self.trained, key, local, self.config.optim.bucket_elements)
         return [
-            BucketSize(group, holders, partial, sum(map(local, together)), len(together))
+            BucketSize(group, holders, partial, sum(map(local, together)), tuple(together), matrix(together[0]))
             for (_, group, holders, partial), together in buckets
         ]
 
@@ -369,11 +442,13 @@ class BucketSize(NamedTuple):
         holders: The number of processes that hold each element.
         partial: Whether gradients are partial sums over the tensor group, too.
         elements: The number of elements in this process.
-        parameters: The number of parameters.
+        parameters: The parameters.
+        matrix: Whether the optimizer needs them whole.
     """
 
     kind: GroupKind
     holders: int
     partial: bool
     elements: int
-    parameters: int
+    parameters: tuple[ParameterSpec, ...]
+    matrix: bool

@@ -40,7 +40,7 @@ from tedlab.launch.watch import Watch, watch
 from tedlab.models.gpt import known_tags
 from tedlab.moe import Router
 from tedlab.moe.balance import update_biases
-from tedlab.nn import partial_parameters
+from tedlab.nn import fused_parameters, partial_parameters
 from tedlab.optim import FiniteGuard, Gradients, LossScaler, ShardedOptimizer
 from tedlab.optim.finite import check_saved
 from tedlab.optim.reading import MANUAL, hooks_that_read
@@ -319,6 +319,7 @@ class TEDStrategy(compat.SubprocessStrategy):
                 self.topology.comm,
                 names,
                 partial=partial_parameters(self.model),
+                fused=fused_parameters(self.model),
                 zero=self.sharding.zero,
                 bucket_elements=self.sharding.bucket_elements,
                 tile=self.sharding.tile,

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from tedlab.config import TrainConfig
 from tedlab.hints import did_you_mean
 from tedlab.models import models
-from tedlab.optim.elementwise import check_elementwise
 from tedlab.optim.fused import check_tile
 from tedlab.optim.groups import Grouping
+from tedlab.optim.kinds import check_kind
 from tedlab.optim.schedule import schedules
 from tedlab.ranges import check_ranges
 
@@ -42,14 +42,14 @@ def check_optim(config: TrainConfig) -> None:
         raise ValueError(f"optim.optimizer._target_={target} cannot be imported: {error}") from None
     if not issubclass(kind, Optimizer):
         raise ValueError(f"optim.optimizer._target_={target} is not an optimizer, but a {kind.__name__}")
-    check_elementwise(kind, optim.optimizer)
+    check_kind(kind, optim.optimizer)
     check_tile(optim.tile, kind, optim.optimizer)
     _check_options(kind, {name: value for name, value in optim.optimizer.items() if not name.startswith("_")})
-    check_groups(config)
     key = repr((optim, config.trainer["max_steps"], config.trainer["accelerator"]))
     if key not in _tried:  # a plan validates thousands of configurations
         _try(config)
         _tried.add(key)
+    check_groups(config)
 
 
 def check_groups(config: TrainConfig) -> None:
@@ -61,10 +61,19 @@ def check_groups(config: TrainConfig) -> None:
     groups = config.optim.groups
     for number, group in enumerate(groups):
         check_ranges(group, f"optim.groups[{number}].")
-    if groups:
+    grouping = Grouping.under(config.optim)
+    if groups or grouping.of_matrices:
         model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # names do not depend on it
-        spec = models[model.architecture].spec(model, config.moe)
-        Grouping(groups).check(parameter.name for parameter in spec.parameters())
+        parameters = [*models[model.architecture].spec(model, config.moe).parameters()]
+        grouping.check(parameter.name for parameter in parameters)
+        trained = [p for p in parameters if grouping.trains(p.name)]
+        if grouping.of_matrices and not any(grouping.matrix(p.name, len(p.shape), p.decayed) for p in trained):
+            options = config.optim.optimizer
+            kind = str(options["_target_"]).rpartition(".")[2]
+            raise ValueError(
+                f"optim.optimizer.adamw={options.get('adamw')} and optim.groups leave {kind} no matrix to train; leave "
+                "patterns out, or use optim=adamw"
+            )
 
 
 def _check_options(kind: type[Optimizer], options: Mapping[str, Any]) -> None:
@@ -95,8 +104,8 @@ def _try(config: TrainConfig) -> None:
     """Takes a step of a parameter of one element in each of the groups that a run has."""
     from tedlab.module import optimizer_with_schedule  # imports the model
 
-    options = Grouping(config.optim.groups).options(config.optim)
-    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in options]
+    options = Grouping.under(config.optim).options(config.optim)
+    parameters = [torch.nn.Parameter(torch.ones(1, 1)) for _ in options]
     groups = [{"params": [parameter], **its} for parameter, its in zip(parameters, options, strict=True)]
     try:
         with warnings.catch_warnings():
@@ -104,7 +113,7 @@ def _try(config: TrainConfig) -> None:
             optimizer, schedule = optimizer_with_schedule(config.optim, groups, config.trainer["max_steps"])
             if config.trainer["accelerator"] == "cpu":  # do not refuse what works on GPUs only
                 for parameter in parameters:
-                    parameter.grad = torch.ones(1)
+                    parameter.grad = torch.ones_like(parameter)
                 optimizer.step()
                 schedule.step()
     except Exception as error:  # optimizers raise anything for bad arguments

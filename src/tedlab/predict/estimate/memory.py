@@ -14,6 +14,7 @@ import torch
 
 from tedlab.config import Granularity
 from tedlab.models.joined import MergedSpec
+from tedlab.optim.blocks import INNER
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import LENT
@@ -54,7 +55,13 @@ class Memory:
         self.parameter = form.parameter.itemsize
         self.gradients = sum(bucket.elements for bucket, _ in self.buckets) * self.parameter
         self.master = max(4, self.parameter)
-        self.moments = moments(optim.optimizer)
+        self.of_matrices = [
+            shard if bucket.matrix else 0 for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
+        ]
+        numbers = {kind: moments(optim.optimizer, kind) for kind in {bucket.matrix for bucket, _ in self.buckets}}
+        self.moments = sum(
+            shard * numbers[bucket.matrix] for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
+        )
         self.adam = not str(optim.optimizer["_target_"]).endswith(".SGD")
 
     def peak(self) -> Moment:
@@ -106,7 +113,7 @@ class Memory:
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _moment(self, name: str, gradients: float, stash: float, activations: float, temporaries: float) -> Moment:
-        state = sum(self.shards) * (self.moments * self.master + (self.master if self.parameter < 4 else 0))
+        state = self.moments * self.master + sum(self.shards) * (self.master if self.parameter < 4 else 0)
         values = (self.flat * self.parameter, state, gradients, stash, activations, temporaries)
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
 
@@ -137,24 +144,49 @@ class Memory:
     def _optimizer(self) -> Moment:
         """Returns the moment of the optimizer step, with the shards' gradients and the largest tile's temporaries."""
         tile = self.form.config.optim.tile
-        largest = max(self.shards)
+        largest = max(shard - whole for shard, whole in zip(self.shards, self.of_matrices, strict=True))
         half = self.master if self.parameter < 4 else 0
         if tile == "fused":
             temporaries = 0
         else:
             elements = largest if tile is None else min(tile, largest)
             temporaries = elements * ((_TILE_TEMPORARIES * self.master if self.adam else 0) + half)
+        temporaries = max(temporaries, self._matrices())
         return self._moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)
 
+    def _matrices(self) -> int:
+        """Returns the bytes of temporaries while matrices are whole: directions, and those of one kind of group's.
 
-def moments(options: Mapping[str, Any]) -> int:
-    """Counts the numbers that an optimizer keeps for each element of a parameter, by letting it take a step."""
-    key = repr(options)
+        Of the largest block there are the whole, its matrices side by side, and what an iteration makes of one.
+        """
+        form, most = self.form, 0
+        for kind in INNER:
+            own, _ = form.place(kind)
+            here = sum(block.elements for block, owner in form.owned(kind) if owner.across == own)
+            shards = zip(self.buckets, self.of_matrices, strict=True)
+            exchanged = sum(shard for ((bucket, parts), shard) in shards if bucket.kind == kind and parts > 1)
+            largest = [
+                2 * sum(m * n for m, n in shapes) + max(2 * (m * n + min(m, n) ** 2) for m, n in shapes)
+                for _, shapes in form.made_whole(kind)
+            ]
+            most = max(most, here + max([exchanged, *largest]))
+        return (sum(self.of_matrices) + most) * form.travelling.itemsize
+
+
+def moments(options: Mapping[str, Any], matrix: bool = False) -> int:
+    """Counts the numbers that an optimizer keeps for each element of a parameter, by letting it take a step.
+
+    Args:
+        options: The class and arguments of the optimizer.
+        matrix: Whether the parameter is in a group of matrices, of an optimizer that needs these whole.
+    """
+    key = repr((options, matrix))
     if key not in _moments:
         settings = {name: value for name, value in options.items() if name not in _KERNELS}
-        parameter = torch.nn.Parameter(torch.ones(2))
-        parameter.grad = torch.ones(2)
-        optimizer = hydra.utils.instantiate(settings, _partial_=True)([parameter], lr=1e-3)
+        parameter = torch.nn.Parameter(torch.ones(2, 2))
+        parameter.grad = torch.ones_like(parameter)
+        group: dict[str, Any] = {"params": [parameter], "matrix": matrix}
+        optimizer = hydra.utils.instantiate(settings, _partial_=True)([group], lr=1e-3)
         optimizer.step()
         state = optimizer.state[parameter].values()
         _moments[key] = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from tedlab.comm import Collective, GroupKind
 from tedlab.comm.rows import Rows
 from tedlab.config import Granularity, TrainConfig
+from tedlab.optim.blocks import INNER
+from tedlab.optim.muon import NS_STEPS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, wire_bytes_by_link
 from tedlab.predict.estimate.hiding import Hiding
@@ -92,7 +94,7 @@ def estimate(
             "optim.groups freezes parameters: the closed form of memory and time is that of a model that trains whole; "
             "`tedlab simulate` runs any"
         )
-    form = ClosedForm(config, rows)
+    form = ClosedForm(config, rows, rank)
     memory, links = Memory(form), _Links(form, cluster, rank)
     hiding, hidden, hidden_backward = Hiding(form, cluster, rank), 0.0, 0.0
     accumulated, ends = memory.accumulated, form.at()
@@ -181,14 +183,16 @@ def _total(works: Iterable[Work], cluster: ClusterConfig) -> float:
 def _optimizer(memory: Memory) -> Iterable[Work]:
     """Yields the work of filling the reduction buffers and of updating this rank's shards."""
     form, p, master = memory.form, memory.form.parameter.itemsize, memory.master
-    joined, shard = sum(bucket.elements for bucket in form.buckets if form.joined(bucket)), sum(memory.shards)
+    joined, every = sum(bucket.elements for bucket in form.buckets if form.joined(bucket)), sum(memory.shards)
+    whole = sum(memory.of_matrices)
+    shard = every - whole
 
     def moved(size: float) -> Work:
         return Work(0, size, form.precise, "arithmetic")
 
     if joined:
         yield moved(2 * joined * p)
-    yield moved(shard * p)  # the norm
+    yield moved(every * p)  # the norm
     half = master + p if p < master else 0
     if form.config.optim.tile == "fused":
         yield Work(0, shard * (p + 6 * master + (p if half else 0)), form.precise, "movement")
@@ -196,3 +200,20 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
         yield moved(shard * (23 * master + 2 * half))
     else:
         yield moved(shard * (5 * master + 2 * half))
+    travelling = form.travelling.itemsize
+    if whole:  # the momentum and the direction, then decay and the update
+        yield moved(whole * (11 * master + 5 * travelling + 2 * half))
+    for kind in INNER:
+        yield from _orthogonalised(form, kind)
+
+
+def _orthogonalised(form: ClosedForm, kind: GroupKind) -> Iterable[Work]:
+    """Yields the work of making this rank's matrices of one kind of group orthogonal, and of moving them about."""
+    steps, size = int(form.config.optim.optimizer.get("ns_steps", NS_STEPS)), form.travelling.itemsize
+    for block, shapes in form.made_whole(kind):
+        for shape in shapes:
+            m, n = sorted(shape)
+            yield Work(0, 5 * m * n * size, form.precise, "arithmetic")  # the norm, the quotient, the factor
+            for a, b, c in ((m, n, m), (m, m, m), (m, m, n)) * steps:
+                yield Work(2 * a * b * c, (a * b + b * c + a * c) * size, form.travelling, "gemm")
+        yield Work(0, 8 * block.elements * size, form.precise, "arithmetic")

@@ -142,7 +142,7 @@ def simulate(
     # and kernels that something stands in for (a fused step, rows of experts).
     eager = {"model.compile": "none"} | ({} if fused_rows(config) else {"moe.kernel": "torch"})
     shorter = with_values(config, {**eager, "trainer.accumulate_grad_batches": micro_batches})
-    expected_calls = max(1, sum(count.calls for count in predict(shorter).values()))
+    expected_calls = max(1, sum(count.calls for count in predict(shorter, rank).values()))
     told = 0
 
     def one_more() -> None:
@@ -165,7 +165,7 @@ def simulate(
         described = about(config, module)
     accumulated = int(config.trainer["accumulate_grad_batches"])
     moved = {} if routing is None else {block: rows * accumulated for block, rows in routing.rows(rank).items()}
-    expected = with_rows(predict(config), config, moved)
+    expected = with_rows(predict(config, rank), config, moved)
     return _simulation(config, rank, simulated.meter.members, observer, described, expected)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from tedlab.optim.elementwise import KNOWN, check_elementwise
+from tedlab.optim.kinds import KNOWN, check_kind
 
 
 class LAMB(Optimizer):
@@ -31,13 +31,13 @@ class TrustedLion(Lion):
 
 @pytest.mark.parametrize("optimizer", [*KNOWN, Lion])
 def test_what_is_known_to_be_element_wise_or_says_so_is_taken(optimizer: type[Optimizer]) -> None:
-    check_elementwise(optimizer, {})
+    check_kind(optimizer, {})
 
 
 @pytest.mark.parametrize("optimizer", [LAMB, LARS, TrustedLion, torch.optim.LBFGS, torch.optim.SparseAdam])
 def test_anything_else_is_refused_by_name_and_told_how_to_say_so(optimizer: type[Optimizer]) -> None:
     with pytest.raises(ValueError, match=rf"^{optimizer.__name__} is not known .*AdamW.*elementwise = True"):
-        check_elementwise(optimizer, {})
+        check_kind(optimizer, {})
 
 
 def test_every_optimizer_of_torch_that_is_not_known_is_refused() -> None:
@@ -47,4 +47,4 @@ def test_every_optimizer_of_torch_that_is_not_known_is_refused() -> None:
     assert {"LBFGS", "SparseAdam", "Adafactor", "Muon"} <= unknown
     for name in unknown:
         with pytest.raises(ValueError, match=name):
-            check_elementwise(getattr(torch.optim, name), {})
+            check_kind(getattr(torch.optim, name), {})
