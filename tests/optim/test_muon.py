@@ -214,8 +214,12 @@ def complaints(layout: tuple[int, int, int], overrides: list[dict[str, Any]]) ->
         with Recorder() as recorder:
             one_step(config, topology, ledger)
         rank = torch.distributed.get_rank()
-        for entry, (ours, theirs) in differences(ledger.totals, predict(config, rank)).items():
+        expected = predict(config, rank)
+        for entry, (ours, theirs) in differences(ledger.totals, expected).items():
             wrong.append(f"{its} rank {rank}: {entry}: {ours} instead of {theirs}")
+        for entry, count in ledger.totals.items():
+            if entry.tag.startswith("matrices.") and count.wire_bytes != expected[entry].wire_bytes:
+                wrong.append(f"{its} rank {rank}: {entry}: sent {count}, not {expected[entry]}")
         if seen_by(ledger, topology) != recorder.seen:
             wrong.append(f"{its}: the dispatcher saw {recorder.seen}")
         tags = {entry.tag for entry in ledger.totals}

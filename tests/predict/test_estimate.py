@@ -165,8 +165,7 @@ def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulatio
         assert closed.memory.held[category] == pytest.approx(held[category], rel=0.01)
     assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.04)
     for link, sent in simulation.wire.items():
-        # Matrices are exchanged in unequal parts, which the closed form takes for equal ones.
-        assert closed.wire[link] == pytest.approx(sent, rel=0.02 if case.startswith("muon") else 1e-6)
+        assert closed.wire[link] == pytest.approx(sent)
 
 
 def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simulation]) -> None:

@@ -23,7 +23,7 @@ from tedlab.comm.rows import Rows, split_evenly
 from tedlab.config import BalanceScope, BiasUpdate, ExpertKernel, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
-from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, owners
+from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, overlap, owners
 from tedlab.optim.bucket import lay_out
 from tedlab.optim.groups import Grouping
 from tedlab.optim.muon import DTYPES
@@ -269,19 +269,31 @@ class ClosedForm:
             return
         across, inner, (own, own_inner) = self.shards(buckets[0]), INNER[kind], self.place(kind)
         mine = [(block, owner) for block, owner in self.owned(kind) if owner.across == own]
-        divided = [(block.elements, owner.inner) for block, owner in mine if block.divided is not None]
-        moved: list[tuple[GroupKind, str, int]] = []
+        here = sum(block.elements for block, _ in mine)
         if across > 1:
-            sizes = [(bucket.elements, -(-bucket.elements // across)) for bucket in buckets]
-            shard = sum(min(max(elements - own * size, 0), size) for elements, size in sizes)
-            moved.append((kind, "matrices.to_owner", shard))
-            moved.append((kind, "matrices.to_shards", sum(block.elements for block, _ in mine)))
+            its = iter(self.owned(kind))
+            shard = kept = 0
+            for bucket in buckets:
+                size, start = -(-bucket.elements // across), 0
+                while start < bucket.elements:
+                    block, owner = next(its)
+                    part = overlap(start, block.elements, own, size)
+                    shard += part.stop - part.start
+                    kept += (part.stop - part.start) * (owner.across == own)
+                    start += block.elements
+            yield self._swap(kind, "matrices.to_owner", shard, here, kept)
+            yield self._swap(kind, "matrices.to_shards", here, shard, kept)
+        divided = [(block.elements, owner.inner) for block, owner in mine if block.divided is not None]
         if self.groups[inner] > 1 and divided:
-            whole = self.groups[inner] * sum(elements for elements, t in divided if t == own_inner)
-            moved.append((inner, "matrices.join", sum(elements for elements, _ in divided)))
-            moved.append((inner, "matrices.part", whole))
-        for group, tag, elements in moved:
-            yield self._call("all_to_all", group, "optimizer", tag, elements, self.travelling)
+            parts, kept = sum(n for n, _ in divided), sum(n for n, t in divided if t == own_inner)
+            yield self._swap(inner, "matrices.join", parts, kept * self.groups[inner], kept)
+            yield self._swap(inner, "matrices.part", kept * self.groups[inner], parts, kept)
+
+    def _swap(self, kind: GroupKind, tag: str, sent: int, received: int, kept: int) -> Collective:
+        """Returns an exchange of so many elements, of which this process keeps some to itself."""
+        size = self.travelling.itemsize
+        call = self._call("all_to_all", kind, "optimizer", tag, sent, self.travelling)
+        return replace(call, exchanged_bytes=((sent - kept) * size, (received - kept) * size))
 
     def owned(self, kind: GroupKind) -> list[tuple[Block, Owner]]:
         """Returns the blocks of one kind of group's matrices, and who makes each whole."""

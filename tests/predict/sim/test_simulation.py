@@ -397,7 +397,7 @@ def command(config: SimulateConfig, missing: str | None) -> None:
     """The command, in a worker; the closed form forgets the collectives of one tag."""
     with pytest.MonkeyPatch.context() as patch:
         expected = {entry: count for entry, count in predict(config).items() if entry.tag != missing}
-        patch.setattr("tedlab.predict.sim.simulation.predict", lambda _: expected)
+        patch.setattr("tedlab.predict.sim.simulation.predict", lambda *_: expected)
         with out_of_the_pools_group():
             task(config)
 

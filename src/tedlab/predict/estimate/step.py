@@ -172,7 +172,7 @@ class _Links:
             taken["gradient sync" if in_step else f"{call.op}, {link_of(members, per_node)}"] += times * alike * once
             if call.tag == "gradients.reduce":
                 self.reductions[call.kind] += alike * once
-            for link, sent in wire_bytes_by_link(call.op, call.payload_bytes, members, per_node).items():
+            for link, sent in wire_bytes_by_link(call.op, call.even_payload_bytes, members, per_node).items():
                 wire[link] += times * alike * sent
 
 
