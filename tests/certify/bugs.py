@@ -28,7 +28,7 @@ from tedlab.degrees import GroupKind
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
-from tedlab.moe import balance, dispatch, experts, pilot_steps, pilots, ragged, router, row_ops
+from tedlab.moe import balance, dispatch, experts, gathered, pilot_steps, pilots, ragged, router, row_ops
 from tedlab.moe.lending import exchange, plan, policy
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
@@ -634,6 +634,11 @@ def weights_gradient_stays_where_experts_are(patch: Patch) -> None:
     """Weights travel with pilots, and their gradients must come back."""
     right = differentiable.all_to_all
     patch.setattr(pilot_steps, "all_to_all", lambda x, *rest: right(x.detach(), *rest))
+
+
+def gathered_tokens_gradient_of_this_process_alone(patch: Patch) -> None:
+    """Each process computes a part of a token's sum, so that the gradient of a gathered token is a sum of parts."""
+    patch.setattr(gathered, "gather_to", differentiable.gather_from)
 
 
 def weights_gradient_stays_on_the_node(patch: Patch) -> None:

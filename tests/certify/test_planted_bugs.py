@@ -52,6 +52,7 @@ WHOLE: Overrides = ("parallel=tp2", "parallel.sequence=true", "model.recompute.g
 DEALT: Overrides = ("parallel=tp2_ep2", "moe.dispatch=dropless", "comm.dtd=true")
 DIVIDED: Overrides = ("parallel=tp2", "moe.dispatch=dropless", "moe.top_k=2")
 DROPLESS: Overrides = ("parallel=ep2", "moe.dispatch=dropless")
+GATHERED: Overrides = ("parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=group")
 PILOTS: Overrides = ("parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=rank")
 BY_NODE: Overrides = ("parallel=ep4", "moe.dispatch=dropless", "moe.top_k=2", "comm.ranks_per_node=2")
 NODES: Overrides = (*BY_NODE, "moe.num_experts=8", "comm.dedup=node", "data.micro_batch_size=4")
@@ -169,6 +170,7 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.choices_counted_for_another_pilot: Found(PILOTS, "outputs", "in step 1"),
     bugs.weights_applied_where_experts_are_and_again: Found(PILOTS, "outputs", "in step 1"),
     bugs.weights_gradient_stays_where_experts_are: Found(PILOTS, "gradients", "in step 1"),
+    bugs.gathered_tokens_gradient_of_this_process_alone: Found(GATHERED, "gradients", "in step 1"),
     bugs.weights_gradient_stays_on_the_node: Found(NODES, "gradients", "in step 1"),
     bugs.own_pilots_behind_replicas_on_the_way_back: Found(NODES, "losses and drops", "in step 1: train/loss"),
     bugs.replicas_sent_to_another_rank_of_the_node: Found(NODES, "outputs", "in step 1"),

@@ -67,6 +67,9 @@ MODES: dict[str, Overrides] = {
     "pilots": {**DROPLESS, **AGAIN, "comm.dedup": "rank", "comm.cac": "shard", "trainer.accumulate_grad_batches": 2},
     "pilots_fused": {**DROPLESS, **FUSED, **AGAIN, "comm.dedup": "rank", "comm.cac": True, "optim.overlap": True},
     "pilots_fused_by_node": {**DROPLESS, **FUSED, **AGAIN, "comm.dedup": "node", "comm.cac": "shard"},
+    "gathered": {**DROPLESS, **AGAIN, "comm.dedup": "group", "comm.cac": "shard", "trainer.accumulate_grad_batches": 2},
+    "gathered_fused": {**DROPLESS, **FUSED, **AGAIN, "comm.dedup": "group", "comm.cac": True, "optim.overlap": True},
+    "slice_gathered": {**SLICE, **DROPLESS, **AGAIN, "comm.dedup": "group", "comm.cac": True, "moe.shared.experts": 1},
     "slice_pilots_by_node": {
         **{**SLICE, **DROPLESS, **AGAIN, "comm.dedup": "node", "comm.cac": True, "trainer.accumulate_grad_batches": 2},
         **{"moe.shared.experts": 1, "comm.overlap_shared": True},
@@ -150,9 +153,9 @@ def fits(degrees: Degrees, mode: str) -> bool:
         return False
     if mode in BY_NODE:  # two places or more on two nodes
         return expert >= 4 and expert % 2 == 0
-    if mode == "pilots" and tensor > 1 < expert_tensor:  # sums of rows, in the paper's order
+    if mode in ("pilots", "gathered") and tensor > 1 < expert_tensor:  # sums of rows, in the paper's order
         return False
-    several = "pilots" in mode or "lent" in mode  # processes, and experts in each
+    several = any(word in mode for word in ("pilots", "gathered", "lent"))  # processes, and experts in each
     return 1 < expert < size(degrees[0]) or not several
 
 
@@ -292,6 +295,9 @@ SAMPLE = [  # CI's: without folding; of six processes, where no degree need divi
     ((8, 4, 4, 2, "expert"), "rows_by_node"),
     ((4, 2, 2, 1, "expert_data"), "pilots"),
     ((4, 1, 2, 2, "expert"), "pilots_fused"),
+    ((4, 2, 2, 1, "expert_data"), "gathered"),
+    ((4, 4, 2, 2, "expert"), "gathered_fused"),
+    ((6, 2, 3, 2, "expert"), "slice_gathered"),
     ((4, 2, 4, 1, "expert"), "slice_pilots_by_node"),
     ((4, 2, 4, 1, "expert"), "sequence_pilots_by_node"),
     ((4, 2, 4, 1, "expert"), "slice_slots_by_node"),

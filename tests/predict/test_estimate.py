@@ -56,6 +56,14 @@ CASES = {
         *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2"),
         *("parallel.sequence=true", "comm.cac=true", "parallel.expert=4"),
     ],
+    "gathered_sequence": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=group", "moe.top_k=2"),
+        *("parallel.sequence=true", "comm.cac=true", "parallel.expert=4"),
+    ],
+    "gathered_roomy": [
+        *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=group", "moe.top_k=2", "parallel.expert=8"),
+        *(*TODAY, "trainer.precision=bf16-true"),
+    ],
     "pilots_by_node": [
         *(*AGAIN, "moe.dispatch=dropless", "trainer=gpu", "comm.dedup=node", "moe.top_k=2"),
         *("parallel.expert=4", "comm.ranks_per_node=8"),

@@ -55,6 +55,10 @@ MORE_TOGGLES = [
         *("moe.top_k=2", "parallel.expert=8", "comm.dedup=node", "comm.dtd=true", "comm.fuse_reduce_scatter=true"),
         *("comm.ranks_per_node=8", "model.recompute.granularity=block", "comm.cac=true"),
     ],
+    [
+        *("moe.top_k=2", "parallel.expert=8", "comm.dedup=group", "comm.dtd=true", "comm.fuse_reduce_scatter=true"),
+        *("model.recompute.granularity=block", "comm.cac=true"),
+    ],
     ["moe.top_k=2", *LENT],
     ["model.recompute.granularity=block", "comm=ted_fused", "moe.every=1", *LENT],
     ["moe.dispatch=packed", "parallel.sequence=true", "moe.capacity_factor=2"],
