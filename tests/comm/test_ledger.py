@@ -50,6 +50,8 @@ MODES |= {f"dropless_{name}": {**mode, "moe.dispatch": "dropless"} for name, mod
 DROPLESS = list(MODES)[len(ALL) :]
 MODES |= {f"dedup_{name}": {**MODES[f"dropless_{name}"], "comm.dedup": "rank"} for name in ALL if name != "dtd"}
 DEDUP = list(MODES)[-3:]
+MODES |= {name.replace("dedup", "gathered"): {**MODES[name], "comm.dedup": "group"} for name in DEDUP}
+GATHERED = list(MODES)[-3:]
 DEEPSEEK = {"moe.every": 1, "moe.first_dense": 1, "moe.ffn": 8, "moe.shared.experts": 2}
 MODES |= {
     "shared": {**DEEPSEEK, "comm.dtd": True},
@@ -291,6 +293,7 @@ CELLS: list[Cell] = [
     *(((4, 2, 2), SHARED[::2], "32-true"), ((4, 2, 2), SHARED[1::2], "bf16-mixed")),
     *(((4, 2, 2), SHORTCUTS[:2], "32-true"), ((4, 2, 2), SHORTCUTS[2:], "bf16-mixed")),
     *(((4, 2, 2), DEDUP, "bf16-mixed"), ((4, 1, 2), DEDUP[:1], "32-true"), ((8, 4, 2), DEDUP[1:], "32-true")),
+    *(((4, 2, 2), GATHERED, "bf16-mixed"), ((4, 1, 2), GATHERED[:1], "32-true"), ((8, 4, 2), GATHERED[1:], "32-true")),
     *(((4, 2, 2), LENT[1::2], "32-true"), ((4, 1, 4), LENT[:1], "32-true"), ((4, 2, 2), LENT[2:3], "bf16-mixed")),
     *(((2, 2, 1), LENT[1:2], "32-true"), ((4, 2, 2), PACKED[::2], "32-true"), ((4, 2, 2), PACKED[1::2], "bf16-mixed")),
 ]
@@ -303,6 +306,7 @@ EXHAUSTIVE = [  # what each of these has, other cells have as well: eight proces
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),
     *(((4, 4, 1), ALL[:2], "32-true"), ((2, 2, 1), ALL[:2], "32-true"), ((2, 2, 1), ALL[2:], "32-true")),
     *(((8, 2, 2), ["sequence"], "32-true"), ((4, 2, 2), ["fused"], "bf16-true"), ((4, 4, 1), DROPLESS[::2], "32-true")),
+    *(((4, 1, 2), GATHERED[:1], "32-true"), ((8, 4, 2), GATHERED[1:], "32-true")),
     *(((4, 1, 2), DEDUP[:1], "32-true"), ((8, 4, 2), DEDUP[1:], "32-true"), ((2, 2, 1), LENT[1:2], "32-true")),
 ]
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab.comm import gather_to, once, scatter_from, to_compute_dtype
+from tedlab.comm import gather_to, once, recomputing, scatter_from, to_compute_dtype
 from tedlab.comm.rows import Rows
 from tedlab.moe.dealt import DealtExperts
 from tedlab.moe.experts import ExpertsSpec
@@ -61,7 +61,7 @@ class GatheredExperts(DealtExperts):
         x_XH = self._gathered(grown(x, each), "")
         gate_XK = self._gathered(grown(gate, each), "_gates")
         order = self._order(x, expert_XK)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not recomputing():
             sent = each * self.processes
             self.moved += Rows(sent=sent, gathered=sent * self.gathers, computed=len(order.token_N))
         # Weights of choices elsewhere must be 0, and get no gradient, whatever is in rows that nobody computes.
