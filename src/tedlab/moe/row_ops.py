@@ -114,4 +114,4 @@ def combine_backward(grad_TH: Tensor, y_RH: Tensor, gate_TK: Tensor, choice_R: T
 
 
 def _biased(z: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
-    return z if bias is None else z + bias.index_select(0, expert)
+    return z if bias is None else z + bias.index_select(0, expert.clamp(min=0))
