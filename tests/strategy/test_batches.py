@@ -66,6 +66,7 @@ LAYOUTS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {
     "T2_E2_dtd": (4, (2, 2), {"comm": CommOptions(dtd=True)}),
     "T2_E2_fused": (4, (2, 2), {"comm": CommOptions(dtd=True, fuse_reduce_scatter=True)}),
     "E2_D2": (4, (1, 2), {}),
+    "E2_D2_gathered": (4, (1, 2), {"comm": CommOptions(dedup="group")}),
     "E4": (4, (1, 4), {}),
     "T2_E2_folded": (4, (2, 2), {"expert_tensor_parallel_size": 1}),
     "D4_folded": (4, (1, 1), {"expert_tensor_parallel_size": 2}),
