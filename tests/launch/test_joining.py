@@ -51,7 +51,7 @@ def joined(job: int, host: str, calibrates: bool) -> tuple[int, int, float, int,
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 @pytest.mark.parametrize("calibrates", [False, True])
 def test_tasks_of_srun_join_by_its_ranks_and_its_first_node(pool: WorkerPool, host: str, calibrates: bool) -> None:
-    job = _job_with_a_free_port()
+    job = job_with_a_free_port()
     assert pool.run(2, joined, job, host, calibrates) == [(0, 2, 3.0, 0, 2), (1, 2, 3.0, 1, 2)]
 
 
@@ -68,7 +68,7 @@ def test_torchruns_number_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_world_size() == 4
 
 
-def _job_with_a_free_port() -> int:
+def job_with_a_free_port() -> int:
     """Lightning derives the port from the last four digits of the job's number: 15000 and more."""
     for number in range(os.getpid() % 5000, 10_000):
         with socket.socket() as listener:

@@ -42,9 +42,10 @@ def train(config: TrainConfig) -> float:
             certify_first(composed)
         if held and HydraConfig.initialized():
             keep_command(Path(config.output_dir), HydraConfig.get())
-        if not started_outside:
+        if held:
             show_differences()
-            said = [*resumed, *notes(config), f"Starting {degrees}.", f"Run directory: {config.output_dir}"]
+            what = f"{'Using' if started_outside else 'Starting'} {degrees}."
+            said = [*resumed, *notes(config), what, f"Run directory: {config.output_dir}"]
             print(*said, sep="\n", flush=True)
         try:
             summary = launch(run, config, int(config.trainer["devices"]), lock)
