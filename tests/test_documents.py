@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from docs import folding, overview
+from docs import expert_parallel, folding, overview
 from docs.commands import QUICK, commands, run_commands, words
 from docs.refresh import BLOCKS, DOCUMENTS, PRINTED, ROOT, Job, agrees, printed, said, simulated, texts
 from tedlab.certify.certificate import CONTINUATIONS
@@ -35,6 +35,11 @@ def test_pictures_have_each_part_of_each_expert_once_in_each_replica(degrees: Pa
         assert parts == [(n, part) for n in range(folding.EXPERTS) for part in range(degrees.expert_tensor)]
     for kind in degrees.sizes:
         assert sorted(rank for members in folding.groups(degrees, kind) for rank in members) == [*range(8)]
+
+
+def test_the_picture_of_experts_on_two_gpus_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
+    expert_parallel.draw(tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 10_000
 
 
 def _marks(text: str) -> list[str]:
