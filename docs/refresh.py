@@ -71,6 +71,7 @@ PRINTED = {
     "predicted": Shown("predicted$", "saved in", exact=True),
     "plan": Shown("Planned", "tedlab train", exact=True),
     "plan_generate": Shown("Planned", exact=True),
+    "plan_disaggregated": Shown("Planned", "pingpong", exact=True),
 }
 
 

@@ -49,7 +49,7 @@ Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Slicing = StrEnum("Slicing", "NONE TOKENS")
 Backend = StrEnum("Backend", "NCCL GLOO")
 ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
-PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE")
+PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE DISAGGREGATED")
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
@@ -549,20 +549,28 @@ class PlanConfig(Frozen):
     largest: bool = False  # first find the largest base model that fits
     # Directories of runs on this cluster, whose measured steps correct its constants; plan.from=[…] for short.
     runs: list[str] = field(default_factory=list)
-    phase: str = word(PlannedPhase.TRAIN)  # what is planned: train | generate (docs/inference-plans.md); short: phase=…
+    # What is planned: train | generate | disaggregated (docs/inference-plans.md); phase=… for short.
+    phase: str = word(PlannedPhase.TRAIN)
 
 
 @dataclass
 class ServeConfig(Frozen):
-    """What ``tedlab plan phase=generate`` takes. On the command line its values need no ``serve.``."""
+    """What ``tedlab plan`` takes with phase=generate or disaggregated. On the command line it needs no ``serve.``."""
 
     prompt: int | None = whole(None, least=1, most=1 << 24)  # tokens of each prompt; required
     output: int | None = whole(None, least=1, most=1 << 24)  # tokens that are added to each; required
-    batch: int | None = whole(None, least=1, most=1 << 24)  # texts at the same time, over all GPUs; required
+    batch: int | None = whole(None, least=1, most=1 << 24)  # generate: texts at the same time, over all GPUs; required
     # Decoding may load experts in another layout from the host, where they wait in INT4: this changes weights, and so
     # what the model says.
     int4: bool = False
     upload: float = real(25e9, above=0)  # with int4: bytes/s from the host to each GPU at the same time; assumed
+    experts_on: str | None = None  # disaggregated: the cluster of the expert pool, if it is another; a preset or a file
+    latency: float = real(0.15, above=0)  # disaggregated: seconds that a new token may take at most
+    price: float = real(1.0, above=0)  # disaggregated: of a GPU of the attention pool, in any unit
+    expert_price: float = real(1.0, above=0)  # disaggregated: of a GPU of the expert pool, in the same unit
+    # disaggregated: GPUs of each pool; None: any number, together no more than world_size.
+    attention_gpus: int | None = whole(None, least=1, most=_MOST_PROCESSES)
+    expert_gpus: int | None = whole(None, least=1, most=_MOST_PROCESSES)
 
 
 @dataclass

@@ -33,8 +33,8 @@ def task(config: PlanningConfig) -> float:
         learned = learn_visibly(cluster, config.plan.runs)
         cluster, warnings, spread = learned.cluster, [*learned.notes], learned.spread
     job = on_gpus_of(job_alone(config), name, cluster)
-    if config.plan.phase == PlannedPhase.GENERATE:
-        return _generation(config, job, name, cluster)
+    if config.plan.phase != PlannedPhase.TRAIN:
+        return _inference(config, job, name, cluster)
     plan = plan_visibly(
         job,
         name,
@@ -50,15 +50,20 @@ def task(config: PlanningConfig) -> float:
     return plan.winner.step_seconds
 
 
-def _generation(config: PlanningConfig, job: TrainConfig, name: str, cluster: ClusterConfig) -> float:
-    """Plans a generation and returns the predicted time until all texts are finished."""
+def _inference(config: PlanningConfig, job: TrainConfig, name: str, cluster: ClusterConfig) -> float:
+    """Plans inference, and returns the predicted time until all texts are finished, or that of a token on two pools."""
     from tedlab.predict.serve.load import shares_of
     from tedlab.predict.serve.show import plan_generation
+    from tedlab.predict.serve.show_pools import plan_pools
 
-    shares = shares_of(config.sim, job.moe.num_experts)
+    shares, reserve = shares_of(config.sim, job.moe.num_experts), config.plan.reserve_gib
     for doubt in doubts(job, name, cluster):
         print(f"Warning: {doubt}")
-    return plan_generation(job, config.serve, name, cluster, config.plan.reserve_gib, shares).seconds
+    if config.plan.phase == PlannedPhase.GENERATE:
+        return plan_generation(job, config.serve, name, cluster, reserve, shares).seconds
+    on = config.serve.experts_on
+    experts = (name, cluster) if on is None else (on, load_cluster(on))
+    return plan_pools(job, config.serve, ((name, cluster), experts), reserve, shares).seconds
 
 
 def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:

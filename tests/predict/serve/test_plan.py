@@ -184,7 +184,7 @@ def with_memory(size: float) -> ClusterConfig:
 @pytest.mark.parametrize(
     ("overrides", "request_", "message"),
     [
-        ([], ServeConfig(prompt=5), "output and batch have no value: say how long texts are"),
+        ([], ServeConfig(prompt=5), "prompt and output say how long texts are"),
         ([], ServeConfig(prompt=1000, output=25, batch=1), "are 1025 tokens, but the model has .*=1024 positions"),
         (["moe.gating=expert_choice"], REQUEST, "the job has moe.gating=expert_choice, which chooses"),
         (["model.heads=5"], REQUEST, "model.hidden"),

@@ -9,6 +9,7 @@ variance (their deviations from their mean).
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -57,11 +58,24 @@ def expected_load(tokens: int, top_k: int, experts: int, processes: int, shares:
     mean_P = tokens * chance_E.reshape(processes, -1).sum(1)
     variance_P = tokens * (chance_E * (1 - chance_E)).reshape(processes, -1).sum(1) * experts / (experts - 1)
     deviation_P = np.sqrt(np.maximum(variance_P, 1e-12))
-    x = np.linspace((mean_P - 8 * deviation_P).min(), (mean_P + 8 * deviation_P).max(), _STEPS)
-    below = torch.special.ndtr(torch.from_numpy((x[:, None] - mean_P) / deviation_P)).numpy().prod(1)
-    most = float(x[-1] - np.trapezoid(below, x))
+    if shares is None:
+        most = mean + deviation_P[0] * _most_of_standard(processes)
+    else:
+        most = _expected_maximum(mean_P, deviation_P)
     room = tokens * min(top_k, experts // processes)
     return Load(mean, float(np.clip(most, max(np.ceil(mean), mean_P.max()), room)), busy)
+
+
+def _expected_maximum(mean_P: np.ndarray, deviation_P: np.ndarray) -> float:
+    """Returns the expected maximum of independent normal variables, by integration of its distribution."""
+    x = np.linspace((mean_P - 8 * deviation_P).min(), (mean_P + 8 * deviation_P).max(), _STEPS)
+    below = torch.special.ndtr(torch.from_numpy((x[:, None] - mean_P) / deviation_P)).numpy().prod(1)
+    return float(x[-1] - np.trapezoid(below, x))
+
+
+@cache
+def _most_of_standard(number: int) -> float:
+    return _expected_maximum(np.zeros(number), np.ones(number))
 
 
 def shares_of(assumed: AssumedRouting, experts: int) -> list[float] | None:

@@ -96,7 +96,8 @@ class Pass(ClosedForm):
             if even:
                 mean = self.load.mean
                 self.load = Load(mean, mean, min(moe.num_experts / degrees.expert, mean))
-        self.moved = {n: self._moved(block) for n, block in enumerate(self.blocks) if block.moe is not None}
+        alike = {n: self._moved(self.blocks[n]) for n in set(self.spec.first) if self.blocks[n].moe is not None}
+        self.moved = {n: alike[first] for n, first in enumerate(self.spec.first) if first in alike}
 
     @cached_property
     def blocks(self) -> list[BlockSpec]:
@@ -154,7 +155,7 @@ class Pass(ClosedForm):
 
         def add(name: str, layers: int, works: Iterable[Work], calls: list[Collective], even: list[Collective]) -> None:
             kernels = sum(seconds(work, cluster) for work in works)
-            exchanges, wire = self._exchanging(calls, cluster), sum(call.wire_bytes for call in even)
+            exchanges, wire = self.exchanging(calls, cluster), sum(call.wire_bytes for call in even)
             before = found.get(name, Module(0, 0.0, 0.0, 0.0))
             new = (layers, layers * kernels, layers * exchanges, layers * wire)
             found[name] = Module(*(a + b for a, b in zip(before, new, strict=True)))  # type: ignore[arg-type]
@@ -176,7 +177,8 @@ class Pass(ClosedForm):
         add("ends", 1, chain(ends, logits), calls, calls)
         return found
 
-    def _exchanging(self, calls: Iterable[Collective], cluster: ClusterConfig) -> float:
+    def exchanging(self, calls: Iterable[Collective], cluster: ClusterConfig) -> float:
+        """Returns the seconds of collectives, one after the other."""
         members = self.layout.groups(0)
         return sum(collective_seconds(call.op, call.even_payload_bytes, members[call.kind], cluster) for call in calls)
 

@@ -7,7 +7,9 @@ one is the best whose texts are finished first. Nothing here prints.
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import NamedTuple
 
 from tedlab.config import (
@@ -125,6 +127,9 @@ class Generation:
         request: The texts.
         cluster: The cluster.
         shares: (E,) proportions in which experts are chosen; None: all equally often.
+
+    Raises:
+        UsageError: If it is not said how many texts there are.
     """
 
     def __init__(
@@ -134,12 +139,22 @@ class Generation:
         self.world = config.parallel.world_size
         self.spec: GPTSpec = models[config.model.architecture].spec(config.model, config.moe)
         self.mixtures = [layer for block in self.spec.blocks if isinstance(layer := block.feed_forward, MoESpec)]
-        prompt, output, batch = lengths(request)
+        if request.batch is None:
+            raise UsageError("batch says how many texts there are at the same time: for example batch=8")
+        prompt, output = lengths(request)
         self.positions, self.steps = prompt + output, output - 1  # the prefill makes the first token
         # Steps read more and more of what is remembered; the middle one takes what they take in the mean.
         middle = prompt + max(0, output - 2) // 2
-        self.tokens = {"prefill": Tokens(batch, prompt), "decode": Tokens(batch, 1, middle)}
+        self.tokens = {"prefill": Tokens(request.batch, prompt), "decode": Tokens(request.batch, 1, middle)}
         self.dtype = Pass(config, ParallelDegrees(self.world), self.tokens["decode"]).compute
+        self._weights = cache(lambda degrees: weight_bytes(self.spec, degrees, self.dtype))
+
+    def of(self, batch: int) -> "Generation":
+        """Returns the same generation of another number of texts."""
+        other = copy(self)
+        other.request = replace(self.request, batch=batch)
+        other.tokens = {name: replace(tokens, texts=batch) for name, tokens in self.tokens.items()}
+        return other
 
     def layouts(self, found: Found) -> Iterator[list[ParallelDegrees]]:
         """Yields the layouts that experts may have, for each tensor degree that is possible."""
@@ -167,7 +182,7 @@ class Generation:
         given = self.config, degrees, self.tokens[name], self.shares
         busiest, even = Pass(*given), Pass(*given, even=True)
         modules = busiest.modules(self.cluster, even)
-        return Phase(degrees, modules, busiest.load, weight_bytes(self.spec, degrees, self.dtype), busiest.activations)
+        return Phase(degrees, modules, busiest.load, self._weights(degrees), busiest.activations)
 
     def remembered(self, tensor: int) -> int:
         """Returns the bytes of keys and values in a process."""
@@ -217,27 +232,22 @@ class Generation:
         least, beyond = 0, self.tokens["prefill"].texts
         while beyond - least > 1:
             middle = (least + beyond) // 2
-            other = Generation(self.config, replace(self.request, batch=middle), self.cluster, self.shares)
+            other = self.of(middle)
             phases = other.phase("prefill", choice.prefill.degrees), other.phase("decode", choice.decode.degrees)
             fits = other.choice(*phases).bytes <= capacity
             least, beyond = (middle, beyond) if fits else (least, middle)
         return least
 
 
-def lengths(request: ServeConfig) -> tuple[int, int, int]:
-    """Returns the tokens of a prompt, those that are added, and the number of texts.
+def lengths(request: ServeConfig) -> tuple[int, int]:
+    """Returns the tokens of a prompt, and those that are added.
 
     Raises:
         UsageError: If one of them is not given.
     """
-    given = {name: getattr(request, name) for name in ("prompt", "output", "batch")}
-    missing = [name for name, value in given.items() if value is None]
-    if missing:
-        raise UsageError(
-            f"{' and '.join(missing)} {'has' if len(missing) == 1 else 'have'} no value: say how long texts are and "
-            "how many, for example prompt=4096 output=64 batch=8"
-        )
-    return given["prompt"], given["output"], given["batch"]
+    if request.prompt is None or request.output is None:
+        raise UsageError("prompt and output say how long texts are: for example prompt=4096 output=64")
+    return request.prompt, request.output
 
 
 def served(config: TrainConfig, request: ServeConfig) -> TrainConfig:
@@ -248,7 +258,7 @@ def served(config: TrainConfig, request: ServeConfig) -> TrainConfig:
     Raises:
         UsageError: If the model is not valid or cannot generate, or texts do not fit into its positions.
     """
-    prompt, output, _ = lengths(request)
+    prompt, output = lengths(request)
     room = config.model.sequence_length
     if prompt + output > room:
         raise UsageError(
