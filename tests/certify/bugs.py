@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tedlab import TEDStrategy, capacity, module
 from tedlab.checkpoint import directory
-from tedlab.comm import Collectives, differentiable, raw, recompute
+from tedlab.comm import Collectives, differentiable, issued, raw, recompute
+from tedlab.comm.collectives import Pending
 from tedlab.comm.route import NodeRoute
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
@@ -28,7 +29,7 @@ from tedlab.degrees import GroupKind
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
-from tedlab.moe import balance, dispatch, experts, gathered, pilot_steps, pilots, ragged, router, row_ops
+from tedlab.moe import balance, dispatch, experts, pilot_steps, pilots, ragged, router, row_ops
 from tedlab.moe.lending import exchange, plan, policy
 from tedlab.moe.local import LocalExperts
 from tedlab.moe.ragged import Arrangement, DealtPath, RaggedPath
@@ -638,7 +639,12 @@ def weights_gradient_stays_where_experts_are(patch: Patch) -> None:
 
 def gathered_tokens_gradient_of_this_process_alone(patch: Patch) -> None:
     """Each process computes a part of a token's sum, so that the gradient of a gathered token is a sum of parts."""
-    patch.setattr(gathered, "gather_to", differentiable.gather_from)
+
+    def wrong(self: Any, gradient: Tensor) -> Pending:
+        own = gradient.chunk(self.comm.size(self.kind))[self.comm.rank(self.kind)].contiguous()
+        return Pending(lambda: own)
+
+    patch.setattr(issued._Gathering, "start_adjoint", wrong)
 
 
 def weights_gradient_stays_on_the_node(patch: Patch) -> None:
@@ -680,8 +686,8 @@ def pilots_of_a_slice_sent_as_if_tensor_ranks_had_the_same(patch: Patch) -> None
     """As in plain TED, which sums the gradients of tokens over the tensor group: that adds up those of other slices."""
     right = pilots.PilotExperts.enter
 
-    def wrong(self: pilots.PilotExperts, x_TH: Tensor, routing: Any) -> Any:
-        return right(self, differentiable.copy_to(x_TH, self.comm, "tensor", "experts.copy"), routing)
+    def wrong(self: pilots.PilotExperts, x_TH: Tensor) -> Any:
+        return right(self, differentiable.copy_to(x_TH, self.comm, "tensor", "experts.copy"))
 
     patch.setattr(pilots.PilotExperts, "enter", wrong)
 

@@ -294,7 +294,7 @@ PILOTS |= {
     },
     "gathered_in_slices": {
         **{**GATHERED, ACCUMULATED: 2, **RECOMPUTED, **TODAY, "parallel.sequence": True, "comm.cac": "shard"},
-        **{"moe.shared.experts": 1},
+        **{"moe.shared.experts": 1, "comm.overlap_shared": True},
     },
 }
 NODE_PILOT: dict[str, object] = {**PILOT, **RECOMPUTED, "comm.dedup": "node", "comm.ranks_per_node": 4}

@@ -22,7 +22,7 @@ from tedlab.comm.differentiable import (
     slice_to,
     to_compute_dtype,
 )
-from tedlab.comm.issued import Issued, issue_all_to_all
+from tedlab.comm.issued import Issued, issue_all_to_all, issue_gather_to
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
 from tedlab.comm.route import Numbers, Relay, Route, route
@@ -55,6 +55,7 @@ __all__ = [
     "gather_from",
     "gather_to",
     "issue_all_to_all",
+    "issue_gather_to",
     "matmul_into",
     "once",
     "pin",

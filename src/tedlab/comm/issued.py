@@ -10,6 +10,7 @@ result exists for Python only once it has been awaited. What is sent stays refer
 for anything else, and autograd does not add another gradient to it in place.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab.comm.collectives import Collectives, Pending, Phase, Splits
-from tedlab.comm.differentiable import all_to_all
+from tedlab.comm.differentiable import all_to_all, gather_to
 from tedlab.comm.raw import Wait
 from tedlab.comm.recompute import begin
 from tedlab.degrees import GroupKind
@@ -69,27 +70,38 @@ def issue_all_to_all(
     """
     if comm.size(kind) == 1 or torch.compiler.is_compiling():
         return Issued.arrived(all_to_all(x, comm, kind, tag, splits))
-    flight = _Flight(comm, kind, tag, splits)
+    return _issued(x, _Exchange(comm, kind, tag, splits))
+
+
+def issue_gather_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Issued[Tensor]:
+    """Issues a :func:`tedlab.comm.gather_to` along dimension 0; the whole arrives later.
+
+    Inside ``torch.compile`` as :func:`issue_all_to_all`.
+    """
+    if comm.size(kind) == 1 or torch.compiler.is_compiling():
+        return Issued.arrived(gather_to(x, comm, kind, tag, dim=0))
+    return _issued(x, _Gathering(comm, kind, tag))
+
+
+def _issued(x: Tensor, flight: "_Flight") -> Issued[Tensor]:
     token = _Issue.apply(x, flight)
-    return Issued(lambda: _Wait.apply(token, flight), tag)
+    return Issued(lambda: _Wait.apply(token, flight), flight.tag)
 
 
-class _Flight:
-    """An all-to-all on its way, or that of its gradient."""
+class _Flight(ABC):
+    """A collective on its way, or that of its gradient."""
 
-    def __init__(self, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None) -> None:
-        self.comm, self.kind, self.tag, self.splits = comm, kind, tag, splits
+    def __init__(self, comm: Collectives, kind: GroupKind, tag: str) -> None:
+        self.comm, self.kind, self.tag = comm, kind, tag
         self._on_its_way: tuple[Wait, Tensor] | None = None
 
     def there(self, x: Tensor, phase: Phase) -> Wait:
         """Starts it in a phase of the forward pass, and returns what waits for it."""
-        return self._waiting(self.comm.start_all_to_all(x, self.kind, tag=self.tag, phase=phase, splits=self.splits))
+        return self._waiting(self.start(x, phase))
 
     def back(self, gradient: Tensor) -> Wait:
         """Starts that of the gradient, and returns what waits for it."""
-        splits = None if self.splits is None else self.splits.reverse
-        started = self.comm.start_all_to_all(gradient, self.kind, tag=self.tag, phase="backward", splits=splits)
-        return self._waiting(started)
+        return self._waiting(self.start_adjoint(gradient))
 
     def _waiting(self, pending: Pending) -> Wait:
         def wait() -> Tensor:
@@ -98,9 +110,17 @@ class _Flight:
 
         return wait
 
+    @abstractmethod
+    def start(self, x: Tensor, phase: Phase) -> Pending:
+        """Starts the collective."""
+
+    @abstractmethod
+    def start_adjoint(self, gradient: Tensor) -> Pending:
+        """Starts the collective of the gradient."""
+
+    @abstractmethod
     def shape(self, x: Tensor) -> torch.Size:
         """Returns the shape of the result."""
-        return x.shape if self.splits is None else torch.Size((sum(self.splits.received), *x.shape[1:]))
 
     def depart(self, wait: Wait, sent: Tensor) -> None:
         """Keeps what to wait for, and what is sent, until :meth:`land`."""
@@ -111,6 +131,37 @@ class _Flight:
         assert self._on_its_way is not None
         (wait, _), self._on_its_way = self._on_its_way, None
         return wait()
+
+
+class _Exchange(_Flight):
+    """An all-to-all, of equal slices unless there are splits."""
+
+    def __init__(self, comm: Collectives, kind: GroupKind, tag: str, splits: Splits | None) -> None:
+        super().__init__(comm, kind, tag)
+        self.splits = splits
+
+    def start(self, x: Tensor, phase: Phase) -> Pending:
+        return self.comm.start_all_to_all(x, self.kind, tag=self.tag, phase=phase, splits=self.splits)
+
+    def start_adjoint(self, gradient: Tensor) -> Pending:
+        splits = None if self.splits is None else self.splits.reverse
+        return self.comm.start_all_to_all(gradient, self.kind, tag=self.tag, phase="backward", splits=splits)
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return x.shape if self.splits is None else torch.Size((sum(self.splits.received), *x.shape[1:]))
+
+
+class _Gathering(_Flight):
+    """An all-gather of what each process uses for its part of a joint result."""
+
+    def start(self, x: Tensor, phase: Phase) -> Pending:
+        return self.comm.start_all_gather(x, self.kind, tag=self.tag, phase=phase)
+
+    def start_adjoint(self, gradient: Tensor) -> Pending:
+        return self.comm.start_reduce_scatter(gradient, self.kind, tag=self.tag, phase="backward")
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return torch.Size((self.comm.size(self.kind) * len(x), *x.shape[1:]))
 
 
 class _Issue(Function):

@@ -32,17 +32,21 @@ class DealtExperts(TokenExperts):
         self.dealing, self.alike = layout.dealt, not layout.own
         self.deals, self.gathers = layout.deals, layout.gathers
 
-    def enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the tokens that this process sends, the weights of their choices, and their experts."""
+    def enter(self, x_TH: Tensor) -> Tensor:
+        """Returns the tokens that this process sends."""
+        if self.dealing:
+            return self._hand(x_TH, "dispatch.drop")
+        return copy_to(x_TH, self.comm, "expert_tensor", "experts.copy") if self.alike else x_TH
+
+    def choices(self, routing: Routing) -> tuple[Tensor, Tensor]:
+        """Returns the weights of the choices of the tokens that this process sends, and their experts."""
         gate_TK, expert_TK = routing.gate_TK, chosen_experts(routing)
         if self.dealing:
             own = slice(self.comm.rank("tensor"), None, self.deals)
-            gate_TK = self._hand(gate_TK, "dispatch.drop_gates")
-            return self._hand(x_TH, "dispatch.drop"), gate_TK, expert_TK[own]
+            return self._hand(gate_TK, "dispatch.drop_gates"), expert_TK[own]
         if self.alike:
-            x_TH = copy_to(x_TH, self.comm, "expert_tensor", "experts.copy")
             gate_TK = copy_to(gate_TK, self.comm, "expert_tensor", "experts.copy_gates")
-        return x_TH, gate_TK, expert_TK
+        return gate_TK, expert_TK
 
     def _hand(self, x: Tensor, tag: str) -> Tensor:
         """Returns every T-th token, from the one with this tensor rank's number."""

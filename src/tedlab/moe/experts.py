@@ -189,6 +189,14 @@ class Experts(ShardedModule):
         """Maps this rank's tokens (T, H) to the gate-weighted sums of their experts' results (T, H)."""
         raise NotImplementedError
 
+    def start(self, x_TH: Tensor) -> list[Issued[Any]] | None:
+        """Begins to send tokens whatever the router will choose; what it returns goes to :meth:`answer`.
+
+        Returns:
+            What arrives; None if tokens go only where they are to go.
+        """
+        return None
+
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[Any]] | None:
         """Begins to send tokens to their experts, so that the caller may compute until :meth:`answer`.
 

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab.comm import gather_to, once, recomputing, scatter_from, to_compute_dtype
+from tedlab.comm import Issued, gather_to, issue_gather_to, once, recomputing, scatter_from, to_compute_dtype
 from tedlab.comm.rows import Rows
 from tedlab.moe.dealt import DealtExperts
 from tedlab.moe.experts import ExpertsSpec
@@ -53,31 +53,40 @@ class GatheredExperts(DealtExperts):
         self.agreement.expect(self, tokens, -(-tokens // (self.deals if self.dealing else 1)), gathered=True)
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        x, gate, expert = self.enter(to_compute_dtype(x_TH), routing)
-        tokens, own = len(routing.gate_TK), len(x)
-        each = self.agreement.largest(-(-tokens // self.deals) if self.dealing else own)
+        return self.answer(self.start(x_TH), routing).wait()
+
+    def start(self, x_TH: Tensor) -> list[Issued[Tensor]]:
+        x = self.enter(to_compute_dtype(x_TH))
+        each = self.agreement.largest(-(-len(x_TH) // self.deals) if self.dealing else len(x))
+        return [issue_gather_to(grown(x, each), self.comm, "expert", "dispatch.all_gather")]
+
+    def answer(self, sent: list[Issued[Tensor]], routing: Routing) -> Issued[Tensor]:
+        gate, expert = self.choices(routing)
+        x_XH, tokens, own = sent[0].wait(), len(routing.gate_TK), len(gate)
+        each = len(x_XH) // self.processes
+        if self.gathers > 1:
+            x_XH = gather_to(x_XH, self.comm, "expert_tensor", "dispatch.gather", dim=0)
         expert = F.pad(expert, (0, 0, 0, each - own), value=-1)
         expert_XK = once("dispatch.all_gather_choices", lambda: self._of_all(expert))
-        x_XH = self._gathered(grown(x, each), "")
-        gate_XK = self._gathered(grown(gate, each), "_gates")
-        order = self._order(x, expert_XK)
+        gate_XK = self._weights(grown(gate, each))
+        order = self._order(x_XH, expert_XK)
         if torch.is_grad_enabled() and not recomputing():
-            sent = each * self.processes
-            self.moved += Rows(sent=sent, gathered=sent * self.gathers, computed=len(order.token_N))
+            rows = each * self.processes
+            self.moved += Rows(sent=rows, gathered=rows * self.gathers, computed=len(order.token_N))
         # Weights of choices elsewhere must be 0, and get no gradient, whatever is in rows that nobody computes.
         y_XH = self.sums(x_XH, gate_XK.masked_fill(order.place_TK < 0, 0.0), order, self.feeds)
         if self.gathers > 1:
             y_XH = scatter_from(y_XH, self.comm, "expert_tensor", "experts.reduce", dim=0)
         y_OH = scatter_from(y_XH, self.comm, "expert", "combine.reduce_scatter", dim=0)
-        return self.leave(y_OH[:own], tokens)
+        return Issued.arrived(self.leave(y_OH[:own], tokens))
 
-    def _gathered(self, x: Tensor, what: str) -> Tensor:
-        """Returns a tensor's rows of all processes of the expert group, then of those that divide an expert."""
-        x = gather_to(x, self.comm, "expert", f"dispatch.all_gather{what}", dim=0)
-        return gather_to(x, self.comm, "expert_tensor", f"dispatch.gather{what}", dim=0) if self.gathers > 1 else x
+    def _weights(self, gate_OK: Tensor) -> Tensor:
+        """Returns the weights of the choices of all processes."""
+        gate = gather_to(gate_OK, self.comm, "expert", "dispatch.all_gather_gates", dim=0)
+        return gather_to(gate, self.comm, "expert_tensor", "dispatch.gather_gates", dim=0) if self.gathers > 1 else gate
 
     def _of_all(self, expert_OK: Tensor) -> Tensor:
-        """Gathers choices as :meth:`_gathered` does what is differentiable."""
+        """Returns the choices of all processes."""
         comm, found = self.comm, expert_OK
         found = comm.all_gather(found, "expert", tag="dispatch.all_gather_choices", phase="forward")
         if self.gathers == 1:

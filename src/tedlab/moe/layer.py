@@ -240,7 +240,8 @@ class Underway(NamedTuple):
         x_TH: The tokens that this process routes. Router and experts take the same tensor: so gradients of tokens are
             added in one order, whether exchanges overlap or not.
         length: How many positions of a sample it routes.
-        sent: What is on its way to experts, see :meth:`tedlab.moe.Experts.send`; None: nothing has been sent.
+        sent: What is on its way to experts, see :meth:`tedlab.moe.Experts.start` and ``send``; None: nothing has been
+            sent.
     """
 
     routing: Routing
@@ -290,7 +291,7 @@ class MoELayer(nn.Module):
         tokens, shared = self.begin(x, padding_mask), self.shared
         if shared is None:
             return self.compute(tokens).wait().view_as(x), tokens.routing.report
-        if tokens.sent is None:
+        if tokens.sent is None or not self.overlap:
             return self.join(self.compute(tokens).wait().view_as(x), shared.beside(x)), tokens.routing.report
         hidden = shared.first(x)
         back = self.compute(tokens)
@@ -318,8 +319,11 @@ class MoELayer(nn.Module):
             check_divides("the number of positions", x.shape[1], "the tensor degree", self.slices)
             x = slice_to(x, self.comm, "tensor", "slice.drop", dim=1)
         x_TH = x.flatten(0, 1)
+        sent = self.experts.start(x_TH)
         routing = self.router(x_TH, x.shape[1], padding_T)
-        return Underway(routing, x_TH, x.shape[1], self.experts.send(x_TH, routing) if self.overlap else None)
+        if sent is None and self.overlap:
+            sent = self.experts.send(x_TH, routing)
+        return Underway(routing, x_TH, x.shape[1], sent)
 
     def compute(self, tokens: Underway) -> Issued[Tensor]:
         """Computes what experts make of their tokens, and returns the sums of each token's results, on their way."""

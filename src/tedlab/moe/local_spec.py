@@ -93,14 +93,14 @@ class DroplessSpec(DispatchSpec):
             for site in (chosen, to, gates)
         ]
         inside = replace(summed, op="reduce_scatter", rows="gathered", replicated=False, feeds=layout.returning)
-        forward, backward, of_weights = [chosen], [replace(back, op="all_gather")], []
+        forward, backward, of_weights = [to], [replace(back, op="all_gather")], []
         if twice:
-            forward += [spread[0], replace(to, feeds=spread[1].tag), spread[1], replace(gates, feeds=spread[2].tag)]
-            forward += [spread[2], inside, back]
+            forward = [replace(to, feeds=spread[1].tag), spread[1], chosen, spread[0]]
+            forward += [replace(gates, feeds=spread[2].tag), spread[2], inside, back]
             backward += [replace(inside, op="all_gather"), replace(spread[1], op="reduce_scatter")]
             of_weights.append(replace(spread[2], op="reduce_scatter"))
         else:
-            forward += [to, gates, back]
+            forward += [chosen, gates, back]
         backward.append(replace(to, op="reduce_scatter"))
         of_weights.append(replace(gates, op="reduce_scatter"))
         if alike:

@@ -100,7 +100,7 @@ class PilotExperts(DealtExperts):
         return self.answer([pilots], routing).wait()
 
     def send(self, x_TH: Tensor, routing: Routing) -> list[Issued[tuple[Arrived, Plan]]]:
-        x, gate_TK, expert_TK = self.enter(to_compute_dtype(x_TH), routing)
+        x, (gate_TK, expert_TK) = self.enter(to_compute_dtype(x_TH)), self.choices(routing)
         numbered = number_choices(expert_TK, self.num_experts, self.steps[0].processes, self.kernel)
         planned = once("dispatch.counts", lambda: functools.cache(self._start(numbered)))
         # Only exchanges and the copy of tokens need what the host waits for.
