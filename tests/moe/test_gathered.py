@@ -10,8 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tedlab import ParallelDegrees, Topology
+from tedlab.comm import Collective
 from tedlab.config import CommOptions, MoEConfig
-from tedlab.moe import ExpertsSpec, mixtures, products
+from tedlab.moe import ExpertsSpec, MoELayer, MoESpec, mixtures, products
 from tedlab.moe.gathered import GatheredExperts
 from tedlab.moe.grouped import Groups, native, times
 from tedlab.nn import FeedForwardSpec, Init, initialize
@@ -110,3 +111,29 @@ def test_unequal_numbers_of_tokens_are_refused_and_what_takes_them_is_named(pool
         assert said.startswith("comm.dedup=group gathers equally many tokens from every process of an expert group")
         assert "process 0 7 tokens, process 1 8 tokens" in said
         assert "comm.dedup=rank" in said
+
+
+def events() -> list[str]:
+    """What a layer does with tokens that leave before its router chooses."""
+    topology = Topology(ParallelDegrees(2, 1, 2), options=CommOptions(dedup="group"))
+    config = MoEConfig(num_experts=EXPERTS, top_k=2, dispatch="dropless", capacity_factor=None)
+    layer = MoELayer(MoESpec(FeedForwardSpec(8, 8, Init(), Init(), "swiglu", bias=False), config), topology)
+    initialize(layer, seed=3)
+    heard: list[str] = []
+
+    def hear(call: Collective, event: str) -> None:
+        if call.tag == "dispatch.all_gather":
+            heard.append(f"{event} ({call.phase})")
+
+    topology.comm.register_hook(hear)
+    layer.router.register_forward_hook(lambda *_: heard.append("router"))
+    (weight,) = layer.router.parameters()
+    weight.register_hook(lambda gradient: heard.append("router, backward"))
+    layer(torch.randn(1, 6, 8).requires_grad_())[0].square().sum().backward()
+    return heard
+
+
+def test_the_router_runs_while_tokens_are_on_their_way_and_backward_while_their_gradients_are(pool: WorkerPool) -> None:
+    for heard in pool.run(2, events):
+        assert heard[:3] == ["start (forward)", "router", "end (forward)"]
+        assert heard[3:] == ["start (backward)", "router, backward", "end (backward)"]
