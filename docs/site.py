@@ -1,11 +1,13 @@
 """What the documentation site consists of: a hook of MkDocs, see mkdocs.yml.
 
 Pages have the places that they have in the repository, so that the same links work in both. Beside Markdown files there
-are the pictures and other files to which these link, and two pages that are generated: what commands take, and what a
-configuration has.
+are the pictures and other files to which these link, and pages that are generated: what commands take, what a
+configuration has, and the notebooks.
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -17,6 +19,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # which the program mkdocs has not
+from docs.notebooks import markdown, notebooks  # noqa: E402
+
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)#\s]+)\)")
 
@@ -28,6 +33,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         chosen.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
     for name, text in (("commands", commands_page), ("config", config_page)):
         chosen.append(File.generated(config, f"docs/reference/{name}.md", content=text()))
+    for path in notebooks():
+        place, page = path.relative_to(ROOT).with_suffix(".md"), markdown(json.loads(path.read_text()))
+        chosen.append(File.generated(config, str(place), content=page))
     return Files(chosen)
 
 
