@@ -5,17 +5,22 @@ send: whatever a process needs and does not hold comes from the nearest process 
 :func:`relayout` moves. Nothing here knows about models.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
+from tedlab.comm import Collectives, Splits
 from tedlab.degrees import ParallelDegrees
 from tedlab.spec import ParameterSpec
 
+TAG = "relayout.exchange"  # of the collective
 Box = tuple[range, ...]  # the indices of a part of a tensor, by dimension
 
 
@@ -101,3 +106,56 @@ def _overlapping(part: Box, needed: Box) -> Iterator[Box]:
 
 def _common(one: Box, other: Box) -> Box:
     return tuple(range(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(one, other, strict=True))
+
+
+@torch.no_grad()
+def relayout(
+    parameters: Sequence[ParameterSpec],
+    source: nn.Module,
+    target: nn.Module,
+    layouts: tuple[ParallelDegrees, ParallelDegrees],
+    comm: Collectives,
+) -> None:
+    """Copies the weights of a model into the same model in another layout, by one exchange of all processes.
+
+    Args:
+        parameters: What moves, by the names that it has in both modules; all of one dtype.
+        source, target: The modules, whose parameters are DTensors. Those of ``target`` are overwritten.
+        layouts: The layouts of the two, of equally many processes.
+        comm: The collectives of either, of which the world's is used.
+
+    Raises:
+        ValueError: If the layouts have different numbers of processes, or parameters different dtypes.
+    """
+    rank, world = comm.rank("world"), comm.size("world")
+    modules: list[dict[str, Any]] = [dict(module.named_parameters()) for module in (source, target)]
+    weights = [{p.name: module[p.name].detach().to_local() for p in parameters} for module in modules]
+    dtypes = {weight.dtype for of_module in weights for weight in of_module.values()}
+    if len(dtypes) > 1:
+        raise ValueError(f"parameters of {' and '.join(sorted(map(str, dtypes)))} cannot move together: convert them")
+    outgoing: defaultdict[int, list[Tensor]] = defaultdict(list)
+    incoming: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        own, new = (
+            (held(parameter, degrees, rank), weight[parameter.name])
+            for degrees, weight in zip(layouts, weights, strict=True)
+        )
+        for move in moves_of(parameter, *layouts):
+            if move.sender == rank == move.receiver:
+                _part(*new, move.box).copy_(_part(*own, move.box))
+            elif move.sender == rank:
+                outgoing[move.receiver].append(_part(*own, move.box))
+            elif move.receiver == rank:
+                incoming[move.sender].append(_part(*new, move.box))
+    sent, received = ([sum(map(Tensor.numel, parts[peer])) for peer in range(world)] for parts in (outgoing, incoming))
+    parts = [part.flatten() for peer in range(world) for part in outgoing[peer]]
+    flat = torch.cat(parts) if parts else weights[0][parameters[0].name].new_empty(0)
+    arrived = comm.all_to_all(flat, "world", tag=TAG, phase="checkpoint", splits=Splits(tuple(sent), tuple(received)))
+    places = [part for peer in range(world) for part in incoming[peer]]
+    for place, values in zip(places, arrived.split([part.numel() for part in places]), strict=True):
+        place.copy_(values.view_as(place))
+
+
+def _part(box: Box, local: Tensor, part: Box) -> Tensor:
+    """Returns a view of a part of what a process holds."""
+    return local[tuple(slice(p.start - b.start, p.stop - b.start) for b, p in zip(box, part, strict=True))]

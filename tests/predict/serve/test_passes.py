@@ -181,4 +181,4 @@ def test_activations_of_a_prefill_are_at_most_what_is_said(single: Topology, sha
         model.next_logits(ids, at)
     peak = int(tracker.timeline().held["activations"].max())
     said = Pass(config, ParallelDegrees(1), Tokens(8, 48)).activations
-    assert 0.4 * said < peak <= said
+    assert 0.55 * said < peak <= said
