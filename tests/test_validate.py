@@ -370,6 +370,18 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["comm.chunks=60", "moe.dispatch=dropless", "data.micro_batch_size=1", "parallel=ep2"],
         ["comm.chunks=60 exceeds the 16 rows", "16 tokens", "use at most 16"],
     ),
+    "gathered_to_places": (
+        ["comm.dedup=group", "moe.top_k=2"],
+        ["comm.dedup=group", "every process of the expert group", "moe.dispatch=dropless"],
+    ),
+    "gathered_in_the_papers_order": (
+        ["parallel=tp2_ep2", "comm=dtd", "comm.dedup=group", "moe.dispatch=dropless"],
+        ["comm.dtd=true", "comm.fuse_reduce_scatter=true", "comm.dedup=none"],
+    ),
+    "gathered_in_chunks": (
+        ["comm.chunks=2", "comm.dedup=group", "moe.dispatch=dropless", "parallel=ep2"],
+        ["comm.chunks=2", "comm.dedup=group", "one of the two"],
+    ),
     "gathered_by_way_of_nodes": (
         ["parallel=ep2", "moe.dispatch=dropless", "moe.top_k=2", "comm.dedup=group", "comm.hierarchical=true"],
         ["comm.hierarchical=true", "comm.dedup=group", "one of the two"],

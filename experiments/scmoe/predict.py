@@ -14,7 +14,7 @@ from tedlab.models.shortcut import ShortcutSpec
 from tedlab.predict.cluster import ClusterConfig, Efficiency, Link, PeakFlops, load_cluster
 from tedlab.predict.cost import collective_seconds
 from tedlab.predict.estimate import estimate
-from tedlab.predict.estimate.hiding import EXCHANGES, Hiding
+from tedlab.predict.estimate.hiding import BACK, THERE, Hiding
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.volumes import ClosedForm
 from tedlab.validate import complete_simulated
@@ -137,8 +137,8 @@ def bars(config: TrainConfig, cluster: ClusterConfig) -> list[Bar]:
     calls = [call for call in form.block(block) if call.phase == "forward"]
     members = form.degrees.groups(0)
     dispatch, combine = (
-        sum(collective_seconds(c.op, c.payload_bytes, members[c.kind], cluster) for c in calls if c.tag == tag)
-        for tag in EXCHANGES
+        sum(collective_seconds(c.op, c.payload_bytes, members[c.kind], cluster) for c in calls if c.tag in tags)
+        for tags in (THERE, BACK)
     )
     names = ("attention", "dense", "attention", "shared")
     layers = [

@@ -22,7 +22,7 @@ from tedlab.comm.differentiable import (
     slice_to,
     to_compute_dtype,
 )
-from tedlab.comm.issued import Issued, issue_all_to_all, issue_gather_to
+from tedlab.comm.issued import Issued, issue_all_to_all, issue_gather_to, issue_scatter_from
 from tedlab.comm.ledger import Ledger
 from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
 from tedlab.comm.route import Numbers, Relay, Route, route
@@ -56,6 +56,7 @@ __all__ = [
     "gather_to",
     "issue_all_to_all",
     "issue_gather_to",
+    "issue_scatter_from",
     "matmul_into",
     "once",
     "pin",

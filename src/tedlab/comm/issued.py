@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab.comm.collectives import Collectives, Pending, Phase, Splits
-from tedlab.comm.differentiable import all_to_all, gather_to
+from tedlab.comm.differentiable import all_to_all, gather_to, scatter_from
 from tedlab.comm.raw import Wait
 from tedlab.comm.recompute import begin
 from tedlab.degrees import GroupKind
@@ -81,6 +81,16 @@ def issue_gather_to(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> 
     if comm.size(kind) == 1 or torch.compiler.is_compiling():
         return Issued.arrived(gather_to(x, comm, kind, tag, dim=0))
     return _issued(x, _Gathering(comm, kind, tag))
+
+
+def issue_scatter_from(x: Tensor, comm: Collectives, kind: GroupKind, tag: str) -> Issued[Tensor]:
+    """Issues a :func:`tedlab.comm.scatter_from` along dimension 0 without a bias; this process's slice arrives later.
+
+    Inside ``torch.compile`` as :func:`issue_all_to_all`.
+    """
+    if comm.size(kind) == 1 or torch.compiler.is_compiling():
+        return Issued.arrived(scatter_from(x, comm, kind, tag, dim=0))
+    return _issued(x, _Scattering(comm, kind, tag))
 
 
 def _issued(x: Tensor, flight: "_Flight") -> Issued[Tensor]:
@@ -162,6 +172,19 @@ class _Gathering(_Flight):
 
     def shape(self, x: Tensor) -> torch.Size:
         return torch.Size((self.comm.size(self.kind) * len(x), *x.shape[1:]))
+
+
+class _Scattering(_Flight):
+    """A reduce-scatter of a joint result, of which each process gets its slice."""
+
+    def start(self, x: Tensor, phase: Phase) -> Pending:
+        return self.comm.start_reduce_scatter(x, self.kind, tag=self.tag, phase=phase)
+
+    def start_adjoint(self, gradient: Tensor) -> Pending:
+        return self.comm.start_all_gather(gradient, self.kind, tag=self.tag, phase="backward")
+
+    def shape(self, x: Tensor) -> torch.Size:
+        return torch.Size((len(x) // self.comm.size(self.kind), *x.shape[1:]))
 
 
 class _Issue(Function):

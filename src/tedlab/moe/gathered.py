@@ -28,7 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab.comm import Issued, gather_to, issue_gather_to, once, recomputing, scatter_from, to_compute_dtype
+from tedlab.comm import (
+    Issued,
+    gather_to,
+    issue_gather_to,
+    issue_scatter_from,
+    once,
+    recomputing,
+    scatter_from,
+    to_compute_dtype,
+)
 from tedlab.comm.rows import Rows
 from tedlab.moe.dealt import DealtExperts
 from tedlab.moe.experts import ExpertsSpec
@@ -77,8 +86,8 @@ class GatheredExperts(DealtExperts):
         y_XH = self.sums(x_XH, gate_XK.masked_fill(order.place_TK < 0, 0.0), order, self.feeds)
         if self.gathers > 1:
             y_XH = scatter_from(y_XH, self.comm, "expert_tensor", "experts.reduce", dim=0)
-        y_OH = scatter_from(y_XH, self.comm, "expert", "combine.reduce_scatter", dim=0)
-        return Issued.arrived(self.leave(y_OH[:own], tokens))
+        back = issue_scatter_from(y_XH, self.comm, "expert", "combine.reduce_scatter")
+        return back.then(lambda y_OH: self.leave(y_OH[:own], tokens))
 
     def _weights(self, gate_OK: Tensor) -> Tensor:
         """Returns the weights of the choices of all processes."""

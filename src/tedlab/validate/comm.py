@@ -86,18 +86,21 @@ def what_to_keep(config: TrainConfig, degrees: ParallelDegrees, cluster: Cluster
 def _check_dedup(config: TrainConfig, degrees: ParallelDegrees) -> None:
     comm, moe = config.comm, config.moe
     if moe.num_experts and not mixtures[moe.dispatch].sends_pilots:
+        what = "once to each process that holds experts of its choice"
+        if comm.dedup == Dedup.GROUP:
+            what = "to every process of the expert group"
         raise ValueError(
-            f"comm.dedup={comm.dedup} sends a token once to each process that holds experts of its choice, but with "
-            f"moe.dispatch={moe.dispatch} each choice has a place of its own at its expert; use moe.dispatch=dropless, "
-            "or comm.dedup=none"
+            f"comm.dedup={comm.dedup} sends a token {what}, but with moe.dispatch={moe.dispatch} each choice has a "
+            "place of its own at its expert; use moe.dispatch=dropless, or comm.dedup=none"
         )
-    if moe.num_experts and moe.top_k == 1:
+    pilots = comm.dedup != Dedup.GROUP  # which save rows, where gathered tokens save the host's waiting
+    if pilots and moe.num_experts and moe.top_k == 1:
         raise ValueError(
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but moe.top_k is 1; "
             "use moe.top_k=2 or more, or comm.dedup=none"
         )
     layout = Layout(degrees, replace(comm, ranks_per_node=ranks_per_node(config)), moe.sliced)
-    if moe.num_experts == degrees.expert > 1 and layout.nodes == 1:
+    if pilots and moe.num_experts == degrees.expert > 1 and layout.nodes == 1:
         raise ValueError(
             f"comm.dedup={comm.dedup} saves rows of tokens with several choices in one process, but with "
             f"parallel.expert={degrees.expert} each process has one of the {moe.num_experts} experts; use "

@@ -1,6 +1,7 @@
 """Computes how much of the exchanges with experts hides behind what runs beside them.
 
-That is shared experts and the products of other chunks, or with a shortcut sub-layers.
+That is shared experts and the products of other chunks, or with a shortcut sub-layers; and the router, if tokens leave
+before it has chosen.
 
 A sub-layer's kernels hide an exchange, and so do its collectives on other links; those on the same links wait for it.
 """
@@ -19,8 +20,8 @@ from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import MicroBatch, Spec, Work
 
 PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward")
-EXCHANGES = ("dispatch.all_to_all", "combine.all_to_all")
-BETWEEN_NODES = ("dispatch.between_nodes", "combine.between_nodes")  # what of them is under way if there are two steps
+THERE = ("dispatch.all_to_all", "dispatch.all_gather", "dispatch.between_nodes")  # of two steps, the first
+BACK = ("combine.all_to_all", "combine.reduce_scatter", "combine.between_nodes")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Hiding:
         return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
 
     def _in_layer(self, layer: MoESpec, block: int, phase: Phase) -> float:
-        """Returns what hides behind shared experts and the products of other chunks, in a pass through a block."""
+        """Returns what hides behind shared experts, other chunks' products and the router, in a pass through a block."""
         form, b, backward = self.form, self.form.at(block), phase == "backward"
         calls = [call for call in form.block(block) if call.phase == phase]
         there, back = self._both_ways(calls)
@@ -143,16 +144,16 @@ class Hiding:
         if form.config.comm.overlap_shared and layer.shared is not None:
             halves = zip(layer.shared.halves(b, backward), (layer.shared.up, layer.shared.down), strict=True)
             before, after = (self._hiding(works, half, b, backward) for works, half in halves)
+        if layer.dispatch.gathered(within.layout):
+            works = layer.router.backward(within) if backward else layer.router.forward(within)
+            before += sum(seconds(work, self.cluster) for work in works)
         if backward:
             there, back, before, after = back, there, after, before
         return hidden_in_chunks(there, back, computing, chunks, before, after, waits)
 
     def _both_ways(self, calls: Sequence[Collective]) -> tuple[float, float]:
         """Returns the seconds of the exchanges with experts, there and back."""
-        there, back = (
-            sum(self._taken(call) for call in calls if call.tag in tags)
-            for tags in zip(EXCHANGES, BETWEEN_NODES, strict=True)
-        )
+        there, back = (sum(self._taken(call) for call in calls if call.tag in tags) for tags in (THERE, BACK))
         return there, back
 
     def _hides(self, norm: Spec, layer: Spec, b: MicroBatch, backward: bool) -> float:

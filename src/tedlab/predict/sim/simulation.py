@@ -89,8 +89,8 @@ class Simulation:
             raise ValueError("a cluster with kernels.dispatch or waits cannot be priced afterwards; simulate on it")
         if self.hidden:
             raise ValueError(
-                "a simulation in which collectives are hidden (optim.overlap, comm.overlap_shared) cannot be priced "
-                "again; simulate on that cluster"
+                "a simulation in which collectives are hidden (optim.overlap, comm.overlap_shared, comm.dedup=group) "
+                "cannot be priced again; simulate on that cluster"
             )
         return self.alone_on(cluster)
 
