@@ -127,7 +127,7 @@ class Hiding:
         return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
 
     def _in_layer(self, layer: MoESpec, block: int, phase: Phase) -> float:
-        """Returns what hides behind shared experts, other chunks' products and the router, in a pass through a block."""
+        """Returns what hides behind shared experts, other chunks and the router, in a pass through a block."""
         form, b, backward = self.form, self.form.at(block), phase == "backward"
         calls = [call for call in form.block(block) if call.phase == phase]
         there, back = self._both_ways(calls)
