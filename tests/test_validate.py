@@ -622,6 +622,11 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown_mode_of_wandb": (["logger.wandb.mode=of"], ["logger.wandb.mode=of", "online, offline, disabled"]),
     "unknown_argument_of_wandb": (["+logger.wandb.projct=x"], ["logger.wandb.projct", "Did you mean 'project'?"]),
     "strategy_is_null": (["+trainer.strategy=null"], ["trainer.strategy=None", "parallel.…"]),
+    "masked_and_compiled": (
+        ["data.documents=masked", "model.compile=aot_eager"],
+        ["data.documents=masked", "model.compile=none", "data.documents=packed"],
+    ),
+    "unknown_packing": (["data.packing=tight"], ["data.packing", "concatenate", "best_fit"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),
     "torchs_muon": (

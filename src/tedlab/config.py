@@ -47,6 +47,8 @@ BalanceChoices = StrEnum("BalanceChoices", "ALL FIRST")
 LendPolicy = StrEnum("LendPolicy", "NONE LLEP EVEN")
 Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Slicing = StrEnum("Slicing", "NONE TOKENS")
+Documents = StrEnum("Documents", "PACKED MASKED")
+Packing = StrEnum("Packing", "CONCATENATE BEST_FIT")
 Backend = StrEnum("Backend", "NCCL GLOO")
 ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
 PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE DISAGGREGATED")
@@ -412,6 +414,10 @@ class DataConfig(Frozen):
     cache_dir: str = "~/.cache/tedlab"
     num_workers: int = whole(0, least=0, most=1024)
     module: str = "tedlab.data.TextDataModule"  # the class that makes batches: this one or a subclass
+    # packed: a token sees all of its sample before it | masked: of its own document alone, whose positions begin at 0.
+    documents: str = word(Documents.PACKED)
+    # concatenate: end to end, cut where a sample ends | best_fit: whole if they fit; the rest of a sample is padding.
+    packing: str = word(Packing.CONCATENATE)
 
 
 @dataclass(kw_only=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from tedlab.moe.recording import Replay, RoutingRecorder
+    from tedlab.nn.documents import SampleDocuments
 
 _LOW = 0xFFFFFFFF  # the low 32 bits
 
@@ -26,6 +27,7 @@ class BatchContext:
         step: The number of optimizer steps taken.
         micro_batch: The number of the micro-batch within the step.
         ids: The token ids (B, S) of the micro-batch, which a model sets for routers that read them.
+        documents: Which of its tokens see each other, which a model sets for attention; None: all.
         recorder: Where routers record their choices in training; None: nowhere.
         replay: The record whose choices routers make in training, in place of their own; None: none.
     """
@@ -34,6 +36,7 @@ class BatchContext:
         self.seed = 0
         self.step = self.micro_batch = 0
         self.ids: Tensor | None = None
+        self.documents: SampleDocuments | None = None
         self.recorder: RoutingRecorder | None = None
         self.replay: Replay | None = None
         # On the device, so that a compiled region reads numbers that change without being compiled again.
@@ -50,11 +53,13 @@ class BatchContext:
         A module's own dropout draws from these generators, and recomputation sets them back for a while.
         """
         step, micro_batch, ids, place = self.step, self.micro_batch, self.ids, self._place
+        documents = self.documents
         device, cpu = place.device, torch.get_rng_state()
         gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
         def restore() -> None:
             self.step, self.micro_batch, self.ids, self._place = step, micro_batch, ids, place
+            self.documents = documents
             torch.set_rng_state(cpu)
             if gpu is not None:
                 torch.cuda.set_rng_state(gpu, device)

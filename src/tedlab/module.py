@@ -19,7 +19,7 @@ from tedlab._compat.torch import LAST_LEARNING_RATES
 from tedlab.config import BalanceScope, ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import models
 from tedlab.moe import RouterReport, global_losses, stacked, step_totals
-from tedlab.nn import decay_groups
+from tedlab.nn import Reading, decay_groups
 from tedlab.optim import Grouping, learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -31,7 +31,7 @@ NOT_SCALARS = ("loss", "routers")  # entries of ``training_step``'s result that 
 class LanguageModel(LightningModule):
     """Trains next-token prediction with load-balanced experts, under :class:`TEDStrategy`.
 
-    Batches are (B, S+1) int64 token ids: positions 0…S-1 predict 1…S.
+    Batches are (B, S+1) int64 token ids: positions 0…S-1 predict 1…S. ``reading`` may say that -1 is padding.
 
     Args:
         model: The architecture, with its ``vocab_size`` set.
@@ -39,6 +39,7 @@ class LanguageModel(LightningModule):
         optim: The optimizer and schedule.
         seed: The seed of the initial weights.
         bytes_per_token: The mean UTF-8 bytes of a token, for bits per byte.
+        reading: How samples of several documents are read; None: as one.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class LanguageModel(LightningModule):
         optim: OptimConfig,
         seed: int,
         bytes_per_token: float = 1.0,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed: int | None = seed
-        self.bytes_per_token = bytes_per_token
+        self.bytes_per_token, self.reading = bytes_per_token, reading or Reading()
         self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
         self._grouping = Grouping.under(optim)
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
@@ -71,6 +73,7 @@ class LanguageModel(LightningModule):
         if not hasattr(self, "network"):  # Lightning calls this again before validation
             network = models[self.model_config.architecture]
             self.network = network(self.model_config, self.moe_config, self.topology, self.seed)
+            self.network.separator = self.reading.separator if self.reading.masked else None
             for name, parameter in self.named_parameters():
                 if not self._grouping.trains(name.removeprefix(_NETWORK)):
                     parameter.requires_grad_(False)
@@ -83,7 +86,7 @@ class LanguageModel(LightningModule):
             ``loss``, to be minimised; ``routers``, if there are experts: a :class:`RouterReport` whose tensors have one
             row per MoE layer. Every other entry is a scalar for :class:`tedlab.callbacks.StepMetrics`.
         """
-        loss, reports = self.network.loss(batch[:, :-1], batch[:, 1:])
+        loss, reports = self.network.loss(*self.reading.of(batch))
         outputs: dict[str, Any] = {"train/loss": loss.detach()}
         if reports:
             routers = stacked(reports)
@@ -106,7 +109,8 @@ class LanguageModel(LightningModule):
     @torch.no_grad()
     def on_step_batches(self, micro_batches: Iterator[Tensor]) -> None:
         """Counts the choices of a whole step, which the balance loss of its first micro-batch already depends on."""
-        reports = (stacked(self.network.route(batch[:, :-1])) for batch in micro_batches)
+        read = map(self.reading.of, micro_batches)
+        reports = (stacked(self.network.route(ids, padding)) for ids, _, padding in read)
         counts = torch.stack([report.sums.counts for report in reports if report.sums is not None])
         self._totals = step_totals(counts.sum(0), self.topology.comm)
 
@@ -120,7 +124,7 @@ class LanguageModel(LightningModule):
 
     @override
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        loss, _ = self.network.loss(batch[:, :-1], batch[:, 1:])
+        loss, _ = self.network.loss(*self.reading.of(batch))
         bits = loss.double() / (math.log(2) * self.bytes_per_token)
         metrics = {"val/loss": loss, "val/bits_per_byte": bits}
         # Logged to callback_metrics only; tedlab.callbacks.Journal passes them to the loggers.

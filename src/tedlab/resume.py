@@ -43,7 +43,10 @@ DECIDED = (
 IMPORTED, UPCYCLED = "imported", "upcycled"
 _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 # Values of data that decide which text a run is trained on, and how it becomes samples.
-_TEXT_DECIDING = ("path", "field", "tokenizer", "bpe_vocab_size", "validation_fraction", "training_batches", "module")
+_TEXT_DECIDING = (
+    *("path", "field", "tokenizer", "bpe_vocab_size", "validation_fraction", "training_batches", "module"),
+    *("documents", "packing"),
+)
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
 

@@ -32,11 +32,12 @@ from tedlab.callbacks import (
     StepMetrics,
 )
 from tedlab.checkpoint import read_meta
-from tedlab.config import TrainConfig
+from tedlab.config import Documents, Packing, TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
+from tedlab.nn import Reading
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.flops import training_flops
@@ -184,7 +185,7 @@ def build(
     directory = Path(config.output_dir)
     data = data_module(config.data, config.model.sequence_length, config.seed)
     data.prepare_data()
-    module = language_model(config, getattr(data, "bytes_per_token", 1.0))
+    module = language_model(config, getattr(data, "bytes_per_token", 1.0), getattr(data, "separator", 0))
     devices = None if config.trainer["accelerator"] == "cpu" else gpus(config.trainer["devices"])
     settings = dict(config.trainer)
     if devices is not None:
@@ -204,9 +205,11 @@ def build(
     return trainer, module, data
 
 
-def language_model(config: TrainConfig, bytes_per_token: float = 1.0) -> LanguageModel:
-    """Returns the module of a configuration."""
-    return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token)
+def language_model(config: TrainConfig, bytes_per_token: float = 1.0, separator: int = 0) -> LanguageModel:
+    """Returns the module of a configuration, for data of whose documents each ends with the separator."""
+    data = config.data
+    reading = Reading(separator, data.documents == Documents.MASKED, data.packing == Packing.BEST_FIT)
+    return LanguageModel(config.model, config.moe, config.optim, config.seed, bytes_per_token, reading)
 
 
 def strategy_of(config: TrainConfig, kind: Callable[..., TEDStrategy] = TEDStrategy, **others: Any) -> TEDStrategy:

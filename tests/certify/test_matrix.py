@@ -126,6 +126,20 @@ MUON: dict[str, dict[str, object]] = {
     },
 }
 JOBS |= MUON
+DOCUMENTS: dict[str, dict[str, object]] = {
+    "documents_masked": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "data.documents": "masked", "moe.capacity_factor": 0.7},
+    "documents_best_fit_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **TODAY, "data.documents": "masked", "data.packing": "best_fit"},
+        **{"parallel.sequence": True, "moe.dispatch": "dropless", "model.recompute.granularity": "block"},
+        **{"comm.cac": True, "model.loss_chunk": 7},
+    },
+    "documents_best_fit_beside_each_other": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "data.documents": "masked", "data.packing": "best_fit"},
+        **{"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "model.recompute.granularity": "block"},
+        **{"comm.interleave": True},
+    },
+}
+JOBS |= DOCUMENTS
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
 RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
@@ -367,6 +381,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices", "node_pilots_sliced"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED, "muon_shared_keys_in_slices"),
+    "documents_best_fit_in_slices",
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 CELLS = [
@@ -388,11 +403,11 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *PILOTS,
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
-        *("muon_clipped", "muon_latent"),
+        *("muon_clipped", "muon_latent", "documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),
-    (2, 1, 1): ("starved_experts",),
+    (2, 1, 1): ("starved_experts", "documents_masked"),
     (4, 4, 1): ("many_dropped_no_zero", "muon_shared_keys_in_slices"),
     (4, 1, 4): ("dropless_recomputed", "node_pilots", "hierarchical"),
     (4, 1, 1): ("dropless_top2", "muon_no_zero"),

@@ -219,7 +219,8 @@ def test_flex_attention_is_given_the_same_windows_and_sinks(
     monkeypatch.setattr(attend_module, "_compiled_flex", lambda: flex_attention)
     q, k, v = (random(name, 2, heads, 140, 8) for name, heads in (("q", 4), ("k", 2), ("v", 2)))
     sink = random("sinks", 4) if sinks else None
-    found = attend_module._by_flex(q, k, v, window, sink, 0.3)
+    mask = attend_module._mask(140, window, q.device)
+    found = attend_module._by_flex(q, k, v, mask, sink, 0.3)
     assert relative_error(found, torch.ops.tedlab.attention(q, k, v, sink, 0.3, window)[0]) < 1e-12
 
 

@@ -140,16 +140,16 @@ def apart(name: str, shape: torch.Size, sizes: ModelConfig) -> list[Any]:
 
 
 @pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
-def test_matrices_that_are_fused_become_orthogonal_each_by_itself(single: None, overrides: tuple[str, ...]) -> None:
+def test_matrices_that_are_fused_become_orthogonal_each_by_itself(single: Topology, overrides: tuple[str, ...]) -> None:
     config = composed(*overrides, "optim=muon", "model.layers=2", "model.vocab_size=64", "model.sequence_length=16")
     torch.set_default_dtype(torch.float64)
     try:
-        model = GPT(config.model, config.moe, Topology.single("cpu"), 0)
+        model = GPT(config.model, config.moe, single, 0)
     finally:
         torch.set_default_dtype(torch.float32)
     names = {p: name for name, p in model.named_parameters()}
     muon = Muon(matrix_groups(model), lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0)
-    comm, fused = Topology.single("cpu").comm, fused_parameters(model)
+    comm, fused = single.comm, fused_parameters(model)
     sharded = ShardedOptimizer(muon, comm, names, zero=True, tile=50, fused=fused)
     before = {name: local(p).clone() for p, name in names.items()}
     gradients = {name: drawn(*p.shape, seed=n, dtype=torch.float64) for n, (p, name) in enumerate(names.items())}

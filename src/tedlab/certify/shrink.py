@@ -10,6 +10,7 @@ whatever needs padding is padded here, too. It replaces the precision, and the t
 every tensor rank. GPU configurations run on GPUs if this machine has enough of them, and on the CPU otherwise.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from tedlab.config import (
     CertificatePrecision,
     CommConfig,
     DataConfig,
+    Documents,
     ExpertKernel,
     GroupConfig,
     LatentConfig,
@@ -35,6 +37,7 @@ from tedlab.config import (
     ModelConfig,
     MoEConfig,
     OptimConfig,
+    Packing,
     ParallelConfig,
     Positions,
     RecomputeConfig,
@@ -144,7 +147,9 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         moe = replace(moe, capacity_multiple=_capacity_multiple(moe, micro_batch * length, degrees.tensor))
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
     batch = micro_batch * accumulated * degrees.data
-    _write_samples(directory / "text", batch, length, config.seed)
+    several = config.data.documents == Documents.MASKED or config.data.packing == Packing.BEST_FIT
+    write = _write_documents if several else _write_samples
+    write(directory / "text", batch, length, config.seed)
     data = DataConfig(
         path=str(directory / "text"),
         batch_size=batch,
@@ -152,6 +157,8 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         validation_samples=batch,
         validation_fraction=0.5,
         cache_dir=str(directory / "cache"),
+        documents=config.data.documents,
+        packing=config.data.packing,
     )
     optimizer = dict(config.optim.optimizer)
     if any(kind in str(optimizer.get("_target_")) for kind in ("Adam", "Muon")):
@@ -427,3 +434,18 @@ def _write_samples(folder: Path, batch: int, length: int, seed: int) -> None:
         text = "".join(map(chr, draw.integers(firsts[kind], ends[kind]))).encode()[:size]
         whole = text.decode(errors="ignore").encode()
         (folder / f"{name}.txt").write_bytes(whole + b"." * (size - len(whole)))
+
+
+def _write_documents(folder: Path, batch: int, length: int, seed: int) -> None:
+    """Does the same in JSON lines, of which every sample holds two or more, and one of each file is too long for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(seed)
+    samples = STEPS_PER_EPOCH * batch + min(1, batch - 1)
+    for name in ("one", "two"):
+        sizes = [2 * length]
+        for _ in range(samples):
+            first = int(draw.integers((length + 1) // 2 + 1, length)) if length > 3 else 2
+            sizes += [first, max(1, length - first - 1)]
+        texts = ("".join(map(chr, draw.integers(0x20, 0x7F, size))) for size in sizes)
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text("".join(lines))

@@ -4,16 +4,19 @@ from dataclasses import asdict
 from typing import Any
 
 import hydra
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Subset
 
-from tedlab.config import DataConfig
+from tedlab.config import DataConfig, Packing
 from tedlab.data.corpus import Corpus, prepare_corpus
-from tedlab.data.packing import PackedSamples
+from tedlab.data.packing import BestFitSamples, PackedSamples
 from tedlab.data.position import Position
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
+
+Samples = PackedSamples | BestFitSamples | Subset
 
 
 def data_class(data: DataConfig) -> type[LightningDataModule]:
@@ -66,6 +69,7 @@ class TextDataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.seed = seed
         self._corpus: Corpus | None = None
+        self._made: dict[bool, PackedSamples | BestFitSamples] = {}  # samples of the training split, or not
         self._loaded: dict[str, Any] | None = None  # state from a checkpoint, until the first loader uses it
         self._start, self._steps_before = Position(), 0  # where in the data, and at which step, this run began
 
@@ -82,6 +86,11 @@ class TextDataModule(LightningDataModule):
         return self.corpus.tokenizer.vocab_size
 
     @property
+    def separator(self) -> int:
+        """The token that ends each document."""
+        return self.corpus.tokenizer.separator
+
+    @property
     def bytes_per_token(self) -> float:
         """See :class:`Corpus`."""
         return self.corpus.bytes_per_token
@@ -93,7 +102,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: If there is less than one whole batch.
         """
-        available = len(PackedSamples(self.corpus.validation, self.sequence_length))
+        available = len(self._samples(self.corpus.validation))
         batch_size = self.data.batch_size
         samples = min(self.data.validation_samples, available) // batch_size * batch_size
         if samples == 0:
@@ -106,9 +115,9 @@ class TextDataModule(LightningDataModule):
         return samples
 
     @property
-    def training_samples(self) -> PackedSamples | Subset:
+    def training_samples(self) -> Samples:
         """The samples of an epoch: all of the training split, or those of ``data.training_batches`` batches."""
-        samples = PackedSamples(self.corpus.train, self.sequence_length)
+        samples = self._samples(self.corpus.train)
         if self.data.training_batches is None:
             return samples
         return Subset(samples, range(min(len(samples), self.data.training_batches * self.data.batch_size)))
@@ -147,7 +156,7 @@ class TextDataModule(LightningDataModule):
         return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        samples = Subset(PackedSamples(self.corpus.validation, self.sequence_length), range(self.validation_samples))
+        samples = Subset(self._samples(self.corpus.validation), range(self.validation_samples))
         return self._loader(samples, self._sampler(samples, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +183,18 @@ class TextDataModule(LightningDataModule):
             return Position(saved.epoch + 1)
         return saved.of_next_step(self.data.batch_size, samples)
 
-    def _sampler(self, samples: PackedSamples | Subset, shuffle: bool) -> MicroBatchSampler:
+    def _samples(self, tokens: np.ndarray) -> PackedSamples | BestFitSamples:
+        """Returns the samples of a split, made once."""
+        key = tokens is self.corpus.train
+        if key not in self._made:
+            self._made[key] = (
+                BestFitSamples(tokens, self.separator, self.sequence_length)
+                if self.data.packing == Packing.BEST_FIT
+                else PackedSamples(tokens, self.sequence_length)
+            )
+        return self._made[key]
+
+    def _sampler(self, samples: Samples, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None
         # Lightning's strategy for a single device has no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
@@ -188,7 +208,7 @@ class TextDataModule(LightningDataModule):
             shuffle=shuffle,
         )
 
-    def _loader(self, samples: PackedSamples | Subset, sampler: MicroBatchSampler) -> DataLoader:
+    def _loader(self, samples: Samples, sampler: MicroBatchSampler) -> DataLoader:
         assert self.trainer is not None
         return DataLoader(
             samples,

@@ -42,8 +42,10 @@ from tedlab.nn import (
     EmbeddingSpec,
     NormSpec,
     Past,
+    SampleDocuments,
     VocabParallelEmbedding,
     VocabParallelEmbeddingSpec,
+    documents_of,
     initialize,
     linear_cross_entropy,
     mean_over_counted,
@@ -228,6 +230,8 @@ class GPT(nn.Module):
         ValueError: If ``moe.shortcut`` needs other blocks or options, or sizes cannot be divided as the topology says.
 
     Attributes:
+        separator: The token that ends a document of several in a sample, which do not see each other, and of which each
+            begins at position 0; None: a sample is one document.
         spec: Class of its specification; a model with the same layers keeps it.
         block: Class of its blocks.
     """
@@ -245,7 +249,9 @@ class GPT(nn.Module):
         self.past: Past | None = None
         self.positions = None if spec.positions is None else Embedding(spec.positions, topology)
         self.blocks = nn.ModuleList(self.block(block, topology) for block in spec.blocks)
-        self.rotary_dim = spec.blocks[0].attention.rotary_dim
+        self.separator: int | None = None
+        self.attention = spec.blocks[0].attention
+        self.windows = {block.window for block in spec.blocks}
         self.norm = norm_layer(spec.norm, topology)
         self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
         self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
@@ -335,10 +341,18 @@ class GPT(nn.Module):
         self.context.ids = ids
         x = self.embedding(ids)
         turns, past = None, self.past
+        documents = None
+        if self.separator is not None and past is None:
+            path = self.attention.path(x.device.type, x.dtype, ids.shape[1], documents=True)
+            documents = documents_of(ids, self.separator, self.windows, path == "flex")
+        self.context.documents = documents
         if self.positions is not None:
-            x = x + (self.positions(ids.shape[1]) if past is None else self.positions.at(past.position_BS))
+            x = x + self._positions(self.positions, ids.shape[1], documents)
+        elif past is None:
+            turns = self._turns(ids.shape[1], x)
+            turns = turns if documents is None else turns[:, documents.position_BS]
         else:
-            turns = self._turns(ids.shape[1], x) if past is None else past.turns(lambda room: self._turns(room, x))
+            turns = past.turns(lambda room: self._turns(room, x))
         if padding_mask is not None and self.sequence_sharded:
             padding_mask = padding_mask.chunk(self.comm.size("tensor"), 1)[self.comm.rank("tensor")]
         reports: list[RouterReport] = []
@@ -353,10 +367,19 @@ class GPT(nn.Module):
         ends = [self.norm] if self.output is None else [self.norm, self.output]
         return self.norm(_entered(x, *ends)), reports
 
+    def _positions(self, table: Embedding, length: int, documents: SampleDocuments | None) -> Tensor:
+        """Returns the embeddings of this process's positions."""
+        if self.past is not None:
+            return table.at(self.past.position_BS)
+        if documents is None:
+            return table(length)
+        position_BS = documents.position_BS
+        return table.at(position_BS.chunk(table.slices, 1)[table.slice])
+
     def _turns(self, length: int, x: Tensor) -> Tensor:
         """Returns the rotation of so many positions (2, length, rotary_dim/2), for activations like ``x``."""
         base, rotary = self.config.rotary_base, self.config.rotary
-        return rotation(length, self.rotary_dim, base, x.device, x.dtype, rotary)
+        return rotation(length, self.attention.rotary_dim, base, x.device, x.dtype, rotary)
 
     def route(self, ids: Tensor, padding_mask: Tensor | None = None) -> list[RouterReport]:
         """Runs the blocks for the sake of their routers' reports, see :meth:`forward`."""

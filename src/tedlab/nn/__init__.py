@@ -3,6 +3,7 @@
 from tedlab.nn.activation import Nonlinearity, activate
 from tedlab.nn.attend import attention_path
 from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
+from tedlab.nn.documents import Reading, SampleDocuments, documents_of
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
 from tedlab.nn.latent import LatentAttention, LatentAttentionSpec
@@ -53,11 +54,13 @@ __all__ = [
     "NormSpec",
     "Past",
     "RMSNorm",
+    "Reading",
     "Remembers",
     "ReplicatedLinear",
     "ReplicatedSpec",
     "RowParallelLinear",
     "RowParallelSpec",
+    "SampleDocuments",
     "SelfAttention",
     "SelfAttentionSpec",
     "ShardedModule",
@@ -66,6 +69,7 @@ __all__ = [
     "activate",
     "attention_path",
     "decay_groups",
+    "documents_of",
     "fused_parameters",
     "initialize",
     "linear_cross_entropy",

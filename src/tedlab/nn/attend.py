@@ -2,7 +2,8 @@
 
 Causal attention without more is torch's fused kernel. Windows and sinks are torch's flex attention on GPUs, and
 elsewhere an operation defined here, which computes what is visible and little else, a few queries at a time, and keeps
-no more than a fused kernel does. Shapes: B samples, H heads of queries, K heads of keys and values, S positions.
+no more than a fused kernel does. Documents are flex attention on GPUs, which leaves out blocks of keys that nobody
+sees, and elsewhere a mask. Shapes: B samples, H heads of queries, K heads of keys and values, S positions.
 """
 
 import functools
@@ -15,13 +16,20 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
-AttentionPath = Literal["sdpa", "flex", "blocks"]
+from tedlab.nn.documents import SampleDocuments
+
+AttentionPath = Literal["sdpa", "flex", "blocks", "mask"]
 _ROWS = 256  # queries at a time
 _NARROWEST = 16  # features of a head that the tensor cores of flex attention's kernels take; nor do they take float64
 
 
 def attention_path(
-    device: str, dtype: torch.dtype, widths: tuple[int, int], window: bool = False, sinks: bool = False
+    device: str,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    window: bool = False,
+    sinks: bool = False,
+    documents: bool = False,
 ) -> AttentionPath:
     """Chooses the way that attention is computed, which changes no result.
 
@@ -31,16 +39,17 @@ def attention_path(
         widths: Features of a head of keys, and of values.
         window: Whether queries see only so many keys before them.
         sinks: Whether the softmax has one more entry.
+        documents: Whether samples consist of documents that do not see each other.
 
     Returns:
         ``sdpa``: ``F.scaled_dot_product_attention``; ``flex``: ``flex_attention``, compiled; ``blocks``: the operation
-        of this module.
+        of this module; ``mask``: with a mask of all pairs.
     """
-    if not window and not sinks and (widths[0] == widths[1] or device == "cuda"):
+    if not (window or sinks or documents) and (widths[0] == widths[1] or device == "cuda"):
         return "sdpa"
     if device == "cuda" and dtype != torch.float64 and min(widths) >= _NARROWEST:
         return "flex"
-    return "blocks"
+    return "mask" if documents else "blocks"
 
 
 def visible_pairs(length: int, window: int | None) -> float:
@@ -55,7 +64,13 @@ def new_pairs(past: int, length: int, window: int | None) -> float:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    documents: SampleDocuments | None = None,
 ) -> Tensor:
     """Returns (B, H, S, e), each query's sum of values, weighted by the softmax of its products with the keys it sees.
 
@@ -66,7 +81,13 @@ def attend(
         window: How many keys a query sees, the last of which is at its own position; None: all up to that.
         sinks: (H,), a logit of each head's softmax that belongs to no value; None: there is none.
         scale: Factor on the products; None: d^(-1/2).
+        documents: The documents of the samples, which do not see each other; None: all is one.
     """
+    if documents is not None:
+        mask = documents.masks[window]
+        if isinstance(mask, Tensor):
+            return attend_visible(q, k, v, mask, sinks, scale)
+        return _by_flex(q.to(v.dtype), k.to(v.dtype), v, mask, sinks, q.shape[-1] ** -0.5 if scale is None else scale)
     window = None if window is None or window >= q.shape[2] else window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     widths = k.shape[-1], v.shape[-1]
@@ -78,18 +99,44 @@ def attend(
         k.to(v.dtype),
     )  # torch's own would be cast so by autocast
     if path == "flex":
-        return _by_flex(q, k, v, window, sinks, scale)
+        mask = (_mask if torch.compiler.is_compiling() else _cached_mask)(q.shape[2], window, q.device)
+        return _by_flex(q, k, v, mask, sinks, scale)
     result: Tensor = torch.ops.tedlab.attention(q, k, v, sinks, scale, window)[0]
     return result
+
+
+def attend_visible(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Does what :func:`attend` does for any pairs of a query and a key.
+
+    Args:
+        q: Queries (B, H, S, d).
+        k: Keys (B, K, M, d).
+        v: Values (B, K, M, e).
+        visible: (B, 1, S, M) bool, whether a query sees a key.
+        sinks, scale: As of :func:`attend`.
+    """
+    grouped = q.shape[1] > k.shape[1]
+    if sinks is None and grouped and q.shape[2] == 1:  # otherwise torch would copy keys for each head
+        y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, visible, scale=scale)
+        return y.flatten(1, 2).unsqueeze(2)
+    if sinks is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped, scale=scale)
+    precise = torch.promote_types(q.dtype, torch.float32)
+    q_groups = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, S, d)
+    scores = (q_groups @ k.unsqueeze(2).mT).to(precise) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+    sink = sinks.to(precise).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+    weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(v.dtype)
+    return (weights @ v.unsqueeze(2)).flatten(1, 2)
 
 
 # ---- flex attention ----------------------------------------------------------------------------------------------
 
 
-def _by_flex(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: Tensor | None, scale: float) -> Tensor:
-    compiling = torch.compiler.is_compiling()
-    run = flex_attention if compiling else _compiled_flex()
-    mask = (_mask if compiling else _cached_mask)(q.shape[2], window, q.device)
+def _by_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, scale: float) -> Tensor:
+    run = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     options = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] > k.shape[1]}
     if sinks is None:
         return run(q, k, v, **options)

@@ -138,10 +138,10 @@ class SelfAttentionSpec(Spec):
         """Whether one projection makes queries, keys and values; heads that share keys have two in every layout."""
         return self.key_heads == self.heads
 
-    def path(self, device: str, dtype: torch.dtype, length: int) -> AttentionPath:
+    def path(self, device: str, dtype: torch.dtype, length: int, documents: bool = False) -> AttentionPath:
         """Returns the way that attention over so many tokens is computed, see :func:`tedlab.nn.attention_path`."""
         window = self.window is not None and self.window < length
-        return attention_path(device, dtype, (self.head_dim, self.head_dim), window, self.sinks)
+        return attention_path(device, dtype, (self.head_dim, self.head_dim), window, self.sinks, documents)
 
     def check(self, degrees: ParallelDegrees) -> None:
         if self.width is None and self.hidden % self.heads:
@@ -317,7 +317,7 @@ class SelfAttention(ShardedModule):
     def __init__(self, spec: SelfAttentionSpec, topology: Topology) -> None:
         super().__init__()
         self.build(spec, topology)
-        self.head_dim, self.comm = spec.head_dim, topology.comm
+        self.head_dim, self.comm, self.context = spec.head_dim, topology.comm, topology.context
         self.past: Past | None = None
         # Heads of keys, and of queries of each, in this process.
         self.own_heads = (
@@ -351,7 +351,7 @@ class SelfAttention(ShardedModule):
         sinks = self.local("sinks") if "sinks" in self.specs else None
         if self.past is not None:
             return self._output(self._with_past(q, k, v, sinks, self.past))
-        return self._output(attend(q, k, v, self.window, sinks))
+        return self._output(attend(q, k, v, self.window, sinks, documents=self.context.documents))
 
     def _with_past(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, past: Past) -> Tensor:
         """Attends to what is remembered, too; of the first tokens nothing is."""

@@ -91,9 +91,9 @@ class LatentAttentionSpec(Spec):
         """The number of features of a head that are rotated."""
         return self.rope_dim
 
-    def path(self, device: str, dtype: torch.dtype, length: int) -> AttentionPath:
+    def path(self, device: str, dtype: torch.dtype, length: int, documents: bool = False) -> AttentionPath:
         """Returns the way that attention over so many tokens is computed, see :func:`tedlab.nn.attention_path`."""
-        return attention_path(device, dtype, (self.width, self.v_dim))
+        return attention_path(device, dtype, (self.width, self.v_dim), documents=documents)
 
     def check(self, degrees: ParallelDegrees) -> None:
         check_divides("model.heads", self.heads, "parallel.tensor", degrees.tensor)
@@ -253,6 +253,7 @@ class LatentAttention(nn.Module):
         self.nope_dim, self.rope_dim, self.v_dim, self.kv_rank = spec.nope_dim, spec.rope_dim, spec.v_dim, spec.kv_rank
         self.scale = spec.scale * spec.width**-0.5
         self.past: Past | None = None
+        self.context = topology.context
         self.q = None if spec.q is None else ColumnParallelLinear(spec.q, topology)
         self.q_down = None if spec.q_down is None else ReplicatedLinear(spec.q_down, topology)
         self.q_norm = None if spec.q_norm is None else RMSNorm(spec.q_norm, topology)
@@ -281,7 +282,7 @@ class LatentAttention(nn.Module):
                 return self._output(self._with_past(q, all_latents, all_keys, self.past))
         k, v = self.expand(latent, key)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        return self._output(attend(q, k, v, scale=self.scale))
+        return self._output(attend(q, k, v, scale=self.scale, documents=self.context.documents))
 
     def _with_past(self, q: Tensor, latent: Tensor, key: Tensor, past: Past) -> Tensor:
         """Attends to latents, which all heads share: what made keys and values of them is applied to queries and sums.

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from tedlab.nn.attend import attend_visible
 
 
 class Past:
@@ -94,19 +95,7 @@ class Past:
         """
         before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
         visible = (before >= 0 if window is None else (before >= 0) & (before < window)).unsqueeze(1)
-        grouped = q.shape[1] > k.shape[1]
-        if sinks is None and grouped and q.shape[2] == 1:  # otherwise torch would copy keys for each head
-            y = F.scaled_dot_product_attention(q.unflatten(1, (k.shape[1], -1)).squeeze(3), k, v, visible, scale=scale)
-            return y.flatten(1, 2).unsqueeze(2)
-        if sinks is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped, scale=scale)
-        precise = torch.promote_types(q.dtype, torch.float32)
-        q_groups = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, S, d)
-        scores = (q_groups @ k.unsqueeze(2).mT).to(precise) * (q.shape[-1] ** -0.5 if scale is None else scale)
-        scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
-        sink = sinks.to(precise).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(v.dtype)
-        return (weights @ v.unsqueeze(2)).flatten(1, 2)
+        return attend_visible(q, k, v, visible, sinks, scale)
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ configuration. Every error says what is wrong, the values, and what would be val
 from pathlib import Path
 
 from tedlab.checkpoint import read_meta
-from tedlab.config import Order, TrainConfig, with_values
+from tedlab.config import Compiler, Documents, Order, Packing, TrainConfig, with_values
 from tedlab.data import TextDataModule, data_class, data_module, keeps_position
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
@@ -107,6 +107,13 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         tokens = getattr(data, "vocab_size", config.model.vocab_size)
         if tokens is None:
             raise ValueError(f"data.module={config.data.module} has no vocab_size; give it one, or model.vocab_size=…")
+        several = config.data.documents == Documents.MASKED or config.data.packing == Packing.BEST_FIT
+        if several and not hasattr(data, "separator"):
+            raise ValueError(
+                f"data.documents={config.data.documents} and data.packing={config.data.packing} need the token that "
+                f"ends a document, but data.module={config.data.module} has no separator; give it one, or use packed "
+                "and concatenate"
+            )
         size = vocabulary(config, tokens)
         if isinstance(data, TextDataModule):
             _ = data.validation_samples  # raises if they do not fill one batch
@@ -142,6 +149,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_model(config, degrees)
     check_experts(config, degrees)
     check_lending(config)
+    check_documents(config)
     check_routing(config)
     check_trainer(config)
     check_settings(config)
@@ -150,6 +158,19 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_interleaving(config, accumulation(config, degrees))
     check_optim(config)
     return degrees
+
+
+def check_documents(config: TrainConfig) -> None:
+    """Checks what masks of documents cannot be combined with.
+
+    Raises:
+        ValueError: If they are asked for in compiled blocks.
+    """
+    if config.data.documents == Documents.MASKED and config.model.compile != Compiler.NONE:
+        raise ValueError(
+            f"data.documents=masked makes masks for each batch, which compiled blocks (model.compile="
+            f"{config.model.compile}) cannot take; use model.compile=none, or data.documents=packed"
+        )
 
 
 def notes(config: TrainConfig) -> list[str]:
