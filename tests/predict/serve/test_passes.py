@@ -74,6 +74,7 @@ RUNS = {  # tensor, width of experts, expert, DTD
     "replicas": (2, 1, 2, False),
     # Of two processes:
     "T2": (2, 2, 1, False),
+    "E2": (1, 1, 2, False),
     "experts over two tensor ranks": (2, 1, 2, False),
 }
 
@@ -99,7 +100,7 @@ def ledgers(
 
 @pytest.mark.parametrize(
     ("world", "names"),
-    [(2, ["T2", "experts over two tensor ranks"]), pytest.param(4, [*RUNS][:-2], marks=pytest.mark.slow)],
+    [(2, ["T2", "E2", "experts over two tensor ranks"]), pytest.param(4, [*RUNS][:-3], marks=pytest.mark.slow)],
 )
 def test_a_real_generation_sends_what_the_closed_form_says(pool: WorkerPool, world: int, names: list[str]) -> None:
     # Every expert is chosen equally often: token t of a process chooses experts 2t and 2t + 1.
