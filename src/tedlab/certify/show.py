@@ -6,11 +6,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tedlab.certify.certificate import CONTINUATIONS, Certificate, Execute, certify
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.config import TrainConfig
+from tedlab.progress import CommandProgress
 from tedlab.report import CERTIFICATE
 
 
@@ -22,13 +22,13 @@ def certify_visibly(
 ) -> Certificate:
     """Calls :func:`certify` with a progress bar, prints the table and writes ``output_dir/certificate.json``."""
     runs = 2 + len(continuations)
-    columns = (TextColumn("certifying"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=runs, completed=-1)
-        certificate = certify(
-            config, execute, lambda stage: bar.update(task, description=stage, advance=1), continuations, most_processes
-        )
-        bar.update(task, completed=runs, description="")
+    with CommandProgress() as bar:
+        task = bar.add_task("certifying", total=runs, completed=-1)
+
+        def tell(stage: str) -> None:
+            bar.update(task, description=f"certifying: {stage}", advance=1)
+
+        certificate = certify(config, execute, tell, continuations, most_processes)
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print(certificate.layout)
     if certificate.layout != certificate.asked:

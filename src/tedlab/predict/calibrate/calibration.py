@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tedlab.config import CalibrateConfig
 from tedlab.launch.joining import join, local_world_size, own_device
@@ -17,6 +16,7 @@ from tedlab.launch.outside import started_outside
 from tedlab.predict.calibrate.fit import fit
 from tedlab.predict.calibrate.measure import SIZES, Bench
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
+from tedlab.progress import CommandProgress
 
 
 def calibrate(config: CalibrateConfig) -> dict[str, Any]:
@@ -29,15 +29,8 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     device, out = _join(config.device or default_device()), Path(config.out)
     per_node = local_world_size()
     sizes = SIZES[device.type].shortened() if config.quick else SIZES[device.type]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
     first = dist.get_rank() == 0
-    with Progress(*columns, console=Console(stderr=True), disable=not first, transient=True) as bar:
+    with CommandProgress(disable=not first) as bar:
         task = bar.add_task("starting", total=None)
         bench = Bench(device, per_node, sizes, lambda what: bar.update(task, advance=1, description=what))
         bar.update(task, total=bench.timings())

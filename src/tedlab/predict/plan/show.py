@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from tedlab.config import AssumedRouting, Slicing, TrainConfig, with_values
@@ -20,6 +19,7 @@ from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides,
 from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.progress import CommandProgress
 from tedlab.untrusted import flat
 from tedlab.validate import complete_simulated
 
@@ -56,8 +56,7 @@ def plan_visibly(
     """
     spread = spread or spread_on(cluster)
     fixed = fixed_by(given)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar, worker_processes() as workers:
+    with CommandProgress() as bar, worker_processes() as workers:
         task = bar.add_task("planning")
 
         def progress(doing: str, done: int, of: int) -> None:

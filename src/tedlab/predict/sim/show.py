@@ -9,15 +9,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 from rich.table import Table
 
 from tedlab.callbacks.ledger import traffic_table
@@ -34,6 +26,7 @@ from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.sim.simulation import Simulation, simulate
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.progress import CommandProgress
 from tedlab.report import resolved_yaml
 
 _GIB = 2**30
@@ -117,9 +110,8 @@ def _busiest(routing: SimulatedRouting, rank: int) -> str:
 def _simulated(
     config: TrainConfig, cluster: ClusterConfig, ranks: list[int], routing: SimulatedRouting | None
 ) -> dict[int, Simulation]:
-    columns = (TextColumn("simulating"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=float(len(ranks)))
+    with CommandProgress(counted=False) as bar:
+        task = bar.add_task("simulating", total=float(len(ranks)))
         simulations = {}
         for number, rank in enumerate(ranks):
             simulations[rank] = simulate(config, cluster, rank, functools.partial(_show, bar, task, number), routing)
@@ -127,7 +119,7 @@ def _simulated(
     return simulations
 
 
-def _show(bar: Progress, task: TaskID, done: int, share: float) -> None:
+def _show(bar: CommandProgress, task: TaskID, done: int, share: float) -> None:
     bar.update(task, completed=done + share)
 
 
