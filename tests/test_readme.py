@@ -1,6 +1,8 @@
 """The code of documents runs as it stands there, what they name exists, and the README stays short."""
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
+from docs.commands import QUICK
 from tedlab.__main__ import COMMANDS
 from tedlab.cli import check_overrides
 from tedlab.config import value_of
@@ -58,6 +61,27 @@ def test_the_strategy_works_alone_in_a_plain_script(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "`Trainer.fit` stopped: `max_steps=8` reached." in result.stderr
     assert list(tmp_path.rglob("*.ckpt/.metadata")), "Lightning's default checkpoint is one of our directories"
+
+
+@pytest.mark.slow
+def test_the_readmes_torchrun_line_trains_as_it_stands(tmp_path: Path) -> None:
+    """As long as it takes to see four processes at work: a small model, three steps."""
+    (line,) = re.findall(r"^torchrun .*?(?= +#|$)", README.read_text(), re.MULTILINE)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    sources = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    ours = {"PATH": path, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        ["sh", "-c", f"{line} {' '.join(QUICK)} optim.warmup_steps=0"],
+        cwd=tmp_path,
+        env=os.environ | ours,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text())
+    assert (summary["state"], summary["steps"], summary["layout"]["world_size"]) == ("finished", 3, 4)
 
 
 def test_what_wandbs_agent_would_type_is_a_command() -> None:
