@@ -638,6 +638,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim=muon", "optim.optimizer.adamw=['*']"],
         ["adamw", "leave Muon no matrix", "optim=adamw"],
     ),
+    "muon_of_a_pattern_of_nothing": (
+        ["optim=muon", "optim.optimizer.adamw=['*embd*']"],
+        ["optim.optimizer.adamw", "*embd*", "matches no parameter", "embedding.weight"],
+    ),
     "muon_of_one_pattern": (
         ["optim=muon", "optim.optimizer.adamw='*router*'"],
         ["adamw is *router*", "list of patterns"],

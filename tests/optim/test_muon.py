@@ -76,12 +76,42 @@ def test_newton_schulz_is_a_polynomial_of_singular_values(shape: tuple[int, int]
     assert 0.6 < singular.min() <= singular.max() < 1.2
 
 
-def test_a_gradient_of_zero_moves_no_weight() -> None:
-    """An expert that got no token."""
+def test_without_a_gradient_so_far_no_weight_moves_and_after_one_every_step_is_full() -> None:
+    """An expert that gets no token: its momentum fades, but not what is made orthogonal of it."""
     weight = nn.Parameter(drawn(2, 3, 4))
+    optimizer = Muon([weight], lr=0.01, weight_decay=0.0, dtype="float32")
     weight.grad = torch.zeros(2, 3, 4)
-    Muon([weight], weight_decay=0.0).step()
+    optimizer.step()
     assert torch.equal(weight, drawn(2, 3, 4))
+    weight.grad = drawn(2, 3, 4, seed=1)
+    optimizer.step()
+    weight.grad = torch.zeros(2, 3, 4)
+    moved = []
+    for _ in range(20):
+        before = weight.detach().clone()
+        optimizer.step()
+        moved.append(float((weight - before).norm()))
+    assert min(moved) > 0.9 * max(moved)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (16, 24)])
+def test_other_shapes_step_as_by_torchs_muon_but_for_one_rounding(shape: tuple[int, int]) -> None:
+    """Moonlight's factor is applied where a matrix is whole, in the precision in which its update travels."""
+    ours, theirs = (nn.Parameter(drawn(*shape)) for _ in range(2))
+    options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1}
+    for p, optimizer in (
+        (ours, Muon([ours], **options)),
+        (theirs, torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)),
+    ):
+        p.grad = drawn(*shape, seed=1)
+        optimizer.step()
+    update = (theirs - drawn(*shape) * (1 - 0.02 * 0.1)).abs().max()
+    assert 0 < (ours - theirs).abs().max() <= update * 2.0**-8
+
+
+def test_a_stack_that_the_tensor_group_divides_has_whole_matrices() -> None:
+    assert blocks_of((4, 3, 5), 0, None) == [Block((3, 5), None, None)] * 4
+    assert blocks_of((4, 3, 5), 2, None) == [Block((3, 5), 1, None)] * 4
 
 
 @pytest.mark.parametrize(
@@ -89,6 +119,9 @@ def test_a_gradient_of_zero_moves_no_weight() -> None:
     [
         ({"momentum": 1.0}, "momentum is 1.0.*smaller than 1"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\] is 1.0"),
+        ({"betas": (0.9,)}, "betas is .*two numbers"),
+        ({"rms": 0.0}, "rms is 0.0.*greater than 0"),
+        ({"adamw": None}, "adamw is None.*list of patterns"),
         ({"ns_steps": 0}, "ns_steps is 0.*from 1 to 99"),
         ({"ns_steps": True}, "ns_steps is True.*whole number"),
         ({"dtype": "float16"}, "dtype is float16; valid: bfloat16, float32"),
@@ -275,3 +308,11 @@ def test_a_guests_module_is_grouped_by_its_names() -> None:
     names = {p: name for name, p in module.named_parameters()}
     groups = [[names[p] for p in group["params"]] for group in matrix_groups(module)]
     assert groups == [["inner.weight"], ["embed.weight", "lm_head.weight"], ["inner.bias", "lm_head.bias"]]
+
+
+def test_names_inside_another_module_and_tables_of_any_name_are_adamws() -> None:
+    net = nn.ModuleDict({"output": nn.Linear(3, 4, bias=False), "router": nn.Linear(3, 2, bias=False)})
+    module = nn.ModuleDict({"net": net, "words": nn.Embedding(4, 3), "up": nn.Linear(3, 3, bias=False)})
+    for whole, matrices in ((module, ["up.weight"]), (net, [])):
+        names = {p: name for name, p in whole.named_parameters()}
+        assert [names[p] for p in matrix_groups(whole)[0]["params"]] == matrices

@@ -87,7 +87,7 @@ def blocks_of(shape: Sequence[int], divided: int | None, fused: Fused | None) ->
         fused: See :class:`tedlab.spec.ParameterSpec`.
     """
     skipped = len(shape) - 2
-    of_block = None if divided is None else divided - skipped
+    of_block = None if divided is None or divided < skipped else divided - skipped  # a divided stack has whole slices
     fused = None if fused is None else Fused(fused.dim - skipped, fused.widths)
     block = Block((shape[-2], shape[-1]), of_block, fused)
     return [block] * (shape[0] if skipped else 1)

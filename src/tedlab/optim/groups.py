@@ -14,7 +14,7 @@ import hydra
 
 from tedlab.config import GroupConfig, OptimConfig
 from tedlab.optim.kinds import is_matrixwise
-from tedlab.optim.muon import ADAMW, is_matrix
+from tedlab.optim.muon import ADAMW, is_matrix, matches
 
 _SHOWN = 4  # names in a message
 
@@ -85,6 +85,21 @@ class Grouping:
             found += both
         return found
 
+    def check_adamw(self, names: Iterable[str], adamw: Iterable[str]) -> None:
+        """Refuses a pattern of names that AdamW steps which matches no parameter, unless it is one of the default.
+
+        Args:
+            names: The names of all parameters of the model.
+            adamw: The patterns.
+
+        Raises:
+            ValueError: If there is such a pattern; the message names parameters near it.
+        """
+        known = [*names]
+        for pattern in adamw:
+            if pattern not in ADAMW and not any(matches(name, pattern) for name in known):
+                raise ValueError(f"optim.optimizer.adamw: {pattern} matches no parameter.{_near(pattern, known)}")
+
     def check(self, names: Iterable[str]) -> None:
         """Refuses groups that contradict themselves, or that these parameters give no meaning.
 
@@ -121,8 +136,8 @@ class Grouping:
 
 def _matrix_rule(options: Mapping[str, Any]) -> Callable[[str, int, bool], bool] | None:
     """Returns which parameters the optimizer of these options steps as matrices; None: it steps none so."""
-    if not is_matrixwise(hydra.utils.get_class(str(options["_target_"]))):
-        return None
+    if not isinstance(options, Mapping) or not is_matrixwise(hydra.utils.get_class(str(options["_target_"]))):
+        return None  # without a configured optimizer, for a module that never makes one
     return functools.partial(is_matrix, adamw=options.get("adamw", ADAMW))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adam import adam
 
-ADAMW = ("*embed*", "*position*", "*head.weight", "output.weight", "*.router.*", "*.gate.*")  # names that AdamW steps
+# Names that AdamW steps. A pattern also matches a name after a dot, so that these hold inside other modules.
+ADAMW = ("*embed*", "*position*", "*head.weight", "*.output.weight", "*.router.*", "*.gate.*")
 DTYPES = ("bfloat16", "float32")
 NS_STEPS = 5
 _COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of Jordan et al.: the steepest at 0 that keep singular values near 1
@@ -45,7 +46,12 @@ def is_matrix(name: str, dimensions: int, decayed: bool, adamw: Sequence[str] = 
         decayed: Whether weight decay applies to it, which spares biases and norms.
         adamw: Patterns of names that AdamW steps.
     """
-    return dimensions in (2, 3) and decayed and not any(fnmatchcase(name, pattern) for pattern in adamw)
+    return dimensions in (2, 3) and decayed and not any(matches(name, pattern) for pattern in adamw)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tells whether a pattern of names that AdamW steps matches a name, as it is or with a dot before it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern)
 
 
 class Muon(Optimizer):
@@ -92,10 +98,14 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         adamw: Sequence[str] = ADAMW,
     ) -> None:
+        if isinstance(betas, str) or not isinstance(betas, Sequence) or len(betas) != 2:
+            raise ValueError(f"Muon: betas is {betas}; it must be two numbers, such as [0.9, 0.95]")
         beta1, beta2 = betas
-        for what, value, least in (("lr", lr, 0), ("weight_decay", weight_decay, 0), ("rms", rms, 0), ("eps", eps, 0)):
-            if not value >= least:
-                raise ValueError(f"Muon: {what} is {value}; it must be at least {least}")
+        for what, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
+            if not value >= 0:
+                raise ValueError(f"Muon: {what} is {value}; it must be at least 0")
+        if not rms > 0:
+            raise ValueError(f"Muon: rms is {rms}; it must be greater than 0, or no matrix would train")
         for what, value in (("momentum", momentum), ("betas[0]", beta1), ("betas[1]", beta2)):
             if not 0 <= value < 1:
                 raise ValueError(f"Muon: {what} is {value}; it must be at least 0 and smaller than 1")
@@ -103,7 +113,8 @@ class Muon(Optimizer):
             raise ValueError(f"Muon: ns_steps is {ns_steps}; it must be a whole number from 1 to 99")
         if dtype not in DTYPES:
             raise ValueError(f"Muon: dtype is {dtype}; valid: {', '.join(DTYPES)}")
-        if isinstance(adamw, str) or not all(isinstance(pattern, str) for pattern in adamw):
+        listed = isinstance(adamw, Sequence) and not isinstance(adamw, str)
+        if not listed or not all(isinstance(pattern, str) for pattern in adamw):
             raise ValueError(f"Muon: adamw is {adamw}; it must be a list of patterns, such as ['*embed*']")
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         defaults |= {"rms": rms, "dtype": dtype, "weight_decay": weight_decay, "betas": (beta1, beta2), "eps": eps}
@@ -112,15 +123,18 @@ class Muon(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, of matrices unless it says ``matrix=False``."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+        given = param_group["params"]
+        group = {**param_group, "params": [given] if isinstance(given, Tensor) else [*given]}
+        of_matrices = group.get("matrix", self.defaults["matrix"])
         for number, p in enumerate(group["params"]):
-            if group["matrix"] and p.dim() not in (2, 3):
+            shape = tuple((p[1] if isinstance(p, tuple) else p).shape)  # a name may come with it
+            if of_matrices and len(shape) not in (2, 3):
                 raise ValueError(
-                    f"Muon: parameter {number} of group {len(self.param_groups) - 1} has the shape {tuple(p.shape)}, "
+                    f"Muon: parameter {number} of group {len(self.param_groups)} has the shape {shape}, "
                     "and only those of two dimensions, or of three (a stack of matrices), are matrices; put others in "
                     "a group with matrix=False, for AdamW"
                 )
+        super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -179,6 +193,8 @@ class Muon(Optimizer):
 def matrix_groups(module: nn.Module, patterns: Sequence[str] = ADAMW) -> list[dict[str, Any]]:
     """Returns groups of a module's parameters for :class:`Muon`: its matrices, what else decays, biases and norms.
 
+    What ``nn.Embedding`` holds is no matrix, whatever its name.
+
     Args:
         module: Any module, whose names decide, such as a LightningModule in ``configure_optimizers``.
         patterns: Names that AdamW steps, although they have two or three dimensions.
@@ -186,13 +202,14 @@ def matrix_groups(module: nn.Module, patterns: Sequence[str] = ADAMW) -> list[di
     from tedlab.nn import decay_groups  # which imports what knows of processes
 
     decayed = {*decay_groups(module)[0]}
+    tables = {p for layer in module.modules() if isinstance(layer, nn.Embedding) for p in layer.parameters()}
     groups: list[dict[str, Any]] = [
         {"params": [], "matrix": True},
         {"params": [], "matrix": False},
         {"params": [], "matrix": False, "weight_decay": 0.0},
     ]
     for name, p in module.named_parameters():
-        if is_matrix(name, p.dim(), p in decayed, patterns):
+        if p not in tables and is_matrix(name, p.dim(), p in decayed, patterns):
             groups[0]["params"].append(p)
         else:
             groups[1 if p in decayed else 2]["params"].append(p)

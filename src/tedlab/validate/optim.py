@@ -66,6 +66,8 @@ def check_groups(config: TrainConfig) -> None:
         model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # names do not depend on it
         parameters = [*models[model.architecture].spec(model, config.moe).parameters()]
         grouping.check(parameter.name for parameter in parameters)
+        if grouping.of_matrices:
+            grouping.check_adamw((p.name for p in parameters), config.optim.optimizer.get("adamw") or ())
         trained = [p for p in parameters if grouping.trains(p.name)]
         if grouping.of_matrices and not any(grouping.matrix(p.name, len(p.shape), p.decayed) for p in trained):
             options = config.optim.optimizer
