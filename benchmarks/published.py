@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import canvas, configured
+from tedlab.config import Compiler, with_values
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
@@ -47,6 +48,7 @@ class Run:
     profile: str
     assumed: str
     calibrates: bool = field(default=False)
+    fused: bool = field(default=False)
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
@@ -118,6 +120,8 @@ def compared(runs: Sequence[Run]) -> list[Compared]:
 def estimated(run: Run) -> tuple[Estimate, float]:
     """Returns the estimate of a run, and the seconds of a step that its source says."""
     config = configured([*COMMON, *run.overrides])
+    if run.fused:  # whether tedlab could compile this layout or not
+        config = with_values(config, {"model.compile": Compiler.INDUCTOR})
     found = estimate(config, load_cluster(run.cluster))
     (unit,) = (unit for unit in UNITS if unit in run.result)
     value, gpus = float(run.result[unit]), config.parallel.world_size

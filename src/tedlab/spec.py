@@ -354,6 +354,8 @@ class MicroBatch:
         rows: Rows that the layer moves between experts and other processes.
         fused: Whether kernels may gather, activate and weight rows in one pass over memory each.
         gpu: Whether the process has a GPU, for which torch has kernels that other devices have not.
+        compiled: Whether a compiler makes one kernel of all that stands between products, attention and collectives: it
+            reads once what these made, and writes once what they, or the backward pass, will read.
         past: Number of tokens of each sample before these, of which attention remembers what it needs.
         busy: How many of the process's experts have rows; None: all.
     """
@@ -367,6 +369,7 @@ class MicroBatch:
     rows: "Rows"
     fused: bool = False
     gpu: bool = False
+    compiled: bool = False
     past: int = 0
     busy: int | None = None
 

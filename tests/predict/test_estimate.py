@@ -31,6 +31,8 @@ DEEPSEEK += ["moe.router.bias_update=sign", "moe.balance.scope=sequence", "data.
 
 BESIDE = ["moe.shared.experts=1"]
 ALONE = [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"]
+COMPILED = "model.compile=inductor"
+FUSIBLE = ["trainer=gpu", "trainer.precision=bf16-true", COMPILED]
 ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
 
 CASES = {
@@ -101,6 +103,10 @@ CASES = {
     "dgmoe_ted": [*AGAIN, "comm=ted", "moe.shortcut=dgmoe"],
     "dgmoe_stored": [*HALF, "moe.shortcut=dgmoe", "moe.dispatch=dropless"],
     "hash": [*AGAIN, "moe.gating=hash", "parallel.sequence=true"],
+    "compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", "model.qk_norm=head", "model.kv_heads=4"],
+    "compiled_gpt": [*ONE, *FUSIBLE, "moe=dense", "model.recompute.granularity=block"],
+    "compiled_mixed": [*ONE, *TODAY, "moe=dense", "trainer=gpu", "trainer.precision=bf16-mixed", COMPILED],
+    "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
 }
 

@@ -61,20 +61,17 @@ class BlockSpec(Spec):
         return inner.dispatch.rows(inner.inside(layout), tokens) if isinstance(inner, MoESpec) else Rows()
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        residual = b.moved(b.outside * self.model.hidden, b.parameter, b.parameter, b.compute)
         yield from self.norm1.forward(b)
         yield from self.attention.forward(b, dead)
-        yield residual
-        yield from self.norm2.forward(b)
+        yield from self.norm2.forward_of_sum(b)
         yield from self.feed_forward.forward(b, dead, stop)
         if not stop:
-            yield residual
+            yield b.moved(b.outside * self.model.hidden, b.parameter, b.parameter, b.compute)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         for layer, norm in ((self.feed_forward, self.norm2), (self.attention, self.norm1)):
             yield from layer.backward(b)
-            yield from norm.backward(b)
-            yield b.moved(3 * b.outside * self.model.hidden, b.parameter)  # adds the residual's gradient
+            yield from norm.backward_beside(b)
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         yield from self.feed_forward.working_sets(b, recomputed)

@@ -48,8 +48,7 @@ class DoubleGatedSpec(JoinedSpec):
         yield from first.forward(b, dead)
         yield from last.norm1.forward(b)
         yield from last.attention.forward(b, dead)
-        yield b.moved(stream, b.parameter, b.parameter, b.compute)
-        yield from last.norm2.forward(b)
+        yield from last.norm2.forward_of_sum(b)
         yield b.moved(4 * stream, b.parameter)  # joins both tensors
         yield from self.experts.forward(_twice(b), dead, stop)
         if not stop:
@@ -61,11 +60,9 @@ class DoubleGatedSpec(JoinedSpec):
         stream = b.outside * last.model.hidden
         yield b.moved(4 * stream, b.parameter)  # joins the gradients of both results
         yield from self.experts.backward(_twice(b))
-        yield from last.norm2.backward(b)
-        yield b.moved(3 * stream, b.parameter)  # adds the residual's gradient
+        yield from last.norm2.backward_beside(b)
         yield from last.attention.backward(b)
-        yield from last.norm1.backward(b)
-        yield b.moved(3 * stream, b.parameter)
+        yield from last.norm1.backward_beside(b)
         yield b.moved(3 * stream, b.parameter)  # adds both gradients of what the dense layer and the router read
         yield from first.backward(b)
 

@@ -59,8 +59,13 @@ class MoESpec(Spec):
         return layout.inside(self.config)
 
     def within(self, b: MicroBatch) -> MicroBatch:
-        """Returns what the router and routed experts compute with."""
-        return replace(b, layout=self.inside(b.layout)) if self.slices(b.layout) else b
+        """Returns what the router and routed experts compute with.
+
+        Neither their kernels nor those of shared experts are counted as compiled: experts that take rows are left out
+        of what is; of the kernels of others a compiler makes fewer.
+        """
+        inside = replace(b, compiled=False)
+        return replace(inside, layout=self.inside(b.layout)) if self.slices(b.layout) else inside
 
     def _sliced(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels that slice tokens and restore them, or their gradients."""
@@ -129,7 +134,7 @@ class MoESpec(Spec):
         yield from self._sliced(b)
         yield from self._routed_forward(self.within(b), dead, stop)
         if self.shared is not None:
-            yield from self.shared.forward(b, dead, stop)
+            yield from self.shared.forward(replace(b, compiled=False), dead, stop)
             if not stop:
                 yield b.moved(3 * b.outside * self.hidden)
 
@@ -152,7 +157,7 @@ class MoESpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         if self.shared is not None:
-            yield from self.shared.backward(b)
+            yield from self.shared.backward(replace(b, compiled=False))
             yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the gradients of tokens
         yield from self._sliced(b)
         yield from self._routed_backward(self.within(b))

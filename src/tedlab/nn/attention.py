@@ -11,7 +11,14 @@ from tedlab.config import ModelConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.attend import AttentionPath, attend, attention_path, new_pairs, visible_pairs
 from tedlab.nn.linear import ColumnParallelLinear, ColumnParallelSpec, RowParallelLinear, RowParallelSpec
-from tedlab.nn.norm import FullNormSpec, NormSpec, RMSNorm, normalise_together, normalise_together_sites
+from tedlab.nn.norm import (
+    FullNormSpec,
+    NormSpec,
+    RMSNorm,
+    backward_before_rotation,
+    normalise_together,
+    normalise_together_sites,
+)
 from tedlab.nn.past import Past
 from tedlab.nn.rotary import rotate, rotate_backward, rotate_forward
 from tedlab.nn.sharded import ShardedModule
@@ -28,6 +35,19 @@ class HeadNormSpec(NormSpec):
     def own(self) -> Iterator[ParameterSpec]:
         for parameter in super().own():
             yield replace(parameter, own_tokens=False, own_part=True)
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        if b.compiled:
+            elements, dtype = self.given(b)
+            yield b.moved(elements, dtype)
+            return
+        yield from super().forward(b)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        if b.compiled:
+            yield from backward_before_rotation(b, *self.given(b))
+            return
+        yield from super().backward(b)
 
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
         return b.tokens * max(1, self.heads // b.tensor) * self.hidden, b.compute
@@ -65,7 +85,8 @@ class KeyValueSpec(ColumnParallelSpec):
             yield b.moved(b.tokens * n)
         if self.heads < b.tensor:
             yield b.moved(self.out_features * k + k * n, b.parameter)  # zeros for the other heads
-        yield b.moved(3 * b.tokens * k)  # adds the gradients of the input
+        # Adds the gradients of the input; a compiled norm's backward pass reads both unless they are reduced first.
+        yield b.moved((1 if b.compiled and b.tensor == 1 else 3) * b.tokens * k)
 
     def saved(self, b: MicroBatch) -> int:
         """Counts the weights if they are converted; the other projection keeps the input."""
@@ -225,9 +246,9 @@ class SelfAttentionSpec(Spec):
         for part in (self.qkv, self.q, self.kv, self.q_norm, self.k_norm):
             if part is not None:
                 yield from part.forward(b)
-        if self.together and self.fused:
+        if self.together and self.fused and not b.compiled:
             yield b.moved(2 * (self._queries(b) + self._keys(b)))  # to lay the features of all heads side by side
-        for elements in (self._queries(b), self._keys(b)) if self.rotary else ():
+        for elements in (self._queries(b), self._keys(b)) if self.rotary or (self.q_norm and b.compiled) else ():
             yield from rotate_forward(b, elements)
         if self.together or (self.rotary and self.qk_norm is None):
             yield b.moved(2 * self._keys(b))  # to copy values
@@ -238,12 +259,16 @@ class SelfAttentionSpec(Spec):
         yield from self.out.backward(b)
         yield self._scores(b, flops=10, sides=4)
         for elements in (self._queries(b), self._keys(b)) if self.rotary else ():
-            yield from rotate_backward(b, elements)
+            if b.compiled and self.q_norm is not None:  # a norm's kernel reads what this one writes
+                yield b.moved(elements, b.compute, b.precise)
+            else:
+                yield from rotate_backward(b, elements)
         for norm in (self.k_norm, self.q_norm):
             if norm is not None:
                 yield from norm.backward(b)
-        # Concatenates the gradients of what one projection made.
-        yield b.moved(2 * (2 * self._keys(b) + (self._queries(b) if self.fused else 0)))
+        # Concatenates the gradients of what one projection made; compiled, kernels write to where these belong.
+        made = 2 * self._keys(b) + (self._queries(b) if self.fused else 0)
+        yield b.moved(2 * (self._keys(b) if self.rotary and b.compiled else made))
         for part in (self.kv, self.q, self.qkv):
             if part is not None:
                 yield from part.backward(b)

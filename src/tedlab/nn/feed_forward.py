@@ -95,7 +95,9 @@ class FeedForwardSpec(Spec):
     def activate(self, b: MicroBatch, results: int) -> Iterator[Work]:
         """Yields the kernels of an activation with so many results."""
         passes: tuple[float, ...] = (2, 3) if self.gated else (2,)  # SiLU, product; or GELU
-        if self.nonlinearity.clamped:
+        if b.compiled:
+            passes = (3,) if self.gated else (2,)
+        elif self.nonlinearity.clamped:
             passes = (2, 2, 2, 3, 2, 2, 3)  # clamp, factor, sigmoid, product; clamp, sum; product
         for times in passes:
             yield b.moved(times * results)
@@ -103,7 +105,9 @@ class FeedForwardSpec(Spec):
     def activate_backward(self, b: MicroBatch, results: int) -> Iterator[Work]:
         """Yields the kernels of the gradient of an activation with so many results."""
         passes: tuple[float, ...] = (3, 3, 3, 4) if self.gated else (3,)  # both factors, SiLU, and together; or GELU
-        if self.nonlinearity.clamped:
+        if b.compiled:
+            passes = (5,) if self.gated else (3,)
+        elif self.nonlinearity.clamped:
             # Comparisons; clamps and sums; sigmoid and product; the slope of the gate, that of the linear part, both
             # together; the gradient, repeated, and its product with them.
             passes = (1.25, 2, 1.25, 2, 2, 2, 2, 2, 3, 3, 2, 2, 2, 2, 3, 2.25, 3, 2.25, 4, 3, 6)

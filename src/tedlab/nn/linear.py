@@ -68,8 +68,8 @@ class ColumnParallelSpec(LinearSpec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         k, n = self.widths(b)
-        if b.mixed:
-            yield b.moved(b.outside * k + k * n, b.parameter, b.compute)
+        if b.mixed:  # what made the input writes it in this dtype if they are compiled
+            yield b.moved(k * n if b.compiled else b.outside * k + k * n, b.parameter, b.compute)
         if b.layout.sequence:  # reorders by position
             yield b.moved(2 * b.tokens * k)
         yield b.product(b.tokens, k, n)
@@ -164,13 +164,13 @@ class RowParallelSpec(LinearSpec):
             yield b.product(b.tokens, k, n)
             if b.layout.sequence:
                 yield b.moved(2 * b.tokens * n)
-        if self.bias:
+        if self.bias and not b.compiled:
             yield b.moved(2 * b.outside * n)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         k, n = self.widths(b)
         if b.mixed:
-            yield b.moved(b.outside * n, b.parameter, b.compute)
+            yield b.moved(b.outside * n, *(() if b.compiled else (b.parameter,)), b.compute)
         if b.layout.sequence:
             yield b.moved(2 * b.tokens * n)
         if self.bias:

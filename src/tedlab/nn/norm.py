@@ -31,6 +31,9 @@ class NormSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         elements, dtype = self.given(b)
+        if b.compiled:
+            yield b.moved(elements, dtype, b.compute)
+            return
         if self.kind == "layer" or b.gpu:
             yield b.moved(2 * elements, dtype)
             return
@@ -41,11 +44,15 @@ class NormSpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         elements, dtype = self.given(b)
+        if b.compiled:
+            yield b.moved(elements, b.compute, dtype, dtype)
+            yield b.moved(elements, b.compute, dtype)  # for the weight, a sum over tokens
+            return
         if dtype != b.compute:
             yield b.moved(elements, dtype, b.compute)
         if self.kind == "layer" or b.gpu:
             yield b.moved(3 * elements, dtype)
-            if self.kind != "layer":  # a second kernel for the weight, see tedlab.predict.sim.norm
+            if b.gpu:  # a second kernel for the weight, see tedlab.predict.sim.norm
                 yield b.moved(2 * elements, dtype)
             return
         yield b.moved(elements, dtype, b.precise)
@@ -53,6 +60,25 @@ class NormSpec(Spec):
             yield b.moved(passes * elements, b.precise)
         for _ in range(2 if dtype != b.precise else 0):
             yield b.moved(elements, dtype, b.precise)
+
+    def forward_of_sum(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels of a sum of activations and a product, which is kept, and of its norm."""
+        elements, dtype = self.given(b)
+        if b.compiled:
+            yield b.moved(elements, dtype, b.compute, dtype, b.compute)
+            return
+        yield b.moved(elements, dtype, dtype, b.compute)
+        yield from self.forward(b)
+
+    def backward_beside(self, b: MicroBatch) -> Iterator[Work]:
+        """Yields the kernels of the backward pass, and of adding the gradient of what also went past the norm."""
+        elements, dtype = self.given(b)
+        if b.compiled:
+            yield b.moved(elements, b.compute, dtype, dtype, dtype)
+            yield b.moved(elements, b.compute, dtype)
+            return
+        yield from self.backward(b)
+        yield b.moved(3 * elements, dtype)
 
     def saved(self, b: MicroBatch) -> int:
         elements, dtype = self.given(b)
@@ -77,7 +103,10 @@ class LayerNorm(_Norm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (…, H) to (…, H)."""
-        return F.layer_norm(x, (self.hidden,), self.local("weight"), self.local("bias"), self.eps)
+        weight, bias = self.local("weight"), self.local("bias")
+        if _stand_in is not None:
+            return _stand_in(x, weight, self.eps, bias)
+        return F.layer_norm(x, (self.hidden,), weight, bias, self.eps)
 
 
 class RMSNorm(_Norm):
@@ -91,12 +120,15 @@ class RMSNorm(_Norm):
         return (_stand_in or _RMSNorm.apply)(x, weight, self.eps)
 
 
-_stand_in: Callable[[Tensor, Tensor, float], Tensor] | None = None
+_stand_in: Callable[..., Tensor] | None = None
 
 
 @contextmanager
-def gpu_norms(norm: Callable[[Tensor, Tensor, float], Tensor]) -> Iterator[None]:
-    """Lets ``norm`` take the place of the kernel that torch has for GPUs, for tensors that are elsewhere."""
+def gpu_norms(norm: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets ``norm`` take the place of torch's kernels for GPUs, for tensors that are elsewhere.
+
+    It gets an input, the weight, what is added to the mean square or variance, and for LayerNorm the bias.
+    """
     global _stand_in
     _stand_in = norm
     try:
@@ -140,10 +172,13 @@ class FullNormSpec(NormSpec):
         yield ParameterSpec("weight", (self.hidden,), Init(mean=1.0), {"tensor": 0}, decayed=False, units=self.heads)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        elements, dtype = self.given(b)
+        if b.compiled:
+            yield b.moved(elements, dtype)
+            return
         if b.tensor == 1:
             yield from super().forward(b)
             return
-        elements, dtype = self.given(b)
         if dtype != b.precise:
             yield b.moved(elements, dtype, b.precise)
         for passes in (2, 1):  # square, mean
@@ -154,10 +189,13 @@ class FullNormSpec(NormSpec):
             yield b.moved(elements, dtype, b.precise)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
+        elements, dtype = self.given(b)
+        if b.compiled:
+            yield from backward_before_rotation(b, elements, dtype)
+            return
         if b.tensor == 1:
             yield from super().backward(b)
             return
-        elements, dtype = self.given(b)
         if dtype != b.precise:
             yield b.moved(elements, dtype, b.precise)
         yield b.moved(elements, dtype, b.precise)
@@ -169,6 +207,15 @@ class FullNormSpec(NormSpec):
 
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
         return b.tokens * self.hidden // self.heads * max(self.heads, b.tensor) // b.tensor, b.compute
+
+
+def backward_before_rotation(b: MicroBatch, elements: int, dtype: torch.dtype) -> Iterator[Work]:
+    """Yields the compiled kernels of a norm of queries or keys, for the input and for the weight.
+
+    The forward pass has one kernel, which reads the input for its statistics; another, which rotates, reads it again.
+    """
+    yield b.moved(elements, b.precise, dtype, dtype)
+    yield b.moved(elements, b.precise, dtype)
 
 
 def normalise_together(

@@ -20,7 +20,7 @@ from tedlab.comm.keep import recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows, split_evenly
-from tedlab.config import BalanceScope, BiasUpdate, ExpertKernel, Granularity, TrainConfig
+from tedlab.config import BalanceScope, BiasUpdate, Compiler, ExpertKernel, Granularity, TrainConfig
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, overlap, owners
@@ -123,7 +123,7 @@ class ClosedForm:
         """Returns what a block computes with, or, for None, what the layers before and after the blocks do."""
         rows = Rows() if block is None else self._rows[block]
         length = self.config.model.sequence_length
-        kernels = fused_rows(self.config), on_gpu(self.config)
+        kernels = fused_rows(self.config), on_gpu(self.config), self.config.model.compile == Compiler.INDUCTOR
         return MicroBatch(self.layout, self.tokens, length, self.parameter, self.compute, self.precise, rows, *kernels)
 
     @cached_property

@@ -1,5 +1,8 @@
-"""The stand-in for torch's kernels of RMSNorm on a GPU counts what they move, and so does the closed form."""
+"""The stand-in for torch's kernels of norms on a GPU counts what they move, and so does the closed form."""
 
+from collections.abc import Sequence
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,21 +14,22 @@ from tests.predict.test_estimate import MANY, TODAY
 
 
 def test_a_norm_is_read_twice_in_the_backward_pass_if_its_weight_trains() -> None:
-    moved: list[list[int]] = []
+    moved: list[tuple[list[int], int]] = []
 
-    def count(*tensors: Tensor) -> None:
-        moved.append([tensor.numel() for tensor in tensors])
+    def count(operands: Sequence[Tensor], result: Tensor | None) -> None:
+        moved.append(([tensor.numel() for tensor in operands], 0 if result is None else result.numel()))
 
     x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
     FusedNorm(count)(x, weight, 1e-5).sum().backward()
-    assert moved == [[24, 24], [24, 24, 24], [24, 24]]  # forward; x, dy and dx; x and dy for the weight
+    assert moved == [([24], 24), ([24, 24], 24), ([24, 24], 0)]  # forward; x, dy and dx; x and dy for the weight
     moved.clear()
     FusedNorm(count)(x, weight.detach(), 1e-5).sum().backward()
-    assert moved == [[24, 24], [24, 24, 24]]
+    assert moved == [([24], 24), ([24, 24], 24)]
 
 
-def test_the_closed_form_counts_the_same_passes() -> None:
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_closed_form_counts_the_same_passes(kind: str) -> None:
     batch = ClosedForm(checked(*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-true")).at()
-    norm, size = NormSpec(8, "rms"), batch.outside * 8 * 2
+    norm, size = NormSpec(8, kind), batch.outside * 8 * 2
     assert sum(work.bytes for work in norm.forward(batch)) == 2 * size
     assert sum(work.bytes for work in norm.backward(batch)) == 5 * size

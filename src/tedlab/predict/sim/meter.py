@@ -15,9 +15,10 @@ from tedlab.comm import Collective, GroupKind, Ledger, Phase, recomputing
 from tedlab.comm.ledger import Entry
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of, waiting_seconds, wire_bytes_by_link
+from tedlab.predict.sim.fusion import Fusion
 from tedlab.predict.sim.lanes import Lanes, Transfer
 from tedlab.predict.sim.memory import Category, StorageTracker
-from tedlab.predict.sim.roofline import seconds, work_of
+from tedlab.predict.sim.roofline import seconds, tensors_in, work_of
 from tedlab.spec import Work
 
 _READ = READ_SCALAR.default
@@ -69,6 +70,7 @@ class Meter(TorchDispatchMode):
     Attributes:
         counts: The counts to add to; None: nothing is counted.
         lanes: What the processor and the links do, and when.
+        fusion: The kernel that a compiler is making.
         parts: The counts of each micro-batch, by its number within the step.
     """
 
@@ -82,7 +84,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.cluster, self.members, self.memory, self.progress = cluster, members, memory, progress
         self.counts: Counts | None = None
-        self.lanes = Lanes()
+        self.lanes, self.fusion = Lanes(), Fusion()
         self.parts: dict[int, Counts] = {}
         self._in_forward = False
         self._on_their_way: dict[int, Transfer] = {}  # by id() of the call
@@ -131,7 +133,10 @@ class Meter(TorchDispatchMode):
     def _count(self, counts: Counts, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         phase = self.phase
         work = work_of(func, args, kwargs, out)
-        if work is not None:
+        if work is not None and self.fusion.on and work.kind in ("arithmetic", "movement"):
+            self.fusion.takes(tensors_in(args), tensors_in((out,)))
+        elif work is not None:
+            self.end_kernel()
             self._do(counts, phase, work)
         category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
@@ -186,6 +191,23 @@ class Meter(TorchDispatchMode):
             moved = sum(t.nbytes for t in (*both_ways, *both_ways, *one_way))
             self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement"))
 
+    def compile(self, on: bool) -> None:
+        """Says whether what follows is compiled."""
+        self.end_kernel()
+        self.fusion.on = on
+
+    def end_kernel(self) -> None:
+        """Counts the compiled kernel under way, if there is one."""
+        if self.counts is not None and (work := self.fusion.ends()) is not None:
+            self._do(self.counts, self.phase, work)
+
+    def on_norm(self, operands: Sequence[Tensor], result: Tensor | None) -> None:
+        """Counts a norm's kernel; a compiler joins it with others, unless it only sums over tokens."""
+        if self.fusion.on and result is not None:
+            self.fusion.takes(operands, [result])
+        else:
+            self.on_row_op(*operands, *([] if result is None else [result]))
+
     def on_row_op(self, *tensors: Tensor) -> None:
         """Counts a kernel on rows of local experts, which reads or writes each of these tensors once."""
         if self.counts is not None:
@@ -207,6 +229,7 @@ class Meter(TorchDispatchMode):
             self._await(self.counts, call, transfer)
 
     def _issue(self, call: Collective) -> Transfer:
+        self.end_kernel()
         members, now = self.members[call.kind], self.memory.now
         waiting = waiting_seconds(now - self._communicated, members, self.cluster)
         alone = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)

@@ -75,22 +75,22 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
     The work of a functional collective is only the allocation of its result; the rest is not done by a kernel.
     """
     packet = packet_of(func)
-    operands, results = list(_tensors(args)), list(_tensors((out,)))
+    operands, results = list(tensors_in(args)), list(tensors_in((out,)))
     known = {storage_address(operand) for operand in operands}
-    sizes = [_bytes(result) for result in results if storage_address(result) not in known]
+    sizes = [touched_bytes(result) for result in results if storage_address(result) not in known]
     fresh = sum(size for size in sizes if size >= _MAPPED)
     if func.namespace == "_c10d_functional" and fresh and "out" not in kwargs:
         return Work(0.0, 0.0, results[0].dtype, "movement", fresh)
     elsewhere = func.namespace != "aten" and packet not in OPERATIONS
     if elsewhere or func.is_view or packet in _FREE or not results:
         return None
-    written = sum(map(_bytes, results))
+    written = sum(map(touched_bytes, results))
     if packet in _LOOKUPS:
-        moved = 2 * written + sum(map(_bytes, operands[1:]))
+        moved = 2 * written + sum(map(touched_bytes, operands[1:]))
     elif packet in _SCATTERS:
-        moved = 3 * sum(map(_bytes, operands[1:]))
+        moved = 3 * sum(map(touched_bytes, operands[1:]))
     else:
-        moved = written + sum(map(_bytes, operands[1:] if packet in _NOT_READ else operands))
+        moved = written + sum(map(touched_bytes, operands[1:] if packet in _NOT_READ else operands))
     first = operands[0] if operands else results[0]
     flops = _flops(func, args, kwargs, out)
     kind: Literal["gemm", "attention", "arithmetic", "movement"] = "gemm" if flops else "movement"
@@ -134,14 +134,14 @@ def _causal(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> f
     return 0.5 if causal else 1.0
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+def tensors_in(values: Sequence[Any]) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
 
 
-def _bytes(tensor: Tensor) -> int:
+def touched_bytes(tensor: Tensor) -> int:
     """Returns the bytes of the memory behind a tensor: an expanded tensor is read once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
-from tedlab.config import CheckpointOptions, TrainConfig, with_values
+from tedlab.config import CheckpointOptions, Compiler, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.optim.bucket import local
 from tedlab.predict.cluster import ClusterConfig
@@ -138,10 +138,11 @@ def simulate(
     quieten()
     routing = routing or routing_of(config, "balanced", None, None)
     micro_batches = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
-    # The compiler does not fuse fake tensors, and a kernel's inside is invisible: only torch's operations are counted,
-    # and kernels that something stands in for (a fused step, rows of experts).
-    eager = {"model.compile": "none"} | ({} if fused_rows(config) else {"moe.kernel": "torch"})
-    shorter = with_values(config, {**eager, "trainer.accumulate_grad_batches": micro_batches})
+    # A kernel's inside is invisible: only torch's operations are counted, and kernels that something stands in for (a
+    # fused step, norms, rows of experts, what a compiler makes).
+    compiler = {} if config.model.compile == Compiler.INDUCTOR else {"model.compile": "none"}
+    torch_only = {} if fused_rows(config) else {"moe.kernel": "torch"}
+    shorter = with_values(config, {**compiler, **torch_only, "trainer.accumulate_grad_batches": micro_batches})
     expected_calls = max(1, sum(count.calls for count in predict(shorter, rank).values()))
     told = 0
 

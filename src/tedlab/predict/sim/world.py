@@ -1,5 +1,6 @@
 """Provides the world of a simulated rank: a process group without peers, and a strategy that makes tensors fake."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,10 +13,12 @@ from typing_extensions import override
 
 from tedlab._compat.simulation import FakeStore, FakeTensorMode
 from tedlab.comm import SlotAgreement
+from tedlab.models.wrap import compiling
 from tedlab.moe.grouped import one_by_one
 from tedlab.moe.products import standing_in
 from tedlab.nn.ids import unchecked
 from tedlab.nn.norm import gpu_norms
+from tedlab.predict.sim.fusion import CompiledBlock
 from tedlab.predict.sim.meter import Meter
 from tedlab.predict.sim.norm import FusedNorm
 from tedlab.predict.sim.row_ops import FusedRowOps
@@ -107,7 +110,8 @@ class SimulatedStrategy(TEDStrategy):
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
         self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
         if self._gpu:
-            self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_row_op)))
+            self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm)))
+        self._modes.enter_context(compiling(functools.partial(CompiledBlock, self._meter.compile)))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
