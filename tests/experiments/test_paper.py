@@ -14,6 +14,7 @@ from experiments.paper import MODEL_40B, MODES, Job, composed, configured, simul
 from experiments.paper_memory import __main__ as memory
 from experiments.paper_real import __main__ as real
 from experiments.paper_scaling import __main__ as scaling
+from experiments.paper_shares import __main__ as shares
 from experiments.uncertainty import BASELINE, einsum_flops, rank_correlation, read_draws, step_seconds
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.sim import Simulation
@@ -111,6 +112,36 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(x, np.exp(x)) == pytest.approx(1)
     assert rank_correlation(x, -x) == pytest.approx(-1)
     assert rank_correlation(x, np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+
+
+# ---- paper_shares --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_the_shares_need_is_what_the_readme_says() -> None:
+    found = shares.study()
+    readme = (EXPERIMENTS / "paper_shares" / "README.md").read_text()
+    assert "\n".join(shares.table(found)) in readme
+    committed = results_of("paper_shares")
+    for name, (modes, _) in found.items():
+        assert shares.change(modes, "all_reduce") == pytest.approx(-1 / 3, abs=0.005)
+        for mode, of in modes.items():
+            assert of.total == pytest.approx(sum(committed[name][mode].values()), rel=1e-4)
+    assert shares.change(found["… and kernels for −20.7 %"][0]) == pytest.approx(shares.STEP)
+
+
+def test_a_fixed_time_is_found_that_gives_a_share() -> None:
+    """Worked by hand: 6 exchanges of 1 s become 4 of 1/4 s, −83 %; with f more each, (4f + 1) / (6f + 6) = 0.36."""
+    bytes_alone = {
+        BASELINE: shares.Mode({"all_to_all, between_nodes": 6.0, "kernels": 10.0}, 6, 0.2),
+        BOTH: shares.Mode({"all_to_all, between_nodes": 1.0, "kernels": 10.0}, 4, 0.2),
+    }
+    assert shares.change(bytes_alone, "all_to_all") == pytest.approx(-5 / 6)
+    fixed = shares.solved(bytes_alone, -0.64, "all_to_all", "fixed")
+    assert fixed == pytest.approx(1.16 / 1.84)
+    of = shares.changed(bytes_alone, fixed=fixed, kernels=2, added=1.0)
+    assert of[BASELINE].total == pytest.approx(6 + 6 * fixed + 22)
+    assert of[BASELINE].peak == pytest.approx(0.2 * 16 / of[BASELINE].total)
 
 
 # ---- paper_memory --------------------------------------------------------------------------------------------------

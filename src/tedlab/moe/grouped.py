@@ -3,8 +3,8 @@
 Legend as in ``ragged.py``: N rows of e experts.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -41,17 +41,23 @@ class Groups(NamedTuple):
 
 
 _joined = True
+_together: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @contextmanager
-def one_by_one() -> Iterator[None]:
-    """Computes one ordinary torch product per expert inside the context, with shapes and FLOPs that tools know."""
-    global _joined
-    before, _joined = _joined, False
+def one_by_one(together: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+    """Computes one ordinary torch product per expert inside the context, with shapes and FLOPs that tools know.
+
+    Args:
+        together: Makes a context for those products that are one kernel elsewhere.
+    """
+    global _joined, _together
+    before = _joined, _together
+    _joined, _together = False, together
     try:
         yield
     finally:
-        _joined = before
+        _joined, _together = before
 
 
 def one_kernel(x: Tensor, *widths: int) -> bool:
@@ -154,8 +160,9 @@ def times(x: Tensor, weight: Tensor, groups: Groups, out: Tensor | None = None) 
         return result if out is None else out.copy_(result)
     assert groups.sizes is not None
     out = x.new_empty(len(x), weight.shape[-1]) if out is None else out
-    for rows, matrix, result in zip(_divided(x, groups.sizes), weight, _divided(out, groups.sizes), strict=True):
-        torch.mm(rows, matrix, out=result)
+    with _each(x, weight.shape[-1]):
+        for rows, matrix, result in zip(_divided(x, groups.sizes), weight, _divided(out, groups.sizes), strict=True):
+            torch.mm(rows, matrix, out=result)
     return out
 
 
@@ -170,9 +177,14 @@ def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(x.mT, grad, offs=groups.ends)
     assert groups.sizes is not None
     out = x.new_empty(len(groups.sizes), x.shape[1], grad.shape[1])
-    for rows, of_rows, result in zip(_divided(x, groups.sizes), _divided(grad, groups.sizes), out, strict=True):
-        torch.mm(rows.mT, of_rows, out=result)
+    with _each(x, grad.shape[-1]):
+        for rows, of_rows, result in zip(_divided(x, groups.sizes), _divided(grad, groups.sizes), out, strict=True):
+            torch.mm(rows.mT, of_rows, out=result)
     return out
+
+
+def _each(x: Tensor, width: int) -> AbstractContextManager[None]:
+    return _together() if native(x.dtype, x.shape[-1], width) else nullcontext()
 
 
 def sums_by_expert(x_NF: Tensor, expert_N: Tensor, experts: int) -> Tensor:

@@ -86,6 +86,7 @@ class Meter(TorchDispatchMode):
         self.counts: Counts | None = None
         self.lanes, self.fusion = Lanes(), Fusion()
         self.parts: dict[int, Counts] = {}
+        self._products: list[Work] | None = None  # those of a kernel that does many
         self._in_forward = False
         self._on_their_way: dict[int, Transfer] = {}  # by id() of the call
         self._communicated = 0.0  # predicted time at which the last collective was issued or awaited
@@ -142,7 +143,22 @@ class Meter(TorchDispatchMode):
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), category)
 
+    @contextmanager
+    def one_kernel(self) -> Iterator[None]:
+        """Counts the products inside as one kernel, which does all that they do."""
+        self._products = []
+        try:
+            yield
+        finally:
+            products, self._products = self._products, None
+        if products and self.counts is not None:
+            (flops, moved), first = map(sum, zip(*((p.flops, p.bytes) for p in products), strict=True)), products[0]
+            self._do(self.counts, self.phase, first._replace(flops=flops, bytes=moved))
+
     def _do(self, counts: Counts, phase: Phase, work: Work) -> None:
+        if self._products is not None and work.flops:
+            self._products.append(work)
+            return
         alone, cause = seconds(work, self.cluster), MATRICES if work.flops else KERNELS
         taken = self._advance(alone, self._dispatch(phase))
         self.lanes.compute(phase, cause, self.memory.now - alone, self.memory.now)

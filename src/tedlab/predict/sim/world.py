@@ -105,9 +105,10 @@ class SimulatedStrategy(TEDStrategy):
         super().setup_environment()  # meshes are real tensors
         self.topology.slots = _Unasked(self.topology.comm)
         self._modes.enter_context(unchecked())  # fake tensors have no values
-        self._modes.enter_context(one_by_one())  # torch knows neither all shapes nor the FLOPs of grouped products
         self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
+        # torch knows neither all shapes nor the FLOPs of grouped products.
+        self._modes.enter_context(one_by_one(*((self._meter.one_kernel,) if self._gpu else ())))
         self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
         if self._gpu:
             self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm)))

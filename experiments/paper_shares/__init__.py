@@ -1,0 +1,1 @@
+"""What would have to hold for the shares of time that the paper's body gives."""
