@@ -496,13 +496,17 @@ def predicted(report: Report) -> None:
             continue
         same = {key: row[key] for key in ("kind", "name", "processes")}
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "mine.yaml")
-                path.write_text("\n".join(clusters[row["processes"]]["yaml"]))
-                cluster = load_cluster(path)
-            report.add(**same, **prediction(row, cluster))
+            report.add(**same, **prediction(row, calibrated_cluster(clusters[row["processes"]]["yaml"])))
         except Exception:
             report.add(**same, prediction_error=traceback.format_exc())
+
+
+def calibrated_cluster(lines: list[str]) -> ClusterConfig:
+    """Reads the lines of a cluster file."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mine.yaml")
+        path.write_text("\n".join(lines))
+        return load_cluster(path)
 
 
 def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ document says something else than the code; tests do that, too.
 """
 
 import argparse
+import json
 import multiprocessing
 import re
 import sys
@@ -166,6 +167,35 @@ def _published(_: Mapping[str, Simulation]) -> str:
 # ---- docs/folding.md -------------------------------------------------------------------------------------------------
 
 # A layer of X-MoE's Medium model in micro-batches of one sample, on 64 processes in nodes of 8.
+_H200S = ROOT / "benchmarks" / "results" / "truth_h200_x2.json"
+
+
+def _measured(simulations: Mapping[str, Simulation]) -> str:
+    """What is in the file: the two parts of the table, and how many rows meet the aims."""
+    steps = [row for row in json.loads(_H200S.read_text())["rows"] if row["kind"] == "step time"]
+    rows, close, full, equal = [], 0, 0, 0
+    for row in steps:
+        times = [f"{1e3 * row[key]:.1f}" for key in ("predicted_s", "measured_s")]
+        parts = [
+            f"{1e3 * row['predicted_s_by_part'][part]:.1f} / {1e3 * row['measured_s_by_part'][part]:.1f}"
+            for part in ("forward", "backward", "optimizer")
+        ]
+        memory = row["predicted_bytes"] / row["measured_bytes"]
+        same = "equal" if row["equal_bytes"] else "DIFFERENT"
+        rows.append((row["name"], f"{row['processes']}", *times, f"{row['ratio']:.2f}", *parts, f"{memory:.3f}", same))
+        close += abs(row["ratio"] - 1) <= 0.1
+        full += abs(memory - 1) <= 0.03
+        equal += row["equal_bytes"]
+    errors = sorted(abs(row["ratio"] - 1) for row in steps)
+    head = ("configuration", "GPUs", "predicted, ms", "measured, ms", "ratio", *("forward", "backward", "optimizer"))
+    said = (
+        f"\nOf {len(steps)} configurations {close} are within 10 % in time and {full} within 3 % in memory; the bytes of "
+        f"{equal} are equal. Half of the times are within {100 * errors[len(errors) // 2]:.0f} %, the worst is off by "
+        f"{100 * errors[-1]:.0f} %.\n"
+    )
+    return _table((*head, "memory", "bytes"), rows) + said
+
+
 _MEDIUM = (
     *("model.layers=1", "model.hidden=5120", "model.ffn=1536", "model.heads=128", "model.sequence_length=4096"),
     *("model.vocab_size=50304", "moe.num_experts=128", "moe.top_k=6", "moe.every=1", "moe.capacity_factor=1.25"),
@@ -231,6 +261,7 @@ BLOCKS = {
         _dropless,
     ),
     "published": Block({}, _published),
+    "measured": Block({}, _measured),
 }
 
 

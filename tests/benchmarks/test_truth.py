@@ -137,6 +137,27 @@ def test_all_configurations_for_gpus_are_valid() -> None:
 
 
 @pytest.mark.slow
+def test_what_the_file_of_two_gpus_predicts_is_what_the_code_predicts(pool: WorkerPool) -> None:
+    """Of one row each of plain, grouped and compiled kernels."""
+    rows = truth.Report(truth._RESULTS / "truth_h200_x2.json").rows("step time", "calibration")
+    yaml = {row["processes"]: row["yaml"] for row in rows if row["kind"] == "calibration"}
+    kept = [row for row in rows if row["name"] in ("… dense, tensor 2", "… tensor 2", "… compiled")]
+    assert len(kept) == 3
+    again = pool.run(1, predicted_again, [(row, yaml[row["processes"]]) for row in kept])[0]
+    for row, prediction in zip(kept, again, strict=True):
+        assert prediction["predicted_s"] == pytest.approx(row["predicted_s"], rel=1e-3)
+        assert prediction["predicted_bytes"] == row["predicted_bytes"]
+
+
+def predicted_again(rows: list[tuple[dict[str, Any], list[str]]]) -> list[dict[str, Any]]:
+    dist.destroy_process_group()
+    try:
+        return [truth.prediction(row, truth.calibrated_cluster(yaml)) for row, yaml in rows]
+    finally:
+        _join_the_pool_again()
+
+
+@pytest.mark.slow
 def test_peak_memory_is_the_allocators_and_the_simulations(pool: WorkerPool) -> None:
     real, simulated = pool.run(1, peaks)[0]
     assert simulated == pytest.approx(real, rel=0.05)
