@@ -189,9 +189,9 @@ def _measured(simulations: Mapping[str, Simulation]) -> str:
     errors = sorted(abs(row["ratio"] - 1) for row in steps)
     head = ("configuration", "GPUs", "predicted, ms", "measured, ms", "ratio", *("forward", "backward", "optimizer"))
     said = (
-        f"\nOf {len(steps)} configurations {close} are within 10 % in time and {full} within 3 % in memory; the bytes of "
-        f"{equal} are equal. Half of the times are within {100 * errors[len(errors) // 2]:.0f} %, the worst is off by "
-        f"{100 * errors[-1]:.0f} %.\n"
+        f"\nOf {len(steps)} configurations {close} are within 10 % in time and {full} within 3 % in memory; the bytes "
+        f"of {equal} are equal. Half of the times are within {100 * errors[len(errors) // 2]:.0f} %, and the worst is "
+        f"off by {100 * errors[-1]:.0f} %.\n"
     )
     return _table((*head, "memory", "bytes"), rows) + said
 

@@ -62,7 +62,7 @@ def test_the_choices_are_printed_and_saved(tmp_path: Path, capsys: pytest.Captur
     show_choices(job, H100, SimulatedRouting(job, SHARES))
     saved = json.loads((tmp_path / "choices.json").read_text())
     printed = capsys.readouterr().out
-    assert len(saved) == 8
+    assert len(saved) == 9
     assert all(choice["name"] in printed for choice in saved)
     by_name = {choice["name"]: choice for choice in saved}
     assert by_name["dropless, dedup by node"]["between_nodes_bytes"] < by_name["dropless"]["between_nodes_bytes"]

@@ -36,11 +36,16 @@ class Fusion:
         """Adds an operation."""
         for tensor in operands:
             address = storage_address(tensor)
-            if address not in self._made:
+            if not self._has_made(address):
                 self._read[address] = max(touched_bytes(tensor), self._read.get(address, 0))
         for tensor in results:
             address = storage_address(tensor)
-            self._made.setdefault(address, weakref.ref(tensor.untyped_storage()))
+            if not self._has_made(address):
+                self._made[address] = weakref.ref(tensor.untyped_storage())
+
+    def _has_made(self, address: int) -> bool:
+        """Tells whether what is at an address is of this kernel: where something has ended, others may begin."""
+        return address in self._made and self._made[address]() is not None
 
     def ends(self) -> Work | None:
         """Returns the kernel, if there is one, and begins another."""
