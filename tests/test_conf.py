@@ -18,7 +18,8 @@ from tedlab.degrees import ParallelDegrees
 from tedlab.validate import complete_simulated
 from tedlab.validate.loggers import check_loggers
 
-GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name != "cluster")
+ELSEWHERE = ("cluster", "hydra")  # of predictions; of Hydra itself, see tests/launch/test_slurm.py
+GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and folder.name not in ELSEWHERE)
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 if find_spec("optuna") is None:
     PRESETS.remove(("hparams_search", "optuna"))

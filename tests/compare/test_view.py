@@ -64,7 +64,7 @@ def test_losses_are_drawn_over_steps_tokens_or_time(
 def test_a_step_between_or_after_those_logged_is_placed_at_the_rate_around_it(tmp_path: Path) -> None:
     ((run,), _) = read_runs([write_timed(tmp_path / "0")])
     assert charts._axis(run, "time", [5, 15, 24]) == [5.0, 12.5, 17.0]
-    assert charts._axis(run, "tokens", [24]) == [24_000.0]
+    assert charts._axis(run, "tokens", [5, 24]) == [5_000.0, 24_000.0], "also before the first"
 
 
 def test_hours_of_training_are_drawn_as_hours(tmp_path: Path) -> None:
