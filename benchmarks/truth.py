@@ -394,6 +394,10 @@ class Report:
         failed = "error" in row or "prediction_error" in row
         print("failed" if failed else "done", row["kind"], row["name"], f"after {wall} s", flush=True)
 
+    def ends(self) -> None:
+        """What is added from now on is no part of the run's time."""
+        self._write({key: value for key, value in self._read().items() if key != "began"})
+
     def _read(self) -> dict[str, Any]:
         report: dict[str, Any] = json.loads(self.path.read_text())
         return report
@@ -556,6 +560,7 @@ def main() -> None:
         known[name] = value
     if known["again"]:
         report = Report(Path(known["again"]))
+        report.ends()
         predicted(report)
         return report.show()
     cases, tiny = known["device"] or "cpu", known["tiny"] == "true"
