@@ -310,6 +310,7 @@ def test_assert_on_device_raises_with_its_message() -> None:
         compat.assert_on_device(torch.tensor(False), "what is wrong")
 
 
+@pytest.mark.slow
 def test_processes_can_be_kept_from_choosing_kernels_by_their_own_timing() -> None:
     options = compat.reproducible_choices()
     assert options == {"deterministic": True}  # since torch 2.11 at the latest

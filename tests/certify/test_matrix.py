@@ -384,15 +384,6 @@ TENSOR_ONLY = (  # toggles that do nothing without
     "documents_best_fit_in_slices",
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
-CELLS = [
-    (layout, job)
-    for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
-    if layout in WHOLE or (number + place) % (3 if layout[0] == 8 else 2) == 0 or (job in NODES and layout[2] > 2)
-    if layout[1] > 1 or job not in TENSOR_ONLY
-    if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
-]
-
-
 SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and every job but most routers' once
     (4, 2, 2): (
         *("top1_clipped", "top2_none_dropped_overlapped", "today", "frozen_router_experts_faster"),
@@ -401,12 +392,12 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("shared_weighted_ted", "shared_in_slices", "clamped_in_slices", "experts_alone_ted"),
         *OVERLAP,
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
-        *PILOTS,
+        *(job for job in PILOTS if job not in ("gathered", "gathered_ted_fused")),
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
         *("muon_clipped", "muon_latent", "documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
     ),
     (2, 2, 1): ("today_sequence",),
-    (2, 1, 2): ("one_expert_per_rank_sgd", "today_dense_chunked"),
+    (2, 1, 2): ("gathered", "one_expert_per_rank_sgd", "today_dense_chunked"),
     (2, 1, 1): ("starved_experts", "documents_masked"),
     (4, 4, 1): ("many_dropped_no_zero", "muon_shared_keys_in_slices"),
     (4, 1, 4): ("dropless_recomputed", "node_pilots", "hierarchical"),
@@ -420,9 +411,25 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
     (8, 1, 4): ("losses_untied_fused",),
     (8, 1, 1): ("fp16_scaled",),
 }
+CELLS = [
+    (layout, job)
+    for (number, layout), (place, job) in itertools.product(enumerate(LAYOUTS), enumerate(JOBS))
+    if (number + place) % (3 if layout[0] == 8 else 2) == 0
+    or (job in NODES and layout[2] > 2)
+    or layout in WHOLE
+    or job in SAMPLED[layout]
+    if layout[1] > 1 or job not in TENSOR_ONLY
+    if layout[2] * int(str(JOBS[job][EXPERTS_PER_RANK])) >= int(str(JOBS[job].get("moe.top_k", 1)))
+]
 SAMPLE = [(layout, job) for layout, jobs in SAMPLED.items() for job in jobs]
 FOLDED: dict[Layout, tuple[str, ...]] = {  # CI's cells of folded layouts, each of which has a fifth of the jobs
-    (4, 2, 4, 1): ("sliced_dropless_shared", "ted_fused_sharded", "sequence", "node_pilots_sliced"),
+    (4, 2, 4, 1): (
+        "gathered_ted_fused",
+        "sliced_dropless_shared",
+        "ted_fused_sharded",
+        "sequence",
+        "node_pilots_sliced",
+    ),
     (4, 1, 2, 2): ("top2_none_dropped_overlapped", "dropless_top2"),
     (4, 4, 2, 2): ("dropless_ted", "pos2_ted"),
     (8, 2, 2, 4): ("dropless_sequence",),

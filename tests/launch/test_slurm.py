@@ -147,7 +147,7 @@ def test_the_preset_has_no_name_that_the_launcher_lacks() -> None:
     assert given._target_ == SlurmQueueConf._target_
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_sweep_is_submitted_and_its_jobs_train(tmp_path: Path) -> None:
     if find_spec("hydra_plugins") is None or find_spec(SUBMITIT) is None:
         pytest.skip("needs tedlab[slurm]")

@@ -17,7 +17,7 @@ LAYOUT = "parallel=tp2"
 SMALL = [*QUICK, "logger=none", "trainer.precision=64-true", "optim.warmup_steps=0", "validate_every=1000"]
 SCHEDULE = ["optim.schedule=constant", "resume=auto", "+trainer.limit_val_batches=0"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("pool")]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.usefixtures("pool")]
 
 
 @pytest.fixture

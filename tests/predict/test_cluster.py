@@ -187,7 +187,7 @@ def accepted(tmp_path: Path, place: tuple[Any, ...], value: Any) -> str | None:
     "value",
     [
         *(float("nan"), -1, "fast"),
-        *(pytest.param(v, marks=pytest.mark.slow) for v in (float("inf"), -float("inf"), -1e-9, 0, None, [], {}, [1])),
+        *(pytest.param(v, marks=pytest.mark.slow) for v in (float("inf"), 0, None, [1])),
     ],
 )
 def test_no_figure_may_be_what_no_figure_can_be(tmp_path: Path, value: Any) -> None:

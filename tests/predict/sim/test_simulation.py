@@ -200,7 +200,7 @@ def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool
     assert flops["recompute"] < flops["forward"] < flops["backward"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
     overrides = [*WORLD, "comm=ted", "model.recompute.granularity=block", "trainer.precision=16-true"]
     first = in_pool(pool, *overrides)
@@ -363,9 +363,15 @@ PEAKS = {
 }
 
 
+_MARKS = {"ted": [], "dropless": [pytest.mark.slow], "sequence": [pytest.mark.slow]}  # CI leaves the others out
+
+
 @pytest.mark.parametrize(
     "toggles",
-    [pytest.param(toggles, id=name, marks=[pytest.mark.slow] * (name != "ted")) for name, toggles in PEAKS.items()],
+    [
+        pytest.param(toggles, id=name, marks=_MARKS.get(name, [pytest.mark.exhaustive]))
+        for name, toggles in PEAKS.items()
+    ],
 )
 def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
     real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
