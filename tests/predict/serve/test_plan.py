@@ -99,8 +99,15 @@ def test_memory_of_a_choice_is_worked_out_by_hand() -> None:
     other = ParallelDegrees(8, 2, 2, expert_tensor=4)
     change = generation.choice(phase, generation.phase("decode", other))
     # Four of eight experts, a quarter of their width each, with biases: of the result whole.
-    assert change.expert_layer == 4 * (2 * 512 * 256 + 256 + 512) * 2
-    assert change.bytes - generation.remembered(2) >= change.decode.weights + change.expert_layer
+    layer = 4 * (2 * 512 * 256 + 256 + 512)
+    assert change.switch.beside == layer * 2
+    assert change.bytes - generation.remembered(2) >= change.decode.weights + layer * 2
+    # From the host, a layer's new experts lie packed and unpacked beside the weights while the prefill computes.
+    hidden = Generation(config, replace(REQUEST, int4=True, upload=1e15), CLUSTER)
+    change = hidden.choice(phase, hidden.phase("decode", other))
+    assert change.switch.way == "int4"
+    beside = layer * (2 + 0.5 + 4 / 128)
+    assert change.bytes == generation.remembered(2) + change.decode.weights + phase.activations + beside
 
 
 PARAMETER = ParameterSpec("up", (4, 6, 8), divided={"expert": 0, "expert_tensor": 2}, mesh="expert")
@@ -162,19 +169,22 @@ def test_an_even_exchange_takes_what_an_all_to_all_takes(world: int) -> None:
     )
 
 
-def test_texts_that_do_not_fit_are_refused_with_the_batch_that_would() -> None:
-    config, request = job(), ServeConfig(prompt=512, output=64, batch=4096)
-    small = with_memory(1.3e9)
+@pytest.mark.parametrize("size", [1.3e9, 60e6])
+def test_texts_that_do_not_fit_are_refused_with_the_largest_batch_that_would(size: float) -> None:
+    config, request, small = job("moe.every=1"), ServeConfig(prompt=512, output=64, batch=4096), with_memory(size)
     with pytest.raises(UsageError, match=r"needs \d+\.\d+ GiB more .* keys and values .* batch=\d+ would fit") as error:
         plan_generation(config, request, "small", small, 0.0)
-    most = int(str(error.value).split("batch=")[1].split()[0])
+    most = int(str(error.value).split("would fit")[0].split("batch=")[1])
     generation = Generation(served(config, request), request, small)
-    nearest = generation.search(small.memory_bytes).nearest
-    assert nearest is not None
-    for batch, fits in ((most, True), (most + 8, False)):
-        other = Generation(served(config, request), ServeConfig(prompt=512, output=64, batch=batch), small)
-        phases = other.phase("prefill", nearest.prefill.degrees), other.phase("decode", nearest.decode.degrees)
-        assert (other.choice(*phases).bytes <= small.memory_bytes) is fits
+    assert any(choice.same for choice in generation.of(most).search(size).choices)
+    assert not any(choice.same for choice in generation.of(most + 1).search(size).choices)
+
+
+def test_not_even_one_text_is_said_only_if_that_is_so() -> None:
+    request, small = ServeConfig(prompt=512, output=64, batch=4096), with_memory(2e6)
+    with pytest.raises(UsageError, match="not even one text fits in any layout"):
+        plan_generation(job(), request, "small", small, 0.0)
+    assert not Generation(served(job(), request), request, small).of(1).search(2e6).choices
 
 
 def with_memory(size: float) -> ClusterConfig:

@@ -64,6 +64,41 @@ def test_stages_and_memory_of_a_shape_are_worked_out_by_hand() -> None:
     assert found.per_gpu == 48 / found.seconds / 8
 
 
+def test_tensor_ranks_of_a_node_divide_rows_and_gather_the_results() -> None:
+    of_plan = plan(REQUEST, CLUSTER, "model.positions=learned")
+    (one, _), (two, _) = (of_plan.attention(tensor, 8) for tensor in (1, 2))
+    # An all-reduce after attention and an all-gather of experts' results: 8 tokens of 256 features, two bytes each.
+    exchanges = (2e-6 + 8 * 256 * 2 / 100e9) + (1e-6 + 8 * 256 * 2 / 2 / 100e9)
+    # Kernels move half of what is divided; norms, router and residuals are whole in both. For queries, keys and values:
+    products = 2 * (256 * 384 + 8 * 384) + 2 * (128 * 256 + 8 * 128)  # … and for the output
+    remembered = 2 * 8 * (2 * 113 + 2) * 128
+    rows = (3 * 2 + 1) * 8 * 128 * 2  # read and written to be sent, read again and written in the sum
+    assert two == pytest.approx(one + exchanges - (products + remembered + rows) / 1e12, rel=1e-9)
+
+
+def test_pools_in_one_node_need_no_network() -> None:
+    inside, outside = (plan(REQUEST, replace(CLUSTER, gpus_per_node=n)) for n in (8, 4))
+    shape = Shape(2, 2, 4, 1, 3)
+    _, most, _ = inside.expert_side(4, 1, 16)
+    busiest = max(8 * 2 * 512 / 2, most * 512)
+    assert inside.serve(shape, 8).stages.transfer == pytest.approx(1e-6 + busiest / 100e9)
+    assert outside.serve(shape, 8).stages.transfer == pytest.approx(2e-6 + 4 * busiest / 20e9)
+    # Two clusters are never one node.
+    faster = replace(inside.attention_on, memory_bandwidth=2e12)
+    apart = Disaggregation(inside.config, REQUEST, inside.attention_on, faster)
+    assert apart.serve(shape, 8).stages.transfer == pytest.approx(2e-6 + 8 * busiest / 20e9)
+
+
+def test_pools_without_a_network_between_them_are_refused() -> None:
+    alone = replace(CLUSTER, gpus_per_node=8, between_nodes=None)
+    assert plan(REQUEST, alone).serve(Shape(2, 2, 4, 1, 3), 8).stages.transfer < 1e-5
+    with pytest.raises(UsageError, match="world_size is 16, but the cluster is one node of 8 GPUs"):
+        plan(REQUEST, alone, "parallel.world_size=16")
+    for clusters, named in (((alone, CLUSTER), "attention"), ((CLUSTER, alone), "experts")):
+        with pytest.raises(UsageError, match=f"the cluster for {named} is one node of 8 GPUs"):
+            Disaggregation(served(job(), REQUEST), REQUEST, *clusters)
+
+
 def test_attention_takes_the_longer_the_more_it_remembers() -> None:
     few, many = (plan(replace(REQUEST, prompt=prompt)).attention(1, 64)[0] for prompt in (32, 96))
     # 64 more tokens of 64 texts: keys and values of 256 features, two bytes each.
@@ -97,8 +132,8 @@ def test_what_no_pools_can_do_is_refused_with_the_nearest(tmp_path: Path) -> Non
         config = with_values(job(*overrides), {"output_dir": str(tmp_path)})
         plan_pools(config, request, (("one", cluster), ("one", cluster)), 0.0)
 
-    with pytest.raises(UsageError, match=r"in latency=1e-05 s: the nearest \(.*\) takes [\d.e-]+ s with \d+ texts"):
-        planned(replace(REQUEST, latency=1e-5))
+    with pytest.raises(UsageError, match=r"in latency=1e-06 s: the nearest \(.*\) takes [\d.e-]+ s with \d+ texts?"):
+        planned(replace(REQUEST, latency=1e-6))
     with pytest.raises(UsageError, match=r"has memory for one text .* needs 0\.00 GiB more in a GPU"):
         planned(REQUEST, replace(CLUSTER, memory_bytes=1e6))
     with pytest.raises(UsageError, match="the pools need 2 GPUs at least, but world_size is 1"):

@@ -66,7 +66,6 @@ class Choice:
         steps: The number of steps after the prefill.
         switch: The change of the experts' layout.
         remembered: Bytes of keys and values in a process.
-        expert_layer: Bytes of a layer's experts in the new layout, which a switch holds beside the old ones.
     """
 
     prefill: Phase
@@ -74,7 +73,6 @@ class Choice:
     steps: int
     switch: Switch
     remembered: int
-    expert_layer: int
 
     @property
     def first_seconds(self) -> float:
@@ -89,12 +87,19 @@ class Choice:
     @property
     def bytes(self) -> int:
         """Bytes of the fullest process at its fullest moment."""
+        # Each layer's new experts take the place of its old ones; from the host they come while the prefill computes.
+        under = self.prefill.activations if self.switch.way == "int4" else 0
         working = max(
             self.prefill.weights + self.prefill.activations,
             self.decode.weights + self.decode.activations,
-            max(self.prefill.weights, self.decode.weights) + (self.switch.way != "none") * self.expert_layer,
+            max(self.prefill.weights, self.decode.weights) + under + round(self.switch.beside),
         )
         return self.remembered + working
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The order of sizes: bytes, and where these are equal, because the prefill's count, weights of both phases."""
+        return self.bytes, self.prefill.weights + self.decode.weights
 
     @property
     def same(self) -> bool:
@@ -194,14 +199,13 @@ class Generation:
         """Returns two phases with the switch between them."""
         remembered = self.remembered(prefill.degrees.tensor)
         if prefill.degrees == decode.degrees:
-            return Choice(prefill, decode, self.steps, Switch("none", 0.0, 0.0), remembered, 0)
+            return Choice(prefill, decode, self.steps, Switch("none", 0.0, 0.0, 0.0), remembered)
         parameters = list(self.mixtures[0].experts.parameters())
         layer = prefill.seconds / len(self.spec.blocks)
         upload = self.request.upload if self.request.int4 else None
         layouts = prefill.degrees, decode.degrees
         change = switch(parameters, len(self.mixtures), *layouts, self.dtype, self.cluster, upload, layer)
-        held = sum(parameter.elements(decode.degrees) for parameter in parameters) * self.dtype.itemsize
-        return Choice(prefill, decode, self.steps, change, remembered, held)
+        return Choice(prefill, decode, self.steps, change, remembered)
 
     def search(self, capacity: float) -> Found:
         """Evaluates every choice.
@@ -222,21 +226,30 @@ class Generation:
                         found.choices.append(choice)
                         continue
                     found.too_large += 1
-                    if found.nearest is None or choice.bytes < found.nearest.bytes:
+                    if found.nearest is None or choice.size < found.nearest.size:
                         found.nearest = choice
         found.choices.sort(key=lambda choice: choice.seconds)
         return found
 
-    def largest_batch(self, choice: Choice, capacity: float) -> int:
-        """Returns the most texts for which a choice fits, 0 if not even one does."""
-        least, beyond = 0, self.tokens["prefill"].texts
-        while beyond - least > 1:
-            middle = (least + beyond) // 2
-            other = self.of(middle)
-            phases = other.phase("prefill", choice.prefill.degrees), other.phase("decode", choice.decode.degrees)
-            fits = other.choice(*phases).bytes <= capacity
-            least, beyond = (middle, beyond) if fits else (least, middle)
-        return least
+    def largest_batch(self, capacity: float) -> tuple[int, ParallelDegrees | None]:
+        """Returns the most texts that fit with one layout in both phases, fewer than are asked for, and that layout.
+
+        Args:
+            capacity: The bytes of a GPU that may be used.
+        """
+        most, where = 0, None
+        for degrees in (degrees for possible in self.layouts(Found()) for degrees in possible):
+            if not self._fits(degrees, most + 1, capacity):  # no better than others before
+                continue
+            most, beyond, where = most + 1, self.tokens["prefill"].texts, degrees
+            while beyond - most > 1:
+                middle = (most + beyond) // 2
+                most, beyond = (middle, beyond) if self._fits(degrees, middle, capacity) else (most, middle)
+        return most, where
+
+    def _fits(self, degrees: ParallelDegrees, batch: int, capacity: float) -> bool:
+        other = self.of(batch)
+        return other.choice(other.phase("prefill", degrees), other.phase("decode", degrees)).bytes <= capacity
 
 
 def lengths(request: ServeConfig) -> tuple[int, int]:

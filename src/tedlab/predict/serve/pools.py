@@ -130,7 +130,8 @@ class Disaggregation:
         shares: (E,) proportions in which experts are chosen; None: all equally often.
 
     Raises:
-        UsageError: If the model has no experts, or not of a kind whose rows travel, or there are too few GPUs.
+        UsageError: If the model has no experts, or not of a kind whose rows travel, there are too few GPUs, or more
+            than a cluster has, or no network joins the pools.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Disaggregation:
             raise UsageError(
                 f"the pools need {asked} GPUs at least, but world_size is {self.gpus}: each pool has one or more"
             )
+        self._check_network()
         prompt, output = lengths(request)
         self.positions, self.past = prompt + output, prompt + output // 2
         mixtures = (block.feed_forward for block in self.spec.blocks)
@@ -166,6 +168,20 @@ class Disaggregation:
         self._remembered = cache(lambda tensor: remembered_bytes(self.spec.blocks, tensor, self.dtype))
         self.attention = cache(self._attention)  # a search asks thousands of times
         self.expert_side = cache(self._expert_side)
+
+    def _check_network(self) -> None:
+        if self.attention_on != self.experts_on:
+            for pool, cluster in (("attention", self.attention_on), ("experts", self.experts_on)):
+                if cluster.between_nodes is None:
+                    raise UsageError(
+                        f"the cluster for {pool} is one node of {cluster.gpus_per_node} GPUs (between_nodes is null), "
+                        "which no network joins with another cluster: use one cluster for both, or give between_nodes"
+                    )
+        elif self.attention_on.between_nodes is None and self.gpus > self.attention_on.gpus_per_node:
+            raise UsageError(
+                f"world_size is {self.gpus}, but the cluster is one node of {self.attention_on.gpus_per_node} GPUs "
+                "(between_nodes is null): use fewer GPUs, or a cluster of several nodes"
+            )
 
     # ---- a node of each pool -------------------------------------------------------------------------------------
 
@@ -186,8 +202,12 @@ class Disaggregation:
             assert local is not None
             works = Counter(block.forward(b))
             works.subtract(local.forward(b))  # what is left are attention, norms, router and shared experts
-            rows = texts * self.config.moe.top_k * self.config.model.hidden
-            moved = (b.moved(2 * rows), b.moved(rows + texts * self.config.model.hidden))  # to send, and to add up
+            # Tensor ranks divide the texts whose rows they send, and add up; then each gets the results of all.
+            own = -(-texts // tensor) * self.config.model.hidden
+            rows = own * self.config.moe.top_k
+            moved = (b.moved(2 * rows), b.moved(rows + own))  # to send, and to add up
+            results = texts * self.config.model.hidden * self.dtype.itemsize
+            here += layers * collective_seconds("all_gather", results, range(tensor), self.attention_on)
             calls = form.calls_of(block.attention, n)
             if block.feed_forward.shared is not None:
                 calls += form.calls_of(block.feed_forward.shared, n)
@@ -211,10 +231,16 @@ class Disaggregation:
         return sum(seconds(work, cluster) for work in works) + inside, load.most, b
 
     def transfer(self, shape: Shape, texts: int, rows: float) -> float:
-        """Returns the seconds of a micro-batch's rows from one pool to the other: of the slower side."""
+        """Returns the seconds of a micro-batch's rows from one pool to the other: of the slower side.
+
+        Pools of one cluster whose GPUs fit into a node are in one; others are in nodes of their own.
+        """
         row = self.config.model.hidden * self.dtype.itemsize
-        sent = texts * self.config.moe.top_k * row / shape.attention_tensor
-        return max(_out(self.attention_on, sent), _out(self.experts_on, rows * row / shape.expert_tensor))
+        sent = -(-texts // shape.attention_tensor) * self.config.moe.top_k * row
+        fits = shape.attention_gpus + shape.expert_gpus <= self.attention_on.gpus_per_node
+        inside = self.attention_on == self.experts_on and fits
+        received = rows * row / shape.expert_tensor
+        return max(_out(self.attention_on, sent, inside), _out(self.experts_on, received, inside))
 
     # ---- both ----------------------------------------------------------------------------------------------------
 
@@ -317,13 +343,13 @@ class Disaggregation:
         return best
 
 
-def _out(cluster: ClusterConfig, sent: float) -> float:
-    """Returns the seconds in which all GPUs of a node send so many bytes each to the other pool."""
-    link = cluster.between_nodes
-    if link is not None:
-        return link.exchanging(sent * cluster.gpus_per_node, cluster.efficiency.all_to_all)
-    assert cluster.in_node is not None
-    return cluster.in_node.exchanging(sent, cluster.efficiency.in_node)
+def _out(cluster: ClusterConfig, sent: float, inside: bool) -> float:
+    """Returns the seconds in which all GPUs of a node send so many bytes each to the other pool, ``inside`` a node."""
+    link = cluster.in_node if inside else cluster.between_nodes
+    assert link is not None  # GPUs of a cluster are on its links, which are checked
+    if inside:
+        return link.exchanging(sent, cluster.efficiency.in_node)
+    return link.exchanging(sent * cluster.gpus_per_node, cluster.efficiency.all_to_all)
 
 
 def _powers(most: int) -> list[int]:

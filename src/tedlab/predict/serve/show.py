@@ -211,8 +211,10 @@ def _nothing_fits(generation: Generation, found: Found, capacity: float) -> str:
         reasons = "; ".join(reason for reason, _ in found.refused.most_common(_REASONS))
         return f"no layout of {generation.world} GPUs is possible: {reasons}"
     nearest, request = found.nearest, generation.request
-    most = generation.largest_batch(nearest, capacity)
-    would = f"batch={most} would fit there" if most else "not even one text fits there; use more GPUs"
+    most, where = generation.largest_batch(capacity)
+    would = "not even one text fits in any layout that both phases can have: use more GPUs"
+    if where is not None:
+        would = f"batch={most} would fit, with {attention_layout(where)} and {experts_layout(where)}"
     return (
         f"{request.batch} texts of {generation.positions} tokens fit in no layout: the smallest "
         f"({' with '.join(_layouts(nearest))}) needs {(nearest.bytes - capacity) / _GIB:.2f} GiB more than the "

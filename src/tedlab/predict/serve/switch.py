@@ -27,11 +27,13 @@ class Switch(NamedTuple):
         way: ``none`` if nothing moves.
         seconds: What it adds.
         moved: Bytes that the process gets which gets the most.
+        beside: Bytes of a layer's experts that a process holds beside its weights while they come.
     """
 
     way: Literal["none", "exchange", "int4"]
     seconds: float
     moved: float
+    beside: float
 
 
 def switch(
@@ -58,12 +60,12 @@ def switch(
     counts_sr = moved_elements(parameters, old, new)
     received = counts_sr.sum(0) - counts_sr.diagonal()
     if not received.any():
-        return Switch("none", 0.0, 0.0)
+        return Switch("none", 0.0, 0.0, 0.0)
+    held = sum(parameter.elements(new) for parameter in parameters)
     exchanged = layers * exchange_seconds(counts_sr * float(dtype.itemsize), cluster)
-    ways = [Switch("exchange", exchanged, layers * float(received.max()) * dtype.itemsize)]
+    ways = [Switch("exchange", exchanged, layers * float(received.max()) * dtype.itemsize, held * dtype.itemsize)]
     if upload is not None:
-        held = sum(parameter.elements(new) for parameter in parameters)
         dequantised = Work(0, held * (_INT4 + dtype.itemsize), dtype, "movement")
         beyond = max(0.0, held * _INT4 / upload + seconds(dequantised, cluster) - prefill_layer)
-        ways.append(Switch("int4", layers * beyond, layers * held * _INT4))
+        ways.append(Switch("int4", layers * beyond, layers * held * _INT4, held * (dtype.itemsize + _INT4)))
     return min(ways, key=lambda way: way.seconds)
