@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -408,9 +408,11 @@ class Report:
         part.replace(self.path)
 
     def attempt(self, function: Callable[[], dict[str, Any]], **row: Any) -> None:
-        """A row with what ``function`` returns, or its traceback."""
+        """A row with what ``function`` returns, or its traceback; what the user did wrong ends the program."""
         try:
             self.add(**row, **function())
+        except UsageError:
+            raise
         except Exception:
             self.add(**row, error=traceback.format_exc())
 
@@ -468,11 +470,14 @@ def _table(*headings: str) -> Table:
 
 def calibrated(report: Report, processes: int, device: str, quick: bool) -> None:
     """Adds what calibration with so many processes writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path, began = Path(folder, "mine.yaml"), time.perf_counter()
-        launch(calibrate, CalibrateConfig(str(path), processes, device, quick), processes)
-        seconds, lines = time.perf_counter() - began, path.read_text().splitlines()
-    report.add(kind="calibration", name=f"{processes} on {device}", processes=processes, seconds=seconds, yaml=lines)
+
+    def calibration() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            path, began = Path(folder, "mine.yaml"), time.perf_counter()
+            launch(calibrate, CalibrateConfig(str(path), processes, device, quick), processes)
+            return {"seconds": time.perf_counter() - began, "yaml": path.read_text().splitlines()}
+
+    report.attempt(calibration, kind="calibration", name=f"{processes} on {device}", processes=processes)
 
 
 def measured(job: Job) -> None:
@@ -550,27 +555,40 @@ def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None
         report.attempt(peaks, kind="memory", name=name, overrides=given)
 
 
-def main() -> None:
-    """The command."""
+def arguments(given: Sequence[str]) -> dict[str, str]:
+    """Reads the command line; anything that it cannot mean ends the program with a sentence."""
     known = dict.fromkeys(("device", "processes", "rounds", "out", "memory", "kernels", "tiny", "again"), "")
-    for argument in sys.argv[1:]:
+    for argument in given:
         name, equals, value = argument.partition("=")
         if name not in known or not equals:
             sys.exit(f"{argument}: there is no such argument. Valid: {', '.join(f'{n}=…' for n in known)}\n\n{__doc__}")
         known[name] = value
+    for name in ("memory", "kernels", "tiny"):
+        if known[name] not in ("", "true", "false"):
+            sys.exit(f"{name}={known[name]} is neither true nor false")
+    if known["rounds"] and not (known["rounds"].isdecimal() and int(known["rounds"])):
+        sys.exit(f"rounds={known['rounds']} is not a whole number of at least 1")
+    if known["device"] not in ("", *_STEPS):
+        sys.exit(f"device={known['device']} is unknown; valid: {', '.join(_STEPS)}")
+    if known["again"] and not Path(known["again"]).is_file():
+        sys.exit(f"again={known['again']}: there is no such file")
+    return known
+
+
+def main() -> None:
+    """The command."""
+    known = arguments(sys.argv[1:])
     if known["again"]:
         report = Report(Path(known["again"]))
         report.ends()
         predicted(report)
         return report.show()
     cases, tiny = known["device"] or "cpu", known["tiny"] == "true"
-    if cases not in _STEPS:
-        sys.exit(f"device={cases} is unknown; valid: {', '.join(_STEPS)}")
     configs = {"cpu": CPU, "cuda": CUDA}[cases]
     numbers = known["processes"] or {"cpu": "2,4,8", "cuda": "1"}[cases]
-    wanted = [int(number) for number in numbers.split(",") if number.isdecimal()]
-    if not wanted or not configs.keys() >= set(wanted):
+    if not {str(number) for number in configs} >= {*numbers.split(",")}:
         sys.exit(f"processes={numbers}: there are configurations for {', '.join(map(str, configs))}")
+    wanted = [int(number) for number in numbers.split(",")]
     device = "cpu" if tiny else cases
     report = Report(Path(known["out"] or _RESULTS / f"truth_{cases}.json"))
     report.begin(device)

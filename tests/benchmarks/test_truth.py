@@ -171,3 +171,21 @@ def peaks() -> tuple[int, int]:
     simulated = sum(truth.simulate(config, load_cluster("dgx_h100")).memory.at_peak().values())
     _join_the_pool_again()
     return real, simulated
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("rounds=0", "rounds=0 is not a whole number of at least 1"),
+        ("rounds=x", "rounds=x is not a whole number"),
+        ("memory=no", "memory=no is neither true nor false"),
+        ("again=nowhere.json", "again=nowhere.json: there is no such file"),
+        ("processes=1,2x", "processes=1,2x: there are configurations for"),
+        ("device=tpu", "device=tpu is unknown; valid: cpu, cuda"),
+        ("speed=1", "there is no such argument"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_a_sentence(given: str, said: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("sys.argv", ["truth", given])
+    with pytest.raises(SystemExit, match=said):
+        truth.main()
