@@ -44,6 +44,7 @@ MODELS = {
 }
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8], [9, 7], [9, 3, 2, 3, 8]]
 LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2), "D2": (2, 1, 1), "E4": (4, 1, 4)}
+FOLDED = {"T2_E2": (2, 2, 2, 1), "E2_T2": (4, 1, 2, 2), "T2_E4": (4, 2, 4, 1)}
 
 
 def network(model: ModelConfig, moe: MoEConfig, topology: Topology) -> GPT:
@@ -86,8 +87,9 @@ class Written:
     logits: torch.Tensor  # of the first step and the third, of its own texts
 
 
-def written(degrees: tuple[int, int, int], name: str, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> Written:
-    topology = Topology(ParallelDegrees(degrees[0], tensor=degrees[1], expert=degrees[2]))
+def written(degrees: tuple[int, ...], name: str, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> Written:
+    processes, tensor, expert, *folded = degrees
+    topology = Topology(ParallelDegrees(processes, tensor, expert, False, *folded))
     model = network(*MODELS[name], topology)
     seen: list[torch.Tensor] = []
 
@@ -108,7 +110,7 @@ def test_layouts_write_what_one_process_writes(pool: WorkerPool, name: str) -> N
     sampling = Sampling(0.9, top_k=20, top_p=0.95, seed=3)
     (one,) = pool.run(1, written, (1, 1, 1), name, sampling, PROMPTS)
     assert [step[1] is None for step in one.news] == [False, False, True, True, True, True]
-    for layout in LAYOUTS.values():
+    for layout in [*LAYOUTS.values(), *(FOLDED.values() if name in ("latents", "hashed tokens") else [])]:
         ranks = pool.run(layout[0], written, layout, name, sampling, PROMPTS)
         for rank, found in enumerate(ranks):
             assert found.news == one.news, (layout, rank)

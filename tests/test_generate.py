@@ -206,7 +206,14 @@ def test_prompts_of_a_file_are_continued_as_if_each_were_alone(
     assert together == [text(pool, run_directory, prompt=prompt, tokens=7, temperature=0) for prompt in prompts]
 
 
-@pytest.mark.parametrize("layout", [{"processes": 2, "tensor": 2}, {"processes": 4, "tensor": 2, "expert": 2}], ids=str)
+LAYOUTS = [
+    {"processes": 2, "tensor": 2},
+    {"processes": 4, "tensor": 2, "expert": 2},
+    {"processes": 2, "tensor": 2, "expert": 2, "expert_tensor": 1},
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_writes_the_same(
     pool: WorkerPool, run_directory: Path, tmp_path: Path, layout: dict[str, int]
 ) -> None:

@@ -615,6 +615,7 @@ class GenerateConfig(Frozen):
     tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
     expert: int = whole(1, least=1, most=_MOST_PROCESSES)
     device: str | None = None  # cpu | cuda; null: cuda where there is a GPU for each process
+    expert_tensor: int | None = whole(None, least=1, most=_MOST_PROCESSES)  # divide each expert; null: as tensor says
 
     @property
     def output_dir(self) -> str:

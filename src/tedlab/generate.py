@@ -71,7 +71,8 @@ def given(config: GenerateConfig, in_worker: bool = False) -> Given:
     path = directory / "checkpoints" / config.checkpoint
     shape, moe = model_of(path)
     shape, moe = replace(shape, compile="none"), generating(moe, f"{path} was trained with")
-    degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert)
+    divided = config.expert_tensor or config.tensor
+    degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert, expert_tensor=divided)
     spec = models[shape.architecture].spec(shape, moe)
     spec.check(degrees)
     assert shape.vocab_size is not None
