@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 TOKENS = "tokens"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, csv.Error)  # what rows that are none can cause
 
 
 def steps_done(row: Mapping[str, Any], step_key: str = "step") -> int:

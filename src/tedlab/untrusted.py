@@ -81,9 +81,25 @@ def interpolation(values: Any, name: str = "") -> str | None:
     return None
 
 
+def printable(value: Any) -> Any:
+    """Returns plain values whose texts, also those of keys, steer no terminal: ESC is four characters, ``\\x1b``.
+
+    What is no mapping, list, number or None, such as YAML's dates, becomes a text.
+    """
+    if isinstance(value, Mapping):
+        return {printable(str(key)): printable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [printable(inner) for inner in value]
+    if value is None or isinstance(value, int | float):
+        return value
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value)
+    )
+
+
 def flat(text: object) -> str:
-    """Returns a text with single spaces for all line breaks, so that it stays within the line that it is put into."""
-    return " ".join(str(text).split())
+    """Returns a text that stays within the line that it is put into: line breaks are spaces, and nothing steers it."""
+    return str(printable(" ".join(str(text).split())))
 
 
 def one_line(error: Exception) -> str:

@@ -86,3 +86,18 @@ def test_the_last_step_is_never_too_late_and_other_processes_do_not_read(sweep: 
 def test_the_reason_has_the_loss_and_the_pruner(sweep: Path) -> None:
     _, outcome = train(sweep / "3", {10: 4.5}, median())
     assert outcome["reason"] == "MedianPruner: val/loss was 4.5 then"
+
+
+@pytest.mark.parametrize("content", [b"step,tokens,val/loss\nx,1,1\n", b"\xff\xfe\n", b"tokens,val/loss\n1,1\n"])
+def test_a_run_whose_metrics_are_damaged_does_not_count(sweep: Path, content: bytes) -> None:
+    """The others are judged by as they would be without it."""
+    (sweep / "2" / "metrics.csv").write_bytes(content)
+    with pytest.warns(UserWarning, match="2/metrics.csv is damaged, and its run does not count"):
+        assert train(sweep / "3", {10: 4.2}, median(n_startup_trials=3))[0] is None
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert train(sweep / "3", {10: 4.6}, median())[0] == 10
+
+
+def test_a_run_that_diverged_is_no_error(sweep: Path) -> None:
+    write(sweep / "3", {10: float("nan"), 20: float("nan")})
+    assert train(sweep / "4", {10: 5.5}, median())[0] == 10

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tedlab.compare import runs as of_runs
 from tedlab.compare.comparison import compare
-from tedlab.compare.runs import read_runs
+from tedlab.compare.runs import logged, read_runs
 from tedlab.errors import UsageError
-from tests.compare.sweep import LOSSES, STEPS, write_run, write_sweep
+from tests.compare.sweep import LOSSES, STEPS, compare_command, write_run, write_sweep
 
 
 def test_a_sweep_is_its_jobs_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -122,3 +124,84 @@ def test_paths_without_runs_are_refused(tmp_path: Path, make, said: list[str]) -
         read_runs([make(tmp_path)])
     for words in said:
         assert words in str(error.value)
+
+
+def change(directory: Path, **values: Any) -> None:
+    """Puts values into a run's summary."""
+    file = directory / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("state", ["x"], "['x']"),
+        ("state", "\x1b[2J", r"\x1b[2J"),
+        ("layout", [1], "[1]"),
+        ("versions", "3", "'3'"),
+        ("steps", True, "True"),
+        ("val/loss", "3.0", "'3.0'"),
+        ("memory/peak_bytes", float("inf"), "inf"),
+        ("perf/step_time_s", float("nan"), "nan"),
+        ("parameters/total", 1 << 63, str(1 << 63)),
+    ],
+)
+def test_a_run_whose_summary_no_run_writes_is_left_out(tmp_path: Path, key: str, value: Any, shown: str) -> None:
+    write_run(tmp_path / "0")
+    change(write_run(tmp_path / "1"), **{key: value})
+    runs, notes = read_runs([tmp_path], stopped=True)
+    assert [run.name for run in runs] == ["0"]
+    (note,) = notes
+    assert f"summary.json is damaged ({key} is " in note
+    assert shown in note
+
+
+def test_losses_of_a_run_that_diverged_are_no_damage(tmp_path: Path) -> None:
+    change(write_run(tmp_path / "0"), **{"train/loss": float("nan"), "router/entropy": float("inf")})
+    assert read_runs([tmp_path])[1] == []
+
+
+def test_no_text_of_a_run_reaches_the_terminal_as_a_control(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names of folders, keys and values of the configuration, groups of the ledger, and reasons of other people."""
+    evil = "\x1b[2J\x9bX\u202eY\rZ"
+    named = {"comm/forward/" + evil + "/all_reduce/" + what: 10**6 for what in ("calls", "payload_bytes", "wire_bytes")}
+    write_run(tmp_path / f"a{evil}", {f"optim.{evil}": 1, "comm.dtd": evil, "comm.cac": [evil]}, named)
+    write_run(tmp_path / "b", {"comm.dtd": evil + "2"}, named)
+    change(write_run(tmp_path / f"c{evil}"), state="failed", reason=evil)
+    (write_run(tmp_path / f"d{evil}") / "metrics.csv").write_text(f"step,tokens,train/loss\n1,1,{evil!r}\n")
+    for extra in ([], ["force=true"]):
+        compare_command(str(tmp_path), *extra)
+        text = capsys.readouterr().out
+        assert all(character.isprintable() for line in text.split("\n") for character in line)
+        assert r"\x1b[2J\x9bX\u202eY" in "".join(text.split())
+    with pytest.raises(UsageError) as error:
+        compare_command(str(tmp_path), "by=optim.lrr")
+    assert "\x1b" not in str(error.value)
+
+
+def test_dates_in_a_configuration_are_texts(tmp_path: Path) -> None:
+    file = write_run(tmp_path / "0") / "config.yaml"
+    file.write_text(file.read_text() + "when: !!timestamp 2026-01-02\n")
+    assert read_runs([tmp_path])[0][0].config["when"] == "2026-01-02"
+
+
+def test_curves_are_read_in_a_time_that_grows_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = 0
+
+    class Step(int):
+        """Counts how often it is compared."""
+
+        def __lt__(self, other: int) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__lt__(other)
+
+        def __gt__(self, other: int) -> bool:
+            nonlocal compared
+            compared += 1
+            return super().__gt__(other)
+
+    monkeypatch.setattr(of_runs, "int", Step, raising=False)
+    rows = [{"step": str(step), "perf/step_time_s": "0.5"} for step in range(1, 1001)]
+    assert logged(rows, 1000)["seconds"][1000] == 500.0
+    assert 0 < compared <= 4 * len(rows)

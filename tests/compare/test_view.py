@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +211,35 @@ def test_a_broken_run_is_shown_as_such_in_the_tables(tmp_path: Path, capsys: pyt
     text = capsys.readouterr().out
     assert "1 (failed at step 10)" in text
     assert "steps is 20 in 0, 10 in 1 (failed at step 10)" in " ".join(text.split())
+
+
+def test_a_run_that_stands_at_its_beginning_is_drawn_there(tmp_path: Path) -> None:
+    """It knows one position alone, from which no rate follows."""
+    write_timed(tmp_path / "0")
+    begun = write_timed(tmp_path / "1")
+    (begun / "summary.json").unlink()
+    (begun / "metrics.csv").write_text("step,tokens,val/loss\n0,0,5.5\n")
+    runs, _ = read_runs([tmp_path], stopped=True)
+    assert charts._axis(runs[1], "tokens", [0, 3]) == [0.0, 0.0]
+    figure = charts._losses(compare(runs, force=True, view=View(x="tokens")), charts.LIGHT)
+    assert figure is not None
+    assert ([0.0], [5.5]) in [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines]
+
+
+@pytest.mark.parametrize(("given", "kept"), [([None, 1], [1, None]), ([[2], 1], [1, [2]]), ([10, 9], [9, 10])])
+def test_seeds_of_any_kind_are_averaged_over(tmp_path: Path, given: list[Any], kept: list[Any]) -> None:
+    for number, seed in enumerate(given):
+        write_timed(tmp_path / str(number), seed=seed)
+    (mean,) = averaged(read_runs([tmp_path])[0])
+    assert mean.config["seed"] == kept
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1.7e308])
+def test_losses_that_have_no_mean_are_no_number(tmp_path: Path, loss: float) -> None:
+    write_timed(tmp_path / "0", 0, losses=(4.0, loss))
+    write_timed(tmp_path / "1", 1, losses=(4.0, 1e308 if loss == 1.7e308 else -loss))
+    (mean,) = averaged(read_runs([tmp_path])[0])
+    assert deviation(mean, "train/loss") is None
+    assert math.isnan(mean.summary["train/loss"])
+    assert mean.curves["train/loss"][0] == (10, 4.0)
+    assert math.isnan(mean.curves["train/loss"][1][1])

@@ -1,6 +1,7 @@
 """Runs and views on a W&B server, against objects that answer as its API does; nothing goes over a network."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,3 +148,38 @@ def test_a_view_without_the_extra_says_what_to_install(server: Server, monkeypat
     comparison = compare(read_group("me/tedlab", "ablation")[0])
     with pytest.raises(UsageError, match=r"pip install 'tedlab\[wandb\]'"):
         save_workspace(comparison, "me/tedlab", "ablation")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("steps", "20"), ("val/loss", "3"), ("state", "\x1b[2J"), ("layout", 3), ("steps", 1e9)]
+)
+def test_a_damaged_summary_on_a_server_is_left_out_as_one_on_disk_is(server: Server, key: str, value: Any) -> None:
+    server.everything[1].summary_metrics[key] = value
+    runs, notes = read_group("me/tedlab", "ablation", stopped=True)
+    assert len(runs) == 4
+    (note,) = notes
+    assert note.startswith("https://wandb.example/me/tedlab/runs/id1 is left out: its summary at W&B is damaged")
+    assert "\x1b" not in note
+
+
+def test_a_damaged_history_on_a_server_is_left_out(server: Server) -> None:
+    for number, row in enumerate(({"trainer/global_step": "x"}, {"trainer/global_step": math.inf})):
+        server.everything[number].scan_history = lambda row=row: iter([row])
+    server.everything[4].summary_metrics["trainer/global_step"] = "ten"
+    runs, notes = read_group("me/tedlab", "ablation", stopped=True)
+    assert [run.name for run in runs] == ["ablation 2", "ablation 3"]
+    assert [note.split(" is damaged")[0].split(": ")[1] for note in notes] == [
+        "its summary at W&B",
+        *["its history at W&B"] * 2,
+    ]
+
+
+def test_what_a_server_holds_besides_numbers_is_no_damage(server: Server) -> None:
+    """Tables and histograms are objects there, and losses that are no numbers are texts."""
+    summary = server.everything[0].summary_metrics
+    summary |= {"router/load": {"_type": "table-file"}, "train/loss": "NaN"}
+    server.everything[1].name = "a\x1b[2J"
+    runs, _ = read_group("me/tedlab", "ablation")
+    assert len(runs) == 4
+    assert math.isnan(runs[0].summary["train/loss"])
+    assert runs[1].name == r"a\x1b[2J"

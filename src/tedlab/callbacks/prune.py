@@ -1,14 +1,16 @@
 """Stops a run of a search that does worse than earlier ones did by then, as one of Optuna's pruners judges."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from tedlab.history import read_history
+from tedlab.history import UNREADABLE, read_history
 from tedlab.launch.outcome import FINISHED, METRICS, PRUNED, read_summary
+from tedlab.untrusted import flat
 
 
 class Prune(Callback):
@@ -56,8 +58,13 @@ class Prune(Callback):
         states = {FINISHED: optuna.trial.TrialState.COMPLETE, PRUNED: optuna.trial.TrialState.PRUNED}
         for other in sorted(self.directory.parent.iterdir()):
             state = states.get(str(read_summary(other).get("state"))) if other != self.directory else None
-            rows = [] if state is None else read_history(other / METRICS)
-            values = {int(row["step"]): float(row[self.monitor]) for row in rows if self.monitor in row}
+            try:
+                rows = [] if state is None else read_history(other / METRICS)
+                values = {int(row["step"]): float(row[self.monitor]) for row in rows if self.monitor in row}
+            except UNREADABLE as error:
+                said = f"{other / METRICS} is damaged, and its run does not count for the pruner: {error}"
+                warnings.warn(flat(said), stacklevel=2)
+                continue
             if values:
                 study.add_trial(
                     optuna.trial.create_trial(state=state, value=values[max(values)], intermediate_values=values)

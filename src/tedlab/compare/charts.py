@@ -176,8 +176,8 @@ def _axis(run: Run, x: str, steps: Sequence[int]) -> list[float]:
     if clock is None or not steps:
         return [float(step) for step in steps]
     known = sorted({0: 0.0, **clock}.items())
-    (before, less), (end, most) = known[-2:]
-    rate = (most - less) / (end - before)
+    (before, less), (end, most) = known[-2:] if len(known) > 1 else 2 * known
+    rate = (most - less) / (end - before) if end > before else 0.0
     values = np.interp(steps, [step for step, _ in known], [value for _, value in known])  # stays at the last one
     return [float(value) + rate * max(0, step - end) for value, step in zip(values, steps, strict=True)]
 

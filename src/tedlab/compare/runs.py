@@ -1,6 +1,5 @@
 """Reads runs from disk (configuration, summary, loss curves), and finds the run directories of a path."""
 
-import csv
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,21 +9,24 @@ from typing import Any
 
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
-from tedlab.history import TOKENS, read_history
+from tedlab.history import TOKENS, UNREADABLE, read_history
 from tedlab.launch.listing import KILLED, RUNNING
 from tedlab.launch.locks import is_in_use
-from tedlab.launch.outcome import FAILED, FINISHED, METRICS, SUMMARY, last_logged
+from tedlab.launch.outcome import FAILED, FINISHED, INTERRUPTED, METRICS, PRUNED, SUMMARY, last_logged
 from tedlab.renamed import nested
-from tedlab.untrusted import flat, read_yaml
+from tedlab.untrusted import flat, printable, read_yaml
 
 CONFIG = "config.yaml"
-_NUMBERS = ("train/", "val/", "perf/", "comm/", "memory/", "router/", "parameters/")  # prefixes of numeric values
+_LEARNED = ("train/", "val/", "router/")  # prefixes of numbers that are infinite, or none, where training diverged …
+_COUNTED = ("perf/", "comm/", "memory/", "parameters/")  # … and of those that never are
+_MAPPINGS = ("layout", "versions")
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, csv.Error)  # what a file of metrics that is none can cause
 
 _STEP_TIME = "perf/step_time_s"
-_STATES = {FAILED: "it failed", "crashed": "it crashed", RUNNING: "it is running, now"}  # W&B says crashed
+_OF_WANDB = ("crashed", "pending", "preempting", "preempted")  # states that tedlab does not write
+_STATES = (FINISHED, FAILED, INTERRUPTED, PRUNED, RUNNING, KILLED, *_OF_WANDB)
+_WORDED = {FAILED: "it failed", "crashed": "it crashed", RUNNING: "it is running, now"}
 
 Curve = list[tuple[int, float]]
 Clock = Mapping[int, float]  # steps done → tokens read, or seconds trained, by then
@@ -91,7 +93,7 @@ def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], 
             killed. Their names then say so.
 
     Returns:
-        The runs, and a note for each run that is left out.
+        The runs, and a note for each run that is left out. No text in them steers a terminal.
 
     Raises:
         UsageError: If a path does not exist or holds no run, or if no run has finished.
@@ -102,7 +104,7 @@ def read_runs(paths: Sequence[Path], stopped: bool = False) -> tuple[list[Run], 
         try:
             runs.append(_read(directory, name, stopped))
         except Unfinished as reason:
-            notes.append(f"{directory} is left out: {reason}")
+            notes.append(printable(f"{directory} is left out: {reason}"))
     if not runs:
         raise UsageError("\n".join(["There is no finished run to compare.", *notes]))
     return runs, notes
@@ -134,9 +136,44 @@ def how_it_stopped(summary: Mapping[str, Any]) -> str | None:
 def why_left_out(summary: Mapping[str, Any]) -> str:
     """Says why a run that has not finished is left out, as a clause that begins with "it"."""
     state = summary["state"]
-    stopped = _STATES.get(state, f"it was {state}")
+    stopped = _WORDED.get(state, f"it was {state}")
     reason = f" ({flat(summary['reason'])})" if summary.get("reason") else ""
     return f"{stopped} at step {summary.get('steps')}{reason}; force=true compares it as far as it came."
+
+
+def checked(summary: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a summary, which may come from others, with texts that steer no terminal.
+
+    Args:
+        summary: The summary; it has ``steps``.
+        where: What the message calls it.
+
+    Raises:
+        Unfinished: If it has a value that no run writes.
+    """
+    try:
+        plain: dict[str, Any] = printable(summary)
+    except RecursionError:
+        raise Unfinished(f"{where} is nested too deeply.") from None
+    for key, value in plain.items():
+        if not _can_be(key, value):
+            raise Unfinished(f"{where} is damaged ({key} is {str(value)[:40]!r}, which it cannot be).")
+    return plain
+
+
+def _can_be(key: str, value: Any) -> bool:
+    """Tells whether a summary may have this value; a number may also be None, or a list with one for each rank."""
+    if key in ("steps", "comm/steps"):
+        return type(value) is int and 0 <= value < _LARGEST
+    if key == "state":
+        return value in _STATES
+    if key in _MAPPINGS:
+        return isinstance(value, Mapping)
+    if type(value) is int:
+        return abs(value) < _LARGEST
+    if value is None or isinstance(value, list) or not key.startswith((*_LEARNED, *_COUNTED)):
+        return True
+    return isinstance(value, float) and (key.startswith(_LEARNED) or abs(value) < _LARGEST)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,6 +194,7 @@ def logged(rows: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     curves: dict[str, Curve] = {name: [] for name in CURVES}
     tokens: dict[int, float] = {}
     seconds: dict[int, float] = {0: 0.0}
+    before = 0
     for row in rows:
         step = min(int(row["step"]), steps)
         for name, curve in curves.items():
@@ -165,8 +203,8 @@ def logged(rows: Iterable[Mapping[str, Any]], steps: int) -> dict[str, Any]:
         if row.get(TOKENS) is not None:
             tokens[step] = float(row[TOKENS])
         if row.get(_STEP_TIME) is not None:  # the mean since the row before
-            before = max(seconds)
             seconds[step] = seconds[before] + (step - before) * float(row[_STEP_TIME])
+            before = max(before, step)
     return {"curves": curves, "tokens": tokens, "seconds": seconds if len(seconds) > 1 else {}}
 
 
@@ -174,7 +212,9 @@ def _run_directories(path: Path) -> list[Path]:
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
-        raise UsageError(f"There is no folder {path}." + (f" Did you mean {path.parent / near[0]}?" if near else ""))
+        raise UsageError(
+            f"There is no folder {path}." + (f" Did you mean {path.parent / printable(near[0])}?" if near else "")
+        )
     if not path.is_dir():
         raise UsageError(f"{path} is a file. Give the directory of a run or of a sweep: {path.parent}?")
     if (path / CONFIG).exists():
@@ -184,7 +224,7 @@ def _run_directories(path: Path) -> list[Path]:
         deeper = sorted({str(config.parent.parent) for config in path.glob(f"*/*/{CONFIG}")})
         raise UsageError(
             f"{path} is no run directory (it has no {CONFIG}), and there is none directly below it."
-            + (f"\nThese hold runs: {', '.join(deeper[:5])}" if deeper else "")
+            + (f"\nThese hold runs: {', '.join(map(printable, deeper[:5]))}" if deeper else "")
         )
     return sorted(jobs, key=lambda p: (not p.name.isdigit(), int(p.name) if p.name.isdigit() else 0, p.name))
 
@@ -201,9 +241,9 @@ def _names(directories: Sequence[Path]) -> list[str]:
 def _read(directory: Path, name: str, stopped: bool) -> Run:
     if not (directory / CONFIG).exists():
         raise Unfinished(f"it never started (there is no {CONFIG}).")
-    summary = _summary(directory) if (directory / SUMMARY).exists() else _so_far(directory)
+    summary = checked(_summary(directory) if (directory / SUMMARY).exists() else _so_far(directory), SUMMARY)
     try:
-        config = flatten(nested(read_yaml(directory / CONFIG)))
+        config = flatten(printable(nested(read_yaml(directory / CONFIG))))
     except (OSError, ValueError, RecursionError) as error:
         raise Unfinished(f"{CONFIG} cannot be read ({error}).") from None
     if (how := how_it_stopped(summary)) is not None:
@@ -212,16 +252,16 @@ def _read(directory: Path, name: str, stopped: bool) -> Run:
         name = f"{name} ({how})"
     try:
         rows = logged(read_history(directory / METRICS), summary["steps"])
-    except _DAMAGED as error:
+    except UNREADABLE as error:
         raise Unfinished(f"{METRICS} is damaged ({type(error).__name__}: {error}).") from None
-    return Run(name, str(directory), config, summary, **rows)
+    return Run(printable(name), str(directory), config, summary, **rows)
 
 
 def _so_far(directory: Path) -> dict[str, Any]:
     """Returns the summary of a run that has written none, because it goes on or could not."""
     try:
         summary = last_logged(directory)
-    except _DAMAGED as error:
+    except UNREADABLE as error:
         raise Unfinished(f"there is no {SUMMARY}, and {METRICS} is damaged ({type(error).__name__}).") from None
     running = is_in_use(directory)
     return summary | {"state": RUNNING if running else KILLED, "reason": "" if running else f"there is no {SUMMARY}"}
@@ -234,16 +274,4 @@ def _summary(directory: Path) -> dict[str, Any]:
         raise Unfinished(f"{SUMMARY} is no whole JSON ({error}).") from None
     if not isinstance(summary, dict) or "steps" not in summary:
         raise Unfinished(f"{SUMMARY} does not say how many steps it took.")
-    counts = {key: summary[key] for key in ("steps", "comm/steps") if key in summary}
-    wrong = {key: value for key, value in counts.items() if type(value) is not int or not 0 <= value < _LARGEST}
-    wrong |= {key: value for key, value in summary.items() if key.startswith(_NUMBERS) and not _is_number(value)}
-    for key, value in wrong.items():
-        raise Unfinished(f"{SUMMARY} is damaged ({key} is {str(value)[:40]!r}, which it cannot be).")
     return summary
-
-
-def _is_number(value: Any) -> bool:
-    """Tells whether a summary value may stand for a number: a number, None, or a list with one for each rank."""
-    if value is None or isinstance(value, list):
-        return True
-    return isinstance(value, float) or (type(value) is int and abs(value) < _LARGEST)

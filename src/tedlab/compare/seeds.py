@@ -37,7 +37,8 @@ def averaged(runs: Sequence[Run]) -> list[Run]:
 def deviation(run: Run, name: str) -> float | None:
     """Returns the standard deviation of a summary's value over the members of a mean; None where there is none."""
     values = [value for member in run.members if (value := member.number(name)) is not None]
-    return stdev(values) if len(values) > 1 and len(values) == len(run.members) else None
+    whole = len(values) == len(run.members) and math.isfinite(sum(values))
+    return stdev(values) if len(values) > 1 and whole else None
 
 
 def band(run: Run, name: str) -> tuple[Curve, Curve]:
@@ -52,10 +53,11 @@ def _mean(group: Sequence[Run]) -> Run:
     shown = "+".join(names) if len(names) <= _NAMED else f"{'+'.join(names[: _NAMED - 1])}+… ({len(names)} runs)"
     config = dict(first.config)
     if _SEED in config:
-        config[_SEED] = sorted({run.config.get(_SEED) for run in group})
+        seeds = {written(run.config.get(_SEED)): run.config.get(_SEED) for run in group}
+        config[_SEED] = [seeds[text] for text in sorted(seeds, key=lambda text: (len(text), text))]
     summary = {key: _mean_value([run.summary.get(key) for run in group]) for key in first.summary}
     curves = {
-        name: [(step, fmean(values)) for step, values in _aligned([run.curves[name] for run in group])]
+        name: [(step, _average(values)) for step, values in _aligned([run.curves[name] for run in group])]
         for name in CURVES
     }
     seconds = _mean_clock([run.seconds for run in group])
@@ -70,12 +72,19 @@ def _mean_value(values: Sequence[Any]) -> Any:
         return values[0]
     if not all(numbers):
         return None
-    return fmean(values) if all(map(math.isfinite, values)) else math.nan
+    return _average(values)
+
+
+def _average(values: Sequence[float]) -> float:
+    """Returns the mean; NaN if it would not be finite."""
+    return fmean(values) if math.isfinite(sum(values)) else math.nan
 
 
 def _mean_clock(clocks: Sequence[Clock]) -> Mapping[int, float]:
     return {
-        step: fmean(clock[step] for clock in clocks) for step in clocks[0] if all(step in clock for clock in clocks)
+        step: _average([clock[step] for clock in clocks])
+        for step in clocks[0]
+        if all(step in clock for clock in clocks)
     }
 
 

@@ -1,6 +1,5 @@
 """Finds the run directories below folders, and says from their files how each run stands."""
 
-import csv
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -8,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tedlab.history import read_history
+from tedlab.history import UNREADABLE, read_history
 from tedlab.launch.locks import is_in_use
 from tedlab.launch.outcome import FINISHED, METRICS, SUMMARY, read_summary
-from tedlab.untrusted import read_yaml
+from tedlab.untrusted import flat, read_yaml
 
 RUNNING, KILLED, SIMULATED, DAMAGED = "running", "killed", "simulated", "damaged"
 MANIFEST = "manifest.json"  # of tedlab.checkpoint, for which torch would be imported
@@ -84,14 +83,14 @@ def _rows(directory: Path) -> tuple[list[dict[str, str]], str]:
         return read_history(directory / METRICS), ""
     except OSError as error:
         return [], f"{error.strerror}: {error.filename}"
-    except (ValueError, KeyError, TypeError, csv.Error):
+    except UNREADABLE:
         return [], f"{METRICS} cannot be read: move it away"
 
 
 def _listed(directory: Path, when: float) -> Listed:
     summary, config, in_use = read_summary(directory), _configuration(directory), is_in_use(directory)
     rows, damage = ([], "") if summary.get("state") == FINISHED and not in_use else _rows(directory)
-    state = RUNNING if in_use else str(summary.get("state", FINISHED if summary else KILLED))
+    state = RUNNING if in_use else flat(summary.get("state", FINISHED if summary else KILLED))
     state = DAMAGED if damage else state
     state = SIMULATED if "sim" in config else state
     last = {name: value for row in rows for name, value in row.items()}
@@ -100,7 +99,7 @@ def _listed(directory: Path, when: float) -> Listed:
     return Listed(
         directory,
         state,
-        damage or ("" if in_use else str(summary.get("reason", ""))),
+        damage or ("" if in_use else flat(summary.get("reason", ""))),
         _whole(last.get("step", summary.get("steps"))) or 0,
         max_steps if isinstance(max_steps, int) and max_steps > 0 else None,
         _number(last.get("train/loss", summary.get("train/loss"))),
