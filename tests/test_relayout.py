@@ -1,6 +1,8 @@
 """Weights that move between two layouts are those that the other layout would have, and as many bytes as planned."""
 
 import importlib.util
+import subprocess
+import sys
 import warnings
 from itertools import product
 from pathlib import Path
@@ -109,6 +111,16 @@ def rolled_out(steps: int) -> tuple[list[float], list[str], int]:
     relayout(parameters, network, other, (policy.topology.degrees, GENERATING), policy.topology.comm)
     pairs = zip(network.named_parameters(), other.parameters(), strict=True)
     return policy.rewards, [name for (name, a), b in pairs if not torch.equal(full(a), full(b))], sent
+
+
+@pytest.mark.slow
+def test_the_example_runs_as_its_first_lines_say() -> None:
+    ended = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    rewards = [float(word) for word in ended.stdout.splitlines()[-1].split()]
+    assert len(rewards) == 20
+    assert rewards[0] < 0.6
+    assert sum(rewards[-3:]) / 3 > 0.8
 
 
 @pytest.mark.slow
