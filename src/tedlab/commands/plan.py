@@ -9,7 +9,19 @@ from hydra.core.hydra_config import HydraConfig
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import JobOnCluster, doubts, job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import AssumedRouting, PlanConfig, PlannedPhase, ServeConfig, TrainConfig
+from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, cluster_names, load_cluster
+from tedlab.predict.spread import Spread
+
+_OF_ALL = {"plan.phase", "plan.reserve_gib", "plan.runs"}
+_OF_PHASES = {  # the values of plan and serve that a phase takes beside these
+    PlannedPhase.TRAIN: {"plan.simulate", "plan.largest"},
+    PlannedPhase.GENERATE: {"serve.prompt", "serve.output", "serve.batch", "serve.int4", "serve.upload"},
+    PlannedPhase.DISAGGREGATED: {
+        *("serve.prompt", "serve.output", "serve.latency", "serve.experts_on", "serve.price", "serve.expert_price"),
+        *("serve.attention_gpus", "serve.expert_gpus"),
+    },
+}
 
 
 @dataclass
@@ -26,6 +38,8 @@ def task(config: PlanningConfig) -> float:
     from tedlab.predict.plan.show import learn_visibly, plan_visibly
     from tedlab.predict.spread import spread_on
 
+    overrides = HydraConfig.get().overrides.task
+    check_of_phase(config.plan, config.serve, overrides)
     name, cluster = on_cluster(config)
     warnings: list[str] = []
     spread = spread_on(cluster)
@@ -34,7 +48,7 @@ def task(config: PlanningConfig) -> float:
         cluster, warnings, spread = learned.cluster, [*learned.notes], learned.spread
     job = on_gpus_of(job_alone(config), name, cluster)
     if config.plan.phase != PlannedPhase.TRAIN:
-        return _inference(config, job, name, cluster)
+        return inference(config, job, name, cluster, warnings, spread)
     plan = plan_visibly(
         job,
         name,
@@ -42,7 +56,7 @@ def task(config: PlanningConfig) -> float:
         reserve_gib=config.plan.reserve_gib,
         simulations=config.plan.simulate,
         find_largest=config.plan.largest,
-        given=overrides_of_the_job(HydraConfig.get().overrides.task),
+        given=overrides_of_the_job(overrides),
         assumed=config.sim,
         warnings=[*warnings, *doubts(job, name, cluster)],
         spread=spread,
@@ -50,20 +64,60 @@ def task(config: PlanningConfig) -> float:
     return plan.winner.step_seconds
 
 
-def _inference(config: PlanningConfig, job: TrainConfig, name: str, cluster: ClusterConfig) -> float:
-    """Plans inference, and returns the predicted time until all texts are finished, or that of a token on two pools."""
+def check_of_phase(plan: PlanConfig, serve: ServeConfig, overrides: Sequence[str]) -> None:
+    """Refuses what the phase would not look at.
+
+    Raises:
+        UsageError: If a value of another phase is not its default, or an override divides the processes of inference.
+    """
+    phase = PlannedPhase(plan.phase)
+    sections = (("plan", plan, PlanConfig()), ("serve", serve, ServeConfig()))
+    changed = {
+        f"{section}.{key}": value
+        for section, given, default in sections
+        for key, value in vars(given).items()
+        if value != getattr(default, key)
+    }
+    for key, value in changed.items():
+        if key not in _OF_ALL | _OF_PHASES[phase]:
+            others = " and ".join(f"phase={other}" for other, taken in _OF_PHASES.items() if key in taken)
+            raise UsageError(f"{key}={value} does nothing with phase={phase}: it belongs to {others}")
+    if "serve.upload" in changed and not serve.int4:
+        raise UsageError(f"upload={serve.upload:g} does nothing without int4=true, which loads experts from the host")
+    if phase == PlannedPhase.TRAIN:
+        return
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+")
+        if key.startswith("parallel.") and key != "parallel.world_size":
+            raise UsageError(
+                f"{override} does nothing with phase={phase}, which tries all layouts: of parallel it takes world_size"
+            )
+
+
+def inference(
+    config: PlanningConfig, job: TrainConfig, name: str, cluster: ClusterConfig, warnings: Sequence[str], spread: Spread
+) -> float:
+    """Plans inference, and returns the predicted time until all texts are finished, or that of a token on two pools.
+
+    Args:
+        config: What is asked for.
+        job: The job on the GPUs of the cluster.
+        name, cluster: The cluster.
+        warnings: What makes predictions doubtful beside the cluster's kind.
+        spread: How far times may be off.
+    """
     from tedlab.predict.serve.load import shares_of
     from tedlab.predict.serve.show import plan_generation
     from tedlab.predict.serve.show_pools import plan_pools
 
     shares, reserve = shares_of(config.sim, job.moe.num_experts), config.plan.reserve_gib
-    for doubt in doubts(job, name, cluster):
-        print(f"Warning: {doubt}")
-    if config.plan.phase == PlannedPhase.GENERATE:
-        return plan_generation(job, config.serve, name, cluster, reserve, shares).seconds
     on = config.serve.experts_on
     experts = (name, cluster) if on is None else (on, load_cluster(on))
-    return plan_pools(job, config.serve, ((name, cluster), experts), reserve, shares).seconds
+    for warning in dict.fromkeys([*warnings, *doubts(job, name, cluster), *doubts(job, *experts)]):
+        print(f"Warning: {warning}")
+    if config.plan.phase == PlannedPhase.GENERATE:
+        return plan_generation(job, config.serve, name, cluster, reserve, shares, spread=spread).seconds
+    return plan_pools(job, config.serve, ((name, cluster), experts), reserve, shares, spread=spread).seconds
 
 
 def overrides_of_the_job(overrides: Sequence[str]) -> list[str]:

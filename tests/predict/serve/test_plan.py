@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from tedlab import ParallelDegrees
-from tedlab.commands.plan import prepared
-from tedlab.config import ServeConfig, TrainConfig, with_values
+from tedlab.commands.plan import PlanningConfig, check_of_phase, inference, prepared
+from tedlab.config import PlanConfig, ServeConfig, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.cost import collective_seconds, exchange_seconds
@@ -20,6 +20,7 @@ from tedlab.predict.serve.plan import Found, Generation, served
 from tedlab.predict.serve.show import plan_generation
 from tedlab.predict.serve.switch import switch
 from tedlab.predict.sim.roofline import seconds
+from tedlab.predict.spread import Spread
 from tedlab.relayout import held, moved_elements, moves_of
 from tedlab.spec import ParameterSpec
 from tests.certify.runs import composed
@@ -213,6 +214,45 @@ def test_the_command_line_needs_no_names_of_sections() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("phase", "plan", "serve", "override", "message"),
+    [
+        ("train", {}, {"prompt": 8}, "", "serve.prompt=8 does nothing .* to phase=generate and phase=disaggregated"),
+        ("generate", {"largest": True}, {}, "", "plan.largest=True does nothing .* belongs to phase=train"),
+        ("generate", {"simulate": 3}, {}, "", "plan.simulate=3 does nothing with phase=generate"),
+        ("generate", {}, {"latency": 0.1}, "", "serve.latency=0.1 does nothing .* belongs to phase=disaggregated"),
+        ("generate", {}, {"upload": 1e9}, "", r"upload=1e\+09 does nothing without int4=true"),
+        ("generate", {}, {}, "parallel.tensor=4", "parallel.tensor=4 does nothing .* it takes world_size"),
+        ("disaggregated", {}, {"batch": 8}, "", "serve.batch=8 does nothing .* belongs to phase=generate"),
+        ("disaggregated", {}, {"int4": True}, "", "serve.int4=True does nothing"),
+    ],
+)
+def test_values_that_a_phase_would_not_look_at_are_refused(
+    phase: str, plan: dict[str, int], serve: dict[str, int], override: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_of_phase(PlanConfig(phase=phase, **plan), ServeConfig(**serve), [override])  # type: ignore[arg-type]
+
+
+def test_values_of_a_phase_are_taken_and_each_belongs_to_one() -> None:
+    check_of_phase(PlanConfig(simulate=3, largest=True, runs=["run"]), ServeConfig(), ["parallel.tensor=4"])
+    generate = ServeConfig(prompt=8, output=4, batch=2, int4=True, upload=1e9)
+    check_of_phase(
+        PlanConfig(reserve_gib=0.5, phase="generate"), generate, ["parallel.world_size=4", "parallel=single"]
+    )
+    pools = ServeConfig(8, 4, experts_on="summit", latency=1.0, price=2.0, expert_price=3.0, expert_gpus=2)
+    check_of_phase(PlanConfig(phase="disaggregated"), replace(pools, attention_gpus=2), [])
+
+
+def test_what_runs_have_taught_is_said_of_inference_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    config = PlanningConfig(plan=PlanConfig(phase="generate"), serve=REQUEST)
+    job_on_two = job("parallel.world_size=2", "model.layers=2")
+    inference(config, job_on_two, "dgx_a100", CLUSTER, ["one run is little"], Spread(3.0, "what the runs took"))
+    text = capsys.readouterr().out
+    assert "Warning: one run is little" in text
+    assert "by what the runs took" in text
+
+
 def test_the_plan_says_that_int4_changes_weights_and_names_misses_and_the_switch() -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     config = with_values(job("moe.every=1"), {"model.layers": 2})
@@ -222,7 +262,7 @@ def test_the_plan_says_that_int4_changes_weights_and_names_misses_and_the_switch
     text = console.export_text()
     assert "int4=true changes weights" in text
     assert "the nearest miss, by" in text
-    assert "switch" in text
+    assert "No switch: with another layout" in text or "The switch adds" in text
     assert f"{best.seconds:.4g}" in text
     console = Console(width=120, record=True, file=io.StringIO())
     plan_generation(config, REQUEST, "dgx_a100", tight, 0.0, console=console)

@@ -142,6 +142,9 @@ def test_what_no_pools_can_do_is_refused_with_the_nearest(tmp_path: Path) -> Non
         planned(replace(REQUEST, expert_gpus=3))
     with pytest.raises(UsageError, match=r"needs experts that take rows: moe\.num_experts is 0"):
         planned(REQUEST, CLUSTER, "moe.num_experts=0")
+    slow = replace(CLUSTER, between_nodes=Link(bandwidth=1e6, latency=1e-3))
+    with pytest.raises(UsageError, match=r"1 attention node of 1 GPU, 4 expert nodes of 1, 1 micro-batch\).* 1 text$"):
+        planned(replace(REQUEST, latency=1e-6, attention_gpus=1, expert_gpus=4), slow)
     assert not list(tmp_path.iterdir())
 
 
@@ -156,4 +159,9 @@ def test_the_plan_shows_shapes_one_pool_and_what_speaks_against_it(tmp_path: Pat
     assert f"{1e3 * best.seconds:.4g}" in text
     for part in ("predicted, none was measured", "2602.09721", "One pool of 8 GPUs of one", "m = 4", "by simulation"):
         assert part in " ".join(text.split())
+    assert "…" not in text  # no number is cut off
+    assert "per GPU, per cost: new tokens" in " ".join(text.split())
     assert (tmp_path / "pingpong.png").stat().st_size > 5000
+    console = Console(width=120, record=True, file=io.StringIO())
+    plan_pools(config, REQUEST, (("one", CLUSTER), ("one", CLUSTER)), 0.0, console=console)
+    assert "cost" not in console.export_text()  # it would be that per GPU

@@ -11,7 +11,7 @@ from tedlab.degrees import ParallelDegrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.serve.plan import Choice, Found, Generation, served
-from tedlab.predict.spread import spread_on
+from tedlab.predict.spread import Spread, spread_on
 
 _GIB = 2**30
 _ROWS = 5
@@ -30,6 +30,7 @@ def plan_generation(
     reserve_gib: float,
     shares: Sequence[float] | None = None,
     console: Console | None = None,
+    spread: Spread | None = None,
 ) -> Choice:
     """Plans a generation, prints the plan and returns the fastest choice.
 
@@ -40,6 +41,7 @@ def plan_generation(
         reserve_gib: The GiB of each GPU that are left for what is not modelled.
         shares: (E,) proportions in which experts are chosen; None: all equally often.
         console: Where to print.
+        spread: How far times may be off; None: as the cluster says.
 
     Raises:
         UsageError: If the model cannot generate, the cluster is too small, or nothing fits in its memory.
@@ -62,7 +64,7 @@ def plan_generation(
         console.print(_CHANGES)
     console.print(_modules_table(best))
     console.print(_choices_table(found))
-    for line in _verdict(best, found, generation):
+    for line in _verdict(best, found, generation, spread or spread_on(cluster)):
         console.print(line, markup=False)
     console.print(_left_table(found, capacity))
     return best
@@ -152,8 +154,7 @@ def _named(found: Found) -> Iterator[tuple[str, Choice]]:
             yield name, choice
 
 
-def _verdict(best: Choice, found: Found, generation: Generation) -> Iterator[str]:
-    spread = spread_on(generation.cluster)
+def _verdict(best: Choice, found: Found, generation: Generation, spread: Spread) -> Iterator[str]:
     texts, output = generation.tokens["prefill"].texts, generation.steps + 1
     yield (
         f"All texts are finished after {spread.said(best.seconds)}, by {spread.source}: "

@@ -15,7 +15,7 @@ from tedlab.predict.serve.pingpong import PLACES, Stages, simulate
 from tedlab.predict.serve.plan import served
 from tedlab.predict.serve.pools import Disaggregation, FoundPools, Served
 from tedlab.predict.serve.show import attention_layout, experts_layout
-from tedlab.predict.spread import spread_on
+from tedlab.predict.spread import Spread, spread_on
 
 _GIB = 2**30
 _ROWS = 4
@@ -34,6 +34,7 @@ def plan_pools(
     reserve_gib: float,
     shares: Sequence[float] | None = None,
     console: Console | None = None,
+    spread: Spread | None = None,
 ) -> Served:
     """Plans decoding on two pools, prints the plan, draws the timeline, and returns what decodes the most per GPU.
 
@@ -44,6 +45,7 @@ def plan_pools(
         reserve_gib: The GiB of each GPU that are left for what is not modelled.
         shares: (E,) proportions in which experts are chosen; None: all equally often.
         console: Where to print.
+        spread: How far times may be off; None: as the attention pool's cluster says.
 
     Raises:
         UsageError: If the model cannot generate, nothing fits, or nothing is fast enough.
@@ -54,17 +56,17 @@ def plan_pools(
     if not found.served:
         raise UsageError(_nothing(found, plan))
     best = max(found.served, key=lambda each: each.per_gpu)
-    cheapest = max(found.served, key=lambda each: each.per_cost)
+    spread = spread or spread_on(one[1])
     console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(
         f"Planned: decoding after prompts of {request.prompt} tokens, with {request.output} new ones, on at most "
         f"{plan.gpus} GPUs: attention on {one[0]}, experts on {other[0]}. All numbers are predicted, none was measured."
     )
-    console.print(_table(found, best, cheapest))
+    console.print(_table(found, best, priced=request.price != request.expert_price))
     visits = simulate(best.stages, best.shape.micro_batches, best.layers)
     simulated, formula = visits[-1].end, best.stages.seconds(best.shape.micro_batches, best.layers)
     console.print(
-        f"A token of the best takes {spread_on(one[1]).said(best.seconds)}, by {spread_on(one[1]).source}: "
+        f"A token of the best takes {spread.said(best.seconds)}, by {spread.source}: "
         f"{formula:.4g} s in {best.layers} layers with experts ({simulated:.4g} s by simulation of {len(visits):,} "
         f"visits) and {best.beside:.4g} s beside these. {_busy(best.stages, best.shape.micro_batches)}",
         markup=False,
@@ -86,13 +88,14 @@ def _busy(stages: Stages, micro_batches: int) -> str:
     return f"{slowest}, which waits at times: {needed:.0f} micro-batches would keep it busy."
 
 
-def _table(found: FoundPools, best: Served, cheapest: Served) -> Table:
+def _table(found: FoundPools, best: Served, priced: bool) -> Table:
     table = Table(title="shapes that decode the most", title_justify="left")
     for heading in ("", "attention", "experts"):
-        table.add_column(heading)
-    times = ("T_a, µs", "T_e, µs", "T_c, µs", "token, ms")
-    for heading in ("m", "texts", *times, "per GPU", "per cost", "A, GiB", "E, GiB"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, no_wrap=True)
+    times = ("T_a,\nµs", "T_e,\nµs", "T_c,\nµs", "token,\nms")
+    costs = ("per\ncost",) if priced else ()
+    for heading in ("m", "texts", *times, "per\nGPU", *costs, "A,\nGiB", "E,\nGiB"):
+        table.add_column(heading, justify="right", no_wrap=True)
 
     def add(name: str, each: Served) -> None:
         shape, stages = each.shape, each.stages
@@ -100,7 +103,7 @@ def _table(found: FoundPools, best: Served, cheapest: Served) -> Table:
             *(name, f"{shape.attention_nodes} × T{shape.attention_tensor}"),
             *(f"{shape.expert_nodes} × T{shape.expert_tensor}", f"{shape.micro_batches}", f"{each.batch:,}"),
             *(f"{1e6 * taken:.4g}" for taken in (stages.attention, stages.experts, stages.transfer)),
-            *(f"{1e3 * each.seconds:.4g}", f"{each.per_gpu:,.1f}", f"{each.per_cost:,.1f}"),
+            *(f"{1e3 * each.seconds:.4g}", f"{each.per_gpu:,.1f}", *([f"{each.per_cost:,.1f}"] if priced else [])),
             *(f"{each.attention_bytes / _GIB:.1f}", f"{each.expert_bytes / _GIB:.1f}"),
             style="bold" if each is best else None,
         )
@@ -108,13 +111,15 @@ def _table(found: FoundPools, best: Served, cheapest: Served) -> Table:
     for number, each in enumerate(sorted(found.served, key=lambda each: -each.per_gpu)[:_ROWS], 1):
         add(f"{number}", each)
     table.add_section()
-    add("cost", cheapest)
+    if priced:
+        add("cost", max(found.served, key=lambda each: each.per_cost))
     for m in sorted({each.shape.micro_batches for each in found.served}):
         add(f"m = {m}", max((s for s in found.served if s.shape.micro_batches == m), key=lambda each: each.per_gpu))
+    rates = "per GPU, per cost" if priced else "per GPU"
     table.caption = (
         "nodes × GPUs that divide each; m: micro-batches of each attention node; texts: over all; T_a, T_e, T_c: a "
         "micro-batch in a layer, in the attention pool, in the busiest expert node, and on the way, in each direction; "
-        "token: until each text has another one; per GPU, per cost: new tokens per second; A, E: a GPU of each pool. "
+        f"token: until each text has another one; {rates}: new tokens per second; A, E: a GPU of each pool. "
         f"{len(found.served):,} shapes are fast enough, {found.slow:,} too slow, {found.large:,} too large"
     )
     return table
@@ -122,7 +127,10 @@ def _table(found: FoundPools, best: Served, cheapest: Served) -> Table:
 
 def _beside(pool: OnePool | None, best: Served, plan: Disaggregation, name: str) -> str:
     if pool is None:
-        return f"No layout of one pool of {plan.gpus} GPUs of {name} is fast enough."
+        return (
+            f"No layout of one pool of {plan.gpus} GPUs of {name} that divides experts by number as far as can be is "
+            "fast enough and fits in memory."
+        )
     degrees = pool.step.degrees
     return (
         f"One pool of {plan.gpus} GPUs of {name} ({attention_layout(degrees)}, experts {experts_layout(degrees)}) "
@@ -136,7 +144,7 @@ def _nothing(found: FoundPools, plan: Disaggregation) -> str:
         nearest = found.nearest
         return (
             f"no shape of up to {plan.gpus} GPUs makes a token in latency={plan.request.latency:g} s: the nearest "
-            f"({_said(nearest)}) takes {nearest.seconds:.4g} s with {nearest.batch} texts"
+            f"({_said(nearest)}) takes {nearest.seconds:.4g} s with {_count(nearest.batch, 'text')}"
         )
     if found.smallest is not None:
         over, smallest = found.smallest
@@ -155,9 +163,15 @@ def _nothing(found: FoundPools, plan: Disaggregation) -> str:
 def _said(each: Served) -> str:
     shape = each.shape
     return (
-        f"{shape.attention_nodes} attention nodes of {shape.attention_tensor} GPUs, {shape.expert_nodes} expert nodes "
-        f"of {shape.expert_tensor}, {shape.micro_batches} micro-batches"
+        f"{_count(shape.attention_nodes, 'attention node')} of {_count(shape.attention_tensor, 'GPU')}, "
+        f"{_count(shape.expert_nodes, 'expert node')} of {shape.expert_tensor}, "
+        f"{_count(shape.micro_batches, 'micro-batch', 'micro-batches')}"
     )
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    """Returns ``1 node`` or ``3 nodes``."""
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def draw(stages: Stages, micro_batches: int, layers: int, path: Path) -> None:
