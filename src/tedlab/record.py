@@ -8,9 +8,11 @@ have the same numbers in every layout, a record can be replayed in any. ``moe/re
 
 import json
 import re
+import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -103,7 +105,7 @@ class Recording:
             try:
                 with np.load(file, allow_pickle=False) as part:
                     whole[:, part["token"]] = part["choice"]
-            except (OSError, ValueError, KeyError, IndexError, EOFError) as error:
+            except (OSError, ValueError, KeyError, IndexError, EOFError, BadZipFile, zlib.error) as error:
                 raise ValueError(f"{file} is damaged or of another record: {error}") from None
         missing = int((whole[0, :, 0] < 0).sum())
         if missing:

@@ -205,3 +205,20 @@ def test_curves_are_read_in_a_time_that_grows_with_the_rows(monkeypatch: pytest.
     rows = [{"step": str(step), "perf/step_time_s": "0.5"} for step in range(1, 1001)]
     assert logged(rows, 1000)["seconds"][1000] == 500.0
     assert 0 < compared <= 4 * len(rows)
+
+
+def test_a_damaged_record_of_routing_is_refused_in_words(tmp_path: Path) -> None:
+    """At its beginning, and in a step."""
+    meta = json.dumps({"blocks": [1], "experts": 2, "top_k": 1, "tokens": 4})
+    for number in range(2):
+        record = write_run(tmp_path / str(number)) / "routing"
+        record.mkdir()
+        (record / "meta.json").write_text(meta)
+        (record / "step-00000001-rank-0000.npz").write_bytes(b"PK\x03\x04")
+    with pytest.raises(
+        UsageError, match=r"0000\.npz is damaged .* Without its folder routing, the run can be compared"
+    ):
+        compare_command(str(tmp_path))
+    (tmp_path / "1" / "routing" / "meta.json").write_text("{}")
+    with pytest.raises(UsageError, match="1/routing is not the record of a run's routing"):
+        compare_command(str(tmp_path))

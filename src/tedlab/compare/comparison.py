@@ -18,6 +18,7 @@ from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
 from tedlab.record import DIRECTORY, Recording, flip_rates
 from tedlab.renamed import RENAMED, note, renamed
+from tedlab.untrusted import flat
 
 # Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
 PLUMBING = (
@@ -168,11 +169,14 @@ class Comparison:
 
         It has the runs that recorded their routing (``routing.record=true``) as the first one did.
         """
-        first, *others = (_record(run) for run in self.runs)
         found = {}
-        for run, record in zip(self.runs[1:], others, strict=True):
-            if first is not None and record is not None and record.shape == first.shape:
-                found[run.name] = flip_rates(first, record)
+        try:
+            first, *others = (_record(run) for run in self.runs)
+            for run, record in zip(self.runs[1:], others, strict=True):
+                if first is not None and record is not None and record.shape == first.shape:
+                    found[run.name] = flip_rates(first, record)
+        except ValueError as error:
+            raise UsageError(flat(f"{error}. Without its folder {DIRECTORY}, the run can be compared.")) from None
         return {name: rates for name, rates in found.items() if rates}
 
     def flip_statements(self) -> list[str]:
