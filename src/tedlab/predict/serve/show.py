@@ -177,7 +177,7 @@ def _verdict(best: Choice, found: Found, generation: Generation, spread: Spread)
     weights, cache = best.decode.weights / _GIB, best.remembered / _GIB
     yield (
         f"Of the fullest process's {best.bytes / _GIB:.2f} GiB, weights are {weights:.2f} (in decoding), keys and "
-        f"values of {generation.positions} positions {cache:.2f}, activations of the prefill at most "
+        f"values of {generation.positions} positions {cache:.2f}, activations of the prefill "
         f"{best.prefill.activations / _GIB:.2f}."
     )
 
