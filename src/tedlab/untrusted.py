@@ -84,7 +84,7 @@ def interpolation(values: Any, name: str = "") -> str | None:
 def printable(value: Any) -> Any:
     """Returns plain values whose texts, also those of keys, steer no terminal: ESC is four characters, ``\\x1b``.
 
-    What is no mapping, list, number or None, such as YAML's dates, becomes a text.
+    Line breaks are spaces. What is no mapping, list, number or None, such as YAML's dates, becomes a text.
     """
     if isinstance(value, Mapping):
         return {printable(str(key)): printable(inner) for key, inner in value.items()}
@@ -92,9 +92,8 @@ def printable(value: Any) -> Any:
         return [printable(inner) for inner in value]
     if value is None or isinstance(value, int | float):
         return value
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value)
-    )
+    letters = (" " if letter.isspace() else letter for letter in str(value))
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in letters)
 
 
 def flat(text: object) -> str:
