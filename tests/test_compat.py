@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import pkgutil
+import signal
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -523,6 +524,17 @@ def test_the_training_loop_and_signals_are_told_by_the_names_replaced(trainer: T
     )
     assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)
     assert lightning.BATCHES_THAT_STEPPED in trainer.fit_loop.epoch_loop.on_save_checkpoint()
+
+
+def test_of_lightnings_signal_handlers_that_of_sigterm_is_left_out(trainer: Trainer, monkeypatch: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is not before
+    trainer._signal_connector.teardown()
+    lightning.leave_sigterm_alone(trainer)
+    trainer._signal_connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) is before
+    trainer._signal_connector.teardown()
 
 
 def test_trainer_of_a_module_is_none_before_it_has_one(trainer: Trainer) -> None:

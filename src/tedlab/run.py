@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from tedlab._compat.lightning import has_started
 from tedlab.callbacks import (
@@ -150,9 +149,7 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
         known = {"steps": trainer.global_step, **(about(config, module) if hasattr(module, "network") else {})}
         return write_unfinished(Path(config.output_dir), outcomes[0], known)
 
-    # Where SLURM requeues jobs by signals, Lightning handles them.
-    slurm = isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment)
-    with nullcontext() if slurm else signals_raised(unfinished):
+    with signals_raised(unfinished):
         try:
             yield
         except BaseException as error:

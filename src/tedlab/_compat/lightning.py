@@ -1,5 +1,7 @@
 """What tedlab uses of Lightning's private names."""
 
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,6 +84,20 @@ def leave_out_sigterm_broadcast(trainer: Trainer) -> None:
 def leave_signals_alone(trainer: Trainer) -> None:
     """Keeps Lightning's signal handlers from being registered."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def leave_sigterm_alone(trainer: Trainer) -> None:
+    """Keeps Lightning's handler of SIGTERM from being registered, and no other."""
+    connector = trainer._signal_connector
+    register = connector.register_signal_handlers
+
+    def without_sigterm() -> None:
+        before = signal.getsignal(signal.SIGTERM)
+        register()
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+    connector.register_signal_handlers = without_sigterm  # type: ignore[method-assign]
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -274,8 +274,11 @@ class TEDStrategy(compat.SubprocessStrategy):
             # Lightning broadcasts a SIGTERM flag before every batch and waits for it. The launcher already passes
             # signals on, and a framework that measures communication must not add any.
             compat.leave_out_sigterm_broadcast(trainer)
-            if not isinstance(self.cluster_environment, SLURMEnvironment):  # SLURM requeues jobs by signal
-                # Lightning's handler broadcasts, too, at whatever step each process is. Let SIGTERM end the process.
+            # Lightning's handler of SIGTERM broadcasts, too, at whatever step each process is, and waits for processes
+            # that wait for this one. Let the signal end the process.
+            if isinstance(self.cluster_environment, SLURMEnvironment):
+                compat.leave_sigterm_alone(trainer)  # SLURM requeues jobs by another
+            else:
                 compat.leave_signals_alone(trainer)
         seeding.seed_generators(self._seeds, self.topology.comm.rank("data"))
 
