@@ -142,6 +142,7 @@ def test_a_run_that_is_preempted_says_so_and_goes_on_as_the_same_run(
     assert set(steps) == set(range(1, reached + 3))
 
 
+@pytest.mark.exhaustive
 def test_wandbs_agent_drives_tedlab(tmp_path: Path, server: Server, logged_in: dict[str, str]) -> None:
     """``wandb sweep`` registers the example; its agent types what W&B chooses; runs know their sweep."""
     sweep = yaml.safe_load((ROOT / "examples" / "wandb_sweep.yaml").read_text())

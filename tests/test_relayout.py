@@ -113,7 +113,7 @@ def rolled_out(steps: int) -> tuple[list[float], list[str], int]:
     return policy.rewards, [name for (name, a), b in pairs if not torch.equal(full(a), full(b))], sent
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_example_runs_as_its_first_lines_say() -> None:
     ended = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr

@@ -353,6 +353,7 @@ def test_a_run_resumed_in_another_layout_goes_on_with_the_same_losses(place: Pla
     assert_close([*rates.values()], [expected_rates[step] for step in rates])
 
 
+@pytest.mark.exhaustive
 def test_torchrun_runs_in_place(place: Place, run: Run) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend=c10d"]
     arguments = place.small("parallel=tp2", "logger=none", "hydra.run.dir=torchrun")
