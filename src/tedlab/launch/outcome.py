@@ -39,8 +39,6 @@ class Outcome:
             return cls(INTERRUPTED, signal.Signals(error.signal).name)
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
             return cls(INTERRUPTED, "SIGINT")  # Lightning turns it into a SystemExit
-        if type(error).__name__ == "SIGTERMException":  # Lightning raises it where SLURM requeues jobs
-            return cls(INTERRUPTED, SIGTERM)
         lines = str(error).strip().splitlines()
         return cls(FAILED, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 

@@ -32,6 +32,10 @@ class DealtExperts(TokenExperts):
         self.dealing, self.alike = layout.dealt, not layout.own
         self.deals, self.gathers = layout.deals, layout.gathers
 
+    def most(self, tokens: int) -> int:
+        """Returns how many of so many tokens a process sends, or the largest number if some send one more."""
+        return -(-tokens // self.deals) if self.dealing else tokens
+
     def enter(self, x_TH: Tensor) -> Tensor:
         """Returns the tokens that this process sends."""
         if self.dealing:
@@ -57,6 +61,6 @@ class DealtExperts(TokenExperts):
     def leave(self, y_TH: Tensor, tokens: int) -> Tensor:
         """Inverts :meth:`enter`."""
         if self.dealing:
-            hand = grown(y_TH, -(-tokens // self.deals)).unsqueeze(1)
+            hand = grown(y_TH, self.most(tokens)).unsqueeze(1)
             return gather_from(hand, self.comm, "tensor", "combine.gather", dim=1).flatten(0, 1)[:tokens]
         return reduce_from(y_TH, self.comm, "expert_tensor", "experts.reduce") if self.alike else y_TH

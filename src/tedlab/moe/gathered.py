@@ -59,14 +59,14 @@ class GatheredExperts(DealtExperts):
         self.feeds = "experts.reduce" if self.gathers > 1 else topology.layout.returning
 
     def expect(self, tokens: int, slots: int) -> None:
-        self.agreement.expect(self, tokens, -(-tokens // (self.deals if self.dealing else 1)), gathered=True)
+        self.agreement.expect(self, tokens, self.most(tokens), gathered=True)
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         return self.answer(self.start(x_TH), routing).wait()
 
     def start(self, x_TH: Tensor) -> list[Issued[Tensor]]:
         x = self.enter(to_compute_dtype(x_TH))
-        each = self.agreement.largest(-(-len(x_TH) // self.deals) if self.dealing else len(x))
+        each = self.agreement.largest(self.most(len(x_TH)))
         return [issue_gather_to(grown(x, each), self.comm, "expert", "dispatch.all_gather")]
 
     def answer(self, sent: list[Issued[Tensor]], routing: Routing) -> Issued[Tensor]:
