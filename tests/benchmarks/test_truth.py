@@ -1,5 +1,6 @@
 """Predicted against measured: the report has both, of the same step, and a wrong prediction shows in it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ def measured(path: Path) -> dict[str, Any]:
         report.begin("cpu")
     truth.measure(truth.Job(report, {"tiny": SMALL}, 2, 1, 1, STEPS))
     _join_the_pool_again()
-    return report.rows("step time")[0]
+    return report.rows("step time")[0] if os.environ["RANK"] == "0" else {}  # who writes it knows that it is written
 
 
 def predicted(row: dict[str, Any], dispatch: float) -> dict[str, Any]:
