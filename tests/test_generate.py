@@ -14,9 +14,10 @@ from tedlab.checkpoint.contents import consolidate
 from tedlab.commands.generate import main, prepare, unescaped
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig, SharedConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.generate import _check_memory, generate, model_of
+from tedlab.generate import _check_memory, generate
 from tedlab.models import GPTSpec
 from tedlab.moe import routers
+from tedlab.opened import model_of
 from tests import oracle
 from tests.commands import run_command
 from tests.pool import WorkerPool
@@ -66,7 +67,7 @@ def test_a_prompt_arrives_as_it_was_typed(text: str) -> None:
 def test_a_router_that_sees_the_future_writes_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.yaml").write_text("data: {}\n")
     trained = ModelConfig(2, 8, 2, 16, 8, vocab_size=512), MoEConfig(num_experts=4, gating="expert_choice")
-    monkeypatch.setattr("tedlab.generate.model_of", lambda path: trained)
+    monkeypatch.setattr("tedlab.opened.model_of", lambda path: trained)
     with pytest.raises(ValueError, match=r"moe\.gating=expert_choice, which chooses for a token by more than"):
         generate(GenerateConfig(run=str(tmp_path)))
 

@@ -1,31 +1,20 @@
 """Continues texts with the model of a finished run, in one process or any layout, whatever layout the run had."""
 
 import itertools
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf.errors import OmegaConfBaseException
-from torch import distributed as dist
 
-from tedlab import checkpoint
-from tedlab.config import GenerateConfig, ModelConfig, MoEConfig
-from tedlab.data import load_tokenizer
-from tedlab.data.tokenizers import SAVED, Tokenizer
-from tedlab.decode import check_lengths, continuations, generating
-from tedlab.degrees import ParallelDegrees, check_divides
+from tedlab.config import GenerateConfig
+from tedlab.data.tokenizers import Tokenizer
+from tedlab.decode import check_lengths, continuations
+from tedlab.degrees import ParallelDegrees
 from tedlab.doctor.machine import available_memory
-from tedlab.launch.joining import join, own_device
-from tedlab.launch.outside import started_outside
-from tedlab.models import models
+from tedlab.opened import Opened, load, opened, processes_here
 from tedlab.ranges import check_ranges
-from tedlab.renamed import nested
 from tedlab.sampling import Sampling
-from tedlab.topology import Topology
-from tedlab.untrusted import read_yaml, typed
 
 Show = Callable[[str], None]  # gets each piece of a text as soon as it is known
 
@@ -34,21 +23,12 @@ class Given(NamedTuple):
     """What there is to continue texts with.
 
     Attributes:
-        path: The checkpoint.
-        model, moe: The model's configuration, as it generates.
-        tokenizer: The run's.
+        model: The run's model and tokenizer.
         prompts: Ids of the tokens of what to continue.
-        degrees: The layout.
-        device: Type of the device.
     """
 
-    path: Path
-    model: ModelConfig
-    moe: MoEConfig
-    tokenizer: Tokenizer
+    model: Opened
     prompts: list[list[int]]
-    degrees: ParallelDegrees
-    device: str
 
 
 def given(config: GenerateConfig, in_worker: bool = False) -> Given:
@@ -69,28 +49,15 @@ def given(config: GenerateConfig, in_worker: bool = False) -> Given:
     if not (directory / "config.yaml").is_file():
         raise FileNotFoundError(f"{directory} is not a run directory: it has no config.yaml")
     path = directory / "checkpoints" / config.checkpoint
-    shape, moe = model_of(path)
-    shape, moe = replace(shape, compile="none"), generating(moe, f"{path} was trained with")
-    divided = config.expert_tensor or config.tensor
-    degrees = ParallelDegrees(config.processes, tensor=config.tensor, expert=config.expert, expert_tensor=divided)
-    spec = models[shape.architecture].spec(shape, moe)
-    spec.check(degrees)
-    assert shape.vocab_size is not None
-    check_divides("model.vocab_size", shape.vocab_size, "tensor", degrees.tensor)
     if "" in config.stop:
         raise ValueError("stop has an empty text, which would end every continuation before it begins: leave it out")
-    gpus, here = torch.cuda.device_count(), _processes_here(config)
-    device = config.device or ("cuda" if gpus and gpus >= here else "cpu")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"device={device} is unknown; valid: cpu, cuda")
-    if device == "cuda" and gpus < here:
-        raise ValueError(f"device=cuda needs a GPU for each process, but torch sees {gpus} here; use device=cpu")
-    tokenizer = _tokenizer(directory, shape)
+    model = opened(path, directory, config)
+    tokenizer = model.tokenizer
     prompts = [tokenizer.encode(prompt).tolist() or [tokenizer.separator] for prompt in _prompts(config)]
-    check_lengths(prompts, shape.sequence_length)
+    check_lengths(prompts, model.model.sequence_length)
     if config.cache and not in_worker:
-        _check_memory(config, spec, degrees, prompts, device)
-    return Given(path, shape, moe, tokenizer, prompts, degrees, device)
+        _check_memory(config, model.spec, model.degrees, prompts, model.device)
+    return Given(model, prompts)
 
 
 def _check_memory(
@@ -107,7 +74,7 @@ def _check_memory(
     if device == "cuda":
         room = torch.cuda.get_device_properties(0).total_memory
     else:
-        room = int(available_memory()) // _processes_here(config)
+        room = int(available_memory()) // processes_here(config)
     missing = -(-texts // data) * text - room
     if missing > 0:
         over = f"{missing / 2**30:.1f} GiB"
@@ -115,11 +82,6 @@ def _check_memory(
             f"attention to {texts} texts of up to {positions} tokens needs {over} more than there are in each process: "
             f"{room // text * data} texts would fit, or use cache=false"
         )
-
-
-def _processes_here(config: GenerateConfig) -> int:
-    """Returns how many processes there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", config.processes)))
 
 
 def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
@@ -132,13 +94,9 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: See :func:`given`.
     """
-    path, shape, moe, tokenizer, prompts, degrees, device = given(config, in_worker=True)
-    model = models[shape.architecture](shape, moe, _topology(degrees, device), seed=0)
-    weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.load({"model": weights}, path)
-    model.eval()
-
-    texts = [_Text(tokenizer, prompt, config.stop) for prompt in prompts]
+    whose, prompts = given(config, in_worker=True)
+    model, tokenizer = load(whose), whose.tokenizer
+    texts = [Continued(tokenizer, prompt, config.stop) for prompt in prompts]
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.seed)
     vocabulary = tokenizer.vocab_size  # padding contains no tokens
     steps = continuations(
@@ -157,17 +115,7 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
     return [text.text for text in texts]
 
 
-def _topology(degrees: ParallelDegrees, device: str) -> Topology:
-    """Joins the processes of the layout, if there are several."""
-    if degrees.world_size == 1 and not started_outside():
-        return Topology.single(device)
-    place = own_device(device)
-    if not dist.is_initialized():
-        join("nccl" if place.type == "cuda" else "gloo")
-    return Topology(degrees, place)
-
-
-class _Text:
+class Continued:
     """A prompt and what was added to it.
 
     Args:
@@ -212,41 +160,3 @@ def _prompts(config: GenerateConfig) -> list[str]:
     if lines == [""]:
         raise ValueError(f"{config.prompts} has no lines: each would be a prompt")
     return lines
-
-
-def _tokenizer(directory: Path, shape: ModelConfig) -> Tokenizer:
-    """Loads the run's tokenizer. If its file is missing, the run must have used bytes, which are the default."""
-    if not (directory / SAVED).is_file():
-        try:
-            data = read_yaml(directory / "config.yaml").get("data")
-        except ValueError as error:
-            raise ValueError(f"{directory / 'config.yaml'} cannot be read: {error}") from None
-        named = data.get("tokenizer", "byte") if isinstance(data, dict) else "byte"
-        if named != "byte":
-            raise FileNotFoundError(f"{directory / SAVED} is missing, and the run has data.tokenizer={named}")
-    tokenizer = load_tokenizer(directory)
-    assert shape.vocab_size is not None
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"{directory} has a tokenizer of {tokenizer.vocab_size} tokens, and a model of {shape.vocab_size}: "
-            "one of them is not this run's"
-        )
-    return tokenizer
-
-
-def model_of(path: Path) -> tuple[ModelConfig, MoEConfig]:
-    """Reads the model's configuration from a checkpoint, since the run's config.yaml has no checksum.
-
-    Raises:
-        FileNotFoundError: If there is no checkpoint.
-        ValueError: If it is damaged or holds no model of this command.
-    """
-    stored: Any = checkpoint.read_meta(path).get("hyper_parameters")
-    try:
-        stored = nested(stored)
-        shape, moe = typed(ModelConfig, stored["model"]), typed(MoEConfig, stored["moe"])
-        if shape.vocab_size is None:
-            raise ValueError("it has no vocabulary")
-        return shape, moe
-    except (OmegaConfBaseException, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} says nothing of a model of this command: {error}") from None

@@ -14,9 +14,9 @@ from tedlab.checkpoint import load_weights, stored_tensors
 from tedlab.config import ModelConfig, MoEConfig, TrainConfig, with_values
 from tedlab.data.tokenizers import SAVED
 from tedlab.errors import UsageError
-from tedlab.generate import model_of
 from tedlab.models import models
 from tedlab.models.families.family import flat
+from tedlab.opened import model_of
 from tedlab.resume import find_checkpoint, is_named
 
 PREFIX = "model.network."  # of a model's parameters in a checkpoint

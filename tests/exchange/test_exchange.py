@@ -21,11 +21,11 @@ from tedlab.config import ModelConfig
 from tedlab.exchange.exports import export
 from tedlab.exchange.folder import Folder
 from tedlab.exchange.imports import import_folder
-from tedlab.generate import model_of
 from tedlab.models import GPT
 from tedlab.models.families import FAMILIES, family_for
 from tedlab.models.families.deepseek import DeepSeekV3
 from tedlab.models.families.family import Family, UnknownField
+from tedlab.opened import model_of
 from tests.certify.runs import composed
 from tests.exchange.families import CONFIGS, draw, packed
 from tests.pool import WorkerPool

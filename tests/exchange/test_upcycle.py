@@ -17,8 +17,8 @@ from tedlab.commands.checkpoint import main
 from tedlab.config import ModelConfig, MoEConfig, RouterConfig
 from tedlab.errors import UsageError
 from tedlab.exchange.upcycle import Recipe, scale_of, upcycle
-from tedlab.generate import model_of
 from tedlab.models import GPT
+from tedlab.opened import model_of
 from tedlab.resume import resume
 from tests.pool import WorkerPool
 from tests.test_conf import compose

@@ -13,7 +13,7 @@ from tedlab.config import ModelConfig, MoEConfig, ParallelConfig, TrainConfig
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.exchange.upcycle import Recipe, upcycle
-from tedlab.generate import model_of
+from tedlab.opened import model_of
 from tedlab.ranges import check_ranges, number_fields
 from tedlab.validate.experts import check_experts
 

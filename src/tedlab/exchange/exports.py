@@ -13,8 +13,8 @@ from tedlab.checkpoint.pieces import PieceReader
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange import folder
 from tedlab.exchange.imports import parameters_of
-from tedlab.generate import model_of
 from tedlab.models.families import Rule, family_for
+from tedlab.opened import model_of
 from tedlab.places import check_free
 from tedlab.weights import PREFIX
 

@@ -23,9 +23,9 @@ from tedlab.checkpoint.pieces import Piece, PieceReader, write_pieces
 from tedlab.config import BiasUpdate, Gates, ModelConfig, MoEConfig, Noise, Scoring, Shortcut
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange.imports import PREFIX
-from tedlab.generate import model_of
 from tedlab.models import models
 from tedlab.nn.sharded import seed_of
+from tedlab.opened import model_of
 from tedlab.places import check_free
 from tedlab.ranges import check_ranges, real, whole, word
 from tedlab.resume import UPCYCLED

@@ -22,12 +22,12 @@ from tedlab.certify.compare import relative_error
 from tedlab.checkpoint.pieces import PieceReader
 from tedlab.config import ModelConfig
 from tedlab.exchange.imports import Opened, open_folder, read_pieces
-from tedlab.generate import model_of
 from tedlab.models import GPT
 from tedlab.models.families import essence
 from tedlab.models.families.family import head_width, key_heads
 from tedlab.models.families.mapping import PairsApart
 from tedlab.moe import MoELayer
+from tedlab.opened import model_of
 from tedlab.topology import Topology
 from tedlab.weights import PREFIX
 
