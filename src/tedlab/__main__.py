@@ -13,6 +13,7 @@ COMMANDS = {
     "certify": "prove that a configuration equals one process",
     "runs": "list runs with their states, losses and where to resume",
     "compare": "put runs side by side",
+    "eval": "evaluate a trained model on texts and tasks",
     "generate": "continue a text with a trained model",
     "doctor": "test this machine or allocation, and say what is wrong",
     "models": "list the published models of which there are presets",

@@ -52,6 +52,8 @@ Packing = StrEnum("Packing", "CONCATENATE BEST_FIT")
 Backend = StrEnum("Backend", "NCCL GLOO")
 ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
 PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE DISAGGREGATED")
+EvalDocuments = StrEnum("EvalDocuments", "APART PACKED")
+EvalPrecision = StrEnum("EvalPrecision", {"SINGLE": "32-true", "DOUBLE": "64-true", "BF16": "bf16-true"})
 CertificatePrecision = StrEnum("CertificatePrecision", {"DOUBLE": "64-true", "BF16": "bf16-true"})
 
 
@@ -620,6 +622,36 @@ class GenerateConfig(Frozen):
     @property
     def output_dir(self) -> str:
         """Nowhere: it writes no files, and there is nothing to resume."""
+        return "/dev/null"
+
+
+@dataclass
+class EvalConfig(Frozen):
+    """What to evaluate on, and how."""
+
+    run: str  # a run directory, an imported model's, or a checkpoint in one
+    # Named sets of texts: data.NAME=PATH, where PATH is a file, folder or glob of text or JSONL, as in training.
+    data: dict[str, str] = field(default_factory=dict)
+    field: str = "text"  # the field of a JSONL line that holds the text
+    # apart: each document by itself, after a separator | packed: all of a set end to end, as in packed training
+    documents: str = word(EvalDocuments.APART)
+    context: int | None = whole(None, least=1, most=_WIDEST)  # tokens of a window; null: model.sequence_length
+    # Tokens that each further window of a longer text predicts, with the others of its context before them; the fewer,
+    # the lower the loss and the longer it takes. null: context, windows do not overlap.
+    stride: int | None = whole(None, least=1, most=_WIDEST)
+    batch_size: int = whole(8, least=1)  # windows that each data rank computes at a time
+    precision: str = word(EvalPrecision.SINGLE)  # of weights and activations: 32-true | 64-true | bf16-true
+    out: str | None = None  # the folder for results; null: eval/ in the run's directory
+    # The number of processes, which torchrun and srun set: of tensor x data ranks, and expert of them share experts.
+    processes: int = whole(1, least=1, most=_MOST_PROCESSES)
+    tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
+    expert: int = whole(1, least=1, most=_MOST_PROCESSES)
+    expert_tensor: int | None = whole(None, least=1, most=_MOST_PROCESSES)  # divide each expert; null: as tensor says
+    device: str | None = None  # cpu | cuda; null: cuda where there is a GPU for each process
+
+    @property
+    def output_dir(self) -> str:
+        """Nowhere: there is nothing to resume."""
         return "/dev/null"
 
 

@@ -130,7 +130,7 @@ def generating(moe: MoEConfig, whose: str) -> MoEConfig:
     if "generate" not in supports:
         raise ValueError(
             f"{whose} moe.gating={moe.gating}, which chooses for a token by more than the token and "
-            "those before it: it cannot generate text"
+            "those before it: it has no probabilities of a next token"
         )
     moe = replace(moe, capacity_factor=None, capacity_groups=None, slice=Slicing.NONE.value, lend=LendConfig())
     if moe.num_experts and "dropless" in supports and moe.dispatch in ("capacity", "packed"):

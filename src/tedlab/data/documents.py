@@ -15,7 +15,7 @@ from typing import Protocol
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.formats import BLOCK, LONGEST_LINE, Content, Unusable, examine, parse
 
-__all__ = ["JsonLines", "Source", "Text", "find_files", "split"]
+__all__ = ["JsonLines", "Source", "Text", "find_files", "sources", "split"]
 
 _BLOCK = BLOCK
 
@@ -168,6 +168,17 @@ def split(
         [_source(*member, field) for member in sorted(side, key=lambda member: member[0])] for side in sides
     )
     return train, validation
+
+
+def sources(
+    files: list[SourceFile],
+    field: str,
+    left_out: list[LeftOut] | None = None,
+    advance: Callable[[int], object] = lambda size: None,
+) -> list[Source]:
+    """Returns what reads all documents of files; arguments and exceptions are those of :func:`split`."""
+    members = (member for group in _usable(files, field, left_out, advance) for member in group)
+    return [_source(*member, field) for member in sorted(members, key=lambda member: member[0])]
 
 
 def _source(file: SourceFile, content: Content, field: str) -> Source:

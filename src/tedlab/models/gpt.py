@@ -35,6 +35,7 @@ from tedlab.models.wiring import check_wiring
 from tedlab.models.wrap import wrap
 from tedlab.moe import Experts, MoELayer, Router, RouterReport, mixtures
 from tedlab.nn import (
+    IGNORE_INDEX,
     ColumnParallelLinear,
     ColumnParallelSpec,
     CrossEntropySpec,
@@ -51,8 +52,10 @@ from tedlab.nn import (
     mean_over_counted,
     norm_layer,
     rotation,
+    vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
 )
+from tedlab.nn.region import TensorRegion
 from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
@@ -327,14 +330,52 @@ class GPT(nn.Module):
             losses = vocab_parallel_cross_entropy(logits.flatten(0, 1), targets.flatten(), self.comm)
             return mean_over_counted(losses, targets), reports
         x, reports = self._hidden(ids, padding_mask)
-        region, layer = (
-            (self.embedding.output_region, self.embedding) if self.output is None else (self.output.region, self.output)
-        )
+        region, weight = self._projection()
         x_NH = region.enter(x).flatten(0, 1)
-        loss = linear_cross_entropy(
-            x_NH, layer.local("weight"), targets.flatten(), self.comm, chunk, self.config.compile
-        )
+        loss = linear_cross_entropy(x_NH, weight, targets.flatten(), self.comm, chunk, self.config.compile)
         return loss, reports
+
+    @torch.no_grad()
+    def token_losses(
+        self, ids: Tensor, targets: Tensor, padding_mask: Tensor | None = None, known: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss of each target, and whether no token is more probable.
+
+        Logits are computed of counted targets alone, of at most ``loss_chunk`` of them at a time, or S.
+
+        Args:
+            ids: (B, S) int64.
+            targets: (B, S) int64, the same on every tensor rank; -100 where there is none.
+            padding_mask: See :meth:`forward`.
+            known: The most probable token is sought among ids below, such as those that a tokenizer knows; None: all.
+
+        Returns:
+            (B, S) losses in nats, in fp32 or better, 0 where there is no target; and (B, S) bool, whether the target is
+            the most probable token, the first of equals. Both are the same on every tensor rank.
+
+        Raises:
+            IndexError: If an id or a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
+        """
+        x, _ = self._hidden(ids, padding_mask)
+        region, weight = self._projection()
+        x_NH, target_N = region.enter(x).flatten(0, 1), targets.flatten()
+        place_R = (target_N != IGNORE_INDEX).nonzero().squeeze(1)
+        precise = torch.promote_types(x_NH.dtype, torch.float32)
+        loss_N = torch.zeros(target_N.shape, dtype=precise, device=x_NH.device)
+        greedy_N = torch.zeros_like(target_N, dtype=torch.bool)
+        chunk = self.config.loss_chunk or ids.shape[1]
+        for start in range(0, len(place_R), chunk):
+            place_C = place_R[start : start + chunk]
+            logits_CV = x_NH[place_C] @ weight.to(x_NH.dtype).mT
+            loss_N[place_C] = vocab_parallel_cross_entropy(logits_CV, target_N[place_C], self.comm).to(precise)
+            greedy_N[place_C] = vocab_parallel_argmax(logits_CV, self.comm, known) == target_N[place_C]
+        return loss_N.view(targets.shape), greedy_N.view(targets.shape)
+
+    def _projection(self) -> tuple[TensorRegion, Tensor]:
+        """Returns the region of the product that makes logits, and its weights (V/T, H)."""
+        if self.output is None:
+            return self.embedding.output_region, self.embedding.local("weight")
+        return self.output.region, self.output.local("weight")
 
     def _hidden(self, ids: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, list[RouterReport]]:
         """Returns what logits are computed from (B, S, H), as activations outside layers, and the reports."""

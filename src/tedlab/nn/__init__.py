@@ -20,6 +20,7 @@ from tedlab.nn.loss import (
     CrossEntropySpec,
     linear_cross_entropy,
     mean_over_counted,
+    vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
 )
 from tedlab.nn.norm import LayerNorm, NormSpec, RMSNorm, norm_layer
@@ -81,6 +82,7 @@ __all__ = [
     "remembering",
     "replicated",
     "rotation",
+    "vocab_parallel_argmax",
     "vocab_parallel_cross_entropy",
     "with_heads",
 ]

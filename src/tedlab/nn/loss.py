@@ -82,6 +82,31 @@ def vocab_parallel_cross_entropy(
     return _VocabParallelCrossEntropy.apply(logits, targets, comm, ignore_index)
 
 
+@torch.no_grad()
+def vocab_parallel_argmax(logits: Tensor, comm: Collectives, known: int | None = None) -> Tensor:
+    """Returns the most probable token of every position, the first of equals.
+
+    Two vectors of N values are all-reduced over the tensor group.
+
+    Args:
+        logits: (N, V/T), this rank's part of the vocabulary, in order of rank.
+        comm: The collectives of this process.
+        known: Only ids below are considered; None: all.
+
+    Returns:
+        (N,) int64 global token ids, the same on every tensor rank.
+    """
+    columns = logits.shape[-1]
+    start = comm.rank("tensor") * columns
+    if known is not None and known < start + columns:
+        logits = logits.masked_fill(torch.arange(start, start + columns, device=logits.device) >= known, -math.inf)
+    own_N, column_N = logits.max(-1)
+    largest_N = comm.all_reduce(own_N, "tensor", tag="argmax.max", phase="validation", op="max")
+    nowhere = comm.size("tensor") * columns
+    id_N = (column_N + start).masked_fill(own_N < largest_N, nowhere)
+    return comm.all_reduce(id_N, "tensor", tag="argmax.first", phase="validation", op="min")
+
+
 class _VocabParallelCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, comm: Collectives, ignore_index: int) -> Tensor:

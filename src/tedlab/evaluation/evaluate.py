@@ -1,0 +1,174 @@
+"""``tedlab eval``: loads a run's model in any layout, evaluates it on named sets, prints and keeps what it found."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tedlab.checkpoint import read_meta
+from tedlab.config import Documents, EvalConfig, EvalPrecision
+from tedlab.evaluation import results
+from tedlab.evaluation.names import check_names
+from tedlab.evaluation.scoring import scores
+from tedlab.evaluation.sets import SetResult, TextSet, read_set, result_of, said_of_files, windows_of
+from tedlab.launch.outside import first_outside
+from tedlab.models import GPT
+from tedlab.opened import Opened, load, opened
+from tedlab.progress import CommandProgress
+from tedlab.ranges import check_ranges
+from tedlab.resume import find_checkpoint
+from tedlab.untrusted import read_yaml
+from tedlab.validate.settings import check_writable
+
+_DTYPES = {
+    EvalPrecision.SINGLE: torch.float32,
+    EvalPrecision.DOUBLE: torch.float64,
+    EvalPrecision.BF16: torch.bfloat16,
+}
+
+
+class Given(NamedTuple):
+    """What there is to evaluate.
+
+    Attributes:
+        model: The run's model and tokenizer.
+        masked: Whether it was trained with documents that do not see each other.
+        step: How many steps it was trained.
+        folder: Where results go.
+        sets: The texts.
+        context, stride: See :class:`tedlab.config.EvalConfig`.
+    """
+
+    model: Opened
+    masked: bool
+    step: int
+    folder: Path
+    sets: Sequence[TextSet]
+    context: int
+    stride: int
+
+
+def given(config: EvalConfig) -> Given:
+    """Reads what a configuration names, and checks all that can be checked before processes are launched.
+
+    Raises:
+        FileNotFoundError: If the run, or a set's path, does not exist.
+        ValueError: If a number is out of range, a layout does not fit the model, a set has no text, results cannot be
+            written, or a file of the run is damaged; the message says which.
+    """
+    check_ranges(config)
+    if not config.data:
+        raise ValueError("there is nothing to evaluate on: give texts with data.NAME=PATH")
+    check_names(config.data, "data")
+    path = find_checkpoint(Path(config.run), "run").absolute()
+    directory = path.parents[1]
+    if path.parent.name != "checkpoints" or not (directory / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"{path} is in no run directory, which has checkpoints/ and config.yaml: its tokenizer is not known"
+        )
+    model = opened(path, directory, config)
+    room = model.model.sequence_length
+    context = config.context or room
+    stride = config.stride or context
+    if context > room:
+        raise ValueError(f"context={context} is more than the {room} tokens that the model reads at a time")
+    if stride > context:
+        raise ValueError(f"stride={stride} is more than context={context}: tokens in between would not be predicted")
+    folder = Path(config.out) if config.out is not None else directory / results.DIRECTORY
+    check_writable("out", folder)
+    sets = [read_set(name, path, config.field, model.tokenizer) for name, path in config.data.items()]
+    step = read_meta(path).get("global_step", 0)
+    return Given(model, _masked(directory), step, folder, sets, context, stride)
+
+
+def _masked(directory: Path) -> bool:
+    try:
+        data = read_yaml(directory / "config.yaml").get("data")
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.yaml'} cannot be read: {error}") from None
+    return isinstance(data, dict) and data.get("documents") == Documents.MASKED
+
+
+def evaluate(config: EvalConfig) -> dict[str, Any]:
+    """Evaluates in every process of the layout; the first one prints a table and writes files.
+
+    Returns:
+        What was found, by the names of metrics.
+
+    Raises:
+        FileNotFoundError, ValueError: See :func:`given`.
+    """
+    found = given(config)
+    with _default_dtype(_DTYPES[EvalPrecision(config.precision)]):
+        model = load(found.model)
+        model.separator = found.model.tokenizer.separator if found.masked else None
+        by_set = evaluate_sets(model, found, config)
+    metrics = {key: value for name, result in by_set.items() for key, value in result.metrics(f"eval/{name}").items()}
+    if first_outside():
+        _keep(found, config, by_set)
+        _print(found, by_set)
+    return metrics
+
+
+def evaluate_sets(model: GPT, found: Given, config: EvalConfig) -> dict[str, SetResult]:
+    """Returns the result of each set, the same in every process."""
+    separator, known = found.model.tokenizer.separator, found.model.tokenizer.vocab_size
+    by_set = {}
+    with CommandProgress(disable=not first_outside()) as bar:
+        for texts in found.sets:
+            windows = windows_of(texts, separator, config.documents, found.context, found.stride)
+            task = bar.add_task(texts.name, total=len(windows))
+            done = scores(
+                *(model, windows, config.batch_size),
+                known=known,
+                advance=lambda count, task=task: bar.update(task, advance=count),  # type: ignore[misc]
+            )
+            by_set[texts.name] = result_of(texts, done)
+    return by_set
+
+
+def _keep(found: Given, config: EvalConfig, by_set: Mapping[str, SetResult]) -> None:
+    settings = {"documents": config.documents, "context": found.context, "stride": found.stride}
+    for name, result in by_set.items():
+        entry = {
+            results.METRICS: result.metrics(f"eval/{name}"),
+            results.SETTINGS: {**settings, "precision": config.precision},
+            "path": config.data[name],
+            "checkpoint": str(found.model.path),
+            "layout": found.model.degrees.described(),
+            **asdict(result),
+        }
+        results.write(found.folder, found.step, name, entry)
+
+
+def _print(found: Given, by_set: Mapping[str, SetResult]) -> None:
+    for said in filter(None, map(said_of_files, found.sets)):
+        print(said, file=sys.stderr)
+    where = f"{found.model.path.parents[1].name}/{found.model.path.name}"
+    table = Table()
+    table.add_column("set")
+    for heading in ("documents", "tokens", "nats/token", "perplexity", "bits/byte"):
+        table.add_column(heading, justify="right")
+    for name, result in by_set.items():
+        numbers = f"{result.loss:.4f}", f"{result.perplexity:,.4g}", f"{result.bits_per_byte:.4f}"
+        table.add_row(name, f"{result.documents:,}", f"{result.tokens:,}", *numbers)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(f"{where}, step {found.step}, {found.model.degrees}", soft_wrap=True, highlight=False)
+    console.print(table)
+    console.print(f"saved in {found.folder}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

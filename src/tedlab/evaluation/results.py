@@ -1,0 +1,65 @@
+"""Keeps what evaluations found in ``eval/`` of the run's directory, where ``tedlab compare`` looks for it."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DIRECTORY = "eval"
+METRICS, SETTINGS = "metrics", "settings"
+
+
+class Found(NamedTuple):
+    """What the evaluations of a run found.
+
+    Attributes:
+        metrics: Values by the names of metrics, such as ``eval/wiki/loss``.
+        settings: By the name of a set or task, what its values depend on.
+    """
+
+    metrics: dict[str, float]
+    settings: dict[str, dict[str, Any]]
+
+
+def write(folder: Path, step: int, name: str, entry: Mapping[str, Any]) -> Path:
+    """Writes the result of a set or task at a step, in place of an earlier one, and returns the file.
+
+    Args:
+        folder: Where to; it is made if need be.
+        step: How many steps the model was trained.
+        name: The set's or task's.
+        entry: ``metrics`` by name, ``settings``, and whatever else is worth keeping.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step}_{name}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"name": name, "step": step, **entry}, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def read(directory: Path) -> Found:
+    """Returns what was found of a run, for each set and task at the last step that it was evaluated at.
+
+    Args:
+        directory: The run's.
+
+    Raises:
+        ValueError: If a file is damaged; the message names it.
+    """
+    latest: dict[str, dict[str, Any]] = {}
+    for path in sorted((directory / DIRECTORY).glob("step_*.json")):
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(entry[key], kind) for key, kind in _KINDS.items()):
+                raise TypeError("an entry is of another type than tedlab writes")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{DIRECTORY}/{path.name} is damaged ({type(error).__name__}: {error})") from None
+        if entry["name"] not in latest or entry["step"] >= latest[entry["name"]]["step"]:
+            latest[entry["name"]] = entry
+    metrics = {key: value for entry in latest.values() for key, value in entry[METRICS].items()}
+    return Found(metrics, {name: entry[SETTINGS] for name, entry in latest.items()})
+
+
+_KINDS: Mapping[str, type] = {"name": str, "step": int, METRICS: dict, SETTINGS: dict}
