@@ -130,6 +130,23 @@ def test_every_process_is_at_one_place_of_each_view() -> None:
             assert len({tuple(map(degrees.coordinates(rank).get, kinds)) for rank in range(g)}) == g
 
 
+@pytest.mark.parametrize(
+    ("degrees", "together"),
+    [
+        (ParallelDegrees(8, 2, 4), 1),  # one replica
+        (ParallelDegrees(8, 8, 4, expert_tensor=1), 2),  # the tensor group has both
+        (ParallelDegrees(8, 2, 4, expert_tensor=1), 1),
+        (ParallelDegrees(8, 4, 2, expert_tensor=1), 2),  # of four
+        (ParallelDegrees(12, 4, 3, expert_tensor=2), 2),  # the middle one of three tensor groups has parts of both
+        (ParallelDegrees(8, 2, 4, expert_tensor=1, order="expert_data"), 2),  # neighbours are replicas
+        (ParallelDegrees(8, 1, 2), 1),
+    ],
+    ids=str,
+)
+def test_replicas_that_tensor_groups_connect_wait_for_each_other(degrees: ParallelDegrees, together: int) -> None:
+    assert degrees.replicas_together == together
+
+
 def test_degrees_that_do_not_fit_are_refused_with_all_that_would() -> None:
     for g, t, e in set(TRIPLES) - set(FITTING):
         with pytest.raises(ValueError, match=f"{t}×{e} = {t * e} does not divide the world size {g}") as caught:

@@ -70,6 +70,7 @@ def row(machine: str, link: str, output: int, model: Sequence[str] = MODEL, prom
     found = Generation(config, request, cluster).search(cluster.memory_bytes - _RESERVE)
     tensor = next(choice for choice in found.choices if _tensor_alone(choice))
     best, one = found.choices[0], next(choice for choice in found.choices if choice.same)
+    moved = next((choice for choice in found.choices if choice.switch.seconds > 0), None)
     reported = REPORTED[machine][OUTPUTS.index(output)] if output in OUTPUTS else None
     return {
         "machine": machine,
@@ -81,6 +82,9 @@ def row(machine: str, link: str, output: int, model: Sequence[str] = MODEL, prom
         "switch_seconds": best.switch.seconds,
         "seconds": best.seconds,
         "one_layout_seconds": one.seconds,
+        "moved": moved and [experts_layout(phase.degrees) for phase in (moved.prefill, moved.decode)],
+        "moved_seconds": moved and moved.seconds,
+        "moved_switch_seconds": moved and moved.switch.seconds,
         "tensor_seconds": tensor.seconds,
         "tensor_exchanges": _exchanges(tensor) / tensor.seconds,
         "factor": tensor.seconds / best.seconds,

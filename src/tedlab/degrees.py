@@ -93,6 +93,18 @@ class ParallelDegrees:
         return self.world_size // (self.expert * self.expert_tensor)
 
     @property
+    def replicas_together(self) -> int:
+        """How many of the ``expert_data`` replicas wait for each other in every layer: tensor groups connect them."""
+        together = {0}
+        while True:
+            ranks = [rank for rank in range(self.world_size) if self.coordinates(rank)["expert_data"] in together]
+            groups = {rank // self.tensor for rank in ranks}
+            reached = {self.coordinates(g * self.tensor + t)["expert_data"] for g in groups for t in range(self.tensor)}
+            if reached == together:
+                return len(together)
+            together = reached
+
+    @property
     def sizes(self) -> dict[GroupKind, int]:
         """The number of processes in a group of each kind."""
         return {kind: size for kind, (size, _) in self._places.items()}

@@ -23,7 +23,7 @@ from tedlab.models.block import BlockSpec
 from tedlab.moe import MoESpec
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds
-from tedlab.predict.serve.load import Load, expected_load
+from tedlab.predict.serve.load import Load, Replicas, expected_load
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import MicroBatch, Spec, Work
@@ -92,7 +92,10 @@ class Pass(ClosedForm):
         self.load = Load(0.0, 0.0, 0.0)
         if moe.num_experts:
             together = -(-texts * tokens.length * degrees.data // degrees.expert_data)  # that share each expert
-            self.load = expected_load(together, moe.top_k, moe.num_experts, degrees.expert, shares)
+            waiting = degrees.replicas_together
+            layers = sum(block.moe is not None for block in self.blocks)
+            replicas = Replicas(waiting, degrees.expert_data // waiting, layers)
+            self.load = expected_load(together, moe.top_k, moe.num_experts, degrees.expert, shares, replicas)
             if even:
                 mean = self.load.mean
                 self.load = Load(mean, mean, min(moe.num_experts / degrees.expert, mean))

@@ -5,6 +5,7 @@ have one layout in the prefill and another in decoding, at the cost of a switch.
 one is the best whose texts are finished first. Nothing here prints.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -30,7 +31,7 @@ from tedlab.moe import MoESpec
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.serve.load import Load
 from tedlab.predict.serve.passes import Module, Pass, Tokens, remembered_bytes, weight_bytes
-from tedlab.predict.serve.switch import Switch, switch
+from tedlab.predict.serve.switch import Switch, switches
 from tedlab.validate import complete_simulated
 
 
@@ -195,17 +196,26 @@ class Generation:
         texts = -(-self.tokens["prefill"].texts // data)
         return texts * self.positions * remembered_bytes(self.spec.blocks, tensor, self.dtype)
 
-    def choice(self, prefill: Phase, decode: Phase) -> Choice:
-        """Returns two phases with the switch between them."""
+    def choice(self, prefill: Phase, decode: Phase, capacity: float = math.inf) -> Choice:
+        """Returns two phases with the fastest switch between them that fits, or the smallest if none does.
+
+        Args:
+            prefill, decode: The phases.
+            capacity: The bytes of a GPU that may be used.
+        """
+        ways = [Switch("none", 0.0, 0.0, 0.0)]
+        if prefill.degrees != decode.degrees:
+            parameters = list(self.mixtures[0].experts.parameters())
+            layer = prefill.seconds / len(self.spec.blocks)
+            upload = self.request.upload if self.request.int4 else None
+            layouts = prefill.degrees, decode.degrees
+            ways = switches(parameters, len(self.mixtures), *layouts, self.dtype, self.cluster, upload, layer)
         remembered = self.remembered(prefill.degrees.tensor)
-        if prefill.degrees == decode.degrees:
-            return Choice(prefill, decode, self.steps, Switch("none", 0.0, 0.0, 0.0), remembered)
-        parameters = list(self.mixtures[0].experts.parameters())
-        layer = prefill.seconds / len(self.spec.blocks)
-        upload = self.request.upload if self.request.int4 else None
-        layouts = prefill.degrees, decode.degrees
-        change = switch(parameters, len(self.mixtures), *layouts, self.dtype, self.cluster, upload, layer)
-        return Choice(prefill, decode, self.steps, change, remembered)
+        choices = [Choice(prefill, decode, self.steps, way, remembered) for way in ways]
+        fitting = [choice for choice in choices if choice.bytes <= capacity]
+        return (
+            min(fitting, key=lambda choice: choice.seconds) if fitting else min(choices, key=lambda choice: choice.size)
+        )
 
     def search(self, capacity: float) -> Found:
         """Evaluates every choice.
@@ -221,7 +231,7 @@ class Generation:
             phases = {name: [self.phase(name, degrees) for degrees in layouts] for name in self.tokens}
             for prefill in phases["prefill"]:
                 for decode in phases["decode"]:
-                    choice = self.choice(prefill, decode)
+                    choice = self.choice(prefill, decode, capacity)
                     if choice.bytes <= capacity:
                         found.choices.append(choice)
                         continue

@@ -36,7 +36,7 @@ class Switch(NamedTuple):
     beside: float
 
 
-def switch(
+def switches(
     parameters: Sequence[ParameterSpec],
     layers: int,
     old: ParallelDegrees,
@@ -45,8 +45,8 @@ def switch(
     cluster: ClusterConfig,
     upload: float | None = None,
     prefill_layer: float = 0.0,
-) -> Switch:
-    """Returns the cheaper way.
+) -> list[Switch]:
+    """Returns the ways.
 
     Args:
         parameters: Those of the experts of a layer.
@@ -60,7 +60,7 @@ def switch(
     counts_sr = moved_elements(parameters, old, new)
     received = counts_sr.sum(0) - counts_sr.diagonal()
     if not received.any():
-        return Switch("none", 0.0, 0.0, 0.0)
+        return [Switch("none", 0.0, 0.0, 0.0)]
     held = sum(parameter.elements(new) for parameter in parameters)
     exchanged = layers * exchange_seconds(counts_sr * float(dtype.itemsize), cluster)
     ways = [Switch("exchange", exchanged, layers * float(received.max()) * dtype.itemsize, held * dtype.itemsize)]
@@ -68,4 +68,4 @@ def switch(
         dequantised = Work(0, held * (_INT4 + dtype.itemsize), dtype, "movement")
         beyond = max(0.0, held * _INT4 / upload + seconds(dequantised, cluster) - prefill_layer)
         ways.append(Switch("int4", layers * beyond, layers * held * _INT4, held * (dtype.itemsize + _INT4)))
-    return min(ways, key=lambda way: way.seconds)
+    return ways
