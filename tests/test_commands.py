@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from tedlab.cli import CONF
 from tedlab.commands import calibrate, certify, plan, simulate
 from tedlab.commands.application import hydra_entry
-from tedlab.commands.on_cluster import job_alone, on_cluster, on_gpus_of, prepare
+from tedlab.commands.on_cluster import doubts, job_alone, on_cluster, on_gpus_of, prepare
 from tedlab.config import GenerateConfig
 from tedlab.errors import UsageError
 from tedlab.generate import generate
@@ -112,6 +112,12 @@ def test_on_a_cluster_of_gpus_kernels_are_those_of_gpus(capsys: pytest.CaptureFi
     assert on_gpus_of(job_alone(there), "dgx_a100", a100) == job_alone(there)
     assert on_gpus_of(job_alone(here), "this_machine", ours) == job_alone(here)
     assert capsys.readouterr().out == ""
+
+
+def test_predictions_of_a_run_with_stages_say_of_which() -> None:
+    job = job_alone(compose("cluster=dgx_a100", "data.ramp=[{until: 7, batch_size: 8}]", name="simulate"))
+    (said,) = doubts(job, "dgx_a100", load_cluster("dgx_a100"))
+    assert said == "data.ramp: predictions are of a step after step 7, of the last stage."
 
 
 def test_a_calibration_of_another_device_is_a_warning_that_stays_in_the_summary(

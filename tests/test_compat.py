@@ -642,6 +642,21 @@ def test_weight_averaging_takes_the_given_copy() -> None:
     assert "update_parameters(self._average_model" in inspect.getsource(StochasticWeightAveraging)
 
 
+def test_lightning_accumulates_over_the_remainder_by_the_number_of_micro_batches() -> None:
+    number = lightning.MicroBatches(3, first=4)
+    assert [batch % number for batch in range(4, 9)] == [0, 1, 2, 0, 1]
+    assert (number, 6 / number) == (3, 2.0)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.accumulate_grad_batches = number
+    loop = trainer.fit_loop.epoch_loop
+    for ready, ended in ((5, False), (7, True)):
+        loop.batch_progress.current.ready = ready
+        assert loop._accumulated_batches_reached() == ended
+    assert "batch_idx % self.trainer.accumulate_grad_batches == 0" in inspect.getsource(
+        type(loop.automatic_optimization)
+    )
+
+
 def test_the_users_sampler_is_inside_lightnings() -> None:
     from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 

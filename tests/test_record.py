@@ -37,7 +37,7 @@ class Flips(Callback):
 def train(layout: Layout, job: Job, record: Path | None = None, replay: Path | None = None) -> dict[str, Any]:
     """Losses of the last step and logged flips of a run that records, replays, or both."""
     flips = Flips()
-    callbacks: list[Callback] = [StepMetrics(1, 1)]
+    callbacks: list[Callback] = [StepMetrics(int.__sub__, int.__sub__)]
     callbacks += [] if record is None else [RecordRouting(record, SHAPE)]
     callbacks += [] if replay is None else [ReplayRouting(replay), flips]
     fit = trainer(

@@ -66,7 +66,10 @@ def saved(config: TrainConfig, **trainer: Any) -> dict[str, Any]:
             "seed": config.seed,
         },
         "trainer": {"max_steps": 500, "gradient_clip_val": 1.0, **trainer},
-        "TextDataModule": {"batch_size": config.data.batch_size},
+        "TextDataModule": {
+            "batch_size": config.data.batch_size,
+            "ramp": [asdict(stage) for stage in config.data.ramp],
+        },
     }
 
 
@@ -99,6 +102,15 @@ def test_what_is_named_is_applied_and_said() -> None:
         "trainer.gradient_clip_val=0.1 (so far 1.0)."
     )
     assert said[1] == "As in the checkpoint, since not named here: optim.schedule=constant (not cosine)."
+
+
+def test_stages_stay_as_in_the_checkpoint_unless_they_are_named() -> None:
+    ramp = "data.ramp=[{until: 9, batch_size: 8}]"
+    config, (said,) = take_over(compose(), saved(compose(ramp)), set())
+    assert config.data.ramp == compose(ramp).data.ramp
+    assert "data.ramp=[{until:9,batch_size:8}] (not [])" in said
+    config, _ = take_over(compose("data.ramp=[]"), saved(compose(ramp)), named("data.ramp=[]"))
+    assert config.data.ramp == []
 
 
 def test_the_same_command_line_again_changes_nothing() -> None:

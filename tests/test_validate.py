@@ -626,6 +626,46 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["data.documents=masked", "model.compile=aot_eager"],
         ["data.documents=masked", "model.compile=none", "data.documents=packed"],
     ),
+    "stages_out_of_order": (
+        ["data.ramp=[{until:9,batch_size:4},{until:9,batch_size:6}]"],
+        ["data.ramp has stages until steps [9, 9]", "later than the one before"],
+    ),
+    "stage_of_nothing": (["data.ramp=[{until:9}]"], ["data.ramp[0] (until 9) has neither batch_size nor"]),
+    "stage_of_an_odd_batch": (
+        ["data.ramp=[{until:9,batch_size:3}]"],
+        ["data.ramp[0] (until 9): data.batch_size (3) is not a multiple"],
+    ),
+    "rows_that_do_not_divide_a_sample": (
+        ["data.ramp=[{until:9,sequence_length:5}]"],
+        ["sequence_length=5", "model.sequence_length=16", "valid: 1, 2, 4, 8"],
+    ),
+    "rows_that_tensor_ranks_cannot_divide": (
+        ["data.ramp=[{until:9,sequence_length:2}]", "parallel.sequence=true", "parallel.world_size=4", "parallel=tp4"],
+        ["data.ramp[0] (until 9): model.sequence_length (2)", "parallel.tensor"],
+    ),
+    "rows_of_compiled_blocks": (
+        ["data.ramp=[{until:9,sequence_length:8}]", "model.compile=inductor"],
+        ["model.compile=inductor compiles blocks for one length", "change batch_size alone"],
+    ),
+    "ramp_of_other_data": (
+        ["data.ramp=[{until:9,batch_size:4}]", f"data.module={__name__}.BoringDataModuleOfAnyArguments"],
+        ["data.ramp changes batch_size, of which", "derive it from tedlab.data.TextDataModule"],
+    ),
+    "ramp_of_a_record": (
+        ["data.ramp=[{until:9,batch_size:4}]", "routing.record=true"],
+        ["a record of routing has steps of equally many tokens"],
+    ),
+    "ramp_beside_each_other": (
+        ["data.ramp=[{until:9,batch_size:2}]", "comm.interleave=true", "parallel=ep2", "data.micro_batch_size=1"],
+        ["data.ramp[0] (until 9): comm.interleave=true", "a step has 1"],
+    ),
+    "ramp_of_a_global_batch": (
+        [
+            *("data.ramp=[{until:9,batch_size:2}]", "moe.balance.scope=global_batch", "moe.dispatch=dropless"),
+            *("parallel=ep2", "data.micro_batch_size=1"),
+        ],
+        ["data.ramp must not change between one and several"],
+    ),
     "unknown_packing": (["data.packing=tight"], ["data.packing", "concatenate", "best_fit"]),
     # optimizer
     "not_element_wise": (["optim.optimizer._target_=torch.optim.LBFGS"], ["LBFGS", "element", "AdamW"]),

@@ -7,6 +7,7 @@ key or an ill-typed value. Nothing here imports torch. A number declares its ran
 ``real``), and a word its enumeration (``word``). ``validate`` checks what fields must satisfy *together*.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, replace
 from enum import StrEnum
@@ -399,6 +400,16 @@ class CommConfig(CommOptions):
     ledger: LedgerConfig = field(default_factory=LedgerConfig)
 
 
+@dataclass(kw_only=True)
+class RampConfig(Frozen):
+    """What the steps of a stage take, where that differs from the end of the run."""
+
+    until: int = whole(least=1)  # the first step of the next stage; steps count from 0
+    batch_size: int | None = whole(None, least=1)  # None: data.batch_size
+    # Inputs of a row, of which a sample of model.sequence_length makes several; None: model.sequence_length.
+    sequence_length: int | None = whole(None, least=1)
+
+
 @dataclass
 class DataConfig(Frozen):
     """Text, how it becomes tokens, and how tokens become batches."""
@@ -420,6 +431,8 @@ class DataConfig(Frozen):
     documents: str = word(Documents.PACKED)
     # concatenate: end to end, cut where a sample ends | best_fit: whole if they fit; the rest of a sample is padding.
     packing: str = word(Packing.CONCATENATE)
+    # Stages before these sizes apply: [{until: 100, batch_size: 4, sequence_length: 256}, …]; see docs/training.md.
+    ramp: list[RampConfig] = dataclasses.field(default_factory=list)
 
 
 @dataclass(kw_only=True)

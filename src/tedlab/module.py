@@ -19,7 +19,7 @@ from tedlab._compat.torch import LAST_LEARNING_RATES
 from tedlab.config import BalanceScope, ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import models
 from tedlab.moe import RouterReport, global_losses, stacked, step_totals
-from tedlab.nn import Reading, decay_groups
+from tedlab.nn import Reading, decay_groups, rows_of
 from tedlab.optim import Grouping, learning_rate_schedule
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
@@ -40,6 +40,10 @@ class LanguageModel(LightningModule):
         seed: The seed of the initial weights.
         bytes_per_token: The mean UTF-8 bytes of a token, for bits per byte.
         reading: How samples of several documents are read; None: as one.
+
+    Attributes:
+        length: Inputs of the rows that training reads samples as, see :func:`tedlab.nn.rows_of`. Validation reads whole
+            samples.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class LanguageModel(LightningModule):
         self.model_config, self.moe_config, self.optim_config = model, moe, optim
         self.seed: int | None = seed
         self.bytes_per_token, self.reading = bytes_per_token, reading or Reading()
+        self.length = model.sequence_length
         self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
         self._grouping = Grouping.under(optim)
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
@@ -86,7 +91,7 @@ class LanguageModel(LightningModule):
             ``loss``, to be minimised; ``routers``, if there are experts: a :class:`RouterReport` whose tensors have one
             row per MoE layer. Every other entry is a scalar for :class:`tedlab.callbacks.StepMetrics`.
         """
-        loss, reports = self.network.loss(*self.reading.of(batch))
+        loss, reports = self.network.loss(*self.reading.of(rows_of(batch, self.length)))
         outputs: dict[str, Any] = {"train/loss": loss.detach()}
         if reports:
             routers = stacked(reports)
@@ -101,15 +106,14 @@ class LanguageModel(LightningModule):
 
     @property
     def reads_step_ahead(self) -> bool:
-        """Whether the strategy calls :meth:`on_step_batches`."""
+        """Whether the strategy calls :meth:`on_step_batches` before steps of several micro-batches."""
         balance, experts = self.moe_config.balance, self.moe_config.routed(self.model_config.layers)
-        accumulated = self.trainer.accumulate_grad_batches > 1
-        return accumulated and len(experts) > 0 and balance.scope == BalanceScope.GLOBAL_BATCH
+        return len(experts) > 0 and balance.scope == BalanceScope.GLOBAL_BATCH
 
     @torch.no_grad()
     def on_step_batches(self, micro_batches: Iterator[Tensor]) -> None:
         """Counts the choices of a whole step, which the balance loss of its first micro-batch already depends on."""
-        read = map(self.reading.of, micro_batches)
+        read = (self.reading.of(rows_of(batch, self.length)) for batch in micro_batches)
         reports = (stacked(self.network.route(ids, padding)) for ids, _, padding in read)
         counts = torch.stack([report.sums.counts for report in reports if report.sums is not None])
         self._totals = step_totals(counts.sum(0), self.topology.comm)

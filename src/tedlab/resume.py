@@ -21,6 +21,7 @@ from tedlab.config import (
     BalanceChoices,
     BalanceConfig,
     GroupConfig,
+    RampConfig,
     RouterConfig,
     TrainConfig,
     value_of,
@@ -35,7 +36,7 @@ DECIDED = (
     *("optim.optimizer", "optim.groups", "optim.loss_scale", "trainer.gradient_clip_val", "trainer.max_steps"),
     *("moe.top_k", "moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
     *("moe.aux_loss", "moe.z_loss", "moe.gating", "moe.min_capacity", "moe.random_token_selection"),
-    *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "seed"),
+    *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "data.ramp", "seed"),
     *(f"moe.router.{option.name}" for option in fields(RouterConfig)),
     *(f"moe.balance.{option.name}" for option in fields(BalanceConfig)),
 )
@@ -231,7 +232,13 @@ def _stored(meta: Mapping[str, Any], data: str) -> dict[str, Any]:
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     if sections["optim"]:  # an older checkpoint has no groups
         stored["optim.groups"] = [typed(GroupConfig, group) for group in stored.get("optim.groups", [])]
-    others = {"seed": hyper.get("seed"), "data.batch_size": _section(meta, data).get("batch_size")}
+    of_data = _section(meta, data)
+    ramp = of_data.get("ramp", [] if "batch_size" in of_data else None)  # an older checkpoint has none
+    others = {
+        "seed": hyper.get("seed"),
+        "data.batch_size": of_data.get("batch_size"),
+        "data.ramp": None if ramp is None else [typed(RampConfig, stage) for stage in ramp],
+    }
     return stored | {name: value for name, value in others.items() if value is not None}
 
 
@@ -284,8 +291,8 @@ def _differences(name: str, new: Any, old: Any) -> list[tuple[str, Any, Any]]:
 
 def _text(value: object) -> str:
     """Formats a value as on a command line."""
-    if isinstance(value, list) and all(isinstance(group, GroupConfig) for group in value):
-        given = [{name: v for name, v in asdict(group).items() if v not in (None, False)} for group in value]
+    if isinstance(value, list) and all(isinstance(entry, GroupConfig | RampConfig) for entry in value):
+        given = [{name: v for name, v in asdict(entry).items() if v not in (None, False)} for entry in value]
         return "[" + ",".join("{" + ",".join(f"{n}:{_text(v)}" for n, v in g.items()) + "}" for g in given) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from tedlab._compat.lightning import has_started
 from tedlab.callbacks import (
     CommunicationLedger,
+    FollowRamp,
     Journal,
     MemoryByCategory,
     Prune,
@@ -33,6 +34,7 @@ from tedlab.callbacks import (
 from tedlab.checkpoint import read_meta
 from tedlab.config import Documents, Packing, TrainConfig
 from tedlab.data import TextDataModule, data_module
+from tedlab.data.ramp import Ramp
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
@@ -58,8 +60,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     config = replace(config, logger=_with_tidy_names(config.logger))
     directory = Path(config.output_dir)
-    flops = training_flops(config.model, config.moe, config.optim.groups)
-    metrics = StepMetrics(config.data.batch_size * config.model.sequence_length, flops)
+    ramp = Ramp.of(config.data, config.model.sequence_length)
+    read = functools.partial(ramp.tokens, sample=config.model.sequence_length)
+    metrics = StepMetrics(read, functools.partial(_flops, config, ramp))
     routers = RouterHealth(config.moe.routed(config.model.layers), directory, config.router_picture_every)
     memory = MemoryByCategory()
     comm = config.comm
@@ -72,7 +75,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             ranks_per_node=comm.emulate_ranks_per_node,
         )
     ledger = CommunicationLedger(config, emulated)
-    journal = Journal(config.data.batch_size * config.model.sequence_length)
+    journal = Journal(read)
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
     callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
     callbacks += _first_weights(config)
@@ -105,6 +108,18 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary = report(config, trainer, module, data, measured, [ledger.table(trainer)])
     dist.destroy_process_group()
     return summary
+
+
+def _flops(config: TrainConfig, ramp: Ramp, first: int, last: int) -> int:
+    """Returns the model FLOPs of the steps from ``first`` up to, without, ``last``."""
+    model = config.model
+    return sum(
+        steps
+        * stage.batch_size
+        * model.sequence_length
+        * training_flops(replace(model, sequence_length=stage.sequence_length), config.moe, config.optim.groups)
+        for stage, steps in ramp.between(first, last)
+    )
 
 
 def _first_weights(config: TrainConfig) -> list[Callback]:
@@ -189,6 +204,9 @@ def build(
         settings["devices"] = len(set(devices))  # Lightning does not know GPUs that several processes share
     if settings.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if config.data.ramp:
+        ramp = Ramp.of(config.data, config.model.sequence_length)
+        callbacks = [*callbacks, FollowRamp(ramp, config.data.micro_batch_size, config.validate_every)]
     callbacks += [hydra.utils.instantiate(further) for further in config.callbacks.values()]
     trainer = Trainer(
         **settings,

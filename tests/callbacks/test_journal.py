@@ -1,6 +1,7 @@
 """Rows of metrics: one for each step that has any, none twice, at the steps and tokens that were done."""
 
 import csv
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,16 +33,21 @@ def rows_of(directory: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+def read_by(tokens: int, first: int, last: int) -> int:
+    return tokens * (last - first)
+
+
 def train(directory: Path) -> list[dict[str, float]]:
     """Two runs: five steps that validate after the third and at the end, and three more from its checkpoint."""
     shown = []
     for folder, steps, tokens in (("one", STEPS, TOKENS), ("two", STEPS + 3, 2 * TOKENS)):
+        read = partial(read_by, tokens)
         fit = trainer(
             Layout(),
             JOB,
             max_steps=steps,
             log_every_n_steps=1,
-            callbacks=[StepMetrics(tokens, 1), Once(), Journal(tokens)],
+            callbacks=[StepMetrics(read, read), Once(), Journal(read)],
             logger=CSVLogger(directory / folder, name="", version=""),
             accumulate_grad_batches=2,
             val_check_interval=6,

@@ -17,7 +17,7 @@ def throughput(device: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]
     trainer: Any = SimpleNamespace(
         world_size=4, precision="bf16-true", strategy=SimpleNamespace(root_device=torch.device(device)), global_step=0
     )
-    metrics = StepMetrics(tokens_per_step=1000, flops_per_token=10**9)
+    metrics = StepMetrics(lambda a, b: 1000 * (b - a), lambda a, b: 10**12 * (b - a))
     metrics.on_train_start(trainer, None)  # type: ignore[arg-type]
     trainer.global_step = 10
     metrics.on_train_start(trainer, None)  # type: ignore[arg-type]

@@ -43,7 +43,7 @@ def train(layout: Layout, directory: Path, job: Job = JOB, picture_every: int | 
         job,
         max_steps=job.steps,
         log_every_n_steps=EVERY,
-        callbacks=[StepMetrics(1, 1), routers, counter],
+        callbacks=[StepMetrics(int.__sub__, int.__sub__), routers, counter],
         accumulate_grad_batches=job.micro_batches // layout.data,
     )
     fit.fit(language_model(job), loader(layout, job, fit.global_rank))

@@ -140,6 +140,23 @@ DOCUMENTS: dict[str, dict[str, object]] = {
     },
 }
 JOBS |= DOCUMENTS
+RAMPS: dict[str, dict[str, object]] = {
+    "ramp": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 6, "moe.capacity_factor": 0.7, "optim.overlap": True},
+        "data.ramp": "[{until: 5, batch_size: ONE_EACH, sequence_length: 8}, {until: 9, sequence_length: 16}]",
+    },
+    "ramp_of_rows_in_slices": {
+        **{EXPERTS_PER_RANK: 2, **TODAY, "parallel.sequence": True, "moe.dispatch": "dropless", "moe.top_k": 2},
+        **{"model.recompute.granularity": "block", "comm.cac": True, "model.loss_chunk": 7, "optim": "muon"},
+        "data.ramp": "[{until: 5, sequence_length: 16}]",
+    },
+    "ramp_of_documents_and_a_global_balance": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 3, "data.documents": "masked", "data.packing": "best_fit"},
+        **{"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1},
+        "data.ramp": "[{until: 5, batch_size: ONE_EACH, sequence_length: 16}]",
+    },
+}
+JOBS |= RAMPS
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
 RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
@@ -381,7 +398,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices", "node_pilots_sliced"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED, "muon_shared_keys_in_slices"),
-    "documents_best_fit_in_slices",
+    *("documents_best_fit_in_slices", "ramp_of_rows_in_slices"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and every job but most routers' once
@@ -394,6 +411,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *(job for job in PILOTS if job not in ("gathered", "gathered_ted_fused")),
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
+        *("ramp_of_rows_in_slices", "ramp_of_documents_and_a_global_balance"),
         *("muon_clipped", "muon_latent", "documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
     ),
     (2, 2, 1): ("today_sequence",),
@@ -403,7 +421,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
     (4, 1, 4): ("dropless_recomputed", "node_pilots", "hierarchical"),
     (4, 1, 1): ("dropless_top2", "muon_no_zero"),
     (4, 2, 1): ("rotary_ted",),
-    (4, 1, 2): ("shared_dropless",),
+    (4, 1, 2): ("shared_dropless", "ramp"),
     (8, 2, 2): ("deepspeed_topk",),
     (8, 4, 2): ("sequence_cac",),
     (8, 2, 4): ("sequence", "node_pilots_ted_fused", "node_pilots_in_slices"),
@@ -473,7 +491,7 @@ def overrides(layout: Layout, job: str) -> list[str]:
         *(f"parallel.world_size={world}", f"parallel.tensor={tensor}", f"parallel.expert={expert}"),
         *(f"parallel.expert_tensor={degree}" for degree in expert_tensor),
         *(f"moe.num_experts={expert * per_rank}", f"data.batch_size={batch}"),
-        *(f"{key}={value}" for key, value in settings.items()),
+        *(f"{key}={value}".replace("ONE_EACH", str(batch // accumulated)) for key, value in settings.items()),
     ]
 
 
@@ -481,6 +499,7 @@ CHECKPOINTS = (  # of jobs that differ in what a checkpoint holds
     *("top1_clipped", "ted_fused_sharded", "today", "deepseek_v3_dropless", "global_balance_in_slices"),
     *("noisy_jittered_ted", "shared_weighted_ted", "shared_in_slices", "frozen_router_experts_faster"),
     *("experts_alone_ted", "dgmoe_dealt", "lent", "packed_ted", "sliced_dropless_shared", "muon_clipped"),
+    *RAMPS,
 )
 
 

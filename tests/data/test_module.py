@@ -230,6 +230,7 @@ def test_ranks_of_the_strategy_share_out_every_step(data):
                 distributed_sampler_kwargs={"num_replicas": ranks, "rank": rank}, root_device=torch.device("cpu")
             ),
             fit_loop=SimpleNamespace(is_resuming=False),
+            global_step=0,
         )
         return [_ids(batch) for batch in getattr(module, loader)()]
 

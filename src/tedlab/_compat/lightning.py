@@ -105,6 +105,25 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     return module._trainer
 
 
+class MicroBatches(int):
+    """How many micro-batches a step has, for ``trainer.accumulate_grad_batches``, where earlier steps had others.
+
+    Lightning accumulates as long as the remainder of the number of an epoch's batches by this one is not 0. It has no
+    public way of changing this within an epoch. Here the remainder is that of the batches from ``first`` on.
+    """
+
+    first: int
+
+    def __new__(cls, number: int, first: int) -> "MicroBatches":
+        """Args: number: of a step; first: the batches of the epoch before the first step of so many."""
+        self = super().__new__(cls, number)
+        self.first = first
+        return self
+
+    def __rmod__(self, batches: int) -> int:
+        return (batches - self.first) % int(self)
+
+
 BATCHES_THAT_STEPPED = "_batches_that_stepped"
 """Where the state of a training loop counts the batches that loggers take for steps."""
 

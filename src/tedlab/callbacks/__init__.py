@@ -7,11 +7,13 @@ from tedlab.callbacks.memory import MemoryByCategory
 from tedlab.callbacks.metrics import StepMetrics
 from tedlab.callbacks.progress import RunProgress
 from tedlab.callbacks.prune import Prune
+from tedlab.callbacks.ramp import FollowRamp
 from tedlab.callbacks.router import RouterHealth
 from tedlab.callbacks.routing import RecordRouting, ReplayRouting
 
 __all__ = [
     "CommunicationLedger",
+    "FollowRamp",
     "Journal",
     "MemoryByCategory",
     "Prune",

@@ -4,7 +4,7 @@ Lightning's own logging is not used: it numbers rows of training and the final v
 value that was logged once in all later rows of the epoch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,11 @@ class Journal(Callback):
     all data ranks; and ``epoch``.
 
     Args:
-        tokens_per_step: Number of tokens in an optimizer step over all data ranks.
+        read: Returns the number of tokens that the steps from one up to, without, another read over all data ranks.
     """
 
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, read: Callable[[int, int], int]) -> None:
+        self.read = read
         self.row: dict[str, float] = {}
         self._before: tuple[int, int] | None = None  # steps and tokens at the start of this run
         self._trainer: Trainer | None = None
@@ -65,7 +65,7 @@ class Journal(Callback):
         """Returns the tokens read so far. A checkpoint holds those of earlier runs, whose batch size may differ."""
         assert self._trainer is not None
         steps, tokens = self._before or (0, 0)
-        return tokens + (self._trainer.global_step - steps) * self.tokens_per_step
+        return tokens + self.read(steps, self._trainer.global_step)
 
     @override
     def on_train_batch_end(

@@ -14,7 +14,7 @@ from tedlab.comm.ledger import Count, Entry, Ledger, Totals, differences, summed
 from tedlab.config import TrainConfig
 from tedlab.module import LanguageModel
 from tedlab.predict.emulate import Emulation
-from tedlab.predict.volumes import STEPPING, predict, with_rows
+from tedlab.predict.volumes import STEPPING, predict, stages, with_rows
 from tedlab.strategy import TEDStrategy
 
 _MIB = 2**20
@@ -118,12 +118,14 @@ class CommunicationLedger(Callback):
 
     def differences(self, trainer: Trainer) -> Mapping[Entry, tuple[Count, Count]]:
         """Returns the entries where this process's ledger differs from the closed form, as (counted, expected)."""
-        steps, skipped = self.steps(trainer), _skipped(_strategy(trainer)) - self._first_skipped
-        expected = {
-            # A step whose gradients overflowed is skipped and exchanges neither matrices nor parameters.
-            entry: count * (steps - skipped if entry.tag in STEPPING else steps)
-            for entry, count in predict(self.config, trainer.global_rank).items()
-        }
+        skipped = _skipped(_strategy(trainer)) - self._first_skipped
+        expected: dict[Entry, Count] = {}
+        for stage, steps in stages(self.config, self._first_step, trainer.global_step):
+            for entry, count in predict(stage, trainer.global_rank).items():
+                # A step whose gradients overflowed is skipped and exchanges neither matrices nor parameters.
+                times = steps - skipped if entry.tag in STEPPING else steps
+                expected[entry] = expected.get(entry, Count()) + count * times
+            skipped = 0  # what a step exchanges in the optimizer is the same in all stages
         assert isinstance(trainer.lightning_module, LanguageModel)
         moved = trainer.lightning_module.network.moved
         return differences(self.ledger.totals, with_rows(expected, self.config, moved))

@@ -1,6 +1,7 @@
 """Logs losses and throughput of training steps, with one collective per logged step to average over data ranks."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,13 +26,12 @@ class StepMetrics(Callback):
     value is read from the device. Step time excludes validation.
 
     Args:
-        tokens_per_step: Number of tokens in an optimizer step over all data ranks.
-        flops_per_token: Model FLOPs of a token's forward and backward pass.
+        read: Returns the number of tokens that the steps from one up to, without, another read over all data ranks.
+        flops: Returns the model FLOPs of their forward and backward passes.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_token: int) -> None:
-        self.tokens_per_step = tokens_per_step
-        self.flops_per_token = flops_per_token
+    def __init__(self, read: Callable[[int, int], int], flops: Callable[[int, int], int]) -> None:
+        self.read, self.flops = read, flops
         self._devices = 1
         self._peak: float | None = None  # FLOP/s of one device
         self._sums: dict[str, Tensor] = {}
@@ -64,7 +64,7 @@ class StepMetrics(Callback):
             if name not in NOT_SCALARS:
                 self._sums[name] = self._sums.get(name, 0.0) + value
         self._micro_batches += 1
-        if self._micro_batches < trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._mark(trainer.global_step)
@@ -87,12 +87,10 @@ class StepMetrics(Callback):
         (first, began), (last, ended) = self._marks[since], self._marks[-1]
         if last == first:
             return {}
-        step_time = (ended - began) / (last - first)
-        tokens_per_second = self.tokens_per_step / step_time
-        flops = tokens_per_second * self.flops_per_token / self._devices
+        flops = self.flops(first, last) / (ended - began) / self._devices
         return {
-            "perf/tokens_per_second": tokens_per_second,
-            "perf/step_time_s": step_time,
+            "perf/tokens_per_second": self.read(first, last) / (ended - began),
+            "perf/step_time_s": (ended - began) / (last - first),
             "perf/tflops": flops / 1e12,
             **({} if self._peak is None else {"perf/mfu": flops / self._peak}),
         }

@@ -61,7 +61,7 @@ class RouterHealth(Callback):
         if "routers" not in outputs:  # a dense model
             return
         self._micro_batches.append(outputs["routers"])
-        if len(self._micro_batches) < trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:  # type: ignore[attr-defined]

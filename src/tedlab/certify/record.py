@@ -213,7 +213,7 @@ class CertificateRecorder(Callback):
     ) -> None:
         names = [name for name in outputs if name not in NOT_SCALARS]
         self._scalars.append(torch.stack([outputs[name].double() for name in names]))
-        if len(self._scalars) < trainer.accumulate_grad_batches:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         strategy = _strategy(trainer)
         means = strategy.reduce(torch.stack(self._scalars).mean(0))

@@ -40,6 +40,7 @@ from tedlab.config import (
     Packing,
     ParallelConfig,
     Positions,
+    RampConfig,
     RecomputeConfig,
     RotaryConfig,
     RouterConfig,
@@ -58,6 +59,7 @@ STEPS, SAVED = 4, 2  # the steps of a run, and the step after which it saves
 STEPS_PER_EPOCH = 3  # a run that continues after step 2 starts in the middle of an epoch and reaches the next
 MOST_PROCESSES = 16  # on this machine
 _SEQUENCE, _MICRO_BATCH, _ACCUMULATED, _EXPERTS_PER_RANK = 13, 3, 2, 3
+_ENDS, _ROWS = (1, 3), 3  # a run continues in the middle of a ramp's second stage; rows of a sample while it lasts
 _EXPERTS_OF_GROUPS = 6  # per rank, where experts form groups
 _BIAS_RATES = {BiasUpdate.SIGN: 1 / 16, BiasUpdate.PROPORTIONAL: 1 / 2}  # at least: they matter within a few steps
 _TILE, _BUCKET = 100, 50  # elements
@@ -103,7 +105,9 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     widths = _Widths.of(config)
     heads = degrees.tensor * min(3, max(1, config.model.heads // given.tensor))
     micro_batch = _MICRO_BATCH if config.data.micro_batch_size > 1 else 1
-    length = _length(config.model.sequence_length, degrees.tensor if in_slices else groups or 1)
+    parts = degrees.tensor if in_slices else groups or 1
+    by_length = any(stage.sequence_length is not None for stage in config.data.ramp)
+    length = _length(config.model.sequence_length, parts * (_ROWS if by_length else 1))
     model = replace(
         with_heads(config.model, heads, widths.head, degrees.tensor),
         layers=2,
@@ -146,10 +150,15 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
     if experts:
         moe = replace(moe, capacity_multiple=_capacity_multiple(moe, micro_batch * length, degrees.tensor))
     accumulated = min(_ACCUMULATED, config.data.batch_size // (config.data.micro_batch_size * given.data) or 1)
-    batch = micro_batch * accumulated * degrees.data
+    steps = [micro_batch * degrees.data * n for n in _accumulations(config, accumulated)]
+    ramp = [
+        RampConfig(until=until, batch_size=size, sequence_length=stage.sequence_length and length // _ROWS)
+        for stage, size, until in zip(config.data.ramp[-len(_ENDS) :], steps, _ENDS, strict=False)
+    ]
+    batch = steps[-1]
     several = config.data.documents == Documents.MASKED or config.data.packing == Packing.BEST_FIT
     write = _write_documents if several else _write_samples
-    write(directory / "text", batch, length, config.seed)
+    write(directory / "text", max(steps), length, config.seed)
     data = DataConfig(
         path=str(directory / "text"),
         batch_size=batch,
@@ -159,6 +168,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         cache_dir=str(directory / "cache"),
         documents=config.data.documents,
         packing=config.data.packing,
+        ramp=ramp,
     )
     optimizer = dict(config.optim.optimizer)
     if any(kind in str(optimizer.get("_target_")) for kind in ("Adam", "Muon")):
@@ -387,6 +397,21 @@ def _choices(moe: MoEConfig, experts: int) -> tuple[int, RouterConfig]:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _accumulations(config: TrainConfig, last: int) -> list[int]:
+    """Returns how many micro-batches a step has in each stage of the smaller run, whose last has so many.
+
+    Stages that take more or fewer samples than the last do so there, too.
+    """
+    final = config.data.batch_size
+    sizes = [stage.batch_size or final for stage in config.data.ramp[-len(_ENDS) :]]
+    fewer = sorted({size for size in sizes if size < final})
+    least = 2 if config.comm.interleave else 1
+    last = max(last, least + len(fewer)) if fewer else last
+    more = sorted({size for size in sizes if size > final})
+    number = {size: least + n for n, size in enumerate(fewer)} | {size: last + 1 + n for n, size in enumerate(more)}
+    return [*(number.get(size, last) for size in sizes), last]
 
 
 def _length(most: int, parts: int) -> int:

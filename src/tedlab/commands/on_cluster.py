@@ -59,11 +59,15 @@ def on_gpus_of(job: TrainConfig, name: str, cluster: ClusterConfig) -> TrainConf
 
 def doubts(job: TrainConfig, name: str, cluster: ClusterConfig) -> list[str]:
     """Returns what makes predictions for a job on a cluster doubtful, in a sentence each."""
+    found = []
+    if job.data.ramp:
+        found.append(f"data.ramp: predictions are of a step after step {job.data.ramp[-1].until}, of the last stage.")
     if cluster.of_gpus or job.trainer["accelerator"] == "cpu":
-        return []
+        return found
     return [
+        *found,
         f"{name} is a calibration of another device ({cluster.device or 'a CPU'}) than the job's, whose "
-        f"trainer.accelerator is {job.trainer['accelerator']}: times are those of that device."
+        f"trainer.accelerator is {job.trainer['accelerator']}: times are those of that device.",
     ]
 
 

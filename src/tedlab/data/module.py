@@ -13,6 +13,7 @@ from tedlab.config import DataConfig, Packing
 from tedlab.data.corpus import Corpus, prepare_corpus
 from tedlab.data.packing import BestFitSamples, PackedSamples
 from tedlab.data.position import Position
+from tedlab.data.ramp import Ramp
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
 
@@ -68,6 +69,7 @@ class TextDataModule(LightningDataModule):
         self.data = data
         self.sequence_length = sequence_length
         self.seed = seed
+        self.ramp = Ramp.of(data, sequence_length)
         self._corpus: Corpus | None = None
         self._made: dict[bool, PackedSamples | BestFitSamples] = {}  # samples of the training split, or not
         self._loaded: dict[str, Any] | None = None  # state from a checkpoint, until the first loader uses it
@@ -142,38 +144,38 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.trainer is not None
         samples = self.training_samples
-        sampler = self._sampler(samples, shuffle=True)
+        sampler = self._sampler(samples, self.ramp, shuffle=True)
+        step = self.trainer.global_step
         if self._loaded is not None:
-            self._start, self._steps_before = self._position(self._loaded, len(samples)), self.trainer.global_step
+            self._start, self._steps_before = self._position(self._loaded, len(samples), step), step
             self._loaded = None
-        sampler.start_at(self._start)
+        sampler.start_at(self._start, self._steps_before)
         if self.trainer.fit_loop.is_resuming:
-            accumulated = self.data.batch_size // (self.data.micro_batch_size * sampler.num_replicas)
-            read = Position().steps_left(self.data.batch_size, len(samples))
-            read -= self._start.steps_left(self.data.batch_size, len(samples))
-            steps = self.trainer.global_step
-            align_fit_loop(self.trainer, self._start.epoch, read * accumulated, steps * accumulated)
+            size = self.ramp.at(step).batch_size
+            accumulated = size // (self.data.micro_batch_size * sampler.num_replicas)
+            read = self._start.offset // size
+            align_fit_loop(self.trainer, self._start.epoch, read * accumulated, step * accumulated)
         return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
         samples = Subset(self._samples(self.corpus.validation), range(self.validation_samples))
-        return self._loader(samples, self._sampler(samples, shuffle=False))
+        return self._loader(samples, self._sampler(samples, self.data.batch_size, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position of the next sample, with the seed and number of samples that define the order."""
         assert self.trainer is not None
         if self._loaded is not None:  # no sample has been read since
             return self._loaded
-        samples = len(self.training_samples)
-        steps = self.trainer.global_step - self._steps_before
-        position = self._start.after(steps, self.data.batch_size, samples)
-        return {**asdict(position), "of": samples, "seed": self.seed, "batch_size": self.data.batch_size}
+        samples, before = len(self.training_samples), self._steps_before
+        position = self.ramp.after(self._start, before, self.trainer.global_step, samples)
+        sizes = {"batch_size": self.data.batch_size, "ramp": [asdict(stage) for stage in self.data.ramp]}
+        return {**asdict(position), "of": samples, "seed": self.seed, **sizes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
 
-    def _position(self, state: dict[str, Any], samples: int) -> Position:
-        """Returns a checkpoint's position, or the beginning of the next epoch if the text or the order has changed."""
+    def _position(self, state: dict[str, Any], samples: int, step: int) -> Position:
+        """Returns where a step begins: a checkpoint's position, or the next epoch if text or order have changed."""
         if "epoch" not in state:  # saved before batch sizes could change
             whole = samples // self.data.batch_size * self.data.batch_size
             return Position(*divmod(state["samples"], whole)).of_next_step(self.data.batch_size, samples)
@@ -181,7 +183,7 @@ class TextDataModule(LightningDataModule):
         if (state["of"], state["seed"]) != (samples, self.seed):
             rank_zero_warn("Other text or another seed than the checkpoint's: its samples begin with a new epoch.")
             return Position(saved.epoch + 1)
-        return saved.of_next_step(self.data.batch_size, samples)
+        return saved.of_next_step(self.ramp.at(step).batch_size, samples)
 
     def _samples(self, tokens: np.ndarray) -> PackedSamples | BestFitSamples:
         """Returns the samples of a split, made once."""
@@ -194,7 +196,7 @@ class TextDataModule(LightningDataModule):
             )
         return self._made[key]
 
-    def _sampler(self, samples: Samples, shuffle: bool) -> MicroBatchSampler:
+    def _sampler(self, samples: Samples, batch_size: int | Ramp, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None
         # Lightning's strategy for a single device has no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
@@ -202,7 +204,7 @@ class TextDataModule(LightningDataModule):
             samples,
             num_replicas=ranks["num_replicas"],
             rank=ranks["rank"],
-            batch_size=self.data.batch_size,
+            batch_size=batch_size,
             micro_batch_size=self.data.micro_batch_size,
             seed=self.seed,
             shuffle=shuffle,

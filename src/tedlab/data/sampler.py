@@ -10,6 +10,7 @@ import numpy as np
 from torch.utils.data.distributed import DistributedSampler
 
 from tedlab.data.position import Position
+from tedlab.data.ramp import Ramp, Stage
 
 
 class MicroBatchSampler(DistributedSampler[int]):
@@ -25,7 +26,8 @@ class MicroBatchSampler(DistributedSampler[int]):
         dataset: The samples; only its length is read.
         num_replicas: Number of data ranks.
         rank: Index of this data rank.
-        batch_size: Samples per optimizer step, over all data ranks and accumulated micro-batches.
+        batch_size: Samples per optimizer step, over all data ranks and accumulated micro-batches; a :class:`Ramp` if
+            steps take different numbers.
         micro_batch_size: Samples per forward pass of one data rank; give the ``DataLoader`` the same batch size.
         seed: Seed of the permutations; non-negative.
         shuffle: Whether to permute.
@@ -41,30 +43,34 @@ class MicroBatchSampler(DistributedSampler[int]):
         *,
         num_replicas: int,
         rank: int,
-        batch_size: int,
+        batch_size: int | Ramp,
         micro_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
-        if batch_size % (micro_batch_size * num_replicas):
-            raise ValueError(
-                f"data.batch_size={batch_size} cannot be dealt evenly to {num_replicas} data ranks in micro-batches of "
-                f"data.micro_batch_size={micro_batch_size}: it must be a multiple of "
-                f"{num_replicas} x {micro_batch_size} = {num_replicas * micro_batch_size}."
-            )
-        if len(dataset) < batch_size:
-            raise ValueError(
-                f"The dataset has {len(dataset)} samples, fewer than one optimizer step takes "
-                f"(data.batch_size={batch_size}). Use more text, a smaller batch or a shorter sequence_length."
-            )
-        self.batch_size = batch_size
+        self.ramp = batch_size if isinstance(batch_size, Ramp) else Ramp([Stage(None, batch_size, 0)])
+        together = micro_batch_size * num_replicas
+        for size in {stage.batch_size for stage in self.ramp.stages}:
+            if size % together:
+                raise ValueError(
+                    f"data.batch_size={size} cannot be dealt evenly to {num_replicas} data ranks in micro-batches of "
+                    f"data.micro_batch_size={micro_batch_size}: it must be a multiple of "
+                    f"{num_replicas} x {micro_batch_size} = {together}."
+                )
+            if len(dataset) < size:
+                raise ValueError(
+                    f"The dataset has {len(dataset)} samples, fewer than one optimizer step takes "
+                    f"(data.batch_size={size}). Use more text, a smaller batch or a shorter sequence_length."
+                )
         self.micro_batch_size = micro_batch_size
-        self.total_size = len(dataset) // batch_size * batch_size  # samples per epoch over all ranks
+        # Samples per epoch over all ranks. If steps take different numbers, no epoch has more.
+        whole = self.ramp.stages[0].batch_size if len(self.ramp.stages) == 1 else together
+        self.total_size = len(dataset) // whole * whole
         self.num_samples = self.total_size // num_replicas
-        self._start = Position()
+        self._start, self._step = Position(), 0
 
-    def start_at(self, start: Position) -> None:
+    def start_at(self, start: Position, step: int = 0) -> None:
         """Continues a run from ``start``, whatever its batch size and layout were.
 
         The epoch of ``start`` begins there; every other epoch begins with its first sample. That epoch also becomes
@@ -73,16 +79,19 @@ class MicroBatchSampler(DistributedSampler[int]):
 
         Args:
             start: A position with at least one step left in its epoch.
+            step: The step that begins there.
         """
-        self._start = start
+        self._start, self._step = start, step
         self.epoch = start.epoch
 
     def __iter__(self) -> Iterator[int]:
         """Yields this rank's sample indices of the current epoch, micro-batch by micro-batch."""
         count = len(self.dataset)  # type: ignore[arg-type]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(count) if self.shuffle else np.arange(count)
-        start = self._start if self.epoch == self._start.epoch else Position(self.epoch)
-        end = start.offset + start.steps_left(self.batch_size, count) * self.batch_size
+        start, first = self._start, self._step
+        for epoch in range(start.epoch, self.epoch):
+            first, start = self.ramp.epoch_ends(start, first, count), Position(epoch + 1)
+        end = self.ramp.after(start, first, self.ramp.epoch_ends(start, first, count), count).offset
         micro_batches = order[start.offset : end].reshape(-1, self.micro_batch_size)
         for micro_batch in micro_batches[self.rank :: self.num_replicas]:
             yield from micro_batch.tolist()

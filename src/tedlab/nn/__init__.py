@@ -3,7 +3,7 @@
 from tedlab.nn.activation import Nonlinearity, activate
 from tedlab.nn.attend import attention_path
 from tedlab.nn.attention import HEADS, SelfAttention, SelfAttentionSpec, with_heads
-from tedlab.nn.documents import Reading, SampleDocuments, documents_of
+from tedlab.nn.documents import Reading, SampleDocuments, documents_of, rows_of
 from tedlab.nn.embedding import Embedding, EmbeddingSpec, VocabParallelEmbedding, VocabParallelEmbeddingSpec
 from tedlab.nn.feed_forward import FeedForward, FeedForwardSpec
 from tedlab.nn.latent import LatentAttention, LatentAttentionSpec
@@ -82,6 +82,7 @@ __all__ = [
     "remembering",
     "replicated",
     "rotation",
+    "rows_of",
     "vocab_parallel_argmax",
     "vocab_parallel_cross_entropy",
     "with_heads",

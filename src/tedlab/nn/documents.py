@@ -39,6 +39,14 @@ class Reading(NamedTuple):
         return ids, targets, padding
 
 
+def rows_of(batch: Tensor, length: int) -> Tensor:
+    """Cuts samples (B, S+1) into rows (B·S/length, length+1), of which each begins where the one before it ends.
+
+    They share that token, so every pair of tokens of a sample is in one row and nothing is lost.
+    """
+    return batch.unfold(1, length + 1, length).flatten(0, 1)
+
+
 @dataclass(frozen=True)
 class SampleDocuments:
     """The documents of a micro-batch.

@@ -20,7 +20,8 @@ from tedlab.comm.keep import recompute_plan, unread_tags
 from tedlab.comm.ledger import Count, Entry, Totals, counted
 from tedlab.comm.recompute import RecomputePlan, Second
 from tedlab.comm.rows import Rows, split_evenly
-from tedlab.config import BalanceScope, BiasUpdate, Compiler, ExpertKernel, Granularity, TrainConfig
+from tedlab.config import BalanceScope, BiasUpdate, Compiler, ExpertKernel, Granularity, TrainConfig, with_values
+from tedlab.data.ramp import Ramp
 from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, overlap, owners
@@ -54,6 +55,23 @@ def predict(config: TrainConfig, rank: int = 0) -> dict[Entry, Count]:
     micro_batch = counted(form.micro_batch())
     accumulated = int(config.trainer["accumulate_grad_batches"])
     return {entry: count * accumulated for entry, count in micro_batch.items()} | counted(form.optimizer_step())
+
+
+def stages(config: TrainConfig, first: int, last: int) -> Iterator[tuple[TrainConfig, int]]:
+    """Yields, for each stage of the steps from ``first`` up to, without, ``last``, its configuration and their number.
+
+    A stage without a ramp of its own has its sizes in ``data.batch_size`` and what follows from it. The length of rows
+    changes no collective, since a micro-batch has as many tokens.
+
+    Args:
+        config: A configuration completed by :func:`tedlab.validate.complete`.
+        first: The first step.
+        last: The step after the last.
+    """
+    together = config.data.micro_batch_size * parallel_degrees(config.parallel).data
+    for stage, steps in Ramp.of(config.data, config.model.sequence_length).between(first, last):
+        accumulated = {"trainer.accumulate_grad_batches": stage.batch_size // together}
+        yield with_values(config, {"data.batch_size": stage.batch_size, **accumulated}), steps
 
 
 def with_rows(expected: Totals, config: TrainConfig, moved: Mapping[int, Rows]) -> dict[Entry, Count]:

@@ -685,8 +685,8 @@ class TEDStrategy(compat.SubprocessStrategy):
         self.replicas.at_step(self._trainer.global_step, self.model, self.topology)
         self.checkpointing.restore_random_state()  # this late because starting a data loader draws a number
         within = batch_idx % self._trainer.accumulate_grad_batches
-        if within == 0 and self._ahead is not None:
-            self._show_step(self._ahead.take())
+        if within == 0 and self._ahead is not None and len(step := self._ahead.take()) > 1:
+            self._show_step(step)
         self._at(within)
 
     def _at(self, number: int) -> None:

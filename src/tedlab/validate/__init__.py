@@ -25,6 +25,7 @@ from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
 from tedlab.validate.processes import check_processes
+from tedlab.validate.ramp import check_ramp
 from tedlab.validate.routing import check_replay, check_routing
 from tedlab.validate.settings import (
     OBJECTIVES,
@@ -156,6 +157,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_loggers(config)
     check_callbacks(config)
     check_interleaving(config, accumulation(config, degrees))
+    check_ramp(config, degrees)
     check_optim(config)
     return degrees
 
