@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab import TEDStrategy, capacity, module
+from tedlab._compat.lightning import MicroBatches
+from tedlab.callbacks import FollowRamp
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, issued, raw, recompute
 from tedlab.comm.collectives import Pending
@@ -1451,7 +1453,31 @@ def schedule_off_by_one_on_resume(patch: Patch) -> None:
 def epoch_starts_anew_on_resume(patch: Patch) -> None:
     """The samples that an epoch had read before are read again."""
     right = MicroBatchSampler.start_at
-    patch.setattr(MicroBatchSampler, "start_at", lambda self, start: right(self, replace(start, offset=0)))
+    patch.setattr(MicroBatchSampler, "start_at", lambda self, start, step: right(self, replace(start, offset=0), step))
+
+
+def micro_batches_of_a_stage_counted_by_all_processes(patch: Patch) -> None:
+    """A stage's batch is divided by the number of processes, of which tensor ranks read the same."""
+    right = FollowRamp._begin
+
+    def wrong(self: FollowRamp, trainer: Any, module: LanguageModel, batches: int) -> None:
+        right(self, trainer, module, batches)
+        number = self.ramp.at(trainer.global_step).batch_size // (self.micro_batch_size * trainer.world_size)
+        trainer.accumulate_grad_batches = MicroBatches(number, batches)
+
+    patch.setattr(FollowRamp, "_begin", wrong)
+
+
+def stages_start_anew_on_resume(patch: Patch) -> None:
+    """A resumed run counts the steps of its stages from where it was resumed."""
+    right = FollowRamp.on_train_start
+
+    def wrong(self: FollowRamp, trainer: Any, module: LanguageModel) -> None:
+        first, at = trainer.global_step, self.ramp.at
+        self.ramp = SimpleNamespace(at=lambda step: at(step - first))  # type: ignore[assignment]
+        right(self, trainer, module)
+
+    patch.setattr(FollowRamp, "on_train_start", wrong)
 
 
 def next_epoch_is_the_first_again_on_resume(patch: Patch) -> None:
