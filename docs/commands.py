@@ -114,6 +114,10 @@ def _without(place: str, output: str) -> str:
 def in_a_new_process(arguments: Sequence[str], folder: Path) -> str:
     """Runs ``python -m tedlab`` as a shell does."""
     root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = {
+        **os.environ,
+        "COLUMNS": "120",
+        "PYTHONPATH": f"{root / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     command = [sys.executable, "-m", "tedlab", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout

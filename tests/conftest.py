@@ -19,6 +19,7 @@ from tests.pool import WorkerPool
 if TYPE_CHECKING:
     from tedlab import Topology
 
+os.environ.pop("COLUMNS", None)  # readline tells processes that pytest starts of a terminal with 80
 
 LONGEST = (  # files of more than half a minute, of which two processes had better not start one at the end
     *("certify/test_matrix.py", "comm/test_ledger.py", "certify/test_planted_bugs.py", "test_train.py"),

@@ -60,7 +60,8 @@ def test_on_a_terminal_there_is_a_bar_as_wide_as_fits(
         monkeypatch.setenv("NO_COLOR", "1")
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr(progress, "errors", lambda: console)
+    monkeypatch.setattr(progress, "animated", lambda shown: shown is console)
     steps(clock, [1.0] * 10)
     text = shown.getvalue()
     assert "working" in text

@@ -2,10 +2,11 @@
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,8 +19,11 @@ from rich.progress import (
 )
 from typing_extensions import override
 
+from tedlab.console import animated, errors
+
 _FIRST_S = 5.0  # what is done by then needs no line
 _LONGEST_S = 60.0  # time without one; it doubles from line to line until then
+_REFRESH_S = 0.1  # what advances more often is told so often
 
 
 class CommandProgress(Progress):
@@ -31,10 +35,10 @@ class CommandProgress(Progress):
     """
 
     def __init__(self, counted: bool = True, disable: bool = False) -> None:
-        console = Console(stderr=True)
+        console = errors()
         count = MofNCompleteColumn() if counted else TaskProgressColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
-        self._lines = not disable and not console.is_terminal
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), count, TimeElapsedColumn())
+        self._lines = not disable and not animated(console)
         self._said, self._pause = time.monotonic(), _FIRST_S
         super().__init__(
             *columns,
@@ -53,3 +57,25 @@ class CommandProgress(Progress):
             (task,) = (task for task in self.tasks if task.id == task_id)
             left = "" if task.time_remaining is None else f"  ETA {timedelta(seconds=round(task.time_remaining))}"
             print(f"{task.description}  {task.percentage:.0f}%{left}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def advancing(description: str, total: float, disable: bool = False) -> Iterator[Callable[[float], object]]:
+    """Yields a function that takes how much more is done, however often that is, and shows how far it has come.
+
+    Args:
+        description: What is done.
+        total: How much there is to do, in any unit.
+        disable: See :class:`CommandProgress`.
+    """
+    with CommandProgress(counted=False, disable=disable) as bar:
+        task, more, told = bar.add_task(description, total=total), 0.0, time.monotonic()
+
+        def advance(amount: float) -> None:
+            nonlocal more, told
+            more += amount
+            if time.monotonic() - told >= _REFRESH_S:
+                bar.update(task, advance=more)
+                more, told = 0.0, time.monotonic()
+
+        yield advance

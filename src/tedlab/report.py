@@ -15,10 +15,10 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger, WandbLogger
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import TrainConfig
+from tedlab.console import output
 from tedlab.data import Corpus, TextDataModule, bigram_loss
 from tedlab.data.files import EMPTY, listed
 from tedlab.history import read_history
@@ -26,6 +26,7 @@ from tedlab.launch.outcome import FINISHED, write_summary
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 from tedlab.predict.flops import training_flops
+from tedlab.tables import FittingTable
 from tedlab.tracking import closing_charts
 
 CERTIFICATE = "certificate.json"
@@ -110,7 +111,7 @@ def report(
     for logger in wandb_loggers(trainer):
         logger.log_metrics(closing_charts(summary), step=trainer.global_step)
         logger.experiment.summary.update(summary)
-    console = Console(width=None if sys.stdout.isatty() else 110)
+    console = output()
     for table in (*tables, _table(config, summary, str(degrees))):
         console.print(table)
     return summary
@@ -198,7 +199,7 @@ def _plot(directory: Path, bigram: float | None) -> None:
 
 def _table(config: TrainConfig, summary: Mapping[str, Any], layout: str) -> Table:
     directory = summary["output_dir"]
-    table = Table(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False, title_justify="left")
+    table = FittingTable(title=f"{config.experiment_name}: {summary['steps']} steps", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     text = "baseline/bigram_loss" in summary

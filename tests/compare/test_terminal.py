@@ -10,7 +10,8 @@ from rich.console import Console
 from tedlab.commands.compare import prepare
 from tedlab.compare.comparison import compare
 from tedlab.compare.runs import read_runs
-from tedlab.compare.terminal import WIDTH, show
+from tedlab.compare.terminal import show
+from tedlab.console import WIDTH
 from tedlab.errors import UsageError
 from tests.compare.sweep import STEPS, compare_command, ledger, write_run, write_sweep
 

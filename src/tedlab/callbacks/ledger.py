@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import override
 
 from tedlab.callbacks.journal import log
@@ -16,6 +17,7 @@ from tedlab.module import LanguageModel
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.volumes import STEPPING, predict, stages, with_rows
 from tedlab.strategy import TEDStrategy
+from tedlab.tables import FittingTable
 
 _MIB = 2**20
 
@@ -163,7 +165,7 @@ def traffic_table(
         timed: Whether to show times.
         wrong: Differences from the closed form, as (counted, expected).
     """
-    table = Table(title=title, title_justify="left")
+    table = FittingTable(title=title)
     for heading in ("phase", "group", "operation"):
         table.add_column(heading)
     for heading in ("calls", "payload MiB", "wire MiB", *(["ms"] if timed else [])):
@@ -180,11 +182,12 @@ def traffic_table(
         before = phase
     table.caption = "equal to the closed form, call for call and byte for byte"
     if wrong:
-        table.caption = "[red]NOT what the closed form says:[/]\n" + "\n".join(
-            f"{' '.join(entry)}: {ours.calls} calls, {ours.payload_bytes} bytes; "
+        lines = (
+            f"\n{' '.join(entry)}: {ours.calls} calls, {ours.payload_bytes} bytes; "
             f"expected {theirs.calls}, {theirs.payload_bytes}"
             for entry, (ours, theirs) in wrong.items()
         )
+        table.caption = Text.assemble(("NOT what the closed form says:", "red"), *lines)
     return table
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as Remaining
 from typing_extensions import override
+
+from tedlab.console import animated, errors
 
 _SILENT_S = 60.0  # longest time without a line where output is not a terminal
 _SHOWN = {
@@ -43,7 +44,7 @@ class RunProgress(ProgressBar):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if self._enabled and not sys.stderr.isatty():
+        if self._enabled and not animated(errors()):
             self._over, self._last = threading.Event(), time.monotonic()
             threading.Thread(target=self._remind, args=(trainer, self._over), daemon=True).start()
 
@@ -74,7 +75,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._doing = "training"
         self._began = trainer.global_step, time.monotonic()
-        if not self._enabled or not sys.stderr.isatty():
+        if not self._enabled or not animated(errors()):
             return
         self._bar = Progress(
             TextColumn("training"),
@@ -84,7 +85,7 @@ class RunProgress(ProgressBar):
             TimeElapsedColumn(),
             TextColumn("ETA"),
             Remaining(),
-            console=Console(stderr=True),
+            console=errors(),
         )
         self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, metrics="")
         self._bar.start()

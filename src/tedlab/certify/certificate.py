@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 import tedlab
 from tedlab.certify.compare import TOLERANCES, Row, compare, first_difference
@@ -28,6 +29,7 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.launch.launcher import launch
 from tedlab.launch.locks import scratch
 from tedlab.report import resolved_yaml
+from tedlab.tables import FittingTable
 from tedlab.validate import complete
 
 CONTINUATIONS = {  # which run saves the checkpoint, and which continues from it
@@ -75,11 +77,11 @@ class Certificate:
 
     def table(self) -> Table:
         """Returns the certificate as a table for people."""
-        table = Table(title="equal to one process" if self.ok else "NOT equal to one process", title_justify="left")
+        table = FittingTable(title="equal to one process" if self.ok else "NOT equal to one process")
         for heading in ("quantity", "tensors", "largest error", "verdict"):
             table.add_column(heading, justify="right" if heading in ("tensors", "largest error") else "left")
         for row in self.rows:
-            verdict = "equal" if row.ok else f"[red]differs from step {row.step} on[/]"
+            verdict = "equal" if row.ok else Text(f"differs from step {row.step} on", "red")
             table.add_row(row.quantity, str(row.compared), f"{row.error:.1e}", verdict)
         precision = {"64-true": "float64", "bf16-true": "bf16, within rounding"}[self.precision]
         table.caption = f"{precision}, on {self.accelerator}; relative errors; fingerprint {self.fingerprint}"

@@ -1,15 +1,13 @@
 """Shows a certification on a terminal: a progress bar, then the table."""
 
 import json
-import sys
 from collections.abc import Collection
 from pathlib import Path
-
-from rich.console import Console
 
 from tedlab.certify.certificate import CONTINUATIONS, Certificate, Execute, certify
 from tedlab.certify.shrink import MOST_PROCESSES
 from tedlab.config import TrainConfig
+from tedlab.console import output
 from tedlab.progress import CommandProgress
 from tedlab.report import CERTIFICATE
 
@@ -29,13 +27,13 @@ def certify_visibly(
             bar.update(task, description=f"certifying: {stage}", advance=1)
 
         certificate = certify(config, execute, tell, continuations, most_processes)
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = output()
     console.print(certificate.layout)
     if certificate.layout != certificate.asked:
         console.print(f"(asked for {certificate.asked}; this is the largest like it of at most {most_processes})")
     console.print(certificate.table())
     if certificate.culprit is not None:
-        console.print(f"[red]{certificate.culprit}[/]")
+        console.print(str(certificate.culprit), style="red")
     directory = Path(config.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CERTIFICATE).write_text(json.dumps(certificate.as_dict(), indent=2) + "\n")

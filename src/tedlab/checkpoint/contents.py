@@ -8,6 +8,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from tedlab.checkpoint import read, read_meta, stored_tensors, verify
+from tedlab.tables import FittingTable
 
 _MODEL = "model."
 
@@ -22,9 +23,9 @@ def inspect(path: Path) -> Table:
     verify(path)
     meta, tensors = read_meta(path), stored_tensors(path)
     parameters = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
-    table = Table(title=f"{path}: step {meta.get('global_step', 'unknown')}", title_justify="left")
+    table = FittingTable(title=f"{path}: step {meta.get('global_step', 'unknown')}")
     for heading in ("parameter", "shape", "dtype", "pieces"):
-        table.add_column(heading, justify="right" if heading == "pieces" else "left", no_wrap=heading == "parameter")
+        table.add_column(heading, justify="right" if heading == "pieces" else "left")
     for name, tensor in sorted(parameters.items()):
         shape = "×".join(map(str, tensor.size)) or "scalar"
         dtype = str(tensor.properties.dtype).removeprefix("torch.")

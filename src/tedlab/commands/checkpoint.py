@@ -34,14 +34,14 @@ def main(arguments: list[str] | None = None) -> None:
     ):
         commands.add_parser(name, help=help_text).add_argument("values", nargs="+", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
-    from rich.console import Console
     from safetensors import SafetensorError
 
     from tedlab.checkpoint.contents import consolidate, inspect
+    from tedlab.console import output
 
     try:
         if options.command == "inspect":
-            Console().print(inspect(options.directory))
+            output().print(inspect(options.directory))
         elif options.command == "consolidate":
             out = options.out or options.directory.with_suffix(".safetensors")
             consolidate(options.directory, out)
@@ -88,10 +88,10 @@ def _upcycle(arguments: Sequence[str]) -> None:
 
 
 def _verify(arguments: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
 
+    from tedlab.console import output
     from tedlab.exchange.verify import verify
+    from tedlab.tables import FittingTable
 
     given, _ = _values("verify", arguments, ("run", "hf"), ("layers", "dtype", "checkpoint"))
     layers = given.get("layers")
@@ -103,12 +103,12 @@ def _verify(arguments: Sequence[str]) -> None:
         given.get("dtype", "float64"),
         None if layers is None else int(layers),
     )
-    table = Table(title="the same as transformers" if verdict.ok else "not what transformers computes")
+    table = FittingTable(title="the same as transformers" if verdict.ok else "not what transformers computes")
     for heading in ("quantity", "largest error", "in", "verdict"):
         table.add_column(heading)
     for row in verdict.rows:
         table.add_row(row.quantity, f"{row.error:.1e}", row.worst, "equal" if row.ok else "different")
-    Console().print(table)
+    output().print(table)
     if not verdict.ok:
         sys.exit("\n".join(verdict.found))
 

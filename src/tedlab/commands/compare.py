@@ -51,14 +51,13 @@ def task(config: CompareConfig) -> None:
 
 
 def _compare(config: CompareConfig) -> None:
-    from rich.console import Console
-
     from tedlab.compare.comparison import View, compare
     from tedlab.compare.page import write
     from tedlab.compare.runs import first_of, read_runs
     from tedlab.compare.seeds import averaged
     from tedlab.compare.tables import write_table
     from tedlab.compare.terminal import show
+    from tedlab.console import output
 
     if config.wandb and config.group:
         from tedlab.compare.wandb_runs import read_group
@@ -78,7 +77,7 @@ def _compare(config: CompareConfig) -> None:
         said = (
             f"Report: {write(comparison, out)}" if out.suffix == ".html" else f"Table: {write_table(comparison, out)}"
         )
-        Console(soft_wrap=True, highlight=False).print(said, markup=False)
+        output().print(said, soft_wrap=True)
     if config.workspace and config.wandb and config.group:
         from tedlab.compare.workspace import save_workspace
 

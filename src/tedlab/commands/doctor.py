@@ -20,24 +20,28 @@ _STEP = "a step against one process"
 
 def task(config: TrainConfig) -> None:
     """Runs all checks, prints each finding as it comes, and ends with 1 if one is wrong."""
-    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
     from rich.text import Text
 
+    from tedlab.console import output
     from tedlab.doctor import Verdict
     from tedlab.launch.outside import first_outside
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False, quiet=not first_outside())
+    console = output(quiet=not first_outside())
     marks = {
-        Verdict.SKIPPED: "[dim]–[/]",
-        Verdict.OK: "[green]✓[/]",
-        Verdict.WARNING: "[yellow]![/]",
-        Verdict.WRONG: "[red]✗[/]",
+        Verdict.SKIPPED: ("–", "dim"),
+        Verdict.OK: ("✓", "green"),
+        Verdict.WARNING: ("!", "yellow"),
+        Verdict.WRONG: ("✗", "red"),
     }
     worst, start = Verdict.OK, time.perf_counter()
     for finding in findings(config):
-        console.print(f"{marks[finding.verdict]} [bold]{finding.name}[/]", Text(finding.said))
+        shown = Table.grid(padding=(0, 1))  # wraps beside the mark
+        shown.add_row(Text(*marks[finding.verdict]), Text.assemble((finding.name, "bold"), f": {finding.said}"))
         if finding.remedy:
-            console.print("   ", Text(finding.remedy))
+            shown.add_row("", Padding(finding.remedy, (0, 0, 0, 2)))
+        console.print(shown)
         worst = max(worst, finding.verdict, key=list(Verdict).index)
     ends = {
         Verdict.OK: "nothing is wrong",

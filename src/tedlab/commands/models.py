@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
 from tedlab.cli import CONF
+from tedlab.console import output
+from tedlab.tables import FittingTable
 
 TINY = "_tiny"  # ends the name of a preset's likeness for laptops
 _GROUPS = ("model", "moe")
@@ -45,19 +46,20 @@ PUBLISHED = {
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
     argparse.ArgumentParser(prog="tedlab models", description=__doc__).parse_args(arguments)
-    Console().print(table())
-    print(
-        f"tedlab train preset=NAME trains one of them, and preset=NAME{TINY} its likeness of a few hundred thousand\n"
+    console = output()
+    console.print(table())
+    console.print(
+        f"tedlab train preset=NAME trains one of them, and preset=NAME{TINY} its likeness of a few hundred thousand "
         "parameters, for laptops. plan, simulate and certify take both. See docs/models.md."
     )
 
 
 def table() -> Table:
     """Returns the presets of published models, one a row."""
-    shown = Table(box=None, padding=(0, 1, 0, 0))
+    shown = FittingTable(box=None, padding=(0, 1, 0, 0))
     for name in ("preset", "parameters", "active", "layers", "heads", "experts", "wide"):
         words = name in ("preset", "heads", "experts")
-        shown.add_column(name, justify="left" if words else "right", no_wrap=True)
+        shown.add_column(name, justify="left" if words else "right")
     for name, size in PUBLISHED.items():
         model, moe = (preset(name)[group] for group in _GROUPS)
         numbers = f"{size.total:,}", f"{size.active:,}", str(model.layers)

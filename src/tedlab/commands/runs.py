@@ -27,25 +27,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 def show(places: Sequence[Path], most: int | None) -> None:
     """Prints the newest ``most`` runs below some folders; None: all of them."""
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from tedlab.commands.continued import command_to_continue
+    from tedlab.console import output
     from tedlab.launch.listing import DAMAGED, KILLED, list_runs
     from tedlab.launch.outcome import FAILED, INTERRUPTED
+    from tedlab.tables import FittingTable
 
     found = list_runs(places)
     shown = found if most is None else found[-most:]
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     if not found:
-        console.print(f"There are no runs in {', '.join(map(str, places))}.", markup=False)
+        console.print(f"There are no runs in {', '.join(map(str, places))}.")
         return
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = FittingTable(box=None, padding=(0, 2, 0, 0))
     for name in ("run", "state", "step", "train loss", "val loss", "last change"):
-        table.add_column(
-            name, justify="right" if name in ("step", "train loss", "val loss") else "left", overflow="fold"
-        )
+        table.add_column(name, justify="right" if name in ("step", "train loss", "val loss") else "left")
     for run in shown:
         steps = f"{run.steps:,}" + (f" / {run.max_steps:,}" if run.max_steps else "")
         losses = ("" if loss is None else f"{loss:.4f}" for loss in (run.train_loss, run.val_loss))
@@ -57,7 +55,7 @@ def show(places: Sequence[Path], most: int | None) -> None:
     for run in shown:
         reason = f" ({run.reason})" if run.reason else ""
         if run.state == DAMAGED and run.resumable is None:
-            console.print(f"{run.directory} {run.state}{reason}", markup=False, soft_wrap=True)
+            console.print(f"{run.directory} {run.state}{reason}", soft_wrap=True)
         if run.state in (FAILED, INTERRUPTED, KILLED, DAMAGED) and run.resumable is not None:
             command = command_to_continue(run.directory)
             where = f"{command}   # goes on at step {run.resumable}"
@@ -66,4 +64,4 @@ def show(places: Sequence[Path], most: int | None) -> None:
                     f"It goes on at step {run.resumable} with its own overrides (they are not kept here), resume=auto "
                     f"and hydra.run.dir={run.directory}"
                 )
-            console.print(f"{run.directory} {run.state}{reason}\n  {where}", markup=False, soft_wrap=True)
+            console.print(f"{run.directory} {run.state}{reason}\n  {where}", soft_wrap=True)

@@ -1,7 +1,6 @@
 """``tedlab train``: composes a configuration, checks it, and launches the run."""
 
 import signal
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -69,9 +68,9 @@ def show_differences() -> None:
     if not HydraConfig.initialized() or not GlobalHydra.instance().is_initialized():
         return
     import hydra
-    from rich.console import Console
 
     from tedlab.commands.differences import difference_tree, split
+    from tedlab.console import output
 
     chosen, overrides = HydraConfig.get().runtime.choices, [*HydraConfig.get().overrides.task]
     presets, values = split(overrides, [str(group) for group in chosen])
@@ -79,7 +78,7 @@ def show_differences() -> None:
         return
     preset = hydra.compose(HydraConfig.get().job.config_name, presets) if values else OmegaConf.create()
     tree = difference_tree(overrides, [str(group) for group in chosen], preset)
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(tree)
+    output().print(tree)
 
 
 def leave_summary(config: TrainConfig, error: BaseException) -> None:

@@ -80,7 +80,7 @@ class Effect:
 
     @property
     def loss_distance(self) -> float:
-        """The largest difference of any loss in any pair; 0 if all agree to the last digit."""
+        """The largest difference of any loss in any pair; 0 if all agree to the last digit, inf if none has one."""
         apart = [_distance(before, after, name) for before, after in self.pairs for name in CURVES]
         return max((distance for distance in apart if distance is not None), default=math.inf)
 

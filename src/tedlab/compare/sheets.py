@@ -1,5 +1,6 @@
 """Builds the tables of a comparison as text, one row for each run; terminal and report show the same tables."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -111,11 +112,12 @@ def percent(changes: Sequence[float]) -> str:
 
 def effect_cells(effect: Effect) -> dict[str, str]:
     """Formats the effect of a change: bytes sent, step time, peak memory and losses, as far as they are known."""
+    apart = "" if effect.loss_distance == math.inf else f"differ by ≤ {effect.loss_distance:.1e}"
     cells = {
         "bytes sent": percent(effect.changes(SENT)),
         "step time": _marked(percent(effect.changes(STEP_TIME)), effect.emulated),
         "peak memory": percent(effect.changes(PEAK)),
-        "losses": "identical" if effect.loss_distance == 0.0 else f"differ by ≤ {effect.loss_distance:.1e}",
+        "losses": "identical" if effect.loss_distance == 0.0 else apart,
     }
     return {name: text for name, text in cells.items() if text}
 

@@ -7,9 +7,8 @@ samples. Nothing here needs torch.
 import hashlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from functools import cache
 from itertools import chain
@@ -17,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tedlab.config import DataConfig
 from tedlab.data.documents import Source, split
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.tokenizers import Tokenizer, build_tokenizer
 from tedlab.launch.locks import scratch
+from tedlab.progress import advancing
 
 _FORMAT = 2  # increase it whenever the same text and tokenizer would give different files
 _META, _LEFT_OUT = "meta.json", "left_out.json"
 _SPLITS = ("train", "validation")
-_SILENT_S = 60.0  # seconds between lines of progress where output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,12 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
 
     @cache
     def sides() -> tuple[list[Source], list[Source]]:
-        with _progress("Reading", files) as advance:
+        with advancing("Reading", _size(files)) as advance:
             return split(files, config.validation_fraction, config.field, no_text, advance)
 
     def training_text() -> Iterator[str]:
         train, _ = sides()
-        with _progress("Training the tokenizer", train) as advance:
+        with advancing("Training the tokenizer", _size(train)) as advance:
             yield from chain.from_iterable(chain.from_iterable(source.documents(advance) for source in train))
         _refuse_changed(files)
 
@@ -125,7 +122,7 @@ def _key(*parts: Any) -> str:
 def _tokenise(train: list[Source], validation: list[Source], tokenizer: Tokenizer, directory: Path) -> None:
     """Writes ``train.bin``, ``validation.bin``, and their numbers of tokens and bytes for :func:`_open`."""
     sizes = {}
-    with _progress("Tokenising", [*train, *validation]) as advance:
+    with advancing("Tokenising", _size([*train, *validation])) as advance:
         for name, sources in zip(_SPLITS, (train, validation), strict=True):
             sizes[name] = _write(directory / f"{name}.bin", sources, tokenizer, advance)
     meta = {name: {"tokens": tokens, "bytes": size} for name, (tokens, size) in sizes.items()}
@@ -221,23 +218,6 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 
-@contextmanager
-def _progress(description: str, files: Sequence[SourceFile | Source]) -> Iterator[Callable[[int], object]]:
-    """Yields a function that takes each number of bytes read; shows a bar, or a line a minute without a terminal."""
-    total = sum(file.size for file in files)
-    if not sys.stderr.isatty():
-        done, last = 0, time.monotonic()
-
-        def tell(size: int) -> None:
-            nonlocal done, last
-            done += size
-            if time.monotonic() >= last + _SILENT_S:
-                last = time.monotonic()
-                print(f"{description}: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
-
-        yield tell
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda size: progress.advance(task, size)
+def _size(files: Sequence[SourceFile | Source]) -> int:
+    """Returns the bytes of some files."""
+    return sum(file.size for file in files)

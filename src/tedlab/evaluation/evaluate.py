@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from tedlab.checkpoint import read_meta
 from tedlab.config import Documents, EvalConfig, EvalPrecision
+from tedlab.console import output
 from tedlab.evaluation import results
 from tedlab.evaluation.names import check_names
 from tedlab.evaluation.scoring import scores
@@ -23,6 +22,7 @@ from tedlab.opened import Opened, load, opened
 from tedlab.progress import CommandProgress
 from tedlab.ranges import check_ranges
 from tedlab.resume import find_checkpoint
+from tedlab.tables import FittingTable
 from tedlab.untrusted import read_yaml
 from tedlab.validate.settings import check_writable
 
@@ -151,17 +151,17 @@ def _print(found: Given, by_set: Mapping[str, SetResult]) -> None:
     for said in filter(None, map(said_of_files, found.sets)):
         print(said, file=sys.stderr)
     where = f"{found.model.path.parents[1].name}/{found.model.path.name}"
-    table = Table()
+    table = FittingTable()
     table.add_column("set")
     for heading in ("documents", "tokens", "nats/token", "perplexity", "bits/byte"):
         table.add_column(heading, justify="right")
     for name, result in by_set.items():
         numbers = f"{result.loss:.4f}", f"{result.perplexity:,.4g}", f"{result.bits_per_byte:.4f}"
         table.add_row(name, f"{result.documents:,}", f"{result.tokens:,}", *numbers)
-    console = Console(width=None if sys.stdout.isatty() else 110)
-    console.print(f"{where}, step {found.step}, {found.model.degrees}", soft_wrap=True, highlight=False)
+    console = output()
+    console.print(f"{where}, step {found.step}, {found.model.degrees}", soft_wrap=True)
     console.print(table)
-    console.print(f"saved in {found.folder}", soft_wrap=True, highlight=False)
+    console.print(f"saved in {found.folder}", soft_wrap=True)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 
 from tedlab.config import CalibrateConfig
+from tedlab.console import output
 from tedlab.launch.joining import join, local_world_size, own_device
 from tedlab.launch.outside import started_outside
 from tedlab.predict.calibrate.fit import fit
@@ -51,9 +51,9 @@ def calibrate(config: CalibrateConfig) -> dict[str, Any]:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(cluster_yaml(measured, facts))
     picture(measured, out.with_suffix(".png"))
-    console = Console()
+    console = output()
     console.print(fit_table(measured, f"{facts.device}, {facts.processes} processes"))
-    console.print(f"saved in {out} and {out.with_suffix('.png')}", highlight=False)
+    console.print(f"saved in {out} and {out.with_suffix('.png')}")
     return {"out": str(out), "gemm": fit(measured.products[bench.main]).rate}
 
 

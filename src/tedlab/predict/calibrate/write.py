@@ -17,6 +17,7 @@ from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, large
 from tedlab.predict.calibrate.measure import Group, Measured
 from tedlab.predict.cluster import MeasuredRate
 from tedlab.predict.spread import spread_of
+from tedlab.tables import FittingTable
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY)
 _MARKS = "os^Dv*"
@@ -180,7 +181,7 @@ def _how(series: Series, line: Line) -> str:
 
 def fit_table(measured: Measured, title: str) -> Table:
     """Returns a table of the latency, rate and worst error of every measurement."""
-    table = Table(title=title, title_justify="left")
+    table = FittingTable(title=title)
     table.add_column("measured")
     for heading in ("latency, µs", "rate", "worst error"):
         table.add_column(heading, justify="right")

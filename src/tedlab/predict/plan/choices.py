@@ -5,7 +5,6 @@ node that a token goes to, and routers whose biases make all experts equally bus
 """
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import LendPolicy, TrainConfig, with_values
+from tedlab.console import output
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.estimate import estimate
 from tedlab.predict.plan.lending import outcome
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.tables import FittingTable
 from tedlab.validate import check_simulated
 from tedlab.validate.lending import minimum_filled_in
 
@@ -110,7 +111,7 @@ def _choice(
 def table(found: list[Choice], cluster: ClusterConfig) -> Table:
     """Returns a table of the ways, with the ranges of their times."""
     spread = spread_on(cluster)
-    shown = Table(title="what each way to deal with this routing would cost", title_justify="left")
+    shown = FittingTable(title="what each way to deal with this routing would cost")
     shown.add_column("mixture")
     for heading in ("step, s", "range, s", "fullest, GiB", "dropped", "GB out"):
         shown.add_column(heading, justify="right")
@@ -160,10 +161,10 @@ def show_choices(
     config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRouting, console: Console | None = None
 ) -> None:
     """Prints the choices for a routing, and saves them as ``choices.json`` in ``output_dir``."""
-    console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = console or output()
     found = choices(config, cluster, routing.shares_LE)
     console.print(table(found, cluster))
-    console.print(verdict(found, cluster, spread_on(cluster)), markup=False)
+    console.print(verdict(found, cluster, spread_on(cluster)))
     path = Path(config.output_dir) / "choices.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(choice) for choice in found], indent=1) + "\n")

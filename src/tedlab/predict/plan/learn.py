@@ -25,6 +25,7 @@ from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
 from tedlab.predict.sim.meter import KERNELS, MATRICES
 from tedlab.predict.spread import Spread, spread_of, spread_on
 from tedlab.renamed import nested
+from tedlab.tables import FittingTable
 from tedlab.untrusted import flat, one_line, read_yaml, typed
 from tedlab.validate import complete_simulated
 
@@ -72,7 +73,7 @@ class Learned:
 
     def table(self) -> Table:
         """Returns a table of what was measured and predicted."""
-        table = Table(title="measured steps", title_justify="left")
+        table = FittingTable(title="measured steps")
         table.add_column("run")
         for heading in ("measured, s", "predicted, s", "off by", "corrected, s", "off by"):
             table.add_column(heading, justify="right")

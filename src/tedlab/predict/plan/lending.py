@@ -4,7 +4,6 @@ Times are those of the closed form. In each layer all processes wait for the slo
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,11 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import LendConfig, LendPolicy, TrainConfig, with_values
+from tedlab.console import output
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.estimate.hiding import Hiding
 from tedlab.predict.estimate.step import block_seconds, estimate
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.volumes import ClosedForm
+from tedlab.tables import FittingTable
 from tedlab.validate.lending import minimum_filled_in
 
 _GIB = 2**30
@@ -91,7 +92,7 @@ class Comparison:
 
     def table(self) -> Table:
         """Returns a table of every rank's load, memory and time."""
-        table = Table(title="experts at home → lent, by rank", title_justify="left")
+        table = FittingTable(title="experts at home → lent, by rank")
         table.add_column("rank", justify="right")
         headings = ("rows, most over mean", "lends", "borrows", "peak memory, GiB", "s in a step's layers")
         for heading in headings:
@@ -155,14 +156,14 @@ def show_lending(
     config: TrainConfig, cluster: ClusterConfig, routing: SimulatedRouting, console: Console | None = None
 ) -> None:
     """Prints :func:`compare_lending` and saves it in ``output_dir``, or says why it cannot be computed."""
-    console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = console or output()
     try:
         comparison = compare_lending(config, cluster, routing)
     except ValueError as error:
-        console.print(f"Whether to lend experts is not said: {error}", markup=False)
+        console.print(f"Whether to lend experts is not said: {error}")
         return
     console.print(comparison.table())
-    console.print(comparison.verdict(), markup=False)
+    console.print(comparison.verdict())
     comparison.save(Path(config.output_dir))
 
 

@@ -1,14 +1,14 @@
 """Shows a plan: a progress bar, tables, and the file that ``tedlab train +plan=`` takes."""
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tedlab.config import AssumedRouting, Slicing, TrainConfig, with_values
+from tedlab.console import output
 from tedlab.nn import HEADS
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import base_parameters, parameters
@@ -20,6 +20,7 @@ from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.spread import Spread, spread_on
 from tedlab.progress import CommandProgress
+from tedlab.tables import FittingTable
 from tedlab.untrusted import flat
 from tedlab.validate import complete_simulated
 
@@ -69,38 +70,38 @@ def plan_visibly(
         plan = make_plan(
             config, cluster, workers, reserve=reserve, simulations=simulations, fixed=fixed, progress=progress
         )
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     world = config.parallel.world_size
     console.print(f"Planned: {world} GPUs of {cluster_name}. Times are predicted, none was measured.")
     for warning in warnings:
-        console.print(f"Warning: {warning}", markup=False)
+        console.print(f"Warning: {warning}")
     if find_largest:
         console.print(_models_table(models))
     usable = cluster.memory_bytes / _GIB - reserve_gib
     console.print(_candidates_table(plan, usable))
-    console.print(_alike(plan, spread), markup=False)
+    console.print(_alike(plan, spread))
     console.print(_refused_table(plan, usable))
     path = Path(config.output_dir) / "plan.overrides"
     write_overrides(plan, config, cluster, given, find_largest, path, warnings)
-    console.print(f"[bold]fastest[/] {' '.join(overrides(plan.winner))}")
+    console.print(Text.assemble(("fastest", "bold"), f" {' '.join(overrides(plan.winner))}"))
     if plan.winner.folded:
-        console.print(_gain(plan), markup=False)
+        console.print(_gain(plan))
     if assumed is not None and assumed.routing not in (None, "balanced"):
         found = complete_simulated(with_values(config, plan.winner.settings), cluster)
         routing = routing_of(found, str(assumed.routing), assumed.zipf, assumed.trace)
         if routing is not None and found.parallel.expert > 1:
             show_lending(found, cluster, routing, console)
     apart = [shlex.quote(override) for override in given if not allowed(override)]
-    console.print(" ".join([f"tedlab train +plan={path}", *apart]), soft_wrap=True, markup=False)
+    console.print(" ".join([f"tedlab train +plan={path}", *apart]), soft_wrap=True)
     return plan
 
 
 def learn_visibly(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
     """Runs :func:`learn`, prints the result and returns it."""
     learned = learn(cluster, paths)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     console.print(learned.table())
-    console.print(learned.verdict(), markup=False)
+    console.print(learned.verdict())
     return learned
 
 
@@ -176,7 +177,7 @@ def write_overrides(
 
 
 def _models_table(models: Mapping[int, TrainConfig]) -> Table:
-    table = Table(title="largest base model that fits", title_justify="left")
+    table = FittingTable(title="largest base model that fits")
     for heading in ("tensor", "parameters", "layers", "hidden", "with experts"):
         table.add_column(heading, justify="right")
     best = max(models.values(), key=base_parameters)
@@ -195,17 +196,14 @@ def _models_table(models: Mapping[int, TrainConfig]) -> Table:
 
 def _candidates_table(plan: Plan, usable: float) -> Table:
     shown = _shown(plan)
-    table = Table(title="layouts that no other beats in everything", title_justify="left")
+    table = FittingTable(title="layouts that no other beats in everything")
     folded = any(candidate.folded for candidate in shown)
     for heading in ("tensor", "expert", *(("expert tensor",) if folded else ()), "batch"):
         table.add_column(heading, justify="right")
-    for heading in ("recompute", "duplicates", "tile"):
+    for heading in ("recompute", "copies", "tile"):
         table.add_column(heading)
     for heading in ("step, s", "tokens/s", "MFU", "peak, GiB", "GB out"):
         table.add_column(heading, justify="right")
-    if folded:  # lines stay within 120 columns
-        for column in table.columns:
-            column.header = str(column.header).replace(" ", "\n")
     for candidate in plan.simulated:
         table.add_row(*_row(candidate, folded), style="bold" if candidate is plan.winner else None)
     table.add_section()
@@ -215,7 +213,7 @@ def _candidates_table(plan: Plan, usable: float) -> Table:
     table.caption = (
         f"above the line simulated (the closed form was off by at most {_largest_error(plan):.1%}), below it by the "
         f"closed form{f', {more} more not shown' if more > 0 else ''}; a GPU has {usable:.2f} GiB without the reserve; "
-        "batch: micro-batch; GB out: sent by a GPU to other nodes in a step"
+        "batch: micro-batch; copies: how tensor ranks avoid them; GB out: sent by a GPU to other nodes in a step"
     )
     reordered = {c.settings[ORDER] for c in (*plan.simulated, *shown) if ORDER in c.settings}
     table.caption += "".join(f"; *: {ORDER}={order}" for order in reordered)
@@ -258,7 +256,7 @@ def _row(candidate: Candidate, folded: bool) -> list[str]:
 
 def _refused_table(plan: Plan, usable: float) -> Table:
     found = plan.found
-    table = Table(title="combinations", title_justify="left", show_header=False)
+    table = FittingTable(title="combinations", show_header=False)
     table.add_column(justify="right")
     table.add_column()
     table.add_row(f"{len(found.fitting):,}", "fit")

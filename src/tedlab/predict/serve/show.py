@@ -1,17 +1,18 @@
 """Shows the plan of a generation: the layouts of the fastest choice, others beside it, and what the switch costs."""
 
-import sys
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import ServeConfig, TrainConfig
+from tedlab.console import output
 from tedlab.degrees import ParallelDegrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.serve.plan import Choice, Found, Generation, served
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.tables import FittingTable
 
 _GIB = 2**30
 _ROWS = 5
@@ -54,7 +55,7 @@ def plan_generation(
         raise UsageError(str(error)) from None
     if not found.choices:
         raise UsageError(_nothing_fits(generation, found, capacity))
-    console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = console or output()
     best = found.choices[0]
     console.print(
         f"Planned: {request.batch} texts of {request.prompt} tokens and {request.output} new ones on "
@@ -65,7 +66,7 @@ def plan_generation(
     console.print(_modules_table(best))
     console.print(_choices_table(found))
     for line in _verdict(best, found, generation, spread or spread_on(cluster)):
-        console.print(line, markup=False)
+        console.print(line)
     console.print(_left_table(found, capacity))
     return best
 
@@ -88,7 +89,7 @@ def _layouts(choice: Choice) -> tuple[str, str]:
 
 
 def _modules_table(choice: Choice) -> Table:
-    table = Table(title="the fastest choice that fits", title_justify="left")
+    table = FittingTable(title="the fastest choice that fits")
     for heading in ("phase", "module", "layout"):
         table.add_column(heading)
     for heading in ("layers", "ms", "exchanges", "MB sent", "most rows", "mean", "busy experts"):
@@ -113,7 +114,7 @@ def _modules_table(choice: Choice) -> Table:
 
 
 def _choices_table(found: Found) -> Table:
-    table = Table(title="choices that fit", title_justify="left")
+    table = FittingTable(title="choices that fit")
     for heading in ("", "attention", "experts"):
         table.add_column(heading)
     for heading in ("first, s", "token, ms", "switch, s", "all, s", "×", "GiB"):
@@ -192,7 +193,7 @@ def _switch(choice: Choice) -> str:
 
 
 def _left_table(found: Found, capacity: float) -> Table:
-    table = Table(title="all choices", title_justify="left", show_header=False)
+    table = FittingTable(title="all choices", show_header=False)
     table.add_column(justify="right")
     table.add_column()
     table.add_row(f"{len(found.choices):,}", "fit")

@@ -1,6 +1,5 @@
 """Shows a plan of two pools: the shapes that decode the most, a timeline of the best, and one pool beside them."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tedlab.config import ServeConfig, TrainConfig
+from tedlab.console import output
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.serve.one_pool import OnePool, one_pool
@@ -16,6 +16,7 @@ from tedlab.predict.serve.plan import served
 from tedlab.predict.serve.pools import Disaggregation, FoundPools, Served
 from tedlab.predict.serve.show import attention_layout, experts_layout
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.tables import FittingTable
 
 _GIB = 2**30
 _ROWS = 4
@@ -57,7 +58,7 @@ def plan_pools(
         raise UsageError(_nothing(found, plan))
     best = max(found.served, key=lambda each: each.per_gpu)
     spread = spread or spread_on(one[1])
-    console = console or Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = console or output()
     console.print(
         f"Planned: decoding after prompts of {request.prompt} tokens, with {request.output} new ones, on at most "
         f"{plan.gpus} GPUs: attention on {one[0]}, experts on {other[0]}. All numbers are predicted, none was measured."
@@ -71,11 +72,11 @@ def plan_pools(
         f"visits) and {best.beside:.4g} s beside these. {_busy(best.stages, best.shape.micro_batches)}",
         markup=False,
     )
-    console.print(_beside(one_pool(job, request, one[1], reserve, shares), best, plan, one[0]), markup=False)
+    console.print(_beside(one_pool(job, request, one[1], reserve, shares), best, plan, one[0]))
     console.print(_AGAINST)
     path = Path(config.output_dir) / "pingpong.png"
     draw(best.stages, best.shape.micro_batches, best.layers, path)
-    console.print(f"{path}: the first layers of the best", soft_wrap=True, markup=False)
+    console.print(f"{path}: the first layers of the best", soft_wrap=True)
     return best
 
 
@@ -89,13 +90,13 @@ def _busy(stages: Stages, micro_batches: int) -> str:
 
 
 def _table(found: FoundPools, best: Served, priced: bool) -> Table:
-    table = Table(title="shapes that decode the most", title_justify="left")
+    table = FittingTable(title="shapes that decode the most")
     for heading in ("", "attention", "experts"):
-        table.add_column(heading, no_wrap=True)
+        table.add_column(heading)
     times = ("T_a,\nµs", "T_e,\nµs", "T_c,\nµs", "token,\nms")
     costs = ("per\ncost",) if priced else ()
     for heading in ("m", "texts", *times, "per\nGPU", *costs, "A,\nGiB", "E,\nGiB"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
 
     def add(name: str, each: Served) -> None:
         shape, stages = each.shape, each.stages

@@ -2,20 +2,20 @@
 
 import functools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.progress import TaskID
 from rich.table import Table
+from rich.text import Text
 
 from tedlab.callbacks.ledger import traffic_table
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import summed
 from tedlab.config import TrainConfig
+from tedlab.console import output
 from tedlab.degrees import parallel_degrees
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.flops import training_flops
@@ -28,6 +28,7 @@ from tedlab.predict.sim.simulation import Simulation, simulate
 from tedlab.predict.spread import Spread, spread_on
 from tedlab.progress import CommandProgress
 from tedlab.report import resolved_yaml
+from tedlab.tables import FittingTable
 
 _GIB = 2**30
 Ranks = int | Literal["all", "stages"]
@@ -74,10 +75,10 @@ def simulate_visibly(
     time_picture(simulation, directory / "time.png")
     lanes_picture(simulation, directory / "timeline.png")
     write_trace(simulation.spans, directory / "timeline.json", rank)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = output()
     console.print(f"Simulated: {layout}. Times are predicted, none was measured.")
     for warning in warnings:
-        console.print(f"Warning: {warning}", markup=False)
+        console.print(f"Warning: {warning}")
     if not isinstance(ranks, int):
         console.print(_ranks_table(simulations, kinds))
     elif len(alike) > 1:
@@ -173,7 +174,7 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
 
 
 def _ranks_table(simulations: dict[int, Simulation], kinds: dict[int, list[int]]) -> Table:
-    table = Table(title="ranks that differ", title_justify="left")
+    table = FittingTable(title="ranks that differ")
     table.add_column("rank")
     for heading in ("ranks like it", "step, s", "sent between nodes, GiB", "peak memory, GiB"):
         table.add_column(heading, justify="right")
@@ -191,7 +192,7 @@ def _ranks_table(simulations: dict[int, Simulation], kinds: dict[int, list[int]]
 
 
 def _time_table(simulation: Simulation) -> Table:
-    table = Table(title="predicted seconds of a step", title_justify="left")
+    table = FittingTable(title="predicted seconds of a step")
     table.add_column("cause")
     for heading in (*TRAINING_PHASES, "all", "%"):
         table.add_column(heading, justify="right")
@@ -210,7 +211,7 @@ def _time_table(simulation: Simulation) -> Table:
 
 def _overlap_table(simulation: Simulation) -> Table:
     """Shows how much of the time of collectives that something may hide behind is hidden."""
-    table = Table(title="overlap, seconds of a step", title_justify="left")
+    table = FittingTable(title="overlap, seconds of a step")
     table.add_column("collective")
     for heading in ("alone", "hidden", "exposed", "hidden, %"):
         table.add_column(heading, justify="right")
@@ -235,7 +236,7 @@ def _row(values: list[float], whole: float) -> list[str]:
 
 
 def _memory_table(summary: dict[str, Any], cluster: ClusterConfig) -> Table:
-    table = Table(title="memory, GiB", title_justify="left")
+    table = FittingTable(title="memory, GiB")
     table.add_column("category")
     table.add_column("at the peak", justify="right")
     table.add_column("at most", justify="right")
@@ -248,12 +249,12 @@ def _memory_table(summary: dict[str, Any], cluster: ClusterConfig) -> Table:
     table.add_row("all", f"{peak / _GIB:.3f}", "")
     has, over = f"a GPU's {cluster.memory_bytes / _GIB:.1f} GiB", (peak - cluster.memory_bytes) / _GIB
     fits = f"{peak / cluster.memory_bytes:.0%} of {has}"
-    table.caption = fits if over <= 0 else f"[red]does not fit: {over:.1f} GiB more than {has}[/]"
+    table.caption = fits if over <= 0 else Text(f"does not fit: {over:.1f} GiB more than {has}", "red")
     return table
 
 
 def _closing_table(config: TrainConfig, summary: dict[str, Any], spread: Spread) -> Table:
-    table = Table(title="predicted", show_header=False, title_justify="left")
+    table = FittingTable(title="predicted", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("step", f"{spread.said(summary['perf/step_time_s'])}, by {spread.source}")
