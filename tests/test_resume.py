@@ -1,7 +1,7 @@
 """A run that goes on takes over what its checkpoint decides, obeys what is named, and says both."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tedlab.config import DataConfig, ModelConfig, MoEConfig, OptimConfig, Train
 from tedlab.data import TextDataModule
 from tedlab.errors import UsageError
 from tedlab.module import LanguageModel
-from tedlab.report import resolved_yaml
+from tedlab.report import branch_of, note_branch, resolved_yaml
 from tedlab.resume import find_checkpoint, named_values, resume, take_over
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -222,6 +222,39 @@ def test_auto_goes_on_at_the_last_checkpoint_and_in_the_same_wandb_run(
     assert config.optim.lr == 0.5
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["optim.schedule=wsd", "optim.decay_steps=3", "trainer.max_steps=8"],
+            "as if the run had had it from the start.",
+        ),
+        (
+            ["optim.schedule=wsd", "optim.decay_steps=5", "trainer.max_steps=8"],
+            "differs from the old one from step 4 on: the learning rate goes from 0.5 in step 4 to 0.32 in step 5.",
+        ),
+        ([], None),
+    ],
+)
+def test_a_branch_says_whether_it_is_as_if_it_had_had_its_schedule_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], said: str | None
+) -> None:
+    """After five steps of a stable run, to decay from there, or from two steps before."""
+    stable = compose("optim.lr=0.5", "optim.schedule=constant", "optim.warmup_steps=2")
+    monkeypatch.setattr("tedlab.resume.read_meta", lambda path: saved(stable))
+    before = checkpoint(tmp_path / "one" / "checkpoints" / "last.ckpt")
+    config = compose(f"ckpt_path={before}", f"output_dir={tmp_path / 'two'}", *overrides)
+    config, sentences = resume(config, named(*overrides))
+    assert (sentences[-1].endswith(said)) if said else not any("schedule" in s and "start" in s for s in sentences)
+    (tmp_path / "two").mkdir()
+    note_branch(config, 5)
+    assert branch_of(tmp_path / "two") == {"branch/checkpoint": str(before), "branch/step": 5}
+    note_branch(replace(config, ckpt_path=str(tmp_path / "two" / "checkpoints" / "last.ckpt")), 7)
+    assert branch_of(tmp_path / "two")["branch/step"] == 5
+    note_branch(replace(config, ckpt_path=None), None)
+    assert branch_of(tmp_path / "two") == {}
+
+
 FORGOTTEN = {
     "all": ([], "data.path=my corpus"),
     "all_but_a_value_that_decides_no_text": (["data.validation_samples=8"], "data.path=my corpus"),
@@ -290,7 +323,14 @@ class Switch(Callback):
 
 
 def train(
-    folder: Path, optim: OptimConfig, steps: int, save: bool = False, resumed: bool = False, rates: Sequence[float] = ()
+    folder: Path,
+    optim: OptimConfig,
+    steps: int,
+    save: bool = False,
+    resumed: bool = False,
+    rates: Sequence[float] = (),
+    total: int = TOTAL,
+    saved: str = "saved",
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Weights after so many steps, and the learning rates of those taken here. Two expert ranks."""
     text = DataConfig(
@@ -301,9 +341,9 @@ def train(
         validation_fraction=0.4,
         cache_dir=str(folder / "cache"),
     )
-    module, stop, path = model(optim), Stop(steps), folder / "saved"
+    module, stop, path = model(optim), Stop(steps), folder / saved
     callbacks = [Switch(path if save else None, rates), stop]
-    fit = trainer(Layout(2, expert=2), max_steps=TOTAL, callbacks=callbacks, limit_val_batches=0)
+    fit = trainer(Layout(2, expert=2), max_steps=total, callbacks=callbacks, limit_val_batches=0)
     fit.fit(module, TextDataModule(text, LENGTH, seed=1), ckpt_path=path if resumed else None)
     return {name: full(p) for name, p in module.named_parameters()}, stop.rates
 
@@ -321,6 +361,7 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step >= self.steps
 
 
+BRANCHES = (SAVED + 2, SAVED + 3)  # steps of the runs that leave the stable one after SAVED steps and decay
 # The new schedule by hand: a warm-up of five steps to 0.003, then a cosine to 0.3 of it at step 10.
 BY_HAND = [3e-3 * factor for factor in (0.2, 0.4, 0.6, 0.8, 1.0, 1.0)]
 
@@ -331,7 +372,15 @@ def all_runs(folder: Path) -> dict[str, Any]:
     same, _ = train(folder, optim(), STEPS, resumed=True)
     changed, rates = train(folder, optim(**NEW), STEPS, resumed=True)
     by_hand, _ = train(folder, optim(), STEPS, rates=BY_HAND)
-    return {"straight": straight, "same": same, "changed": changed, "by_hand": by_hand, "rates": rates}
+    stable = optim(schedule="constant")
+    train(folder, stable, SAVED, save=True, saved="stable")
+    branches, whole = [], []
+    for total in BRANCHES:
+        decaying = optim(schedule="wsd", decay_steps=total - SAVED)
+        branches.append(train(folder, decaying, total, resumed=True, saved="stable", total=total))
+        whole.append(train(folder, decaying, total, total=total))
+    found = {"straight": straight, "same": same, "changed": changed, "by_hand": by_hand, "rates": rates}
+    return {**found, "branches": branches, "whole": whole}
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +401,11 @@ def test_a_run_with_other_values_goes_on_as_one_whose_optimizer_is_changed_by_ha
     for name, tensor in runs["by_hand"].items():
         torch.testing.assert_close(runs["changed"][name], tensor, rtol=1e-12, atol=1e-14)
     assert any(not torch.equal(runs["changed"][name], tensor) for name, tensor in runs["straight"].items())
+
+
+def test_branches_of_a_stable_run_equal_runs_that_had_their_schedule_from_the_start(runs: dict[str, Any]) -> None:
+    for (weights, rates), (expected, every), total in zip(runs["branches"], runs["whole"], BRANCHES, strict=True):
+        decay = total - SAVED
+        assert rates == pytest.approx([1e-2 * (1 - 0.9 * step / decay) for step in range(decay)])
+        assert rates == every[SAVED:]
+        assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())

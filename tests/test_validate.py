@@ -626,6 +626,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["data.documents=masked", "model.compile=aot_eager"],
         ["data.documents=masked", "model.compile=none", "data.documents=packed"],
     ),
+    "a_decay_longer_than_the_run": (
+        ["optim.schedule=wsd", "optim.decay_steps=60", "optim.warmup_steps=50", "trainer.max_steps=100"],
+        ["optim.decay_steps=60 and optim.warmup_steps=50", "trainer.max_steps=100"],
+    ),
     "stages_out_of_order": (
         ["data.ramp=[{until:9,batch_size:4},{until:9,batch_size:6}]"],
         ["data.ramp has stages until steps [9, 9]", "later than the one before"],

@@ -473,6 +473,8 @@ class OptimConfig(ShardingOptions):
     loss_scale: float | None = real(None, least=1, most=2.0**64)
     stop_on_nonfinite: bool = True  # end the run before a loss or gradient that is inf or NaN reaches a weight
     groups: list[GroupConfig] = field(default_factory=list)  # parameters that are frozen or have rates of their own
+    # How many steps wsd decays in, the last of the run, in place of a fraction; None: decay_fraction.
+    decay_steps: int | None = whole(None, least=1)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from tedlab.config import BalanceScope, ModelConfig, MoEConfig, OptimConfig
 from tedlab.models import models
 from tedlab.moe import RouterReport, global_losses, stacked, step_totals
 from tedlab.nn import Reading, decay_groups, rows_of
-from tedlab.optim import Grouping, learning_rate_schedule
+from tedlab.optim import Grouping, schedule_of
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
@@ -181,7 +181,4 @@ def optimizer_with_schedule(
     """Makes the configured optimizer and schedule for parameter groups and a run of ``total_steps``."""
     # Hydra would copy the groups into its own containers if they were arguments of instantiate.
     optimizer = hydra.utils.instantiate(config.optimizer, _partial_=True)(groups, lr=config.lr)
-    factor = learning_rate_schedule(
-        config.schedule, config.warmup_steps, total_steps, config.final_lr_fraction, config.decay_fraction
-    )
-    return optimizer, LambdaLR(optimizer, factor)
+    return optimizer, LambdaLR(optimizer, schedule_of(config, total_steps))

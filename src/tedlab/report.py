@@ -29,7 +29,7 @@ from tedlab.predict.flops import training_flops
 from tedlab.tables import FittingTable
 from tedlab.tracking import closing_charts
 
-CERTIFICATE = "certificate.json"
+BRANCH, CERTIFICATE = "branch.json", "certificate.json"
 LEFT_OUT = "left_out.txt"
 _MEMORY = {  # the closing table's names for the categories
     "parameters": "parameters",
@@ -101,6 +101,7 @@ def report(
         **baseline,
         **about(config, module),
         **_device(trainer),
+        **branch_of(directory),
         "steps": trainer.global_step,
         "certificate": certified(directory),
         "output_dir": str(directory),
@@ -151,6 +152,27 @@ def announce(config: TrainConfig, logger: Logger, module: LanguageModel | None =
         known["parameters"] = {name: facts[f"parameters/{name}"] for name in ("total", "active")}
         known |= {name: facts[name] for name in ("layout", "versions", "git_revision")}
     logger.log_hyperparams({**asdict(config), **known})
+
+
+def note_branch(config: TrainConfig, step: int | None) -> None:
+    """Notes in ``branch.json`` from which checkpoint of another run, and of which step, this one goes on.
+
+    A run that goes on in its own directory keeps the note, and one that begins anew there has none.
+    """
+    file = Path(config.output_dir, BRANCH)
+    if config.ckpt_path is None:
+        file.unlink(missing_ok=True)
+    elif not Path(config.ckpt_path).resolve().is_relative_to(file.parent.resolve()):
+        file.write_text(json.dumps({"checkpoint": str(Path(config.ckpt_path).resolve()), "step": step}) + "\n")
+
+
+def branch_of(directory: Path) -> dict[str, Any]:
+    """Returns the summary's entries about where a run branched off; none if it began by itself."""
+    file = directory / BRANCH
+    if not file.exists():
+        return {}
+    branch = json.loads(file.read_text())
+    return {"branch/checkpoint": branch["checkpoint"], "branch/step": branch["step"]}
 
 
 def certified(directory: Path) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ anything is launched, so that config.yaml and the loggers are right and the opti
 :meth:`tedlab.module.LanguageModel.on_load_checkpoint`.
 """
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
@@ -28,11 +29,13 @@ from tedlab.config import (
     with_values,
 )
 from tedlab.errors import UsageError
+from tedlab.optim.schedule import schedule_of, schedules
 from tedlab.renamed import renamed
 from tedlab.untrusted import interpolation, read_yaml, typed
 
 DECIDED = (
     *("optim.lr", "optim.schedule", "optim.warmup_steps", "optim.final_lr_fraction", "optim.decay_fraction"),
+    "optim.decay_steps",
     *("optim.optimizer", "optim.groups", "optim.loss_scale", "trainer.gradient_clip_val", "trainer.max_steps"),
     *("moe.top_k", "moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
     *("moe.aux_loss", "moe.z_loss", "moe.gating", "moe.min_capacity", "moe.random_token_selection"),
@@ -42,6 +45,7 @@ DECIDED = (
 )
 # Keys in the metadata of weights that no run has trained: the family of what was imported, the recipe of an upcycling.
 IMPORTED, UPCYCLED = "imported", "upcycled"
+_RATES = ("lr", "schedule", "warmup_steps", "final_lr_fraction", "decay_fraction", "decay_steps")
 _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 # Values of data that decide which text a run is trained on, and how it becomes samples.
 _TEXT_DECIDING = (
@@ -81,9 +85,31 @@ def resume(config: TrainConfig, named: Collection[str]) -> tuple[TrainConfig, li
                 )
         _check_text(config, path, named)
         config, said = take_over(replace(config, ckpt_path=str(path)), meta, named)
-        return config, [f"Going on from {path}, step {meta.get('global_step')}.", *said]
+        said = [f"Going on from {path}, step {meta.get('global_step')}.", *said]
+        stored = _stored(meta, config.data.module.rpartition(".")[2])
+        return config, [*said, *_since_when(config, stored, int(meta.get("global_step") or 0))]
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
+
+
+def _since_when(config: TrainConfig, stored: Mapping[str, Any], step: int) -> list[str]:
+    """Says whether a run with another schedule than its checkpoint's is like one that had it from the start."""
+    known = {name: stored[f"optim.{name}"] for name in _RATES if f"optim.{name}" in stored}
+    total_before, total = stored.get("trainer.max_steps"), config.trainer["max_steps"]
+    before = replace(config.optim, **({"decay_steps": None} | known))  # an older checkpoint has no decay_steps
+    if not known or total_before is None or before.schedule not in schedules.names:
+        return []
+    if (before, total_before) == (config.optim, total):
+        return []
+    old, new = schedule_of(before, total_before), schedule_of(config.optim, total)
+    rates = [(before.lr * old(n), config.optim.lr * new(n)) for n in range(step + 1)]
+    other = next((n for n, (was, now) in enumerate(rates[:-1]) if not math.isclose(was, now, rel_tol=1e-9)), None)
+    if other is None:
+        return ["Up to here the learning rate was that of the new schedule: as if the run had had it from the start."]
+    return [
+        f"The new schedule differs from the old one from step {other} on: the learning rate goes from "
+        f"{rates[step - 1][0]:.6g} in step {step - 1} to {rates[step][1]:.6g} in step {step}."
+    ]
 
 
 def find_checkpoint(path: Path, key: str = "ckpt_path") -> Path:

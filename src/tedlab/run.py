@@ -43,7 +43,7 @@ from tedlab.predict.cluster import load_cluster
 from tedlab.predict.emulate import Emulation
 from tedlab.predict.flops import training_flops
 from tedlab.record import DIRECTORY, Shape, record_in
-from tedlab.report import about, announce, report, report_left_out, resolved_yaml, wandb_loggers
+from tedlab.report import about, announce, note_branch, report, report_left_out, resolved_yaml, wandb_loggers
 from tedlab.resume import find_checkpoint
 from tedlab.strategy import TEDStrategy, gpus
 from tedlab.tracking import WandbLogger
@@ -86,6 +86,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             (directory / SUMMARY).unlink(missing_ok=True)  # from an earlier run here
             until = None if config.ckpt_path is None else read_meta(Path(config.ckpt_path))["global_step"]
             _keep_earlier_metrics(trainer, directory, until)
+            note_branch(config, until)
             (directory / "config.yaml").write_text(resolved_yaml(config))
             if isinstance(data, TextDataModule):
                 data.corpus.tokenizer.save(directory)

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from tedlab.optim import learning_rate_schedule
+from tedlab.config import OptimConfig
+from tedlab.optim import learning_rate_schedule, schedule_of
 
 
 @pytest.mark.parametrize(
@@ -20,6 +23,16 @@ from tedlab.optim import learning_rate_schedule
 def test_factor_by_step(name: str, warmup: int, total: int, final: float, values: dict[int, float]) -> None:
     factor = learning_rate_schedule(name, warmup, total, final)
     assert {step: factor(step) for step in values} == pytest.approx(values)
+
+
+def test_wsd_decays_in_the_last_steps_or_share_of_the_run() -> None:
+    by_steps = OptimConfig({}, 1.0, "wsd", warmup_steps=2, final_lr_fraction=0.1, decay_steps=4)
+    factor = schedule_of(by_steps, 12)
+    assert [factor(step) for step in (0, 1, 7, 8, 9, 10, 11, 12)] == pytest.approx(
+        [0.5, 1, 1, 1, 0.775, 0.55, 0.325, 0.1]
+    )
+    by_share = schedule_of(replace(by_steps, decay_steps=None, decay_fraction=0.25), 16)
+    assert [by_share(step) for step in (12, 13, 14)] == pytest.approx([1, 0.775, 0.55])
 
 
 def test_the_first_step_already_moves_and_the_peak_is_reached_once_warm() -> None:

@@ -181,6 +181,7 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         bucket_elements=min(_BUCKET, config.optim.bucket_elements),
         warmup_steps=min(2, config.optim.warmup_steps),
         decay_fraction=max(0.5, config.optim.decay_fraction),  # two of the four steps
+        decay_steps=None if config.optim.decay_steps is None else STEPS // 2,
         groups=_groups_of(config.optim.groups, model, moe),
         stop_on_nonfinite=False,  # a certificate compares all steps, non-finite ones included
     )

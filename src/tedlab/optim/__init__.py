@@ -6,7 +6,7 @@ from tedlab.optim.groups import Grouping
 from tedlab.optim.kinds import MatrixOptimizer
 from tedlab.optim.loss_scale import LossScaler
 from tedlab.optim.muon import Muon, matrix_groups
-from tedlab.optim.schedule import learning_rate_schedule, schedules
+from tedlab.optim.schedule import learning_rate_schedule, schedule_of, schedules
 from tedlab.optim.sharded import ShardedOptimizer
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "ShardedOptimizer",
     "learning_rate_schedule",
     "matrix_groups",
+    "schedule_of",
     "schedules",
 ]

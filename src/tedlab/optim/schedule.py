@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
+from tedlab.config import OptimConfig
 from tedlab.registry import Registry
 
 
@@ -18,7 +19,7 @@ class Schedule(Protocol):
             warmup_steps: Number of steps of the warm-up.
             total_steps: Number of steps of the run.
             final: The configuration's ``optim.final_lr_fraction``.
-            decay: The configuration's ``optim.decay_fraction``.
+            decay: Share of the run in which it decays, from ``optim.decay_fraction`` or ``optim.decay_steps``.
         """
         ...
 
@@ -41,6 +42,12 @@ def _constant(step: int, warmup_steps: int, total_steps: int, final: float, deca
 def _stable_then_linear(step: int, warmup_steps: int, total_steps: int, final: float, decay: float) -> float:
     left = max(0.0, (total_steps - step) / max(1.0, decay * total_steps))
     return final + (1.0 - final) * min(1.0, left)
+
+
+def schedule_of(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
+    """Returns the configured factor on the learning rate, see :func:`learning_rate_schedule`."""
+    decay = config.decay_fraction if config.decay_steps is None else config.decay_steps / max(1, total_steps)
+    return learning_rate_schedule(config.schedule, config.warmup_steps, total_steps, config.final_lr_fraction, decay)
 
 
 def learning_rate_schedule(

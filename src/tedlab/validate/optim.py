@@ -35,6 +35,12 @@ def check_optim(config: TrainConfig) -> None:
     """
     optim = config.optim
     schedules[optim.schedule]  # raises if it is unknown
+    steps, total = optim.decay_steps, config.trainer["max_steps"]
+    if steps is not None and steps + optim.warmup_steps > total:
+        raise ValueError(
+            f"optim.decay_steps={steps} and optim.warmup_steps={optim.warmup_steps} are more steps than the run has, "
+            f"trainer.max_steps={total}"
+        )
     target = optim.optimizer.get("_target_")
     try:
         kind = hydra.utils.get_class(str(target))

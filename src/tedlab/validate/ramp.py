@@ -5,6 +5,7 @@ import itertools
 from tedlab.config import BalanceScope, Compiler, TrainConfig, with_values
 from tedlab.data import TextDataModule, data_class
 from tedlab.degrees import ParallelDegrees
+from tedlab.ranges import check_ranges
 from tedlab.validate.batches import accumulation
 from tedlab.validate.comm import check_comm, check_interleaving
 from tedlab.validate.experts import check_experts
@@ -24,6 +25,7 @@ def check_ramp(config: TrainConfig, degrees: ParallelDegrees) -> None:
         raise ValueError(f"data.ramp has stages until steps {ends}; each must end later than the one before")
     micro_batches = {accumulation(config, degrees)}
     for number, stage in enumerate(ramp):
+        check_ranges(stage, f"data.ramp[{number}].")
         where = f"data.ramp[{number}] (until {stage.until})"
         if stage.batch_size is None and stage.sequence_length is None:
             raise ValueError(f"{where} has neither batch_size nor sequence_length, so it changes nothing")
