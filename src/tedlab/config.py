@@ -502,6 +502,14 @@ class RoutingConfig(Frozen):
 
 
 @dataclass
+class InTrainingConfig(Frozen):
+    """Sets of texts that are evaluated at each validation, see docs/evaluation.md."""
+
+    sets: dict[str, str] = field(default_factory=dict)  # a path by the name of each: +eval.sets.NAME=PATH
+    samples: int | None = whole(None, least=1)  # of each set, its first; null: all
+
+
+@dataclass
 class TrainConfig(Frozen):
     """The whole configuration of ``tedlab train``."""
 
@@ -536,6 +544,7 @@ class TrainConfig(Frozen):
     certificate_precision: str = word(CertificatePrecision.DOUBLE)
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
+    eval: InTrainingConfig = field(default_factory=InTrainingConfig)
 
     @property
     def compiles_experts(self) -> bool:
@@ -663,6 +672,7 @@ class EvalConfig(Frozen):
     expert: int = whole(1, least=1, most=_MOST_PROCESSES)
     expert_tensor: int | None = whole(None, least=1, most=_MOST_PROCESSES)  # divide each expert; null: as tensor says
     device: str | None = None  # cpu | cuda; null: cuda where there is a GPU for each process
+    wandb: bool = False  # also add the results to the summary of the training's W&B run
 
     @property
     def output_dir(self) -> str:

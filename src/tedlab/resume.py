@@ -345,12 +345,21 @@ def _near(path: Path) -> list[Path]:
 
 
 def _same_wandb_run(config: TrainConfig) -> dict[str, Any]:
-    """Returns loggers that continue the last W&B run in this run directory, whose folders end in the run's id."""
-    folders = sorted(Path(config.output_dir, "wandb").glob("*run-*"), key=lambda folder: folder.name.split("run-")[1])
-    ids = [match[1] for folder in folders if (match := _WANDB_RUN.fullmatch(folder.name))]
+    """Returns loggers that continue the last W&B run in this run directory."""
+    last = last_wandb_run(Path(config.output_dir))
     return {
-        name: {**logger, "id": ids[-1]}
-        if ids and str(logger.get("_target_", "")).endswith("WandbLogger") and not logger.get("id")
-        else logger
+        name: {**logger, "id": last} if last and is_wandb(logger) and not logger.get("id") else logger
         for name, logger in config.logger.items()
     }
+
+
+def is_wandb(logger: Mapping[str, Any]) -> bool:
+    """Tells whether the configuration of a logger is of one for W&B."""
+    return str(logger.get("_target_", "")).endswith("WandbLogger")
+
+
+def last_wandb_run(directory: Path) -> str | None:
+    """Returns the id of the last W&B run in a run directory, in which the names of their folders end; None: none."""
+    folders = sorted(Path(directory, "wandb").glob("*run-*"), key=lambda folder: folder.name.split("run-")[1])
+    ids = [match[1] for folder in folders if (match := _WANDB_RUN.fullmatch(folder.name))]
+    return ids[-1] if ids else None

@@ -23,6 +23,7 @@ from tedlab.callbacks import (
     FollowRamp,
     Journal,
     MemoryByCategory,
+    NamedSets,
     Prune,
     RecordRouting,
     ReplayRouting,
@@ -79,6 +80,9 @@ def run(config: TrainConfig) -> dict[str, Any]:
     facts = LambdaCallback(on_train_start=lambda trainer, _: _announce(config, trainer, module))
     callbacks = [metrics, routers, *_routing(config, directory), memory, ledger, journal, facts, RunProgress()]
     callbacks += _first_weights(config)
+    if config.eval.sets:
+        sizes = config.data.micro_batch_size, config.model.sequence_length
+        callbacks.append(NamedSets(config.eval, config.data.field, *sizes))
     trainer, module, data = build(config, callbacks)
     with _ending(config, trainer, module):
         if trainer.is_global_zero:

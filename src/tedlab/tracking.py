@@ -1,5 +1,6 @@
 """What a run leaves at Weights & Biases beyond its metrics: charts of W&B's own, and references to checkpoints."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tedlab._compat.lightning import forget_anonymous
 from tedlab.checkpoint import META, read_meta
 from tedlab.compare.runs import Run
 from tedlab.compare.traffic import traffic
+from tedlab.resume import last_wandb_run
 
 _HEAT_MAP = "wandb/confusion_matrix/v1"  # the one heat map among W&B's presets; its fields have a classifier's names
 _MIB = 2**20
@@ -55,6 +57,25 @@ class WandbLogger(LightningWandbLogger):
             name = str(file.relative_to(checkpoint))
             artifact.add_reference(file.as_uri(), name, checksum=name == META)
         self.experiment.log_artifact(artifact, aliases=["latest", f"step_{step}"])
+
+
+def add_to_run(directory: Path, logger: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Adds values to the summary of the W&B run of a training.
+
+    Args:
+        directory: The run directory.
+        logger: The configuration of the training's logger.
+        values: What is added.
+    """
+    import wandb
+
+    named: dict[str, Any] = {name: logger.get(name) for name in ("project", "entity")}
+    mode: Any = os.environ.get("WANDB_MODE") or logger.get("mode")
+    run_id = logger.get("id") or last_wandb_run(directory)
+    silent = wandb.Settings(silent=True)
+    run = wandb.init(**named, dir=directory, id=run_id, resume="allow", mode=mode, settings=silent)
+    run.summary.update(dict(values))
+    run.finish()
 
 
 def load_chart(load_LE: Tensor, blocks: Sequence[int]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +23,9 @@ from tedlab.evaluation import results
 from tedlab.evaluation.evaluate import evaluate
 from tedlab.evaluation.windows import windows
 from tests.commands import run_command
+from tests.compare.sweep import compare_command, write_run
 from tests.evaluation.tiny import CONTEXT, SEPARATOR, Tiny, ids, tiny, write_jsonl
+from tests.offline_wandb import read_offline_run
 from tests.pool import WorkerPool
 from tests.test_conf import compose
 
@@ -155,6 +159,50 @@ def test_the_command_launches_the_processes_of_a_layout(model: Tiny, tmp_path: P
     assert f"{loss:.4f}" in done.stdout
     assert results.read(tmp_path).metrics == {}  # out is the folder itself
     assert json.loads((tmp_path / "step_0_docs.json").read_text())["loss"] == pytest.approx(loss, rel=1e-12)
+
+
+@pytest.mark.slow
+def test_the_w_and_b_run_of_the_training_gets_the_results(pool: WorkerPool, model: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(model.run, run)
+    stored = yaml.safe_load((run / "config.yaml").read_text())
+    logger = {"_target_": "tedlab.tracking.WandbLogger", "project": "tedlab", "id": "abc123", "mode": "offline"}
+    stored["logger"] = {"wandb": logger}
+    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    (found,) = pool.run(1, evaluate, config(model, run=f"{run}", wandb=True))
+    assert [*(run / "wandb").glob("offline-run-*-abc123")]
+    logged = read_offline_run(run).summary
+    assert {key: logged[key] for key in found} == found
+    assert logged["evaluations"]["docs"]["stride"] == CONTEXT
+
+
+def test_compare_shows_what_was_found_at_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, loss, stride in (("a", 2.5, 8), ("b", 2.25, 4)):
+        run = write_run(tmp_path / name, {"optim.lr": loss}, {"val/wiki/loss": 2 * loss, "val/wiki/perplexity": 99.0})
+        for step, factor in ((5, 10), (20, 1)):
+            entry = {"metrics": {"eval/book/loss": factor * loss}, "settings": {"stride": stride}}
+            results.write(run / "eval", step, "book", entry)
+    compare_command(f"{tmp_path}", f"out={tmp_path / 'table.csv'}")
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("book", "wiki", "2.5000", "2.2500", "5.0000", "4.5000"):
+        assert text in said
+    assert "25.000" not in said
+    assert 'eval/book was evaluated with {"stride": 8} in a, but with {"stride": 4} in b' in said
+    header, first, _ = (tmp_path / "table.csv").read_text().splitlines()
+    row = dict(zip(header.split(","), first.split(","), strict=True))
+    assert (row["eval/book/loss"], row["val/wiki/loss"]) == ("2.5", "5.0")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"name": 1}', '{"name": "x", "step": 1, "metrics": {"eval/x/loss": "y"}}']
+)
+def test_a_damaged_result_leaves_a_run_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    (tmp_path / "b" / "eval").mkdir()
+    (tmp_path / "b" / "eval" / "step_1_x.json").write_text(text)
+    compare_command(f"{tmp_path}")
+    assert "b is left out: eval/step_1_x.json is damaged" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_sets_are_given_by_name_or_by_file() -> None:

@@ -10,12 +10,14 @@ from tedlab.callbacks.prune import Prune
 from tedlab.callbacks.ramp import FollowRamp
 from tedlab.callbacks.router import RouterHealth
 from tedlab.callbacks.routing import RecordRouting, ReplayRouting
+from tedlab.callbacks.sets import NamedSets
 
 __all__ = [
     "CommunicationLedger",
     "FollowRamp",
     "Journal",
     "MemoryByCategory",
+    "NamedSets",
     "Prune",
     "RecordRouting",
     "ReplayRouting",

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tedlab.compare.quantities import SENT, STEP_TIME, Quantity
-from tedlab.compare.runs import CURVES, Run
+from tedlab.compare.runs import CURVES, EVALUATIONS, Run
 from tedlab.config import ChartAxis
 from tedlab.errors import UsageError
 from tedlab.hints import did_you_mean
@@ -32,6 +32,7 @@ PLUMBING = (
     "data.cache_dir",
     "trainer.devices",
     "trainer.accumulate_grad_batches",
+    "eval",
 )
 # Runs that differ in one of these have losses that mean different things …
 MUST_AGREE = (
@@ -50,6 +51,7 @@ MUST_AGREE = (
     "data.validation_samples",
     "data.training_batches",
     "trainer.max_steps",
+    "eval",
 )
 MAY_DIFFER = ("model.recompute",)  # … except in these, which change no maths
 
@@ -317,11 +319,26 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
                 f"Run {run.name} was continued from a checkpoint: its communication, of the steps since, is divided by "
                 "all steps."
             )
+    texts += _unlike_evaluations(runs)
     for cluster in dict.fromkeys(run.emulated for run in runs if run.emulated):
         names = ", ".join(run.name for run in runs if run.emulated == cluster)
         simulated = any(run.simulated for run in runs if run.emulated == cluster)
         what = "were simulated" if simulated else "include the delays of an emulated network"
         texts.append(f"† Times of {names} {what} ({cluster}); none was measured.")
+    return texts
+
+
+def _unlike_evaluations(runs: Sequence[Run]) -> list[str]:
+    """Says which sets and tasks were evaluated otherwise in some runs, so that their values do not mean the same."""
+    by_name: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for name, settings in run.summary.get(EVALUATIONS, {}).items():
+            by_name.setdefault(name, {}).setdefault(written(settings), []).append(run.name)
+    texts = []
+    for name, ways in by_name.items():
+        if len(ways) > 1:
+            said = ", but with ".join(f"{how} in {', '.join(who)}" for how, who in ways.items())
+            texts.append(f"eval/{name} was evaluated with {said}: its values do not mean the same.")
     return texts
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from tedlab.compare import sheets
 from tedlab.compare.charts import Chart, charts
 from tedlab.compare.comparison import Comparison
-from tedlab.compare.quantities import FURTHER, RESULTS
+from tedlab.compare.quantities import FURTHER, RESULTS, evaluated
 from tedlab.compare.traffic import traffic
 
 
@@ -21,16 +21,18 @@ def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
     environment.filters["exact"] = exact
     template = environment.from_string((files("tedlab.compare") / "page.html").read_text())
     results, more = sheets.results(comparison), sheets.further(comparison)
+    evaluations = sheets.evaluations(comparison)
     communication = [
         make(comparison) for make in (sheets.by_phase, sheets.by_op_and_phase, sheets.by_op_and_group, sheets.times)
     ]
-    shown = {column.heading for sheet in (results, more) for column in sheet.columns}
+    shown = {column.heading for sheet in (results, evaluations, more) for column in sheet.columns}
     headline = comparison.headline()
     return template.render(
         comparison=comparison,
         settings=sheets.settings(comparison),
         results=results,
         more=more,
+        evaluations=evaluations,
         communication=[sheet for sheet in communication if sheet.columns],
         charts=drawn,
         headline=headline,
@@ -38,7 +40,7 @@ def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
         effects=[(effect, sheets.effect_cells(effect)) for effect in comparison.effects()],
         collectives=[(run, traffic(run)) for run in comparison.runs],
         averaged=any(run.members for run in comparison.runs),
-        definitions=[q for q in (*RESULTS, *FURTHER) if q.heading in shown],
+        definitions=[q for q in (*RESULTS, *evaluated(comparison.runs), *FURTHER) if q.heading in shown],
     )
 
 

@@ -1,6 +1,7 @@
 """Defines the quantities by which runs are compared: the source, format and meaning of each."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -93,6 +94,23 @@ PEAK = of_summary(
     mib,
 )
 RESULTS = (TOKENS_SEEN, STEP_TIME, SENT, PEAK)
+
+
+def evaluated(runs: Sequence[Run]) -> list[Quantity]:
+    """Returns what runs' evaluations on named sets and tasks found: losses, and what tasks measure."""
+    keys = dict.fromkeys(key for run in runs for key in run.summary if _EVALUATED.fullmatch(key))
+    return [of_summary(key, key.replace("/", "\n"), _MEANING[key.split("/")[0]], _five_digits) for key in keys]
+
+
+_EVALUATED = re.compile(r"(?:val|eval)/[^/]+/(?!perplexity|bits_per_byte|.*stderr)[^/]+")
+_MEANING = {
+    "val": "Loss of a named set at the last validation, in nats per token.",
+    "eval": "What `tedlab eval` found of a named set (loss, in nats per token) or task.",
+}
+
+
+def _five_digits(value: float) -> str:
+    return significant(value, 5)
 
 
 def _hundredths(share: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tedlab.errors import UsageError
+from tedlab.evaluation import results as evaluations
 from tedlab.hints import did_you_mean
 from tedlab.history import TOKENS, UNREADABLE, read_history
 from tedlab.launch.listing import KILLED, RUNNING
@@ -17,9 +18,15 @@ from tedlab.renamed import nested
 from tedlab.untrusted import flat, printable, read_yaml
 
 CONFIG = "config.yaml"
-_LEARNED = ("train/", "val/", "router/")  # prefixes of numbers that are infinite, or none, where training diverged …
+_LEARNED = (
+    "train/",
+    "val/",
+    "eval/",
+    "router/",
+)  # prefixes of numbers that are infinite, or none, where training diverged …
 _COUNTED = ("perf/", "comm/", "memory/", "parameters/")  # … and of those that never are
-_MAPPINGS = ("layout", "versions")
+EVALUATIONS = "evaluations"  # the key of settings of evaluations by name
+_MAPPINGS = ("layout", "versions", EVALUATIONS)
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
 
@@ -241,7 +248,14 @@ def _names(directories: Sequence[Path]) -> list[str]:
 def _read(directory: Path, name: str, stopped: bool) -> Run:
     if not (directory / CONFIG).exists():
         raise Unfinished(f"it never started (there is no {CONFIG}).")
-    summary = checked(_summary(directory) if (directory / SUMMARY).exists() else _so_far(directory), SUMMARY)
+    summary = _summary(directory) if (directory / SUMMARY).exists() else _so_far(directory)
+    try:
+        found = evaluations.read(directory)
+    except ValueError as error:
+        raise Unfinished(f"{error}.") from None
+    if found.metrics:
+        summary = {**summary, **found.metrics, EVALUATIONS: found.settings}
+    summary = checked(summary, SUMMARY)
     try:
         config = flatten(printable(nested(read_yaml(directory / CONFIG))))
     except (OSError, ValueError, RecursionError) as error:

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tedlab.compare.comparison import Comparison, Effect
-from tedlab.compare.quantities import FURTHER, PEAK, RESULTS, SENT, STEP_TIME, Quantity, mib, milliseconds, telling
+from tedlab.compare.quantities import (
+    FURTHER,
+    PEAK,
+    RESULTS,
+    SENT,
+    STEP_TIME,
+    Quantity,
+    evaluated,
+    mib,
+    milliseconds,
+    telling,
+)
 from tedlab.compare.runs import CURVES, Run
 from tedlab.compare.seeds import deviation
 from tedlab.compare.traffic import (
@@ -68,6 +79,12 @@ def further(comparison: Comparison) -> Sheet:
     """Makes the table of what else the runs measured: utilisation, memory by category, router health."""
     columns = [_quantity(comparison, quantity, ratios=False) for quantity in FURTHER]
     return Sheet("Memory, utilisation, router", _present(columns))
+
+
+def evaluations(comparison: Comparison) -> Sheet:
+    """Makes the table of named sets and tasks."""
+    columns = [_quantity(comparison, quantity, ratios=False) for quantity in evaluated(comparison.runs)]
+    return Sheet("Evaluations", _present(columns))
 
 
 def by_phase(comparison: Comparison) -> Sheet:

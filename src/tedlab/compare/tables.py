@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tedlab.compare import sheets
 from tedlab.compare.comparison import Comparison
-from tedlab.compare.quantities import FURTHER, RESULTS
+from tedlab.compare.quantities import FURTHER, RESULTS, evaluated
 from tedlab.compare.runs import CURVES
 from tedlab.compare.seeds import deviation
 
@@ -38,6 +38,7 @@ def write_table(comparison: Comparison, path: Path) -> Path:
 
 def _write_csv(comparison: Comparison, path: Path) -> None:
     quantities = {quantity.heading.replace("\n", " "): quantity for quantity in (*RESULTS, *FURTHER)}
+    found = {quantity.heading.replace("\n", "/"): quantity for quantity in evaluated(comparison.runs)}
     names = {heading: _unit_of_si(heading) for heading in quantities}
     rows = []
     for run in comparison.runs:
@@ -47,6 +48,7 @@ def _write_csv(comparison: Comparison, path: Path) -> None:
         row |= {curve: run.number(curve) for curve in CURVES}
         row |= {f"{curve} deviation": deviation(run, curve) for curve in CURVES}
         row |= {names[heading]: quantity.value(run) for heading, quantity in quantities.items()}
+        row |= {key: quantity.value(run) for key, quantity in found.items()}
         rows.append(row)
     present = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     with path.open("w", newline="", encoding="utf-8") as file:

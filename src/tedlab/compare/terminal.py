@@ -10,6 +10,7 @@ from tedlab.compare.sheets import Sheet
 from tedlab.console import output
 from tedlab.tables import FittingTable
 
+_SHEETS = (sheets.results, sheets.evaluations, sheets.by_phase, sheets.by_op_and_group, sheets.times)
 _LINES = 8  # at most so many effects are printed; the report has all
 
 
@@ -17,7 +18,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     """Prints tables, statements about losses, effects and notes."""
     console = console or output()
     settings = sheets.settings(comparison)
-    shown = [make(comparison) for make in (sheets.results, sheets.by_phase, sheets.by_op_and_group, sheets.times)]
+    shown = [make(comparison) for make in _SHEETS]
     for sheet in shown:
         if not sheet.columns:
             continue

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tedlab.checkpoint import read_meta
+from tedlab.compare.runs import EVALUATIONS
 from tedlab.config import Documents, EvalConfig, EvalPrecision
 from tedlab.console import output
 from tedlab.evaluation import results
@@ -21,8 +22,9 @@ from tedlab.models import GPT
 from tedlab.opened import Opened, load, opened
 from tedlab.progress import CommandProgress
 from tedlab.ranges import check_ranges
-from tedlab.resume import find_checkpoint
+from tedlab.resume import find_checkpoint, is_wandb
 from tedlab.tables import FittingTable
+from tedlab.tracking import add_to_run
 from tedlab.untrusted import read_yaml
 from tedlab.validate.settings import check_writable
 
@@ -43,6 +45,8 @@ class Given(NamedTuple):
         folder: Where results go.
         sets: The texts.
         context, stride: See :class:`tedlab.config.EvalConfig`.
+        directory: The run's.
+        logger: Where the run was logged at W&B, if results go there, too.
     """
 
     model: Opened
@@ -52,6 +56,8 @@ class Given(NamedTuple):
     sets: Sequence[TextSet]
     context: int
     stride: int
+    directory: Path
+    logger: Mapping[str, Any] | None
 
 
 def given(config: EvalConfig) -> Given:
@@ -82,17 +88,26 @@ def given(config: EvalConfig) -> Given:
         raise ValueError(f"stride={stride} is more than context={context}: tokens in between would not be predicted")
     folder = Path(config.out) if config.out is not None else directory / results.DIRECTORY
     check_writable("out", folder)
+    stored = _stored(directory)
+    logger = next((settings for settings in (stored.get("logger") or {}).values() if is_wandb(settings)), None)
+    if config.wandb and logger is None:
+        raise ValueError(f"wandb=true, but {directory} was not logged to W&B: its config.yaml has no such logger")
     sets = [read_set(name, path, config.field, model.tokenizer) for name, path in config.data.items()]
     step = read_meta(path).get("global_step", 0)
-    return Given(model, _masked(directory), step, folder, sets, context, stride)
+    masked = (stored.get("data") or {}).get("documents") == Documents.MASKED
+    return Given(model, masked, step, folder, sets, context, stride, directory, logger if config.wandb else None)
 
 
-def _masked(directory: Path) -> bool:
+def _stored(directory: Path) -> dict[str, Any]:
+    """Returns the run's configuration, of which parts that are used may come from others."""
     try:
-        data = read_yaml(directory / "config.yaml").get("data")
+        stored: dict[str, Any] = read_yaml(directory / "config.yaml")
     except ValueError as error:
         raise ValueError(f"{directory / 'config.yaml'} cannot be read: {error}") from None
-    return isinstance(data, dict) and data.get("documents") == Documents.MASKED
+    for name in ("data", "logger"):
+        if not isinstance(stored.get(name) or {}, dict):
+            raise ValueError(f"{directory / 'config.yaml'} is damaged: {name} is no mapping")
+    return stored
 
 
 def evaluate(config: EvalConfig) -> dict[str, Any]:
@@ -111,7 +126,9 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
         by_set = evaluate_sets(model, found, config)
     metrics = {key: value for name, result in by_set.items() for key, value in result.metrics(f"eval/{name}").items()}
     if first_outside():
-        _keep(found, config, by_set)
+        settings = _keep(found, config, by_set)
+        if found.logger is not None:
+            add_to_run(found.directory, found.logger, {**metrics, EVALUATIONS: settings})
         _print(found, by_set)
     return metrics
 
@@ -133,18 +150,21 @@ def evaluate_sets(model: GPT, found: Given, config: EvalConfig) -> dict[str, Set
     return by_set
 
 
-def _keep(found: Given, config: EvalConfig, by_set: Mapping[str, SetResult]) -> None:
-    settings = {"documents": config.documents, "context": found.context, "stride": found.stride}
+def _keep(found: Given, config: EvalConfig, by_set: Mapping[str, SetResult]) -> dict[str, dict[str, Any]]:
+    """Writes results, and returns by name what each depends on."""
+    windows = {"documents": config.documents, "context": found.context, "stride": found.stride}
+    settings = {**windows, "precision": config.precision}
     for name, result in by_set.items():
         entry = {
             results.METRICS: result.metrics(f"eval/{name}"),
-            results.SETTINGS: {**settings, "precision": config.precision},
+            results.SETTINGS: settings,
             "path": config.data[name],
             "checkpoint": str(found.model.path),
             "layout": found.model.degrees.described(),
             **asdict(result),
         }
         results.write(found.folder, found.step, name, entry)
+    return dict.fromkeys(by_set, settings)
 
 
 def _print(found: Given, by_set: Mapping[str, SetResult]) -> None:

@@ -6,6 +6,7 @@ last batches is padding, which no router sees. Every process learns all results.
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -52,12 +53,13 @@ def scores(
         advance: Called with each number of windows that have been computed.
 
     Raises:
-        ValueError: If a window predicts none of its tokens, or all.
+        ValueError: If a window predicts none of its tokens, or all; or, in all processes, if their windows differ.
     """
     for window in texts:
         if not 0 < window.predicted < len(window.tokens):
             raise ValueError(f"a window of {len(window.tokens)} tokens cannot predict {window.predicted} of them")
     comm, sides = model.comm, model.comm.size("data")
+    _check_same(model, texts)
     order = [*range(len(texts))]
     if length is None:
         order.sort(key=lambda number: -len(texts[number].tokens))
@@ -71,6 +73,7 @@ def scores(
             places[side] += [*mine, *[-1] * (rows - len(mine))]
         width = length or max(len(texts[number].tokens) for number in together) - 1
         numbers = places[comm.rank("data")][-rows:]
+        model.context.at(0, start // batch + comm.rank("data"))  # some routers look at the place in a run
         own.append(_rows(model, [texts[number] if number >= 0 else None for number in numbers], width, known))
         advance(len(together))
     if not own:
@@ -78,6 +81,21 @@ def scores(
     everyone = comm.all_gather(torch.cat(own), "data", tag="scores.gather", phase="validation").tolist()
     found = dict(zip((number for side in places for number in side), everyone, strict=True))
     return [Score(-found[number][0], int(found[number][1]), bool(found[number][2])) for number in range(len(texts))]
+
+
+def _check_same(model: GPT, texts: Sequence[Window]) -> None:
+    """Refuses windows of which processes have different ones, which would leave some of them waiting."""
+    checksum = 0
+    for window in texts:
+        checksum = crc32(np.asarray(window.tokens, dtype=np.int64).tobytes(), checksum ^ window.predicted)
+    mine = torch.tensor([[len(texts), checksum]], device=next(iter(model.parameters())).device)
+    everyone = model.comm.all_gather(mine, "world", tag="scores.same", phase="check").tolist()
+    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"processes 0 and {other} found different texts to evaluate on ({everyone[0][0]} and {everyone[other][0]} "
+            "windows): something writes there; copy the texts to where nothing does"
+        )
 
 
 def _rows(model: GPT, texts: Sequence[Window | None], width: int, known: int | None) -> Tensor:

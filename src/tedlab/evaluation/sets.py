@@ -41,6 +41,7 @@ class SetResult:
         bytes: Their size in UTF-8.
         windows: How many windows they were cut into.
         loss: The mean loss in nats per token.
+        bytes_per_token: The mean of all tokens of the set, separators included, even if not all are predicted.
     """
 
     tokens: int
@@ -48,6 +49,7 @@ class SetResult:
     bytes: int
     windows: int
     loss: float
+    bytes_per_token: float
 
     @property
     def perplexity(self) -> float:
@@ -56,8 +58,8 @@ class SetResult:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss of all tokens, in bits, by the bytes of their text."""
-        return self.loss * self.tokens / (math.log(2) * self.bytes)
+        """The loss by the bytes of its text, in bits."""
+        return self.loss / (math.log(2) * self.bytes_per_token)
 
     def metrics(self, prefix: str) -> dict[str, float]:
         """Returns what is logged, by name."""
@@ -125,4 +127,5 @@ def result_of(texts: TextSet, found: Sequence[Score]) -> SetResult:
     """Adds up the scores of a set's windows, in their order and without rounding."""
     tokens = sum(score.tokens for score in found)
     total = math.fsum(score.log_likelihood for score in found)
-    return SetResult(tokens, len(texts.documents), texts.bytes, len(found), -total / max(tokens, 1))
+    bytes_per_token = texts.bytes / sum(len(document) + 1 for document in texts.documents)
+    return SetResult(tokens, len(texts.documents), texts.bytes, len(found), -total / max(tokens, 1), bytes_per_token)

@@ -19,6 +19,7 @@ from tedlab.validate.batches import accumulation
 from tedlab.validate.checkpoint import check_checkpoint
 from tedlab.validate.comm import check_comm, check_interleaving, node_notes
 from tedlab.validate.defaults import filled_in
+from tedlab.validate.evaluation import check_evaluation, check_sets
 from tedlab.validate.experts import check_experts, router_notes
 from tedlab.validate.lending import check_lending
 from tedlab.validate.loggers import check_callbacks, check_loggers
@@ -29,9 +30,9 @@ from tedlab.validate.ramp import check_ramp
 from tedlab.validate.routing import check_replay, check_routing
 from tedlab.validate.settings import (
     OBJECTIVES,
-    VALIDATION_METRICS,
     check_settings,
     check_writable,
+    validation_metrics,
 )
 from tedlab.validate.shortcut import check_shortcut
 from tedlab.validate.trainer import check_trainer
@@ -115,6 +116,7 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
                 f"ends a document, but data.module={config.data.module} has no separator; give it one, or use packed "
                 "and concatenate"
             )
+        check_sets(config, data)
         size = vocabulary(config, tokens)
         if isinstance(data, TextDataModule):
             _ = data.validation_samples  # raises if they do not fill one batch
@@ -154,6 +156,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_routing(config)
     check_trainer(config)
     check_settings(config)
+    check_evaluation(config)
     check_loggers(config)
     check_callbacks(config)
     check_interleaving(config, accumulation(config, degrees))
@@ -194,7 +197,7 @@ def notes(config: TrainConfig) -> list[str]:
             f"data.module={config.data.module} has no state_dict and load_state_dict of its own: a run that is resumed "
             "reads its data from the beginning."
         )
-    if config.trainer.get("limit_val_batches") == 0 and config.objective in VALIDATION_METRICS:
+    if config.trainer.get("limit_val_batches") == 0 and config.objective in validation_metrics(config):
         found.append(f"Nothing is validated: the objective, {config.objective}, will be nan.")
     return found
 

@@ -9,6 +9,11 @@ VALIDATION_METRICS = ("val/loss", "val/bits_per_byte")
 OBJECTIVES = (*VALIDATION_METRICS, "train/loss", "perf/step_time_s", "memory/peak_bytes")
 
 
+def validation_metrics(config: TrainConfig) -> tuple[str, ...]:
+    """Returns the metrics of a run's validations that a sweeper or checkpoints may go by."""
+    return (*VALIDATION_METRICS, *(f"val/{name}/loss" for name in config.eval.sets))
+
+
 def check_settings(config: TrainConfig) -> None:
     """Checks the values that do not depend on the machine.
 
@@ -21,11 +26,13 @@ def check_settings(config: TrainConfig) -> None:
     ):
         if not value:
             raise ValueError(f"{name} is empty; give it a value, or leave it out")
-    if config.objective not in OBJECTIVES:
-        raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(OBJECTIVES)}")
+    measured = validation_metrics(config)
+    objectives = tuple(dict.fromkeys((*measured, *OBJECTIVES)))
+    if config.objective not in objectives:
+        raise ValueError(f"objective={config.objective} is not a metric of a run; valid: {', '.join(objectives)}")
     monitor = config.checkpoint.monitor
-    if monitor not in (None, *VALIDATION_METRICS):
-        raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(VALIDATION_METRICS)}")
+    if monitor not in (None, *measured):
+        raise ValueError(f"checkpoint.monitor={monitor} is not a validation metric: {', '.join(measured)}")
     if monitor is not None and config.trainer.get("limit_val_batches") == 0:
         raise ValueError(f"checkpoint.monitor={monitor} is measured in validations, and trainer.limit_val_batches is 0")
 
