@@ -60,6 +60,18 @@ def with_plan(arguments: list[str]) -> list[str]:
     return planned + others
 
 
+def with_sources(arguments: list[str]) -> list[str]:
+    """Lets ``data.sources`` be given like any value, whole or in parts: the names in it are the user's own."""
+    words = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and re.fullmatch(r"data\.sources(\.[\w-]+)*", key):
+            names = key.split(".")[2:]
+            word = f"++data.sources={''.join(f'{{{name}:' for name in names)}{value}{'}' * len(names)}"
+        words.append(word)
+    return words
+
+
 def renamed(given: list[str]) -> list[str]:
     """Overrides by the names of now; a note says which had old ones."""
     words, notes = overrides(given)

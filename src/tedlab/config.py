@@ -50,6 +50,7 @@ Order = StrEnum("Order", "EXPERT EXPERT_DATA")
 Slicing = StrEnum("Slicing", "NONE TOKENS")
 Documents = StrEnum("Documents", "PACKED MASKED")
 Packing = StrEnum("Packing", "CONCATENATE BEST_FIT")
+Mixing = StrEnum("Mixing", "WEIGHTS TOKENS TEMPERATURE")
 Backend = StrEnum("Backend", "NCCL GLOO")
 ChartAxis = StrEnum("ChartAxis", "STEP TOKENS TIME")
 PlannedPhase = StrEnum("PlannedPhase", "TRAIN GENERATE DISAGGREGATED")
@@ -410,6 +411,16 @@ class RampConfig(Frozen):
     sequence_length: int | None = whole(None, least=1)
 
 
+@dataclass(kw_only=True)
+class SourceConfig(Frozen):
+    """One of several sources of text that are mixed."""
+
+    path: str | None  # as data.path: files of any format of docs/data.md; None: the Python standard library's source
+    weight: float | None = real(None, above=0, most=1)  # its share of all samples, with data.mixing=weights
+    field: str | None = None  # None: data.field
+    epochs: float | None = real(None, above=0)  # read it at most so often; None: as often as its share asks for
+
+
 @dataclass
 class DataConfig(Frozen):
     """Text, how it becomes tokens, and how tokens become batches."""
@@ -433,6 +444,11 @@ class DataConfig(Frozen):
     packing: str = word(Packing.CONCATENATE)
     # Stages before these sizes apply: [{until: 100, batch_size: 4, sequence_length: 256}, …]; see docs/training.md.
     ramp: list[RampConfig] = dataclasses.field(default_factory=list)
+    # In place of path, several sources that are mixed, as name: {path, weight, field, epochs}.
+    sources: dict[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    # weights: those of the sources | tokens: as large as they are | temperature: the power 1/temperature of that.
+    mixing: str = word(Mixing.WEIGHTS)
+    temperature: float = real(2.0, least=1)
 
 
 @dataclass(kw_only=True)

@@ -20,7 +20,7 @@ from rich.table import Table
 from tedlab.config import TrainConfig
 from tedlab.console import output
 from tedlab.data import Corpus, TextDataModule, bigram_loss
-from tedlab.data.files import EMPTY, listed
+from tedlab.data.files import EMPTY, LeftOut, listed
 from tedlab.history import read_history
 from tedlab.launch.outcome import FINISHED, write_summary
 from tedlab.models import count_parameters
@@ -46,18 +46,29 @@ def resolved_yaml(config: TrainConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def report_left_out(corpus: Corpus, directory: Path) -> None:
-    """Lists the files of ``data.path`` left out of the corpus, and why, in a file; warns unless all are empty."""
+def report_left_out(corpora: Mapping[str, Corpus], directory: Path) -> None:
+    """Lists the files of sources that were left out of them, and why, in a file; warns unless all are empty.
+
+    Args:
+        corpora: The corpora by source; one without ``data.sources`` has no name.
+        directory: The run directory.
+    """
     file = directory / LEFT_OUT
     file.unlink(missing_ok=True)
-    if not corpus.left_out:
+    left_out = [
+        LeftOut(f"{name}: {left.name}" if name else left.name, left.reason)
+        for name, corpus in corpora.items()
+        for left in corpus.left_out
+    ]
+    if not left_out:
         return
-    file.write_text("".join(f"{left.name}: {left.reason}\n" for left in corpus.left_out))
-    missing = [left for left in corpus.left_out if left.reason != EMPTY]
+    file.write_text("".join(f"{left.name}: {left.reason}\n" for left in left_out))
+    missing = [left for left in left_out if left.reason != EMPTY]
     if missing:
-        named = corpus.source_files + len(missing)
+        named = sum(corpus.source_files for corpus in corpora.values()) + len(missing)
+        where = "data.sources" if any(corpora) else "data.path"
         print(
-            f"{len(missing)} of {named} files of data.path were left out: {listed(missing)}. All of them: {file}",
+            f"{len(missing)} of {named} files of {where} were left out: {listed(missing)}. All of them: {file}",
             file=sys.stderr,
             flush=True,
         )
@@ -77,7 +88,8 @@ def report(
         config: The configuration of the run.
         trainer: The trainer, which has finished.
         module: The trained model.
-        data: The data that it was trained on; if it is text, a bigram model of it is the baseline.
+        data: The data that it was trained on; if it is one text, a bigram model of it is the
+            baseline.
         measured: Final validation metrics, throughput, router health, memory and communication.
         tables: Tables to print before the closing one.
 
@@ -88,7 +100,7 @@ def report(
         return {}
     directory = Path(config.output_dir)
     baseline = {}
-    if isinstance(data, TextDataModule):
+    if isinstance(data, TextDataModule) and not config.data.sources:  # of a mixture there is no one corpus to count
         bigram = bigram_loss(data.corpus, config.model.sequence_length, data.validation_samples)
         bits = bigram / math.log(2) / data.bytes_per_token
         baseline = {"baseline/bigram_loss": bigram, "baseline/bigram_bits_per_byte": bits}

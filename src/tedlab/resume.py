@@ -50,7 +50,7 @@ _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 # Values of data that decide which text a run is trained on, and how it becomes samples.
 _TEXT_DECIDING = (
     *("path", "field", "tokenizer", "bpe_vocab_size", "validation_fraction", "training_batches", "module"),
-    *("documents", "packing"),
+    *("documents", "packing", "sources", "mixing", "temperature"),
 )
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 
@@ -149,9 +149,10 @@ def _check_text(config: TrainConfig, checkpoint: Path, named: Collection[str]) -
     except (OSError, ValueError):  # a checkpoint that was moved away from its run
         return
     stored = stored if isinstance(stored, dict) else {}
+    now = asdict(config.data)
     for name in _TEXT_DECIDING:
-        ours, theirs = getattr(config.data, name), stored.get(name, getattr(config.data, name))
-        if theirs != ours and f"data.{name}" not in named:
+        ours, theirs = now[name], stored.get(name, now[name])
+        if theirs != ours and not any(f"{other}.".startswith(f"data.{name}.") for other in named):
             raise ValueError(
                 f"{checkpoint} is of a run with data.{name}={_as_is(theirs)}, and this one would go on with "
                 f"data.{name}={_as_is(ours)}, which nothing names. Give the run its data again, or name other data "

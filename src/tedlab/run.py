@@ -93,8 +93,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
             note_branch(config, until)
             (directory / "config.yaml").write_text(resolved_yaml(config))
             if isinstance(data, TextDataModule):
-                data.corpus.tokenizer.save(directory)
-                report_left_out(data.corpus, directory)
+                data.tokenizer.save(directory)
+                report_left_out(data.corpora, directory)
         _announce(config, trainer)
         trainer.fit(module, data, ckpt_path=config.ckpt_path)
         last = directory / "checkpoints" / "last.ckpt"

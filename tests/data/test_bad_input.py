@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import zstandard
 
 from tedlab import progress
 from tedlab.config import DataConfig
@@ -35,25 +36,50 @@ def _zip() -> bytes:
     return buffer.getvalue()
 
 
-def _npy() -> bytes:
+def _npy(array: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.arange(3))
+    np.save(buffer, array)
     return buffer.getvalue()
 
 
 # Of one file: its name, its bytes, and why it is not text.
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "gzip": ("a.txt.gz", gzip.compress(TEXT.encode()), r"it is compressed by gzip; decompress it first \(gunzip\)"),
+    "gzip": (
+        "a.txt.gz",
+        gzip.compress(TEXT.encode()),
+        r"it is compressed by gzip and not JSON lines; decompress it first \(gunzip\)",
+    ),
     "gzip by another name": ("a.txt", gzip.compress(TEXT.encode()), "it is compressed by gzip"),
-    "gzip of JSON lines": ("a.jsonl.gz", gzip.compress(ROW.encode()), "it is compressed by gzip"),
+    "gzip that is cut": (
+        "a.jsonl.gz",
+        gzip.compress(ROW.encode() * 99)[:-9],
+        r"it is compressed and damaged \(Compressed",
+    ),
+    "gzip that was changed": (
+        "a.jsonl.gz",
+        gzip.compress(ROW.encode())[:-8] + b"12345678",
+        r"it is compressed and damaged \(CRC check failed",
+    ),
     "bzip2": ("a.txt.bz2", bz2.compress(TEXT.encode()), "it is compressed by bzip2"),
     "xz": ("a.txt.xz", lzma.compress(TEXT.encode()), "it is compressed by xz"),
-    "zstd": ("a.txt.zst", b"\x28\xb5\x2f\xfd\x04\x58", "it is compressed by zstd"),
+    "zstd": ("a.txt.zst", zstandard.compress(TEXT.encode()), r"it is compressed by zstd .*\(unzstd\)"),
+    "zstd that is cut": (
+        "a.txt.zst",
+        b"\x28\xb5\x2f\xfd\x04\x58",
+        r"it is compressed and damaged \(its last frame ends too early\)",
+    ),
     "lz4": ("a.lz4", b"\x04\x22\x4d\x18\x64\x40", "it is compressed by lz4"),
     "zip": ("a.zip", _zip(), "it is a ZIP archive"),
-    "parquet": ("a.parquet", b"PAR1\x15\x04\x15\x10", "it is a Parquet table; write the column that holds the text"),
-    "arrow": ("a.arrow", b"ARROW1\0\0\xff\xff", "it is an Arrow table"),
-    "numpy": ("a.npy", _npy(), "it is a NumPy array"),
+    "parquet": ("a.parquet", b"PAR1\x15\x04\x15\x10", "it is a damaged table"),
+    "arrow": ("a.arrow", b"ARROW1\0\0\xff\xff", "it is a damaged table"),
+    "arrow stream": ("a.arrow", b"\xff\xff\xff\xff\x10\0\0", "it is a damaged table"),
+    "numpy": (
+        "a.npy",
+        _npy(np.eye(3)),
+        r"it is a NumPy array of shape \(3, 3\) and dtype float64; token ids are whole",
+    ),
+    "numpy that is cut": ("a.npy", _npy(np.arange(99))[:-4], "it is no NumPy array that can be mapped"),
+    "numpy of objects": ("a.npy", _npy(np.array([{}])), "it is no NumPy array that can be mapped"),
     "sqlite": ("a.db", b"SQLite format 3\0\x10\0", "it is an SQLite database"),
     "pdf": ("a.pdf", b"%PDF-1.7\nstream", "it is a PDF"),
     "hdf5": ("a.h5", b"\x89HDF\r\n\x1a\n\0", "it is an HDF5 file"),
@@ -120,9 +146,9 @@ def texts(corpus: Corpus) -> list[set[str]]:
 @pytest.mark.parametrize(("name", "content", "reason"), FILES.values(), ids=FILES)
 def test_a_file_that_is_no_text_is_refused_alone_and_listed_among_others(tmp_path, name, content, reason):
     write(tmp_path, {f"text/{name}": content})
-    with pytest.raises(ValueError, match=rf"{name} is not text: {reason}"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be used: {reason}"):
         prepare(tmp_path)
-    with pytest.raises(ValueError, match=rf"{name} is not text: {reason}"):
+    with pytest.raises(ValueError, match=rf"{name} cannot be used: {reason}"):
         prepare(tmp_path, f"text/{name}")
     write(tmp_path, {"text/y.txt": TEXT, "text/z.txt": TEXT * 2})
     for _ in range(2):  # the second time from the cache
@@ -254,7 +280,7 @@ def test_a_file_that_may_not_be_read_and_a_folder_that_may_not_be_listed_are_lef
     monkeypatch.setattr(Path, "open", lambda self, *a, **k: refuse(self) or opened(self, *a, **k))
     reason = "it cannot be read (Permission denied)"
     assert prepare(tmp_path).left_out == (LeftOut("closed/", reason), LeftOut("secret.txt", reason))
-    with pytest.raises(ValueError, match=r"secret\.txt is not text: it cannot be read \(Permission denied\)"):
+    with pytest.raises(ValueError, match=r"secret\.txt cannot be used: it cannot be read \(Permission denied\)"):
         prepare(tmp_path, "text/secret.txt")
 
 
@@ -342,24 +368,24 @@ def test_a_long_list_is_shown_by_its_first_and_by_kinds():
 
 def test_a_run_keeps_the_whole_list_and_shows_its_beginning(tmp_path, capsys):
     write(tmp_path, {"text/a.txt": TEXT, "text/b.txt": TEXT * 2, "text/empty": ""})
-    report_left_out(prepare(tmp_path), tmp_path)
+    report_left_out({"": prepare(tmp_path)}, tmp_path)
     assert (tmp_path / "left_out.txt").read_text() == "empty: it is empty\n"
     assert capsys.readouterr().err == ""  # nothing is lost with it
     write(tmp_path, {f"text/{i}.bin": b"\0" for i in range(9)})
-    report_left_out(prepare(tmp_path), tmp_path)
+    report_left_out({"": prepare(tmp_path)}, tmp_path)
     assert len((tmp_path / "left_out.txt").read_text().splitlines()) == 10
     said = capsys.readouterr().err
     assert "9 of 11 files of data.path were left out: 0.bin: it holds NUL bytes; " in said
     assert "and 6 more (6 × it holds NUL bytes)" in said
     write(tmp_path, {"other/a.txt": TEXT, "other/b.txt": TEXT * 2})
-    report_left_out(prepare(tmp_path, "other"), tmp_path)
+    report_left_out({"": prepare(tmp_path, "other")}, tmp_path)
     assert not (tmp_path / "left_out.txt").exists()
 
 
 def test_a_process_that_sees_another_corpus_than_the_first_one_does_not_train(tmp_path):
     write(tmp_path, {"text/a.txt": TEXT, "text/b.txt": TEXT * 2})
     data = TextDataModule(DataConfig(path=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache")), 4, seed=0)
-    names = [data.corpus.directory.name, "another"]
+    names = [[data.corpus.directory.name], ["another"]]
     data.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda own: names.pop(0)))
     data.setup("fit")
     with pytest.raises(ValueError, match=r"found different files below data\.path"):

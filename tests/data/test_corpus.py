@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -193,8 +194,8 @@ def test_a_bpe_corpus_decodes_to_its_text(tmp_path, prepare):
 @pytest.fixture
 def count_tokenisations(monkeypatch):
     runs = []
-    tokenise = corpus_module._tokenise
-    monkeypatch.setattr(corpus_module, "_tokenise", lambda *args: (runs.append(1), tokenise(*args)))
+    write_parts = corpus_module.write_parts
+    monkeypatch.setattr(corpus_module, "write_parts", lambda *args: (runs.append(1), write_parts(*args))[1])
     return runs
 
 
@@ -256,15 +257,16 @@ def test_processes_that_prepare_at_once_all_succeed_with_one_result(tmp_path, to
 
 def test_the_slower_of_two_processes_uses_what_the_faster_one_wrote(tmp_path, prepare, monkeypatch):
     _write(tmp_path / "text", {"a.txt": "aaaaaaaa", "b.txt": "bbbbbbbb"})
-    tokenise = corpus_module._tokenise
+    write_parts = corpus_module.write_parts
 
     def overtaken(*args):
-        monkeypatch.setattr(corpus_module, "_tokenise", tokenise)
+        monkeypatch.setattr(corpus_module, "write_parts", write_parts)
         faster = prepare()
         (faster.directory / "by the faster one").touch()
-        tokenise(*args)
+        return write_parts(*args)
 
-    monkeypatch.setattr(corpus_module, "_tokenise", overtaken)
+    monkeypatch.setattr(corpus_module, "_alone_with", lambda directory: nullcontext())  # files cannot be locked
+    monkeypatch.setattr(corpus_module, "write_parts", overtaken)
     assert (prepare().directory / "by the faster one").exists()
 
 
@@ -280,9 +282,15 @@ ERRORS = {
     "no match": ({}, "*.txt", {}, FileNotFoundError, r"\*\.txt' names no file"),
     "empty folder": ({"text/.hidden": "x"}, "text", {}, FileNotFoundError, "names no file. Hidden files are left out"),
     "empty files": ({"text/a": "", "text/b": ""}, "text", {}, ValueError, "names 2 files, all of them empty"),
-    "nul": ({"a.txt": b"a\0b"}, "a.txt", {}, ValueError, r"a\.txt is not text: it holds NUL bytes\. A corpus is UTF-8"),
-    "latin-1": ({"a.txt": b"caf\xe9 au"}, "a.txt", {}, ValueError, r"a\.txt is not text: it is not UTF-8 \(invalid"),
-    "cut": ({"a.txt": b"caf\xc3"}, "a.txt", {}, ValueError, r"a\.txt is not text: it is not UTF-8 \(unexpected end"),
+    "nul": (
+        {"a.txt": b"a\0b"},
+        "a.txt",
+        {},
+        ValueError,
+        r"a\.txt cannot be used: it holds NUL bytes\. A corpus is UTF-8",
+    ),
+    "latin-1": ({"a.txt": b"caf\xe9 au"}, "a.txt", {}, ValueError, r"a\.txt cannot be used: it is not UTF-8 \(invalid"),
+    "cut": ({"a.txt": b"caf\xc3"}, "a.txt", {}, ValueError, r"a\.txt cannot be used: it is not UTF-8 \(unexpected end"),
     "all binary": ({"text/a": b"\0", "text/b": b"\xff"}, "text", {}, ValueError, "Nor are the 1 other files"),
     "short": (
         {"a.txt": "x" * 100},

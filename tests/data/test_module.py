@@ -251,6 +251,6 @@ def test_validation_without_a_whole_batch_is_refused(data):
 
 def test_nothing_is_opened_before_it_is_needed(data):
     module = data()
-    assert module._corpus is None
+    assert module._corpora is None
     module.prepare_data()
     assert module.corpus is module.corpus

@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab.cli import CONF, check_overrides, check_run_directory, rename_in_files, renamed, with_plan
+from tedlab.cli import CONF, check_overrides, check_run_directory, rename_in_files, renamed, with_plan, with_sources
 from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
@@ -57,7 +57,7 @@ def hydra_entry(
 
     def main() -> None:
         try:
-            sys.argv[1:] = prepare(with_plan(renamed(sys.argv[1:])))
+            sys.argv[1:] = prepare(with_sources(with_plan(renamed(sys.argv[1:]))))
             arguments = arguments_parser().parse_args()
             if arguments.config_path is None:
                 file = arguments.config_name or name

@@ -1,7 +1,8 @@
 """The data pipeline, from text to batches.
 
-``files``, ``formats`` and ``documents`` find and read text; ``tokenizers`` and ``corpus`` turn it into token files;
-``packing``, ``sampler`` and ``module`` make batches of those. ``position`` and ``resume`` continue an interrupted run,
+``files``, ``formats`` and ``documents`` find and read text, with ``compressed``, ``tables`` and ``tokenised`` for what
+is no plain file of it; ``tokenizers``, ``shards`` and ``corpus`` turn it into token files; ``packing``, ``sampler``,
+``mixture`` and ``module`` make batches of those. ``position`` and ``resume`` continue an interrupted run,
 and ``bigram`` computes a baseline loss.
 """
 

@@ -1,16 +1,20 @@
 """The tokenised corpus: two memory-mapped files, written once and cached under a fingerprint of all they depend on.
 
-``files.py`` finds the source files, ``documents.py`` decides what is held out, and ``packing.py`` cuts tokens into
-samples. Nothing here needs torch.
+``files.py`` finds the source files, ``documents.py`` decides what is held out, ``shards.py`` tokenises, and
+``packing.py`` cuts tokens into samples. A file that holds tokens already is mapped where it lies. Nothing here needs
+torch.
 """
 
 import hashlib
 import json
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import astuple, dataclass
-from functools import cache
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,15 +22,19 @@ from typing import Any
 import numpy as np
 
 from tedlab.config import DataConfig
-from tedlab.data.documents import Source, split
+from tedlab.data.documents import Source, document_cut, split, text_of
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
-from tedlab.data.tokenizers import Tokenizer, build_tokenizer
-from tedlab.launch.locks import scratch
+from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
+from tedlab.data.tokenised import DamagedTokens, holds_tokens, is_index, open_tokens, refuse_unknown, whole_pair
+from tedlab.data.tokenizers import SAVED, Tokenizer, build_tokenizer
+from tedlab.launch.locks import Lock, scratch
 from tedlab.progress import advancing
 
-_FORMAT = 2  # increase it whenever the same text and tokenizer would give different files
+_FORMAT = 3  # increase it whenever the same text and tokenizer would give different files or other parts of them
 _META, _LEFT_OUT = "meta.json", "left_out.json"
 _SPLITS = ("train", "validation")
+_DECODED = 1 << 22  # tokens of a mapped file from which its bytes per token are taken
+_ABANDONED_S = 7 * 24 * 3600  # after so long without a new part, nobody goes on with an unfinished corpus
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,18 @@ class Corpus:
     """A tokenised corpus: documents end to end, each followed by ``tokenizer.separator``.
 
     Attributes:
-        train: Training tokens, shape (tokens,), in the dtype of ``tokenizer.encode``.
+        train: Training tokens, shape (tokens,), in the dtype of ``tokenizer.encode``, or in that of a mapped file.
         validation: Validation tokens, likewise.
         tokenizer: Encodes and decodes the tokens.
-        bytes_per_token: Mean UTF-8 bytes per validation token, separators included. A loss in nats per token divided
-            by ``bytes_per_token · ln 2`` is in bits per byte.
-        directory: Holds the token files.
+        bytes_per_token: Mean UTF-8 bytes per validation token, separators included; of a mapped file, of its first
+            4,194,304. A loss in nats per token divided by ``bytes_per_token · ln 2`` is in bits per byte.
+        directory: Holds the token files, or says which file is mapped.
         left_out: Files and folders that ``data.path`` names but the corpus does not contain.
         source_files: Number of files that the corpus contains.
     """
 
-    train: np.memmap
-    validation: np.memmap
+    train: np.ndarray
+    validation: np.ndarray
     tokenizer: Tokenizer
     bytes_per_token: float
     directory: Path
@@ -53,18 +61,28 @@ class Corpus:
     source_files: int = 1
 
 
-def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
+def prepare_corpus(config: DataConfig, sequence_length: int, processes: int = 1) -> Corpus:
+    """Prepares the one corpus of a configuration without ``sources``; see :func:`prepare_corpora`."""
+    (corpus,) = prepare_corpora(config, sequence_length, processes).values()
+    return corpus
+
+
+def prepare_corpora(config: DataConfig, sequence_length: int, processes: int = 1) -> dict[str, Corpus]:
     """Tokenises the text that ``config`` names, unless the cache already holds the result, and opens the result.
 
-    Any number of processes may call this at once. Memory stays bounded however large the corpus is. A damaged corpus
-    in the cache is built again.
+    Any number of processes may call this at once; one of them works. If it is killed, what it has done is not done
+    again. Memory stays bounded however large the corpus is. A damaged corpus in the cache is built again.
 
     Args:
         config: Every field is read but ``batch_size``, ``micro_batch_size``, ``validation_samples``, ``num_workers``.
         sequence_length: Each split must hold at least one sample of this many inputs.
+        processes: How many tokenise at once.
+
+    Returns:
+        The corpus of each of ``config.sources``, or that of ``config.path`` under an empty name.
 
     Raises:
-        FileNotFoundError: If ``path`` or ``tokenizer`` names a file that does not exist.
+        FileNotFoundError: If a path or ``tokenizer`` names a file that does not exist.
         ValueError: If there is too little text or none, if the text or ``config`` cannot be used, or if a file changes
             while it is read.
     """
@@ -72,93 +90,250 @@ def prepare_corpus(config: DataConfig, sequence_length: int) -> Corpus:
         raise ValueError(
             f"data.validation_fraction={config.validation_fraction} must lie strictly between 0 and 1, as 0.05 does."
         )
-    cache_dir = Path(config.cache_dir).expanduser()
-    no_files: list[LeftOut] = []
-    files = find_files(config.path, no_files, cache_dir)
-    text_key = _key([[f.name, f.size, f.modified_ns] for f in files], config.field, config.validation_fraction)
-    no_text: list[LeftOut] = []
-
-    @cache
-    def sides() -> tuple[list[Source], list[Source]]:
-        with advancing("Reading", _size(files)) as advance:
-            return split(files, config.validation_fraction, config.field, no_text, advance)
-
-    def training_text() -> Iterator[str]:
-        train, _ = sides()
-        with advancing("Training the tokenizer", _size(train)) as advance:
-            yield from chain.from_iterable(chain.from_iterable(source.documents(advance) for source in train))
-        _refuse_changed(files)
-
-    corpora = cache_dir / "corpora"
+    corpora = Path(config.cache_dir).expanduser() / "corpora"
+    found = {}
+    for name, alone in alone_by_name(config).items():
+        with _named(name):
+            found[name] = _Prepared(alone) if is_prepared(alone.path) else _Found(alone)
     try:
         corpora.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"data.cache_dir={config.cache_dir!r} cannot be written: {error.strerror}.") from None
-    tokenizer = build_tokenizer(config, text_key, training_text)
-    directory = corpora / _key(text_key, tokenizer.fingerprint)
-    if damage := _damage(directory, tokenizer):
-        print(f"The cached corpus {directory} is made anew: {damage}.", file=sys.stderr)
-        _set_aside(directory)
-    if not directory.exists():
-        with scratch("corpus", corpora) as temporary:
+    keys = [source.key for source in found.values()]
+    key = keys[0] if len(keys) == 1 else _key(sorted(keys))
+    tokenizer = build_tokenizer(config, key, lambda: _text_of_all(found))
+    opened = {}
+    for name, source in found.items():
+        with _named(name):
+            opened[name] = source.corpus(tokenizer, corpora, sequence_length, processes)
+    return opened
+
+
+def alone_by_name(config: DataConfig) -> dict[str, DataConfig]:
+    """Returns the configuration of each source by itself, or the configuration under an empty name without sources."""
+    if not config.sources:
+        return {"": config}
+    return {
+        name: replace(config, path=source.path, field=source.field or config.field, sources={})
+        for name, source in config.sources.items()
+    }
+
+
+def is_prepared(path: str | None) -> bool:
+    """Tells whether a path is a folder that tedlab has written, with tokens."""
+    return path is not None and os.path.isfile(Path(path).expanduser() / _META)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Puts the name of a source before what is said of it."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if not name:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"data.sources.{name}: {str(error).replace('data.path=', 'path=')}") from None
+
+
+def _text_of_all(found: "dict[str, _Found | _Prepared]") -> Iterator[str]:
+    for name, source in found.items():
+        with _named(name):
+            yield from source.text()
+
+
+class _Prepared:
+    """A folder that tedlab has written."""
+
+    def __init__(self, config: DataConfig) -> None:
+        assert config.path is not None
+        self.directory, self.named = Path(config.path).expanduser(), config.tokenizer
+        self.key = str(self.directory.resolve())
+
+    def text(self) -> Iterator[str]:
+        raise ValueError(
+            f"data.tokenizer=bpe is trained on text, but {self.directory} holds tokens; use data.tokenizer="
+            f"{self.directory / SAVED}, with which they were made."
+        )
+
+    def corpus(self, tokenizer: Tokenizer, corpora: Path, sequence_length: int, processes: int) -> Corpus:
+        if damage := _damage(self.directory, tokenizer):
+            raise ValueError(f"{self.directory} cannot be used: {damage}.")
+        return _open(self.directory, tokenizer, sequence_length, [])
+
+
+class _Found:
+    """The files of a source."""
+
+    def __init__(self, config: DataConfig) -> None:
+        path = config.path and whole_pair(config.path)
+        self.config = config
+        self.no_files: list[LeftOut] = []  # what the search left out, and what turned out to be no text
+        self.no_text: list[LeftOut] = []
+        self.files = find_files(path, self.no_files, Path(config.cache_dir).expanduser())
+        if len(self.files) == 1 and path is not None and holds_tokens(self.files[0].path):
+            self.files += _index_of(self.files[0])
+        described = [[file.name, file.size, file.modified_ns] for file in self.files]
+        self.key = _key(described, config.field, config.validation_fraction)
+
+    @cached_property
+    def sides(self) -> tuple[list[Source], list[Source]]:
+        with advancing("Reading", _size(self.files)) as advance:
+            return split(self.files, self.config.validation_fraction, self.config.field, self.no_text, advance)
+
+    def text(self) -> Iterator[str]:
+        """Yields the training text, to train a tokenizer on it."""
+        train, _ = self.sides
+        with advancing("Training the tokenizer", _size(train)) as advance:
+            for source in train:
+                yield from chain.from_iterable(text_of(source, advance))
+        _refuse_changed(self.files)
+
+    def corpus(self, tokenizer: Tokenizer, corpora: Path, sequence_length: int, processes: int) -> Corpus:
+        directory = corpora / _key(self.key, tokenizer.fingerprint)
+        with _alone_with(directory):
+            if damage := directory.exists() and _damage(directory, tokenizer):
+                print(f"The cached corpus {directory} is made anew: {damage}.", file=sys.stderr)
+                _set_aside(directory)
+            if not directory.exists():
+                try:
+                    self._build(tokenizer, directory, processes)
+                except OSError:
+                    if not directory.exists():  # else, where files cannot be locked, another process was faster
+                        raise
+        return _open(directory, tokenizer, sequence_length, self.no_files)
+
+    def _build(self, tokenizer: Tokenizer, directory: Path, processes: int) -> None:
+        with scratch("corpus", directory.parent) as temporary:
             complete = temporary / directory.name
             complete.mkdir()
-            train, validation = sides()
-            _tokenise(train, validation, tokenizer, complete)
-            _refuse_changed(files)
-            (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in no_text], indent=2) + "\n")
-            try:
-                complete.rename(directory)
-            except OSError:
-                if not directory.exists():  # else another process was faster and wrote the same files
-                    raise
-    return _open(directory, tokenizer, sequence_length, files, no_files)
+            work = directory.with_suffix(".partial")
+            meta = self._mapped(tokenizer) or self._written(tokenizer, complete, work, processes)
+            _refuse_changed(self.files)
+            used = sum(not is_index(file.path) for file in self.files) - len(self.no_text)
+            meta |= {"tokenizer": tokenizer.fingerprint, "source_files": used}
+            (complete / _META).write_text(json.dumps(meta, indent=2) + "\n")
+            (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in self.no_text], indent=2) + "\n")
+            tokenizer.save(complete)
+            complete.rename(directory)
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _mapped(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
+        """Says how a single file of tokens is divided; None if it is not one, or lacks separators to be added."""
+        files = [file for file in self.files if not is_index(file.path)]
+        if len(files) > 1 or not holds_tokens(files[0].path):
+            return None
+        path, fraction = files[0].path, self.config.validation_fraction
+        try:
+            found = open_tokens(path)
+        except DamagedTokens as error:
+            raise ValueError(f"{path} cannot be used: {error}.") from None
+        refuse_unknown(found.tokens, tokenizer.vocab_size, path)
+        if found.ends is None:
+            cut = _separator_after(found.tokens, tokenizer.separator, round(len(found.tokens) * (1 - fraction)))
+        else:
+            without = int((found.tokens[found.ends - 1] != tokenizer.separator).sum())
+            if without:
+                print(
+                    f"{path}: {without:,} of {len(found.ends):,} documents do not end with the separator "
+                    f"({tokenizer.separator}), which a copy in the cache adds.",
+                    file=sys.stderr,
+                )
+                return None
+            cut = document_cut(found.ends, fraction)
+        decoded = found.tokens[cut : cut + _DECODED]
+        return {
+            "train": cut,
+            "validation": len(found.tokens) - cut,
+            "bytes_per_token": bytes_of(decoded, tokenizer) / max(1, len(decoded)),
+            "mapped": str(path.resolve()),
+        }
+
+    def _written(self, tokenizer: Tokenizer, directory: Path, work: Path, processes: int) -> dict[str, Any]:
+        """Writes ``train.bin`` and ``validation.bin``."""
+        try:
+            parts = [part for name, side in zip(_SPLITS, self.sides, strict=True) for part in divide(name, side)]
+            _forget_abandoned(work.parent)
+            work.mkdir(exist_ok=True)
+            written = done_before(work, dtype_of(tokenizer).itemsize)
+            left = [part for part in parts if (part.split, part.number) not in written]
+            if written:
+                print(f"{len(written)} of {len(parts)} parts were done before.", file=sys.stderr, flush=True)
+            with advancing("Tokenising", sum(part.size for part in left)) as advance:
+                written |= write_parts(left, tokenizer, work, processes, advance)
+            _refuse_changed(self.files)
+        except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        (train, _), (validation, size) = (join(written, name, directory / f"{name}.bin") for name in _SPLITS)
+        return {"train": train, "validation": validation, "bytes_per_token": size / max(1, validation)}
+
+
+def _index_of(file: SourceFile) -> list[SourceFile]:
+    index = file.path.with_suffix(".idx")
+    if not index.is_file():
+        return []
+    status = index.stat()
+    return [SourceFile(index.name, index, status.st_size, status.st_mtime_ns)]
+
+
+def _separator_after(tokens: np.ndarray, separator: int, start: int) -> int:
+    """Returns where the first document after ``start`` begins, or ``start`` if no separator is there."""
+    for first in range(start, len(tokens), _DECODED):
+        places = np.flatnonzero(tokens[first : first + _DECODED] == separator)
+        if len(places) and first + int(places[0]) + 1 < len(tokens):
+            return first + int(places[0]) + 1
+    return start
 
 
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:16]
 
 
-def _tokenise(train: list[Source], validation: list[Source], tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes ``train.bin``, ``validation.bin``, and their numbers of tokens and bytes for :func:`_open`."""
-    sizes = {}
-    with advancing("Tokenising", _size([*train, *validation])) as advance:
-        for name, sources in zip(_SPLITS, (train, validation), strict=True):
-            sizes[name] = _write(directory / f"{name}.bin", sources, tokenizer, advance)
-    meta = {name: {"tokens": tokens, "bytes": size} for name, (tokens, size) in sizes.items()}
-    (directory / _META).write_text(json.dumps(meta, indent=2) + "\n")
+@contextmanager
+def _alone_with(directory: Path) -> Iterator[None]:
+    """Waits until no other process works on a folder of the cache."""
+    path = directory.with_suffix(".lock")
+    waiting = False
+    while (lock := Lock.on(path)) is None:
+        if not waiting:
+            print(f"Waiting for another process, which prepares {directory}.", file=sys.stderr, flush=True)
+            waiting = True
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
-def _write(
-    path: Path, sources: list[Source], tokenizer: Tokenizer, advance: Callable[[int], object]
-) -> tuple[int, int]:
-    """Writes the tokens of ``sources``; returns their number, separators included, and the text's UTF-8 bytes."""
-    dtype = _dtype(tokenizer)
-    separator = np.array([tokenizer.separator], dtype=dtype).tobytes()
-    size = 0
-    with path.open("wb") as file:
-        for source in sources:
-            for document in source.documents(advance):
-                for text in document:
-                    size += len(text.encode())
-                    file.write(tokenizer.encode(text).tobytes())
-                file.write(separator)
-        return file.tell() // dtype.itemsize, size
+def _forget_abandoned(corpora: Path) -> None:
+    """Removes what was begun long ago and never finished, such as of text that has changed since."""
+    for work in corpora.glob("*.partial"):
+        if time.time() - work.stat().st_mtime > _ABANDONED_S:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
-    """Says what is wrong with a cached corpus; returns None if it is sound or absent.
+    """Says what is wrong with a prepared corpus; returns None if it is sound.
 
     A killed process cannot leave a truncated file; a failing disk or machine, or somebody editing by hand, can.
     """
-    if not directory.exists():
-        return None
     try:
         meta = json.loads((directory / _META).read_text())
         json.loads((directory / _LEFT_OUT).read_text())
+        if meta["tokenizer"] != tokenizer.fingerprint:
+            known = directory / SAVED
+            return (
+                f"its tokens are of the tokenizer {meta['tokenizer']}, and data.tokenizer is {tokenizer.fingerprint}; "
+                f"data.tokenizer={known if known.is_file() else 'byte'} is the one"
+            )
+        if "mapped" in meta:
+            count = len(open_tokens(Path(meta["mapped"])).tokens)
+            return None if count == meta["train"] + meta["validation"] else f"{meta['mapped']} has {count:,} tokens"
         for name in _SPLITS:
             size = (directory / f"{name}.bin").stat().st_size
-            expected = meta[name]["tokens"] * _dtype(tokenizer).itemsize
+            expected = meta[name] * dtype_of(tokenizer).itemsize
             if size != expected:
                 return f"{name}.bin has {size:,} bytes in place of {expected:,}"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -167,7 +342,7 @@ def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
 
 
 def _set_aside(directory: Path) -> None:
-    """Removes a folder in one rename, which several processes may attempt at once."""
+    """Removes a folder in one rename."""
     with scratch("corpus", directory.parent) as temporary, suppress(FileNotFoundError):
         directory.rename(temporary / directory.name)
 
@@ -186,36 +361,33 @@ def _refuse_changed(files: Sequence[SourceFile]) -> None:
             )
 
 
-def _open(
-    directory: Path, tokenizer: Tokenizer, sequence_length: int, files: Sequence[SourceFile], no_files: list[LeftOut]
-) -> Corpus:
+def _open(directory: Path, tokenizer: Tokenizer, sequence_length: int, no_files: list[LeftOut]) -> Corpus:
     meta = json.loads((directory / _META).read_text())
     no_text = [LeftOut(*file) for file in json.loads((directory / _LEFT_OUT).read_text())]
     left_out = sorted([*no_files, *no_text])
     needed = sequence_length + 1
-    if any(meta[name]["tokens"] < needed for name in _SPLITS):
+    if any(meta[name] < needed for name in _SPLITS):
         missing = f" {len(left_out)} files were left out: {listed(left_out)}." if left_out else ""
         raise ValueError(
-            f"The corpus is too short: it has {meta['train']['tokens']} training and "
-            f"{meta['validation']['tokens']} validation tokens, and one sample of model.sequence_length="
-            f"{sequence_length} needs {needed} in each split. Use more text, a shorter sequence_length, or another "
-            f"data.validation_fraction.{missing}"
+            f"The corpus is too short: it has {meta['train']} training and {meta['validation']} validation tokens, and "
+            f"one sample of model.sequence_length={sequence_length} needs {needed} in each split. Use more text, a "
+            f"shorter sequence_length, or another data.validation_fraction.{missing}"
         )
-    dtype = _dtype(tokenizer)
+    if "mapped" in meta:
+        tokens = open_tokens(Path(meta["mapped"])).tokens
+        train, validation = tokens[: meta["train"]], tokens[meta["train"] :]
+    else:
+        dtype = dtype_of(tokenizer)
+        train, validation = (np.memmap(directory / f"{name}.bin", dtype, "r") for name in _SPLITS)
     return Corpus(
-        train=np.memmap(directory / "train.bin", dtype=dtype, mode="r"),
-        validation=np.memmap(directory / "validation.bin", dtype=dtype, mode="r"),
+        train=train,
+        validation=validation,
         tokenizer=tokenizer,
-        bytes_per_token=meta["validation"]["bytes"] / meta["validation"]["tokens"],
+        bytes_per_token=meta["bytes_per_token"],
         directory=directory,
         left_out=tuple(left_out),
-        source_files=len(files) - len(no_text),
+        source_files=meta["source_files"],
     )
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Returns the dtype of the token files: the smallest unsigned integer that holds every id."""
-    return np.dtype(np.min_scalar_type(tokenizer.vocab_size - 1))
 
 
 def _size(files: Sequence[SourceFile | Source]) -> int:

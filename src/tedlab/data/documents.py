@@ -12,35 +12,55 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from tedlab.data.files import LeftOut, SourceFile, find_files, listed
-from tedlab.data.formats import BLOCK, LONGEST_LINE, Content, Unusable, examine, parse
+import numpy as np
 
-__all__ = ["JsonLines", "Source", "Text", "find_files", "sources", "split"]
+from tedlab.data import tables
+from tedlab.data.compressed import opened
+from tedlab.data.files import LeftOut, SourceFile, find_files, listed
+from tedlab.data.formats import BLOCK, LONGEST_LINE, Content, Kind, Unusable, examine, parse
+from tedlab.data.tokenised import is_index, open_tokens
+
+__all__ = ["JsonLines", "Source", "TableRows", "Text", "Tokens", "find_files", "sources", "split", "text_of"]
 
 _BLOCK = BLOCK
+PART = 8 << 20  # bytes of a source that are tokenised at once, about
+_TOKENS = 1 << 20  # of a document of tokens that are read at once
+_OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside the tables that datasets saves
 
 
 class Source(Protocol):
     """The part of one file that one split reads."""
 
     @property
+    def path(self) -> Path:
+        """The file."""
+
+    @property
     def size(self) -> int:
         """Number of bytes that :meth:`documents` reads."""
 
-    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        """Yields each document as an iterable of blocks, to be consumed before the next document.
+    @property
+    def ends(self) -> bool:
+        """Whether its document ends here; otherwise it has one document, which the next part continues."""
+
+    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str | np.ndarray]]:
+        """Yields each document as an iterable of blocks of text or of tokens, to be consumed before the next document.
 
         ``advance`` is called with each number of bytes read.
         """
 
+    def parts(self) -> "Iterator[Source]":
+        """Divides the source into parts whose blocks are, one part after another, those of the source."""
+
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes ``start`` to ``stop`` of a text file, which form one document."""
+    """Bytes ``start`` to ``stop`` of a text file, which form one document, or a part that others follow."""
 
     path: Path
     start: int
     stop: int
+    ends: bool = True
 
     @property
     def size(self) -> int:
@@ -59,13 +79,28 @@ class Text:
                 advance(len(block))
                 yield decoder.decode(block)
 
+    def parts(self) -> Iterator["Text"]:
+        """Cuts where blocks end with a line, which are found without reading the blocks."""
+        start = position = self.start
+        with self.path.open("rb") as file:
+            while position < self.stop:
+                position = min(position + _BLOCK, self.stop)
+                file.seek(position)
+                line = file.readline(min(_BLOCK, self.stop - position))
+                position += len(line)
+                if position - start >= PART and line.endswith(b"\n") and position < self.stop:
+                    yield replace(self, start=start, stop=position, ends=False)
+                    start = position
+        yield replace(self, start=start)
+
 
 @dataclass(frozen=True)
 class JsonLines:
-    """The documents of a JSONL file: the field ``field`` of each line from byte ``start`` on.
+    """The documents of a JSONL file: the field ``field`` of each line in the bytes ``start`` to ``stop`` (None: all).
 
     ``held_out`` is the share of documents that is held out, and ``validation`` selects those rather than the others.
-    With ``held_out=None`` all documents are read.
+    With ``held_out=None`` all documents are read. ``lines`` and ``rows`` are the numbers of lines and of documents
+    before ``start``. ``size`` is that of the bytes read, which ``compression`` may have made fewer.
     """
 
     path: Path
@@ -74,25 +109,54 @@ class JsonLines:
     start: int = 0
     held_out: float | None = None
     validation: bool = False
+    compression: str | None = None
+    stop: int | None = None
+    lines: int = 0
+    rows: int = 0
+    ends = True
 
     def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        number = -1  # index of the document; blank lines do not count
-        line_number = 0
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            while line := file.readline(LONGEST_LINE):
-                line_number += 1
-                if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                    raise ValueError(
-                        f"Line {line_number} of {self.path} is longer than {LONGEST_LINE:,} bytes. A line is one "
-                        "document and is read as a whole: divide it, or write the text without JSON around it."
-                    )
-                advance(len(line))
-                if not line.strip():
-                    continue
+        number = self.rows - 1  # index of the document; blank lines do not count
+        for line_number, _, line in self._lines():
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                raise ValueError(
+                    f"Line {line_number} of {self.path} is longer than {LONGEST_LINE:,} bytes. A line is one "
+                    "document and is read as a whole: divide it, or write the text without JSON around it."
+                )
+            advance(len(line) if self.compression is None else 0)
+            if not line.strip():
+                continue
+            number += 1
+            if self.held_out is None or is_held_out(number, self.held_out) == self.validation:
+                yield [self._document(line, line_number)]
+        advance(0 if self.compression is None else self.size)
+
+    def parts(self) -> Iterator["JsonLines"]:
+        """Cuts between lines. What is compressed cannot be read from its middle, and stays whole."""
+        if self.compression is not None or self.size <= PART:
+            yield self
+            return
+        begun = replace(self, size=0)
+        rows = 0
+        for number, offset, line in self._lines():
+            if offset - begun.start >= PART:
+                yield replace(begun, stop=offset, size=offset - begun.start)
+                begun = replace(begun, start=offset, lines=number - 1, rows=rows)
+            rows += bool(line.strip())
+        yield replace(begun, size=self.path.stat().st_size - begun.start)
+
+    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """Yields the number of each line, from 1, where it begins, and the line."""
+        number, offset = self.lines, self.start
+        with opened(self.path, self.compression) as file:
+            if self.compression is None:
+                file.seek(self.start)
+            else:
+                file.read(self.start)
+            while (self.stop is None or offset < self.stop) and (line := file.readline(LONGEST_LINE)):
                 number += 1
-                if self.held_out is None or _is_held_out(number, self.held_out) == self.validation:
-                    yield [self._document(line, line_number)]
+                yield number, offset, line
+                offset += len(line)
 
     def _document(self, line: bytes, line_number: int) -> str:
         where = f"Line {line_number} of {self.path}"
@@ -116,6 +180,74 @@ class JsonLines:
         return text
 
 
+@dataclass(frozen=True)
+class TableRows:
+    """The documents of a Parquet or Arrow file: the column ``field`` of the rows in the pieces ``start`` to ``stop``.
+
+    ``pieces`` has the number of rows in each piece of the file. ``held_out`` and ``validation`` are as for
+    :class:`JsonLines`.
+    """
+
+    path: Path
+    size: int
+    field: str
+    pieces: tuple[int, ...]
+    start: int
+    stop: int
+    held_out: float | None = None
+    validation: bool = False
+    ends = True
+
+    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
+        for row, text in tables.texts(self.path, self.field, self.start, self.stop):
+            if self.held_out is None or is_held_out(row - 1, self.held_out) == self.validation:
+                where = f"Row {row} of {self.path}"
+                if not isinstance(text, str):
+                    raise ValueError(f"{where} holds a {type(text).__name__} in column {self.field!r}, not text.")
+                if "\0" in text:
+                    raise ValueError(f"{where} holds NUL in column {self.field!r}, which no text does.")
+                yield [text]
+        advance(self.size)
+
+    def parts(self) -> Iterator["TableRows"]:
+        """Cuts between the pieces that can be read alone."""
+        rows = sum(self.pieces[self.start : self.stop])
+        first = self.start
+        for piece in range(self.start, self.stop):
+            size = self.size * sum(self.pieces[first : piece + 1]) // rows
+            if size >= PART or piece == self.stop - 1:
+                yield replace(self, start=first, stop=piece + 1, size=size)
+                first = piece + 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens ``start`` to ``stop`` (None: to the end) of a file that holds tokens, in whole documents."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    ends = True
+
+    @property
+    def size(self) -> int:
+        tokens = open_tokens(self.path).tokens
+        return len(tokens[self.start : self.stop]) * tokens.dtype.itemsize
+
+    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[np.ndarray]]:
+        file = open_tokens(self.path)
+        stop = len(file.tokens) if self.stop is None else self.stop
+        start = self.start
+        for end in [stop] if file.ends is None else file.ends.tolist():
+            if start < end <= stop:
+                yield (file.tokens[first : min(first + _TOKENS, end)] for first in range(start, end, _TOKENS))
+                advance((end - start) * file.tokens.dtype.itemsize)
+                start = end
+
+    def parts(self) -> Iterator["Tokens"]:
+        yield self
+
+
 def split(
     files: list[SourceFile],
     fraction: float,
@@ -126,13 +258,13 @@ def split(
     """Splits files into what training reads and what validation reads.
 
     Several files are held out as a whole, in an order given by the hash of their names, up to ``fraction`` of the
-    bytes; files with the same content stay together. A single text file is cut, and its last part is held out. Of a
-    single JSONL file, evenly spaced documents are held out.
+    bytes; files with the same content stay together. A single text file is cut, and its last part is held out; one of
+    tokens is cut between documents. Of a single JSONL file or table, evenly spaced documents are held out.
 
     Args:
         files: Result of :func:`tedlab.data.files.find_files`. Unusable files are left out as long as one is usable.
         fraction: Share of the text to hold out, strictly between 0 and 1.
-        field: Field of a JSONL line that holds the text.
+        field: Field of a JSONL line, or column of a table, that holds the text.
         left_out: List that receives the files left out.
         advance: Called with each number of bytes read; every file is read from beginning to end.
 
@@ -148,9 +280,13 @@ def split(
         (file, content), *others = copies[0]
         if left_out is not None:
             left_out += [LeftOut(other.name, f"it holds the same as {file.name}") for other, _ in others]
-        if content.json_lines:
-            lines = JsonLines(file.path, file.size, field, content.start, held_out=fraction)
-            return [lines], [replace(lines, validation=True)]
+        source = _source(file, content, field)
+        if isinstance(source, (JsonLines, TableRows)):
+            source = replace(source, held_out=fraction)
+            return [source], [replace(source, validation=True)]
+        if isinstance(source, Tokens):
+            place = document_cut(open_tokens(file.path).ends, fraction)
+            return [replace(source, stop=place)], [replace(source, start=place)]
         cut = _character_boundary(file, file.size - round((file.size - content.start) * fraction))
         return [Text(file.path, content.start, cut)], [Text(file.path, cut, file.size)]
 
@@ -181,10 +317,51 @@ def sources(
     return [_source(*member, field) for member in sorted(members, key=lambda member: member[0])]
 
 
+def text_of(source: Source, advance: Callable[[int], object] = lambda size: None) -> Iterator[Iterable[str]]:
+    """Yields each document of a source as blocks of text.
+
+    Raises:
+        ValueError: If the source holds tokens.
+    """
+    for document in source.documents(advance):
+        yield (_text(block, source) for block in document)
+
+
+def _text(block: str | np.ndarray, source: Source) -> str:
+    if not isinstance(block, str):
+        raise ValueError(
+            f"{source.path} holds tokens, but text is needed here. A tokenizer cannot be trained on tokens "
+            "(data.tokenizer=bpe): name the JSON file of the one that has made them, or byte."
+        )
+    return block
+
+
+def document_cut(ends: np.ndarray | None, fraction: float) -> int:
+    """Returns the first end of a document that leaves at most about ``fraction`` of the tokens after it, but some.
+
+    Args:
+        ends: How many tokens there are up to the end of each document, int64, shape (documents,).
+        fraction: Share of the tokens to hold out.
+
+    Raises:
+        ValueError: If there is one document alone.
+    """
+    if ends is None or len(ends) < 2:
+        raise ValueError("A file of tokens with one document alone cannot be divided into training and validation.")
+    place = int(np.searchsorted(ends, ends[-1] * (1 - fraction)))
+    return int(ends[min(place, len(ends) - 2)])
+
+
 def _source(file: SourceFile, content: Content, field: str) -> Source:
-    if content.json_lines:
-        return JsonLines(file.path, file.size, field, content.start)
-    return Text(file.path, content.start, file.size)
+    match content.kind:
+        case Kind.JSON_LINES:
+            return JsonLines(file.path, file.size, field, content.start, compression=content.compression)
+        case Kind.TABLE:
+            return TableRows(file.path, file.size, field, content.rows, 0, len(content.rows))
+        case Kind.TOKENS:
+            return Tokens(file.path)
+        case _:
+            return Text(file.path, content.start, file.size)
 
 
 _Member = tuple[SourceFile, Content]
@@ -197,7 +374,11 @@ def _usable(
     """Examines files and groups the usable ones by content; groups and their members keep the order of ``files``."""
     groups: dict[bytes, list[_Member]] = {}
     unusable = []
+    saved_by_datasets = {file.path.parent for file in files if file.path.suffix == ".arrow"}
+    saved_by_datasets |= {folder.parent for folder in saved_by_datasets}
     for file in files:
+        if is_index(file.path) or (file.path.name in _OF_DATASETS and file.path.parent in saved_by_datasets):
+            continue
         try:
             content = examine(file, field, advance)
         except Unusable as reason:
@@ -207,9 +388,9 @@ def _usable(
     if not groups:
         others = listed(unusable[1:])
         raise ValueError(
-            f"{files[0].path} is not text: {unusable[0].reason}."
+            f"{files[0].path} cannot be used: {unusable[0].reason}."
             + (f" Nor are the {len(unusable) - 1} other files of data.path ({others})." if others else "")
-            + " A corpus is UTF-8 text or JSONL."
+            + " A corpus is UTF-8 text, JSONL, Parquet, Arrow or tokens (docs/data.md)."
         )
     if left_out is not None:
         left_out += unusable
@@ -224,6 +405,6 @@ def _character_boundary(file: SourceFile, offset: int) -> int:
     return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
 
 
-def _is_held_out(number: int, fraction: float) -> bool:
+def is_held_out(number: int, fraction: float) -> bool:
     """Tells whether document ``number`` belongs to the evenly spaced ``fraction``, which begins with document 1."""
     return math.ceil(number * fraction) > math.ceil((number - 1) * fraction)

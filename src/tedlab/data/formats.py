@@ -1,6 +1,7 @@
-"""Determines what a file of the corpus holds by reading all of it: text, JSON lines, or nothing usable.
+"""Determines what a file of the corpus holds by reading all of it: text, JSON lines, a table, tokens, or nothing.
 
-The caller decides what becomes of an unusable file: alone it is an error, among others it is left out.
+The caller decides what becomes of an unusable file: alone it is an error, among others it is left out. ``compressed``,
+``tables`` and ``tokenised`` read what is not plain UTF-8.
 """
 
 import codecs
@@ -8,8 +9,11 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
+from tedlab.data import compressed, tables, tokenised
+from tedlab.data.extra import MissingExtra
 from tedlab.data.files import SourceFile, cannot_be_read
 
 BLOCK = 1 << 20  # bytes per read
@@ -19,18 +23,13 @@ _TABLES = (".csv", ".tsv")
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _PDF = b"%PDF-"
 _MAGIC = {  # first bytes of a file → advice more useful than "not UTF-8"
-    b"\x1f\x8b": "compressed by gzip; decompress it first (gunzip)",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd; decompress it first (unzstd)",
     b"BZh": "compressed by bzip2; decompress it first (bunzip2)",
     b"\xfd7zXZ\0": "compressed by xz; decompress it first (unxz)",
     b"\x04\x22\x4d\x18": "compressed by lz4; decompress it first (unlz4)",
     b"PK\x03\x04": "a ZIP archive; unpack it first (unzip)",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive; unpack it first",
-    b"PAR1": "a Parquet table; write the column that holds the text as JSON lines",
-    b"ARROW1": "an Arrow table; write the column that holds the text as JSON lines",
     b"Obj\x01": "an Avro table; write the column that holds the text as JSON lines",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file; write the text as UTF-8",
-    b"\x93NUMPY": "a NumPy array; write the text as UTF-8",
     b"SQLite format 3\0": "an SQLite database; write the column that holds the text as JSON lines",
     _PDF: "a PDF; extract its text first (pdftotext)",
     b"\xff\xfe": "UTF-16 or UTF-32; convert it to UTF-8 (iconv)",
@@ -43,19 +42,27 @@ class Unusable(Exception):
     """A file cannot be used; the message is a clause that begins with "it" and says why."""
 
 
+Kind = StrEnum("Kind", "TEXT JSON_LINES TABLE TOKENS")
+
+
 @dataclass(frozen=True)
 class Content:
     """The content of a usable file.
 
     Attributes:
-        json_lines: Whether each line is a JSON object that holds text in a field; otherwise the file is plain text.
+        kind: Plain text, lines that are each a JSON object with text in a field, a table with a column of text, or
+            tokens.
         start: Byte offset where the content begins, after a byte-order mark.
-        digest: Hash of all bytes of the file.
+        digest: Hash of all bytes of the file, of those that it decompresses to if it is compressed.
+        compression: ``gzip``, ``zstd`` or None.
+        rows: Of a table, the number of rows in each of its pieces.
     """
 
-    json_lines: bool
+    kind: Kind
     start: int
     digest: bytes
+    compression: str | None = None
+    rows: tuple[int, ...] = ()
 
 
 def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lambda size: None) -> Content:
@@ -63,22 +70,66 @@ def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lam
 
     Args:
         file: A regular file.
-        field: Field of a JSON line that holds the text.
+        field: Field of a JSON line, or column of a table, that holds the text.
         advance: Called with each number of bytes read.
 
     Raises:
-        Unusable: If the file cannot be read, is neither UTF-8 text nor JSON lines, or has a format whose syntax the
-            model would learn along with the text.
+        Unusable: If the file cannot be read, is neither UTF-8 text nor JSON lines nor a table nor tokens, or has a
+            format whose syntax the model would learn along with the text.
     """
     try:
-        head, digest = _read(file, advance)
+        if tokenised.holds_tokens(file.path):
+            tokenised.open_tokens(file.path)
+            return Content(Kind.TOKENS, 0, _digest(file, advance))
+        with file.path.open("rb") as content:
+            head = content.read(64)
+        binary = not _is_ascii(head)  # text may begin with "PAR1", too
+        if binary and head.startswith((tables.PARQUET, tables.ARROW, tables.STREAM)):
+            return _table(file, field, advance)
+        compression = next((name for magic, name in compressed.MAGIC.items() if head.startswith(magic)), None)
+        head, digest = _read(file, compression, advance)
         start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
-        json_lines = _is_json_lines(file, head, start, field)
+        json_lines = _is_json_lines(file, compression, head, start, field)
     except OSError as error:
         raise Unusable(cannot_be_read(error)) from None
-    if start == file.size:
-        raise Unusable("it holds a byte-order mark and nothing else")
-    return Content(json_lines, start, digest)
+    except tokenised.DamagedTokens as error:
+        raise Unusable(f"{error}") from None
+    except compressed.Damaged as error:
+        raise Unusable(f"it is compressed and damaged ({error})") from None
+    except MissingExtra as error:
+        raise Unusable(f"it cannot be read: {error}") from None
+    if not head[start:]:
+        raise Unusable("it holds a byte-order mark and nothing else" if start else "it holds nothing")
+    if compression is not None and not json_lines:
+        tool = {"gzip": "gunzip", "zstd": "unzstd"}[compression]
+        raise Unusable(f"it is compressed by {compression} and not JSON lines; decompress it first ({tool})")
+    return Content(Kind.JSON_LINES if json_lines else Kind.TEXT, start, digest, compression)
+
+
+def _table(file: SourceFile, field: str, advance: Callable[[int], object]) -> Content:
+    try:
+        table = tables.describe(file.path)
+    except MissingExtra:
+        raise
+    except ValueError as error:
+        raise Unusable(f"it is a damaged table ({error})") from None
+    if field not in table.columns:
+        columns = ", ".join(map(repr, table.columns)) or "none at all"
+        raise Unusable(f"it is a table without a column {field!r} (its columns are {columns})")
+    if not tables.is_text(table.columns[field]):
+        raise Unusable(f"it is a table whose column {field!r} holds {table.columns[field]}, not text")
+    if not sum(table.rows):
+        raise Unusable("it is a table without rows")
+    return Content(Kind.TABLE, 0, _digest(file, advance), rows=table.rows)
+
+
+def _digest(file: SourceFile, advance: Callable[[int], object]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    with file.path.open("rb") as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+            advance(len(block))
+    return digest.digest()
 
 
 def parse(line: bytes) -> Any:
@@ -89,12 +140,12 @@ def parse(line: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, bytes]:
+def _read(file: SourceFile, compression: str | None, advance: Callable[[int], object]) -> tuple[bytes, bytes]:
     """Returns the first block and the digest of a file, after checking that it is UTF-8 without NUL."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     digest = hashlib.blake2b(digest_size=16)
     head = b""
-    with file.path.open("rb") as content:
+    with compressed.opened(file.path, compression) as content:
         while block := content.read(BLOCK):
             if not head:
                 head = block
@@ -102,7 +153,7 @@ def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, by
             if b"\0" in block:
                 raise Unusable("it holds NUL bytes")
             digest.update(block)
-            advance(len(block))
+            advance(len(block) if compression is None else 0)
             try:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
@@ -111,6 +162,7 @@ def _read(file: SourceFile, advance: Callable[[int], object]) -> tuple[bytes, by
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise Unusable(f"it is not UTF-8 ({error.reason})") from None
+    advance(0 if compression is None else file.size)
     return head, digest.digest()
 
 
@@ -124,9 +176,12 @@ def _is_ascii(head: bytes) -> bool:
     return all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
 
 
-def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> bool:
+def _is_json_lines(file: SourceFile, compression: str | None, head: bytes, start: int, field: str) -> bool:
     """Decides by the file's name, or else by its first two lines that are not blank."""
-    suffix = file.path.suffix.lower()
+    suffixes = [suffix.lower() for suffix in file.path.suffixes]
+    if suffixes and compression is not None and suffixes[-1] in compressed.SUFFIXES:
+        suffixes.pop()
+    suffix = suffixes[-1] if suffixes else ""
     if suffix in JSON_LINES:
         return True
     if suffix in _TABLES:
@@ -135,7 +190,7 @@ def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> boo
             "lines"
         )
     begins_so = head[start:].lstrip().startswith(b"{")
-    rows = _first_rows(file, start) if begins_so else []
+    rows = _first_rows(file, compression, start) if begins_so else []
     if suffix == ".json":
         if not rows or rows[0] is None:
             raise Unusable(
@@ -150,11 +205,11 @@ def _is_json_lines(file: SourceFile, head: bytes, start: int, field: str) -> boo
     return True
 
 
-def _first_rows(file: SourceFile, start: int) -> list[dict[str, Any] | None]:
+def _first_rows(file: SourceFile, compression: str | None, start: int) -> list[dict[str, Any] | None]:
     """Parses the first two lines that are not blank; gives None for a line that is not a JSON object."""
     rows: list[dict[str, Any] | None] = []
-    with file.path.open("rb") as content:
-        content.seek(start)
+    with compressed.opened(file.path, compression) as content:
+        content.read(start)
         while len(rows) < 2 and (line := content.readline(LONGEST_LINE)):
             if line.strip():
                 try:

@@ -1,23 +1,25 @@
 """The Lightning data module: its loaders read the same samples in the same order under every layout."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import hydra
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
 from tedlab.config import DataConfig, Packing
-from tedlab.data.corpus import Corpus, prepare_corpus
+from tedlab.data.corpus import Corpus, prepare_corpora
+from tedlab.data.mixture import MixedOrder, MixedSampler, Mixture, check_enough, continued, shares_of, state_of
 from tedlab.data.packing import BestFitSamples, PackedSamples
 from tedlab.data.position import Position
 from tedlab.data.ramp import Ramp
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
+from tedlab.data.tokenizers import Tokenizer
 
-Samples = PackedSamples | BestFitSamples | Subset
+Samples = PackedSamples | BestFitSamples | Subset | ConcatDataset
 
 
 def data_class(data: DataConfig) -> type[LightningDataModule]:
@@ -70,32 +72,47 @@ class TextDataModule(LightningDataModule):
         self.sequence_length = sequence_length
         self.seed = seed
         self.ramp = Ramp.of(data, sequence_length)
-        self._corpus: Corpus | None = None
-        self._made: dict[bool, PackedSamples | BestFitSamples] = {}  # samples of the training split, or not
+        self._corpora: dict[str, Corpus] | None = None
+        self._made: dict[str, PackedSamples | BestFitSamples] = {}  # samples by source and split
+        self._order: MixedOrder | None = None  # of a mixture, from where this run began
         self._loaded: dict[str, Any] | None = None  # state from a checkpoint, until the first loader uses it
         self._start, self._steps_before = Position(), 0  # where in the data, and at which step, this run began
 
     @property
+    def corpora(self) -> dict[str, Corpus]:
+        """The tokenised corpora by source, prepared on first use; see :func:`prepare_corpora` for the errors."""
+        if self._corpora is None:
+            self._corpora = prepare_corpora(self.data, self.sequence_length)
+        return self._corpora
+
+    @property
     def corpus(self) -> Corpus:
-        """The tokenised corpus, prepared on first use; see :func:`prepare_corpus` for the errors."""
-        if self._corpus is None:
-            self._corpus = prepare_corpus(self.data, self.sequence_length)
-        return self._corpus
+        """The one corpus of data without ``data.sources``."""
+        (corpus,) = self.corpora.values()
+        return corpus
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of all corpora."""
+        return next(iter(self.corpora.values())).tokenizer
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens that the tokenizer knows."""
-        return self.corpus.tokenizer.vocab_size
+        return self.tokenizer.vocab_size
 
     @property
     def separator(self) -> int:
         """The token that ends each document."""
-        return self.corpus.tokenizer.separator
+        return self.tokenizer.separator
 
     @property
     def bytes_per_token(self) -> float:
-        """See :class:`Corpus`."""
-        return self.corpus.bytes_per_token
+        """See :class:`Corpus`; of a mixture, the mean over the samples of a validation pass."""
+        if not self.data.sources:
+            return self.corpus.bytes_per_token
+        taken = [name for name, _ in self._validation_order()]
+        return sum(taken.count(name) * corpus.bytes_per_token for name, corpus in self.corpora.items()) / len(taken)
 
     @property
     def validation_samples(self) -> int:
@@ -104,7 +121,7 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: If there is less than one whole batch.
         """
-        available = len(self._samples(self.corpus.validation))
+        available = sum(len(self._samples(name, "validation")) for name in self.corpora)
         batch_size = self.data.batch_size
         samples = min(self.data.validation_samples, available) // batch_size * batch_size
         if samples == 0:
@@ -119,13 +136,15 @@ class TextDataModule(LightningDataModule):
     @property
     def training_samples(self) -> Samples:
         """The samples of an epoch: all of the training split, or those of ``data.training_batches`` batches."""
-        samples = self._samples(self.corpus.train)
+        if self.data.sources:
+            return ConcatDataset([self._samples(name, "train") for name in self.corpora])
+        samples = self._samples("", "train")
         if self.data.training_batches is None:
             return samples
         return Subset(samples, range(min(len(samples), self.data.training_batches * self.data.batch_size)))
 
     def prepare_data(self) -> None:
-        prepare_corpus(self.data, self.sequence_length)
+        prepare_corpora(self.data, self.sequence_length)
 
     def setup(self, stage: str) -> None:
         """Checks that this process found the same corpus as the first one: files may change between the searches.
@@ -134,10 +153,11 @@ class TextDataModule(LightningDataModule):
             ValueError: If this process found another corpus.
         """
         assert self.trainer is not None
-        own = self.corpus.directory.name
+        own = [corpus.directory.name for corpus in self.corpora.values()]
         if own != self.trainer.strategy.broadcast(own):
+            where = "data.sources" if self.data.sources else f"data.path={self.data.path!r}"
             raise ValueError(
-                f"The processes found different files below data.path={self.data.path!r}, or different contents: "
+                f"The processes found different files below {where}, or different contents: "
                 "something writes there, perhaps this run itself. Copy the corpus to a folder of its own."
             )
 
@@ -146,9 +166,14 @@ class TextDataModule(LightningDataModule):
         samples = self.training_samples
         sampler = self._sampler(samples, self.ramp, shuffle=True)
         step = self.trainer.global_step
+        if self.data.sources and self._order is None:
+            self._order = MixedOrder(self._begun(self._loaded), self.seed)
         if self._loaded is not None:
             self._start, self._steps_before = self._position(self._loaded, len(samples), step), step
             self._loaded = None
+        if isinstance(sampler, MixedSampler):
+            assert self._order is not None
+            sampler.order = MixedOrder(self._order.after(0), self.seed)
         sampler.start_at(self._start, self._steps_before)
         if self.trainer.fit_loop.is_resuming:
             size = self.ramp.at(step).batch_size
@@ -158,7 +183,15 @@ class TextDataModule(LightningDataModule):
         return self._loader(samples, sampler)
 
     def val_dataloader(self) -> DataLoader:
-        samples = Subset(self._samples(self.corpus.validation), range(self.validation_samples))
+        samples: Dataset
+        if self.data.sources:
+            places, before = {}, 0
+            for name in self.corpora:
+                places[name], before = before, before + len(self._samples(name, "validation"))
+            samples = ConcatDataset([self._samples(name, "validation") for name in self.corpora])
+            samples = Subset(samples, [places[name] + read for name, read in self._validation_order()])
+        else:
+            samples = Subset(self._samples("", "validation"), range(self.validation_samples))
         return self._loader(samples, self._sampler(samples, self.data.batch_size, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
@@ -166,10 +199,14 @@ class TextDataModule(LightningDataModule):
         assert self.trainer is not None
         if self._loaded is not None:  # no sample has been read since
             return self._loaded
-        samples, before = len(self.training_samples), self._steps_before
-        position = self.ramp.after(self._start, before, self.trainer.global_step, samples)
+        samples, before, step = len(self.training_samples), self._steps_before, self.trainer.global_step
+        position = self.ramp.after(self._start, before, step, samples)
         sizes = {"batch_size": self.data.batch_size, "ramp": [asdict(stage) for stage in self.data.ramp]}
-        return {**asdict(position), "of": samples, "seed": self.seed, **sizes}
+        state = {**asdict(position), "of": samples, "seed": self.seed, **sizes}
+        if self.data.sources:
+            order = self._order or MixedOrder(self._begun(None), self.seed)
+            state["sources"] = state_of(order.after(self.ramp.samples(before, step)))
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -180,15 +217,57 @@ class TextDataModule(LightningDataModule):
             whole = samples // self.data.batch_size * self.data.batch_size
             return Position(*divmod(state["samples"], whole)).of_next_step(self.data.batch_size, samples)
         saved = Position(state["epoch"], state["offset"])
-        if (state["of"], state["seed"]) != (samples, self.seed):
-            rank_zero_warn("Other text or another seed than the checkpoint's: its samples begin with a new epoch.")
+        same = (state["of"], state["seed"], "sources" in state) == (samples, self.seed, bool(self.data.sources))
+        if not same:
+            if not self.data.sources:  # a mixture's sources go on where they were
+                rank_zero_warn("Other text or another seed than the checkpoint's: its samples begin with a new epoch.")
             return Position(saved.epoch + 1)
         return saved.of_next_step(self.ramp.at(step).batch_size, samples)
 
-    def _samples(self, tokens: np.ndarray) -> PackedSamples | BestFitSamples:
-        """Returns the samples of a split, made once."""
-        key = tokens is self.corpus.train
+    def mixture(self, state: dict[str, Any] | None, first: int, last: int) -> tuple[Mixture, list[str]]:
+        """Returns the mixture of a run that begins, or goes on from a checkpoint.
+
+        Args:
+            state: What :meth:`state_dict` returned for the checkpoint; None or without sources: all of them begin.
+            first: The step that is next.
+            last: The step after the last; if it comes before ``first``, nobody knows it.
+
+        Returns:
+            The mixture, and sentences on what is not as it was.
+
+        Raises:
+            ValueError: If a source has too little text, or all of them for so many steps.
+        """
+        shares = shares_of(self.data, {name: len(self._samples(name, "train")) for name in self.corpora})
+        saved = (state or {}).get("sources", {})
+        reseeded = saved and state is not None and state["seed"] != self.seed
+        if reseeded:
+            saved = {name: {**source, "epoch": source["epoch"] + 1, "offset": 0} for name, source in saved.items()}
+        mixture, said = continued(shares, saved)
+        check_enough(mixture, self.ramp.samples(first, last))
+        if reseeded:
+            said.append("Another seed than the checkpoint's: each of data.sources begins with a new epoch.")
+        return mixture, said if state else []
+
+    def _begun(self, state: dict[str, Any] | None) -> Mixture:
+        assert self.trainer is not None
+        mixture, said = self.mixture(state, self.trainer.global_step, self.trainer.max_steps)
+        if said and self.trainer.is_global_zero:
+            print(*said, sep="\n", flush=True)
+        return mixture
+
+    def _validation_order(self) -> list[tuple[str, int]]:
+        """Returns the source of each sample of a validation pass, and its place in that source's split."""
+        sizes = {name: len(self._samples(name, "validation")) for name in self.corpora}
+        shares = shares_of(self.data, {name: len(self._samples(name, "train")) for name in self.corpora})
+        once = {name: replace(share, size=sizes[name], most=sizes[name]) for name, share in shares.items()}
+        return [*Mixture(once).take(self.validation_samples)]
+
+    def _samples(self, name: str, split: str) -> PackedSamples | BestFitSamples:
+        """Returns the samples of a split of a source, made once."""
+        key = f"{split} {name}"
         if key not in self._made:
+            tokens: np.ndarray = getattr(self.corpora[name], split)
             self._made[key] = (
                 BestFitSamples(tokens, self.separator, self.sequence_length)
                 if self.data.packing == Packing.BEST_FIT
@@ -196,11 +275,12 @@ class TextDataModule(LightningDataModule):
             )
         return self._made[key]
 
-    def _sampler(self, samples: Samples, batch_size: int | Ramp, shuffle: bool) -> MicroBatchSampler:
+    def _sampler(self, samples: Any, batch_size: int | Ramp, shuffle: bool) -> MicroBatchSampler:
         assert self.trainer is not None
         # Lightning's strategy for a single device has no such attribute.
         ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
-        return MicroBatchSampler(
+        kind = MixedSampler if shuffle and self.data.sources else MicroBatchSampler
+        return kind(
             samples,
             num_replicas=ranks["num_replicas"],
             rank=ranks["rank"],
@@ -210,7 +290,7 @@ class TextDataModule(LightningDataModule):
             shuffle=shuffle,
         )
 
-    def _loader(self, samples: Samples, sampler: MicroBatchSampler) -> DataLoader:
+    def _loader(self, samples: Dataset, sampler: MicroBatchSampler) -> DataLoader:
         assert self.trainer is not None
         return DataLoader(
             samples,

@@ -50,9 +50,13 @@ class Ramp:
             yield stage, end - first
             first = end
 
+    def samples(self, first: int, last: int) -> int:
+        """Returns how many samples the steps from ``first`` up to, without, ``last`` take; 0 if that is before."""
+        return sum(steps * stage.batch_size for stage, steps in self.between(first, last))
+
     def tokens(self, first: int, last: int, sample: int) -> int:
         """Returns how many tokens the steps from ``first`` up to, without, ``last`` read, ``sample`` of each sample."""
-        return sum(steps * stage.batch_size * sample for stage, steps in self.between(first, last))
+        return self.samples(first, last) * sample
 
     def after(self, start: Position, first: int, last: int, samples: int) -> Position:
         """Returns the position after the steps from ``first``, which begins at ``start``, up to, without, ``last``.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tedlab.config import EvalDocuments
-from tedlab.data.documents import sources
+from tedlab.data.documents import sources, text_of
 from tedlab.data.files import LeftOut, find_files, listed
 from tedlab.data.tokenizers import Tokenizer
 from tedlab.evaluation.scoring import Score
@@ -85,7 +85,7 @@ def read_set(name: str, path: str, field: str, tokenizer: Tokenizer) -> TextSet:
         files = find_files(path, left_out)
         documents, size = [], 0
         for source in sources(files, field, left_out):
-            for document in source.documents(lambda read: None):
+            for document in text_of(source):
                 text = "".join(document)
                 size += len(text.encode())
                 documents.append(tokenizer.encode(text))

@@ -10,6 +10,7 @@ from pathlib import Path
 from tedlab.checkpoint import read_meta
 from tedlab.config import Compiler, Documents, Order, Packing, TrainConfig, with_values
 from tedlab.data import TextDataModule, data_class, data_module, keeps_position
+from tedlab.data.mixture import check_sources
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig
@@ -120,7 +121,10 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
         size = vocabulary(config, tokens)
         if isinstance(data, TextDataModule):
             _ = data.validation_samples  # raises if they do not fill one batch
-        taken = 0 if config.ckpt_path is None else int(read_meta(Path(config.ckpt_path)).get("global_step") or 0)
+        meta = {} if config.ckpt_path is None else read_meta(Path(config.ckpt_path))
+        taken = int(meta.get("global_step") or 0)
+        if isinstance(data, TextDataModule) and config.data.sources:
+            data.mixture(meta.get(type(data).__name__), taken, int(config.trainer.get("max_steps") or -1))  # or raises
         check_replay(config, taken)
         if config.ckpt_path is not None:
             check_checkpoint(with_values(config, {"model.vocab_size": size}), Path(config.ckpt_path))
@@ -153,6 +157,7 @@ def _check_together(config: TrainConfig) -> ParallelDegrees:
     check_experts(config, degrees)
     check_lending(config)
     check_documents(config)
+    check_sources(config.data)
     check_routing(config)
     check_trainer(config)
     check_settings(config)
