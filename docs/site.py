@@ -29,7 +29,7 @@ _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)#\s]+)\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Takes the repository's documents in the place of the folder ``docs``."""
     chosen = [file for file in files if file.src_dir != config.docs_dir]
-    for path in sorted({*pages(), *linked()}):
+    for path in sorted({*pages(), *linked(), ROOT / "docs" / "site.css"}):
         chosen.append(File(str(path.relative_to(ROOT)), str(ROOT), config.site_dir, config.use_directory_urls))
     for name, text in (("commands", commands_page), ("config", config_page)):
         chosen.append(File.generated(config, f"docs/reference/{name}.md", content=text()))
@@ -77,13 +77,13 @@ def commands_page() -> str:
     """Returns a page with the ``--help`` of every command; that of ``train`` is the page of the configuration."""
     from tedlab.__main__ import COMMANDS
     from tedlab.cli import CONF
+    from tedlab.commands.arguments import plain
     from tedlab.commands.help import help_text
 
     parts = ["# Commands\n\n`tedlab COMMAND --help` prints this.\n"]
     for name, what in COMMANDS.items():
         command = import_module(f"tedlab.commands.{name}")  # which registers the types of its configuration
-        text = help_text(name, []) if (CONF / f"{name}.yaml").exists() else command.__doc__
-        assert text is not None
+        text = help_text(name, []) if (CONF / f"{name}.yaml").exists() else plain(command.__doc__ or "")
         text, values, _ = text.partition("Presets (GROUP=OPTION)")
         more = "\nIt takes presets and values of the [configuration](config.md) as well.\n" if values else ""
         parts.append(f"## tedlab {name}\n\n{what.capitalize()}.\n\n```text\n{text.strip()}\n```\n{more}")

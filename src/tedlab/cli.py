@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from tedlab._compat.hydra import group_options, translate_files
 from tedlab.config import TrainConfig
@@ -25,6 +26,7 @@ from tedlab.launch.outside import first_outside
 from tedlab.places import obstacle
 from tedlab.predict.plan import file as plan_file
 from tedlab.renamed import nested, note, old_names, overrides
+from tedlab.untrusted import one_line
 
 _HERE = Path(__file__).resolve().parent
 CONF = next(d for d in (_HERE / "conf", _HERE.parents[1] / "conf") if d.is_dir())  # a wheel's, a checkout's
@@ -125,8 +127,8 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
         raise UsageError(f"'{wrong[0]}' is not of the form key=value; `tedlab {name} --help` shows the keys")
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException:
-        return  # Hydra's own message points at the character
+    except OverrideParseException as error:
+        raise UsageError(f"'{error.override}' cannot be read: {one_line(error)}") from None
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
     searched = [o.input_line or "" for o in parsed if o.key_or_group == "hydra.searchpath"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
@@ -155,6 +157,7 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
         if override.key_or_group not in groups:
             added = override.is_add() or override.is_force_add()
             _check_key(config, override.key_or_group, list(groups), added, name)
+            _check_type(config, override)
 
 
 def from_folder(folder: str | None) -> list[str]:
@@ -204,6 +207,18 @@ def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, nam
         if OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part):
             return
         node = node[part]
+
+
+def _check_type(config: DictConfig, override: Override) -> None:
+    """The value must be of the field's type; what is known later is looked at then."""
+    if override.is_delete() or override.is_sweep_override():
+        return
+    try:
+        OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+    except ValidationError as error:
+        raise UsageError(one_line(error)) from None
+    except OmegaConfBaseException:
+        return
 
 
 def _check_known(word: str, known: list[str], where: str, what: str, name: str) -> None:

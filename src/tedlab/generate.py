@@ -84,12 +84,15 @@ def _check_memory(
         )
 
 
-def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
+def generate(
+    config: GenerateConfig, show: Show | None = None, advance: Callable[[int], object] = lambda tokens: None
+) -> list[str]:
     """Returns each prompt and its continuation, in every process of the layout.
 
     Args:
         config: What to continue, and how.
         show: Gets the first text, piece by piece; None: nobody sees it before it is whole.
+        advance: Called with 1 whenever all texts have grown by a token.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`given`.
@@ -106,7 +109,9 @@ def generate(config: GenerateConfig, show: Show | None = None) -> list[str]:
         remember=config.cache,
     )
     shown = 0
-    for _ in itertools.chain([None], steps):
+    for step in itertools.chain([None], steps):
+        if step is not None:
+            advance(1)
         if show and len(known := texts[0].known()) > shown:
             show(known[shown:])
             shown = len(known)

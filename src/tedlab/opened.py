@@ -1,6 +1,5 @@
 """Opens a finished run or an imported model, whose model then computes in one process or any layout."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ from tedlab.data import load_tokenizer
 from tedlab.data.tokenizers import SAVED, Tokenizer
 from tedlab.decode import generating
 from tedlab.degrees import ParallelDegrees, check_divides
-from tedlab.launch.joining import join, own_device
+from tedlab.launch.joining import join, local_world_size, own_device
 from tedlab.launch.outside import started_outside
 from tedlab.models import GPT, GPTSpec, models
 from tedlab.renamed import nested
@@ -94,7 +93,7 @@ def load(given: Opened) -> GPT:
 
 def processes_here(layout: InLayout) -> int:
     """Returns how many processes there are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", layout.processes)))
+    return local_world_size() if started_outside() else layout.processes
 
 
 def _topology(degrees: ParallelDegrees, device: str) -> Topology:

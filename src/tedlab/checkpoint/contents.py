@@ -3,11 +3,12 @@
 import math
 from pathlib import Path
 
-import torch
 from rich.table import Table
 from safetensors.torch import save_file
 
-from tedlab.checkpoint import read, read_meta, stored_tensors, verify
+from tedlab.checkpoint import read_meta, stored_tensors, verify
+from tedlab.checkpoint.pieces import PieceReader
+from tedlab.progress import advancing
 from tedlab.tables import FittingTable
 
 _MODEL = "model."
@@ -45,13 +46,12 @@ def consolidate(path: Path, out: Path) -> None:
         FileNotFoundError: If ``path`` is not a complete checkpoint.
         ValueError: If a file is damaged or belongs to another save.
     """
-    verify(path)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored_tensors(path).items()
-        if name.startswith(_MODEL)
-    }
-    read(tensors, path)
+    reader, tensors = PieceReader(path), {}
+    stored = {name: entry for name, entry in reader.tensors.items() if name.startswith(_MODEL)}
+    with advancing("consolidating", sum(entry.size.numel() for entry in stored.values())) as advance:
+        for name in stored:
+            tensors[name.removeprefix(_MODEL)] = tensor = reader.read(name)
+            advance(tensor.numel())
     partial = out.with_name(out.name + ".partial")
-    save_file({name.removeprefix(_MODEL): tensor for name, tensor in tensors.items()}, partial)
+    save_file(tensors, partial)
     partial.replace(out)

@@ -27,6 +27,7 @@ from tedlab.checkpoint import durable, values
 from tedlab.checkpoint.directory import META, SAVE_ID, verify
 from tedlab.checkpoint.manifest import MANIFEST, Manifest, measure, of_bytes
 from tedlab.checkpoint.reading import METADATA
+from tedlab.progress import advancing
 
 _FILE_BYTES = 1 << 30  # several processes share the work of verifying and reading files
 
@@ -106,6 +107,14 @@ def _close(stream: io.BufferedWriter | None) -> None:
 
 def _entry(shape: Sequence[int], dtype: torch.dtype) -> TensorStorageMetadata:
     return TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), [])
+
+
+def shown(pieces: Iterable[Piece], doing: str, total: int) -> Iterator[Piece]:
+    """Yields pieces, and shows how many of ``total`` elements have been written."""
+    with advancing(doing, total) as advance:
+        for piece in pieces:
+            yield piece
+            advance(piece.values.numel())
 
 
 class PieceReader:

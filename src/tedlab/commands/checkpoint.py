@@ -7,19 +7,18 @@ tedlab checkpoint export run=DIR out=FOLDER [family=…] [dtype=…] [checkpoint
 tedlab checkpoint upcycle run=DIR out=DIR moe=PRESET [moe.ffn=… …] [scale=gates] [noise=…] [reinit=…] [router_std=…]
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tedlab.commands.arguments import ArgumentParser
 
 _MIB = 1 << 20
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with its command line."""
-    parser = argparse.ArgumentParser(
-        prog="tedlab checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="tedlab checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):
         command = commands.add_parser(name, help=help_text)

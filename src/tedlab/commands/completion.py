@@ -3,7 +3,6 @@
 eval "$(tedlab completion bash)"     in ~/.bashrc
 """
 
-import argparse
 import shlex
 from collections.abc import Iterator
 from importlib import import_module
@@ -13,6 +12,7 @@ import hydra
 from omegaconf import OmegaConf
 
 from tedlab.cli import CONF, presets
+from tedlab.commands.arguments import ArgumentParser
 
 # Words of the line are divided at blanks alone: bash divides them at "=" as well, and replaces only what is after it.
 _SCRIPT = """\
@@ -53,9 +53,7 @@ _TAKE_FOLDERS = ("checkpoint inspect ", "checkpoint consolidate ", "runs ", "com
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the script."""
-    parser = argparse.ArgumentParser(
-        prog="tedlab completion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(prog="tedlab completion", description=__doc__)
     parser.add_argument("shell", choices=["bash"])
     parser.parse_args(arguments)
     print(script(), end="")

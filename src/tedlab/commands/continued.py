@@ -44,7 +44,9 @@ def command_to_continue(directory: Path) -> str | None:
         there, arguments = Path(kept["cwd"]), kept["arguments"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    if not isinstance(arguments, list) or not all(isinstance(word, str) and word.isprintable() for word in arguments):
+    if not isinstance(arguments, list):
+        return None
+    if not all(isinstance(word, str) and word.isprintable() for word in (*arguments, str(there), str(directory))):
         return None
     again = [word for word in arguments if word == "hydra.mode=RUN" or _key(word) not in _NOT_AGAIN]
     here = there.absolute() == Path.cwd()

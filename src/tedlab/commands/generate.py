@@ -43,9 +43,11 @@ def written(config: GenerateConfig) -> dict[str, Any]:
     """Writes texts to the standard output of the first process."""
     from tedlab.generate import generate
     from tedlab.launch.outside import first_outside
+    from tedlab.progress import advancing
 
     if config.prompts is not None:
-        texts = generate(config)
+        with advancing("generating", config.tokens, disable=not first_outside()) as advance:
+            texts = generate(config, advance=advance)
         for text in texts if first_outside() else ():
             print(json.dumps({"text": text}, ensure_ascii=False))
         return {}

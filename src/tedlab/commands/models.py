@@ -1,6 +1,5 @@
 """``tedlab models``: the published models of which there are presets, with their sizes."""
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from tedlab.cli import CONF
+from tedlab.commands.arguments import ArgumentParser
 from tedlab.console import output
 from tedlab.tables import FittingTable
 
@@ -45,7 +45,7 @@ PUBLISHED = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Prints the table."""
-    argparse.ArgumentParser(prog="tedlab models", description=__doc__).parse_args(arguments)
+    ArgumentParser(prog="tedlab models", description=__doc__).parse_args(arguments)
     console = output()
     console.print(table())
     console.print(

@@ -16,6 +16,7 @@ from tedlab.exchange.imports import parameters_of
 from tedlab.models.families import Rule, family_for
 from tedlab.opened import model_of
 from tedlab.places import check_free
+from tedlab.progress import advancing
 from tedlab.weights import PREFIX
 
 _DTYPES = {f"{d}".removeprefix("torch."): d for d in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
@@ -84,14 +85,16 @@ def export(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal largest
-        for ours, of in by_ours.items():
-            apart = of[0].expert is not None
-            for rows in reader.rows(PREFIX + ours) if apart else [None]:
-                part = reader.read(PREFIX + ours, rows)
-                largest = max(largest, part.numel() * part.element_size())
-                for rule in of if rows is None else of[rows.start : rows.stop]:
-                    one = part if rows is None or rule.expert is None else part[rule.expert - rows.start]
-                    yield from zip(rule.theirs, rule.transform.split(one), strict=True)
+        with advancing("exporting", sum(entry.size.numel() for entry in stored.values())) as advance:
+            for ours, of in by_ours.items():
+                apart = of[0].expert is not None
+                for rows in reader.rows(PREFIX + ours) if apart else [None]:
+                    part = reader.read(PREFIX + ours, rows)
+                    largest = max(largest, part.numel() * part.element_size())
+                    for rule in of if rows is None else of[rows.start : rows.stop]:
+                        one = part if rows is None or rule.expert is None else part[rule.expert - rows.start]
+                        yield from zip(rule.theirs, rule.transform.split(one), strict=True)
+                    advance(part.numel())
 
     config = family.write(model, moe)
     config["dtype"] = config["torch_dtype"] = f"{shapes[rules[0].theirs[0]][0]}".removeprefix("torch.")

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tedlab.checkpoint import durable
-from tedlab.checkpoint.pieces import Piece, write_pieces
+from tedlab.checkpoint.pieces import Piece, shown, write_pieces
 from tedlab.config import BiasUpdate, ModelConfig, MoEConfig, ParallelConfig
 from tedlab.data.tokenizers import SAVED, FileTokenizer
 from tedlab.degrees import ParallelDegrees, check_divides, parallel_degrees
@@ -149,7 +149,8 @@ def import_folder(path: Path, out: Path, overrides: Sequence[str] = ()) -> Impor
 
     def pieces() -> Iterator[Piece]:
         nonlocal largest
-        for piece in read_pieces(opened):
+        total = sum(torch.Size(shape).numel() for shape in opened.shapes.values())
+        for piece in shown(read_pieces(opened), "importing", total):
             largest = max(largest, piece.values.numel() * piece.values.element_size())
             yield piece._replace(name=PREFIX + piece.name)
 

@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from tedlab.checkpoint import durable
-from tedlab.checkpoint.pieces import Piece, PieceReader, write_pieces
+from tedlab.checkpoint.pieces import Piece, PieceReader, shown, write_pieces
 from tedlab.config import BiasUpdate, Gates, ModelConfig, MoEConfig, Noise, Scoring, Shortcut
 from tedlab.data.tokenizers import SAVED
 from tedlab.exchange.imports import PREFIX
@@ -107,20 +107,20 @@ def upcycle(source: Path, out: Path, moe: MoEConfig, recipe: Recipe) -> Upcycled
     factor = 1.0 if in_gates else scale / moe.router.gate_scale
     making = _Making(PieceReader(source), model, made, recipe, pieces, factor)
     parameters = list(models[model.architecture].spec(model, made).parameters())
+    count = sum(torch.Size(parameter.shape).numel() for parameter in parameters)
     making.check(parameters)
     place = Path("checkpoints", "last.ckpt")
     stored = {"model": asdict(model), "moe": asdict(made)}
     meta = {"hyper_parameters": {**stored, "seed": 0}, UPCYCLED: {**asdict(recipe), "from": str(source)}}
     run = source.absolute().parents[1]
     with durable.appearing(out) as partial:
-        write_pieces(making.all(parameters), meta, partial / place)
+        write_pieces(shown(making.all(parameters), "upcycling", count), meta, partial / place)
         if (run / SAVED).is_file():
             shutil.copyfile(run / SAVED, partial / SAVED)
         data = {"tokenizer": str(out / SAVED) if (run / SAVED).is_file() else _named_tokenizer(run)}
         (partial / "config.yaml").write_text(yaml.safe_dump({**stored, "data": data}))
     torn = pieces > 1 and moe.router.noise != Noise.NONE  # a token may choose parts of sets
     exact = _sum_is_constant(moe) and not (recipe.noise or recipe.reinit or torn)
-    count = sum(torch.Size(parameter.shape).numel() for parameter in parameters)
     return Upcycled(out / place, count, pieces, moe.num_experts // pieces, scale, exact)
 
 

@@ -1,5 +1,6 @@
 """Reports the failed jobs of a sweep: each in full when it fails, and all of them at the end with a line each."""
 
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -20,14 +21,23 @@ class SweepFailures:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Runs one job and reports its failure. Does nothing outside of a sweep.
+        """Runs one job and reports its failure.
+
+        Outside of a sweep, an error with a message for the user is that message and exit code 1, without the lines that
+        Hydra puts around it, unless ``HYDRA_FULL_ERROR`` is set.
 
         Raises:
-            CompactHydraException: Replaces the job's exception, or its exit with a message or code 1. It tells Hydra
-                that the job failed, so that Hydra continues with the next one and ends with exit code 1.
+            CompactHydraException: In a sweep. Replaces the job's exception, or its exit with a message or code 1. It
+                tells Hydra that the job failed, so that Hydra continues with the next one and ends with exit code 1.
         """
         if HydraConfig.get().mode != RunMode.MULTIRUN:
-            yield
+            try:
+                yield
+            except CompactHydraException as error:
+                if os.environ.get("HYDRA_FULL_ERROR"):
+                    raise
+                print(error, file=sys.stderr, flush=True)
+                sys.exit(1)
             return
         try:
             yield
