@@ -49,7 +49,7 @@ def trained(layout: Layout, place: Path, samples: int | None = None) -> list[dic
         accumulate_grad_batches=JOB.micro_batches // layout.data,
         val_check_interval=JOB.micro_batches // layout.data,
         check_val_every_n_epoch=None,
-        callbacks=[NamedSets(sets, "text", MICRO_BATCH, SEQUENCE), Journal(100)],
+        callbacks=[NamedSets(sets, "text", MICRO_BATCH, SEQUENCE), Journal(lambda first, last: 100 * (last - first))],
         logger=CSVLogger(logs, name="", version=""),
     )
     fit.fit(language_model(JOB), TextDataModule(data, SEQUENCE, 0))
