@@ -297,7 +297,7 @@ def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
     assert not [line for line in shown if line.startswith("cluster") or "hydra.help" in line]
 
 
-@pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify", "doctor"])
+@pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify", "doctor", "data"])
 def test_every_command_has_help_of_every_value_that_it_takes(name: str) -> None:
     import_module(f"tedlab.commands.{name}")
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -456,6 +456,8 @@ COMPLETED = {
     "tedlab checkpoint inspect r": ["runs/"],
     "tedlab checkpoint export r": ["run="],
     "tedlab checkpoint export run=r": ["runs"],
+    "tedlab data ": ["prepare", "inspect", "--help"],
+    "tedlab data prepare proc": ["processes="],
     "tedlab completion ": ["bash", "--help"],
     "tedlab models ": ["--help"],
     ".venv/bin/tedlab  tr": ["train"],

@@ -744,7 +744,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
 }
 WRONG_FILES: dict[str, tuple[str, list[str]]] = {
     "empty": ("empty.txt", ["empty"]),
-    "binary": ("binary.bin", ["binary.bin", "not text", "NUL", "JSONL"]),
+    "binary": ("binary.bin", ["binary.bin", "cannot be used", "NUL", "JSONL"]),
     "short": ("short.txt", ["too short", "model.sequence_length=16", "17"]),
     "field_missing": ("rows.jsonl", ["Line 1", "rows.jsonl", "no field 'text'", "'content'", "data.field"]),
 }

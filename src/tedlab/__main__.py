@@ -11,6 +11,7 @@ COMMANDS = {
     "plan": "find the fastest layout that fits on a cluster",
     "calibrate": "measure this machine, for predictions about it",
     "certify": "prove that a configuration equals one process",
+    "data": "tokenise a corpus in parallel, or look at its documents",
     "runs": "list runs with their states, losses and where to resume",
     "compare": "put runs side by side",
     "eval": "evaluate a trained model on texts and tasks",

@@ -48,6 +48,7 @@ _OTHERS = {
     "models ": "--help",
     "completion ": "bash --help",
 }
+_BELOW = {"data": ("prepare", "inspect")}  # commands of commands that Hydra composes
 _TAKE_FOLDERS = ("checkpoint inspect ", "checkpoint consolidate ", "runs ", "compare ")
 
 
@@ -67,7 +68,9 @@ def script() -> str:
     for name in COMMANDS:
         if (CONF / f"{name}.yaml").exists():
             import_module(f"tedlab.commands.{name}")  # which registers the types of its configuration
-            cases.append(_case(f"{name} ", " ".join(words(name))))
+            below = _BELOW.get(name, ())
+            cases += [_case(f"{name} {command} ", " ".join(words(name))) for command in below]
+            cases.append(_case(f"{name} ", " ".join([*below, "--help"] if below else words(name))))
     return _SCRIPT % {"cases": "\n".join(cases), "commands": shlex.quote(" ".join(COMMANDS))}
 
 

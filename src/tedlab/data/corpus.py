@@ -183,6 +183,12 @@ class _Found:
 
     def text(self) -> Iterator[str]:
         """Yields the training text, to train a tokenizer on it."""
+        for file in self.files:
+            if holds_tokens(file.path):
+                raise ValueError(
+                    f"data.tokenizer=bpe is trained on text, but {file.path} holds tokens; name the tokenizer that has "
+                    "made them (a JSON file), or byte."
+                )
         train, _ = self.sides
         with advancing("Training the tokenizer", _size(train)) as advance:
             for source in train:

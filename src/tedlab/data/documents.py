@@ -329,10 +329,7 @@ def text_of(source: Source, advance: Callable[[int], object] = lambda size: None
 
 def _text(block: str | np.ndarray, source: Source) -> str:
     if not isinstance(block, str):
-        raise ValueError(
-            f"{source.path} holds tokens, but text is needed here. A tokenizer cannot be trained on tokens "
-            "(data.tokenizer=bpe): name the JSON file of the one that has made them, or byte."
-        )
+        raise ValueError(f"{source.path} holds tokens, but text is needed here.")
     return block
 
 

@@ -112,7 +112,7 @@ def _table(file: SourceFile, field: str, advance: Callable[[int], object]) -> Co
     except MissingExtra:
         raise
     except ValueError as error:
-        raise Unusable(f"it is a damaged table ({error})") from None
+        raise Unusable(f"{error}".replace(f"{file.path} is", "it is", 1)) from None
     if field not in table.columns:
         columns = ", ".join(map(repr, table.columns)) or "none at all"
         raise Unusable(f"it is a table without a column {field!r} (its columns are {columns})")

@@ -104,7 +104,8 @@ def write_parts(
         RuntimeError: If a process died.
     """
     written = {}
-    if processes == 1:
+    processes = min(processes, len(parts))
+    if processes <= 1:
         for part in parts:
             written[part.split, part.number] = write_part(part, tokenizer, folder)
             advance(part.size)

@@ -64,7 +64,9 @@ def _opened(path: Path) -> Iterator["_Parquet | _Arrow"]:
         with path.open("rb") as file:
             head = file.read(len(ARROW))
         if head.startswith(PARQUET):
-            with needed("pyarrow.parquet", "a Parquet table").ParquetFile(path, memory_map=True) as table:
+            with needed("pyarrow.parquet", "a Parquet table").ParquetFile(
+                path, memory_map=True, page_checksum_verification=True
+            ) as table:
                 yield _Parquet(table)
         else:
             with arrow.memory_map(str(path)) as file:
@@ -72,7 +74,7 @@ def _opened(path: Path) -> Iterator["_Parquet | _Arrow"]:
     except (arrow.ArrowInvalid, arrow.ArrowKeyError, OSError, EOFError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        raise ValueError(" ".join(f"{error}".split()).rstrip(".")) from None
+        raise ValueError(f"{path} is a damaged table ({' '.join(f'{error}'.split()).rstrip('.')})") from None
 
 
 class _Parquet:
