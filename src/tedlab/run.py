@@ -3,9 +3,11 @@
 import functools
 import logging
 import os
+import signal
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
+import wandb
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -37,7 +40,7 @@ from tedlab.config import Documents, Packing, TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.data.ramp import Ramp
 from tedlab.history import read_history
-from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, signals_raised, write_unfinished
+from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, Signalled, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
 from tedlab.nn import Reading
 from tedlab.predict.cluster import load_cluster
@@ -169,22 +172,37 @@ def _ending(config: TrainConfig, trainer: Trainer, module: LanguageModel) -> Ite
         known = {"steps": trainer.global_step, **(about(config, module) if hasattr(module, "network") else {})}
         return write_unfinished(Path(config.output_dir), outcomes[0], known)
 
-    with signals_raised(unfinished):
+    with signals_raised(unfinished) as arrived:
         try:
             yield
         except BaseException as error:
+            arrived()
             left = unfinished(Outcome.of(error))
-            for logger in wandb_loggers(trainer):
-                if has_started(logger):  # otherwise W&B itself failed to start
-                    logger.experiment.summary.update(left)
-                    if left["reason"] == SIGTERM and "WANDB_SWEEP_ID" not in os.environ:
-                        # A scheduler takes the machine away. In a sweep it may be W&B's agent that ends a bad run,
-                        # which would start again what was preempted.
-                        logger.experiment.mark_preempting()
-                    logger.experiment.finish(exit_code=1)
+            _tell(wandb_loggers(trainer), left)
+            if left["reason"] == SIGTERM and not isinstance(error, Signalled):
+                raise Signalled(signal.SIGTERM) from None  # others were ended as well, and this one saw that first
             raise
     for logger in wandb_loggers(trainer):
         logger.experiment.finish()
+
+
+def _tell(loggers: Iterable[Any], left: Mapping[str, Any]) -> None:
+    """Tells W&B how a run ended that did not finish."""
+    try:
+        for logger in loggers:
+            if not has_started(logger):  # W&B itself failed to start
+                continue
+            logger.experiment.summary.update(left)
+            if left["reason"] == SIGTERM and "WANDB_SWEEP_ID" not in os.environ:
+                # A scheduler takes the machine away. In a sweep it may be W&B's agent that ends a bad run, which would
+                # start again what was preempted.
+                logger.experiment.mark_preempting()
+            logger.experiment.finish(exit_code=1)
+    except OSError:
+        # SLURM ends all processes of a step at once, W&B's service as well.
+        print("W&B's service has ended already: it does not know how this run ended.", file=sys.stderr)
+        with suppress(OSError):
+            wandb.teardown()  # or W&B tries when Python exits, and prints how that failed
 
 
 def _announce(config: TrainConfig, trainer: Trainer, module: LanguageModel | None = None) -> None:

@@ -3,7 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +123,30 @@ def test_sigterm_is_told_at_once_and_then_raised_and_a_second_one_disturbs_nothi
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_a_signal_that_python_swallows_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tedlab.launch.outcome._SWALLOWED_S", 0.1)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's makes it a warning
+
+    class Thing:
+        """Can be referred to weakly."""
+
+    thing, told = Thing(), []
+    gone = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    swallowed = raised = False
+    with signals_raised(told.append) as arrived:
+        try:
+            del thing
+            swallowed = gone() is None
+            time.sleep(10)
+        except Signalled:
+            arrived()
+            raised = True
+            time.sleep(0.3)  # nothing is raised any more
+    assert swallowed
+    assert raised
+    assert told == [Outcome(INTERRUPTED, "SIGTERM")]
+
+
 def test_a_signal_that_surfaces_as_another_failure_is_the_reason(tmp_path: Path) -> None:
     """Writing a checkpoint turns whatever interrupts it into an OSError."""
     strategy = SimpleNamespace(cluster_environment=None)
@@ -132,7 +159,7 @@ def test_a_signal_that_surfaces_as_another_failure_is_the_reason(tmp_path: Path)
             raise OSError("could not write") from error
 
     with (
-        pytest.raises(OSError, match="could not write"),
+        pytest.raises(Signalled),  # so that a scheduler sees the exit code of SIGTERM
         run_module._ending(TrainConfig(output_dir=str(tmp_path)), trainer, SimpleNamespace()),  # type: ignore[arg-type]
     ):
         checkpoint()
@@ -159,3 +186,26 @@ def test_wandb_marks_a_run_as_failed_that_failed(tmp_path: Path, monkeypatch: py
     assert logged.summary["state"] == "failed"
     assert logged.summary["reason"] == "ValueError: bad"
     assert summary_of(tmp_path)["steps"] == 7
+
+
+@mock.patch.dict(os.environ)
+def test_a_run_ends_as_ever_if_the_signal_has_ended_wandbs_service_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SLURM sends SIGTERM to all processes of a step."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="tedlab", save_dir=tmp_path, mode="offline")
+    strategy = SimpleNamespace(cluster_environment=None)
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=7, loggers=[None, logger], strategy=strategy)
+    logger.log_metrics({"train/loss": 3.0}, 7)
+    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
+    (service,) = [int(line.split()[0]) for line in children.stdout.splitlines() if "wandb-core" in line]
+    os.kill(service, signal.SIGKILL)
+    with (
+        pytest.raises(Signalled),
+        run_module._ending(TrainConfig(output_dir=str(tmp_path)), trainer, SimpleNamespace()),  # type: ignore[arg-type]
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert summary_of(tmp_path)["state"] == INTERRUPTED
+    assert "W&B's service has ended already" in capsys.readouterr().err
+    wandb.run = None  # which nobody could finish

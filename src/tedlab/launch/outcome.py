@@ -17,6 +17,7 @@ SUMMARY, METRICS = "summary.json", "metrics.csv"
 FINISHED, FAILED, INTERRUPTED = "finished", "failed", "interrupted"
 SIGTERM = signal.SIGTERM.name  # the reason of a run that a scheduler ended
 PRUNED = "pruned"  # a search stopped it, since others had come further by then
+_SWALLOWED_S = 5.0  # until an exception counts as swallowed
 _KEPT = ("train/", "val/", "perf/", "router/")  # metrics whose last logged value describes the whole run
 
 
@@ -52,30 +53,53 @@ class Signalled(SystemExit):
 
 
 @contextmanager
-def signals_raised(first: Callable[[Outcome], object]) -> Iterator[None]:
+def signals_raised(first: Callable[[Outcome], object]) -> Iterator[Callable[[], None]]:
     """Raises :class:`Signalled` on SIGTERM, which would otherwise end the process silently.
+
+    Python only prints an exception that a signal raises within the callback of a weak reference, or ``__del__``. So it
+    is raised again, after some seconds, until the caller says that it has arrived. Other signals are ignored from the
+    first one on.
 
     Args:
         first: Called in the signal handler before it raises, since SIGKILL may follow before the stack unwinds.
+
+    Yields:
+        What to call when the exception has arrived.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
+    arrived = threading.Event()
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
+        yield arrived.set
         return
 
     numbers = (signal.SIGTERM, signal.SIGINT)
+    again = threading.Event()
 
     def end(number: int, frame: FrameType | None) -> None:
-        for later in numbers:
-            signal.signal(later, signal.SIG_IGN)
         error = Signalled(number)
+
+        def later(*_: object) -> None:
+            if again.is_set():
+                again.clear()
+                raise error
+
+        def remind() -> None:
+            while not arrived.wait(_SWALLOWED_S):
+                again.set()
+                signal.pthread_kill(main.ident or 0, number)
+
+        for other in numbers:
+            signal.signal(other, later)
+        threading.Thread(target=remind, daemon=True).start()
         first(Outcome.of(error))
         raise error
 
     before = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        yield arrived.set
     finally:
+        arrived.set()
         for number, handler in before.items():
             if handler is not None:  # None stands for a handler that was not installed from Python
                 signal.signal(number, handler)
