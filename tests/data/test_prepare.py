@@ -170,6 +170,7 @@ def test_one_process_waits_for_another_and_takes_its_result(text, capsys):
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
 def test_two_processes_write_what_one_writes(text, tokenizer, monkeypatch):
     monkeypatch.setattr(documents, "_BLOCK", documents.BLOCK)  # workers do not know what is patched here
+    (text / "special.md").write_text("the separator is spelt <|endoftext|> " * 9)
     prepare_corpora(config(text, "one", tokenizer=tokenizer), 4, processes=1)
     prepare_corpora(config(text, "two", tokenizer=tokenizer), 4, processes=2)
     assert content(text.parent / "two") == content(text.parent / "one")

@@ -1,3 +1,5 @@
+import pickle
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HuggingFaceTokenizer
@@ -113,3 +115,11 @@ def test_a_bpe_is_trained_once_per_corpus_and_vocabulary(tmp_path):
     build("one", 280)
     build("two", 270)
     assert len(trained) == 3
+
+
+def test_another_process_encodes_as_this_one_does(bpe):
+    """Also what spells a special token, which a pickled tokenizer of the library would recognise."""
+    other = pickle.loads(pickle.dumps(bpe))
+    assert other.fingerprint == bpe.fingerprint
+    for text in TEXTS:
+        assert other.encode(text).tolist() == bpe.encode(text).tolist()

@@ -112,6 +112,10 @@ class FileTokenizer:
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
 
+    def __reduce__(self) -> tuple[type["FileTokenizer"], tuple[Path]]:
+        """Is read anew in another process: a pickled tokenizer would recognise special tokens in text."""
+        return FileTokenizer, (self._path,)
+
     def encode(self, text: str) -> np.ndarray:
         try:
             ids = self._tokenizer.encode(text, add_special_tokens=False).ids
