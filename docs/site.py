@@ -106,6 +106,7 @@ def config_page() -> str:
         "plan phase=generate": config.ServeConfig,
         "calibrate": config.CalibrateConfig,
         "generate": config.GenerateConfig,
+        "eval": config.EvalConfig,
         "compare": config.CompareConfig,
     }.items():
         parts += [f"## Only of tedlab {command}\n", _table(kind)]
@@ -139,5 +140,5 @@ def _default(field: Any) -> str:
     if isinstance(field.default, str | int | float | bool):
         text = str(getattr(field.default, "value", field.default))
         text = text.lower() if isinstance(field.default, bool) else text
-        return "must be set" if text == "???" else f"`{text}`"
+        return {"???": "must be set", "": "empty"}.get(text, f"`{text}`")
     return "`null`" if field.default is None else ""
