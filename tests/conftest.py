@@ -77,7 +77,12 @@ def single() -> "Iterator[Topology]":
     dist.destroy_process_group()
 
 
-_OF_LIBRARIES = {"PYTEST_CURRENT_TEST", "WANDB_SILENT", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}  # they set these
+_OF_LIBRARIES = {  # they set these
+    "PYTEST_CURRENT_TEST",
+    "WANDB_SILENT",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+    "KMP_DUPLICATE_LIB_OK",
+}
 
 
 @pytest.fixture(autouse=True)

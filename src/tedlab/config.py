@@ -672,6 +672,11 @@ class EvalConfig(Frozen):
     run: str  # a run directory, an imported model's, or a checkpoint in one
     # Named sets of texts: data.NAME=PATH, where PATH is a file, folder or glob of text or JSONL, as in training.
     data: dict[str, str] = field(default_factory=dict)
+    # Tasks of the lm-eval harness (needs the extra eval): names, or paths of YAML files.
+    tasks: list[str] = field(default_factory=list)
+    include: str | None = None  # a folder with further tasks
+    fewshot: int | None = whole(None, least=0)  # examples before each document of a task; null: as the task says
+    limit: int | None = whole(None, least=1)  # the first documents of each task; null: all
     field: str = "text"  # the field of a JSONL line that holds the text
     # apart: each document by itself, after a separator | packed: all of a set end to end, as in packed training
     documents: str = word(EvalDocuments.APART)

@@ -5,13 +5,11 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +22,7 @@ from tedlab.evaluation.evaluate import evaluate
 from tedlab.evaluation.windows import windows
 from tests.commands import run_command
 from tests.compare.sweep import compare_command, write_run
-from tests.evaluation.tiny import CONTEXT, SEPARATOR, Tiny, ids, tiny, write_jsonl
+from tests.evaluation.tiny import CONTEXT, SEPARATOR, Follows, Tiny, ids, tiny, write_jsonl
 from tests.offline_wandb import read_offline_run
 from tests.pool import WorkerPool
 from tests.test_conf import compose
@@ -56,9 +54,7 @@ def config(model: Tiny, **options: Any) -> EvalConfig:
 # ---- judged by transformers -----------------------------------------------------------------------------------------
 
 
-def judged(
-    follows: Callable[[list[int]], torch.Tensor], streams: list[list[int]], context: int, stride: int
-) -> tuple[int, float]:
+def judged(follows: Follows, streams: list[list[int]], context: int, stride: int) -> tuple[int, float]:
     """How many tokens follow the first ones of streams, and their mean loss, each computed by itself.
 
     Of a stream's n tokens after the first, token i ≤ context sees all before it. The others are in groups of ``stride``
@@ -180,8 +176,7 @@ def test_compare_shows_what_was_found_at_the_last_step(tmp_path: Path, capsys: p
     for name, loss, stride in (("a", 2.5, 8), ("b", 2.25, 4)):
         run = write_run(tmp_path / name, {"optim.lr": loss}, {"val/wiki/loss": 2 * loss, "val/wiki/perplexity": 99.0})
         for step, factor in ((5, 10), (20, 1)):
-            entry = {"metrics": {"eval/book/loss": factor * loss}, "settings": {"stride": stride}}
-            results.write(run / "eval", step, "book", entry)
+            results.write(run / "eval", step, "book", {"eval/book/loss": factor * loss}, {"stride": stride})
     compare_command(f"{tmp_path}", f"out={tmp_path / 'table.csv'}")
     said = " ".join(capsys.readouterr().out.split())
     for text in ("book", "wiki", "2.5000", "2.2500", "5.0000", "4.5000"):

@@ -18,13 +18,16 @@ SEPARATOR = 0
 CONTEXT = CONFIGS["olmoe"]["max_position_embeddings"]
 
 
+Follows = Callable[[list[int]], Tensor]
+
+
 class Tiny(NamedTuple):
     """The folder of transformers and the run directory."""
 
     folder: Path
     run: Path
 
-    def judge(self) -> Callable[[list[int]], Tensor]:
+    def judge(self) -> Follows:
         """Returns what the model of transformers says follows tokens: log-probabilities (V,), in float64."""
         import transformers
 

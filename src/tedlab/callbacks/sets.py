@@ -53,7 +53,7 @@ class NamedSets(Callback):
         for texts, samples in self._sets:
             with trainer.precision_plugin.val_step_context():
                 found = scores(pl_module.network, samples, self.micro_batch_size, self.sequence_length)
-            metrics = result_of(texts, found).metrics(f"val/{texts.name}")
+            metrics = result_of(texts, found).metrics(texts.name, "val")
             trainer.callback_metrics.update(
                 {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
             )

@@ -1,4 +1,4 @@
-"""``tedlab eval run=<dir> data.NAME=<path>``: evaluates the model of a run on named sets of texts."""
+"""``tedlab eval run=<dir> data.NAME=<path> tasks=[NAME]``: evaluates the model of a run on texts and tasks."""
 
 from pathlib import Path
 

@@ -47,6 +47,7 @@ class Given(NamedTuple):
         context, stride: See :class:`tedlab.config.EvalConfig`.
         directory: The run's.
         logger: Where the run was logged at W&B, if results go there, too.
+        tasks: The result of :func:`tedlab.evaluation.harness.load_tasks`; None: there are none.
     """
 
     model: Opened
@@ -58,6 +59,7 @@ class Given(NamedTuple):
     stride: int
     directory: Path
     logger: Mapping[str, Any] | None
+    tasks: Any
 
 
 def given(config: EvalConfig) -> Given:
@@ -69,8 +71,8 @@ def given(config: EvalConfig) -> Given:
             written, or a file of the run is damaged; the message says which.
     """
     check_ranges(config)
-    if not config.data:
-        raise ValueError("there is nothing to evaluate on: give texts with data.NAME=PATH")
+    if not config.data and not config.tasks:
+        raise ValueError("there is nothing to evaluate on: give texts with data.NAME=PATH, or tasks=[NAME]")
     check_names(config.data, "data")
     path = find_checkpoint(Path(config.run), "run").absolute()
     directory = path.parents[1]
@@ -89,13 +91,22 @@ def given(config: EvalConfig) -> Given:
     folder = Path(config.out) if config.out is not None else directory / results.DIRECTORY
     check_writable("out", folder)
     stored = _stored(directory)
-    logger = next((settings for settings in (stored.get("logger") or {}).values() if is_wandb(settings)), None)
+    loggers = [settings for settings in (stored.get("logger") or {}).values() if isinstance(settings, dict)]
+    logger = next(filter(is_wandb, loggers), None)
     if config.wandb and logger is None:
         raise ValueError(f"wandb=true, but {directory} was not logged to W&B: its config.yaml has no such logger")
     sets = [read_set(name, path, config.field, model.tokenizer) for name, path in config.data.items()]
+    tasks = None
+    if config.tasks:
+        from tedlab.evaluation.harness import load_tasks
+
+        tasks = load_tasks(config.tasks, config.include)
+        both = sorted({*config.data} & {*tasks.names})
+        if both:
+            raise ValueError(f"{both[0]} is both a set of data and a task: call the set otherwise")
     step = read_meta(path).get("global_step", 0)
     masked = (stored.get("data") or {}).get("documents") == Documents.MASKED
-    return Given(model, masked, step, folder, sets, context, stride, directory, logger if config.wandb else None)
+    return Given(model, masked, step, folder, sets, context, stride, directory, logger if config.wandb else None, tasks)
 
 
 def _stored(directory: Path) -> dict[str, Any]:
@@ -110,26 +121,37 @@ def _stored(directory: Path) -> dict[str, Any]:
     return stored
 
 
-def evaluate(config: EvalConfig) -> dict[str, Any]:
-    """Evaluates in every process of the layout; the first one prints a table and writes files.
+def evaluate(config: EvalConfig) -> dict[str, float]:
+    """Evaluates in every process of the layout; the first one prints tables and writes files.
 
     Returns:
-        What was found, by the names of metrics.
+        What was found, by the names of metrics; of tasks in the first process of a machine alone.
 
     Raises:
         FileNotFoundError, ValueError: See :func:`given`.
     """
     found = given(config)
+    tokenizer = found.model.tokenizer
+    by_task: dict[str, Any] = {}
     with _default_dtype(_DTYPES[EvalPrecision(config.precision)]):
         model = load(found.model)
-        model.separator = found.model.tokenizer.separator if found.masked else None
+        model.separator = tokenizer.separator if found.masked else None
         by_set = evaluate_sets(model, found, config)
-    metrics = {key: value for name, result in by_set.items() for key, value in result.metrics(f"eval/{name}").items()}
+        if found.tasks is not None:
+            from tedlab.evaluation.harness import LentModel, run_tasks
+
+            model.separator = None  # a task's texts are whole, and begin with a separator if with nothing else
+            lent = LentModel(model, tokenizer, config.batch_size, found.context)
+            by_task = run_tasks(lent, found.tasks, config.fewshot, config.limit)
+    results_by_name = {**by_set, **by_task}
+    metrics = {key: value for name, each in results_by_name.items() for key, value in each.metrics(name).items()}
     if first_outside():
-        settings = _keep(found, config, by_set)
+        settings = _keep(found, config, by_set, by_task)
         if found.logger is not None:
             add_to_run(found.directory, found.logger, {**metrics, EVALUATIONS: settings})
-        _print(found, by_set)
+        _print(found, by_set, by_task)
+        if by_task and lent.shortened:
+            print(f"{lent.shortened} contexts lost their beginnings: the model reads {found.context} tokens at a time")
     return metrics
 
 
@@ -150,38 +172,54 @@ def evaluate_sets(model: GPT, found: Given, config: EvalConfig) -> dict[str, Set
     return by_set
 
 
-def _keep(found: Given, config: EvalConfig, by_set: Mapping[str, SetResult]) -> dict[str, dict[str, Any]]:
+def _keep(
+    found: Given, config: EvalConfig, by_set: Mapping[str, SetResult], by_task: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """Writes results, and returns by name what each depends on."""
-    windows = {"documents": config.documents, "context": found.context, "stride": found.stride}
-    settings = {**windows, "precision": config.precision}
+    whose = {"checkpoint": str(found.model.path), "layout": found.model.degrees.described()}
+    common = {"context": found.context, "precision": config.precision}
+    settings: dict[str, dict[str, Any]] = {}
     for name, result in by_set.items():
-        entry = {
-            results.METRICS: result.metrics(f"eval/{name}"),
-            results.SETTINGS: settings,
-            "path": config.data[name],
-            "checkpoint": str(found.model.path),
-            "layout": found.model.degrees.described(),
-            **asdict(result),
-        }
-        results.write(found.folder, found.step, name, entry)
-    return dict.fromkeys(by_set, settings)
+        settings[name] = {"documents": config.documents, "stride": found.stride, **common}
+        entry = {"path": config.data[name], **asdict(result)}
+        results.write(found.folder, found.step, name, result.metrics(name), settings[name], {**entry, **whose})
+    for name, task in by_task.items():
+        settings[name] = {"fewshot": task.fewshot, "limit": config.limit, "version": task.version, **common}
+        entry = {"documents": task.documents}
+        results.write(found.folder, found.step, name, task.metrics(name), settings[name], {**entry, **whose})
+    return settings
 
 
-def _print(found: Given, by_set: Mapping[str, SetResult]) -> None:
+def _print(found: Given, by_set: Mapping[str, SetResult], by_task: Mapping[str, Any]) -> None:
     for said in filter(None, map(said_of_files, found.sets)):
         print(said, file=sys.stderr)
     where = f"{found.model.path.parents[1].name}/{found.model.path.name}"
-    table = FittingTable()
-    table.add_column("set")
-    for heading in ("documents", "tokens", "nats/token", "perplexity", "bits/byte"):
-        table.add_column(heading, justify="right")
-    for name, result in by_set.items():
-        numbers = f"{result.loss:.4f}", f"{result.perplexity:,.4g}", f"{result.bits_per_byte:.4f}"
-        table.add_row(name, f"{result.documents:,}", f"{result.tokens:,}", *numbers)
     console = output()
     console.print(f"{where}, step {found.step}, {found.model.degrees}", soft_wrap=True)
-    console.print(table)
+    if by_set:
+        table = _table("set", "documents", "tokens", "nats/token", "perplexity", "bits/byte")
+        for name, result in by_set.items():
+            numbers = f"{result.loss:.4f}", f"{result.perplexity:,.4g}", f"{result.bits_per_byte:.4f}"
+            table.add_row(name, f"{result.documents:,}", f"{result.tokens:,}", *numbers)
+        console.print(table)
+    if by_task:
+        table = _table("task", "documents", "examples", "metric", "value", "± standard error")
+        for name, task in by_task.items():
+            for metric, value in task.values.items():
+                if not metric.endswith("_stderr"):
+                    error = task.values.get(f"{metric}_stderr")
+                    around = "" if error is None else f"{error:.4f}"
+                    table.add_row(name, f"{task.documents:,}", f"{task.fewshot}", metric, f"{value:.4f}", around)
+        console.print(table)
     console.print(f"saved in {found.folder}", soft_wrap=True)
+
+
+def _table(first: str, *others: str) -> FittingTable:
+    table = FittingTable()
+    table.add_column(first)
+    for heading in others:
+        table.add_column(heading, justify="right")
+    return table
 
 
 @contextmanager

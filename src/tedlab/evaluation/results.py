@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DIRECTORY = "eval"
+_NO_FILE_NAME = re.compile(r"[^\w.-]")
 METRICS, SETTINGS = "metrics", "settings"
 
 
@@ -22,19 +24,29 @@ class Found(NamedTuple):
     settings: dict[str, dict[str, Any]]
 
 
-def write(folder: Path, step: int, name: str, entry: Mapping[str, Any]) -> Path:
+def write(
+    folder: Path,
+    step: int,
+    name: str,
+    metrics: Mapping[str, float],
+    settings: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> Path:
     """Writes the result of a set or task at a step, in place of an earlier one, and returns the file.
 
     Args:
         folder: Where to; it is made if need be.
         step: How many steps the model was trained.
         name: The set's or task's.
-        entry: ``metrics`` by name, ``settings``, and whatever else is worth keeping.
+        metrics: What was found, by the names of metrics.
+        settings: What that depends on.
+        more: Whatever else is worth keeping.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step}_{name}.json"
+    path = folder / f"step_{step}_{_NO_FILE_NAME.sub('_', name)}.json"
+    entry = {"name": name, "step": step, METRICS: metrics, SETTINGS: settings, **(more or {})}
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"name": name, "step": step, **entry}, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return path
 

@@ -61,10 +61,10 @@ class SetResult:
         """The loss by the bytes of its text, in bits."""
         return self.loss / (math.log(2) * self.bytes_per_token)
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """Returns what is logged, by name."""
+    def metrics(self, name: str, kind: str = "eval") -> dict[str, float]:
+        """Returns what is logged of the set of this name, by the names of metrics."""
         values = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
-        return {f"{prefix}/{name}": value for name, value in values.items()}
+        return {f"{kind}/{name}/{metric}": value for metric, value in values.items()}
 
 
 def read_set(name: str, path: str, field: str, tokenizer: Tokenizer) -> TextSet:

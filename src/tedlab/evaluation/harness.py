@@ -1,0 +1,271 @@
+"""Lends a model to EleutherAI's lm-eval harness, which asks how likely continuations of texts are.
+
+Every process of a layout runs the harness alike: each is asked the same questions, and :mod:`tedlab.evaluation.scoring`
+divides them among data ranks. This needs the extra ``eval``.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from typing_extensions import override
+
+from tedlab.data.tokenizers import Tokenizer
+from tedlab.decode import continuations
+from tedlab.evaluation.scoring import Score, scores
+from tedlab.evaluation.windows import Window, windows
+from tedlab.generate import Continued
+from tedlab.hints import did_you_mean
+from tedlab.launch.outside import first_outside
+from tedlab.models import GPT
+from tedlab.sampling import Sampling
+
+if not first_outside():  # one process shows how far it is
+    os.environ.setdefault("TQDM_DISABLE", "1")
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+except ImportError as error:
+    raise ValueError(
+        f"tasks need the lm-eval harness, which is not installed ({error}): pip install 'tedlab[eval]'"
+    ) from None
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+_MOST_NEW = 256  # tokens of a generated text, where a task does not say how many
+
+
+class LentModel(TemplateLM):
+    """A model as the harness sees it.
+
+    Args:
+        model: In any layout, with no capacity of experts.
+        tokenizer: Its tokenizer.
+        batch: How many texts each data rank computes at a time.
+        context: How many tokens the model reads at a time. Longer contexts lose their beginnings.
+
+    Attributes:
+        shortened: How many contexts lost their beginnings.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch: int, context: int) -> None:
+        super().__init__()
+        self.model, self.letters, self.batch, self.context = model, tokenizer, batch, context
+        self.shortened = 0
+
+    @property
+    @override
+    def eot_token_id(self) -> int:
+        return self.letters.separator
+
+    @override
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return [int(token) for token in self.letters.encode(string)]
+
+    @override
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Returns the log-probability of each continuation, and whether it is what greedy decoding would give.
+
+        Raises:
+            ValueError: If a continuation has no tokens, or more than the model reads at a time.
+        """
+        for request in requests:
+            _, continuation = request.args
+            if not 0 < len(self.tok_encode(continuation)) <= self.context:
+                raise ValueError(
+                    f"document {request.doc_id} of task {request.task_name}: {continuation[:60]!r}, whose probability "
+                    f"is asked for, has {len(self.tok_encode(continuation))} tokens; it must have 1 to {self.context}"
+                )
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    @override
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        asked = []
+        for _, before, tokens in requests:
+            whole = np.array([*(before or [self.eot_token_id]), *tokens])
+            self.shortened += len(whole) > self.context + 1
+            asked.append(Window(whole[-(self.context + 1) :], len(tokens)))
+        return [(score.log_likelihood, score.greedy) for score in self._scores(asked)]
+
+    @override
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Returns the log-probability of each whole text after a separator, in windows if it is long."""
+        cut = []
+        for request in requests:
+            tokens = np.array([self.eot_token_id, *self.tok_encode(request.args[0])])
+            cut.append([*windows(tokens, self.context, self.context)])
+        found = iter(self._scores([window for text in cut for window in text]))
+        return [sum(next(found).log_likelihood for _ in text) for text in cut]
+
+    @override
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Returns continuations, greedy ones unless a task says ``do_sample``."""
+        texts = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(repr(request.args[1]), []).append(number)
+        together = self.batch * self.model.comm.size("data")
+        for numbers in alike.values():
+            options = requests[numbers[0]].args[1]
+            for start in range(0, len(numbers), together):
+                now = numbers[start : start + together]
+                for number, text in zip(now, self._continued([requests[n].args[0] for n in now], options), strict=True):
+                    texts[number] = text
+        return texts
+
+    def _continued(self, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+        """Returns what is added to prompts."""
+        until = options.get("until") or []
+        stop = [text for text in ([until] if isinstance(until, str) else until) if text]
+        tokens = int(options.get("max_gen_toks", _MOST_NEW))
+        room = max(1, self.context - tokens)
+        given = []
+        for prompt in prompts:
+            encoded = self.tok_encode(prompt) or [self.eot_token_id]
+            self.shortened += len(encoded) > room
+            given.append(encoded[-room:])
+        sampling = Sampling(0.0)
+        if options.get("do_sample"):
+            sampling = Sampling(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p", 1.0))
+        texts = [Continued(self.letters, prompt, stop) for prompt in given]
+        steps = continuations(
+            *(self.model, given, tokens, sampling),
+            ended=lambda number, added: added[-1] == self.eot_token_id or texts[number].ends(added),
+            vocabulary=self.letters.vocab_size,
+        )
+        for _ in steps:
+            pass
+        return [text.text[text.begins :] for text in texts]
+
+    def _scores(self, asked: Sequence[Window]) -> list[Score]:
+        return scores(self.model, asked, self.batch, known=self.letters.vocab_size)
+
+
+class TaskResult(NamedTuple):
+    """What the harness found of a task.
+
+    Attributes:
+        values: By the name of what was measured, such as ``acc``; that of its standard error ends in ``_stderr``.
+        documents: How many documents it has, or were taken of it.
+        fewshot: How many examples stood before each.
+        version: Of the task.
+    """
+
+    values: dict[str, float]
+    documents: int
+    fewshot: int
+    version: str
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """Returns what is logged of the task of this name, by the names of metrics."""
+        return {f"eval/{name}/{metric}": value for metric, value in self.values.items()}
+
+
+class Loaded(NamedTuple):
+    """Tasks with their data.
+
+    Attributes:
+        manager: The harness's own manager of tasks.
+        tasks: Its tasks, and groups of these.
+        names: Of all of them.
+    """
+
+    manager: Any
+    tasks: list[Any]
+    names: list[str]
+
+
+def load_tasks(tasks: Sequence[str], include: str | None) -> Loaded:
+    """Returns tasks of the harness, with their data.
+
+    Args:
+        tasks: Names, or paths of YAML files.
+        include: A folder with further tasks; None: there is none.
+
+    Raises:
+        FileNotFoundError: If a file or the folder does not exist.
+        ValueError: If a task is unknown, or cannot be loaded; the message says why, and whether it needs the network.
+    """
+    if include is not None and not Path(include).is_dir():
+        raise FileNotFoundError(f"include={include} is no folder")
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"tasks has {file}, and there is no such file")
+    named = [task for task in tasks if task not in files]
+    manager = TaskManager(include_path=include, include_defaults=False)
+    if not {*named} <= {*manager.all_tasks}:
+        manager = TaskManager(include_path=include)  # thousands of files
+    for task in named:
+        if task not in manager.all_tasks:
+            raise ValueError(
+                f"tasks has {task!r}, which the lm-eval harness does not know.{did_you_mean(task, manager.all_tasks)} "
+                f"It knows {len(manager.all_tasks):,}; give one of your own as the path of its YAML file, or a folder "
+                "of them with include=DIR"
+            )
+    loaded = Loaded(manager, [], [])
+    for task in tasks:
+        try:
+            found = manager.load([task])
+        except Exception as error:  # those of data sets, of hubs and of a task's own code
+            raise ValueError(f"task {task!r} cannot be loaded: {_why(error)}") from None
+        loaded.tasks.extend(found["groups"].values() or found["tasks"].values())
+        loaded.names.extend([*found["groups"], *found["tasks"]])
+    return loaded
+
+
+def _why(error: BaseException) -> str:
+    said = " ".join(f"{error}".split())[:300] or type(error).__name__
+    names = {kind.__name__ for cause in _causes(error) for kind in type(cause).__mro__}
+    if names & {"ConnectionError", "OfflineModeIsEnabled", "ConnectTimeout", "ConnectError", "LocalEntryNotFoundError"}:
+        return (
+            f"its data is not on this machine, and no hub can be reached ({said}). Load the task once where there is a "
+            "network, and take its cache (HF_HOME) along, or use a task whose dataset_path is json, with files of yours"
+        )
+    return said
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def run_tasks(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int | None) -> dict[str, TaskResult]:
+    """Returns the result of each task, in the first process; nothing in the others, which must call it, too.
+
+    Args:
+        lent: The model.
+        loaded: The result of :func:`load_tasks`.
+        fewshot: How many examples stand before each document; None: as each task says.
+        limit: How many documents of each task to take, its first; None: all.
+    """
+    found = simple_evaluate(
+        model=lent,
+        tasks=loaded.tasks,
+        task_manager=loaded.manager,
+        num_fewshot=fewshot,
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    if found is None:
+        return {}
+    return {name: _result(name, values, found) for name, values in found["results"].items()}
+
+
+def _result(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> TaskResult:
+    """Takes the result of a task apart; the harness calls metrics ``acc,none``, after what filters their answers."""
+    measured = {}
+    for key, value in values.items():
+        metric, comma, filtered = key.partition(",")
+        if comma and isinstance(value, int | float):
+            measured[metric if filtered == "none" else f"{metric}_{filtered}"] = float(value)
+    documents = found.get("n-samples", {}).get(name, {}).get("effective", 0)
+    return TaskResult(measured, documents, found["n-shot"].get(name, 0), f"{found['versions'].get(name, '')}")

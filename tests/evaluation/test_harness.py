@@ -1,0 +1,263 @@
+"""Tasks of the lm-eval harness: what it is told is what transformers says, in every layout; what fails is told."""
+
+import json
+import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tedlab.config import EvalConfig
+from tedlab.evaluation.evaluate import evaluate
+from tests.evaluation.tiny import CONTEXT, LETTERS, SEPARATOR, Follows, Tiny, ids, tiny, write_jsonl
+from tests.pool import WorkerPool
+
+pytest.importorskip("transformers")
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("single")
+
+QUESTIONS = [
+    {"question": "is it so", "choices": [" yes", " no, never"], "answer": 0},
+    {"question": "who?", "choices": [" the one", " a", " many of us"], "answer": 2},
+    {"question": "a very long question that does not fit", "choices": [" ok", " no"], "answer": 1},
+    {"question": "when", "choices": [" now", " then"], "answer": 1},
+    {"question": "so", "choices": [" be it", " what"], "answer": 0},
+]
+TASK: dict[str, Any] = {
+    "task": "tiny",
+    "dataset_path": "json",
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "choices",
+    "doc_to_target": "answer",
+    "target_delimiter": "",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    "metadata": {"version": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    place = tmp_path_factory.mktemp("tiny")
+    (place / "tasks").mkdir()
+    task(place, "tiny", QUESTIONS)
+    return tiny(place)
+
+
+def task(place: Path, name: str, rows: list[Any], **changed: Any) -> str:
+    """Writes the file of a task and its data, and returns the path."""
+    data = write_jsonl(place / f"{name}.jsonl", rows)
+    options = {"data_files": {"test": f"{data}"}, "cache_dir": f"{place / 'cache'}"}
+    path = place / "tasks" / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**TASK, "task": name, "dataset_kwargs": options, **changed}))
+    return f"{path}"
+
+
+def config(model: Tiny, *tasks: str, **options: Any) -> EvalConfig:
+    given = {"run": str(model.run), "tasks": [*tasks], "precision": "64-true", "batch_size": 2}
+    return EvalConfig(**{**given, "out": f"{model.run.parent / 'out'}", **options})
+
+
+def likelihood(follows: Follows, before: str, after: str) -> float:
+    """The log-probability of a continuation by transformers, each token by itself, of the last tokens that fit."""
+    stream = ids(before) or [SEPARATOR]
+    total = len(stream) + len(ids(after))
+    stream = [*stream, *ids(after)]
+    begin = max(0, total - CONTEXT - 1)
+    places = range(total - len(ids(after)), total)
+    return math.fsum(float(follows(stream[begin:place])[stream[place]]) for place in places)
+
+
+# ---- what the harness is told ---------------------------------------------------------------------------------------
+
+
+def lent(model: Tiny, **options: Any) -> Any:
+    from tedlab.evaluation.harness import LentModel
+    from tedlab.opened import load, opened
+
+    whose = opened(model.run / "checkpoints" / "last.ckpt", model.run, config(model, **options))
+    torch.set_default_dtype(torch.float64)
+    try:
+        return LentModel(load(whose), whose.tokenizer, 2, CONTEXT)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def asked(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments, task_name="x", doc_id=7)
+
+
+PAIRS = [
+    ("the start", " of it"),
+    ("", "alone"),
+    ("a", " b"),
+    ("so long that it loses its beginning", " here"),
+    (" ", "x"),
+]
+
+
+def answers(model: Tiny, layout: dict[str, int]) -> tuple[list[Any], list[float], list[str]]:
+    told = lent(model, **layout)
+    texts = ["short", "a text that is longer than what the model reads"]
+    until = [asked("the ", {"until": ["e", "\n"], "max_gen_toks": 6}), asked("once upon a time there", {"until": "q"})]
+    until[1].args[1]["max_gen_toks"] = 5
+    pairs = told.loglikelihood([asked(*pair) for pair in PAIRS])
+    return pairs, told.loglikelihood_rolling([asked(text) for text in texts]), told.generate_until(until)
+
+
+def test_likelihoods_are_those_of_transformers(model: Tiny) -> None:
+    follows = model.judge()
+    pairs, rolling, generated = answers(model, {})
+    for (before, after), (found, greedy) in zip(PAIRS, pairs, strict=True):
+        moved = before[len(before.rstrip()) :]  # blanks at the end of a context belong to the continuation
+        expected = likelihood(follows, before.rstrip(), moved + after)
+        assert found == pytest.approx(expected, rel=1e-12), (before, after)
+        assert not greedy
+    assert rolling[0] == pytest.approx(likelihood(follows, "", "short"), rel=1e-12)
+    prompt = ids("the ")
+    for _ in range(6):
+        prompt.append(int(follows(prompt)[: 1 + len(LETTERS)].argmax()))
+        if prompt[-1] == SEPARATOR:
+            break
+    written = "".join(["<|endoftext|>", *LETTERS][token] for token in prompt[4:])
+    assert generated[0] == written.split("e")[0].split("\n")[0].split("<")[0]
+    assert len(generated[1]) <= 5
+
+
+def test_what_greedy_decoding_writes_is_greedy(model: Tiny) -> None:
+    told = lent(model)
+    (text,) = told.generate_until([asked("how", {"until": [], "max_gen_toks": 4})])
+    assert text
+    other = text[:-1] + ("a" if text[-1] != "a" else "b")
+    pairs = told.loglikelihood([asked("how", text), asked("how", other)])
+    assert [greedy for _, greedy in pairs] == [True, False]
+
+
+LAYOUTS = [{"tensor": 2, "expert": 2}, {"expert": 4}, {}, {"tensor": 2, "expert": 4, "expert_tensor": 1}]
+
+
+@pytest.mark.slow
+def test_every_layout_answers_alike(pool: WorkerPool, model: Tiny) -> None:
+    one = answers(model, {})
+    cells = [(model, {"processes": 4, **layout}) for layout in LAYOUTS]
+    for by_rank in pool.run_each(4, answers, cells):
+        for pairs, rolling, generated in by_rank:
+            assert [value for value, _ in pairs] == pytest.approx([value for value, _ in one[0]], rel=1e-12)
+            assert [greedy for _, greedy in pairs] == [greedy for _, greedy in one[0]]
+            assert rolling == pytest.approx(one[1], rel=1e-12)
+            assert generated == one[2]
+
+
+# ---- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def expected(model: Tiny) -> dict[str, float]:
+    """Accuracies by hand: a choice wins by its log-probability, or by that for each of its letters."""
+    follows = model.judge()
+    right: dict[str, list[bool]] = {"acc": [], "acc_norm": []}
+    for row in QUESTIONS:
+        values = [likelihood(follows, row["question"], choice) for choice in row["choices"]]
+        each = [value / len(choice) for value, choice in zip(values, row["choices"], strict=True)]
+        right["acc"].append(values.index(max(values)) == row["answer"])
+        right["acc_norm"].append(each.index(max(each)) == row["answer"])
+    return {name: sum(which) / len(which) for name, which in right.items()}
+
+
+def test_a_task_of_ones_own_has_the_accuracies_worked_by_hand(model: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    found = evaluate(config(model, f"{model.run.parent / 'tasks' / 'tiny.yaml'}"))
+    by_hand = expected(model)
+    assert by_hand["acc"] != by_hand["acc_norm"], "the two can be told apart"
+    assert {name: found[f"eval/tiny/{name}"] for name in by_hand} == by_hand
+    p = by_hand["acc"]
+    assert found["eval/tiny/acc_stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (len(QUESTIONS) - 1)))
+    said = capsys.readouterr().out
+    assert f"{p:.4f}" in said
+    assert "3 contexts lost their beginnings: the model reads 16 tokens at a time" in said
+    written = json.loads((model.run.parent / "out" / "step_0_tiny.json").read_text())
+    assert written["settings"] == {"fewshot": 0, "limit": None, "version": "3", "context": 16, "precision": "64-true"}
+    assert (written["metrics"], written["documents"]) == (found, len(QUESTIONS))
+
+
+@pytest.mark.slow
+def test_layouts_find_the_same_of_tasks_by_name_and_examples_stand_before_them(pool: WorkerPool, model: Tiny) -> None:
+    options = {
+        "include": f"{model.run.parent / 'tasks'}",
+        "limit": 3,
+        "data": {"rows": f"{model.run.parent}/tiny.jsonl"},
+    }
+    given = config(model, "tiny", **options, field="question")
+    one = evaluate(given)
+    by_rank = pool.run(4, evaluate, EvalConfig(**{**vars(given), "processes": 4, "tensor": 2, "expert": 2}))
+    assert by_rank[0] == pytest.approx(one, rel=1e-12)
+    assert "eval/rows/loss" in one
+    (few,) = pool.run(1, evaluate, EvalConfig(**{**vars(given), "fewshot": 1}))
+    assert few.keys() == one.keys()
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_a_task_in_a_layout(model: Tiny, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tedlab", "eval", f"run={model.run}", f"out={tmp_path}", "precision=64-true"]
+    command += [f"tasks=[{model.run.parent / 'tasks' / 'tiny.yaml'}]", "processes=2", "tensor=2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert f"{expected(model)['acc_norm']:.4f}" in done.stdout
+    assert (tmp_path / "step_0_tiny.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": [" yes", ""]}, "document 1 of task bad: '', whose probability is asked for, has 0 tokens"),
+        ({"choices": [" no", " far too long to be read"]}, "has 24 tokens; it must have 1 to 16"),
+    ],
+    ids=["empty", "long"],
+)
+def test_choices_that_have_no_probability_are_told(model: Tiny, row: dict[str, Any], message: str) -> None:
+    file = task(model.run.parent, "bad", [QUESTIONS[0], {**QUESTIONS[1], "answer": 0, **row}])
+    with pytest.raises(ValueError, match="task bad") as caught:
+        evaluate(config(model, file))
+    assert message in str(caught.value)
+
+
+def test_tasks_that_cannot_be_loaded_are_told(model: Tiny) -> None:
+    place = model.run.parent
+    with pytest.raises(FileNotFoundError, match=r"tasks has nowhere\.yaml, and there is no such file"):
+        evaluate(config(model, "nowhere.yaml"))
+    with pytest.raises(FileNotFoundError, match="include=nowhere is no folder"):
+        evaluate(config(model, "tiny", include="nowhere"))
+    file = task(place, "lost", QUESTIONS, dataset_kwargs={"data_files": {"test": f"{place}/lost_for_good.jsonl"}})
+    with pytest.raises(ValueError, match=r"task '.*lost\.yaml' cannot be loaded: .*lost_for_good"):
+        evaluate(config(model, file))
+    with pytest.raises(ValueError, match="tiny is both a set of data and a task: call the set otherwise"):
+        evaluate(config(model, f"{place}/tasks/tiny.yaml", data={"tiny": f"{place}/tiny.jsonl"}, field="question"))
+
+
+def test_a_task_whose_data_is_nowhere_near_is_told_in_a_sentence(model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no data") from ConnectionError(socket.gaierror("no such host"))
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    file = task(model.run.parent, "remote", QUESTIONS, dataset_path="some/hub", dataset_kwargs={})
+    with pytest.raises(ValueError, match="its data is not on this machine, and no hub can be reached"):
+        evaluate(config(model, file))
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_told_with_those_like_it(model: Tiny) -> None:
+    """The harness lists its own by reading thousands of files."""
+    with pytest.raises(ValueError, match=r"tasks has 'helaswag', which .* Did you mean 'hellaswag'\?"):
+        evaluate(config(model, "helaswag"))
+
+
+def test_without_the_harness_tasks_are_refused(model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "tedlab.evaluation.harness", raising=False)
+    with pytest.raises(ValueError, match=r"not installed .*: pip install 'tedlab\[eval\]'"):
+        evaluate(config(model, "tiny"))
