@@ -82,6 +82,7 @@ _OF_LIBRARIES = {  # they set these
     "WANDB_SILENT",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "KMP_DUPLICATE_LIB_OK",
+    "KMP_INIT_AT_FORK",
 }
 
 

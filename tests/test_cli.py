@@ -15,13 +15,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 from rich.console import Console
 
 import tedlab
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
-from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan
+from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan, with_sources
 from tedlab.commands import checkpoint
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.completion import _OTHERS, script
@@ -295,6 +296,18 @@ def test_help_lists_groups_presets_and_values_with_their_comments() -> None:
     assert shown[above + 1].startswith("  vocab_size: null")
     assert [line for line in shown if line.startswith("    momentum: 0.0")]
     assert not [line for line in shown if line.startswith("cluster") or "hydra.help" in line]
+
+
+def test_sources_are_given_whole_or_in_parts_under_names_of_the_users_own() -> None:
+    whole = ["data.sources={web:{path:w,weight:0.7},code:{path:c,weight:0.3,epochs:2}}"]
+    parts = ["data.sources.web.path=w", "data.sources.web.weight=0.7", "data.sources.code={path:c,weight:0.3,epochs:2}"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        one, other = (compose("train", with_sources(words)).data.sources for words in (whole, parts))
+        assert one == other
+        assert dict(one.web) == {"path": "w", "weight": 0.7, "field": None, "epochs": None}
+        with pytest.raises(ConfigCompositionException):
+            compose("train", with_sources(["data.sources.web.wieght=0.7"]))
+    assert with_sources(["data.sourcesx=1", "seed=1"]) == ["data.sourcesx=1", "seed=1"]
 
 
 @pytest.mark.parametrize("name", ["simulate", "plan", "calibrate", "generate", "compare", "certify", "doctor", "data"])

@@ -280,6 +280,22 @@ def test_a_run_goes_on_with_other_text_only_if_that_is_named(
             resume(config, names)
 
 
+def test_a_run_goes_on_with_other_sources_only_if_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    sources = ["++data.sources={a:{path:a,weight:0.5},b:{path:b,weight:0.5}}"]
+    before = compose(*sources)
+    (tmp_path / "config.yaml").write_text(resolved_yaml(before))
+    monkeypatch.setattr("tedlab.resume.read_meta", lambda path: saved(before))
+    for overrides in (sources, ["++data.sources={a:{path:a,weight:1}}"]):
+        assert resume(compose("resume=auto", f"output_dir={tmp_path}", *overrides), named(*overrides))
+    with pytest.raises(
+        UsageError, match=r"a run with data\.sources=.*'weight': 0\.5.* data\.sources={}, which nothing"
+    ):
+        resume(compose("resume=auto", f"output_dir={tmp_path}"), named())
+
+
 # ---- the optimizer obeys --------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,7 @@ def test_prepare_says_where_the_corpus_is_and_the_second_time_that_it_was_there(
 def test_inspect_says_what_becomes_of_documents_longer_than_a_sample(books, capsys, overrides, said):
     command.inspect(given(*books, *overrides))
     shown = capsys.readouterr().out
+    shown = " ".join(shown.split())
     assert "30 documents are longer than model.sequence_length=128: with data.packing=" in shown
     assert said in shown
     assert "book 0 book 0" in shown

@@ -88,7 +88,7 @@ def inspect(config: DataCommandConfig) -> None:
             table.add_row(f"document {number}", Text(text if len(text) <= _WIDE else f"{text[: _WIDE - 1]}…"))
         console.print(table)
         if found.longer:
-            console.print(_becomes(config, found.longer), soft_wrap=True)
+            console.print(_becomes(config, found.longer))
 
 
 def _longer(longer: int, documents: int, share: float, length: int) -> str:
