@@ -26,6 +26,7 @@ _YEAR_S = 365 * 24 * 3600
 
 
 # Words that are one of few. Members have the words' names in capitals.
+AverageKind = StrEnum("AverageKind", "EMA MEAN")
 Activation = StrEnum("Activation", "GELU SWIGLU CLAMPED_SWIGLU")
 Norm = StrEnum("Norm", "LAYER RMS")
 Positions = StrEnum("Positions", "LEARNED ROTARY")
@@ -526,6 +527,16 @@ class InTrainingConfig(Frozen):
 
 
 @dataclass
+class AverageConfig(Frozen):
+    """An average of the weights of a run's steps, which validation and the model in checkpoints are."""
+
+    kind: str | None = word(None, AverageKind)  # ema | mean; None: no average
+    decay: float = real(0.999, least=0, below=1)  # of ema, each time that weights count
+    every: int = whole(1, least=1)  # steps between weights that count
+    start: int = whole(0, least=0)  # the first step, from 0, after which weights count
+
+
+@dataclass
 class TrainConfig(Frozen):
     """The whole configuration of ``tedlab train``."""
 
@@ -561,6 +572,7 @@ class TrainConfig(Frozen):
     objective: str = "val/loss"  # the metric that a sweeper minimises
     choices: dict[str, Any] = field(default_factory=dict)  # which file each config group came from
     eval: InTrainingConfig = field(default_factory=InTrainingConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
 
     @property
     def compiles_experts(self) -> bool:

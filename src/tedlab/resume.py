@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from tedlab.checkpoint import META, read_meta
 from tedlab.config import (
+    AverageConfig,
     BalanceChoices,
     BalanceConfig,
     GroupConfig,
@@ -42,6 +43,7 @@ DECIDED = (
     *("moe.second_expert_sampling", "moe.drop_policy", "data.batch_size", "data.ramp", "seed"),
     *(f"moe.router.{option.name}" for option in fields(RouterConfig)),
     *(f"moe.balance.{option.name}" for option in fields(BalanceConfig)),
+    *(f"average.{option.name}" for option in fields(AverageConfig)),
 )
 # Keys in the metadata of weights that no run has trained: the family of what was imported, the recipe of an upcycling.
 IMPORTED, UPCYCLED = "imported", "upcycled"
@@ -255,7 +257,13 @@ def _stored(meta: Mapping[str, Any], data: str) -> dict[str, Any]:
     routers = {f"moe.{name}": _section(moe, name) for name in ("router", "balance")}
     if moe and "balance" not in moe:  # an older checkpoint, of a loss that counted first choices alone
         routers["moe.balance"] = {"choices": BalanceChoices.FIRST.value}
-    sections = {**routers, "moe": moe, "optim": _section(hyper, "optim"), "trainer": _section(meta, "trainer")}
+    sections = {
+        **routers,
+        "average": _section(meta, "average"),
+        "moe": moe,
+        "optim": _section(hyper, "optim"),
+        "trainer": _section(meta, "trainer"),
+    }
     stored = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
     if sections["optim"]:  # an older checkpoint has no groups
         stored["optim.groups"] = [typed(GroupConfig, group) for group in stored.get("optim.groups", [])]

@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from tedlab._compat.lightning import has_started
 from tedlab.callbacks import (
+    AverageWeights,
     CommunicationLedger,
     FollowRamp,
     Journal,
@@ -227,6 +228,8 @@ def build(
         settings["devices"] = len(set(devices))  # Lightning does not know GPUs that several processes share
     if settings.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    if config.average.kind is not None:
+        callbacks = [AverageWeights(config.average), *callbacks]  # first: others see a step's average
     if config.data.ramp:
         ramp = Ramp.of(config.data, config.model.sequence_length)
         callbacks = [*callbacks, FollowRamp(ramp, config.data.micro_batch_size, config.validate_every)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tedlab import TEDStrategy, capacity, module
 from tedlab._compat.lightning import MicroBatches
-from tedlab.callbacks import FollowRamp
+from tedlab.callbacks import AverageWeights, FollowRamp
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, issued, raw, recompute
 from tedlab.comm.collectives import Pending
@@ -40,6 +40,7 @@ from tedlab.nn import Embedding, Nonlinearity, VocabParallelEmbedding, activate,
 from tedlab.nn import loss as losses
 from tedlab.nn.region import ReplicatedRegion, SequenceRegion
 from tedlab.optim import LossScaler, ShardedOptimizer, fused
+from tedlab.optim import bucket as bucket_of_parameters
 from tedlab.optim.blocks import Block
 from tedlab.optim.bucket import Bucket, local
 from tedlab.optim.matrices import Matrices
@@ -1478,6 +1479,23 @@ def stages_start_anew_on_resume(patch: Patch) -> None:
         right(self, trainer, module)
 
     patch.setattr(FollowRamp, "on_train_start", wrong)
+
+
+def elements_numbered_by_this_rank(patch: Patch) -> None:
+    """Stochastic rounding draws by where an element is in a process's memory."""
+    patch.setattr(bucket_of_parameters, "numbers_of", lambda p, where, first: torch.arange(where.start, where.stop))
+
+
+def averages_of_the_first_rank_s_shard(patch: Patch) -> None:
+    """Each process averages what the first one has."""
+    right = AverageWeights._averaged
+
+    def wrong(self: AverageWeights, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+        shared = weight.clone()
+        dist.broadcast(local(shared), src=0)
+        return right(self, average, shared, before)
+
+    patch.setattr(AverageWeights, "_averaged", wrong)
 
 
 def next_epoch_is_the_first_again_on_resume(patch: Patch) -> None:

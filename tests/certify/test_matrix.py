@@ -140,6 +140,7 @@ DOCUMENTS: dict[str, dict[str, object]] = {
     },
 }
 JOBS |= DOCUMENTS
+RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
 RAMPS: dict[str, dict[str, object]] = {
     "ramp": {
         **{EXPERTS_PER_RANK: 2, ACCUMULATED: 6, "moe.capacity_factor": 0.7, "optim.overlap": True},
@@ -157,9 +158,27 @@ RAMPS: dict[str, dict[str, object]] = {
     },
 }
 JOBS |= RAMPS
+AVERAGED: dict[str, dict[str, object]] = {
+    "averaged": {EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "average.kind": "ema", "moe.capacity_factor": 0.7, **RECOMPUTED},
+    "averaged_mean_no_zero": {
+        **{EXPERTS_PER_RANK: 2, "average.kind": "mean", "average.start": 1, "optim.zero": False},
+        **{"parallel.sequence": True, "moe.router.bias_update": "sign", "moe.top_k": 2, **TODAY},
+    },
+}
+JOBS |= AVERAGED
+NARROW: dict[str, dict[str, object]] = {
+    "narrow_moments": {
+        **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, "optim": "adamw_bf16", "optim.tile": 50, "optim.overlap": True},
+        **{"moe.top_k": 2, "trainer.gradient_clip_val": 0.05},
+    },
+    "narrow_moments_to_the_nearest": {
+        **{EXPERTS_PER_RANK: 2, "optim": "adamw_bf16", "optim.optimizer.rounding": "nearest", "optim.zero": False},
+        **{"optim.tile": "null", "trainer.precision": "16-true"},
+    },
+}
+JOBS |= NARROW
 SIGMOID: dict[str, object] = {"moe.router.scoring": "sigmoid", "moe.router.gates": "normalized"}
 GLOBAL: dict[str, object] = {"moe.balance.scope": "global_batch", "moe.aux_loss": 0.1, "moe.z_loss": 0.01}
-RECOMPUTED: dict[str, object] = {"model.recompute.granularity": "block"}
 ROUTERS: dict[str, dict[str, object]] = {
     "deepseek_v3_dropless": {
         **{EXPERTS_PER_RANK: 4, ACCUMULATED: 2, **RECOMPUTED, "moe.dispatch": "dropless", "moe.top_k": 2},
@@ -398,7 +417,7 @@ TENSOR_ONLY = (  # toggles that do nothing without
     *("micro_batches_beside_each_other_ted", "dgmoe_dealt", "dgmoe_in_slices"),
     *("node_pilots_ted_fused", "node_pilots_in_slices", "node_pilots_sliced"),
     *("lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED, "muon_shared_keys_in_slices"),
-    *("documents_best_fit_in_slices", "ramp_of_rows_in_slices"),
+    *("documents_best_fit_in_slices", "ramp_of_rows_in_slices", "averaged_mean_no_zero"),
 )
 WHOLE = ((4, 2, 2), (4, 4, 1))  # all jobs; of the others every second, of eight processes, which take longest, a third
 SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and every job but most routers' once
@@ -411,7 +430,7 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *("pos1_every_block_dropless", "pos2_ted", "pos3_in_slices", "dgmoe_dealt", "dgmoe_in_slices"),
         *(job for job in PILOTS if job not in ("gathered", "gathered_ted_fused")),
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
-        *("ramp_of_rows_in_slices", "ramp_of_documents_and_a_global_balance"),
+        *("ramp_of_rows_in_slices", "ramp_of_documents_and_a_global_balance", *AVERAGED, *NARROW),
         *("muon_clipped", "muon_latent", "documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
     ),
     (2, 2, 1): ("today_sequence",),
@@ -500,6 +519,8 @@ CHECKPOINTS = (  # of jobs that differ in what a checkpoint holds
     *("noisy_jittered_ted", "shared_weighted_ted", "shared_in_slices", "frozen_router_experts_faster"),
     *("experts_alone_ted", "dgmoe_dealt", "lent", "packed_ted", "sliced_dropless_shared", "muon_clipped"),
     *RAMPS,
+    *AVERAGED,
+    *NARROW,
 )
 
 

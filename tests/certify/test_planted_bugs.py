@@ -60,6 +60,8 @@ LENT: Overrides = ("moe.dispatch=dropless", "moe.lend.policy=llep", "moe.top_k=2
 LENT_EP4: Overrides = ("parallel=ep4", *LENT)
 LENT_EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2", *LENT)
 RAMP: Overrides = ("parallel=tp2", "data.micro_batch_size=4", "data.ramp=[{until:3,batch_size:32}]")
+NARROW: Overrides = ("parallel=tp2", "optim=adamw_bf16")
+AVERAGED: Overrides = ("parallel=tp2", "average.kind=ema")
 BIASED: Overrides = ("parallel=dp2", "moe.router.bias_update=proportional", "moe.top_k=2", "data.micro_batch_size=4")
 GLOBAL: Overrides = (
     *("parallel=dp2", "moe.balance.scope=global_batch", "moe.top_k=2", "moe.aux_loss=0.1", "data.micro_batch_size=4"),
@@ -249,6 +251,8 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.next_epoch_is_the_first_again_on_resume: Found(DP2, AGAIN, "in step 4: losses and drops: train/loss"),
     bugs.micro_batches_of_a_stage_counted_by_all_processes: Found(RAMP, "losses and drops", "in step 1"),
     bugs.stages_start_anew_on_resume: Found((*DP2, "data.ramp=[{until:3,sequence_length:16}]"), AGAIN, "in step 3"),
+    bugs.elements_numbered_by_this_rank: Found(NARROW, "optimizer state", "in step 1"),
+    bugs.averages_of_the_first_rank_s_shard: Found(AVERAGED, "next weights", "in step 2"),
     bugs.samples_counted_by_this_rank_on_saving: Found(DP2, AGAIN, "in step 3: losses and drops: train/loss"),
 }
 EVERY_DAY = {  # the others are planted where whole runs are tested, too

@@ -124,10 +124,12 @@ ROUGHLY = dict.fromkeys(("pos2_ted", "pos3_sequence", "pos3_overlapped"), 0.09)
         ({"_target_": "torch.optim.SGD", "momentum": 0.9}, 1),
         ({"_target_": "torch.optim.Adagrad"}, 1),
         ({"_target_": "torch.optim.NAdam"}, 2),
+        ({"_target_": "tedlab.optim.NarrowAdamW"}, 1),  # two of half the size
     ],
 )
 def test_state_is_counted_for_any_optimizer(optimizer: dict[str, object], numbers: int) -> None:
-    assert moments(optimizer) == numbers
+    assert moments(optimizer) == 4 * numbers
+    assert moments(optimizer, master=8) == (4 if "Narrow" in str(optimizer["_target_"]) else 8 * numbers)
 
 
 def closed_form(overrides: list[str]) -> Estimate:

@@ -7,10 +7,11 @@ from typing import Any
 
 from lightning.fabric.utilities import distributed, optimizer, seed
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import ParallelStrategy, launchers
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Sampler
 from typing_extensions import override
 
@@ -152,6 +153,11 @@ def link_through(callback: ModelCheckpoint, link: Callable[[Trainer, str, str], 
 def set_average_model(callback: StochasticWeightAveraging, module: LightningModule) -> None:
     """Gives the callback the copy in which it averages weights, which it makes when a run is set up."""
     callback._average_model = module
+
+
+def averaged_model(callback: WeightAveraging) -> AveragedModel | None:
+    """The averages of the callback, once a fit has begun."""
+    return callback._average_model
 
 
 def sampler_inside(sampler: Sampler) -> Any:

@@ -1,5 +1,6 @@
 """Lightning callbacks."""
 
+from tedlab.callbacks.average import AverageWeights
 from tedlab.callbacks.checkpoints import StepCheckpoint
 from tedlab.callbacks.journal import Journal, log
 from tedlab.callbacks.ledger import CommunicationLedger
@@ -13,6 +14,7 @@ from tedlab.callbacks.routing import RecordRouting, ReplayRouting
 from tedlab.callbacks.sets import NamedSets
 
 __all__ = [
+    "AverageWeights",
     "CommunicationLedger",
     "FollowRamp",
     "Journal",

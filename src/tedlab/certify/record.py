@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from tedlab._compat.lightning import count_as_saved
 from tedlab._compat.torch import shape_and_offset_of_shard
+from tedlab.callbacks import AverageWeights
 from tedlab.config import TrainConfig
 from tedlab.module import NOT_SCALARS, LanguageModel
 from tedlab.run import build
@@ -225,8 +226,14 @@ class CertificateRecorder(Callback):
         self._quantities["optimizer state"] = _parts(
             {f"{name} ({key})": value for name, entries in state.items() for key, value in entries.items()}
         )
+        averages = {
+            f"{name} (averaged)": average
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, AverageWeights)
+            for name, average in callback.averages().items()
+        }
         self._quantities["next weights"] = _parts(
-            {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+            {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers()), **averages}
         )
         self.parts[trainer.global_step] = {name: self._quantities[name] for name in (*QUANTITIES, LOSS_SCALE)}
         self._scalars, self._quantities = [], {}

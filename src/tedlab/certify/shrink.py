@@ -222,6 +222,12 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         ),
         data=data,
         optim=optim,
+        average=replace(
+            config.average,
+            decay=min(0.5, config.average.decay),
+            every=min(2, config.average.every),
+            start=min(1, config.average.start),
+        ),
         trainer=trainer,
         logger={},
         checkpoint=replace(config.checkpoint, every=SAVED, monitor=None, keep=-1),

@@ -6,6 +6,7 @@ from tedlab.optim.groups import Grouping
 from tedlab.optim.kinds import MatrixOptimizer
 from tedlab.optim.loss_scale import LossScaler
 from tedlab.optim.muon import Muon, matrix_groups
+from tedlab.optim.narrow import NarrowAdamW
 from tedlab.optim.schedule import learning_rate_schedule, schedule_of, schedules
 from tedlab.optim.sharded import ShardedOptimizer
 
@@ -16,6 +17,7 @@ __all__ = [
     "LossScaler",
     "MatrixOptimizer",
     "Muon",
+    "NarrowAdamW",
     "NonFiniteError",
     "ShardedOptimizer",
     "learning_rate_schedule",

@@ -3,7 +3,7 @@
 This module owns the memory and its communication; ``sharded.py`` decides what an optimizer does with it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from tedlab._compat.torch import set_local_tensor, spec_of, storage_address
+from tedlab._compat.torch import set_local_tensor, shape_and_offset_of_shard, spec_of, storage_address
 from tedlab.comm import Collectives, GroupKind, Pending, Phase
 
 _gradients: WeakValueDictionary[int, Tensor] = WeakValueDictionary()  # those that buckets hold, by their storage
@@ -211,6 +211,24 @@ class Bucket:
         """Splits a flat tensor that is laid out like the bucket into one flat part per parameter."""
         return flat[: sum(self.sizes)].split(self.sizes)
 
+    def numbers(self, where: slice, first: Mapping[nn.Parameter, int]) -> Tensor:
+        """Returns the number, in the whole model, of each element of a range of this process's shard; int64, flat.
+
+        Args:
+            where: The range.
+            first: The number of each parameter's first element.
+        """
+        found: list[Tensor] = []
+        begin, end = where.start + self.own.start, where.stop + self.own.start
+        start = 0
+        for p, size in zip(self.parameters, self.sizes, strict=True):
+            last = self.flat.numel() if p is self.parameters[-1] else start + size
+            inside = slice(max(begin, start) - start, min(end, last) - start)
+            if inside.start < inside.stop:
+                found.append(numbers_of(p, inside, first[p]))
+            start = last
+        return torch.cat(found) if found else self.shard.new_empty(0, dtype=torch.int64)
+
     def ranges(self, parameters: Collection[nn.Parameter]) -> list[slice]:
         """Returns where this process's shard holds these parameters, in order; the last parameter includes the padding.
 
@@ -227,6 +245,28 @@ class Bucket:
                 found.append(slice(first, last))
             start = end
         return found or [slice(0, 0)]
+
+
+def numbers_of(parameter: Tensor, where: slice, first: int) -> Tensor:
+    """Returns the numbers of a process's elements of a parameter in the whole model, the same in every layout.
+
+    Args:
+        parameter: The parameter, whose global elements are numbered in order.
+        where: Which of this process's elements, flattened; those after the last are padding, with any numbers.
+        first: The number of the parameter's first element.
+
+    Returns:
+        int64, flat.
+    """
+    shape, offset = (*local(parameter).shape,), (0,) * parameter.dim()
+    if isinstance(parameter, DTensor):
+        _, offset = shape_and_offset_of_shard(parameter.shape, parameter.device_mesh, parameter.placements)
+    rest = torch.arange(where.start, where.stop, device=local(parameter).device)
+    numbers, stride = torch.full_like(rest, first), 1
+    for size, start, whole in zip(reversed(shape), reversed(offset), reversed(parameter.shape), strict=True):
+        numbers += (rest % size + start) * stride
+        rest, stride = rest // size, stride * whole
+    return numbers
 
 
 def reduction_group(parameter: nn.Parameter) -> GroupKind:

@@ -46,6 +46,15 @@ class Segment:
         """Tells whether a parameter is in this segment."""
         return any(p is parameter for p in self.parameters)
 
+    def places(self) -> list[slice]:
+        """Returns where in the shard each tile is."""
+        found = []
+        for where in self.ranges:
+            size = self._tile or max(1, where.stop - where.start)
+            starts = range(where.start, where.stop, size) or [where.start]  # an empty range has one empty tile
+            found += [slice(start, min(start + size, where.stop)) for start in starts]
+        return found
+
     def split(self, shard: Tensor) -> list[Tensor]:
         """Returns the tiles' slices of a tensor that is laid out like the shard."""
         sizes = [tile.numel() for tile in self.tiles]

@@ -5,9 +5,10 @@ Only its ``step`` is replaced, by one that feeds it this process's shards tile b
 """
 
 import functools
+import itertools
 import math
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from tedlab.optim.fused import Kernel, check_tile, fused_adam_step
 from tedlab.optim.kinds import MatrixOptimizer, check_kind, is_matrixwise
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.matrices import Matrices
+from tedlab.optim.narrow import NarrowAdamW
 from tedlab.optim.segment import Segment
 from tedlab.optim.shown import Shown
 from tedlab.optim.squares import sum_of_squares
@@ -105,6 +107,8 @@ class ShardedOptimizer:
             self._matrices = Matrices(cast(MatrixOptimizer, optimizer), comm, fused or {}, names)
         self.kernel: Kernel | None = None
         self.state = ShardedState(optimizer, names, tile if isinstance(tile, int) else None)
+        sizes = [p.numel() for p in names]
+        self._first_number = dict(zip(names, itertools.accumulate(sizes, initial=0), strict=False))
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         self._hooks: dict[nn.Parameter, RemovableHandle] = {}
         self._in_order_of_backward: list[Bucket] = []
@@ -494,6 +498,7 @@ class ShardedOptimizer:
     def _step_bucket(self, bucket: Bucket, factor: float, group_of: Mapping[nn.Parameter, int]) -> None:
         """Steps the parameters that have a gradient, each with its group's settings."""
         stepped = self._segments(bucket, group_of)
+        self._number(segment for segment, _ in stepped)
         for segment, group in stepped:
             step = self._step_fused if self._fused else self._step_tiles
             step(segment, factor, group)
@@ -557,6 +562,22 @@ class ShardedOptimizer:
             self._step_tile(group, tile, gradient.mul_(factor) if factor != 1.0 else gradient)
         self._round(segment)
 
+    def _number(self, segments: Iterable[Segment]) -> None:
+        """Lets an optimizer that draws at random ask for the numbers of a tile's elements."""
+        if not isinstance(self.optimizer, NarrowAdamW):
+            return
+        place = {
+            tile: (segment.bucket, where)
+            for segment in segments
+            for tile, where in zip(segment.tiles, segment.places(), strict=True)
+        }
+
+        def numbers(tile: Tensor) -> Tensor:
+            bucket, where = place[tile]  # type: ignore[index]
+            return bucket.numbers(where, self._first_number)
+
+        self.optimizer.numbers = numbers
+
     def _round(self, segment: Segment) -> None:
         """Copies a segment's master copy to half-precision parameters, if these are."""
         bucket = segment.bucket
@@ -602,6 +623,7 @@ class ShardedOptimizer:
             group["lr"] = 0.0
         group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
         with self._parameters_apart():
+            self._number(segment for segments in self.state.segments.values() for segment in segments)
             for segment in (segment for segments in self.state.segments.values() for segment in segments):
                 group = group_of.get(segment.parameters[0], self.optimizer.param_groups[0])
                 if names is None or any(self.names[p] in names for p in segment.parameters):

@@ -138,6 +138,8 @@ class Checkpointing:
             if not masters_stored:
                 optimizer.state.refresh_masters(optimizer.piece)
         meta["state_dict"] = tensors["model"]  # for hooks, which may change it
+        if "current_model_state" in meta:  # it is an average, whose place in the module others take
+            meta["state_dict"] = {name: _copied(value) for name, value in tensors["model"].items()}
         if scaler is not None and "loss_scaler" in meta:
             scaler.load_state_dict(meta["loss_scaler"])
         self._resumed = meta
@@ -167,6 +169,10 @@ class Checkpointing:
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def _room_for(optimizer: ShardedOptimizer, prefix: str, stored: Collection[str], masters: bool) -> dict[str, Any]:

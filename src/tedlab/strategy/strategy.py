@@ -708,9 +708,15 @@ class TEDStrategy(compat.SubprocessStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads what the module's ``on_load_checkpoint`` has changed; ``load_checkpoint`` has done the rest."""
+        """Loads what the module's ``on_load_checkpoint`` has changed; ``load_checkpoint`` has done the rest.
+
+        Where Lightning's ``WeightAveraging`` made the model in the checkpoint an average, training goes on with the
+        weights that it was trained with, also without that callback.
+        """
         assert self.lightning_module is not None
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        state = checkpoint.get("current_model_state") if fitting else None
+        self.lightning_module.load_state_dict(state or checkpoint["state_dict"], strict=strict)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

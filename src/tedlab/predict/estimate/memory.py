@@ -58,9 +58,10 @@ class Memory:
         self.of_matrices = [
             shard if bucket.matrix else 0 for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
         ]
-        numbers = {kind: moments(optim.optimizer, kind) for kind in {bucket.matrix for bucket, _ in self.buckets}}
+        kinds = {bucket.matrix for bucket, _ in self.buckets}
+        sizes = {kind: moments(optim.optimizer, kind, self.master) for kind in kinds}
         self.moments = sum(
-            shard * numbers[bucket.matrix] for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
+            shard * sizes[bucket.matrix] for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
         )
         self.adam = not str(optim.optimizer["_target_"]).endswith(".SGD")
 
@@ -113,7 +114,7 @@ class Memory:
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _moment(self, name: str, gradients: float, stash: float, activations: float, temporaries: float) -> Moment:
-        state = self.moments * self.master + sum(self.shards) * (self.master if self.parameter < 4 else 0)
+        state = self.moments + sum(self.shards) * (self.master if self.parameter < 4 else 0)
         values = (self.flat * self.parameter, state, gradients, stash, activations, temporaries)
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
 
@@ -173,21 +174,22 @@ class Memory:
         return (sum(self.of_matrices) + most) * form.travelling.itemsize
 
 
-def moments(options: Mapping[str, Any], matrix: bool = False) -> int:
-    """Counts the numbers that an optimizer keeps for each element of a parameter, by letting it take a step.
+def moments(options: Mapping[str, Any], matrix: bool = False, master: int = 4) -> int:
+    """Counts the bytes that an optimizer keeps for each element of a parameter, by letting it take a step.
 
     Args:
         options: The class and arguments of the optimizer.
         matrix: Whether the parameter is in a group of matrices, of an optimizer that needs these whole.
+        master: The bytes of an element of the parameter, or of its master copy.
     """
-    key = repr((options, matrix))
+    key = repr((options, matrix, master))
     if key not in _moments:
         settings = {name: value for name, value in options.items() if name not in _KERNELS}
-        parameter = torch.nn.Parameter(torch.ones(2, 2))
+        parameter = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64 if master == 8 else torch.float32))
         parameter.grad = torch.ones_like(parameter)
         group: dict[str, Any] = {"params": [parameter], "matrix": matrix}
         optimizer = hydra.utils.instantiate(settings, _partial_=True)([group], lr=1e-3)
         optimizer.step()
-        state = optimizer.state[parameter].values()
-        _moments[key] = sum(isinstance(value, torch.Tensor) and value.shape == parameter.shape for value in state)
+        state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+        _moments[key] = sum(value.itemsize for value in state if value.shape == parameter.shape)
     return _moments[key]

@@ -1,0 +1,115 @@
+"""Averages the weights of a run's steps, with Lightning's callback (``average``)."""
+
+import itertools
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from typing_extensions import override
+
+from tedlab._compat.lightning import averaged_model
+from tedlab.config import AverageConfig, AverageKind
+
+_WIDE = "averages"  # the checkpoint's key of averages that are wider than the weights
+
+
+class AverageWeights(WeightAveraging):
+    """Keeps an average of the weights, which validation uses, and which checkpoints hold as the model.
+
+    Each process averages its parts of parameters and buffers, which needs no communication. Checkpoints also hold the
+    weights of the last step, with which training goes on. This differs from Lightning's class where that would go
+    wrong here: averages of half precision are in fp32, also after a validation; before the first weights count,
+    validation and checkpoints use the current ones; and training ends with the current weights, so that a checkpoint
+    saved afterwards has both.
+
+    Args:
+        config: What is averaged.
+    """
+
+    def __init__(self, config: AverageConfig) -> None:
+        self.config = config
+        super().__init__(avg_fn=self._averaged)
+        self._current: list[Tensor] = []  # weights and buffers of the last step, while averages take their place
+
+    def _averaged(self, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+        """Returns the average with one more weight, in the precision of the average, which has counted some before."""
+        share = 1 - self.config.decay if self.config.kind == AverageKind.EMA else 1 / (int(before) + 1)
+        return average + share * (weight.to(average.dtype) - average)
+
+    @override
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        if step_idx is None or step_idx < self.config.start:
+            return False
+        return (step_idx - self.config.start) % self.config.every == 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding.*")
+            super().setup(trainer, pl_module, stage)
+        wide = torch.float64 if trainer.precision == "64-true" else torch.float32
+        model = averaged_model(self)
+        for layer in () if model is None else model.module.modules():
+            for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+                if tensor.is_floating_point() and tensor.dtype != wide:
+                    wider = tensor.detach().to(wide)
+                    setattr(layer, name, nn.Parameter(wider) if isinstance(tensor, nn.Parameter) else wider)
+
+    def averages(self) -> dict[str, Tensor]:
+        """Returns the averages of parameters by name, sharded like these; none before the first weights count."""
+        model = averaged_model(self)
+        return {} if model is None or not model.n_averaged else dict(model.module.named_parameters())
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves the module its current weights."""
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.averages():
+            self._current = [tensor.detach().clone() for tensor in _tensors(pl_module)]
+            _copy(self._averages(), _tensors(pl_module))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._current:
+            _copy(self._current, _tensors(pl_module))
+            self._current = []
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = asdict(self.config)
+        averages = self.averages()
+        if not averages:
+            return
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if any(p.dtype != averages[name].dtype for name, p in pl_module.named_parameters()):
+            checkpoint[_WIDE] = averages
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        model = averaged_model(self)
+        if model is None or "averaging_state" not in checkpoint:
+            return
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if _WIDE in checkpoint:
+            model.module.load_state_dict(checkpoint[_WIDE], strict=False)
+
+    def _averages(self) -> Iterator[Tensor]:
+        model = averaged_model(self)
+        return iter(()) if model is None else _tensors(model.module)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())
+
+
+@torch.no_grad()
+def _copy(values: Any, tensors: Iterator[Tensor]) -> None:
+    for value, tensor in zip(values, tensors, strict=True):
+        tensor.copy_(value)
