@@ -77,6 +77,10 @@ class AverageWeights(WeightAveraging):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keeps the averages in place, for others that evaluate now."""
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._current:
             _copy(self._current, _tensors(pl_module))
             self._current = []
