@@ -52,7 +52,7 @@ MISSPELT = {
     "below_a_value": ("model.layers.foo=3", ["model.layers.foo", "'model.layers' is a value"]),
     "group": ("paralel=tp2", ["'paralel'", "Did you mean 'parallel'?", "trainer"]),
     "option": ("parallel=tp2ep2", ["parallel=tp2ep2", "Did you mean 'tp2_ep2'?", "single"]),
-    "option_with_nothing_near": ("optim=xyzzy", ["optim=xyzzy", "Valid: adamw, muon, sgd"]),
+    "option_with_nothing_near": ("optim=xyzzy", ["optim=xyzzy", "Valid: adamw, adamw_bf16, muon, sgd"]),
     "experiment": ("experiment=layout", ["experiment=layout", "Did you mean 'layouts'?"]),
     "one_choice_of_a_sweep": ("parallel=single,tp2,epp2", ["parallel=epp2", "Did you mean 'ep2'?", "tp4"]),
     "key_of_a_sweep": ("model.hiden=16,32", ["'hiden'", "Did you mean 'hidden'?"]),
