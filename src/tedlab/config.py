@@ -173,6 +173,11 @@ class ModelConfig(Frozen):
     rotary: RotaryConfig = field(default_factory=RotaryConfig)
     # clamped_swiglu: gates are at most this, linear parts between plus and minus this.
     swiglu_limit: float = real(7.0, above=0)
+    # How initial weights and learning rates follow the width, see docs/mup.md: standard (not at all) | mup | spectral |
+    # a registered name. init_std and optim.lr are those of the same model with hidden=base_hidden and all other widths
+    # narrower in proportion; None: standard.
+    parametrization: str = "standard"
+    base_hidden: int | None = whole(None, least=1, most=_WIDEST)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import hydra
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -21,6 +21,7 @@ from tedlab.models import models
 from tedlab.moe import RouterReport, global_losses, stacked, step_totals
 from tedlab.nn import Reading, decay_groups, rows_of
 from tedlab.optim import Grouping, schedule_of
+from tedlab.parametrization import scales
 from tedlab.strategy import TEDStrategy
 from tedlab.topology import Topology
 
@@ -61,7 +62,7 @@ class LanguageModel(LightningModule):
         self.bytes_per_token, self.reading = bytes_per_token, reading or Reading()
         self.length = model.sequence_length
         self._totals = torch.empty(0)  # of the current step, see ``on_step_batches``
-        self._grouping = Grouping.under(optim)
+        self._grouping = Grouping.under(optim, scales(models[model.architecture].spec, model, moe))
         self._options: list[dict[str, Any]] = []  # the configured options of each parameter group
         stored = {"model": asdict(model), "moe": asdict(moe), "optim": asdict(optim), "seed": seed}
         self.save_hyperparameters(stored, logger=False)
@@ -136,12 +137,7 @@ class LanguageModel(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        groups = [{"params": [], **options} for options in self._grouping.options(self.optim_config)]
-        decayed = {*decay_groups(self)[0]}
-        for name, parameter in self.named_parameters():
-            name = name.removeprefix(_NETWORK)
-            if self._grouping.trains(name):
-                groups[self._grouping.index(name, parameter.dim(), parameter in decayed)]["params"].append(parameter)
+        groups = parameter_groups(self, self._grouping, self.optim_config)
         optimizer, schedule = optimizer_with_schedule(self.optim_config, groups, self.trainer.max_steps)
         self._options = [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -173,6 +169,17 @@ class LanguageModel(LightningModule):
         ]
         for group, options, rate in zip(optimizer.param_groups, self._options, saved[LAST_LEARNING_RATES], strict=True):
             group.update({**options, "lr": rate})
+
+
+def parameter_groups(module: nn.Module, grouping: Grouping, config: OptimConfig) -> list[dict[str, Any]]:
+    """Returns the optimizer's groups of a network's parameters, or of those of a module whose ``network`` it is."""
+    groups = [{"params": [], **options} for options in grouping.options(config)]
+    decayed = {*decay_groups(module)[0]}
+    for name, parameter in module.named_parameters():
+        name = name.removeprefix(_NETWORK)
+        if grouping.trains(name):
+            groups[grouping.index(name, parameter.dim(), parameter in decayed)]["params"].append(parameter)
+    return groups
 
 
 def optimizer_with_schedule(

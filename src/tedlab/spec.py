@@ -60,6 +60,13 @@ class Fused(NamedTuple):
     widths: tuple[int, ...]
 
 
+class Fans(NamedTuple):
+    """How many numbers of its input a number of a matrix's output depends on, and how many there are of its output."""
+
+    inwards: int
+    outwards: int
+
+
 @dataclass(frozen=True)
 class ParameterSpec:
     """A parameter of the whole model, and how processes divide it.
@@ -77,6 +84,7 @@ class ParameterSpec:
             whole: where there are more tensor ranks than units, each rank holds all of them and uses one. None: the
             dimension is divided by any degree.
         fused: How several matrices are fused in it, which an optimizer of matrices steps apart; None: it is one.
+        fan_in: The dimension that the products with it sum over; None: it is added, multiplied or looked up.
     """
 
     name: str
@@ -89,6 +97,15 @@ class ParameterSpec:
     decayed: bool = True
     units: int | None = None
     fused: Fused | None = None
+    fan_in: int | None = None
+
+    @property
+    def fans(self) -> Fans | None:
+        """Fan-in and fan-out of the whole matrix, or of each of a stack; None: no product sums over it."""
+        if self.fan_in is None:
+            return None
+        outwards = max(dim for dim in range(len(self.shape)) if dim != self.fan_in)
+        return Fans(self.shape[self.fan_in], self.shape[outwards])
 
     @property
     def group(self) -> GroupKind:

@@ -116,6 +116,8 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         vocab_size=_vocabulary(degrees.tensor),
         init_std=0.2,  # large enough for every path to matter
     )
+    if config.model.base_hidden is not None:  # twice as wide, since not every width can be half
+        model = replace(model, base_hidden=2 * model.hidden)
     if config.model.kv_heads is not None and config.model.kv_heads < given.tensor:  # ranks go on sharing keys
         sharers = given.tensor // config.model.kv_heads
         model = replace(model, kv_heads=1 if degrees.tensor % sharers else degrees.tensor // sharers)

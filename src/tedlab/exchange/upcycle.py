@@ -26,6 +26,7 @@ from tedlab.exchange.imports import PREFIX
 from tedlab.models import models
 from tedlab.nn.sharded import seed_of
 from tedlab.opened import model_of
+from tedlab.parametrization import scales
 from tedlab.places import check_free
 from tedlab.ranges import check_ranges, real, whole, word
 from tedlab.resume import UPCYCLED
@@ -198,6 +199,7 @@ class _Making:
     ) -> None:
         self.reader, self.model, self.moe, self.recipe = reader, model, moe, recipe
         self.pieces, self.factor = pieces, factor
+        self.scales = scales(models[model.architecture].spec, model, moe)
         self.dense = {name.removeprefix(PREFIX): entry for name, entry in reader.tensors.items()}
 
     def check(self, parameters: list[ParameterSpec]) -> None:
@@ -247,7 +249,7 @@ class _Making:
             return torch.zeros(parameter.shape, dtype=dtype)
         std = self.recipe.router_std
         if std is None:
-            std = self.model.init_std
+            std = self.model.init_std * self.scales[parameter.name].init if self.scales else self.model.init_std
             if not _sum_is_constant(self.moe):
                 std = min(std, _NEARLY_EQUAL / self.model.hidden**0.5)
         experts, hidden = parameter.shape

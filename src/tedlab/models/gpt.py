@@ -56,6 +56,7 @@ from tedlab.nn import (
     vocab_parallel_cross_entropy,
 )
 from tedlab.nn.region import TensorRegion
+from tedlab.parametrization import scales
 from tedlab.registry import Registry
 from tedlab.spec import Init, Layout, MicroBatch, Spec, Work, WorkingSet
 from tedlab.topology import Topology
@@ -259,7 +260,7 @@ class GPT(nn.Module):
         self.output = None if spec.output is None else ColumnParallelLinear(spec.output, topology)
         self._routers = [module for module in self.blocks.modules() if isinstance(module, Router)]
         if seed is not None:
-            initialize(self, seed)
+            initialize(self, seed, {name: scale.init for name, scale in scales(self.spec, model, moe).items()})
         # What runs in place of a block, if not the block: a pair, or nothing, if the pair is run later. Not registered,
         # because their parameters are those of the blocks.
         self._joined: dict[int, nn.Module | None] = {}

@@ -49,8 +49,9 @@ class ExpertsSpec(Spec):
         one, number = self.expert, self.num_experts
         by_column, by_row = {"expert": 0, "expert_tensor": 2}, {"expert": 0, "expert_tensor": 1}
         fused = Fused(2, (1, 1)) if one.gated else None
-        yield ParameterSpec("up", (number, one.hidden, one.inner), one.init, by_column, "expert", fused=fused)
-        yield ParameterSpec("down", (number, one.ffn, one.hidden), one.out_init, by_row, "expert")
+        shape = number, one.hidden, one.inner
+        yield ParameterSpec("up", shape, one.init, by_column, "expert", fused=fused, fan_in=1)
+        yield ParameterSpec("down", (number, one.ffn, one.hidden), one.out_init, by_row, "expert", fan_in=1)
         if one.bias:
             biases = (("up_bias", one.inner, by_column), ("down_bias", one.hidden, {"expert": 0}))
             for name, width, divided in biases:

@@ -138,7 +138,7 @@ class RouterSpec(Spec):
     def own(self) -> Iterator[ParameterSpec]:
         experts = self.config.num_experts
         sliced = self.config.sliced
-        yield ParameterSpec("weight", (experts, self.hidden), self.init, own_tokens=True, own_part=sliced)
+        yield ParameterSpec("weight", (experts, self.hidden), self.init, own_tokens=True, own_part=sliced, fan_in=1)
         if self.config.router.bias:
             yield ParameterSpec("logit_bias", (experts,), own_tokens=True, own_part=sliced, decayed=False)
 

@@ -37,7 +37,7 @@ class SharedGateSpec(Spec):
     weights: int = 1
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.weights, self.hidden), self.init, own_tokens=True)
+        yield ParameterSpec("weight", (self.weights, self.hidden), self.init, own_tokens=True, fan_in=1)
 
     def flops(self, length: int) -> Counter[str]:
         return Counter(shared=2 * self.weights * self.hidden)

@@ -56,7 +56,8 @@ class ColumnParallelSpec(LinearSpec):
     """Describes a :class:`ColumnParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 0}, fused=self.fused)
+        shape = self.out_features, self.in_features
+        yield ParameterSpec("weight", shape, self.init, {"tensor": 0}, fused=self.fused, fan_in=1)
         if self.bias:
             yield ParameterSpec("bias", (self.out_features,), divided={"tensor": 0}, decayed=False)
 
@@ -106,7 +107,7 @@ class ReplicatedSpec(LinearSpec):
 
     def own(self) -> Iterator[ParameterSpec]:
         shape = self.out_features, self.in_features
-        yield ParameterSpec("weight", shape, self.init, own_tokens=True, fused=self.fused)
+        yield ParameterSpec("weight", shape, self.init, own_tokens=True, fused=self.fused, fan_in=1)
         if self.bias:
             yield ParameterSpec("bias", (self.out_features,), own_tokens=True, decayed=False)
 
@@ -146,7 +147,7 @@ class RowParallelSpec(LinearSpec):
     """Describes a :class:`RowParallelLinear`."""
 
     def own(self) -> Iterator[ParameterSpec]:
-        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1})
+        yield ParameterSpec("weight", (self.out_features, self.in_features), self.init, {"tensor": 1}, fan_in=1)
         if self.bias:  # replicated, since it is added once, to the sum
             yield ParameterSpec("bias", (self.out_features,), decayed=False)
 

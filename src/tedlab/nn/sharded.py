@@ -6,8 +6,10 @@ survive copies and checkpoints. Layers compute on plain local tensors and call c
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -165,19 +167,25 @@ def localised(root: nn.Module) -> Iterator[None]:
             module.substitutes = {}
 
 
-def initialize(root: nn.Module, seed: int) -> None:
+def initialize(root: nn.Module, seed: int, factors: Mapping[str, float] = MappingProxyType({})) -> None:
     """Fills every sharded parameter below ``root`` with its initial values.
 
     A value depends on the seed, the parameter's name relative to ``root``, its global position, and, for parameters
     of three dimensions, the index along the first (the expert), but never on the layout. No more than 4 MiB of values
     outside the process's own shard exist at any time.
+
+    Args:
+        root: The module.
+        seed: The seed.
+        factors: Factors on the standard deviations of initial values, by parameters' names; 1 where there is none.
     """
     for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
             for name, spec in module.specs.items():
                 parameter = module.get_parameter(name).detach()
                 assert isinstance(parameter, DTensor)
-                _fill(parameter, spec.init, f"{seed}/{prefix}.{name}")
+                std = spec.init.std * factors.get(f"{prefix}.{name}", 1.0)
+                _fill(parameter, replace(spec.init, std=std), f"{seed}/{prefix}.{name}")
 
 
 def _fill(parameter: DTensor, init: Init, key: str) -> None:

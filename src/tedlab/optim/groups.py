@@ -5,9 +5,12 @@ the optimizer's parameter groups.
 """
 
 import functools
+import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import hydra
@@ -15,6 +18,7 @@ import hydra
 from tedlab.config import GroupConfig, OptimConfig
 from tedlab.optim.kinds import is_matrixwise
 from tedlab.optim.muon import ADAMW, is_matrix, matches
+from tedlab.parametrization import Scale
 
 _SHOWN = 4  # names in a message
 
@@ -24,24 +28,32 @@ class Grouping:
 
     The optimizer has two groups, one with weight decay and one without, for the parameters that match no pattern, and
     two for each pattern that is not frozen, in the order of the configuration. An optimizer of matrices has three each:
-    the first is of matrices.
+    the first is of matrices. Where learning rates follow the width, there are as many for each factor, 1 first.
 
     Args:
         groups: The configured groups, of which the first that matches a name counts.
         is_matrix: Tells of a name, a number of dimensions, and whether weight decay applies, whether the optimizer
             steps such a parameter as a matrix; None: it steps none so.
+        scales: How the learning rates of parameters follow the width of the model, by name; 1 where there is none.
     """
 
     def __init__(
-        self, groups: Sequence[GroupConfig], is_matrix: Callable[[str, int, bool], bool] | None = None
+        self,
+        groups: Sequence[GroupConfig],
+        is_matrix: Callable[[str, int, bool], bool] | None = None,
+        scales: Mapping[str, Scale] = MappingProxyType({}),
     ) -> None:
-        self._groups, self._is_matrix = groups, is_matrix
-        self._trained = [None, *(group for group in groups if not group.frozen)]
+        self._groups, self._is_matrix, self._scales = groups, is_matrix, scales
+        of_matrices = {scale.matrix_rate for scale in scales.values() if is_matrix is not None}
+        factors = sorted({scale.rate for scale in scales.values()} | of_matrices)
+        self._factors = [*dict.fromkeys((1.0, *factors))]
+        trained = [None, *(group for group in groups if not group.frozen)]
+        self._trained = [*itertools.product(trained, self._factors)]
 
     @classmethod
-    def under(cls, optim: OptimConfig) -> "Grouping":
-        """Returns the groups of the configured optimizer."""
-        return cls(optim.groups, _matrix_rule(optim.optimizer))
+    def under(cls, optim: OptimConfig, scales: Mapping[str, Scale] = MappingProxyType({})) -> "Grouping":
+        """Returns the groups of the configured optimizer, for a model of these scales."""
+        return cls(optim.groups, _matrix_rule(optim.optimizer), scales)
 
     def of(self, name: str) -> GroupConfig | None:
         """Returns the group of a parameter; None: it matches no pattern, so ``optim``'s own values apply."""
@@ -61,24 +73,37 @@ class Grouping:
         """Tells whether the optimizer steps a parameter as a matrix."""
         return self._is_matrix is not None and self._is_matrix(name, dimensions, decayed)
 
+    def factor(self, name: str, dimensions: int, decayed: bool) -> float:
+        """Returns the factor on a parameter's configured learning rate that the width of the model makes."""
+        scale = self._scales.get(name, Scale())
+        return scale.matrix_rate if self.matrix(name, dimensions, decayed) else scale.rate
+
     def index(self, name: str, dimensions: int, decayed: bool) -> int:
         """Returns the index of the optimizer's group that a trained parameter is in."""
-        group = self.of(name)
-        position = next(n for n, other in enumerate(self._trained) if other is group)
+        group, matrix = self.of(name), self.matrix(name, dimensions, decayed)
+        factor = self.factor(name, dimensions, decayed)
+        position = next(n for n, (its, by) in enumerate(self._trained) if its is group and by == factor)
         if self._is_matrix is None:
             return 2 * position + (not decayed)
-        return 3 * position + (0 if self.matrix(name, dimensions, decayed) else 1 if decayed else 2)
+        return 3 * position + (0 if matrix else 1 if decayed else 2)
 
     def options(self, optim: OptimConfig) -> list[dict[str, Any]]:
-        """Returns the options of each of the optimizer's groups, where they differ from the optimizer's own."""
+        """Returns the options of each of the optimizer's groups, where they differ from the optimizer's own.
+
+        A factor on the learning rate divides weight decay, of which an optimizer takes the product of both: how fast a
+        weight decays does not depend on the width.
+        """
         found: list[dict[str, Any]] = []
-        for group in self._trained:
+        for group, factor in self._trained:
             options: dict[str, Any] = {}
             if group is not None and group.lr is not None:
                 options["lr"] = group.lr
             if group is not None and group.lr_factor is not None:
                 options["lr"] = optim.lr * group.lr_factor
             decay = {} if group is None or group.weight_decay is None else {"weight_decay": group.weight_decay}
+            if factor != 1.0:
+                options["lr"] = options.get("lr", optim.lr) * factor
+                decay["weight_decay"] = decay.get("weight_decay", weight_decay(optim.optimizer)) / factor
             both = [{**options, **decay}, {**options, "weight_decay": 0.0}]
             if self._is_matrix is not None:
                 both = [{**both[0], "matrix": True}, *({**its, "matrix": False} for its in both)]
@@ -132,6 +157,12 @@ class Grouping:
                 "optim.groups freezes every parameter, so there is nothing to train; put a pattern for those that are "
                 "to train before the frozen one, such as {pattern: '*.experts.*'} before {pattern: '*', frozen: true}"
             )
+
+
+def weight_decay(options: Mapping[str, Any]) -> float:
+    """Returns the weight decay of the optimizer of these options, which may be its own default."""
+    default = inspect.signature(hydra.utils.get_class(str(options["_target_"]))).parameters["weight_decay"].default
+    return float(options.get("weight_decay", default))
 
 
 def _matrix_rule(options: Mapping[str, Any]) -> Callable[[str, int, bool], bool] | None:

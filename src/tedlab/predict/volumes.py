@@ -28,6 +28,7 @@ from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, overlap, owners
 from tedlab.optim.bucket import lay_out
 from tedlab.optim.groups import Grouping
 from tedlab.optim.muon import DTYPES
+from tedlab.parametrization import scales
 from tedlab.predict.flops import first_with_backward
 from tedlab.spec import LENT, ROUTED, Layout, MicroBatch, ParameterSpec, RowCount, Site, Sites
 
@@ -126,7 +127,7 @@ class ClosedForm:
         alike = {n: units[n].sites(self.layout).present(self.layout) for n in set(first)}
         self.sites = [alike[n] for n in first]
         self.moved = rows
-        self._grouping = Grouping.under(config.optim)
+        self._grouping = Grouping.under(config.optim, scales(type(self.spec), config.model, config.moe))
         self._owned: dict[GroupKind, list[tuple[Block, Owner]]] = {}
 
     @cached_property

@@ -26,6 +26,7 @@ from tedlab.validate.lending import check_lending
 from tedlab.validate.loggers import check_callbacks, check_loggers
 from tedlab.validate.model import check_model, vocabulary
 from tedlab.validate.optim import check_optim
+from tedlab.validate.parametrization import parametrization_notes
 from tedlab.validate.processes import check_processes
 from tedlab.validate.ramp import check_ramp
 from tedlab.validate.routing import check_replay, check_routing
@@ -197,6 +198,7 @@ def notes(config: TrainConfig) -> list[str]:
     found += node_notes(config, parallel_degrees(config.parallel))
     found += router_notes(config.moe)
     found += attention_notes(config)
+    found += parametrization_notes(config)
     if not keeps_position(data_class(config.data)):
         found.append(
             f"data.module={config.data.module} has no state_dict and load_state_dict of its own: a run that is resumed "

@@ -5,7 +5,6 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import hydra
@@ -14,12 +13,12 @@ from torch.optim import Optimizer
 
 from tedlab.config import TrainConfig
 from tedlab.hints import did_you_mean
-from tedlab.models import models
 from tedlab.optim.fused import check_tile
 from tedlab.optim.groups import Grouping
 from tedlab.optim.kinds import check_kind
 from tedlab.optim.schedule import schedules
 from tedlab.ranges import check_ranges
+from tedlab.validate.parametrization import check_parametrization, parameters_of, scales_of
 
 _SET_BY_US = {"lr": "optim.lr", "params": "model=…"}  # arguments of every optimizer, and what sets them
 _FLAGS = ("foreach", "fused")  # boolean although their default is null, with which torch chooses
@@ -51,6 +50,7 @@ def check_optim(config: TrainConfig) -> None:
     check_kind(kind, optim.optimizer)
     check_tile(optim.tile, kind, optim.optimizer)
     _check_options(kind, {name: value for name, value in optim.optimizer.items() if not name.startswith("_")})
+    check_parametrization(config, kind)
     key = repr((optim, config.trainer["max_steps"], config.trainer["accelerator"]))
     if key not in _tried:  # a plan validates thousands of configurations
         _try(config)
@@ -67,10 +67,9 @@ def check_groups(config: TrainConfig) -> None:
     groups = config.optim.groups
     for number, group in enumerate(groups):
         check_ranges(group, f"optim.groups[{number}].")
-    grouping = Grouping.under(config.optim)
+    grouping = Grouping.under(config.optim, scales_of(config))
     if groups or grouping.of_matrices:
-        model = replace(config.model, vocab_size=config.model.vocab_size or 1)  # names do not depend on it
-        parameters = [*models[model.architecture].spec(model, config.moe).parameters()]
+        parameters = [*parameters_of(config)]
         grouping.check(parameter.name for parameter in parameters)
         if grouping.of_matrices:
             grouping.check_adamw((p.name for p in parameters), config.optim.optimizer.get("adamw") or ())
@@ -112,7 +111,7 @@ def _try(config: TrainConfig) -> None:
     """Takes a step of a parameter of one element in each of the groups that a run has."""
     from tedlab.module import optimizer_with_schedule  # imports the model
 
-    options = Grouping.under(config.optim).options(config.optim)
+    options = Grouping.under(config.optim, scales_of(config)).options(config.optim)
     parameters = [torch.nn.Parameter(torch.ones(1, 1)) for _ in options]
     groups = [{"params": [parameter], **its} for parameter, its in zip(parameters, options, strict=True)]
     try:

@@ -32,6 +32,7 @@ MEANINGLESS = frozenset(
 # Our values that change neither weights nor what they compute for a sample, as long as no expert is full.
 _OF_TRAINING = frozenset(
     {
+        *("model.parametrization", "model.base_hidden"),
         *("model.sequence_length", "model.init_std", "model.loss_chunk", "model.compile", "model.architecture"),
         *("moe.dispatch", "moe.capacity_factor", "moe.capacity_multiple", "moe.capacity_groups"),
         *("moe.kernel", "moe.slice"),
