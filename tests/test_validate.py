@@ -694,6 +694,24 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim=muon", "optim.optimizer.dtype=float16"],
         ["dtype is float16", "bfloat16, float32"],
     ),
+    "mup_without_rules": (
+        ["optim=sgd", "model.parametrization=mup", "model.base_hidden=64", "model.tie_embeddings=false"],
+        ["model.parametrization=mup", "no rule for SGD", "optim=adamw", "optim=muon"],
+    ),
+    "mup_without_a_base": (["model.parametrization=mup"], ["needs model.base_hidden", "optim.lr"]),
+    "mup_of_tied_embeddings": (["model.parametrization=mup", "model.base_hidden=16"], ["model.tie_embeddings=false"]),
+    "mup_of_a_fraction_of_a_head": (
+        ["model.parametrization=mup", "model.base_hidden=4", "model.tie_embeddings=false"],
+        ["model.base_hidden=4", "model.heads=4", "Use a multiple of 8"],
+    ),
+    "mup_of_tables_by_muon": (
+        [
+            *("optim=muon", "model.parametrization=mup", "model.base_hidden=16", "model.tie_embeddings=false"),
+            "optim.optimizer.adamw=[]",
+        ],
+        ["Muon would step embedding.weight", "a pattern in optim.optimizer.adamw"],
+    ),
+    "unknown_parametrization": (["model.parametrization=mu"], ["valid: standard, mup, spectral"]),
     "differentiable": (["+optim.optimizer.differentiable=true"], ["AdamW", "differentiable=True"]),
     "clip_by_values": (["+trainer.gradient_clip_algorithm=values"], ["gradient_clip_algorithm", "values", "norm"]),
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),

@@ -18,16 +18,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab import TEDStrategy, capacity, module
+from tedlab import TEDStrategy, capacity, module, parametrization
 from tedlab._compat.lightning import MicroBatches
 from tedlab.callbacks import AverageWeights, FollowRamp
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, issued, raw, recompute
 from tedlab.comm.collectives import Pending
 from tedlab.comm.route import NodeRoute
+from tedlab.config import ModelConfig, MoEConfig
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
-from tedlab.degrees import GroupKind
+from tedlab.degrees import GroupKind, ParallelDegrees
 from tedlab.models import gpt
 from tedlab.models.shortcut import ShortcutBlocks
 from tedlab.module import LanguageModel
@@ -1278,6 +1279,31 @@ def norms_decayed(patch: Patch) -> None:
             group["weight_decay"] = 0.1
 
     _after(patch, LanguageModel, "configure_optimizers", change)
+
+
+def rates_by_the_width_of_the_shard(patch: Patch) -> None:
+    """A layer's own tensor, whose fan-in may be divided, is compared with the whole one at the base."""
+    right = parametrization.scales
+
+    def wrong(spec: Any, model: ModelConfig, moe: MoEConfig) -> Any:
+        size = dist.get_world_size()
+        degrees = ParallelDegrees(size, size)
+
+        def local(its: ModelConfig, its_moe: MoEConfig) -> Any:
+            made = spec(its, its_moe).parameters()
+            if its is not model:
+                return SimpleNamespace(parameters=lambda: made)
+            parts = (p if p.fan_in is None else replace(p, shape=p.local_shape(degrees)) for p in made)
+            return SimpleNamespace(parameters=lambda: parts)
+
+        return right(local, model, moe)
+
+    patch.setattr(module, "scales", wrong)
+
+
+def initial_weights_of_the_base(patch: Patch) -> None:
+    """Initial weights do not follow the width, though learning rates do."""
+    patch.setattr(gpt, "scales", lambda *arguments: {})
 
 
 def schedule_one_step_late(patch: Patch) -> None:

@@ -405,6 +405,12 @@ SLICED: dict[str, dict[str, object]] = {
     },
 }
 JOBS |= ROUTERS | BLOCKS | SHORTCUTS | TRAINED | OVERLAP | PILOTS | LENDING | PACKED | SLICED | NODES
+JOBS["mup_muon"] = {  # matrices, what AdamW steps of them, and the rest have rates of their own
+    **{EXPERTS_PER_RANK: 2, ACCUMULATED: 2, **DEEPSEEK, "model.parametrization": "mup", "model.base_hidden": 64},
+    **{"model.tie_embeddings": False, "optim": "muon", "optim.overlap": True},
+    **{"moe.shared.combine": "cg1", "moe.shared.ffn": 32},
+    "optim.groups": "[{pattern: '*.experts.*', lr_factor: 2}]",
+}
 TENSOR_ONLY = (  # toggles that do nothing without
     *("ted", "ted_fused_sharded", "sequence", "sequence_cac"),
     *("dropless_ted", "dropless_ted_fused_sharded", "dropless_sequence", "today_sequence", "rotary_ted"),
@@ -431,7 +437,8 @@ SAMPLED: dict[Layout, tuple[str, ...]] = {  # CI's cells: of every layout, and e
         *(job for job in PILOTS if job not in ("gathered", "gathered_ted_fused")),
         *("lent", "lent_ted", "even_ted_fused", "lent_in_slices", *PACKED, *SLICED),
         *("ramp_of_rows_in_slices", "ramp_of_documents_and_a_global_balance", *AVERAGED, *NARROW),
-        *("muon_clipped", "muon_latent", "documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
+        *("muon_clipped", "muon_latent", "mup_muon"),
+        *("documents_best_fit_in_slices", "documents_best_fit_beside_each_other"),
     ),
     (2, 2, 1): ("today_sequence",),
     (2, 1, 2): ("gathered", "one_expert_per_rank_sgd", "today_dense_chunked"),

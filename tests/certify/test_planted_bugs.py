@@ -33,6 +33,7 @@ TP2: Overrides = ("parallel=tp2", "moe.capacity_factor=1.05")
 EP2: Overrides = ("parallel=ep2", "moe.top_k=2", "moe.z_loss=0.1", "data.micro_batch_size=4")
 DP2: Overrides = ("parallel=dp2", "optim.overlap=true", "data.micro_batch_size=4")
 MUON: Overrides = ("parallel.world_size=4", "parallel.tensor=2", "parallel.expert=1", "optim=muon")
+MUP: Overrides = (*("parallel=tp2", "model.parametrization=mup", "model.base_hidden=64", "model.tie_embeddings=false"),)
 EP2_DP2: Overrides = ("parallel.world_size=4", "parallel.tensor=1", "parallel.expert=2")
 CHUNKED: Overrides = ("parallel=tp2", "model.loss_chunk=7")
 FP16: Overrides = ("parallel=tp2", "trainer.precision=16-true")
@@ -128,6 +129,8 @@ CERTIFIED: dict[Plant, Found] = {
     bugs.clipped_before_unscaling: Found(FP16, "clip factor", "in step 2"),
     bugs.overflow_that_is_not_skipped: Found(FP16, "gradients", "is absent in one process"),
     bugs.last_tile_left_out: Found(DP2, "optimizer state", "in step 1"),
+    bugs.rates_by_the_width_of_the_shard: Found(MUP, "optimizer settings", "in step 1"),
+    bugs.initial_weights_of_the_base: Found(MUP, "outputs", "in step 1: logits"),
     bugs.matrices_not_joined: Found(MUON, "next weights", "in step 1"),
     bugs.fused_matrices_taken_for_one: Found(MUON, "next weights", "in step 1"),
     bugs.folded_expert_gradient_divided_by_expert_data: Found(
