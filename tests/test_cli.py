@@ -244,6 +244,13 @@ def test_a_search_tries_values_within_its_bounds_and_ends_with_the_best(tmp_path
     assert tried[found.best_params["optim.lr"]] == found.best_value
 
 
+def test_a_sweep_on_slurm_without_submitit_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tedlab.cli.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"^hydra/launcher needs a package .*: pip install 'tedlab\[slurm\]'$"):
+        check_overrides(["hydra/launcher=submitit_slurm", "optim.lr=1e-3,2e-3"])
+    check_overrides(["optim.lr=1e-3,2e-3"])
+
+
 def test_a_search_without_optuna_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(ConfigStore.instance().repo["hydra"].get("sweeper", {}), "optuna.yaml", raising=False)
     with pytest.raises(UsageError, match=r"^hydra/sweeper/optuna needs a package .*: pip install 'tedlab\[optuna\]'$"):

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,10 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise UsageError(f"'{error.override}' cannot be read: {one_line(error)}") from None
+    if any(o.key_or_group == "hydra/launcher" and "submitit" in str(o.value()) for o in parsed) and not find_spec(
+        "submitit"
+    ):
+        raise UsageError("hydra/launcher needs a package that is not installed: pip install 'tedlab[slurm]'")
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
     searched = [o.input_line or "" for o in parsed if o.key_or_group == "hydra.searchpath"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):

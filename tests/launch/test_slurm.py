@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from docs.commands import QUICK
 from tedlab.cli import CONF
 from tedlab.history import read_history
+from tedlab.launch import requeue
 from tests.launch.test_joining import job_with_a_free_port
 from tests.test_conf import compose
 
@@ -59,7 +60,7 @@ for number in range(int(tasks[0]) + 1 if tasks else 1):
 print("Submitted batch job 7000")
 """
 SCONTROL = """#!/bin/sh
-echo "$@" >> requeued
+if [ "$1" = show ]; then echo "JobId=$3 JobState=${{JOB_STATE:-RUNNING}}"; else echo "$@" >> requeued; fi
 """
 
 
@@ -142,6 +143,24 @@ def test_the_tutorials_batch_script_goes_on_where_it_was_preempted(tmp_path: Pat
     assert [path.name for path in run.parent.iterdir()] == [run.name]
     steps = [int(row["step"]) for row in read_history(run / "metrics.csv") if "train/loss" in row]
     assert steps == [*range(1, reached + 3)]
+
+
+@pytest.mark.parametrize(
+    ("executor", "state", "queued"),
+    [("slurm", "RUNNING", True), ("slurm", "CANCELLED", False), ("local", "RUNNING", False), (None, "RUNNING", False)],
+)
+def test_a_job_of_submitits_that_is_preempted_is_queued_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str | None, state: str, queued: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    environment = {"PATH": slurm(tmp_path)["PATH"], "JOB_STATE": state, "SLURM_JOB_ID": "12"}
+    for name, value in (environment | ({} if executor is None else {"SUBMITIT_EXECUTOR": executor})).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(requeue, "_ENDED_S", 0)
+    requeue.queue_again()
+    assert (tmp_path / "requeued").exists() == queued
+    if queued:
+        assert (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
 def test_the_preset_has_no_name_that_the_launcher_lacks() -> None:

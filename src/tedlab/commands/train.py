@@ -22,6 +22,7 @@ def train(config: TrainConfig) -> float:
     from tedlab.launch import outside
     from tedlab.launch.launcher import launch
     from tedlab.launch.locks import run_directory
+    from tedlab.launch.requeue import queue_again
     from tedlab.resume import named_values, resume
     from tedlab.run import run
     from tedlab.validate import complete, notes
@@ -51,6 +52,8 @@ def train(config: TrainConfig) -> float:
         except (WorkerFailed, SystemExit) as error:
             if not started_outside:  # otherwise the first process has written it
                 leave_summary(config, error)
+            if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
+                queue_again()
             raise
     return float(summary.get(config.objective, float("nan")))
 
