@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import write_json
+from experiments.sweeps import SEEDS, train
 from tedlab.record import Recording, flip_rates
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/routers")
 ROUTERS = ("none", "first_choices", "micro_batch", "sequence", "global_batch", "biases", "hash", "expert_choice")
-SEEDS = (0, 1, 2)
 RECORDED = tuple(router for router in ROUTERS if router != "expert_choice")  # whose tokens choose
 STEPS = 200
 QUANTITIES = {
@@ -52,11 +52,6 @@ def main() -> None:
     command = ["compare", *map(str, first_seed), "by=experiment_name", f"out={RUNS / 'report.html'}"]
     subprocess.run([sys.executable, "-m", "tedlab", *command], check=True)
     Console().print(table(results))
-
-
-def train(*arguments: str) -> None:
-    """Runs ``tedlab train``."""
-    subprocess.run([sys.executable, "-m", "tedlab.train", *arguments], check=True)
 
 
 def flips(run: Path, router: str) -> float | None:
