@@ -209,6 +209,13 @@ def test_the_second_time_nothing_is_tokenised(tmp_path, prepare, count_tokenisat
     np.testing.assert_array_equal(first.train, second.train)
 
 
+def test_nobody_waits_for_a_corpus_that_is_there(tmp_path, prepare, monkeypatch):
+    _write(tmp_path / "text", {"a.txt": "a b c d e", "b.txt": "f g h i j"})
+    prepare()
+    monkeypatch.delattr(corpus_module, "_alone_with")
+    prepare()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -3,6 +3,7 @@
 import gzip
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -366,6 +367,13 @@ def test_parts_one_after_another_are_the_source(tmp_path, monkeypatch, name):
     assert written[0] == written[1] == written[2] != b""
     if name not in ("long line.txt", "a.npy"):
         assert len(parts) > 5
+    if name not in ("long line.txt", "a.npy", "text.txt"):
+        rest = replace(source, held_out=0.1, validation=True)  # documents keep their numbers, too
+        held_out = [*rest.documents(lambda size: None)]
+        in_parts = [
+            d for part in divide("train", [rest]) for of in part.sources for d in of.documents(lambda size: None)
+        ]
+        assert in_parts == held_out
     wrong = json.dumps({"body": 1}).encode()
     if name == "lines.jsonl":  # lines keep their numbers in whatever part they are
         (tmp_path / name).write_bytes(b"\n" + LINES + wrong)

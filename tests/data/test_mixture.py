@@ -24,6 +24,7 @@ from tedlab.data.mixture import (
 )
 from tedlab.data.module import TextDataModule
 from tedlab.data.position import Position
+from tedlab.data.ramp import Ramp, Stage
 
 WEIGHTS = st.lists(st.floats(0.001, 1), min_size=1, max_size=12).map(lambda w: [x / sum(w) for x in w])
 
@@ -105,6 +106,8 @@ def test_every_layout_reads_one_order_and_each_source_in_permutations_of_its_own
     assert (
         dealt(mixture([0.5, 0.2, 0.3], sizes), 5, 1, 5, range(3))[:60] == one[:60]
     )  # another batch size, the same order
+    ramp = Ramp([Stage(7, 4, 0), Stage(None, 12, 0)])  # of an epoch's 60 samples 28 in seven steps, then two of twelve
+    assert dealt(mixture([0.5, 0.2, 0.3], sizes), ramp, 2, 2, range(2)) == one[: 28 + 24 + 60]
     bounds = np.cumsum([0, *sizes])
     for n, size in enumerate(sizes):
         own = [i - bounds[n] for i in one if bounds[n] <= i < bounds[n + 1]]

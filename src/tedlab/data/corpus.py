@@ -197,16 +197,17 @@ class _Found:
 
     def corpus(self, tokenizer: Tokenizer, corpora: Path, sequence_length: int, processes: int) -> Corpus:
         directory = corpora / _key(self.key, tokenizer.fingerprint)
-        with _alone_with(directory):
-            if damage := directory.exists() and _damage(directory, tokenizer):
-                print(f"The cached corpus {directory} is made anew: {damage}.", file=sys.stderr)
-                _set_aside(directory)
-            if not directory.exists():
-                try:
-                    self._build(tokenizer, directory, processes)
-                except OSError:
-                    if not directory.exists():  # else, where files cannot be locked, another process was faster
-                        raise
+        if not directory.exists() or _damage(directory, tokenizer):  # else nobody need wait for anybody
+            with _alone_with(directory):
+                if damage := directory.exists() and _damage(directory, tokenizer):
+                    print(f"The cached corpus {directory} is made anew: {damage}.", file=sys.stderr)
+                    _set_aside(directory)
+                if not directory.exists():
+                    try:
+                        self._build(tokenizer, directory, processes)
+                    except OSError:
+                        if not directory.exists():  # else, where files cannot be locked, another process was faster
+                            raise
         return _open(directory, tokenizer, sequence_length, self.no_files)
 
     def _build(self, tokenizer: Tokenizer, directory: Path, processes: int) -> None:
