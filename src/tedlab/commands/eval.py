@@ -39,11 +39,11 @@ def task(config: EvalConfig) -> None:
     from tedlab.launch.launcher import launch
 
     try:
-        given(config)
         if config.processes == 1 and not outside.started_outside():
             evaluate(config)
         else:
             outside.check(config.processes)
+            given(config)  # says what is wrong before any process starts
             launch(evaluate, config, config.processes)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
