@@ -41,8 +41,7 @@ from tests.selection import asked_of
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
 OFTEN = SETTINGS | ROUTERS
 DIVIDED = (  # of which CI trains the layout, too: that it is one process in settings like these, certificates say
-    *("top1_clipped", "sequence_parallel", "deepseek_v3_sequence_wise", "shared_experts_after_a_dense_block"),
-    *("pos2", "dgmoe_sequence_dropless"),
+    *("top1_clipped", "sequence_parallel", "pos2", "dgmoe_sequence_dropless"),
 )
 
 

@@ -522,9 +522,8 @@ def overrides(layout: Layout, job: str) -> list[str]:
 
 
 CHECKPOINTS = (  # of jobs that differ in what a checkpoint holds
-    *("top1_clipped", "ted_fused_sharded", "today", "deepseek_v3_dropless", "global_balance_in_slices"),
-    *("noisy_jittered_ted", "shared_weighted_ted", "shared_in_slices", "frozen_router_experts_faster"),
-    *("experts_alone_ted", "dgmoe_dealt", "lent", "packed_ted", "sliced_dropless_shared", "muon_clipped"),
+    *("top1_clipped", "ted_fused_sharded", "global_balance_in_slices", "shared_weighted_ted"),
+    *("frozen_router_experts_faster", "lent", "sliced_dropless_shared", "muon_clipped"),
     *RAMPS,
     *AVERAGED,
     *NARROW,

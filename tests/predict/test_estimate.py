@@ -153,6 +153,7 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
         "pos1_dropless",
     ),
     *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
+    *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
 )
 
 

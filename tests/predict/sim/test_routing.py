@@ -77,7 +77,11 @@ MORE_TOGGLES = [
 
 @pytest.mark.parametrize(
     "toggles",
-    [*TOGGLES, *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES)],
+    [
+        *TOGGLES,
+        *(pytest.param(toggles, marks=pytest.mark.exhaustive) for toggles in MORE_TOGGLES[::2]),
+        *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES[1::2]),
+    ],
     ids=lambda toggles: ",".join(toggles),
 )
 def test_the_ledger_of_any_rank_is_the_closed_form_whatever_is_chosen(
