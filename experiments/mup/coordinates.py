@@ -18,6 +18,7 @@ from tedlab.parametrization import scales
 
 HEAD = 16  # width of a head, at every width of the model
 VOCABULARY, LENGTH, SAMPLES = 64, 4, 1  # fewer tokens than features, as in the limit of infinite width
+BATCH = 32  # samples of a step that trains for the sake of its loss
 ADAMW: dict[str, Any] = {"_target_": "torch.optim.AdamW", "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 Moves = dict[str, list[float]]  # by activation, for each number of steps
@@ -51,11 +52,7 @@ def moves(model: ModelConfig, lr: float, steps: int, seed: int, optimizer: dict[
         seed: Of weights and batch.
         optimizer: ``optim.optimizer``.
     """
-    moe = MoEConfig(4, top_k=2, dispatch="dropless")
-    optim = OptimConfig(optimizer=optimizer, lr=lr, schedule="constant")
-    network = GPT(model, moe, Topology(ParallelDegrees(1)), seed)
-    grouping = Grouping.under(optim, scales(GPTSpec, model, moe))
-    stepped, _ = optimizer_with_schedule(optim, parameter_groups(network, grouping, optim), steps)
+    network, stepped = _made(model, lr, steps, seed, optimizer)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(VOCABULARY, (SAMPLES, LENGTH + 1), generator=generator)
     found: dict[str, list[Tensor]] = defaultdict(list)
@@ -67,6 +64,36 @@ def moves(model: ModelConfig, lr: float, steps: int, seed: int, optimizer: dict[
         stepped.zero_grad()
     network.loss(ids[:, :-1], ids[:, 1:])
     return {name: [float((x - of[0]).abs().mean()) for x in of[1:]] for name, of in found.items()}
+
+
+def trained(model: ModelConfig, lr: float, steps: int, seed: int) -> float:
+    """Trains on a Markov chain in which every token has two successors, and returns the loss of the last ten steps."""
+    network, stepped = _made(model, lr, steps, seed, ADAMW)
+    generator = torch.Generator().manual_seed(seed)
+    successors_V2 = torch.randint(VOCABULARY, (VOCABULARY, 2), generator=generator)
+    losses = []
+    for _ in range(steps):
+        tokens = [torch.randint(VOCABULARY, (BATCH,), generator=generator)]
+        for _ in range(LENGTH):
+            tokens.append(successors_V2[tokens[-1], torch.randint(2, (BATCH,), generator=generator)])
+        ids = torch.stack(tokens, 1)
+        loss, _ = network.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        stepped.step()
+        stepped.zero_grad()
+        losses.append(loss.item())
+    return float(np.mean(losses[-10:]))
+
+
+def _made(
+    model: ModelConfig, lr: float, steps: int, seed: int, optimizer: dict[str, Any]
+) -> tuple[GPT, torch.optim.Optimizer]:
+    """Returns a model and the optimizer that a run would have."""
+    moe = MoEConfig(4, top_k=2, dispatch="dropless")
+    optim = OptimConfig(optimizer=optimizer, lr=lr, schedule="constant")
+    network = GPT(model, moe, Topology(ParallelDegrees(1)), seed)
+    grouping = Grouping.under(optim, scales(GPTSpec, model, moe))
+    return network, optimizer_with_schedule(optim, parameter_groups(network, grouping, optim), steps)[0]
 
 
 def slopes(widths: Sequence[int], by_width: Sequence[Moves], step: int) -> dict[str, float]:

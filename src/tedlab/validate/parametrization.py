@@ -10,10 +10,11 @@ from tedlab.config import ModelConfig, TrainConfig
 from tedlab.models import models
 from tedlab.optim.groups import Grouping
 from tedlab.optim.muon import Muon
+from tedlab.optim.narrow import NarrowAdamW
 from tedlab.parametrization import STANDARD, Scale, scales
 from tedlab.spec import ParameterSpec
 
-_WITH_RULES = (AdamW, Muon)
+_WITH_RULES = (AdamW, NarrowAdamW, Muon)
 
 
 def scales_of(config: TrainConfig) -> Mapping[str, Scale]:
