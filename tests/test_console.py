@@ -1,5 +1,6 @@
 """What commands print fits the console: widths, whole figures, colours, and names that look like markup."""
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -259,3 +260,27 @@ def test_a_bar_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert drawn(True, NO_COLOR="1")
     assert not drawn(False, FORCE_COLOR="1"), "a log would be full of what moves a cursor"
     assert not drawn(True, TERM="dumb")
+
+
+def test_figures_stay_whole_while_words_wrap_and_what_is_too_wide_is_divided() -> None:
+    table = FittingTable("name", title="sizes")
+    for number in range(6):
+        table.add_column(f"a heading of column {number}", justify="right")
+    figures = [f"{10**9 + number:,}" for number in range(6)]
+    table.add_row("words that may be wrapped where there is little room", *figures)
+    printed = Console(width=60, record=True, file=io.StringIO())
+    printed.print(table)
+    text = printed.export_text()
+    assert max(map(cell_len, text.splitlines())) <= 60
+    assert all(figure in text for figure in figures)
+    assert "…" not in text
+    assert text.count("name") == text.count("sizes") > 1  # each part says what its rows are
+    assert "sizes (continued)" in text
+
+
+def test_brackets_colons_and_numbers_mean_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console.output().print("[red]run[/] :smile: 12 of [bold]")
+    assert capsys.readouterr().out == "[red]run[/] :smile: 12 of [bold]\n"
