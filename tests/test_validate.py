@@ -590,6 +590,12 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "validation_by_lightning": (["+trainer.val_check_interval=5"], ["val_check_interval=5", "validate_every"]),
     "fast_dev_run": (["+trainer.fast_dev_run=true"], ["fast_dev_run=True", "trainer.max_steps=1"]),
     "no_training_batch": (["+trainer.limit_train_batches=0"], ["limit_train_batches=0", "trainer.max_steps"]),
+    "set_called_loss": (["+eval.sets.loss=x"], ["eval.sets has a set called 'loss'", "call it by letters"]),
+    "set_of_nowhere": (["+eval.sets.wiki=nowhere.txt"], ["set 'wiki': its path 'nowhere.txt' does not exist"]),
+    "sets_without_validation": (
+        ["+eval.sets.wiki=x", "+trainer.limit_val_batches=0"],
+        ["eval.sets are evaluated at validations", "limit_val_batches is 0"],
+    ),
     "one_validation_batch": (["+trainer.limit_val_batches=1"], ["limit_val_batches=1", "data.validation_samples"]),
     "no_checkpoint_at_all": (["+trainer.enable_checkpointing=false"], ["checkpoint.every=null"]),
     "time_of_another_kind": (["+trainer.max_time=soon"], ["trainer.max_time=soon", "Lightning"]),
