@@ -266,7 +266,7 @@ def test_figures_stay_whole_while_words_wrap_and_what_is_too_wide_is_divided() -
     table = FittingTable("name", title="sizes")
     for number in range(6):
         table.add_column(f"a heading of column {number}", justify="right")
-    figures = [f"{10**9 + number:,}" for number in range(6)]
+    figures = [f"{10**6 + number:,} (1 to 2)" for number in range(6)]  # with words of their own
     table.add_row("words that may be wrapped where there is little room", *figures)
     printed = Console(width=60, record=True, file=io.StringIO())
     printed.print(table)
