@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,11 @@ from tedlab.certify.certificate import Certificate
 from tedlab.certify.compare import Row
 from tedlab.checkpoint.pieces import Piece, write_pieces
 from tedlab.comm.collectives import Operation
-from tedlab.commands import checkpoint, doctor, models, runs, simulate
+from tedlab.commands import checkpoint, data, doctor, models, runs, simulate
+from tedlab.commands.data import DataCommandConfig
 from tedlab.commands.differences import difference_tree
 from tedlab.config import AssumedRouting, ServeConfig
+from tedlab.data import overview
 from tedlab.doctor import Finding, Verdict
 from tedlab.evaluation import evaluate
 from tedlab.evaluation.sets import SetResult
@@ -130,7 +133,22 @@ def listed(folder: Path) -> None:
 def evaluated(folder: Path) -> None:
     model = SimpleNamespace(path=folder / "checkpoints" / "last.ckpt", degrees="4 processes")
     found: Any = SimpleNamespace(model=model, step=500, sets=[], folder=folder)
-    evaluate._print(found, {"wikipedia": SetResult(123_456_789, 98_765, 1, 1, 2.345, 4.2)})
+    task: Any = SimpleNamespace(values={"acc_norm": 0.4321, "acc_norm_stderr": 0.0123}, documents=10_042, fewshot=5)
+    of_sets = {"wikipedia": SetResult(123_456_789, 98_765, 1, 1, 2.345, 4.2)}
+    evaluate._print(found, of_sets, {"mmlu_high_school_government_and_politics": task})
+
+
+def corpora(folder: Path, show: Callable[[DataCommandConfig], None]) -> None:
+    corpus: Any = SimpleNamespace(
+        source_files=1234, train=range(10**12), validation=range(10**9), bytes_per_token=4.321
+    )
+    corpus.directory = folder / ("a-corpus-" * 8)
+    lengths = (1, 12, 345, 6_789, 123_456, 1_234_567)
+    found = overview.Overview(9_876_543, 12, 10**12, lengths, 345_678, 10**9, 45_678, 10**6, 123, ("[word] " * 30,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_prepared", lambda config: ({"web": corpus, "": corpus}, ["web"]))
+        patch.setattr(overview, "overview", lambda *arguments: found)
+        show(DataCommandConfig(**vars(composed())))
 
 
 def examined(folder: Path) -> None:
@@ -159,6 +177,7 @@ COMMANDS: dict[str, Callable[[Path], None]] = {
     **{"train": train, "simulate": simulated, "plan": plan, "plan_inference": serve, "calibrate": calibrate},
     **{"certify": certify, "compare": compared, "runs": listed, "eval": evaluated, "doctor": examined},
     **{"models": published, "checkpoint": checkpoints},
+    **{"data prepare": partial(corpora, show=data.prepare), "data inspect": partial(corpora, show=data.inspect)},
 }
 Printed = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
