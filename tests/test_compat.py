@@ -16,7 +16,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
+from jinja2.exceptions import SecurityError
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -717,6 +718,32 @@ def test_omegaconfs_yaml_knows_9e9_and_no_key_twice() -> None:
     assert yaml.load("a: 9e9", Loader=hydra.yaml_loader()) == {"a": 9e9}
     with pytest.raises(yaml.constructor.ConstructorError, match="duplicate"):
         yaml.load("a: 1\na: 2", Loader=hydra.yaml_loader())
+
+
+def test_the_harness_renders_in_a_sandbox_and_asks_before_it_imports(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api import task
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import apply_template
+
+    from tedlab._compat import lm_eval
+
+    def refuse(name: str) -> NoReturn:
+        raise ValueError(f"refused: {name}")
+
+    lm_eval.sandbox_templates()
+    assert apply_template("{{ a.upper() }}{{ a | regex_replace('x', 'y') }}", {"a": "x"}) == "Xy"
+    with pytest.raises(SecurityError):
+        apply_template("{{ a.__class__.__mro__ }}", {"a": "x"})
+    (tmp_path / "x.yaml").write_text("task: x\nprocess_docs: !function os.getcwd\n")
+    with pytest.raises(ValueError, match=r"refused: os\.getcwd"), lm_eval.without_functions(refuse):
+        TaskManager(include_path=f"{tmp_path}", include_defaults=False).load(["x"])
+    with lm_eval.without_unknown_metrics(refuse):
+        assert task.get_metric("acc")
+        with pytest.raises(ValueError, match="refused: of_ones_own"):
+            task.get_metric("of_ones_own")
+        with pytest.raises(ValueError, match="refused: acc"):
+            task.get_metric("acc", True)
 
 
 def test_exit_functions_run_at_once() -> None:

@@ -711,6 +711,8 @@ class EvalConfig(Frozen):
     expert_tensor: int | None = whole(None, least=1, most=_MOST_PROCESSES)  # divide each expert; null: as tensor says
     device: str | None = None  # cpu | cuda; null: cuda where there is a GPU for each process
     wandb: bool = False  # also add the results to the summary of the training's W&B run
+    # Files of tasks may name Python functions and scripts of metrics, and tasks may run what the model writes.
+    tasks_execute_code: bool = False
 
     @property
     def output_dir(self) -> str:

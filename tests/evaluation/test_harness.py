@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import socket
 import subprocess
 import sys
@@ -230,6 +231,71 @@ def test_tasks_that_cannot_be_loaded_are_told(model: Tiny) -> None:
         evaluate(config(model, file))
     with pytest.raises(ValueError, match="tiny is both a set of data and a task: call the set otherwise"):
         evaluate(config(model, f"{place}/tasks/tiny.yaml", data={"tiny": f"{place}/tiny.jsonl"}, field="question"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"doc_to_text": "{{ cycler.__init__.__globals__.os.mkdir('PLACE/ran') }}"},
+            "access to attribute '__init__' of 'type' object is unsafe",
+        ),
+        ({"metric_list": [{"metric": "PLACE/script.py"}]}, "no metric 'PLACE/script.py' of its own"),
+        ({"metric_list": [{"metric": "acc", "hf_evaluate": True}]}, "no metric 'acc' of its own"),
+        ({"process_docs": "!function code.process"}, "it would run Python code (!function code.process)"),
+        ({"unsafe_code": True}, "runs what the model writes: allow it with tasks_execute_code=true"),
+    ],
+    ids=lambda value: f"{value}"[:20],
+)
+def test_files_of_tasks_run_no_code(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
+    for name in ("script", "code"):
+        (tmp_path / f"{name}.py").write_text("import os\nos.mkdir('ran')\ndef process(docs):\n    return docs\n")
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.chdir(tmp_path)
+    file = Path(task(tmp_path, "hostile", QUESTIONS, **changed))
+    text = (
+        file.read_text().replace("PLACE", f"{tmp_path}").replace("'!function code.process'", "!function code.process")
+    )
+    file.write_text(text)
+    shutil.copy("code.py", "tasks")
+    with pytest.raises(ValueError, match=r"task '.*hostile") as caught:
+        evaluate(config(model, f"{file}"))
+    assert message.replace("PLACE", f"{tmp_path}") in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+    if "process_docs" in changed:
+        with pytest.raises(ValueError, match="!function"):
+            evaluate(config(model, "hostile", include="tasks"))
+        assert not (tmp_path / "ran").exists()
+        evaluate(config(model, "hostile", include="tasks", tasks_execute_code=True))
+        assert (tmp_path / "ran").exists()
+
+
+def test_a_group_has_the_mean_and_the_documents_of_what_is_in_it(model: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    for name, count in (("first", 3), ("second", 2)):
+        task(tmp_path, name, QUESTIONS[:count])
+    means = [{"metric": "acc", "weight_by_size": True}]
+    inner = {"group": "inner", "task": ["first"], "aggregate_metric_list": means}
+    outer = {"group": "outer", "task": ["inner", "second"], "aggregate_metric_list": means}
+    for group in (inner, outer):
+        (tmp_path / "tasks" / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    found = evaluate(config(model, "outer", include=f"{tmp_path / 'tasks'}", out=f"{tmp_path}"))
+    parts = {name: found[f"eval/{name}/acc"] for name in ("first", "second")}
+    assert found["eval/inner/acc"] == parts["first"]
+    assert found["eval/outer/acc"] == pytest.approx((3 * parts["first"] + 2 * parts["second"]) / 5)
+    counts = {
+        name: json.loads((tmp_path / f"step_0_{name}.json").read_text())["documents"] for name in ("inner", "outer")
+    }
+    assert counts == {"inner": 3, "outer": 5}
+
+
+def test_what_is_given_twice_is_refused(model: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "tasks").mkdir()
+    own, other = f"{model.run.parent / 'tasks' / 'tiny.yaml'}", task(tmp_path, "tiny", QUESTIONS[:2])
+    with pytest.raises(ValueError, match=f"tasks has 'tiny' twice, the second time in {other}"):
+        evaluate(config(model, own, other))
 
 
 def test_a_task_whose_data_is_nowhere_near_is_told_in_a_sentence(model: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def given(config: EvalConfig) -> Given:
     if config.tasks:
         from tedlab.evaluation.harness import load_tasks
 
-        tasks = load_tasks(config.tasks, config.include)
+        tasks = load_tasks(config.tasks, config.include, config.tasks_execute_code)
         both = sorted({*config.data} & {*tasks.names})
         if both:
             raise ValueError(f"{both[0]} is both a set of data and a task: call the set otherwise")

@@ -7,8 +7,9 @@ divides them among data ranks. This needs the extra ``eval``.
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from typing_extensions import override
@@ -29,12 +30,16 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
+
+    from tedlab._compat.lm_eval import sandbox_templates, without_functions, without_unknown_metrics
 except ImportError as error:
     raise ValueError(
         f"tasks need the lm-eval harness, which is not installed ({error}): pip install 'tedlab[eval]'"
     ) from None
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
+sandbox_templates()
 
+_ALLOWED = "tasks_execute_code=true"
 _MOST_NEW = 256  # tokens of a generated text, where a task does not say how many
 
 
@@ -179,16 +184,19 @@ class Loaded(NamedTuple):
     names: list[str]
 
 
-def load_tasks(tasks: Sequence[str], include: str | None) -> Loaded:
+def load_tasks(tasks: Sequence[str], include: str | None, execute_code: bool = False) -> Loaded:
     """Returns tasks of the harness, with their data.
 
     Args:
         tasks: Names, or paths of YAML files.
         include: A folder with further tasks; None: there is none.
+        execute_code: Whether files of tasks may name functions and scripts, and tasks may run what the model writes.
+            Functions that the harness's own tasks name are part of the harness, and always allowed.
 
     Raises:
         FileNotFoundError: If a file or the folder does not exist.
-        ValueError: If a task is unknown, or cannot be loaded; the message says why, and whether it needs the network.
+        ValueError: If a task is unknown, comes twice, would run code that is not allowed, or cannot be loaded; the
+            message says why, and whether it needs the network.
     """
     if include is not None and not Path(include).is_dir():
         raise FileNotFoundError(f"include={include} is no folder")
@@ -196,26 +204,49 @@ def load_tasks(tasks: Sequence[str], include: str | None) -> Loaded:
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"tasks has {file}, and there is no such file")
-    named = [task for task in tasks if task not in files]
-    manager = TaskManager(include_path=include, include_defaults=False)
-    if not {*named} <= {*manager.all_tasks}:
-        manager = TaskManager(include_path=include)  # thousands of files
-    for task in named:
-        if task not in manager.all_tasks:
+    own = TaskManager(include_path=include, include_defaults=False)
+    shipped = {*tasks} - {*files} - {*own.all_tasks}
+    harness = TaskManager() if shipped else own  # reads thousands of files
+    for task in sorted(shipped):
+        if task not in harness.all_tasks:
+            known = [*harness.all_tasks, *own.all_tasks]
             raise ValueError(
-                f"tasks has {task!r}, which the lm-eval harness does not know.{did_you_mean(task, manager.all_tasks)} "
-                f"It knows {len(manager.all_tasks):,}; give one of your own as the path of its YAML file, or a folder "
+                f"tasks has {task!r}, which the lm-eval harness does not know.{did_you_mean(task, known)} "
+                f"It knows {len(harness.all_tasks):,}; give one of your own as the path of its YAML file, or a folder "
                 "of them with include=DIR"
             )
-    loaded = Loaded(manager, [], [])
+    loaded = Loaded(harness, [], [])
     for task in tasks:
         try:
-            found = manager.load([task])
+            with ExitStack() as guards:
+                if not execute_code:
+                    guards.enter_context(without_unknown_metrics(_refuse_metric))
+                    if task not in shipped:
+                        guards.enter_context(without_functions(_refuse_function))
+                found = (harness if task in shipped else own).load([task])
         except Exception as error:  # those of data sets, of hubs and of a task's own code
             raise ValueError(f"task {task!r} cannot be loaded: {_why(error)}") from None
-        loaded.tasks.extend(found["groups"].values() or found["tasks"].values())
-        loaded.names.extend([*found["groups"], *found["tasks"]])
+        if not execute_code:
+            for name in (name for name, each in found["tasks"].items() if getattr(each, "UNSAFE_CODE", False)):
+                raise ValueError(f"task {name!r} runs what the model writes: allow it with {_ALLOWED}")
+        groups = [*found.get("groups", {}).values()]
+        loaded.tasks.extend(groups[:1] or found["tasks"].values())  # a group holds those in it
+        for name in (*found.get("groups", {}), *found["tasks"]):
+            if name in loaded.names:
+                raise ValueError(f"tasks has {name!r} twice, the second time in {task}")
+            loaded.names.append(name)
     return loaded
+
+
+def _refuse_function(name: str) -> NoReturn:
+    raise ValueError(f"it would run Python code (!function {name}): if you trust all of it, allow it with {_ALLOWED}")
+
+
+def _refuse_metric(name: str) -> NoReturn:
+    raise ValueError(
+        f"the harness has no metric {name!r} of its own, and would run a script of this name: if you trust that, "
+        f"allow it with {_ALLOWED}"
+    )
 
 
 def _why(error: BaseException) -> str:
@@ -254,10 +285,12 @@ def run_tasks(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int |
         limit=limit,
         log_samples=False,
         bootstrap_iters=1000,
+        confirm_run_unsafe_code=True,  # load_tasks has refused it unless it is allowed
     )
     if found is None:
         return {}
-    return {name: _result(name, values, found) for name, values in found["results"].items()}
+    # A group that aggregates nothing has no documents.
+    return {name: _result(name, values, found) for name, values in found["results"].items() if "sample_len" in values}
 
 
 def _result(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> TaskResult:
@@ -267,5 +300,6 @@ def _result(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> T
         metric, comma, filtered = key.partition(",")
         if comma and isinstance(value, int | float):
             measured[metric if filtered == "none" else f"{metric}_{filtered}"] = float(value)
-    documents = found.get("n-samples", {}).get(name, {}).get("effective", 0)
-    return TaskResult(measured, documents, found["n-shot"].get(name, 0), f"{found['versions'].get(name, '')}")
+    return TaskResult(
+        measured, values.get("sample_len", 0), found["n-shot"].get(name, 0), f"{found['versions'].get(name, '')}"
+    )
