@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 import tedlab
+from tedlab import config as config_module
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan, with_sources
@@ -284,6 +285,18 @@ def test_wrong_overrides_end_the_command_within_a_screen(tmp_path: Path, overrid
     assert [fragment for fragment in fragments if fragment not in done.stdout] == [], done.stdout
     assert "Traceback" not in done.stdout
     assert len(done.stdout.splitlines()) < SCREEN, done.stdout
+
+
+def test_every_value_has_a_comment_or_is_named_in_that_of_another() -> None:
+    """Nested sections say what they are in the comments of their own values."""
+    bare = set()
+    for kind in vars(config_module).values():
+        if isinstance(kind, type) and is_dataclass(kind) and kind.__module__ == config_module.__name__:
+            comments = field_comments(kind)
+            said = " ".join(" ".join((*comment.above, comment.beside)) for comment in comments.values())
+            named = set(re.findall(r"\w+", said)) | comments.keys()
+            bare |= {field.name for field in fields(kind) if field.name not in named and not is_dataclass(field.type)}
+    assert bare == {"rope_dim", "v_dim", "expert_gpus"}, "the comment above the first of their lines is theirs as well"
 
 
 def test_help_lists_groups_presets_and_values_with_their_comments() -> None:

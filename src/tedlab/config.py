@@ -140,9 +140,9 @@ class RotaryConfig(Frozen):
 class ModelConfig(Frozen):
     """A pre-norm decoder: GPT-3 by default; the options below make it one like OLMoE or Mixtral."""
 
-    layers: int = whole(least=1, most=10_000)
-    hidden: int = whole(least=1, most=_WIDEST)
-    heads: int = whole(least=1, most=_WIDEST)
+    layers: int = whole(least=1, most=10_000)  # blocks, each of attention and a feed-forward layer
+    hidden: int = whole(least=1, most=_WIDEST)  # features of a token between layers
+    heads: int = whole(least=1, most=_WIDEST)  # of attention, in each block
     ffn: int = whole(least=1, most=_WIDEST)  # width of dense feed-forward layers; and of experts without moe.ffn
     sequence_length: int = whole(least=1, most=_WIDEST)  # tokens of one sample; also the size of the position table
     activation: str = word(Activation.GELU)  # gelu | swiglu | clamped_swiglu (gpt-oss)
@@ -253,7 +253,7 @@ class MoEConfig(Frozen):
 
     num_experts: int = whole(least=0, most=_WIDEST)  # 0: a dense model
     every: int = whole(2, least=1)  # experts in blocks every-1, 2·every-1, … (the paper: every second layer)
-    top_k: int = whole(1, least=1)
+    top_k: int = whole(1, least=1)  # experts that each token chooses
     # capacity | packed (the same choices; only slots that are full are sent and computed) | dropless (experts take all
     # tokens routed to them; no capacity_… applies) | a registered name
     dispatch: str = "capacity"
@@ -334,8 +334,8 @@ class ParallelConfig(Frozen):
     """Degrees of parallelism. ``world_size`` = tensor × data = expert_tensor × expert × expert_data."""
 
     world_size: int = whole(least=1, most=_MOST_PROCESSES)  # the number of processes on all nodes
-    tensor: int = whole(1, least=1, most=_MOST_PROCESSES)
-    expert: int = whole(1, least=1, most=_MOST_PROCESSES)
+    tensor: int = whole(1, least=1, most=_MOST_PROCESSES)  # processes that divide each dense layer by width
+    expert: int = whole(1, least=1, most=_MOST_PROCESSES)  # processes that share out the experts of a layer
     sequence: bool = False  # shard activations between layers over the tensor group (Megatron's sequence parallelism)
     # Processes that divide each expert by width; None: as many as tensor. Any other number folds experts differently
     # from dense layers over the same processes.
@@ -441,8 +441,8 @@ class DataConfig(Frozen):
     validation_fraction: float = real(0.05, above=0, below=1)
     validation_samples: int = whole(least=1)  # samples per validation pass, over all data ranks
     training_batches: int | None = whole(None, least=1)  # train on the first so many only, repeatedly; None: on all
-    cache_dir: str = "~/.cache/tedlab"
-    num_workers: int = whole(0, least=0, most=1024)
+    cache_dir: str = "~/.cache/tedlab"  # where token files and tokenizers are kept
+    num_workers: int = whole(0, least=0, most=1024)  # processes that read samples; 0: the training process itself
     module: str = "tedlab.data.TextDataModule"  # the class that makes batches: this one or a subclass
     # packed: a token sees all of its sample before it | masked: of its own document alone, whose positions begin at 0.
     documents: str = word(Documents.PACKED)
@@ -485,10 +485,10 @@ class OptimConfig(ShardingOptions):
     """The optimizer and its learning-rate schedule."""
 
     optimizer: dict[str, Any] = MISSING  # a ``_target_`` and its arguments, without the learning rate
-    lr: float = real(above=0)
+    lr: float = real(above=0)  # the largest learning rate of the schedule
     # cosine | constant | wsd (constant, then linear decay) | a registered name; each starts with a linear warm-up.
     schedule: str = "cosine"
-    warmup_steps: int = whole(0, least=0)
+    warmup_steps: int = whole(0, least=0)  # steps in which the learning rate rises to lr
     final_lr_fraction: float = real(0.1, least=0, most=1)  # the fraction of lr at which cosine and wsd end
     decay_fraction: float = real(0.2, least=0, most=1)  # the fraction of the run in which wsd decays
     # Initial dynamic loss scale; None: 65536 with fp16, otherwise no scaling.
@@ -554,9 +554,9 @@ class TrainConfig(Frozen):
     trainer: dict[str, Any] = MISSING  # arguments of lightning.Trainer, as they are
     logger: dict[str, Any] = field(default_factory=dict)  # additional loggers, each with a ``_target_``
     callbacks: dict[str, Any] = field(default_factory=dict)  # additional callbacks, each with a ``_target_``
-    experiment_name: str = MISSING
+    experiment_name: str = MISSING  # the folder of its runs, below runs/
     seed: int = whole(least=0, most=2**32 - 1)  # of initial weights, data order and random draws
-    output_dir: str = MISSING
+    output_dir: str = MISSING  # the run directory, which hydra.run.dir or hydra.sweep.dir sets
     # A checkpoint to resume from, or a run directory (or its checkpoints folder) with a last checkpoint.
     ckpt_path: str | None = None
     # auto: resume the run in output_dir, in the same W&B run; if there is no checkpoint, start a new run.
@@ -659,10 +659,10 @@ class GenerateConfig(Frozen):
     """What to continue, and how."""
 
     run: str  # directory of a finished run
-    prompt: str = ""
+    prompt: str = ""  # what the text begins with
     tokens: int = whole(200, least=0)  # how many to add
     temperature: float = real(0.8, least=1e-3, also=(0.0,))  # 0: always the most probable token
-    seed: int = whole(0, least=0, most=2**63 - 1)
+    seed: int = whole(0, least=0, most=2**63 - 1)  # of the random choice of tokens
     checkpoint: str = "last.ckpt"  # its name in checkpoints/
     top_k: int | None = whole(None, least=1)  # choose among so many of the most probable tokens; null: among all
     top_p: float = real(1.0, least=1e-6, most=1.0)  # choose among the most probable that together have this probability
