@@ -163,6 +163,15 @@ def test_a_job_of_submitits_that_is_preempted_is_queued_again(
         assert (tmp_path / "requeued").read_text() == "requeue 12\n"
 
 
+def test_a_node_without_scontrol_ends_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"PATH": str(tmp_path), "SLURM_JOB_ID": "12", "SUBMITIT_EXECUTOR": "slurm"}.items():
+        monkeypatch.setenv(name, value)
+    requeue.queue_again()
+    assert "there is no scontrol here" in capsys.readouterr().err
+
+
 def test_the_preset_has_no_name_that_the_launcher_lacks() -> None:
     """Every one can be set by name: the file has all that people set."""
     compose("hydra/launcher=submitit_slurm")

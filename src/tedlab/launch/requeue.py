@@ -1,6 +1,7 @@
 """Asks SLURM to queue a job again that it takes the machine from."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ def queue_again() -> None:
     """
     job = os.environ.get("SLURM_JOB_ID")
     if os.environ.get("SUBMITIT_EXECUTOR") != "slurm" or job is None:
+        return
+    if shutil.which("scontrol") is None:
+        print(f"SLURM is not asked to queue job {job} again: there is no scontrol here", file=sys.stderr)
         return
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=False).stdout
     if "JobState=RUNNING" not in shown:

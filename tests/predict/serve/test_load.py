@@ -29,7 +29,7 @@ def test_the_load_of_few_tokens_is_that_of_all_outcomes(case: tuple[int, int, in
     load, (most, busy) = expected_load(*case), listed(*case)
     assert load.mean == case[0] * case[1] / case[3]
     exact = case[0] == 1 or case[1] == 1
-    assert load.most == pytest.approx(most, rel=1e-6 if exact else 0.004)
+    assert load.most == pytest.approx(most, rel=1e-6 if exact else 0.005)
     assert load.busy == pytest.approx(busy, rel=1e-12)
 
 
@@ -56,6 +56,13 @@ def drawn(tokens: int, top_k: int, shares: Sequence[float], processes: int, draw
         ((512, 6, 64, 16), 0, 100, 0.011),
         ((16, 2, 8, 8), 1.0, 4000, 0.012),
         ((8, 8, 64, 16), 0.5, 2000, 0.016),
+        # One or two tokens of unequal experts choose two of a process more or less often than is known here.
+        ((1, 2, 8, 4), 1.5, 4000, 0.2),
+        ((1, 3, 8, 4), 2.0, 4000, 0.05),
+        ((1, 8, 128, 32), 1.5, 2000, 0.05),
+        ((2, 2, 8, 4), 2.0, 4000, 0.07),
+        ((4, 3, 8, 4), 2.0, 2000, 0.04),
+        ((4, 4, 32, 8), 1.0, 2000, 0.04),
     ],
 )
 def test_the_load_is_that_of_draws(case: tuple[int, int, int, int], zipf: float, draws: int, off: float) -> None:

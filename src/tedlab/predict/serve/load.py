@@ -103,7 +103,7 @@ def _expected_load(
     deviation = float(np.sqrt(at_X @ (rows_X - most) ** 2))
     # The slowest of sets that run apart has the largest sum over layers.
     most += deviation / replicas.layers**0.5 * _most_of_standard(replicas.apart)
-    return Load(mean, min(max(most, mean), room), busy)
+    return Load(mean, min(max(most, float(mean_P.max())), room), busy)
 
 
 def _spread(tokens: int, top_k: int, experts: int) -> float:
@@ -119,16 +119,28 @@ def _spread(tokens: int, top_k: int, experts: int) -> float:
 
 
 def _binomial(rows_X: np.ndarray, mean_P: np.ndarray, variance_P: np.ndarray) -> np.ndarray:
-    """Returns the probabilities (P, X) of so many rows, with a number of trials that need not be whole."""
-    chance_P1 = np.clip(1 - variance_P / mean_P, 1e-6, 1 - 1e-9)[:, None]  # the least is as good as Poisson's
-    trials_P1 = mean_P[:, None] / chance_P1
-    misses_PX = trials_P1 - rows_X
-    possible_PX = misses_PX > -1e-6
-    misses_PX = np.maximum(misses_PX, 0)
-    log_PX = _log_factorial(trials_P1) - _log_factorial(rows_X) - _log_factorial(misses_PX)
-    log_PX += rows_X * np.log(chance_P1) + misses_PX * np.log1p(-chance_P1)
-    chance_PX = np.where(possible_PX, np.exp(log_PX), 0)
+    """Returns the probabilities (P, X) of so many rows: two binomial laws, mixed so that mean and variance are given.
+
+    Their numbers of trials are those below and above one that need not be whole.
+    """
+    trials_P1 = (mean_P / np.clip(1 - variance_P / mean_P, 1e-6, 1))[:, None]  # the most is as good as Poisson's law
+    least_P1 = np.ceil(mean_P - 1e-9)[:, None]
+    few_P1, many_P1 = (np.maximum(around(trials_P1), least_P1) for around in (np.floor, np.ceil))
+    between_P1 = np.where(few_P1 < many_P1, 1 / few_P1 - 1 / many_P1, 1)
+    share_P1 = np.clip((1 / trials_P1 - 1 / many_P1) / between_P1, 0, 1)
+    chance_PX = sum(
+        share * _of_trials(rows_X, trials, np.minimum(mean_P[:, None] / trials, 1))
+        for share, trials in ((share_P1, few_P1), (1 - share_P1, many_P1))
+    )
     return chance_PX / chance_PX.sum(1, keepdims=True)
+
+
+def _of_trials(rows_X: np.ndarray, trials_P1: np.ndarray, chance_P1: np.ndarray) -> np.ndarray:
+    """Returns the binomial probabilities (P, X) of so many rows in so many trials."""
+    rows, misses, chance = map(torch.as_tensor, (rows_X, np.maximum(trials_P1 - rows_X, 0), chance_P1))
+    log_PX = _log_factorial(trials_P1) - _log_factorial(rows_X) - _log_factorial(misses.numpy())
+    log_PX += (torch.special.xlogy(rows, chance) + torch.special.xlog1py(misses, -chance)).numpy()
+    return np.where(rows_X <= trials_P1, np.exp(log_PX), 0)
 
 
 def _log_factorial(x: np.ndarray) -> np.ndarray:
