@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
+from tedlab.evaluation import results
 from tedlab.run import _keep_earlier_metrics, _save_last
 from tests.test_validate import write_checkpoint
 
@@ -56,6 +57,18 @@ def test_a_run_that_begins_leaves_no_rows_of_an_earlier_one_to_the_next(tmp_path
     )  # as the run that begins writes them
     _keep_earlier_metrics(HasLogger(tmp_path), tmp_path, until=1)  # type: ignore[arg-type]
     assert losses(tmp_path) == {0: 0.5, 1: 0.25}
+
+
+@pytest.mark.parametrize(("until", "kept"), [(None, []), (5, [5]), (20, [5, 20])])
+def test_evaluations_of_an_earlier_run_are_not_those_of_the_one_that_begins(
+    tmp_path: Path, until: int | None, kept: list[int]
+) -> None:
+    for step in (5, 20):
+        results.write(tmp_path / "eval", step, f"book_{step}", {"eval/book/loss": 2.0}, {})
+    (tmp_path / "eval" / "step_by_step.json").touch()  # no result
+    _keep_earlier_metrics(HasLogger(tmp_path), tmp_path, until)  # type: ignore[arg-type]
+    names = [*(f"step_{step}_book_{step}.json" for step in kept), "step_by_step.json"]
+    assert sorted(file.name for file in (tmp_path / "eval").iterdir()) == sorted(names)
 
 
 class Process:

@@ -40,6 +40,7 @@ from tedlab.checkpoint import read_meta
 from tedlab.config import Documents, Packing, TrainConfig
 from tedlab.data import TextDataModule, data_module
 from tedlab.data.ramp import Ramp
+from tedlab.evaluation import results
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SIGTERM, SUMMARY, Outcome, Signalled, signals_raised, write_unfinished
 from tedlab.module import LanguageModel
@@ -311,15 +312,17 @@ def _with_tidy_names(loggers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
 
 
 def _keep_earlier_metrics(trainer: Trainer, directory: Path, until: int | None) -> None:
-    """Keeps the rows of metrics.csv when a run resumes in its own directory, where Lightning starts the file anew.
+    """Keeps what belongs to a run that resumes in its own directory: rows of metrics.csv, and evaluations.
 
-    The old file remains until all rows are in the new one, since a run may be killed here as anywhere.
+    Lightning starts that file anew. The old one remains until all rows are in the new one, since a run may be killed
+    here as anywhere.
 
     Args:
         trainer: The trainer, whose first logger writes metrics.csv.
         directory: The run directory.
-        until: The last step whose row is kept; None for a new run, which keeps nothing of an earlier one.
+        until: The last step that is kept; None for a new run, which keeps nothing of an earlier one.
     """
+    results.forget(directory, until)
     metrics, earlier = directory / METRICS, directory / f"{METRICS}.earlier"
     if until is None:
         earlier.unlink(missing_ok=True)  # otherwise the next run to resume here would use it

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DIRECTORY = "eval"
+_FILE = re.compile(r"step_(\d+)_.*\.json")
 _NO_FILE_NAME = re.compile(r"[^\w.-]")
 METRICS, SETTINGS = "metrics", "settings"
 
@@ -49,6 +50,18 @@ def write(
     partial.write_text(json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, path)
     return path
+
+
+def forget(directory: Path, after: int | None) -> None:
+    """Removes what was found in a run's directory of steps that the run there does not have.
+
+    Args:
+        directory: The run's.
+        after: The last step whose results are kept; None for a new run, which keeps none.
+    """
+    for path in (directory / DIRECTORY).glob("step_*.json"):
+        if (match := _FILE.fullmatch(path.name)) and (after is None or int(match[1]) > after):
+            path.unlink()
 
 
 def read(directory: Path) -> Found:
