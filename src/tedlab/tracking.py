@@ -14,7 +14,7 @@ from tedlab._compat.lightning import forget_anonymous
 from tedlab.checkpoint import META, read_meta
 from tedlab.compare.runs import Run
 from tedlab.compare.traffic import traffic
-from tedlab.resume import last_wandb_run
+from tedlab.errors import UsageError
 
 _HEAT_MAP = "wandb/confusion_matrix/v1"  # the one heat map among W&B's presets; its fields have a classifier's names
 _MIB = 2**20
@@ -64,18 +64,23 @@ def add_to_run(directory: Path, logger: Mapping[str, Any], values: Mapping[str, 
 
     Args:
         directory: The run directory.
-        logger: The configuration of the training's logger.
+        logger: The configuration of the training's logger, with the ``id`` of the run.
         values: What is added.
+
+    Raises:
+        UsageError: If the server cannot be reached, or refuses.
     """
     import wandb
 
-    named: dict[str, Any] = {name: logger.get(name) for name in ("project", "entity")}
+    named: dict[str, Any] = {name: logger.get(name) for name in ("project", "entity", "id")}
     mode: Any = os.environ.get("WANDB_MODE") or logger.get("mode")
-    run_id = logger.get("id") or last_wandb_run(directory)
     silent = wandb.Settings(silent=True)
-    run = wandb.init(**named, dir=directory, id=run_id, resume="allow", mode=mode, settings=silent)
-    run.summary.update(dict(values))
-    run.finish()
+    try:
+        run = wandb.init(**named, dir=directory, resume="allow", mode=mode, settings=silent)
+        run.summary.update(dict(values))
+        run.finish()
+    except (wandb.errors.Error, OSError, ValueError) as error:
+        raise UsageError(f"W&B did not take the results for its run {logger['id']}: {error}") from error
 
 
 def load_chart(load_LE: Tensor, blocks: Sequence[int]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from tedlab.config import EvalConfig, MoEConfig
 from tedlab.errors import UsageError
 from tedlab.evaluation import results
 from tedlab.evaluation.evaluate import evaluate
+from tedlab.evaluation.evaluate import given as given_of
 from tedlab.evaluation.windows import windows
 from tests.commands import run_command
 from tests.compare.sweep import compare_command, write_run
@@ -157,19 +159,47 @@ def test_the_command_launches_the_processes_of_a_layout(model: Tiny, tmp_path: P
     assert json.loads((tmp_path / "step_0_docs.json").read_text())["loss"] == pytest.approx(loss, rel=1e-12)
 
 
-@pytest.mark.slow
-def test_the_w_and_b_run_of_the_training_gets_the_results(pool: WorkerPool, model: Tiny, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def logged_run(model: Tiny, run: Path, **settings: str) -> Path:
+    """The model's run as if it had been logged to W&B."""
     shutil.copytree(model.run, run)
     stored = yaml.safe_load((run / "config.yaml").read_text())
-    logger = {"_target_": "tedlab.tracking.WandbLogger", "project": "tedlab", "id": "abc123", "mode": "offline"}
-    stored["logger"] = {"wandb": logger}
-    (run / "config.yaml").write_text(yaml.safe_dump(stored))
+    logger = {"_target_": "tedlab.tracking.WandbLogger", "project": "tedlab", "mode": "offline", **settings}
+    (run / "config.yaml").write_text(yaml.safe_dump({**stored, "logger": {"wandb": logger}}))
+    return run
+
+
+@pytest.mark.slow
+def test_the_w_and_b_run_of_the_training_gets_the_results(pool: WorkerPool, model: Tiny, tmp_path: Path) -> None:
+    run = logged_run(model, tmp_path / "run", id="abc123")
     (found,) = pool.run(1, evaluate, config(model, run=f"{run}", wandb=True))
     assert [*(run / "wandb").glob("offline-run-*-abc123")]
     logged = read_offline_run(run).summary
     assert {key: logged[key] for key in found} == found
     assert logged["evaluations"]["docs"]["stride"] == CONTEXT
+
+
+def test_no_other_run_at_w_and_b_is_made_for_results(model: Tiny, tmp_path: Path) -> None:
+    run = logged_run(model, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"which run at W&B is .*run's is not known"):
+        evaluate(config(model, run=f"{run}", wandb=True))
+    (run / "wandb" / "run-20260101_000000-abc123").mkdir(parents=True)
+    found = given_of(config(model, run=f"{run}", wandb=True))
+    assert found.logger is not None
+    assert found.logger["id"] == "abc123"
+
+
+def test_what_w_and_b_does_not_take_is_printed_and_saved(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(**settings: Any) -> None:
+        raise wandb.errors.CommError("there is no such project")
+
+    monkeypatch.setattr("wandb.init", refuse)
+    run = logged_run(model, tmp_path / "run", id="abc123")
+    with pytest.raises(UsageError, match="W&B did not take the results for its run abc123: there is no such project"):
+        evaluate(config(model, run=f"{run}", wandb=True, out=None))
+    assert "perplexity" in capsys.readouterr().out
+    assert results.read(run).settings.keys() == {"docs", "others"}
 
 
 def test_compare_shows_what_was_found_at_the_last_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from tedlab.models import GPT
 from tedlab.opened import Opened, load, opened
 from tedlab.progress import CommandProgress
 from tedlab.ranges import check_ranges
-from tedlab.resume import find_checkpoint, is_wandb
+from tedlab.resume import find_checkpoint, is_wandb, last_wandb_run
 from tedlab.tables import FittingTable
 from tedlab.tracking import add_to_run
 from tedlab.untrusted import read_yaml
@@ -46,7 +46,7 @@ class Given(NamedTuple):
         sets: The texts.
         context, stride: See :class:`tedlab.config.EvalConfig`.
         directory: The run's.
-        logger: Where the run was logged at W&B, if results go there, too.
+        logger: Where the run was logged at W&B, with its ``id``, if results go there, too.
         tasks: The result of :func:`tedlab.evaluation.harness.load_tasks`; None: there are none.
     """
 
@@ -91,10 +91,7 @@ def given(config: EvalConfig) -> Given:
     folder = Path(config.out) if config.out is not None else directory / results.DIRECTORY
     check_writable("out", folder)
     stored = _stored(directory)
-    loggers = [settings for settings in (stored.get("logger") or {}).values() if isinstance(settings, dict)]
-    logger = next(filter(is_wandb, loggers), None)
-    if config.wandb and logger is None:
-        raise ValueError(f"wandb=true, but {directory} was not logged to W&B: its config.yaml has no such logger")
+    logger = _logged_to(directory, stored) if config.wandb else None
     sets = [read_set(name, path, config.field, model.tokenizer) for name, path in config.data.items()]
     tasks = None
     if config.tasks:
@@ -106,7 +103,7 @@ def given(config: EvalConfig) -> Given:
             raise ValueError(f"{both[0]} is both a set of data and a task: call the set otherwise")
     step = read_meta(path).get("global_step", 0)
     masked = (stored.get("data") or {}).get("documents") == Documents.MASKED
-    return Given(model, masked, step, folder, sets, context, stride, directory, logger if config.wandb else None, tasks)
+    return Given(model, masked, step, folder, sets, context, stride, directory, logger, tasks)
 
 
 def _stored(directory: Path) -> dict[str, Any]:
@@ -121,6 +118,21 @@ def _stored(directory: Path) -> dict[str, Any]:
     return stored
 
 
+def _logged_to(directory: Path, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the configuration of the run's logger at W&B, with the id of its run there."""
+    loggers = [settings for settings in (stored.get("logger") or {}).values() if isinstance(settings, dict)]
+    logger = next(filter(is_wandb, loggers), None)
+    if logger is None:
+        raise ValueError(f"wandb=true, but {directory} was not logged to W&B: its config.yaml has no such logger")
+    run_id = logger.get("id") or last_wandb_run(directory)
+    if run_id is None:
+        raise ValueError(
+            f"wandb=true, but which run at W&B is {directory}'s is not known: its config.yaml has no id of it, and its "
+            "wandb/ no run. Without wandb=true, results are saved here alone"
+        )
+    return {**logger, "id": run_id}
+
+
 def evaluate(config: EvalConfig) -> dict[str, float]:
     """Evaluates in every process of the layout; the first one prints tables and writes files.
 
@@ -129,6 +141,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
 
     Raises:
         FileNotFoundError, ValueError: See :func:`given`.
+        UsageError: If W&B does not take the results, which are printed and saved by then.
     """
     found = given(config)
     tokenizer = found.model.tokenizer
@@ -147,11 +160,11 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     metrics = {key: value for name, each in results_by_name.items() for key, value in each.metrics(name).items()}
     if first_outside():
         settings = _keep(found, config, by_set, by_task)
-        if found.logger is not None:
-            add_to_run(found.directory, found.logger, {**metrics, EVALUATIONS: settings})
         _print(found, by_set, by_task)
         if by_task and lent.shortened:
             print(f"{lent.shortened} contexts lost their beginnings: the model reads {found.context} tokens at a time")
+        if found.logger is not None:
+            add_to_run(found.directory, found.logger, {**metrics, EVALUATIONS: settings})
     return metrics
 
 
