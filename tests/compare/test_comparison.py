@@ -91,6 +91,19 @@ def test_what_changes_no_maths_may_differ(tmp_path: Path) -> None:
     compare(runs_of(tmp_path, {}, {"model.recompute.granularity": "none", "parallel.tensor": 1, "seed": 1}))
 
 
+def test_runs_with_other_sets_are_compared_with_a_note_for_each_that_is_another(tmp_path: Path) -> None:
+    sets = [{"de": "de.txt", "en": "en.txt"}, {"de": "de.txt", "en": "other.txt"}, {}]
+    values = [{f"eval.sets.{name}": path for name, path in each.items()} for each in sets]
+    comparison = compare(runs_of(tmp_path, *values))
+    assert comparison.settings == []
+    assert comparison.notes == [
+        'val/en was evaluated with {"path": "en.txt"} in 0, but with {"path": "other.txt"} in 1: '
+        "its values do not mean the same."
+    ]
+    by_samples = compare(runs_of(tmp_path / "samples", *({**values[0], "eval.samples": count} for count in (1, 2))))
+    assert [note.split(" was ")[0] for note in by_samples.notes] == ["val/de", "val/en"]
+
+
 # Losses
 
 

@@ -139,6 +139,7 @@ def change(directory: Path, **values: Any) -> None:
         ("state", "\x1b[2J", r"\x1b[2J"),
         ("layout", [1], "[1]"),
         ("versions", "3", "'3'"),
+        ("evaluations", {"x": 3}, "{'x': 3}"),
         ("steps", True, "True"),
         ("val/loss", "3.0", "'3.0'"),
         ("memory/peak_bytes", float("inf"), "inf"),

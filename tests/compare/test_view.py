@@ -137,6 +137,15 @@ def test_a_run_that_broke_is_not_averaged_with_whole_ones(tmp_path: Path) -> Non
     assert [run.name for run in averaged(runs)] == ["0+4", "1+3+5", "2"]
 
 
+def test_runs_that_were_evaluated_otherwise_are_not_averaged(tmp_path: Path) -> None:
+    runs = seeds(tmp_path)
+    for run, path in zip(runs[::2], ("wiki.txt", "wiki.txt", "books.txt"), strict=True):
+        run.config["eval.sets.x"] = path  # type: ignore[index]
+    for run, stride in zip(runs[1::2], (4, 8, 8), strict=True):
+        run.summary["evaluations"] = {"x": {"stride": stride}}  # type: ignore[index]
+    assert [run.name for run in averaged(runs)] == ["0+2", "1", "3+5", "4"]
+
+
 def test_nothing_to_average_is_an_error(tmp_path: Path) -> None:
     write_timed(tmp_path / "0", seed=0, lr=0.1)
     write_timed(tmp_path / "1", seed=1, lr=0.2)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
@@ -20,7 +20,8 @@ from tedlab.record import DIRECTORY, Recording, flip_rates
 from tedlab.renamed import RENAMED, note, renamed
 from tedlab.untrusted import flat
 
-# Settings that are not compared: where a run writes, what it is called, and what follows from other settings.
+# Settings that are not compared: where a run writes, what it is called, what follows from other settings, and what is
+# evaluated beside, of which how_evaluated tells.
 PLUMBING = (
     "output_dir",
     "choices",
@@ -51,10 +52,10 @@ MUST_AGREE = (
     "data.validation_samples",
     "data.training_batches",
     "trainer.max_steps",
-    "eval",
 )
 MAY_DIFFER = ("model.recompute",)  # … except in these, which change no maths
 
+_SETS, _SAMPLES = "eval.sets.", "eval.samples"
 ABSENT = "–"  # stands for a setting that a run's version did not have
 
 
@@ -330,16 +331,29 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
 
 def _unlike_evaluations(runs: Sequence[Run]) -> list[str]:
     """Says which sets and tasks were evaluated otherwise in some runs, so that their values do not mean the same."""
-    by_name: dict[str, dict[str, list[str]]] = {}
+    by_name: dict[str, dict[str, Mapping[str, Any]]] = {}
     for run in runs:
-        for name, settings in run.summary.get(EVALUATIONS, {}).items():
-            by_name.setdefault(name, {}).setdefault(written(settings), []).append(run.name)
+        for name, settings in how_evaluated(run).items():
+            by_name.setdefault(name, {})[run.name] = settings
     texts = []
-    for name, ways in by_name.items():
-        if len(ways) > 1:
+    for name, by_run in by_name.items():
+        known = dict.fromkeys(key for settings in by_run.values() for key in settings)
+        differing = [key for key in known if len({written(by.get(key, ABSENT)) for by in by_run.values()}) > 1]
+        ways: dict[str, list[str]] = {}
+        for who, settings in by_run.items():
+            ways.setdefault(written({key: settings.get(key, ABSENT) for key in differing}), []).append(who)
+        if differing:
             said = ", but with ".join(f"{how} in {', '.join(who)}" for how, who in ways.items())
-            texts.append(f"eval/{name} was evaluated with {said}: its values do not mean the same.")
+            texts.append(f"{name} was evaluated with {said}: its values do not mean the same.")
     return texts
+
+
+def how_evaluated(run: Run) -> dict[str, Mapping[str, Any]]:
+    """Returns what values of named sets and tasks depend on: by ``eval/NAME``, and ``val/NAME`` for validations'."""
+    sets = {key.removeprefix(_SETS): path for key, path in run.config.items() if key.startswith(_SETS)}
+    while_training = {f"val/{name}": {"path": path, "samples": run.config.get(_SAMPLES)} for name, path in sets.items()}
+    after = {f"eval/{name}": settings for name, settings in run.summary.get(EVALUATIONS, {}).items()}
+    return {**while_training, **after}
 
 
 def is_one_of(key: str, prefixes: Sequence[str]) -> bool:

@@ -26,7 +26,7 @@ _LEARNED = (
 )  # prefixes of numbers that are infinite, or none, where training diverged …
 _COUNTED = ("perf/", "comm/", "memory/", "parameters/")  # … and of those that never are
 EVALUATIONS = "evaluations"  # the key of settings of evaluations by name
-_MAPPINGS = ("layout", "versions", EVALUATIONS)
+_MAPPINGS = ("layout", "versions")
 _LARGEST = 1 << 63
 CURVES = ("train/loss", "val/loss")
 
@@ -176,6 +176,8 @@ def _can_be(key: str, value: Any) -> bool:
         return value in _STATES
     if key in _MAPPINGS:
         return isinstance(value, Mapping)
+    if key == EVALUATIONS:
+        return isinstance(value, Mapping) and all(isinstance(settings, Mapping) for settings in value.values())
     if type(value) is int:
         return abs(value) < _LARGEST
     if value is None or isinstance(value, list) or not key.startswith((*_LEARNED, *_COUNTED)):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from tedlab.compare.comparison import PLUMBING, is_one_of, written
+from tedlab.compare.comparison import PLUMBING, how_evaluated, is_one_of, written
 from tedlab.compare.runs import CURVES, Clock, Curve, Run
 from tedlab.errors import UsageError
 
@@ -16,7 +16,8 @@ _NAMED = 4  # a mean of more runs is named after its first ones
 def averaged(runs: Sequence[Run]) -> list[Run]:
     """Replaces runs that differ in nothing but their seed by their mean, whose ``members`` they are.
 
-    Runs that took different numbers of steps are kept apart, and so is one that broke.
+    Runs that took different numbers of steps are kept apart, and so are one that broke, and runs that were evaluated on
+    other sets or otherwise.
 
     Returns:
         The means, and the runs that have no other to average with, in the order of their first members.
@@ -28,9 +29,10 @@ def averaged(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         settings = {key: written(value) for key, value in run.config.items() if not is_one_of(key, (*PLUMBING, _SEED))}
         ended = run.summary["steps"], run.summary.get("state")
-        groups.setdefault((*ended, *sorted(settings.items())), []).append(run)
+        evaluated = sorted((name, written(how)) for name, how in how_evaluated(run).items())
+        groups.setdefault((*ended, *sorted(settings.items()), *evaluated), []).append(run)
     if len(groups) == len(runs):
-        raise UsageError("seeds=true: no two of these runs differ in nothing but their seed")
+        raise UsageError("seeds=true: no two of these runs differ in nothing but their seed, evaluations included")
     return [_mean(group) if len(group) > 1 else group[0] for group in groups.values()]
 
 
