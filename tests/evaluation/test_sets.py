@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,27 @@ def test_compare_shows_what_was_found_at_the_last_step(tmp_path: Path, capsys: p
     header, first, _ = (tmp_path / "table.csv").read_text().splitlines()
     row = dict(zip(header.split(","), first.split(","), strict=True))
     assert (row["eval/book/loss"], row["val/wiki/loss"]) == ("2.5", "5.0")
+
+
+def test_compare_notes_another_step_and_other_text(
+    model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    for name, step, documents in (("a", 5, ["same", "as"]), ("b", 20, ["same", "as"]), ("c", 5, ["sam", "eas"])):
+        write_jsonl(texts, [{"text": text} for text in documents])
+        monkeypatch.setattr("tedlab.evaluation.evaluate.read_meta", lambda path, step=step: {"global_step": step})
+        run = write_run(tmp_path / "runs" / name)
+        evaluate(config(model, data={"book": f"{texts}"}, out=f"{run / 'eval'}"))
+    compare_command(f"{tmp_path / 'runs'}")
+    said = " ".join(capsys.readouterr().out.split())
+    ways = re.search(
+        r"eval/book was evaluated with (\{.*?\}) in a, but with (\{.*?\}) in b, but with (\{.*?\}) in c:", said
+    )
+    assert ways is not None
+    a, b, c = (json.loads(way) for way in ways.groups())
+    assert a.keys() == {"text", "step"}, "the rest is the same"
+    assert (a["step"], b["step"], c["step"]) == (5, 20, 5)
+    assert a["text"] == b["text"] != c["text"]
 
 
 @pytest.mark.parametrize(

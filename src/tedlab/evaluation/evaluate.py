@@ -190,10 +190,11 @@ def _keep(
 ) -> dict[str, dict[str, Any]]:
     """Writes results, and returns by name what each depends on."""
     whose = {"checkpoint": str(found.model.path), "layout": found.model.degrees.described()}
-    common = {"context": found.context, "precision": config.precision}
+    common = {"step": found.step, "context": found.context, "precision": config.precision}
+    texts = {each.name: each.digest for each in found.sets}
     settings: dict[str, dict[str, Any]] = {}
     for name, result in by_set.items():
-        settings[name] = {"documents": config.documents, "stride": found.stride, **common}
+        settings[name] = {"text": texts[name], "documents": config.documents, "stride": found.stride, **common}
         entry = {"path": config.data[name], **asdict(result)}
         results.write(found.folder, found.step, name, result.metrics(name), settings[name], {**entry, **whose})
     for name, task in by_task.items():

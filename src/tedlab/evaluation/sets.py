@@ -1,5 +1,6 @@
 """Named sets of texts: reads them, and computes a model's loss, perplexity and bits per byte."""
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ class TextSet(NamedTuple):
         name: Its name, which is part of its metrics' names.
         documents: Token ids of each document, without separators.
         bytes: Size of all documents in UTF-8.
+        digest: Of all documents in their order: another one means other text.
         left_out: Files that its path names, but that could not be used.
     """
 
     name: str
     documents: Sequence[np.ndarray]
     bytes: int
+    digest: str
     left_out: Sequence[LeftOut] = ()
 
 
@@ -83,11 +86,15 @@ def read_set(name: str, path: str, field: str, tokenizer: Tokenizer) -> TextSet:
     left_out: list[LeftOut] = []
     try:
         files = find_files(path, left_out)
-        documents, size = [], 0
+        documents, size, digest = [], 0, hashlib.sha256()
         for source in sources(files, field, left_out):
             for document in text_of(source):
                 text = "".join(document)
-                size += len(text.encode())
+                written = text.encode()
+                size += len(written)
+                digest.update(
+                    len(written).to_bytes(8, "little") + written
+                )  # with lengths: documents may be cut elsewhere
                 documents.append(tokenizer.encode(text))
     except (OSError, ValueError) as error:
         said = str(error).replace("data.path=", "its path ").replace("data.field", "field").replace("data.path", "path")
@@ -95,7 +102,7 @@ def read_set(name: str, path: str, field: str, tokenizer: Tokenizer) -> TextSet:
     documents = [document for document in documents if len(document)]
     if not documents:
         raise ValueError(f"set {name!r} has no text: all documents of {path} are empty")
-    return TextSet(name, documents, size, left_out)
+    return TextSet(name, documents, size, digest.hexdigest()[:16], left_out)
 
 
 def said_of_files(texts: TextSet) -> str | None:
