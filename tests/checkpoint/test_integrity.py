@@ -1,6 +1,7 @@
 """A checkpoint is as it was written, or it is refused by the name of the file that is not; and it is on the disk."""
 
 import fcntl
+import itertools
 import os
 import shutil
 import threading
@@ -50,6 +51,21 @@ def test_an_undamaged_checkpoint_is_inspected_and_consolidated(
     main(["consolidate", str(tmp_path / "good"), str(tmp_path / "out")])
     assert "300 parameters in 1 tensors" in capsys.readouterr().out
     assert (tmp_path / "out").exists()
+
+
+def test_verifying_that_takes_long_says_how_far_it_is(
+    single: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "good", 1)
+    monkeypatch.setattr("tedlab.checkpoint.manifest._BLOCK", 256)
+    monkeypatch.setattr("time.monotonic", itertools.count(0.0, 6.0).__next__)  # whoever looks finds 6 s gone
+    checkpoint.verify(tmp_path / "good")
+    shown = [line.split() for line in capsys.readouterr().err.splitlines()]
+    assert {line[0] for line in shown} == {"verifying"}
+    shares = [int(line[1].rstrip("%")) for line in shown]
+    assert shares == sorted(shares)
+    assert len(shares) > 1
+    assert shares[0] < 100 == shares[-1]
 
 
 def mixed(folder: Path) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ from tedlab._compat.torch import flatten_state_dict
 from tedlab.checkpoint import durable, values
 from tedlab.checkpoint.manifest import MANIFEST, File, Manifest, measure, of_bytes, read_manifest
 from tedlab.checkpoint.reading import METADATA, Planner, Reader, read_metadata
+from tedlab.progress import advancing
 
 META = "meta.pt"
 _MODEL = "model."  # prefix of the names of the model's tensors
@@ -365,7 +366,10 @@ def _verified(path: Path, rank: int, size: int) -> Metadata:
             warnings.warn(f"{path} has no {MANIFEST}, as before tedlab wrote them: damage may go unseen", stacklevel=3)
     else:
         shards |= manifest.files.keys() - {META, METADATA}
-        wrong = manifest.check(path, [META, *sorted(shards, key=_natural)[rank::size]])
+        names = [META, *sorted(shards, key=_natural)[rank::size]]
+        total = sum((path / name).stat().st_size for name in names if (path / name).is_file())
+        with advancing("verifying", total, disable=rank != 0) as advance:
+            wrong = manifest.check(path, names, advance)
     if wrong:
         raise ValueError(f"{path} is damaged: {wrong}")
     return metadata

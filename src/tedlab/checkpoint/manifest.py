@@ -7,13 +7,19 @@ manifest too.
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 1 << 22  # bytes per read
+
+Advance = Callable[[float], object]  # see tedlab.progress.advancing
+
+
+def _silently(amount: float) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,15 +51,21 @@ class Manifest:
         own = of_bytes(json.dumps(content).encode()).crc32
         return json.dumps({**content, "crc32": own}, indent=1).encode()
 
-    def check(self, directory: Path, names: Iterable[str]) -> str | None:
-        """Says what is wrong with the first of these files that is not as it was written; returns None if all are."""
+    def check(self, directory: Path, names: Iterable[str], advance: Advance = _silently) -> str | None:
+        """Says what is wrong with the first of these files that is not as it was written; returns None if all are.
+
+        Args:
+            directory: The checkpoint.
+            names: The files to check.
+            advance: Is told how many bytes more have been read.
+        """
         for name in names:
             expected, path = self.files.get(name), directory / name
             if expected is None:
                 return f"{name} is not in its {MANIFEST}: it is of another save"
             try:
                 size = path.stat().st_size
-                found = File(size, "") if size != expected.size else measure(path)
+                found = File(size, "") if size != expected.size else measure(path, advance)
             except FileNotFoundError:
                 return f"{name} is missing"
             except OSError as error:
@@ -73,13 +85,14 @@ def is_file_name(name: str) -> bool:
     return Path(name).name == name != ".."
 
 
-def measure(path: Path) -> File:
-    """Computes the size and checksum of a file."""
+def measure(path: Path, advance: Advance = _silently) -> File:
+    """Computes the size and checksum of a file, and tells ``advance`` how many bytes more have been read."""
     size, checksum, block = 0, 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
             checksum = zlib.crc32(block[:count], checksum)
             size += count
+            advance(count)
     return File(size, f"{checksum:08x}")
 
 
