@@ -26,6 +26,9 @@ _LONGEST_S = 60.0  # time without one; it doubles from line to line until then
 _REFRESH_S = 0.1  # what advances more often is told so often
 
 
+Advance = Callable[[float], object]  # takes how much more is done
+
+
 class CommandProgress(Progress):
     """One bar with the time that is left, on stderr, which disappears at the end.
 
@@ -60,7 +63,7 @@ class CommandProgress(Progress):
 
 
 @contextmanager
-def advancing(description: str, total: float, disable: bool = False) -> Iterator[Callable[[float], object]]:
+def advancing(description: str, total: float, disable: bool = False) -> Iterator[Advance]:
     """Yields a function that takes how much more is done, however often that is, and shows how far it has come.
 
     Args:

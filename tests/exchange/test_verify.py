@@ -1,10 +1,13 @@
 """Every family is what transformers computes, number by number; and each mistake in a mapping is found and named."""
 
+import itertools
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,11 +136,20 @@ def test_the_command_prints_what_is_equal_and_exits_with_what_is_not(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     single: Topology,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    main(["verify", f"run={runs['llama']}", f"hf={folders['llama']}", "layers=1"])
-    shown = capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("tedlab.progress.time", SimpleNamespace(monotonic=itertools.count(0.0, 6.0).__next__))
+        main(["verify", f"run={runs['llama']}", f"hf={folders['llama']}", "layers=1"])
+    shown, progress = capsys.readouterr()
     assert "the same as transformers" in shown
     assert shown.count("equal") == 4
+    lines = re.findall(r"^(verifying|comparing)  (\d+)%", progress, re.MULTILINE)
+    assert {doing for doing, _ in lines} == {"verifying", "comparing"}
+    shares = [int(share) for doing, share in lines if doing == "comparing"]
+    assert shares == sorted(shares)
+    assert shares[0] < 34, "while weights are read"
+    assert shares[-1] == 100
     other = shutil.copytree(folders["llama"], tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01

@@ -7,15 +7,15 @@ manifest too.
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from tedlab.progress import Advance
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 1 << 22  # bytes per read
-
-Advance = Callable[[float], object]  # see tedlab.progress.advancing
 
 
 def _silently(amount: float) -> None:

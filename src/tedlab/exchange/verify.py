@@ -28,6 +28,7 @@ from tedlab.models.families.family import head_width, key_heads
 from tedlab.models.families.mapping import PairsApart
 from tedlab.moe import MoELayer
 from tedlab.opened import model_of
+from tedlab.progress import Advance, advancing
 from tedlab.topology import Topology
 from tedlab.weights import PREFIX
 
@@ -154,17 +155,27 @@ def verify(checkpoint: Path, path: Path, dtype: str = "float64", layers: int | N
                 use_safetensors=True,
             ).eval()
         network = GPT(model, replace(moe, capacity_factor=None), Topology.single(), seed=None).eval()
-        fill(network, PieceReader(checkpoint))
-        return compare(network, peer, ids, opened, TOLERANCES[dtype])
+        reader = PieceReader(checkpoint)
+        # Weights are read once, and gradients and new weights are brought into our form.
+        with advancing("comparing", 3 * sum(tensor.numel() for tensor in network.state_dict().values())) as advance:
+            fill(network, reader, advance)
+            return compare(network, peer, ids, opened, TOLERANCES[dtype], advance)
 
 
-def fill(network: GPT, reader: PieceReader) -> None:
-    """Puts a checkpoint's weights into a model that is whole in this process, and may have fewer blocks."""
+def fill(network: GPT, reader: PieceReader, advance: Advance) -> None:
+    """Puts a checkpoint's weights into a model that is whole in this process, and may have fewer blocks.
+
+    Args:
+        network: The model.
+        reader: Reads the checkpoint.
+        advance: Is told how many elements more have been read.
+    """
     for name, tensor in network.state_dict().items():
         _local(tensor).copy_(reader.read(PREFIX + name))
+        advance(tensor.numel())
 
 
-def compare(network: GPT, peer: Any, ids: Tensor, opened: Opened, tolerance: float) -> Verdict:
+def compare(network: GPT, peer: Any, ids: Tensor, opened: Opened, tolerance: float, advance: Advance) -> Verdict:
     """Compares two models in whole, and if they differ, layer by layer.
 
     Args:
@@ -173,6 +184,7 @@ def compare(network: GPT, peer: Any, ids: Tensor, opened: Opened, tolerance: flo
         ids: (B, S+1) tokens.
         opened: The folder whose rules say which of their tensors are ours.
         tolerance: The largest relative error that counts as equal.
+        advance: Is told how many elements more of theirs have been brought into our form.
     """
     tokens, targets = ids[:, :-1], ids[:, 1:]
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -191,14 +203,14 @@ def compare(network: GPT, peer: Any, ids: Tensor, opened: Opened, tolerance: flo
     rows = [
         Row("logits", relative_error(logits, their_logits.detach()), "logits", tolerance),
         Row("loss", relative_error(loss.detach(), their_loss.detach()), "loss", tolerance),
-        _worst("gradients", gradients, _as_ours(peer, opened, lambda p: p.grad), tolerance),
+        _worst("gradients", gradients, _as_ours(peer, opened, lambda p: p.grad, advance), tolerance),
     ]
     step = {name: _local(p).detach().clone().requires_grad_() for name, p in parameters.items()}
     for name, weight in step.items():
         weight.grad = gradients[name]
     for stepped in (step.values(), peer.parameters()):
         torch.optim.AdamW(stepped, **_ADAMW).step()
-    stepped_peer = _as_ours(peer, opened, lambda p: p.detach())
+    stepped_peer = _as_ours(peer, opened, lambda p: p.detach(), advance)
     rows.append(_worst("weights after a step of AdamW", step, stepped_peer, tolerance))
     found = list(_diagnosed(network, layers, seen, tolerance))
     if not found and not all(row.ok for row in rows):
@@ -212,7 +224,9 @@ def _worst(quantity: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tenso
     return Row(quantity, errors[worst], worst, tolerance)
 
 
-def _as_ours(peer: Any, opened: Opened, values: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+def _as_ours(
+    peer: Any, opened: Opened, values: Callable[[nn.Parameter], Tensor | None], advance: Advance
+) -> dict[str, Tensor]:
     """Returns what each of their parameters has, by our names: written by transformers, read like any folder."""
     kept = {name: parameter.data for name, parameter in peer.named_parameters()}
     with tempfile.TemporaryDirectory() as place:
@@ -233,6 +247,7 @@ def _as_ours(peer: Any, opened: Opened, values: Callable[[nn.Parameter], Tensor 
                 found.setdefault(piece.name, torch.empty(piece.shape, dtype=piece.values.dtype))[piece.row] = (
                     piece.values
                 )
+            advance(piece.values.numel())
         written.folder.close()
     return found
 
