@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from tedlab.config import EvalConfig
-from tedlab.evaluation.evaluate import evaluate
+from tedlab.evaluation.evaluate import evaluate, given
 from tests.evaluation.tiny import CONTEXT, LETTERS, SEPARATOR, Follows, Tiny, ids, tiny, write_jsonl
 from tests.pool import WorkerPool
 
@@ -104,11 +104,15 @@ PAIRS = [
 ]
 
 
+SAMPLED = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 2.0}
+
+
 def answers(model: Tiny, layout: dict[str, int]) -> tuple[list[Any], list[float], list[str]]:
     told = lent(model, **layout)
     texts = ["short", "a text that is longer than what the model reads"]
     until = [asked("the ", {"until": ["e", "\n"], "max_gen_toks": 6}), asked("once upon a time there", {"until": "q"})]
     until[1].args[1]["max_gen_toks"] = 5
+    until += [asked("how", SAMPLED)] * 3
     (greedy,) = told.generate_until([asked("how", {"until": [], "max_gen_toks": 4})])
     pairs = told.loglikelihood([asked(*pair) for pair in [*PAIRS, ("how", greedy)]])
     return pairs, told.loglikelihood_rolling([asked(text) for text in texts]), told.generate_until(until)
@@ -132,6 +136,29 @@ def test_likelihoods_are_those_of_transformers(model: Tiny) -> None:
     written = "".join(["<|endoftext|>", *LETTERS][token] for token in prompt[4:])
     assert generated[0] == written.split("e")[0].split("\n")[0].split("<")[0]
     assert len(generated[1]) <= 5
+
+
+def sampled(model: Tiny, layout: dict[str, int], batch: int) -> list[str]:
+    told = lent(model, **layout)
+    told.batch = batch
+    other = asked("how", {**SAMPLED, "temperature": 3.0})
+    return told.generate_until([*[asked("how", SAMPLED)] * 5, other, asked("who", SAMPLED)])
+
+
+def test_samples_depend_on_no_batch_and_repeats_differ(model: Tiny) -> None:
+    one = sampled(model, {}, 1)
+    assert len({*one[:5]}) == 5
+    assert sampled(model, {}, 3) == sampled(model, {}, 16) == one
+
+
+def test_a_prompt_keeps_half_the_context_where_a_task_does_not_say_how_much_to_write(model: Tiny) -> None:
+    from lm_eval.defaults import default_gen_kwargs
+
+    told = lent(model)
+    for options in ({"until": []}, default_gen_kwargs("e")):
+        (text,) = told.generate_until([asked("abcdefgh", options)])
+        assert len(text) <= CONTEXT // 2
+    assert told.shortened == 0
 
 
 LAYOUTS = [{"tensor": 2, "expert": 2}, {"expert": 4}, {}, {"tensor": 2, "expert": 4, "expert_tensor": 1}]
@@ -268,8 +295,62 @@ def test_files_of_tasks_run_no_code(
         with pytest.raises(ValueError, match="!function"):
             evaluate(config(model, "hostile", include="tasks"))
         assert not (tmp_path / "ran").exists()
-        evaluate(config(model, "hostile", include="tasks", tasks_execute_code=True))
+        given(config(model, "hostile", include="tasks", tasks_execute_code=True))
         assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "changed", "options", "why"),
+    [
+        ({"answer": None}, {}, {}, "a document lacks what its file asks for, or has it in another form (TypeError: "),
+        ({"choices": None}, {}, {}, "a document lacks what its file asks for"),
+        ({}, {}, {"fewshot": 5}, "fewshot=5, and it has 5 examples, a document that it asks about included"),
+        (
+            {},
+            {"doc_to_text": "{{question}} ", "doc_to_choice": ["a" * 16, "b"]},
+            {},
+            "has 17 tokens; it must have 1 to 16",
+        ),
+        (
+            {},
+            {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 16}, "metric_list": None},
+            {},
+            "max_gen_toks=16, and the model reads 16 tokens at a time, of which a prompt needs some: give 1 to 15",
+        ),
+    ],
+    ids=["answer", "choices", "fewshot", "blank", "generate"],
+)
+def test_a_task_that_cannot_be_run_is_told_before_anything_is_computed(
+    model: Tiny, tmp_path: Path, row: dict[str, Any], changed: dict[str, Any], options: dict[str, Any], why: str
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    split = {"fewshot_split": "test"} if options else {}
+    file = task(tmp_path, "odd", [*QUESTIONS[:-1], {**QUESTIONS[-1], **row}], **split, **changed)
+    with pytest.raises(ValueError, match=r"task 'odd' cannot be run: .") as caught:
+        given(config(model, file, **options))
+    assert why in str(caught.value)
+
+
+def test_a_task_without_examples_says_that_fewshot_does_not_apply(
+    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    file = task(tmp_path, "bare", QUESTIONS, num_fewshot=0)
+    other = task(tmp_path, "dressed", QUESTIONS, num_fewshot=1)
+    evaluate(config(model, file, other, fewshot=2, limit=2, out=f"{tmp_path}"))
+    assert "fewshot=2 does not apply to bare, which say how many they have" in capsys.readouterr().out
+
+
+def test_errors_are_bootstrapped_in_this_process_and_in_silence(
+    model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    monkeypatch.setattr("multiprocessing.Pool", None)
+    first = {"doc_to_choice": None, "doc_to_target": "{{choices[0]}}", "metric_list": [{"metric": "perplexity"}]}
+    file = task(tmp_path, "first", QUESTIONS, output_type="loglikelihood", **first)
+    found = evaluate(config(model, file, out=f"{tmp_path}"))
+    assert found["eval/first/perplexity_stderr"] > 0
+    assert "bootstrapping" not in capsys.readouterr().out
 
 
 def test_a_group_has_the_mean_and_the_documents_of_what_is_in_it(model: Tiny, tmp_path: Path) -> None:

@@ -258,6 +258,12 @@ def test_sets_are_given_by_name_or_by_file() -> None:
     assert composed == EvalConfig(run="here/a,b", data={"wiki": "some/*.txt", "book": "/texts/book.en.txt"})
 
 
+@pytest.mark.parametrize("second", ["data=de/valid.txt", "data.valid=de"])
+def test_two_sets_of_one_name_are_refused(second: str) -> None:
+    with pytest.raises(UsageError, match=r"two sets are called valid, the second of de.*: use data\.NAME=PATH"):
+        prepare(["data=en/valid.txt", second])
+
+
 @pytest.mark.parametrize("argument", ["data.a/b=x", "data.loss=x", "data.2=x", "data=*.txt", "data.=x", "data.a.b=x"])
 def test_a_name_that_no_metric_can_have_is_refused(argument: str) -> None:
     with pytest.raises(UsageError, match=r"would be part of its metrics' names: call it by letters"):

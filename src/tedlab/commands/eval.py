@@ -15,9 +15,10 @@ def prepare(arguments: list[str]) -> list[str]:
     """Quotes paths, and makes sets of texts of ``data.NAME=PATH``, and of ``data=PATH``, named after the file.
 
     Raises:
-        UsageError: If a set has a name that cannot be part of a metric's name.
+        UsageError: If a set has a name that cannot be part of a metric's name, or that of another set.
     """
-    prepared = []
+    prepared: list[str] = []
+    names: set[str] = set()
     for argument in quoted(arguments, ("run", "field", "include", "out")):
         key, equals, path = argument.partition("=")
         if equals and key == "data":
@@ -27,6 +28,11 @@ def prepare(arguments: list[str]) -> list[str]:
                 check_names([key.removeprefix(_SET)], "data")
             except ValueError as error:
                 raise UsageError(f"{error}: data.NAME={path}") from None
+            if key in names:
+                raise UsageError(
+                    f"two sets are called {key.removeprefix(_SET)}, the second of {path}: use data.NAME=PATH"
+                )
+            names.add(key)
             argument = f"++{key}={quote(path)}"
         prepared.append(argument)
     return prepared

@@ -95,12 +95,13 @@ def given(config: EvalConfig) -> Given:
     sets = [read_set(name, path, config.field, model.tokenizer) for name, path in config.data.items()]
     tasks = None
     if config.tasks:
-        from tedlab.evaluation.harness import load_tasks
+        from tedlab.evaluation.harness import load_tasks, rehearse
 
         tasks = load_tasks(config.tasks, config.include, config.tasks_execute_code)
         both = sorted({*config.data} & {*tasks.names})
         if both:
             raise ValueError(f"{both[0]} is both a set of data and a task: call the set otherwise")
+        rehearse(model.tokenizer, context, tasks, config.fewshot, config.limit)
     step = read_meta(path).get("global_step", 0)
     masked = (stored.get("data") or {}).get("documents") == Documents.MASKED
     return Given(model, masked, step, folder, sets, context, stride, directory, logger, tasks)
@@ -161,6 +162,9 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     if first_outside():
         settings = _keep(found, config, by_set, by_task)
         _print(found, by_set, by_task)
+        unmoved = [name for name, task in by_task.items() if config.fewshot not in (None, task.fewshot)]
+        if unmoved:
+            print(f"fewshot={config.fewshot} does not apply to {', '.join(unmoved)}, which say how many they have")
         if by_task and lent.shortened:
             print(f"{lent.shortened} contexts lost their beginnings: the model reads {found.context} tokens at a time")
         if found.logger is not None:

@@ -4,12 +4,14 @@ Every process of a layout runs the harness alike: each is asked the same questio
 divides them among data ranks. This needs the extra ``eval``.
 """
 
+import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from unittest.mock import patch
 
 import numpy as np
 from typing_extensions import override
@@ -28,7 +30,9 @@ if not first_outside():  # one process shows how far it is
     os.environ.setdefault("TQDM_DISABLE", "1")
 try:
     from lm_eval import simple_evaluate
+    from lm_eval.api.group import Group
     from lm_eval.api.model import TemplateLM
+    from lm_eval.defaults import default_gen_kwargs
     from lm_eval.tasks import TaskManager
 
     from tedlab._compat.lm_eval import sandbox_templates, without_functions, without_unknown_metrics
@@ -40,7 +44,9 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 sandbox_templates()
 
 _ALLOWED = "tasks_execute_code=true"
-_MOST_NEW = 256  # tokens of a generated text, where a task does not say how many
+_GENERATION = {
+    key: value for key, value in default_gen_kwargs(None).items() if key != "until"
+}  # if a task says nothing
 
 
 class LentModel(TemplateLM):
@@ -60,6 +66,7 @@ class LentModel(TemplateLM):
         super().__init__()
         self.model, self.letters, self.batch, self.context = model, tokenizer, batch, context
         self.shortened = 0
+        self._requests: list[Any] = []  # those whose likelihoods are being asked for
 
     @property
     @override
@@ -77,20 +84,20 @@ class LentModel(TemplateLM):
         Raises:
             ValueError: If a continuation has no tokens, or more than the model reads at a time.
         """
-        for request in requests:
-            _, continuation = request.args
-            if not 0 < len(self.tok_encode(continuation)) <= self.context:
-                raise ValueError(
-                    f"document {request.doc_id} of task {request.task_name}: {continuation[:60]!r}, whose probability "
-                    f"is asked for, has {len(self.tok_encode(continuation))} tokens; it must have 1 to {self.context}"
-                )
+        self._requests = requests
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return found
 
     @override
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         asked = []
-        for _, before, tokens in requests:
+        for whose, ((_, continuation), before, tokens) in zip(self._requests, requests, strict=True):
+            # These have the blanks at the end of what stands before them.
+            if not 0 < len(tokens) <= self.context:
+                raise ValueError(
+                    f"document {whose.doc_id} of task {whose.task_name}: {continuation[:60]!r}, whose probability is "
+                    f"asked for, has {len(tokens)} tokens; it must have 1 to {self.context}"
+                )
             whole = np.array([*(before or [self.eot_token_id]), *tokens])
             self.shortened += len(whole) > self.context + 1
             asked.append(Window(whole[-(self.context + 1) :], len(tokens)))
@@ -108,34 +115,55 @@ class LentModel(TemplateLM):
 
     @override
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Returns continuations, greedy ones unless a task says ``do_sample``."""
+        """Returns continuations, greedy ones unless a task says ``do_sample``; these depend on no batch and no layout.
+
+        Raises:
+            ValueError: If a task asks for more tokens than the model reads at a time, or for none.
+        """
+        for request in requests:
+            self._new_tokens(request)
         texts = [""] * len(requests)
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(number)
         together = self.batch * self.model.comm.size("data")
+        first = 0  # the stream of random numbers of the next request
         for numbers in alike.values():
-            options = requests[numbers[0]].args[1]
             for start in range(0, len(numbers), together):
                 now = numbers[start : start + together]
-                for number, text in zip(now, self._continued([requests[n].args[0] for n in now], options), strict=True):
+                for number, text in zip(now, self._continued([requests[n] for n in now], first), strict=True):
                     texts[number] = text
+                first += len(now)
         return texts
 
-    def _continued(self, prompts: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-        """Returns what is added to prompts."""
+    def _new_tokens(self, request: Any) -> int:
+        """Returns how many tokens a text may have at most that a task wants generated."""
+        given = {option: value for option, value in request.args[1].items() if option != "until"}
+        if "max_gen_toks" not in given or given == _GENERATION:
+            return max(1, min(_GENERATION["max_gen_toks"], self.context // 2))
+        tokens = int(given["max_gen_toks"])
+        if not 0 < tokens < self.context:
+            raise ValueError(
+                f"task {request.task_name} has max_gen_toks={tokens}, and the model reads {self.context} tokens at a "
+                f"time, of which a prompt needs some: give 1 to {self.context - 1}"
+            )
+        return tokens
+
+    def _continued(self, requests: Sequence[Any], stream: int) -> list[str]:
+        """Returns what is added to the prompts of requests with the same options, of which the first has a stream."""
+        options, tokens = requests[0].args[1], self._new_tokens(requests[0])
         until = options.get("until") or []
         stop = [text for text in ([until] if isinstance(until, str) else until) if text]
-        tokens = int(options.get("max_gen_toks", _MOST_NEW))
         room = max(1, self.context - tokens)
         given = []
-        for prompt in prompts:
+        for prompt in (request.args[0] for request in requests):
             encoded = self.tok_encode(prompt) or [self.eot_token_id]
             self.shortened += len(encoded) > room
             given.append(encoded[-room:])
         sampling = Sampling(0.0)
         if options.get("do_sample"):
-            sampling = Sampling(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p", 1.0))
+            kind = options.get("temperature", 1.0), options.get("top_k"), options.get("top_p", 1.0)
+            sampling = Sampling(*kind, seed=stream)
         texts = [Continued(self.letters, prompt, stop) for prompt in given]
         steps = continuations(
             *(self.model, given, tokens, sampling),
@@ -268,6 +296,59 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return found
 
 
+class _Rehearsal(LentModel):
+    """Takes the place of a model: finds all continuations as likely, and writes what a task would have written.
+
+    Args:
+        tokenizer, context: See :class:`LentModel`.
+        task: The only one of the harness that asks it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: int, task: Any) -> None:
+        super().__init__(None, tokenizer, 1, context)  # type: ignore[arg-type]
+        self.task = task
+
+    @override
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        for request in requests:
+            self._new_tokens(request)
+        return [f"{self.task.doc_to_target(request.doc)}" for request in requests]
+
+    @override
+    def _scores(self, asked: Sequence[Window]) -> list[Score]:
+        return [Score(0.0, window.predicted, False) for window in asked]
+
+
+def rehearse(tokenizer: Tokenizer, context: int, loaded: Loaded, fewshot: int | None, limit: int | None) -> None:
+    """Runs each task without a model, so that one that cannot be run is told before any process starts.
+
+    Args:
+        tokenizer: The model's.
+        context: How many tokens the model reads at a time.
+        loaded: The result of :func:`load_tasks`.
+        fewshot, limit: See :func:`run_tasks`.
+
+    Raises:
+        ValueError: If a task cannot be run; the message names it and says why.
+    """
+    parts = [part for task in loaded.tasks for part in (task.get_all_tasks() if isinstance(task, Group) else [task])]
+    for task in parts:
+        told, alone = _Rehearsal(tokenizer, context, task), loaded._replace(tasks=[task])
+        try:
+            with redirect_stderr(io.StringIO()):  # the run will say it again
+                _evaluated(told, alone, fewshot, limit, bootstrap_iters=0)
+        except Exception as error:  # those of a task's data, and of its own code
+            why = _why(error)
+            if not isinstance(error, ValueError):  # what Python says of it
+                said = f"{type(error).__name__}: {why}"
+                why = f"a document lacks what its file asks for, or has it in another form ({said})"
+            if fewshot:
+                examples = len([*(task.fewshot_docs() or [])])
+                if fewshot + (task.config.fewshot_split == task.config.test_split) > examples:
+                    why = f"fewshot={fewshot}, and it has {examples} examples, a document that it asks about included"
+            raise ValueError(f"task {task.task_name!r} cannot be run: {why}") from None
+
+
 def run_tasks(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int | None) -> dict[str, TaskResult]:
     """Returns the result of each task, in the first process; nothing in the others, which must call it, too.
 
@@ -277,20 +358,26 @@ def run_tasks(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int |
         fewshot: How many examples stand before each document; None: as each task says.
         limit: How many documents of each task to take, its first; None: all.
     """
-    found = simple_evaluate(
-        model=lent,
-        tasks=loaded.tasks,
-        task_manager=loaded.manager,
-        num_fewshot=fewshot,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-        confirm_run_unsafe_code=True,  # load_tasks has refused it unless it is allowed
-    )
+    found = _evaluated(lent, loaded, fewshot, limit, bootstrap_iters=1000)
     if found is None:
         return {}
     # A group that aggregates nothing has no documents.
     return {name: _result(name, values, found) for name, values in found["results"].items() if "sample_len" in values}
+
+
+def _evaluated(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int | None, bootstrap_iters: int) -> Any:
+    # Each process of a layout would start as many as there are cores to bootstrap, and print that it does.
+    with patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}), redirect_stdout(io.StringIO()):
+        return simple_evaluate(
+            model=lent,
+            tasks=loaded.tasks,
+            task_manager=loaded.manager,
+            num_fewshot=fewshot,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=bootstrap_iters,
+            confirm_run_unsafe_code=True,  # load_tasks has refused it unless it is allowed
+        )
 
 
 def _result(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> TaskResult:
