@@ -237,6 +237,18 @@ def test_whatever_the_tokens_depend_on_leads_to_another_folder(tmp_path, prepare
     assert prepare(**fields).directory != before
 
 
+def test_files_of_equal_names_sizes_and_times_elsewhere_are_another_corpus(tmp_path, prepare):
+    for folder, word in (("one", "ones"), ("two", "twos")):
+        _write(tmp_path / folder, {"a.txt": word * 9, "b.txt": f"{word} " * 9})
+        for file in (tmp_path / folder).iterdir():
+            os.utime(file, (1, 1))
+    (tmp_path / "now").symlink_to("one")
+    assert "ones" in "".join(set.union(*_documents(prepare("now"))))
+    (tmp_path / "now").unlink()
+    (tmp_path / "now").symlink_to("two")
+    assert "twos" in "".join(set.union(*_documents(prepare("now"))))
+
+
 def _race(barrier, config, results):
     barrier.wait(timeout=20)
     corpus = prepare_corpus(config, 4)

@@ -127,6 +127,25 @@ def test_a_damaged_table_is_refused(tmp_path, part):
         prepare(tmp_path / "a.parquet")
 
 
+@pytest.mark.parametrize("name", ["file.arrow", "stream.arrow", "dictionary.arrow"])
+def test_an_arrow_table_whose_texts_would_lie_beyond_it_is_refused(tmp_path, name):
+    """It is mapped: unchecked, an offset that is 4,000 too large is other memory, and one near 2³¹ a crash."""
+    if name == "dictionary.arrow":
+        column = pa.array(["a", "b", "a"]).dictionary_encode()
+        pa.feather.write_feather(pa.table({"text": column}), tmp_path / name, compression="uncompressed")
+        good, bad = np.array([0, 1, 0], "<i4"), np.array([0, 4000, 0], "<i4")
+    else:
+        WRITERS[name](tmp_path / name)
+        kind, rows = ("<i8", 11) if name == "stream.arrow" else ("<i4", 60)
+        good = np.cumsum([0, *(len(text.encode()) for text in TEXTS[:rows])]).astype(kind)
+        bad = good + np.where(np.arange(len(good)) > rows - 3, 4000, 0).astype(kind)
+    content = (tmp_path / name).read_bytes()
+    assert content.count(good.tobytes()) == 1
+    (tmp_path / name).write_bytes(content.replace(good.tobytes(), bad.tobytes()))
+    with pytest.raises(ValueError, match=rf"{name} .*damaged table"):
+        prepare(tmp_path / name)
+
+
 @pytest.mark.parametrize("package", ["pyarrow", "zstandard"])
 def test_without_the_extra_a_sentence_says_what_to_install(tmp_path, monkeypatch, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)
@@ -138,6 +157,22 @@ def test_without_the_extra_a_sentence_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(__import__("sys").modules, package, None)
     with pytest.raises(ValueError, match=rf"it cannot be read: .* needs {package}: pip install 'tedlab\[data\]'"):
         prepare(tmp_path / name)
+
+
+def test_with_the_extra_installed_later_the_corpus_is_made_anew(tmp_path, monkeypatch):
+    """Also if its making was interrupted without it: parts are known by number, and the files in them are others."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("b.txt", "c.txt"):
+        (folder / name).write_text(name * 40)
+    two_frames(folder / "a.zst")
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    without = prepare(folder)
+    assert [file.name for file in without.left_out] == ["a.zst"]
+    monkeypatch.undo()
+    whole = prepare(folder)
+    assert whole.left_out == ()
+    assert len(whole.train) + len(whole.validation) > len(without.train) + len(without.validation) + 500
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -137,6 +137,36 @@ def test_nothing_of_other_text_is_gone_on_with(text):
     }
 
 
+def test_parts_of_other_files_are_not_gone_on_with(text, monkeypatch):
+    """A file that could not be read when a preparation was interrupted can be read when it goes on."""
+    examine = documents.examine
+
+    def unreadable(file, *others):
+        if file.name == "a.jsonl":
+            raise documents.Unusable("it cannot be read (Permission denied)")
+        return examine(file, *others)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    bytes_alone = {"tokenizer": "byte"}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(documents, "examine", unreadable)
+        patch.setattr(corpus_module, "join", interrupted)
+        prepare_corpus(config(text, "interrupted", **bytes_alone), 4)
+    prepare_corpus(config(text, "interrupted", **bytes_alone), 4)
+    prepare_corpus(config(text, "whole", **bytes_alone), 4)
+    assert content(text.parent / "interrupted") == content(text.parent / "whole")
+
+
+def test_parts_that_another_process_removes_meanwhile_do_not_matter(text):
+    """Of all that was abandoned, which another process looks through, too."""
+    corpora = text.parent / "c" / "corpora"
+    corpora.mkdir(parents=True)
+    (corpora / "other-0.partial").symlink_to("gone")  # its name is found, and then it is not there
+    prepare_corpus(config(text, "c", tokenizer="byte"), 4)
+
+
 def test_one_process_waits_for_another_and_takes_its_result(text, capsys):
     context = multiprocessing.get_context("fork")
     begun, go_on = context.Event(), context.Event()

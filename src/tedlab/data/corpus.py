@@ -23,6 +23,7 @@ import numpy as np
 
 from tedlab.config import DataConfig
 from tedlab.data.documents import Source, document_cut, split, text_of
+from tedlab.data.extra import installed
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
 from tedlab.data.tokenised import DamagedTokens, holds_tokens, is_index, open_tokens, refuse_unknown, whole_pair
@@ -32,6 +33,7 @@ from tedlab.progress import advancing
 
 _FORMAT = 3  # increase it whenever the same text and tokenizer would give different files or other parts of them
 _META, _LEFT_OUT = "meta.json", "left_out.json"
+_BEGUN = ".partial"  # how the name of a folder with parts ends
 _SPLITS = ("train", "validation")
 _DECODED = 1 << 22  # tokens of a mapped file from which its bytes per token are taken
 _ABANDONED_S = 7 * 24 * 3600  # after so long without a new part, nobody goes on with an unfinished corpus
@@ -174,7 +176,8 @@ class _Found:
         if len(self.files) == 1 and path is not None and holds_tokens(self.files[0].path):
             self.files += _index_of(self.files[0])
         described = [[file.name, file.size, file.modified_ns] for file in self.files]
-        self.key = _key(described, config.field, config.validation_fraction)
+        root = path and os.path.realpath(os.path.expanduser(path))  # copies may have other content under equal names
+        self.key = _key(root, described, config.field, config.validation_fraction, installed())
 
     @cached_property
     def sides(self) -> tuple[list[Source], list[Source]]:
@@ -214,8 +217,11 @@ class _Found:
         with scratch("corpus", directory.parent) as temporary:
             complete = temporary / directory.name
             complete.mkdir()
-            work = directory.with_suffix(".partial")
-            meta = self._mapped(tokenizer) or self._written(tokenizer, complete, work, processes)
+            try:
+                meta = self._mapped(tokenizer) or self._written(tokenizer, complete, directory, processes)
+            except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
+                _forget_begun(directory)
+                raise
             _refuse_changed(self.files)
             used = sum(not is_index(file.path) for file in self.files) - len(self.no_text)
             meta |= {"tokenizer": tokenizer.fingerprint, "source_files": used}
@@ -223,7 +229,7 @@ class _Found:
             (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in self.no_text], indent=2) + "\n")
             tokenizer.save(complete)
             complete.rename(directory)
-            shutil.rmtree(work, ignore_errors=True)
+            _forget_begun(directory)
 
     def _mapped(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Says how a single file of tokens is divided; None if it is not one, or lacks separators to be added."""
@@ -256,23 +262,22 @@ class _Found:
             "mapped": str(path.resolve()),
         }
 
-    def _written(self, tokenizer: Tokenizer, directory: Path, work: Path, processes: int) -> dict[str, Any]:
-        """Writes ``train.bin`` and ``validation.bin``."""
-        try:
-            parts = [part for name, side in zip(_SPLITS, self.sides, strict=True) for part in divide(name, side)]
-            _forget_abandoned(work.parent)
-            work.mkdir(exist_ok=True)
-            written = done_before(work, dtype_of(tokenizer).itemsize)
-            left = [part for part in parts if (part.split, part.number) not in written]
-            if written:
-                print(f"{len(written)} of {len(parts)} parts were done before.", file=sys.stderr, flush=True)
-            with advancing("Tokenising", sum(part.size for part in left)) as advance:
-                written |= write_parts(left, tokenizer, work, processes, advance)
-            _refuse_changed(self.files)
-        except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-        (train, _), (validation, size) = (join(written, name, directory / f"{name}.bin") for name in _SPLITS)
+    def _written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
+        """Writes ``train.bin`` and ``validation.bin`` into ``complete``, which is to become ``directory``."""
+        _forget_abandoned(directory.parent)
+        parts = [part for name, side in zip(_SPLITS, self.sides, strict=True) for part in divide(name, side)]
+        # A part is known by its number, so those done before count only if the files in them are the same: one that
+        # could not be read then may be readable now.
+        work = directory.with_name(f"{directory.name}-{_key(repr(parts))}{_BEGUN}")
+        work.mkdir(exist_ok=True)
+        written = done_before(work, dtype_of(tokenizer).itemsize)
+        left = [part for part in parts if (part.split, part.number) not in written]
+        if written:
+            print(f"{len(written)} of {len(parts)} parts were done before.", file=sys.stderr, flush=True)
+        with advancing("Tokenising", sum(part.size for part in left)) as advance:
+            written |= write_parts(left, tokenizer, work, processes, advance)
+        _refuse_changed(self.files)
+        (train, _), (validation, size) = (join(written, name, complete / f"{name}.bin") for name in _SPLITS)
         return {"train": train, "validation": validation, "bytes_per_token": size / max(1, validation)}
 
 
@@ -314,11 +319,18 @@ def _alone_with(directory: Path) -> Iterator[None]:
         lock.close()
 
 
+def _forget_begun(directory: Path) -> None:
+    """Removes the parts of a corpus."""
+    for work in directory.parent.glob(f"{directory.name}-*{_BEGUN}"):
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _forget_abandoned(corpora: Path) -> None:
     """Removes what was begun long ago and never finished, such as of text that has changed since."""
-    for work in corpora.glob("*.partial"):
-        if time.time() - work.stat().st_mtime > _ABANDONED_S:
-            shutil.rmtree(work, ignore_errors=True)
+    for work in corpora.glob(f"*{_BEGUN}"):
+        with suppress(FileNotFoundError):  # another process removes its own
+            if time.time() - work.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(work, ignore_errors=True)
 
 
 def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:

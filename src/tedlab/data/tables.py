@@ -101,5 +101,6 @@ class _Arrow:
     def values(self, column: str, start: int, stop: int) -> Iterator[list[Any]]:
         for batch in self._batches[start:stop]:
             texts = batch.column(self.schema.get_field_index(column))
+            texts.validate(full=True)  # what is mapped may say that its texts lie where no memory is
             for first in range(0, len(texts), _ROWS):
                 yield texts.slice(first, _ROWS).to_pylist()
