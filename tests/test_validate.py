@@ -636,6 +636,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
         ["optim.schedule=wsd", "optim.decay_steps=60", "optim.warmup_steps=50", "trainer.max_steps=100"],
         ["optim.decay_steps=60 and optim.warmup_steps=50", "trainer.max_steps=100"],
     ),
+    "a_decay_of_a_schedule_that_has_none": (
+        ["optim.schedule=cosine", "optim.decay_steps=60"],
+        ["optim.decay_steps=60", "cosine", "use wsd, or leave decay_steps out"],
+    ),
     "stages_out_of_order": (
         ["data.ramp=[{until:9,batch_size:4},{until:9,batch_size:6}]"],
         ["data.ramp has stages until steps [9, 9]", "later than the one before"],

@@ -1,8 +1,11 @@
 """Files that others have written give the texts or tokens that are in them; damaged ones are refused in a sentence."""
 
 import gzip
+import hashlib
 import json
+import os
 import struct
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ import pytest
 import zstandard
 
 from tedlab.config import DataConfig
-from tedlab.data import documents, tables, tokenised
+from tedlab.data import compressed, documents, tables, tokenised
 from tedlab.data.corpus import Corpus, prepare_corpus
 from tedlab.data.documents import find_files, sources
 from tedlab.data.extra import MissingExtra, needed
@@ -83,6 +86,28 @@ def test_what_others_have_written_gives_its_texts(tmp_path, name):
     (tmp_path / "other.txt").write_text("x" * 9)
     beside = texts(prepare(tmp_path))
     assert sorted(beside, key=len) == [["x" * 9], TEXTS]
+
+
+def test_what_zstd_has_made_very_small_is_decompressed_in_pieces(tmp_path):
+    content = LINES + b"\n" * (1 << 27)
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(content))
+    with compressed.opened(tmp_path / "a.zst", "zstd") as stream:
+        tracemalloc.start()
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert digest.digest() == hashlib.sha256(content).digest()
+    assert peak < 96 << 20  # all of it would be 128 MiB, and that twice
+
+
+def test_a_window_that_zstd_refuses_is_no_damage(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(LINES) + stream.flush())
+    with pytest.raises(ValueError, match=r"a window of more than 128 MiB \(zstd --long\).*compress it again without"):
+        prepare(tmp_path / "a.jsonl.zst")
 
 
 def test_other_columns_and_fields_are_chosen_by_name(tmp_path):
@@ -364,6 +389,88 @@ def test_a_prepared_folder_may_be_moved_and_used_as_a_source(tmp_path, tokenizer
     (moved / "train.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"moved cannot be used: train\.bin has 0 bytes in place of"):
         prepare(moved, tokenizer=own)
+
+
+def test_a_folder_that_maps_a_file_refuses_it_when_it_has_changed(tmp_path):
+    """Its ids were checked when the folder was made, and only then."""
+    for name, write in (("a.npy", lambda tokens: np.save(tmp_path / "a.npy", tokens)), ("b.bin", _pair(tmp_path))):
+        write(np.array(FLAT, dtype=np.uint16))
+        os.utime(tmp_path / name, (1, 1))
+        folder = prepare(tmp_path / name).directory
+        assert prepare(folder).train[0] == FLAT[0]
+        write(np.array(FLAT, dtype=np.uint16) + 700)
+        with pytest.raises(ValueError, match=rf"cannot be used: .*{name} has changed since its ids were checked"):
+            prepare(folder)
+
+
+def _pair(folder: Path):
+    return lambda tokens: megatron(folder / "b.bin", tokens.reshape(20, 9).tolist(), [*range(21)])
+
+
+def test_a_folder_of_text_may_have_a_file_of_that_name(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(name * 9)
+    (folder / "meta.json").write_text('{"licence": "CC0",\n"of": 2}')
+    corpus = prepare(folder)
+    assert sorted([*texts(corpus)[0], *texts(corpus)[1]]) == ["a.txt" * 9, "b.txt" * 9]
+    assert [file.name for file in corpus.left_out] == ["meta.json"]
+
+
+@pytest.mark.parametrize("other", ["unusable", "copy"])
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+def test_tokens_beside_what_is_left_out_are_a_single_file(tmp_path, name, other):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    megatron(folder / "a.bin", ENDED, [*range(21)])
+    if name == "a.npy":
+        (folder / "a.bin").unlink(), (folder / "a.idx").unlink()
+        np.save(folder / name, np.array(FLAT, dtype=np.uint16))
+    beside = folder / ("z.txt" if other == "unusable" else f"z{Path(name).suffix}")
+    beside.write_bytes(b"\0" if other == "unusable" else (folder / name).read_bytes())
+    if beside.suffix == ".bin":
+        beside.with_suffix(".idx").write_bytes((folder / "a.idx").read_bytes())
+    corpus = prepare(folder, validation_fraction=0.12)
+    assert np.concatenate([corpus.train, corpus.validation]).tolist() == FLAT
+    assert corpus.train[-1] == 0
+    assert [file.name for file in corpus.left_out] == [beside.name]
+    assert corpus.source_files == 1
+
+
+def _header(text: str) -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
+
+
+def _npz(path: Path) -> bytes:
+    np.savez(path.with_suffix(".npz"), np.arange(9))
+    return path.with_suffix(".npz").read_bytes()
+
+
+ARRAYS = {
+    "npz": (_npz, r"it is no NumPy array: it begins with b'PK"),
+    "pickle": (lambda _: b"\x80\x04K\x01.", "it is no NumPy array: it begins with"),
+    "header cut": (lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'sha")[:40], "that can be mapped"),
+    "header broken": (lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'sha\n"), "that can be mapped"),
+    "many": (
+        lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'shape': (10000000000000000000000000,)}\n"),
+        "",
+    ),
+    "negative": (lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'shape': (-9,)}\n") + b"x" * 9, ""),
+    "true": (lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'shape': (True,)}\n") + b"x" * 9, ""),
+    "long": (lambda _: _header(" " * 60_000 + "\n"), "that can be mapped"),
+    "deep": (lambda _: _header("(" * 9000 + "\n"), "that can be mapped"),
+    "no tokens": (lambda _: _header("{'descr': '<u2', 'fortran_order': False, 'shape': (0,)}\n"), "it holds no tokens"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), ARRAYS.values(), ids=ARRAYS)
+def test_a_damaged_array_is_refused_in_a_sentence(tmp_path, content, said):
+    (tmp_path / "a.npy").write_bytes(content(tmp_path / "a"))
+    with pytest.raises(ValueError, match=rf"a\.npy cannot be used: .*{said}") as caught:
+        prepare(tmp_path / "a.npy")
+    assert "\n" not in f"{caught.value}"
+    assert len(f"{caught.value}") < 600
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

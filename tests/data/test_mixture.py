@@ -1,6 +1,8 @@
 """Each source has its share of any number of samples, and goes on where it was whatever changes around it."""
 
 import itertools
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -10,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tedlab.config import DataConfig, SourceConfig
+from tedlab.callbacks import NamedSets
+from tedlab.config import DataConfig, InTrainingConfig, SourceConfig
 from tedlab.data.mixture import (
     MixedOrder,
     MixedSampler,
@@ -25,6 +28,7 @@ from tedlab.data.mixture import (
 from tedlab.data.module import TextDataModule
 from tedlab.data.position import Position
 from tedlab.data.ramp import Ramp, Stage
+from tedlab.validate.evaluation import check_sets
 
 WEIGHTS = st.lists(st.floats(0.001, 1), min_size=1, max_size=12).map(lambda w: [x / sum(w) for x in w])
 
@@ -75,6 +79,15 @@ def test_all_sources_exhausted_is_an_error_before_the_run():
     with pytest.raises(ValueError, match="as often as their epochs allow"):
         list(blend.take(51))
     check_enough(mixture([0.5, 0.5], most=[20, None]), 10**9)
+
+
+def test_workers_that_fetch_ahead_meet_an_end_where_no_whole_step_is_left():
+    """Two sources of ten samples, half of which may be read: two steps of four, and a run of two steps is allowed."""
+    start = mixture([0.5, 0.5], [10, 10], [5, 5])
+    check_enough(start, 8)
+    assert len(dealt(start, 4, 2, 2, [0])) == 8
+    with pytest.raises(ValueError, match="as often as their epochs allow"):
+        dealt(start, 4, 1, 2, [0, 1])  # nothing to go on with, and nothing to wait for
 
 
 def dealt(start, batch, ranks, micro, epochs, position=None, seed=1):
@@ -327,6 +340,46 @@ def test_the_processes_compare_all_sources(texts):
     data.setup("fit")
     with pytest.raises(ValueError, match=r"different files below data\.sources"):
         data.setup("fit")
+
+
+def test_a_mixture_with_a_tokenizer_of_its_own_does_not_go_on(texts, tmp_path):
+    """A BPE is trained on the sources; with others its ids have other meanings."""
+
+    def module(**sources):
+        data = module_of(texts, **sources)
+        data.data = replace(data.data, tokenizer="bpe", bpe_vocab_size=300)
+        data.trainer = SimpleNamespace(global_step=2, max_steps=4, is_global_zero=False)
+        return data
+
+    (texts / "words").mkdir()
+    for name in ("train", "validation"):
+        (texts / "words" / f"{name}.txt").write_text(f"{name} by words that make other merges " * 9)
+    state = module().state_dict()
+    module().load_state_dict(state)
+    other = module(a=(0.5, None), words=(0.5, None))
+    other.load_state_dict({name: value for name, value in state.items() if name != "tokenizer"})  # from before
+    with pytest.raises(
+        ValueError, match=rf"{state['tokenizer']}, and data\.tokenizer=bpe is .*Use data\.tokenizer=the "
+    ):
+        other.load_state_dict(state)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.mkdir(parents=True)
+    saved = tmp_path / "run" / "tokenizer.json"
+    module().tokenizer.save(saved.parent)
+    with pytest.raises(ValueError, match=rf"Use data\.tokenizer={re.escape(str(saved))}$"):
+        other.refuse_other_tokenizer(state, checkpoint)
+    other = module(a=(0.5, None), words=(0.5, None))
+    other.data = replace(other.data, tokenizer=str(saved))
+    other.load_state_dict(state)
+
+
+def test_sets_of_texts_are_evaluated_with_the_tokenizer_of_all_sources(texts):
+    data, sets = module_of(texts), InTrainingConfig({"held_out": str(texts / "a" / "validation.txt")})
+    check_sets(SimpleNamespace(eval=sets, data=data.data), data)
+    callback = NamedSets(sets, "text", 2, 4)
+    callback.setup(SimpleNamespace(datamodule=data), None, "fit")
+    ((_, samples),) = callback._sets
+    assert bytes(samples[0].tokens[1:].tolist()) == b"a000"  # after a separator
 
 
 def test_an_error_names_the_source(texts):

@@ -8,7 +8,9 @@ import random
 import signal
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from tedlab.commands import data as command
 from tedlab.config import DataConfig
 from tedlab.data import corpus as corpus_module
 from tedlab.data import documents, shards
+from tedlab.data import overview as overview_module
 from tedlab.data.corpus import prepare_corpora, prepare_corpus
 from tedlab.data.overview import overview
+from tedlab.data.tokenizers import ByteTokenizer
 from tests.commands import _run_module
 from tests.test_conf import compose
 
@@ -150,10 +154,12 @@ def test_parts_of_other_files_are_not_gone_on_with(text, monkeypatch):
         raise KeyboardInterrupt
 
     bytes_alone = {"tokenizer": "byte"}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(documents, "examine", unreadable)
-        patch.setattr(corpus_module, "join", interrupted)
+    monkeypatch.setattr(documents, "examine", unreadable)
+    monkeypatch.setattr(corpus_module, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         prepare_corpus(config(text, "interrupted", **bytes_alone), 4)
+    monkeypatch.setattr(documents, "examine", examine)
+    monkeypatch.setattr(corpus_module, "join", shards.join)
     prepare_corpus(config(text, "interrupted", **bytes_alone), 4)
     prepare_corpus(config(text, "whole", **bytes_alone), 4)
     assert content(text.parent / "interrupted") == content(text.parent / "whole")
@@ -226,6 +232,19 @@ def test_inspect_counts_lengths_duplicates_and_what_is_longer_than_a_sample(tmp_
     assert (found.duplicates, found.tokens_duplicates) == (3, 10 + 5 + 5)
     assert found.leaked == 1
     assert found.samples == ("a" * 9, "", "d [31md")
+
+
+def test_inspect_reads_a_long_document_in_pieces(monkeypatch):
+    tokens = np.full(1 << 22, 7, np.uint16)
+    tokens[[2_000_000, 4_000_001]] = 0  # two of 2,000,000 and the rest
+    corpus = SimpleNamespace(train=tokens, validation=tokens[:2_000_001], tokenizer=ByteTokenizer())
+    monkeypatch.setattr(overview_module, "_CHUNK", 1 << 16)
+    tracemalloc.start()
+    found = overview(corpus, 9, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (found.documents, found.duplicates, found.leaked) == (4, 2, 1)
+    assert peak < 1 << 20, "a document has 4 MB"
 
 
 def run(arguments, monkeypatch, capsys):

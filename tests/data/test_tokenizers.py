@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import numpy as np
@@ -6,7 +7,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import models
 
 from tedlab.config import DataConfig
-from tedlab.data.tokenizers import ByteTokenizer, FileTokenizer, build_tokenizer, train_bpe
+from tedlab.data.tokenizers import ByteTokenizer, FileTokenizer, build_tokenizer, load_tokenizer, train_bpe
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café — 東京 🙂\n\ttabs  and   spaces\r\n", "x = '<|endoftext|>'\n"]
 
@@ -71,6 +72,13 @@ def test_truncation_and_padding_of_a_file_are_switched_off(tmp_path, bpe):
     saved.enable_padding(length=50)
     saved.save(str(tmp_path / "t.json"))
     np.testing.assert_array_equal(FileTokenizer(tmp_path / "t.json").encode(TEXTS[0]), bpe.encode(TEXTS[0]))
+
+
+def test_what_is_saved_is_the_same_tokenizer(tmp_path, bpe):
+    path = tmp_path / "of others.json"
+    path.write_text(json.dumps(json.loads(bpe._tokenizer.to_str()), indent=1))  # as another program lays it out
+    FileTokenizer(path).save(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == FileTokenizer(path).fingerprint
 
 
 def test_a_vocabulary_beyond_uint16_is_encoded_in_uint32(tmp_path):

@@ -40,7 +40,7 @@ class NamedSets(Callback):
         if self._sets:
             return
         for name, path in self.config.sets.items():
-            texts = read_set(name, path, self.field, data.corpus.tokenizer)
+            texts = read_set(name, path, self.field, data.tokenizer)
             length = self.sequence_length
             samples = windows_of(texts, data.separator, EvalDocuments.PACKED, length, length)
             self._sets.append((texts, samples[: self.config.samples]))

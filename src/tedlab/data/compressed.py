@@ -14,7 +14,12 @@ from tedlab.data.extra import needed
 
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 SUFFIXES = (".gz", ".zst", ".zstd")
-_BLOCK = 1 << 17  # bytes read at a time
+_BLOCK = 1 << 10  # bytes decompressed at a time, to 32 MiB at most: zstd takes four bytes for 128 KiB of equal ones
+_AHEAD = 1 << 17  # decompressed bytes that are asked for at a time
+
+
+class LongWindow(ValueError):
+    """Decompressing would take too much memory; the message is a clause that begins with "it"."""
 
 
 class Damaged(ValueError):
@@ -31,6 +36,7 @@ def opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
 
     Raises:
         Damaged: Later, by a read that meets the damage.
+        LongWindow: Likewise.
         MissingExtra: If a package is needed that is not installed.
     """
     if compression is None:
@@ -42,7 +48,7 @@ def opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
             with gzip.open(path, "rb") as stream:
                 yield io.BufferedReader(stream)
         else:
-            with path.open("rb") as raw, io.BufferedReader(_Zstd(raw), _BLOCK) as stream:
+            with path.open("rb") as raw, io.BufferedReader(_Zstd(raw), _AHEAD) as stream:
                 yield stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise Damaged(f"{error}".rstrip(".")) from None
@@ -54,7 +60,7 @@ class _Zstd(io.RawIOBase):
     def __init__(self, raw: BinaryIO) -> None:
         self._raw, self._package = raw, needed("zstandard", "zstd")
         self._frame: Any = None
-        self._rest, self._ready = b"", b""
+        self._rest, self._ready = b"", memoryview(b"")
 
     @override
     def readable(self) -> bool:
@@ -72,8 +78,13 @@ class _Zstd(io.RawIOBase):
             if self._frame is None:
                 self._frame = self._package.ZstdDecompressor().decompressobj()
             try:
-                self._ready = self._frame.decompress(block)
+                self._ready = memoryview(self._frame.decompress(block))
             except self._package.ZstdError as error:
+                if "too much memory" in f"{error}":
+                    raise LongWindow(
+                        "it is compressed with a window of more than 128 MiB (zstd --long), all of which would be in "
+                        "memory; compress it again without --long"
+                    ) from None
                 raise EOFError(f"{error}") from None
             if self._frame.eof:
                 self._rest, self._frame = self._frame.unused_data, None

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from tedlab.config import DataConfig
-from tedlab.data.documents import Source, document_cut, split, text_of
+from tedlab.data.documents import Copies, Source, divided, document_cut, not_read, text_of, usable
 from tedlab.data.extra import installed
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
@@ -122,8 +122,8 @@ def alone_by_name(config: DataConfig) -> dict[str, DataConfig]:
 
 
 def is_prepared(path: str | None) -> bool:
-    """Tells whether a path is a folder that tedlab has written, with tokens."""
-    return path is not None and os.path.isfile(Path(path).expanduser() / _META)
+    """Tells whether a path is a folder of tokens that tedlab has written; others, too, may have a ``meta.json``."""
+    return path is not None and all(os.path.isfile(Path(path).expanduser() / name) for name in (_META, _LEFT_OUT))
 
 
 @contextmanager
@@ -180,9 +180,15 @@ class _Found:
         self.key = _key(root, described, config.field, config.validation_fraction, installed())
 
     @cached_property
-    def sides(self) -> tuple[list[Source], list[Source]]:
+    def copies(self) -> list[Copies]:
         with advancing("Reading", _size(self.files)) as advance:
-            return split(self.files, self.config.validation_fraction, self.config.field, self.no_text, advance)
+            copies = usable(self.files, self.config.field, self.no_text, advance)
+        self.no_text += not_read(copies)
+        return copies
+
+    @cached_property
+    def sides(self) -> tuple[list[Source], list[Source]]:
+        return divided(self.copies, self.config.validation_fraction, self.config.field)
 
     def text(self) -> Iterator[str]:
         """Yields the training text, to train a tokenizer on it."""
@@ -234,6 +240,8 @@ class _Found:
     def _mapped(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Says how a single file of tokens is divided; None if it is not one, or lacks separators to be added."""
         files = [file for file in self.files if not is_index(file.path)]
+        if len(files) > 1 and any(holds_tokens(file.path) for file in files):
+            files = [group[0][0] for group in self.copies]  # the others may be no text, or its copies
         if len(files) > 1 or not holds_tokens(files[0].path):
             return None
         path, fraction = files[0].path, self.config.validation_fraction
@@ -260,6 +268,9 @@ class _Found:
             "validation": len(found.tokens) - cut,
             "bytes_per_token": bytes_of(decoded, tokenizer) / max(1, len(decoded)),
             "mapped": str(path.resolve()),
+            "as_of": [
+                [str(file.path.resolve()), file.size, file.modified_ns] for file in (files[0], *_index_of(files[0]))
+            ],
         }
 
     def _written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
@@ -348,6 +359,10 @@ def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
                 f"data.tokenizer={known if known.is_file() else 'byte'} is the one"
             )
         if "mapped" in meta:
+            for name, size, modified_ns in meta["as_of"]:
+                status = os.stat(name)
+                if (status.st_size, status.st_mtime_ns) != (size, modified_ns):
+                    return f"{name} has changed since its ids were checked; name it as data.path"
             count = len(open_tokens(Path(meta["mapped"])).tokens)
             return None if count == meta["train"] + meta["validation"] else f"{meta['mapped']} has {count:,} tokens"
         for name in _SPLITS:

@@ -7,7 +7,7 @@ is in them, and ``corpus.py`` turns documents into tokens.
 import codecs
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,8 @@ _BLOCK = BLOCK
 PART = 8 << 20  # bytes of a source that are tokenised at once, about
 _TOKENS = 1 << 20  # of a document of tokens that are read at once
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside the tables that datasets saves
+Member = tuple[SourceFile, Content]
+Copies = tuple[Member, ...]  # files of one content
 
 
 class Source(Protocol):
@@ -274,12 +276,17 @@ def split(
     Raises:
         ValueError: If no file can be used.
     """
-    copies = _usable(files, field, left_out, advance)
+    copies = usable(files, field, left_out, advance)
+    if left_out is not None:
+        left_out += not_read(copies)
+    return divided(copies, fraction, field)
+
+
+def divided(copies: Sequence[Copies], fraction: float, field: str) -> tuple[list[Source], list[Source]]:
+    """Splits what :func:`usable` has found as :func:`split` does."""
     sizes = {group: sum(file.size for file, _ in group) for group in copies}
     if len(copies) == 1:
-        (file, content), *others = copies[0]
-        if left_out is not None:
-            left_out += [LeftOut(other.name, f"it holds the same as {file.name}") for other, _ in others]
+        file, content = copies[0][0]
         source = _source(file, content, field)
         if isinstance(source, (JsonLines, TableRows)):
             source = replace(source, held_out=fraction)
@@ -297,7 +304,7 @@ def split(
             room -= sizes[group]
             held_out.add(group)
     held_out = held_out or {min(copies, key=lambda group: (sizes[group], group[0][0].name))}
-    sides: tuple[list[_Member], list[_Member]] = ([], [])
+    sides: tuple[list[Member], list[Member]] = ([], [])
     for group in copies:
         sides[group in held_out].extend(group)
     train, validation = (
@@ -313,7 +320,7 @@ def sources(
     advance: Callable[[int], object] = lambda size: None,
 ) -> list[Source]:
     """Returns what reads all documents of files; arguments and exceptions are those of :func:`split`."""
-    members = (member for group in _usable(files, field, left_out, advance) for member in group)
+    members = (member for group in usable(files, field, left_out, advance) for member in group)
     return [_source(*member, field) for member in sorted(members, key=lambda member: member[0])]
 
 
@@ -361,15 +368,14 @@ def _source(file: SourceFile, content: Content, field: str) -> Source:
             return Text(file.path, content.start, file.size)
 
 
-_Member = tuple[SourceFile, Content]
-_Copies = tuple[_Member, ...]
-
-
-def _usable(
+def usable(
     files: list[SourceFile], field: str, left_out: list[LeftOut] | None, advance: Callable[[int], object]
-) -> list[_Copies]:
-    """Examines files and groups the usable ones by content; groups and their members keep the order of ``files``."""
-    groups: dict[bytes, list[_Member]] = {}
+) -> list[Copies]:
+    """Examines files and groups the usable ones by content; groups and their members keep the order of ``files``.
+
+    Arguments and exceptions are those of :func:`split`.
+    """
+    groups: dict[bytes, list[Member]] = {}
     unusable = []
     saved_by_datasets = {file.path.parent for file in files if file.path.suffix == ".arrow"}
     saved_by_datasets |= {folder.parent for folder in saved_by_datasets}
@@ -392,6 +398,14 @@ def _usable(
     if left_out is not None:
         left_out += unusable
     return [tuple(group) for group in groups.values()]
+
+
+def not_read(copies: Sequence[Copies]) -> list[LeftOut]:
+    """Returns the files that a split does not read: the others of one content, if all have one."""
+    if len(copies) > 1:
+        return []
+    (first, _), *others = copies[0]
+    return [LeftOut(other.name, f"it holds the same as {first.name}") for other, _ in others]
 
 
 def _character_boundary(file: SourceFile, offset: int) -> int:

@@ -92,7 +92,7 @@ def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lam
         json_lines = _is_json_lines(file, compression, head, start, field)
     except OSError as error:
         raise Unusable(cannot_be_read(error)) from None
-    except tokenised.DamagedTokens as error:
+    except (tokenised.DamagedTokens, compressed.LongWindow) as error:
         raise Unusable(f"{error}") from None
     except compressed.Damaged as error:
         raise Unusable(f"it is compressed and damaged ({error})") from None

@@ -76,6 +76,14 @@ class Mixture:
         """The sources of which no sample may be read any more."""
         return self.shares.keys() - self._open
 
+    @property
+    def left(self) -> float:
+        """How many samples may still be read; infinitely many if a source has no limit."""
+        return sum(
+            math.inf if share.most is None else max(0, share.most - self.places[name].read)
+            for name, share in self.shares.items()
+        )
+
     def copy(self) -> "Mixture":
         """Returns a mixture that goes on independently from here."""
         other = copy(self)
@@ -162,19 +170,26 @@ class MixedOrder:
 class MixedSampler(MicroBatchSampler):
     """Deals the micro-batches of a mixture to the data ranks in turn, see :class:`MicroBatchSampler`.
 
-    An epoch has as many samples as all sources together. It ends no permutation: the next goes on where it ended.
+    An epoch has as many samples as all sources together, or as may still be read. It ends no permutation: the next goes
+    on where it ended.
     """
 
     order: MixedOrder
 
     def __iter__(self) -> Iterator[int]:
-        """Yields this rank's sample indices of the current epoch, micro-batch by micro-batch."""
+        """Yields this rank's sample indices of the current epoch, micro-batch by micro-batch.
+
+        Raises:
+            ValueError: If the sources have not even a step's samples left.
+        """
         count, start, first = len(self.dataset), self._start, self._step  # type: ignore[arg-type]
         for epoch in range(start.epoch, self.epoch):
             first, start = self.ramp.epoch_ends(start, first, count), Position(epoch + 1)
-        read = self.ramp.samples(self._step, first)
+        begun = read = self.ramp.samples(self._step, first)
         for stage, steps in self.ramp.between(first, self.ramp.epoch_ends(start, first, count)):
             for _ in range(steps):
+                if read > begun and self.order.after(read).left < stage.batch_size:
+                    return  # workers ask for batches that come after the run's last
                 samples = self.order.indices(read, read + stage.batch_size)
                 yield from samples.reshape(-1, self.micro_batch_size)[self.rank :: self.num_replicas].ravel().tolist()
                 read += stage.batch_size
@@ -258,11 +273,7 @@ def check_enough(mixture: Mixture, samples: int) -> None:
     Raises:
         ValueError: If they may not be read as often as that takes.
     """
-    left = 0
-    for name, share in mixture.shares.items():
-        if share.most is None:
-            return
-        left += max(0, share.most - mixture.places[name].read)
+    left = mixture.left
     if left < samples:
         limits = ", ".join(f"{name} {share.most:,}" for name, share in mixture.shares.items())
         raise ValueError(

@@ -1,6 +1,7 @@
 """The Lightning data module: its loaders read the same samples in the same order under every layout."""
 
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -17,7 +18,7 @@ from tedlab.data.position import Position
 from tedlab.data.ramp import Ramp
 from tedlab.data.resume import align_fit_loop
 from tedlab.data.sampler import MicroBatchSampler
-from tedlab.data.tokenizers import Tokenizer
+from tedlab.data.tokenizers import SAVED, ByteTokenizer, Tokenizer
 
 Samples = PackedSamples | BestFitSamples | Subset | ConcatDataset
 
@@ -195,21 +196,43 @@ class TextDataModule(LightningDataModule):
         return self._loader(samples, self._sampler(samples, self.data.batch_size, shuffle=False))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position of the next sample, with the seed and number of samples that define the order."""
+        """Returns the position of the next sample, with what its meaning depends on: text, seed and tokenizer."""
         assert self.trainer is not None
         if self._loaded is not None:  # no sample has been read since
             return self._loaded
         samples, before, step = len(self.training_samples), self._steps_before, self.trainer.global_step
         position = self.ramp.after(self._start, before, step, samples)
         sizes = {"batch_size": self.data.batch_size, "ramp": [asdict(stage) for stage in self.data.ramp]}
-        state = {**asdict(position), "of": samples, "seed": self.seed, **sizes}
+        state = {**asdict(position), "of": samples, "seed": self.seed, "tokenizer": self.tokenizer.fingerprint, **sizes}
         if self.data.sources:
             order = self._order or MixedOrder(self._begun(None), self.seed)
             state["sources"] = state_of(order.after(self.ramp.samples(before, step)))
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.refuse_other_tokenizer(state_dict)
         self._loaded = state_dict
+
+    def refuse_other_tokenizer(self, state: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """Checks that tokens mean what they meant: a BPE is another one if it is trained on other sources.
+
+        Args:
+            state: What :meth:`state_dict` returned for a checkpoint.
+            checkpoint: Where that is, for the message.
+
+        Raises:
+            ValueError: If the checkpoint's run had another tokenizer.
+        """
+        theirs = state.get("tokenizer", self.tokenizer.fingerprint)  # an older checkpoint does not say
+        if theirs == self.tokenizer.fingerprint:
+            return
+        folders = [] if checkpoint is None else checkpoint.absolute().parents[:2]
+        saved = next((folder / SAVED for folder in folders if (folder / SAVED).is_file()), f"the {SAVED} of its run")
+        raise ValueError(
+            f"The checkpoint's model has learned tokens of the tokenizer {theirs}, and data.tokenizer="
+            f"{self.data.tokenizer} is {self.tokenizer.fingerprint}: the same ids would mean other text. Use "
+            f"data.tokenizer={theirs if theirs == ByteTokenizer.fingerprint else saved}"
+        )
 
     def _position(self, state: dict[str, Any], samples: int, step: int) -> Position:
         """Returns where a step begins: a checkpoint's position, or the next epoch if text or order have changed."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain
 
 import numpy as np
 
@@ -47,8 +48,8 @@ def overview(
 ) -> Overview:
     """Reads a corpus from beginning to end.
 
-    It takes 24 bytes of memory for each document. Documents are compared by hashes of 64 bits: of 100 million
-    different ones, two are taken for equal about once in 3,700 corpora.
+    It takes about 66 bytes of memory for each document, measured of 420,000, however long they are. Documents are
+    compared by hashes of 64 bits: of 100 million different ones, two are taken for equal about once in 3,700 corpora.
 
     Args:
         corpus: A tokenised corpus.
@@ -58,19 +59,20 @@ def overview(
     """
     separator = corpus.tokenizer.separator
     ends = [_ends(tokens, separator) for tokens in (corpus.train, corpus.validation)]
-    hashes = [
-        np.fromiter(_hashes(tokens, of, advance), np.uint64, len(of))
-        for tokens, of in zip((corpus.train, corpus.validation), ends, strict=True)
-    ]
     sizes = np.concatenate([np.diff(of, prepend=0) for of in ends])
-    every = np.concatenate(hashes)
+    training = len(ends[0])
+    every = np.fromiter(
+        chain(_hashes(corpus.train, ends[0], advance), _hashes(corpus.validation, ends[1], advance)),
+        np.uint64,
+        len(sizes),
+    )
     filled = sizes > 1
     first = np.zeros(len(every), dtype=bool)
     first[np.unique(every, return_index=True)[1]] = True
     again = ~first & filled
-    leaked = np.isin(hashes[1], hashes[0]) & filled[len(hashes[0]) :]
+    leaked = np.isin(every[training:], every[:training]) & filled[training:]
     long = sizes > sequence_length
-    shown = np.unique(np.linspace(0, len(ends[0]) - 1, min(samples, len(ends[0])), dtype=np.int64))
+    shown = np.unique(np.linspace(0, training - 1, min(samples, training), dtype=np.int64))
     return Overview(
         documents=len(sizes),
         empty=int((~filled).sum()),
@@ -97,9 +99,13 @@ def _ends(tokens: np.ndarray, separator: int) -> np.ndarray:
 
 def _hashes(tokens: np.ndarray, ends: np.ndarray, advance: Callable[[float], object]) -> Iterator[int]:
     start = 0
-    for end in ends.tolist():
-        yield int.from_bytes(blake2b(tokens[start:end].tobytes(), digest_size=8).digest())
-        advance(end - start)
+    for end in map(int, ends):
+        digest = blake2b(digest_size=8)
+        for first in range(start, end, _CHUNK):
+            chunk = tokens[first : min(first + _CHUNK, end)]
+            digest.update(chunk)
+            advance(len(chunk))
+        yield int.from_bytes(digest.digest())
         start = end
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 MEGATRON = b"MMIDIDX\0\0"
+_NUMPY = b"\x93NUMPY"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _FLOATS = (6, 7)
@@ -72,15 +73,25 @@ def open_tokens(path: Path) -> TokenFile:
 
 
 def _numpy(path: Path) -> TokenFile:
+    with path.open("rb") as file:
+        head = file.read(len(_NUMPY))
+    if head != _NUMPY:
+        raise DamagedTokens(f"it is no NumPy array: it begins with {head!r} in place of {_NUMPY!r}")
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise DamagedTokens(f"it is no NumPy array that can be mapped ({' '.join(str(error).split())})") from None
+    except OSError:
+        raise
+    except Exception as error:  # a header is an expression, in which anything may stand
+        raise DamagedTokens(
+            f"it is no NumPy array that can be mapped ({str(error).partition(chr(10))[0].rstrip('.')})"
+        ) from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "ui":
         raise DamagedTokens(
             f"it is a NumPy array of shape {tokens.shape} and dtype {tokens.dtype}; token ids are whole numbers in one "
             "dimension"
         )
+    if not len(tokens):
+        raise DamagedTokens("it holds no tokens")
     return TokenFile(tokens)
 
 

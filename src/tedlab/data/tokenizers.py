@@ -108,7 +108,7 @@ class FileTokenizer:
                 f"The tokenizer {path} has {len(vocabulary):,} tokens with ids of up to {self.vocab_size - 1:,}: the "
                 f"model would have an embedding for each id, of which there may be {_LARGEST_VOCABULARY:,} at most."
             )
-        self._path = path
+        self._path, self._content = path, content
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self._dtype = np.min_scalar_type(self.vocab_size - 1)
 
@@ -127,7 +127,8 @@ class FileTokenizer:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def save(self, directory: Path) -> None:
-        self._tokenizer.save(str(directory / SAVED))
+        """Writes the file as it was read, so that the copy has the same fingerprint."""
+        (directory / SAVED).write_bytes(self._content)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, out: Path) -> FileTokenizer:

@@ -25,6 +25,7 @@ class Schedule(Protocol):
 
 
 schedules: Registry[Schedule] = Registry("optim.schedule")
+WITHOUT_DECAY = ("cosine", "constant")  # schedules that do not ask in how many steps they are to decay
 
 
 @schedules.register("cosine")

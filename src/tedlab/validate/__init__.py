@@ -124,8 +124,12 @@ def _checked(config: TrainConfig, most_processes: int | None) -> tuple[ParallelD
             _ = data.validation_samples  # raises if they do not fill one batch
         meta = {} if config.ckpt_path is None else read_meta(Path(config.ckpt_path))
         taken = int(meta.get("global_step") or 0)
-        if isinstance(data, TextDataModule) and config.data.sources:
-            data.mixture(meta.get(type(data).__name__), taken, int(config.trainer.get("max_steps") or -1))  # or raises
+        if isinstance(data, TextDataModule):
+            state = meta.get(type(data).__name__)
+            if isinstance(state, dict) and config.ckpt_path is not None:
+                data.refuse_other_tokenizer(state, Path(config.ckpt_path))
+            if config.data.sources:
+                data.mixture(state, taken, int(config.trainer.get("max_steps") or -1))  # or raises
         check_replay(config, taken)
         if config.ckpt_path is not None:
             check_checkpoint(with_values(config, {"model.vocab_size": size}), Path(config.ckpt_path))

@@ -30,4 +30,4 @@ def check_sets(config: TrainConfig, data: object) -> None:
         raise ValueError(f"eval.sets are texts, and data.module={config.data.module} has no tokenizer for them")
     for name, path in config.eval.sets.items():
         assert isinstance(data, TextDataModule)
-        read_set(name, path, config.data.field, data.corpus.tokenizer)
+        read_set(name, path, config.data.field, data.tokenizer)

@@ -16,7 +16,7 @@ from tedlab.hints import did_you_mean
 from tedlab.optim.fused import check_tile
 from tedlab.optim.groups import Grouping
 from tedlab.optim.kinds import check_kind
-from tedlab.optim.schedule import schedules
+from tedlab.optim.schedule import WITHOUT_DECAY, schedules
 from tedlab.ranges import check_ranges
 from tedlab.validate.parametrization import check_parametrization, parameters_of, scales_of
 
@@ -35,6 +35,11 @@ def check_optim(config: TrainConfig) -> None:
     optim = config.optim
     schedules[optim.schedule]  # raises if it is unknown
     steps, total = optim.decay_steps, config.trainer["max_steps"]
+    if steps is not None and optim.schedule in WITHOUT_DECAY:
+        raise ValueError(
+            f"optim.decay_steps={steps} says in how many steps optim.schedule=wsd decays, but {optim.schedule} has no "
+            "such steps; use wsd, or leave decay_steps out (null)"
+        )
     if steps is not None and steps + optim.warmup_steps > total:
         raise ValueError(
             f"optim.decay_steps={steps} and optim.warmup_steps={optim.warmup_steps} are more steps than the run has, "
