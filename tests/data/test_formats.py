@@ -237,6 +237,7 @@ def test_megatrons_pairs_are_mapped_where_they_lie(tmp_path, dtype, named):
     )
     assert not list((tmp_path / ".cache").rglob("train.bin"))
     assert corpus.bytes_per_token == 8 / 9
+    assert corpus.digest == tokenised.digest_of(np.array(FLAT[: len(corpus.train)], dtype=corpus.train.dtype))
     assert corpus.source_files == 1
 
 

@@ -172,6 +172,24 @@ def test_a_source_that_holds_something_else_begins_with_a_new_epoch():
     assert (resumed.places["s0"].read, resumed.places["s1"].read) == (13, 24)
 
 
+def test_a_source_with_other_text_of_as_many_samples_begins_with_a_new_epoch_too():
+    shares = {name: replace(share, digest=name) for name, share in mixture([0.5, 0.5], [10, 10]).shares.items()}
+    saved = state_of(MixedOrder(Mixture(shares), 0).after(26))
+    now = {"s0": replace(shares["s0"], digest=""), "s1": replace(shares["s1"], digest="other")}
+    resumed, said = continued(now, saved)
+    assert said == ["data.sources.s1 holds other text than it did: it begins with a new epoch."]
+    assert (resumed.places["s0"].read, resumed.places["s1"].read) == (13, 20)
+    older = {name: {key: value for key, value in of.items() if key != "digest"} for name, of in saved.items()}
+    assert continued(now, older)[1] == []
+
+
+def test_the_order_in_which_sources_are_named_does_not_matter():
+    """Also where several are as far behind; their samples lie elsewhere, but are the same."""
+    shares = mixture([0.25] * 4, [7, 9, 11, 13], [None, 4, None, 6]).shares
+    reversed_shares = dict(reversed(shares.items()))
+    assert [*Mixture(shares).take(90)] == [*Mixture(reversed_shares).take(90)]
+
+
 def test_more_epochs_for_an_exhausted_source_give_it_its_share_again_and_no_more():
     shares = mixture([0.5, 0.5], [10, 100], [10, None]).shares
     saved = state_of(MixedOrder(Mixture(shares), 0).after(60))
@@ -331,6 +349,21 @@ def test_validation_is_mixed_too_and_bits_per_byte_weigh_its_sources(texts):
 def _first(names):
     for name, of in itertools.groupby(sorted(names)):
         yield from ((name, i) for i, _ in enumerate(of))
+
+
+def test_a_source_is_known_by_its_tokens(texts):
+    for folder in ("same", "other"):
+        (texts / folder).mkdir(exist_ok=True)
+        for file in (texts / "a").iterdir():
+            content = file.read_text()
+            (texts / folder / file.name).write_text(content if folder == "same" else content.replace("a01", "a10"))
+    corpora = module_of(texts, a=(0.5, None), same=(0.2, None), other=(0.3, None)).corpora
+    assert corpora["a"].digest == corpora["same"].digest != corpora["other"].digest
+    data = module_of(texts, a=(0.5, None), other=(0.5, None))
+    data.trainer = SimpleNamespace(global_step=2, max_steps=4, is_global_zero=False)
+    assert {name: of["digest"] for name, of in data.state_dict()["sources"].items()} == {
+        name: corpora[name].digest for name in ("a", "other")
+    }
 
 
 def test_the_processes_compare_all_sources(texts):

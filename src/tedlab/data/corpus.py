@@ -26,7 +26,15 @@ from tedlab.data.documents import Copies, Source, divided, document_cut, not_rea
 from tedlab.data.extra import installed
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
 from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
-from tedlab.data.tokenised import DamagedTokens, holds_tokens, is_index, open_tokens, refuse_unknown, whole_pair
+from tedlab.data.tokenised import (
+    DamagedTokens,
+    digest_of,
+    holds_tokens,
+    is_index,
+    open_tokens,
+    refuse_unknown,
+    whole_pair,
+)
 from tedlab.data.tokenizers import SAVED, Tokenizer, build_tokenizer
 from tedlab.launch.locks import Lock, scratch
 from tedlab.progress import advancing
@@ -52,6 +60,7 @@ class Corpus:
         directory: Holds the token files, or says which file is mapped.
         left_out: Files and folders that ``data.path`` names but the corpus does not contain.
         source_files: Number of files that the corpus contains.
+        digest: Hash of the training tokens; empty: unknown.
     """
 
     train: np.ndarray
@@ -61,6 +70,7 @@ class Corpus:
     directory: Path
     left_out: tuple[LeftOut, ...] = ()
     source_files: int = 1
+    digest: str = ""
 
 
 def prepare_corpus(config: DataConfig, sequence_length: int, processes: int = 1) -> Corpus:
@@ -267,6 +277,7 @@ class _Found:
             "train": cut,
             "validation": len(found.tokens) - cut,
             "bytes_per_token": bytes_of(decoded, tokenizer) / max(1, len(decoded)),
+            "digest": digest_of(found.tokens[:cut]),
             "mapped": str(path.resolve()),
             "as_of": [
                 [str(file.path.resolve()), file.size, file.modified_ns] for file in (files[0], *_index_of(files[0]))
@@ -289,7 +300,13 @@ class _Found:
             written |= write_parts(left, tokenizer, work, processes, advance)
         _refuse_changed(self.files)
         (train, _), (validation, size) = (join(written, name, complete / f"{name}.bin") for name in _SPLITS)
-        return {"train": train, "validation": validation, "bytes_per_token": size / max(1, validation)}
+        digest = digest_of(np.memmap(complete / "train.bin", dtype_of(tokenizer), "r")) if train else ""
+        return {
+            "train": train,
+            "validation": validation,
+            "bytes_per_token": size / max(1, validation),
+            "digest": digest,
+        }
 
 
 def _index_of(file: SourceFile) -> list[SourceFile]:
@@ -421,6 +438,7 @@ def _open(directory: Path, tokenizer: Tokenizer, sequence_length: int, no_files:
         directory=directory,
         left_out=tuple(left_out),
         source_files=meta["source_files"],
+        digest=meta.get("digest", ""),
     )
 
 

@@ -43,11 +43,13 @@ class Share:
         size: Number of its samples.
         weight: Its share of all samples, as long as no source is exhausted; those of all sources sum to 1.
         most: How many of its samples may be read, over all epochs; None: any number.
+        digest: Hash of its tokens; empty: unknown.
     """
 
     size: int
     weight: float
     most: int | None = None
+    digest: str = ""
 
 
 class Mixture:
@@ -120,7 +122,7 @@ class Mixture:
         """Divides what follows among the sources that are not exhausted."""
         left = {
             name: share.weight
-            for name, share in self.shares.items()
+            for name, share in sorted(self.shares.items())  # ties fall to the first by name, in whatever order all are
             if share.most is None or self.places[name].read < share.most
         }
         self._open = {name: weight / sum(left.values()) for name, weight in left.items()}
@@ -195,12 +197,13 @@ class MixedSampler(MicroBatchSampler):
                 read += stage.batch_size
 
 
-def shares_of(data: DataConfig, sizes: Mapping[str, int]) -> dict[str, Share]:
+def shares_of(data: DataConfig, sizes: Mapping[str, int], digests: Mapping[str, str] | None = None) -> dict[str, Share]:
     """Returns what a mixture has of each source.
 
     Args:
         data: Its sources, which :func:`check_sources` has checked, and how they are mixed.
         sizes: The number of samples of each.
+        digests: The hash of the tokens of each, where it is known.
     """
     match data.mixing:
         case Mixing.WEIGHTS:
@@ -209,7 +212,7 @@ def shares_of(data: DataConfig, sizes: Mapping[str, int]) -> dict[str, Share]:
             weights = {name: float(sizes[name]) for name in data.sources}
         case _:
             weights = {name: sizes[name] ** (1 / data.temperature) for name in data.sources}
-    total = sum(weights.values())
+    total = math.fsum(weights.values())
     shares = {}
     for name, source in data.sources.items():
         most = None if source.epochs is None else int(source.epochs * sizes[name])
@@ -219,7 +222,7 @@ def shares_of(data: DataConfig, sizes: Mapping[str, int]) -> dict[str, Share]:
                 if sizes[name]
                 else f"data.sources.{name} has too little text for a training sample."
             )
-        shares[name] = Share(sizes[name], weights[name] / total, most)
+        shares[name] = Share(sizes[name], weights[name] / total, most, (digests or {}).get(name, ""))
     return shares
 
 
@@ -290,6 +293,7 @@ def state_of(mixture: Mixture) -> dict[str, Any]:
             "offset": place.read % mixture.shares[name].size,
             "of": mixture.shares[name].size,
             "weight": mixture.shares[name].weight,
+            "digest": mixture.shares[name].digest,
             "exhausted": name in mixture.exhausted,
             "taken": place.taken,
         }
@@ -314,13 +318,16 @@ def continued(shares: Mapping[str, Share], saved: Mapping[str, Mapping[str, Any]
             said.append(f"data.sources.{name} is new: it begins with its first sample.")
             continue
         before = saved[name]
-        if before["of"] == share.size:
-            read = before["epoch"] * share.size + before["offset"]
+        digests = {share.digest, before.get("digest", "")} - {""}  # an older checkpoint has none
+        if before["of"] != share.size:
+            other = f"has {share.size:,} samples, and had {before['of']:,}"
         else:
-            said.append(
-                f"data.sources.{name} has {share.size:,} samples, and had {before['of']:,}: it begins with a new epoch."
-            )
+            other = "holds other text than it did" if len(digests) > 1 else ""
+        if other:
+            said.append(f"data.sources.{name} {other}: it begins with a new epoch.")
             read = (before["epoch"] + 1) * share.size
+        else:
+            read = before["epoch"] * share.size + before["offset"]
         places[name] = Place(read, before["taken"])
     said += [f"data.sources.{name} is gone: how far it was read is forgotten." for name in saved if name not in shares]
     mixture = Mixture(shares, places)

@@ -261,7 +261,11 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: If a source has too little text, or all of them for so many steps.
         """
-        shares = shares_of(self.data, {name: len(self._samples(name, "train")) for name in self.corpora})
+        shares = shares_of(
+            self.data,
+            {name: len(self._samples(name, "train")) for name in self.corpora},
+            {name: corpus.digest for name, corpus in self.corpora.items()},
+        )
         saved = (state or {}).get("sources", {})
         reseeded = saved and state is not None and state["seed"] != self.seed
         if reseeded:

@@ -11,6 +11,7 @@ before each boundary of documents (8). A byte for each sequence may follow.
 import os
 import struct
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +157,11 @@ def refuse_unknown(tokens: np.ndarray, vocab_size: int, path: Path, before: int 
                 f"Token {before + start + first:,} of {path} is {chunk[first]}, but the ids of data.tokenizer are 0 to "
                 f"{vocab_size - 1:,}: another tokenizer has made them."
             )
+
+
+def digest_of(tokens: np.ndarray) -> str:
+    """Returns a hash of tokens, shape (tokens,), and of their dtype."""
+    digest = blake2b(tokens.dtype.str.encode(), digest_size=16)
+    for start in range(0, len(tokens), _CHUNK):
+        digest.update(tokens[start : start + _CHUNK])
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ def random_bits(numbers: Tensor, step: int, seed: int) -> tuple[Tensor, Tensor]:
     Args:
         numbers: (N,) int64, the numbers of elements.
         step: The step of the optimizer.
-        seed: The seed of the run.
+        seed: ``optim.optimizer.seed``.
 
     Returns:
         Two tensors (N,) int32, from 0 to 65,535.
