@@ -103,7 +103,7 @@ def _hashes(tokens: np.ndarray, ends: np.ndarray, advance: Callable[[float], obj
         digest = blake2b(digest_size=8)
         for first in range(start, end, _CHUNK):
             chunk = tokens[first : min(first + _CHUNK, end)]
-            digest.update(chunk)
+            digest.update(chunk.data)
             advance(len(chunk))
         yield int.from_bytes(digest.digest())
         start = end

@@ -163,5 +163,5 @@ def digest_of(tokens: np.ndarray) -> str:
     """Returns a hash of tokens, shape (tokens,), and of their dtype."""
     digest = blake2b(tokens.dtype.str.encode(), digest_size=16)
     for start in range(0, len(tokens), _CHUNK):
-        digest.update(tokens[start : start + _CHUNK])
+        digest.update(tokens[start : start + _CHUNK].data)
     return digest.hexdigest()
