@@ -720,10 +720,12 @@ def test_omegaconfs_yaml_knows_9e9_and_no_key_twice() -> None:
         yaml.load("a: 1\na: 2", Loader=hydra.yaml_loader())
 
 
-def test_the_harness_renders_in_a_sandbox_and_asks_before_it_imports(tmp_path: Path) -> None:
+def test_the_harness_renders_in_a_sandbox_and_asks_before_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("lm_eval")
     from lm_eval.api import task
-    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks import TaskManager, _yaml_loader
     from lm_eval.utils import apply_template
 
     from tedlab._compat import lm_eval
@@ -737,6 +739,10 @@ def test_the_harness_renders_in_a_sandbox_and_asks_before_it_imports(tmp_path: P
         apply_template("{{ a.__class__.__mro__ }}", {"a": "x"})
     (tmp_path / "x.yaml").write_text("task: x\nprocess_docs: !function os.getcwd\n")
     with pytest.raises(ValueError, match=r"refused: os\.getcwd"), lm_eval.without_functions(refuse):
+        TaskManager(include_path=f"{tmp_path}", include_defaults=False).load(["x"])
+    monkeypatch.setattr(_yaml_loader, "_Base", yaml.FullLoader)
+    (tmp_path / "x.yaml").write_text("task: x\nprocess_docs: !!python/name:os.getcwd\n")
+    with pytest.raises(yaml.YAMLError, match="could not determine a constructor"), lm_eval.without_functions(refuse):
         TaskManager(include_path=f"{tmp_path}", include_defaults=False).load(["x"])
     with lm_eval.without_unknown_metrics(refuse):
         assert task.get_metric("acc")

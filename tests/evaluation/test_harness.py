@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 
+from tedlab.commands import eval as command
 from tedlab.config import EvalConfig
+from tedlab.errors import UsageError
 from tedlab.evaluation.evaluate import evaluate, given
 from tests.evaluation.tiny import CONTEXT, LETTERS, SEPARATOR, Follows, Tiny, ids, tiny, write_jsonl
 from tests.pool import WorkerPool
@@ -329,15 +331,21 @@ def test_a_task_that_cannot_be_run_is_told_before_anything_is_computed(
     with pytest.raises(ValueError, match=r"task 'odd' cannot be run: .") as caught:
         given(config(model, file, **options))
     assert why in str(caught.value)
+    with pytest.raises(UsageError, match="task 'odd' cannot be run"):
+        command.task(config(model, file, processes=2, tensor=2, **options))
 
 
 def test_a_task_without_examples_says_that_fewshot_does_not_apply(
     model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "tasks").mkdir()
-    file = task(tmp_path, "bare", QUESTIONS, num_fewshot=0)
-    other = task(tmp_path, "dressed", QUESTIONS, num_fewshot=1)
-    evaluate(config(model, file, other, fewshot=2, limit=2, out=f"{tmp_path}"))
+    task(tmp_path, "bare", QUESTIONS, num_fewshot=0)
+    task(tmp_path, "dressed", QUESTIONS, num_fewshot=1)
+    group = {"group": "both", "task": ["bare", "dressed"], "aggregate_metric_list": [{"metric": "acc"}]}
+    (tmp_path / "tasks" / "both.yaml").write_text(yaml.safe_dump(group))
+    evaluate(config(model, "both", include=f"{tmp_path / 'tasks'}", fewshot=2, limit=2, out=f"{tmp_path}"))
+    kept = {name: json.loads((tmp_path / f"step_0_{name}.json").read_text()) for name in ("bare", "dressed", "both")}
+    assert {name: each["settings"]["fewshot"] for name, each in kept.items()} == {"bare": 0, "dressed": 2, "both": None}
     assert "fewshot=2 does not apply to bare, which say how many they have" in capsys.readouterr().out
 
 

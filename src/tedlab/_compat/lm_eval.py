@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 from unittest.mock import patch
 
+import yaml
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api import metrics as metrics  # registers them
@@ -26,9 +27,13 @@ def sandbox_templates() -> None:
 def without_functions(refuse: Callable[[str], NoReturn]) -> Iterator[None]:
     """Within it, what would import a function that a task's file names (``!function``) calls ``refuse`` with the name.
 
-    Otherwise the harness imports any, from files beside the task's and from whatever is installed.
+    Otherwise the harness imports any, from files beside the task's and from whatever is installed. Where PyYAML has no
+    libyaml, it also takes a loader whose ``!!python/name`` does the same; this one knows no such tags.
     """
-    with patch.object(_yaml_loader, "_import_func_in_yml", lambda name, folder: refuse(name)):
+    with (
+        patch.object(_yaml_loader, "_import_func_in_yml", lambda name, folder: refuse(name)),
+        patch.object(_yaml_loader, "_Base", getattr(yaml, "CSafeLoader", yaml.SafeLoader)),
+    ):
         yield
 
 

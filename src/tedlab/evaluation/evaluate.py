@@ -162,9 +162,9 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     if first_outside():
         settings = _keep(found, config, by_set, by_task)
         _print(found, by_set, by_task)
-        unmoved = [name for name, task in by_task.items() if config.fewshot not in (None, task.fewshot)]
-        if unmoved:
-            print(f"fewshot={config.fewshot} does not apply to {', '.join(unmoved)}, which say how many they have")
+        ignored = [name for name, task in by_task.items() if task.fewshot not in (None, config.fewshot)]
+        if config.fewshot is not None and ignored:
+            print(f"fewshot={config.fewshot} does not apply to {', '.join(ignored)}, which say how many they have")
         if by_task and lent.shortened:
             print(f"{lent.shortened} contexts lost their beginnings: the model reads {found.context} tokens at a time")
         if found.logger is not None:
@@ -227,7 +227,8 @@ def _print(found: Given, by_set: Mapping[str, SetResult], by_task: Mapping[str, 
                 if not metric.endswith("_stderr"):
                     error = task.values.get(f"{metric}_stderr")
                     around = "" if error is None else f"{error:.4f}"
-                    table.add_row(name, f"{task.documents:,}", f"{task.fewshot}", metric, f"{value:.4f}", around)
+                    examples = "" if task.fewshot is None else f"{task.fewshot}"
+                    table.add_row(name, f"{task.documents:,}", examples, metric, f"{value:.4f}", around)
         console.print(table)
     console.print(f"saved in {found.folder}", soft_wrap=True)
 

@@ -184,13 +184,13 @@ class TaskResult(NamedTuple):
     Attributes:
         values: By the name of what was measured, such as ``acc``; that of its standard error ends in ``_stderr``.
         documents: How many documents it has, or were taken of it.
-        fewshot: How many examples stood before each.
+        fewshot: How many examples stood before each; None: they differ between the tasks of a group.
         version: Of the task.
     """
 
     values: dict[str, float]
     documents: int
-    fewshot: int
+    fewshot: int | None
     version: str
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -388,5 +388,5 @@ def _result(name: str, values: Mapping[str, Any], found: Mapping[str, Any]) -> T
         if comma and isinstance(value, int | float):
             measured[metric if filtered == "none" else f"{metric}_{filtered}"] = float(value)
     return TaskResult(
-        measured, values.get("sample_len", 0), found["n-shot"].get(name, 0), f"{found['versions'].get(name, '')}"
+        measured, values.get("sample_len", 0), found["n-shot"].get(name), f"{found['versions'].get(name, '')}"
     )
