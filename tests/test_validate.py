@@ -919,6 +919,20 @@ def test_a_checkpoint_of_this_model_passes_whatever_the_layout(corpus: Path) -> 
     check(small(corpus, "moe.gating=deepspeed_top1", "moe.min_capacity=0", f"ckpt_path={path}"))
 
 
+def test_a_checkpoint_of_another_tokenizer_is_refused_and_its_own_named(
+    corpus: Path, complaint: Any, tmp_path: Path
+) -> None:
+    of_model = hyper_parameters(small(corpus))
+    for folder, tokenizer in (("one", "byte"), ("two", "0123")):
+        meta = {**of_model, "TextDataModule": {"tokenizer": tokenizer}}
+        write_checkpoint(tmp_path / folder / "checkpoints" / "last.ckpt", meta)
+    check(small(corpus, f"ckpt_path={tmp_path}/one/checkpoints/last.ckpt"))
+    (tmp_path / "two" / "tokenizer.json").touch()
+    message = complaint(small(corpus, f"ckpt_path={tmp_path}/two/checkpoints/last.ckpt"))
+    assert "tokenizer 0123, and data.tokenizer=byte is byte: the same ids would mean other text. Use" in message
+    assert f"data.tokenizer={tmp_path}/two/tokenizer.json" in message
+
+
 @pytest.mark.parametrize("max_steps", [4, 5])
 def test_a_checkpoint_with_nothing_left_to_train_is_refused(corpus: Path, complaint: Any, max_steps: int) -> None:
     path = write_checkpoint(corpus / "done.ckpt", hyper_parameters(small(corpus)))

@@ -437,6 +437,7 @@ def test_tokens_beside_what_is_left_out_are_a_single_file(tmp_path, name, other)
     assert corpus.train[-1] == 0
     assert [file.name for file in corpus.left_out] == [beside.name]
     assert corpus.source_files == 1
+    assert not list((tmp_path / ".cache").rglob("train.bin")), "it is mapped"
 
 
 def _header(text: str) -> bytes:
