@@ -170,7 +170,7 @@ def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, S
         asked.update(QUICK)  # tests that name a case name one of these
     cases = [case for case in CASES if case in asked]
     configs = [checked(*CASES[case]) for case in cases]
-    return dict(zip(cases, pool.run(1, simulated, configs)[0], strict=True))
+    return dict(zip(cases, pool.run(1, simulated, configs, timeout=280)[0], strict=True))
 
 
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
