@@ -743,7 +743,7 @@ def test_the_harness_renders_in_a_sandbox_and_asks_before_it_imports(
     monkeypatch.setattr(_yaml_loader, "_Base", yaml.FullLoader)
     (tmp_path / "x.yaml").write_text("task: x\nprocess_docs: !!python/name:os.getcwd\n")
     with pytest.raises(yaml.YAMLError, match="could not determine a constructor"), lm_eval.without_functions(refuse):
-        TaskManager(include_path=f"{tmp_path}", include_defaults=False).load(["x"])
+        TaskManager(include_defaults=False).load([f"{tmp_path / 'x.yaml'}"])
     with lm_eval.without_unknown_metrics(refuse):
         assert task.get_metric("acc")
         with pytest.raises(ValueError, match="refused: of_ones_own"):

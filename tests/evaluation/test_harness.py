@@ -204,7 +204,8 @@ def test_a_task_of_ones_own_has_the_accuracies_worked_by_hand(model: Tiny, capsy
     assert f"{p:.4f}" in said
     assert "3 contexts lost their beginnings: the model reads 16 tokens at a time" in said
     written = json.loads((model.run.parent / "out" / "step_0_tiny.json").read_text())
-    assert written["settings"] == {"fewshot": 0, "limit": None, "version": "3", "context": 16, "precision": "64-true"}
+    common = {"step": 0, "context": 16, "precision": "64-true"}
+    assert written["settings"] == {"fewshot": 0, "limit": None, "version": "3", **common}
     assert (written["metrics"], written["documents"]) == (found, len(QUESTIONS))
 
 
