@@ -1,5 +1,7 @@
 """Opens a finished run or an imported model, whose model then computes in one process or any layout."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -89,6 +91,17 @@ def load(given: Opened) -> GPT:
     weights = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.load({"model": weights}, given.path)
     return model.eval()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Within it, torch makes tensors in another dtype, if nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def processes_here(layout: InLayout) -> int:

@@ -1,8 +1,7 @@
 """``tedlab eval``: loads a run's model in any layout, evaluates it on named sets, prints and keeps what it found."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from tedlab.evaluation.scoring import scores
 from tedlab.evaluation.sets import SetResult, TextSet, read_set, result_of, said_of_files, windows_of
 from tedlab.launch.outside import first_outside
 from tedlab.models import GPT
-from tedlab.opened import Opened, load, opened
+from tedlab.opened import Opened, default_dtype, load, opened
 from tedlab.progress import CommandProgress
 from tedlab.ranges import check_ranges
 from tedlab.resume import find_checkpoint, is_wandb, last_wandb_run
@@ -147,7 +146,7 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
     found = given(config)
     tokenizer = found.model.tokenizer
     by_task: dict[str, Any] = {}
-    with _default_dtype(_DTYPES[EvalPrecision(config.precision)]):
+    with default_dtype(_DTYPES[EvalPrecision(config.precision)]):
         model = load(found.model)
         model.separator = tokenizer.separator if found.masked else None
         by_set = evaluate_sets(model, found, config)
@@ -239,13 +238,3 @@ def _table(first: str, *others: str) -> FittingTable:
     for heading in others:
         table.add_column(heading, justify="right")
     return table
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -27,7 +27,7 @@ from tedlab.models.families import essence
 from tedlab.models.families.family import head_width, key_heads
 from tedlab.models.families.mapping import PairsApart
 from tedlab.moe import MoELayer
-from tedlab.opened import model_of
+from tedlab.opened import default_dtype, model_of
 from tedlab.progress import Advance, advancing
 from tedlab.topology import Topology
 from tedlab.weights import PREFIX
@@ -143,7 +143,7 @@ def verify(checkpoint: Path, path: Path, dtype: str = "float64", layers: int | N
     padding = getattr(config, "pad_token_id", None)
     if padding is not None:  # transformers gives its embedding no gradient
         ids = ids.where(ids != padding, (padding + 1) % (model.vocab_size or 1))
-    with _default(kind):
+    with default_dtype(kind):
         with _wide(kind):
             peer = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
@@ -485,13 +485,3 @@ def _wide(dtype: torch.dtype) -> Any:
 
 def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
