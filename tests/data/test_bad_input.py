@@ -383,13 +383,21 @@ def test_a_run_keeps_the_whole_list_and_shows_its_beginning(tmp_path, capsys):
 
 
 def test_a_process_that_sees_another_corpus_than_the_first_one_does_not_train(tmp_path):
-    write(tmp_path, {"text/a.txt": TEXT, "text/b.txt": TEXT * 2})
-    data = TextDataModule(DataConfig(path=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache")), 4, seed=0)
-    names = [[data.corpus.directory.name], ["another"]]
-    data.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda own: names.pop(0)))
-    data.setup("fit")
+    write(tmp_path, {f"{place}/{file}": TEXT * times for place in "ab" for file, times in (("1.txt", 1), ("2.txt", 2))})
+    write(tmp_path, {"c/1.txt": TEXT, "c/2.txt": TEXT.swapcase() * 2})
+    told = []
+
+    def module(place):
+        data = TextDataModule(DataConfig(path=str(tmp_path / place), cache_dir=str(tmp_path / "cache")), 4, seed=0)
+        data.trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda own: told[0] if told else own))
+        return data
+
+    first = module("a")
+    first.trainer.strategy.broadcast = lambda own: told.append(own) or own
+    first.setup("fit")
+    module("b").setup("fit")  # a copy at another place, as on another node
     with pytest.raises(ValueError, match=r"found different files below data\.path"):
-        data.setup("fit")
+        module("c").setup("fit")
 
 
 def test_a_log_that_is_no_terminal_has_lines_while_a_corpus_is_read(tmp_path, monkeypatch, capsys):

@@ -154,7 +154,10 @@ class TextDataModule(LightningDataModule):
             ValueError: If this process found another corpus.
         """
         assert self.trainer is not None
-        own = [corpus.directory.name for corpus in self.corpora.values()]
+        own = [  # not where it lies: nodes may have copies in different places
+            (corpus.digest or corpus.directory.name, len(corpus.validation), corpus.tokenizer.fingerprint)
+            for corpus in self.corpora.values()
+        ]
         if own != self.trainer.strategy.broadcast(own):
             where = "data.sources" if self.data.sources else f"data.path={self.data.path!r}"
             raise ValueError(
