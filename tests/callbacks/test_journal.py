@@ -127,3 +127,8 @@ def test_communication_is_logged_by_step_when_it_changes_and_never_again() -> No
     growing = [{NAME: n} for n in (4, 8, 13, 18, 22)]
     assert counted(growing) == [{"step": 1, NAME: 4}, {"step": 3, NAME: 5}, {"step": 5, NAME: 4}]
     assert counted([{NAME: 4, "comm/validation/tensor/all_reduce/calls": n} for n in (1, 2)])[0] == {"step": 1, NAME: 4}
+
+
+def test_a_run_that_was_resumed_where_it_ends_has_no_throughput() -> None:
+    """The checkpoint that it went on from was replaced by that of the end after it had been looked at."""
+    assert StepMetrics(lambda first, last: 1, lambda first, last: 1).overall() == {}

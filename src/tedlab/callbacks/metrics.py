@@ -84,6 +84,8 @@ class StepMetrics(Callback):
         self._marks.append((step, time.perf_counter() - self._validating))
 
     def _throughput(self, since: int) -> dict[str, float]:
+        if not self._marks:  # resumed where it ends: nothing was trained
+            return {}
         (first, began), (last, ended) = self._marks[since], self._marks[-1]
         if last == first:
             return {}
