@@ -384,14 +384,14 @@ def test_a_run_on_a_mixture_killed_anywhere_reads_the_tokens_of_an_uninterrupted
     def start(folder, layout, kill_at=None):
         words = [*arguments, f"hydra.run.dir={folder}", f"parallel={layout}"]
         process = multiprocessing.get_context("forkserver").Process(
-            target=_run_module, args=("tedlab", words, str(tmp_path), dict(os.environ), str(tmp_path))
+            target=_in_a_session, args=("tedlab", words, str(tmp_path), dict(os.environ), str(tmp_path))
         )
         process.start()
         metrics = tmp_path / folder / "metrics.csv"
         while process.is_alive() and (kill_at is None or len(_losses(metrics)) < kill_at):
             time.sleep(0.05)
         if kill_at is not None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its workers would train on until they notice
         process.join(120)
         assert process.exitcode == (0 if kill_at is None else -signal.SIGKILL), (tmp_path / "stderr").read_text()
 
@@ -401,6 +401,11 @@ def test_a_run_on_a_mixture_killed_anywhere_reads_the_tokens_of_an_uninterrupted
     whole, killed = (_losses(tmp_path / name / "metrics.csv") for name in ("whole", "killed"))
     assert len(whole) == 30
     np.testing.assert_allclose([killed[step] for step in whole], [*whole.values()], rtol=1e-9, err_msg=f"seed {SEED}")
+
+
+def _in_a_session(*arguments):
+    os.setsid()
+    _run_module(*arguments)
 
 
 def _losses(path):
