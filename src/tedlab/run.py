@@ -200,10 +200,11 @@ def _tell(loggers: Iterable[Any], left: Mapping[str, Any]) -> None:
                 # start again what was preempted.
                 logger.experiment.mark_preempting()
             logger.experiment.finish(exit_code=1)
-    except OSError:
-        # SLURM ends all processes of a step at once, W&B's service as well.
-        print("W&B's service has ended already: it does not know how this run ended.", file=sys.stderr)
-        with suppress(OSError):
+    except Exception as error:
+        # SLURM ends all processes of a step at once, W&B's service as well; what then fails is not why this run ended.
+        why = f"{error}".strip().partition("\n")[0] or type(error).__name__
+        print(f"W&B was not told how this run ended: {why}", file=sys.stderr)
+        with suppress(Exception):
             wandb.teardown()  # or W&B tries when Python exits, and prints how that failed
 
 
