@@ -518,9 +518,10 @@ def trainer(tmp_path: Path) -> Trainer:
 def test_the_training_loop_and_signals_are_told_by_the_names_replaced(trainer: Trainer) -> None:
     lightning.leave_out_sigterm_broadcast(trainer)
     lightning.leave_signals_alone(trainer)
-    loop = inspect.getsource(type(trainer.fit_loop.epoch_loop))
+    # Of whole modules: for a class alone Python 3.11 parses its file, and has failed to (a SystemError of its parser).
+    loop = inspect.getsource(importlib.import_module(type(trainer.fit_loop.epoch_loop).__module__))
     assert "self._broadcast_sigterm_tensor()" in loop
-    assert "_signal_connector.register_signal_handlers()" in inspect.getsource(type(trainer)) + inspect.getsource(
+    assert "_signal_connector.register_signal_handlers()" in inspect.getsource(
         importlib.import_module("lightning.pytorch.trainer.trainer")
     )
     assert "_broadcast_sigterm_tensor" in vars(trainer.fit_loop.epoch_loop)

@@ -16,6 +16,8 @@ from tests.training import Job, Layout, full, language_model, loader, trainer
 
 LAYOUT, STEPS, START, EVERY, DECAY = Layout(2, expert=2), 12, 2, 2, 0.7
 
+pytestmark = pytest.mark.slow  # its runs take longest
+
 
 class Seen(Callback):
     """Collects the weights after each step, and those that validations use; saves a checkpoint after a step."""

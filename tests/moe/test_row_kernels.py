@@ -12,7 +12,7 @@ from tedlab import Topology
 from tedlab.config import MoEConfig
 from tedlab.moe import MoELayer, MoESpec, gather, row_ops
 from tedlab.moe.grouped import Groups
-from tedlab.moe.products import products, unfit
+from tedlab.moe.products import _warn_once, products, unfit
 from tedlab.nn import FeedForwardSpec, Init, Nonlinearity, initialize
 from tedlab.optim.bucket import local
 from tests.moe.kernels import printed_by
@@ -114,6 +114,7 @@ def test_experts_with_a_capacity_compute_by_kernels_what_they_do_without(
 def test_a_kernel_that_does_not_take_the_rows_is_replaced_with_a_warning_that_says_why() -> None:
     assert "CUDA" in str(unfit(torch.float32, torch.device("cpu")))
     assert "float64" in str(unfit(torch.float64, torch.device("cuda")))
+    _warn_once.cache_clear()  # another test of this process may have been warned
     with pytest.warns(UserWarning, match="moe.kernel=triton is not used here: it needs a CUDA GPU, these are on cpu"):
         assert products("triton", Nonlinearity(), torch.rand(2, 2)).rows is row_ops
     assert (
