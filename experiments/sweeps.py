@@ -1,16 +1,16 @@
 """What studies share that train: a sweep of runs, and means over their seeds."""
 
-import csv
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
+from tedlab.history import read_history
+from tedlab.launch.outcome import METRICS, SUMMARY
 
 SEEDS = (0, 1, 2)
 
@@ -32,27 +32,20 @@ def swept(directory: Path, overrides: Sequence[str]) -> list[Path]:
         The directories of the runs, by seed.
     """
     runs = [directory / str(number) for number in range(len(SEEDS))]
-    if not all((run / "summary.json").is_file() for run in runs):
+    if not all((run / SUMMARY).is_file() for run in runs):
         train("-m", *overrides, f"seed={','.join(map(str, SEEDS))}", f"hydra.sweep.dir={directory}")
     return runs
 
 
-def summary(run: Path) -> dict[str, Any]:
-    """Returns the summary of a finished run."""
-    found: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    return found
-
-
 def curve(run: Path) -> tuple[list[int], list[float]]:
     """Returns the steps at which a run logged its training loss, and the losses."""
-    with (run / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    rows = [row for row in read_history(run / METRICS) if "train/loss" in row]
     return [int(row["step"]) for row in rows], [float(row["train/loss"]) for row in rows]
 
 
-def spread(values: Sequence[float], digits: int = 3) -> str:
+def spread(values: Sequence[float]) -> str:
     """Writes a mean with its range."""
-    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    return f"{np.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
 def draw(path: Path, runs: Mapping[str, Sequence[Path]]) -> None:

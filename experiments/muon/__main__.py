@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper import write_json
-from experiments.sweeps import draw, spread, summary, swept
+from experiments.sweeps import draw, spread, swept
+from tedlab.launch.outcome import read_summary
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/muon")
@@ -37,7 +38,7 @@ def main() -> None:
 
 
 def _losses(runs: list[Path]) -> dict[str, list[float]]:
-    found = [summary(run) for run in runs]
+    found = [read_summary(run) for run in runs]
     return {name: [values[name] for values in found] for name in ("val/loss", "train/loss")}
 
 

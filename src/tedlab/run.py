@@ -15,7 +15,6 @@ from typing import Any
 
 import hydra
 import torch.distributed as dist
-import wandb
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -204,6 +203,8 @@ def _tell(loggers: Iterable[Any], left: Mapping[str, Any]) -> None:
         # SLURM ends all processes of a step at once, W&B's service as well; what then fails is not why this run ended.
         why = f"{error}".strip().partition("\n")[0] or type(error).__name__
         print(f"W&B was not told how this run ended: {why}", file=sys.stderr)
+        import wandb  # not above: it takes each process most of a second, and many runs do without
+
         with suppress(Exception):
             wandb.teardown()  # or W&B tries when Python exits, and prints how that failed
 

@@ -113,7 +113,8 @@ def _spread(tokens: int, top_k: int, experts: int) -> float:
     With the M below their variance is that of tokens that choose without each other, N·K/E·(1-K/E); for K = 1 it is
     infinite.
     """
-    rows = tokens * top_k  # N·K / M
+    rows = tokens * top_k
+    # N·K / M.
     share = rows * (top_k - 1) / (rows * (experts - 1) - (experts - top_k)) if top_k > 1 else 0.0
     return (1 - share) / (1 - top_k / experts)
 
