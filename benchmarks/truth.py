@@ -5,12 +5,14 @@
     python -m benchmarks.truth device=cuda                one GPU; peak memory also of a rank of 128
     python -m benchmarks.truth device=cuda processes=1,2  first two GPUs over NCCL, then one
     python -m benchmarks.truth again=FILE                 predicts once more what FILE has measured
+    python -m benchmarks.truth only=OVERRIDE              only configurations with this override
 
 ``out=FILE.json`` and ``rounds=N`` (of a few steps of every configuration, in turn) have defaults. ``memory=false``
 leaves out ranks that are alone, ``kernels=true`` also lists the longest kernels of a step, and ``tiny=true`` makes the
 same configurations tiny, for a CPU, to see that all of it works. Calibration uses none of these configurations.
 Everything is measured before anything is predicted, and the file is written after every configuration. What could not
-be measured or predicted is in it with its traceback, and the others go on.
+be measured or predicted is in it with its traceback, and the others go on. Where experts have no capacity, the file has
+what routers chose, and predictions are of the same choices.
 """
 
 import gc
@@ -30,6 +32,7 @@ from typing import Any
 from unittest.mock import patch
 
 import hydra
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -52,10 +55,11 @@ from tedlab.comm.ledger import Totals, summed
 from tedlab.config import CalibrateConfig, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.launch.launcher import launch
+from tedlab.moe import routes_own_tokens
 from tedlab.predict.calibrate import calibrate
 from tedlab.predict.cluster import ClusterConfig, load_cluster
 from tedlab.predict.sim import simulate
-from tedlab.predict.sim.routing import routing_of
+from tedlab.predict.sim.routing import SimulatedRouting, routing_of
 from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.run import language_model, quieten, strategy_of
@@ -81,6 +85,8 @@ class Measured:
         differences: between what was communicated and the closed form: calls and bytes.
         sent: bytes of a step.
         peak: the most bytes that a GPU's allocator gave out in a step after the first ones.
+        choices: how often routers chose each expert in these steps, (MoE layers, experts), over all data ranks; None
+            where no shape depends on it.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -88,6 +94,7 @@ class Measured:
     differences: int = 0
     sent: float = 0.0
     peak: int = 0
+    choices: np.ndarray | None = None
 
     def figures(self) -> dict[str, Any]:
         """For a row."""
@@ -104,7 +111,7 @@ class Measured:
             "measured_bytes": self.peak,
             "sent_bytes": self.sent,
             "differences": self.differences,
-        }
+        } | ({} if self.choices is None else {"choices": [" ".join(map(str, layer)) for layer in self.choices]})
 
 
 @dataclass(frozen=True)
@@ -240,8 +247,9 @@ def measure(job: Job) -> dict[str, Any]:
 
 def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *callbacks: Callback) -> None:
     ledger, gpu = CommunicationLedger(config), config.trainer["accelerator"] == "gpu"
-    clock, peak = Clock(ledger), Peak(warm_up)
-    trainer = _trainer(config, [clock, ledger, *([peak] if gpu else []), *callbacks], warm_up + steps)
+    clock, peak, choices = Clock(ledger), Peak(warm_up), Choices(warm_up)
+    recording = [*([choices] if config.moe.ragged else []), *([peak] if gpu else [])]
+    trainer = _trainer(config, [clock, ledger, *recording, *callbacks], warm_up + steps)
     _clear("cuda" if gpu else "cpu")
     before = torch.cuda.memory_allocated() if gpu else 0
     with patch("tedlab.models.gpt.initialize", drawn_there) if gpu else nullcontext():
@@ -252,6 +260,8 @@ def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *cal
     sent = sum(count.wire_bytes for entry, count in totals.items() if entry.phase in TRAINING_PHASES)
     result.sent = sent / (warm_up + steps)
     result.peak = max(result.peak, peak.bytes - before)
+    if config.moe.ragged:
+        result.choices = choices.made + (0 if result.choices is None else result.choices)
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
@@ -272,6 +282,28 @@ class Peak(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.bytes = torch.cuda.max_memory_allocated()
+
+
+class Choices(Callback):
+    """What routers chose after the first steps; it is read from the devices only at the end."""
+
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up, self.made = warm_up, np.zeros((0, 0), dtype=np.int64)
+        self._micro_batches: list[torch.Tensor] = []
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx >= self.warm_up * trainer.accumulate_grad_batches:
+            self._micro_batches.append(outputs["routers"].load)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        degrees, own = trainer.strategy.topology.degrees, routes_own_tokens(pl_module)  # type: ignore[attr-defined]
+        # The others of the tensor ranks count the same tokens, unless they divide the positions.
+        mean = trainer.strategy.reduce(torch.stack(self._micro_batches).double().sum(0))
+        self.made = (mean * (degrees.world_size if own else degrees.data)).round().long().cpu().numpy()
 
 
 def _trainer(config: TrainConfig, callbacks: list[Callback], steps: int, **options: Any) -> Trainer:
@@ -519,14 +551,20 @@ def calibrated_cluster(lines: list[str]) -> ClusterConfig:
 
 
 def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
-    """Returns a step's prediction on a cluster, beside what a row says was measured."""
+    """Returns a step's prediction on a cluster, beside what a row says was measured.
+
+    Times are those of the process with the most to do, which others wait for; bytes and memory are the first one's, as
+    measured.
+    """
     config = composed(row["overrides"])
-    skewed = config.moe.gating == "zipf"
-    simulation = simulate(config, cluster, routing=routing_of(config, "zipf", EXPONENT, None) if skewed else None)
+    routing = _routing(row, config)
+    first = simulation = simulate(config, cluster, routing=routing)
+    if routing is not None and (busiest := routing.busiest_rank()):
+        simulation = simulate(config, cluster, busiest, routing=routing)
     parts = dict.fromkeys(_PARTS, 0.0)
     for (phase, _), taken in simulation.seconds.items():
         parts["backward" if phase == "recompute" else phase] += taken
-    sent = sum(count.wire_bytes for count in simulation.ledger.values())
+    sent = sum(count.wire_bytes for count in first.ledger.values())
     return {
         "predicted_s": simulation.step_seconds,
         "ratio": simulation.step_seconds / row["measured_s"],
@@ -536,11 +574,18 @@ def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
             "/".join(key): count.seconds for key, count in summed(simulation.ledger, "phase", "op").items()
         },
         "predicted_s_by_cause": {f"{p}/{cause}": taken for (p, cause), taken in simulation.seconds.items()},
-        "predicted_bytes": sum(simulation.memory.at_peak().values()),
+        "predicted_bytes": sum(first.memory.at_peak().values()),
         "predicted_sent_bytes": sent,
         # Where routers decide, the closed form knows the bytes of the choices that were made, a simulation of others.
         "equal_bytes": row["differences"] == 0 and (config.moe.ragged or row["sent_bytes"] == sent),
     }
+
+
+def _routing(row: dict[str, Any], config: TrainConfig) -> SimulatedRouting | None:
+    """Returns the choices that a row has, or their law; None: all experts equally often."""
+    if "choices" in row:
+        return SimulatedRouting(config, np.array([layer.split() for layer in row["choices"]], dtype=float))
+    return routing_of(config, "zipf", EXPONENT, None) if config.moe.gating == "zipf" else None
 
 
 def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None:
@@ -557,7 +602,7 @@ def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None
 
 def arguments(given: Sequence[str]) -> dict[str, str]:
     """Reads the command line; anything that it cannot mean ends the program with a sentence."""
-    known = dict.fromkeys(("device", "processes", "rounds", "out", "memory", "kernels", "tiny", "again"), "")
+    known = dict.fromkeys(("device", "processes", "only", "rounds", "out", "memory", "kernels", "tiny", "again"), "")
     for argument in given:
         name, equals, value = argument.partition("=")
         if name not in known or not equals:
@@ -588,7 +633,9 @@ def main() -> None:
     numbers = known["processes"] or {"cpu": "2,4,8", "cuda": "1"}[cases]
     if not {str(number) for number in configs} >= {*numbers.split(",")}:
         sys.exit(f"processes={numbers}: there are configurations for {', '.join(map(str, configs))}")
-    wanted = [int(number) for number in numbers.split(",")]
+    wanted, only = [int(number) for number in numbers.split(",")], [known["only"]] if known["only"] else []
+    if any(not any({*only} <= {*given} for given in configs[number].values()) for number in wanted):
+        sys.exit(f"only={known['only']}: no configuration for processes={numbers} has this override")
     device = "cpu" if tiny else cases
     report = Report(Path(known["out"] or _RESULTS / f"truth_{cases}.json"))
     report.begin(device)
@@ -596,7 +643,8 @@ def main() -> None:
     try:
         for processes in sorted(wanted, reverse=True):  # what most machines cannot measure comes first
             calibrated(report, processes, device, tiny)
-            overrides = {name: [*given, *(TINY if tiny else [])] for name, given in configs[processes].items()}
+            chosen = {name: given for name, given in configs[processes].items() if {*only} <= {*given}}
+            overrides = {name: [*given, *(TINY if tiny else [])] for name, given in chosen.items()}
             jobs.append(Job(report, overrides, processes, rounds, _WARM_UP[cases], _STEPS[cases]))
             measured(jobs[-1])
         if known["kernels"] == "true":

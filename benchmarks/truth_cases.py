@@ -51,6 +51,10 @@ _OLMOE_2 = [*_OLMOE, "parallel=ep2", "data.batch_size=8"]
 _TENSOR_2 = [*_GPU, "model.layers=4", "parallel=tp2", "trainer.precision=bf16-true", "optim.tile=fused"]
 _TENSOR_2 += ["data.batch_size=8", "data.micro_batch_size=8"]
 _EXPERTS = ["moe=top1", "moe.num_experts=8"]
+_OLMOE_4 = [*_OLMOE, "parallel=ep4", "data.batch_size=16"]
+_FOLDED_4 = ["parallel=tp4", "parallel.expert=4", "parallel.expert_tensor=1", "data.batch_size=4"]
+_PAPERS_4 = [*_GPU, *_EXPERTS, "model.layers=4", "parallel=tp2_ep2", "trainer.precision=bf16-true", "optim.tile=fused"]
+_PAPERS_4 += ["data.batch_size=16", "data.micro_batch_size=8"]
 _ZIPF = "moe.gating=zipf"  # of benchmarks.skewed
 _COMPILED = "model.compile=inductor"
 _RECOMPUTING = "model.recompute.granularity=block"
@@ -138,6 +142,21 @@ CUDA: dict[int, dict[str, list[str]]] = {
         "… dense, tensor 2, sequence, compiled": [*_TENSOR_2, "parallel.sequence=true", _COMPILED],
         "OLMoE's width, 2 layers, expert 2, compiled": [*_OLMOE_2, _COMPILED],
         "… compiled, tokens sent once": [*_OLMOE_2, _COMPILED, "comm.dedup=rank"],
+    },
+    4: {
+        "OLMoE's width, 2 layers, expert 4": _OLMOE_4,
+        "… tokens sent once": [*_OLMOE_4, "comm.dedup=rank"],
+        "… all tokens gathered": [*_OLMOE_4, "comm.dedup=group"],
+        "… skewed": [*_OLMOE_4, _ZIPF],
+        "… skewed, experts lent": [*_OLMOE_4, _ZIPF, "moe.lend.policy=llep"],
+        "… tensor 2 × expert 2": [*_OLMOE_4, "parallel=tp2_ep2", "data.batch_size=8"],
+        "… tensor 4 × expert 4, folded": [*_OLMOE_4, *_FOLDED_4],
+        "1.3B's width, 4 layers, 8 experts with capacity, tensor 2 × expert 2": _PAPERS_4,
+        "… DTD": [*_PAPERS_4, "comm=dtd"],
+        "… recomputing": [*_PAPERS_4, _RECOMPUTING],
+        "… recomputing, CAC": [*_PAPERS_4, _RECOMPUTING, "comm=cac"],
+        "… recomputing, DTD, CAC": [*_PAPERS_4, _RECOMPUTING, "comm=ted"],
+        "… recomputing, fused reduce-scatter, CAC": [*_PAPERS_4, _RECOMPUTING, "comm=ted_fused"],
     },
 }
 CUDA_MEMORY = {

@@ -16,16 +16,17 @@ from tests.pool import WorkerPool
 SMALL = ["model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "model.sequence_length=16"]
 SMALL += ["model.vocab_size=64", "moe.num_experts=4", "model.recompute.granularity=block", "parallel=tp2"]
 SMALL += ["data.batch_size=4", "data.micro_batch_size=2", "comm.ledger.time=true"]
+ROUTED = [*SMALL, "parallel=ep2", "moe.dispatch=dropless", "moe.num_experts=4"]
 STEPS = 3
 
 
-def measured(path: Path) -> dict[str, Any]:
+def measured(path: Path) -> list[dict[str, Any]]:
     report = truth.Report(path)
     if dist.get_rank() == 0:
         report.begin("cpu")
-    truth.measure(truth.Job(report, {"tiny": SMALL}, 2, 1, 1, STEPS))
+    truth.measure(truth.Job(report, {"tiny": SMALL, "routed": ROUTED}, 2, 1, 1, STEPS))
     _join_the_pool_again()
-    return report.rows("step time")[0] if os.environ["RANK"] == "0" else {}  # who writes it knows that it is written
+    return report.rows("step time") if os.environ["RANK"] == "0" else []  # who writes it knows that it is written
 
 
 def predicted(row: dict[str, Any], dispatch: float) -> dict[str, Any]:
@@ -42,9 +43,14 @@ def _join_the_pool_again() -> None:
 
 
 @pytest.fixture(scope="module")
-def tiny(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    row: dict[str, Any] = pool.run(2, measured, tmp_path_factory.mktemp("truth") / "truth.json")[0]
-    return row
+def rows(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    both: list[dict[str, Any]] = pool.run(2, measured, tmp_path_factory.mktemp("truth") / "truth.json")[0]
+    return both
+
+
+@pytest.fixture
+def tiny(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return rows[0]
 
 
 Predict = Callable[[dict[str, Any], float], dict[str, Any]]
@@ -77,6 +83,18 @@ def test_a_step_is_measured_in_parts_that_add_up(tiny: dict[str, Any], predict: 
 @pytest.mark.slow
 def test_a_machine_that_is_taken_for_a_slower_one_shows(tiny: dict[str, Any], predict: Predict) -> None:
     assert predict(tiny, 1.0)["ratio"] > 1000 * predict(tiny, 1e-5)["ratio"]
+
+
+def test_what_routers_chose_is_recorded_and_predicted(rows: list[dict[str, Any]], predict: Predict) -> None:
+    capacity, routed = rows
+    assert "choices" not in capacity
+    (chosen,) = routed["choices"]  # of the one layer with experts
+    counts = [int(number) for number in chosen.split()]
+    assert len(counts) == 4
+    assert sum(counts) == STEPS * 4 * 16  # tokens of both processes, each with one choice
+    mine, theirs = (predict(routed | {"choices": [all_of]}, 1e-5) for all_of in ("192 0 0 0", "0 0 0 192"))
+    assert mine["predicted_bytes"] > 1.01 * theirs["predicted_bytes"]  # of the first process
+    assert mine["predicted_s"] == pytest.approx(theirs["predicted_s"])  # each waits for who computes all
 
 
 @pytest.mark.parametrize("wrong", [{"sent_bytes": 1.0}, {"differences": 4}], ids=str)
@@ -135,6 +153,7 @@ def test_all_configurations_for_gpus_are_valid() -> None:
         for overrides in configs.values():
             assert truth.composed(overrides).parallel.world_size == processes
     assert len(truth.CUDA[2]) >= 12
+    assert len(truth.CUDA[4]) >= 8
 
 
 @pytest.mark.slow
@@ -184,6 +203,7 @@ def peaks() -> tuple[int, int]:
         ("processes=1,2x", "processes=1,2x: there are configurations for"),
         ("device=tpu", "device=tpu is unknown; valid: cpu, cuda"),
         ("speed=1", "there is no such argument"),
+        ("only=model=gpt", "only=model=gpt: no configuration for processes=2,4,8 has this override"),
     ],
 )
 def test_an_argument_that_cannot_be_meant_is_a_sentence(given: str, said: str, monkeypatch: Any) -> None:

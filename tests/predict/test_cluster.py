@@ -148,6 +148,8 @@ def full() -> dict[str, Any]:
     tree["efficiency"]["attention"] = 0.5
     tree["kernels"] |= dict.fromkeys(("arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth"), 1.0)
     tree["collectives"] = [{"op": "all_reduce", "size": 4, "nodes": 2, "latency": 1e-5, "bandwidth": 1e9}]
+    by_size = {"latency": 1e-5, "rates": [{"bytes": 1e6, "bandwidth": 1e9}]}
+    tree["collectives"].append({"op": "all_gather", "size": 4, "nodes": 2, **by_size})
     tree["waits"] = [{"size": 4, "nodes": 2, "latency": 1e-5, "share": 0.1}]
     tree["in_node"]["all_to_all"] = [{"bytes": 1e6, "bandwidth": 1e9}]
     tree["spread"] = 1.2
@@ -258,6 +260,8 @@ def test_a_file_that_is_no_cluster_is_refused_and_executes_nothing(
         ("collectives", "nodes", 5, "collectives.0.nodes is 5, but a group of 4 ranks"),
         ("waits", "nodes", 5, "waits.0.nodes is 5, but a group of 4 ranks"),
         ("collectives", "speed", 5, "speed"),
+        ("collectives", "bandwidth", None, "collectives.0 has neither of bandwidth and rates"),
+        ("collectives", "rates", [{"bytes": 1, "bandwidth": 1}], "collectives.0 has both of bandwidth and rates"),
     ],
 )
 def test_what_was_measured_belongs_to_groups_that_there_are(

@@ -6,7 +6,16 @@ from typing import get_args
 import pytest
 
 from tedlab.comm.collectives import Operation
-from tedlab.predict.cluster import ClusterConfig, Efficiency, Link, MeasuredRate, PeakFlops, cluster_names, load_cluster
+from tedlab.predict.cluster import (
+    ClusterConfig,
+    Efficiency,
+    Link,
+    MeasuredCollective,
+    MeasuredRate,
+    PeakFlops,
+    cluster_names,
+    load_cluster,
+)
 from tedlab.predict.cost import collective_seconds, link_of, wire_bytes_by_link
 
 OPERATIONS = get_args(Operation)
@@ -127,6 +136,16 @@ def test_between_nodes_the_size_is_what_all_gpus_of_a_node_send() -> None:
     """Four pairs on two nodes of four: each rank sends half of 6 MB, so a node 12 MB, which take 12 ms."""
     assert collective_seconds("all_to_all", 6e6, range(0, 8, 4), SIZED) == pytest.approx(12e-3)
     assert collective_seconds("all_to_all", 12e6, range(0, 8, 4), SIZED) == pytest.approx(24e-3)
+
+
+@pytest.mark.parametrize(("op", "sent_per_byte"), [("all_reduce", 1.5), ("all_gather", 0.75), ("reduce_scatter", 0.75)])
+def test_rings_of_a_measured_group_lie_between_its_sizes(op: Operation, sent_per_byte: float) -> None:
+    """By the bytes that a rank of four sends; groups of other sizes keep to the formulas."""
+    rates = [MeasuredRate(1e6, 2e9), MeasuredRate(4e6, 4e9)]  # 0.5 ms and 1 ms
+    cluster = replace(FOURS, collectives=[MeasuredCollective(op, 4, 1, 1e-4, rates=rates)])
+    for sent, seconds in ((0.0, 1e-4), (0.5e6, 3e-4), (2e6, 2e-3 / 3), (4e6, 1e-3), (8e6, 2e-3)):
+        assert collective_seconds(op, sent / sent_per_byte, range(4), cluster) == pytest.approx(seconds)
+    assert collective_seconds(op, P, range(2), cluster) == collective_seconds(op, P, range(2), FOURS)
 
 
 def test_rates_of_all_to_alls_change_no_ring() -> None:

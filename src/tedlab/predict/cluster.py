@@ -25,15 +25,37 @@ _LARGEST_FILE = 1 << 20
 
 @dataclass
 class MeasuredRate:
-    """What a link reaches in an all-to-all of one size, latency included."""
+    """What collectives of one size reach, latency included."""
 
-    bytes: float = MISSING  # that all-to-alls send over the link at the same time
+    bytes: float = MISSING  # sent at the same time
     bandwidth: float = MISSING  # bytes/s
 
     @property
     def seconds(self) -> float:
         """The seconds that this size takes."""
         return self.bytes / self.bandwidth
+
+
+def seconds_through(rates: Sequence[MeasuredRate], latency: float, sent: float) -> float:
+    """Returns the seconds of sending so many bytes where some sizes are measured.
+
+    It lies on lines through their seconds, from the latency of sending nothing on, and larger ones reach the rate of
+    the largest.
+
+    Args:
+        rates: One at least, by growing bytes and seconds.
+        latency: Seconds of sending nothing.
+        sent: Bytes.
+    """
+    first, last = rates[0], rates[-1]
+    if sent > last.bytes:
+        return sent / last.bandwidth
+    below, before = 0.0, min(latency, first.seconds)
+    for rate in rates:
+        if sent <= rate.bytes:
+            break
+        below, before = rate.bytes, rate.seconds
+    return before + (rate.seconds - before) * (sent - below) / (rate.bytes - below)
 
 
 @dataclass
@@ -47,21 +69,11 @@ class Link:
     def exchanging(self, sent: float, efficiency: float) -> float:
         """Returns the seconds of an all-to-all that sends so many bytes over this link.
 
-        Where rates are measured, this lies on lines through their seconds, from the latency of sending nothing on, and
-        larger ones reach the rate of the largest. Where none are, it is the latency, and the bytes at the link's
-        bandwidth × ``efficiency``.
+        They go by measured rates, or where there are none, by the latency and the bandwidth × ``efficiency``.
         """
         if not self.all_to_all:
             return self.latency + sent / (self.bandwidth * efficiency)
-        first, last = self.all_to_all[0], self.all_to_all[-1]
-        if sent > last.bytes:
-            return sent / last.bandwidth
-        below, before = 0.0, min(self.latency, first.seconds)
-        for rate in self.all_to_all:
-            if sent <= rate.bytes:
-                break
-            below, before = rate.bytes, rate.seconds
-        return before + (rate.seconds - before) * (sent - below) / (rate.bytes - below)
+        return seconds_through(self.all_to_all, self.latency, sent)
 
     def exchange_rate(self, efficiency: float) -> float:
         """Returns the bytes/s that a large all-to-all reaches over this link."""
@@ -115,13 +127,20 @@ class Kernels:
 
 @dataclass
 class MeasuredCollective:
-    """The seconds of a collective in all groups of one kind at the same time: latency + wire bytes / bandwidth."""
+    """The seconds of a collective in all groups of one kind at the same time, by the bytes that a rank sends."""
 
     op: str = MISSING  # all_reduce, all_gather, reduce_scatter or all_to_all
     size: int = MISSING  # ranks of the group
     nodes: int = MISSING  # nodes that the group is on
-    latency: float = MISSING  # fixed seconds per collective
-    bandwidth: float = MISSING  # bytes/s that a rank sends
+    latency: float = MISSING  # seconds of sending nothing
+    bandwidth: float | None = None  # bytes/s that a rank sends at any size; None: rates has them
+    rates: list[MeasuredRate] = field(default_factory=list)  # by growing bytes that a rank sends
+
+    def seconds(self, sent: float) -> float:
+        """Returns the seconds in which each rank sends so many bytes."""
+        if self.bandwidth is not None:
+            return self.latency + sent / self.bandwidth
+        return seconds_through(self.rates, self.latency, sent)
 
 
 @dataclass
@@ -177,6 +196,13 @@ class ClusterConfig:
         for number, collective in enumerate(self.collectives):
             if collective.op not in _OPS:
                 raise ValueError(f"collectives.{number}.op is {collective.op}; valid: {', '.join(_OPS)}")
+            if (collective.bandwidth is None) != bool(collective.rates):
+                has = "neither" if collective.bandwidth is None else "both"
+                raise ValueError(
+                    f"collectives.{number} has {has} of bandwidth and rates; give a bandwidth if it is the same at any "
+                    "size, otherwise rates by growing bytes"
+                )
+            _check_rates(f"collectives.{number}.rates", collective.rates)
         groups: dict[str, Sequence[MeasuredCollective | MeasuredWait]] = {
             "collectives": self.collectives,
             "waits": self.waits,
@@ -188,7 +214,7 @@ class ClusterConfig:
                         f"{kind}.{number}.nodes is {group.nodes}, but a group of {group.size} ranks is on no more nodes"
                     )
         for name, link in (("in_node", self.in_node), ("between_nodes", self.between_nodes)):
-            _check_rates(f"{name}.all_to_all", link)
+            _check_rates(f"{name}.all_to_all", [] if link is None else link.all_to_all)
         if (self.in_node is None) != (self.gpus_per_node == 1):
             raise ValueError(
                 f"gpus_per_node is {self.gpus_per_node}, but in_node is {'null' if self.in_node is None else 'given'}: "
@@ -261,9 +287,8 @@ def _plain(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _check_rates(name: str, link: Link | None) -> None:
+def _check_rates(name: str, rates: Sequence[MeasuredRate]) -> None:
     """Raises a ValueError if more bytes would take no longer."""
-    rates = [] if link is None else link.all_to_all
     for number, (rate, larger) in enumerate(pairwise(rates), 1):
         if larger.bytes <= rate.bytes or larger.seconds <= rate.seconds:
             raise ValueError(
@@ -275,7 +300,7 @@ def _check_rates(name: str, link: Link | None) -> None:
 def _may_be_zero(name: str) -> bool:
     """Returns whether a figure may be 0, as measured times and shares may, but nothing that is a divisor."""
     group, _, last = name.partition(".")
-    return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "size", "nodes"))
+    return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "bytes", "size", "nodes"))
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:

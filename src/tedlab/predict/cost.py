@@ -27,12 +27,13 @@ node and P·(n−k)/n out of it. The two parts overlap, and all messages leave t
     seconds = max(α_in + P·(k−1)/n / B, α_out + (sum of P·(n−k)/n over the ranks of the busiest node) / N)
 
 A part without bytes to send costs nothing; a group of one costs nothing. Where a link has measured rates
-(``all_to_all``), each part is interpolated between their seconds: see :meth:`tedlab.predict.cluster.Link.exchanging`.
+(``all_to_all``), each part is interpolated between their seconds: see
+:func:`tedlab.predict.cluster.seconds_through`.
 
 **Measured collectives** (``cluster.collectives``, from ``tedlab calibrate``) replace these formulas for groups of the
-same operation, n and m: seconds = latency + V / bandwidth, where V is the bytes that a rank sends (P·(n−1)/n in an
-all-to-all). Measured ``waits`` say how long a rank waits for the slowest of n on m nodes; without them, all ranks are
-equally fast.
+same operation, n and m: seconds are interpolated between those of measured rates by V, the bytes that a rank sends
+(P·(n−1)/n in an all-to-all), or are latency + V / bandwidth. Measured ``waits`` say how long a rank waits for the
+slowest of n on m nodes; without them, all ranks are equally fast.
 """
 
 from collections import Counter
@@ -78,7 +79,7 @@ def _seconds(op: "Operation", payload_bytes: float, place: "Placement", cluster:
     passed = _wire_bytes(op, payload_bytes, place.size)
     for measured in cluster.collectives:
         if (measured.op, measured.size, measured.nodes) == (op, place.size, place.nodes):
-            return measured.latency + passed / measured.bandwidth
+            return measured.seconds(passed)
     inside = cluster.in_node if place.most_together > 1 else None
     outside = cluster.between_nodes if place.nodes > 1 else None
     efficiency = cluster.efficiency

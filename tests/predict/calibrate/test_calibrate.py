@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from tedlab.comm.collectives import Operation
 from tedlab.commands.calibrate import checked
 from tedlab.config import CalibrateConfig
 from tedlab.errors import UsageError
@@ -141,6 +143,16 @@ def test_rates_whose_times_grow_less_than_the_files_digits_say_are_a_file_that_l
     inside = load_cluster(path).in_node
     assert inside is not None
     assert [rate.bytes for rate in inside.all_to_all] == [10004, 1e6]
+
+
+def test_the_spread_has_how_far_a_size_is_from_its_neighbours() -> None:
+    """Where all lines and tables are straight, nothing is off; in eight others the middle takes 2 s instead of 1.5."""
+    facts = Facts(8, 4, 1, "a machine", 8e9, True, "fp32", "2026-01-01")
+    bent = Series("x", "B", "made up", [1e6, 2e6, 3e6], [1.0, 2.0, 2.0])
+    several = {(op, Group(size, 1)): bent for op in get_args(Operation) for size in (2, 8)}
+    measured = replace(MEASURED, collectives={**MEASURED.collectives, **several})
+    assert "spread: 1  #" in cluster_yaml(MEASURED, facts)
+    assert "spread: 1.333  #" in cluster_yaml(measured, facts)
 
 
 def test_half_of_what_was_measured_is_as_far_off_as_twice() -> None:

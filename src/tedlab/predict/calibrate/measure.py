@@ -95,7 +95,8 @@ SIZES = {
         attention=[(1, 4, 128), (2, 4, 256), (4, 8, 256), (2, 8, 512)],
         streams=[_MIB // 4, _MIB, 2 * _MIB, 4 * _MIB, 8 * _MIB],
         pool=96 * _MIB,
-        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB],  # fresh_bandwidth covers the memory of larger ones
+        # fresh_bandwidth covers the memory of larger ones
+        messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB, 24 * _MIB],
         repeats=[32, 128],
     ),
     "cuda": Sizes(
@@ -112,7 +113,7 @@ SIZES = {
         attention=[(1, 16, 1024), (1, 16, 2048), (2, 16, 2048), (4, 16, 2048)],
         streams=[4 * _MIB, 8 * _MIB, 16 * _MIB, 64 * _MIB, 128 * _MIB],
         pool=1024 * _MIB,
-        messages=[64 * 1024, _MIB, 8 * _MIB, 32 * _MIB, 128 * _MIB],
+        messages=[64 * 1024, *(size * _MIB for size in (1, 4, 16, 32, 64, 128, 256, 512, 1024))],
         repeats=[32, 128],
     ),
 }

@@ -68,9 +68,9 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         "peak_flops:",
         *(f"  {n}: {line.rate:.4g}  # {_how(measured.products[n], line)}" for n, line in products.items()),
         *_link("in_node", fits, inside, 1),
-        *_rates(measured.collectives, 1, 1),
+        *_exchanges(measured.collectives, 1, 1),
         *_link("between_nodes", fits, outside, facts.per_node),
-        *_rates(measured.collectives, None, facts.per_node),
+        *_exchanges(measured.collectives, None, facts.per_node),
         "efficiency:",
         "  gemm: 1  # measured figures above",
         "  memory: 1  # measured figures above",
@@ -100,12 +100,17 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
     if measured.fresh is not None:
         lines.append(f"  fresh_bandwidth: {measured.fresh:.4g}  # zeros of 64 MiB, mapped anew each time")
     if fits:
-        lines.append("collectives:  # latency in seconds, bandwidth in bytes/s that a rank sends")
+        lines.append("collectives:  # by the bytes that a rank sends, and the bytes/s of each size")
     for (op, kind), line in fits.items():
-        values = (
-            f"op: {op}, size: {kind.size}, nodes: {kind.nodes}, latency: {line.latency:.4g}, bandwidth: {line.rate:.4g}"
-        )
-        lines.append(f"  - {{{values}}}  # {_how(measured.collectives[op, kind], line)}")
+        series = measured.collectives[op, kind]
+        lines += [
+            f"  - op: {op}  # {series.how}",
+            f"    size: {kind.size}  # ranks",
+            f"    nodes: {kind.nodes}  # that they are on",
+            f"    latency: {line.latency:.4g}  # of the line through all sizes",
+            "    rates:",
+            *_rates(series, 1, " " * 6),
+        ]
     if fits:
         lines.append("waits:  # for the slowest of a group: latency + share of the seconds since the last collective")
     for kind, series in measured.waits.items():
@@ -116,10 +121,22 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
 
 
 def _spread(measured: Measured) -> float:
-    """Returns the factor within which two of three lines are of all that was measured for them."""
+    """Returns the factor within which two of three lines and tables are of all that was measured for them.
+
+    A table goes through what was measured; each of its sizes counts as what the others say of it.
+    """
     lines = *measured.products.values(), measured.attention, measured.movement, measured.arithmetic
-    several = [series for series in (*lines, *measured.collectives.values()) if len(series.amounts) > 1]
-    return spread_of(largest_ratio(series, fit(series)) for series in several)
+    of_lines = [largest_ratio(series, fit(series)) for series in lines if len(series.amounts) > 1]
+    return spread_of([*of_lines, *(_between(series) for series in measured.collectives.values())])
+
+
+def _between(series: Series) -> float:
+    """Returns the largest factor, 1 at least, between a size and a straight line through the two beside it."""
+    ratios, sizes = [1.0], sorted(zip(series.amounts, series.seconds, strict=True))
+    for (less, quicker), (amount, seconds), (more, slower) in zip(sizes, sizes[1:], sizes[2:], strict=False):
+        between = quicker + (slower - quicker) * (amount - less) / (more - less)
+        ratios += [between / seconds, seconds / between]
+    return max(ratios)
 
 
 def _share(line: Line) -> float:
@@ -149,7 +166,7 @@ def _link(name: str, fits: dict[Call, Line], key: Call | None, share: int) -> It
     yield f"  latency: {max(fits[key].latency / steps, 1e-9):.4g}  # {source}, one of {steps} steps"
 
 
-def _rates(collectives: dict[Call, Series], nodes: int | None, share: int) -> Iterator[str]:
+def _exchanges(collectives: dict[Call, Series], nodes: int | None, share: int) -> Iterator[str]:
     """Yields the lines of what all-to-alls of several sizes reach over a link, for groups that were not measured.
 
     They are those of the widest group whose bytes all take this link: inside one node, or with one rank on each.
@@ -163,15 +180,19 @@ def _rates(collectives: dict[Call, Series], nodes: int | None, share: int) -> It
     if not kinds:
         return
     widest = max(kinds, key=lambda kind: kind.size)
-    series = collectives["all_to_all", widest]
     yield f"  all_to_all:  # bytes over the link at once, and bytes/s: each size that {widest.size} exchanged"
+    yield from _rates(collectives["all_to_all", widest], share, " " * 4)
+
+
+def _rates(series: Series, share: int, indent: str) -> Iterator[str]:
+    """Yields a line for each size of a collective that ``share`` ranks send at the same time."""
     longest = 0.0
     for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True)):
         rate = MeasuredRate(float(f"{share * sent:.6g}"), float(f"{share * sent / seconds:.4g}"))
         if rate.seconds > longest:  # a larger message that was no slower shows noise, which no line could go through
             longest = rate.seconds  # as the file says it
             values = f"bytes: {rate.bytes:.6g}, bandwidth: {rate.bandwidth:.4g}"
-            yield f"    - {{{values}}}  # {seconds * 1e6:,.1f} µs"
+            yield f"{indent}- {{{values}}}  # {seconds * 1e6:,.1f} µs"
 
 
 def _how(series: Series, line: Line) -> str:
@@ -212,33 +233,35 @@ def fit_table(measured: Measured, title: str) -> Table:
 
 
 def picture(measured: Measured, path: Path) -> None:
-    """Plots the measurements as marks and the fits as lines."""
+    """Plots the measurements as marks, and as lines what is predicted between them."""
     by_group: dict[Group, list[tuple[str, Series]]] = {}
     for (op, kind), series in measured.collectives.items():
         by_group.setdefault(kind, []).append((op.replace("_", "-"), series))
     panels = [
-        ("matrix products and attention", [*measured.products.items(), ("attention", measured.attention)]),
-        ("memory", [("add, copy", measured.movement), ("norm, softmax, GELU", measured.arithmetic)]),
-        *((f"groups of {kind.size} on {kind.nodes} node(s)", series) for kind, series in by_group.items()),
+        ("matrix products and attention", [*measured.products.items(), ("attention", measured.attention)], False),
+        ("memory", [("add, copy", measured.movement), ("norm, softmax, GELU", measured.arithmetic)], False),
+        *((f"groups of {kind.size} on {kind.nodes} node(s)", series, True) for kind, series in by_group.items()),
     ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), dpi=130, layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).flatten()
-    for place, (title, lines) in zip(axes, panels, strict=False):
-        _panel(place, title, lines)
+    for place, panel in zip(axes, panels, strict=False):
+        _panel(place, *panel)
     for unused in axes[len(panels) :]:
         unused.set_visible(False)
     figure.savefig(path)
 
 
-def _panel(axes: Axes, title: str, lines: list[tuple[str, Series]]) -> None:
+def _panel(axes: Axes, title: str, lines: list[tuple[str, Series]], through: bool) -> None:
+    """Draws several series; ``through`` says that predictions go through every measurement."""
     for (name, series), colour, mark in zip(lines, _COLOURS, _MARKS, strict=False):
-        line = fit(series)
         amounts = np.array(series.amounts)
         axes.plot(amounts, amounts / series.seconds / 1e9, mark, color=colour, ms=5, label=name)
         between = np.geomspace(amounts.min(), amounts.max(), 100)
-        axes.plot(between, between / (line.latency + between / line.rate) / 1e9, color=colour, lw=1)
+        line = fit(series)
+        predicted = np.interp(between, amounts, series.seconds) if through else line.latency + between / line.rate
+        axes.plot(between, between / predicted / 1e9, color=colour, lw=1)
     unit = lines[0][1].unit
     axes.set_xscale("log")
     axes.set_yscale("log")
