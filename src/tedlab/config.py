@@ -431,8 +431,10 @@ class SourceConfig(Frozen):
 class DataConfig(Frozen):
     """Text, how it becomes tokens, and how tokens become batches."""
 
-    path: str | None = MISSING  # file, folder or glob of text or JSONL; None: the Python standard library's source
-    field: str = "text"  # the field of a JSONL line that holds the text
+    path: str | None = (
+        MISSING  # file, folder or glob of text, JSONL, tables, …; None: the Python standard library's source
+    )
+    field: str = "text"  # the field of a JSONL line, or the column of a table, that holds the text
     tokenizer: str = "byte"  # byte | bpe (trained on the corpus on first use) | path of a tokenizers JSON file
     bpe_vocab_size: int = whole(4096, least=257, most=_WIDEST)  # 256 bytes, a separator of documents, and merges
     batch_size: int = whole(least=1)  # samples per optimizer step, over all data ranks and micro-batches
@@ -687,14 +689,14 @@ class EvalConfig(Frozen):
     """What to evaluate on, and how."""
 
     run: str  # a run directory, an imported model's, or a checkpoint in one
-    # Named sets of texts: data.NAME=PATH, where PATH is a file, folder or glob of text or JSONL, as in training.
+    # Named sets of texts: data.NAME=PATH, where PATH is a file, folder or glob of text, JSONL or tables.
     data: dict[str, str] = field(default_factory=dict)
     # Tasks of the lm-eval harness (needs the extra eval): names, or paths of YAML files.
     tasks: list[str] = field(default_factory=list)
     include: str | None = None  # a folder with further tasks
     fewshot: int | None = whole(None, least=0)  # examples before each document of a task; null: as the task says
     limit: int | None = whole(None, least=1)  # the first documents of each task; null: all
-    field: str = "text"  # the field of a JSONL line that holds the text
+    field: str = "text"  # the field of a JSONL line, or the column of a table, that holds the text
     # apart: each document by itself, after a separator | packed: all of a set end to end, as in packed training
     documents: str = word(EvalDocuments.APART)
     context: int | None = whole(None, least=1, most=_WIDEST)  # tokens of a window; null: model.sequence_length

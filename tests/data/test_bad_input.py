@@ -47,7 +47,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "gzip": (
         "a.txt.gz",
         gzip.compress(TEXT.encode()),
-        r"it is compressed by gzip and not JSON lines; decompress it first \(gunzip\)",
+        r"it is compressed by gzip and neither JSON lines nor CSV; decompress it first \(gunzip\)",
     ),
     "gzip by another name": ("a.txt", gzip.compress(TEXT.encode()), "it is compressed by gzip"),
     "gzip that is cut": (
@@ -92,8 +92,16 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "surrogates as CESU-8": ("a.txt", b"\xed\xa0\xbd\xed\xb8\x80", "it is not UTF-8"),
     "NUL": ("a.txt", b"a\0b", "it holds NUL bytes"),
     "a byte-order mark alone": ("a.txt", b"\xef\xbb\xbf", "it holds a byte-order mark and nothing else"),
-    "csv": ("a.csv", b"id,text\n1,hello\n", "by its name it is a table"),
-    "tsv": ("a.TSV", b"id\ttext\n", "by its name it is a table"),
+    "csv": (
+        "a.csv",
+        b"id,body\n1,hello\n",
+        r"it is a table without a column 'text' \(its columns, divided by ',', are 'id', 'body'\)",
+    ),
+    "csv with semicolons": ("a.csv", b"id;text\n1;hello\n", "it is a table without a column 'text' .* are 'id;text'"),
+    "tsv": ("a.TSV.gz", gzip.compress(b"id\ttext\n"), "it is a table without rows"),
+    "csv with a column twice": ("a.csv", b"text,text\n1,2\n", "it is a table with several columns 'text'"),
+    "csv whose header is not closed": ("a.csv", b'"id,text\n1,2\n', "by its name it is a table, but .*unexpected end"),
+    "csv of blank lines": ("a.csv", b"\n\n", "it is a table without a column 'text' .* are none at all"),
     "a list of objects": ("a.json", f"[{ROW}, {ROW}]".encode(), r"it is JSON, .* not one object per line \(jq -c"),
     "an object over lines": ("a.json", json.dumps({"text": TEXT}, indent=2).encode(), "it is JSON, whose syntax"),
     "a JSON string": ("a.json", b'"text"', "it is JSON, whose syntax"),
@@ -172,6 +180,22 @@ def test_a_line_that_is_no_document_is_an_error_that_names_it(tmp_path, suffix, 
     assert [*(tmp_path / "cache" / "corpora").iterdir()] == []
 
 
+ROWS: dict[str, tuple[str, str]] = {
+    "a field too many": ("text,n\nx,1\n\ny,2,3\n", "The row in line 4 of .* has 3 fields, but the header has 2"),
+    "a field too few": ('n,text\n1,"a\nb"\n3\n', "The row in line 4 of .* has 1 fields"),
+    "quotes in the middle": ('text\nx\n"y" z\n', "Line 3 of .* begins no row of a table .* expected after"),
+    "a quote that is not closed": ('text\nx\n"y\nz\n', "Line 3 of .* begins no row of a table .*unexpected end"),
+    "lines that end with CR alone": ("text\nx\ry\r", "Line 2 of .* begins no row of a table"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), ROWS.values(), ids=ROWS)
+def test_a_row_that_is_none_is_an_error_that_names_its_line(tmp_path, content, said):
+    write(tmp_path, {"text/a.csv": content, "text/b.txt": TEXT})
+    with pytest.raises(ValueError, match=said):
+        prepare(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.ndjson", "a.JSONL", "a.txt", "a", "a.log"])
 def test_json_lines_are_recognised_whatever_they_are_called(tmp_path, name):
     rows = "".join(json.dumps({"text": f"document {i}", "id": i}) + "\r\n" for i in range(40))
@@ -209,11 +233,13 @@ def test_a_byte_order_mark_is_no_token_and_line_ends_are(tmp_path):
 
 
 def test_a_line_that_memory_might_not_hold_is_refused(tmp_path, monkeypatch):
-    for module in (documents, formats):
-        monkeypatch.setattr(module, "LONGEST_LINE", 64)
+    monkeypatch.setattr(formats, "LONGEST_LINE", 64)
     write(tmp_path, {"a.jsonl": '{"text": "x"}\n' + json.dumps({"text": "x" * 100})})
     with pytest.raises(ValueError, match=r"Line 2 of .* is longer than 64 bytes"):
         prepare(tmp_path, "a.jsonl")
+    write(tmp_path, {"a.csv": "text\nx\n" + '"' + "x\n" * 40 + '"'})
+    with pytest.raises(ValueError, match=r"Line 3 of .* begins no row .* larger than field limit \(64\)"):
+        prepare(tmp_path, "a.csv")
 
 
 # ---- which files ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Files that others have written give the texts or tokens that are in them; damaged ones are refused in a sentence."""
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import os
 import struct
@@ -11,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.feather
 import pyarrow.parquet
 import pytest
 import zstandard
 
 from tedlab.config import DataConfig
-from tedlab.data import compressed, documents, tables, tokenised
+from tedlab.data import compressed, documents, formats, tables, tokenised
 from tedlab.data.corpus import Corpus, prepare_corpus
 from tedlab.data.documents import find_files, sources
 from tedlab.data.extra import MissingExtra, needed
@@ -56,7 +59,19 @@ def two_frames(path: Path) -> None:
     path.write_bytes(zstandard.compress(LINES[:half]) + zstandard.compress(LINES[half:]))
 
 
+def separated(path: Path) -> None:
+    pa.csv.write_csv(pa.table({"id": range(60), "text": TEXTS}), path, pa.csv.WriteOptions(batch_size=7))
+
+
+def tabs(path: Path) -> None:
+    content = io.StringIO(newline="")
+    csv.writer(content, dialect="excel-tab").writerows([["text", "n"], *zip(TEXTS, range(60), strict=True)])
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf\r\n" + content.getvalue().encode()))
+
+
 WRITERS = {
+    "rows.csv": separated,
+    "rows.tsv.gz": tabs,
     "lines.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
     "two members.json.gz": lambda path: path.write_bytes(gzip.compress(LINES[:500]) + gzip.compress(LINES[500:])),
     "with a mark.gz": lambda path: path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + LINES)),
@@ -476,10 +491,39 @@ def test_a_damaged_array_is_refused_in_a_sentence(tmp_path, content, said):
     assert len(f"{caught.value}") < 600
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.csv.zst"])
+def test_fields_that_are_quoted_are_what_was_written(tmp_path, name):
+    """By Python's writer and by Arrow's; parts end where rows end, not where lines do."""
+    fields = ["a,b", 'said "yes"', "two\nlines", "\r\nand\r\n", "tab\t", "é🙂", '"', "  spaces  ", "x" * 50, "#"] * 6
+    rows = pa.table({"n": range(60), "other": fields[::-1], "text": fields})
+    if name == "a.tsv":
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file, delimiter="\t").writerows(
+                [rows.column_names, *zip(*rows.to_pydict().values(), strict=True)]
+            )
+    else:
+        written = pa.BufferOutputStream()
+        pa.csv.write_csv(rows, written)
+        content = written.getvalue().to_pybytes()
+        (tmp_path / name).write_bytes(content if name == "a.csv" else zstandard.compress(content))
+    (source,) = sources(find_files(str(tmp_path / name)), "text")
+    assert ["".join(document) for document in source.documents(lambda size: None)] == fields
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(formats, "PART", 100)
+        parts = [*source.parts()]
+    assert len(parts) > (10 if name != "a.csv.zst" else 0)
+    in_parts = ["".join(document) for part in parts for document in part.documents(lambda size: None)]
+    assert in_parts == fields
+    assert sum(part.size for part in parts) <= (tmp_path / name).stat().st_size
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lines.jsonl", "rows.parquet", "stream.arrow", "text.txt", "long line.txt", "a.npy"])
+PARTED = ["lines.jsonl", "rows.csv", "rows.parquet", "stream.arrow", "text.txt", "long line.txt", "a.npy"]
+
+
+@pytest.mark.parametrize("name", PARTED)
 def test_parts_one_after_another_are_the_source(tmp_path, monkeypatch, name):
     """The same tokens, whatever a part is: its blocks are those of the source, to the byte."""
     if name in WRITERS:
@@ -499,7 +543,7 @@ def test_parts_one_after_another_are_the_source(tmp_path, monkeypatch, name):
     blocks = [list(document) for document in source.documents(lambda size: None)]
     written = []
     for size in (10**9, 200, 1):
-        monkeypatch.setattr(documents, "PART", size)
+        monkeypatch.setattr(formats, "PART", size)
         parts = divide("train", [source])
         folder = tmp_path / f"{size}"
         folder.mkdir()

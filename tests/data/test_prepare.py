@@ -18,7 +18,7 @@ import pytest
 from tedlab.commands import data as command
 from tedlab.config import DataConfig
 from tedlab.data import corpus as corpus_module
-from tedlab.data import documents, shards
+from tedlab.data import documents, formats, shards
 from tedlab.data import overview as overview_module
 from tedlab.data.corpus import prepare_corpora, prepare_corpus
 from tedlab.data.overview import overview
@@ -32,7 +32,7 @@ SEED = int(os.environ.get("TEDLAB_CHAOS_SEED", random.SystemRandom().randrange(1
 @pytest.fixture
 def text(tmp_path, monkeypatch):
     """Files of each kind, whose 23 parts are small."""
-    monkeypatch.setattr(documents, "PART", 400)
+    monkeypatch.setattr(formats, "PART", 400)
     monkeypatch.setattr(documents, "_BLOCK", 128)
     folder = tmp_path / "text"
     folder.mkdir()
@@ -309,7 +309,7 @@ def test_another_word_is_no_command(monkeypatch, capsys):
 
 
 def in_small_parts(*arguments):
-    documents.PART = 1 << 14  # of the command, which divides; its workers take what they are given
+    formats.PART = 1 << 14  # of the command, which divides; its workers take what they are given
     _run_module(*arguments)
 
 
@@ -320,7 +320,7 @@ def test_a_command_killed_at_random_moments_ends_with_the_same_corpus(tmp_path, 
     rows = (json.dumps({"text": f"{draw.random()} is a number"}) for _ in range(25_000))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     fields = {"path": f"{tmp_path}/a.jsonl", "tokenizer": "bpe", "bpe_vocab_size": 300}
-    monkeypatch.setattr(documents, "PART", 1 << 14)
+    monkeypatch.setattr(formats, "PART", 1 << 14)
     prepare_corpus(DataConfig(cache_dir=f"{tmp_path}/whole", **fields), 128)
     values = {**fields, "cache_dir": f"{tmp_path}/killed"}
     arguments = ["data", "prepare", "processes=2", *(f"data.{name}={value}" for name, value in values.items())]

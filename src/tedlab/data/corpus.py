@@ -39,7 +39,7 @@ from tedlab.data.tokenizers import SAVED, Tokenizer, build_tokenizer
 from tedlab.launch.locks import Lock, scratch
 from tedlab.progress import advancing
 
-_FORMAT = 3  # increase it whenever the same text and tokenizer would give different files or other parts of them
+_FORMAT = 4  # increase it whenever the same text and tokenizer would give different files or other parts of them
 _META, _LEFT_OUT = "meta.json", "left_out.json"
 _BEGUN = ".partial"  # how the name of a folder with parts ends
 _SPLITS = ("train", "validation")

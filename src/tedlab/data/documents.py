@@ -6,7 +6,6 @@ is in them, and ``corpus.py`` turns documents into tokens.
 
 import codecs
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +13,26 @@ from typing import Protocol
 
 import numpy as np
 
-from tedlab.data import tables
-from tedlab.data.compressed import opened
+from tedlab.data import formats
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
-from tedlab.data.formats import BLOCK, LONGEST_LINE, Content, Kind, Unusable, examine, parse
+from tedlab.data.formats import BLOCK, Content, Kind, Unusable, examine
+from tedlab.data.rows import JsonLines, SeparatedRows, TableRows
 from tedlab.data.tokenised import is_index, open_tokens
 
-__all__ = ["JsonLines", "Source", "TableRows", "Text", "Tokens", "find_files", "sources", "split", "text_of"]
+__all__ = [
+    "JsonLines",
+    "SeparatedRows",
+    "Source",
+    "TableRows",
+    "Text",
+    "Tokens",
+    "find_files",
+    "sources",
+    "split",
+    "text_of",
+]
 
 _BLOCK = BLOCK
-PART = 8 << 20  # bytes of a source that are tokenised at once, about
 _TOKENS = 1 << 20  # of a document of tokens that are read at once
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside the tables that datasets saves
 Member = tuple[SourceFile, Content]
@@ -90,136 +99,10 @@ class Text:
                 file.seek(position)
                 line = file.readline(min(_BLOCK, self.stop - position))
                 position += len(line)
-                if position - start >= PART and line.endswith(b"\n") and position < self.stop:
+                if position - start >= formats.PART and line.endswith(b"\n") and position < self.stop:
                     yield replace(self, start=start, stop=position, ends=False)
                     start = position
         yield replace(self, start=start)
-
-
-@dataclass(frozen=True)
-class JsonLines:
-    """The documents of a JSONL file: the field ``field`` of each line in the bytes ``start`` to ``stop`` (None: all).
-
-    ``held_out`` is the share of documents that is held out, and ``validation`` selects those rather than the others.
-    With ``held_out=None`` all documents are read. ``lines`` and ``rows`` are the numbers of lines and of documents
-    before ``start``. ``size`` is that of the bytes read, which ``compression`` may have made fewer.
-    """
-
-    path: Path
-    size: int
-    field: str
-    start: int = 0
-    held_out: float | None = None
-    validation: bool = False
-    compression: str | None = None
-    stop: int | None = None
-    lines: int = 0
-    rows: int = 0
-    ends = True
-
-    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        number = self.rows - 1  # index of the document; blank lines do not count
-        for line_number, _, line in self._lines():
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                raise ValueError(
-                    f"Line {line_number} of {self.path} is longer than {LONGEST_LINE:,} bytes. A line is one "
-                    "document and is read as a whole: divide it, or write the text without JSON around it."
-                )
-            advance(len(line) if self.compression is None else 0)
-            if not line.strip():
-                continue
-            number += 1
-            if self.held_out is None or is_held_out(number, self.held_out) == self.validation:
-                yield [self._document(line, line_number)]
-        advance(0 if self.compression is None else self.size)
-
-    def parts(self) -> Iterator["JsonLines"]:
-        """Cuts between lines. What is compressed cannot be read from its middle, and stays whole."""
-        if self.compression is not None or self.size <= PART:
-            yield self
-            return
-        begun = replace(self, size=0)
-        rows = 0
-        for number, offset, line in self._lines():
-            if offset - begun.start >= PART:
-                yield replace(begun, stop=offset, size=offset - begun.start)
-                begun = replace(begun, start=offset, lines=number - 1, rows=rows)
-            rows += bool(line.strip())
-        yield replace(begun, size=self.path.stat().st_size - begun.start)
-
-    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
-        """Yields the number of each line, from 1, where it begins, and the line."""
-        number, offset = self.lines, self.start
-        with opened(self.path, self.compression) as file:
-            if self.compression is None:
-                file.seek(self.start)
-            else:
-                file.read(self.start)
-            while (self.stop is None or offset < self.stop) and (line := file.readline(LONGEST_LINE)):
-                number += 1
-                yield number, offset, line
-                offset += len(line)
-
-    def _document(self, line: bytes, line_number: int) -> str:
-        where = f"Line {line_number} of {self.path}"
-        try:
-            row = parse(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}). A .jsonl file holds one JSON object per line.") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} holds a {type(row).__name__}, but a .jsonl file holds one JSON object per line.")
-        if self.field not in row:
-            raise ValueError(
-                f"{where} has no field {self.field!r}; its fields are {', '.join(map(repr, row)) or 'none at all'}. "
-                f"Set data.field to the one that holds the text."
-            )
-        text = row[self.field]
-        if not isinstance(text, str):
-            raise ValueError(f"{where} holds a {type(text).__name__} in field {self.field!r}, not text.")
-        # examine() has found UTF-8 without NUL, so only an escape can produce these characters.
-        if b"\\u" in line and ("\0" in text or any("\ud800" <= character <= "\udfff" for character in text)):
-            raise ValueError(f"{where} holds NUL or half a surrogate pair in field {self.field!r}, which no text does.")
-        return text
-
-
-@dataclass(frozen=True)
-class TableRows:
-    """The documents of a Parquet or Arrow file: the column ``field`` of the rows in the pieces ``start`` to ``stop``.
-
-    ``pieces`` has the number of rows in each piece of the file. ``held_out`` and ``validation`` are as for
-    :class:`JsonLines`.
-    """
-
-    path: Path
-    size: int
-    field: str
-    pieces: tuple[int, ...]
-    start: int
-    stop: int
-    held_out: float | None = None
-    validation: bool = False
-    ends = True
-
-    def documents(self, advance: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        for row, text in tables.texts(self.path, self.field, self.start, self.stop):
-            if self.held_out is None or is_held_out(row - 1, self.held_out) == self.validation:
-                where = f"Row {row} of {self.path}"
-                if not isinstance(text, str):
-                    raise ValueError(f"{where} holds a {type(text).__name__} in column {self.field!r}, not text.")
-                if "\0" in text:
-                    raise ValueError(f"{where} holds NUL in column {self.field!r}, which no text does.")
-                yield [text]
-        advance(self.size)
-
-    def parts(self) -> Iterator["TableRows"]:
-        """Cuts between the pieces that can be read alone."""
-        rows = sum(self.pieces[self.start : self.stop])
-        first = self.start
-        for piece in range(self.start, self.stop):
-            size = self.size * sum(self.pieces[first : piece + 1]) // rows
-            if size >= PART or piece == self.stop - 1:
-                yield replace(self, start=first, stop=piece + 1, size=size)
-                first = piece + 1
 
 
 @dataclass(frozen=True)
@@ -288,7 +171,7 @@ def divided(copies: Sequence[Copies], fraction: float, field: str) -> tuple[list
     if len(copies) == 1:
         file, content = copies[0][0]
         source = _source(file, content, field)
-        if isinstance(source, (JsonLines, TableRows)):
+        if isinstance(source, (JsonLines, SeparatedRows, TableRows)):
             source = replace(source, held_out=fraction)
             return [source], [replace(source, validation=True)]
         if isinstance(source, Tokens):
@@ -360,6 +243,12 @@ def _source(file: SourceFile, content: Content, field: str) -> Source:
     match content.kind:
         case Kind.JSON_LINES:
             return JsonLines(file.path, file.size, field, content.start, compression=content.compression)
+        case Kind.SEPARATED:
+            assert content.header is not None
+            compression, lines = content.compression, content.header.lines
+            return SeparatedRows(
+                file.path, file.size, field, content.start, None, False, compression, None, lines, header=content.header
+            )
         case Kind.TABLE:
             return TableRows(file.path, file.size, field, content.rows, 0, len(content.rows))
         case Kind.TOKENS:
@@ -393,7 +282,7 @@ def usable(
         raise ValueError(
             f"{files[0].path} cannot be used: {unusable[0].reason}."
             + (f" Nor are the {len(unusable) - 1} other files of data.path ({others})." if others else "")
-            + " A corpus is UTF-8 text, JSONL, Parquet, Arrow or tokens (docs/data.md)."
+            + " A corpus is UTF-8 text, JSONL, CSV, Parquet, Arrow or tokens (docs/data.md)."
         )
     if left_out is not None:
         left_out += unusable
@@ -414,8 +303,3 @@ def _character_boundary(file: SourceFile, offset: int) -> int:
         content.seek(offset)
         following = content.read(3)
     return offset + next((i for i, byte in enumerate(following) if byte & 0xC0 != 0x80), len(following))
-
-
-def is_held_out(number: int, fraction: float) -> bool:
-    """Tells whether document ``number`` belongs to the evenly spaced ``fraction``, which begins with document 1."""
-    return math.ceil(number * fraction) > math.ceil((number - 1) * fraction)

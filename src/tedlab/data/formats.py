@@ -1,25 +1,27 @@
-"""Determines what a file of the corpus holds by reading all of it: text, JSON lines, a table, tokens, or nothing.
+"""Determines what a file of the corpus holds by reading all of it: text, JSON lines, tables, tokens, or nothing.
 
 The caller decides what becomes of an unusable file: alone it is an error, among others it is left out. ``compressed``,
 ``tables`` and ``tokenised`` read what is not plain UTF-8.
 """
 
 import codecs
+import csv
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from tedlab.data import compressed, tables, tokenised
 from tedlab.data.extra import MissingExtra
 from tedlab.data.files import SourceFile, cannot_be_read
 
 BLOCK = 1 << 20  # bytes per read
+PART = 8 << 20  # bytes of a source that are tokenised at once, about
 LONGEST_LINE = 1 << 28  # bytes; a line of JSON must fit into memory as a whole
 JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")  # such files hold JSON lines, whatever their content looks like
-_TABLES = (".csv", ".tsv")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}  # such files hold rows of fields, the first of which names the columns
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 _PDF = b"%PDF-"
 _MAGIC = {  # first bytes of a file → advice more useful than "not UTF-8"
@@ -42,7 +44,21 @@ class Unusable(Exception):
     """A file cannot be used; the message is a clause that begins with "it" and says why."""
 
 
-Kind = StrEnum("Kind", "TEXT JSON_LINES TABLE TOKENS")
+Kind = StrEnum("Kind", "TEXT JSON_LINES SEPARATED TABLE TOKENS")
+
+
+class Header(NamedTuple):
+    """The first row of a table as text.
+
+    Attributes:
+        separator: What stands between fields.
+        columns: The names of the columns.
+        lines: How many lines the header has, and blank ones before it.
+    """
+
+    separator: str
+    columns: tuple[str, ...]
+    lines: int
 
 
 @dataclass(frozen=True)
@@ -50,12 +66,13 @@ class Content:
     """The content of a usable file.
 
     Attributes:
-        kind: Plain text, lines that are each a JSON object with text in a field, a table with a column of text, or
-            tokens.
-        start: Byte offset where the content begins, after a byte-order mark.
+        kind: Plain text, lines that are each a JSON object with text in a field, a table with a column of text, as text
+            itself or in binary, or tokens.
+        start: Byte offset where the content begins, after a byte-order mark and a header.
         digest: Hash of all bytes of the file, of those that it decompresses to if it is compressed.
         compression: ``gzip``, ``zstd`` or None.
-        rows: Of a table, the number of rows in each of its pieces.
+        rows: Of a binary table, the number of rows in each of its pieces.
+        header: Of a table as text, its header.
     """
 
     kind: Kind
@@ -63,6 +80,7 @@ class Content:
     digest: bytes
     compression: str | None = None
     rows: tuple[int, ...] = ()
+    header: Header | None = None
 
 
 def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lambda size: None) -> Content:
@@ -89,6 +107,9 @@ def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lam
         compression = next((name for magic, name in compressed.MAGIC.items() if head.startswith(magic)), None)
         head, digest = _read(file, compression, advance)
         start = len(_BYTE_ORDER_MARK) if head.startswith(_BYTE_ORDER_MARK) else 0
+        if head[start:] and (separator := SEPARATORS.get(_suffix(file, compression))):
+            start, header = _header(file, compression, separator, start, field)
+            return Content(Kind.SEPARATED, start, digest, compression, header=header)
         json_lines = _is_json_lines(file, compression, head, start, field)
     except OSError as error:
         raise Unusable(cannot_be_read(error)) from None
@@ -102,7 +123,9 @@ def examine(file: SourceFile, field: str, advance: Callable[[int], object] = lam
         raise Unusable("it holds a byte-order mark and nothing else" if start else "it holds nothing")
     if compression is not None and not json_lines:
         tool = {"gzip": "gunzip", "zstd": "unzstd"}[compression]
-        raise Unusable(f"it is compressed by {compression} and not JSON lines; decompress it first ({tool})")
+        raise Unusable(
+            f"it is compressed by {compression} and neither JSON lines nor CSV; decompress it first ({tool})"
+        )
     return Content(Kind.JSON_LINES if json_lines else Kind.TEXT, start, digest, compression)
 
 
@@ -121,6 +144,41 @@ def _table(file: SourceFile, field: str, advance: Callable[[int], object]) -> Co
     if not sum(table.rows):
         raise Unusable("it is a table without rows")
     return Content(Kind.TABLE, 0, _digest(file, advance), rows=table.rows)
+
+
+def separated(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    """Yields the fields of each row of a table as text, as RFC 4180 has them; none for a blank line.
+
+    Raises:
+        csv.Error: If quotes are not closed, or something stands behind them.
+    """
+    csv.field_size_limit(LONGEST_LINE)
+    return csv.reader(lines, delimiter=separator, strict=True)
+
+
+def _header(file: SourceFile, compression: str | None, separator: str, start: int, field: str) -> tuple[int, Header]:
+    """Returns where the header of a table ends, and the header."""
+    lines: list[bytes] = []
+
+    def noted(content: BinaryIO) -> Iterator[str]:
+        while line := content.readline(LONGEST_LINE):
+            lines.append(line)
+            yield line.decode()
+
+    try:
+        with compressed.opened(file.path, compression) as content:
+            content.read(start)
+            columns = tuple(next(filter(None, separated(noted(content), separator)), ()))
+            empty = not any(line.strip() for line in iter(lambda: content.readline(LONGEST_LINE), b""))
+    except (csv.Error, UnicodeDecodeError) as error:  # a line that is too long may be cut in a character
+        raise Unusable(f"by its name it is a table, but it begins with no header ({error})") from None
+    if columns.count(field) != 1:
+        listed = ", ".join(map(repr, columns)) or "none at all"
+        which = "with several columns" if field in columns else "without a column"
+        raise Unusable(f"it is a table {which} {field!r} (its columns, divided by {separator!r}, are {listed})")
+    if empty:
+        raise Unusable("it is a table without rows")
+    return start + sum(map(len, lines)), Header(separator, columns, len(lines))
 
 
 def _digest(file: SourceFile, advance: Callable[[int], object]) -> bytes:
@@ -176,19 +234,19 @@ def _is_ascii(head: bytes) -> bool:
     return all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head)
 
 
-def _is_json_lines(file: SourceFile, compression: str | None, head: bytes, start: int, field: str) -> bool:
-    """Decides by the file's name, or else by its first two lines that are not blank."""
+def _suffix(file: SourceFile, compression: str | None) -> str:
+    """Returns how the name of a file ends, or would if it were not compressed."""
     suffixes = [suffix.lower() for suffix in file.path.suffixes]
     if suffixes and compression is not None and suffixes[-1] in compressed.SUFFIXES:
         suffixes.pop()
-    suffix = suffixes[-1] if suffixes else ""
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_json_lines(file: SourceFile, compression: str | None, head: bytes, start: int, field: str) -> bool:
+    """Decides by the file's name, or else by its first two lines that are not blank."""
+    suffix = _suffix(file, compression)
     if suffix in JSON_LINES:
         return True
-    if suffix in _TABLES:
-        raise Unusable(
-            "by its name it is a table, whose syntax would be trained on; write the column that holds the text as JSON "
-            "lines"
-        )
     begins_so = head[start:].lstrip().startswith(b"{")
     rows = _first_rows(file, compression, start) if begins_so else []
     if suffix == ".json":

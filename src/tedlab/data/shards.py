@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tedlab.data import documents
+from tedlab.data import formats
 from tedlab.data.documents import Source
 from tedlab.data.tokenised import refuse_unknown
 from tedlab.data.tokenizers import Tokenizer
@@ -68,7 +68,7 @@ def divide(split: str, sources: Sequence[Source]) -> list[Part]:
     size = 0
     for source in sources:
         for part in source.parts():
-            if gathered and size + part.size > documents.PART:
+            if gathered and size + part.size > formats.PART:
                 parts.append(Part(split, len(parts), tuple(gathered)))
                 gathered, size = [], 0
             gathered.append(part)
