@@ -1,6 +1,7 @@
-"""Experts on two GPUs: forward and backward of tedlab beside a loop in plain torch, and beside tedlab on one GPU.
+"""Experts on several GPUs: forward and backward of tedlab beside a loop in plain torch, and beside tedlab on one GPU.
 
     python -m benchmarks.expert_parallel                 # all cases, on two GPUs
+    python -m benchmarks.expert_parallel --processes 4   # on four: experts on all, or on half beside tensor 2
     python -m benchmarks.expert_parallel A --rows 'tedlab, expert 2' --profile 30
     python -m benchmarks.expert_parallel --tiny          # the same in a minute on a CPU, to see that it works
 
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.peer_layers import PEERS, missing, versions
 from benchmarks.processes import Row, measure
+from benchmarks.steps import composed
 from benchmarks.surroundings import surroundings
 from tedlab.launch.launcher import launch
 
@@ -58,22 +60,35 @@ _TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "mode
 _TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
 
 
-_EXPERT_2 = ("parallel.world_size=2", "parallel.expert=2")
-_TWO = (*_EXPERT_2, "model.compile=none")  # which comm.interleave needs
+_DEDUP = ("rank", "group")
 _LENT = ("moe.lend.policy=llep", "moe.lend.minimum=64")
-ROWS = [
-    *(Row(f"{peer}, expert 2", 2, _EXPERT_2, peer, "AB") for peer in PEERS),
-    Row("tedlab, expert 2", 2, _EXPERT_2),
-    Row("tedlab, expert 2, comm.dedup=rank", 2, (*_EXPERT_2, "comm.dedup=rank"), cases="ABDEZ"),
-    Row("tedlab, expert 2, comm.dedup=group", 2, (*_EXPERT_2, "comm.dedup=group"), cases="ABDEZ"),
-    Row("tedlab, expert 2, comm.chunks=2", 2, (*_EXPERT_2, "comm.chunks=2")),
-    Row("tedlab, expert 2, 2 micro-batches", 2, _TWO, cases="AB", micro_batches=2),
-    Row("tedlab, expert 2, 2 beside each other", 2, (*_TWO, "comm.interleave=true"), cases="AB", micro_batches=2),
-    Row("tedlab, expert 2, experts lent", 2, (*_EXPERT_2, *_LENT), cases="Z"),
-    Row("tedlab, tensor 2", 2, ("parallel.world_size=2", "parallel.tensor=2", "parallel.expert=1")),
-    Row("plain loop, one GPU", 1, (), "plain loop", "AB"),
-    Row("tedlab, one GPU", 1, ()),
-]
+_ALONE = ("model.compile=none",)  # which comm.interleave needs
+_PAPER = ("none", "dtd", "cac", "ted", "ted_fused")  # configurations of comm
+
+
+def rows(n: int) -> list[Row]:
+    """Returns what is measured on n GPUs: experts on all of them, half as many beside tensor 2, tensor n, one GPU."""
+    whole, half = f"tedlab, expert {n}", f"tedlab, tensor 2 x expert {n // 2}"
+    recomputed = "model.recompute.granularity=block"
+    beside_tensor = [
+        Row(half, n, tensor=2),
+        *(Row(f"{half}, comm.dedup={way}", n, (f"comm.dedup={way}",), 2, cases="ABDEZ") for way in _DEDUP),
+        Row(f"{half}, comm=dtd", n, ("comm=dtd",), 2),
+        *(Row(f"{half}, recomputed, comm={way}", n, (recomputed, f"comm={way}"), 2, cases="C") for way in _PAPER),
+    ]
+    return [
+        *(Row(f"{peer}, expert {n}", n, peer=peer, cases="C" if peer == "DeepSpeed" else "AB") for peer in PEERS),
+        Row(whole, n),
+        *(Row(f"{whole}, comm.dedup={way}", n, (f"comm.dedup={way}",), cases="ABDEZ") for way in _DEDUP),
+        Row(f"{whole}, comm.chunks=2", n, ("comm.chunks=2",)),
+        Row(f"{whole}, 2 micro-batches", n, _ALONE, cases="AB", micro_batches=2),
+        Row(f"{whole}, 2 beside each other", n, (*_ALONE, "comm.interleave=true"), cases="AB", micro_batches=2),
+        Row(f"{whole}, experts lent", n, _LENT, cases="Z"),
+        *(beside_tensor if n > 2 else ()),
+        Row(f"tedlab, tensor {n}", n, tensor=n),
+        Row("plain loop, one GPU", 1, peer="plain loop", cases="AB"),
+        Row("tedlab, one GPU", 1),
+    ]
 
 
 def attempt(row: Row) -> dict[str, Any]:
@@ -85,7 +100,8 @@ def attempt(row: Row) -> dict[str, Any]:
             return {"name": row.name, "error": traceback.format_exc()}
         found = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("*.json"))]
     slowest = max(found, key=_passes)
-    return {"name": row.name, "overrides": row.overrides, "passes_s": _passes(slowest), **slowest}
+    asked = {"name": row.name, "processes": row.processes, "overrides": row.overrides}
+    return asked | {"passes_s": _passes(slowest), **slowest}
 
 
 def _passes(found: dict[str, Any]) -> float:
@@ -115,34 +131,38 @@ def main() -> None:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument("cases", nargs="*", default=list(CASES), help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS], help="to measure (default: all)")
+    parser.add_argument("--processes", type=int, default=2, help="as many GPUs, an even number (default: %(default)s)")
+    parser.add_argument("--rows", nargs="+", help="to measure (default: all)")
     parser.add_argument("--steps", type=int, default=12, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of all cases")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="list the N longest kernels of a step")
     parser.add_argument("--tiny", action="store_true", help="tiny models on CPUs")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    chosen = rows(arguments.processes)
+    if unknown := set(arguments.rows or ()) - {row.name for row in chosen}:
+        parser.error(f"no rows: {sorted(unknown)}; there are {[row.name for row in chosen]}")
     device = torch.device("cpu" if arguments.tiny else "cuda")
-    facts, results = surroundings(device) | versions(), {}
+    facts, results = surroundings(device) | versions(), dict[str, list[dict[str, Any]]]()
     for case in arguments.cases:
-        rows = []
-        for row in ROWS:
-            if row.name in arguments.rows and case in row.cases:
-                if (package := missing(row.peer)) is not None:
-                    print(f"{case}, {row.name}: {package} is not installed", flush=True)
-                    continue
-                overrides = (*_EACH, *CASES[case], *(_TINY if arguments.tiny else ()), *arguments.set, *row.overrides)
-                rows.append(
-                    attempt(replace(row, overrides=overrides, steps=arguments.steps, profile=arguments.profile))
-                )
-                last = rows[-1]
-                said = last.get("error") or f"{1e3 * last['passes_s']:.1f} ms, step {1e3 * last['step_s']:.1f}"
-                print(f"{case}, {row.name}: {said}", flush=True)
-                print(last.get("profile", ""), flush=True)
-        results[case] = rows
-        Console(width=130).print(table(rows, f"{case}: {TITLES[case]}; {facts['device']}"))
-        if arguments.out is not None:
-            arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+        overrides = (*_EACH, *CASES[case], *(_TINY if arguments.tiny else ()), *arguments.set)
+        samples = composed(list(overrides)).data.micro_batch_size
+        results[case] = []
+        for row in chosen:
+            if case not in row.cases or row.name not in (arguments.rows or [row.name]):
+                continue
+            if (package := missing(row.peer)) is not None:
+                print(f"{case}, {row.name}: {package} is not installed", flush=True)
+                continue
+            asked = row.configured(overrides, samples)
+            last = attempt(replace(row, overrides=asked, steps=arguments.steps, profile=arguments.profile))
+            results[case].append(last)
+            said = last.get("error") or f"{1e3 * last['passes_s']:.1f} ms, step {1e3 * last['step_s']:.1f}"
+            print(f"{case}, {row.name}: {said}", flush=True)
+            print(last.get("profile", ""), flush=True)
+            if arguments.out is not None:  # what has been measured is kept when a later row hangs
+                arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+        Console(width=130).print(table(results[case], f"{case}: {TITLES[case]}; {facts['device']}"))
 
 
 if __name__ == "__main__":

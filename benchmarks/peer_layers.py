@@ -1,7 +1,7 @@
 """MoE layers of other frameworks between the same attention, norms and loss: peers of ``expert_parallel``.
 
 Each constructor imports its framework, so only those that are measured need to be installed. All of them choose by
-softmax and top-k without renormalising, drop nothing, and multiply SwiGLU experts in groups.
+softmax and top-k without renormalising. All but DeepSpeed's drop nothing, and multiply SwiGLU experts in groups.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain_experts import Experts
+from benchmarks.plain_experts import Experts, feed_forward
 from tedlab.config import MoEConfig
 
 MakeExperts = Callable[[int, int, MoEConfig, int], nn.Module]  # hidden and inner width, experts, processes
@@ -97,8 +97,39 @@ class MegatronExperts(nn.Module):
         return y.view_as(x)
 
 
-PEERS: dict[str, MakeExperts] = {"plain loop": Experts, "torchtitan": torchtitan, "Megatron-Core": MegatronExperts}
-PACKAGES = {"torchtitan": "torchtitan", "Megatron-Core": "megatron-core"}
+class DeepSpeedExperts(nn.Module):
+    """DeepSpeed's MoE layer: GELU experts with biases, one product after the other, that drop tokens by capacity."""
+
+    def __init__(self, hidden: int, inner: int, moe: MoEConfig, processes: int) -> None:
+        super().__init__()
+        import deepspeed
+        from deepspeed.moe.layer import MoE
+
+        deepspeed.init_distributed(dist.get_backend(), verbose=False)
+        self.layer = MoE(
+            hidden,
+            feed_forward(hidden, inner),
+            moe.num_experts,
+            ep_size=processes,
+            k=moe.top_k,
+            capacity_factor=moe.capacity_factor,
+            use_rts=False,
+        )
+        self.layer.set_deepspeed_parallelism()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps tokens (T, H) to (T, H)."""
+        y: Tensor = self.layer(x)[0]
+        return y
+
+
+PEERS: dict[str, MakeExperts] = {
+    "plain loop": Experts,
+    "torchtitan": torchtitan,
+    "Megatron-Core": MegatronExperts,
+    "DeepSpeed": DeepSpeedExperts,
+}
+PACKAGES = {"torchtitan": "torchtitan", "Megatron-Core": "megatron-core", "DeepSpeed": "deepspeed"}
 
 
 def missing(peer: str) -> str | None:

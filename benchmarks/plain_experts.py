@@ -73,13 +73,19 @@ class Experts(nn.Module):
         return (results.view(*experts.shape, -1) * gates.to(x.dtype).unsqueeze(-1)).sum(1)
 
 
-class Attention(nn.Module):
-    """Causal attention with rotary positions."""
+def feed_forward(hidden: int, inner: int) -> nn.Module:
+    """Returns a GELU feed-forward layer with biases."""
+    return nn.Sequential(nn.Linear(hidden, inner), nn.GELU(), nn.Linear(inner, hidden))
 
-    def __init__(self, hidden: int, heads: int, length: int) -> None:
+
+class Attention(nn.Module):
+    """Causal attention, with rotary positions or without positions."""
+
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.dim = heads, hidden // heads
-        self.qkv, self.out = nn.Linear(hidden, 3 * hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
+        hidden, length = model.hidden, model.sequence_length
+        self.heads, self.dim, self.rotary = model.heads, hidden // model.heads, model.positions == "rotary"
+        self.qkv, self.out = (nn.Linear(hidden, n * hidden, bias=model.bias) for n in (3, 1))
         angle = torch.outer(torch.arange(length), 10_000.0 ** (-torch.arange(0, self.dim, 2) / self.dim))
         self.register_buffer("cos", angle.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angle.sin().repeat(1, 2), persistent=False)
@@ -94,18 +100,20 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, S, H) to (B, S, H)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.dim)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(self._rotated(q), self._rotated(k), v, is_causal=True)
+        if self.rotary:
+            q, k = self._rotated(q), self._rotated(k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Decoder(nn.Module):
-    """Pre-norm blocks with experts in each, and a separate output projection.
+    """Pre-norm blocks, some with experts and the others with a GELU feed-forward layer.
 
     Args:
-        model: Sizes; other options are as in the module's description.
-        moe: Experts and choices.
+        model: Sizes, norms, biases, positions, and whether the output projection is the embedding.
+        moe: Experts, choices, and which blocks have experts.
         processes: Number of processes that share the experts.
-        compiled: Whether attention with its norms is compiled.
+        compiled: Whether what is not experts is compiled.
         make: Makes the experts of a block.
     """
 
@@ -120,12 +128,21 @@ class Decoder(nn.Module):
         super().__init__()
         assert model.vocab_size is not None
         self.embedding = nn.Embedding(model.vocab_size, model.hidden)
-        self.norms = nn.ModuleList(nn.RMSNorm(model.hidden) for _ in range(2 * model.layers + 1))
-        self.attention = nn.ModuleList(
-            Attention(model.hidden, model.heads, model.sequence_length) for _ in range(model.layers)
-        )
-        self.experts = nn.ModuleList(make(model.hidden, model.ffn, moe, processes) for _ in range(model.layers))
+        self.positions = nn.Embedding(model.sequence_length, model.hidden) if model.positions == "learned" else None
+        norm = nn.RMSNorm if model.norm == "rms" else nn.LayerNorm
+        self.norms = nn.ModuleList(norm(model.hidden) for _ in range(2 * model.layers + 1))
+        self.attention = nn.ModuleList(Attention(model) for _ in range(model.layers))
+        self.experts = nn.ModuleList()
+        for i in range(model.layers):
+            if i % moe.every == moe.every - 1:
+                self.experts.append(make(model.hidden, model.ffn, moe, processes))
+            else:
+                self.experts.append(feed_forward(model.hidden, model.ffn))
+                if compiled:
+                    self.experts[i].compile()
         self.output = nn.Linear(model.hidden, model.vocab_size, bias=False)
+        if model.tie_embeddings:
+            self.output.weight = self.embedding.weight
         self._dense = torch.compile(self._before_experts) if compiled else self._before_experts
 
     def _before_experts(
@@ -137,6 +154,8 @@ class Decoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Returns the mean cross-entropy of the next tokens of ids (B, S + 1)."""
         x = self.embedding(ids[:, :-1])
+        if self.positions is not None:
+            x = x + self.positions.weight
         for i, (attention, experts) in enumerate(zip(self.attention, self.experts, strict=True)):
             x, inner = self._dense(x, attention, self.norms[2 * i], self.norms[2 * i + 1])
             x = x + experts(inner.flatten(0, 1)).view_as(x)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ class Row:
         name: What the table calls it.
         processes: Number of processes.
         overrides: Of tedlab's configuration, which a peer reads as well.
+        tensor: How many of them share a sample; experts are divided among the others.
         peer: Whose MoE layer runs between plain attention, see ``peer_layers``; none: tedlab.
         cases: Cases that it can run.
         micro_batches: How many a step has.
@@ -36,7 +38,8 @@ class Row:
 
     name: str
     processes: int
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
+    tensor: int = 1
     peer: str = ""
     cases: str = "ABCDEZ"
     micro_batches: int = 1
@@ -44,12 +47,17 @@ class Row:
     profile: int = 0
     output_dir: str = ""
 
+    def configured(self, case: Sequence[str], samples: int) -> tuple[str, ...]:
+        """Returns all overrides: those of a case, with so many samples in a micro-batch, of the layout, and its own."""
+        others = self.processes // self.tensor
+        layout = [f"parallel.{key}" for key in (f"world_size={self.processes}", f"tensor={self.tensor}")]
+        batch = f"data.batch_size={others * samples * self.micro_batches}"
+        return (*case, *layout, f"parallel.expert={others}", batch, *self.overrides)
+
 
 def measure(row: Row) -> dict[str, Any]:
     """Runs in each process; what it measured is left in the row's directory."""
-    data_ranks = 1 if "parallel.tensor=2" in row.overrides else row.processes
-    size = composed(list(row.overrides)).data.micro_batch_size
-    config = composed([*row.overrides, f"data.batch_size={data_ranks * size * row.micro_batches}"])
+    config = composed(list(row.overrides))
     profile = Profile(row.profile) if row.profile else None
     measured = _peer(row, config) if row.peer else train(config, row.steps, False, *([profile] if profile else []))
     rank, device = os.environ.get("RANK", "0"), torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

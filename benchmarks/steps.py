@@ -4,7 +4,7 @@ import gc
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -184,14 +184,14 @@ def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> 
         dist.destroy_process_group()
 
 
-def drawn_there(root: nn.Module, seed: int) -> None:
+def drawn_there(root: nn.Module, seed: int, factors: Mapping[str, float]) -> None:
     """Initial weights drawn where they are: in another order than in training, but billions in no time."""
     torch.manual_seed(seed)  # the same in each process: replicas are equal
-    for module in root.modules():
+    for prefix, module in root.named_modules():
         if isinstance(module, ShardedModule):
             for name, spec in module.specs.items():
                 values: Any = module.get_parameter(name).detach()
-                values.to_local().normal_(spec.init.mean, spec.init.std)
+                values.to_local().normal_(spec.init.mean, spec.init.std * factors.get(f"{prefix}.{name}", 1.0))
 
 
 def free() -> None:
