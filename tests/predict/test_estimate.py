@@ -8,7 +8,8 @@ from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
 from tedlab.predict.estimate.hiding import Sides, hidden_in_chunks
-from tedlab.predict.estimate.memory import Memory, moments
+from tedlab.predict.estimate.memory import Memory
+from tedlab.predict.estimate.optimizer import per_element
 from tedlab.predict.estimate.step import HIDDEN, OPTIMIZER
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
@@ -108,6 +109,7 @@ CASES = {
     "compiled_mixed": [*ONE, *TODAY, "moe=dense", "trainer=gpu", "trainer.precision=bf16-mixed", COMPILED],
     "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
+    "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
 }
 
 
@@ -128,8 +130,8 @@ ROUGHLY = dict.fromkeys(("pos2_ted", "pos3_sequence", "pos3_overlapped"), 0.09)
     ],
 )
 def test_state_is_counted_for_any_optimizer(optimizer: dict[str, object], numbers: int) -> None:
-    assert moments(optimizer) == 4 * numbers
-    assert moments(optimizer, master=8) == (4 if "Narrow" in str(optimizer["_target_"]) else 8 * numbers)
+    assert per_element(optimizer).kept == 4 * numbers
+    assert per_element(optimizer, master=8).kept == (4 if "Narrow" in str(optimizer["_target_"]) else 8 * numbers)
 
 
 def closed_form(overrides: list[str]) -> Estimate:
@@ -234,6 +236,27 @@ def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation]
         assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)
     closed = estimate(config, load_cluster("summit")).seconds[OPTIMIZER]
     assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moved", "temporary"),
+    [
+        # Decay 2, first moment 3, second 2 and 4, root 2, quotient 2, epsilon 2, update 4; root and quotient.
+        ({"_target_": "torch.optim.AdamW"}, 4 * 21, 4 * 2),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.0}, 4 * 3, 0),
+        ({"_target_": "torch.optim.SGD", "momentum": 0.9}, 4 * (2 + 3 + 3), 0),
+    ],
+)
+def test_what_a_step_moves_and_needs_is_counted(optimizer: dict[str, object], moved: int, temporary: int) -> None:
+    assert per_element(optimizer)[1:] == (moved, temporary)
+
+
+@pytest.mark.parametrize("case", [marked("narrow_averaged")])
+def test_steps_of_bf16_moments_and_averages_take_as_long_as_simulated(
+    simulations: dict[str, Simulation], case: str
+) -> None:
+    closed = closed_form(CASES[case]).seconds[OPTIMIZER]
+    assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.05)
 
 
 def test_results_are_weighted_by_kernels_of_one_pass_on_a_gpu(simulations: dict[str, Simulation]) -> None:

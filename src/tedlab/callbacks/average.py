@@ -33,13 +33,8 @@ class AverageWeights(WeightAveraging):
 
     def __init__(self, config: AverageConfig) -> None:
         self.config = config
-        super().__init__(avg_fn=self._averaged)
+        super().__init__(avg_fn=lambda average, weight, before: averaged(config, average, weight, before))
         self._current: list[Tensor] = []  # weights and buffers of the last step, while averages take their place
-
-    def _averaged(self, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
-        """Returns the average with one more weight, in the precision of the average, which has counted some before."""
-        share = 1 - self.config.decay if self.config.kind == AverageKind.EMA else 1 / (int(before) + 1)
-        return average + share * (weight.to(average.dtype) - average)
 
     @override
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
@@ -52,7 +47,7 @@ class AverageWeights(WeightAveraging):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding.*")
             super().setup(trainer, pl_module, stage)
-        wide = torch.float64 if trainer.precision == "64-true" else torch.float32
+        wide = precision_of_averages(trainer.precision)
         model = averaged_model(self)
         for layer in () if model is None else model.module.modules():
             for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
@@ -107,6 +102,17 @@ class AverageWeights(WeightAveraging):
     def _averages(self) -> Iterator[Tensor]:
         model = averaged_model(self)
         return iter(()) if model is None else _tensors(model.module)
+
+
+def averaged(config: AverageConfig, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+    """Returns the average with one more weight, in the precision of the average, which has counted some before."""
+    share = 1 - config.decay if config.kind == AverageKind.EMA else 1 / (int(before) + 1)
+    return average + share * (weight.to(average.dtype) - average)
+
+
+def precision_of_averages(precision: str | None) -> torch.dtype:
+    """Returns the dtype of averages for a value of ``trainer.precision``."""
+    return torch.float64 if precision == "64-true" else torch.float32
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

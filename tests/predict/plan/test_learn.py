@@ -26,7 +26,7 @@ from tests.predict.sim.test_simulation import out_of_the_pools_group
 A100 = load_cluster("dgx_a100")
 LAYOUTS = {
     "dense": ["parallel.world_size=8", "parallel.tensor=1", "parallel.expert=1", "trainer=gpu"],
-    "tensor": ["parallel.world_size=16", "parallel.tensor=8", "parallel.expert=1", "trainer=gpu"],
+    "tensor": ["parallel.world_size=16", "parallel.tensor=8", "parallel.expert=1", "trainer=gpu", "optim=adamw_bf16"],
     "expert": ["parallel.world_size=16", "parallel.tensor=1", "parallel.expert=16", "trainer=gpu"],
 }
 SIZES = ["model.layers=4", "model.hidden=512", "model.heads=8", "model.ffn=2048", "moe.num_experts=16"]

@@ -4,24 +4,17 @@ Only a few moments can be the fullest: the loss, the backward pass of a block (i
 the embedding's gradient, the reduction of gradients, and the optimizer's step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
-
-import hydra
-import torch
 
 from tedlab.config import Granularity
 from tedlab.models.joined import MergedSpec
 from tedlab.optim.blocks import INNER
+from tedlab.predict.estimate.optimizer import per_element
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import LENT
-
-_TILE_TEMPORARIES = 2  # of Adam, besides the gradient: the root of the second moment, and the quotient
-_KERNELS = ("capturable", "foreach", "fused")  # options that choose a kernel, some of them for GPUs only
-_moments: dict[str, int] = {}  # by the optimizer's options; a plan asks thousands of times
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Moment:
 
 
 class Memory:
-    """The memory of one rank. An optimizer other than SGD is taken to need as many temporaries as Adam."""
+    """The memory of one rank."""
 
     def __init__(self, form: ClosedForm) -> None:
         self.form = form
@@ -59,11 +52,12 @@ class Memory:
             shard if bucket.matrix else 0 for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
         ]
         kinds = {bucket.matrix for bucket, _ in self.buckets}
-        sizes = {kind: moments(optim.optimizer, kind, self.master) for kind in kinds}
+        sizes = {kind: per_element(optim.optimizer, kind, self.master).kept for kind in kinds}
         self.moments = sum(
             shard * sizes[bucket.matrix] for (bucket, _), shard in zip(self.buckets, self.shards, strict=True)
         )
-        self.adam = not str(optim.optimizer["_target_"]).endswith(".SGD")
+        self.step = per_element(optim.optimizer, master=self.master)  # of what is no matrix
+        self.averages = 0 if form.config.average.kind is None else sum(b.elements for b in form.buckets) * self.master
 
     def peak(self) -> Moment:
         """Returns the fullest moment."""
@@ -114,7 +108,7 @@ class Memory:
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def _moment(self, name: str, gradients: float, stash: float, activations: float, temporaries: float) -> Moment:
-        state = self.moments + sum(self.shards) * (self.master if self.parameter < 4 else 0)
+        state = self.averages + self.moments + sum(self.shards) * (self.master if self.parameter < 4 else 0)
         values = (self.flat * self.parameter, state, gradients, stash, activations, temporaries)
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
 
@@ -151,7 +145,7 @@ class Memory:
             temporaries = 0
         else:
             elements = largest if tile is None else min(tile, largest)
-            temporaries = elements * ((_TILE_TEMPORARIES * self.master if self.adam else 0) + half)
+            temporaries = elements * (self.step.temporary + half)
         temporaries = max(temporaries, self._matrices())
         return self._moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)
 
@@ -172,24 +166,3 @@ class Memory:
             ]
             most = max(most, here + max([exchanged, *largest]))
         return (sum(self.of_matrices) + most) * form.travelling.itemsize
-
-
-def moments(options: Mapping[str, Any], matrix: bool = False, master: int = 4) -> int:
-    """Counts the bytes that an optimizer keeps for each element of a parameter, by letting it take a step.
-
-    Args:
-        options: The class and arguments of the optimizer.
-        matrix: Whether the parameter is in a group of matrices, of an optimizer that needs these whole.
-        master: The bytes of an element of the parameter, or of its master copy.
-    """
-    key = repr((options, matrix, master))
-    if key not in _moments:
-        settings = {name: value for name, value in options.items() if name not in _KERNELS}
-        parameter = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64 if master == 8 else torch.float32))
-        parameter.grad = torch.ones_like(parameter)
-        group: dict[str, Any] = {"params": [parameter], "matrix": matrix}
-        optimizer = hydra.utils.instantiate(settings, _partial_=True)([group], lr=1e-3)
-        optimizer.step()
-        state = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
-        _moments[key] = sum(value.itemsize for value in state if value.shape == parameter.shape)
-    return _moments[key]

@@ -30,7 +30,8 @@ from tedlab.untrusted import flat, one_line, read_yaml, typed
 from tedlab.validate import complete_simulated
 
 _SHORTEST, _LONGEST = 1e-6, 1e7  # seconds that a step may take
-_OPTIMIZERS = {f"torch.optim.{name}" for name in torch.optim.__all__} | {"tedlab.optim.Muon"}
+_OPTIMIZERS = {f"torch.optim.{name}" for name in torch.optim.__all__}
+_OPTIMIZERS |= {f"tedlab.optim.{name}" for name in ("Muon", "NarrowAdamW")}
 _TELLING = (OSError, ValueError, OmegaConfBaseException, UsageError)  # their messages say what is wrong
 _DAMAGED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)  # a configuration is no run's
 _ENOUGH = 3  # runs to say how far from them predictions are
@@ -219,7 +220,7 @@ def _config(run: Run, cluster: ClusterConfig) -> TrainConfig:
     options = dict(config.optim.optimizer)
     target = options.pop("_target_", None)
     if target not in _OPTIMIZERS or any(name.startswith("_") or not _plain(it) for name, it in options.items()):
-        raise ValueError(f"its optimizer ({flat(target)}) is none of torch.optim with plain options, nor tedlab's Muon")
+        raise ValueError(f"its optimizer ({flat(target)}) is none of torch.optim or tedlab.optim with plain options")
     return complete_simulated(config, cluster)
 
 

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from tedlab.callbacks.average import averaged, precision_of_averages
 from tedlab.comm import GroupKind, Phase
 from tedlab.comm.ledger import Count, Entry, Totals, differences
 from tedlab.config import CheckpointOptions, Compiler, TrainConfig, with_values
@@ -160,7 +161,7 @@ def simulate(
 
     with fake_process_group(world, rank):
         simulated = _simulated(config, meter)
-        observer, module = _Observer(), language_model(shorter)
+        observer, module = _Observer(config), language_model(shorter)
         module.seed = None  # fake tensors have no values to fill
         _trainer(shorter, simulated, rank, observer).fit(module, Batches(config))
         described = about(config, module)
@@ -173,7 +174,9 @@ def simulate(
 class _Observer(Callback):
     """Prepares the step as if it were not the first of a run, and collects what is known of each micro-batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.averages: dict[torch.Tensor, torch.Tensor] = {}  # of the process's parts of parameters, by these
         self.counts: list[Counts] = []
         self.starts: list[float] = []
         self.memory: Timeline
@@ -188,13 +191,25 @@ class _Observer(Callback):
             memory.label((bucket.flat for bucket in optimizer.buckets), "parameters")
             state += [x for values in optimizer.optimizer.state.values() for x in values.values()]
             state += [bucket.master for bucket in optimizer.buckets if bucket.master is not bucket.shard]
-        memory.label((x for x in state if isinstance(x, torch.Tensor)), "optimizer")
+        if self.config.average.kind is not None:
+            wide = precision_of_averages(self.config.trainer["precision"])
+            self.averages = {local(p): torch.empty_like(local(p), dtype=wide) for p in pl_module.parameters()}
+        memory.label((x for x in (*state, *self.averages.values()) if isinstance(x, torch.Tensor)), "optimizer")
         memory.label(map(local, pl_module.parameters()), "parameters")  # frozen ones are in no bucket
         strategy.topology.comm.register_hook(strategy.meter.on_collective)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.starts.append(_strategy(trainer).meter.memory.now)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Averages weights as :class:`AverageWeights` does, which would copy the module, as fake tensors cannot be."""
+        if batch_idx + 1 == trainer.accumulate_grad_batches:
+            for weight, average in self.averages.items():
+                average.copy_(averaged(self.config.average, average, weight, 1))
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
