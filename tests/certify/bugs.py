@@ -20,12 +20,13 @@ from torch import Tensor
 
 from tedlab import TEDStrategy, capacity, module, parametrization
 from tedlab._compat.lightning import MicroBatches
-from tedlab.callbacks import AverageWeights, FollowRamp
+from tedlab.callbacks import FollowRamp
+from tedlab.callbacks import average as averages
 from tedlab.checkpoint import directory
 from tedlab.comm import Collectives, differentiable, issued, raw, recompute
 from tedlab.comm.collectives import Pending
 from tedlab.comm.route import NodeRoute
-from tedlab.config import ModelConfig, MoEConfig
+from tedlab.config import AverageConfig, ModelConfig, MoEConfig
 from tedlab.context import BatchContext
 from tedlab.data import MicroBatchSampler, TextDataModule
 from tedlab.degrees import GroupKind, ParallelDegrees
@@ -1514,14 +1515,14 @@ def elements_numbered_by_this_rank(patch: Patch) -> None:
 
 def averages_of_the_first_rank_s_shard(patch: Patch) -> None:
     """Each process averages what the first one has."""
-    right = AverageWeights._averaged
+    right = averages.averaged
 
-    def wrong(self: AverageWeights, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+    def wrong(config: AverageConfig, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
         shared = weight.clone()
         dist.broadcast(local(shared), src=0)
-        return right(self, average, shared, before)
+        return right(config, average, shared, before)
 
-    patch.setattr(AverageWeights, "_averaged", wrong)
+    patch.setattr(averages, "averaged", wrong)
 
 
 def next_epoch_is_the_first_again_on_resume(patch: Patch) -> None:
