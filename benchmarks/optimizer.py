@@ -137,18 +137,18 @@ def seconds(contender: Contender, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def temporary_bytes(contender: Contender, device: torch.device) -> int:
-    """Peak of what one step allocates beyond what is there before it."""
-    contender.prepare()
+def temporary_bytes(prepare: Callable[[], object], step: Callable[[], object], device: torch.device) -> int:
+    """Peak of what one step, prepared, allocates beyond what is there before it."""
+    prepare()
     if device.type == "cuda":
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        contender.step()
+        step()
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with Temporaries() as temporaries:
-        contender.step()
+        step()
     return temporaries.peak
 
 
@@ -175,7 +175,7 @@ def measure(elements: int, device: torch.device, dtype: torch.dtype, repeats: in
             speedup=untiled / medians[c.name],
             gigabytes_per_second=bytes_per_parameter(dtype) * elements / medians[c.name] / 1e9,
             of_copy=copy / medians[c.name],
-            temporary_bytes=temporary_bytes(c, device),
+            temporary_bytes=temporary_bytes(c.prepare, c.step, device),
         )
         for c in everybody
     ]

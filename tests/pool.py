@@ -1,7 +1,8 @@
 """Runs functions as the ranks of a world, in processes forked from a server that has imported everything.
 
-Each call gets fresh processes inside a gloo process group, with the environment that torchrun would give them: what
-torch keeps of an earlier world (DTensor caches meshes, and these the threads of their groups) cannot matter.
+Each call gets fresh processes inside a process group (of gloo, or of NCCL with a GPU for each), with the environment
+that torchrun would give them: what torch keeps of an earlier world (DTensor caches meshes, and these the threads of
+their groups) cannot matter.
 """
 
 import contextlib
@@ -39,7 +40,8 @@ class Silence(AssertionError):
 class WorkerPool:
     """See the module. ``run`` raises AssertionError with the traceback of the rank that failed first."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo") -> None:
+        self._backend = backend
         os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers: there are more of them than cores
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
@@ -71,7 +73,7 @@ class WorkerPool:
             workers = []
             for rank in range(world_size):
                 ours, theirs = self._context.Pipe()
-                setting = (rank, world_size, os.path.join(folder, "store"), timeout)
+                setting = (self._backend, rank, world_size, os.path.join(folder, "store"), timeout)
                 last_words = os.path.join(folder, f"last_words_{rank}")
                 process = self._context.Process(target=_serve, args=(theirs, setting, task, last_words), daemon=True)
                 process.start()
@@ -139,7 +141,7 @@ def _death(process: Any, last_words: str) -> AssertionError:
         return WorkerDied(f"ended by {signal.Signals(-process.exitcode).name}\n{file.read()}")
 
 
-def _serve(connection: Any, setting: tuple[int, int, str, float], task: bytes, last_words: str) -> None:
+def _serve(connection: Any, setting: tuple[str, int, int, str, float], task: bytes, last_words: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -159,7 +161,8 @@ def _serve(connection: Any, setting: tuple[int, int, str, float], task: bytes, l
 
 
 @contextlib.contextmanager
-def _world(rank: int, world_size: int, store: str, timeout: float) -> Any:
+def _world(backend: str, rank: int, world_size: int, store: str, timeout: float) -> Any:
+    import torch
     import torch.distributed as dist
 
     os.environ.update(
@@ -172,12 +175,16 @@ def _world(rank: int, world_size: int, store: str, timeout: float) -> Any:
         MASTER_PORT="0",
         TORCHELASTIC_RUN_ID="tests",
     )
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        backend,
         store=dist.FileStore(store, world_size),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout),
+        device_id=device,
     )
     try:
         yield

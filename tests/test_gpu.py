@@ -1,10 +1,12 @@
-"""On one GPU: layouts whose processes share it over gloo; NCCL alone; the router's products; and streams, events
-and pinned memory."""
+"""Layouts on GPUs, whose processes share one over gloo or have one each over NCCL; the router's products; documents;
+streams, events and pinned memory."""
 
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,25 @@ from torch import Tensor
 from torch import distributed as dist
 
 from tedlab import ParallelDegrees, Topology
-from tedlab.certify import certify
-from tedlab.comm import Ledger
+from tedlab.certify import Row, certify
+from tedlab.certify.compare import first_difference
+from tedlab.comm import Ledger, raw
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.comm.reading import start
-from tedlab.config import TrainConfig
+from tedlab.config import MoEConfig, TrainConfig
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import launch
 from tedlab.moe.precise import PreciseLinear
+from tedlab.nn import Reading, documents_of
+from tedlab.nn.attend import attend
 from tedlab.run import build, run
 from tedlab.validate import complete
-from tests.certify.runs import composed, in_pool
-from tests.certify.test_matrix import overrides
+from tests.certify.runs import Case, certified, composed, in_pool
+from tests.certify.test_matrix import Layout, overrides
 from tests.comm.test_raw import results
+from tests.models.test_documents import EXPERTS, ROTARY, SEPARATOR, batch, gradients, model
 from tests.pool import WorkerPool
+from tests.selection import asked_of
 from tests.strategy.test_interleave import check_beside, check_order, compared
 from tests.test_train import assert_close, write_words
 
@@ -37,14 +44,41 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 SHARED = ["trainer=gpu", "comm.backend=gloo"]  # by all processes of a layout
 LAYOUTS = {"T2": (2, 2, 1), "E2": (2, 1, 2), "T2_E2": (4, 2, 2)}
 JOBS = {"capacity": "ted", "dropless": "dropless_ted"}  # with DTD, CAC and recomputation
-OVER_NCCL = [
-    *JOBS.values(),
-    "pilots",
-    "gathered",
-    "overlapped_ted",
-    "rows_in_chunks_ted",
-    "micro_batches_beside_each_other_ted",
-]
+OVER_NCCL: dict[Layout, dict[str, str]] = {  # the precisions of jobs; with several GPUs, one for each process
+    (2, 2, 1): {
+        **{"ted": "64-true", "dropless_ted": "bf16-true", "overlapped_ted": "bf16-true"},
+        **{"rows_in_chunks_ted": "64-true", "micro_batches_beside_each_other_ted": "64-true"},
+    },
+    (2, 1, 2): {
+        **{"dropless_top2": "bf16-true", "pilots": "64-true", "gathered": "64-true", "rows_in_chunks": "64-true"},
+        **{"micro_batches_beside_each_other": "bf16-true"},
+    },
+    (4, 2, 2): {
+        **{"overlapped_ted": "64-true", "dropless_ted": "bf16-true", "pilots_ted_fused": "64-true"},
+        **{"gathered_ted_fused": "64-true", "rows_in_chunks_ted": "64-true", "lent_ted": "64-true"},
+        "micro_batches_beside_each_other_ted": "bf16-true",
+    },
+    (4, 1, 4): {
+        **{"gathered": "64-true", "pilots": "bf16-true", "node_pilots": "64-true", "lent": "bf16-true"},
+        "rows_in_chunks": "64-true",
+    },
+    (4, 4, 1): {"overlapped_ted": "64-true", "dropless_ted": "64-true", "shared_in_slices": "bf16-true"},
+    (4, 4, 4, 1): {
+        **{"dropless_ted": "64-true", "pilots_ted_fused": "64-true", "gathered_ted_fused": "64-true"},
+        "sliced_dropless_shared": "bf16-true",
+    },
+    (4, 2, 4, 1): {"overlapped_ted": "64-true", "gathered_ted_fused": "64-true", "node_pilots_sliced": "bf16-true"},
+    (8, 2, 4): {
+        **{"overlapped_ted": "64-true", "gathered_ted_fused": "64-true", "lent_ted": "64-true"},
+        "micro_batches_beside_each_other_ted": "bf16-true",
+    },
+    (8, 1, 8): {"gathered": "64-true", "pilots": "bf16-true", "lent": "64-true"},
+    (8, 4, 8, 1): {
+        **{"dropless_ted": "64-true", "gathered_ted_fused": "64-true", "sliced_dropless_shared": "bf16-true"}
+    },
+}
+CELLS = [(layout, job, precision) for layout, jobs in OVER_NCCL.items() for job, precision in jobs.items()]
+CONTINUED = ("gathered", "lent_ted", "node_pilots_sliced")  # in their own layout, to the last bit
 
 SMALL = [
     *("model.hidden=32", "model.ffn=64", "model.sequence_length=16", "data=text", "data.batch_size=4"),
@@ -68,14 +102,72 @@ def test_a_layout_on_one_gpu_equals_one_process(
     assert found.ok, str(found.culprit)
 
 
+@pytest.fixture(scope="module")
+def gpu_each() -> WorkerPool:
+    """A server of worker processes, of which each has a GPU to itself."""
+    return WorkerPool("nccl")
+
+
+def case(layout: Layout, job: str, precision: str, trainer: str = "gpu") -> Case:
+    """The certificate of a cell."""
+    given = *overrides(layout, job), f"trainer={trainer}", f"certificate_precision={precision}", "optim.overlap=true"
+    return Case(given, continuations=("in this layout",) if job in CONTINUED else ())
+
+
+@pytest.fixture(scope="module")
+def rows_over_nccl(
+    gpu_each: WorkerPool, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Layout], dict[Case, list[Row]]]:
+    """Of all cells of a layout that this session runs, in worlds that they share."""
+    cells = asked_of(request)
+
+    @cache
+    def rows(layout: Layout) -> dict[Case, list[Row]]:
+        cases = [case(**cell) for cell in cells if cell["layout"] == layout]
+        return certified(gpu_each, tmp_path_factory.mktemp("over_nccl"), cases)
+
+    return rows
+
+
+@pytest.mark.parametrize(("layout", "job", "precision"), CELLS, ids=lambda value: str(value).replace(", ", "_"))
+def test_a_layout_with_a_gpu_for_each_process_equals_one_process(
+    rows_over_nccl: Callable[[Layout], dict[Case, list[Row]]], layout: Layout, job: str, precision: str
+) -> None:
+    if torch.cuda.device_count() < layout[0]:
+        pytest.skip(f"needs {layout[0]} GPUs")
+    rows = rows_over_nccl(layout)[case(layout, job, precision)]
+    print(f"largest error {max(row.error for row in rows):.1e}")
+    assert [str(row) for row in rows if not row.ok] == []
+
+
+def exchange_that_is_not_awaited(patch: pytest.MonkeyPatch) -> None:
+    """The device goes on with what has not arrived yet, as the second process joins late. Counts are awaited."""
+    right, kept = raw._InPlace.all_to_all, []
+
+    def wrong(self: Any, x: Tensor, received: Any, sent: Any, group: dist.ProcessGroup) -> raw.Wait:
+        if not x.is_floating_point():
+            return right(self, x, received, sent, group)
+        if group.rank() == 1:
+            time.sleep(0.02)
+        out = x.new_zeros(len(x) if received is None else sum(received), *x.shape[1:])
+        kept.append((out, dist.all_to_all_single(out, x.contiguous(), received, sent, group, async_op=True)))
+        return out.clone
+
+    patch.setattr(raw._InPlace, "all_to_all", wrong)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("job", OVER_NCCL)
-@pytest.mark.parametrize("layout", ["T2", "E2"])
-def test_a_layout_on_two_gpus_over_nccl_equals_one_process(layout: str, job: str) -> None:
-    config = composed(*overrides(LAYOUTS[layout], job), "trainer=gpu", "optim.overlap=true")
-    found = certify(config, continuations=["in this layout"])
-    assert found.accelerator == "gpu"
-    assert found.ok, str(found.culprit)
+@pytest.mark.parametrize("job", ["top2_none_dropped_overlapped", "rows_in_chunks"])
+def test_over_nccl_a_result_that_is_used_before_it_has_arrived_is_noticed(
+    gpu_each: WorkerPool, tmp_path: Path, job: str
+) -> None:
+    right = case((2, 1, 2), job, "64-true")
+    wrong = replace(right, plant=exchange_that_is_not_awaited)
+    rows = certified(gpu_each, tmp_path, [right, wrong])
+    assert [str(row) for row in rows[right] if not row.ok] == []
+    found = first_difference(rows[wrong])
+    assert found is not None
+    assert found.quantity == "outputs"
 
 
 def micro_batches_beside_each_other(config: TrainConfig) -> dict[str, Any]:
@@ -130,6 +222,13 @@ def test_over_nccl_a_process_that_stops_ends_the_run_in_time_and_is_named(tmp_pa
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def single_gpu() -> Iterator[Topology]:
+    """A world of this process alone, on a GPU."""
+    yield Topology.single("cuda")
+    dist.destroy_process_group()
+
+
 def scattered(*sizes: int) -> Tensor:
     return torch.randn(sizes, device="cuda", dtype=torch.bfloat16)
 
@@ -143,6 +242,67 @@ def test_the_router_multiplies_in_fp32_what_is_in_bf16() -> None:
     ours = torch.autograd.grad(logits, (x, weight), grad)
     for own, best in zip(ours, torch.autograd.grad(precise, (x, weight), grad.double()), strict=True):
         assert (own == best).float().mean() > 0.99  # rounded once: were the gradient in bf16, about half would be
+
+
+# ---- documents ------------------------------------------------------------------------------------------------------
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.03), (torch.float32, 5e-3)], ids=str)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 40])
+def test_compiled_flex_attention_of_documents_is_attention_with_a_mask(
+    window: int | None, sinks: bool, dtype: torch.dtype, bound: float
+) -> None:
+    """Results and gradients of three batches, which differ in their documents; with fp32 it may round to TF32."""
+    for seed in range(3):
+        draw = torch.Generator("cuda").manual_seed(seed)
+        ids = torch.randint(40, (2, 300), device="cuda", generator=draw)  # a separator in forty tokens
+        shapes = [(2, heads, 300, 32) for heads in (4, 2, 2)]
+        inputs = [torch.randn(shape, device="cuda", dtype=dtype, generator=draw).requires_grad_() for shape in shapes]
+        logits = torch.randn(4, device="cuda", dtype=dtype, generator=draw).requires_grad_() if sinks else None
+        inputs += [] if logits is None else [logits]
+        upstream = torch.randn(2, 4, 300, 32, device="cuda", generator=draw)
+        results = []
+        for flex, precise in ((True, False), (False, True)):
+            q, k, v, *rest = [x.double() if precise else x for x in inputs]
+            documents = documents_of(ids, 0, [window], flex)
+            y = attend(q, k, v, window, rest[0] if rest else None, documents=documents)
+            results.append([y, *torch.autograd.grad(y, inputs, upstream.to(y.dtype))])
+        errors = [relative(ours, best) for ours, best in zip(*results, strict=True)]
+        print(f"largest error {max(errors):.1e}")
+        assert max(errors) < bound, errors
+
+
+@pytest.mark.parametrize("compiled", ["none", "inductor"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.bfloat16, 0.05)], ids=str)
+def test_masked_documents_train_as_apart_on_a_gpu(
+    single_gpu: Topology, dtype: torch.dtype, bound: float, compiled: str
+) -> None:
+    """In bf16 without experts: a token that rounding sends to another would be a difference, too."""
+    shape = replace(ROTARY, hidden=64, kv_heads=2)
+    experts = EXPERTS if dtype == torch.float64 else MoEConfig(num_experts=0)
+    together, apart = (model(replace(shape, compile=of), single_gpu, experts, dtype) for of in (compiled, "none"))
+    together.separator = SEPARATOR
+    samples = batch()[:2].cuda()  # which have no padding
+    for rows in (samples, samples.flip(0)):  # other documents at the same places
+        together.zero_grad()
+        ids, targets, _ = Reading(SEPARATOR, masked=True, padded=True).of(rows)
+        loss, _ = together.loss(ids, targets)
+        loss.backward()
+    parts = []
+    for row in samples:
+        for document in torch.tensor_split(row[row >= 0].cpu(), (row[row >= 0] == SEPARATOR).nonzero()[:, 0].cpu() + 1):
+            if len(document) > 1:
+                one, _ = apart.loss(document[None, :-1].cuda(), document[None, 1:].cuda())
+                parts.append((one, len(document) - 1))
+    (sum(one * n for one, n in parts) / sum(n for _, n in parts)).backward()
+    ours, theirs = (torch.cat([g.flatten().double() for g in gradients(of).values()]) for of in (together, apart))
+    print(f"error of all gradients {relative(ours, theirs):.1e}")
+    assert relative(ours, theirs) < bound
 
 
 # ---- collectives ----------------------------------------------------------------------------------------------------

@@ -50,10 +50,12 @@ def batch() -> Tensor:
     return torch.stack(rows)
 
 
-def model(shape: ModelConfig, topology: Topology) -> GPT:
-    torch.set_default_dtype(torch.float64)
+def model(
+    shape: ModelConfig, topology: Topology, experts: MoEConfig = EXPERTS, dtype: torch.dtype = torch.float64
+) -> GPT:
+    torch.set_default_dtype(dtype)
     try:
-        return GPT(shape, EXPERTS, topology, 0)
+        return GPT(shape, experts, topology, 0)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -1,0 +1,152 @@
+"""``python -m experiments.resumed``: see README.md."""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.surroundings import surroundings
+from experiments.paper import write_json
+from experiments.sweeps import curve
+from tedlab.history import read_history
+from tedlab.launch.outcome import METRICS, SUMMARY
+
+HERE = Path(__file__).parent
+SAVED, KILLED, REFERENCE, LAST = 80, 100, 100, 240  # steps: of the checkpoint, about the kill's, and the others' last
+EVERY = 5  # steps between two rows of a run's metrics
+GIVEN = (
+    *("model=gpt_1.3b", "moe=paper16", "moe.dispatch=dropless", "model.layers=6", "trainer=gpu"),
+    *("trainer.precision=bf16-true", "model.compile=inductor", "model.loss_chunk=16384", "optim.tile=fused"),
+    # Of all runs, however long: no schedule that depends on the last step.
+    *("optim.lr=3e-4", "optim.schedule=constant", "optim.warmup_steps=20"),
+    *("data.batch_size=32", "data.micro_batch_size=8", "data.validation_samples=64"),
+    *("logger=none", "experiment_name=resumed"),
+)
+TINY = (
+    *("model.layers=2", "model.hidden=32", "model.heads=2", "model.ffn=64", "model.sequence_length=32"),
+    *("moe.num_experts=4", "trainer=cpu", "trainer.precision=32-true", "model.compile=none", "optim.tile=null"),
+    *("data.batch_size=8", "data.micro_batch_size=2", "data.validation_samples=8"),
+)
+Run = subprocess.Popen[bytes]
+
+
+def started(run: Path, gpus: str, *overrides: str) -> Run:
+    """Starts ``tedlab train`` on these GPUs; what it prints is beside its directory."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "tedlab.train", *overrides, f"hydra.run.dir={run}"]
+    with run.with_suffix(".log").open("wb") as log:
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def workers(launcher: int) -> list[int]:
+    """Returns the processes of a run: those that the server started which the launcher started."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended just now
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return sorted(pid for pid, parent in parents.items() if parents.get(parent) == launcher)
+
+
+def wait_for_step(run: Path, process: Run, step: int) -> None:
+    """Returns once the run has logged this step.
+
+    Raises:
+        RuntimeError: If it ends before.
+    """
+    while not any(int(row["step"]) >= step for row in read_history(run / METRICS)):
+        if process.poll() is not None:
+            raise RuntimeError(f"{run} ended before step {step}: see {run.with_suffix('.log')}")
+        time.sleep(0.2)
+
+
+def of_run(run: Path) -> dict[str, Any]:
+    """Returns what a run logged: losses by step, and medians of its speed after the first two rows."""
+    rows = read_history(run / METRICS)
+    found: dict[str, Any] = {"loss": dict(zip(*curve(run), strict=True))}
+    found["val_loss"] = {int(row["step"]): float(row["val/loss"]) for row in rows if "val/loss" in row}
+    for name in ("tokens_per_second", "step_time_s", "tflops", "mfu"):
+        values = [float(row[f"perf/{name}"]) for row in rows if f"perf/{name}" in row][2:]
+        found[name] = statistics.median(values) if values else None
+    if (run / SUMMARY).is_file():
+        summary = json.loads((run / SUMMARY).read_text())
+        found |= {name: summary.get(name) for name in ("memory/peak_bytes", "parameters/total", "parameters/active")}
+    return found
+
+
+def differences(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, float]:
+    """Returns at how many steps both runs logged losses, and the largest and the mean difference of these."""
+    both = [abs(ours[step] - theirs[step]) for step in sorted(ours.keys() & theirs.keys())]
+    return {"steps": len(both), "largest": max(both), "mean": statistics.mean(both)} if both else {"steps": 0}
+
+
+def measured(runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains, kills, goes on in another layout, and trains a reference on one GPU meanwhile."""
+    given = (*GIVEN, f"trainer.log_every_n_steps={EVERY}", *overrides)
+    four, two, one = runs / "four", runs / "two", runs / "one"
+    often = f"checkpoint.every={SAVED}", f"validate_every={SAVED}"
+    began = time.monotonic()
+    process = started(four, "0,1,2,3", *given, *often, "parallel=ep4", f"trainer.max_steps={LAST}")
+    wait_for_step(four, process, KILLED)
+    os.kill(workers(process.pid)[2], signal.SIGKILL)
+    killed = time.monotonic()
+    process.wait()
+    ended = time.monotonic()
+    seldom = "checkpoint.every=null", f"validate_every={SAVED}"
+    reference = started(one, "2", *given, *seldom, "parallel=single", f"trainer.max_steps={REFERENCE}")
+    process = started(two, "0,1", *given, *seldom, "parallel=ep2", f"trainer.max_steps={LAST}", f"ckpt_path={four}")
+    codes = {"two": process.wait(), "one": reference.wait()}
+    found = {"four": of_run(four), "two": of_run(two), "one": of_run(one)}
+    losses = {name: its["loss"] for name, its in found.items()}
+    return {
+        "overrides": given,
+        "seconds": {"to_kill": killed - began, "from_kill_to_end": ended - killed, "rest": time.monotonic() - ended},
+        "codes": codes,
+        "runs": found,
+        "four_beside_one": differences(losses["four"], losses["one"]),
+        "two_beside_four": differences(losses["two"], losses["four"]),  # after the checkpoint, before the kill
+    }
+
+
+def draw(path: Path, found: dict[str, Any]) -> None:
+    """Draws the losses of the three runs."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = {"one": "one GPU", "four": "expert 4, a process killed", "two": "goes on with expert 2"}
+    for (run, label), style in zip(names.items(), ("-", "--", "-."), strict=True):
+        loss = found["runs"][run]["loss"]
+        axes.plot([*map(int, loss)], [*loss.values()], style, label=label, linewidth=1.2)
+    axes.axvline(SAVED, color="0.7", linewidth=0.8)
+    axes.set(xlabel=f"step (checkpoint at {SAVED})", ylabel="training loss, nats per byte")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.resumed", description="See README.md.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/resumed"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=HERE, help="where results.json and loss.png go (default: here)")
+    parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, to see that it works")
+    arguments = parser.parse_args()
+    facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = measured(arguments.runs, TINY if arguments.tiny else ())
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "results.json", facts | found)
+    draw(arguments.out / "loss.png", found)
+    print(json.dumps({name: found[name] for name in ("seconds", "codes", "four_beside_one", "two_beside_four")}))
+
+
+if __name__ == "__main__":
+    main()
