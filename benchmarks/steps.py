@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from tedlab.cli import CONF
-from tedlab.config import TrainConfig, with_values
+from tedlab.config import TrainConfig
 from tedlab.data import TextDataModule
 from tedlab.nn import ShardedModule
 from tedlab.predict.flops import peak_flops, training_flops
@@ -146,8 +146,7 @@ def composed(overrides: list[str]) -> TrainConfig:
         config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
-    interleave = {"comm.interleave": typed.comm.interleave}  # which no prediction knows
-    return with_values(complete_simulated(with_values(typed, {"comm.interleave": False})), interleave)
+    return complete_simulated(typed)
 
 
 def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> Measured:

@@ -280,6 +280,12 @@ def test_a_loss_in_chunks_is_refused() -> None:
         estimate(checked(*ONE, "model.loss_chunk=64"), load_cluster("summit"))
 
 
+def test_micro_batches_beside_each_other_are_refused() -> None:
+    several = checked(*HALF, "data.batch_size=256", "comm.interleave=true")
+    with pytest.raises(ValueError, match=r"comm\.interleave=true.*one micro-batch after the other.*tedlab simulate"):
+        estimate(several, load_cluster("summit"))
+
+
 def test_frozen_parameters_are_refused() -> None:
     frozen = "optim.groups=[{pattern: '*.router.*', frozen: true}]"
     with pytest.raises(ValueError, match=r"optim\.groups freezes.*trains whole.*tedlab simulate"):

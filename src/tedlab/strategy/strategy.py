@@ -392,9 +392,14 @@ class TEDStrategy(compat.SubprocessStrategy):
         forward = partial(super().training_step, *args, **kwargs)
         if deferred is None:
             return forward()
-        result = self.topology.comm.turns.beside(deferred.run, forward, self.topology.context.keep)
+        other = partial(self._run_beside, deferred)
+        result = self.topology.comm.turns.beside(other, forward, self.topology.context.keep)
         deferred.finish()
         return result
+
+    def _run_beside(self, deferred: DeferredBackward) -> None:
+        """Runs a backward pass beside a training step, in a thread of its own."""
+        deferred.run()
 
     def _run_deferred(self) -> None:
         """Runs the backward pass that waits for the next training step, if there is one, before anything else."""

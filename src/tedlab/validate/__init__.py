@@ -75,7 +75,7 @@ def check_simulated(config: TrainConfig) -> ParallelDegrees:
     """Checks what depends neither on this machine nor on data.
 
     Raises:
-        UsageError: As for :func:`check`; and with ``comm.interleave``, which predictions do not know.
+        UsageError: As for :func:`check`.
     """
     return _checked_alone(config)[0]
 
@@ -142,11 +142,6 @@ def _checked_alone(config: TrainConfig) -> tuple[ParallelDegrees, int]:
     try:
         degrees, tokens = _check_together(config), config.model.vocab_size or _GPT2_TOKENS
         vocabulary(config, tokens)
-        if config.comm.interleave:
-            raise ValueError(
-                "comm.interleave=true: no prediction knows yet what two micro-batches beside each other take; predict "
-                "with comm.interleave=false"
-            )
         return degrees, tokens
     except ValueError as error:
         raise UsageError(str(error)) from None

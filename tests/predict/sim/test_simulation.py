@@ -26,7 +26,7 @@ from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.predict.cost import placement_of
 from tedlab.predict.flops import forward_flops
 from tedlab.predict.sim import Simulation, simulate
-from tedlab.predict.sim.meter import HIDDEN
+from tedlab.predict.sim.meter import HIDDEN, KERNELS, MATRICES
 from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.show import _memory_table
 from tedlab.predict.sim.simulation import Batches
@@ -178,6 +178,31 @@ def test_chunks_of_slots_and_of_rows_are_exchanged_while_others_are_computed(poo
             assert 0 < on.hidden[entry] < on.ledger[entry].seconds
             assert on.ledger[entry].calls == 2 * off.ledger[entry].calls
             assert on.ledger[entry].payload_bytes == off.ledger[entry].payload_bytes
+
+
+def beside_each_other(config: TrainConfig) -> list[Simulation]:
+    with out_of_the_pools_group():
+        return [simulate(with_values(config, {"comm.interleave": on}), load_cluster("summit")) for on in (False, True)]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 5])
+def test_a_pass_hides_the_exchanges_of_the_other_beside_it(pool: WorkerPool, micro_batches: int) -> None:
+    """But for the first forward and the last backward pass, which are alone; nothing else changes but memory."""
+    overrides = [*WORLD, f"data.batch_size={64 * micro_batches}", "moe.every=1", "comm=dtd"]
+    off, on = pool.run(1, beside_each_other, checked(*overrides))[0]
+    assert on.differences == {}
+    assert differences(on.ledger, off.ledger) == {}
+    assert on.flops == off.flops
+    computing = [sum(s for (_, cause), s in run.seconds.items() if cause in (MATRICES, KERNELS)) for run in (off, on)]
+    assert computing[1] == pytest.approx(computing[0], rel=1e-3)
+    exchanges = {e for e in on.ledger if e.tag in ("dispatch.all_to_all", "combine.all_to_all")}
+    assert on.hidden.keys() == exchanges
+    assert {e.phase for e in exchanges} == {"forward", "backward"}
+    hidden = sum(on.hidden.values())
+    assert on.step_seconds == pytest.approx(off.step_seconds - hidden)
+    alone = sum(on.ledger[entry].seconds for entry in exchanges)
+    assert 0.1 * alone < hidden <= (micro_batches - 1) / micro_batches * alone * (1 + 1e-9)
+    assert sum(on.memory.at_peak().values()) > sum(off.memory.at_peak().values())
 
 
 @pytest.mark.slow

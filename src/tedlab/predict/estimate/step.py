@@ -81,13 +81,17 @@ def estimate(
 
     Raises:
         ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, the loss is
-            computed in chunks, or the
-            world exceeds the cluster.
+            computed in chunks, micro-batches run beside each other, or the world exceeds the cluster.
     """
     if config.model.loss_chunk is not None:
         raise ValueError(
             f"model.loss_chunk={config.model.loss_chunk}: the closed form of memory and time is that of the loss of "
             "all tokens at once (null) only; `tedlab simulate` runs any model"
+        )
+    if config.comm.interleave:
+        raise ValueError(
+            "comm.interleave=true: the closed form of memory and time is that of one micro-batch after the other; "
+            "`tedlab simulate` knows what two beside each other take"
         )
     if any(group.frozen for group in config.optim.groups):
         raise ValueError(

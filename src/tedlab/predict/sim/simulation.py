@@ -1,7 +1,9 @@
 """Simulates an optimizer step: runs the model, strategy, optimizer and Trainer of a real run on fake tensors.
 
 At most three micro-batches run, however many a step accumulates: the first, one that adds to gradients, and the last,
-after which the optimizer steps. All those in between are like the second, so its counts are multiplied.
+after which the optimizer steps. All those in between are like the second, so its counts are multiplied. If they run
+beside each other (``comm.interleave``), there are four: the backward pass of the first runs beside the second, and only
+from the third on is one like the other.
 """
 
 import functools
@@ -34,7 +36,6 @@ from tedlab.run import language_model, quieten, strategy_of
 from tedlab.spec import Work
 from tedlab.topology import Topology
 
-_MICRO_BATCHES = 3  # the number of different kinds
 _PRECISIONS = {"16-mixed": "bf16-mixed"}  # Lightning has fp16 autocast on GPUs only; bf16 takes as many bytes
 
 
@@ -138,7 +139,7 @@ def simulate(
         raise UsageError(str(error)) from None
     quieten()
     routing = routing or routing_of(config, "balanced", None, None)
-    micro_batches = min(config.trainer["accumulate_grad_batches"], _MICRO_BATCHES)
+    micro_batches = min(config.trainer["accumulate_grad_batches"], _kinds(config))
     # A kernel's inside is invisible: only torch's operations are counted, and kernels that something stands in for (a
     # fused step, norms, rows of experts, what a compiler makes).
     compiler = {} if config.model.compile == Compiler.INDUCTOR else {"model.compile": "none"}
@@ -275,8 +276,8 @@ def _simulation(
 ) -> Simulation:
     parts = observer.counts
     times = [1] * len(parts)
-    if len(parts) == _MICRO_BATCHES:
-        times[1] = int(config.trainer["accumulate_grad_batches"]) - 2
+    if len(parts) == _kinds(config):
+        times[-2] += int(config.trainer["accumulate_grad_batches"]) - len(parts)
     ledger: defaultdict[Entry, Count] = defaultdict(Count)
     for part, n in zip(parts, times, strict=True):
         for entry, count in part.ledger.totals.items():
@@ -296,6 +297,11 @@ def _simulation(
         micro_batches=list(zip(observer.starts, times, strict=True)),
         about=described,
     )
+
+
+def _kinds(config: TrainConfig) -> int:
+    """Returns how many micro-batches of a step are different; all others are like the last but one of these."""
+    return 4 if config.comm.interleave else 3
 
 
 def _summed(totals: list[Any], times: list[int]) -> dict[Any, float]:

@@ -23,6 +23,7 @@ from tedlab.predict.sim.meter import Meter
 from tedlab.predict.sim.norm import FusedNorm
 from tedlab.predict.sim.row_ops import FusedRowOps
 from tedlab.strategy import TEDStrategy
+from tedlab.strategy.interleave import DeferredBackward
 from tedlab.topology import Topology
 
 
@@ -105,7 +106,7 @@ class SimulatedStrategy(TEDStrategy):
         super().setup_environment()  # meshes are real tensors
         self.topology.slots = _Unasked(self.topology.comm)
         self._modes.enter_context(unchecked())  # fake tensors have no values
-        self._modes.enter_context(FakeTensorMode())
+        self._fake = self._modes.enter_context(FakeTensorMode())
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
         # torch knows neither all shapes nor the FLOPs of grouped products.
         self._modes.enter_context(one_by_one(*((self._meter.one_kernel,) if self._gpu else ())))
@@ -150,6 +151,11 @@ class SimulatedStrategy(TEDStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.meter.forward_pass():
             return super().training_step(*args, **kwargs)
+
+    @override
+    def _run_beside(self, deferred: DeferredBackward) -> None:
+        with self._fake, self.meter:  # a thread has modes of its own
+            super()._run_beside(deferred)
 
     @override
     def post_backward(self, closure_loss: Any) -> None:
