@@ -131,7 +131,8 @@ def _table(kind: Any) -> str:
         comment = comments.get(field.name, Comment())
         text = " ".join((*comment.above, comment.beside)).strip()
         annotation = getattr(hints[field.name], "__name__", None) if isinstance(hints[field.name], type) else None
-        cells = (f"`{field.name}`", f"`{annotation or hints[field.name]}`", _default(field))
+        written = str(annotation or hints[field.name]).replace("typing.", "")
+        cells = (f"`{field.name}`", f"`{written}`", _default(field))
         rows.append("| " + " | ".join((*cells, text.replace("|", "\\|"))) + " |")
     return "\n".join(rows) + "\n"
 

@@ -23,7 +23,7 @@ import tedlab
 from tedlab import config as config_module
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
-from tedlab.cli import CONF, check_overrides, check_run_directory, renamed, with_plan, with_sources
+from tedlab.cli import CONF, check_overrides, check_run_directory, options_first, renamed, with_plan, with_sources
 from tedlab.commands import checkpoint
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.completion import _OTHERS, script
@@ -173,6 +173,39 @@ def test_a_value_that_the_chosen_preset_does_not_have_is_refused() -> None:
         check_overrides(["optim=adamw", "optim.optimizer.momentum=0.9"])
     with pytest.raises(UsageError, match="wandb"):
         check_overrides(["logger=none", "logger.wandb.mode=online"])
+
+
+SWEPT = {
+    "optim.lr=abc,0.1": "optim.lr: Value 'abc'",
+    "moe.top_k=choice(1,x)": "moe.top_k: Value 'x'",
+    "moe.num_experts=4,8.5": "moe.num_experts: Value '8.5'",
+    "comm.dtd=yes,maybe": "comm.dtd: Value 'maybe'",
+    "model.layers=range(1,3,0.5)": "model.layers: Value '1.0'",
+    "optim.lr=interval(0.1,1)": "needs a search that draws from the interval, such as hparams_search=optuna",
+    "model.layers=glob(*)": "glob finds options of a group, and model.layers is none",
+    "parallel=glob(x*)": "fits no option of parallel: dp2, dp4",
+}
+
+
+def test_each_value_of_a_sweep_must_be_of_its_type() -> None:
+    for override, message in SWEPT.items():
+        with pytest.raises(UsageError, match=re.escape(message)) as caught:
+            check_overrides(["seed=1,2", override])
+        assert "\n" not in str(caught.value)
+    check_overrides(
+        ["optim.lr=1e-4,1", "seed=range(0,3)", "moe.lend.policy=none,llep", "parallel=glob(tp*)", "logger=none"]
+    )
+
+
+def test_several_values_without_a_sweep_are_told_what_they_need() -> None:
+    with pytest.raises(UsageError, match=r"optim.lr=1e-3,3e-3 has several values: -m makes a sweep of them"):
+        check_overrides(["optim.lr=1e-3,3e-3"], multirun=False)
+    check_overrides(["experiment=layouts", "seed=1,2"], multirun=False)  # it asks for a sweep itself
+
+
+def test_options_may_stand_among_overrides() -> None:
+    typed = ["seed=1,2", "-m", "~logger", "--config-dir", "mine", "optim.lr=1"]
+    assert options_first(typed) == ["-m", "--config-dir", "mine", "seed=1,2", "~logger", "optim.lr=1"]
 
 
 @pytest.mark.parametrize("override", ["+model.hiden=3", "++model.hiden=3", "+sed=1"])

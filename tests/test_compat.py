@@ -678,7 +678,7 @@ def test_a_wandb_logger_has_not_started_and_has_an_argument_too_many(tmp_path: P
 
 
 def test_hydras_parser_tells_flags_from_overrides() -> None:
-    found = hydra.arguments_parser().parse_args(["--cfg", "job", "a=1", "--multirun"])
+    found = hydra.arguments_parser(pytest.fail).parse_args(["--cfg", "job", "a=1", "--multirun"])
     assert (found.cfg, found.overrides, found.multirun) == ("job", ["a=1"], True)
     assert {"config_dir", "config_path", "config_name", "help", "hydra_help", "info"} <= set(vars(found))
 

@@ -3,11 +3,17 @@
 import io
 import re
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from tedlab import progress
+from tedlab import Topology, progress
+from tedlab.checkpoint import load_weights, save
+from tedlab.config import ModelConfig, MoEConfig
+from tedlab.models import GPT
 from tedlab.progress import CommandProgress
 
 
@@ -69,3 +75,24 @@ def test_on_a_terminal_there_is_a_bar_as_wide_as_fits(
     assert bool(re.search(r"\x1b\[(38;5;|3[0-7]m|1;3)", text)) == colour
     lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
     assert max(map(len, lines)) <= width
+
+
+def test_reading_weights_and_drawing_them_tell_of_each_element(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, single: Topology
+) -> None:
+    told: dict[str, list[float]] = {}
+
+    @contextmanager
+    def counting(description: str, total: float, disable: bool = False) -> Iterator[Callable[[float], object]]:
+        told[description] = [total, 0.0]
+        yield lambda amount: told[description].__setitem__(1, told[description][1] + amount)
+
+    monkeypatch.setattr("tedlab.nn.sharded.advancing", counting)
+    monkeypatch.setattr("tedlab.checkpoint.directory.advancing", counting)
+    shape = ModelConfig(layers=2, hidden=16, heads=2, ffn=16, sequence_length=8, vocab_size=128)
+    model = GPT(shape, MoEConfig(num_experts=2), single, seed=0)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    assert told["initial weights"] == [elements, elements]
+    save({"model": model.state_dict()}, {"global_step": 0}, tmp_path / "last.ckpt")
+    load_weights(model, tmp_path / "last.ckpt")
+    assert told["loading"] == [elements, elements]

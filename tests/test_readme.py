@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,10 +14,11 @@ import pytest
 import yaml
 from hydra.core.hydra_config import HydraConfig
 
-from docs.commands import QUICK
+from docs.commands import QUICK, commands
 from tedlab.__main__ import COMMANDS
-from tedlab.cli import check_overrides
+from tedlab.cli import check_overrides, with_sources
 from tedlab.config import value_of
+from tedlab.validate import complete_simulated
 from tests.test_conf import compose
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,37 @@ def test_every_dependency_has_a_licence_in_the_list() -> None:
     needed = project["dependencies"] + [text for extra in project["optional-dependencies"].values() for text in extra]
     names = {re.match(r"[\w-]+", text)[0] for text in needed} - {"tedlab"}
     assert sorted(name for name in names if not re.search(rf"\b{name}\b", listed)) == []
+
+
+COMMANDED = [README, *sorted(ROOT.glob("docs/*.md")), *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param(
+            path, id=path.stem, marks=() if path == README or path.parent.name == "tutorials" else pytest.mark.slow
+        )
+        for path in COMMANDED
+        if re.search(r"^tedlab train", path.read_text(), re.MULTILINE)
+    ],
+)
+def test_every_training_command_of_a_document_is_a_valid_configuration(document: Path) -> None:
+    """Composed and checked as before a run; what a command reads, and parts that the document has just added, aside."""
+    for line in commands(document.read_text()):
+        program, *arguments = shlex.split(line, comments=True)
+        if program != "tedlab" or arguments[0] != "train" or any(word.startswith("+plan=") for word in arguments):
+            continue
+        overrides = with_sources([word for word in arguments[1:] if word != "-m" and not word.startswith(_READ)])
+        check_overrides(overrides)
+        config = compose(
+            *(word.split(",")[0] if re.fullmatch(r"[\w.]+=[\w.]+(,[\w.]+)+", word) else word for word in overrides)
+        )
+        HydraConfig.instance().cfg = None
+        complete_simulated(config)
+
+
+_READ = ("ckpt_path=", "weights=", "model.architecture=my_", "routing.replay=")
 
 
 @pytest.mark.slow

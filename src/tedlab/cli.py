@@ -14,8 +14,9 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
@@ -75,6 +76,11 @@ def with_sources(arguments: list[str]) -> list[str]:
     return words
 
 
+def options_first(arguments: list[str]) -> list[str]:
+    """Puts Hydra's options before overrides, in whatever order they are typed; argparse wants overrides together."""
+    return sorted(arguments, key=lambda word: not word.startswith("-") and ("=" in word or word.startswith("~")))
+
+
 def renamed(given: list[str]) -> list[str]:
     """Overrides by the names of now; a note says which had old ones."""
     words, notes = overrides(given)
@@ -112,13 +118,16 @@ def check_run_directory(overrides: list[str]) -> None:
             raise UsageError(f"{key}={value} cannot be made: {found}")
 
 
-def check_overrides(overrides: list[str], name: str = "train", folder: str | None = None) -> None:
+def check_overrides(
+    overrides: list[str], name: str = "train", folder: str | None = None, multirun: bool = True
+) -> None:
     """Refuses overrides of keys, groups or group options that do not exist, and says which come nearest.
 
     Args:
         overrides: of the command line.
         name: of the command's file in ``conf/``.
         folder: ``--config-dir``, with presets of the user's own.
+        multirun: whether a sweep is asked for; a preset may do so, too.
 
     Raises:
         UsageError: naming the first such override.
@@ -135,6 +144,8 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
     ):
         raise UsageError("hydra/launcher needs a package that is not installed: pip install 'tedlab[slurm]'")
     ours = [o for o in parsed if not (o.is_delete() or re.match(r"hydra\b", o.key_or_group))]
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"--config-dir={folder} is no folder")
     searched = [o.input_line or "" for o in parsed if o.key_or_group == "hydra.searchpath"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         try:
@@ -144,7 +155,7 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
         chosen = []
         for override in ours:
             if override.key_or_group in groups:
-                options = _values(override)
+                options = _values(override, groups[override.key_or_group])
                 for option in options:
                     where = f"{override.key_or_group}={option}"
                     _check_known(option, groups[override.key_or_group], where, "option", name)
@@ -158,6 +169,11 @@ def check_overrides(overrides: list[str], name: str = "train", folder: str | Non
                 return  # Hydra says what a file names that does not exist
             needs = f"{error.missing_cfg_file} needs a package that is not installed"
             raise UsageError(f"{needs}: pip install '{_EXTRAS[error.missing_cfg_file]}'") from None
+        swept = [override for override in ours if override.is_sweep_override()]
+        if swept:
+            of_hydra = [o.input_line or "" for o in parsed if o not in ours and o.key_or_group != "hydra.searchpath"]
+            everything = [*searched, *from_folder(folder), *of_hydra, *chosen]
+            _check_sweep(swept, hydra.compose(name, everything, return_hydra_config=True).hydra, multirun)
     for override in ours:
         if override.key_or_group not in groups:
             added = override.is_add() or override.is_force_add()
@@ -190,11 +206,31 @@ def presets(name: str, folder: str | None = None, searched: Sequence[str] = ()) 
     return {group: options(group) for group in sorted(choices) if not group.startswith("hydra")}
 
 
-def _values(override: Override) -> list[str]:
+def _values(override: Override, options: Sequence[str]) -> list[str]:
+    """The options of a group that an override chooses, of all that there are."""
+    value = override.value()
+    if isinstance(value, Glob):
+        found = value.filter([*options])
+        if not found:
+            raise UsageError(f"{override.input_line} fits no option of {override.key_or_group}: {', '.join(options)}")
+        return found
     if override.is_sweep_override():
         return [str(value) for value in override.sweep_string_iterator()]
-    value = override.value()
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
+
+
+def _check_sweep(swept: Sequence[Override], settings: DictConfig, multirun: bool) -> None:
+    """A sweep is asked for as such, and only a search draws from an interval: Hydra's own sweeper lists values."""
+    first = swept[0].input_line
+    if not multirun and settings.mode != RunMode.MULTIRUN:
+        raise UsageError(f"{first} has several values: -m makes a sweep of them; a list is written [1,2], a text 'a,b'")
+    if str(settings.sweeper.get("_target_")).endswith(".BasicSweeper"):
+        for override in swept:
+            if override.is_interval_sweep():
+                raise UsageError(
+                    f"{override.input_line} needs a search that draws from the interval, such as hparams_search=optuna "
+                    "(pip install 'tedlab[optuna]'); a sweep takes values: 1e-3,3e-3"
+                )
 
 
 def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, name: str) -> None:
@@ -215,15 +251,29 @@ def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, nam
 
 
 def _check_type(config: DictConfig, override: Override) -> None:
-    """The value must be of the field's type; what is known later is looked at then."""
-    if override.is_delete() or override.is_sweep_override():
-        return
+    """The value, or each of a sweep, must be of the field's type; what is known later is looked at then."""
     try:
-        OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        for value in () if override.is_delete() else _each(override):
+            OmegaConf.update(config, override.key_or_group, value, force_add=True)
     except ValidationError as error:
         raise UsageError(one_line(error)) from None
     except OmegaConfBaseException:
         return
+
+
+def _each(override: Override) -> list[Any]:
+    """The values that an override gives its key: one, those of a sweep, or the ends of an interval to search."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return [value.start, value.end]
+    if isinstance(value, Glob):
+        raise UsageError(f"{override.input_line}: glob finds options of a group, and {override.key_or_group} is none")
+    if not override.is_sweep_override():
+        return [value]
+    parser = OverridesParser.create()  # reads each as Hydra's sweeper will have it read
+    return [
+        parser.parse_override(f"{override.key_or_group}={text}").value() for text in override.sweep_string_iterator()
+    ]
 
 
 def _check_known(word: str, known: list[str], where: str, what: str, name: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from tedlab.compare.page import layout
+from tedlab.degrees import ParallelDegrees
 from tests.compare.sweep import compare_command, ledger, write_run, write_sweep
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -75,7 +77,7 @@ def test_the_report_leads_with_what_differs_and_what_it_saved(tmp_path: Path) ->
         "comm.cac=true 2 −28.6 … −28.2 % −4.2 … −3.9 % +2.0 % identical",
         "3 true true 3.12603 3.00127 8,000 ×1.00 226 ×0.88 28.0 ×0.67 408 ×1.02",
         "recompute all_to_all expert 6 8,388,608 4,194,304 1.000",
-        "world_size 4, tensor 2, expert 2, data 2, expert_data 1 841,600 446,464 python 3.11.7 torch 2.13.0",
+        "4 processes: tensor 2 × expert 2 × expert_data 1 (data 2) 841,600 446,464 python 3.11.7 torch 2.13.0",
         "Bytes that rank 0 puts on the wire",
     ):
         assert words in text, words
@@ -91,6 +93,15 @@ def test_what_else_runs_measured_is_shown_with_its_definition(tmp_path: Path) ->
     ]
     assert "Share of experts that got no token." in page
     assert "Share of choices that found no slot." not in page
+
+
+def test_a_layout_is_written_as_commands_print_it() -> None:
+    degrees = ParallelDegrees(8, tensor=2, expert=4, expert_tensor=1, order="expert_data")
+    assert layout(degrees.described()) == str(degrees)
+    assert layout({"world_size": 4, "tensor": 2, "later": "x"}) == str(ParallelDegrees(4, tensor=2))
+    assert layout({"world_size": 4, "tensor": 3}) == "world_size 4, tensor 3"
+    assert layout({"world_size": "<b>"}) == "world_size <b>"
+    assert layout({}) == ""
 
 
 def test_charts_lie_beside_the_report_and_fill_a_readme(tmp_path: Path) -> None:

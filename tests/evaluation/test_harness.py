@@ -16,7 +16,7 @@ import yaml
 
 from tedlab.commands import eval as command
 from tedlab.config import EvalConfig
-from tedlab.errors import UsageError
+from tedlab.errors import UsageError, WorkerFailed
 from tedlab.evaluation.evaluate import evaluate, given
 from tests.evaluation.tiny import CONTEXT, LETTERS, SEPARATOR, Follows, Tiny, ids, tiny, write_jsonl
 from tests.pool import WorkerPool
@@ -334,6 +334,34 @@ def test_a_task_that_cannot_be_run_is_told_before_anything_is_computed(
     assert why in str(caught.value)
     with pytest.raises(UsageError, match="task 'odd' cannot be run"):
         command.task(config(model, file, processes=2, tensor=2, **options))
+
+
+@pytest.mark.parametrize("layout", [{}, {"processes": 2, "tensor": 2}], ids=["alone", "tensor"])
+@pytest.mark.slow
+def test_a_task_that_fails_on_answers_is_told_in_a_sentence(
+    model: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str], layout: dict[str, int]
+) -> None:
+    """Its own code takes the answer of the rehearsal, which is right, and none of a model that has learnt nothing."""
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.py").write_text(
+        "def only_right(doc, results):\n    return {'acc': {'yes': 1}[results[0].strip()]}\n"
+    )
+    own = {
+        "output_type": "generate_until",
+        "doc_to_target": "yes",
+        "process_results": "!function own.only_right",
+        "generation_kwargs": {"until": [], "max_gen_toks": 4},
+    }
+    file = Path(task(tmp_path, "odd", QUESTIONS, **own))
+    file.write_text(file.read_text().replace("'!function own.only_right'", "!function own.only_right"))
+    given_ = config(model, f"{file}", tasks_execute_code=True, **layout)
+    with pytest.raises((UsageError, WorkerFailed), match=r"the lm-eval harness failed in odd: KeyError: ") as caught:
+        command.task(given_)
+    assert len(f"{caught.value}".splitlines()) == 1
+    assert "Traceback" not in capfd.readouterr().err
+    log = Path(given_.out or "") / "failure.log"
+    assert log.exists() == bool(layout)
+    assert not layout or ("KeyError" in log.read_text() and f"{log}" in f"{caught.value}")
 
 
 def test_a_task_without_examples_says_that_fewshot_does_not_apply(

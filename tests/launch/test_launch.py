@@ -85,6 +85,18 @@ def fail_while_others_communicate(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def meet_a_full_disk_while_others_communicate(config: TrainConfig) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    rank = _note(config)
+    dist.init_process_group("gloo")
+    if rank == 1:
+        raise OSError(28, "No space left on device")
+    dist.all_reduce(torch.ones(1))
+    return {}
+
+
 def be_killed_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
     if _note(config) == 1:
         time.sleep(1)
@@ -122,6 +134,7 @@ def test_every_process_runs_the_function_and_the_first_ones_result_comes_back(co
     [
         (fail_while_others_sleep, ["process 1 of 2", "ValueError: a message of rank one"]),
         (fail_while_others_communicate, ["ValueError: a message of rank one"]),
+        (meet_a_full_disk_while_others_communicate, ["No space left on device (process 1 of 2; its traceback: "]),
         (be_killed_while_others_sleep, ["process 1 of 2", "SIGKILL"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -140,6 +153,9 @@ def test_one_failure_ends_all_processes_and_is_told_once(
     for fragment in fragments:
         assert message.count(fragment) == 1, message
     assert message.count("Traceback (most recent call last)") <= 1
+    log = Path(config.output_dir, "failure.log")
+    assert log.exists() == ("its traceback" in message)
+    assert not log.exists() or (str(log) in message and "line" not in message and "raise OSError" in log.read_text())
     shown = "".join(capfd.readouterr())
     assert "Traceback" not in shown, shown  # Hydra prints the message; nobody else may
     pids = {int(path.read_text()) for path in Path(config.output_dir).glob("*.pid")}

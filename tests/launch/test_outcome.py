@@ -88,6 +88,8 @@ def test_a_run_that_logged_nothing_leaves_that(tmp_path: Path) -> None:
     [
         (WorkerFailed("process 1 of 4 failed; all were ended.\n\nTraceback\n  line\nValueError: bad\n"), "failed",
          "process 1 of 4 failed; all were ended. ValueError: bad"),
+        (WorkerFailed("W&B: no key (process 0 of 4; its traceback: failure.log)"), "failed",
+         "W&B: no key (process 0 of 4; its traceback: failure.log)"),
         (SystemExit(128 + signal.SIGINT), "interrupted", "SIGINT"),
         (SystemExit(128 + signal.SIGHUP), "interrupted", "SIGHUP"),
     ],

@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal import utils as hydra_utils
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -12,9 +12,15 @@ from omegaconf import OmegaConf
 from omegaconf import _utils as omegaconf_utils
 
 
-def arguments_parser() -> ArgumentParser:
-    """Hydra's own for ``--cfg``, ``--multirun`` and the others, to look at a command line before Hydra acts on it."""
-    return hydra_utils.get_args_parser()
+def arguments_parser(refuse: Callable[[str], NoReturn]) -> ArgumentParser:
+    """Hydra's own for ``--cfg``, ``--multirun`` and the others, to look at a command line before Hydra acts on it.
+
+    Args:
+        refuse: Takes what is wrong with a command line; argparse's own prints all options and exits with 2.
+    """
+    parser = hydra_utils.get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    return parser
 
 
 def group_options(loader: ConfigLoader, name: str, overrides: Sequence[str]) -> Callable[[str, ObjectType], list[str]]:

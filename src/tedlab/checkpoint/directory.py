@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from tedlab._compat.torch import flatten_state_dict
 from tedlab.checkpoint import durable, values
@@ -144,10 +145,13 @@ def read(tensors: dict[str, Any], path: Path) -> None:
     Raises:
         ValueError: If a file turns out to be damaged, as it may where there was no checksum to verify.
     """
-    with warnings.catch_warnings():
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    here = (tensor for tensor in flatten_state_dict(tensors)[0].values() if isinstance(tensor, Tensor))
+    total = sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in here)
+    with warnings.catch_warnings(), advancing("loading", total, disable=not first) as advance:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is intended
         try:
-            dcp.load(tensors, storage_reader=Reader(_present(path)), planner=Planner())
+            dcp.load(tensors, storage_reader=Reader(_present(path)), planner=Planner(advance))
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise ValueError(f"{path} is damaged: {type(cause).__name__}: {str(cause).splitlines()[0]}") from None

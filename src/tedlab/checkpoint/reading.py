@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, metadata
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
@@ -21,6 +22,7 @@ from tedlab._compat.python import PythonUnpickler
 from tedlab._compat.torch import CHECKPOINT_CLASSES, StorageInfo, layout_by_name, set_element
 from tedlab.checkpoint import values
 from tedlab.checkpoint.manifest import is_file_name
+from tedlab.progress import Advance
 from tedlab.untrusted import one_line
 
 METADATA = ".metadata"
@@ -40,7 +42,19 @@ class Reader(FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Reads entries that are not tensors with :mod:`tedlab.checkpoint.values`."""
+    """Reads entries that are not tensors with :mod:`tedlab.checkpoint.values`.
+
+    Args:
+        advance: Takes how many more elements of tensors have been read.
+    """
+
+    def __init__(self, advance: Advance) -> None:
+        super().__init__()
+        self.advance = advance
+
+    @override
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self.advance(tensor.numel())
 
     @override
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:

@@ -1,16 +1,27 @@
 """Builds a command from a file in ``conf/``, a dataclass that types it, and a task that takes the composed result."""
 
 import sys
+from argparse import Namespace
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab.cli import CONF, check_overrides, check_run_directory, rename_in_files, renamed, with_plan, with_sources
+from tedlab.cli import (
+    CONF,
+    check_overrides,
+    check_run_directory,
+    options_first,
+    rename_in_files,
+    renamed,
+    with_plan,
+    with_sources,
+)
 from tedlab.commands.help import help_text
 from tedlab.config import TrainConfig
 from tedlab.errors import UsageError
@@ -18,6 +29,7 @@ from tedlab.launch.launcher import leave_if_started_outside
 from tedlab.launch.outside import first_outside
 from tedlab.launch.sweep import SweepFailures
 from tedlab.ranges import check_ranges
+from tedlab.untrusted import one_line
 
 C = TypeVar("C")
 
@@ -43,25 +55,31 @@ def hydra_entry(
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def entry(config: DictConfig) -> float | None:
         with failures.told():
-            missing = sorted(OmegaConf.missing_keys(config))
-            if missing:
-                raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
             try:
+                missing = sorted(OmegaConf.missing_keys(config))
+                if missing:
+                    raise UsageError(f"{missing[0]} has no value yet: give it one with {missing[0]}=…")
                 typed = OmegaConf.to_object(config)
                 check_ranges(typed)  # before a command uses any number
+            except OmegaConfBaseException as error:
+                raise UsageError(one_line(error)) from None
             except ValueError as error:
                 raise UsageError(f"{error}") from None
             if isinstance(typed, TrainConfig) and typed.weights is not None:
                 typed = _from_weights(typed)
             return task(cast(C, typed))
 
+    def refuse(message: str) -> NoReturn:
+        raise UsageError(f"{message}; `tedlab {name} --help` shows what it takes")
+
     def main() -> None:
         try:
-            sys.argv[1:] = prepare(with_sources(with_plan(renamed(sys.argv[1:]))))
-            arguments = arguments_parser().parse_args()
+            sys.argv[1:] = prepare(with_sources(with_plan(renamed(options_first(sys.argv[1:])))))
+            arguments = arguments_parser(refuse).parse_args()
+            _check_modes(arguments)
             if arguments.config_path is None:
                 file = arguments.config_name or name
-                check_overrides(arguments.overrides, file, arguments.config_dir)
+                check_overrides(arguments.overrides, file, arguments.config_dir, arguments.multirun)
                 if arguments.help:
                     print(help_text(file, arguments.overrides, arguments.config_dir))
                     return
@@ -76,6 +94,16 @@ def hydra_entry(
         leave_if_started_outside()
 
     return main
+
+
+def _check_modes(arguments: Namespace) -> None:
+    """Refuses what Hydra can only do one of at a time."""
+    modes = ("run", "multirun", "cfg", "info", "shell_completion")
+    given = [f"--{mode}".replace("_", "-") for mode in modes if getattr(arguments, mode)]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} exclude each other: give one of them")
+    if arguments.resolve and not arguments.cfg:
+        raise UsageError("--resolve belongs to --cfg")
 
 
 def _from_weights(config: TrainConfig) -> TrainConfig:

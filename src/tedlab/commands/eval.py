@@ -40,7 +40,7 @@ def prepare(arguments: list[str]) -> list[str]:
 
 def task(config: EvalConfig) -> None:
     """Evaluates, in one process or in as many as the layout has."""
-    from tedlab.evaluation.evaluate import evaluate, given
+    from tedlab.evaluation.evaluate import evaluate, given, in_layout
     from tedlab.launch import outside
     from tedlab.launch.launcher import launch
 
@@ -49,8 +49,8 @@ def task(config: EvalConfig) -> None:
             evaluate(config)
         else:
             outside.check(config.processes)
-            given(config)  # says what is wrong before any process starts
-            launch(evaluate, config, config.processes)
+            found = given(config)  # says what is wrong before any process starts
+            launch(in_layout, config, config.processes, log_in=found.folder)
     except (OSError, ValueError) as error:
         raise UsageError(f"{error}") from None
 

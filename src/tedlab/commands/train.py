@@ -95,7 +95,7 @@ def leave_summary(config: TrainConfig, error: BaseException) -> None:
         return  # this run had finished, or an earlier one here that this run has not touched
     if isinstance(error, WorkerFailed):
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        outcome = Outcome(FAILED, f"{lines[0]} {lines[-1]}")
+        outcome = Outcome(FAILED, " ".join(dict.fromkeys([lines[0], lines[-1]])))
     else:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 128
         outcome = Outcome(INTERRUPTED, signal.Signals(code - 128).name if code > 128 else "it was ended")

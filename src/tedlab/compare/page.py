@@ -1,9 +1,11 @@
 """Writes a comparison as one self-contained HTML file: no scripts, no other files, no network."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -12,6 +14,7 @@ from tedlab.compare.charts import Chart, charts
 from tedlab.compare.comparison import Comparison
 from tedlab.compare.quantities import FURTHER, RESULTS, evaluated
 from tedlab.compare.traffic import traffic
+from tedlab.degrees import ParallelDegrees
 
 
 def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
@@ -19,6 +22,7 @@ def page(comparison: Comparison, drawn: Sequence[Chart]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["exact"] = exact
+    environment.filters["layout"] = layout
     template = environment.from_string((files("tedlab.compare") / "page.html").read_text())
     results, more = sheets.results(comparison), sheets.further(comparison)
     evaluations = sheets.evaluations(comparison)
@@ -53,6 +57,15 @@ def write(comparison: Comparison, out: Path) -> Path:
         (folder / f"{chart.name}.png").write_bytes(chart.light)
     out.write_text(page(comparison, drawn), encoding="utf-8")
     return out
+
+
+def layout(stored: Mapping[str, Any]) -> str:
+    """Formats the layout in a summary as commands print it; one that is none of ours by its names and values."""
+    ours = {field.name: stored[field.name] for field in fields(ParallelDegrees) if field.name in stored}
+    try:
+        return str(ParallelDegrees(**ours))
+    except (TypeError, ValueError, ArithmeticError):
+        return ", ".join(f"{name} {size}" for name, size in stored.items())
 
 
 def exact(value: float) -> str:

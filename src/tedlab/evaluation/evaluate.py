@@ -12,6 +12,7 @@ from tedlab.checkpoint import read_meta
 from tedlab.compare.runs import EVALUATIONS
 from tedlab.config import Documents, EvalConfig, EvalPrecision
 from tedlab.console import output
+from tedlab.errors import UsageError
 from tedlab.evaluation import results
 from tedlab.evaluation.names import check_names
 from tedlab.evaluation.scoring import scores
@@ -169,6 +170,18 @@ def evaluate(config: EvalConfig) -> dict[str, float]:
         if found.logger is not None:
             add_to_run(found.directory, found.logger, {**metrics, EVALUATIONS: settings})
     return metrics
+
+
+def in_layout(config: EvalConfig) -> dict[str, float]:
+    """Evaluates in one of several processes; what a file or value is not as it should be is an error for users.
+
+    Raises:
+        UsageError: What :func:`evaluate` raises.
+    """
+    try:
+        return evaluate(config)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{error}") from error
 
 
 def evaluate_sets(model: GPT, found: Given, config: EvalConfig) -> dict[str, SetResult]:

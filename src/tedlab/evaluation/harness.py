@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from tedlab.data.tokenizers import Tokenizer
 from tedlab.decode import continuations
+from tedlab.errors import UsageError
 from tedlab.evaluation.scoring import Score, scores
 from tedlab.evaluation.windows import Window, windows
 from tedlab.generate import Continued
@@ -357,8 +358,15 @@ def run_tasks(lent: LentModel, loaded: Loaded, fewshot: int | None, limit: int |
         loaded: The result of :func:`load_tasks`.
         fewshot: How many examples stand before each document; None: as each task says.
         limit: How many documents of each task to take, its first; None: all.
+
+    Raises:
+        UsageError: If a task fails on what the model writes, or its own code does; the message says why.
     """
-    found = _evaluated(lent, loaded, fewshot, limit, bootstrap_iters=1000)
+    try:
+        found = _evaluated(lent, loaded, fewshot, limit, bootstrap_iters=1000)
+    except Exception as error:
+        of = ", ".join(loaded.names)
+        raise UsageError(f"the lm-eval harness failed in {of}: {type(error).__name__}: {_why(error)}") from error
     if found is None:
         return {}
     # A group that aggregates nothing has no documents.

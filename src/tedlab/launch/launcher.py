@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
 _LEAVE_S = 20  # from the end of the first process's work to that of the others
+LOG = "failure.log"  # the traceback of a failure that is shown as a sentence
 _DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
 _WORKER = ".worker"  # a file in that folder for each that is at work
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
@@ -60,7 +60,9 @@ def leave_if_started_outside() -> None:
         os._exit(0)
 
 
-def launch(run: Task, config: Job, processes: int, lock: Lock | None = None) -> dict[str, Any]:
+def launch(
+    run: Task, config: Job, processes: int, lock: Lock | None = None, log_in: Path | None = None
+) -> dict[str, Any]:
     """Calls ``run(config)`` in ``processes`` new processes of this machine and returns what the first one returned.
 
     Args:
@@ -68,6 +70,7 @@ def launch(run: Task, config: Job, processes: int, lock: Lock | None = None) -> 
         config: handed to every process.
         processes: how many, one included. If they exist already, ``run`` is called right here.
         lock: held by every process while it lives.
+        log_in: the folder for :data:`LOG`; None: where the job's files go.
 
     Raises:
         WrongEnvironment: if the environment looks as if they existed already, and they do not.
@@ -112,7 +115,10 @@ def launch(run: Task, config: Job, processes: int, lock: Lock | None = None) -> 
         try:
             return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
         except ChildFailedError as error:
-            rank, cause = _first_failure(error, folder)
+            rank, cause, trace = _first_failure(error, folder)
+            if trace is not None:
+                kept = _kept(trace, log_in or Path(config.output_dir))
+                raise WorkerFailed(f"{cause} (process {rank} of {processes}; {kept})") from None
             raise WorkerFailed(f"process {rank} of {processes} failed; all were ended.\n\n{cause}") from None
         except SignalException as error:  # derives from Exception: Hydra would go on with the next job of a sweep
             print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
@@ -135,8 +141,8 @@ def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lo
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         result = run(config)
-    except BaseException:
-        failures.record(traceback.format_exc())
+    except BaseException as error:
+        failures.record_error(error)
         raise
     Path(folder, f"{os.getpid()}{_WORKER}").unlink()  # it only waits for the launcher to take its result
     if os.environ["RANK"] == "0":
@@ -144,18 +150,30 @@ def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lo
     return result
 
 
-def _first_failure(error: "ChildFailedError", folder: Path) -> tuple[int, str]:
-    """The process that failed of itself, and why; the others lost their peer or were ended by the launcher."""
+def _first_failure(error: "ChildFailedError", folder: Path) -> tuple[int, str, str | None]:
+    """The process that failed of itself, why, and the traceback if that is not why.
+
+    The others lost their peer or were ended by the launcher.
+    """
     for rank, failure in error.failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             if (folder / _DONE).exists():
-                return rank, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
-            return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback."
+                return rank, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete.", None
+            return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback.", None
     causes = failures.recorded(folder)
     if causes:
-        return failures.rank_of(causes[0]), causes[0].read_text()
+        return failures.rank_of(causes[0]), causes[0].read_text(), failures.trace_of(causes[0])
     rank, failure = error.get_first_failure()
-    return rank, f"It ended with exit code {failure.exitcode} and left no traceback."
+    return rank, f"It ended with exit code {failure.exitcode} and left no traceback.", None
+
+
+def _kept(trace: str, folder: Path) -> str:
+    """Writes a traceback into a folder if it can be, and says where it is to be found."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOG).write_text(trace)
+        return f"its traceback: {folder / LOG}"
+    return f"{failures.FULL}=1 shows its traceback"
 
 
 def _where_to_resume(config: Job) -> str:

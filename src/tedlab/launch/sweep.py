@@ -10,6 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
+from tedlab.launch.failures import FULL, sentence
+
 _LINE = 300  # the most characters of a failure in the closing list
 
 
@@ -24,7 +26,7 @@ class SweepFailures:
         """Runs one job and reports its failure.
 
         Outside of a sweep, an error with a message for the user is that message and exit code 1, without the lines that
-        Hydra puts around it, unless ``HYDRA_FULL_ERROR`` is set.
+        Hydra puts around it, unless ``HYDRA_FULL_ERROR`` is set. Errors that are not tedlab's say so.
 
         Raises:
             CompactHydraException: In a sweep. Replaces the job's exception, or its exit with a message or code 1. It
@@ -33,10 +35,12 @@ class SweepFailures:
         if HydraConfig.get().mode != RunMode.MULTIRUN:
             try:
                 yield
-            except CompactHydraException as error:
-                if os.environ.get("HYDRA_FULL_ERROR"):
+            except Exception as error:
+                said = sentence(error)
+                if said is None or os.environ.get(FULL):
                     raise
-                print(error, file=sys.stderr, flush=True)
+                ours = isinstance(error, CompactHydraException)
+                print(said if ours else f"{said} ({FULL}=1 shows its traceback)", file=sys.stderr, flush=True)
                 sys.exit(1)
             return
         try:
@@ -60,8 +64,9 @@ class SweepFailures:
 
 
 def _text(error: BaseException) -> str:
-    if isinstance(error, CompactHydraException):
-        return str(error)
+    said = sentence(error)
+    if said is not None:
+        return said
     if isinstance(error, SystemExit):
         return str(error.code) if isinstance(error.code, str) else f"It ended with exit code {error.code}."
     return "".join(traceback.format_exception(error))

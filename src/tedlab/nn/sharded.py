@@ -13,11 +13,13 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from tedlab._compat.torch import local_tensor, spec_of
+from tedlab.progress import Advance, advancing
 from tedlab.spec import Fused, Init, ParameterSpec, Spec, decayed_by_name
 from tedlab.topology import Topology
 
@@ -179,19 +181,24 @@ def initialize(root: nn.Module, seed: int, factors: Mapping[str, float] = Mappin
         seed: The seed.
         factors: Factors on the standard deviations of initial values, by parameters' names; 1 where there is none.
     """
-    for prefix, module in root.named_modules():
-        if isinstance(module, ShardedModule):
-            for name, spec in module.specs.items():
-                parameter = module.get_parameter(name).detach()
-                assert isinstance(parameter, DTensor)
-                std = spec.init.std * factors.get(f"{prefix}.{name}", 1.0)
-                _fill(parameter, replace(spec.init, std=std), f"{seed}/{prefix}.{name}")
+    named = root.named_modules()
+    layers = [(prefix, module) for prefix, module in named if isinstance(module, ShardedModule)]
+    every = [(f"{prefix}.{name}", layer, name) for prefix, layer in layers for name in layer.specs]
+    shards = [layer.get_parameter(name).detach() for _, layer, name in every]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    total = sum(shard.to_local().numel() for shard in shards if isinstance(shard, DTensor))
+    with advancing("initial weights", total, disable=not first) as advance:
+        for (key, layer, name), shard in zip(every, shards, strict=True):
+            assert isinstance(shard, DTensor)
+            init = layer.specs[name].init
+            _fill(shard, replace(init, std=init.std * factors.get(key, 1.0)), f"{seed}/{key}", advance)
 
 
-def _fill(parameter: DTensor, init: Init, key: str) -> None:
+def _fill(parameter: DTensor, init: Init, key: str, advance: Advance) -> None:
     local = parameter.to_local()
     if init.std == 0.0:
         local.fill_(init.mean)
+        advance(local.numel())
         return
     starts = [0] * parameter.dim()
     for axis, placement in enumerate(parameter.placements):
@@ -200,12 +207,14 @@ def _fill(parameter: DTensor, init: Init, key: str) -> None:
             starts[placement.dim] = index * local.shape[placement.dim]
     if parameter.dim() == 3:
         for i, matrix in enumerate(local):
-            _fill_matrix(matrix, parameter.shape[1:], starts[1:], init, f"{key}[{starts[0] + i}]")
+            _fill_matrix(matrix, parameter.shape[1:], starts[1:], init, f"{key}[{starts[0] + i}]", advance)
     else:
-        _fill_matrix(local, parameter.shape, starts, init, key)
+        _fill_matrix(local, parameter.shape, starts, init, key, advance)
 
 
-def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], init: Init, key: str) -> None:
+def _fill_matrix(
+    local: Tensor, shape: Sequence[int], starts: Sequence[int], init: Init, key: str, advance: Advance
+) -> None:
     """Draws the rows of a matrix block by block, each block from its own seed, and keeps those of this shard."""
     rows, columns = shape
     first, last = starts[0], starts[0] + local.shape[0]
@@ -218,6 +227,7 @@ def _fill_matrix(local: Tensor, shape: Sequence[int], starts: Sequence[int], ini
         kept = values[max(first - top, 0) : last - top, starts[1] : starts[1] + local.shape[1]]
         start = max(top - first, 0)
         local[start : start + kept.shape[0]] = kept * init.std + init.mean
+        advance(kept.numel())
 
 
 def seed_of(key: str) -> int:

@@ -18,7 +18,8 @@ def accumulation(config: TrainConfig, degrees: ParallelDegrees) -> int:
         )
         raise ValueError(
             f"data.batch_size ({batch}) is not a multiple of data.micro_batch_size × data ranks = "
-            f"{micro}×{degrees.data}. With this batch and {degrees.data} data ranks the micro-batch can be {fitting}"
+            f"{micro}×{degrees.data}. With this batch, and {degrees.data} data ranks, data.micro_batch_size can be "
+            f"{fitting}"
         )
     accumulate = batch // (micro * degrees.data)
     given = config.trainer.get("accumulate_grad_batches")

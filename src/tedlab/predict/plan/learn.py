@@ -24,6 +24,7 @@ from tedlab.predict.estimate import estimate
 from tedlab.predict.estimate.step import COMPUTE, OPTIMIZER
 from tedlab.predict.sim.meter import KERNELS, MATRICES
 from tedlab.predict.spread import Spread, spread_of, spread_on
+from tedlab.progress import Advance
 from tedlab.renamed import nested
 from tedlab.tables import FittingTable
 from tedlab.untrusted import flat, one_line, read_yaml, typed
@@ -95,19 +96,31 @@ class Learned:
         )
 
 
-def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
+def learn(cluster: ClusterConfig, paths: Sequence[str], advance: Advance = lambda share: None) -> Learned:
     """Corrects a cluster by the runs in directories of runs or sweeps.
+
+    Args:
+        cluster: The cluster.
+        paths: The directories.
+        advance: Takes the share of the predictions that each one is, if all rounds of corrections are needed.
 
     Raises:
         UsageError: If a path has no run, or none was measured and can be estimated; the message says why.
     """
     runs, notes = read_runs([Path(path) for path in paths], stopped=True)
     known: list[tuple[Run, float, TrainConfig, tuple[float, float, float]]] = []
+    each = 1 / (1 + _ROUNDS) / max(1, len(runs))
+
+    def predicted_of(config: TrainConfig, cluster: ClusterConfig) -> tuple[float, float, float]:
+        parts = _parts(config, cluster)
+        advance(each)
+        return parts
+
     for run in runs:
         try:
             seconds = _measured(run)
             config = _config(run, cluster)
-            parts = _parts(config, cluster)
+            parts = predicted_of(config, cluster)
         except _TELLING as error:
             notes.append(f"{run.source} is left out: {one_line(error)}")
         except _DAMAGED as error:
@@ -125,12 +138,13 @@ def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
         before, alone = factors, now[:, :2] / factors
         factors = factors_of(alone, measured, now[:, 2])
         slower = Slower(*(float(f) * old for f, old in zip(factors, asdict(cluster.slower).values(), strict=True)))
-        now = np.array([_parts(config, replace(cluster, slower=slower)) for _, _, config, _ in known])
+        corrected = replace(cluster, slower=slower)
+        now = np.array([predicted_of(config, corrected) for _, _, config, _ in known])
         if np.allclose(factors, before, rtol=_SETTLED):
             break
     seen = [
-        Seen(run.name, seconds, float(parts.sum()), float(corrected.sum()))
-        for (run, seconds, _, _), parts, corrected in zip(known, predicted, now, strict=True)
+        Seen(run.name, seconds, float(parts.sum()), float(better.sum()))
+        for (run, seconds, _, _), parts, better in zip(known, predicted, now, strict=True)
     ]
     for one, held_up in zip(seen, now[:, 2], strict=True):
         if held_up >= one.measured:
@@ -144,7 +158,7 @@ def learn(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
             "for something else that runs differ in; measure runs that communicate more, and less, than these"
         )
     spread = spread_of(left_out(alone, measured, now[:, 2])) if len(seen) >= _ENOUGH else cluster.spread
-    return Learned(replace(cluster, slower=slower, spread=spread), seen, notes)
+    return Learned(replace(corrected, spread=spread), seen, notes)
 
 
 def factors_of(parts: np.ndarray, measured: np.ndarray, fixed: np.ndarray | float = 0.0) -> np.ndarray:

@@ -19,7 +19,7 @@ from tedlab.predict.plan.plan import Plan, largest_models, make_plan, overrides,
 from tedlab.predict.plan.search import CHOSEN, ORDER, Candidate
 from tedlab.predict.sim.routing import routing_of
 from tedlab.predict.spread import Spread, spread_on
-from tedlab.progress import CommandProgress
+from tedlab.progress import CommandProgress, advancing
 from tedlab.tables import FittingTable
 from tedlab.untrusted import flat
 from tedlab.validate import complete_simulated
@@ -98,7 +98,8 @@ def plan_visibly(
 
 def learn_visibly(cluster: ClusterConfig, paths: Sequence[str]) -> Learned:
     """Runs :func:`learn`, prints the result and returns it."""
-    learned = learn(cluster, paths)
+    with advancing("learning", 1.0) as advance:
+        learned = learn(cluster, paths, advance)
     console = output()
     console.print(learned.table())
     console.print(learned.verdict())
