@@ -96,7 +96,9 @@ def test_a_fused_kernel_reads_once_and_writes_what_is_still_there() -> None:
     shifted = doubled + 1
     fusion.takes([doubled], [shifted])
     del doubled
-    kernel = fusion.ends()
-    assert kernel is not None
+    ended = fusion.ends()
+    assert ended is not None
+    kernel, left = ended
     assert kernel.bytes == x.nbytes + shifted.nbytes
+    assert [storage.nbytes() for storage in left] == [shifted.nbytes]  # nothing else is ever allocated
     assert fusion.ends() is None

@@ -49,7 +49,12 @@ class PreciseBuffers(nn.Module):
 
 def storage_address(tensor: Tensor) -> int:
     """What tells storages apart that have no memory: fake ones all have the data pointer 0."""
-    address: int = tensor.untyped_storage()._cdata
+    return address_of(tensor.untyped_storage())
+
+
+def address_of(storage: torch.UntypedStorage) -> int:
+    """As :func:`storage_address`, of a storage."""
+    address: int = storage._cdata
     return address
 
 

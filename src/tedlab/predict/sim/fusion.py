@@ -47,14 +47,31 @@ class Fusion:
         """Tells whether what is at an address is of this kernel: where something has ended, others may begin."""
         return address in self._made and self._made[address]() is not None
 
-    def ends(self) -> Work | None:
-        """Returns the kernel, if there is one, and begins another."""
+    def ends(self) -> tuple[Work, list[torch.UntypedStorage]] | None:
+        """Returns the kernel, if there is one, with what it leaves, and begins another."""
         read, made = self._read, self._made
         self._read, self._made = {}, {}
         kept = [storage for reference in made.values() if (storage := reference()) is not None]
         if not kept:
             return None
-        return Work(0.0, sum(read.values()) + sum(s.nbytes() for s in kept), self._dtype, "arithmetic")
+        return Work(0.0, sum(read.values()) + sum(s.nbytes() for s in kept), self._dtype, "arithmetic"), kept
+
+
+def compiled(switch: Callable[[bool], None], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Stands in for the function that compiles what has no backward pass, see :func:`tedlab.nn.loss.compiling_loss`.
+
+    Args:
+        switch: Called with whether what follows is compiled.
+        run: What is compiled.
+    """
+
+    def between(*arguments: Any) -> Any:
+        switch(True)
+        results = run(*arguments)
+        switch(False)
+        return results
+
+    return between
 
 
 class CompiledBlock:

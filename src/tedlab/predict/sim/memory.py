@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from tedlab._compat.torch import storage_address
+from tedlab._compat.torch import address_of, storage_address
 
 Category = Literal["parameters", "optimizer", "gradients", "stash", "activations", "temporaries"]
 CATEGORIES: tuple[Category, ...] = ("parameters", "optimizer", "gradients", "stash", "activations", "temporaries")
@@ -63,15 +64,18 @@ class StorageTracker:
     def see(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Records the storages of tensors that are new."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            address = storage_address(tensor)
-            if address in self._alive or not storage.nbytes():
-                continue
-            number = len(self._sizes)
-            self._sizes.append(storage.nbytes())
-            self._categories.append(category)
-            self._alive[address] = number, weakref.ref(storage, functools.partial(self._end, address))
-            self._change(number, 1)
+            self.see_storage(tensor.untyped_storage(), category)
+
+    def see_storage(self, storage: torch.UntypedStorage, category: Category) -> None:
+        """Records a storage if it is new."""
+        address = address_of(storage)
+        if address in self._alive or not storage.nbytes():
+            return
+        number = len(self._sizes)
+        self._sizes.append(storage.nbytes())
+        self._categories.append(category)
+        self._alive[address] = number, weakref.ref(storage, functools.partial(self._end, address))
+        self._change(number, 1)
 
     def label(self, tensors: Iterable[Tensor], category: Category) -> None:
         """Sets the category of the tensors' storages."""

@@ -136,12 +136,16 @@ class Meter(TorchDispatchMode):
         work = work_of(func, args, kwargs, out)
         if work is not None and self.fusion.on and work.kind in ("arithmetic", "movement"):
             self.fusion.takes(tensors_in(args), tensors_in((out,)))
-        elif work is not None:
+            return  # a kernel allocates only what it leaves
+        if work is not None:
             self.end_kernel()
             self._do(counts, phase, work)
-        category: Category = "activations" if phase in ("forward", "recompute") else "temporaries"
         results = out if isinstance(out, list | tuple) else (out,)
-        self.memory.see((result for result in results if isinstance(result, Tensor)), category)
+        self.memory.see((result for result in results if isinstance(result, Tensor)), self._category)
+
+    @property
+    def _category(self) -> Category:
+        return "activations" if self.phase in ("forward", "recompute") else "temporaries"
 
     @contextmanager
     def one_kernel(self) -> Iterator[None]:
@@ -214,8 +218,11 @@ class Meter(TorchDispatchMode):
 
     def end_kernel(self) -> None:
         """Counts the compiled kernel under way, if there is one."""
-        if self.counts is not None and (work := self.fusion.ends()) is not None:
+        if self.counts is not None and (kernel := self.fusion.ends()) is not None:
+            work, left = kernel
             self._do(self.counts, self.phase, work)
+            for storage in left:
+                self.memory.see_storage(storage, self._category)
 
     def on_norm(self, operands: Sequence[Tensor], result: Tensor | None) -> None:
         """Counts a norm's kernel; a compiler joins it with others, unless it only sums over tokens."""

@@ -17,8 +17,9 @@ from tedlab.models.wrap import compiling
 from tedlab.moe.grouped import one_by_one
 from tedlab.moe.products import standing_in
 from tedlab.nn.ids import unchecked
+from tedlab.nn.loss import compiling_loss
 from tedlab.nn.norm import gpu_norms
-from tedlab.predict.sim.fusion import CompiledBlock
+from tedlab.predict.sim.fusion import CompiledBlock, compiled
 from tedlab.predict.sim.meter import Meter
 from tedlab.predict.sim.norm import FusedNorm
 from tedlab.predict.sim.row_ops import FusedRowOps
@@ -114,6 +115,7 @@ class SimulatedStrategy(TEDStrategy):
         if self._gpu:
             self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm)))
         self._modes.enter_context(compiling(functools.partial(CompiledBlock, self._meter.compile)))
+        self._modes.enter_context(compiling_loss(functools.partial(compiled, self._meter.compile)))
 
     @override
     def _start(self, lengths: Any, stage: str) -> None:
