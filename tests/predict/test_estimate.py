@@ -34,6 +34,7 @@ BESIDE = ["moe.shared.experts=1"]
 ALONE = [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"]
 COMPILED = "model.compile=inductor"
 FUSIBLE = ["trainer=gpu", "trainer.precision=bf16-true", COMPILED]
+CHUNKED = ["model.vocab_size=8192", "model.loss_chunk=256"]
 ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
 
 CASES = {
@@ -109,6 +110,10 @@ CASES = {
     "compiled_mixed": [*ONE, *TODAY, "moe=dense", "trainer=gpu", "trainer.precision=bf16-mixed", COMPILED],
     "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
+    "chunked": [*ONE, "model.vocab_size=8192", "model.loss_chunk=300"],  # the last chunk is smaller
+    "chunked_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", *CHUNKED],
+    "chunked_untied": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false", *CHUNKED],
+    "chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
     "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
 }
 
@@ -156,6 +161,7 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
     ),
     *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
+    *("chunked_mixed", "chunked_untied"),
 )
 
 
@@ -273,11 +279,6 @@ def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
     first, fifth = (estimate(config, load_cluster("summit"), rank) for rank in (0, 4))
     assert fifth.step_seconds > 1.05 * first.step_seconds
     assert fifth.memory == first.memory
-
-
-def test_a_loss_in_chunks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.loss_chunk=64.*all tokens at once.*tedlab simulate"):
-        estimate(checked(*ONE, "model.loss_chunk=64"), load_cluster("summit"))
 
 
 def test_micro_batches_beside_each_other_are_refused() -> None:

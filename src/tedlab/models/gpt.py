@@ -1,7 +1,7 @@
 """A decoder with experts: the paper's (§2), GPT-3-style with experts in every second block, or one like OLMoE."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -81,6 +81,65 @@ class LogitsSpec(ColumnParallelSpec):
 
 
 @dataclass(frozen=True)
+class ChunkedLossSpec(Spec):
+    """Describes :func:`linear_cross_entropy`, whose logits are those of ``loss.chunk`` tokens at a time."""
+
+    parts: ClassVar[tuple[str, ...]] = ("logits", "loss")
+
+    logits: LogitsSpec
+    loss: CrossEntropySpec
+
+    def _rows(self, b: MicroBatch) -> list[int]:
+        """Returns the number of tokens of each chunk."""
+        chunk = self.loss.chunk or b.tokens
+        return [min(chunk, b.tokens - start) for start in range(0, b.tokens, chunk)]
+
+    def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        k, n = self.logits.widths(b)
+        if b.mixed:
+            yield b.moved(k * n, b.parameter, b.compute)
+        yield b.moved(k * n, b.precise)  # zeros, to which each chunk adds
+        for rows in self._rows(b):
+            for sizes in ((rows, k, n), (rows, n, k), (k, rows, n)):  # logits, and both gradients
+                yield b.product(*sizes)
+            yield b.moved(k * n, b.precise, b.precise, b.compute)
+            if b.compiled:
+                yield b.moved(3 * rows * n)  # one kernel reads logits, another makes probabilities of them
+                continue
+            if b.precise != b.compute:
+                yield b.moved(rows * n, b.precise, b.compute)
+            for passes in (1, 2, 2, 1):  # maximum, difference, exp, sum
+                yield b.moved(passes * rows * n, b.precise)
+            yield b.moved(rows * n, b.precise, b.compute)
+            for passes in (2, 2):  # exp, quotient
+                yield b.moved(passes * rows * n, b.precise)
+            yield b.moved(rows * n, b.precise, b.compute)
+
+    def backward(self, b: MicroBatch) -> Iterator[Work]:
+        k, n = self.logits.widths(b)
+        yield b.moved(2 * b.tokens * k)
+        yield b.moved(2 * k * n, b.precise)
+        if b.parameter != b.precise:
+            yield b.moved(k * n, b.precise, b.parameter)
+        if self.logits.tied:
+            yield b.moved(3 * k * n, b.parameter)  # sums both gradients
+
+    def saved(self, b: MicroBatch) -> int:
+        k, n = self.logits.widths(b)
+        return b.tokens * k * b.compute.itemsize + k * n * b.precise.itemsize
+
+    def temporaries(self, b: MicroBatch) -> int:
+        """Returns the most bytes that there are for a while beside what is saved."""
+        k, n = self.logits.widths(b)
+        x, logits, weights = b.tokens * k * b.compute.itemsize, self._rows(b)[0] * n, k * n
+        of_logits = 0 if b.compiled else (2 + (b.precise != b.compute)) * logits * b.precise.itemsize
+        making = max(of_logits, weights * b.compute.itemsize) + logits * b.compute.itemsize
+        cast = weights * b.compute.itemsize if b.mixed else 0
+        scaled = weights * (b.precise.itemsize + (b.parameter.itemsize if b.parameter != b.precise else 0))
+        return x + max(making + cast, scaled)
+
+
+@dataclass(frozen=True)
 class GPTSpec(Spec):
     """Describes a :class:`GPT` by its configuration."""
 
@@ -127,8 +186,8 @@ class GPTSpec(Spec):
         """The layers before the first block and after the last."""
         table = self.embedding
         loss = CrossEntropySpec(table.vocab_size, self.model.loss_chunk)
-        ends = (table, self.positions, self.norm, self.logits, loss)
-        return [part for part in ends if part is not None]
+        last = [self.logits, loss] if loss.chunk is None else [ChunkedLossSpec(self.logits, loss)]
+        return [part for part in (table, self.positions, self.norm, *last) if part is not None]
 
     @cached_property
     def units(self) -> list[Unit]:
@@ -179,6 +238,11 @@ class GPTSpec(Spec):
         )
         sites = (site for layout in layouts for block in blocks for site in block.sites(layout).recomputed)
         return tuple(dict.fromkeys(site.tag for site in sites))
+
+    def at_loss(self, b: MicroBatch) -> int:
+        """Returns the most bytes that the loss has for a while beside what it saves."""
+        loss = self.ends[-1]
+        return loss.temporaries(b) if isinstance(loss, ChunkedLossSpec) else 0
 
     def left(self, b: MicroBatch, several: bool) -> int:
         """Returns the bytes of gradients that the logits leave, beside the sums if there are ``several`` batches."""

@@ -25,7 +25,12 @@ IGNORE_INDEX = -100  # torch's default
 
 @dataclass(frozen=True)
 class CrossEntropySpec(Spec):
-    """Describes the functions below with logits of ``chunk`` tokens at a time; the kernels are those without chunks."""
+    """Describes the functions below; its kernels are those of the logits of all tokens at once.
+
+    Attributes:
+        vocab_size: Global size of the vocabulary.
+        chunk: How many tokens its collectives are for at a time; None: all.
+    """
 
     vocab_size: int
     chunk: int | None = None

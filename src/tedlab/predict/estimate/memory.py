@@ -86,7 +86,7 @@ class Memory:
             for n in form.moved:
                 passed = saved[n] + saves[n]
                 yield self._moment(f"forward pass of block {n}", before, stash[n], passed, self._passing(n))
-        yield self._moment("loss", before, stash[-1], saved[-1] + last, temporaries=0)
+        yield self._moment("loss", before, stash[-1], saved[-1] + last, spec.at_loss(ends))
         gradients = before + spec.left(ends, several)
         for n in reversed(range(len(spec.blocks))):
             activations = saved[n + 1] + (saves[n] if recomputed else 0)

@@ -80,14 +80,9 @@ def estimate(
             equally often.
 
     Raises:
-        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, the loss is
-            computed in chunks, micro-batches run beside each other, or the world exceeds the cluster.
+        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, micro-batches run
+            beside each other, or the world exceeds the cluster.
     """
-    if config.model.loss_chunk is not None:
-        raise ValueError(
-            f"model.loss_chunk={config.model.loss_chunk}: the closed form of memory and time is that of the loss of "
-            "all tokens at once (null) only; `tedlab simulate` runs any model"
-        )
     if config.comm.interleave:
         raise ValueError(
             "comm.interleave=true: the closed form of memory and time is that of one micro-batch after the other; "
