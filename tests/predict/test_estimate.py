@@ -110,10 +110,10 @@ CASES = {
     "compiled_mixed": [*ONE, *TODAY, "moe=dense", "trainer=gpu", "trainer.precision=bf16-mixed", COMPILED],
     "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd"],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
-    "chunked": [*ONE, "model.vocab_size=8192", "model.loss_chunk=300"],  # the last chunk is smaller
-    "chunked_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", *CHUNKED],
-    "chunked_untied": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false", *CHUNKED],
-    "chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
+    "loss_chunked": [*ONE, "model.vocab_size=8192", "model.loss_chunk=300"],  # the last chunk is smaller
+    "loss_chunked_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", *CHUNKED],
+    "loss_chunked_untied": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false", *CHUNKED],
+    "loss_chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
     "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
 }
 
@@ -161,7 +161,7 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
     ),
     *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
-    *("chunked_mixed", "chunked_untied"),
+    *("loss_chunked_mixed", "loss_chunked_untied"),
 )
 
 
