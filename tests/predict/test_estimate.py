@@ -1,8 +1,11 @@
 """The closed form of memory and time says what the simulator says."""
 
+import json
+
 import pytest
 import torch
 
+from benchmarks import truth
 from tedlab.config import TrainConfig
 from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
@@ -285,6 +288,15 @@ def test_micro_batches_beside_each_other_are_refused() -> None:
     several = checked(*HALF, "data.batch_size=256", "comm.interleave=true")
     with pytest.raises(ValueError, match=r"comm\.interleave=true.*one micro-batch after the other.*tedlab simulate"):
         estimate(several, load_cluster("summit"))
+
+
+@pytest.mark.parametrize("model", ["ted", "olmoe"])
+def test_memory_is_what_an_h200_measured_in_training_to_two_percent(model: str) -> None:
+    rows = json.loads((truth._RESULTS / f"train_step_{model}_h200.json").read_text())["rows"]
+    measured = {row["name"]: row for row in rows}
+    for name in ("as configured", "all logits at once"):  # both compiled, the former with the loss in chunks
+        closed = estimate(truth.composed(measured[name]["overrides"]), load_cluster("one_h200"))
+        assert closed.memory.total / 2**30 == pytest.approx(measured[name]["peak_gib"], rel=0.02)
 
 
 def test_frozen_parameters_are_refused() -> None:
