@@ -80,8 +80,8 @@ def estimate(
             equally often.
 
     Raises:
-        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, micro-batches run
-            beside each other, or the world exceeds the cluster.
+        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, micro-batches
+            run beside each other, or the world exceeds the cluster.
     """
     if config.comm.interleave:
         raise ValueError(
