@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.steps import composed
+from benchmarks.steps import composed, drawn_there
 from benchmarks.surroundings import require, surroundings
 from benchmarks.vs_transformers import SHAPES, Shape, peer_model
 from tedlab.decode import continuations
@@ -48,9 +49,9 @@ def both(shape: Shape, overrides: list[str], device: torch.device) -> tuple[GPT,
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     theirs = theirs.to(dtype)
     theirs.config.use_cache = True
-    ours = (
-        GPT(config.model, replace(config.moe, capacity_factor=None), Topology.single(device), seed=0).eval().to(dtype)
-    )
+    moe = replace(config.moe, capacity_factor=None)
+    with patch("tedlab.models.gpt.initialize", drawn_there):  # to be replaced by theirs
+        ours = GPT(config.model, moe, Topology.single(device), seed=0).eval().to(dtype)
     own: dict[str, Any] = dict(ours.named_parameters())
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         theirs.save_pretrained(folder)

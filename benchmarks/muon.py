@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -20,6 +21,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.optimizer import PAPER_TILE, temporary_bytes
+from benchmarks.steps import drawn_there
 from benchmarks.surroundings import surroundings
 from tedlab import Topology
 from tedlab.config import ModelConfig, MoEConfig
@@ -56,7 +58,8 @@ class Contender:
         self.name = name
         topology = Topology.single(device)
         torch.set_default_dtype(dtype)
-        network = GPT(model, moe, topology, 0)
+        with patch("tedlab.models.gpt.initialize", drawn_there):
+            network = GPT(model, moe, topology, 0)
         torch.set_default_dtype(torch.float32)
         self.names = {p: its for its, p in network.named_parameters()}
         groups = matrix_groups(network)
