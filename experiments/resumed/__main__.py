@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 SAVED, KILLED, REFERENCE, LAST = 80, 100, 100, 240  # steps: of the checkpoint, about the kill's, and the others' last
 EVERY = 5  # steps between two rows of a run's metrics
 GIVEN = (
-    *("model=gpt_1.3b", "moe=paper16", "moe.dispatch=dropless", "model.layers=6", "trainer=gpu"),
+    *("model=gpt_1.3b", "moe=paper16", "moe.dispatch=dropless", "trainer=gpu"),
     *("trainer.precision=bf16-true", "model.compile=inductor", "model.loss_chunk=16384", "optim.tile=fused"),
     # Of all runs, however long: no schedule that depends on the last step.
     *("optim.lr=3e-4", "optim.schedule=constant", "optim.warmup_steps=20"),
@@ -91,31 +91,37 @@ def differences(ours: dict[int, float], theirs: dict[int, float]) -> dict[str, f
     return {"steps": len(both), "largest": max(both), "mean": statistics.mean(both)} if both else {"steps": 0}
 
 
-def measured(runs: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """Trains, kills, goes on in another layout, and trains a reference on one GPU meanwhile."""
-    given = (*GIVEN, f"trainer.log_every_n_steps={EVERY}", *overrides)
-    four, two, one = runs / "four", runs / "two", runs / "one"
-    often = f"checkpoint.every={SAVED}", f"validate_every={SAVED}"
+def measured(runs: Path, gpus: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Trains on so many GPUs, kills, goes on with half of them, and trains a reference on another one meanwhile."""
+    given = (*GIVEN, f"trainer.log_every_n_steps={EVERY}", f"validate_every={SAVED}", *overrides)
+    killed, resumed, reference = runs / "killed", runs / "resumed", runs / "reference"
+    layouts = {1: "single", 2: "ep2", 4: "ep4"}
+    all_gpus = [str(number) for number in range(gpus)]
+    last, seldom = f"trainer.max_steps={LAST}", "checkpoint.every=null"
     began = time.monotonic()
-    process = started(four, "0,1,2,3", *given, *often, "parallel=ep4", f"trainer.max_steps={LAST}")
-    wait_for_step(four, process, KILLED)
-    os.kill(workers(process.pid)[2], signal.SIGKILL)
-    killed = time.monotonic()
-    process.wait()
+    often = f"checkpoint.every={SAVED}"
+    first = started(killed, ",".join(all_gpus), *given, last, often, f"parallel={layouts[gpus]}")
+    wait_for_step(killed, first, KILLED)
+    os.kill(workers(first.pid)[-1], signal.SIGKILL)
+    struck = time.monotonic()
+    first.wait()
     ended = time.monotonic()
-    seldom = "checkpoint.every=null", f"validate_every={SAVED}"
-    reference = started(one, "2", *given, *seldom, "parallel=single", f"trainer.max_steps={REFERENCE}")
-    process = started(two, "0,1", *given, *seldom, "parallel=ep2", f"trainer.max_steps={LAST}", f"ckpt_path={four}")
-    codes = {"two": process.wait(), "one": reference.wait()}
-    found = {"four": of_run(four), "two": of_run(two), "one": of_run(one)}
-    losses = {name: its["loss"] for name, its in found.items()}
+    half = gpus // 2
+    to_compare = f"trainer.max_steps={REFERENCE}"
+    one = started(reference, str(half), *given, to_compare, seldom, "parallel=single")
+    goes_on = f"parallel={layouts[half]}", f"ckpt_path={killed}"
+    second = started(resumed, ",".join(all_gpus[:half]), *given, last, seldom, *goes_on)
+    codes = {"resumed": second.wait(), "reference": one.wait()}
+    found = {run.name: of_run(run) for run in (killed, resumed, reference)}
     return {
+        "gpus": gpus,
         "overrides": given,
-        "seconds": {"to_kill": killed - began, "from_kill_to_end": ended - killed, "rest": time.monotonic() - ended},
+        "seconds": {"to_kill": struck - began, "from_kill_to_end": ended - struck, "rest": time.monotonic() - ended},
         "codes": codes,
         "runs": found,
-        "four_beside_one": differences(losses["four"], losses["one"]),
-        "two_beside_four": differences(losses["two"], losses["four"]),  # after the checkpoint, before the kill
+        "killed_beside_reference": differences(found["killed"]["loss"], found["reference"]["loss"]),
+        # After the checkpoint, before the kill.
+        "resumed_beside_killed": differences(found["resumed"]["loss"], found["killed"]["loss"]),
     }
 
 
@@ -123,7 +129,12 @@ def draw(path: Path, found: dict[str, Any]) -> None:
     """Draws the losses of the three runs."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    names = {"one": "one GPU", "four": "expert 4, a process killed", "two": "goes on with expert 2"}
+    gpus = found["gpus"]
+    names = {
+        "reference": "one GPU",
+        "killed": f"expert {gpus}, a process killed",
+        "resumed": f"goes on with expert {gpus // 2}",
+    }
     for (run, label), style in zip(names.items(), ("-", "--", "-."), strict=True):
         loss = found["runs"][run]["loss"]
         axes.plot([*map(int, loss)], [*loss.values()], style, label=label, linewidth=1.2)
@@ -138,14 +149,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.resumed", description="See README.md.")
     parser.add_argument("--runs", type=Path, default=Path("runs/resumed"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json and loss.png go (default: here)")
+    parser.add_argument("--gpus", type=int, default=4, choices=(2, 4), help="of the first run (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=6, help="of the model's 24 blocks (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="a small model on CPUs, to see that it works")
     arguments = parser.parse_args()
     facts = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    found = measured(arguments.runs, TINY if arguments.tiny else ())
+    found = measured(arguments.runs, arguments.gpus, TINY if arguments.tiny else (f"model.layers={arguments.layers}",))
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "results.json", facts | found)
     draw(arguments.out / "loss.png", found)
-    print(json.dumps({name: found[name] for name in ("seconds", "codes", "four_beside_one", "two_beside_four")}))
+    print(
+        json.dumps(
+            {name: found[name] for name in ("seconds", "codes", "killed_beside_reference", "resumed_beside_killed")}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -32,13 +32,15 @@ def test_workers_are_the_children_of_a_process_s_children() -> None:
 def test_a_killed_run_goes_on_in_another_layout_with_the_losses_of_one_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["resumed", "--tiny", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["resumed", "--tiny", "--gpus", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    )
     main()
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["codes"] == {"one": 0, "two": 0}
-    assert found["four_beside_one"]["steps"] == 20
-    assert found["four_beside_one"]["largest"] < 1e-5
-    assert found["two_beside_four"]["steps"] >= 4
-    assert found["two_beside_four"]["largest"] < 1e-5
-    assert max(map(int, found["runs"]["two"]["loss"])) == 240
+    assert found["codes"] == {"resumed": 0, "reference": 0}
+    assert found["killed_beside_reference"]["steps"] == 20
+    assert found["killed_beside_reference"]["largest"] < 1e-5
+    assert found["resumed_beside_killed"]["steps"] >= 4
+    assert found["resumed_beside_killed"]["largest"] < 1e-5
+    assert max(map(int, found["runs"]["resumed"]["loss"])) == 240
     assert (tmp_path / "loss.png").stat().st_size > 10_000
