@@ -85,8 +85,8 @@ class Measured:
         differences: between what was communicated and the closed form: calls and bytes.
         sent: bytes of a step.
         peak: the most bytes that a GPU's allocator gave out in a step after the first ones.
-        choices: how often routers chose each expert in these steps, (MoE layers, experts), over all data ranks; None
-            where no shape depends on it.
+        choices: how often routers chose each expert in each step, (steps, MoE layers, experts), over all data ranks;
+            None where no shape depends on it.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -111,7 +111,11 @@ class Measured:
             "measured_bytes": self.peak,
             "sent_bytes": self.sent,
             "differences": self.differences,
-        } | ({} if self.choices is None else {"choices": [" ".join(map(str, layer)) for layer in self.choices]})
+        } | (
+            {}
+            if self.choices is None
+            else {"choices": [[" ".join(map(str, layer)) for layer in step] for step in self.choices]}
+        )
 
 
 @dataclass(frozen=True)
@@ -261,7 +265,7 @@ def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *cal
     result.sent = sent / (warm_up + steps)
     result.peak = max(result.peak, peak.bytes - before)
     if config.moe.ragged:
-        result.choices = choices.made + (0 if result.choices is None else result.choices)
+        result.choices = np.concatenate([choices.made, *([] if result.choices is None else [result.choices])])
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
@@ -288,7 +292,7 @@ class Choices(Callback):
     """What routers chose after the first steps; it is read from the devices only at the end."""
 
     def __init__(self, warm_up: int) -> None:
-        self.warm_up, self.made = warm_up, np.zeros((0, 0), dtype=np.int64)
+        self.warm_up, self.made = warm_up, np.zeros((0, 0, 0), dtype=np.int64)
         self._micro_batches: list[torch.Tensor] = []
 
     @override
@@ -302,7 +306,8 @@ class Choices(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         degrees, own = trainer.strategy.topology.degrees, routes_own_tokens(pl_module)  # type: ignore[attr-defined]
         # The others of the tensor ranks count the same tokens, unless they divide the positions.
-        mean = trainer.strategy.reduce(torch.stack(self._micro_batches).double().sum(0))
+        loads = torch.stack(self._micro_batches).double()
+        mean = trainer.strategy.reduce(loads.unflatten(0, (-1, trainer.accumulate_grad_batches)).sum(1))
         self.made = (mean * (degrees.world_size if own else degrees.data)).round().long().cpu().numpy()
 
 
@@ -553,14 +558,16 @@ def calibrated_cluster(lines: list[str]) -> ClusterConfig:
 def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
     """Returns a step's prediction on a cluster, beside what a row says was measured.
 
-    Times are those of the process with the most to do, which others wait for; bytes and memory are the first one's, as
-    measured.
+    Times are those of the process with the most to do in all steps, which others wait for; bytes and memory are the
+    first one's, as measured, in the step in which it has the most.
     """
     config = composed(row["overrides"])
-    routing = _routing(row, config)
-    first = simulation = simulate(config, cluster, routing=routing)
-    if routing is not None and (busiest := routing.busiest_rank()):
-        simulation = simulate(config, cluster, busiest, routing=routing)
+    average, steps = _routings(row, config)
+    simulation = simulate(config, cluster, 0 if average is None else average.busiest_rank(), routing=average)
+    first = simulation
+    if steps:
+        fullest = max(steps, key=lambda routing: sum(rows.computed for rows in routing.rows(0).values()))
+        first = simulate(config, cluster, routing=fullest)
     parts = dict.fromkeys(_PARTS, 0.0)
     for (phase, _), taken in simulation.seconds.items():
         parts["backward" if phase == "recompute" else phase] += taken
@@ -581,11 +588,15 @@ def prediction(row: dict[str, Any], cluster: ClusterConfig) -> dict[str, Any]:
     }
 
 
-def _routing(row: dict[str, Any], config: TrainConfig) -> SimulatedRouting | None:
-    """Returns the choices that a row has, or their law; None: all experts equally often."""
-    if "choices" in row:
-        return SimulatedRouting(config, np.array([layer.split() for layer in row["choices"]], dtype=float))
-    return routing_of(config, "zipf", EXPONENT, None) if config.moe.gating == "zipf" else None
+def _routings(row: dict[str, Any], config: TrainConfig) -> tuple[SimulatedRouting | None, list[SimulatedRouting]]:
+    """Returns the choices that a row has, of all steps and of each, or their law; None: all experts equally often."""
+    if "choices" not in row:
+        return routing_of(config, "zipf", EXPONENT, None) if config.moe.gating == "zipf" else None, []
+    steps: Any = row["choices"]
+    if isinstance(steps[0], str):  # a file that has the sums over all steps
+        steps = [steps]
+    chosen = np.array([[layer.split() for layer in step] for step in steps], dtype=float)
+    return SimulatedRouting(config, chosen.sum(0)), [SimulatedRouting(config, step) for step in chosen]
 
 
 def memory(report: Report, overrides: dict[str, list[str]], device: str) -> None:

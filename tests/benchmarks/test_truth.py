@@ -89,13 +89,20 @@ def test_a_machine_that_is_taken_for_a_slower_one_shows(tiny: dict[str, Any], pr
 def test_what_routers_chose_is_recorded_and_predicted(rows: list[dict[str, Any]], predict: Predict) -> None:
     capacity, routed = rows
     assert "choices" not in capacity
-    (chosen,) = routed["choices"]  # of the one layer with experts
-    counts = [int(number) for number in chosen.split()]
-    assert len(counts) == 4
-    assert sum(counts) == STEPS * 4 * 64  # tokens of both processes, each with one choice
-    mine, theirs = (predict(routed | {"choices": [all_of]}, 1e-5) for all_of in ("1 0 0 0", "0 0 0 1"))
-    assert mine["predicted_bytes"] > 1.1 * theirs["predicted_bytes"]  # of the first process
-    assert mine["predicted_s"] == pytest.approx(theirs["predicted_s"])  # each waits for who computes all
+    assert len(routed["choices"]) == STEPS
+    for (chosen,) in routed["choices"]:  # of the one layer with experts
+        counts = [int(number) for number in chosen.split()]
+        assert len(counts) == 4
+        assert sum(counts) == 4 * 64  # tokens of both processes, each with one choice
+    mine, theirs = [["1 0 0 0"]], [["0 0 0 1"]]
+    first, second, both, sums = (
+        predict(routed | {"choices": choices}, 1e-5) for choices in (mine, theirs, mine + theirs, mine[0])
+    )
+    assert first["predicted_bytes"] > 1.1 * second["predicted_bytes"]  # of the first process
+    assert first["predicted_s"] == pytest.approx(second["predicted_s"])  # each waits for who computes all
+    assert both["predicted_bytes"] == first["predicted_bytes"]  # of the step with the most rows
+    assert both["predicted_s"] < first["predicted_s"]  # of all steps
+    assert sums["predicted_bytes"] == first["predicted_bytes"]
 
 
 @pytest.mark.parametrize("wrong", [{"sent_bytes": 1.0}, {"differences": 4}], ids=str)
