@@ -265,7 +265,7 @@ def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *cal
     result.sent = sent / (warm_up + steps)
     result.peak = max(result.peak, peak.bytes - before)
     if config.moe.ragged:
-        result.choices = np.concatenate([choices.made, *([] if result.choices is None else [result.choices])])
+        result.choices = np.concatenate([*([] if result.choices is None else [result.choices]), choices.made])
     result.differences += sum(
         abs(ours.calls - theirs.calls) + abs(ours.payload_bytes - theirs.payload_bytes)
         for ours, theirs in ledger.differences(trainer).values()
