@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import experiments.resumed.__main__ as resumed
 from experiments.resumed.__main__ import differences, main, workers
 
 
@@ -25,6 +26,15 @@ def test_workers_are_the_children_of_a_process_s_children() -> None:
         (worker,) = found
         assert Path(f"/proc/{worker}/cmdline").read_text().split("\0")[-2] == "input()"
         launcher.communicate(b"\n")
+
+
+def test_the_readme_has_what_the_small_model_gave() -> None:
+    folder = Path(resumed.__file__).parent
+    found, text = json.loads((folder / "tiny.json").read_text()), (folder / "README.md").read_text()
+    ours, again = found["killed_beside_reference"], found["resumed_beside_killed"]
+    assert f"| four processes beside one | {ours['steps']} | {ours['largest']:.1e} |".replace("e-0", "e-") in text
+    assert f"two processes beside the four | {again['steps']} | {again['largest']:g} |" in text
+    assert f"over {found['seconds']['from_kill_to_end']:.1f} s after" in text
 
 
 @pytest.mark.exhaustive
