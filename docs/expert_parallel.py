@@ -17,25 +17,32 @@ WAYS = {  # of the rows of expert_parallel_more_h200.json
     "tedlab, expert 2, comm.dedup=rank": ("tokens once for each process (rank)", "#009e73"),
     "tedlab, expert 2, comm.dedup=group": ("tokens gathered (group)", "#e69f00"),
 }
+EXCHANGES = {  # of the ways of exchanges_h200.json
+    "all_to_all": ("NCCL's all-to-all", "#0072b2"),
+    "gather": ("NCCL's all-gather", "#56b4e9"),
+    "read": ("reads of the peer's memory", "#e69f00"),
+    "copy and read": ("… after a copy into it", "#f0d090"),
+    "vdev": ("NVSHMEM's all-to-all", "#999999"),
+}
 
 
 def draw(file: Path = FILE) -> None:
-    """Draws one call beside other frameworks, and other models beside one GPU."""
-    one_call = json.loads((RESULTS / "expert_parallel_h200.json").read_text())["rows"]
+    """Draws one call beside other frameworks, other models beside one GPU, and bare exchanges."""
+    one_call = json.loads((RESULTS / "expert_parallel_one_call_h200.json").read_text())[0]["rows"]
     more = json.loads((RESULTS / "expert_parallel_more_h200.json").read_text())
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    peers(left, [row for row in one_call if row["case"] == "A" and row["name"] != "tedlab, tensor 2"])
-    models(right, [row for call in more for row in call["rows"] if row["case"] in "CDE"])
+    figure = Figure(figsize=(10, 6.8), layout="constrained")
+    axes = figure.subplot_mosaic([["peers", "models"], ["exchanges", "exchanges"]], height_ratios=[1.2, 1])
+    of_one = [row for row in one_call if row["case"] == "A" and "2 " not in row["name"].partition("expert 2, ")[2]]
+    peers(axes["peers"], of_one)  # of one micro-batch, that is
+    models(axes["models"], [row for call in more for row in call["rows"] if row["case"] in "CDE"])
+    exchanges(axes["exchanges"], json.loads((RESULTS / "exchanges_h200.json").read_text())["rows"])
     figure.savefig(file, dpi=110)
 
 
 def peers(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws both passes of each program, of several measurements the first."""
-    first: dict[str, dict[str, float]] = {}
-    for row in rows:
-        first.setdefault(", ".join([row["name"].removesuffix(", expert 2"), *row["dedup"]]), row["phases_s"])
-    for name, phases in sorted(first.items(), key=lambda each: -_milliseconds(each[1])):
+    """Draws both passes of each program."""
+    taken = {row["name"].replace(", expert 2", ""): row["phases_s"] for row in rows}
+    for name, phases in sorted(taken.items(), key=lambda each: -_milliseconds(each[1])):
         start = 0.0
         for part, colour in PASSES.items():
             label = part if len(axes.patches) < len(PASSES) else None  # once
@@ -62,6 +69,22 @@ def models(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.margins(y=0.35)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def exchanges(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws how much leaves a process in a second, by the size of its buffer."""
+    for way, (label, colour) in EXCHANGES.items():
+        points = [(row["mib"], row["gb_per_s"]) for row in rows if row["way"] == way]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=label)
+    sizes = sorted({row["mib"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_title("Bare exchanges between two H200", loc="left", fontsize=10, fontweight="bold")
+    axes.set_xlabel("MiB in each process")
+    axes.set_ylabel("GB/s each way")
+    axes.set_ylim(0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
 
 
 def _milliseconds(phases: dict[str, float]) -> float:
