@@ -23,7 +23,10 @@ GROUPS = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir() and 
 PRESETS = [(group, file.stem) for group in GROUPS for file in sorted((CONF / group).glob("*.yaml"))]
 if find_spec("optuna") is None:
     PRESETS.remove(("hparams_search", "optuna"))
-NEEDED = {"data=text": ["data.path=corpus.txt"]}  # values without which a preset is incomplete on purpose
+NEEDED = {
+    "data=text": ["data.path=corpus.txt"],
+    "data=stream": ["data.stream.dataset=owner/name", "data.stream.tokens=1000"],
+}  # values without which a preset is incomplete on purpose
 
 
 def compose_config(*overrides: str, name: str = "train") -> DictConfig:

@@ -417,23 +417,35 @@ class RampConfig(Frozen):
     sequence_length: int | None = whole(None, least=1)
 
 
+@dataclass
+class StreamConfig(Frozen):
+    """A data set that Hugging Face ``datasets`` streams into the cache, in place of files."""
+
+    dataset: str | None = None  # its name at the Hub, a folder, or a format (json | csv | parquet | arrow | text)
+    config: str | None = None  # which of its configurations; None: its default
+    files: str | None = None  # a glob over its files; of a format: a glob or URL
+    split: str = "train"  # the split to train on
+    validation: str | None = None  # the split to validate on; None: documents of split are held out
+    revision: str | None = None  # a commit, branch or tag at the Hub; None: the newest when reading begins
+    tokens: int | None = whole(None, least=1)  # how many tokens to train on, up to the end of a document
+
+
 @dataclass(kw_only=True)
 class SourceConfig(Frozen):
     """One of several sources of text that are mixed."""
 
-    path: str | None  # as data.path: files of any format of docs/data.md; None: the Python standard library's source
+    path: str | None = ""  # as data.path: files of any format of docs/data.md; None: the standard library's source
     weight: float | None = real(None, above=0, most=1)  # its share of all samples, with data.mixing=weights
     field: str | None = None  # None: data.field
     epochs: float | None = real(None, above=0)  # read it at most so often; None: as often as its share asks for
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)  # in place of path, as data.stream
 
 
 @dataclass
 class DataConfig(Frozen):
     """Text, how it becomes tokens, and how tokens become batches."""
 
-    path: str | None = (
-        MISSING  # file, folder or glob of text, JSONL, tables, …; None: the Python standard library's source
-    )
+    path: str | None = MISSING  # file, folder or glob of text, JSONL, tables, …; None: the standard library's source
     field: str = "text"  # the field of a JSONL line, or the column of a table, that holds the text
     tokenizer: str = "byte"  # byte | bpe (trained on the corpus on first use) | path of a tokenizers JSON file
     bpe_vocab_size: int = whole(4096, least=257, most=_WIDEST)  # 256 bytes, a separator of documents, and merges
@@ -457,6 +469,8 @@ class DataConfig(Frozen):
     # weights: those of the sources | tokens: as large as they are | temperature: the power 1/temperature of that.
     mixing: str = word(Mixing.WEIGHTS)
     temperature: float = real(2.0, least=1)
+    # In place of path, a data set that Hugging Face datasets streams: {dataset, split, tokens, …}.
+    stream: StreamConfig = dataclasses.field(default_factory=StreamConfig)
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,7 @@ _RECIPES = ("optim", "moe")  # groups whose presets say how to train
 # Values of data that decide which text a run is trained on, and how it becomes samples.
 _TEXT_DECIDING = (
     *("path", "field", "tokenizer", "bpe_vocab_size", "validation_fraction", "training_batches", "module"),
-    *("documents", "packing", "sources", "mixing", "temperature"),
+    *("documents", "packing", "sources", "mixing", "temperature", "stream"),
 )
 _WANDB_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(\w+)")
 

@@ -371,8 +371,9 @@ def test_a_run_on_a_mixture_killed_anywhere_reads_the_tokens_of_an_uninterrupted
             json.dumps({"text": f"{name} " + " ".join(str(draw.random()) for _ in range(20))})
             for _ in range(documents_)
         )
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-    sources = "{a:{path:a.jsonl,weight:0.5},b:{path:b.jsonl,weight:0.3},c:{path:c.jsonl,weight:0.2,epochs:1}}"
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("\n".join(lines))
+    sources = "{a:{path:a,weight:0.5},b:{stream:{dataset:b,tokens:20000},weight:0.3},c:{path:c,weight:0.2,epochs:1}}"
     arguments = [
         *("train", f"data.sources={sources}", "data.batch_size=4", "data.micro_batch_size=2", "logger=csv"),
         *("data.validation_samples=4", "data.cache_dir=cache", "data.validation_fraction=0.2", "moe=dense"),

@@ -41,7 +41,7 @@ def prepare(config: DataCommandConfig) -> None:
         table.add_column(name, justify="left" if name in ("source", "folder") else "right")
     for name, corpus in corpora.items():
         sizes = f"{corpus.source_files:,}", f"{len(corpus.train):,}", f"{len(corpus.validation):,}"
-        cells = (name or "data.path", *sizes, f"{corpus.bytes_per_token:.3f}", str(corpus.directory))
+        cells = (name or _only(config), *sizes, f"{corpus.bytes_per_token:.3f}", str(corpus.directory))
         table.add_row(*(Text(cell) for cell in cells))
     console = output()
     console.print(table)
@@ -67,7 +67,7 @@ def inspect(config: DataCommandConfig) -> None:
         tokens = len(corpus.train) + len(corpus.validation)
         with advancing("Looking at documents", tokens) as advance:
             found = overview(corpus, length, config.samples, advance)
-        table = FittingTable(title=name or "data.path", show_header=False)
+        table = FittingTable(title=name or _only(config), show_header=False)
         table.add_column()
         table.add_column()
         quantiles = ", ".join(f"{q:.0%} {size:,}" for q, size in zip(QUANTILES, found.lengths, strict=True))
@@ -89,6 +89,11 @@ def inspect(config: DataCommandConfig) -> None:
         console.print(table)
         if found.longer:
             console.print(_becomes(config, found.longer))
+
+
+def _only(config: DataCommandConfig) -> str:
+    """Returns what the one source is called."""
+    return "data.path" if config.data.stream.dataset is None else "data.stream"
 
 
 def _longer(longer: int, documents: int, share: float, length: int) -> str:

@@ -45,6 +45,8 @@ MUST_AGREE = (
     "moe.ffn",
     "moe.shared",
     "data.path",
+    "data.sources",
+    "data.stream",
     "data.field",
     "data.tokenizer",
     "data.bpe_vocab_size",

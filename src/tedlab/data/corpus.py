@@ -1,31 +1,37 @@
 """The tokenised corpus: two memory-mapped files, written once and cached under a fingerprint of all they depend on.
 
 ``files.py`` finds the source files, ``documents.py`` decides what is held out, ``shards.py`` tokenises, and
-``packing.py`` cuts tokens into samples. A file that holds tokens already is mapped where it lies. Nothing here needs
-torch.
+``packing.py`` cuts tokens into samples. A file that holds tokens already is mapped where it lies. ``stream.py`` reads
+data sets from elsewhere, as many tokens as are asked for. Nothing here needs torch.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from tedlab.config import DataConfig
 from tedlab.data.documents import Copies, Source, divided, document_cut, not_read, text_of, usable
 from tedlab.data.extra import installed
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
+from tedlab.data.reading import Reading, write_whole
+from tedlab.data.rows import is_held_out
 from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
+from tedlab.data.stream import Stream, Unreachable, check_stream, local_files
 from tedlab.data.tokenised import (
     DamagedTokens,
     digest_of,
@@ -44,7 +50,9 @@ _META, _LEFT_OUT = "meta.json", "left_out.json"
 _BEGUN = ".partial"  # how the name of a folder with parts ends
 _SPLITS = ("train", "validation")
 _DECODED = 1 << 22  # tokens of a mapped file from which its bytes per token are taken
+_LEARNED = 1 << 26  # bytes of a stream's text that a BPE is trained on
 _ABANDONED_S = 7 * 24 * 3600  # after so long without a new part, nobody goes on with an unfinished corpus
+_ERRORS = (FileNotFoundError, Unreachable, ValueError)  # that are of a source
 
 
 @dataclass(frozen=True)
@@ -103,10 +111,13 @@ def prepare_corpora(config: DataConfig, sequence_length: int, processes: int = 1
             f"data.validation_fraction={config.validation_fraction} must lie strictly between 0 and 1, as 0.05 does."
         )
     corpora = Path(config.cache_dir).expanduser() / "corpora"
-    found = {}
+    found: dict[str, _Cached | _Prepared] = {}
     for name, alone in alone_by_name(config).items():
         with _named(name):
-            found[name] = _Prepared(alone) if is_prepared(alone.path) else _Found(alone)
+            if alone.stream.dataset is not None:
+                found[name] = _Streamed(alone)
+            else:
+                found[name] = _Prepared(alone) if is_prepared(alone.path) else _Found(alone)
     try:
         corpora.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,7 +137,7 @@ def alone_by_name(config: DataConfig) -> dict[str, DataConfig]:
     if not config.sources:
         return {"": config}
     return {
-        name: replace(config, path=source.path, field=source.field or config.field, sources={})
+        name: replace(config, path=source.path, field=source.field or config.field, stream=source.stream, sources={})
         for name, source in config.sources.items()
     }
 
@@ -141,14 +152,15 @@ def _named(name: str) -> Iterator[None]:
     """Puts the name of a source before what is said of it."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except _ERRORS as error:
         if not name:
             raise
-        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        raise kind(f"data.sources.{name}: {str(error).replace('data.path=', 'path=')}") from None
+        kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+        said = re.sub(r"data\.(path=|stream)", r"\1", str(error))
+        raise kind(f"data.sources.{name}: {said}") from None
 
 
-def _text_of_all(found: "dict[str, _Found | _Prepared]") -> Iterator[str]:
+def _text_of_all(found: "dict[str, _Cached | _Prepared]") -> Iterator[str]:
     for name, source in found.items():
         with _named(name):
             yield from source.text()
@@ -174,45 +186,24 @@ class _Prepared:
         return _open(self.directory, tokenizer, sequence_length, [])
 
 
-class _Found:
-    """The files of a source."""
+class _Cached(ABC):
+    """Text whose tokens are kept in the cache."""
+
+    key: str  # of all that they depend on, but the tokenizer
+    files: list[SourceFile]  # those of this machine, which must stay as they are
 
     def __init__(self, config: DataConfig) -> None:
-        path = config.path and whole_pair(config.path)
         self.config = config
         self.no_files: list[LeftOut] = []  # what the search left out, and what turned out to be no text
         self.no_text: list[LeftOut] = []
-        self.files = find_files(path, self.no_files, Path(config.cache_dir).expanduser())
-        if len(self.files) == 1 and path is not None and holds_tokens(self.files[0].path):
-            self.files += _index_of(self.files[0])
-        described = [[file.name, file.size, file.modified_ns] for file in self.files]
-        root = path and os.path.realpath(os.path.expanduser(path))  # copies may have other content under equal names
-        self.key = _key(root, described, config.field, config.validation_fraction, installed())
 
-    @cached_property
-    def copies(self) -> list[Copies]:
-        with advancing("Reading", _size(self.files)) as advance:
-            copies = usable(self.files, self.config.field, self.no_text, advance)
-        self.no_text += not_read(copies)
-        return copies
-
-    @cached_property
-    def sides(self) -> tuple[list[Source], list[Source]]:
-        return divided(self.copies, self.config.validation_fraction, self.config.field)
-
+    @abstractmethod
     def text(self) -> Iterator[str]:
-        """Yields the training text, to train a tokenizer on it."""
-        for file in self.files:
-            if holds_tokens(file.path):
-                raise ValueError(
-                    f"data.tokenizer=bpe is trained on text, but {file.path} holds tokens; name the tokenizer that has "
-                    "made them (a JSON file), or byte."
-                )
-        train, _ = self.sides
-        with advancing("Training the tokenizer", _size(train)) as advance:
-            for source in train:
-                yield from chain.from_iterable(text_of(source, advance))
-        _refuse_changed(self.files)
+        """Yields training text, to train a tokenizer on it."""
+
+    @abstractmethod
+    def written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
+        """Writes tokens into ``complete``, which is to become ``directory``; returns what there is to know of them."""
 
     def corpus(self, tokenizer: Tokenizer, corpora: Path, sequence_length: int, processes: int) -> Corpus:
         directory = corpora / _key(self.key, tokenizer.fingerprint)
@@ -234,18 +225,62 @@ class _Found:
             complete = temporary / directory.name
             complete.mkdir()
             try:
-                meta = self._mapped(tokenizer) or self._written(tokenizer, complete, directory, processes)
+                meta = self.written(tokenizer, complete, directory, processes)
             except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
                 _forget_begun(directory)
                 raise
             _refuse_changed(self.files)
-            used = sum(not is_index(file.path) for file in self.files) - len(self.no_text)
-            meta |= {"tokenizer": tokenizer.fingerprint, "source_files": used}
+            meta["tokenizer"] = tokenizer.fingerprint
             (complete / _META).write_text(json.dumps(meta, indent=2) + "\n")
             (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in self.no_text], indent=2) + "\n")
             tokenizer.save(complete)
             complete.rename(directory)
             _forget_begun(directory)
+
+
+class _Found(_Cached):
+    """The files of a source."""
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__(config)
+        path = config.path and whole_pair(config.path)
+        self.files = find_files(path, self.no_files, Path(config.cache_dir).expanduser())
+        if len(self.files) == 1 and path is not None and holds_tokens(self.files[0].path):
+            self.files += _index_of(self.files[0])
+        described = [[file.name, file.size, file.modified_ns] for file in self.files]
+        root = path and os.path.realpath(os.path.expanduser(path))  # copies may have other content under equal names
+        self.key = _key(root, described, config.field, config.validation_fraction, installed())
+
+    @cached_property
+    def copies(self) -> list[Copies]:
+        with advancing("Reading", _size(self.files)) as advance:
+            copies = usable(self.files, self.config.field, self.no_text, advance)
+        self.no_text += not_read(copies)
+        return copies
+
+    @cached_property
+    def sides(self) -> tuple[list[Source], list[Source]]:
+        return divided(self.copies, self.config.validation_fraction, self.config.field)
+
+    @override
+    def text(self) -> Iterator[str]:
+        for file in self.files:
+            if holds_tokens(file.path):
+                raise ValueError(
+                    f"data.tokenizer=bpe is trained on text, but {file.path} holds tokens; name the tokenizer that has "
+                    "made them (a JSON file), or byte."
+                )
+        train, _ = self.sides
+        with advancing("Training the tokenizer", _size(train)) as advance:
+            for source in train:
+                yield from chain.from_iterable(text_of(source, advance))
+        _refuse_changed(self.files)
+
+    @override
+    def written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
+        meta = self._mapped(tokenizer) or self._written(tokenizer, complete, directory, processes)
+        meta["source_files"] = sum(not is_index(file.path) for file in self.files) - len(self.no_text)
+        return meta
 
     def _mapped(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
         """Says how a single file of tokens is divided; None if it is not one, or lacks separators to be added."""
@@ -285,7 +320,7 @@ class _Found:
         }
 
     def _written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
-        """Writes ``train.bin`` and ``validation.bin`` into ``complete``, which is to become ``directory``."""
+        """Writes ``train.bin`` and ``validation.bin``."""
         _forget_abandoned(directory.parent)
         parts = [part for name, side in zip(_SPLITS, self.sides, strict=True) for part in divide(name, side)]
         # A part is known by its number, so those done before count only if the files in them are the same: one that
@@ -309,6 +344,67 @@ class _Found:
         }
 
 
+class _Streamed(_Cached):
+    """A data set that is read as a stream, up to a number of tokens."""
+
+    def __init__(self, config: DataConfig) -> None:
+        super().__init__(config)
+        stream = config.stream
+        check_stream(stream)
+        self.files = local_files(stream)
+        described = [[os.path.realpath(file.path), file.size, file.modified_ns] for file in self.files]
+        self.key = _key("stream", asdict(stream), described, config.field, config.validation_fraction)
+
+    @override
+    def text(self) -> Iterator[str]:
+        stream, size = Stream(self.config.stream, self.config.field), 0
+        held_out = self._held_out
+        with advancing("Training the tokenizer", _LEARNED) as advance:
+            for batch in stream.batches(self.config.stream.split):
+                for number, text in enumerate(batch.texts, start=batch.before):
+                    if held_out is None or not is_held_out(number, held_out):
+                        yield text
+                        size += len(text.encode())
+                        if size >= _LEARNED:
+                            return
+                advance(size)
+
+    @property
+    def _held_out(self) -> float | None:
+        """The share of documents that is held out; None: validation has a split of its own."""
+        return self.config.validation_fraction if self.config.stream.validation is None else None
+
+    @override
+    def written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
+        _forget_abandoned(directory.parent)
+        work = directory.with_name(f"{directory.name}-stream{_BEGUN}")
+        pinned = work / "revision.json"  # what was begun goes on with the same commit
+        revision = json.loads(pinned.read_text()) if pinned.exists() else None
+        stream = Stream(self.config.stream, self.config.field, revision)
+        work.mkdir(exist_ok=True)
+        write_whole(pinned, json.dumps(stream.revision))
+        config, dtype = self.config.stream, dtype_of(tokenizer)
+        assert config.tokens is not None
+        reading = Reading(stream, tokenizer, work, processes)
+        written = reading.read("train", config.split, config.tokens, self._held_out)
+        if config.validation is not None:
+            enough = max(1, round(config.tokens * self.config.validation_fraction))
+            written |= reading.read("validation", config.validation, enough)
+        (train, _), (validation, size) = (join(written, name, complete / f"{name}.bin") for name in _SPLITS)
+        if train > config.tokens:
+            tokens = np.memmap(complete / "train.bin", dtype, "r")
+            train = _end_of_document(tokens, tokenizer.separator, config.tokens - 1) or train
+            os.truncate(complete / "train.bin", train * dtype.itemsize)
+        return {
+            "train": train,
+            "validation": validation,
+            "bytes_per_token": size / max(1, validation),
+            "digest": digest_of(np.memmap(complete / "train.bin", dtype, "r")) if train else "",
+            "source_files": stream.files(config.split),
+            "stream": {**asdict(config), "revision": stream.revision},
+        }
+
+
 def _index_of(file: SourceFile) -> list[SourceFile]:
     index = file.path.with_suffix(".idx")
     if not index.is_file():
@@ -318,12 +414,18 @@ def _index_of(file: SourceFile) -> list[SourceFile]:
 
 
 def _separator_after(tokens: np.ndarray, separator: int, start: int) -> int:
-    """Returns where the first document after ``start`` begins, or ``start`` if no separator is there."""
+    """Returns where the first document after ``start`` begins, or ``start`` if no other does."""
+    end = _end_of_document(tokens, separator, start)
+    return start if end in (None, len(tokens)) else end
+
+
+def _end_of_document(tokens: np.ndarray, separator: int, start: int) -> int | None:
+    """Returns how many tokens there are up to the first separator from ``start`` on, which counts, if there is one."""
     for first in range(start, len(tokens), _DECODED):
         places = np.flatnonzero(tokens[first : first + _DECODED] == separator)
-        if len(places) and first + int(places[0]) + 1 < len(tokens):
+        if len(places):
             return first + int(places[0]) + 1
-    return start
+    return None
 
 
 def _key(*parts: Any) -> str:

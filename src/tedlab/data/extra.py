@@ -1,4 +1,4 @@
-"""Packages of the extra ``data``, which read formats that Python itself does not."""
+"""Packages of the extra ``data``, which read what Python itself does not."""
 
 from importlib import import_module
 from importlib.util import find_spec

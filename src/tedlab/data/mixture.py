@@ -16,6 +16,7 @@ import numpy as np
 from tedlab.config import DataConfig, Mixing
 from tedlab.data.position import Position
 from tedlab.data.sampler import MicroBatchSampler
+from tedlab.data.stream import check_stream
 from tedlab.ranges import check_ranges
 
 _ROUNDING = 1e-9  # of shares times samples
@@ -232,37 +233,52 @@ def check_sources(data: DataConfig) -> None:
     Raises:
         ValueError: If there is another path as well, or if weights are missing, given in vain, or do not sum to 1.
     """
+    check_stream(data.stream)
+    several = {
+        "data.path": data.path is not None and repr(data.path),
+        "data.stream.dataset": data.stream.dataset,
+        "data.sources": ", ".join(data.sources),
+    }
+    given = [f"{name}={what}" for name, what in several.items() if what]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} both say what to train on; give one of them"
+            f"{' (data.path=null)' if data.path is not None else ''}"
+        )
     if not data.sources:
         return
     for name, source in data.sources.items():
         check_ranges(source, f"data.sources.{name}.")
-    if data.path is not None:
-        raise ValueError(
-            f"data.path={data.path!r} and data.sources ({', '.join(data.sources)}) both say what to train on; give "
-            "one of them (data.path=null)"
-        )
+        check_stream(source.stream, f"data.sources.{name}.")
+        if source.stream.dataset is not None and source.path:
+            raise ValueError(
+                f"data.sources.{name} has a path ({source.path}) and a stream ({source.stream.dataset}); give one of "
+                "them"
+            )
+        if source.stream.dataset is None and source.path == "":
+            raise ValueError(f"data.sources.{name} has neither a path nor a stream")
     if data.training_batches is not None:
         raise ValueError(
             f"data.training_batches={data.training_batches} repeats the first batches of one source; leave it out, or "
             "limit each of data.sources by its epochs"
         )
-    given = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
+    weights = {name: source.weight for name, source in data.sources.items() if source.weight is not None}
     if data.mixing != Mixing.WEIGHTS:
-        if given:
+        if weights:
             raise ValueError(
-                f"data.mixing={data.mixing} takes weights from the sizes of sources, but {', '.join(given)} of "
+                f"data.mixing={data.mixing} takes weights from the sizes of sources, but {', '.join(weights)} of "
                 "data.sources have weights; leave them out, or use data.mixing=weights"
             )
         return
-    missing = [name for name in data.sources if name not in given]
+    missing = [name for name in data.sources if name not in weights]
     if missing:
         raise ValueError(
             f"data.sources.{missing[0]} has no weight; with data.mixing=weights each source needs one "
             "(or use data.mixing=tokens or temperature)"
         )
-    total = math.fsum(given.values())
+    total = math.fsum(weights.values())
     if abs(total - 1) > _SUM:
-        listed = " + ".join(f"{weight:g}" for weight in given.values())
+        listed = " + ".join(f"{weight:g}" for weight in weights.values())
         raise ValueError(f"the weights of data.sources must sum to 1, but {listed} = {total:g}")
 
 

@@ -160,6 +160,7 @@ class TextDataModule(LightningDataModule):
         ]
         if own != self.trainer.strategy.broadcast(own):
             where = "data.sources" if self.data.sources else f"data.path={self.data.path!r}"
+            where = self.data.stream.dataset or where
             raise ValueError(
                 f"The processes found different files below {where}, or different contents: "
                 "something writes there, perhaps this run itself. Copy the corpus to a folder of its own."

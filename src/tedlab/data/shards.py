@@ -10,10 +10,12 @@ import re
 import shutil
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,17 +114,45 @@ def write_parts(
         return written
     with _workers(tokenizer, processes) as pool:
         futures: dict[Future[Written], Part] = {pool.submit(_write_in_worker, part, folder): part for part in parts}
-        try:
+        with _explained(processes):
             for future in as_completed(futures):
                 part = futures[future]
                 written[part.split, part.number] = future.result()
                 advance(part.size)
-        except BrokenProcessPool:
-            raise RuntimeError(
-                f"One of {processes} processes that tokenise died, perhaps for want of memory. What is done stays "
-                "done: start again, with fewer processes if need be."
-            ) from None
     return written
+
+
+def write_in_order(
+    batches: Iterator[Sequence[Part]], tokenizer: Tokenizer, folder: Path, processes: int
+) -> Iterator[list[Written]]:
+    """Tokenises batches of parts into a folder, a few ahead of what is asked for.
+
+    Args:
+        batches: The parts of each batch, made as they are needed.
+        tokenizer: Encodes them.
+        folder: Receives a file for each part.
+        processes: How many work at once; 1: this one alone.
+
+    Yields:
+        What was written of each batch.
+
+    Raises:
+        ValueError: If a text cannot be used.
+        RuntimeError: If a process died.
+    """
+    if processes <= 1:
+        for batch in batches:
+            yield [write_part(part, tokenizer, folder) for part in batch]
+        return
+    with _workers(tokenizer, processes) as pool:
+        ahead: deque[list[Future[Written]]] = deque()
+        with _explained(processes):
+            while True:
+                for batch in islice(batches, 2 * processes - len(ahead)):
+                    ahead.append([pool.submit(_write_in_worker, part, folder) for part in batch])
+                if not ahead:
+                    return
+                yield [future.result() for future in ahead.popleft()]
 
 
 def write_part(part: Part, tokenizer: Tokenizer, folder: Path) -> Written:
@@ -176,6 +206,18 @@ def _encoded(block: str | np.ndarray, tokenizer: Tokenizer, source: Source, spli
         return tokenizer.encode(block), len(block.encode())
     refuse_unknown(block, tokenizer.vocab_size, source.path)
     return block.astype(dtype_of(tokenizer)), bytes_of(block, tokenizer) if split != "train" else 0
+
+
+@contextmanager
+def _explained(processes: int) -> Iterator[None]:
+    """Says in a sentence that a worker process died."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f"One of {processes} processes that tokenise died, perhaps for want of memory. What is done stays "
+            "done: start again, with fewer processes if need be."
+        ) from None
 
 
 @contextmanager
