@@ -357,7 +357,9 @@ def test_sources_are_given_whole_or_in_parts_under_names_of_the_users_own() -> N
     with initialize_config_dir(str(CONF), version_base="1.3"):
         one, other = (compose("train", with_sources(words)).data.sources for words in (whole, parts))
         assert one == other
-        assert dict(one.web) == {"path": "w", "weight": 0.7, "field": None, "epochs": None}
+        assert (one.web.path, one.web.weight, one.web.field, one.web.epochs) == ("w", 0.7, None, None)
+        streamed = compose("train", with_sources(["data.sources.web.stream.dataset=who/set"])).data.sources.web
+        assert streamed.stream.dataset == "who/set"
         with pytest.raises(ConfigCompositionException):
             compose("train", with_sources(["data.sources.web.wieght=0.7"]))
     assert with_sources(["data.sourcesx=1", "seed=1"]) == ["data.sourcesx=1", "seed=1"]

@@ -234,17 +234,15 @@ def check_sources(data: DataConfig) -> None:
         ValueError: If there is another path as well, or if weights are missing, given in vain, or do not sum to 1.
     """
     check_stream(data.stream)
-    several = {
-        "data.path": data.path is not None and repr(data.path),
-        "data.stream.dataset": data.stream.dataset,
-        "data.sources": ", ".join(data.sources),
+    ways = {
+        f"data.path={data.path!r}": data.path is not None,
+        f"data.stream.dataset={data.stream.dataset}": data.stream.dataset is not None,
+        f"data.sources ({', '.join(data.sources)})": bool(data.sources),
     }
-    given = [f"{name}={what}" for name, what in several.items() if what]
+    given = [way for way, is_given in ways.items() if is_given]
     if len(given) > 1:
-        raise ValueError(
-            f"{' and '.join(given)} both say what to train on; give one of them"
-            f"{' (data.path=null)' if data.path is not None else ''}"
-        )
+        hint = "" if data.path is None else " (data.path=null)"
+        raise ValueError(f"{' and '.join(given)} both say what to train on; give one of them{hint}")
     if not data.sources:
         return
     for name, source in data.sources.items():
