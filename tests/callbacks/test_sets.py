@@ -2,7 +2,9 @@
 
 import csv
 import math
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,6 +88,27 @@ def test_values_are_means_over_all_tokens(pool: WorkerPool, place: Path) -> None
     assert story["bits_per_byte"] == pytest.approx(story["loss"] / math.log(2) * each, rel=1e-12)
     assert first["val/word/loss"] == one["val/word/loss"]
     assert first["val/story/loss"] != one["val/story/loss"]
+
+
+def test_other_text_under_the_same_path_is_told_when_a_run_goes_on(place: Path, tmp_path: Path) -> None:
+    def opened(text: str) -> NamedSets:
+        (tmp_path / "wiki.txt").write_text(text)
+        data = DataConfig(
+            path=f"{place}/train.txt", tokenizer=f"{place}/tokenizer.json", cache_dir=f"{place}/cache",
+            batch_size=8, micro_batch_size=2, validation_samples=8,
+        )  # fmt: skip
+        sets = NamedSets(InTrainingConfig({"wiki": f"{tmp_path}/wiki.txt"}), "text", MICRO_BATCH, SEQUENCE)
+        module = TextDataModule(data, SEQUENCE, 0)
+        sets.setup(SimpleNamespace(datamodule=module), SimpleNamespace(), "fit")  # type: ignore[arg-type]
+        return sets
+
+    saved = opened(TEXTS["story"]).state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(TEXTS["story"]).load_state_dict(saved)
+        opened(TEXTS["story"]).load_state_dict({"texts": {"another": "x"}})
+    with pytest.warns(UserWarning, match=r"eval\.sets\.wiki has other text than when the checkpoint was saved"):
+        opened(TEXTS["story"] + " more").load_state_dict(saved)
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

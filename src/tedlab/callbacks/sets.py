@@ -1,9 +1,11 @@
 """Evaluates named sets of texts whenever a run validates."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from tedlab.config import EvalDocuments, InTrainingConfig
@@ -44,6 +46,20 @@ class NamedSets(Callback):
             length = self.sequence_length
             samples = windows_of(texts, data.separator, EvalDocuments.PACKED, length, length)
             self._sets.append((texts, samples[: self.config.samples]))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"texts": {texts.name: texts.digest for texts, _ in self._sets}}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Says which sets have other text than in the run that saved the checkpoint, under the same names."""
+        for texts, _ in self._sets:
+            if state_dict["texts"].get(texts.name, texts.digest) != texts.digest:
+                rank_zero_warn(
+                    f"eval.sets.{texts.name} has other text than when the checkpoint was saved: val/{texts.name}/loss "
+                    "before and after are of different texts."
+                )
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

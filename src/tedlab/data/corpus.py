@@ -45,8 +45,8 @@ from tedlab.data.tokenizers import SAVED, Tokenizer, build_tokenizer
 from tedlab.launch.locks import Lock, scratch
 from tedlab.progress import advancing
 
-_FORMAT = 4  # increase it whenever the same text and tokenizer would give different files or other parts of them
-_META, _LEFT_OUT = "meta.json", "left_out.json"
+_FORMAT = 5  # increase it whenever the same text and tokenizer would give different files or other parts of them
+_META, _LEFT_OUT, _AS_OF = "meta.json", "left_out.json", "as_of.json"
 _BEGUN = ".partial"  # how the name of a folder with parts ends
 _SPLITS = ("train", "validation")
 _DECODED = 1 << 22  # tokens of a mapped file from which its bytes per token are taken
@@ -230,7 +230,12 @@ class _Cached(ABC):
                 _forget_begun(directory)
                 raise
             _refuse_changed(self.files)
-            meta["tokenizer"] = tokenizer.fingerprint
+            meta |= {
+                "tokenizer": tokenizer.fingerprint,
+                "digests": [digest_of(tokens) for tokens in _tokens_of(complete, meta, tokenizer)],
+            }
+            as_of = [[name, *_size_and_time(complete / name)] for name in _files_of(meta)]
+            (complete / _AS_OF).write_text(json.dumps(as_of) + "\n")
             (complete / _META).write_text(json.dumps(meta, indent=2) + "\n")
             (complete / _LEFT_OUT).write_text(json.dumps([astuple(file) for file in self.no_text], indent=2) + "\n")
             tokenizer.save(complete)
@@ -312,11 +317,7 @@ class _Found(_Cached):
             "train": cut,
             "validation": len(found.tokens) - cut,
             "bytes_per_token": bytes_of(decoded, tokenizer) / max(1, len(decoded)),
-            "digest": digest_of(found.tokens[:cut]),
             "mapped": str(path.resolve()),
-            "as_of": [
-                [str(file.path.resolve()), file.size, file.modified_ns] for file in (files[0], *_index_of(files[0]))
-            ],
         }
 
     def _written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
@@ -335,13 +336,7 @@ class _Found(_Cached):
             written |= write_parts(left, tokenizer, work, processes, advance)
         _refuse_changed(self.files)
         (train, _), (validation, size) = (join(written, name, complete / f"{name}.bin") for name in _SPLITS)
-        digest = digest_of(np.memmap(complete / "train.bin", dtype_of(tokenizer), "r")) if train else ""
-        return {
-            "train": train,
-            "validation": validation,
-            "bytes_per_token": size / max(1, validation),
-            "digest": digest,
-        }
+        return {"train": train, "validation": validation, "bytes_per_token": size / max(1, validation)}
 
 
 class _Streamed(_Cached):
@@ -399,7 +394,6 @@ class _Streamed(_Cached):
             "train": train,
             "validation": validation,
             "bytes_per_token": size / max(1, validation),
-            "digest": digest_of(np.memmap(complete / "train.bin", dtype, "r")) if train else "",
             "source_files": stream.files(config.split),
             "stream": {**asdict(config), "revision": stream.revision},
         }
@@ -466,7 +460,8 @@ def _forget_abandoned(corpora: Path) -> None:
 def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
     """Says what is wrong with a prepared corpus; returns None if it is sound.
 
-    A killed process cannot leave a truncated file; a failing disk or machine, or somebody editing by hand, can.
+    A killed process cannot leave a truncated file; a failing disk or machine, or somebody editing by hand, can. Files
+    with the size and time that they had are sound. If the time is another, as in a copy, all tokens are read.
     """
     try:
         meta = json.loads((directory / _META).read_text())
@@ -477,21 +472,42 @@ def _damage(directory: Path, tokenizer: Tokenizer) -> str | None:
                 f"its tokens are of the tokenizer {meta['tokenizer']}, and data.tokenizer is {tokenizer.fingerprint}; "
                 f"data.tokenizer={known if known.is_file() else 'byte'} is the one"
             )
-        if "mapped" in meta:
-            for name, size, modified_ns in meta["as_of"]:
-                status = os.stat(name)
-                if (status.st_size, status.st_mtime_ns) != (size, modified_ns):
-                    return f"{name} has changed since its ids were checked; name it as data.path"
-            count = len(open_tokens(Path(meta["mapped"])).tokens)
-            return None if count == meta["train"] + meta["validation"] else f"{meta['mapped']} has {count:,} tokens"
-        for name in _SPLITS:
-            size = (directory / f"{name}.bin").stat().st_size
-            expected = meta[name] * dtype_of(tokenizer).itemsize
-            if size != expected:
-                return f"{name}.bin has {size:,} bytes in place of {expected:,}"
+        touched = None
+        for name, size, modified_ns in json.loads((directory / _AS_OF).read_text()):
+            now, when = _size_and_time(directory / name)
+            if now != size:
+                return f"{name} has {now:,} bytes in place of {size:,}"
+            touched = name if when != modified_ns else touched
+        if touched and meta["digests"] != [digest_of(tokens) for tokens in _tokens_of(directory, meta, tokenizer)]:
+            return f"{touched} has changed since its ids were checked"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error) or type(error).__name__
     return None
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _files_of(meta: dict[str, Any]) -> list[str]:
+    """Returns the files that hold the tokens of a corpus, as seen from its folder."""
+    if "mapped" not in meta:
+        return [f"{name}.bin" for name in _SPLITS]
+    index = Path(meta["mapped"]).with_suffix(".idx")
+    return [meta["mapped"], *([str(index)] if is_index(index) else [])]
+
+
+def _tokens_of(directory: Path, meta: dict[str, Any], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Maps the tokens of training and of validation."""
+    if "mapped" in meta:
+        tokens = open_tokens(Path(meta["mapped"])).tokens
+        return tokens[: meta["train"]], tokens[meta["train"] :]
+    dtype = dtype_of(tokenizer)
+    train, validation = (
+        np.memmap(directory / f"{name}.bin", dtype, "r") if meta[name] else np.empty(0, dtype) for name in _SPLITS
+    )
+    return train, validation
 
 
 def _set_aside(directory: Path) -> None:
@@ -526,12 +542,7 @@ def _open(directory: Path, tokenizer: Tokenizer, sequence_length: int, no_files:
             f"one sample of model.sequence_length={sequence_length} needs {needed} in each split. Use more text, a "
             f"shorter sequence_length, or another data.validation_fraction.{missing}"
         )
-    if "mapped" in meta:
-        tokens = open_tokens(Path(meta["mapped"])).tokens
-        train, validation = tokens[: meta["train"]], tokens[meta["train"] :]
-    else:
-        dtype = dtype_of(tokenizer)
-        train, validation = (np.memmap(directory / f"{name}.bin", dtype, "r") for name in _SPLITS)
+    train, validation = _tokens_of(directory, meta, tokenizer)
     return Corpus(
         train=train,
         validation=validation,
@@ -540,7 +551,7 @@ def _open(directory: Path, tokenizer: Tokenizer, sequence_length: int, no_files:
         directory=directory,
         left_out=tuple(left_out),
         source_files=meta["source_files"],
-        digest=meta.get("digest", ""),
+        digest=meta["digests"][0],
     )
 
 
