@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from tedlab.hints import did_you_mean
+from tedlab.interrupts import ended_by_ctrl_c
 
 COMMANDS = {
     "train": "train a model, or a sweep of them",
@@ -33,7 +34,8 @@ def main() -> None:
     if name not in COMMANDS:
         sys.exit(f"tedlab: there is no command '{name}'.{did_you_mean(name, COMMANDS)}\nValid: {', '.join(COMMANDS)}")
     del sys.argv[1]
-    import_module(f"tedlab.commands.{name}").main()
+    with ended_by_ctrl_c():
+        import_module(f"tedlab.commands.{name}").main()
 
 
 if __name__ == "__main__":

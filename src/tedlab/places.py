@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 def obstacle(path: Path) -> str | None:
@@ -11,6 +12,11 @@ def obstacle(path: Path) -> str | None:
         return f"{above} is not a folder"
     if not os.access(above, os.W_OK | os.X_OK):
         return f"this user may not write to {above}"
+    try:
+        with TemporaryFile(dir=above) as file:
+            file.write(b"x")
+    except OSError as error:
+        return f"{above} takes no files ({error.strerror})"
     return None
 
 

@@ -1,6 +1,9 @@
 """Makes ``python -m tedlab.train …`` the same as ``tedlab train …``, also under torchrun and srun."""
 
-from tedlab.commands.train import main
+from tedlab.interrupts import ended_by_ctrl_c
 
 if __name__ == "__main__":
-    main()
+    with ended_by_ctrl_c():
+        from tedlab.commands.train import main
+
+        main()

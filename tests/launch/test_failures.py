@@ -1,6 +1,7 @@
 """Errors that users understand are shown as a sentence, with the traceback in a file; others with their traceback."""
 
 import errno
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from tedlab.errors import DirectoryInUse, UsageError
 from tedlab.launch import failures
-from tedlab.launch.launcher import LOG, _kept
+from tedlab.launch.launcher import LOG, _end_with, _kept
 from tedlab.launch.sweep import SweepFailures
 
 FULL_DISK = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x")
@@ -84,3 +85,30 @@ def test_a_command_in_one_process_ends_with_the_sentence(
     assert shown == "[Errno 28] No space left on device: 'runs/x' (HYDRA_FULL_ERROR=1 shows its traceback)\n"
     with pytest.raises(KeyError), SweepFailures().told():
         raise KeyError("a mistake in code")
+
+
+@pytest.mark.parametrize("pipe_tells", [True, False])
+def test_workers_end_with_their_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pipe_tells: bool) -> None:
+    """At once by the pipe to it; if something else holds that, as soon as there is no process of its id."""
+    launcher, peer = 4_000_001, 4_000_002
+    living, killed = {launcher, peer, os.getpid()}, []
+
+    class Parent:
+        def is_alive(self) -> bool:
+            return launcher in living or not pipe_tells
+
+        def join(self, timeout: float) -> None:
+            living.discard(launcher)
+
+    def kill(process: int, number: int) -> None:
+        if process not in living:
+            raise ProcessLookupError
+        if number:
+            killed.append(process)
+
+    monkeypatch.setattr(multiprocessing, "parent_process", Parent)
+    monkeypatch.setattr(os, "kill", kill)
+    for worker in (os.getpid(), peer):
+        (tmp_path / f"{worker}.worker").touch()
+    _end_with(launcher, tmp_path)
+    assert killed == [peer, os.getpid(), os.getpid()], "its peers first, which may be stopped"

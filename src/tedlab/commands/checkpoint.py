@@ -19,7 +19,8 @@ _MIB = 1 << 20
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with its command line."""
     parser = ArgumentParser(prog="tedlab checkpoint", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    names = "inspect|consolidate|import|verify|export|upcycle"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):
         command = commands.add_parser(name, help=help_text)
         command.add_argument("directory", type=Path, help="e.g. runs/main/<date>/checkpoints/last.ckpt")

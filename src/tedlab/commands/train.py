@@ -1,7 +1,7 @@
 """``tedlab train``: composes a configuration, checks it, and launches the run."""
 
 import signal
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +51,8 @@ def train(config: TrainConfig) -> float:
             summary = launch(run, config, int(config.trainer["devices"]), lock)
         except (WorkerFailed, SystemExit) as error:
             if not started_outside:  # otherwise the first process has written it
-                leave_summary(config, error)
+                with suppress(OSError):  # where a disk is full, that is what the error says
+                    leave_summary(config, error)
             if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:
                 queue_again()
             raise

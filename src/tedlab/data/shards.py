@@ -25,6 +25,7 @@ from tedlab.data import formats
 from tedlab.data.documents import Source
 from tedlab.data.tokenised import refuse_unknown
 from tedlab.data.tokenizers import Tokenizer
+from tedlab.interrupts import fork_server
 
 _DONE = re.compile(r"(\w+)-(\d+)\.(\d+)\.(\d+)\.bin")
 _tokenizer: Tokenizer  # of a worker process
@@ -223,9 +224,7 @@ def _explained(processes: int) -> Iterator[None]:
 @contextmanager
 def _workers(tokenizer: Tokenizer, processes: int) -> Iterator[Executor]:
     """Provides processes, forked from one that, unlike this one, has no threads and has all imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(processes, context, _begin, (tokenizer,))
+    pool = ProcessPoolExecutor(processes, fork_server([__name__]), _begin, (tokenizer,))
     try:
         yield pool
     finally:

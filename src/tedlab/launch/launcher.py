@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tedlab._compat.python import run_exit_functions
 from tedlab.errors import WorkerFailed
+from tedlab.interrupts import fork_server
 from tedlab.launch import failures, outside
 from tedlab.launch.locks import Lock, scratch
 from tedlab.launch.outside import started_outside
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _GRACE_S = 10  # from the failure of one process to the end of those that do not end when asked
 _LEAVE_S = 20  # from the end of the first process's work to that of the others
+_LOOK_S = 2  # between looks at whether the launching process exists
 LOG = "failure.log"  # the traceback of a failure that is shown as a sentence
 _DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
 _WORKER = ".worker"  # a file in that folder for each that is at work
@@ -98,7 +100,7 @@ def launch(
         start_method="forkserver",
     )
     multiprocessing.set_start_method("forkserver", force=True)  # joblib's own, which children inherit, has no server
-    multiprocessing.set_forkserver_preload([run.__module__])
+    fork_server([run.__module__])
     threads = max(1, (os.cpu_count() or 1) // processes)
     # torch's launcher logs each worker's end with a traceback of its own; ours is shown once, below.
     for name in (
@@ -132,6 +134,7 @@ def launch(
 
 
 def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of which a run tells why it ended
     Path(folder, f"{os.getpid()}{_WORKER}").touch()
     failures.keep_in(Path(folder))
     threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()
@@ -169,11 +172,12 @@ def _first_failure(error: "ChildFailedError", folder: Path) -> tuple[int, str, s
 
 def _kept(trace: str, folder: Path) -> str:
     """Writes a traceback into a folder if it can be, and says where it is to be found."""
-    with contextlib.suppress(OSError):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG).write_text(trace)
         return f"its traceback: {folder / LOG}"
-    return f"{failures.FULL}=1 shows its traceback"
+    except OSError:
+        return f"{failures.FULL}=1 shows its traceback"
 
 
 def _where_to_resume(config: Job) -> str:
@@ -202,13 +206,14 @@ def _age_s(file: Path) -> float:
 
 def _end_with(launcher: int, folder: Path) -> None:
     """Ends this process and its peers, who may be stopped, when the launching one is gone: killed, it cannot do so."""
-    while True:
-        time.sleep(2)
-        try:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    with contextlib.suppress(ProcessLookupError):
+        while parent.is_alive():  # a pipe tells at once, unless a process that the launcher has forked holds its end
             os.kill(launcher, 0)
-        except ProcessLookupError:
-            _kill_workers(folder)
-            os.kill(os.getpid(), signal.SIGKILL)
+            parent.join(_LOOK_S)
+    _kill_workers(folder)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _kill_workers(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """Makes a plan: estimates all layouts in closed form and simulates the most promising, in one process per core."""
 
 import math
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from tedlab.config import TrainConfig, with_values
 from tedlab.errors import UsageError
+from tedlab.interrupts import fork_server
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.plan.family import largest
 from tedlab.predict.plan.search import (
@@ -240,9 +240,7 @@ def simulated(config: TrainConfig, cluster: ClusterConfig, candidate: Candidate)
 @contextmanager
 def worker_processes() -> Iterator[Executor]:
     """Provides a process per core, forked from one that, unlike this one, has no threads and has all imports done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tedlab.predict.plan.plan", "tedlab.predict.sim"])
-    executor = ProcessPoolExecutor(os.cpu_count(), context)
+    executor = ProcessPoolExecutor(os.cpu_count(), fork_server(["tedlab.predict.plan.plan", "tedlab.predict.sim"]))
     try:
         yield executor
     finally:

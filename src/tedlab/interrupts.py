@@ -1,0 +1,53 @@
+"""What Ctrl-C does to a command: it ends with a line, and so do the processes that it has started.
+
+Ctrl-C reaches all processes of a terminal. Imported last by a server that forks processes, this module makes those end
+at once and silently, until they say otherwise; the server itself ignores it.
+"""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in such a server, see below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Within it, Ctrl-C ends the process with a line and the exit code of SIGINT instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nSIGINT: ended.", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
+
+
+def fork_server(preload: Sequence[str]) -> "BaseContext":
+    """Starts the server from which processes are forked, if there is none, and returns the context that makes them.
+
+    The server begins with Ctrl-C ignored, since it would end in the middle of its imports, with a traceback. It keeps
+    ignoring it, but gives processes what this module has set.
+
+    Args:
+        preload: Modules that the server imports, so that processes need not.
+    """
+    import multiprocessing  # not above: a command that needs no processes is at work sooner
+    from multiprocessing import forkserver
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*preload, __name__])
+    if threading.current_thread() is not threading.main_thread():  # which cannot set handlers
+        forkserver.ensure_running()
+        return context
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new program
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return context

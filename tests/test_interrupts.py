@@ -1,0 +1,82 @@
+"""Ctrl-C ends a command with a line, and the processes that it forks without one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tedlab.interrupts import ended_by_ctrl_c
+
+# Forks a process, waits, and tells how each ends. The server imports a module that takes its time.
+SCRIPT = """
+import os, signal, sys, time
+from tedlab.interrupts import ended_by_ctrl_c, fork_server
+
+def work(pipe):
+    pipe.send((os.getpid(), os.getppid(), signal.getsignal(signal.SIGINT) is signal.SIG_DFL))
+    time.sleep(100)
+
+if __name__ == "__main__":
+    with ended_by_ctrl_c():
+        context = fork_server(["slow"])
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        print("importing", flush=True)
+        if sys.argv[1] == "early":
+            time.sleep(100)
+        here, there = context.Pipe()
+        worker = context.Process(target=work, args=(there,))
+        worker.start()
+        pid, server, silent = here.recv()
+        os.kill(server, signal.SIGINT)  # ignored
+        assert silent
+        print("at work", flush=True)
+        try:
+            worker.join()
+        except KeyboardInterrupt:
+            worker.join()
+            print("worker", worker.exitcode, flush=True)
+            raise
+"""
+
+
+def test_a_command_ends_with_a_line_and_the_code_of_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, ended_by_ctrl_c():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "\nSIGINT: ended.\n"
+
+
+@pytest.mark.parametrize(("moment", "until"), [("early", "importing"), ("late", "at work")])
+def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: str, until: str) -> None:
+    """Ctrl-C goes to all processes of a terminal, while the server imports or the process works."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (tmp_path / "slow.py").write_text("import time; time.sleep(0.5)\n")
+    process = subprocess.Popen(
+        [sys.executable, "script.py", moment],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    shown = ""
+    for line in process.stdout:
+        shown += line
+        if line.startswith(until):
+            break
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    rest, _ = process.communicate(timeout=60)
+    assert "Traceback" not in shown + rest, shown + rest
+    assert process.returncode == 130
+    assert rest.splitlines()[-1] == "SIGINT: ended."
+    assert moment == "early" or f"worker {-signal.SIGINT}" in rest
+
+
+def test_importing_it_elsewhere_changes_nothing() -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
