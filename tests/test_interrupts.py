@@ -1,6 +1,7 @@
 """Ctrl-C ends a command with a line, and the processes that it forks without one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tedlab import interrupts
 from tedlab.interrupts import ended_by_ctrl_c
 
 # Forks a process, waits, and tells how each ends. The server imports a module that takes its time.
 SCRIPT = """
 import os, signal, sys, time
-from tedlab.interrupts import ended_by_ctrl_c, fork_server
+from interrupts import ended_by_ctrl_c, fork_server
 
 def work(pipe):
     pipe.send((os.getpid(), os.getppid(), signal.getsignal(signal.SIGINT) is signal.SIG_DFL))
@@ -53,6 +55,7 @@ def test_a_command_ends_with_a_line_and_the_code_of_the_signal(capsys: pytest.Ca
 @pytest.mark.parametrize(("moment", "until"), [("early", "importing"), ("late", "at work")])
 def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: str, until: str) -> None:
     """Ctrl-C goes to all processes of a terminal, while the server imports or the process works."""
+    shutil.copy(interrupts.__file__, tmp_path)  # alone, without all that importing tedlab takes
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "slow.py").write_text("import time; time.sleep(0.5)\n")
     process = subprocess.Popen(

@@ -42,12 +42,19 @@ def fork_server(preload: Sequence[str]) -> "BaseContext":
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload, __name__])
-    if threading.current_thread() is not threading.main_thread():  # which cannot set handlers
-        forkserver.ensure_running()
-        return context
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new program
-    try:
-        forkserver.ensure_running()
-    finally:
-        signal.signal(signal.SIGINT, before)
+    if threading.current_thread() is threading.main_thread():  # only it can set handlers
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new program
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    # Once this one has ended, the imports are done: of a process that is asked for while they go on, and forked when
+    # the one that asked is gone, Python prints a traceback.
+    first = context.Process(target=_nothing)
+    first.start()
+    first.join()
     return context
+
+
+def _nothing() -> None:
+    pass
