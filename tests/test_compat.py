@@ -358,6 +358,20 @@ def test_fused_adam_takes_one_step_of_torchs_optimizer(decoupled: bool) -> None:
     torch.testing.assert_close(values, parameter.detach())
 
 
+def test_a_function_is_compiled_for_as_many_shapes_as_are_asked_for() -> None:
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    compat.compile_for_shapes(16)
+    compiled = torch.compile(lambda x: 2 * x, dynamic=False, backend=backend)
+    for size in range(1, 13):
+        assert compiled(torch.ones(size)).sum() == 2 * size
+    assert len(made) == 12
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_delay_gpu_keeps_it_busy() -> None:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -109,6 +109,12 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def compile_for_shapes(number: int) -> None:
+    """Lets this process compile a function for so many shapes; by itself torch runs it uncompiled after eight."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(number, config.recompile_limit)
+
+
 def fused_adam(decoupled: bool) -> Callable[..., Any]:
     """The kernel below ``torch.optim.AdamW(fused=True)``, or Adam's. The optimizers themselves take no tiles."""
     return torch._fused_adamw_ if decoupled else torch._fused_adam_

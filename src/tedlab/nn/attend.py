@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
+from tedlab._compat.torch import compile_for_shapes
 from tedlab.nn.documents import SampleDocuments
 
 AttentionPath = Literal["sdpa", "flex", "blocks", "mask"]
 _ROWS = 256  # queries at a time
+_SHAPES = 256  # of batches, windows and so on that flex attention is compiled for; uncompiled it keeps all scores
 _NARROWEST = 16  # features of a head that the tensor cores of flex attention's kernels take; nor do they take float64
 
 
@@ -148,6 +150,7 @@ def _by_flex(q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, s
 
 @functools.cache
 def _compiled_flex() -> Any:
+    compile_for_shapes(_SHAPES)
     return torch.compile(flex_attention, dynamic=False)
 
 
