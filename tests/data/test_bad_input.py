@@ -95,13 +95,17 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "csv": (
         "a.csv",
         b"id,body\n1,hello\n",
-        r"it is a table without a column 'text' \(its columns, divided by ',', are 'id', 'body'\)",
+        r"it is a table without a column data.field='text' \(its columns, divided by ',', are 'id', 'body'\)",
     ),
-    "csv with semicolons": ("a.csv", b"id;text\n1;hello\n", "it is a table without a column 'text' .* are 'id;text'"),
+    "csv with semicolons": (
+        "a.csv",
+        b"id;text\n1;hello\n",
+        "it is a table without a column data.field='text' .* are 'id;text'",
+    ),
     "tsv": ("a.TSV.gz", gzip.compress(b"id\ttext\n"), "it is a table without rows"),
-    "csv with a column twice": ("a.csv", b"text,text\n1,2\n", "it is a table with several columns 'text'"),
+    "csv with a column twice": ("a.csv", b"text,text\n1,2\n", "it is a table with several columns data.field='text'"),
     "csv whose header is not closed": ("a.csv", b'"id,text\n1,2\n', "by its name it is a table, but .*unexpected end"),
-    "csv of blank lines": ("a.csv", b"\n\n", "it is a table without a column 'text' .* are none at all"),
+    "csv of blank lines": ("a.csv", b"\n\n", "it is a table without a column data.field='text' .* are none at all"),
     "a list of objects": ("a.json", f"[{ROW}, {ROW}]".encode(), r"it is JSON, .* not one object per line \(jq -c"),
     "an object over lines": ("a.json", json.dumps({"text": TEXT}, indent=2).encode(), "it is JSON, whose syntax"),
     "a JSON string": ("a.json", b'"text"', "it is JSON, whose syntax"),
@@ -110,9 +114,9 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "JSON lines without the field": (
         "a.json",
         b'{"body": "x"}\n' * 2,
-        "it holds JSON lines without a field 'text' .* 'body'",
+        "it holds JSON lines without data.field='text' .* 'body'",
     ),
-    "… with another name": ("a.log", b'{"body": "x"}\n{"id": 3}\n', "it holds JSON lines without a field 'text'"),
+    "… with another name": ("a.log", b'{"body": "x"}\n{"id": 3}\n', "it holds JSON lines without data.field='text'"),
     "JSON lines of {}": ("a.json", b"{}\n{}\n", "it holds JSON lines .* are none at all"),
 }
 # Declared to be JSON lines, so that a line that is none is an error also among other files: nothing is lost unsaid.

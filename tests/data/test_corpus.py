@@ -310,7 +310,7 @@ ERRORS = {
     ),
     "latin-1": ({"a.txt": b"caf\xe9 au"}, "a.txt", {}, ValueError, r"a\.txt cannot be used: it is not UTF-8 \(invalid"),
     "cut": ({"a.txt": b"caf\xc3"}, "a.txt", {}, ValueError, r"a\.txt cannot be used: it is not UTF-8 \(unexpected end"),
-    "all binary": ({"text/a": b"\0", "text/b": b"\xff"}, "text", {}, ValueError, "Nor are the 1 other files"),
+    "all binary": ({"text/a": b"\0", "text/b": b"\xff"}, "text", {}, ValueError, "Nor can the 1 other files"),
     "short": (
         {"a.txt": "x" * 100},
         "a.txt",

@@ -131,7 +131,10 @@ def test_other_columns_and_fields_are_chosen_by_name(tmp_path):
 
 
 TABLES = {
-    "no such column": ({"id": [1], "body": ["x"]}, r"a table without a column 'text' \(its columns are 'id', 'body'\)"),
+    "no such column": (
+        {"id": [1], "body": ["x"]},
+        r"a table without a column data.field='text' \(its columns are 'id', 'body'\)",
+    ),
     "numbers": ({"text": [1, 2]}, "a table whose column 'text' holds int64, not text"),
     "no rows": ({"text": pa.array([], pa.string())}, "a table without rows"),
     "nothing": ({"text": ["fine", None]}, r"Row 2 of .* holds a NoneType in column 'text', not text"),

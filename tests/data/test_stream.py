@@ -230,6 +230,7 @@ WRONG: dict[str, tuple[dict, str]] = {
     "misspelt": ({"dataset": "a/b/parquets"}, r"neither a folder"),
     "revision": ({"revision": "main"}, r"data.stream.revision=main is of a data set at the Hub, which .* is not"),
     "same split": ({"validation": "train"}, r"are both 'train', but validation needs other text"),
+    "no name": ({"dataset": ""}, r"data.stream.dataset has no value yet"),
     "no number": ({"tokens": None}, r"data.stream.tokens has no value: how many tokens of"),
 }
 

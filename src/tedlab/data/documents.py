@@ -279,9 +279,11 @@ def usable(
             groups.setdefault(content.digest, []).append((file, content))
     if not groups:
         others = listed(unusable[1:])
+        if len({file.reason for file in unusable}) == 1:
+            others = others and "for the same reason"
         raise ValueError(
             f"{files[0].path} cannot be used: {unusable[0].reason}."
-            + (f" Nor are the {len(unusable) - 1} other files of data.path ({others})." if others else "")
+            + (f" Nor can the {len(unusable) - 1} other files of data.path ({others})." if others else "")
             + " A corpus is UTF-8 text, JSONL, CSV, Parquet, Arrow or tokens (docs/data.md)."
         )
     if left_out is not None:

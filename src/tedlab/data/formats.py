@@ -138,7 +138,7 @@ def _table(file: SourceFile, field: str, advance: Callable[[int], object]) -> Co
         raise Unusable(f"{error}".replace(f"{file.path} is", "it is", 1)) from None
     if field not in table.columns:
         columns = ", ".join(map(repr, table.columns)) or "none at all"
-        raise Unusable(f"it is a table without a column {field!r} (its columns are {columns})")
+        raise Unusable(f"it is a table without a column data.field={field!r} (its columns are {columns})")
     if not tables.is_text(table.columns[field]):
         raise Unusable(f"it is a table whose column {field!r} holds {table.columns[field]}, not text")
     if not sum(table.rows):
@@ -175,7 +175,9 @@ def _header(file: SourceFile, compression: str | None, separator: str, start: in
     if columns.count(field) != 1:
         listed = ", ".join(map(repr, columns)) or "none at all"
         which = "with several columns" if field in columns else "without a column"
-        raise Unusable(f"it is a table {which} {field!r} (its columns, divided by {separator!r}, are {listed})")
+        raise Unusable(
+            f"it is a table {which} data.field={field!r} (its columns, divided by {separator!r}, are {listed})"
+        )
     if empty:
         raise Unusable("it is a table without rows")
     return start + sum(map(len, lines)), Header(separator, columns, len(lines))
@@ -259,7 +261,7 @@ def _is_json_lines(file: SourceFile, compression: str | None, head: bytes, start
         return False  # plain text that begins with a brace
     if field not in (rows[0] or {}):
         fields = ", ".join(map(repr, rows[0] or {})) or "none at all"
-        raise Unusable(f"it holds JSON lines without a field {field!r} (those of the first are {fields})")
+        raise Unusable(f"it holds JSON lines without data.field={field!r} (those of the first are {fields})")
     return True
 
 

@@ -276,6 +276,11 @@ def check_stream(config: StreamConfig, where: str = "data.") -> None:
         if others:
             raise ValueError(f"{where}.{others[0]} is given, but no {where}.dataset")
         return
+    if not config.dataset:
+        raise ValueError(
+            f"{where}.dataset has no value yet: the name of a data set at the Hub, a folder, or a format "
+            f"({', '.join(FORMATS)})"
+        )
     if config.tokens is None:
         raise ValueError(
             f"{where}.tokens has no value: how many tokens of {config.dataset} are to be trained on; they are read "
