@@ -117,6 +117,7 @@ CASES = {
     "loss_chunked_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", *CHUNKED],
     "loss_chunked_untied": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false", *CHUNKED],
     "loss_chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
+    "mixed_norms": [*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed", "model.qk_norm=head"],
     "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
 }
 

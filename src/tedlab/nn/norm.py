@@ -34,7 +34,7 @@ class NormSpec(Spec):
         if b.compiled:
             yield b.moved(elements, dtype, b.compute)
             return
-        if self.kind == "layer" or b.gpu:
+        if self.kind == "layer" or (b.gpu and not self._composed(b)):
             yield b.moved(2 * elements, dtype)
             return
         for passes in (2, 1, 2, 2):  # square, mean, quotient, product with the weight
@@ -50,6 +50,12 @@ class NormSpec(Spec):
             return
         if dtype != b.compute:
             yield b.moved(elements, dtype, b.compute)
+        if self._composed(b):
+            for passes in (3, 2, 1, 3, 2, 1, 1, 2, 2, 3, 3):  # of the weight, then of the input
+                yield b.moved(passes * elements, b.precise)
+            for _ in range(2):
+                yield b.moved(elements, dtype, b.precise)
+            return
         if self.kind == "layer" or b.gpu:
             yield b.moved(3 * elements, dtype)
             if b.gpu:  # a second kernel for the weight, see tedlab.predict.sim.norm
@@ -82,7 +88,11 @@ class NormSpec(Spec):
 
     def saved(self, b: MicroBatch) -> int:
         elements, dtype = self.given(b)
-        return elements * dtype.itemsize
+        return 2 * elements * b.precise.itemsize if self._composed(b) else elements * dtype.itemsize
+
+    def _composed(self, b: MicroBatch) -> bool:
+        """Whether torch composes it of several kernels on a GPU, as of inputs in another dtype than the weight."""
+        return self.kind == "rms" and b.gpu and not b.compiled and self.given(b)[1] != b.parameter
 
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
         """Returns the number of its input's elements, and their dtype."""

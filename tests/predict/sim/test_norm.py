@@ -20,11 +20,20 @@ def test_a_norm_is_read_twice_in_the_backward_pass_if_its_weight_trains() -> Non
         moved.append(([tensor.numel() for tensor in operands], 0 if result is None else result.numel()))
 
     x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-    FusedNorm(count)(x, weight, 1e-5).sum().backward()
+    FusedNorm(count, lambda: False)(x, weight, 1e-5).sum().backward()
     assert moved == [([24], 24), ([24, 24], 24), ([24, 24], 0)]  # forward; x, dy and dx; x and dy for the weight
     moved.clear()
-    FusedNorm(count)(x, weight.detach(), 1e-5).sum().backward()
+    FusedNorm(count, lambda: False)(x, weight.detach(), 1e-5).sum().backward()
     assert moved == [([24], 24), ([24, 24], 24)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_torch_has_no_kernel_for_inputs_in_another_dtype_than_the_weight(compiled: bool) -> None:
+    """It composes RMSNorm of others then, which a compiler makes one of."""
+    moved: list[int] = []
+    norm = FusedNorm(lambda operands, result: moved.append(len(operands)), lambda: compiled)
+    norm(torch.randn(3, 8, dtype=torch.bfloat16), torch.ones(8), 1e-5)
+    assert len(moved) == compiled
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])

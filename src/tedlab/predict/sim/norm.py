@@ -1,9 +1,11 @@
 """Stands in for torch's kernels of norms on a GPU, whose inside fake tensors elsewhere would show."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -19,13 +21,17 @@ class FusedNorm:
 
     Args:
         count: Called with what a kernel reads, and with the large tensor that it writes, if there is one.
+        compiled: Tells whether what is computed now is compiled.
     """
 
-    def __init__(self, count: Count) -> None:
-        self.count = count
+    def __init__(self, count: Count, compiled: Callable[[], bool]) -> None:
+        self.count, self.compiled = count, compiled
 
     def __call__(self, x: Tensor, weight: Tensor, eps: float, bias: Tensor | None = None) -> Tensor:
         """Maps (…, H) to (…, H), and keeps the input and one number for each row, two if there is a bias."""
+        if bias is None and x.dtype != weight.dtype and not self.compiled():
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                return F.rms_norm(x, weight.shape, weight, eps)  # composed of other kernels, of which torch warns
         y: Tensor = _Norm.apply(x, weight, bias, self.count)
         return y
 

@@ -113,7 +113,7 @@ class SimulatedStrategy(TEDStrategy):
         self._modes.enter_context(one_by_one(*((self._meter.one_kernel,) if self._gpu else ())))
         self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
         if self._gpu:
-            self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm)))
+            self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm, lambda: self.meter.fusion.on)))
         self._modes.enter_context(compiling(functools.partial(CompiledBlock, self._meter.compile)))
         self._modes.enter_context(compiling_loss(functools.partial(compiled, self._meter.compile)))
 
