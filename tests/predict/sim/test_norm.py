@@ -1,16 +1,21 @@
 """The stand-in for torch's kernels of norms on a GPU counts what they move, and so does the closed form."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from tedlab._compat.torch import TorchDispatchMode
 from tedlab.nn import NormSpec
+from tedlab.nn.norm import FullNormSpec
 from tedlab.predict.sim.norm import FusedNorm
+from tedlab.predict.sim.roofline import work_of
 from tedlab.predict.volumes import ClosedForm
 from tests.predict.sim.test_simulation import checked
-from tests.predict.test_estimate import MANY, TODAY
+from tests.predict.test_estimate import MANY, ONE, TODAY
 
 
 def test_a_norm_is_read_twice_in_the_backward_pass_if_its_weight_trains() -> None:
@@ -34,6 +39,33 @@ def test_torch_has_no_kernel_for_inputs_in_another_dtype_than_the_weight(compile
     norm = FusedNorm(lambda operands, result: moved.append(len(operands)), lambda: compiled)
     norm(torch.randn(3, 8, dtype=torch.bfloat16), torch.ones(8), 1e-5)
     assert len(moved) == compiled
+
+
+class Moved(TorchDispatchMode):
+    """Sums the bytes that operations read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        work = work_of(func, args, kwargs or {}, out)
+        self.bytes += 0 if work is None else work.bytes
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_the_closed_form_of_a_composed_norm_moves_what_torchs_operations_do() -> None:
+    batch = ClosedForm(checked(*ONE, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed")).at()
+    norm = FullNormSpec(256)
+    x, weight = torch.randn(batch.tokens, 256, dtype=torch.bfloat16, requires_grad=True), torch.ones(256)
+    with Moved() as forward:
+        y = F.rms_norm(x, (256,), weight.requires_grad_(), 1e-5)
+    with Moved() as backward:
+        y.backward(torch.empty_like(y))
+    assert sum(work.bytes for work in norm.forward(batch)) == pytest.approx(forward.bytes, rel=0.01)
+    assert sum(work.bytes for work in norm.backward(batch)) == pytest.approx(backward.bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
