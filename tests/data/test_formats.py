@@ -524,6 +524,14 @@ def test_fields_that_are_quoted_are_what_was_written(tmp_path, name):
     in_parts = ["".join(document) for part in parts for document in part.documents(lambda size: None)]
     assert in_parts == fields
     assert sum(part.size for part in parts) <= (tmp_path / name).stat().st_size
+    if name == "a.csv":  # rows of several lines have their lines counted, in whatever part they are
+        (tmp_path / name).write_bytes(content + b"1,2,3,4\n")
+        (source,) = sources(find_files(str(tmp_path / name)), "text")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(formats, "PART", 100)
+            *_, last = source.parts()
+        with pytest.raises(ValueError, match=rf"row in line {content.count(10) + 1} of .* has 4 fields"):
+            [*last.documents(lambda size: None)]
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

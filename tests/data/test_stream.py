@@ -162,7 +162,7 @@ def kills_itself(folder, at, moment, stream):
             os.kill(os.getpid(), signal.SIGKILL)
 
     shards.write_part, reading.write_whole = part, whole
-    streamed(folder, "killed", **stream)
+    streamed(folder, "killed", fraction=0.13, **stream)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def kills_itself(folder, at, moment, stream):
     [("before", 0, {}), ("noted", 5, {}), ("after", 4, {"tokens": 1500}), ("after", 13, {"validation": "test"})],
 )
 def test_a_killed_reading_goes_on_where_it_was_and_is_the_same_to_the_byte(folder, moment, at, stream, monkeypatch):
-    whole = streamed(folder, "whole", **stream)
+    whole = streamed(folder, "whole", fraction=0.13, **stream)
     arguments = (folder, at, moment, stream)
     victim = multiprocessing.get_context("fork").Process(target=kills_itself, args=arguments)
     victim.start()
@@ -181,7 +181,7 @@ def test_a_killed_reading_goes_on_where_it_was_and_is_the_same_to_the_byte(folde
     monkeypatch.setattr(
         Stream, "batches", lambda self, split, after: begun.append(after) or batches(self, split, after)
     )
-    again = streamed(folder, "killed", **stream)
+    again = streamed(folder, "killed", fraction=0.13, **stream)
     assert content(again) == content(whole)
     assert (begun[0] is not None) == (at > 0)
     if at > 0:
