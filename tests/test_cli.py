@@ -1,5 +1,6 @@
 """Misspelt and ill-typed overrides end in a message of a few lines that names the nearest and the valid ones."""
 
+import errno
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from tedlab import config as config_module
 from tedlab.__main__ import COMMANDS
 from tedlab.__main__ import main as tedlab_command
 from tedlab.cli import CONF, check_overrides, check_run_directory, options_first, renamed, with_plan, with_sources
-from tedlab.commands import checkpoint
+from tedlab.commands import checkpoint, train
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.completion import _OTHERS, script
 from tedlab.commands.differences import difference_tree
@@ -203,6 +204,24 @@ def test_several_values_without_a_sweep_are_told_what_they_need() -> None:
     check_overrides(["experiment=layouts", "seed=1,2"], multirun=False)  # it asks for a sweep itself
 
 
+REFUSED = {
+    "-x": "unrecognized arguments: -x; `tedlab train --help` shows what it takes",
+    "--cfg jo": "argument --cfg/-c: invalid choice: 'jo'",
+    "-m seed=1,2 --cfg job": "--multirun and --cfg exclude each other: give one of them",
+    "--resolve": "--resolve belongs to --cfg",
+    "--config-dir nowhere seed=1": "--config-dir=nowhere is no folder",
+    "seed=1,2": "seed=1,2 has several values",
+}
+
+
+def test_options_that_cannot_be_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for typed, message in REFUSED.items():
+        monkeypatch.setattr(sys, "argv", ["tedlab", *typed.split()])
+        with pytest.raises(SystemExit, match=re.escape(message)) as ended:
+            train.main()
+        assert "\n" not in str(ended.value.code)
+
+
 def test_options_may_stand_among_overrides() -> None:
     typed = ["seed=1,2", "-m", "~logger", "--config-dir", "mine", "optim.lr=1"]
     assert options_first(typed) == ["-m", "--config-dir", "mine", "seed=1,2", "~logger", "optim.lr=1"]
@@ -216,11 +235,22 @@ def test_nothing_can_be_added_that_the_typed_configuration_has_no_field_for(over
 
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
-def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path, key: str) -> None:
+def test_a_run_directory_that_cannot_be_made_is_refused(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(dir: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     (tmp_path / "file").touch()
     for value in (f"{tmp_path}/file/run", f"'{tmp_path}/file'", f"{tmp_path}/file/${{now:%Y}}"):
         with pytest.raises(UsageError, match=rf"^{key}=.* cannot be made: {tmp_path}/file is not a folder$"):
             check_run_directory(["seed=1", f"{key}={value}"])
+    with monkeypatch.context() as full:
+        full.setattr("tedlab.places.TemporaryFile", no_space)
+        with pytest.raises(
+            UsageError, match=rf"cannot be made: {tmp_path} takes no files \(No space left on device\)$"
+        ):
+            check_run_directory([f"{key}={tmp_path}/new"])
     check_run_directory([f"{key}={tmp_path}/new/run", f"hydra.run.dir={tmp_path}/${{now:%Y}}"])
 
 

@@ -49,7 +49,10 @@ def made_up(folder: Path, name: str, kernels: float, collectives: float, **summa
 def test_kernels_and_collectives_are_corrected_apart_by_runs_that_differ(tmp_path: Path) -> None:
     for name in LAYOUTS:
         made_up(tmp_path, name, 1.25, 0.8, device="NVIDIA A100-SXM4-80GB")
-    learned = learn(A100, [str(tmp_path)])
+    told: list[float] = []
+    learned = learn(A100, [str(tmp_path)], told.append)
+    assert len(told) >= 2 * len(LAYOUTS), "each run is predicted before and after it was corrected"
+    assert 0 < sum(told) <= 1
     assert learned.cluster.slower.kernels == pytest.approx(1.25)
     assert learned.cluster.slower.collectives == pytest.approx(0.8)
     assert learned.notes == []
