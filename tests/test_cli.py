@@ -198,6 +198,12 @@ def test_each_value_of_a_sweep_must_be_of_its_type() -> None:
     )
 
 
+@pytest.mark.skipif(find_spec("optuna") is None, reason="needs the extra 'optuna'")
+def test_the_ends_of_an_interval_must_be_of_its_type() -> None:
+    with pytest.raises(UsageError, match=re.escape("moe.top_k: Value '1.5'")):
+        check_overrides(["hparams_search=optuna", "moe.top_k=interval(1.5,4)"])
+
+
 def test_several_values_without_a_sweep_are_told_what_they_need() -> None:
     with pytest.raises(UsageError, match=r"optim.lr=1e-3,3e-3 has several values: -m makes a sweep of them"):
         check_overrides(["optim.lr=1e-3,3e-3"], multirun=False)
