@@ -19,7 +19,7 @@ _MIB = 1 << 20
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command with its command line."""
     parser = ArgumentParser(prog="tedlab checkpoint", description=__doc__)
-    names = "inspect|consolidate|import|verify|export|upcycle"
+    names = "{inspect,consolidate,import,verify,export,upcycle}"  # in what is said if none is given
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     for name, help_text in (("inspect", "print what is in it"), ("consolidate", "write one safetensors file")):
         command = commands.add_parser(name, help=help_text)
