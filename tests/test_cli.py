@@ -46,6 +46,15 @@ MISSPELT = {
         ["model.hiden", "Did you mean 'hidden'?", "head_dim, heads, hidden"],
     ),
     "key_of_lightning": ("trainer.max_stepz=3", ["'max_stepz'", "Did you mean 'max_steps'?", "log_every_n_steps"]),
+    "key_of_a_listed_value": (
+        "optim.groups=[{patern: x}]",
+        ["optim.groups=[{patern: x}]: there is no key 'patern'", "Did you mean 'pattern'?", "lr_factor"],
+    ),
+    "key_of_a_source": (
+        "++data.sources={a: {path: x, weigth: 1}}",
+        ["data.sources=", "Did you mean 'weight'?", "field"],
+    ),
+    "type_in_a_listed_value": ("optim.groups=[{pattern: x, lr_factor: a}]", ["optim.groups: lr_factor", "Float"]),
     "key_of_the_top": ("sed=1", ["'sed'", "Did you mean 'seed'?", "ckpt_path"]),
     "key_with_nothing_near": ("moe.xyzzy=1", ["'xyzzy'", "Valid: ", "num_experts"]),
     "section": ("mdel.hidden=3", ["'mdel'", "Did you mean 'model'?", "parallel"]),

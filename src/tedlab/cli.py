@@ -3,7 +3,7 @@
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from tedlab._compat.hydra import group_options, translate_files
 from tedlab.config import TrainConfig
@@ -178,7 +178,7 @@ def check_overrides(
         if override.key_or_group not in groups:
             added = override.is_add() or override.is_force_add()
             _check_key(config, override.key_or_group, list(groups), added, name)
-            _check_type(config, override)
+            _check_type(config, override, name)
 
 
 def from_folder(folder: str | None) -> list[str]:
@@ -250,13 +250,19 @@ def _check_key(config: DictConfig, key: str, groups: list[str], added: bool, nam
         node = node[part]
 
 
-def _check_type(config: DictConfig, override: Override) -> None:
+def _check_type(config: DictConfig, override: Override, name: str) -> None:
     """The value, or each of a sweep, must be of the field's type; what is known later is looked at then."""
+    key = override.key_or_group
     try:
         for value in () if override.is_delete() else _each(override):
-            OmegaConf.update(config, override.key_or_group, value, force_add=True)
+            OmegaConf.update(config, key, value, force_add=True)
+    except ConfigKeyError as error:  # below the key, in a value with fields of its own
+        if is_dataclass(error.object_type):
+            known = [field.name for field in fields(error.object_type)]
+            _check_known(str(error.key), known, str(override.input_line).lstrip("+"), "key", name)
     except ValidationError as error:
-        raise UsageError(one_line(error)) from None
+        said = one_line(error)
+        raise UsageError(said if said.startswith(key) else f"{key}: {said}") from None
     except OmegaConfBaseException:
         return
 
