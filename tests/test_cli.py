@@ -80,6 +80,16 @@ def test_misspelt_overrides_are_refused_with_the_nearest_and_the_valid(override:
     assert len(message.splitlines()) < SCREEN
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("hydra/launcher=nope", "Could not find 'hydra/launcher/nope'"), ("hydra.sweep.dirr=x", "'hydra.sweep.dirr'")],
+)
+def test_settings_of_hydra_that_a_sweep_has_in_vain_are_a_sentence(override: str, said: str) -> None:
+    with pytest.raises(UsageError, match=f"Hydra's own settings: .*{said}") as caught:
+        check_overrides([override, "seed=1,2"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 VALID = {
     "nothing": [],
     "value": ["model.layers=4"],

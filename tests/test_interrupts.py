@@ -81,5 +81,11 @@ def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: s
     assert moment == "early" or f"worker {-signal.SIGINT}" in rest
 
 
-def test_importing_it_elsewhere_changes_nothing() -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("handler", ["SIG_IGN", "default_int_handler"])
+def test_importing_it_elsewhere_changes_nothing(tmp_path: Path, handler: str) -> None:
+    """A shell starts what runs in the background of a script with Ctrl-C ignored, and it stays so."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.{handler}); import interrupts; "
+    code += f"print(signal.getsignal(signal.SIGINT) is signal.{handler})"
+    shutil.copy(interrupts.__file__, tmp_path)
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout == "True\n"

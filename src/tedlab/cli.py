@@ -15,7 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
@@ -173,7 +173,12 @@ def check_overrides(
         if swept:
             of_hydra = [o.input_line or "" for o in parsed if o not in ours and o.key_or_group != "hydra.searchpath"]
             everything = [*searched, *from_folder(folder), *of_hydra, *chosen]
-            _check_sweep(swept, hydra.compose(name, everything, return_hydra_config=True).hydra, multirun)
+            try:
+                settings = hydra.compose(name, everything, return_hydra_config=True).hydra
+            except HydraException as error:
+                said = " ".join(str(error).partition("Config search path")[0].split())
+                raise UsageError(f"Hydra's own settings: {said}") from None
+            _check_sweep(swept, settings, multirun)
     for override in ours:
         if override.key_or_group not in groups:
             added = override.is_add() or override.is_force_add()

@@ -4,6 +4,7 @@ Ctrl-C reaches all processes of a terminal. Imported last by a server that forks
 at once and silently, until they say otherwise; the server itself ignores it.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -14,7 +15,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in such a server, see below
+_SERVER = "TEDLAB_FORK_SERVER"  # the environment variable that tells a server what it is
+
+if os.environ.pop(_SERVER, None) is not None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -44,9 +47,11 @@ def fork_server(preload: Sequence[str]) -> "BaseContext":
     context.set_forkserver_preload([*preload, __name__])
     if threading.current_thread() is threading.main_thread():  # only it can set handlers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new program
+        os.environ[_SERVER] = "1"
         try:
             forkserver.ensure_running()
         finally:
+            del os.environ[_SERVER]
             signal.signal(signal.SIGINT, before)
     # Once this one has ended, the imports are done: of a process that is asked for while they go on, and forked when
     # the one that asked is gone, Python prints a traceback.

@@ -85,6 +85,11 @@ def test_a_command_in_one_process_ends_with_the_sentence(
     assert shown == "[Errno 28] No space left on device: 'runs/x' (HYDRA_FULL_ERROR=1 shows its traceback)\n"
     with pytest.raises(KeyError), SweepFailures().told():
         raise KeyError("a mistake in code")
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as of torchrun
+    with pytest.raises(OSError, match="No space left"), SweepFailures().told():
+        raise FULL_DISK
+    with pytest.raises(SystemExit), SweepFailures().told():
+        raise UsageError("a sentence of our own")
 
 
 @pytest.mark.parametrize("pipe_tells", [True, False])

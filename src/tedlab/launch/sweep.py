@@ -11,6 +11,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 
 from tedlab.launch.failures import FULL, sentence
+from tedlab.launch.outside import started_outside
 
 _LINE = 300  # the most characters of a failure in the closing list
 
@@ -26,7 +27,8 @@ class SweepFailures:
         """Runs one job and reports its failure.
 
         Outside of a sweep, an error with a message for the user is that message and exit code 1, without the lines that
-        Hydra puts around it, unless ``HYDRA_FULL_ERROR`` is set. Errors that are not tedlab's say so.
+        Hydra puts around it, unless ``HYDRA_FULL_ERROR`` is set. Errors that are not tedlab's say so, and in processes
+        that torchrun or srun has started they keep their traceback.
 
         Raises:
             CompactHydraException: In a sweep. Replaces the job's exception, or its exit with a message or code 1. It
@@ -36,10 +38,10 @@ class SweepFailures:
             try:
                 yield
             except Exception as error:
-                said = sentence(error)
-                if said is None or os.environ.get(FULL):
+                said, ours = sentence(error), isinstance(error, CompactHydraException)
+                # Where torchrun or srun has started this process, no launcher of ours keeps a traceback in a file.
+                if said is None or os.environ.get(FULL) or (started_outside() and not ours):
                     raise
-                ours = isinstance(error, CompactHydraException)
                 print(said if ours else f"{said} ({FULL}=1 shows its traceback)", file=sys.stderr, flush=True)
                 sys.exit(1)
             return
