@@ -414,3 +414,15 @@ def _losses(path):
         return {}
     with path.open() as file:
         return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")}
+
+
+def test_ctrl_c_ends_a_sweep_with_a_line(books, monkeypatch, capsys):
+    """It is no exit with a message, of which a sweep would go on with the next job."""
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(corpus_module, "prepare_corpora", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.prepare(given(*books))
+    assert capsys.readouterr().err == "Interrupted. The same command goes on where this one ended.\n"

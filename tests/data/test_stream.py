@@ -12,6 +12,8 @@ import sys
 import tarfile
 import threading
 import time
+from contextlib import contextmanager
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +191,232 @@ def test_a_killed_reading_goes_on_where_it_was_and_is_the_same_to_the_byte(folde
     assert not [*(folder / "killed" / "corpora").glob("*.partial")]
 
 
+@pytest.fixture
+def begun(folder, monkeypatch):
+    """Returns what interrupts a reading after some parts, and the folder that holds them."""
+    write_part = shards.write_part
+
+    def interrupted(**stream):
+        done = []
+
+        def part(*arguments):
+            if len(done) == 8:
+                raise KeyboardInterrupt
+            done.append(written := write_part(*arguments))
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(shards, "write_part", part)
+            with pytest.raises(KeyboardInterrupt):
+                streamed(folder, **stream)
+        (work,) = (folder / "cache" / "corpora").glob("*.partial")
+        return work
+
+    return interrupted
+
+
+def test_no_error_loses_what_was_read(folder, begun, monkeypatch, capsys):
+    """Neither a token of the Hub that has run out, nor a missing package, nor a disk that fails, nor time."""
+    import datasets
+
+    work = begun()
+    parts = sorted(work.glob("*.bin"))
+    assert len(parts) == 8
+    os.utime(work, (time.time() - 8 * 86400,) * 2)
+
+    def gated(*arguments, **options):
+        raise datasets.exceptions.DatasetNotFoundError("it is gated")
+
+    def broken(self):
+        raise OSError(5, "Input/output error")
+
+    for owner, name, value, said in (
+        (datasets, "load_dataset_builder", gated, "the Hub has no such data set"),
+        (datasets.IterableDataset, "__iter__", broken, "Input/output error"),
+        (sys.modules, "datasets", None, "pip install"),
+    ):
+        with monkeypatch.context() as patch:
+            (patch.setitem if owner is sys.modules else patch.setattr)(owner, name, value)
+            with pytest.raises(ValueError, match=said):
+                streamed(folder)
+        assert sorted(work.glob("*.bin")) == parts
+    capsys.readouterr()
+    assert content(streamed(folder)) == content(streamed(folder, "whole"))
+    assert "tokens were read before" in capsys.readouterr().err
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("note", ["train-000002.json", "revision.json"])
+def test_a_note_that_cannot_be_read_is_as_none(folder, begun, note, capsys):
+    """Without one of a batch, reading goes on before that batch; without that of the commit, it begins anew."""
+    (begun() / note).write_text("")
+    capsys.readouterr()
+    assert content(streamed(folder)) == content(streamed(folder, "whole"))
+    assert ("tokens were read before" in capsys.readouterr().err) == (note != "revision.json")
+
+
+def test_notes_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("renamed") or replace(*paths))
+    reading.write_whole(tmp_path / "note.json", "12345")
+    assert done == [5, "renamed"]
+
+
+def test_what_is_wrong_before_a_part_leaves_nothing(folder):
+    with pytest.raises(ValueError, match="has no split"):
+        streamed(folder, split="nope")
+    assert not [*(folder / "cache" / "corpora").iterdir()]
+
+
+def test_reading_goes_on_without_opening_the_files_between(folder, monkeypatch):
+    """Files are opened for their columns, the first, and where reading was; not those before."""
+    for number in range(5):
+        lines([f"{number} {text}" for text in TEXTS[:30]], folder / "five" / f"train-{number}.jsonl")
+    config = StreamConfig(dataset=str(folder / "five"), tokens=9)
+    *_, last = (batch for batch in Stream(config, "text").batches("train") if batch.texts[-1].startswith("3 "))
+    opened, really = set(), open
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", lambda path, *rest, **o: opened.add(Path(path).name) or really(path, *rest, **o))
+        following = next(Stream(config, "text").batches("train", last.after))
+    assert following.before == last.before + len(last.texts)
+    read = {name for name in opened if name.startswith("train-")}
+    assert {"train-0.jsonl", "train-3.jsonl"} <= read <= {f"train-{n}.jsonl" for n in (0, 2, 3, 4)}
+
+
+def test_the_bar_of_a_tokenizer_counts_each_byte_once(folder, monkeypatch):
+    told = []
+
+    @contextmanager
+    def advancing(description, total, **options):
+        yield lambda amount: told.append(amount) if description == "Training the tokenizer" else None
+
+    monkeypatch.setattr("tedlab.data.corpus.advancing", advancing)
+    corpus = streamed(folder, tokenizer="bpe")
+    assert sum(told) == len("".join(t for t in TEXTS if t not in texts_of_validation(corpus)).encode())
+
+
+def texts_of_validation(corpus):
+    separator = corpus.tokenizer.separator
+    ends = [-1, *np.flatnonzero(np.asarray(corpus.validation) == separator)]
+    return {corpus.tokenizer.decode(corpus.validation[a + 1 : b].tolist()) for a, b in pairwise(ends)}
+
+
+CSV = [f"document {i}" for i in range(40)] + ["NA", "null", "None", "nan", "007", "1e5", "2020-01-01", "TRUE", " x"]
+
+
+def test_texts_of_csv_that_look_like_something_else_are_text(folder):
+    (folder / "csv").mkdir()
+    (folder / "csv" / "train-0.csv").write_text("text\n" + "".join(f"{text}\n" for text in CSV[:45]))
+    (folder / "csv" / "train-1.csv").write_text("n,text\n" + "".join(f"a,{text}\n" for text in CSV[45:]))
+    corpus = streamed(folder, dataset=str(folder / "csv"))
+    assert sorted(texts(corpus.train) + texts(corpus.validation)) == sorted(CSV)
+    digits = folder / "digits.csv"
+    digits.write_text("text\n" + "".join(f"{i:04}\n" for i in range(30)))
+    assert texts(streamed(folder, dataset="csv", files=str(digits)).train)[0] == "0000"
+    with pytest.raises(ValueError, match=r"has no column 'txt'; its columns are 'text'"):
+        streamed(folder, dataset="csv", files=str(digits), field="txt")
+
+
+@pytest.mark.parametrize("written", ["json", "parquet"])
+def test_other_columns_may_differ_from_file_to_file(folder, written):
+    rows = [[{"text": t, "n": 1} for t in TEXTS[:40]], [{"z": [1], "text": t} for t in TEXTS[40:]]]
+    other = folder / "other"
+    other.mkdir()
+
+    def save(number, rows):
+        if written == "parquet":
+            pa.parquet.write_table(pa.Table.from_pylist(rows), other / f"train-{number}.parquet")
+        else:
+            (other / f"train-{number}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+    for number, some in enumerate(rows):
+        save(number, some)
+    if written == "json":
+        (other / "train-.jsonl").write_text("\n\n")  # the first, without a row that tells columns
+    corpus = streamed(folder, dataset=str(other))
+    assert sorted(texts(corpus.train) + texts(corpus.validation)) == sorted(TEXTS)
+    (other / "train-.jsonl").unlink(missing_ok=True)
+    save(1, [{"z": 1}] * 9)
+    with pytest.raises(ValueError, match=r"has a file without the column 'text'$"):
+        streamed(folder, dataset=str(other))
+    if written == "json":
+        save(1, [{"text": "2020-01-01"}] * 9)
+        with pytest.raises(ValueError, match=r"Row 41 of .* holds a datetime in column 'text', not text$"):
+            streamed(folder, dataset=str(other))
+
+
+@pytest.mark.parametrize("named", ["{folder}/secret.jsonl", "../secret.jsonl", ".hidden.jsonl"])
+def test_a_card_in_a_folder_names_only_what_is_in_it(folder, named):
+    for path in ("secret.jsonl", "set/.hidden.jsonl"):
+        lines(["secret " + text for text in TEXTS], folder / path)
+    named = named.format(folder=folder)
+    (folder / "set" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n")
+    with pytest.raises(ValueError, match=r"set names files that are not its own, such as .*\.jsonl$"):
+        streamed(folder)
+    assert texts(streamed(folder, files=named).train)[0].startswith("secret")  # of the user's own will
+
+
+def test_a_card_in_a_folder_names_no_url(folder):
+    stream = Stream(StreamConfig(dataset=str(folder / "set"), tokens=9), "text")
+    for url in ("https://elsewhere.org/x.jsonl", "zip://x.jsonl::https://elsewhere.org/x.zip"):
+        with pytest.raises(ValueError, match="names files that are not its own"):
+            stream._refuse_others([f"{folder}/set/train-0.jsonl", url])
+    stream._refuse_others([f"{folder}/set/train-0.jsonl"])
+
+
+def test_a_card_at_the_hub_names_only_its_own():
+    stream = Stream(StreamConfig(dataset="who/set", tokens=9), "text", "a" * 40)
+    stream._refuse_others([f"hf://datasets/who/set@{'a' * 40}/x.jsonl"])
+    for other in ("hf://datasets/who/other@main/x.jsonl", "/etc/passwd", "https://elsewhere.org/x.jsonl"):
+        with pytest.raises(ValueError, match="names files that are not its own"):
+            stream._refuse_others([other])
+
+
+def test_files_outside_of_the_folder_that_change_are_read_anew(folder):
+    lines(TEXTS, folder / "elsewhere" / "x.jsonl")
+    before = streamed(folder, files="../elsewhere/*.jsonl")
+    lines(["new", *TEXTS], folder / "elsewhere" / "x.jsonl")
+    assert texts(before.train)[0] != texts(streamed(folder, files="../elsewhere/*.jsonl").train)[0] == "new"
+
+
+def test_the_home_folder_may_be_written_short(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    expected = texts(streamed(folder).train)
+    assert texts(streamed(folder, dataset="~/set").train) == expected
+    assert texts(streamed(folder, dataset="json", files="~/set/train-*.jsonl").train) == expected
+    with pytest.raises(FileNotFoundError, match=r"data.stream.files='.*/set/no.jsonl' does not exist"):
+        streamed(folder, dataset="json", files="~/set/no.jsonl")
+
+
+def test_messages_of_the_network_say_once_what_is_wrong(folder):
+    stream = Stream(StreamConfig(dataset="json", files="https://elsewhere.org/x.jsonl", tokens=9), "text")
+
+    def said(error, cause=None):
+        with pytest.raises((ValueError, OSError)) as caught, stream._explained("here"), stream._explained():
+            raise error from cause
+        return f"{type(caught.value).__name__} {caught.value}"
+
+    assert said(ConnectionError("no route")).count("cannot be reached") == 1
+    for status, start in ((404, "_Refused"), (403, "_Refused"), (500, "Unreachable")):
+        refused = OSError(f"HTTP {status}")
+        refused.status = status
+        assert said(FileNotFoundError("https://elsewhere.org/x.jsonl"), refused).startswith(start)
+    assert said(StopIteration()).endswith("has no rows")
+
+
+def test_what_datasets_has_cached_does_not_take_the_place_of_the_hub(monkeypatch):
+    import datasets
+
+    class Cache:
+        __module__ = "datasets.packaged_modules.cache.cache"
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *arguments, **options: Cache())
+    with pytest.raises(ConnectionError, match=r"=who/set cannot be reached\. With a network"):
+        Stream(StreamConfig(dataset="who/set", tokens=9), "text", "a" * 40).files("train")
+
+
 @pytest.mark.slow  # the server of its workers imports torch
 def test_two_processes_read_what_one_reads(folder):
     for stream in ({"tokens": 1500}, {"validation": "test"}):
@@ -224,7 +452,7 @@ WRONG: dict[str, tuple[dict, str]] = {
     "column": ({"field": "txt"}, r"has no column 'txt'; its columns are 'text', 'n'"),
     "numbers": ({"field": "n"}, r"The column 'n' of .* holds int64, not text"),
     "configuration": ({"config": "en"}, r"has no configuration 'en'; its configurations are 'default'"),
-    "files": ({"files": "no*.jsonl"}, r"data.stream.files=no\*.jsonl\) has no file that can be read"),
+    "files": ({"files": "no*.jsonl"}, r"data.stream.files='.*/no\*.jsonl' names no file"),
     "format without files": ({"dataset": "json"}, r"data.stream.dataset=json is a format: data.stream.files says"),
     "neither": ({"dataset": "/no/where"}, r"=/no/where is neither a folder, nor the name of a data set at the Hub"),
     "misspelt": ({"dataset": "a/b/parquets"}, r"neither a folder"),
@@ -237,7 +465,7 @@ WRONG: dict[str, tuple[dict, str]] = {
 
 @pytest.mark.parametrize(("fields", "said"), WRONG.values(), ids=WRONG)
 def test_what_a_data_set_does_not_have_is_an_error_that_lists_what_it_has(folder, fields, said):
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
         streamed(folder, **fields)
     assert "\n" not in f"{caught.value}"
 
@@ -272,7 +500,7 @@ class _Canary:
         return Path.touch, (self.path,)
 
 
-def test_nothing_of_a_data_set_is_run(folder):
+def test_nothing_of_a_data_set_is_run(folder, monkeypatch):
     """Neither a script that has the folder's name, nor a pickle, nor what a builder of other formats would decode."""
     canary = folder / "canary"
     script = folder / "scripted" / "scripted.py"
@@ -288,8 +516,10 @@ def test_nothing_of_a_data_set_is_run(folder):
         streamed(folder, dataset=str(script.parent))
     with pytest.raises(ValueError, match=r"is read by the builder Webdataset.*; tedlab reads those of json, csv"):
         streamed(folder, dataset=str(packed.parent))
-    with pytest.raises((ValueError, OSError)):
-        streamed(folder, dataset="pandas", files=str(pickled))
+    pandas = StreamConfig(dataset="pandas", files=str(pickled), tokens=9)
+    monkeypatch.setattr("tedlab.data.stream.is_at_the_hub", lambda config: False)  # else nothing of it is looked at
+    with pytest.raises(ValueError, match=r"is read by the builder Pandas"):
+        Stream(pandas, "text").files("train")
     assert not canary.exists()
     pickle.loads(pickled.read_bytes())
     assert canary.exists()
@@ -312,9 +542,10 @@ def test_without_datasets_a_sentence_says_what_to_install(folder, monkeypatch):
             r"data.path=.* and data.stream.dataset=x/y both",
         ),
         "in vain": (
-            ["data.stream.split=test", "data.stream.tokens=9"],
+            ["data.stream.tokens=9"],
             r"data.stream.tokens is given, but no data.str",
         ),
+        "split in vain": (["data.stream.split=test"], r"data.stream.split is given, but no data.stream.dataset"),
         "source of neither": (["+data.sources={a:{weight:1.0}}"], r"data.sources.a has neither a path"),
         "source of both": (
             ["+data.sources={a:{path:x,weight:1.0,stream:{dataset:x/y,tokens:9}}}"],

@@ -126,7 +126,8 @@ def _prepared(config: DataCommandConfig) -> "tuple[dict[str, Corpus], list[str]]
         check_sources(config.data)
         corpora = prepare_corpora(config.data, config.model.sequence_length, config.processes or _cores())
     except KeyboardInterrupt:
-        sys.exit("Interrupted. The same command goes on where this one ended.")
+        print("Interrupted. The same command goes on where this one ended.", file=sys.stderr, flush=True)
+        raise  # a sweep ends with it
     except (ValueError, OSError, RuntimeError) as error:
         raise UsageError(f"{error}") from None
     made = [name for name, corpus in corpora.items() if corpus.directory.stat().st_ctime >= before]

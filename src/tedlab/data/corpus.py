@@ -28,7 +28,7 @@ from tedlab.config import DataConfig
 from tedlab.data.documents import Copies, Source, divided, document_cut, not_read, text_of, usable
 from tedlab.data.extra import installed
 from tedlab.data.files import LeftOut, SourceFile, find_files, listed
-from tedlab.data.reading import Reading, write_whole
+from tedlab.data.reading import Reading, begun_at
 from tedlab.data.rows import is_held_out
 from tedlab.data.shards import bytes_of, divide, done_before, dtype_of, join, write_parts
 from tedlab.data.stream import Stream, Unreachable, check_stream, local_files
@@ -224,11 +224,7 @@ class _Cached(ABC):
         with scratch("corpus", directory.parent) as temporary:
             complete = temporary / directory.name
             complete.mkdir()
-            try:
-                meta = self.written(tokenizer, complete, directory, processes)
-            except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
-                _forget_begun(directory)
-                raise
+            meta = self.written(tokenizer, complete, directory, processes)
             _refuse_changed(self.files)
             meta |= {
                 "tokenizer": tokenizer.fingerprint,
@@ -283,7 +279,11 @@ class _Found(_Cached):
 
     @override
     def written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
-        meta = self._mapped(tokenizer) or self._written(tokenizer, complete, directory, processes)
+        try:
+            meta = self._mapped(tokenizer) or self._written(tokenizer, complete, directory, processes)
+        except (ValueError, FileNotFoundError):  # what is wrong with the text must change, and with it all parts
+            _forget_begun(directory)
+            raise
         meta["source_files"] = sum(not is_index(file.path) for file in self.files) - len(self.no_text)
         return meta
 
@@ -322,11 +322,11 @@ class _Found(_Cached):
 
     def _written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
         """Writes ``train.bin`` and ``validation.bin``."""
-        _forget_abandoned(directory.parent)
         parts = [part for name, side in zip(_SPLITS, self.sides, strict=True) for part in divide(name, side)]
         # A part is known by its number, so those done before count only if the files in them are the same: one that
         # could not be read then may be readable now.
         work = directory.with_name(f"{directory.name}-{_key(repr(parts))}{_BEGUN}")
+        _forget_abandoned(directory.parent, but=work)
         work.mkdir(exist_ok=True)
         written = done_before(work, dtype_of(tokenizer).itemsize)
         left = [part for part in parts if (part.split, part.number) not in written]
@@ -359,10 +359,11 @@ class _Streamed(_Cached):
                 for number, text in enumerate(batch.texts, start=batch.before):
                     if held_out is None or not is_held_out(number, held_out):
                         yield text
-                        size += len(text.encode())
+                        learned = len(text.encode())
+                        advance(learned)
+                        size += learned
                         if size >= _LEARNED:
                             return
-                advance(size)
 
     @property
     def _held_out(self) -> float | None:
@@ -371,13 +372,10 @@ class _Streamed(_Cached):
 
     @override
     def written(self, tokenizer: Tokenizer, complete: Path, directory: Path, processes: int) -> dict[str, Any]:
-        _forget_abandoned(directory.parent)
+        """Whatever goes wrong, what has been read stays: it may be a token of the Hub that has run out."""
         work = directory.with_name(f"{directory.name}-stream{_BEGUN}")
-        pinned = work / "revision.json"  # what was begun goes on with the same commit
-        revision = json.loads(pinned.read_text()) if pinned.exists() else None
-        stream = Stream(self.config.stream, self.config.field, revision)
-        work.mkdir(exist_ok=True)
-        write_whole(pinned, json.dumps(stream.revision))
+        _forget_abandoned(directory.parent, but=work)
+        stream = Stream(self.config.stream, self.config.field, begun_at(work))
         config, dtype = self.config.stream, dtype_of(tokenizer)
         assert config.tokens is not None
         reading = Reading(stream, tokenizer, work, processes)
@@ -449,9 +447,9 @@ def _forget_begun(directory: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _forget_abandoned(corpora: Path) -> None:
-    """Removes what was begun long ago and never finished, such as of text that has changed since."""
-    for work in corpora.glob(f"*{_BEGUN}"):
+def _forget_abandoned(corpora: Path, but: Path) -> None:
+    """Removes what was begun long ago and never finished, such as of text that has changed since, but for one."""
+    for work in {*corpora.glob(f"*{_BEGUN}")} - {but}:
         with suppress(FileNotFoundError):  # another process removes its own
             if time.time() - work.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(work, ignore_errors=True)

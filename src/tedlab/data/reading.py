@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from tedlab.data.stream import Stream, Texts
 from tedlab.data.tokenizers import Tokenizer
 from tedlab.progress import advancing
 
+_REVISION = "revision.json"  # the commit at which parts are read
+
 
 class Reading:
     """Reads splits of a stream into parts, and goes on where a reading that was killed has ended.
@@ -22,7 +25,7 @@ class Reading:
     Args:
         stream: What is read.
         tokenizer: Turns it into tokens.
-        work: The folder of parts and notes.
+        work: The folder of parts and notes, made when there is one.
         processes: How many tokenise at once.
     """
 
@@ -87,6 +90,9 @@ class Reading:
                 sides.setdefault(of, []).append(text)
             path = Path(f"{self.stream.config.dataset}")
             sources = {of: Texts(path, tuple(texts)) for of, texts in sides.items() if texts}
+            if number == 0:
+                self.work.mkdir(exist_ok=True)
+                write_whole(self.work / _REVISION, json.dumps(self.stream.revision))
             write_whole(self._place(name, number), json.dumps({"of": [*sources], "after": batch.after}))
             yield [Part(of, number, (source,)) for of, source in sources.items()]
             number += 1
@@ -95,15 +101,32 @@ class Reading:
         return self.work / f"{name}-{number:06d}.json"
 
     def _note(self, name: str, number: int) -> dict[str, Any]:
-        """Returns the note of a batch, or nothing if there is none."""
+        """Returns the note of a batch, or nothing if there is none that can be read."""
         try:
             return json.loads(self._place(name, number).read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return {}
 
 
+def begun_at(work: Path) -> str | None:
+    """Returns at which commit the parts in a folder were read, if there are any that were read at one.
+
+    Without a part, nothing was begun: another commit may have what this one lacked.
+    """
+    if not any(work.glob("*.bin")):
+        return None
+    try:
+        return json.loads((work / _REVISION).read_text())
+    except (FileNotFoundError, ValueError):  # nobody knows of what these parts are
+        shutil.rmtree(work)
+        return None
+
+
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen in part."""
+    """Writes a file that is never seen in part, not even after a crash of the machine."""
     unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(unfinished, path)

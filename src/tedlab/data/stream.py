@@ -2,13 +2,14 @@
 
 ``corpus.py`` turns what is read into tokens in the cache, from which alone a run reads. A position in a stream is that
 of ``datasets`` (``IterableDataset.state_dict``): it names the file, and the row in it, so that a reading that goes on
-opens no file before that one. To count documents would read all of them again.
+reads the files before that one no more. To count documents would read all of them again.
 """
 
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from tedlab.hints import did_you_mean
 FORMATS = ("json", "csv", "parquet", "arrow", "text")  # of which reading runs nothing; others may unpickle
 _OLDEST = Version("5.2")  # of datasets; versions before 4 run scripts of data sets
 _PATIENCE_S = 10.0  # for the Hub's first answer
+_GOES_ON = "With a network, the same command goes on where it was; what `tedlab data prepare` has prepared needs none."
 _AT_THE_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -103,20 +105,35 @@ class Stream:
         config = self.config
         with self._explained():
             builder = self._datasets.load_dataset_builder(
-                config.dataset, config.config, data_files=config.files, revision=self.revision
+                _folder(config) or config.dataset, config.config, data_files=_files(config), revision=self.revision
             )
         kinds = [kind.__module__ for kind in type(builder).__mro__]
+        if "datasets.packaged_modules.cache.cache" in kinds:  # what datasets has prepared takes the place of the Hub
+            raise Unreachable(f"{self.name} cannot be reached. {_GOES_ON}")
         if not any(kind.startswith(f"datasets.packaged_modules.{name}.") for name in FORMATS for kind in kinds):
             raise _Refused(
                 f"{self.name} is read by the builder {type(builder).__name__}; tedlab reads those of "
                 f"{', '.join(FORMATS)} alone, which run nothing"
             )
-        if is_at_the_hub(config):
-            own = f"hf://datasets/{config.dataset}@"
-            files = [file for of in (builder.config.data_files or {}).values() for file in of]
-            if others := [file for file in files if not file.startswith(own)]:
-                raise _Refused(f"{self.name} names files that are not its own, such as {others[0]}")
+        self._refuse_others([file for of in (builder.config.data_files or {}).values() for file in of])
+        if hasattr(builder.config, "converters"):  # of CSV, whose texts may look like numbers, or like "NA"
+            builder.config.converters, builder.config.na_filter = {self.column: str}, False
+        if hasattr(builder.config, "columns"):  # of Parquet
+            builder.config.columns = [self.column]
         return builder
+
+    def _refuse_others(self, files: Sequence[str]) -> None:
+        """Refuses files that only a card can have named; of those on this machine, what the cache does not know."""
+        config = self.config
+        if is_at_the_hub(config):
+            others = [file for file in files if not file.startswith(f"hf://datasets/{config.dataset}@")]
+        elif _is_remote(config.files or ""):
+            others = [file for file in files if not _is_remote(file)]
+        else:
+            own = {os.path.realpath(file.path) for file in local_files(config)}
+            others = [f for f in files if _is_remote(f) or (os.path.realpath(_place(f)) not in own and not _empty(f))]
+        if others:
+            raise _Refused(f"{self.name}{_of(config)} names files that are not its own, such as {others[0]}")
 
     @property
     def name(self) -> str:
@@ -172,14 +189,19 @@ class Stream:
                 if known is None:
                     raise
                 raise _Refused(f"{self.name} has no split {split!r}; its splits are {known[1]}") from None
-        if dataset.features is None:  # only its rows will tell
+        self._builder.info.features = (
+            None  # else rows of other files must have these columns, and all be of these types
+        )
+        if not dataset.features:  # only its rows will tell
             return dataset
         if self.column not in dataset.features:
             raise self._no_column(dataset.features)
         kind = getattr(dataset.features[self.column], "dtype", None)
         if kind not in ("string", "large_string"):
             raise _Refused(f"The column {self.column!r} of {self.name} holds {kind or 'no plain values'}, not text")
-        return dataset.select_columns([self.column])
+        dataset = dataset.select_columns([self.column])
+        dataset.info.features = None  # else what another file holds, such as dates, would be written as text
+        return dataset
 
     def _no_column(self, columns: Any) -> _Refused:
         listed = ", ".join(map(repr, columns)) or "none at all"
@@ -206,8 +228,10 @@ class Stream:
         config, name = self.config, self.name
         try:
             yield
-        except _Refused:
+        except (_Refused, Unreachable):
             raise
+        except StopIteration:
+            raise _Refused(f"{name}{_of(config)} has no rows") from None
         except errors.RevisionNotFoundError:
             raise _Refused(f"{name} has no revision {config.revision}") from None
         except (errors.RepositoryNotFoundError, self._datasets.exceptions.DatasetNotFoundError):
@@ -233,10 +257,16 @@ class Stream:
             if known := re.search(r"among the available configs: \[(.*)\]", f"{error}"):
                 raise _Refused(f"{name} has several configurations: data.stream.config is one of {known[1]}") from None
             if _is_of_the_network(error, config):
+                if 400 <= (getattr(error.__cause__, "status", None) or 0) < 500:
+                    raise _Refused(
+                        f"{name}{_of(config)}: the server has no such file, or shows it to some users alone: "
+                        f"{_first_line(error)}"
+                    ) from None
                 raise Unreachable(
-                    f"{name} cannot be reached{what and f' ({what})'}: {_first_line(error)}. With a network, the same "
-                    "command goes on where it was; what `tedlab data prepare` has prepared needs none."
+                    f"{name} cannot be reached{what and f' ({what})'}: {_first_line(error)}. {_GOES_ON}"
                 ) from None
+            if isinstance(error, KeyError) or "No match for FieldRef" in f"{error}":
+                raise _Refused(f"{name}{what and f' ({what})'} has a file without the column {self.column!r}") from None
             if isinstance(error, (OSError, ValueError)):
                 raise _Refused(
                     f"{name}{_of(config)} cannot be read{what and f' ({what})'}: {_first_line(error)}"
@@ -250,14 +280,16 @@ def is_at_the_hub(config: StreamConfig) -> bool:
 
 
 def local_files(config: StreamConfig) -> list[SourceFile]:
-    """Returns the files of a data set, if they are on this machine.
+    """Returns the files on this machine that a data set may be read from: those of its folder, or of ``files``.
 
     Raises:
         FileNotFoundError: If there are none.
     """
-    if config.dataset in FORMATS and config.files is not None and "://" not in config.files:
-        return _found(config.files)
-    return _found(str(config.dataset)) if _folder(config) else []
+    if is_at_the_hub(config) or _is_remote(config.files or ""):
+        return []
+    if config.files is None:
+        return _found(str(_folder(config)), "dataset")
+    return _found(os.path.join(_folder(config) or "", _place(str(_files(config)))), "files")
 
 
 def check_stream(config: StreamConfig, where: str = "data.") -> None:
@@ -272,7 +304,7 @@ def check_stream(config: StreamConfig, where: str = "data.") -> None:
     """
     where = f"{where}stream"
     if config.dataset is None:
-        others = [name for name in ("config", "files", "validation", "revision", "tokens") if getattr(config, name)]
+        others = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
         if others:
             raise ValueError(f"{where}.{others[0]} is given, but no {where}.dataset")
         return
@@ -306,20 +338,39 @@ def check_stream(config: StreamConfig, where: str = "data.") -> None:
 
 def _is_of_the_network(error: Exception, config: StreamConfig) -> bool:
     """Tells whether a network, or the lack of one, is why; the Hub's client has others' errors for some of it."""
-    remote = is_at_the_hub(config) or "://" in (config.files or "")
+    remote = is_at_the_hub(config) or _is_remote(config.files or "")
     names = {kind.__name__ for kind in type(error).__mro__}
     return remote and (isinstance(error, OSError) or "TransportError" in names)
 
 
-def _folder(config: StreamConfig) -> bool:
-    return Path(config.dataset or "").expanduser().is_dir()
+def _folder(config: StreamConfig) -> str | None:
+    """Returns the path of the folder that a data set is, if it is one."""
+    folder = os.path.abspath(os.path.expanduser(config.dataset or ""))
+    return folder if config.dataset and config.dataset not in FORMATS and os.path.isdir(folder) else None
 
 
-def _found(path: str) -> list[SourceFile]:
+def _files(config: StreamConfig) -> str | None:
+    return config.files and os.path.expanduser(config.files)
+
+
+def _place(file: str) -> str:
+    """Returns where a file is that may be in an archive (``zip://file::archive``)."""
+    return file.rpartition("::")[2].removeprefix("file://")
+
+
+def _is_remote(file: str) -> bool:
+    return "://" in _place(file)
+
+
+def _empty(file: str) -> bool:
+    return not os.path.getsize(_place(file))
+
+
+def _found(path: str, value: str) -> list[SourceFile]:
     try:
         return find_files(path)
     except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{error}".replace("data.path", "data.stream")) from None
+        raise type(error)(f"{error}".replace("data.path", f"data.stream.{value}")) from None
 
 
 def _of(config: StreamConfig) -> str:
