@@ -164,6 +164,20 @@ def test_parts_of_other_files_are_not_gone_on_with(text, monkeypatch):
     assert content(text.parent / "interrupted") == content(text.parent / "whole")
 
 
+def test_no_command_removes_what_it_goes_on_with_however_old_it_is(text, monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(config(text, "c", tokenizer="byte"), 4)
+    (work,) = (text.parent / "c" / "corpora").glob("*.partial")
+    os.utime(work, (time.time() - 8 * 86400,) * 2)
+    prepare_corpus(config(text, "c", tokenizer="byte"), 4)
+    assert " parts were done before" in capsys.readouterr().err
+
+
 def test_parts_that_another_process_removes_meanwhile_do_not_matter(text):
     """Of all that was abandoned, which another process looks through, too."""
     corpora = text.parent / "c" / "corpora"

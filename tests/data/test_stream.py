@@ -374,6 +374,14 @@ def test_a_card_at_the_hub_names_only_its_own():
             stream._refuse_others([other])
 
 
+def test_how_many_files_there_are_is_known_once_they_are_read(folder, monkeypatch):
+    """Else a network that is lost at the end of a long reading would be missed."""
+    stream = Stream(StreamConfig(dataset=str(folder / "set"), tokens=9), "text")
+    assert sum(len(batch.texts) for batch in stream.batches("train")) == len(TEXTS)
+    monkeypatch.setattr(Stream, "_opened", None)
+    assert stream.files("train") == 2
+
+
 def test_files_outside_of_the_folder_that_change_are_read_anew(folder):
     lines(TEXTS, folder / "elsewhere" / "x.jsonl")
     before = streamed(folder, files="../elsewhere/*.jsonl")
@@ -393,16 +401,16 @@ def test_the_home_folder_may_be_written_short(folder, monkeypatch):
 def test_messages_of_the_network_say_once_what_is_wrong(folder):
     stream = Stream(StreamConfig(dataset="json", files="https://elsewhere.org/x.jsonl", tokens=9), "text")
 
-    def said(error, cause=None):
+    def said(error):
         with pytest.raises((ValueError, OSError)) as caught, stream._explained("here"), stream._explained():
-            raise error from cause
+            raise error
         return f"{type(caught.value).__name__} {caught.value}"
 
     assert said(ConnectionError("no route")).count("cannot be reached") == 1
-    for status, start in ((404, "_Refused"), (403, "_Refused"), (500, "Unreachable")):
-        refused = OSError(f"HTTP {status}")
-        refused.status = status
-        assert said(FileNotFoundError("https://elsewhere.org/x.jsonl"), refused).startswith(start)
+    assert "cannot be reached, or has no such file: x. With" in said(FileNotFoundError("x"))
+    for status, kind in ((404, "_Refused"), (403, "_Refused"), (500, "Unreachable")):
+        answered = type("ClientResponseError", (Exception,), {"status": status})
+        assert said(answered("of a client")).startswith(kind)
     assert said(StopIteration()).endswith("has no rows")
 
 

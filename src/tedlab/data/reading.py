@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -111,15 +112,14 @@ class Reading:
 def begun_at(work: Path) -> str | None:
     """Returns at which commit the parts in a folder were read, if there are any that were read at one.
 
-    Without a part, nothing was begun: another commit may have what this one lacked.
+    Without a part, nothing was begun: another commit may have what this one lacked. The folder is removed then, as it
+    is if nobody knows of what its parts are.
     """
-    if not any(work.glob("*.bin")):
-        return None
-    try:
-        return json.loads((work / _REVISION).read_text())
-    except (FileNotFoundError, ValueError):  # nobody knows of what these parts are
-        shutil.rmtree(work)
-        return None
+    if any(work.glob("*.bin")):
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads((work / _REVISION).read_text())
+    shutil.rmtree(work, ignore_errors=True)
+    return None
 
 
 def write_whole(path: Path, text: str) -> None:

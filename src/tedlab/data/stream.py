@@ -88,6 +88,7 @@ class Stream:
 
     def __init__(self, config: StreamConfig, column: str, revision: str | None = None) -> None:
         self.config, self.column = config, column
+        self._files: dict[str, int] = {}  # of the splits that have been opened
         self._datasets = needed("datasets", "data.stream")
         if Version(self._datasets.__version__) < _OLDEST:
             raise ValueError(
@@ -142,7 +143,9 @@ class Stream:
 
     def files(self, split: str) -> int:
         """Returns of how many files a split is."""
-        return self._opened(split).num_shards
+        if split not in self._files:
+            self._opened(split)
+        return self._files[split]
 
     def batches(self, split: str, begun: Mapping[str, Any] | None = None) -> Iterator[Batch]:
         """Yields the documents of a split in batches of about ``formats.PART`` bytes.
@@ -189,9 +192,8 @@ class Stream:
                 if known is None:
                     raise
                 raise _Refused(f"{self.name} has no split {split!r}; its splits are {known[1]}") from None
-        self._builder.info.features = (
-            None  # else rows of other files must have these columns, and all be of these types
-        )
+        self._files[split] = dataset.num_shards
+        self._builder.info.features = None  # else files must all have the same columns
         if not dataset.features:  # only its rows will tell
             return dataset
         if self.column not in dataset.features:
@@ -257,16 +259,18 @@ class Stream:
             if known := re.search(r"among the available configs: \[(.*)\]", f"{error}"):
                 raise _Refused(f"{name} has several configurations: data.stream.config is one of {known[1]}") from None
             if _is_of_the_network(error, config):
-                if 400 <= (getattr(error.__cause__, "status", None) or 0) < 500:
+                if 400 <= (_status(error) or 0) < 500:
                     raise _Refused(
-                        f"{name}{_of(config)}: the server has no such file, or shows it to some users alone: "
+                        f"{name}{_of(config)} cannot be read{what and f' ({what})'}, as the server says: "
                         f"{_first_line(error)}"
                     ) from None
+                missing = isinstance(error, FileNotFoundError) and not is_at_the_hub(config)  # or so datasets says
                 raise Unreachable(
-                    f"{name} cannot be reached{what and f' ({what})'}: {_first_line(error)}. {_GOES_ON}"
+                    f"{name} cannot be reached{', or has no such file' if missing else ''}{what and f' ({what})'}: "
+                    f"{_first_line(error)}. {_GOES_ON}"
                 ) from None
-            if isinstance(error, KeyError) or "No match for FieldRef" in f"{error}":
-                raise _Refused(f"{name}{what and f' ({what})'} has a file without the column {self.column!r}") from None
+            if what and (isinstance(error, KeyError) or "No match for FieldRef" in f"{error}"):
+                raise _Refused(f"{name} ({what}) has a file without the column {self.column!r}") from None
             if isinstance(error, (OSError, ValueError)):
                 raise _Refused(
                     f"{name}{_of(config)} cannot be read{what and f' ({what})'}: {_first_line(error)}"
@@ -340,7 +344,13 @@ def _is_of_the_network(error: Exception, config: StreamConfig) -> bool:
     """Tells whether a network, or the lack of one, is why; the Hub's client has others' errors for some of it."""
     remote = is_at_the_hub(config) or _is_remote(config.files or "")
     names = {kind.__name__ for kind in type(error).__mro__}
-    return remote and (isinstance(error, OSError) or "TransportError" in names)
+    return remote and (isinstance(error, OSError) or "TransportError" in names or _status(error) is not None)
+
+
+def _status(error: Exception) -> int | None:
+    """Returns what a server has answered to a client of HTTP, if it is why."""
+    status = getattr(error, "status", None)
+    return status if isinstance(status, int) else None
 
 
 def _folder(config: StreamConfig) -> str | None:
