@@ -19,6 +19,7 @@ from tedlab.config import (
 )
 from tedlab.decode import _Steps, continuations
 from tedlab.models import GPT
+from tedlab.nn.attend import attend_visible
 from tedlab.sampling import Sampling
 from tests.pool import WorkerPool
 
@@ -69,6 +70,28 @@ def test_logits_are_those_of_the_whole_text(single: Topology, name: str) -> None
             torch.testing.assert_close(remembered, again, rtol=1e-12, atol=1e-12)
             for text in texts:
                 text.append(int(torch.randint(32, (), generator=draw)))
+
+
+@pytest.mark.parametrize("name", ["grouped queries, norms of heads", "windows and sinks", "latents"])
+def test_texts_of_one_length_need_masks_of_windows_only(
+    single: Topology, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked = []
+
+    def noting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, *more: Any) -> Any:
+        masked.append(visible is not None)
+        return attend_visible(q, k, v, visible, *more)
+
+    monkeypatch.setattr("tedlab.nn.past.attend_visible", noting)
+    model = network(*MODELS[name], single)
+    texts = [[3, 1, 4, 1], [5, 9, 2, 6]]
+    steps = _Steps(model, texts, 4, 12, torch.device("cpu"))
+    with torch.inference_mode():
+        for step in range(5):
+            torch.testing.assert_close(steps.remembered(), steps.whole(24, 4 + step), rtol=1e-12, atol=1e-12)
+            for number, text in enumerate(texts):
+                text.append(number + step)
+    assert masked == [*[True, False] * 4] if "windows" in name else [False] * 8
 
 
 def test_logits_of_the_whole_text_are_those_of_the_models_forward_pass(single: Topology) -> None:

@@ -172,14 +172,15 @@ class _Steps:
 
     def remembered(self) -> Tensor:
         """Returns logits (B, V/T), for which only tokens are computed that no call before has computed."""
-        last_B = torch.tensor([len(text) - 1 for text in self.texts], device=self.device)
+        lengths = [len(text) for text in self.texts]
+        last_B = torch.tensor(lengths, device=self.device) - 1
         if self.past.end == 0:
             ids, at_B, end = self._right_padded(self.texts, self.longest), last_B, self.longest
             position_BS = torch.arange(end, device=self.device).expand(len(ids), -1)
         else:
-            ids, end = torch.tensor([text[-1:] for text in self.texts], device=self.device), max(map(len, self.texts))
+            ids, end = torch.tensor([text[-1:] for text in self.texts], device=self.device), max(lengths)
             at_B, position_BS = torch.zeros_like(last_B), last_B.unsqueeze(1)
-        self.past.enter(position_BS, end)
+        self.past.enter(position_BS, end, last=ids.shape[1] == 1 and min(lengths) == end)
         with remembering(self.rememberers, self.past):
             logits: Tensor = self.model.next_logits(ids, at_B)
         return logits

@@ -108,7 +108,7 @@ def attend(
 
 
 def attend_visible(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, sinks: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sinks: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """Does what :func:`attend` does for any pairs of a query and a key.
 
@@ -116,7 +116,7 @@ def attend_visible(
         q: Queries (B, H, S, d).
         k: Keys (B, K, M, d).
         v: Values (B, K, M, e).
-        visible: (B, 1, S, M) bool, whether a query sees a key.
+        visible: (B, 1, S, M) bool, whether a query sees a key; None: each sees all.
         sinks, scale: As of :func:`attend`.
     """
     grouped = q.shape[1] > k.shape[1]
@@ -128,7 +128,8 @@ def attend_visible(
     precise = torch.promote_types(q.dtype, torch.float32)
     q_groups = q.unflatten(1, (k.shape[1], -1))  # (B, K, H/K, S, d)
     scores = (q_groups @ k.unsqueeze(2).mT).to(precise) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
+    if visible is not None:
+        scores = scores.masked_fill(~visible.unsqueeze(1), -torch.inf)
     sink = sinks.to(precise).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
     weights = torch.cat((scores, sink), -1).softmax(-1)[..., :-1].to(v.dtype)
     return (weights @ v.unsqueeze(2)).flatten(1, 2)

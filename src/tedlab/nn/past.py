@@ -25,21 +25,23 @@ class Past:
         position_BS: (B, S) int64, the positions of the tokens that are being computed.
         end: One more than the last of these positions.
         begins: Whether they are the first ones of all samples, so that nothing is remembered of tokens before.
+        last: Whether they are the last one of each sample, which sees all slots up to its own.
     """
 
     def __init__(self, room: int) -> None:
         self.room = room
-        self.end, self.begins = 0, True
+        self.end, self.begins, self.last = 0, True, False
         self.position_BS = torch.empty(0, 0, dtype=torch.int64)
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._turns: Tensor | None = None
 
-    def enter(self, position_BS: Tensor, end: int) -> None:
+    def enter(self, position_BS: Tensor, end: int, last: bool = False) -> None:
         """Says which tokens are computed next.
 
         Args:
             position_BS: (B, S) int64, their positions, which are consecutive in each sample.
             end: One more than the last of these positions, in all samples.
+            last: Whether all positions are ``end - 1``, which the host need not ask the device then.
 
         Raises:
             ValueError: If there is no room for them.
@@ -47,7 +49,7 @@ class Past:
         if end > self.room:
             raise ValueError(f"{end} positions are more than the {self.room} for which there is room")
         self.begins = not self._slots
-        self.position_BS, self.end = position_BS, end
+        self.position_BS, self.end, self.last = position_BS, end, last
 
     def turns(self, of_all: Callable[[int], Tensor]) -> Tensor:
         """Returns the rotation of the tokens' positions (2, B, S, d/2).
@@ -93,6 +95,8 @@ class Past:
             v: Values (B, K, end, e).
             window, sinks, scale: See there.
         """
+        if self.last and (window is None or window >= self.end):
+            return attend_visible(q, k, v, None, sinks, scale)  # kernels are faster without a mask
         before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
         visible = (before >= 0 if window is None else (before >= 0) & (before < window)).unsqueeze(1)
         return attend_visible(q, k, v, visible, sinks, scale)
