@@ -276,6 +276,7 @@ REFUSED = (
     "ckpt_path=/tmp/sent.ckpt",
     "data.path=/etc",
     "data.tokenizer=/etc/passwd",
+    "data.module=evil_module.It",
     "model=../../../tmp/evil",
     "model=/tmp/evil",
     "model.layers=${oc.env:HOME}",
@@ -303,6 +304,7 @@ def test_a_plan_may_say_what_a_model_is_and_how_it_is_laid_out(tmp_path: Path) -
     path.write_text("\n".join(lines))
     assert with_plan([f"+plan={path}"]) == lines
     assert not {key for key in KEYS if "_target_" in key or key.startswith(("logger", "hydra", "optim.optimizer"))}
+    assert "data.module" not in KEYS  # it is imported
 
 
 def test_what_a_plan_may_not_have_is_left_to_the_command_line(tmp_path: Path) -> None:

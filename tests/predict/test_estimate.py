@@ -38,6 +38,10 @@ ALONE = [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"
 COMPILED = "model.compile=inductor"
 FUSIBLE = ["trainer=gpu", "trainer.precision=bf16-true", COMPILED]
 CHUNKED = ["model.vocab_size=8192", "model.loss_chunk=256"]
+# Of 64 data ranks that divide the optimizer's state, each has all experts of a layer, and few tokens.
+EXPERTS = [*MODEL, *TODAY, "model.layers=2", "model.sequence_length=64", "moe.num_experts=64", "moe.dispatch=dropless"]
+EXPERTS += ["parallel.tensor=1", "parallel.expert=1", "parallel.world_size=64", "data.batch_size=64", "trainer=gpu"]
+EXPERTS += ["data.micro_batch_size=1", "optim.tile=fused"]
 ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
 
 CASES = {
@@ -118,7 +122,10 @@ CASES = {
     "loss_chunked_untied": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false", *CHUNKED],
     "loss_chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
     "mixed_norms": [*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed", "model.qk_norm=head"],
+    "mixed_norms_together": [*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed", "model.qk_norm=full"],
     "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
+    "experts_averaged": [*EXPERTS, "average.kind=mean"],
+    "experts_averaged_wider": [*EXPERTS, "trainer.precision=bf16-true", "average.kind=ema"],
 }
 
 
@@ -261,12 +268,32 @@ def test_what_a_step_moves_and_needs_is_counted(optimizer: dict[str, object], mo
     assert per_element(optimizer)[1:] == (moved, temporary)
 
 
+def test_a_tile_of_bf16_moments_needs_what_an_h200_allocated() -> None:
+    """Of weights in bf16, so that the tile's gradient in fp32 is one more of its temporaries."""
+    rows = json.loads((truth._RESULTS / "muon_h200.json").read_text())["rows"]
+    (measured,) = (row["temporary_bytes"] for row in rows if row["name"] == "AdamW, bf16 moments")
+    narrow = ["optim=adamw_bf16", "trainer.precision=bf16-true", "model.hidden=1024"]
+    config = checked(*ONE, *narrow)
+    (step,) = (m for m in Memory(ClosedForm(config)).at_moments() if m.name == "optimizer step")
+    assert step.held["temporaries"] == pytest.approx(measured, rel=1e-3)
+
+
 @pytest.mark.parametrize("case", [marked("narrow_averaged")])
 def test_steps_of_bf16_moments_and_averages_take_as_long_as_simulated(
     simulations: dict[str, Simulation], case: str
 ) -> None:
     closed = closed_form(CASES[case]).seconds[OPTIMIZER]
     assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.05)
+
+
+@pytest.mark.parametrize("case", [marked("experts_averaged_wider")])
+def test_averaging_copies_one_parameter_in_the_precision_of_averages(
+    simulations: dict[str, Simulation], case: str
+) -> None:
+    closed, held = closed_form(CASES[case]).memory, simulations[case].memory.at_peak()
+    assert closed.name == "averaging of weights"
+    for category, size in closed.held.items():
+        assert size == pytest.approx(held[category], rel=0.001, abs=2e4)
 
 
 def test_results_are_weighted_by_kernels_of_one_pass_on_a_gpu(simulations: dict[str, Simulation]) -> None:

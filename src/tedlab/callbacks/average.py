@@ -105,9 +105,11 @@ class AverageWeights(WeightAveraging):
 
 
 def averaged(config: AverageConfig, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
-    """Returns the average with one more weight, in the precision of the average, which has counted some before."""
+    """Returns the average, in place, with one more weight; it has counted some before. Of integers, it is the last."""
+    if not average.is_floating_point():
+        return weight
     share = 1 - config.decay if config.kind == AverageKind.EMA else 1 / (int(before) + 1)
-    return average + share * (weight.to(average.dtype) - average)
+    return average.lerp_(weight.to(average.dtype), share)
 
 
 def precision_of_averages(precision: str | None) -> torch.dtype:

@@ -215,6 +215,10 @@ class FullNormSpec(NormSpec):
             yield b.moved(elements, dtype, b.precise)
         yield b.moved(3 * elements, dtype)  # adds what came through the mean square
 
+    def saved(self, b: MicroBatch) -> int:
+        elements, dtype = self.given(b)
+        return super().saved(b) if b.tensor == 1 else elements * dtype.itemsize
+
     def given(self, b: MicroBatch) -> tuple[int, torch.dtype]:
         return b.tokens * self.hidden // self.heads * max(self.heads, b.tensor) // b.tensor, b.compute
 

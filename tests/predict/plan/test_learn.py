@@ -167,13 +167,19 @@ def test_what_a_run_says_of_itself_stays_within_a_note(tmp_path: Path) -> None:
     assert f"{tmp_path / 'expert'} is left out: it failed at step 9 (why seed=9)" in notes  # plan has no force=true
 
 
-def test_a_run_that_comes_from_others_constructs_nothing(tmp_path: Path) -> None:
+def test_a_run_that_comes_from_others_constructs_and_imports_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fired = tmp_path / "fired"
+    (tmp_path / "evil_module.py").write_text(f"open({str(fired)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
     evil = {"_target_": "pathlib.Path.touch", "_args_": [{"_target_": "pathlib.Path", "_args_": [str(fired)]}]}
     planted: dict[str, dict[str, Any]] = {
         "target": {"optim": {"optimizer": evil}},
         "option": {"optim": {"optimizer": {"_target_": "torch.optim.AdamW", "betas": [evil]}}},
         "logger": {"logger": {"x": evil}, "callbacks": {"x": {**evil, "_args_": []}}},
+        # A stage that changes the size of batches asks which class makes them.
+        "module": {"data": {"module": "evil_module.It", "ramp": [{"until": 1, "batch_size": 64}]}},
     }
     for name, values in planted.items():
         (tmp_path / "runs" / name).mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Computes how much memory a rank needs: what it keeps all the time, and the fullest moments of a step.
 
 Only a few moments can be the fullest: the loss, the backward pass of a block (in its feed-forward layer or attention),
-the embedding's gradient, the reduction of gradients, and the optimizer's step.
+the embedding's gradient, the reduction of gradients, the optimizer's step, and the averaging of weights.
 """
 
 from collections.abc import Iterator
@@ -104,6 +104,9 @@ class Memory:
         yield self._moment(moment.name, self.gradients + moment.new, 0, 0, moment.temporaries + 2 * stream)
         yield self._reduction()
         yield self._optimizer()
+        if self.averages and self.parameter < self.master:  # a copy of a parameter in the precision of averages
+            largest = max(p.elements(form.degrees) for p in form.trained)
+            yield self._moment("averaging of weights", 0, 0, 0, largest * self.master)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 

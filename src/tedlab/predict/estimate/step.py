@@ -197,8 +197,8 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
         yield Work(0, shard * (p + 6 * master + (p if half else 0)), form.precise, "movement")
     else:  # gradients are scaled before
         yield moved(shard * (2 * master + memory.step.moved + 2 * half))
-    if memory.averages:  # the difference to the weights, a share of it, the sum, and a copy of that
-        yield moved(memory.averages // master * (10 * master + (master + p if p < master else 0)))
+    if memory.averages:  # the mean with the weights, and a copy of that
+        yield moved(memory.averages // master * (5 * master + (master + p if p < master else 0)))
     travelling = form.travelling.itemsize
     if whole:  # the momentum and the direction, then decay and the update
         yield moved(whole * (11 * master + 5 * travelling + 2 * half))

@@ -1,8 +1,8 @@
 """Reads the file that ``tedlab plan`` writes and ``+plan=FILE`` takes: one override a line, of the keys below only.
 
 Such a file may come from others. If any override were allowed, it could make Hydra call any function: by ``_target_``
-below ``optim.optimizer`` or ``logger``, ``hydra.launcher`` or ``--config-dir``. So it describes a model and its layout,
-and nothing else.
+below ``optim.optimizer`` or ``logger``, ``hydra.launcher`` or ``--config-dir``; and ``data.module`` is imported. So it
+describes a model and its layout, and nothing else.
 """
 
 import re
@@ -27,6 +27,7 @@ _APART = {
     "data.field",
     "data.tokenizer",
     "data.cache_dir",
+    "data.module",
     "optim.optimizer",
     "model.recompute",
 }

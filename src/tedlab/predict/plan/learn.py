@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from tedlab.compare.runs import CONFIG, Run, how_it_stopped, read_runs
-from tedlab.config import TrainConfig
+from tedlab.config import DataConfig, TrainConfig, with_values
 from tedlab.errors import UsageError
 from tedlab.predict.cluster import ClusterConfig, Slower
 from tedlab.predict.estimate import estimate
@@ -229,8 +229,9 @@ def _measured(run: Run) -> float:
 
 
 def _config(run: Run, cluster: ClusterConfig) -> TrainConfig:
-    """Returns a run's configuration, completed, without what Hydra would construct: the run may come from others."""
+    """Returns a run's configuration, completed, without what would be imported: the run may come from others."""
     config = typed(TrainConfig, nested(read_yaml(Path(run.source) / CONFIG)) | {"logger": {}, "callbacks": {}})
+    config = with_values(config, {"data.module": DataConfig.module})
     options = dict(config.optim.optimizer)
     target = options.pop("_target_", None)
     if target not in _OPTIMIZERS or any(name.startswith("_") or not _plain(it) for name, it in options.items()):
