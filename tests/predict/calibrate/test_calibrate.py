@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from tedlab.comm.collectives import Operation
 from tedlab.commands.calibrate import checked
@@ -135,14 +136,14 @@ def test_groups_that_were_not_measured_go_by_the_links(cluster: ClusterConfig) -
 
 
 def test_rates_whose_times_grow_less_than_the_files_digits_say_are_a_file_that_loads(tmp_path: Path) -> None:
-    """100.04 and 100.06 bytes/s become 100.0 and 100.1, with which the larger message would take less time."""
+    """100.04 and 100.06 bytes/s become 100.0 and 100.1, with which the larger message, which stays, is quicker."""
     close = Series("x", "B", "made up", [10004.0, 10007.0, 1e6], [100.0, 100.01, 1e3])
     measured = replace(MEASURED, collectives={**MEASURED.collectives, ("all_to_all", Group(4, 1)): close})
     path = tmp_path / "mine.yaml"
     path.write_text(cluster_yaml(measured, Facts(8, 4, 1, "a machine", 8e9, True, "fp32", "2026-01-01")))
     inside = load_cluster(path).in_node
     assert inside is not None
-    assert [rate.bytes for rate in inside.all_to_all] == [10004, 1e6]
+    assert [rate.bytes for rate in inside.all_to_all] == [10007, 1e6]
 
 
 def test_the_spread_has_how_far_a_size_is_from_its_neighbours() -> None:
@@ -172,14 +173,33 @@ def test_all_to_alls_of_groups_that_were_not_measured_go_by_the_sizes_that_were(
     assert cluster.between_nodes.all_to_all == []  # no group had one rank on each node
 
 
-def test_a_message_that_was_no_slower_than_a_smaller_one_is_left_out_of_the_sizes(tmp_path: Path) -> None:
-    noisy = Series("x", "B", "made up", [1e6, 2e6, 4e6], [1e-3, 0.9e-3, 2e-3])
-    measured = replace(MEASURED, collectives={**MEASURED.collectives, ("all_to_all", Group(2, 2)): noisy})
-    (tmp_path / "mine.yaml").write_text(cluster_yaml(measured, Facts(8, 4, 1, "", 8e9, True, "fp32", "2026-01-01")))
-    text = (tmp_path / "mine.yaml").read_text()
-    assert "{bytes: 4e+06, bandwidth: 4e+09}" in text  # a node's four ranks at once
-    assert "{bytes: 1.6e+07, bandwidth: 8e+09}" in text
-    assert "bytes: 8e+06" not in text
+SENT = [1e6, 2e6, 4e6, 8e6, 16e6]
+DISTURBED = Series("x", "B", "5 sizes", SENT, [1e-3, 9e-3, 9.5e-3, 4e-3, 8e-3])
+
+
+def with_disturbed(group: Group) -> Measured:
+    several = {(op, group): DISTURBED for op in get_args(Operation)}
+    return replace(MEASURED, collectives={**MEASURED.collectives, **several})
+
+
+def test_a_message_that_was_slower_than_larger_ones_is_left_out_and_none_of_them(tmp_path: Path) -> None:
+    text = cluster_yaml(with_disturbed(Group(2, 2)), Facts(8, 4, 1, "", 8e9, True, "fp32", "2026-01-01"))
+    (tmp_path / "mine.yaml").write_text(text)
+    cluster = load_cluster(tmp_path / "mine.yaml")
+    (reduce,) = (it for it in cluster.collectives if it.op == "all_reduce" and it.nodes == 2)
+    assert [rate.bytes for rate in reduce.rates] == [1e6, 8e6, 16e6]
+    assert [rate.seconds for rate in reduce.rates] == pytest.approx([1e-3, 4e-3, 8e-3])
+    assert cluster.between_nodes is not None
+    assert [it.bytes for it in cluster.between_nodes.all_to_all] == [4e6, 32e6, 64e6]  # of a node's four ranks
+    assert "op: all_reduce  # 5 sizes; 2 slower than a larger one left out" in text
+    assert text.count("left out") == len(get_args(Operation)) + 1  # of each collective, and of the link
+
+
+def test_a_size_that_is_left_out_counts_in_the_spread_as_what_is_predicted_for_it() -> None:
+    """1 MB takes 1 ms and 8 MB 4 ms, so 10/7 are predicted for the 2 MB that took 9."""
+    facts = Facts(8, 4, 1, "a machine", 8e9, True, "fp32", "2026-01-01")
+    several = {key: DISTURBED for size in (2, 8) for key in with_disturbed(Group(size, 1)).collectives}
+    assert "spread: 6.3  #" in cluster_yaml(replace(MEASURED, collectives=several), facts)
 
 
 def test_every_figure_of_the_file_says_how_it_was_measured() -> None:
@@ -190,6 +210,22 @@ def test_every_figure_of_the_file_says_how_it_was_measured() -> None:
 def test_the_picture_is_one(tmp_path: Path) -> None:
     picture(MEASURED, tmp_path / "fit.png")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_draws_what_is_predicted_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    group = Group(8, 1)
+    picture(with_disturbed(group), tmp_path / "fit.png")
+    (panel,) = (axes for axes in drawn[0].axes if axes.get_title() == "groups of 8 on 1 node(s)")
+    marks, line = panel.lines[:2]
+    assert len(marks.get_xdata()) == len(SENT)  # what is left out is shown
+    path = tmp_path / "mine.yaml"
+    path.write_text(cluster_yaml(with_disturbed(group), Facts(8, 8, 1, "a machine", 8e9, True, "fp32", "2026-01-01")))
+    cluster = load_cluster(path)
+    (measured,) = (it for it in cluster.collectives if (it.op, it.size) == (get_args(Operation)[0], 8))
+    predicted = [sent / measured.seconds(sent) / 1e9 for sent in line.get_xdata()]
+    assert list(line.get_ydata()) == pytest.approx(predicted, rel=1e-3)
 
 
 # ---- the whole -----------------------------------------------------------------------------------------------------

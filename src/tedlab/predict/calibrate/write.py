@@ -1,8 +1,8 @@
 """Writes the measurements for the cost model (a cluster file) and for people (a table and a picture)."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from tedlab.comm.collectives import Operation
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import Group, Measured
-from tedlab.predict.cluster import MeasuredRate
+from tedlab.predict.cluster import MeasuredRate, seconds_through
 from tedlab.predict.spread import spread_of
 from tedlab.tables import FittingTable
 
@@ -100,16 +100,16 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
     if measured.fresh is not None:
         lines.append(f"  fresh_bandwidth: {measured.fresh:.4g}  # zeros of 64 MiB, mapped anew each time")
     if fits:
-        lines.append("collectives:  # by the bytes that a rank sends, and the bytes/s of each size")
+        lines.append("collectives:  # by the bytes that a rank sends, and the bytes/s of a size")
     for (op, kind), line in fits.items():
         series = measured.collectives[op, kind]
         lines += [
-            f"  - op: {op}  # {series.how}",
+            f"  - op: {op}  # {series.how}{_left_out(series)}",
             f"    size: {kind.size}  # ranks",
             f"    nodes: {kind.nodes}  # that they are on",
             f"    latency: {line.latency:.4g}  # of the line through all sizes",
             "    rates:",
-            *_rates(series, 1, " " * 6),
+            *_rate_lines(series, 1, " " * 6),
         ]
     if fits:
         lines.append("waits:  # for the slowest of a group: latency + share of the seconds since the last collective")
@@ -123,7 +123,7 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
 def _spread(measured: Measured) -> float:
     """Returns the factor within which two of three lines and tables are of all that was measured for them.
 
-    A table goes through what was measured; each of its sizes counts as what the others say of it.
+    A table goes through what was measured; each size but the first and the last counts as what the others say of it.
     """
     lines = *measured.products.values(), measured.attention, measured.movement, measured.arithmetic
     of_lines = [largest_ratio(series, fit(series)) for series in lines if len(series.amounts) > 1]
@@ -131,11 +131,12 @@ def _spread(measured: Measured) -> float:
 
 
 def _between(series: Series) -> float:
-    """Returns the largest factor, 1 at least, between a size and a straight line through the two beside it."""
+    """Returns the largest factor, 1 at least, between a size and what would be predicted for it without it."""
     ratios, sizes = [1.0], sorted(zip(series.amounts, series.seconds, strict=True))
-    for (less, quicker), (amount, seconds), (more, slower) in zip(sizes, sizes[1:], sizes[2:], strict=False):
-        between = quicker + (slower - quicker) * (amount - less) / (more - less)
-        ratios += [between / seconds, seconds / between]
+    for n in range(1, len(sizes) - 1):
+        amounts, seconds = zip(*sizes[:n], *sizes[n + 1 :], strict=True)
+        (between,) = _through(replace(series, amounts=amounts, seconds=seconds), [sizes[n][0]])
+        ratios += [between / sizes[n][1], sizes[n][1] / between]
     return max(ratios)
 
 
@@ -180,19 +181,43 @@ def _exchanges(collectives: dict[Call, Series], nodes: int | None, share: int) -
     if not kinds:
         return
     widest = max(kinds, key=lambda kind: kind.size)
-    yield f"  all_to_all:  # bytes over the link at once, and bytes/s: each size that {widest.size} exchanged"
-    yield from _rates(collectives["all_to_all", widest], share, " " * 4)
+    series = collectives["all_to_all", widest]
+    which = f"sizes that {widest.size} exchanged{_left_out(series)}"
+    yield f"  all_to_all:  # bytes over the link at once, and bytes/s: {which}"
+    yield from _rate_lines(series, share, " " * 4)
 
 
-def _rates(series: Series, share: int, indent: str) -> Iterator[str]:
-    """Yields a line for each size of a collective that ``share`` ranks send at the same time."""
-    longest = 0.0
-    for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True)):
+def _rates(series: Series, share: int = 1) -> list[MeasuredRate]:
+    """Returns the sizes of a collective that ``share`` ranks send at the same time, by growing bytes and seconds.
+
+    A message that was no quicker than a larger one was disturbed, and is left out: noise lengthens times. Both count as
+    the file says them.
+    """
+    kept: list[MeasuredRate] = []
+    for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True), reverse=True):
         rate = MeasuredRate(float(f"{share * sent:.6g}"), float(f"{share * sent / seconds:.4g}"))
-        if rate.seconds > longest:  # a larger message that was no slower shows noise, which no line could go through
-            longest = rate.seconds  # as the file says it
-            values = f"bytes: {rate.bytes:.6g}, bandwidth: {rate.bandwidth:.4g}"
-            yield f"{indent}- {{{values}}}  # {seconds * 1e6:,.1f} µs"
+        if not kept or rate.seconds < kept[-1].seconds:
+            kept.append(rate)
+    return kept[::-1]
+
+
+def _left_out(series: Series) -> str:
+    """Returns what a comment adds where sizes are left out."""
+    number = len(series.amounts) - len(_rates(series))
+    return f"; {number} slower than a larger one left out" if number else ""
+
+
+def _rate_lines(series: Series, share: int, indent: str) -> Iterator[str]:
+    """Yields a line for each of these rates."""
+    for rate in _rates(series, share):
+        values = f"bytes: {rate.bytes:.6g}, bandwidth: {rate.bandwidth:.4g}"
+        yield f"{indent}- {{{values}}}  # {rate.seconds * 1e6:,.1f} µs"
+
+
+def _through(series: Series, amounts: Iterable[float]) -> list[float]:
+    """Returns the seconds that are predicted for a collective's sizes."""
+    rates, latency = _rates(series), fit(series).latency
+    return [seconds_through(rates, latency, amount) for amount in amounts]
 
 
 def _how(series: Series, line: Line) -> str:
@@ -254,13 +279,13 @@ def picture(measured: Measured, path: Path) -> None:
 
 
 def _panel(axes: Axes, title: str, lines: list[tuple[str, Series]], through: bool) -> None:
-    """Draws several series; ``through`` says that predictions go through every measurement."""
+    """Draws several series; ``through`` says that predictions go through measurements, of which some are left out."""
     for (name, series), colour, mark in zip(lines, _COLOURS, _MARKS, strict=False):
         amounts = np.array(series.amounts)
         axes.plot(amounts, amounts / series.seconds / 1e9, mark, color=colour, ms=5, label=name)
         between = np.geomspace(amounts.min(), amounts.max(), 100)
         line = fit(series)
-        predicted = np.interp(between, amounts, series.seconds) if through else line.latency + between / line.rate
+        predicted = np.array(_through(series, between)) if through else line.latency + between / line.rate
         axes.plot(between, between / predicted / 1e9, color=colour, lw=1)
     unit = lines[0][1].unit
     axes.set_xscale("log")
