@@ -5,7 +5,7 @@
     python -m benchmarks.generation olmoe --batches 1 32
 
 Both take the most probable token each time, in bf16 on a GPU and fp32 on a CPU, with keys and values cached. Neither
-compiles. Prompts are random tokens of one length, so that transformers needs no padding. Each figure is the median of
+compiles. Prompts are random tokens of one length, so that transformers needs no padding. Each figure is the best of
 several rounds, in which all take turns: tedlab, and transformers with each of its ways to compute experts. Tables have
 the fastest of these, for the first token and for those after it. On GPUs transformers itself decodes with batched_mm
 after a prompt with grouped_mm.
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -85,10 +84,10 @@ def by_transformers(model: Any, way: str, ids: Tensor, tokens: int) -> list[list
 
 
 def in_turns(contenders: dict[str, Contender], ids: Tensor, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Returns for each its median seconds until the first token, and of tokens per second after that.
+    """Returns for each the seconds until the first token, and tokens per second after that, by its fastest rounds.
 
-    All run in each round, so that what else the machine does slows all of them. A round before does not count. Whoever
-    has too little memory is left out.
+    What else the machine does only slows, and all of them, as all run in each round. A round before does not count.
+    Whoever has too little memory is left out.
     """
     left = dict(contenders)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
@@ -99,13 +98,11 @@ def in_turns(contenders: dict[str, Contender], ids: Tensor, tokens: int, rounds:
             except torch.OutOfMemoryError:
                 print(f"{name} has too little memory for {len(ids)} texts", flush=True)
                 del left[name]
-    return {
-        name: {
-            "first_s": median(first for first, _ in taken[name][1:]),
-            "tokens_per_second": median(len(ids) * (tokens - 1) / (whole - first) for first, whole in taken[name][1:]),
-        }
-        for name in left
-    }
+    figures = {}
+    for name in left:
+        first, whole = map(min, zip(*taken[name][1:], strict=True))
+        figures[name] = {"first_s": first, "tokens_per_second": len(ids) * (tokens - 1) / (whole - first)}
+    return figures
 
 
 def _seconds(run: Contender, ids: Tensor, tokens: int) -> float:
