@@ -416,8 +416,8 @@ def experts_seeded_by_their_local_index(patch: Patch) -> None:
     """The first expert of every process starts with the same weights."""
     right = sharded._fill_matrix
 
-    def wrong(local: Tensor, shape: Any, starts: Any, init: Any, key: str) -> None:
-        right(local, shape, starts, init, re.sub(r"\[(\d+)\]", lambda found: f"[{int(found[1]) % 2}]", key))
+    def wrong(local: Tensor, shape: Any, starts: Any, init: Any, key: str, advance: Any) -> None:
+        right(local, shape, starts, init, re.sub(r"\[(\d+)\]", lambda found: f"[{int(found[1]) % 2}]", key), advance)
 
     patch.setattr(sharded, "_fill_matrix", wrong)
 
