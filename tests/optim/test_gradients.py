@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tedlab import ParallelDegrees, Topology
-from tedlab._compat.torch import TorchDispatchMode
 from tedlab.nn import Init, ShardedModule, initialize
 from tedlab.optim import ShardedOptimizer
-from tedlab.predict.sim.roofline import work_of
 from tedlab.spec import ParameterSpec
+from tests.moved import Moved
 from tests.pool import WorkerPool
 from tests.training import full
 
@@ -254,20 +253,6 @@ def test_partial_sums_of_several_backward_passes_are_each_summed_once(pool: Work
 
 
 # ---- what a step moves -----------------------------------------------------------------------------------------------
-
-
-class Moved(TorchDispatchMode):
-    """Adds up the bytes that operations read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        work = work_of(func, args, kwargs or {}, out)
-        self.bytes += 0.0 if work is None else work.bytes
-        return out
 
 
 def bytes_moved(sizes: list[int], bucket: int, factor: float) -> dict[str, float]:

@@ -1,19 +1,17 @@
 """The stand-in for torch's kernels of norms on a GPU counts what they move, and so does the closed form."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tedlab._compat.torch import TorchDispatchMode
 from tedlab.nn import NormSpec
 from tedlab.nn.norm import FullNormSpec
 from tedlab.predict.sim.norm import FusedNorm
-from tedlab.predict.sim.roofline import work_of
 from tedlab.predict.volumes import ClosedForm
+from tests.moved import Moved
 from tests.predict.sim.test_simulation import checked
 from tests.predict.test_estimate import MANY, ONE, TODAY
 
@@ -39,20 +37,6 @@ def test_torch_has_no_kernel_for_inputs_in_another_dtype_than_the_weight(compile
     norm = FusedNorm(lambda operands, result: moved.append(len(operands)), lambda: compiled)
     norm(torch.randn(3, 8, dtype=torch.bfloat16), torch.ones(8), 1e-5)
     assert len(moved) == compiled
-
-
-class Moved(TorchDispatchMode):
-    """Sums the bytes that operations read and write."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        work = work_of(func, args, kwargs or {}, out)
-        self.bytes += 0 if work is None else work.bytes
-        return out
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")
