@@ -114,7 +114,6 @@ def _spread(tokens: int, top_k: int, experts: int) -> float:
     infinite.
     """
     rows = tokens * top_k
-    # N·K / M.
     share = rows * (top_k - 1) / (rows * (experts - 1) - (experts - top_k)) if top_k > 1 else 0.0
     return (1 - share) / (1 - top_k / experts)
 
