@@ -114,6 +114,7 @@ def _spread(tokens: int, top_k: int, experts: int) -> float:
     infinite.
     """
     rows = tokens * top_k
+    # The share of the cells that are chosen, N·K / M.
     share = rows * (top_k - 1) / (rows * (experts - 1) - (experts - top_k)) if top_k > 1 else 0.0
     return (1 - share) / (1 - top_k / experts)
 
