@@ -1,4 +1,4 @@
-"""``python -m docs.expert_parallel``: draws expert_parallel.png, experts on two GPUs, from what was measured."""
+"""``python -m docs.expert_parallel``: draws experts on two GPUs (expert_parallel.png) and on four, as measured."""
 
 import json
 from collections.abc import Sequence
@@ -8,14 +8,20 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-FILE = Path(__file__).with_name("expert_parallel.png")
+FILE, FOUR = (Path(__file__).with_name(f"expert_parallel{name}.png") for name in ("", "_four"))
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PASSES = {"forward": "#0072b2", "backward": "#56b4e9"}
-WAYS = {  # of the rows of expert_parallel_more_h200.json
+WAYS = {  # of rows with experts on n GPUs
     "tedlab, one GPU": ("one GPU", "#999999"),
-    "tedlab, expert 2": ("rows", "#0072b2"),
-    "tedlab, expert 2, comm.dedup=rank": ("tokens once for each process (rank)", "#009e73"),
-    "tedlab, expert 2, comm.dedup=group": ("tokens gathered (group)", "#e69f00"),
+    "tedlab, expert {n}": ("rows", "#0072b2"),
+    "tedlab, expert {n}, comm.dedup=rank": ("once for each process (rank)", "#009e73"),
+    "tedlab, expert {n}, comm.dedup=group": ("gathered (group)", "#e69f00"),
+}
+MODELS = {
+    "B": "B: Mixtral",
+    "C": "C: TED 1.3 B,\nwith capacity",
+    "D": "D: DeepSeek-\nV2-Lite",
+    "E": "E: Qwen3-\n30B-A3B",
 }
 EXCHANGES = {  # of the ways of exchanges_h200.json
     "all_to_all": ("NCCL's all-to-all", "#0072b2"),
@@ -27,21 +33,38 @@ EXCHANGES = {  # of the ways of exchanges_h200.json
 
 
 def draw(file: Path = FILE) -> None:
-    """Draws one call beside other frameworks, other models beside one GPU, and bare exchanges."""
+    """Draws one call on two GPUs beside other frameworks, other models beside one GPU, and bare exchanges."""
     one_call = json.loads((RESULTS / "expert_parallel_one_call_h200.json").read_text())[0]["rows"]
     more = json.loads((RESULTS / "expert_parallel_more_h200.json").read_text())
     figure = Figure(figsize=(10, 6.8), layout="constrained")
     axes = figure.subplot_mosaic([["peers", "models"], ["exchanges", "exchanges"]], height_ratios=[1.2, 1])
     of_one = [row for row in one_call if row["case"] == "A" and "2 " not in row["name"].partition("expert 2, ")[2]]
-    peers(axes["peers"], of_one)  # of one micro-batch, that is
-    models(axes["models"], [row for call in more for row in call["rows"] if row["case"] in "CDE"])
+    programs(axes["peers"], of_one, ", expert 2", "Four blocks of OLMoE on two H200, one call")  # of one micro-batch
+    models(axes["models"], [row for call in more for row in call["rows"] if row["case"] in "CDE"], 2)
     exchanges(axes["exchanges"], json.loads((RESULTS / "exchanges_h200.json").read_text())["rows"])
     figure.savefig(file, dpi=110)
 
 
-def peers(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws both passes of each program."""
-    taken = {row["name"].replace(", expert 2", ""): row["phases_s"] for row in rows}
+def draw_four(file: Path = FOUR) -> None:
+    """Draws four GPUs: beside other frameworks, other models beside one GPU, skewed routing, and beside tensor 2."""
+    calls = json.loads((RESULTS / "expert_parallel_four_h200.json").read_text())
+    rows = [row for call in calls for row in call["rows"] if "profile" not in row]
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplot_mosaic([["peers", "models"], ["skewed", "tensor"]], height_ratios=[2, 1])
+    expert, tensor = ", expert 4", ", tensor 2 x expert 2"
+    of_one = [row for row in rows if expert in row["name"] and ", 2 " not in row["name"]]  # of one micro-batch
+    a, skewed = ([row for row in of_one if row["case"] == case] for case in "AZ")
+    programs(axes["peers"], a, expert, "A: four blocks of OLMoE on four H200")
+    models(axes["models"], [row for row in rows if row["case"] in "BCE"], 4)
+    programs(axes["skewed"], skewed, expert, "Z: A with experts drawn by Zipf's law", legend=False)
+    beside = [row for row in rows if row["case"] == "A" and tensor in row["name"]]
+    programs(axes["tensor"], beside, tensor, "A, half the tokens: tensor 2 × expert 2", legend=False)
+    figure.savefig(file, dpi=110)
+
+
+def programs(axes: Axes, rows: Sequence[dict[str, Any]], layout: str, title: str, *, legend: bool = True) -> None:
+    """Draws both passes of each program, whose names lose the layout."""
+    taken = {row["name"].replace(layout, ""): row["phases_s"] for row in rows}
     for name, phases in sorted(taken.items(), key=lambda each: -_milliseconds(each[1])):
         start = 0.0
         for part, colour in PASSES.items():
@@ -49,22 +72,24 @@ def peers(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
             axes.barh(name, 1e3 * phases[part], left=start, color=colour, label=label)
             start += 1e3 * phases[part]
         axes.annotate(f"{start:.0f}", (start, name), (4, 0), textcoords="offset points", va="center")
-    axes.set_title("Four blocks of OLMoE on two H200, one call", loc="left", fontsize=10, fontweight="bold")
+    axes.tick_params("y", labelsize=9)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("ms")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    if legend:
+        axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
 
 
-def models(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    """Draws the time of both passes in each way, model by model."""
-    names = {"C": "C: TED 1.3 B,\nwith capacity", "D": "D: DeepSeek-\nV2-Lite", "E": "E: Qwen3-\n30B-A3B"}
+def models(axes: Axes, rows: Sequence[dict[str, Any]], n: int) -> None:
+    """Draws the time of both passes in each way on n GPUs, model by model."""
+    cases = sorted({row["case"] for row in rows})
     for number, (way, (label, colour)) in enumerate(WAYS.items()):
-        taken = {row["case"]: 1e3 * row["passes_s"] for row in rows if row["name"] == way}
-        places = [list(names).index(case) + 0.2 * (number - 1.5) for case in taken]
+        taken = {row["case"]: 1e3 * row["passes_s"] for row in rows if row["name"] == way.format(n=n)}
+        places = [cases.index(case) + 0.2 * (number - 1.5) for case in taken]
         bars = axes.bar(places, list(taken.values()), 0.19, color=colour, label=label)
         axes.bar_label(bars, fmt="%.0f", fontsize=7.5, padding=1)
-    axes.set_xticks(range(len(names)), list(names.values()), fontsize=8.5)
-    axes.set_title("Other models, as many tokens on each GPU", loc="left", fontsize=10, fontweight="bold")
+    axes.set_xticks(range(len(cases)), [MODELS[case] for case in cases], fontsize=8.5)
+    axes.set_title("Others, as many tokens on each GPU", loc="left", fontsize=10, fontweight="bold")
     axes.set_ylabel("ms")
     axes.margins(y=0.35)
     axes.spines[["top", "right"]].set_visible(False)
@@ -93,3 +118,4 @@ def _milliseconds(phases: dict[str, float]) -> float:
 
 if __name__ == "__main__":
     draw()
+    draw_four()

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -37,8 +37,11 @@ def test_pictures_have_each_part_of_each_expert_once_in_each_replica(degrees: Pa
         assert sorted(rank for members in folding.groups(degrees, kind) for rank in members) == [*range(8)]
 
 
-def test_the_picture_of_experts_on_two_gpus_is_drawn_from_what_was_measured(tmp_path: Path) -> None:
-    expert_parallel.draw(tmp_path / "drawn.png")
+@pytest.mark.parametrize("draw", [expert_parallel.draw, expert_parallel.draw_four])
+def test_pictures_of_experts_on_several_gpus_are_drawn_from_what_was_measured(
+    tmp_path: Path, draw: Callable[[Path], None]
+) -> None:
+    draw(tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 10_000
 
 
