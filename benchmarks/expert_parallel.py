@@ -62,7 +62,6 @@ _TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "o
 
 _DEDUP = ("rank", "group")
 _LENT = ("moe.lend.policy=llep", "moe.lend.minimum=64")
-_ALONE = ("model.compile=none",)  # which comm.interleave needs
 _PAPER = ("none", "dtd", "cac", "ted", "ted_fused")  # configurations of comm
 
 
@@ -81,8 +80,8 @@ def rows(n: int) -> list[Row]:
         Row(whole, n),
         *(Row(f"{whole}, comm.dedup={way}", n, (f"comm.dedup={way}",), cases="ABDEZ") for way in _DEDUP),
         Row(f"{whole}, comm.chunks=2", n, ("comm.chunks=2",)),
-        Row(f"{whole}, 2 micro-batches", n, _ALONE, cases="AB", micro_batches=2),
-        Row(f"{whole}, 2 beside each other", n, (*_ALONE, "comm.interleave=true"), cases="AB", micro_batches=2),
+        Row(f"{whole}, 2 micro-batches", n, cases="AB", micro_batches=2),
+        Row(f"{whole}, 2 beside each other", n, ("comm.interleave=true",), cases="AB", micro_batches=2),
         Row(f"{whole}, experts lent", n, _LENT, cases="Z"),
         *(beside_tensor if n > 2 else ()),
         Row(f"tedlab, tensor {n}", n, tensor=n),

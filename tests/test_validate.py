@@ -410,7 +410,7 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
             "data.micro_batch_size=4",
             "model.compile=aot_eager",
         ],
-        ["comm.interleave=true", "model.compile=aot_eager", "one of the two"],
+        ["comm.interleave=true", "model.compile=aot_eager", "moe.dispatch=dropless", "one of the two"],
     ),
     "dtd_of_a_sharded_sequence": (
         ["parallel.sequence=true", "comm.dtd=true"],

@@ -27,6 +27,7 @@ Overrides = dict[str, Any]
 LAYOUT = (4, 2, 2)
 CAC: Overrides = {"comm.cac": True}
 NOISY: Overrides = {"moe.router.noise": "gumbel", "moe.router.jitter": 0.1}
+COMPILED: Overrides = {"model.compile": "aot_eager", "model.recompute.granularity": "none"}
 CASES: dict[str, Overrides] = {  # model.recompute.granularity is block unless stated
     "stored": {"model.recompute.granularity": "none"},
     "recomputed": {**NOISY, "micro_batches": 3, "dropout": 0.3},
@@ -40,6 +41,8 @@ CASES: dict[str, Overrides] = {  # model.recompute.granularity is block unless s
     "pilots": {**MODES["dedup_fused"], "comm.cac": "shard"},
     "lent": {**MODES["lent"], "model.recompute.granularity": "none", "moe.every": 1},
     "pair": {**MODES["pos2_sequence"], "comm.cac": ["dispatch.all_to_all"]},
+    "compiled_rows": {**MODES["dropless_plain"], **NOISY, **COMPILED, "micro_batches": 3},
+    "compiled_recomputed": {**MODES["gathered_sequence"], **CAC, "model.compile": "aot_eager", "overlap": True},
     "validated": {"dropout": 0.3, "validated": True},  # after each micro-batch
 }
 
@@ -221,6 +224,11 @@ def check_order(ranks: Sequence[dict[str, Any]], name: str) -> None:
 def test_one_pass_computes_while_the_other_exchanges(found: list[dict[str, Any]]) -> None:
     """The layers before the first experts are those of the micro-batch after."""
     check_beside(found[0]["stored"]["heard"])
+
+
+@pytest.mark.slow
+def test_so_it_does_between_what_is_compiled(asked: list[dict[str, Any]]) -> None:
+    check_beside(asked[0]["compiled_rows"]["heard"])
 
 
 def check_beside(heard: list[str]) -> None:

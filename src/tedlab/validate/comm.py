@@ -239,10 +239,11 @@ def check_interleaving(config: TrainConfig, micro_batches: int) -> None:
             f"step, but a step has {micro_batches}; use a data.batch_size of two micro-batches or more "
             "(data.micro_batch_size × data ranks each), or comm.interleave=false"
         )
-    if config.model.compile != Compiler.NONE:
+    if config.compiles_experts:
         raise ValueError(
             f"comm.interleave=true switches between passes where they wait for an exchange, but with model.compile="
-            f"{config.model.compile} what is compiled waits by itself; use one of the two"
+            f"{config.model.compile} slots are exchanged inside of what is compiled, which waits by itself; use "
+            "moe.dispatch=dropless, moe.kernel=triton, or one of the two"
         )
 
 
