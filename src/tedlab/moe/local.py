@@ -60,7 +60,7 @@ class TokenExperts(Experts):
             feeds: Tag of the collective that the sums go into; a second pass that does not repeat it makes none.
         """
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
-        computing = products(self.kernel, self.nonlinearity, x_TH)
+        computing = products(self.kernel, self.nonlinearity, x_TH, order.groups.sizes)
         of_experts = up, _flat(up_bias), down, _flat(down_bias)
         return _Mixture.apply(x_TH, gate_TK, *of_experts, order, computing, self._adds_bias, feeds)
 

@@ -187,7 +187,7 @@ class LocalSpec(Spec):
         return b.rows.gathered if self.pilots or self.gathered else b.tokens
 
     def places(self, b: MicroBatch) -> int:
-        """Returns the number of rows for which there is room, of which kernels that are no products read all."""
+        """Returns the number of rows for which there is room; kernels skip those behind the last."""
         number, _, _, width = self.experts.here(b)
         roomy = self.gathered and not self.experts.expert.bias and native(b.compute, self.experts.hidden, width)
         return b.rows.gathered * min(self.experts.config.top_k, number) if roomy else b.rows.computed
@@ -208,7 +208,7 @@ class LocalSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
-        total, hidden = self.places(b), self.experts.hidden
+        total, hidden = b.rows.computed, self.experts.hidden
         if b.mixed:
             yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
         yield from self._there(b)
@@ -224,7 +224,7 @@ class LocalSpec(Spec):
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
-        total, hidden = self.places(b), self.experts.hidden
+        total, hidden = b.rows.computed, self.experts.hidden
         yield from self._there(b)
         yield b.moved(2 * total * hidden)  # gathers gradients
         yield b.product(rows, hidden, width, times=number)

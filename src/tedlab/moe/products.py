@@ -46,7 +46,8 @@ def standing_in(rows: Any) -> Iterator[None]:
     """Lets row operations take the place of the kernels inside the context, on any device and for any dtype.
 
     Args:
-        rows: Has the functions of ``row_ops.py``.
+        rows: Has the functions of ``row_ops.py``, and ``of``, which returns those on so many rows where there is room
+            for more.
     """
     global _stand_in
     before, _stand_in = _stand_in, rows
@@ -128,12 +129,12 @@ class Products:
         return times(grad_z, up.mT, groups), grad_z, grad_gate, grad_up, grad_down
 
 
-def products(kernel: str, how: Nonlinearity, x: Tensor) -> Products:
+def products(kernel: str, how: Nonlinearity, x: Tensor, sizes: tuple[int, ...] | None = None) -> Products:
     """Returns what experts compute with the row operations that :func:`row_functions` chooses."""
-    return Products(row_functions(kernel, x), how)
+    return Products(row_functions(kernel, x, sizes), how)
 
 
-def row_functions(kernel: str, x: Tensor) -> Any:
+def row_functions(kernel: str, x: Tensor, sizes: tuple[int, ...] | None = None) -> Any:
     """Chooses the row operations that ``kernel`` names, or with ``auto`` the fastest that accept these rows.
 
     They are the functions of ``row_ops.py`` or ``row_kernels.py``, or what is :func:`standing_in` for the kernels.
@@ -141,6 +142,7 @@ def row_functions(kernel: str, x: Tensor) -> Any:
     Args:
         kernel: ``auto``, ``torch`` or ``triton``.
         x: A tensor with the dtype and device of the rows.
+        sizes: Number of rows of each expert, if the host knows it.
 
     Warns:
         UserWarning: Once, if ``kernel`` is ``triton``, which does not accept the rows; the message says why.
@@ -148,7 +150,7 @@ def row_functions(kernel: str, x: Tensor) -> Any:
     if kernel == "torch":
         return row_ops
     if _stand_in is not None:
-        return _stand_in
+        return _stand_in if sizes is None else _stand_in.of(sum(sizes))
     reason = unfit(x.dtype, x.device)
     if reason is None:
         from tedlab.moe import row_kernels

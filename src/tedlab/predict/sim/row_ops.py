@@ -13,15 +13,23 @@ class FusedRowOps:
 
     Args:
         count: Told the tensors that a kernel reads or writes once.
+        rows: How many rows there are, where there is room for more, which kernels skip; None: as many as there is room.
     """
 
-    def __init__(self, count: Callable[..., None]) -> None:
-        self.count = count
+    def __init__(self, count: Callable[..., None], rows: int | None = None) -> None:
+        self.count, self.rows = count, rows
+
+    def of(self, rows: int) -> "FusedRowOps":
+        """Returns the kernels on so many rows."""
+        return FusedRowOps(self.count, rows)
+
+    def _there(self, *room: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor[: self.rows] for tensor in room)
 
     def take(self, x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
         """See :func:`tedlab.moe.row_ops.take`."""
         out = x_TH.new_empty(len(token_N), x_TH.shape[1])
-        self.count(out, out, token_N)
+        self.count(*self._there(out, out), token_N)
         return out
 
     def sums(self, y_RH: Tensor, place_TK: Tensor) -> Tensor:
@@ -31,7 +39,7 @@ class FusedRowOps:
     def hidden(self, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
         """See :func:`tedlab.moe.row_ops.hidden`."""
         out = z_NZ.new_empty(len(z_NZ), z_NZ.shape[1] // (2 if how.gated else 1))
-        self.count(z_NZ, out)
+        self.count(*self._there(z_NZ, out))
         return out
 
     def hidden_backward(
@@ -46,10 +54,10 @@ class FusedRowOps:
         """See :func:`tedlab.moe.row_ops.hidden_backward`."""
         grad_z = torch.empty_like(z_NZ)
         if weight_N is None:
-            self.count(grad_NF, z_NZ, grad_z)
+            self.count(*self._there(grad_NF, z_NZ, grad_z))
             return grad_z, None, None
         weighted, grad_weight = torch.empty_like(grad_NF), torch.empty_like(weight_N)
-        self.count(grad_NF, z_NZ, weight_N, grad_z, weighted, grad_weight)
+        self.count(*self._there(grad_NF, z_NZ, weight_N, grad_z, weighted, grad_weight))
         return grad_z, weighted, grad_weight
 
     def combine(
@@ -57,7 +65,7 @@ class FusedRowOps:
     ) -> Tensor:
         """See :func:`tedlab.moe.row_ops.combine`."""
         out = y_NH.new_empty(len(place_TK), y_NH.shape[1])
-        self.count(y_NH, out, place_TK)
+        self.count(*self._there(y_NH), out, place_TK)
         return out
 
     def combine_backward(
