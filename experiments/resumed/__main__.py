@@ -18,12 +18,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.surroundings import surroundings
 from experiments.paper import write_json
-from experiments.sweeps import curve
 from tedlab.history import read_history
 from tedlab.launch.outcome import METRICS, SUMMARY
 
 HERE = Path(__file__).parent
 SAVED, KILLED, REFERENCE, LAST = 80, 100, 100, 240  # steps: of the checkpoint, about the kill's, and the others' last
+LOGGED = {
+    **{"loss": "train/loss", "val_loss": "val/loss"},
+    **{"gradient_norm": "train/gradient_norm", "dead_experts": "router/dead_experts"},
+}
 EVERY = 5  # steps between two rows of a run's metrics
 GIVEN = (
     *("model=gpt_1.3b", "moe=paper16", "moe.dispatch=dropless", "trainer=gpu"),
@@ -72,10 +75,11 @@ def wait_for_step(run: Path, process: Run, step: int) -> None:
 
 
 def of_run(run: Path) -> dict[str, Any]:
-    """Returns what a run logged: losses by step, and medians of its speed after the first two rows."""
+    """Returns what a run logged: losses and the like by step, and medians of its speed after the first two rows."""
     rows = read_history(run / METRICS)
-    found: dict[str, Any] = {"loss": dict(zip(*curve(run), strict=True))}
-    found["val_loss"] = {int(row["step"]): float(row["val/loss"]) for row in rows if "val/loss" in row}
+    found: dict[str, Any] = {
+        name: {int(row["step"]): float(row[column]) for row in rows if column in row} for name, column in LOGGED.items()
+    }
     for name in ("tokens_per_second", "step_time_s", "tflops", "mfu"):
         values = [float(row[f"perf/{name}"]) for row in rows if f"perf/{name}" in row][2:]
         found[name] = statistics.median(values) if values else None

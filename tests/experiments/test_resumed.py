@@ -34,7 +34,39 @@ def test_the_readme_has_what_the_small_model_gave() -> None:
     ours, again = found["killed_beside_reference"], found["resumed_beside_killed"]
     assert f"| four processes beside one | {ours['steps']} | {ours['largest']:.1e} |".replace("e-0", "e-") in text
     assert f"two processes beside the four | {again['steps']} | {again['largest']:g} |" in text
-    assert f"over {found['seconds']['from_kill_to_end']:.1f} s after" in text
+
+
+def test_the_readmes_have_what_gpus_gave() -> None:
+    folder = Path(resumed.__file__).parent
+    found = json.loads((folder / "results.json").read_text())
+    text = " ".join((folder / "README.md").read_text().split())
+    runs = found["runs"]
+    killed, again, one = runs["killed"], runs["resumed"], runs["reference"]
+    for label, run, at_80 in (
+        ("| `parallel=ep4` on four, up to step 100 |", killed, f"{killed['val_loss']['80']:.2f} "),
+        ("| `parallel=ep2` on two, from step 80 to 240 |", again, ""),
+        ("| one, up to step 100 |", one, f"{one['val_loss']['80']:.2f} "),
+    ):
+        dead = f"{100 * run['dead_experts'][max(run['dead_experts'], key=int)]:.0f} %"
+        speed = f"{run['tokens_per_second']:,.0f} | {100 * run['mfu']:.1f} %"
+        assert f"{label} {speed} | {at_80}| {dead} |" in text
+    after = [f"{abs(again['loss'][step] - killed['loss'][step]):.4f}" for step in ("85", "90", "95", "100")]
+    assert f"by {after[0]}, {after[1]}, {after[2]} and {after[3]} nats at steps 85 to 100" in text
+    assert f"to {again['val_loss']['240']:.3f} in validation at step 240" in text
+    difference = {int(step): killed["loss"][step] - one["loss"][step] for step in one["loss"]}
+    late = [abs(value) for step, value in difference.items() if step >= 35]
+    most, mean = max(late), sum(late) / len(late)
+    early = f"{abs(difference[15]):.2f} at step 15, {difference[30]:.2f} at step 30"
+    assert f"{early}, at most {most:.2f} from step 35 on, of which the mean is {mean:.3f}" in text
+    assert max(map(abs, difference.values())) == abs(difference[15])
+    assert all(value > 0 for step, value in difference.items() if step >= 20)
+    assert f"always the higher one, by {difference[100]:.2f} at the end" in text
+    norms, dead = ([max(run[name].values()) for run in (killed, one)] for name in ("gradient_norm", "dead_experts"))
+    assert f"gradient norm is up to {max(norms):.0f} before clipping, and up to {100 * max(dead):.0f} % of" in text
+    assert f"over {found['seconds']['from_kill_to_end']:.1f} s after its process was killed" in text
+    summary = (folder.parent / "README.md").read_text()
+    assert f"are within {most:.2f} nats from step 35 on, and two go on within 0.04" in summary
+    assert max(map(float, after)) < 0.04
 
 
 @pytest.mark.exhaustive

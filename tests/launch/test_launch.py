@@ -105,6 +105,12 @@ def be_killed_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def be_killed_while_others_hear_nothing(config: TrainConfig) -> dict[str, Any]:
+    """As Python does not that waits for a GPU in a library."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return be_killed_while_others_sleep(config)
+
+
 def be_stopped_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
     if _note(config) == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -170,6 +176,17 @@ def test_a_process_that_does_not_end_when_the_first_is_done_is_ended(
     monkeypatch.setattr("tedlab.launch.launcher._LEAVE_S", 1)
     with pytest.raises(WorkerFailed, match=r"process 1 of 2 failed(.|\n)*did not end within 1 s of process 0"):
         launch(be_stopped_when_the_first_is_done, config, 2)
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_hear_are_ended_soon_after_one_was_killed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tedlab.launch.launcher._GRACE_S", 1)
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed, match=r"process 1 of 2 failed(.|\n)*SIGKILL"):
+        launch(be_killed_while_others_hear_nothing, config, 2)
+    assert time.monotonic() - began < 20  # torch's launcher insists after 30
 
 
 # ---- a real run, interrupted ----------------------------------------------------------------------------------------

@@ -188,13 +188,18 @@ def _where_to_resume(config: Job) -> str:
 def _end_after_failure(folder: Path, over: threading.Event) -> None:
     """Ends all workers some seconds after one has failed, or the first is done. A thread of the launcher.
 
-    torch's launcher asks the peers of a failed process to end, which one that hangs or is stopped cannot hear, and
-    insists only after 30 seconds.
+    torch's launcher asks the peers of a failed process to end, which one that hangs, is stopped or waits for NCCL
+    cannot hear, and insists only after 30 seconds.
     """
+    missed = float("inf")  # when one was first seen to be gone, be it killed and without a record
     while not over.wait(1):
         done = folder / _DONE
-        if any(_age_s(failure) > _GRACE_S for failure in failures.recorded(folder)) or (
-            done.exists() and _age_s(done) > _LEAVE_S
+        if not all(map(_alive, _workers(folder))):
+            missed = min(missed, time.monotonic())
+        if (
+            time.monotonic() - missed > _GRACE_S
+            or any(_age_s(failure) > _GRACE_S for failure in failures.recorded(folder))
+            or (done.exists() and _age_s(done) > _LEAVE_S)
         ):
             _kill_workers(folder)
             return
@@ -216,8 +221,19 @@ def _end_with(launcher: int, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _workers(folder: Path) -> list[int]:
+    return [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def _kill_workers(folder: Path) -> None:
-    workers = [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
-    for worker in sorted(workers, key=lambda pid: pid == os.getpid()):  # itself last
+    for worker in sorted(_workers(folder), key=lambda pid: pid == os.getpid()):  # itself last
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
