@@ -24,6 +24,7 @@ from benchmarks.steps import WARM_UP, composed, free, train
 from benchmarks.surroundings import surroundings
 
 TEXT = "on text"
+_NCCL = "ncclDevKernel"  # how names of its kernels begin
 ROWS = {  # what each changes
     "as configured": [],
     TEXT: [],
@@ -35,7 +36,7 @@ ROWS = {  # what each changes
 
 
 class Profile(Callback):
-    """Of the first step after the warm-up: its kernels, those first that take longest together, and what was idle."""
+    """Of the first step after the warm-up: its kernels, the longest first, exposed exchanges, and what was idle."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.table = rows, ""
@@ -64,7 +65,27 @@ class Profile(Callback):
                 for name, taken in longest[: self.rows]
             ]
             total = f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all"
-            self.table = "\n".join([total, *lines, *idle(sorted(spans), self.rows // 4)])
+            self.table = "\n".join([total, *lines, *exposed(sorted(spans)), *idle(sorted(spans), self.rows // 4)])
+
+
+def exposed(spans: list[tuple[float, float, str]]) -> list[str]:
+    """Tells how long NCCL's kernels ran, and how long of it nothing but NCCL did, be it to move bytes or to wait.
+
+    Args:
+        spans: As of :func:`idle`.
+    """
+    computing: list[list[float]] = []  # start and end of each time in which other kernels run
+    for start, stop, _ in (span for span in spans if not span[2].startswith(_NCCL)):
+        if computing and start <= computing[-1][1]:
+            computing[-1][1] = max(computing[-1][1], stop)
+        else:
+            computing.append([start, stop])
+    found: dict[str, tuple[float, float]] = {}
+    for start, stop, name in (span for span in spans if span[2].startswith(_NCCL)):
+        beside = sum(max(0.0, min(stop, end) - max(start, begin)) for begin, end in computing)
+        alone, whole = found.get(short := name.partition("(")[0], (0.0, 0.0))
+        found[short] = alone + stop - start - beside, whole + stop - start
+    return [f"{alone / 1e3:9.2f} ms of {whole / 1e3:.2f} alone: {name}" for name, (alone, whole) in found.items()]
 
 
 def idle(spans: list[tuple[float, float, str]], rows: int) -> list[str]:

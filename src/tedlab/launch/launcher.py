@@ -194,7 +194,7 @@ def _end_after_failure(folder: Path, over: threading.Event) -> None:
     missed = float("inf")  # when one was first seen to be gone, be it killed and without a record
     while not over.wait(1):
         done = folder / _DONE
-        if not all(map(_alive, _workers(folder))):
+        if _died(folder):
             missed = min(missed, time.monotonic())
         if (
             time.monotonic() - missed > _GRACE_S
@@ -221,19 +221,19 @@ def _end_with(launcher: int, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _workers(folder: Path) -> list[int]:
-    return [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def _died(folder: Path) -> bool:
+    """Whether a worker is gone whose work is not complete."""
+    for file in folder.glob(f"*{_WORKER}"):
+        try:
+            os.kill(int(file.stem), 0)
+        except ProcessLookupError:
+            if file.exists():  # else it has just completed its work
+                return True
+    return False
 
 
 def _kill_workers(folder: Path) -> None:
-    for worker in sorted(_workers(folder), key=lambda pid: pid == os.getpid()):  # itself last
+    workers = [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
+    for worker in sorted(workers, key=lambda pid: pid == os.getpid()):  # itself last
         with contextlib.suppress(ProcessLookupError):
             os.kill(worker, signal.SIGKILL)
