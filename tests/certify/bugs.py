@@ -1517,9 +1517,9 @@ def averages_of_the_first_rank_s_shard(patch: Patch) -> None:
     """Each process averages what the first one has."""
     right = averages.averaged
 
-    def wrong(config: AverageConfig, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+    def wrong(config: AverageConfig, average: Tensor, weight: Tensor, before: int) -> Tensor:
         shared = weight.clone()
-        dist.broadcast(local(shared), src=0)
+        dist.broadcast(shared, src=0)
         return right(config, average, shared, before)
 
     patch.setattr(averages, "averaged", wrong)

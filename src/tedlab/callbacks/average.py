@@ -4,16 +4,19 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from tedlab._compat.lightning import averaged_model
 from tedlab.config import AverageConfig, AverageKind
+from tedlab.optim.bucket import like, local
 
 _WIDE = "averages"  # the checkpoint's key of averages that are wider than the weights
 
@@ -21,11 +24,12 @@ _WIDE = "averages"  # the checkpoint's key of averages that are wider than the w
 class AverageWeights(WeightAveraging):
     """Keeps an average of the weights, which validation uses, and which checkpoints hold as the model.
 
-    Each process averages its parts of parameters and buffers, which needs no communication. Checkpoints also hold the
-    weights of the last step, with which training goes on. This differs from Lightning's class where that would go
-    wrong here: averages of half precision are in fp32, also after a validation; before the first weights count,
-    validation and checkpoints use the current ones; and training ends with the current weights, so that a checkpoint
-    saved afterwards has both.
+    Each process averages its parts of parameters and buffers, which needs no communication, as plain tensors: for each
+    new shape, a DTensor searches all shardings that an operation could have, which takes long on a mesh of many
+    dimensions. Checkpoints also hold the weights of the last step, with which training goes on. This differs from
+    Lightning's class where that would go wrong here: averages of half precision are in fp32, also after a validation;
+    before the first weights count, validation and checkpoints use the current ones; and training ends with the current
+    weights, so that a checkpoint saved afterwards has both.
 
     Args:
         config: What is averaged.
@@ -33,7 +37,7 @@ class AverageWeights(WeightAveraging):
 
     def __init__(self, config: AverageConfig) -> None:
         self.config = config
-        super().__init__(avg_fn=lambda average, weight, before: averaged(config, average, weight, before))
+        super().__init__()
         self._current: list[Tensor] = []  # weights and buffers of the last step, while averages take their place
 
     @override
@@ -49,11 +53,22 @@ class AverageWeights(WeightAveraging):
             super().setup(trainer, pl_module, stage)
         wide = precision_of_averages(trainer.precision)
         model = averaged_model(self)
-        for layer in () if model is None else model.module.modules():
+        if model is None:
+            return
+        model.update_parameters = partial(self._count, model)  # type: ignore[method-assign]
+        for layer in model.module.modules():
             for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
                 if tensor.is_floating_point() and tensor.dtype != wide:
-                    wider = tensor.detach().to(wide)
+                    wider = like(tensor, local(tensor).to(wide))
                     setattr(layer, name, nn.Parameter(wider) if isinstance(tensor, nn.Parameter) else wider)
+
+    @torch.no_grad()
+    def _count(self, model: AveragedModel, module: nn.Module) -> None:
+        """Counts the current weights, as ``AveragedModel.update_parameters`` does."""
+        before = int(model.n_averaged)
+        for average, weight in zip(_parts(model.module), _parts(module), strict=True):
+            average.copy_(averaged(self.config, average, weight, before) if before else weight)
+        model.n_averaged += 1
 
     def averages(self) -> dict[str, Tensor]:
         """Returns the averages of parameters by name, sharded like these; none before the first weights count."""
@@ -67,8 +82,8 @@ class AverageWeights(WeightAveraging):
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.averages():
-            self._current = [tensor.detach().clone() for tensor in _tensors(pl_module)]
-            _copy(self._averages(), _tensors(pl_module))
+            self._current = [part.clone() for part in _parts(pl_module)]
+            _copy(self._averages(), _parts(pl_module))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +92,7 @@ class AverageWeights(WeightAveraging):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._current:
-            _copy(self._current, _tensors(pl_module))
+            _copy(self._current, _parts(pl_module))
             self._current = []
 
     @override
@@ -101,14 +116,14 @@ class AverageWeights(WeightAveraging):
 
     def _averages(self) -> Iterator[Tensor]:
         model = averaged_model(self)
-        return iter(()) if model is None else _tensors(model.module)
+        return iter(()) if model is None else _parts(model.module)
 
 
-def averaged(config: AverageConfig, average: Tensor, weight: Tensor, before: Tensor | int) -> Tensor:
+def averaged(config: AverageConfig, average: Tensor, weight: Tensor, before: int) -> Tensor:
     """Returns the average, in place, with one more weight; it has counted some before. Of integers, it is the last."""
     if not average.is_floating_point():
         return weight
-    share = 1 - config.decay if config.kind == AverageKind.EMA else 1 / (int(before) + 1)
+    share = 1 - config.decay if config.kind == AverageKind.EMA else 1 / (before + 1)
     return average.lerp_(weight.to(average.dtype), share)
 
 
@@ -117,8 +132,9 @@ def precision_of_averages(precision: str | None) -> torch.dtype:
     return torch.float64 if precision == "64-true" else torch.float32
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())
+def _parts(module: nn.Module) -> Iterator[Tensor]:
+    """Yields this process's parts of parameters and buffers, which share their memory."""
+    return map(local, itertools.chain(module.parameters(), module.buffers()))
 
 
 @torch.no_grad()

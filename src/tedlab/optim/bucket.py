@@ -198,7 +198,7 @@ class Bucket:
         They are sharded like the parameters (DTensors for DTensors). Collective over the group.
         """
         parts = self.parts(self.gather(shard, tag=tag, phase=phase))
-        return [_like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, parts, strict=True)]
+        return [like(p, part.view(local(p).shape)) for p, part in zip(self.parameters, parts, strict=True)]
 
     def shard_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Inverts :meth:`unshard`: returns this process's shard of one tensor per parameter."""
@@ -316,7 +316,8 @@ def _set_local(parameter: nn.Parameter, values: Tensor) -> None:
         parameter.data = values
 
 
-def _like(parameter: nn.Parameter, values: Tensor) -> Tensor:
+def like(parameter: Tensor, values: Tensor) -> Tensor:
+    """Returns this process's part of a tensor that is sharded like a parameter."""
     if not isinstance(parameter, DTensor):
         return values
     if values.dtype == parameter.dtype:  # then the specification is the same, which from_local takes long to make
