@@ -339,6 +339,20 @@ class Sites(NamedTuple):
         return Sites(tuple(forward), tuple(site for site in self.backward if sizes[site.kind] > 1))
 
 
+class Kernel(NamedTuple):
+    """Which kernel does a work, of which a cluster file may have rates by size.
+
+    Attributes:
+        name: A name of :data:`tedlab.predict.cluster.KERNELS`.
+        size: Keys that a query may see, or rows of a group; None: the bytes that it moves.
+        width: Features of a head, or the narrower side of an expert's matrix; None: it makes no difference.
+    """
+
+    name: str
+    size: float | None = None
+    width: int | None = None
+
+
 class Work(NamedTuple):
     """The work of one kernel.
 
@@ -348,6 +362,7 @@ class Work(NamedTuple):
         dtype: Dtype of the computation.
         kind: Kind of kernel.
         fresh: Bytes of results that are too large for a CPU's allocator to keep.
+        kernel: Which kernel it is, if more than its kind is known.
     """
 
     flops: float
@@ -355,6 +370,7 @@ class Work(NamedTuple):
     dtype: "torch.dtype"
     kind: Literal["gemm", "attention", "arithmetic", "movement"]
     fresh: float = 0.0
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -405,14 +421,23 @@ class MicroBatch:
         """Whether products are computed in another dtype than that of parameters."""
         return self.parameter != self.compute
 
-    def moved(self, elements: float, *dtypes: "torch.dtype") -> Work:
-        """Returns a memory-bound operation that moves ``elements`` of each dtype, by default of ``compute``."""
-        return Work(0, elements * sum(d.itemsize for d in dtypes or (self.compute,)), self.precise, "arithmetic")
+    def moved(self, elements: float, *dtypes: "torch.dtype", kernel: str | None = None) -> Work:
+        """Returns a memory-bound operation that moves ``elements`` of each dtype, by default of ``compute``.
 
-    def product(self, m: int, k: int, n: int, *, times: int = 1, precise: bool = False) -> Work:
+        Args:
+            elements: The number of elements.
+            dtypes: Dtypes of the tensors that are read or written.
+            kernel: The name of the kernel, if it is one of its own.
+        """
+        moved = elements * sum(d.itemsize for d in dtypes or (self.compute,))
+        return Work(0, moved, self.precise, "arithmetic", kernel=None if kernel is None else Kernel(kernel))
+
+    def product(
+        self, m: int, k: int, n: int, *, times: int = 1, precise: bool = False, kernel: Kernel | None = None
+    ) -> Work:
         """Returns the work of ``times`` products of matrices (m, k) and (k, n)."""
-        dtype = self.precise if precise else self.compute
-        return Work(times * 2 * m * k * n, times * (m * k + k * n + m * n) * dtype.itemsize, dtype, "gemm")
+        dtype, moved = self.precise if precise else self.compute, m * k + k * n + m * n
+        return Work(times * 2 * m * k * n, times * moved * dtype.itemsize, dtype, "gemm", kernel=kernel)
 
     def product_backward(self, m: int, k: int, n: int) -> Iterator[Work]:
         """Yields the work of the gradients of both factors, of which the second is a weight."""

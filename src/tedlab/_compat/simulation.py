@@ -46,7 +46,7 @@ def argument_names(operator: Operator) -> list[str]:
 # ---- operators whose own names begin with an underscore --------------------------------------------------------------
 # They are what public functions call (torch.softmax, Tensor.item), and what a dispatch mode sees.
 
-READ_SCALAR, UNSAFE_VIEW = aten._local_scalar_dense, aten._unsafe_view
+READ_SCALAR, UNSAFE_VIEW, TO_COPY = aten._local_scalar_dense, aten._unsafe_view, aten._to_copy
 SOFTMAXES = {aten._softmax, aten._softmax_backward_data, aten._log_softmax, aten._log_softmax_backward_data}
 CPU_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu
 CPU_ATTENTION_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward

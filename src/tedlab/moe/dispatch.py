@@ -200,21 +200,24 @@ class DispatchSpec(Spec):
         """Returns how many of a data rank's choices of each expert are sent."""
         return counts_E if self.config.unlimited else np.minimum(counts_E, self.capacity(layout, tokens))
 
-    def there(self, b: MicroBatch) -> Iterator[Work]:
-        """Yields the kernels of tokens on their way to experts, or of the gradients of results."""
+    def there(self, b: MicroBatch, backward: bool = False) -> Iterator[Work]:
+        """Yields the kernels of tokens on their way to experts, or in the backward pass of the gradients of results."""
         layout, width = self.obeyed(b.layout), self.hidden
-        yield from self._indexed(b, self.merged(b))
+        if backward and self.fused(b):  # the kernel that gathers gradients also reads results, for the gates' gradients
+            yield b.moved(3 * self.merged(b) * width, kernel="combine_backward")
+        else:
+            yield from self._indexed(b, self.merged(b))
         if layout.dealt:
             yield b.moved(2 * b.rows.sent * width)
         if self.chunks(b.layout) > 1 and not self.config.ragged:  # rows lie by chunk
             yield b.moved(2 * b.rows.sent * width)
         yield from self._turned(b)
         if self._reordered(b):
-            yield b.moved(2 * b.rows.sent * width)
+            yield b.moved(2 * b.rows.sent * width, kernel=self._gathering(b, backward))
         if layout.gathers > 1:
             yield b.moved(2 * b.rows.computed * width)
 
-    def back(self, b: MicroBatch, bias: bool) -> Iterator[Work]:
+    def back(self, b: MicroBatch, bias: bool, backward: bool = False) -> Iterator[Work]:
         """Yields the kernels that bring back results, with their bias if any, or gradients, which have none."""
         layout, width = self.obeyed(b.layout), self.hidden
         gathered, scattered = layout.gathers > 1, layout.scattered
@@ -225,7 +228,7 @@ class DispatchSpec(Spec):
         if gathered and not scattered:
             yield b.moved(2 * b.rows.sent * width)
         if self._reordered(b):
-            yield b.moved(2 * b.rows.sent * width)
+            yield b.moved(2 * b.rows.sent * width, kernel=self._gathering(b, backward))
         yield from self._turned(b)
         if self.chunks(b.layout) > 1:
             yield b.moved(2 * b.rows.sent * width)
@@ -252,7 +255,11 @@ class DispatchSpec(Spec):
     def _indexed(self, b: MicroBatch, rows: int) -> Iterator[Work]:
         """Yields the kernels that gather rows by index and fill missing ones with zeros."""
         for _ in range(1 if self.fused(b) else 2):
-            yield b.moved(2 * rows * self.hidden)
+            yield b.moved(2 * rows * self.hidden, kernel=self._gathering(b))
+
+    def _gathering(self, b: MicroBatch, backward: bool = False) -> str | None:
+        """Returns the kernel that gathers rows, whose gradients are sums of what they were copied to."""
+        return ("combine" if backward else "take") if self.fused(b) else None
 
     def _turned(self, b: MicroBatch) -> Iterator[Work]:
         """Yields the kernels that sort rows on their way by nodes, before and after they are exchanged inside one."""

@@ -14,13 +14,13 @@ from tedlab.config import ExpertKernel, LendPolicy, MoEConfig
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.moe.dispatch import DispatchSpec, OverlappingPath, SlotRegion, TokenPath, token_path
 from tedlab.moe.gather import activate_rows, project_slots
-from tedlab.moe.grouped import add_bias, grouped_matmul
+from tedlab.moe.grouped import add_bias, grouped_matmul, native
 from tedlab.moe.lending import TAG, lend, policy_of
 from tedlab.moe.ragged import OverlappingRowPath, RaggedRows, RowPath, RowRegion, arrange, ragged_path
 from tedlab.moe.router import Routing
 from tedlab.nn import FeedForwardSpec, ShardedModule
 from tedlab.registry import mixtures
-from tedlab.spec import Fused, Init, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
+from tedlab.spec import Fused, Init, Kernel, Layout, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
 
 
@@ -76,26 +76,26 @@ class ExpertsSpec(Spec):
         here, rows, inner, width = self.here(b)
         if b.mixed:
             yield b.moved(here * self.hidden * (inner + width), b.parameter, b.compute)
-        yield b.product(rows, self.hidden, inner, times=here)
+        yield b.product(rows, self.hidden, inner, times=here, kernel=self.grouped(b, inner))
         if self.fused(b):
-            yield b.moved(b.rows.computed * (inner + width))
+            yield b.moved(b.rows.computed * (inner + width), kernel="hidden")
         else:
             yield from self.expert.activate(b, b.rows.computed * width)
         if not stop:
-            yield b.product(rows, width, self.hidden, times=here)
+            yield b.product(rows, width, self.hidden, times=here, kernel=self.grouped(b, width))
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         here, rows, inner, width = self.here(b)
         if self.expert.bias:
             yield b.moved(b.rows.computed * self.hidden)
-        yield b.product(rows, self.hidden, width, times=here)
-        yield b.product(self.hidden, rows, width, times=here)
+        yield b.product(rows, self.hidden, width, times=here, kernel=self.grouped(b, width))
+        yield b.product(self.hidden, rows, width, times=here, kernel=self.grouped(b, width, "grouped_weights"))
         if self.fused(b):
-            yield b.moved(b.rows.computed * (2 * inner + width))
+            yield b.moved(b.rows.computed * (2 * inner + width), kernel="hidden_backward")
         else:
             yield from self.expert.activate_backward(b, b.rows.computed * width)
-        yield b.product(rows, inner, self.hidden, times=here)
-        yield b.product(inner, rows, self.hidden, times=here)
+        yield b.product(rows, inner, self.hidden, times=here, kernel=self.grouped(b, inner))
+        yield b.product(inner, rows, self.hidden, times=here, kernel=self.grouped(b, inner, "grouped_weights"))
         if self.expert.bias:
             yield b.moved(b.rows.computed * inner)
         if b.layout.chunks > 1:  # adds up the gradients of weights
@@ -114,6 +114,12 @@ class ExpertsSpec(Spec):
     def fused(self, b: MicroBatch) -> bool:
         """See :meth:`DispatchSpec.fused`."""
         return mixtures[self.config.dispatch].dispatch(self.hidden, self.config).fused(b)
+
+    def grouped(self, b: MicroBatch, width: int, name: str = "grouped") -> Kernel | None:
+        """Returns the kernel of products with all experts' matrices of this width, if one computes them together."""
+        together = b.gpu and self.config.ragged and native(b.compute, self.hidden, width)
+        here, *_ = self.here(b)
+        return Kernel(name, b.rows.computed / here, min(self.hidden, width)) if together else None
 
     def here(self, b: MicroBatch) -> tuple[int, int, int, int]:
         """Returns the number of this process's experts, the rows of each, and its features around the activation.

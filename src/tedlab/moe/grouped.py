@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from tedlab.comm import to_compute_dtype
 from tedlab.comm.recompute import is_dead, unused
+from tedlab.spec import Kernel
 
 _ALIGNMENT = 8  # bf16 numbers in 16 bytes
 
@@ -41,15 +42,16 @@ class Groups(NamedTuple):
 
 
 _joined = True
-_together: Callable[[], AbstractContextManager[None]] = nullcontext
+Together = Callable[[Kernel], AbstractContextManager[Any]]
+_together: Together = nullcontext
 
 
 @contextmanager
-def one_by_one(together: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+def one_by_one(together: Together = nullcontext) -> Iterator[None]:
     """Computes one ordinary torch product per expert inside the context, with shapes and FLOPs that tools know.
 
     Args:
-        together: Makes a context for those products that are one kernel elsewhere.
+        together: Makes a context for those products that are this one kernel elsewhere.
     """
     global _joined, _together
     before = _joined, _together
@@ -160,7 +162,7 @@ def times(x: Tensor, weight: Tensor, groups: Groups, out: Tensor | None = None) 
         return result if out is None else out.copy_(result)
     assert groups.sizes is not None
     out = x.new_empty(len(x), weight.shape[-1]) if out is None else out
-    with _each(x, weight.shape[-1]):
+    with _each("grouped", x, weight.shape[-1], groups.sizes):
         for rows, matrix, result in zip(_divided(x, groups.sizes), weight, _divided(out, groups.sizes), strict=True):
             torch.mm(rows, matrix, out=result)
     return out
@@ -177,14 +179,16 @@ def transposed_times(x: Tensor, grad: Tensor, groups: Groups) -> Tensor:
         return F.grouped_mm(x.mT, grad, offs=groups.ends)
     assert groups.sizes is not None
     out = x.new_empty(len(groups.sizes), x.shape[1], grad.shape[1])
-    with _each(x, grad.shape[-1]):
+    with _each("grouped_weights", x, grad.shape[-1], groups.sizes):
         for rows, of_rows, result in zip(_divided(x, groups.sizes), _divided(grad, groups.sizes), out, strict=True):
             torch.mm(rows.mT, of_rows, out=result)
     return out
 
 
-def _each(x: Tensor, width: int) -> AbstractContextManager[None]:
-    return _together() if native(x.dtype, x.shape[-1], width) else nullcontext()
+def _each(name: str, x: Tensor, width: int, sizes: tuple[int, ...]) -> AbstractContextManager[Any]:
+    if not native(x.dtype, x.shape[-1], width):
+        return nullcontext()
+    return _together(Kernel(name, sum(sizes) / len(sizes), min(x.shape[-1], width)))
 
 
 def sums_by_expert(x_NF: Tensor, expert_N: Tensor, experts: int) -> Tensor:

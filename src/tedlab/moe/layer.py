@@ -151,9 +151,10 @@ class MoESpec(Spec):
         yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
         yield from self.dispatch.back(b, bias=self.expert.bias)
         if self.summed_again or not stop:
-            if not self.dispatch.fused(b):
+            fused = self.dispatch.fused(b)
+            if not fused:
                 yield b.moved(2 * chosen * self.hidden)  # gate
-            yield b.moved((chosen + b.outside) * self.hidden)
+            yield b.moved((chosen + b.outside) * self.hidden, kernel="combine" if fused else None)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         if self.shared is not None:
@@ -168,16 +169,13 @@ class MoESpec(Spec):
             yield from local.backward(b)
         else:
             fused = self.dispatch.fused(b)
-            if fused:  # the kernel that gathers gradients also reads results, for the gates' gradients
-                yield b.moved(self.dispatch.merged(b) * self.hidden)
-            else:
-                for passes in (3, 2, 1):  # of the gate and through it
-                    yield b.moved(passes * chosen * self.hidden)
-            yield from self.dispatch.there(b)
+            for passes in () if fused else (3, 2, 1):  # of the gate and through it
+                yield b.moved(passes * chosen * self.hidden)
+            yield from self.dispatch.there(b, backward=True)
             yield from self.experts.backward(b)
-            yield from self.dispatch.back(b, bias=False)
+            yield from self.dispatch.back(b, bias=False, backward=True)
             sums = chosen + b.outside if fused else 3 * (self.dispatch.choices - 1) * b.outside
-            yield b.moved(sums * self.hidden)
+            yield b.moved(sums * self.hidden, kernel="combine" if fused else None)
         yield from self.router.backward(b)
         yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
 

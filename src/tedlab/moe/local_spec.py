@@ -212,28 +212,29 @@ class LocalSpec(Spec):
         if b.mixed:
             yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
         yield from self._there(b)
-        yield b.moved(2 * total * hidden)  # gathers tokens
-        yield b.product(rows, hidden, inner, times=number)
+        yield b.moved(2 * total * hidden, kernel="take")  # tokens
+        yield b.product(rows, hidden, inner, times=number, kernel=self.experts.grouped(b, inner))
         alone = not (self.pilots or self.gathered)
         if ("experts.reduce" if alone or b.layout.gathers > 1 else b.layout.returning) in dead:
             return
-        yield b.moved(total * (inner + width))  # bias and activation
-        yield b.product(rows, width, hidden, times=number)
-        yield b.moved((total + self.tokens(b)) * hidden)  # weights and sums
+        yield b.moved(total * (inner + width), kernel="hidden")  # bias and activation
+        yield b.product(rows, width, hidden, times=number, kernel=self.experts.grouped(b, width))
+        yield b.moved((total + self.tokens(b)) * hidden, kernel="combine")  # weights and sums
         yield from self._back(b)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         number, rows, inner, width = self.experts.here(b)
         total, hidden = b.rows.computed, self.experts.hidden
         yield from self._there(b)
-        yield b.moved(2 * total * hidden)  # gathers gradients
-        yield b.product(rows, hidden, width, times=number)
-        yield b.moved(2 * total * (inner + width))  # of weight, activation and bias
-        yield b.product(width, rows, hidden, times=number)
-        yield b.moved(2 * total * hidden)  # gathers tokens again
-        yield b.product(hidden, rows, inner, times=number)
-        yield b.product(rows, inner, hidden, times=number)
-        yield b.moved((total + self.tokens(b)) * hidden)  # sums
+        weights = "grouped_weights"
+        yield b.moved(2 * total * hidden, kernel="take")  # gradients
+        yield b.product(rows, hidden, width, times=number, kernel=self.experts.grouped(b, width))
+        yield b.moved(2 * total * (inner + width), kernel="hidden_backward")  # of weight, activation and bias
+        yield b.product(width, rows, hidden, times=number, kernel=self.experts.grouped(b, width, weights))
+        yield b.moved(2 * total * hidden, kernel="take")  # tokens again
+        yield b.product(hidden, rows, inner, times=number, kernel=self.experts.grouped(b, inner, weights))
+        yield b.product(rows, inner, hidden, times=number, kernel=self.experts.grouped(b, inner))
+        yield b.moved((total + self.tokens(b)) * hidden, kernel="combine")  # sums
         yield from self._back(b)
         if self.experts.expert.bias:  # sums of rows, by products with an indicator of each row's expert
             yield b.product(number, total, inner)

@@ -22,7 +22,7 @@ from tedlab.nn.norm import (
 from tedlab.nn.past import Past
 from tedlab.nn.rotary import rotate, rotate_backward, rotate_forward
 from tedlab.nn.sharded import ShardedModule
-from tedlab.spec import Init, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
+from tedlab.spec import Init, Kernel, Layout, MicroBatch, ParameterSpec, Sites, Spec, Work, WorkingSet
 from tedlab.topology import Topology
 
 
@@ -252,12 +252,12 @@ class SelfAttentionSpec(Spec):
             yield from rotate_forward(b, elements)
         if self.together or (self.rotary and self.qk_norm is None):
             yield b.moved(2 * self._keys(b))  # to copy values
-        yield self._scores(b, flops=4, sides=2)
+        yield self._scores(b, "attention", flops=4, sides=2)
         yield from self.out.forward(b, dead)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         yield from self.out.backward(b)
-        yield self._scores(b, flops=10, sides=4)
+        yield self._scores(b, "attention_backward", flops=10, sides=4)
         for elements in (self._queries(b), self._keys(b)) if self.rotary else ():
             if b.compiled and self.q_norm is not None:  # a norm's kernel reads what this one writes
                 yield b.moved(elements, b.compute, b.precise)
@@ -294,7 +294,7 @@ class SelfAttentionSpec(Spec):
         """Returns the number of elements of the keys, or of the values, that this rank's queries need."""
         return b.tokens * max(1, self.key_heads // b.tensor) * self.head_dim
 
-    def _scores(self, b: MicroBatch, flops: int, sides: int) -> Work:
+    def _scores(self, b: MicroBatch, name: str, flops: int, sides: int) -> Work:
         """Returns the kernel of this rank's heads: ``flops`` per feature and visible pair.
 
         It moves ``sides`` tensors like the queries and as many like the keys, and reads what is remembered.
@@ -303,7 +303,9 @@ class SelfAttentionSpec(Spec):
         size = sides * (self._queries(b) + self._keys(b)) + b.tokens // b.length * seen * self.remembered(b.tensor)
         size *= b.compute.itemsize
         pairs = new_pairs(b.past, b.length, self.window) / b.length
-        return Work(flops * self._queries(b) * pairs, size, b.compute, "attention")
+        sdpa = not b.past and self.path("cpu", b.compute, b.length) == "sdpa"  # the device makes no difference here
+        kernel = Kernel(name, b.length, self.head_dim) if sdpa else None
+        return Work(flops * self._queries(b) * pairs, size, b.compute, "attention", kernel=kernel)
 
 
 def _divide(heads: int, degree: int) -> bool:

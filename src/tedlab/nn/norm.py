@@ -35,7 +35,7 @@ class NormSpec(Spec):
             yield b.moved(elements, dtype, b.compute)
             return
         if self.kind == "layer" or (b.gpu and not self._composed(b)):
-            yield b.moved(2 * elements, dtype)
+            yield b.moved(2 * elements, dtype, kernel="norm")
             return
         for passes in (2, 1, 2, 2):  # square, mean, quotient, product with the weight
             yield b.moved(passes * elements, b.precise)
@@ -57,9 +57,9 @@ class NormSpec(Spec):
                 yield b.moved(elements, dtype, b.precise)
             return
         if self.kind == "layer" or b.gpu:
-            yield b.moved(3 * elements, dtype)
+            yield b.moved(3 * elements, dtype, kernel="norm_backward")
             if b.gpu:  # a second kernel for the weight, see tedlab.predict.sim.norm
-                yield b.moved(2 * elements, dtype)
+                yield b.moved(2 * elements, dtype, kernel="norm_backward")
             return
         yield b.moved(elements, dtype, b.precise)
         for passes in (2, 3, 1, 2, 3, 2, 3, 1):  # of the input, then of the weight

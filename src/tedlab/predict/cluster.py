@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +20,22 @@ from tedlab.hints import did_you_mean
 from tedlab.untrusted import interpolation, read_yaml
 
 _OPS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+_BY_WORK = {  # kernels that compute, with what their size is
+    "attention": "keys",
+    "attention_backward": "keys",
+    "grouped": "rows of a group",
+    "grouped_weights": "rows of a group",  # gradients of weights, which sum over rows
+}
+KERNELS = (  # of which a cluster may have rates by size; the size of these others is the bytes that they move
+    *_BY_WORK,
+    *("take", "hidden", "hidden_backward", "combine", "combine_backward"),  # the functions of moe/row_kernels.py
+    *("norm", "norm_backward"),
+    *("narrowing", "widening"),  # copies to a dtype of fewer or more bytes
+    "adam",  # the fused step
+    "compiled",  # what a compiler makes of all operations between two products, attentions or collectives
+)
+_DTYPES = ("fp64", "fp32", "fp16", "bf16")
+_DIVISORS = ("bandwidth", "bytes", "size", "nodes", "rate", "width")
 _LARGEST_FILE = 1 << 20
 
 
@@ -31,31 +47,59 @@ class MeasuredRate:
     bandwidth: float = MISSING  # bytes/s
 
     @property
+    def size(self) -> float:
+        """The bytes."""
+        return self.bytes
+
+    @property
     def seconds(self) -> float:
         """The seconds that this size takes."""
         return self.bytes / self.bandwidth
 
 
-def seconds_through(rates: Sequence[MeasuredRate], latency: float, sent: float) -> float:
-    """Returns the seconds of sending so many bytes where some sizes are measured.
+@dataclass
+class KernelRate:
+    """What a kernel reaches at one size."""
 
-    It lies on lines through their seconds, from the latency of sending nothing on, and larger ones reach the rate of
-    the largest.
+    size: float = MISSING  # see KernelTable
+    rate: float = MISSING  # FLOP/s, or bytes/s
+
+    @property
+    def seconds(self) -> float:
+        """The seconds of this size: of a kernel that computes, those of as many FLOPs as its size is."""
+        return self.size / self.rate
+
+
+class MeasuredSize(Protocol):
+    """A size that was measured."""
+
+    @property
+    def size(self) -> float: ...
+
+    @property
+    def seconds(self) -> float: ...
+
+
+def seconds_through(sizes: Sequence[MeasuredSize], latency: float, size: float) -> float:
+    """Returns the seconds of a size where some are measured.
+
+    It lies on lines through their seconds, from the latency of nothing on, and larger ones reach the rate of the
+    largest.
 
     Args:
-        rates: One at least, by growing bytes and seconds.
-        latency: Seconds of sending nothing.
-        sent: Bytes.
+        sizes: One at least, by growing size and seconds.
+        latency: Seconds of the size 0.
+        size: The size.
     """
-    first, last = rates[0], rates[-1]
-    if sent > last.bytes:
-        return sent / last.bandwidth
+    first, last = sizes[0], sizes[-1]
+    if size > last.size:
+        return last.seconds * (size / last.size)
     below, before = 0.0, min(latency, first.seconds)
-    for rate in rates:
-        if sent <= rate.bytes:
+    for measured in sizes:
+        if size <= measured.size:
             break
-        below, before = rate.bytes, rate.seconds
-    return before + (rate.seconds - before) * (sent - below) / (rate.bytes - below)
+        below, before = measured.size, measured.seconds
+    return before + (measured.seconds - before) * (size - below) / (measured.size - below)
 
 
 @dataclass
@@ -112,6 +156,20 @@ class Dispatch:
 
 
 @dataclass
+class KernelTable:
+    """What one kernel reaches by size: keys that a query may see, rows of a group, or bytes that it moves."""
+
+    kernel: str = MISSING  # a name of KERNELS
+    rates: list[KernelRate] = field(default_factory=list)  # by growing size
+    width: int | None = None  # features of a head, narrower side of an expert's matrix; the nearest counts; None: any
+    dtype: str | None = None  # fp64, fp32, fp16 or bf16; None: any
+
+    def seconds_per_flop(self, size: float) -> float:
+        """Returns the seconds of a FLOP at this size; smaller ones than any that were measured reach as much."""
+        return seconds_through(self.rates, 0.0, size) / size
+
+
+@dataclass
 class Kernels:
     """Costs that keep operations from the roofline. They default to none; ``tedlab calibrate`` measures them."""
 
@@ -123,6 +181,12 @@ class Kernels:
     arithmetic_latency: float | None = None  # fixed seconds per norm, softmax or GELU; None: memory_latency
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax and GELU; None: that of the memory
     fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more of new CPU memory; None: that of any other
+    tables: list[KernelTable] = field(default_factory=list)  # replace the figures above for their kernels
+
+    def table(self, kernel: str, width: int | None, dtype: str) -> KernelTable | None:
+        """Returns the table of a kernel, that of the nearest width if it has several; None: there is none."""
+        there = [table for table in self.tables if table.kernel == kernel and table.dtype in (None, dtype)]
+        return min(there, key=lambda table: abs(math.log((table.width or 1) / (width or 1))), default=None)
 
 
 @dataclass
@@ -213,6 +277,11 @@ class ClusterConfig:
                     raise ValueError(
                         f"{kind}.{number}.nodes is {group.nodes}, but a group of {group.size} ranks is on no more nodes"
                     )
+        kinds = [(table.kernel, table.width, table.dtype) for table in self.kernels.tables]
+        for number, table in enumerate(self.kernels.tables):
+            _check_table(f"kernels.tables.{number}", table)
+            if (first := kinds.index(kinds[number])) < number:
+                raise ValueError(f"kernels.tables.{number} is of the same kernel as kernels.tables.{first}; keep one")
         for name, link in (("in_node", self.in_node), ("between_nodes", self.between_nodes)):
             _check_rates(f"{name}.all_to_all", [] if link is None else link.all_to_all)
         if (self.in_node is None) != (self.gpus_per_node == 1):
@@ -287,6 +356,24 @@ def _plain(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _check_table(name: str, table: KernelTable) -> None:
+    """Raises a ValueError if nothing can be looked up in a table."""
+    if table.kernel not in KERNELS:
+        hint = did_you_mean(table.kernel, KERNELS)
+        raise ValueError(f"{name}.kernel is {table.kernel}.{hint} Valid: {', '.join(KERNELS)}")
+    if table.dtype not in (None, *_DTYPES):
+        raise ValueError(f"{name}.dtype is {table.dtype}; valid: {', '.join(_DTYPES)}, or none for any")
+    if not table.rates:
+        raise ValueError(f"{name}.rates is empty; list what {table.kernel} reaches by size, or leave the table out")
+    for number, (one, larger) in enumerate(pairwise(table.rates), 1):
+        if larger.size <= one.size or larger.seconds <= one.seconds:
+            what = _BY_WORK.get(table.kernel, "bytes")
+            raise ValueError(
+                f"{name}.rates.{number}: {larger.size:g} {what} at {larger.rate:.4g}/s take no longer than the "
+                f"{one.size:g} before them at {one.rate:.4g}/s; list rates by growing size, which takes growing times"
+            )
+
+
 def _check_rates(name: str, rates: Sequence[MeasuredRate]) -> None:
     """Raises a ValueError if more bytes would take no longer."""
     for number, (rate, larger) in enumerate(pairwise(rates), 1):
@@ -300,7 +387,7 @@ def _check_rates(name: str, rates: Sequence[MeasuredRate]) -> None:
 def _may_be_zero(name: str) -> bool:
     """Returns whether a figure may be 0, as measured times and shares may, but nothing that is a divisor."""
     group, _, last = name.partition(".")
-    return group in ("kernels", "collectives", "waits") and not last.endswith(("bandwidth", "bytes", "size", "nodes"))
+    return group in ("kernels", "collectives", "waits") and not last.endswith(_DIVISORS)
 
 
 def _numbers(tree: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -16,7 +16,7 @@ ROOM, TOKENS, HIDDEN, INNER = 12, 4, 8, 16
 def test_kernels_skip_the_room_behind_the_last_row(sizes: tuple[int, ...] | None, rows: int) -> None:
     moved: list[int] = []
 
-    def count(*tensors: Tensor) -> None:
+    def count(name: str, *tensors: Tensor) -> None:
         moved.append(sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()))
 
     with standing_in(FusedRowOps(count)):

@@ -20,7 +20,7 @@ from tedlab.predict.flops import training_flops
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.spread import Spread, spread_on
 from tedlab.predict.volumes import ClosedForm
-from tedlab.spec import Work
+from tedlab.spec import Kernel, Work
 
 COMPUTE, OPTIMIZER, HIDDEN = "kernels", "optimizer", "hidden by overlap"
 
@@ -194,7 +194,8 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
     yield moved(every * p)  # the norm
     half = master + p if p < master else 0
     if form.config.optim.tile == "fused":
-        yield Work(0, shard * (p + 6 * master + (p if half else 0)), form.precise, "movement")
+        size = shard * (p + 6 * master + (p if half else 0))
+        yield Work(0, size, form.precise, "movement", kernel=Kernel("adam"))
     else:  # gradients are scaled before
         yield moved(shard * (2 * master + memory.step.moved + 2 * half))
     if memory.averages:  # the mean with the weights, and a copy of that

@@ -11,7 +11,7 @@ from torch.autograd import Function
 from tedlab._compat.torch import storage_address
 from tedlab.moe import MoELayer
 from tedlab.predict.sim.roofline import touched_bytes
-from tedlab.spec import Work
+from tedlab.spec import Kernel, Work
 from tedlab.topology import Topology
 
 
@@ -54,7 +54,8 @@ class Fusion:
         kept = [storage for reference in made.values() if (storage := reference()) is not None]
         if not kept:
             return None
-        return Work(0.0, sum(read.values()) + sum(s.nbytes() for s in kept), self._dtype, "arithmetic"), kept
+        moved = sum(read.values()) + sum(s.nbytes() for s in kept)
+        return Work(0.0, moved, self._dtype, "arithmetic", kernel=Kernel("compiled")), kept
 
 
 def compiled(switch: Callable[[bool], None], run: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from tedlab.predict.sim.fusion import Fusion
 from tedlab.predict.sim.lanes import Lanes, Transfer
 from tedlab.predict.sim.memory import Category, StorageTracker
 from tedlab.predict.sim.roofline import seconds, tensors_in, work_of
-from tedlab.spec import Work
+from tedlab.spec import Kernel, Work
 
 _READ = READ_SCALAR.default
 _WAIT = collective_operators.wait_tensor.default
@@ -148,8 +148,8 @@ class Meter(TorchDispatchMode):
         return "activations" if self.phase in ("forward", "recompute") else "temporaries"
 
     @contextmanager
-    def one_kernel(self) -> Iterator[None]:
-        """Counts the products inside as one kernel, which does all that they do."""
+    def one_kernel(self, kernel: Kernel) -> Iterator[None]:
+        """Counts the products inside as this one kernel, which does all that they do."""
         self._products = []
         try:
             yield
@@ -157,7 +157,7 @@ class Meter(TorchDispatchMode):
             products, self._products = self._products, None
         if products and self.counts is not None:
             (flops, moved), first = map(sum, zip(*((p.flops, p.bytes) for p in products), strict=True)), products[0]
-            self._do(self.counts, self.phase, first._replace(flops=flops, bytes=moved))
+            self._do(self.counts, self.phase, first._replace(flops=flops, bytes=moved, kernel=kernel))
 
     def _do(self, counts: Counts, phase: Phase, work: Work) -> None:
         if self._products is not None and work.flops:
@@ -209,7 +209,7 @@ class Meter(TorchDispatchMode):
             both_ways = master, state["exp_avg"], state["exp_avg_sq"]
             one_way = (gradient,) if rounded is None else (gradient, rounded)
             moved = sum(t.nbytes for t in (*both_ways, *both_ways, *one_way))
-            self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement"))
+            self._do(self.counts, self.phase, Work(0.0, moved, master.dtype, "movement", kernel=Kernel("adam")))
 
     def compile(self, on: bool) -> None:
         """Says whether what follows is compiled."""
@@ -229,13 +229,15 @@ class Meter(TorchDispatchMode):
         if self.fusion.on and result is not None:
             self.fusion.takes(operands, [result])
         else:
-            self.on_row_op(*operands, *([] if result is None else [result]))
+            name = "norm_backward" if self.phase == "backward" else "norm"
+            name = "compiled" if self.fusion.on else name
+            self.on_kernel(name, *operands, *([] if result is None else [result]))
 
-    def on_row_op(self, *tensors: Tensor) -> None:
-        """Counts a kernel on rows of local experts, which reads or writes each of these tensors once."""
+    def on_kernel(self, name: str, *tensors: Tensor) -> None:
+        """Counts a kernel that shows no operations, and reads or writes each of these tensors once."""
         if self.counts is not None:
             moved = sum(tensor.nbytes for tensor in tensors)
-            self._do(self.counts, self.phase, Work(0.0, moved, torch.float32, "arithmetic"))
+            self._do(self.counts, self.phase, Work(0.0, moved, torch.float32, "arithmetic", kernel=Kernel(name)))
 
     def label_gradient(self, gradient: Tensor | None) -> None:
         """Labels the tensor, if there is one, as a gradient."""

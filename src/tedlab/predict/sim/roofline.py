@@ -2,6 +2,7 @@
 
 A cluster's ``kernels`` say how far a machine is from that: every kind of kernel has a latency, and those that compute
 have a bandwidth. With latency L and peak R, a product of F FLOPs runs at R·F / (F + L·R): half the peak at F = L·R.
+Where the cluster has a table of a kernel by size (``kernels.tables``), that replaces both.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from tedlab._compat.simulation import (
     CPU_ATTENTION,
     CPU_ATTENTION_BACKWARD,
     GPU_ATTENTIONS,
+    TO_COPY,
     READ_SCALAR,
     SOFTMAXES,
     UNSAFE_VIEW,
@@ -24,8 +26,8 @@ from tedlab._compat.simulation import (
 )
 from tedlab._compat.torch import storage_address
 from tedlab.nn.attend import OPERATIONS
-from tedlab.predict.cluster import ClusterConfig
-from tedlab.spec import Work
+from tedlab.predict.cluster import ClusterConfig, seconds_through
+from tedlab.spec import Kernel, Work
 
 aten = torch.ops.aten
 _FREE = {  # these allocate memory or view it differently, but neither read nor write it
@@ -60,6 +62,7 @@ _ARITHMETIC = {  # these compute so much for each element that memory need not b
     aten.exp,
     aten.exp_,
 }
+_NORMS = {aten.native_layer_norm: "norm", aten.native_layer_norm_backward: "norm_backward"}
 _MAPPED = 32 * 2**20  # from this size on, glibc requests pages from the system and returns them every time
 _PEAKS = {
     torch.float64: "fp64",
@@ -98,15 +101,22 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
         kind = "attention"
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
-    return Work(flops, moved, first.dtype, kind, fresh)
+    return Work(flops, moved, first.dtype, kind, fresh, _kernel(func, args, kwargs, results))
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
     """Returns the seconds that work takes: the longer of arithmetic and memory, each at its efficiency and latency."""
     kernels, efficiency = cluster.kernels, cluster.efficiency
-    peak: float = getattr(cluster.peak_flops, _PEAKS.get(work.dtype, "fp32"))
+    dtype = _PEAKS.get(work.dtype, "fp32")
+    peak: float = getattr(cluster.peak_flops, dtype)
+    table = None if work.kernel is None else kernels.table(work.kernel.name, work.kernel.width, dtype)
+    mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
+    if table is not None and not work.flops:
+        return cluster.slower.kernels * (mapping + seconds_through(table.rates, kernels.memory_latency, work.bytes))
     computing = 0.0
-    if work.kind == "gemm":
+    if table is not None and work.kernel is not None and work.kernel.size is not None:
+        computing = work.flops * table.seconds_per_flop(work.kernel.size)
+    elif work.kind == "gemm":
         computing = kernels.gemm_latency + work.flops / (peak * efficiency.gemm)
     elif work.kind == "attention":
         computing = kernels.attention_latency + work.flops / (peak * (efficiency.attention or efficiency.gemm))
@@ -114,8 +124,25 @@ def seconds(work: Work, cluster: ClusterConfig) -> float:
     if work.kind == "arithmetic":
         latency = latency if kernels.arithmetic_latency is None else kernels.arithmetic_latency
         bandwidth = kernels.arithmetic_bandwidth or bandwidth
-    mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
     return cluster.slower.kernels * (mapping + max(computing, latency + work.bytes / bandwidth))
+
+
+def _kernel(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], results: Sequence[Tensor]) -> Kernel | None:
+    """Returns the kernel of a call if a cluster may have a table of it, see :data:`tedlab.predict.cluster.KERNELS`."""
+    packet = packet_of(func)
+    if packet in (CPU_ATTENTION, CPU_ATTENTION_BACKWARD):
+        backward = packet is CPU_ATTENTION_BACKWARD
+        q, k = args[1:3] if backward else args[:2]
+        if _causal(func, args, kwargs) == 1.0 or q.shape[-2] != k.shape[-2]:
+            return None
+        return Kernel("attention_backward" if backward else "attention", k.shape[-2], q.shape[-1])
+    if packet in _NORMS:
+        return Kernel(_NORMS[packet])
+    if packet in (aten.copy_, TO_COPY):
+        source, made = args[1 if packet is aten.copy_ else 0], results[0]
+        if source.dtype.is_floating_point and made.dtype.is_floating_point and source.itemsize != made.itemsize:
+            return Kernel("narrowing" if source.itemsize > made.itemsize else "widening")
+    return None
 
 
 def _flops(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

@@ -12,7 +12,7 @@ class FusedRowOps:
     """Takes the place of ``tedlab.moe.row_kernels``: makes the results, and tells what a kernel moves.
 
     Args:
-        count: Told the tensors that a kernel reads or writes once.
+        count: Told the name of a kernel, and the tensors that a kernel reads or writes once.
         rows: How many rows there are, where there is room for more, which kernels skip; None: as many as there is room.
     """
 
@@ -29,7 +29,7 @@ class FusedRowOps:
     def take(self, x_TH: Tensor, token_N: Tensor, missing: bool = False) -> Tensor:
         """See :func:`tedlab.moe.row_ops.take`."""
         out = x_TH.new_empty(len(token_N), x_TH.shape[1])
-        self.count(*self._there(out, out), token_N)
+        self.count("take", *self._there(out, out), token_N)
         return out
 
     def sums(self, y_RH: Tensor, place_TK: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class FusedRowOps:
     def hidden(self, z_NZ: Tensor, bias_eZ: Tensor | None, expert_N: Tensor, how: Nonlinearity) -> Tensor:
         """See :func:`tedlab.moe.row_ops.hidden`."""
         out = z_NZ.new_empty(len(z_NZ), z_NZ.shape[1] // (2 if how.gated else 1))
-        self.count(*self._there(z_NZ, out))
+        self.count("hidden", *self._there(z_NZ, out))
         return out
 
     def hidden_backward(
@@ -54,10 +54,11 @@ class FusedRowOps:
         """See :func:`tedlab.moe.row_ops.hidden_backward`."""
         grad_z = torch.empty_like(z_NZ)
         if weight_N is None:
-            self.count(*self._there(grad_NF, z_NZ, grad_z))
+            self.count("hidden_backward", *self._there(grad_NF, z_NZ, grad_z))
             return grad_z, None, None
         weighted, grad_weight = torch.empty_like(grad_NF), torch.empty_like(weight_N)
-        self.count(*self._there(grad_NF, z_NZ, weight_N, grad_z, weighted, grad_weight))
+        touched = self._there(grad_NF, z_NZ, weight_N, grad_z, weighted, grad_weight)
+        self.count("hidden_backward", *touched)
         return grad_z, weighted, grad_weight
 
     def combine(
@@ -65,7 +66,7 @@ class FusedRowOps:
     ) -> Tensor:
         """See :func:`tedlab.moe.row_ops.combine`."""
         out = y_NH.new_empty(len(place_TK), y_NH.shape[1])
-        self.count(*self._there(y_NH), out, place_TK)
+        self.count("combine", *self._there(y_NH), out, place_TK)
         return out
 
     def combine_backward(
@@ -73,5 +74,5 @@ class FusedRowOps:
     ) -> tuple[Tensor, Tensor]:
         """See :func:`tedlab.moe.row_ops.combine_backward`; the gradient of a token is read for each of its rows."""
         grad_y, grad_gate = torch.empty_like(y_RH), torch.zeros_like(gate_TK)
-        self.count(y_RH, y_RH, grad_y, choice_R)
+        self.count("combine_backward", y_RH, y_RH, grad_y, choice_R)
         return grad_y, grad_gate

@@ -111,7 +111,7 @@ class SimulatedStrategy(TEDStrategy):
         self._meter = self._modes.enter_context(self._make_meter(self.topology))
         # torch knows neither all shapes nor the FLOPs of grouped products.
         self._modes.enter_context(one_by_one(*((self._meter.one_kernel,) if self._gpu else ())))
-        self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_row_op)))
+        self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_kernel)))
         if self._gpu:
             self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm, lambda: self.meter.fusion.on)))
         self._modes.enter_context(compiling(functools.partial(CompiledBlock, self._meter.compile)))
