@@ -147,6 +147,8 @@ def full() -> dict[str, Any]:
     tree = asdict(load_cluster("summit"))
     tree["efficiency"]["attention"] = 0.5
     tree["kernels"] |= dict.fromkeys(("arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth"), 1.0)
+    by_keys = {"kernel": "attention", "width": 64, "dtype": "bf16", "rates": [{"size": 512, "rate": 1e14}]}
+    tree["kernels"]["tables"] = [by_keys]
     tree["collectives"] = [{"op": "all_reduce", "size": 4, "nodes": 2, "latency": 1e-5, "bandwidth": 1e9}]
     by_size = {"latency": 1e-5, "rates": [{"bytes": 1e6, "bandwidth": 1e9}]}
     tree["collectives"].append({"op": "all_gather", "size": 4, "nodes": 2, **by_size})
@@ -166,7 +168,7 @@ def places(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 PLACES = [*places(full())]
-NULL = ("attention", "arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth", "spread")
+NULL = ("attention", "arithmetic_latency", "arithmetic_bandwidth", "fresh_bandwidth", "spread", "width", "dtype")
 ZERO = ("forward", "backward", "optimizer", "share", "asynchronous")  # beside latencies of measured things
 
 
@@ -268,3 +270,34 @@ def test_what_was_measured_belongs_to_groups_that_there_are(
     tmp_path: Path, group: str, key: str, value: Any, complaint: str
 ) -> None:
     assert complaint in str(accepted(tmp_path, (group, 0, key), value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        (
+            "kernel",
+            "atention",
+            "kernels.tables.0.kernel is atention. Did you mean 'attention'? Valid: attention, attention_b",
+        ),
+        ("dtype", "fp8", "kernels.tables.0.dtype is fp8; valid: fp64, fp32, fp16, bf16, or none for any"),
+        ("rates", [], "kernels.tables.0.rates is empty; list what attention reaches by size"),
+        (
+            "rates",
+            [{"size": 2, "rate": 1}, {"size": 1, "rate": 1}],
+            "tables.0.rates.1: 1 keys at 1/s take no longer than",
+        ),
+        ("rates", [{"size": 1, "rate": 1}, {"size": 2, "rate": 2}], "list rates by growing size, which takes growing"),
+        ("rates", [{"size": 1, "rates": 1}], "rates"),
+        ("widths", [64], "widths"),
+    ],
+)
+def test_a_table_of_a_kernel_can_be_looked_up_in(tmp_path: Path, key: str, value: Any, complaint: str) -> None:
+    assert complaint in str(accepted(tmp_path, ("kernels", "tables", 0, key), value))
+
+
+def test_a_kernel_has_one_table_for_each_width_and_dtype(tmp_path: Path) -> None:
+    one = full()["kernels"]["tables"][0]
+    assert accepted(tmp_path, ("kernels", "tables"), [one, {**one, "width": 128}, {**one, "dtype": "fp32"}]) is None
+    complaint = accepted(tmp_path, ("kernels", "tables"), [one, {**one, "width": 128}, {**one, "rates": one["rates"]}])
+    assert "kernels.tables.2 is of the same kernel as kernels.tables.0; keep one" in str(complaint)

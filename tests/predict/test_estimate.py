@@ -17,7 +17,7 @@ from tedlab.predict.estimate.step import HIDDEN, OPTIMIZER
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
 from tedlab.predict.volumes import ClosedForm
-from tedlab.spec import Spec, Work
+from tedlab.spec import Kernel, Spec, Work
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
 from tests.selection import asked_of
@@ -250,7 +250,8 @@ def test_a_fused_step_is_one_pass_over_memory(simulations: dict[str, Simulation]
     shards = Memory(ClosedForm(config)).shards
     kernels = simulations[case].kernels
     for shard in set(shards):
-        assert kernels["optimizer", Work(0.0, bytes_each * shard, torch.float32, "movement")] == shards.count(shard)
+        step = Work(0.0, bytes_each * shard, torch.float32, "movement", kernel=Kernel("adam"))
+        assert kernels["optimizer", step] == shards.count(shard)
     closed = estimate(config, load_cluster("summit")).seconds[OPTIMIZER]
     assert closed == pytest.approx(simulations[case].seconds["optimizer", KERNELS], rel=0.02)
 
@@ -302,7 +303,8 @@ def test_results_are_weighted_by_kernels_of_one_pass_on_a_gpu(simulations: dict[
     rows = ClosedForm(config).at(1).rows.computed
     moved = rows * (3 * config.model.hidden * 2 + 8)
     layers = len(config.moe.routed(config.model.layers)) * config.trainer["accumulate_grad_batches"]
-    assert kernels["backward", Work(0.0, moved, torch.float32, "arithmetic")] == layers
+    weighting = Work(0.0, moved, torch.float32, "arithmetic", kernel=Kernel("combine_backward"))
+    assert kernels["backward", weighting] == layers
 
 
 def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:

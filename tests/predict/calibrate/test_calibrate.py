@@ -13,13 +13,13 @@ from tedlab.commands.calibrate import checked
 from tedlab.config import CalibrateConfig
 from tedlab.errors import UsageError
 from tedlab.predict.calibrate.calibration import calibrate
-from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, largest_ratio
+from tedlab.predict.calibrate.fit import Line, Series, Table, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import Group, Measured
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
 from tedlab.predict.cost import collective_seconds, waiting_seconds
 from tedlab.predict.sim.roofline import seconds, work_of
-from tedlab.spec import Work
+from tedlab.spec import Kernel, Work
 from tests.pool import WorkerPool
 
 FLOPS = [1e6, 1e7, 1e8, 1e9]
@@ -70,6 +70,11 @@ MEASURED = Measured(
         ("all_reduce", Group(2, 2)): series(OUTSIDE, BYTES),
     },
     waits={Group(4, 1): series(WAITING, [1e-2, 3e-2, 1e-1], "s")},
+    kernels=[
+        # At 128 rows 1 GFLOP/s, at 512 two.
+        Table("grouped", "FLOP", "made up", [1e9, 4e9], [1.0, 2.0], [128, 512], 1024, "fp32"),
+        Table("norm", "B", "made up", BYTES, [ARITHMETIC.seconds(size) / 2 for size in BYTES], BYTES),
+    ],
 )
 
 
@@ -99,6 +104,28 @@ def test_the_file_predicts_what_was_measured(cluster: ClusterConfig) -> None:
         ("all_reduce", range(0, 8, 4), 1, OUTSIDE),
     ):
         assert collective_seconds(op, 1e6, members, cluster) == pytest.approx(line.seconds(wire * 1e6), 1e-3)
+
+
+def test_the_file_has_what_kernels_reach_by_size(cluster: ClusterConfig) -> None:
+    for size, taken in ((128, 1.0), (256, 0.5 + 1 / 6), (512, 0.5)):  # seconds of 1 GFLOP
+        work = Work(1e9, 8, torch.float32, "gemm", kernel=Kernel("grouped", size, 2048))
+        assert seconds(work, cluster) == pytest.approx(taken, 1e-3)
+    for size in (*BYTES, 5e5):
+        normed = Work(0, size, torch.float32, "arithmetic", kernel=Kernel("norm"))
+        assert seconds(normed, cluster) == pytest.approx(ARITHMETIC.seconds(size) / 2, 1e-3)
+
+
+def test_a_kernel_that_was_disturbed_is_left_out_and_its_table_says_how_far_it_is_off(tmp_path: Path) -> None:
+    """4 MB took as long as 16 MB; 8 MB are 5/3 of what 2 MB and 16 MB say."""
+    table = Table("norm", "B", "made up", [2e6, 4e6, 8e6, 16e6], [1.0, 8.5, 8 / 3 + 4, 8.0], [2e6, 4e6, 8e6, 16e6])
+    text = cluster_yaml(
+        replace(MEASURED, kernels=[table]), Facts(8, 4, 1, "a machine", 8e9, True, "fp32", "2026-01-01")
+    )
+    (tmp_path / "mine.yaml").write_text(text)
+    (kernel,) = load_cluster(tmp_path / "mine.yaml").kernels.tables
+    assert [rate.size for rate in kernel.rates] == [2e6, 8e6, 16e6]
+    # Without it, 4 MB lie a third of the way from 2 MB to 8 MB, 1 + 17/9 s: 8.5 are 194 % more.
+    assert "# made up; a size is within 194% of what others say; 1 slower than a larger one left out" in text
 
 
 def test_the_file_says_how_long_a_rank_waits_for_the_slowest(cluster: ClusterConfig) -> None:
@@ -253,6 +280,8 @@ def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -
     assert 1e8 < cluster.peak_flops.fp32 < 1e15
     assert 0 < cluster.kernels.dispatch.backward < 1e-2
     assert (tmp_path / "mine.png").exists()
+    measured = {table.kernel for table in cluster.kernels.tables}  # no kernels that only GPUs have
+    assert measured == {"attention", "attention_backward", "norm", "norm_backward", "narrowing", "widening"}
 
 
 @pytest.mark.parametrize(

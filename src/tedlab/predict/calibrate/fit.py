@@ -26,6 +26,19 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Table(Series):
+    """Timings of one kernel by size, which is not always the amount of work.
+
+    Attributes:
+        sizes: The size of each timing, see :class:`tedlab.predict.cluster.KernelTable`, which has the others as well.
+    """
+
+    sizes: Sequence[float]
+    width: int | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
 class Line:
     """The α–β model of a series.
 

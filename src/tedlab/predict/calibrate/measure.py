@@ -26,7 +26,8 @@ from tedlab.config import ModelConfig, MoEConfig
 from tedlab.degrees import ParallelDegrees
 from tedlab.models import GPT
 from tedlab.optim import ShardedOptimizer
-from tedlab.predict.calibrate.fit import Series
+from tedlab.predict.calibrate.fit import Series, Table
+from tedlab.predict.calibrate.kernels import KERNEL_SIZES, Call, Case, Cases, KernelSizes
 from tedlab.predict.cluster import Dispatch
 from tedlab.predict.sim.roofline import work_of
 from tedlab.topology import Topology
@@ -54,6 +55,7 @@ class Sizes:
         pool: Bytes of all operands of a stream, which take turns.
         messages: Bytes of a collective's buffer.
         repeats: How often the first linear layer runs between two collectives.
+        kernels: Those of kernels that are timed by size.
     """
 
     block: float
@@ -64,6 +66,7 @@ class Sizes:
     pool: int
     messages: Sequence[int]
     repeats: Sequence[int]
+    kernels: KernelSizes
 
     def shortened(self) -> "Sizes":
         """Returns only the first and last of all sizes, for a rough measurement within seconds."""
@@ -76,6 +79,7 @@ class Sizes:
             self.pool // 8,
             self.messages[:: len(self.messages) - 1],
             self.repeats[:: len(self.repeats) - 1],
+            self.kernels.shortened(),
         )
 
 
@@ -98,6 +102,7 @@ SIZES = {
         # fresh_bandwidth covers the memory of larger ones
         messages=[4096, 64 * 1024, _MIB // 2, 2 * _MIB, 8 * _MIB, 24 * _MIB],
         repeats=[32, 128],
+        kernels=KERNEL_SIZES["cpu"],
     ),
     "cuda": Sizes(
         block=0.03,
@@ -115,6 +120,7 @@ SIZES = {
         pool=1024 * _MIB,
         messages=[64 * 1024, *(size * _MIB for size in (1, 4, 16, 32, 64, 128, 256, 512, 1024))],
         repeats=[32, 128],
+        kernels=KERNEL_SIZES["cuda"],
     ),
 }
 
@@ -140,6 +146,7 @@ class Measured:
         fresh: Bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps its memory.
         collectives: Collectives, by operation and kind of group.
         waits: Seconds of computing, and of computing and waiting for the slowest rank, by kind of group.
+        kernels: Kernels by size.
     """
 
     products: dict[str, Series]
@@ -150,6 +157,7 @@ class Measured:
     fresh: float | None
     collectives: dict[tuple[Operation, Group], Series]
     waits: dict[Group, Series]
+    kernels: Sequence[Table] = ()
 
 
 class Bench:
@@ -166,13 +174,16 @@ class Bench:
         self.device, self.per_node, self.sizes, self.progress = device, per_node, sizes, progress
         self.world = dist.get_world_size()
         self.main = "bf16" if device.type == "cuda" else "fp32"  # the dtype that models are trained in on this device
+        self.cases = list(Cases(device, self.main, DTYPES[self.main], sizes.kernels))
 
     def timings(self) -> int:
         """Returns the number of timings that :meth:`measure` takes."""
         sizes, groups = self.sizes, len(list(self._kinds()))
         products = sum(len(self._products(name)) for name in DTYPES)
         messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 1 + len(sizes.repeats))
-        return products + len(sizes.attention) + 2 * len(sizes.streams) + 3 + (self.device.type == "cpu") + messages
+        kernels = sum(len(case.sizes) for case in self.cases)
+        lines = products + len(sizes.attention) + 2 * len(sizes.streams)
+        return lines + 3 + (self.device.type == "cpu") + messages + kernels
 
     def measure(self) -> Measured:
         """Measures everything."""
@@ -193,6 +204,7 @@ class Bench:
                 for op in get_args(Operation)
             },
             {kind: self._waiting(kind, group) for kind, group in self._groups()},
+            [self._table(case) for case in self.cases],
         )
 
     def _products(self, dtype: str) -> Sequence[tuple[int, int, int]]:
@@ -253,6 +265,22 @@ class Bench:
             amounts.append(2.0 * size)
             seconds.append(self._time(f"{name} of bytes", once) / len(kernels))
         return Series(name, "B", f"{what}; {self.main}, bytes read and written", amounts, seconds)
+
+    def _table(self, case: Case) -> Table:
+        amounts, seconds = [], []
+        for size in case.sizes:
+            calls = [case.prepare(size)]
+            if case.unit == "B":  # operands have left the cache by their next turn
+                calls += [case.prepare(size) for _ in range(int(self.sizes.pool // calls[0].amount))]
+            turns = cycle(calls)
+
+            def once(turns: Iterator[Call] = turns) -> None:
+                next(turns).run()
+
+            amounts.append(calls[0].amount)
+            seconds.append(self._time(f"{case.kernel} by size", once))
+        sizes = amounts if case.unit == "B" else case.sizes
+        return Table(case.kernel, case.unit, case.how, amounts, seconds, sizes, case.width, case.dtype)
 
     def _dispatch(self) -> Dispatch:
         """Times a model so small that only the host's work is left, per operation that a simulation would count."""

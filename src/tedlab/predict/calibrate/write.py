@@ -1,21 +1,22 @@
 """Writes the measurements for the cost model (a cluster file) and for people (a table and a picture)."""
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
+from rich.table import Table as Shown
 
 from tedlab.comm.collectives import Operation
 from tedlab.compare.charts import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
-from tedlab.predict.calibrate.fit import Line, Series, fit, largest_error, largest_ratio
+from tedlab.predict.calibrate.fit import Line, Series, Table, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import Group, Measured
-from tedlab.predict.cluster import MeasuredRate, seconds_through
+from tedlab.predict.cluster import KernelRate, MeasuredRate, MeasuredSize, seconds_through
 from tedlab.predict.spread import spread_of
 from tedlab.tables import FittingTable
 
@@ -99,12 +100,16 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
     ]
     if measured.fresh is not None:
         lines.append(f"  fresh_bandwidth: {measured.fresh:.4g}  # zeros of 64 MiB, mapped anew each time")
+    if measured.kernels:
+        lines.append("  tables:  # by size: tokens of a sample, rows of an expert, or bytes moved; FLOP/s or bytes/s")
+    for table in measured.kernels:
+        lines += _table_lines(table)
     if fits:
         lines.append("collectives:  # by the bytes that a rank sends, and the bytes/s of a size")
     for (op, kind), line in fits.items():
         series = measured.collectives[op, kind]
         lines += [
-            f"  - op: {op}  # {series.how}{_left_out(series)}",
+            f"  - op: {op}  # {series.how}{_left_out(len(series.amounts) - len(_rates(series)))}",
             f"    size: {kind.size}  # ranks",
             f"    nodes: {kind.nodes}  # that they are on",
             f"    latency: {line.latency:.4g}  # of the line through all sizes",
@@ -127,16 +132,19 @@ def _spread(measured: Measured) -> float:
     """
     lines = *measured.products.values(), measured.attention, measured.movement, measured.arithmetic
     of_lines = [largest_ratio(series, fit(series)) for series in lines if len(series.amounts) > 1]
-    return spread_of([*of_lines, *(_between(series) for series in measured.collectives.values())])
+    of_collectives = (
+        _between(_measured_rates(series), fit(series).latency) for series in measured.collectives.values()
+    )
+    return spread_of([*of_lines, *of_collectives, *(_between(_kernel_rates(table)) for table in measured.kernels)])
 
 
-def _between(series: Series) -> float:
+def _between(sizes: Sequence[MeasuredSize], latency: float = 0.0) -> float:
     """Returns the largest factor, 1 at least, between a size and what would be predicted for it without it."""
-    ratios, sizes = [1.0], sorted(zip(series.amounts, series.seconds, strict=True))
-    for n in range(1, len(sizes) - 1):
-        amounts, seconds = zip(*sizes[:n], *sizes[n + 1 :], strict=True)
-        (between,) = _through(replace(series, amounts=amounts, seconds=seconds), [sizes[n][0]])
-        ratios += [between / sizes[n][1], sizes[n][1] / between]
+    ratios, ordered = [1.0], sorted(sizes, key=lambda measured: measured.size)
+    for n, measured in list(enumerate(ordered))[1:-1]:
+        others = _growing([*ordered[:n], *ordered[n + 1 :]])
+        between = seconds_through(others, latency, measured.size)
+        ratios += [between / measured.seconds, measured.seconds / between]
     return max(ratios)
 
 
@@ -182,28 +190,61 @@ def _exchanges(collectives: dict[Call, Series], nodes: int | None, share: int) -
         return
     widest = max(kinds, key=lambda kind: kind.size)
     series = collectives["all_to_all", widest]
-    which = f"sizes that {widest.size} exchanged{_left_out(series)}"
+    number = len(series.amounts) - len(_rates(series))
+    which = f"sizes that {widest.size} exchanged{_left_out(number)}"
     yield f"  all_to_all:  # bytes over the link at once, and bytes/s: {which}"
     yield from _rate_lines(series, share, " " * 4)
 
 
-def _rates(series: Series, share: int = 1) -> list[MeasuredRate]:
-    """Returns the sizes of a collective that ``share`` ranks send at the same time, by growing bytes and seconds.
+Size = TypeVar("Size", bound=MeasuredSize)
 
-    A message that was no quicker than a larger one was disturbed, and is left out: noise lengthens times. Both count as
-    the file says them.
+
+def _growing(sizes: Iterable[Size]) -> list[Size]:
+    """Returns sizes by growing size and seconds.
+
+    One that was no quicker than a larger one was disturbed, and is left out: noise lengthens times.
     """
-    kept: list[MeasuredRate] = []
-    for sent, seconds in sorted(zip(series.amounts, series.seconds, strict=True), reverse=True):
-        rate = MeasuredRate(float(f"{share * sent:.6g}"), float(f"{share * sent / seconds:.4g}"))
-        if not kept or rate.seconds < kept[-1].seconds:
-            kept.append(rate)
+    kept: list[Size] = []
+    for measured in sorted(sizes, key=lambda measured: measured.size, reverse=True):
+        if not kept or measured.seconds < kept[-1].seconds:
+            kept.append(measured)
     return kept[::-1]
 
 
-def _left_out(series: Series) -> str:
-    """Returns what a comment adds where sizes are left out."""
-    number = len(series.amounts) - len(_rates(series))
+def _measured_rates(series: Series, share: int = 1) -> list[MeasuredRate]:
+    """Returns the sizes of a collective that ``share`` ranks send at the same time, as a file says them."""
+    timings = zip(series.amounts, series.seconds, strict=True)
+    return [MeasuredRate(float(f"{share * a:.6g}"), float(f"{share * a / s:.4g}")) for a, s in timings]
+
+
+def _rates(series: Series, share: int = 1) -> list[MeasuredRate]:
+    return _growing(_measured_rates(series, share))
+
+
+def _kernel_rates(table: Table) -> list[KernelRate]:
+    """Returns the sizes of a kernel as a file says them."""
+    timings = zip(table.sizes, table.amounts, table.seconds, strict=True)
+    return [KernelRate(float(f"{size:.6g}"), float(f"{amount / s:.4g}")) for size, amount, s in timings]
+
+
+def _table_lines(table: Table) -> Iterator[str]:
+    """Yields the lines of a kernel's table."""
+    every = _kernel_rates(table)
+    kept, off = _growing(every), _between(every) - 1
+    residual = f"; a size is within {off:.0%} of what others say" if len(every) > 2 else ""
+    yield f"    - kernel: {table.name}  # {table.how}{residual}{_left_out(len(every) - len(kept))}"
+    if table.width is not None:
+        yield f"      width: {table.width}  # of a head, or the narrower side of a matrix"
+    if table.dtype is not None:
+        yield f"      dtype: {table.dtype}  # others go by peak_flops"
+    yield "      rates:"
+    seconds = {rate.size: s for rate, s in zip(every, table.seconds, strict=True)}
+    for rate in kept:
+        yield f"        - {{size: {rate.size:.6g}, rate: {rate.rate:.4g}}}  # {seconds[rate.size] * 1e6:,.1f} µs a call"
+
+
+def _left_out(number: int) -> str:
+    """Returns what a comment adds where so many sizes are left out."""
     return f"; {number} slower than a larger one left out" if number else ""
 
 
@@ -214,18 +255,12 @@ def _rate_lines(series: Series, share: int, indent: str) -> Iterator[str]:
         yield f"{indent}- {{{values}}}  # {rate.seconds * 1e6:,.1f} µs"
 
 
-def _through(series: Series, amounts: Iterable[float]) -> list[float]:
-    """Returns the seconds that are predicted for a collective's sizes."""
-    rates, latency = _rates(series), fit(series).latency
-    return [seconds_through(rates, latency, amount) for amount in amounts]
-
-
 def _how(series: Series, line: Line) -> str:
     worst = f", off by {largest_error(series, line):.0%} at most" if len(series.amounts) > 1 else ""
     return f"{series.how}{worst}"
 
 
-def fit_table(measured: Measured, title: str) -> Table:
+def fit_table(measured: Measured, title: str) -> Shown:
     """Returns a table of the latency, rate and worst error of every measurement."""
     table = FittingTable(title=title)
     table.add_column("measured")
@@ -242,6 +277,12 @@ def fit_table(measured: Measured, title: str) -> Table:
         line = fit(series)
         rate = f"{line.rate / 1e9:,.2f} G{'FLOP' if series.unit == 'FLOP' else 'B'}/s"
         table.add_row(name, f"{line.latency * 1e6:,.1f}", rate, f"{largest_error(series, line):.0%}")
+    for kernel in measured.kernels:
+        least, most = (end(rate.rate for rate in _kernel_rates(kernel)) / 1e9 for end in (min, max))
+        unit = "GFLOP" if kernel.unit == "FLOP" else "GB"
+        table.add_row(
+            _named(kernel), "", f"{least:,.2f} to {most:,.2f} {unit}/s", f"{_between(_kernel_rates(kernel)) - 1:.0%}"
+        )
     for kind, series in measured.waits.items():
         line = fit(series)
         table.add_row(
@@ -257,15 +298,66 @@ def fit_table(measured: Measured, title: str) -> Table:
     return table
 
 
+def _named(table: Table) -> str:
+    return table.name.replace("_", " ") + (f", {table.width}" if table.width else "")
+
+
+class _Curve(NamedTuple):
+    """What was measured of something, and what is predicted for other sizes.
+
+    Attributes:
+        name: Its name.
+        sizes: What was measured.
+        reached: FLOP/s or bytes/s of each size.
+        predicted: Maps a size to those that are predicted.
+    """
+
+    name: str
+    sizes: Sequence[float]
+    reached: Sequence[float]
+    predicted: Callable[[float], float]
+
+
+def _of_line(name: str, series: Series) -> _Curve:
+    line, reached = fit(series), [a / s for a, s in zip(series.amounts, series.seconds, strict=True)]
+    return _Curve(name, series.amounts, reached, lambda amount: amount / line.seconds(amount))
+
+
+def _of_collective(name: str, series: Series) -> _Curve:
+    rates, latency = _rates(series), fit(series).latency
+    return _of_line(name, series)._replace(predicted=lambda sent: sent / seconds_through(rates, latency, sent))
+
+
+def _of_kernel(table: Table) -> _Curve:
+    every = _kernel_rates(table)
+    kept = _growing(every)
+    reached = [rate.rate for rate in every]
+    return _Curve(_named(table), table.sizes, reached, lambda size: size / seconds_through(kept, 0.0, size))
+
+
 def picture(measured: Measured, path: Path) -> None:
     """Plots the measurements as marks, and as lines what is predicted between them."""
-    by_group: dict[Group, list[tuple[str, Series]]] = {}
+    by_group: dict[Group, list[_Curve]] = {}
     for (op, kind), series in measured.collectives.items():
-        by_group.setdefault(kind, []).append((op.replace("_", "-"), series))
+        by_group.setdefault(kind, []).append(_of_collective(op.replace("_", "-"), series))
+    products = [_of_line(*it) for it in (*measured.products.items(), ("attention", measured.attention))]
+    memory = [_of_line("add, copy", measured.movement), _of_line("norm, softmax, GELU", measured.arithmetic)]
+    kernels = {
+        ("attention, grouped products", "tokens of a sample, rows of an expert", "GFLOP/s"): "FLOP",
+        ("other kernels", "bytes of one operation", "GB/s"): "B",
+    }
     panels = [
-        ("matrix products and attention", [*measured.products.items(), ("attention", measured.attention)], False),
-        ("memory", [("add, copy", measured.movement), ("norm, softmax, GELU", measured.arithmetic)], False),
-        *((f"groups of {kind.size} on {kind.nodes} node(s)", series, True) for kind, series in by_group.items()),
+        ("matrix products and attention", "FLOP of one operation", "GFLOP/s", products),
+        ("memory", "bytes of one operation", "GB/s", memory),
+        *(
+            (*said, curves)
+            for said, unit in kernels.items()
+            if (curves := [_of_kernel(table) for table in measured.kernels if table.unit == unit])
+        ),
+        *(
+            (f"groups of {kind.size} on {kind.nodes} node(s)", "bytes of one operation", "GB/s", curves)
+            for kind, curves in by_group.items()
+        ),
     ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
@@ -278,21 +370,18 @@ def picture(measured: Measured, path: Path) -> None:
     figure.savefig(path)
 
 
-def _panel(axes: Axes, title: str, lines: list[tuple[str, Series]], through: bool) -> None:
-    """Draws several series; ``through`` says that predictions go through measurements, of which some are left out."""
-    for (name, series), colour, mark in zip(lines, _COLOURS, _MARKS, strict=False):
-        amounts = np.array(series.amounts)
-        axes.plot(amounts, amounts / series.seconds / 1e9, mark, color=colour, ms=5, label=name)
-        between = np.geomspace(amounts.min(), amounts.max(), 100)
-        line = fit(series)
-        predicted = np.array(_through(series, between)) if through else line.latency + between / line.rate
-        axes.plot(between, between / predicted / 1e9, color=colour, lw=1)
-    unit = lines[0][1].unit
+def _panel(axes: Axes, title: str, size: str, unit: str, curves: Sequence[_Curve]) -> None:
+    """Draws several curves."""
+    for n, curve in enumerate(curves):
+        colour, mark = _COLOURS[n % len(_COLOURS)], _MARKS[(n + n // len(_COLOURS)) % len(_MARKS)]
+        axes.plot(curve.sizes, np.array(curve.reached) / 1e9, mark, color=colour, ms=5, label=curve.name)
+        between = np.geomspace(min(curve.sizes), max(curve.sizes), 100)
+        axes.plot(between, [curve.predicted(each) / 1e9 for each in between], color=colour, lw=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("FLOP of one operation" if unit == "FLOP" else "bytes of one operation")
-    axes.set_ylabel("GFLOP/s" if unit == "FLOP" else "GB/s")
+    axes.set_xlabel(size)
+    axes.set_ylabel(unit)
     axes.grid(alpha=0.3, which="both", lw=0.4)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=7)
