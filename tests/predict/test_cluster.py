@@ -297,7 +297,8 @@ def test_a_table_of_a_kernel_can_be_looked_up_in(tmp_path: Path, key: str, value
 
 
 def test_a_kernel_has_one_table_for_each_width_and_dtype(tmp_path: Path) -> None:
-    one = full()["kernels"]["tables"][0]
-    assert accepted(tmp_path, ("kernels", "tables"), [one, {**one, "width": 128}, {**one, "dtype": "fp32"}]) is None
-    complaint = accepted(tmp_path, ("kernels", "tables"), [one, {**one, "width": 128}, {**one, "rates": one["rates"]}])
+    one, wide, other, again = (full()["kernels"]["tables"][0] for _ in range(4))
+    wide["width"], other["dtype"] = 128, "fp32"
+    assert accepted(tmp_path, ("kernels", "tables"), [one, wide, other]) is None
+    complaint = accepted(tmp_path, ("kernels", "tables"), [one, wide, again])
     assert "kernels.tables.2 is of the same kernel as kernels.tables.0; keep one" in str(complaint)
