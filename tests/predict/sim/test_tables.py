@@ -201,7 +201,7 @@ def test_what_a_cpu_is_timed_with_is_what_a_simulation_counts() -> None:
 
 def test_what_a_gpu_is_timed_with_runs_and_is_what_a_simulation_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tedlab.predict.calibrate.kernels._NARROW", (3, 16, 8))
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
     made = cases("bf16", of_gpus=True)
     assert {name.split()[0] for name in made} == {*KERNELS} - {name.split()[0] for name in cases("fp32", False)}
     for call in chain(*made.values()):

@@ -143,7 +143,9 @@ class Cases:
             yield Case(kernel, "B", how, sizes.rows, partial(self._rows, kernel))
         yield Case("adam", "B", f"the fused step, gradients in {name}", sizes.elements, self._adam)
         how = f"a sum and its norm as one kernel, {name}"
-        yield Case("compiled", "B", how, sizes.elements, partial(self._compiled, torch.compile(_sum_and_norm)))
+        yield Case(
+            "compiled", "B", how, sizes.elements, partial(self._compiled, torch.compile(_sum_and_norm, dynamic=False))
+        )
 
     def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
