@@ -211,14 +211,15 @@ def _growing(sizes: Iterable[Size]) -> list[Size]:
     return kept[::-1]
 
 
-def _measured_rates(series: Series, share: int = 1) -> list[MeasuredRate]:
-    """Returns the sizes of a collective that ``share`` ranks send at the same time, as a file says them."""
-    timings = zip(series.amounts, series.seconds, strict=True)
-    return [MeasuredRate(float(f"{share * a:.6g}"), float(f"{share * a / s:.4g}")) for a, s in timings]
+def _measured_rates(series: Series) -> list[MeasuredRate]:
+    """Returns the sizes of a collective."""
+    return [MeasuredRate(sent, sent / seconds) for sent, seconds in zip(series.amounts, series.seconds, strict=True)]
 
 
 def _rates(series: Series, share: int = 1) -> list[MeasuredRate]:
-    return _growing(_measured_rates(series, share))
+    """Returns the sizes that a file has of a collective that ``share`` ranks send at the same time, as it says them."""
+    every = _measured_rates(series)
+    return _growing(MeasuredRate(float(f"{share * r.bytes:.6g}"), float(f"{share * r.bandwidth:.4g}")) for r in every)
 
 
 def _kernel_rates(table: Table) -> list[KernelRate]:
