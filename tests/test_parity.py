@@ -42,14 +42,20 @@ JOBS = {
 JOBS = {name: replace(job, micro_batches=8) for name, job in JOBS.items()}  # one of each of as many data ranks
 QUICK = ("4_experts", "8_experts_clipped")
 LONG = (Layout(8), Layout(8, tensor=4, expert=2), Layout(8, tensor=2, expert=4))
+ALL_JOBS = (Layout(4, tensor=4), Layout(4, tensor=2, expert=2))  # of the others CI runs quick jobs
 TOLERANCE = 1e-10
 
 
 def cells() -> list[Any]:
-    """CI leaves out what is neither a quick job nor a quick layout: matrix and oracle have more of these."""
-    marks = ([], [pytest.mark.slow], [pytest.mark.exhaustive])
+    """CI leaves out most of what is not a quick job: matrix and oracle have more of these."""
+
+    def mark(layout: Layout, name: str) -> list[Any]:
+        if name in QUICK:
+            return [pytest.mark.slow] * (layout in LONG)
+        return [pytest.mark.slow if layout in ALL_JOBS else pytest.mark.exhaustive]
+
     return [
-        pytest.param(layout, name, marks=marks[(name not in QUICK) + (layout in LONG)])
+        pytest.param(layout, name, marks=mark(layout, name))
         for layout in LAYOUTS
         for name, job in JOBS.items()
         if _fits(layout, job)
@@ -110,7 +116,7 @@ def test_one_step_equals_one_process(
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=[pytest.mark.exhaustive if layout in LONG else pytest.mark.slow])
+        pytest.param(layout, marks=[pytest.mark.slow if layout in ALL_JOBS else pytest.mark.exhaustive])
         if layout not in (LAYOUTS[3], LAYOUTS[5])
         else layout
         for layout in LAYOUTS

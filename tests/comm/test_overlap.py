@@ -88,10 +88,19 @@ OFTEN = {  # the others are tried with CI's slow tests
     *("stored", "dtd_cac", "dropless_dtd_some", "cac", "dropless_stored", "dropless_sequence"),
     *("pos2_stored", "pos2_plain_rows_cac", "pos3_shard"),
 }
+SELDOM = {  # what each of these has, others have as well
+    *("fused_shard", "dropless_dtd", "dropless_fused_shard", "pos1_slot2", "pos1_plain_rows"),
+    *("pos2_slot0_cac", "pos2_slot3_all_recomputed"),
+}
 
 
 def marked(cases: dict[str, Overrides]) -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in OFTEN)) for name in cases]
+    def marks(name: str) -> list[Any]:
+        if name in OFTEN:
+            return []
+        return [pytest.mark.exhaustive if name in SELDOM else pytest.mark.slow]
+
+    return [pytest.param(name, marks=marks(name)) for name in cases]
 
 
 def asked(cases: dict[str, Overrides], request: pytest.FixtureRequest) -> dict[str, Overrides]:
