@@ -1,6 +1,7 @@
 """Which tokens a process works on, so that what is drawn or recorded for a token does not depend on the layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +30,7 @@ class BatchContext:
         ids: The token ids (B, S) of the micro-batch, which a model sets for routers that read them.
         documents: Which of its tokens see each other, which a model sets for attention; None: all.
         recorder: Where routers record their choices in training; None: nowhere.
+        reporting: Whether anybody reads what routers report of a micro-batch; see :meth:`unreported`.
         replay: The record whose choices routers make in training, in place of their own; None: none.
     """
 
@@ -39,6 +41,7 @@ class BatchContext:
         self.documents: SampleDocuments | None = None
         self.recorder: RoutingRecorder | None = None
         self.replay: Replay | None = None
+        self.reporting = True
         # On the device, so that a compiled region reads numbers that change without being compiled again.
         self._place = torch.zeros(2, dtype=torch.int64, device=device)
 
@@ -65,6 +68,15 @@ class BatchContext:
                 torch.cuda.set_rng_state(gpu, device)
 
         return restore
+
+    @contextmanager
+    def unreported(self) -> Iterator[None]:
+        """Spares routers the losses of their reports inside the context, where nobody reads them."""
+        before, self.reporting = self.reporting, False
+        try:
+            yield
+        finally:
+            self.reporting = before
 
     def tokens(self, samples: int, length: int, shard: int = 0, shards: int = 1) -> Tensor:
         """Returns the numbers of a micro-batch's tokens within the step's global batch, sample after sample.

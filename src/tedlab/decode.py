@@ -14,7 +14,8 @@ from torch import Tensor
 from tedlab.config import LendConfig, MoEConfig, RotaryScaling, Slicing
 from tedlab.degrees import ParallelDegrees
 from tedlab.moe import routers
-from tedlab.nn import Past, Remembers, rememberers, remembering
+from tedlab.nn import Past, Remembers, localised, locals_of, rememberers, remembering
+from tedlab.nn.ids import unchecked
 from tedlab.sampling import Sampling
 from tedlab.spec import Site
 
@@ -168,20 +169,23 @@ class _Steps:
         self.stretched = rotary.scaling == RotaryScaling.NTK and room > rotary.original_length
         layers = [getattr(block, "attention", None) for block in model.blocks]
         self.can_remember = not self.stretched and all(isinstance(layer, Remembers) for layer in layers)
-        self.rememberers, self.past = rememberers(model), Past(room)
+        self.rememberers, self.past, self.plain = rememberers(model), Past(room), locals_of(model)
 
     def remembered(self) -> Tensor:
         """Returns logits (B, V/T), for which only tokens are computed that no call before has computed."""
         lengths = [len(text) for text in self.texts]
         last_B = torch.tensor(lengths, device=self.device) - 1
         if self.past.end == 0:
-            ids, at_B, end = self._right_padded(self.texts, self.longest), last_B, self.longest
-            position_BS = torch.arange(end, device=self.device).expand(len(ids), -1)
-        else:
-            ids, end = torch.tensor([text[-1:] for text in self.texts], device=self.device), max(lengths)
-            at_B, position_BS = torch.zeros_like(last_B), last_B.unsqueeze(1)
-        self.past.enter(position_BS, end, last=ids.shape[1] == 1 and min(lengths) == end)
-        with remembering(self.rememberers, self.past):
+            position_S = torch.arange(self.longest, device=self.device)
+            self.past.enter(position_S.expand(len(lengths), -1), self.longest)
+            return self._next_logits(self._right_padded(self.texts, self.longest), last_B)
+        ids_B1 = torch.tensor([text[-1:] for text in self.texts], device=self.device)
+        self.past.enter(last_B.unsqueeze(1), max(lengths), last=min(lengths) == max(lengths))
+        with unchecked():  # the model has chosen them
+            return self._next_logits(ids_B1, torch.zeros_like(last_B))
+
+    def _next_logits(self, ids: Tensor, at_B: Tensor) -> Tensor:
+        with remembering(self.rememberers, self.past), localised(self.model, self.plain):
             logits: Tensor = self.model.next_logits(ids, at_B)
         return logits
 

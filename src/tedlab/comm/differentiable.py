@@ -102,7 +102,8 @@ def matmul_into(x: Tensor, weight: Tensor, tag: str) -> Tensor:
     A second pass that does not repeat the collective skips the product, too, since backward needs only its inputs. They
     are cast as autocast would; shapes are (…, n, k) × (k, m), or batched (e, n, k) × (e, k, m).
     """
-    return _MatmulInto.apply(to_compute_dtype(x), to_compute_dtype(weight), tag)
+    x, weight = to_compute_dtype(x), to_compute_dtype(weight)
+    return _MatmulInto.apply(x, weight, tag) if torch.is_grad_enabled() else x @ weight
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:

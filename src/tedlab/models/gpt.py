@@ -368,8 +368,10 @@ class GPT(nn.Module):
             ids: (B, S) int64.
             at_B: (B,) int64, which of a sample's S tokens that is.
         """
-        x, _ = self._hidden(ids, None)
-        x = x[torch.arange(len(x), device=x.device), at_B.to(x.device)].unsqueeze(1)
+        with self.context.unreported():
+            x, _ = self._hidden(ids, None)
+        if x.shape[1] > 1:
+            x = x[torch.arange(len(x), device=x.device), at_B.to(x.device)].unsqueeze(1)
         return (self.embedding.logits(x) if self.output is None else self.output(x)).squeeze(1)
 
     def loss(
@@ -421,7 +423,8 @@ class GPT(nn.Module):
         Raises:
             IndexError: If an id or a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
         """
-        x, _ = self._hidden(ids, padding_mask)
+        with self.context.unreported():
+            x, _ = self._hidden(ids, padding_mask)
         region, weight = self._projection()
         x_NH, target_N = region.enter(x).flatten(0, 1), targets.flatten()
         place_R = (target_N != IGNORE_INDEX).nonzero().squeeze(1)

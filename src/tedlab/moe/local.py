@@ -25,6 +25,7 @@ from torch.autograd import Function
 from tedlab.comm import copy_to, gather_to, once, reduce_from, scatter_from, to_compute_dtype
 from tedlab.comm.recompute import is_dead, unused
 from tedlab.comm.rows import Rows
+from tedlab.moe.evaluating import evaluates, weighted_sums
 from tedlab.moe.experts import Experts, ExpertsSpec
 from tedlab.moe.gather import chosen_experts
 from tedlab.moe.grouped import Groups, one_kernel, sums_by_expert
@@ -78,6 +79,8 @@ class LocalExperts(TokenExperts):
         self.sharded = topology.sequence_sharded
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        if not self.sharded and evaluates(x_TH, self.kernel):
+            return reduce_from(self._evaluated(to_compute_dtype(x_TH), routing), self.comm, "expert_tensor", _REDUCE)
         x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
         if torch.is_grad_enabled():
             self.moved += Rows(*[gate_TK.numel()] * 4)
@@ -85,6 +88,15 @@ class LocalExperts(TokenExperts):
         if self.sharded:
             return scatter_from(y, self.comm, "expert_tensor", _REDUCE, dim=0)
         return reduce_from(y, self.comm, "expert_tensor", _REDUCE)
+
+    def _evaluated(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """Returns this tensor rank's part of each token's weighted sum (T, H), without keeping anything."""
+        up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
+        assert up is not None
+        assert down is not None
+        weights = up, up_bias, down, down_bias if self._adds_bias else None
+        sizes = self.comm.reader(routing.counts_E)()
+        return weighted_sums(x_TH, *routing[:3], sizes, weights, self.nonlinearity)
 
     def _enter(self, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Order]:
         """Returns the tokens of which this rank computes a part, the weights of their choices, and their rows."""

@@ -5,6 +5,7 @@ All tensor ranks route the same tokens with the same weights and so decide the s
 routes the tokens of its own positions, and T counts these. A recomputed forward pass decides as the first one did.
 """
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -57,6 +58,12 @@ class RouterReport(NamedTuple):
     load: Tensor
     dropped: Tensor
     sums: Sums | None = None
+
+    @classmethod
+    def without_losses(cls, load: Tensor) -> "RouterReport":
+        """Returns a report of the load alone; losses are no numbers, and drops are not counted."""
+        nothing = torch.full((), math.nan, device=load.device)
+        return cls(nothing, nothing, load, nothing)
 
     def detached(self) -> "RouterReport":
         """Returns the values alone, without gradients and sums."""
@@ -268,6 +275,10 @@ class Router(PreciseBuffers, ShardedModule):
         with torch.autocast(x_TH.device.type, enabled=False):  # a mixed-precision run must not route in bf16
             logits_TE = self.logits(x_TH, sequence)
         decision = self.decide(logits_TE, sequence, padding_T)
+        if not self.context.reporting:
+            if padding_T is not None:
+                decision = _without_padding(decision, padding_T)
+            return Routing(*decision[:3], RouterReport.without_losses(decision.load), decision.rows_E)
         z_T = logits_TE.logsumexp(-1).square()
         without_slot_TK = decision.slot_TK < 0
         if padding_T is not None:

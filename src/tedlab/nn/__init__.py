@@ -32,6 +32,7 @@ from tedlab.nn.sharded import (
     fused_parameters,
     initialize,
     localised,
+    locals_of,
     partial_parameters,
     replicated,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "initialize",
     "linear_cross_entropy",
     "localised",
+    "locals_of",
     "mean_over_counted",
     "norm_layer",
     "partial_parameters",

@@ -46,6 +46,9 @@ def activate(z: Tensor, how: Nonlinearity) -> Tensor:
     if how.clamped:
         return _ClampedSwiGLU.apply(z, how.limit)
     gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
+    if z.device.type == "cpu" and not torch.is_grad_enabled():
+        # Twice the work, but of neighbours, which a CPU computes together: that is several times as fast.
+        return F.silu(z).unflatten(-1, (-1, 2)).select(-1, 0) * linear
     return F.silu(gate) * linear
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -59,6 +60,8 @@ class VocabParallelEmbedding(ShardedModule):
         """
         check_ids(ids, self.vocab_size, "a token id")
         weight = self.local("weight")  # (V/T, H)
+        if len(weight) == self.vocab_size and not torch.is_grad_enabled():
+            return F.embedding(ids, weight)  # none is elsewhere
         row = ids - self.start
         elsewhere = (row < 0) | (row >= weight.shape[0])
         found = F.embedding(row.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)

@@ -34,13 +34,15 @@ class Past:
         self.position_BS = torch.empty(0, 0, dtype=torch.int64)
         self._slots: dict[int, tuple[Tensor, ...]] = {}
         self._turns: Tensor | None = None
+        self._sample_B1: Tensor | None = None
+        self._visible: dict[int | None, Tensor] = {}  # by window, of the tokens that are being computed
 
     def enter(self, position_BS: Tensor, end: int, last: bool = False) -> None:
         """Says which tokens are computed next.
 
         Args:
-            position_BS: (B, S) int64, their positions, which are consecutive in each sample.
-            end: One more than the last of these positions, in all samples.
+            position_BS: (B, S) int64, their positions, which are consecutive in each sample, and at first 0, 1, ….
+            end: One more than the last of these positions, in all samples, or any larger number.
             last: Whether all positions are ``end - 1``, which the host need not ask the device then.
 
         Raises:
@@ -50,6 +52,7 @@ class Past:
             raise ValueError(f"{end} positions are more than the {self.room} for which there is room")
         self.begins = not self._slots
         self.position_BS, self.end, self.last = position_BS, end, last
+        self._visible.clear()
 
     def turns(self, of_all: Callable[[int], Tensor]) -> Tensor:
         """Returns the rotation of the tokens' positions (2, B, S, d/2).
@@ -73,9 +76,13 @@ class Past:
         """
         if layer not in self._slots:
             self._slots[layer] = tuple(value.new_zeros(len(value), self.room, *value.shape[2:]) for value in values)
-        sample_B1 = torch.arange(len(self.position_BS), device=self.position_BS.device).unsqueeze(1)
+        length = self.position_BS.shape[1]
         for slots, value in zip(self._slots[layer], values, strict=True):
-            slots[sample_B1, self.position_BS] = value
+            if self.begins or self.last:
+                start = 0 if self.begins else self.end - length
+                slots[:, start : start + length] = value
+            else:
+                slots[self._samples(), self.position_BS] = value
         return tuple(slots[:, : self.end] for slots in self._slots[layer])
 
     def attend(
@@ -97,9 +104,16 @@ class Past:
         """
         if self.last and (window is None or window >= self.end):
             return attend_visible(q, k, v, None, sinks, scale)  # kernels are faster without a mask
-        before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
-        visible = (before >= 0 if window is None else (before >= 0) & (before < window)).unsqueeze(1)
-        return attend_visible(q, k, v, visible, sinks, scale)
+        if window not in self._visible:
+            before = self.position_BS.unsqueeze(-1) - torch.arange(self.end, device=q.device)  # (B, S, end)
+            seen = before >= 0 if window is None else (before >= 0) & (before < window)
+            self._visible[window] = seen.unsqueeze(1)
+        return attend_visible(q, k, v, self._visible[window], sinks, scale)
+
+    def _samples(self) -> Tensor:
+        if self._sample_B1 is None:
+            self._sample_B1 = torch.arange(len(self.position_BS), device=self.position_BS.device).unsqueeze(1)
+        return self._sample_B1
 
 
 @runtime_checkable

@@ -156,17 +156,31 @@ def decay_groups(root: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
     return groups
 
 
-@contextmanager
-def localised(root: nn.Module) -> Iterator[None]:
-    """Lets modules use plain tensors as parameters inside the context: the compiler cannot keep a DTensor's mesh."""
+Locals = list[tuple[ShardedModule, dict[str, Tensor]]]
+
+
+def locals_of(root: nn.Module) -> Locals:
+    """Returns the plain tensors of all modules below ``root``, see :meth:`ShardedModule.local`."""
     modules = [module for module in root.modules() if isinstance(module, ShardedModule)]
-    for module in modules:
-        module.substitutes = {name: module.local(name) for name in module.specs}
+    return [(module, {name: module.local(name) for name in module.specs}) for module in modules]
+
+
+@contextmanager
+def localised(root: nn.Module, plain: Locals | None = None) -> Iterator[None]:
+    """Lets modules use plain tensors as parameters inside the context: the compiler cannot keep a DTensor's mesh.
+
+    Args:
+        root: The module.
+        plain: What :func:`locals_of` has returned for it, if it need not be made again.
+    """
+    plain = locals_of(root) if plain is None else plain
+    for module, tensors in plain:
+        module.substitutes.update(tensors)  # setting an attribute of a module takes long
     try:
         yield
     finally:
-        for module in modules:
-            module.substitutes = {}
+        for module, _ in plain:
+            module.substitutes.clear()
 
 
 def initialize(root: nn.Module, seed: int, factors: Mapping[str, float] = MappingProxyType({})) -> None:
