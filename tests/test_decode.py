@@ -17,7 +17,7 @@ from tedlab.config import (
     RouterConfig,
     SharedConfig,
 )
-from tedlab.decode import _Steps, continuations
+from tedlab.decode import _Steps, continuations, why_no_graph
 from tedlab.models import GPT
 from tedlab.nn.attend import attend_visible
 from tedlab.sampling import Sampling
@@ -70,6 +70,36 @@ def test_logits_are_those_of_the_whole_text(single: Topology, name: str) -> None
             torch.testing.assert_close(remembered, again, rtol=1e-12, atol=1e-12)
             for text in texts:
                 text.append(int(torch.randint(32, (), generator=draw)))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "stretched by length"])
+def test_steps_that_could_be_recorded_give_the_same_logits(single: Topology, name: str) -> None:
+    """One function of tensors that stay in place is called again for each token, as a CUDA graph is."""
+    model = network(*MODELS[name], single)
+    texts = [list(prompt) for prompt in PROMPTS]
+    recorded = []
+
+    def record(compute: Any) -> Any:
+        recorded.append(compute)
+        compute()  # as a warm-up
+        return compute
+
+    steps = _Steps(model, texts, 7, 20, torch.device("cpu"), record)
+    with torch.inference_mode():
+        for step in range(13):
+            torch.testing.assert_close(steps.remembered(), steps.whole(24, 7 + step), rtol=1e-12, atol=1e-12)
+            for number, text in enumerate(texts):
+                text.append((5 * step + number) % 32)
+    assert len(recorded) == 1
+
+
+def test_what_the_host_must_read_is_no_graph(single: Topology) -> None:
+    model = network(ROTARY, ROWS, single)
+    assert "the host reads how many rows" in (why_no_graph(model) or "")
+    assert why_no_graph(model.to(torch.bfloat16)) is None
+    slots = network(LEARNED, SLOTS, single).to(torch.bfloat16)
+    assert "moe.dispatch=dropless" in (why_no_graph(slots) or "")
+    assert why_no_graph(network(LEARNED, MoEConfig(num_experts=0), single)) is None
 
 
 @pytest.mark.parametrize("name", ["grouped queries, norms of heads", "windows and sinks", "latents"])

@@ -16,19 +16,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
 
-from tedlab import ParallelDegrees, Topology
+from tedlab import ParallelDegrees, Topology, decode
 from tedlab.certify import Row, certify
 from tedlab.certify.compare import first_difference
 from tedlab.comm import Ledger, raw
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.comm.reading import start
-from tedlab.config import MoEConfig, TrainConfig
+from tedlab.config import ModelConfig, MoEConfig, TrainConfig
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import launch
+from tedlab.models import GPT
 from tedlab.moe.precise import PreciseLinear
 from tedlab.nn import Reading, documents_of
 from tedlab.nn.attend import attend
 from tedlab.run import build, run
+from tedlab.sampling import Sampling
 from tedlab.validate import complete
 from tests.certify.runs import Case, certified, composed, in_pool
 from tests.certify.test_matrix import Layout, overrides
@@ -246,6 +248,43 @@ def test_the_router_multiplies_in_fp32_what_is_in_bf16() -> None:
     ours = torch.autograd.grad(logits, (x, weight), grad)
     for own, best in zip(ours, torch.autograd.grad(precise, (x, weight), grad.double()), strict=True):
         assert (own == best).float().mean() > 0.99  # rounded once: were the gradient in bf16, about half would be
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+
+
+OLMOE: dict[str, Any] = {"positions": "rotary", "norm": "rms", "bias": False, "activation": "swiglu", "qk_norm": "full"}
+
+
+@pytest.mark.parametrize("lengths", [(9,), (5, 9, 1)], ids=["one text", "three"])
+def test_a_recorded_step_computes_what_its_kernels_do_one_by_one(
+    single_gpu: Topology, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is made once, and replayed for all tokens but the prompt's, each of which changes the logits."""
+    config = ModelConfig(2, 64, 4, 64, sequence_length=64, vocab_size=128, init_std=0.3, **OLMOE)
+    experts = MoEConfig(num_experts=8, top_k=2, dispatch="dropless", capacity_factor=None)
+    network = GPT(config, experts, single_gpu, seed=0).eval().to(torch.bfloat16)
+    prompts = [list(range(1, 1 + length)) for length in lengths]
+    made: list[Any] = []
+
+    def logits(recording: Any) -> list[Tensor]:
+        texts = [list(prompt) for prompt in prompts]
+        steps, found = decode._Steps(network, texts, 9, 40, torch.device("cuda"), recording), []
+        with torch.inference_mode():
+            for step in range(20):
+                found.append(steps.remembered().clone())
+                for number, text in enumerate(texts):
+                    text.append((7 * step + number) % 128)
+        return found
+
+    recorded, launched = logits(decode._cuda_graph), logits(lambda compute: compute)
+    torch.testing.assert_close(recorded, launched, rtol=1e-2, atol=1e-2)
+    assert not torch.equal(recorded[1], recorded[2])
+    cuda_graph = decode._cuda_graph
+    monkeypatch.setattr(decode, "_cuda_graph", lambda compute: made.append(compute) or cuda_graph(compute))
+    written = list(decode.continuations(network, prompts, 20, Sampling(0)))
+    assert len(written) == 20
+    assert len(made) == 1
 
 
 # ---- documents ------------------------------------------------------------------------------------------------------

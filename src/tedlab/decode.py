@@ -4,6 +4,8 @@ Tensor ranks compute each token together and choose alike. Data ranks divide the
 last text has ended, as ranks that share experts must. Every process yields all texts.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,14 +15,18 @@ from torch import Tensor
 
 from tedlab.config import LendConfig, MoEConfig, RotaryScaling, Slicing
 from tedlab.degrees import ParallelDegrees
-from tedlab.moe import routers
+from tedlab.moe import Experts, LocalExperts, routers
+from tedlab.moe.grouped import native
 from tedlab.nn import Past, Remembers, localised, locals_of, rememberers, remembering
 from tedlab.nn.ids import unchecked
 from tedlab.sampling import Sampling
 from tedlab.spec import Site
 
+_log = logging.getLogger(__name__)
 _TAG = "generate.gather"
+_WORTH_A_GRAPH = 8  # tokens; a CUDA graph is made in the time of about three
 
+Recording = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 Ended = Callable[[int, Sequence[int]], bool]  # whether a text has ended, by its number and the tokens added so far
 
 
@@ -72,7 +78,12 @@ def continuations(
     longest = max(map(len, prompts))
     device = next(iter(model.parameters())).device
     most = min(room, longest + tokens)
-    steps = _Steps(model, texts, longest, most, device)
+    recording = None
+    if device.type == "cuda" and most - longest >= _WORTH_A_GRAPH:
+        reason = why_no_graph(model)
+        recording = _cuda_graph if reason is None else None
+        _log.info("the host launches %s", "one CUDA graph a token" if reason is None else f"each kernel: {reason}")
+    steps = _Steps(model, texts, longest, most, device, recording)
     training = model.training
     model.eval()
     try:
@@ -160,9 +171,21 @@ class _Steps:
         longest: How many the longest of all processes has, so that all compute as many.
         room: How many positions there are for each.
         device: Where the model is.
+        recording: Given what computes a step after the first, from and into tensors that stay the same, it returns what
+            does so again, such as a CUDA graph; None: each step sees slots up to its own alone.
     """
 
-    def __init__(self, model: Any, texts: list[list[int]], longest: int, room: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        texts: list[list[int]],
+        longest: int,
+        room: int,
+        device: torch.device,
+        recording: "Recording | None" = None,
+    ) -> None:
+        self.recording = recording
+        self.again: Callable[[], Tensor] | None = None
         self.model, self.texts, self.longest, self.device = model, texts, longest, device
         rotary = model.config.rotary
         # Each token that comes may turn those before it more slowly.
@@ -180,9 +203,27 @@ class _Steps:
             self.past.enter(position_S.expand(len(lengths), -1), self.longest)
             return self._next_logits(self._right_padded(self.texts, self.longest), last_B)
         ids_B1 = torch.tensor([text[-1:] for text in self.texts], device=self.device)
-        self.past.enter(last_B.unsqueeze(1), max(lengths), last=min(lengths) == max(lengths))
+        if self.recording is not None:
+            return self._again(self.recording, ids_B1, last_B.unsqueeze(1))
+        return self._grown(ids_B1, last_B.unsqueeze(1), max(lengths), min(lengths) == max(lengths))
+
+    def _again(self, recording: Recording, ids_B1: Tensor, position_B1: Tensor) -> Tensor:
+        if self.again is None:
+            self.given = ids_B1, position_B1
+            # To the room's end, whatever the positions, so that the host decides nothing.
+            try:
+                self.again = recording(lambda: self._grown(*self.given, self.past.room))
+            except RuntimeError as error:
+                warnings.warn(f"a step cannot be recorded, so that each takes longer: {error}", stacklevel=2)
+                self.again = lambda: self._grown(*self.given, self.past.room)
+        for given, new in zip(self.given, (ids_B1, position_B1), strict=True):
+            given.copy_(new)
+        return self.again()
+
+    def _grown(self, ids_B1: Tensor, position_B1: Tensor, end: int, last: bool = False) -> Tensor:
+        self.past.enter(position_B1, end, last)
         with unchecked():  # the model has chosen them
-            return self._next_logits(ids_B1, torch.zeros_like(last_B))
+            return self._next_logits(ids_B1, ids_B1.squeeze(1))  # of one token it need not know which
 
     def _next_logits(self, ids: Tensor, at_B: Tensor) -> Tensor:
         with remembering(self.rememberers, self.past), localised(self.model, self.plain):
@@ -209,6 +250,44 @@ class _Steps:
     def _right_padded(self, texts: list[list[int]], width: int) -> Tensor:
         """Returns ids (B, S): what follows a text is seen by none of its tokens."""
         return torch.tensor([[*text, *[0] * (width - len(text))] for text in texts], device=self.device)
+
+
+def why_no_graph(model: Any) -> str | None:
+    """Says why a step cannot be one CUDA graph, whose kernels the host launches at once; None: it can.
+
+    The host must have nothing to decide between kernels, so nothing to read, and no other process to wait for.
+
+    Args:
+        model: A :class:`tedlab.models.GPT`.
+    """
+    if max(model.comm.sizes.values()) > 1:
+        return "several processes compute each token together"
+    dtype = next(iter(model.parameters())).dtype
+    mixtures = [module for module in model.modules() if isinstance(module, Experts)]
+    if all(isinstance(mixture, LocalExperts) and native(dtype, *mixture.widths) for mixture in mixtures):
+        return None
+    return "the host reads how many rows each expert has, which it need not in bf16 with moe.dispatch=dropless"
+
+
+def _cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Records what ``compute`` launches, and returns what launches it again, into the same result."""
+    current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        compute()  # compiles kernels, and allocates what stays
+        side.synchronize()
+        graph.capture_begin()
+        try:
+            result = compute()
+        finally:
+            graph.capture_end()
+    current.wait_stream(side)
+
+    def again() -> Tensor:
+        graph.replay()
+        return result
+
+    return again
 
 
 def _gathered(x: Tensor, comm: Any, kind: Any) -> Tensor:
