@@ -82,7 +82,7 @@ def rows(n: int) -> list[Row]:
         Row(f"{whole}, comm.chunks=2", n, ("comm.chunks=2",)),
         Row(f"{whole}, 2 micro-batches", n, cases="AB", micro_batches=2),
         Row(f"{whole}, 2 beside each other", n, ("comm.interleave=true",), cases="AB", micro_batches=2),
-        Row(f"{whole}, experts lent", n, _LENT, cases="Z"),
+        Row(f"{whole}, experts lent", n, _LENT, cases="AEZ"),
         *(beside_tensor if n > 2 else ()),
         Row(f"tedlab, tensor {n}", n, tensor=n),
         Row("plain loop, one GPU", 1, peer="plain loop", cases="AB"),
