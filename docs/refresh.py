@@ -203,6 +203,29 @@ def _measured(file: str, _: Mapping[str, Simulation]) -> str:
     return _table((*head, "memory", "bytes"), rows) + said
 
 
+def _ablation(_: Mapping[str, Simulation]) -> str:
+    """The paper's toggles on four GPUs, as ratios to the row without them."""
+    steps = {row["name"]: row for row in _steps("truth_h200_x4.json")}
+    rows = []
+    for base, others in {
+        "1.3B's width, 4 layers, 8 experts with capacity, tensor 2 × expert 2": ("… DTD",),
+        "… recomputing": ("… recomputing, CAC", "… recomputing, DTD, CAC", "… recomputing, fused reduce-scatter, CAC"),
+    }.items():
+        for name in others:
+            ratios = [
+                f"{of(steps[name]) / of(steps[base]):.3f}"
+                for of in (
+                    lambda row: row["predicted_s"],
+                    lambda row: row["measured_s"],
+                    lambda row: row["measured_s_by_part"]["forward"],
+                    lambda row: row["measured_s_by_part"]["backward"],
+                    lambda row: row["sent_bytes"],
+                )
+            ]
+            rows.append((name.removeprefix("… "), base.split(", ")[-1].removeprefix("… "), *ratios))
+    return _table(("with", "without", "predicted", "measured", "forward", "backward", "bytes sent"), rows)
+
+
 # ---- docs/folding.md -------------------------------------------------------------------------------------------------
 
 # A layer of X-MoE's Medium model in micro-batches of one sample, on 64 processes in nodes of 8.
@@ -273,6 +296,8 @@ BLOCKS = {
     "published": Block({}, _published),
     "measured": Block({}, partial(_measured, "truth_h200_x2.json")),
     "measured_again": Block({}, partial(_measured, "truth_h200_x2_olmoe.json")),
+    "measured_on_four": Block({}, partial(_measured, "truth_h200_x4.json")),
+    "ablation": Block({}, _ablation),
 }
 
 
