@@ -16,6 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
 
+from benchmarks import steps
+from benchmarks.steps import train
+from benchmarks.train_step import Profile
 from tedlab import ParallelDegrees, Topology, decode
 from tedlab.certify import Row, certify
 from tedlab.certify.compare import first_difference
@@ -170,6 +173,15 @@ def test_over_nccl_a_result_that_is_used_before_it_has_arrived_is_noticed(
     found = first_difference(rows[wrong])
     assert found is not None
     assert found.quantity == "outputs"
+
+
+def test_no_step_copies_from_memory_for_which_the_host_would_wait() -> None:
+    """Copies from pageable memory hold the host up until the device has done all before them."""
+    job = ["trainer=gpu", "trainer.precision=bf16-true", "parallel=single", "model.vocab_size=256"]
+    profile = Profile(1000)
+    train(steps.composed([*job, "model.layers=2", "moe.dispatch=dropless", "optim.tile=fused"]), 2, False, profile)
+    assert "Memcpy HtoD (Pinned" in profile.table
+    assert "Memcpy HtoD (Pageable" not in profile.table
 
 
 BESIDE = ("stored", "recomputed", "compiled_rows")

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from tedlab.comm.reading import deliver
 
 if TYPE_CHECKING:
     from tedlab.moe.recording import Replay, RoutingRecorder
@@ -48,7 +51,7 @@ class BatchContext:
     def at(self, step: int, micro_batch: int) -> None:
         """Moves to a micro-batch of a step."""
         self.step, self.micro_batch = step, micro_batch
-        self._place = torch.tensor([step, micro_batch], dtype=torch.int64).to(self._place.device, non_blocking=True)
+        (self._place,) = deliver([np.array([step, micro_batch])], self._place.device)
 
     def keep(self) -> Callable[[], None]:
         """Notes the current micro-batch and torch's generators, and returns a function that moves back to them.
