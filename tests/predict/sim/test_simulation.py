@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +22,8 @@ from tedlab.commands.simulate import SimulateConfig, task
 from tedlab.config import SimulationConfig, TrainConfig, with_values
 from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.errors import UsageError
+from tedlab.moe.grouped import one_by_one
+from tedlab.nn.ids import unchecked
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
 from tedlab.predict.cost import placement_of
 from tedlab.predict.flops import forward_flops
@@ -34,9 +36,12 @@ from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.predict.volumes import ClosedForm, predict
 from tedlab.run import language_model, strategy_of
+from tedlab.spec import Work
+from tedlab.strategy import TEDStrategy
 from tedlab.validate import complete_simulated
 from tests.certify.runs import composed
 from tests.compare.sweep import compare_command
+from tests.moved import Moved
 from tests.pool import WorkerPool
 from tests.selection import asked_of
 
@@ -345,23 +350,42 @@ class Allocations(Callback):
         self.peak += most
 
 
-def peaks(config: TrainConfig) -> tuple[int, int]:
-    """Really allocated, and simulated."""
+class Watched(TEDStrategy):
+    """Lists what operations of forward passes do."""
+
+    forward: ClassVar[Moved]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.forward:
+            return super().training_step(*args, **kwargs)
+
+
+class Step(NamedTuple):
+    """What one rank allocated at most in a step, and what the operations of its forward passes did."""
+
+    peak: int
+    forward: dict[Work, float]
+
+
+def both(config: TrainConfig) -> tuple[Step, Step]:
+    """Really, and simulated."""
     with out_of_the_pools_group(), fake_process_group(config.parallel.world_size, 0):
-        real = really_allocated(config)
-    return real, sum(simulated(config, 0)[0].memory.at_peak().values())
+        real = really(config)
+    simulation = simulated(config, 0)[0]
+    forward = {work: number for (phase, work), number in simulation.kernels.items() if phase == "forward"}
+    return real, Step(sum(simulation.memory.at_peak().values()), forward)
 
 
-def really_allocated(config: TrainConfig) -> int:
+def really(config: TrainConfig) -> Step:
     """By the first rank in two optimizer steps of TEDStrategy with real tensors; only others' answers are missing."""
-    allocations = Allocations()
+    allocations, Watched.forward = Allocations(), Moved()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
         num_nodes=config.parallel.world_size,
         plugins=[OneOfMany(config.parallel.world_size, 0)],
         # What nobody answers may hold anything, NaN too.
-        strategy=strategy_of(config, stop_on_nonfinite=False),
+        strategy=strategy_of(config, Watched, stop_on_nonfinite=False),
         precision=config.trainer["precision"],
         max_steps=2,
         gradient_clip_val=config.trainer["gradient_clip_val"],
@@ -373,8 +397,9 @@ def really_allocated(config: TrainConfig) -> int:
         enable_model_summary=False,
         limit_val_batches=0,
     )
-    trainer.fit(language_model(config), Batches(config))
-    return allocations.peak
+    with unchecked(), one_by_one():  # as in a simulation, whose token ids have no values to check
+        trainer.fit(language_model(config), Batches(config))
+    return Step(allocations.peak, {work: number / 2 for work, number in Watched.forward.works.items()})
 
 
 PEAKS = {
@@ -398,9 +423,21 @@ _MARKS = {"ted": [], "dropless": [pytest.mark.slow], "sequence": [pytest.mark.sl
         for name, toggles in PEAKS.items()
     ],
 )
-def test_peak_memory_is_what_a_real_run_allocates(pool: WorkerPool, toggles: list[str]) -> None:
-    real, predicted = pool.run(1, peaks, checked(*MEDIUM, *toggles))[0]
-    assert predicted == pytest.approx(real, rel=0.05)
+def test_a_real_run_allocates_and_computes_what_is_simulated(pool: WorkerPool, toggles: list[str]) -> None:
+    real, predicted = pool.run(1, both, checked(*MEDIUM, *toggles))[0]
+    assert predicted.peak == pytest.approx(real.peak, rel=0.05)
+    # Where experts have no capacity, their products are of the rows that were chosen, which are as many in all.
+    routed = "moe.dispatch=dropless" in toggles
+    assert in_all(predicted.forward) == in_all(real.forward)
+    assert listed(predicted.forward, routed) == listed(real.forward, routed)
+
+
+def in_all(forward: dict[Work, float]) -> float:
+    return sum(work.flops * number for work, number in forward.items())
+
+
+def listed(forward: dict[Work, float], routed: bool) -> dict[Work, float]:
+    return {work: number for work, number in forward.items() if not (routed and work.flops)}
 
 
 def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> None:
