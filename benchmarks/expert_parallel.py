@@ -56,8 +56,8 @@ TITLES = {
     "E": "3 blocks of Qwen3-30B-A3B (2048, 128 × 768, top-8), 4 × 4,096 tokens per GPU",
     "Z": "A with experts chosen by Zipf's law, exponent 1.2",
 }
-_TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "model.hidden=64", "model.heads=4"]
-_TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
+TINY = ["trainer=cpu", "trainer.precision=32-true", "model.compile=none", "model.hidden=64", "model.heads=4"]
+TINY += ["model.ffn=32", "model.sequence_length=32", "model.vocab_size=256", "optim.tile=null"]
 
 
 _DEDUP = ("rank", "group")
@@ -144,7 +144,7 @@ def main() -> None:
     device = torch.device("cpu" if arguments.tiny else "cuda")
     facts, results = surroundings(device) | versions(), dict[str, list[dict[str, Any]]]()
     for case in arguments.cases:
-        overrides = (*_EACH, *CASES[case], *(_TINY if arguments.tiny else ()), *arguments.set)
+        overrides = (*_EACH, *CASES[case], *(TINY if arguments.tiny else ()), *arguments.set)
         samples = composed(list(overrides)).data.micro_batch_size
         results[case] = []
         for row in chosen:

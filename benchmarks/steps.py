@@ -142,11 +142,16 @@ class RandomTokens:
 
 def composed(overrides: list[str]) -> TrainConfig:
     """A complete configuration of one process."""
+    return complete_simulated(incomplete(overrides))
+
+
+def incomplete(overrides: list[str]) -> TrainConfig:
+    """A configuration as ``tedlab plan`` begins with it."""
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
     typed = OmegaConf.to_object(config)
     assert isinstance(typed, TrainConfig)
-    return complete_simulated(typed)
+    return typed
 
 
 def train(config: TrainConfig, steps: int, text: bool, *callbacks: Callback) -> Measured:

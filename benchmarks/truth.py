@@ -72,6 +72,7 @@ _ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is sh
 _COMPOSED = ["output_dir=unused", "choices={}", "logger=none"]
 _KERNELS = 60  # listed of a step
 _PARTS = ("forward", "backward", "optimizer", "loop")  # of a step; recomputation is part of backward
+_PASSES = ("forward", "backward")  # in which the host waits for a GPU only where it reads what routers chose
 _GIB = 2**30
 
 
@@ -87,6 +88,7 @@ class Measured:
         peak: the most bytes that a GPU's allocator gave out in a step after the first ones.
         choices: how often routers chose each expert in each step, (steps, MoE layers, experts), over all data ranks;
             None where no shape depends on it.
+        host: seconds until the host had asked for each step's parts, which a GPU may do later.
     """
 
     steps: list[dict[str, float]] = field(default_factory=list)
@@ -95,6 +97,7 @@ class Measured:
     sent: float = 0.0
     peak: int = 0
     choices: np.ndarray | None = None
+    host: list[dict[str, float]] = field(default_factory=list)
 
     def figures(self) -> dict[str, Any]:
         """For a row."""
@@ -104,6 +107,7 @@ class Measured:
             "quickest_s": min(steps),
             "measured_steps_s": steps,
             "measured_s_by_part": {part: median(step[part] for step in self.steps) for part in _PARTS},
+            "measured_host_s_by_part": {part: median(step[part] for step in self.host) for part in _PASSES},
             "measured_collectives_s": median(sum(step.values()) for step in self.collectives),
             "measured_collectives_s_by_cause": {
                 cause: median(step[cause] for step in self.collectives) for cause in self.collectives[0]
@@ -153,13 +157,14 @@ class Clock(Callback):
 
     ``optimizer`` is all that is done with gradients, as in a simulation; ``loop`` is Lightning's, from one batch to the
     next. On a GPU by its clock, which knows when the device gets there; it is waited for only at the end of a step.
+    The host's clock is read at the same places.
     """
 
     reads_grad = False
 
     def __init__(self, ledger: CommunicationLedger) -> None:
         self.ledger = ledger
-        self.steps: list[list[tuple[str, Any]]] = [[]]
+        self.steps: list[list[tuple[str, Any, float]]] = [[]]  # part, mark of the device, seconds of the host
         self._totals: list[dict[str, float]] = []  # of collectives until each step's end
 
     def collectives(self) -> list[dict[str, float]]:
@@ -168,20 +173,29 @@ class Clock(Callback):
 
     def seconds(self) -> list[dict[str, float]]:
         """By part, of every step but the first."""
+        return self._by_part(lambda mark: mark[1])
+
+    def host_seconds(self) -> list[dict[str, float]]:
+        """By part, of every step but the first, on the host's clock."""
+        return self._by_part(lambda mark: mark[2])
+
+    def _by_part(self, moment: Callable[[tuple[str, Any, float]], Any]) -> list[dict[str, float]]:
         steps = []
         for before, marks in zip(self.steps, self.steps[1:-1], strict=False):
             steps.append(dict.fromkeys(_PARTS, 0.0))
-            for (part, begin), (_, end) in pairwise([before[-1], *marks]):
+            for mark, following in pairwise([before[-1], *marks]):
+                begin, end = moment(mark), moment(following)
                 taken = begin.elapsed_time(end) / 1e3 if isinstance(begin, torch.cuda.Event) else end - begin
-                steps[-1][part] += taken
+                steps[-1][mark[0]] += taken
         return steps
 
     def _begins(self, part: str) -> None:
-        mark: Any = time.perf_counter()
+        now = time.perf_counter()
+        mark: Any = now
         if torch.cuda.is_initialized():
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
-        self.steps[-1].append((part, mark))
+        self.steps[-1].append((part, mark, now))
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -260,6 +274,7 @@ def _round(config: TrainConfig, warm_up: int, steps: int, result: Measured, *cal
     with patch("tedlab.models.gpt.initialize", drawn_there) if gpu else nullcontext():
         trainer.fit(language_model(config), RandomBatches(config))
     result.steps += clock.seconds()[warm_up - 1 :]
+    result.host += clock.host_seconds()[warm_up - 1 :]
     totals: Totals = ledger.ledger.totals
     result.collectives += clock.collectives()[warm_up - 1 :]
     sent = sum(count.wire_bytes for entry, count in totals.items() if entry.phase in TRAINING_PHASES)

@@ -4,10 +4,13 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from benchmarks import truth
@@ -75,12 +78,49 @@ def test_a_step_is_measured_in_parts_that_add_up(tiny: dict[str, Any], predict: 
     row = predict(tiny, 1e-5)
     assert len(row["measured_steps_s"]) == STEPS  # the first, which is not timed, comes before them
     assert all(seconds > 0 for seconds in row["measured_s_by_part"].values())
+    assert row["measured_host_s_by_part"] == {part: row["measured_s_by_part"][part] for part in ("forward", "backward")}
     assert row["quickest_s"] <= row["measured_s"] <= max(row["measured_steps_s"])
     assert row["ratio"] == row["predicted_s"] / row["measured_s"]
     assert sum(row["predicted_s_by_part"].values()) == pytest.approx(row["predicted_s"])
     assert 0 < row["measured_collectives_s"] < row["measured_s"]
     assert row["measured_collectives_s_by_cause"].keys() == row["predicted_collectives_s_by_cause"].keys()
     assert row["equal_bytes"]
+
+
+def test_the_host_has_seconds_of_its_own_beside_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = accumulate(cycle([1.0, 2.0, 3.0, 4.0]))  # forward, backward, optimizer, loop
+
+    class Event:
+        """Of a GPU that takes 100 times as long as the host."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            self.seconds = 0.0
+
+        def record(self) -> None:
+            self.seconds = 100 * now[-1]
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.seconds - self.seconds)
+
+    now: list[float] = []
+
+    def perf_counter() -> float:
+        now.append(next(ended))
+        return now[-1]
+
+    monkeypatch.setattr(truth.time, "perf_counter", perf_counter)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock, trainer, none = truth.Clock(Mock(ledger=Mock(totals={}))), Mock(accumulate_grad_batches=2), Mock()
+    for batch in range(6):
+        clock.on_train_batch_start(trainer, none, none, batch)
+        clock.on_before_backward(trainer, none, none)
+        clock.on_after_backward(trainer, none)
+        clock.on_train_batch_end(trainer, none, none, none, batch)
+    host = {"forward": 4.0, "backward": 6.0, "optimizer": 8.0, "loop": 2.0}  # of two micro-batches
+    assert clock.host_seconds() == [host, host]
+    assert clock.seconds() == [{part: 100 * taken for part, taken in host.items()}] * 2
 
 
 @pytest.mark.slow
@@ -132,7 +172,9 @@ def test_what_failed_is_reported_with_its_error_and_the_others_go_on(
                 kind=job.kind,
                 name=name,
                 processes=2,
-                **truth.Measured([dict.fromkeys(truth._PARTS, 1.0)], [{}]).figures(),
+                **truth.Measured(
+                    [dict.fromkeys(truth._PARTS, 1.0)], [{}], host=[{"forward": 1, "backward": 1}]
+                ).figures(),
             )
 
     monkeypatch.setattr(truth, "launch", lambda run, job, processes: one_after_another(job))
