@@ -116,7 +116,7 @@ def test_one_step_equals_one_process(
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=[pytest.mark.slow if layout in ALL_JOBS else pytest.mark.exhaustive])
+        pytest.param(layout, marks=[pytest.mark.slow if layout == LAYOUTS[6] else pytest.mark.exhaustive])
         if layout not in (LAYOUTS[3], LAYOUTS[5])
         else layout
         for layout in LAYOUTS

@@ -1000,6 +1000,11 @@ class BoringDataModuleOfAnyArguments(LightningDataModule):
         super().__init__()
 
 
+def test_micro_batches_run_beside_each_other_where_experts_are_not_compiled(corpus: Path) -> None:
+    rows = ["moe.dispatch=dropless", "parallel=ep2", "data.batch_size=4", "data.micro_batch_size=1"]
+    check(complete(small(corpus, "comm.interleave=true", "model.compile=aot_eager", *rows)))
+
+
 def test_data_that_keeps_no_position_is_told(corpus: Path) -> None:
     config = small(corpus, PLAIN_DATA, "model.vocab_size=250")
     assert complete(config).model.vocab_size == 250

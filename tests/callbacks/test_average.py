@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.utils.data import DataLoader
 
+from tedlab._compat.lightning import averaged_model
 from tedlab.callbacks import AverageWeights
 from tedlab.checkpoint import read_meta
-from tedlab.config import AverageConfig
+from tedlab.config import AverageConfig, AverageKind
 from tests.pool import WorkerPool
-from tests.training import Job, Layout, full, language_model, loader, trainer
+from tests.training import Job, Layout, full, language_model, loader, silent_trainer, trainer
 
 LAYOUT, STEPS, START, EVERY, DECAY = Layout(2, expert=2), 12, 2, 2, 0.7
 
@@ -138,3 +141,51 @@ def test_a_run_that_does_not_average_goes_on_with_the_weights_that_were_trained(
 def test_a_checkpoint_before_the_first_average_holds_the_model_as_it_is(runs: dict[str, Any]) -> None:
     assert "current_model_state" not in read_meta(runs["folder"] / "ema_64-true_early")
     assert read_meta(runs["folder"] / "ema_64-true")["average"]["kind"] == "ema"
+
+
+class Tied(LightningModule):
+    """Two names for one matrix, and buffers of both kinds that change with each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.second.weight = self.first.weight
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("number", torch.zeros((), dtype=torch.int64))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.mean += batch.mean()
+        self.number += 1
+        return self.second(self.first(batch.to(self.mean.dtype))).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class AsTorch(Callback):
+    """The same average by torch's own class."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        average = get_ema_avg_fn(DECAY)
+        self.model = AveragedModel(pl_module, avg_fn=lambda a, w, n: average(a, w, n) if a.is_floating_point() else w)
+        self.model.use_buffers = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.model.update_parameters(pl_module)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_buffers_are_averaged_and_tied_weights_stay_tied_in_every_fit(precision: str) -> None:
+    module, data = Tied(), [torch.full((2, 4), float(n)) for n in range(1, 5)]
+    for fit in range(2):  # by the second, the module has the precision of the first
+        averaging, expected = AverageWeights(AverageConfig(AverageKind.EMA, DECAY, 1, 0)), AsTorch()
+        options = {"precision": precision, "callbacks": [averaging, expected], "max_epochs": None, "max_steps": 4}
+        silent_trainer("auto", 1, **options).fit(module, DataLoader(data, batch_size=None))  # type: ignore[arg-type]
+        model = averaged_model(averaging)
+        assert model is not None
+        assert model.module.second.weight is model.module.first.weight
+        averages, theirs = model.module.state_dict(), expected.model.module.state_dict()
+        if precision == "64-true":  # torch averages halves in halves
+            torch.testing.assert_close(averages, theirs, rtol=1e-14, atol=1e-14)
+        assert averages["first.weight"].dtype == (torch.float64 if precision == "64-true" else torch.float32)
+        assert averages["number"] == 4 * (fit + 1)

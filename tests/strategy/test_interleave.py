@@ -42,7 +42,7 @@ CASES: dict[str, Overrides] = {  # model.recompute.granularity is block unless s
     "lent": {**MODES["lent"], "model.recompute.granularity": "none", "moe.every": 1},
     "pair": {**MODES["pos2_sequence"], "comm.cac": ["dispatch.all_to_all"]},
     "compiled_rows": {**MODES["dropless_plain"], **NOISY, **COMPILED, "micro_batches": 3},
-    "compiled_recomputed": {**MODES["gathered_sequence"], **CAC, "model.compile": "aot_eager", "overlap": True},
+    "compiled_shared": {**MODES["shared_weighted"], **NOISY, **COMPILED, "comm.overlap_shared": True},
     "validated": {"dropout": 0.3, "validated": True},  # after each micro-batch
 }
 

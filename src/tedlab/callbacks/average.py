@@ -56,11 +56,14 @@ class AverageWeights(WeightAveraging):
         if model is None:
             return
         model.update_parameters = partial(self._count, model)  # type: ignore[method-assign]
-        for layer in model.module.modules():
+        wider: dict[int, Tensor] = {}  # by the identity of what it replaces: tied weights stay tied
+        for layer in [*model.module.modules()]:
             for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
                 if tensor.is_floating_point() and tensor.dtype != wide:
-                    wider = like(tensor, local(tensor).to(wide))
-                    setattr(layer, name, nn.Parameter(wider) if isinstance(tensor, nn.Parameter) else wider)
+                    if id(tensor) not in wider:
+                        values = like(tensor, local(tensor).to(wide))
+                        wider[id(tensor)] = nn.Parameter(values) if isinstance(tensor, nn.Parameter) else values
+                    setattr(layer, name, wider[id(tensor)])
 
     @torch.no_grad()
     def _count(self, model: AveragedModel, module: nn.Module) -> None:
