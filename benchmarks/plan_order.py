@@ -119,6 +119,8 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cpu" if arguments.tiny else "cuda"
     processes = arguments.processes or (2 if arguments.tiny else torch.cuda.device_count())
+    if not processes:
+        parser.error("there is no GPU; --tiny runs on a CPU")
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.cluster or str(Path(folder, "mine.yaml"))
         if arguments.cluster is None:

@@ -59,6 +59,14 @@ def test_a_first_choice_that_is_not_the_fastest_shows() -> None:
     assert plan_order.verdict(rows[2:]) == "Nothing could be measured."
 
 
+def test_a_machine_without_gpus_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["plan_order"])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SystemExit):
+        plan_order.main()
+    assert "there is no GPU; --tiny runs on a CPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_plan_is_made_and_its_choices_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, cluster = tmp_path / "found.json", str(CONF / "cluster" / "this_machine.yaml")
