@@ -166,6 +166,7 @@ class KernelTable:
 
     def seconds_per_flop(self, size: float) -> float:
         """Returns the seconds of a FLOP at this size; smaller ones than any that were measured reach as much."""
+        size = max(size, self.rates[0].size)
         return seconds_through(self.rates, 0.0, size) / size
 
 
@@ -181,12 +182,20 @@ class Kernels:
     arithmetic_latency: float | None = None  # fixed seconds per norm, softmax or GELU; None: memory_latency
     arithmetic_bandwidth: float | None = None  # bytes/s of norms, softmax and GELU; None: that of the memory
     fresh_bandwidth: float | None = None  # bytes/s of writing 32 MiB or more of new CPU memory; None: that of any other
-    tables: list[KernelTable] = field(default_factory=list)  # replace the figures above for their kernels
+    tables: list[KernelTable] = field(default_factory=list)  # replace rates above for their kernels, not latencies
 
     def table(self, kernel: str, width: int | None, dtype: str) -> KernelTable | None:
-        """Returns the table of a kernel, that of the nearest width if it has several; None: there is none."""
-        there = [table for table in self.tables if table.kernel == kernel and table.dtype in (None, dtype)]
-        return min(there, key=lambda table: abs(math.log((table.width or 1) / (width or 1))), default=None)
+        """Returns the table of a kernel, or None if there is none.
+
+        Of several it is that of the nearest width, and of two such that of this dtype before that of any.
+        """
+
+        def fit(table: KernelTable) -> tuple[float, bool]:
+            return abs(math.log((table.width or 1) / (width or 1))), table.dtype is None
+
+        return min(
+            (it for it in self.tables if it.kernel == kernel and it.dtype in (None, dtype)), key=fit, default=None
+        )
 
 
 @dataclass

@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from typing import Literal
 
 import pytest
 import torch
@@ -46,7 +47,24 @@ def on(*tables: KernelTable, **kernels: float) -> ClusterConfig:
 )
 def test_a_kernel_that_computes_lies_between_the_sizes_that_were_measured(keys: int, rate: float) -> None:
     work = Work(3e12, 8.0, torch.bfloat16, "attention", kernel=Kernel("attention", keys, 64))
-    assert seconds(work, on(ATTENTION, attention_latency=1.0)) == pytest.approx(3e12 / rate)  # which has the latency
+    assert seconds(work, on(ATTENTION, attention_latency=1.0)) == pytest.approx(3e12 / rate)  # more than the latency
+
+
+@pytest.mark.parametrize("kind", ["attention", "gemm"])
+def test_a_small_call_takes_the_latency_of_its_kind(kind: Literal["attention", "gemm"]) -> None:
+    """1 MFLOP at 1 TFLOP/s would take 1 µs."""
+    name, others = ("attention", "gemm") if kind == "attention" else ("grouped", "attention")
+    work = Work(1e6, 8.0, torch.bfloat16, kind, kernel=Kernel(name, 16, 64))
+    cluster = on(replace(ATTENTION, kernel=name), **{f"{kind}_latency": 1e-5, f"{others}_latency": 1e-3})
+    assert seconds(work, cluster) == pytest.approx(1e-5)
+
+
+def test_products_of_experts_without_rows_take_as_long_as_their_weights_are_read() -> None:
+    """4.8 GB at 4.8 TB/s × efficiency, and not 4.8e9 units of a table of FLOP/s."""
+    cluster = on(KernelTable("grouped", [KernelRate(128, 1e14)], 1024), gemm_latency=1e-5)
+    work = Work(0.0, 4.8e9, torch.bfloat16, "gemm", kernel=Kernel("grouped", 0, 1024))
+    assert seconds(work, cluster) == pytest.approx(1e-3 / cluster.efficiency.memory)
+    assert seconds(work._replace(bytes=0.0), cluster) == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(
@@ -81,6 +99,15 @@ def test_the_nearest_width_counts_and_no_other_dtype() -> None:
     assert kernels.table("attention", 64, "fp32") is None
     assert kernels.table("norm", None, "fp32") is NORM
     assert kernels.table("adam", None, "fp32") is None
+
+
+def test_the_table_of_a_dtype_comes_before_that_of_any_but_not_before_a_nearer_one() -> None:
+    of_any, exact, nearer = replace(ATTENTION, dtype=None), ATTENTION, replace(ATTENTION, width=128, dtype=None)
+    for tables in ([of_any, exact, nearer], [nearer, exact, of_any]):
+        kernels = Kernels(tables=tables)
+        assert kernels.table("attention", 64, "bf16") is exact
+        assert kernels.table("attention", 64, "fp32") is of_any
+        assert kernels.table("attention", 128, "bf16") is nearer
 
 
 class Works(TorchDispatchMode):

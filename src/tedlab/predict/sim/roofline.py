@@ -2,7 +2,8 @@
 
 A cluster's ``kernels`` say how far a machine is from that: every kind of kernel has a latency, and those that compute
 have a bandwidth. With latency L and peak R, a product of F FLOPs runs at R·F / (F + L·R): half the peak at F = L·R.
-Where the cluster has a table of a kernel by size (``kernels.tables``), that replaces both.
+Where the cluster has a table of a kernel by size (``kernels.tables``), that replaces the peak, and a call takes L at
+least.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -111,15 +112,18 @@ def seconds(work: Work, cluster: ClusterConfig) -> float:
     peak: float = getattr(cluster.peak_flops, dtype)
     table = None if work.kernel is None else kernels.table(work.kernel.name, work.kernel.width, dtype)
     mapping = work.fresh / kernels.fresh_bandwidth if kernels.fresh_bandwidth else 0.0
-    if table is not None and not work.flops:
+    size = None if work.kernel is None else work.kernel.size
+    if table is not None and size is None:
         return cluster.slower.kernels * (mapping + seconds_through(table.rates, kernels.memory_latency, work.bytes))
     computing = 0.0
-    if table is not None and work.kernel is not None and work.kernel.size is not None:
-        computing = work.flops * table.seconds_per_flop(work.kernel.size)
-    elif work.kind == "gemm":
-        computing = kernels.gemm_latency + work.flops / (peak * efficiency.gemm)
-    elif work.kind == "attention":
-        computing = kernels.attention_latency + work.flops / (peak * (efficiency.attention or efficiency.gemm))
+    if work.kind in ("gemm", "attention"):
+        least, share = kernels.gemm_latency, efficiency.gemm
+        if work.kind == "attention":
+            least, share = kernels.attention_latency, efficiency.attention or efficiency.gemm
+        if table is not None and size is not None:
+            computing = max(least, work.flops * table.seconds_per_flop(size))
+        else:
+            computing = least + work.flops / (peak * share)
     latency, bandwidth = kernels.memory_latency, cluster.memory_bandwidth * efficiency.memory
     if work.kind == "arithmetic":
         latency = latency if kernels.arithmetic_latency is None else kernels.arithmetic_latency
