@@ -13,8 +13,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PASSES = {"forward": "#0072b2", "backward": "#56b4e9"}
 WAYS = {  # of rows with experts on n GPUs
     "tedlab, one GPU": ("one GPU", "#999999"),
-    "tedlab, expert {n}": ("rows", "#0072b2"),
-    "tedlab, expert {n}, comm.dedup=rank": ("once for each process (rank)", "#009e73"),
+    "tedlab, expert {n}": ("rows (C: slots)", "#0072b2"),
+    "tedlab, expert {n}, comm.dedup=rank": ("per process (rank)", "#009e73"),
     "tedlab, expert {n}, comm.dedup=group": ("gathered (group)", "#e69f00"),
 }
 MODELS = {
@@ -49,8 +49,8 @@ def draw_four(file: Path = FOUR) -> None:
     """Draws four GPUs: beside other frameworks, other models beside one GPU, skewed routing, and beside tensor 2."""
     calls = json.loads((RESULTS / "expert_parallel_four_h200.json").read_text())
     rows = [row for call in calls for row in call["rows"] if "profile" not in row]
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    axes = figure.subplot_mosaic([["peers", "models"], ["skewed", "tensor"]], height_ratios=[2, 1])
+    figure = Figure(figsize=(12, 5.6), layout="constrained")
+    axes = figure.subplot_mosaic([["peers", "models"], ["skewed", "tensor"]], height_ratios=[2, 1], width_ratios=[2, 3])
     expert, tensor = ", expert 4", ", tensor 2 x expert 2"
     of_one = [row for row in rows if expert in row["name"] and ", 2 " not in row["name"]]  # of one micro-batch
     a, skewed = ([row for row in of_one if row["case"] == case] for case in "AZ")
@@ -71,7 +71,7 @@ def programs(axes: Axes, rows: Sequence[dict[str, Any]], layout: str, title: str
             label = part if len(axes.patches) < len(PASSES) else None  # once
             axes.barh(name, 1e3 * phases[part], left=start, color=colour, label=label)
             start += 1e3 * phases[part]
-        axes.annotate(f"{start:.0f}", (start, name), (4, 0), textcoords="offset points", va="center")
+        axes.annotate(f"{start:.1f}", (start, name), (4, 0), textcoords="offset points", va="center")
     axes.tick_params("y", labelsize=9)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     axes.set_xlabel("ms")
@@ -83,11 +83,13 @@ def programs(axes: Axes, rows: Sequence[dict[str, Any]], layout: str, title: str
 def models(axes: Axes, rows: Sequence[dict[str, Any]], n: int) -> None:
     """Draws the time of both passes in each way on n GPUs, model by model."""
     cases = sorted({row["case"] for row in rows})
-    for number, (way, (label, colour)) in enumerate(WAYS.items()):
-        taken = {row["case"]: 1e3 * row["passes_s"] for row in rows if row["name"] == way.format(n=n)}
-        places = [cases.index(case) + 0.2 * (number - 1.5) for case in taken]
-        bars = axes.bar(places, list(taken.values()), 0.19, color=colour, label=label)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7.5, padding=1)
+    taken = {(row["case"], row["name"]): 1e3 * row["passes_s"] for row in rows}
+    present = {case: [way for way in WAYS if (case, way.format(n=n)) in taken] for case in cases}  # side by side
+    for way, (label, colour) in WAYS.items():
+        of = {case: ways.index(way) - (len(ways) - 1) / 2 for case, ways in present.items() if way in ways}
+        places = [cases.index(case) + 0.22 * place for case, place in of.items()]
+        bars = axes.bar(places, [taken[case, way.format(n=n)] for case in of], 0.21, color=colour, label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=6.5, padding=1)
     axes.set_xticks(range(len(cases)), [MODELS[case] for case in cases], fontsize=8.5)
     axes.set_title("Others, as many tokens on each GPU", loc="left", fontsize=10, fontweight="bold")
     axes.set_ylabel("ms")

@@ -156,17 +156,31 @@ def test_docs_have_what_four_gpus_took() -> None:
 def test_docs_have_whole_steps_memory_overlap_and_tensor_ranks_on_four_gpus() -> None:
     rows, said = on_four(), words("benchmarks/README.md")
     whole = "tedlab, expert 4", "tedlab, expert 4, comm.dedup=group"
+    peers = {"A": "Megatron-Core, expert 4", "B": "plain loop, expert 4", "C": "DeepSpeed, expert 4"}
     steps = {
-        case: "{:.1f}, {:.1f} and {:.1f}".format(*(1e3 * rows[case, name]["step_s"] for name in (*whole, peer)))
-        for case, peer in {"A": "Megatron-Core, expert 4", "B": "plain loop, expert 4"}.items()
+        case: [1e3 * rows[case, name]["step_s"] for name in (*whole, peer) if (case, name) in rows]
+        for case, peer in peers.items()
     }
-    assert f"take {steps['A']} ms on A, and {steps['B']} on B" in said
+    a, b = ("{:.1f}, {:.1f} and {:.1f}".format(*steps[case]) for case in "AB")
+    assert f"take {a} ms on A, and {b} on B" in said
+    assert "on C they take {:.1f} (slots) and {:.1f} ms".format(*steps["C"]) in said
+    a, b, c = (taken[-1] / taken[0] for taken in steps.values())
+    assert f"tedlab is {a:.2f} times as fast on A, {b:.2f} on B and {c:.2f} on C" in said
+    short = f"{a:.2f} on A, {b:.2f} on B and {c:.2f} on C " + "({:.1f} and {:.1f} ms)".format(*steps["C"])
+    assert f"Of whole steps these ratios are {short}" in words("docs/speed.md")
+    ours, theirs = (
+        [1e3 * rows[case, name]["phases_s"]["optimizer"] for case, name in names]
+        for names in ([(case, whole[0]) for case in peers], peers.items())
+    )
+    of_ours, of_theirs = ("{:.1f}, {:.1f} and {:.1f}".format(*each) for each in (ours, theirs))
+    assert f"optimizer takes {of_ours} ms of these, and that of the peers {of_theirs}," in said
+    assert f"DeepSpeed's rows end with one of {rows['C', peers['C']]['loss']:.0f}," in said
     (a, more), (b, much) = ([rows[case, name]["peak_gib"] for name in whole] for case in "AB")
     assert f"{more:.1f} GiB at the most instead of {a:.1f} on A, {much:.1f} instead of {b:.1f} on B" in said
     turn, beside = (rows["A", f"tedlab, expert 4, 2 {how}"] for how in ("micro-batches", "beside each other"))
     less = 1 - beside["passes_s"] / turn["passes_s"]
     two = f"take A {ms(turn)} ms in turn and {ms(beside)} beside each other, {less:.1%} less".replace("%", " %")
-    assert f"{two}; but compiled, two take twice {ms(rows['A', whole[0]])}" in said
+    assert f"{two}; compiled, two in turn would take twice {ms(rows['A', whole[0]])}" in said
     half = "tedlab, tensor 2 x expert 2"
     plain, gathered, dtd = (ms(rows["A", f"{half}{way}"]) for way in ("", ", comm.dedup=group", ", comm=dtd"))
     assert f"A takes {plain} ms, {gathered} with `group`, and {dtd} with `comm=dtd`" in said

@@ -1,5 +1,6 @@
 """MoE layers of other frameworks that ``benchmarks.expert_parallel`` times compute what the plain loop computes."""
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from benchmarks import expert_parallel
 from benchmarks.peer_layers import PACKAGES, PEERS, missing
-from tedlab.config import MoEConfig
+from benchmarks.plain_experts import Decoder, feed_forward
+from tedlab.config import ModelConfig, MoEConfig
 
 MOE = MoEConfig(num_experts=8, top_k=2, every=1, dispatch="dropless")
 
@@ -67,3 +69,14 @@ def test_rows_of_peers_that_are_not_installed_are_named_and_left_out(
     monkeypatch.setitem(PACKAGES, "Megatron-Core", "no-such-package")
     expert_parallel.main()
     assert "A, Megatron-Core, expert 2: no-such-package is not installed" in capsys.readouterr().out
+
+
+def test_an_output_that_is_torch_s_embedding_makes_the_loss_large() -> None:
+    """As in DeepSpeed's rows, whose loss is 1416."""
+    torch.manual_seed(0)
+    model = ModelConfig(hidden=256, heads=4, layers=2, vocab_size=64, sequence_length=32, tie_embeddings=True)
+    decoder = Decoder(model, MOE, 1, False, lambda hidden, _inner, _moe, _processes: feed_forward(hidden, 4 * hidden))
+    ids = torch.randint(64, (4, 33))
+    assert float(decoder(ids)) == pytest.approx(256 / math.sqrt(2), rel=0.1)
+    nn.init.normal_(decoder.embedding.weight, std=0.02)
+    assert float(decoder(ids)) == pytest.approx(math.log(64), rel=0.1)

@@ -56,13 +56,16 @@ def test_the_readmes_have_what_gpus_gave() -> None:
     difference = {int(step): killed["loss"][step] - one["loss"][step] for step in one["loss"]}
     late = [abs(value) for step, value in difference.items() if step >= 35]
     most, mean = max(late), sum(late) / len(late)
-    early = f"{abs(difference[15]):.2f} at step 15, {difference[30]:.2f} at step 30"
-    assert f"{early}, at most {most:.2f} from step 35 on, of which the mean is {mean:.3f}" in text
+    early = f"the loss of four is {-difference[15]:.2f} lower at step 15 and {difference[30]:.2f} higher at step 30"
+    assert f"{early}, and differs by at most {most:.2f} from step 35 on, by {mean:.3f} in the mean" in text
     assert max(map(abs, difference.values())) == abs(difference[15])
     assert all(value > 0 for step, value in difference.items() if step >= 20)
     assert f"always the higher one, by {difference[100]:.2f} at the end" in text
     norms, dead = ([max(run[name].values()) for run in (killed, one)] for name in ("gradient_norm", "dead_experts"))
     assert f"gradient norm is up to {max(norms):.0f} before clipping, and up to {100 * max(dead):.0f} % of" in text
+    schedule = [given for given in found["overrides"] if given.startswith(("optim.warmup", "optim.schedule"))]
+    assert sorted(schedule) == ["optim.schedule=constant", "optim.warmup_steps=20"]
+    assert "The learning rate rises for 20 steps and then stays" in text
     assert f"over {found['seconds']['from_kill_to_end']:.1f} s after its process was killed" in text
     summary = (folder.parent / "README.md").read_text()
     assert f"are within {most:.2f} nats from step 35 on, and two go on within 0.04" in summary
