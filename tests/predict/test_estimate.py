@@ -305,6 +305,14 @@ def test_results_are_weighted_by_kernels_of_one_pass_on_a_gpu(simulations: dict[
     layers = len(config.moe.routed(config.model.layers)) * config.trainer["accumulate_grad_batches"]
     weighting = Work(0.0, moved, torch.float32, "arithmetic", kernel=Kernel("combine_backward"))
     assert kernels["backward", weighting] == layers
+    form = ClosedForm(config)
+    counted = [
+        work.bytes
+        for n, unit in enumerate(form.spec.units)
+        for work in unit.backward(form.at(n))
+        if work.kernel == weighting.kernel
+    ]
+    assert counted == [rows * 3 * config.model.hidden * 2] * len(config.moe.routed(config.model.layers))
 
 
 def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:

@@ -15,6 +15,7 @@ from tedlab._compat.torch import TorchDispatchMode
 from tedlab.config import TrainConfig
 from tedlab.moe.grouped import one_by_one
 from tedlab.predict.calibrate.kernels import Call, Cases, KernelSizes, _sum_and_norm
+from tedlab.predict.calibrate.measure import SIZES, Bench
 from tedlab.predict.cluster import KERNELS, ClusterConfig, KernelRate, Kernels, KernelTable, load_cluster
 from tedlab.predict.estimate.memory import Memory
 from tedlab.predict.estimate.step import _optimizer
@@ -248,3 +249,18 @@ def test_a_sum_and_its_norm_are_what_they_are_called() -> None:
     total, normed = _sum_and_norm(x, y, weight)
     assert torch.equal(total, x + y)
     assert torch.equal(normed, F.rms_norm(x + y, (8,), weight, 1e-5))
+
+
+def test_a_bench_lists_keys_and_rows_as_sizes_and_of_kernels_that_move_bytes_these(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(Bench, "_time", lambda bench, what, function: (function(), 0.5)[1])
+    bench = Bench(torch.device("cpu"), 1, replace(SIZES["cpu"], pool=0, kernels=SMALL), lambda what: None)
+    made = {(table.name, table.width): table for table in map(bench._table, bench.cases)}
+    attention, norm, narrowing = made["attention", 64], made["norm", None], made["narrowing", None]
+    assert attention.sizes == (16, 32)
+    assert attention.amounts == [4 * 32 * 128 * keys / 2 for keys in (16, 32)]  # FLOPs
+    assert norm.sizes == norm.amounts == [2 * 4 * elements for elements in (4096, 8192)]
+    assert narrowing.sizes == narrowing.amounts == [(4 + 2) * elements for elements in (4096, 8192)]
+    assert norm.seconds == [0.5, 0.5]
