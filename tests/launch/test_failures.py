@@ -118,7 +118,7 @@ def test_workers_end_with_their_launcher(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(multiprocessing, "parent_process", Parent)
     monkeypatch.setattr(os, "kill", kill)
-    for worker in (os.getpid(), peer):
-        (tmp_path / f"{worker}.worker").touch()
+    for rank, worker in enumerate((os.getpid(), peer)):
+        (tmp_path / f"{worker}_{rank}.worker").touch()
     _end_with(launcher, tmp_path)
     assert killed == [peer, os.getpid(), os.getpid()], "its peers first, which may be stopped"

@@ -2,9 +2,11 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
-from tedlab.launch.launcher import launch
+from tedlab.launch.launcher import _gone, _kill_workers, launch
 
 SOON = 30  # seconds in which everything has to be over
 
@@ -117,6 +119,45 @@ def be_stopped_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def fail_while_a_thread_holds_the_exit(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        raise ValueError("a message of rank one")
+    time.sleep(60)
+    return {}
+
+
+def leave_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        os._exit(0)
+    time.sleep(60)
+    return {}
+
+
+def leave_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        time.sleep(1)
+        os._exit(0)
+    return {}
+
+
+def be_killed_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
+    if _note(config) == 1:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def lose_the_temporary_files(config: TrainConfig) -> dict[str, Any]:
+    rank = _note(config)
+    if rank == 0:
+        wait_for(Path(config.output_dir, "1.pid").exists, SOON)
+        shutil.rmtree(os.environ["TEDLAB_FAILURES"])
+    else:
+        time.sleep(2)
+    return {"rank": rank}
+
+
 # ---- claims ---------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +228,48 @@ def test_processes_that_do_not_hear_are_ended_soon_after_one_was_killed(
     with pytest.raises(WorkerFailed, match=r"process 1 of 2 failed(.|\n)*SIGKILL"):
         launch(be_killed_while_others_hear_nothing, config, 2)
     assert time.monotonic() - began < 20  # torch's launcher insists after 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "cause"),
+    [
+        (fail_while_a_thread_holds_the_exit, "ValueError: a message of rank one"),
+        (leave_while_others_sleep, "It was gone before its work was complete, and left no traceback."),
+        (leave_when_the_first_is_done, "It was gone before its work was complete, and left no traceback."),
+        (be_killed_when_the_first_is_done, "It was ended by SIGKILL"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_cause_is_told_not_what_the_launcher_did_about_it(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, run: Callable[[TrainConfig], dict[str, Any]], cause: str
+) -> None:
+    monkeypatch.setattr("tedlab.launch.launcher._GRACE_S", 1)
+    began = time.monotonic()
+    with pytest.raises(WorkerFailed) as caught:
+        launch(run, config, 2)
+    message = str(caught.value)
+    assert message.startswith("process 1 of 2 failed; all were ended.\n\n"), message
+    assert cause in message
+    assert ("SIGKILL" in message) == ("SIGKILL" in cause), message
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+def test_a_run_whose_temporary_files_were_cleaned_completes(config: TrainConfig) -> None:
+    assert launch(lose_the_temporary_files, config, 2) == {"rank": 0}
+
+
+def test_a_worker_whose_process_id_another_user_has_now_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(process: int, number: int) -> None:
+        raise PermissionError
+
+    (tmp_path / "4711_3.worker").touch()
+    monkeypatch.setattr(os, "kill", refuse)
+    assert _gone(tmp_path) == 3
+    assert _kill_workers(tmp_path) == set()
 
 
 # ---- a real run, interrupted ----------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ _LEAVE_S = 20  # from the end of the first process's work to that of the others
 _LOOK_S = 2  # between looks at whether the launching process exists
 LOG = "failure.log"  # the traceback of a failure that is shown as a sentence
 _DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
-_WORKER = ".worker"  # a file in that folder for each that is at work
+_WORKER = ".worker"  # a file in that folder, PID_RANK.worker, for each that is at work
+_COMPLETE = ".complete"  # what it is renamed to when the work is complete
 _HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -111,13 +112,12 @@ def launch(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     handlers = {number: signal.getsignal(number) for number in _HANDLED}
     with scratch("failures") as folder:
-        over = threading.Event()
-        guard = threading.Thread(target=_end_after_failure, args=(folder, over), daemon=True)
-        guard.start()
+        guard = _Guard(folder)
         try:
-            return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
+            with guard:
+                return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
         except ChildFailedError as error:
-            rank, cause, trace = _first_failure(error, folder)
+            rank, cause, trace = _first_failure(error, guard, folder)
             if trace is not None:
                 kept = _kept(trace, log_in or Path(config.output_dir))
                 raise WorkerFailed(f"{cause} (process {rank} of {processes}; {kept})") from None
@@ -126,8 +126,6 @@ def launch(
             print(f"\n{error.sigval.name}: all processes were ended.{_where_to_resume(config)}", file=sys.stderr)
             raise SystemExit(128 + error.sigval) from None
         finally:
-            over.set()
-            guard.join()
             for number, handler in handlers.items():  # the elastic launcher leaves its own behind
                 signal.signal(number, handler)
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # and this
@@ -135,7 +133,9 @@ def launch(
 
 def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # of which a run tells why it ended
-    Path(folder, f"{os.getpid()}{_WORKER}").touch()
+    rank = os.environ["RANK"]
+    at_work = Path(folder, f"{os.getpid()}_{rank}{_WORKER}")
+    at_work.touch()
     failures.keep_in(Path(folder))
     threading.Thread(target=_end_with, args=(launcher, Path(folder)), daemon=True).start()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
@@ -147,26 +147,27 @@ def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lo
     except BaseException as error:
         failures.record_error(error)
         raise
-    Path(folder, f"{os.getpid()}{_WORKER}").unlink()  # it only waits for the launcher to take its result
-    if os.environ["RANK"] == "0":
-        Path(folder, _DONE).touch()
+    with contextlib.suppress(OSError):  # no reason to fail now: temporary files may have been cleaned meanwhile
+        if rank == "0":
+            Path(folder, _DONE).touch()
+        at_work.rename(at_work.with_suffix(_COMPLETE))  # it only waits for the launcher to take its result
     return result
 
 
-def _first_failure(error: "ChildFailedError", folder: Path) -> tuple[int, str, str | None]:
+def _first_failure(error: "ChildFailedError", guard: "_Guard", folder: Path) -> tuple[int, str, str | None]:
     """The process that failed of itself, why, and the traceback if that is not why.
 
-    The others lost their peer or were ended by the launcher.
+    The others lost their peer or were ended by the launcher, be it with SIGTERM by torch's or by the guard of ours.
     """
-    for rank, failure in error.failures.items():
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
-            if (folder / _DONE).exists():
-                return rank, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete.", None
-            return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback.", None
+    rank, failure = error.get_first_failure()
+    ended = failure.pid in guard.ended
+    if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM and not ended:
+        return rank, f"It was ended by {failure.signal_name()} (out of memory?) and left no traceback.", None
     causes = failures.recorded(folder)
     if causes:
         return failures.rank_of(causes[0]), causes[0].read_text(), failures.trace_of(causes[0])
-    rank, failure = error.get_first_failure()
+    if ended and guard.blamed is not None:
+        return *guard.blamed, None
     return rank, f"It ended with exit code {failure.exitcode} and left no traceback.", None
 
 
@@ -185,24 +186,50 @@ def _where_to_resume(config: Job) -> str:
     return f" To go on from the last checkpoint: ckpt_path={last}" if last.exists() else ""
 
 
-def _end_after_failure(folder: Path, over: threading.Event) -> None:
-    """Ends all workers some seconds after one has failed, or the first is done. A thread of the launcher.
+class _Guard(threading.Thread):
+    """Ends all workers some seconds after one has failed or is gone, or the first is done. A thread of the launcher.
 
     torch's launcher asks the peers of a failed process to end, which one that hangs, is stopped or waits for NCCL
-    cannot hear, and insists only after 30 seconds.
+    cannot hear, and insists only after 30 seconds. It does not see one that leaves with exit code 0 before its work is
+    complete.
+
+    Attributes:
+        ended: the process ids of the workers that it has ended.
+        blamed: the rank of the one because of which it did so, and what to tell if no cause is recorded.
     """
-    missed = float("inf")  # when one was first seen to be gone, be it killed and without a record
-    while not over.wait(1):
-        done = folder / _DONE
-        if _died(folder):
-            missed = min(missed, time.monotonic())
-        if (
-            time.monotonic() - missed > _GRACE_S
-            or any(_age_s(failure) > _GRACE_S for failure in failures.recorded(folder))
-            or (done.exists() and _age_s(done) > _LEAVE_S)
-        ):
-            _kill_workers(folder)
-            return
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.ended: set[int] = set()
+        self.blamed: tuple[int, str] | None = None
+        self._folder = folder
+        self._over = threading.Event()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def run(self) -> None:
+        """Looks every second until it has ended the workers or the launch is over."""
+        gone, missed = None, float("inf")  # the first that is gone, be it without a record, and since when
+        while not self._over.wait(1):
+            if gone is None and (gone := _gone(self._folder)) is not None:
+                missed = time.monotonic()
+            late = _late(self._folder)
+            if (
+                late is not None
+                or time.monotonic() - missed > _GRACE_S
+                or any(_age_s(failure) > _GRACE_S for failure in failures.recorded(self._folder))
+            ):
+                if gone is not None:
+                    self.blamed = gone, "It was gone before its work was complete, and left no traceback."
+                elif late is not None:
+                    self.blamed = late, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
+                self.ended = _kill_workers(self._folder)
+                return
 
 
 def _age_s(file: Path) -> float:
@@ -213,27 +240,52 @@ def _end_with(launcher: int, folder: Path) -> None:
     """Ends this process and its peers, who may be stopped, when the launching one is gone: killed, it cannot do so."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    with contextlib.suppress(ProcessLookupError):
-        while parent.is_alive():  # a pipe tells at once, unless a process that the launcher has forked holds its end
-            os.kill(launcher, 0)
-            parent.join(_LOOK_S)
+    # A pipe tells at once, unless a process that the launcher has forked holds its end.
+    while parent.is_alive() and _exists(launcher):
+        parent.join(_LOOK_S)
     _kill_workers(folder)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _died(folder: Path) -> bool:
-    """Whether a worker is gone whose work is not complete."""
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, PermissionError):  # the latter if another user's process has the id by now
+        return False
+    return True
+
+
+def _id_and_rank(worker: Path) -> tuple[int, int]:
+    process, rank = worker.stem.split("_")
+    return int(process), int(rank)
+
+
+def _gone(folder: Path) -> int | None:
+    """The rank of a worker that is gone and whose work is not complete."""
     for file in folder.glob(f"*{_WORKER}"):
-        try:
-            os.kill(int(file.stem), 0)
-        except ProcessLookupError:
-            if file.exists():  # else it has just completed its work
-                return True
-    return False
+        process, rank = _id_and_rank(file)
+        if not _exists(process) and file.exists():  # else it has just completed its work
+            return rank
+    return None
 
 
-def _kill_workers(folder: Path) -> None:
-    workers = [int(file.stem) for file in folder.glob(f"*{_WORKER}")]
-    for worker in sorted(workers, key=lambda pid: pid == os.getpid()):  # itself last
-        with contextlib.suppress(ProcessLookupError):
+def _late(folder: Path) -> int | None:
+    """The rank of a worker that is still at work when it should have ended after the first."""
+    done = folder / _DONE
+    if not done.exists() or _age_s(done) <= _LEAVE_S:
+        return None
+    return min((_id_and_rank(file)[1] for file in folder.glob(f"*{_WORKER}")), default=None)
+
+
+def _kill_workers(folder: Path) -> set[int]:
+    """Ends all workers and returns the process ids of those that there were.
+
+    Those whose work is complete, too: if the others have left with exit code 0, torch's launcher would wait for ever.
+    """
+    workers = {_id_and_rank(file)[0] for state in (_WORKER, _COMPLETE) for file in folder.glob(f"*{state}")}
+    ended = set()
+    for worker in sorted(workers, key=lambda process: process == os.getpid()):  # itself last
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(worker, signal.SIGKILL)
+            ended.add(worker)
+    return ended
