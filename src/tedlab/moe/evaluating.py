@@ -12,6 +12,7 @@ from torch import Tensor
 from tedlab.moe import row_ops
 from tedlab.moe.products import row_functions
 from tedlab.nn import Nonlinearity
+from tedlab.nn.activation import activate_widely
 
 _ROWS = 512  # of the experts of a piece, if one alone has not more
 
@@ -39,23 +40,30 @@ def weighted_sums(
         place_TK: (T, K) int64, the row of each choice.
         choice_N: (N,) int64, the choice t·K + k of each row; rows are sorted by expert.
         sizes: Number of rows of each expert.
-        weights: Both projections, each with its biases (e, 1, ·) if there are any.
+        weights: Both projections, each with its biases (e, ·) if there are any.
         how: The experts' activation.
     """
     up, up_bias, down, down_bias = weights
     x_NH = x_TH.index_select(0, choice_N.div(place_TK.shape[1], rounding_mode="floor"))
+    if up_bias is not None:
+        expert_N = torch.arange(len(up)).repeat_interleave(torch.tensor(sizes), output_size=len(choice_N))
     y_NH = torch.empty_like(x_NH)
     start = 0
     for experts, rows in _pieces(sizes):
         end = start + sum(rows)
         z_NZ = x_TH.new_empty(end - start, up.shape[-1])
-        _multiply(x_NH[start:end].split(rows), up, up_bias, experts, z_NZ.split(rows))
-        h_NF = row_ops.hidden(z_NZ, None, choice_N, how)
-        _multiply(h_NF.split(rows), down, down_bias, experts, y_NH[start:end].split(rows))
+        _multiply(x_NH[start:end].split(rows), up, experts, z_NZ.split(rows))
+        if up_bias is not None:
+            z_NZ += up_bias.index_select(0, expert_N[start:end])
+        _multiply(activate_widely(z_NZ, how).split(rows), down, experts, y_NH[start:end].split(rows))
         start = end
+    # Biases are added to what is rounded, and the second ones precisely, as in training.
     precise = torch.promote_types(x_TH.dtype, torch.float32)
     y_TKH = y_NH.index_select(0, place_TK.flatten()).to(precise).unflatten(0, place_TK.shape)
-    return torch.bmm(gate_TK.to(precise).unsqueeze(1), y_TKH).squeeze(1).to(x_TH.dtype)
+    if down_bias is not None:
+        y_TKH = y_TKH + down_bias.to(precise)[expert_N[place_TK]]
+    # No product of matrices, which autocast would round.
+    return (y_TKH * gate_TK.to(precise).unsqueeze(-1)).sum(1).to(x_TH.dtype)
 
 
 def _pieces(sizes: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -73,13 +81,8 @@ def _pieces(sizes: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
         yield experts, rows
 
 
-def _multiply(
-    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, experts: Sequence[int], results: Sequence[Tensor]
-) -> None:
+def _multiply(inputs: Sequence[Tensor], weight: Tensor, experts: Sequence[int], results: Sequence[Tensor]) -> None:
     # One by one a matrix costs more than among all, of which one text needs few.
     matrices: Sequence[Tensor] | Tensor = weight.unbind() if 4 * len(experts) > len(weight) else weight
     for x, expert, out in zip(inputs, experts, results, strict=True):
-        if bias is None:
-            torch.mm(x, matrices[expert], out=out)
-        else:
-            torch.addmm(bias[expert], x, matrices[expert], out=out)
+        torch.mm(x, matrices[expert], out=out)

@@ -79,7 +79,7 @@ class LocalExperts(TokenExperts):
         self.sharded = topology.sequence_sharded
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
-        if not self.sharded and evaluates(x_TH, self.kernel):
+        if not (self.training or self.sharded) and evaluates(x_TH, self.kernel):
             return reduce_from(self._evaluated(to_compute_dtype(x_TH), routing), self.comm, "expert_tensor", _REDUCE)
         x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
         if torch.is_grad_enabled():
@@ -94,7 +94,7 @@ class LocalExperts(TokenExperts):
         up, up_bias, down, down_bias = (None if w is None else to_compute_dtype(w) for w in self.weights())
         assert up is not None
         assert down is not None
-        weights = up, up_bias, down, down_bias if self._adds_bias else None
+        weights = up, _flat(up_bias), down, _flat(down_bias) if self._adds_bias else None
         sizes = self.comm.reader(routing.counts_E)()
         return weighted_sums(x_TH, *routing[:3], sizes, weights, self.nonlinearity)
 

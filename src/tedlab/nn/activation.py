@@ -46,10 +46,19 @@ def activate(z: Tensor, how: Nonlinearity) -> Tensor:
     if how.clamped:
         return _ClampedSwiGLU.apply(z, how.limit)
     gate, linear = z.unflatten(-1, (-1, 2)).unbind(-1)
-    if z.device.type == "cpu" and not torch.is_grad_enabled():
-        # Twice the work, but of neighbours, which a CPU computes together: that is several times as fast.
-        return F.silu(z).unflatten(-1, (-1, 2)).select(-1, 0) * linear
     return F.silu(gate) * linear
+
+
+def activate_widely(z: Tensor, how: Nonlinearity) -> Tensor:
+    """Does what :func:`activate` does, but applies SwiGLU's silu to all (…, 2·F), of which every second is of use.
+
+    That is twice the work and memory, but of neighbours, which a CPU computes together: several times as fast. Results
+    may differ in the last bit.
+    """
+    if not how.gated or how.clamped:
+        return activate(z, how)
+    silu, linear = F.silu(z)[..., ::2], z[..., 1::2]
+    return silu * linear
 
 
 def clamped_swiglu(z: Tensor, limit: float) -> tuple[Tensor, Tensor]:
