@@ -97,6 +97,8 @@ def test_what_the_host_must_read_is_no_graph(single: Topology) -> None:
     model = network(ROTARY, ROWS, single)
     assert "the host reads how many rows" in (why_no_graph(model) or "")
     assert why_no_graph(model.to(torch.bfloat16)) is None
+    model.blocks[1].float()
+    assert "the host reads how many rows" in (why_no_graph(model) or "")
     slots = network(LEARNED, SLOTS, single).to(torch.bfloat16)
     assert "moe.dispatch=dropless" in (why_no_graph(slots) or "")
     assert why_no_graph(network(LEARNED, MoEConfig(num_experts=0), single)) is None

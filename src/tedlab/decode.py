@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -214,7 +215,12 @@ class _Steps:
             try:
                 self.again = recording(lambda: self._grown(*self.given, self.past.room))
             except RuntimeError as error:
-                warnings.warn(f"a step cannot be recorded, so that each takes longer: {error}", stacklevel=2)
+                # torch then leaves its random numbers and its allocator as they are inside a capture.
+                warnings.warn(
+                    f"a step cannot be recorded, so that each takes longer: {error}; start the process anew if random "
+                    "numbers on the GPU fail from now on, or its memory fills",
+                    stacklevel=2,
+                )
                 self.again = lambda: self._grown(*self.given, self.past.room)
         for given, new in zip(self.given, (ids_B1, position_B1), strict=True):
             given.copy_(new)
@@ -262,16 +268,18 @@ def why_no_graph(model: Any) -> str | None:
     """
     if max(model.comm.sizes.values()) > 1:
         return "several processes compute each token together"
-    dtype = next(iter(model.parameters())).dtype
     mixtures = [module for module in model.modules() if isinstance(module, Experts)]
-    if all(isinstance(mixture, LocalExperts) and native(dtype, *mixture.widths) for mixture in mixtures):
+    if all(
+        isinstance(mixture, LocalExperts) and all(native(w.dtype, *mixture.widths) for w in mixture.parameters())
+        for mixture in mixtures
+    ):
         return None
     return "the host reads how many rows each expert has, which it need not in bf16 with moe.dispatch=dropless"
 
 
 def _cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """Records what ``compute`` launches, and returns what launches it again, into the same result."""
-    current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    current, side, graph = torch.cuda.current_stream(), _side(torch.cuda.current_device()), torch.cuda.CUDAGraph()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         compute()  # compiles kernels, and allocates what stays
@@ -288,6 +296,12 @@ def _cuda_graph(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         return result
 
     return again
+
+
+@cache
+def _side(device: int) -> Any:
+    """Returns the stream on which graphs of this device are captured: memory that one keeps serves no other stream."""
+    return torch.cuda.Stream(device)
 
 
 def _gathered(x: Tensor, comm: Any, kind: Any) -> Tensor:
