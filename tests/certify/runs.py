@@ -6,15 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import hydra
 import pytest
-from omegaconf import OmegaConf
 
+from benchmarks.steps import incomplete
 from tedlab.certify import Row
 from tedlab.certify.certificate import Execute, Recorded, Runs, runs_for
 from tedlab.certify.record import record
 from tedlab.certify.shrink import MOST_PROCESSES
-from tedlab.cli import CONF
 from tedlab.config import TrainConfig, with_values
 from tests.pool import WorkerPool
 
@@ -25,11 +23,7 @@ _SECONDS = 15  # that a run may take beside other tests, before it counts as a h
 
 def composed(*overrides: str) -> TrainConfig:
     """What ``tedlab certify <overrides>`` would certify."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=["output_dir=unused", "choices={}", "logger=none", *overrides])
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
-    return typed
+    return incomplete([*overrides])
 
 
 def in_pool(pool: WorkerPool, plant: Plant | None = None) -> Execute:

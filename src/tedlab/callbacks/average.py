@@ -57,7 +57,7 @@ class AverageWeights(WeightAveraging):
             return
         model.update_parameters = partial(self._count, model)  # type: ignore[method-assign]
         wider: dict[int, Tensor] = {}  # by the identity of what it replaces: tied weights stay tied
-        for layer in [*model.module.modules()]:
+        for layer in model.module.modules():
             for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
                 if tensor.is_floating_point() and tensor.dtype != wide:
                     if id(tensor) not in wider:
