@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks import published
+from benchmarks.plan_order import place
 from docs.commands import Run, Shown, commands, in_a_new_process, run_commands
 from experiments.breakdown import NAMES, parts, total
 from experiments.paper import MODEL_40B, WORKERS, configured, peak_gib
@@ -203,6 +204,52 @@ def _measured(file: str, _: Mapping[str, Simulation]) -> str:
     return _table((*head, "memory", "bytes"), rows) + said
 
 
+def _sessions(_: Mapping[str, Simulation]) -> str:
+    """The same configurations in several sessions: how far measurements are from each other."""
+    files = ("truth_h200_x2_first.json", "truth_h200_x2_olmoe.json", "truth_h200_x2.json")
+    sessions = [{row["name"]: row for row in _steps(file)} for file in files]
+    rows, spreads = [], []
+    for name, last in sessions[-1].items():
+        found = [session.get(name) for session in sessions]
+        every = [f"{1e3 * row['measured_s']:.1f}" if row else "" for row in found]
+        optimizer = [f"{1e3 * row['measured_s_by_part']['optimizer']:.1f}" if row else "" for row in found]
+        taken = [row["measured_s"] for row in found if row]
+        spreads.append(max(taken) / min(taken))
+        rows.append((name, f"{last['processes']}", *every, f"{spreads[-1]:.2f}", *optimizer))
+    spreads.sort()
+    head = ("first, ms", "second", "third", "slowest / quickest")
+    said = (
+        f"\nHalf of the configurations took up to {100 * (spreads[len(spreads) // 2] - 1):.0f} % longer in one session "
+        f"than in another, and the worst {100 * (spreads[-1] - 1):.0f} %.\n"
+    )
+    return (
+        _table(("configuration", "GPUs", *head, *(f"optimizer, {n}" for n in ("first", "second", "third"))), rows)
+        + said
+    )
+
+
+def _planned(_: Mapping[str, Simulation]) -> str:
+    """A plan's first choices and a contrast, predicted and measured."""
+    found = json.loads((_RESULTS / "plan_order_h200_x2.json").read_text())
+    rows = []
+    for row in found["rows"]:
+        settings = dict(setting.split("=") for setting in row["settings"])
+        kept = ("parallel.tensor", "data.micro_batch_size", "parallel.sequence")
+        (low, high), error = row["predicted_range_s"], row["predicted_s"] / row["measured_s"] - 1
+        rows.append(
+            (
+                *(settings[name] for name in kept),
+                f"{1e3 * row['predicted_s']:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f})",
+                f"{1e3 * row['measured_s']:.0f}",
+                f"{100 * error:+.0f} %".replace("-", "−"),
+                *(f"{place(row, found['rows'], key)}" for key in ("predicted_s", "measured_s")),
+                f"{row['predicted_gib'] / row['measured_gib']:.3f}",
+            )
+        )
+    head = ("tensor", "micro-batch", "sequence", "predicted, ms", "measured, ms", "off by")
+    return _table((*head, "place predicted", "measured", "memory"), rows)
+
+
 def _ablation(_: Mapping[str, Simulation]) -> str:
     """The paper's toggles on four GPUs, as ratios to the row without them."""
     steps = {row["name"]: row for row in _steps("truth_h200_x4.json")}
@@ -295,9 +342,10 @@ BLOCKS = {
     ),
     "published": Block({}, _published),
     "measured": Block({}, partial(_measured, "truth_h200_x2.json")),
-    "measured_again": Block({}, partial(_measured, "truth_h200_x2_olmoe.json")),
+    "sessions": Block({}, _sessions),
     "measured_on_four": Block({}, partial(_measured, "truth_h200_x4.json")),
     "ablation": Block({}, _ablation),
+    "planned": Block({}, _planned),
 }
 
 

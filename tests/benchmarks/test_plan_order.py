@@ -82,3 +82,14 @@ def test_a_plan_is_made_and_its_choices_are_trained(tmp_path: Path, monkeypatch:
         assert {"parallel.tensor=2", "data.micro_batch_size=8"} <= {*row["settings"]}
         assert row["predicted_range_s"][0] <= row["predicted_s"] <= row["predicted_range_s"][1]
         assert len(row["measured_steps_s"]) == 1
+
+
+def test_the_plan_that_was_measured_chose_the_fastest_and_only_the_contrast_is_out_of_its_range() -> None:
+    """As docs/truth.md says."""
+    rows = json.loads((Path(plan_order.__file__).parent / "results" / "plan_order_h200_x2.json").read_text())["rows"]
+    places = {key: [plan_order.place(row, rows, key) for row in rows] for key in ("predicted_s", "measured_s")}
+    assert places["predicted_s"] == places["measured_s"] == [1, 2, 3, 4]
+    assert "took 1.000 x the time of the fastest of 4 measured" in plan_order.verdict(rows)
+    within = [row["predicted_range_s"][0] <= row["measured_s"] <= row["predicted_range_s"][1] for row in rows]
+    assert within == [True, True, True, False]
+    assert "data.micro_batch_size=1" in rows[3]["settings"]
