@@ -7,8 +7,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver, util
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,23 @@ def run_command(main: Callable[[], None], *arguments: str) -> int | str | None:
 def run_forked(
     module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str], timeout: float
 ) -> "subprocess.CompletedProcess[str]":
-    """Does what ``subprocess.run([python, "-m", module, *arguments], ...)`` does, in a process of the pool's server.
+    """Does what ``subprocess.run([python, "-m", module, *arguments], ...)`` does, in a process of the pool's server."""
+    with forked(module, arguments, folder, environment) as (process, shown):
+        process.join(timeout)
+        if process.exitcode is None:
+            raise subprocess.TimeoutExpired([module, *arguments], timeout)
+        stdout, stderr = (Path(shown, name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)
 
-    The server has imported everything, and so have the workers that the command launches: they are forked from a server
-    of the command's own, which is forked from it, so that folder and environment are theirs as well.
+
+@contextlib.contextmanager
+def forked(
+    module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+) -> Iterator[tuple[BaseProcess, Path]]:
+    """Starts a command, and yields its process and a folder with its ``stdout`` and ``stderr``; kills it in the end.
+
+    The pool's server has imported everything, and so have the workers that the command launches: they are forked from
+    a server of the command's own, which is forked from it, so that folder and environment are theirs as well.
     """
     with tempfile.TemporaryDirectory() as shown:
         process = multiprocessing.get_context("forkserver").Process(
@@ -47,14 +61,10 @@ def run_forked(
         )
         process.start()
         try:
-            process.join(timeout)
-            if process.exitcode is None:
-                raise subprocess.TimeoutExpired([module, *arguments], timeout)
+            yield process, Path(shown)
         finally:
             process.kill()
             process.join()
-        stdout, stderr = (Path(shown, name).read_text() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess([module, *arguments], process.exitcode, stdout, stderr)
 
 
 def _run_module(module: str, arguments: list[str], folder: str, environment: dict[str, str], shown: str) -> None:

@@ -143,6 +143,13 @@ CONTINUED = [
 
 
 QUICK = [(SOURCE, SOURCE), (SOURCE, OTHERS[0]), (OTHERS[0], SOURCE)]
+SAMPLE = [(SOURCE, OTHERS[1]), (OTHERS[2], SOURCE), (SOURCE, FOLDED[0]), FOLDED]  # each axis, to one rank or from one
+
+
+def marked(before: Layout, after: Layout) -> object:
+    cell = before, after
+    marks = [] if cell in QUICK else [pytest.mark.slow if cell in SAMPLE else pytest.mark.exhaustive]
+    return pytest.param(*cell, id=f"{before}-{after}", marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -153,13 +160,7 @@ def continued(
     return records(pool, {(before, after): (after, folder, False, folder / str(before)) for before, after in cells})
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        pytest.param(*cell, id="-".join(map(str, cell)), marks=[pytest.mark.slow] * (cell not in QUICK))
-        for cell in CONTINUED
-    ],
-)
+@pytest.mark.parametrize(("before", "after"), [marked(*cell) for cell in CONTINUED])
 def test_a_run_continues_under_another_layout_as_if_uninterrupted(
     continued: dict[tuple[Layout, Layout], Record],
     uninterrupted: dict[Layout, Record],
@@ -199,28 +200,28 @@ def load_into(changes: dict[str, Any], folder: Path, path: Path) -> str:
     return f"{caught.type.__name__}: {caught.value}"
 
 
-@pytest.mark.parametrize(
-    ("changes", "names"),
-    [
-        (
-            {"ffn": 64},
-            [
-                "6 parameters differ",
-                "… and 1 more",
-                "blocks.0.feed_forward.up.weight: (32, 16) in the checkpoint, (64, 16)",
-            ],
-        ),
-        ({"layers": 1}, ["parameters differ", "absent in this model"]),
-        ({"tie_embeddings": False}, ["1 parameters differ", "output.weight: absent in the checkpoint, (256, 16)"]),
-    ],
-    ids=str,
-)
+OF_ANOTHER_MODEL: list[tuple[dict[str, Any], list[str]]] = [
+    (
+        {"ffn": 64},
+        [
+            "6 parameters differ",
+            "… and 1 more",
+            "blocks.0.feed_forward.up.weight: (32, 16) in the checkpoint, (64, 16)",
+        ],
+    ),
+    ({"layers": 1}, ["parameters differ", "absent in this model"]),
+    ({"tie_embeddings": False}, ["1 parameters differ", "output.weight: absent in the checkpoint, (256, 16)"]),
+]
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_parameter(
-    pool: WorkerPool, folder: Path, uninterrupted: object, changes: dict[str, Any], names: list[str]
+    pool: WorkerPool, folder: Path, uninterrupted: object
 ) -> None:
-    for message in pool.run(2, load_into, changes, folder, folder / str(SOURCE)):
-        assert message.startswith("ValueError")
-        assert all(name in message for name in names), message
+    told = pool.run_each(2, load_into, [(changes, folder, folder / str(SOURCE)) for changes, _ in OF_ANOTHER_MODEL])
+    for (_, names), messages in zip(OF_ANOTHER_MODEL, told, strict=True):
+        for message in messages:
+            assert message.startswith("ValueError")
+            assert all(name in message for name in names), message
 
 
 def test_a_missing_checkpoint_is_refused_with_those_beside_it(
@@ -329,9 +330,8 @@ def early(path: Path | None, resume: Path | None = None) -> list[float]:
 
 
 def test_saving_before_the_first_step_changes_nothing(pool: WorkerPool, tmp_path: Path) -> None:
-    expected = pool.run(1, early, None)
-    assert pool.run(1, early, tmp_path / "a") == expected
-    assert pool.run(1, early, None, tmp_path / "a") == expected
+    expected, saving, resumed = pool.run_each(1, early, [(None,), (tmp_path / "a",), (None, tmp_path / "a")])
+    assert saving == resumed == expected
 
 
 @dataclass(frozen=True)
@@ -379,14 +379,22 @@ def short(job: Short, layout: Layout, save: Path | None = None, resume: Path | N
     return Watch.losses
 
 
+def saved_and_resumed(
+    pool: WorkerPool, layout: Layout, before: Short, after: Short, path: Path
+) -> tuple[list[list[float]], list[list[float]]]:
+    """The losses of every process, of a run that writes a checkpoint and of one that reads it; in one world."""
+    whole, rest = pool.run_each(layout.world_size, short, [(before, layout, path), (after, layout, None, path)])
+    return whole, rest
+
+
 @pytest.mark.parametrize("precision", ["64-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
 def test_a_checkpoint_written_in_the_background_is_of_the_step_it_was_asked_for(
     pool: WorkerPool, tmp_path: Path, precision: str
 ) -> None:
     job = Short(precision, asynchronous=True)
-    losses = pool.run(4, short, job, SOURCE, tmp_path / "a")
+    losses, resumed = saved_and_resumed(pool, SOURCE, job, job, tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert pool.run(4, short, job, SOURCE, None, tmp_path / "a") == [rank[2:] for rank in losses]
+    assert resumed == [rank[2:] for rank in losses]
 
 
 def saved_at_the_end(folder: Path) -> list[bool]:
@@ -431,16 +439,17 @@ def test_the_last_checkpoint_in_the_background_is_written_or_its_failure_is_rais
 def test_random_numbers_go_on_where_they_were(pool: WorkerPool, tmp_path: Path) -> None:
     """Each data rank has its own; in another layout none of the old are drawn again."""
     job = Short(noise=True)
-    losses = pool.run(4, short, job, SOURCE, tmp_path / "a")
-    assert pool.run(4, short, job, SOURCE, None, tmp_path / "a") == [rank[2:] for rank in losses]
+    losses, resumed = saved_and_resumed(pool, SOURCE, job, job, tmp_path / "a")
+    assert resumed == [rank[2:] for rank in losses]
     other = pool.run(1, short, job, Layout(), None, tmp_path / "a")[0]
     assert not set(other) & set(losses[0])
 
 
 @pytest.mark.parametrize(("before", "after"), [("32-true", "bf16-true"), ("bf16-true", "32-true")])
 def test_a_run_may_go_on_in_another_precision(pool: WorkerPool, tmp_path: Path, before: str, after: str) -> None:
-    losses = pool.run(2, short, Short(before), Layout(2, tensor=2), tmp_path / "a")[0]
-    resumed = pool.run(2, short, Short(after), Layout(2, tensor=2), None, tmp_path / "a")[0]
+    (losses, _), (resumed, _) = saved_and_resumed(
+        pool, Layout(2, tensor=2), Short(before), Short(after), tmp_path / "a"
+    )
     assert resumed == pytest.approx(losses[2:], rel=1e-2)
 
 

@@ -178,17 +178,10 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pool")
 def test_a_run_is_made_of_the_parts_of_another_package(installed: Path) -> None:
     command = ["train", *SMALL, *GUEST, "hydra.run.dir=run", "trainer.log_every_n_steps=1"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tedlab", *command],
-        cwd=installed,
-        env=environment(installed),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    done = run_forked("tedlab", command, installed, environment(installed), timeout=150)
     assert done.returncode == 0, done.stdout + done.stderr
     run = installed / "run"
     summary = json.loads((run / "summary.json").read_text())

@@ -41,7 +41,7 @@ from tests.selection import asked_of
 LAYOUTS = {"one process": (1, 1, 1), "tensor 2 × expert 2": (4, 2, 2)}
 OFTEN = SETTINGS | ROUTERS
 DIVIDED = (  # of which CI trains the layout, too: that it is one process in settings like these, certificates say
-    *("top1_clipped", "sequence_parallel", "pos2", "dgmoe_sequence_dropless"),
+    *("top1_clipped", "dgmoe_sequence_dropless"),
 )
 
 

@@ -40,22 +40,26 @@ JOBS = {
     "dense": Job(moe=MoEConfig(num_experts=0)),
 }
 JOBS = {name: replace(job, micro_batches=8) for name, job in JOBS.items()}  # one of each of as many data ranks
-QUICK = ("4_experts", "8_experts_clipped")
-LONG = (Layout(8), Layout(8, tensor=4, expert=2), Layout(8, tensor=2, expert=4))
-ALL_JOBS = (Layout(4, tensor=4), Layout(4, tensor=2, expert=2))  # of the others CI runs quick jobs
+EVERY_DAY = [
+    *((layout, name) for layout in (LAYOUTS[1], LAYOUTS[4], LAYOUTS[5]) for name in ("4_experts", "8_experts_clipped")),
+    (LAYOUTS[2], "8_experts_clipped"),
+]
+SAMPLE = [  # CI's besides: every layout, and every job
+    *((layout, "8_experts_clipped") for layout in (LAYOUTS[0], *LAYOUTS[6:])),
+    *((LAYOUTS[3], "4_experts"), (LAYOUTS[2], "dense")),
+    *((LAYOUTS[5], name) for name in ("top2_untied_many_dropped", "no_token_dropped")),
+]
 TOLERANCE = 1e-10
 
 
 def cells() -> list[Any]:
-    """CI leaves out most of what is not a quick job: matrix and oracle have more of these."""
+    """CI leaves most out: matrix and oracle have more of these."""
 
-    def mark(layout: Layout, name: str) -> list[Any]:
-        if name in QUICK:
-            return [pytest.mark.slow] * (layout in LONG)
-        return [pytest.mark.slow if layout in ALL_JOBS else pytest.mark.exhaustive]
+    def mark(cell: tuple[Layout, str]) -> list[Any]:
+        return [] if cell in EVERY_DAY else [pytest.mark.slow if cell in SAMPLE else pytest.mark.exhaustive]
 
     return [
-        pytest.param(layout, name, marks=mark(layout, name))
+        pytest.param(layout, name, marks=mark((layout, name)))
         for layout in LAYOUTS
         for name, job in JOBS.items()
         if _fits(layout, job)
@@ -70,9 +74,11 @@ _references: dict[str, Record] = {}
 
 
 def reference(pool: WorkerPool, job: Job) -> Record:
-    """What one process does, computed once per job."""
+    """What one process does, computed once per job, and for ``JOBS`` in one world."""
     if repr(job) not in _references:
-        _references[repr(job)] = pool.run(1, train, Layout(), job)[0]
+        jobs = [*JOBS.values()] if job in JOBS.values() else [job]
+        for its, (record,) in zip(jobs, pool.run_each(1, train, [(Layout(), its) for its in jobs]), strict=True):
+            _references[repr(its)] = record
     return _references[repr(job)]
 
 
@@ -116,9 +122,7 @@ def test_one_step_equals_one_process(
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=[pytest.mark.slow if layout == LAYOUTS[6] else pytest.mark.exhaustive])
-        if layout not in (LAYOUTS[3], LAYOUTS[5])
-        else layout
+        pytest.param(layout, marks=() if layout in (LAYOUTS[3], LAYOUTS[5]) else pytest.mark.exhaustive)
         for layout in LAYOUTS
     ],
     ids=str,
@@ -129,6 +133,11 @@ def test_twenty_steps_equal_one_process(pool: WorkerPool, layout: Layout) -> Non
     assert len(record.losses) == 20
     assert record.losses[-1] != record.losses[0]
     assert loss_error(record, reference(pool, job)) < TOLERANCE
+
+
+def test_ci_runs_every_layout_and_every_job() -> None:
+    ran = [*EVERY_DAY, *SAMPLE]
+    assert ({layout for layout, _ in ran}, {name for _, name in ran}) == ({*LAYOUTS}, JOBS.keys())
 
 
 def test_reference_gradients_are_not_trivial(pool: WorkerPool) -> None:

@@ -172,7 +172,8 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
     ),
     *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
-    *("loss_chunked_mixed", "loss_chunked_untied"),
+    *("loss_chunked_mixed", "loss_chunked_untied", "loss_chunked_compiled", "mixed", "mixed_norms", "compiled_gpt"),
+    *("dense", "muon_one", "pilots_by_node", "dropless_divided", "experts_averaged"),
 )
 
 
