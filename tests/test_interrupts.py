@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tedlab import interrupts
 from tedlab.interrupts import ended_by_ctrl_c
+from tests.signals import answered
 
 # Forks a process, waits, and tells how each ends. The server imports a module that takes its time.
 SCRIPT = """
@@ -19,22 +21,23 @@ import os, signal, sys, time
 from interrupts import ended_by_ctrl_c, fork_server
 
 def work(pipe):
-    pipe.send((os.getpid(), os.getppid(), signal.getsignal(signal.SIGINT) is signal.SIG_DFL))
+    pipe.send((os.getppid(), signal.getsignal(signal.SIGINT)))
     time.sleep(100)
 
 if __name__ == "__main__":
     with ended_by_ctrl_c():
+        before = signal.getsignal(signal.SIGINT)
         context = fork_server(["slow"])
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == before
         print("importing", flush=True)
         if sys.argv[1] == "early":
             time.sleep(100)
         here, there = context.Pipe()
         worker = context.Process(target=work, args=(there,))
         worker.start()
-        pid, server, silent = here.recv()
+        server, of_worker = here.recv()
         os.kill(server, signal.SIGINT)  # ignored
-        assert silent
+        assert of_worker == (signal.SIG_IGN if before == signal.SIG_IGN else signal.SIG_DFL)
         print("at work", flush=True)
         try:
             worker.join()
@@ -52,20 +55,20 @@ def test_a_command_ends_with_a_line_and_the_code_of_the_signal(capsys: pytest.Ca
     assert capsys.readouterr().err == "\nSIGINT: ended.\n"
 
 
-@pytest.mark.parametrize(("moment", "until"), [("early", "importing"), ("late", "at work")])
-def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: str, until: str) -> None:
-    """Ctrl-C goes to all processes of a terminal, while the server imports or the process works."""
+def interrupted(tmp_path: Path, handler: Any, moment: str, until: str) -> "tuple[subprocess.Popen[str], str]":
+    """The script, where SIGINT has the handler and Ctrl-C follows the line ``until``; and its lines so far."""
     shutil.copy(interrupts.__file__, tmp_path)  # alone, without all that importing tedlab takes
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "slow.py").write_text("import time; time.sleep(0.5)\n")
-    process = subprocess.Popen(
-        [sys.executable, "script.py", moment],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    with answered(handler, signal.SIGINT):
+        process = subprocess.Popen(
+            [sys.executable, "script.py", moment],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
     assert process.stdout is not None
     shown = ""
     for line in process.stdout:
@@ -74,11 +77,29 @@ def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: s
             break
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
+    return process, shown
+
+
+@pytest.mark.parametrize(("moment", "until"), [("early", "importing"), ("late", "at work")])
+def test_forked_processes_and_their_server_say_nothing(tmp_path: Path, moment: str, until: str) -> None:
+    """Ctrl-C goes to all processes of a terminal, while the server imports or the process works."""
+    process, shown = interrupted(tmp_path, signal.default_int_handler, moment, until)
     rest, _ = process.communicate(timeout=60)
     assert "Traceback" not in shown + rest, shown + rest
     assert process.returncode == 130
     assert rest.splitlines()[-1] == "SIGINT: ended."
     assert moment == "early" or f"worker {-signal.SIGINT}" in rest
+
+
+def test_where_ctrl_c_is_ignored_neither_a_command_nor_what_it_forks_ends(tmp_path: Path) -> None:
+    process, shown = interrupted(tmp_path, signal.SIG_IGN, "late", "at work")
+    try:
+        assert "at work" in shown, shown
+        with pytest.raises(subprocess.TimeoutExpired):  # the command would end with its process
+            process.wait(0.5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize("handler", ["SIG_IGN", "default_int_handler"])

@@ -1,7 +1,8 @@
 """What Ctrl-C does to a command: it ends with a line, and so do the processes that it has started.
 
 Ctrl-C reaches all processes of a terminal. Imported last by a server that forks processes, this module makes those end
-at once and silently, until they say otherwise; the server itself ignores it.
+at once and silently, until they say otherwise; the server itself ignores it. A command that is started with Ctrl-C
+ignored, as in the background of a script, keeps ignoring it, and so do the processes that it forks.
 """
 
 import os
@@ -35,7 +36,7 @@ def fork_server(preload: Sequence[str]) -> "BaseContext":
     """Starts the server from which processes are forked, if there is none, and returns the context that makes them.
 
     The server begins with Ctrl-C ignored, since it would end in the middle of its imports, with a traceback. It keeps
-    ignoring it, but gives processes what this module has set.
+    ignoring it, but gives processes what this module has set, unless this process ignores it, too.
 
     Args:
         preload: Modules that the server imports, so that processes need not.
@@ -47,11 +48,12 @@ def fork_server(preload: Sequence[str]) -> "BaseContext":
     context.set_forkserver_preload([*preload, __name__])
     if threading.current_thread() is threading.main_thread():  # only it can set handlers
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # what is ignored stays so in a new program
-        os.environ[_SERVER] = "1"
+        if before != signal.SIG_IGN:
+            os.environ[_SERVER] = "1"
         try:
             forkserver.ensure_running()
         finally:
-            del os.environ[_SERVER]
+            os.environ.pop(_SERVER, None)
             signal.signal(signal.SIGINT, before)
     # Once this one has ended, the imports are done: of a process that is asked for while they go on, and forked when
     # the one that asked is gone, Python prints a traceback.

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ import pytest
 from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
-from tedlab.launch.launcher import _gone, _kill_workers, launch
+from tedlab.launch.launcher import _gone, _Guard, _kill_workers, launch
+from tests.signals import answered
 
 SOON = 30  # seconds in which everything has to be over
 
@@ -148,6 +150,15 @@ def be_killed_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def hear_ctrl_c_and_the_end_of_a_terminal(config: TrainConfig) -> dict[str, Any]:
+    launcher = int(Path(config.output_dir, "launcher.pid").read_text())
+    os.kill(launcher, signal.SIGHUP)
+    for process in (launcher, os.getpid()):
+        os.kill(process, signal.SIGINT)
+    time.sleep(1)
+    return {"rank": _note(config)}
+
+
 def lose_the_temporary_files(config: TrainConfig) -> dict[str, Any]:
     rank = _note(config)
     if rank == 0:
@@ -256,6 +267,14 @@ def test_the_cause_is_told_not_what_the_launcher_did_about_it(
 
 
 @pytest.mark.slow
+def test_signals_that_the_launching_process_ignores_end_nothing(config: TrainConfig) -> None:
+    """As nohup, or a script that starts it in its background, leaves them."""
+    Path(config.output_dir, "launcher.pid").write_text(str(os.getpid()))
+    with answered(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
+        assert launch(hear_ctrl_c_and_the_end_of_a_terminal, config, 1) == {"rank": 0}
+
+
+@pytest.mark.slow
 def test_a_run_whose_temporary_files_were_cleaned_completes(config: TrainConfig) -> None:
     assert launch(lose_the_temporary_files, config, 2) == {"rank": 0}
 
@@ -270,6 +289,23 @@ def test_a_worker_whose_process_id_another_user_has_now_is_gone(
     monkeypatch.setattr(os, "kill", refuse)
     assert _gone(tmp_path) == 3
     assert _kill_workers(tmp_path) == set()
+
+
+def test_the_watch_goes_on_if_a_file_is_cleaned_while_it_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = tmp_path / "1_1.failure"
+    failure.touch()
+    os.utime(failure, (0, 0))
+    looks = iter([[tmp_path / "0_1.failure"], [failure]])
+    monkeypatch.setattr("tedlab.launch.failures.recorded", lambda folder: next(looks))
+    guard = _Guard(tmp_path)
+    monkeypatch.setattr(guard, "_over", SimpleNamespace(wait=lambda seconds: False))
+    with subprocess.Popen(["sleep", "60"]) as worker:
+        (tmp_path / f"{worker.pid}_1.worker").touch()
+        try:
+            guard.run()
+            assert guard.ended == {worker.pid}
+        finally:
+            worker.kill()
 
 
 # ---- a real run, interrupted ----------------------------------------------------------------------------------------
@@ -300,15 +336,16 @@ def test_an_interrupted_run_ends_at_once_and_leaves_a_checkpoint(
     tmp_path: Path, number: signal.Signals, to_group: bool
 ) -> None:
     """Ctrl-C reaches the whole group of a terminal, a scheduler's SIGTERM the command alone."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tedlab.train", *small(tmp_path, 1_000_000)],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    with answered(signal.default_int_handler, signal.SIGINT):  # pytest itself may be in the background
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tedlab.train", *small(tmp_path, 1_000_000)],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     try:
         wait_for(lambda: last.exists() or process.poll() is not None, 90)

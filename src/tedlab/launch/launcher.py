@@ -88,6 +88,8 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # What is ignored stays so: Ctrl-C in a script's background, and the end of the terminal for nohup.
+    heard = [number for number in _HANDLED if signal.getsignal(number) != signal.SIG_IGN]
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -99,6 +101,7 @@ def launch(
         max_restarts=0,
         monitor_interval=0.5,
         start_method="forkserver",
+        signals_to_handle=",".join(number.name for number in heard),
     )
     multiprocessing.set_start_method("forkserver", force=True)  # joblib's own, which children inherit, has no server
     fork_server([run.__module__])
@@ -115,7 +118,8 @@ def launch(
         guard = _Guard(folder)
         try:
             with guard:
-                return elastic_launch(launch_config, _worker)(run, config, threads, os.getpid(), str(folder), lock)[0]
+                start = elastic_launch(launch_config, _worker)
+                return start(run, config, threads, signal.SIGINT in heard, os.getpid(), str(folder), lock)[0]
         except ChildFailedError as error:
             rank, cause, trace = _first_failure(error, guard, folder)
             if trace is not None:
@@ -131,8 +135,11 @@ def launch(
             os.environ.pop("TORCHELASTIC_SIGNALS_TO_HANDLE", None)  # and this
 
 
-def _worker(run: Task, config: Job, threads: int, launcher: int, folder: str, lock: Lock | None) -> dict[str, Any]:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # of which a run tells why it ended
+def _worker(
+    run: Task, config: Job, threads: int, hears_ctrl_c: bool, launcher: int, folder: str, lock: Lock | None
+) -> dict[str, Any]:
+    # By an exception, a run tells why it ended.
+    signal.signal(signal.SIGINT, signal.default_int_handler if hears_ctrl_c else signal.SIG_IGN)
     rank = os.environ["RANK"]
     at_work = Path(folder, f"{os.getpid()}_{rank}{_WORKER}")
     at_work.touch()
@@ -216,20 +223,21 @@ class _Guard(threading.Thread):
         """Looks every second until it has ended the workers or the launch is over."""
         gone, missed = None, float("inf")  # the first that is gone, be it without a record, and since when
         while not self._over.wait(1):
-            if gone is None and (gone := _gone(self._folder)) is not None:
-                missed = time.monotonic()
-            late = _late(self._folder)
-            if (
-                late is not None
-                or time.monotonic() - missed > _GRACE_S
-                or any(_age_s(failure) > _GRACE_S for failure in failures.recorded(self._folder))
-            ):
-                if gone is not None:
-                    self.blamed = gone, "It was gone before its work was complete, and left no traceback."
-                elif late is not None:
-                    self.blamed = late, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
-                self.ended = _kill_workers(self._folder)
-                return
+            with contextlib.suppress(FileNotFoundError):  # temporary files may be cleaned while it looks
+                if gone is None and (gone := _gone(self._folder)) is not None:
+                    missed = time.monotonic()
+                late = _late(self._folder)
+                if (
+                    late is not None
+                    or time.monotonic() - missed > _GRACE_S
+                    or any(_age_s(failure) > _GRACE_S for failure in failures.recorded(self._folder))
+                ):
+                    if gone is not None:
+                        self.blamed = gone, "It was gone before its work was complete, and left no traceback."
+                    elif late is not None:
+                        self.blamed = late, f"It did not end within {_LEAVE_S} s of process 0, whose work was complete."
+                    self.ended = _kill_workers(self._folder)
+                    return
 
 
 def _age_s(file: Path) -> float:
