@@ -51,7 +51,9 @@ def start(config: TrainConfig, control: Path) -> None:
     """``tedlab train`` without the start of Python: forked, it takes a fraction of the time."""
     from tedlab.launch.launcher import launch
 
-    multiprocessing.forkserver._forkserver.ensure_running = lambda: None  # the server that this process comes from
+    # The server that this process comes from is the launcher's, too, which asks for one, as does every new process.
+    for server in (multiprocessing.forkserver, multiprocessing.forkserver._forkserver):
+        server.ensure_running = lambda: None
     shown = (control / "shown").open("w")
     for stream in (sys.stdout, sys.stderr):
         os.dup2(shown.fileno(), stream.fileno())

@@ -9,7 +9,11 @@ import itertools
 import os
 import pickle
 import pkgutil
+import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -780,6 +784,21 @@ def test_exit_functions_run_at_once() -> None:
     os.close(write)
     with open(read, "rb") as file:
         assert file.read() == b"ran"
+
+
+@pytest.mark.parametrize(("length", "there"), [(71, True), (72, False), (120, False)])
+def test_sockets_are_elsewhere_where_the_path_of_temporary_files_is_too_long(length: int, there: bool) -> None:
+    code = "import python, tempfile; from multiprocessing.connection import Listener; "
+    code += "python.shorten_paths_of_sockets(); print(tempfile.gettempdir(), Listener(family='AF_UNIX').address)"
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        shutil.copy(python.__file__, short)  # alone, without all that importing tedlab takes
+        folder = os.path.join(short, "x" * (length - len(short) - 1))
+        os.mkdir(folder)
+        command, environment = [sys.executable, "-c", code], os.environ | {"TMPDIR": folder}
+        done = subprocess.run(command, cwd=short, env=environment, capture_output=True, text=True, check=True)
+        found = done.stdout.split()
+    assert found[0] == folder
+    assert found[1].startswith(folder) == there
 
 
 def test_an_instruction_of_the_unpickler_can_be_replaced() -> None:

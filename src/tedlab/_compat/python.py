@@ -1,14 +1,40 @@
-"""What tedlab uses of the standard library's private names."""
+"""What tedlab uses of the standard library's private and undocumented names."""
 
 import atexit
+import os
 import pickle
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, ClassVar
+
+_LONGEST = 103  # bytes of a socket's path on macOS; on Linux 107
+_BELOW = len("/pymp-01234567/listener-01234567")  # of a socket below the folder for temporary files
 
 
 def run_exit_functions() -> None:
     """Runs what ``atexit`` has registered, for a process that then leaves by ``os._exit``, which runs none of it."""
     atexit._run_exitfuncs()
+
+
+def shorten_paths_of_sockets() -> None:
+    """Puts the sockets of this process, and of those that it starts, below ``/tmp`` if ``TMPDIR`` is too long for them.
+
+    Else no server starts that forks processes, and a training process waits for ever for the samples that its data
+    workers cannot hand over. Later releases of Python do this themselves (python/cpython#132124); in others nothing
+    public says where sockets are. If ``/tmp`` cannot be used, the error comes where a socket is needed.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) + _BELOW <= _LONGEST:
+        return
+    from multiprocessing import util
+
+    usual = tempfile.tempdir
+    tempfile.tempdir = "/tmp"
+    try:
+        with suppress(OSError):
+            util.get_temp_dir()  # which is remembered, and handed on
+    finally:
+        tempfile.tempdir = usual
 
 
 class PythonUnpickler(pickle._Unpickler):
