@@ -24,7 +24,16 @@ from tedlab.comm.differentiable import (
 )
 from tedlab.comm.issued import Issued, issue_all_to_all, issue_gather_to, issue_scatter_from
 from tedlab.comm.ledger import Ledger
-from tedlab.comm.recompute import Recomputation, RecomputePlan, Second, once, pin, recomputed, recomputing
+from tedlab.comm.recompute import (
+    Recomputation,
+    RecomputePlan,
+    Second,
+    evaluating,
+    once,
+    pin,
+    recomputed,
+    recomputing,
+)
 from tedlab.comm.route import Numbers, Relay, Route, route
 from tedlab.comm.whereabouts import Waiting, Whereabouts
 from tedlab.degrees import GroupKind
@@ -52,6 +61,7 @@ __all__ = [
     "Whereabouts",
     "all_to_all",
     "copy_to",
+    "evaluating",
     "gather_from",
     "gather_to",
     "issue_all_to_all",

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from tedlab.comm.collectives import Collectives, Phase, Splits
-from tedlab.comm.recompute import collective, is_dead, unused
+from tedlab.comm.recompute import collective, evaluating, is_dead, unused
 from tedlab.degrees import GroupKind
 
 
@@ -103,7 +103,7 @@ def matmul_into(x: Tensor, weight: Tensor, tag: str) -> Tensor:
     are cast as autocast would; shapes are (…, n, k) × (k, m), or batched (e, n, k) × (e, k, m).
     """
     x, weight = to_compute_dtype(x), to_compute_dtype(weight)
-    return _MatmulInto.apply(x, weight, tag) if torch.is_grad_enabled() else x @ weight
+    return x @ weight if evaluating() else _MatmulInto.apply(x, weight, tag)
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:

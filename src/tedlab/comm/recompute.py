@@ -145,6 +145,15 @@ def recomputing() -> bool:
     return _now.region is not None and _now.second
 
 
+def evaluating() -> bool:
+    """Returns whether no backward pass can follow, as in evaluation and generation.
+
+    Layers then leave out what they do only for one: copies, operations, and functions of their own that choose what is
+    kept. What is recorded of training leaves out such passes.
+    """
+    return not torch.is_grad_enabled()
+
+
 def once(tag: str, compute: Callable[[], Any]) -> Any:
     """Returns ``compute()``, which must not need gradients; a second pass reuses the first pass's result."""
     region = _now.region

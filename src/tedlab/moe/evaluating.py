@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from tedlab.comm import evaluating
 from tedlab.moe import row_ops
 from tedlab.moe.products import row_functions
 from tedlab.nn import Nonlinearity
@@ -19,8 +20,7 @@ _ROWS = 512  # of the experts of a piece, if one alone has not more
 
 def evaluates(x_TH: Tensor, kernel: str) -> bool:
     """Tells whether :func:`weighted_sums` computes such tokens: on a CPU without gradients, by plain torch."""
-    here = not torch.is_grad_enabled() and x_TH.device.type == "cpu"
-    return here and row_functions(kernel, x_TH) is row_ops
+    return evaluating() and x_TH.device.type == "cpu" and row_functions(kernel, x_TH) is row_ops
 
 
 def weighted_sums(

@@ -24,12 +24,12 @@ folded (T_e ≠ T)   as DTD, fused, or sequence; the expert_tensor group gathers
 Legend as in ``products.py``, and O: tokens that this process sends; X: those that all processes of both groups send.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab.comm import (
     Issued,
+    evaluating,
     gather_to,
     issue_gather_to,
     issue_scatter_from,
@@ -79,7 +79,7 @@ class GatheredExperts(DealtExperts):
         expert_XK = once("dispatch.all_gather_choices", lambda: self._of_all(expert))
         gate_XK = self._weights(grown(gate, each))
         order = self._order(x_XH, expert_XK)
-        if torch.is_grad_enabled() and not recomputing():
+        if not evaluating() and not recomputing():
             rows = each * self.processes
             self.moved += Rows(sent=rows, gathered=rows * self.gathers, computed=len(order.token_N))
         # Weights of choices elsewhere must be 0, and get no gradient, whatever is in rows that nobody computes.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm import copy_to, gather_to, once, reduce_from, scatter_from, to_compute_dtype
+from tedlab.comm import copy_to, evaluating, gather_to, once, reduce_from, scatter_from, to_compute_dtype
 from tedlab.comm.recompute import is_dead, unused
 from tedlab.comm.rows import Rows
 from tedlab.moe.evaluating import evaluates, weighted_sums
@@ -82,7 +82,7 @@ class LocalExperts(TokenExperts):
         if not (self.training or self.sharded) and evaluates(x_TH, self.kernel):
             return reduce_from(self._evaluated(to_compute_dtype(x_TH), routing), self.comm, "expert_tensor", _REDUCE)
         x, gate_TK, order = self._enter(to_compute_dtype(x_TH), routing)
-        if torch.is_grad_enabled():
+        if not evaluating():
             self.moved += Rows(*[gate_TK.numel()] * 4)
         y = self.sums(x, gate_TK, order, _REDUCE)
         if self.sharded:

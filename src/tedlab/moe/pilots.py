@@ -42,6 +42,7 @@ from torch import Tensor
 from tedlab.comm import (
     Issued,
     Splits,
+    evaluating,
     gather_to,
     once,
     scatter_from,
@@ -216,7 +217,7 @@ class PilotExperts(DealtExperts):
 
     def _counted(self, finish: Callable[[], tuple[Plan, Rows]]) -> Callable[[], Plan]:
         """Adds what is moved to the total, if a backward pass may follow."""
-        counted = torch.is_grad_enabled()
+        counted = not evaluating()
 
         def plan() -> Plan:
             found, moved = finish()

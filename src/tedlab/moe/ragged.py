@@ -48,6 +48,7 @@ from tedlab.comm import (
     Relay,
     Splits,
     copy_to,
+    evaluating,
     gather_from,
     gather_to,
     once,
@@ -275,7 +276,7 @@ class RaggedPath:
 
     def _counted(self, finish: Finish) -> Exchanges:
         """Adds what is moved to the total, if a backward pass may follow."""
-        counted = torch.is_grad_enabled()
+        counted = not evaluating()
 
         def exchanges() -> tuple[Exchange, ...]:
             found, moved = finish()

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from tedlab._compat.torch import PreciseBuffers, local_tensor
 from tedlab.capacity import group_capacity
-from tedlab.comm import pin, recomputing, reduce_from
+from tedlab.comm import evaluating, pin, recomputing, reduce_from
 from tedlab.config import (
     BalanceChoices,
     BalanceScope,
@@ -408,7 +408,7 @@ class Router(PreciseBuffers, ShardedModule):
         token_T = self.tokens(len(expert_TK), sequence)
         if context.replay is not None:
             expert_TK = context.replay.choices(context.step + 1, self.number, token_T, expert_TK)
-        if context.recorder is not None and torch.is_grad_enabled() and not recomputing():
+        if context.recorder is not None and not evaluating() and not recomputing():
             context.recorder.add(self.number, token_T, expert_TK)
         return expert_TK
 
@@ -457,7 +457,7 @@ class Router(PreciseBuffers, ShardedModule):
         The model that owns the router calls this once for each micro-batch of a training step, outside of whatever is
         recomputed or compiled.
         """
-        if self.moves_biases and self.training and torch.is_grad_enabled():
+        if self.moves_biases and self.training and not evaluating():
             self._load_E = self._load_E.to(report.load.device) + report.load
 
     def take_load(self) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tedlab.comm import evaluating
 from tedlab.config import ModelConfig, Positions, QKNorm
 from tedlab.degrees import ParallelDegrees, check_divides
 from tedlab.nn.attend import AttentionPath, attend, attention_path, new_pairs, visible_pairs
@@ -372,7 +373,7 @@ class SelfAttention(ShardedModule):
         if rotation is not None:
             turns = rotation.unsqueeze(-2).unsqueeze(-2)
             q, k = (rotate(part, turns) for part in (q, k))
-        if torch.is_grad_enabled() and (self.together or (rotation is not None and self.q_norm is None)):
+        if not evaluating() and (self.together or (rotation is not None and self.q_norm is None)):
             v = v.clone()  # a view would keep the whole projection alive, which otherwise the norms of heads do
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))  # (B, heads/T, S, head_dim)
         sinks = self.local("sinks") if "sinks" in self.specs else None

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tedlab._compat.torch import require
+from tedlab.comm import evaluating
 from tedlab.nn.ids import check_ids
 from tedlab.nn.region import leave_sites, tensor_region
 from tedlab.nn.sharded import ShardedModule
@@ -60,7 +60,7 @@ class VocabParallelEmbedding(ShardedModule):
         """
         check_ids(ids, self.vocab_size, "a token id")
         weight = self.local("weight")  # (V/T, H)
-        if len(weight) == self.vocab_size and not torch.is_grad_enabled():
+        if len(weight) == self.vocab_size and evaluating():
             return F.embedding(ids, weight)  # none is elsewhere
         row = ids - self.start
         elsewhere = (row < 0) | (row >= weight.shape[0])

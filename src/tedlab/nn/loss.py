@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm import Collectives
+from tedlab.comm import Collectives, evaluating
 from tedlab.nn.ids import check_ids
 from tedlab.spec import Layout, MicroBatch, Site, Sites, Spec, Work
 
@@ -180,9 +180,7 @@ def linear_cross_entropy(
         IndexError: If a target is outside the vocabulary, on a CPU; on a GPU the device asserts.
     """
     check_ids(targets, comm.size("tensor") * len(weight), "a target", ignore_index)
-    return _LinearCrossEntropy.apply(
-        x, weight, targets, comm, chunk, _softmax(backend), torch.is_grad_enabled(), ignore_index
-    )
+    return _LinearCrossEntropy.apply(x, weight, targets, comm, chunk, _softmax(backend), not evaluating(), ignore_index)
 
 
 class _Softmax(NamedTuple):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from tedlab.comm import Collectives, copy_to, reduce_from
+from tedlab.comm import Collectives, copy_to, evaluating, reduce_from
 from tedlab.nn.sharded import ShardedModule
 from tedlab.spec import Init, MicroBatch, ParameterSpec, Site, Sites, Spec, Work
 from tedlab.topology import Topology
@@ -129,7 +129,7 @@ class RMSNorm(_Norm):
             return F.rms_norm(x, (self.hidden,), weight, self.eps)
         if _stand_in is not None:
             return _stand_in(x, weight, self.eps)
-        if not torch.is_grad_enabled():
+        if evaluating():
             return F.rms_norm(x, (self.hidden,), weight, self.eps)
         return _RMSNorm.apply(x, weight, self.eps)
 
