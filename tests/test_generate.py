@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tedlab.checkpoint.contents import consolidate
 from tedlab.commands.generate import main, prepare, unescaped
 from tedlab.config import GenerateConfig, ModelConfig, MoEConfig, RecomputeConfig, SharedConfig
 from tedlab.degrees import ParallelDegrees
-from tedlab.generate import _check_memory, generate
+from tedlab.generate import Continued, _check_memory, generate
 from tedlab.models import GPTSpec
 from tedlab.moe import routers
 from tedlab.opened import model_of
@@ -265,6 +265,19 @@ def test_what_cannot_be_continued_is_told(
     pool: WorkerPool, run_directory: Path, options: dict[str, Any], message: str
 ) -> None:
     assert message in text(pool, run_directory, **options)
+
+
+def test_nothing_is_shown_that_a_stop_takes_back() -> None:
+    """The tokens are bytes, of which a stop's last character has two."""
+
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    text, added = Continued(cast(Any, Bytes()), [*b"> "], ["né"]), [*"on né pas".encode()]
+    shown = [text.known() for step in range(len(added)) if not text.ends(added[: step + 1])]
+    assert shown == ["> o", "> o", "> on ", "> on ", "> on "]
+    assert (text.ends(added), text.text) == (True, "> on ")
 
 
 def test_a_shell_can_write_line_feeds_in_a_stop() -> None:

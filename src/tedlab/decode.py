@@ -79,17 +79,17 @@ def continuations(
     longest = max(map(len, prompts))
     device = next(iter(model.parameters())).device
     most = min(room, longest + tokens)
-    recording = None
-    if device.type == "cuda" and most - longest >= _WORTH_A_GRAPH:
+    steps = _Steps(model, texts, longest, most, device)
+    remember = remember and steps.can_remember
+    if remember and device.type == "cuda" and most - longest >= _WORTH_A_GRAPH:
         reason = why_no_graph(model)
-        recording = _cuda_graph if reason is None else None
+        steps.recording = _cuda_graph if reason is None else None
         _log.info("the host launches %s", "one CUDA graph a token" if reason is None else f"each kernel: {reason}")
-    steps = _Steps(model, texts, longest, most, device, recording)
     training = model.training
     model.eval()
     try:
         for step in range(tokens):
-            if remember and steps.can_remember and longest + step <= room:
+            if remember and longest + step <= room:
                 logits_BV = steps.remembered()
             else:
                 steps.past = Past(0)  # what was remembered is of no use any more

@@ -147,9 +147,9 @@ class Continued:
 
     def known(self) -> str:
         """Returns the part of the text that no further token changes: not half a character, nor what begins a stop."""
+        whole = self.text.removesuffix("\N{REPLACEMENT CHARACTER}")
         beginnings = [stop[:length] for stop in self.stop for length in range(1, len(stop))]
-        beginnings.append("\N{REPLACEMENT CHARACTER}")
-        kept = len(self.text) - max((len(part) for part in beginnings if self.text.endswith(part)), default=0)
+        kept = len(whole) - max((len(part) for part in beginnings if whole.endswith(part)), default=0)
         return self.text[: max(kept, self.begins)]
 
 
