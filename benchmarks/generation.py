@@ -48,11 +48,10 @@ _WAYS = ("grouped_mm", "eager")
 Contender = Callable[[Tensor, int], list[list[int]]]  # returns the tokens that it adds to each prompt
 
 
-def both(shape: Shape, overrides: list[str], device: torch.device) -> tuple[GPT, Any]:
+def both(shape: Shape, overrides: list[str], device: torch.device, dtype: torch.dtype) -> tuple[GPT, Any]:
     """Returns tedlab's model and transformers', with the same random weights."""
     config = composed([*shape.overrides, *overrides])
     theirs: Any = peer_model(shape, config, device).eval()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     theirs = theirs.to(dtype)
     theirs.generation_config.use_cache = True  # copied from the configuration of a model that trains
     moe = replace(config.moe, capacity_factor=None)
@@ -91,13 +90,16 @@ def in_turns(contenders: dict[str, Contender], ids: Tensor, tokens: int, rounds:
     """
     left = dict(contenders)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for _ in range(1 + rounds):
+    for number in range(1 + rounds):
         for name, run in list(left.items()):
             try:
                 taken[name].append((_seconds(run, ids, 1), _seconds(run, ids, tokens)))
             except torch.OutOfMemoryError:
                 print(f"{name} has too little memory for {len(ids)} texts", flush=True)
                 del left[name]
+        which = f"round {number} of {rounds}" if number else "the round that does not count"
+        said = ", ".join(f"{name} {taken[name][-1][1]:.2f} s" for name in left)
+        print(f"{len(ids)} texts, {which}: {said}", flush=True)
     figures = {}
     for name in left:
         first, whole = map(min, zip(*taken[name][1:], strict=True))
@@ -113,10 +115,37 @@ def _seconds(run: Contender, ids: Tensor, tokens: int) -> float:
     return time.perf_counter() - began
 
 
-def measure(shape: Shape, overrides: list[str], batches: list[int], lengths: tuple[int, int]) -> list[dict[str, Any]]:
+@torch.inference_mode()
+def steps_apart(model: Any, ids: Tensor, ours: list[list[int]], theirs: list[list[int]]) -> float | None:
+    """Returns how far apart two tokens are at the most by which the texts of a prompt part; None if no texts do.
+
+    Args:
+        model: Transformers'.
+        ids: The prompts.
+        ours: The tokens that one program added to each.
+        theirs: Those that the other did.
+
+    Returns:
+        The difference of their logits by ``model``, which computes the text before them as one, in steps of its dtype.
+    """
+    found = []
+    for prompt, a, b in zip(ids, ours, theirs, strict=True):
+        if a != b:
+            parting = next(place for place, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1])
+            logits = model(torch.cat([prompt, prompt.new_tensor(a[:parting])])[None]).logits[0, -1]
+            pair = logits[[a[parting], b[parting]]].double()
+            step = torch.finfo(logits.dtype).eps * 2.0 ** pair.abs().max().log2().floor()
+            found.append(float(pair.diff().abs() / step))
+    return max(found, default=None)
+
+
+def measure(
+    shape: Shape, overrides: list[str], batches: list[int], lengths: tuple[int, int], dtype: torch.dtype
+) -> list[dict[str, Any]]:
     """Returns a row for each batch: of both, the tokens per second after the first, and the seconds until that."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ours, theirs = both(shape, overrides, device)
+    print("both models get the same weights, which goes through files", flush=True)
+    ours, theirs = both(shape, overrides, device, dtype)
     contenders: dict[str, Contender] = {way: partial(by_transformers, theirs, way) for way in _WAYS}
     contenders["tedlab"] = partial(by_tedlab, ours)
     prompt, tokens = lengths
@@ -127,7 +156,7 @@ def measure(shape: Shape, overrides: list[str], batches: list[int], lengths: tup
         ways = in_turns(contenders, ids, tokens, _ROUNDS)
         own = ways.pop("tedlab")
         best, figures = fastest(ways)
-        same = zip(contenders["tedlab"](ids, tokens), contenders[best](ids, tokens), strict=True)
+        added = contenders["tedlab"](ids, tokens), contenders[best](ids, tokens)
         rows.append(
             {
                 "batch": batch,
@@ -135,7 +164,8 @@ def measure(shape: Shape, overrides: list[str], batches: list[int], lengths: tup
                 "transformers": figures,
                 "tedlab": own,
                 "ratio": own["tokens_per_second"] / figures["tokens_per_second"],
-                "texts_alike": sum(a == b for a, b in same) / batch,
+                "texts_alike": sum(a == b for a, b in zip(*added, strict=True)) / batch,
+                "steps_apart": steps_apart(theirs, ids, *added),
                 "transformers_by_experts": ways,
             }
         )
@@ -186,6 +216,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="texts (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to add, at least 2 (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="on a CPU, too")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the presets")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
@@ -194,10 +225,12 @@ def main() -> None:
     require("transformers")
     cuda = torch.cuda.is_available()
     facts = surroundings(torch.device("cuda" if cuda else "cpu"), "transformers")
+    dtype = torch.bfloat16 if cuda or arguments.bf16 else torch.float32
+    lengths = arguments.prompt, arguments.tokens
     results = {}
     for name in arguments.shapes:
         overrides = [*(_GPU if cuda else [*_CPU, *SHAPES[name].small]), *arguments.set]
-        results[name] = measure(SHAPES[name], overrides, arguments.batches, (arguments.prompt, arguments.tokens))
+        results[name] = measure(SHAPES[name], overrides, arguments.batches, lengths, dtype)
         title = f"{name}: {facts['device']}, transformers {facts['versions']['transformers']}"
         Console(width=110).print(table(results[name], title))
         if arguments.out is not None:

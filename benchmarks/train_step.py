@@ -10,6 +10,7 @@ below switched off. See README.md.
 import argparse
 import json
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from benchmarks.surroundings import surroundings
 
 TEXT = "on text"
 _NCCL = "ncclDevKernel"  # how names of its kernels begin
+KINDS = {  # of kernels, by how names begin on an H200 with torch 2.11; those of rows are moe/*_kernels.py's
+    "collectives": (_NCCL,),
+    "grouped products": ("_ZN7cutlass",),
+    "attention and other products": ("cudnn", "void cudnn", "nvjet"),
+    "kernels of rows": ("_take", "_combine", "_hidden", "_pilots", "_moved_on", "_runs", "_codes", "_number"),
+    "Adam": ("_adam",),
+}
+OTHERS = "others"
 ROWS = {  # what each changes
     "as configured": [],
     TEXT: [],
@@ -36,7 +45,7 @@ ROWS = {  # what each changes
 
 
 class Profile(Callback):
-    """Of the first step after the warm-up: its kernels, the longest first, exposed exchanges, and what was idle."""
+    """Of the first step after the warm-up: kernels by kind and the longest, exposed exchanges, and what was idle."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.table = rows, ""
@@ -65,7 +74,21 @@ class Profile(Callback):
                 for name, taken in longest[: self.rows]
             ]
             total = f"{sum(sum(t) for t in kernels.values()) / 1e3:9.2f} ms in all"
-            self.table = "\n".join([total, *lines, *exposed(sorted(spans)), *idle(sorted(spans), self.rows // 4)])
+            kinds = by_kind((name, sum(taken) / 1e3) for name, taken in kernels.items())
+            of = [f"{taken:9.2f} ms of {kind}" for kind, taken in kinds.items()]
+            self.table = "\n".join([total, *of, *lines, *exposed(sorted(spans)), *idle(sorted(spans), self.rows // 4)])
+
+
+def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Returns how long kernels of each kind took.
+
+    Args:
+        kernels: The name of each, and how long it took.
+    """
+    found = dict.fromkeys([*KINDS, OTHERS], 0.0)
+    for name, taken in kernels:
+        found[next((kind for kind, begins in KINDS.items() if name.startswith(begins)), OTHERS)] += taken
+    return found
 
 
 def exposed(spans: list[tuple[float, float, str]]) -> list[str]:

@@ -34,13 +34,16 @@ EXCHANGES = {  # of the ways of exchanges_h200.json
 
 def draw(file: Path = FILE) -> None:
     """Draws one call on two GPUs beside other frameworks, other models beside one GPU, and bare exchanges."""
-    one_call = json.loads((RESULTS / "expert_parallel_one_call_h200.json").read_text())[0]["rows"]
-    more = json.loads((RESULTS / "expert_parallel_more_h200.json").read_text())
+    table, more = (
+        json.loads((RESULTS / f"expert_parallel_{name}_h200.json").read_text()) for name in ("table", "more")
+    )
+    first = [row for call in table if call["call"] == "first call" for row in call["rows"]]
+    others = [row for call in (*more, *table) for row in call["rows"] if row["case"] in "BCDE"]  # the last counts
     figure = Figure(figsize=(10, 6.8), layout="constrained")
     axes = figure.subplot_mosaic([["peers", "models"], ["exchanges", "exchanges"]], height_ratios=[1.2, 1])
-    of_one = [row for row in one_call if row["case"] == "A" and "2 " not in row["name"].partition("expert 2, ")[2]]
-    programs(axes["peers"], of_one, ", expert 2", "Four blocks of OLMoE on two H200, one call")  # of one micro-batch
-    models(axes["models"], [row for call in more for row in call["rows"] if row["case"] in "CDE"], 2)
+    a = [row for row in first if row["case"] == "A" and ", expert 2" in row["name"]]
+    programs(axes["peers"], a, ", expert 2", "Four blocks of OLMoE on two H200, one call")
+    models(axes["models"], others, 2)
     exchanges(axes["exchanges"], json.loads((RESULTS / "exchanges_h200.json").read_text())["rows"])
     figure.savefig(file, dpi=110)
 
@@ -89,7 +92,7 @@ def models(axes: Axes, rows: Sequence[dict[str, Any]], n: int) -> None:
         of = {case: ways.index(way) - (len(ways) - 1) / 2 for case, ways in present.items() if way in ways}
         places = [cases.index(case) + 0.22 * place for case, place in of.items()]
         bars = axes.bar(places, [taken[case, way.format(n=n)] for case in of], 0.21, color=colour, label=label)
-        axes.bar_label(bars, fmt="%.1f", fontsize=6.5, padding=1)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
     axes.set_xticks(range(len(cases)), [MODELS[case] for case in cases], fontsize=8.5)
     axes.set_title("Others, as many tokens on each GPU", loc="left", fontsize=10, fontweight="bold")
     axes.set_ylabel("ms")

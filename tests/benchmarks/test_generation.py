@@ -9,7 +9,17 @@ import torch
 
 pytest.importorskip("transformers")
 
-from benchmarks.generation import _CPU, _WAYS, Contender, both, by_tedlab, by_transformers, fastest, in_turns
+from benchmarks.generation import (
+    _CPU,
+    _WAYS,
+    Contender,
+    both,
+    by_tedlab,
+    by_transformers,
+    fastest,
+    in_turns,
+    steps_apart,
+)
 from benchmarks.vs_transformers import SHAPES
 
 pytestmark = pytest.mark.usefixtures("single")
@@ -19,7 +29,7 @@ TINY = ["model.layers=1", "model.hidden=32", "model.heads=2", "model.ffn=16", "m
 @pytest.mark.parametrize("name", ["olmoe", "qwen3_30b"])
 def test_both_compute_a_single_token_once_the_prompt_is_cached(name: str) -> None:
     shape = SHAPES[name]
-    ours, theirs = both(shape, [*_CPU, *shape.small, *TINY], torch.device("cpu"))
+    ours, theirs = both(shape, [*_CPU, *shape.small, *TINY], torch.device("cpu"), torch.float32)
     positions: dict[str, list[int]] = {}
 
     def note(model: str, module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -39,11 +49,30 @@ def test_both_compute_a_single_token_once_the_prompt_is_cached(name: str) -> Non
 
 def test_transformers_default_is_among_its_ways() -> None:
     shape = SHAPES["olmoe"]
-    _, theirs = both(shape, [*_CPU, *TINY], torch.device("cpu"))
+    _, theirs = both(shape, [*_CPU, *TINY], torch.device("cpu"), torch.float32)
     assert theirs.get_correct_experts_implementation(None) == _WAYS[0]
 
 
-def test_the_fastest_decodes_fastest_and_what_memory_forbids_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_part_by_so_many_steps_of_the_dtype() -> None:
+    """The model likes token 7 best, with 3, then 5, a step of bf16 less, and 2 with 1, after any text but [1, 9]."""
+
+    def model(ids: torch.Tensor) -> Any:
+        logits = torch.zeros(1, ids.shape[1], 16, dtype=torch.bfloat16)
+        logits[..., [7, 5, 2]] = torch.tensor([3, 3 - 2**-6, 1], dtype=torch.bfloat16)
+        if ids.tolist() == [[1, 9]]:
+            logits[..., 5] = 3
+        return SimpleNamespace(logits=logits)
+
+    ids = torch.tensor([[1], [1]])
+    assert steps_apart(model, ids, [[7, 7], [5, 5]], [[7, 7], [5, 5]]) is None
+    assert steps_apart(model, ids, [[7, 7], [5, 5]], [[7, 7], [7, 2]]) == 1
+    assert steps_apart(model, ids, [[9, 7], [5, 5]], [[9, 5], [5, 5]]) == 0
+    assert steps_apart(model, ids, [[4, 7], [7, 2]], [[4, 5], [7, 7]]) == 2 * 2**6
+
+
+def test_the_fastest_decodes_fastest_and_what_memory_forbids_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """One takes 5 seconds for its prompt and 2 for each further token, another 1 and 4; in one round all take longer.
 
     The clock is the test's. The round before, which does not count, takes 90 seconds more.
@@ -64,6 +93,11 @@ def test_the_fastest_decodes_fastest_and_what_memory_forbids_is_left_out(monkeyp
     contenders: dict[str, Contender] = {"slow start": partial(waiting, "a", 5, 2), "none": failing}
     contenders["fast start"] = partial(waiting, "b", 1, 4)
     found = in_turns(contenders, torch.zeros(3, 1), 5, rounds=3)
+    said = capsys.readouterr().out.splitlines()
+    assert said[1:3] == [
+        "3 texts, the round that does not count: slow start 103.00 s, fast start 107.00 s",
+        "3 texts, round 1 of 3: slow start 13.00 s, fast start 17.00 s",
+    ]
     assert found == {
         "slow start": {"first_s": 5, "tokens_per_second": 3 / 2},
         "fast start": {"first_s": 1, "tokens_per_second": 3 / 4},

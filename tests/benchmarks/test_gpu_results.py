@@ -1,9 +1,11 @@
 """What documents say of GPUs, and of generation on a CPU, is what the machine gave."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.train_step import OTHERS, by_kind
 from tests.test_gpu import CELLS
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +37,21 @@ def test_docs_have_the_largest_errors_of_certificates_over_nccl() -> None:
         assert largest(four["certificates_of_two"], precision) == largest(two["certificates"], precision)
 
 
-def test_docs_have_what_a_gpu_generated_without_a_comparison() -> None:
-    """transformers' figures, measured without its cache, are withdrawn, until a run gives others."""
+def test_docs_have_what_a_gpu_generated() -> None:
     found, text = result("generation"), words("docs/generate.md")
-    for row in found["results"]["olmoe"]:
-        assert row.keys() == {"batch", "tedlab", "texts_alike"}
-        ours = row["tedlab"]
-        assert f"| {row['batch']} | {ours['tokens_per_second']:,.0f} | {1e3 * ours['first_s']:.0f} |" in text
-    assert "withdrawn" in found
-    assert "is not shown on a GPU" in text
-    assert "withdrawn, because it had no cache" in words("benchmarks/README.md")
+    one, many = found["results"]["olmoe"]
+    for row in (one, many):
+        theirs, ours = row["transformers"], row["tedlab"]
+        speeds = f"{theirs['tokens_per_second']:,.0f} | {ours['tokens_per_second']:,.0f} | {row['ratio']:.2f}"
+        firsts = f"{1e3 * theirs['first_s']:.0f} | {1e3 * ours['first_s']:.0f}"
+        assert f"| {row['batch']} | {speeds} | {firsts} |" in text
+        assert row["experts"] == "grouped_mm"
+    assert f"A token of one text takes tedlab {1e3 / one['tedlab']['tokens_per_second']:.2f} ms" in text
+    assert one["texts_alike"] == 0
+    assert f"nor more than {32 * many['texts_alike']:.0f} of the 32" in text
+    (narrow,) = json.loads((ROOT / "benchmarks/results/generation_cpu_bf16.json").read_text())["results"]["olmoe"]
+    assert f"{32 * narrow['texts_alike']:.0f} of 32 are" in text
+    assert f"differ by at most {narrow['steps_apart']:.0f} steps of bf16" in text
 
 
 def test_docs_have_what_a_cpu_generated() -> None:
@@ -60,30 +67,99 @@ def test_docs_have_what_a_cpu_generated() -> None:
             assert row["texts_alike"] == 1
 
 
-def test_docs_compare_passes_and_steps_of_one_call_on_two_gpus() -> None:
-    """Of rows and of gathered tokens with the best peer, and whole steps with their MFU and memory."""
-    rows = result("expert_parallel_one_call")[0]["rows"]
-    said = words("benchmarks/README.md")
-    passes, alike, steps, used, gib = [], [], [], [], []
-    for case in "AB":
-        named = {row["name"]: row for row in rows if row["case"] == case}
-        plain, gathered = named["tedlab, expert 2"], named["tedlab, expert 2, comm.dedup=group"]
-        best = min((row for row in named.values() if "tedlab" not in row["name"]), key=lambda row: row["passes_s"])
-        alike.append(best["passes_s"] / plain["passes_s"])
-        passes.append(best["passes_s"] / gathered["passes_s"])
-        steps.append((1e3 * gathered["step_s"], 1e3 * best["step_s"], best["step_s"] / gathered["step_s"]))
-        used.append((100 * gathered["mfu"], 100 * best["mfu"]))
-        gib.append((gathered["peak_gib"], best["peak_gib"]))
-    assert f"tedlab is {alike[0]:.2f} times as fast as the best peer on A" in said
-    assert f"and {alike[1]:.2f} times on B" in said
-    assert f"With gathered tokens it is {passes[0]:.2f} and {passes[1]:.2f} times as fast" in said
-    (ours, theirs, ratio), (ours_b, theirs_b, ratio_b) = steps
-    mfu, mfu_b = (f"{a:.1f} and {b:.1f} %" for a, b in used)
-    assert f"{ours:.1f} and {theirs:.1f} ms on A ({ratio:.2f} times as fast; MFU {mfu})" in said
-    assert f"{ours_b:.1f} and {theirs_b:.1f} ms on B ({ratio_b:.2f} times; {mfu_b})" in said
-    assert "with {:.1f} and {:.1f} GiB at the most on A, and {:.1f} and {:.1f} on B".format(*gib[0], *gib[1]) in said
-    assert f"({alike[0]:.2f} times)" in words("docs/speed.md")
-    assert f"({alike[1]:.2f} times)" in words("docs/speed.md")
+def on_two() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows of both calls on two GPUs by case and name, the first call's first."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for call in result("expert_parallel_table"):
+        for row in call["rows"]:
+            found.setdefault((row["case"], row["name"]), []).append(row)
+    return found
+
+
+TWO = "tedlab, expert 2"
+PEERS = {"plain loop": "plain loop", "Megatron-Core's dispatcher": "Megatron-Core", "DeepSpeed's layer": "DeepSpeed"}
+
+
+def test_docs_have_what_two_gpus_took() -> None:
+    rows, said, short = on_two(), words("benchmarks/README.md"), words("docs/speed.md")
+    lines = {"tedlab, one GPU": "tedlab, one GPU", "torchtitan 0.2.2": "torchtitan, expert 2", "tedlab": TWO}
+    lines |= {"plain loop": "plain loop, expert 2", "Megatron-Core 0.16.1's dispatcher": "Megatron-Core, expert 2"}
+    lines |= {"DeepSpeed 0.19.8's layer": "DeepSpeed, expert 2", "tedlab, experts lent": f"{TWO}, experts lent"}
+    lines |= {f"tedlab, `comm.{way}`": f"{TWO}, comm.{way}" for way in ("dedup=rank", "dedup=group", "chunks=2")}
+    lines |= {"tedlab, two micro-batches in turn": f"{TWO}, 2 micro-batches"}
+    beside = "tedlab, two micro-batches beside each other (`comm.interleave=true`)"
+    lines |= {beside: f"{TWO}, 2 beside each other"}
+    lines |= {"tedlab, tensor 2: one micro-batch on both GPUs": "tedlab, tensor 2"}
+    for label, name in lines.items():
+        assert cells(label, *(", ".join(map(ms, rows.get((case, name), ()))) for case in "ABC")) in said
+    assert {name for _, name in rows} == {*lines.values()}
+    # Beside the row of tedlab in the peers' call: on A the first, on B the second.
+    plain = {"A": rows["A", TWO][0], "B": rows["B", TWO][1], "C": rows["C", TWO][0]}
+    ways = [(way, f"{TWO}, comm.dedup={way}") for way in ("rank", "group")]
+    alike, other = dict[str, float](), dict[tuple[str, str], float]()
+    steps = []
+    for case, row in plain.items():
+        theirs = {label: rows[case, key][0] for label in PEERS if (case, key := f"{PEERS[label]}, expert 2") in rows}
+        label = min(theirs, key=lambda label: theirs[label]["passes_s"])
+        best = theirs[label]
+        alike[case] = best["passes_s"] / row["passes_s"]
+        own = {way: rows[case, name][0] for way, name in ways if (case, name) in rows}
+        other |= {(case, way): best["passes_s"] / each["passes_s"] for way, each in own.items()}
+        figures = ms(rows[case, "tedlab, one GPU"][0]), ms(row), ms(own.get("rank")), ms(own.get("group"))
+        gathered = f"{other[case, 'group']:.2f} ×" if (case, "group") in other else ""
+        assert cells(*figures, f"{ms(best)}, {label}", f"{alike[case]:.2f} ×", gathered) in short
+        steps.append((own.get("group", row), best))
+    a, b, c = (f"{ratio:.2f}" for ratio in alike.values())
+    assert f"is {a} times as fast as the best of them on A (Megatron-Core's dispatcher), {b} on B (the plain" in said
+    assert f"loop) and {c} on C" in said
+    rank, gathered, on_b = (f"{other[key]:.2f}" for key in (("A", "rank"), ("A", "group"), ("B", "group")))
+    assert f"On A it is {rank} times as fast with pilots, and with gathered tokens {gathered} and {on_b} times" in said
+    taken = [(1e3 * ours["step_s"], 1e3 * peer["step_s"], peer["step_s"] / ours["step_s"]) for ours, peer in steps]
+    mfu, mfu_b, _ = (f"{100 * ours['mfu']:.1f} and {100 * peer['mfu']:.1f} %" for ours, peer in steps)
+    assert "{:.1f} and {:.1f} ms on A ({:.2f} times as fast; MFU {})".format(*taken[0], mfu) in said
+    assert "{:.1f} and {:.1f} ms on B ({:.2f} times; {})".format(*taken[1], mfu_b) in said
+    assert "takes {:.1f} ms, and DeepSpeed's {:.1f} ({:.2f} times as fast)".format(*taken[2]) in said
+    whole = "Whole steps are {:.2f} (A, gathered), {:.2f} (B, gathered) and {:.2f} (C) times as fast"
+    assert whole.format(*(ratio for *_, ratio in taken)) in short
+    gib = [row["peak_gib"] for pair in steps[:2] for row in pair]
+    assert "with {:.1f} and {:.1f} GiB at the most on A, and {:.1f} and {:.1f} on B".format(*gib) in said
+    alone = rows["B", "plain loop, expert 2"][0]["passes_s"] / rows["B", "tedlab, one GPU"][0]["passes_s"]
+    assert f"which is only {alone:.2f} times as fast as the loop on two" in said
+    assert f"one GPU is only {alone:.2f} times as fast as the loop on two" in short
+    forward = [1e3 * rows["C", name][0]["phases_s"]["forward"] for name in (TWO, "tedlab, one GPU")]
+    assert "forward, and differs between calls: {:.1f} ms instead of {:.1f}".format(*forward) in said
+    forward = [1e3 * rows["A", name][0]["phases_s"]["forward"] for name in (ways[1][1], TWO, ways[0][1])]
+    assert "Forward, A takes {:.1f} ms gathered, {:.1f} with rows and {:.1f} with pilots".format(*forward) in said
+
+
+def test_docs_have_the_profiles_of_two_gpus() -> None:
+    rows, said = on_two(), words("benchmarks/README.md")
+    names = [TWO, *(f"{TWO}, comm.{way}" for way in ("dedup=rank", "dedup=group", "chunks=2")), "tedlab, one GPU"]
+    before = {"collectives": 29.3, "… while nothing else runs": 29.3, "grouped products": 29.2, "kernels of rows": 69.5}
+    table: dict[str, list[str]] = {}
+    for name in names:
+        row = rows["A", name][0]
+        whole, *lines = row["profile"]
+        listed = [re.fullmatch(r" *(\S+) ms +\d+ × ([^→]*)", line) for line in lines]
+        kinds = by_kind((found[2], float(found[1])) for found in listed if found)
+        waits = [[float(x) for x in re.findall(r"[\d.]+", line)[:2]] for line in lines if "alone:" in line]
+        alone, collectives = (sum(column) for column in zip(*waits, strict=True)) if waits else (0.0, 0.0)
+        kinds = {"collectives": collectives, "… while nothing else runs": alone} | kinds | {"collectives": collectives}
+        named = sum(taken for kind, taken in kinds.items() if kind not in ("… while nothing else runs", OTHERS))
+        kinds[OTHERS] = float(whole.split()[0]) - named  # those that are not listed, too
+        kinds["idle"] = next(float(line.split()[0]) for line in lines if line.endswith("ms idle"))
+        kinds["the median step, which is not profiled"] = 1e3 * row["step_s"]
+        for kind, taken in kinds.items():
+            table.setdefault(kind, []).append(f"{taken:.1f}" if taken else "")
+    for kind, figures in table.items():
+        assert cells(kind, f"{before[kind]}" if kind in before else "", *figures) in said
+    rest = float(table["kernels of rows"][0]) + float(table[OTHERS][0])
+    assert f"at most {rest:.1f} ms, on a GPU" in said
+    bare = {row["mib"]: row["ms"] for row in result("exchanges")["rows"] if row["way"] == "all_to_all"}
+    assert f"16 bare exchanges of rows need {16 * bare[512]:.1f} ms" in said
+    assert f"16.3 of {16 * bare[512]:.1f} ms in chunks" in said
+    assert f"eight bare ones need {8 * bare[64]:.1f}" in said
+    assert f"Eight bare exchanges of rows (256 MiB) need {8 * bare[256]:.1f} ms" in said
 
 
 def on_four() -> dict[tuple[str, str], dict[str, Any]]:
@@ -167,7 +243,7 @@ def test_docs_have_whole_steps_memory_overlap_and_tensor_ranks_on_four_gpus() ->
     a, b, c = (taken[-1] / taken[0] for taken in steps.values())
     assert f"tedlab is {a:.2f} times as fast on A, {b:.2f} on B and {c:.2f} on C" in said
     short = f"{a:.2f} on A, {b:.2f} on B and {c:.2f} on C " + "({:.1f} and {:.1f} ms)".format(*steps["C"])
-    assert f"Of whole steps these ratios are {short}" in words("docs/speed.md")
+    assert f"Of whole steps the ratios of rows and slots are {short}" in words("docs/speed.md")
     ours, theirs = (
         [1e3 * rows[case, name]["phases_s"]["optimizer"] for case, name in names]
         for names in ([(case, whole[0]) for case in peers], peers.items())

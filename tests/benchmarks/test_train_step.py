@@ -1,6 +1,10 @@
 """What ``benchmarks.train_step`` says of a profile."""
 
-from benchmarks.train_step import exposed, idle
+import re
+from pathlib import Path
+
+import tedlab.moe
+from benchmarks.train_step import KINDS, OTHERS, by_kind, exposed, idle
 
 
 def test_a_device_is_idle_where_no_kernel_runs_and_beside_a_longer_one_it_is_not() -> None:
@@ -19,3 +23,20 @@ def test_an_exchange_is_exposed_where_no_other_kernel_runs() -> None:
         "     0.15 ms of 0.20 alone: ncclDevKernel_AllReduce_Sum_f32_RING_LL",
     ]
     assert exposed([(0.0, 1.0, "product")]) == []
+
+
+def test_kernels_are_divided_by_what_they_do() -> None:
+    names = ["ncclDevKernel_SendRecv(args)", "_combine_backward", "_take", "_scatter_gather_elementwise_kernel<128>"]
+    names += ["_ZN7cutlass13device_kernel", "nvjet_sm90_tst", "void cudnn::fusion::convert<true>", "_adam", "_take"]
+    found = by_kind((name, 2.0**place) for place, name in enumerate(names))
+    rows = 2 + 4 + 256
+    assert [*found.values()] == [1, 16, 32 + 64, rows, 128, 8]
+    assert [*found] == [*KINDS, OTHERS]
+
+
+def test_kernels_of_rows_are_known_by_name() -> None:
+    (folder,) = tedlab.moe.__path__
+    sources = [Path(folder, f"{name}_kernels.py").read_text() for name in ("row", "index")]
+    launched = {name for source in sources for name in re.findall(r"\b(_\w+)\[\(", source)}
+    assert len(launched) > 5
+    assert all(name.startswith(KINDS["kernels of rows"]) for name in launched)
