@@ -136,6 +136,10 @@ def leave_while_others_sleep(config: TrainConfig) -> dict[str, Any]:
     return {}
 
 
+def leave_alone(config: TrainConfig) -> dict[str, Any]:
+    raise SystemExit if config.seed else KeyboardInterrupt
+
+
 def leave_when_the_first_is_done(config: TrainConfig) -> dict[str, Any]:
     if _note(config) == 1:
         time.sleep(1)
@@ -264,6 +268,13 @@ def test_the_cause_is_told_not_what_the_launcher_did_about_it(
     assert cause in message
     assert ("SIGKILL" in message) == ("SIGKILL" in cause), message
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "cause"), [(0, "KeyboardInterrupt"), (1, "SystemExit")])
+def test_the_only_process_that_leaves_without_an_error_is_not_waited_for(tmp_path: Path, seed: int, cause: str) -> None:
+    with pytest.raises(WorkerFailed, match=cause):
+        launch(leave_alone, TrainConfig(output_dir=str(tmp_path), seed=seed), 1)
 
 
 @pytest.mark.slow

@@ -153,6 +153,8 @@ def _worker(
         result = run(config)
     except BaseException as error:
         failures.record_error(error)
+        if isinstance(error, KeyboardInterrupt) or (isinstance(error, SystemExit) and not error.code):
+            sys.exit(1)  # torch's launcher waits for ever for the result of one that leaves with exit code 0
         raise
     with contextlib.suppress(OSError):  # no reason to fail now: temporary files may have been cleaned meanwhile
         if rank == "0":
