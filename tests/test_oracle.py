@@ -43,11 +43,15 @@ OFTEN = SETTINGS | ROUTERS
 DIVIDED = (  # of which CI trains the layout, too: that it is one process in settings like these, certificates say
     *("top1_clipped", "dgmoe_sequence_dropless"),
 )
+SELDOM = (  # what each of these has, others have as well
+    *("ted", "today_sequence", "listed_blocks_of_their_own_width"),
+    *("global_sequence_parallel", "sigmoid_raw_sequence_wise_in_slices", "one_choice_normalized_and_one_softmax"),
+)
 
 
 def marked(setting: str, layout: str) -> object:
     if layout == "one process":
-        marks = [] if setting in OFTEN else [pytest.mark.slow]
+        marks = [] if setting in OFTEN else [pytest.mark.exhaustive if setting in SELDOM else pytest.mark.slow]
     else:
         marks = [pytest.mark.slow if setting in DIVIDED else pytest.mark.exhaustive]
     return pytest.param(setting, layout, marks=marks)

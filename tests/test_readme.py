@@ -68,6 +68,8 @@ def test_every_training_command_of_a_document_is_a_valid_configuration(document:
     """Composed and checked as before a run; what a command reads, and parts that the document has just added, aside."""
     for line in commands(document.read_text()):
         program, *arguments = shlex.split(line, comments=True)
+        if program == "torchrun" and "tedlab.train" in arguments:
+            program, arguments = "tedlab", ["train", *arguments[arguments.index("tedlab.train") + 1 :]]
         if program != "tedlab" or arguments[0] != "train" or any(word.startswith("+plan=") for word in arguments):
             continue
         overrides = with_sources([word for word in arguments[1:] if word != "-m" and not word.startswith(_READ)])
@@ -96,7 +98,7 @@ def test_the_strategy_works_alone_in_a_plain_script(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.ckpt/.metadata")), "Lightning's default checkpoint is one of our directories"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # CI composes it, and has a shorter run of torchrun's in launch/test_launch.py
 def test_the_readmes_torchrun_line_trains_as_it_stands(tmp_path: Path) -> None:
     """As long as it takes to see four processes at work: a small model, three steps."""
     (line,) = re.findall(r"^torchrun .*?(?= +#|$)", README.read_text(), re.MULTILINE)

@@ -24,7 +24,8 @@ from tedlab.comm import TRAINING_PHASES
 from tedlab.commands.continued import command_to_continue
 from tedlab.compare.runs import read_runs
 from tedlab.config import TrainConfig
-from tests.commands import run_forked
+from tests.commands import forked, run_forked
+from tests.launch.test_launch import descendants
 from tests.offline_wandb import read_offline_run
 from tests.pool import WorkerPool
 
@@ -61,9 +62,12 @@ class Place:
             check=False,
         )
 
-    def command(self, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-        """The same for ``python -m <module> <arguments>``, except that Python has started and imported already."""
-        return run_forked(module, arguments, self.folder, self.environment, timeout=150)
+    def command(self, module: str, *arguments: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        """The same for ``python -m <module> <arguments>``, except that Python has started and imported already.
+
+        ``more`` is what else is in the environment.
+        """
+        return run_forked(module, arguments, self.folder, {**self.environment, **more}, timeout=150)
 
     def small(self, *overrides: str) -> list[str]:
         values = {
@@ -161,7 +165,7 @@ def run(place: Place) -> Run:
     loggers = "logger=many" if find_spec("tensorboard") else "logger=wandb"
     settings = ("hydra.run.dir=run", "parallel=tp2", loggers, "validate_every=4", "comm.ledger.every=2")
     settings += ("logger.wandb.references=true",)
-    return place.finished("run", place.python("-m", "tedlab.train", *place.small(*settings)))
+    return place.finished("run", place.command("tedlab.train", *place.small(*settings)))
 
 
 # ---- what is left behind --------------------------------------------------------------------------------------------
@@ -405,23 +409,25 @@ def test_the_jobs_of_a_sweep_are_wandb_runs_of_one_group(
 def test_an_interrupted_run_says_so_in_its_summary_and_to_wandb(place: Place) -> None:
     arguments = place.small("parallel=tp2", "hydra.run.dir=interrupted", "trainer.max_steps=100000")
     directory = place.folder / "interrupted"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tedlab.train", *arguments],
-        cwd=place.folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=place.environment,
-    )
-    try:
+    with forked("tedlab.train", arguments, place.folder, place.environment) as (process, shown):
         deadline = time.monotonic() + 100
-        while len(Run(directory).rows) < 4:
+        while len(Run(directory).rows) < 2 * CHECKPOINT:
             assert time.monotonic() < deadline
-            assert process.poll() is None
+            assert process.exitcode is None
             time.sleep(0.2)
-        process.terminate()
-        assert process.wait(timeout=40) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
+        assert process.pid is not None
+        workers = descendants(process.pid)
+        assert len(workers) >= 2
+        process.terminate()  # the command alone, as a scheduler does
+        process.join(40)
+        assert process.exitcode == 128 + signal.SIGTERM
+        while workers & descendants(1):
+            assert time.monotonic() < deadline + 60
+            time.sleep(0.2)
+        told = (shown / "stdout").read_text() + (shown / "stderr").read_text()
+    assert "Traceback" not in told, told
+    assert f"ckpt_path={directory / 'checkpoints' / 'last.ckpt'}" in told
+    assert read_meta(directory / "checkpoints" / "last.ckpt")["global_step"] % CHECKPOINT == 0
     run = Run(directory)
     summary, logged = run.summary, read_offline_run(directory)
     assert (summary["state"], summary["reason"]) == ("interrupted", "SIGTERM")
@@ -511,10 +517,11 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
     settings = [
         "experiment=ablation_comm",
         "hydra.sweep.dir=ablation",
-        "trainer.max_steps=3",
+        "trainer.max_steps=2",
+        "data.batch_size=4",
         "comm.emulate_dilation=1",
     ]
-    done = place.command("tedlab.train", "-m", *place.small(*settings))
+    done = place.command("tedlab.train", "-m", *place.small(*settings), WANDB_MODE="disabled")
     assert done.returncode == 0, done.stdout + done.stderr
     runs = [Run(place.folder / "ablation" / str(number)) for number in range(4)]
     for run in runs:
@@ -538,7 +545,7 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
     settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.recompute.granularity=block", "comm=cac"]
     quiet = ["+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
-    compiled = ["model.compile=aot_eager", "model.layers=2"]  # each block takes a second in each process
+    compiled = ["model.compile=aot_eager", "model.layers=1", "moe.every=1"]  # a block takes a second in each process
     run = place.train("compiled", *settings, *quiet, *compiled, "trainer.max_steps=2", "logger=none")
     assert "val/loss" not in run.summary
     assert "objective, val/loss, will be nan" in run.shown
@@ -548,6 +555,4 @@ def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -
     assert 0 < run.summary["memory/stash_bytes"] <= 3000
     today = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
     today += ["moe.dispatch=dropless", *compiled, "model.loss_chunk=50", "optim.tile=fused"]
-    place.train(
-        "today", "parallel=tp2_ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none"
-    )
+    place.train("today", "parallel=ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none")

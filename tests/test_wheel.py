@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 CHECKOUT = Path(__file__).resolve().parents[1]
 TINY = [
     *("model.layers=2", "model.hidden=16", "model.heads=2", "model.ffn=16", "model.sequence_length=8"),
-    *("moe.num_experts=2", "trainer.max_steps=2", "data.batch_size=2", "data.micro_batch_size=1"),
+    *("moe.num_experts=2", "trainer.max_steps=2", "data.batch_size=2", "data.micro_batch_size=1", "parallel=single"),
 ]
 
 

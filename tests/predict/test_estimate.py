@@ -354,15 +354,12 @@ def test_a_layer_that_states_no_kernels_is_refused_rather_than_free(monkeypatch:
         estimate(checked(*ONE), load_cluster("summit"))
 
 
+@pytest.mark.exhaustive  # what smaller models show is what these do
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param(
-            ["model.recompute.granularity=block", "comm=ted", "data.micro_batch_size=1"], marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"], marks=pytest.mark.exhaustive
-        ),
+        ["model.recompute.granularity=block", "comm=ted", "data.micro_batch_size=1"],
+        ["parallel.sequence=true", "data.micro_batch_size=4", "optim.tile=null"],
     ],
     ids=["ted", "sequence"],
 )

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -73,8 +74,10 @@ def simulated(config: TrainConfig, *ranks: int) -> list[Simulation]:
         return [simulate(config, load_cluster("summit"), rank) for rank in ranks]
 
 
-def in_pool(pool: WorkerPool, *overrides: str) -> Simulation:
-    return pool.run(1, simulated, checked(*overrides), 0)[0][0]
+@cache
+def here(*overrides: str, cluster: str = "summit", rank: int = 0) -> Simulation:
+    """In this process, once: the first that a process simulates takes twice as long as those after it."""
+    return simulate(checked(*overrides), load_cluster(cluster), rank)
 
 
 @pytest.fixture(scope="module")
@@ -95,15 +98,14 @@ TOGGLES = [
     ],
     ["parallel.expert_tensor=1", "parallel.order=expert_data", "moe.slice=tokens", "moe.top_k=2"],
 ]
-MORE_TOGGLES = [
+ALIKE = [  # each has what others have as well
     ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
     [
-        "model.recompute.granularity=block",
-        "comm=ted_fused",
-        "comm.cac=shard",
-        "trainer.precision=16-mixed",
-        "trainer=gpu",
+        *("model.recompute.granularity=block", "comm=ted_fused", "comm.cac=shard"),
+        *("trainer.precision=16-mixed", "trainer=gpu"),
     ],
+]
+MORE_TOGGLES = [
     ["moe.gating=deepspeed_top2", "moe.top_k=2", "optim.zero=false", "optim.tile=null", "data.batch_size=64"],
     [
         "moe.balance.scope=sequence",
@@ -125,7 +127,11 @@ MORE_TOGGLES = [
 
 @pytest.mark.parametrize(
     "toggles",
-    [*TOGGLES, *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES)],
+    [
+        *TOGGLES,
+        *(pytest.param(toggles, marks=pytest.mark.slow) for toggles in MORE_TOGGLES),
+        *(pytest.param(toggles, marks=pytest.mark.exhaustive) for toggles in ALIKE),
+    ],
     ids=lambda toggles: ",".join(toggles),
 )
 def test_the_ledger_of_128_ranks_is_the_closed_form(
@@ -139,18 +145,10 @@ def test_the_ledger_of_128_ranks_is_the_closed_form(
     assert (simulation.seconds.get(("optimizer", HIDDEN), 0.0) < 0) == overlapped
 
 
-def overlapping(config: TrainConfig) -> tuple[Simulation, Simulation]:
-    with out_of_the_pools_group():
-        off, on = (
-            simulate(with_values(config, {"comm.overlap_shared": o}), load_cluster("summit")) for o in (False, True)
-        )
-    return off, on
-
-
-def test_what_shared_experts_hide_is_what_the_step_becomes_shorter_by(pool: WorkerPool) -> None:
+def test_what_shared_experts_hide_is_what_the_step_becomes_shorter_by() -> None:
     """In each layer, forward: no more than the first projections, and no more than the exchange they run beside."""
     overrides = [*WORLD, "moe.shared.experts=1", "moe.shared.ffn=256", "data.batch_size=64"]
-    off, on = pool.run(1, overlapping, checked(*overrides))[0]
+    off, on = (here(*overrides, f"comm.overlap_shared={overlapped}") for overlapped in ("false", "true"))
     assert on.differences == {}
     assert not off.hidden
     assert {entry.tag for entry in on.hidden} == {"dispatch.all_to_all", "combine.all_to_all"}
@@ -162,19 +160,11 @@ def test_what_shared_experts_hide_is_what_the_step_becomes_shorter_by(pool: Work
     assert ends == pytest.approx([off.step_seconds, on.step_seconds])  # the makespan
 
 
-def in_chunks(configs: list[TrainConfig]) -> list[Simulation]:
-    with out_of_the_pools_group():
-        return [simulate(config, load_cluster("summit")) for config in configs]
-
-
-def test_chunks_of_slots_and_of_rows_are_exchanged_while_others_are_computed(pool: WorkerPool) -> None:
+def test_chunks_of_slots_and_of_rows_are_exchanged_while_others_are_computed() -> None:
     """In both passes; as many bytes travel as without, in twice as many calls."""
     kinds: list[list[str]] = [[], ["moe.dispatch=dropless", "comm=dtd"]]
-    configs = [
-        checked(*WORLD, "data.batch_size=64", f"comm.chunks={chunks}", *kind) for kind in kinds for chunks in (1, 2)
-    ]
-    simulated = pool.run(1, in_chunks, configs)[0]
-    for off, on in zip(simulated[::2], simulated[1::2], strict=True):
+    for kind in kinds:
+        off, on = (here(*WORLD, "data.batch_size=64", f"comm.chunks={chunks}", *kind) for chunks in (1, 2))
         assert on.differences == {}
         exchanges = {e for e in on.ledger if e.tag in ("dispatch.all_to_all", "combine.all_to_all")}
         assert on.hidden.keys() == exchanges
@@ -185,16 +175,12 @@ def test_chunks_of_slots_and_of_rows_are_exchanged_while_others_are_computed(poo
             assert on.ledger[entry].payload_bytes == off.ledger[entry].payload_bytes
 
 
-def beside_each_other(config: TrainConfig) -> list[Simulation]:
-    with out_of_the_pools_group():
-        return [simulate(with_values(config, {"comm.interleave": on}), load_cluster("summit")) for on in (False, True)]
-
-
 @pytest.mark.parametrize("micro_batches", [2, 5])
-def test_a_pass_hides_the_exchanges_of_the_other_beside_it(pool: WorkerPool, micro_batches: int) -> None:
+def test_a_pass_hides_the_exchanges_of_the_other_beside_it(micro_batches: int) -> None:
     """But for the first forward and the last backward pass, which are alone; nothing else changes but memory."""
     overrides = [*WORLD, f"data.batch_size={64 * micro_batches}", "moe.every=1", "comm=dtd"]
-    off, on = pool.run(1, beside_each_other, checked(*overrides))[0]
+    config, cluster = checked(*overrides), load_cluster("summit")
+    off, on = (simulate(with_values(config, {"comm.interleave": on}), cluster) for on in (False, True))
     assert on.differences == {}
     assert differences(on.ledger, off.ledger) == {}
     assert on.flops == off.flops
@@ -211,18 +197,18 @@ def test_a_pass_hides_the_exchanges_of_the_other_beside_it(pool: WorkerPool, mic
 
 
 @pytest.mark.slow
-def test_any_rank_may_be_simulated_and_layouts_are_symmetric(pool: WorkerPool) -> None:
-    first, *others = pool.run(1, simulated, checked(*WORLD), 0, 1, 66, 127)[0]
+def test_any_rank_may_be_simulated_and_layouts_are_symmetric() -> None:
+    first, *others = (here(*WORLD, rank=rank) for rank in (0, 1, 66, 127))
     for other in others:
         assert differences(first.ledger, other.ledger) == {}
         assert other.flops == first.flops
         assert other.memory.at_peak() == first.memory.at_peak()
 
 
-def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool) -> None:
+def test_flops_are_those_of_the_formula_when_every_slot_is_used() -> None:
     overrides = [*WORLD, "moe.capacity_factor=1", "moe.capacity_multiple=1", "model.recompute.granularity=block"]
     config = checked(*overrides)
-    flops = in_pool(pool, *overrides).flops
+    flops = here(*overrides).flops
     tokens = config.data.batch_size * config.model.sequence_length / 32  # of a data rank
     expected = forward_flops(config.model, config.moe)
     routers = expected.pop("routers")  # which each tensor rank computes whole
@@ -231,26 +217,20 @@ def test_flops_are_those_of_the_formula_when_every_slot_is_used(pool: WorkerPool
 
 
 @pytest.mark.exhaustive
-def test_pricing_again_is_simulating_on_that_cluster(pool: WorkerPool) -> None:
+def test_pricing_again_is_simulating_on_that_cluster() -> None:
     overrides = [*WORLD, "comm=ted", "model.recompute.granularity=block", "trainer.precision=16-true"]
-    first = in_pool(pool, *overrides)
-    there = pool.run(1, simulated_on, checked(*overrides), "dgx_h100")[0]
+    first, there = here(*overrides), here(*overrides, cluster="dgx_h100")
     assert first.seconds_on(load_cluster("summit")) == pytest.approx(first.seconds)
     assert first.seconds_on(load_cluster("dgx_h100")) == pytest.approx(there.seconds)
     with pytest.raises(ValueError, match=r"optim\.overlap"):
-        in_pool(pool, *WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
+        here(*WORLD, "optim.overlap=true").seconds_on(load_cluster("summit"))
     with pytest.raises(ValueError, match="dispatch"):
         first.seconds_on(replace(load_cluster("summit"), kernels=Kernels(Dispatch(forward=1e-5))))
 
 
-def simulated_on(config: TrainConfig, cluster: str) -> Simulation:
-    with out_of_the_pools_group():
-        return simulate(config, load_cluster(cluster), 0)
-
-
-def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> None:
+def test_the_host_holds_up_each_phase_by_its_own_dispatch() -> None:
     config = checked(*ALONE, "model.recompute.granularity=block")
-    simulation = pool.run(1, held_up, config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))[0]
+    simulation = held_up(config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))
     operations = Counter[str]()
     for (phase, _), times in simulation.kernels.items():
         operations[phase] += times
@@ -260,46 +240,33 @@ def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> N
 
 
 @pytest.mark.slow
-def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count(pool: WorkerPool) -> None:
-    slow, fast = (
-        pool.run(1, held_up, checked(*ALONE, "optim.tile=8000"), Dispatch(optimizer=each))[0] for each in (1e-9, 0.0)
-    )
+def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count() -> None:
+    config = checked(*ALONE, "optim.tile=8000")
+    slow, fast = (held_up(config, Dispatch(optimizer=each)) for each in (1e-9, 0.0))
     tiles = slow.about["parameters/total"] / 8000
     assert 0 < slow.step_seconds - fast.step_seconds < tiles * 1e-9 / 2  # the rest is hidden behind a slower device
 
 
 def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
-    cluster = replace(load_cluster("one_h200"), kernels=Kernels(dispatch))
-    with out_of_the_pools_group():
-        return simulate(config, cluster)
+    return simulate(config, replace(load_cluster("one_h200"), kernels=Kernels(dispatch)))
 
 
 @pytest.mark.slow
-def test_every_collective_waits_for_the_slowest_of_its_group(pool: WorkerPool) -> None:
-    late, share = (
-        pool.run(1, with_waits, checked(*WORLD), MeasuredWait(4, 1, *given))[0] for given in ((1, 0), (0, 1))
-    )
-    sooner = in_pool(pool, *WORLD)
+def test_every_collective_waits_for_the_slowest_of_its_group() -> None:
+    clusters = (replace(load_cluster("summit"), waits=[MeasuredWait(4, 1, *given)]) for given in ((1, 0), (0, 1)))
+    late, share = (simulate(checked(*WORLD), cluster) for cluster in clusters)
+    sooner = here(*WORLD)
     for entry, count in sooner.ledger.items():
         waits = count.calls if entry.kind in ("tensor", "expert_tensor") else 0  # the only groups of 4 on one node
         assert late.ledger[entry].seconds == pytest.approx(count.seconds + waits, rel=1e-6)
     assert share.step_seconds < 2 * sooner.step_seconds  # nothing is waited for twice
 
 
-def with_waits(config: TrainConfig, wait: MeasuredWait) -> Simulation:
-    with out_of_the_pools_group():
-        return simulate(config, replace(load_cluster("summit"), waits=[wait]))
-
-
-def test_large_results_of_collectives_are_fresh_memory_but_not_what_is_given_to_them(pool: WorkerPool) -> None:
-    whole, sharded = (pool.run(1, fresh_results, checked(*WIDE, f"optim.zero={zero}"))[0] for zero in ("false", "true"))
+def test_large_results_of_collectives_are_fresh_memory_but_not_what_is_given_to_them() -> None:
+    simulations = (here(*WIDE, f"optim.zero={zero}", cluster="this_machine") for zero in ("false", "true"))
+    whole, sharded = ([work.fresh for _, work in it.kernels if not work.bytes] for it in simulations)
     assert [size > 2**25 for size in whole] == [True]  # the sum of a bucket's gradients
     assert sharded == []  # half of it is less than 32 MiB, and parameters are gathered into a bucket that is there
-
-
-def fresh_results(config: TrainConfig) -> list[float]:
-    with out_of_the_pools_group():
-        return [work.fresh for _, work in simulate(config, load_cluster("this_machine")).kernels if not work.bytes]
 
 
 @pytest.mark.slow
@@ -440,9 +407,9 @@ def listed(forward: dict[Work, float], routed: bool) -> dict[Work, float]:
     return {work: number for work, number in forward.items() if not (routed and work.flops)}
 
 
-def test_categories_at_the_peak_are_what_training_keeps(pool: WorkerPool) -> None:
+def test_categories_at_the_peak_are_what_training_keeps() -> None:
     overrides = [*WORLD, "trainer.precision=16-true", "model.recompute.granularity=block", "comm=ted"]
-    timeline = in_pool(pool, *overrides).memory
+    timeline = here(*overrides).memory
     config, most = checked(*overrides), {category: int(values.max()) for category, values in timeline.held.items()}
     assert all((values >= 0).all() for values in timeline.held.values())
     assert sum(timeline.at_peak().values()) == timeline.total.max()
@@ -486,7 +453,7 @@ def test_compare_reads_simulations_and_marks_their_times(
 
 
 @pytest.mark.slow
-def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) -> None:
+def test_ranks_are_of_one_kind_if_their_predictions_are_equal() -> None:
     """On nodes of six GPUs tensor groups of four lie differently; on nodes of eight they do not."""
     config = checked(*WORLD)
     degrees = parallel_degrees(config.parallel)
@@ -495,7 +462,7 @@ def test_ranks_are_of_one_kind_if_their_predictions_are_equal(pool: WorkerPool) 
     assert sorted(rank for ranks in kinds.values() for rank in ranks) == [*range(128)]
     assert len(kinds) == 4
     some = [(kind, rank) for kind, ranks in kinds.items() for rank in (kind, ranks[-1])]
-    found = pool.run(1, simulated, config, *(rank for _, rank in some))[0]
+    found = [here(*WORLD, rank=rank) for _, rank in some]
     seconds = {kind: {one.step_seconds for (k, _), one in zip(some, found, strict=True) if k == kind} for kind in kinds}
     assert all(len(equal) == 1 for equal in seconds.values())
     assert max(seconds[0]) < max(seconds[4])
