@@ -58,9 +58,9 @@ def test_texts_part_by_so_many_steps_of_the_dtype() -> None:
 
     def model(ids: torch.Tensor) -> Any:
         logits = torch.zeros(1, ids.shape[1], 16, dtype=torch.bfloat16)
-        logits[..., [7, 5, 2]] = torch.tensor([3, 3 - 2**-6, 1], dtype=torch.bfloat16)
+        logits[:, -1, [7, 5, 2]] = torch.tensor([3, 3 - 2**-6, 1], dtype=torch.bfloat16)
         if ids.tolist() == [[1, 9]]:
-            logits[..., 5] = 3
+            logits[:, -1, 5] = 3
         return SimpleNamespace(logits=logits)
 
     ids = torch.tensor([[1], [1]])
