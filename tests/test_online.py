@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from docs.commands import QUICK
+from tests.commands import forked, run_forked
 from tests.wandb_server import ENTITY, Server, wandb_server
 
 pytestmark = pytest.mark.slow
@@ -111,30 +112,26 @@ def test_readmes_two_lines_log_a_run_online(tmp_path: Path, server: Server, logg
     assert references == {str(path.relative_to(last)): path.as_uri() for path in last.rglob("*") if path.is_file()}
 
 
+@pytest.mark.usefixtures("pool")
 def test_a_run_that_is_preempted_says_so_and_goes_on_as_the_same_run(
     tmp_path: Path, server: Server, logged_in: dict[str, str]
 ) -> None:
     before = set(server.runs)
     command = [*SMALL.split(), "hydra.run.dir=run", "resume=auto", "checkpoint.every=1", "trainer.max_steps=100000"]
-    process = subprocess.Popen(
-        ["tedlab", "train", *command],
-        cwd=tmp_path,
-        env=logged_in | {"WANDB_MODE": "online"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    # A second until rows are sent, not a quarter of a minute in which the run goes on.
+    online = logged_in | {"WANDB_MODE": "online", "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+    with forked("tedlab", ["train", *command], tmp_path, online) as (process, _):
         until(lambda: any(len(run.rows) > 1 for name, run in server.runs.items() if name not in before))
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
+        process.terminate()
+        process.join(60)
+        assert process.exitcode == 128 + signal.SIGTERM
     ((name, run),) = [(name, run) for name, run in server.runs.items() if name not in before]
     assert (run.exit_code, run.preempting, run.summary["state"]) == (1, True, "interrupted")
     reached = max(row["trainer/global_step"] for row in run.rows)
     command[-1] = f"trainer.max_steps={reached + 2}"
-    shown = shell(f"WANDB_MODE=online tedlab train {' '.join(command)}", tmp_path, logged_in)
-    assert "Going on from" in shown
+    done = run_forked("tedlab", ["train", *command], tmp_path, online, timeout=150)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Going on from" in done.stdout + done.stderr
     assert set(server.runs) - before == {name}, "the same run"
     assert (run.starts, run.exit_code, run.summary["state"]) == (2, 0, "finished")
     steps = [row["trainer/global_step"] for row in run.rows if "train/loss" in row]

@@ -17,7 +17,7 @@ from tedlab.config import AverageConfig, AverageKind
 from tests.pool import WorkerPool
 from tests.training import Job, Layout, full, language_model, loader, silent_trainer, trainer
 
-LAYOUT, STEPS, START, EVERY, DECAY = Layout(2, expert=2), 12, 2, 2, 0.7
+LAYOUT, STEPS, START, EVERY, DECAY = Layout(2, expert=2), 10, 2, 2, 0.7
 
 pytestmark = pytest.mark.slow  # its runs take longest
 
@@ -109,7 +109,7 @@ def by_hand(trained: dict[int, dict[str, Tensor]], kind: str, until: int) -> dic
 @pytest.mark.parametrize("kind", ["ema", "mean"])
 def test_the_average_is_that_of_the_steps_that_count_and_is_validated(runs: dict[str, Any], kind: str) -> None:
     found = runs[f"{kind} 64-true"]
-    for step in (4, 8, 12):
+    for step in (4, 8, 10):
         for name, value in by_hand(found["trained"], kind, step).items():
             torch.testing.assert_close(found["validated"][step][name], value, rtol=1e-12, atol=1e-14)
     assert all(torch.equal(found["validated"][2][name], value) for name, value in found["trained"][2].items())
