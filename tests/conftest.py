@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 os.environ.pop("COLUMNS", None)  # readline tells processes that pytest starts of a terminal with 80
 
-LONGEST = (  # files of more than half a minute, of which two processes had better not start one at the end
-    *("certify/test_matrix.py", "comm/test_ledger.py", "certify/test_planted_bugs.py", "test_train.py"),
-    *("test_oracle.py", "models/test_attention.py", "test_documents.py", "test_chaos.py", "models/test_families.py"),
-    *("launch/test_launch.py", "predict/sim/test_simulation.py", "test_validate.py", "test_checkpoint.py"),
-    *("predict/test_estimate.py", "test_guests.py", "predict/plan/test_plan.py", "test_wheel.py"),
-    *("lightning/test_restore.py", "certify/test_regressions.py", "test_tutorials.py", "lightning/test_arguments.py"),
-    *("optim/test_sharded.py", "test_conf.py", "test_cli.py", "test_readme.py", "test_parity.py"),
+LONGEST = (  # files of more than a quarter of a minute, of which two processes had better not start one at the end
+    *("certify/test_matrix.py", "comm/test_ledger.py", "test_train.py", "certify/test_planted_bugs.py"),
+    *("predict/sim/test_simulation.py", "launch/test_launch.py", "test_tutorials.py", "test_guests.py"),
+    *("test_documents.py", "test_chaos.py", "test_oracle.py", "test_checkpoint.py", "lightning/test_restore.py"),
+    *("test_wheel.py", "predict/plan/test_plan.py", "predict/test_estimate.py", "models/test_attention.py"),
+    *("test_online.py", "test_readme.py", "optim/test_sharded.py", "moe/test_folding.py", "test_parity.py"),
+    *("models/test_families.py", "test_validate.py", "comm/test_overlap.py", "moe/test_padding.py"),
+    *("lightning/test_arguments.py", "test_cli.py", "test_notebooks.py", "certify/test_regressions.py", "test_conf.py"),
 )
 
 

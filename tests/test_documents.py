@@ -98,7 +98,9 @@ def test_documents_say_what_the_code_gives(right: dict[str, str], name: str) -> 
     assert said()[name] == right[name]
 
 
-LONG = ("plan", "certificate")  # minutes, and half a minute for words of which the next test knows most
+# Minutes; half a minute for words of which the next test knows most; and for those of an ablation, of which
+# test_train.py and test_tutorials.py have others.
+LONG = ("plan", "certificate", "compare")
 
 
 def test_the_certificate_that_is_shown_has_every_quantity() -> None:

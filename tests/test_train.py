@@ -542,17 +542,23 @@ def test_the_communication_ablation_tells_its_story(place: Place) -> None:
     assert (place.folder / "report.html").stat().st_size > 10_000
 
 
+COMPILED = ["model.compile=aot_eager", "model.layers=1", "moe.every=1"]  # a block takes a second in each process
+
+
 def test_compiled_and_low_precision_runs_are_counted_to_the_byte(place: Place) -> None:
     settings = ["parallel=tp2", "trainer.precision=bf16-mixed", "model.recompute.granularity=block", "comm=cac"]
     quiet = ["+trainer.limit_val_batches=0", "+trainer.enable_progress_bar=false"]
-    compiled = ["model.compile=aot_eager", "model.layers=1", "moe.every=1"]  # a block takes a second in each process
-    run = place.train("compiled", *settings, *quiet, *compiled, "trainer.max_steps=2", "logger=none")
+    run = place.train("compiled", *settings, *quiet, *COMPILED, "trainer.max_steps=2", "logger=none")
     assert "val/loss" not in run.summary
     assert "objective, val/loss, will be nan" in run.shown
     assert "step 1/2" not in run.progress
     budget = ["comm.cac=auto", "comm.cac_budget_bytes=3000", "parallel.sequence=true", "optim.overlap=true"]
     run = place.train("sequence", *settings, *budget, "trainer.max_steps=2", "logger=none")
     assert 0 < run.summary["memory/stash_bytes"] <= 3000
+
+
+@pytest.mark.exhaustive  # comm/test_ledger.py has compiled steps like its
+def test_so_are_compiled_runs_of_today_s_models(place: Place) -> None:
     today = ["model.activation=swiglu", "model.bias=false", "model.norm=rms", "model.positions=rotary"]
-    today += ["moe.dispatch=dropless", *compiled, "model.loss_chunk=50", "optim.tile=fused"]
+    today += ["moe.dispatch=dropless", *COMPILED, "model.loss_chunk=50", "optim.tile=fused"]
     place.train("today", "parallel=ep2", "trainer.precision=bf16-true", *today, "trainer.max_steps=2", "logger=none")

@@ -63,6 +63,8 @@ QUICK = "keys shared, sequence of 4"
 EXHAUSTIVE = (  # what other cells have each by itself
     *("norms together, cac of shards", "keys shared by two ranks each", "windows and sinks, keys shared"),
     *("latents, sequence of 4", "windows and sinks, compiled", "latents, compiled"),
+    *("keys shared by four ranks, dtd, overlap", "windows and sinks, tensor 2 × expert 2"),
+    "latents, tensor 2 × expert 2",
 )
 
 

@@ -131,8 +131,13 @@ def test_every_preset_can_be_estimated(preset: str) -> None:
     assert 0 < found.mfu < 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("preset", ["deepseek_v3_tiny", "gpt_oss_20b_tiny"])
+@pytest.mark.parametrize(
+    "preset",
+    [
+        pytest.param("deepseek_v3_tiny", marks=pytest.mark.slow),
+        pytest.param("gpt_oss_20b_tiny", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_plan_takes_what_train_takes(preset: str) -> None:
     """SwiGLU, RMSNorm, rotary positions, products without biases, and all that these models have beside them."""
     job = ["trainer=gpu", "trainer.precision=bf16-true", "data.batch_size=8", "parallel.world_size=4"]

@@ -4,6 +4,7 @@ More layouts and options are in ``tests/certify/test_matrix.py``.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,9 +23,17 @@ MOE = MoEConfig(num_experts=4, capacity_factor=1.0)
 LAYOUTS = [Layout(4, expert=2), Layout(4, tensor=2, expert=2), Layout(8, tensor=2, expert=2)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("zero", [True, False], ids=["zero", "replicated"])
+SAMPLE = [(LAYOUTS[0], True), (LAYOUTS[1], False), (LAYOUTS[2], True)]  # CI's: with ZeRO and without
+
+
+@pytest.mark.parametrize(
+    ("layout", "zero"),
+    [
+        pytest.param(*cell, marks=pytest.mark.slow if cell in SAMPLE else pytest.mark.exhaustive)
+        for cell in product(LAYOUTS, (True, False))
+    ],
+    ids=str,
+)
 def test_three_steps_equal_one_process(pool: WorkerPool, layout: Layout, zero: bool) -> None:
     job = Job(moe=MOE, steps=3, clip=0.1, zero=zero, tile=2000)
     record = pool.run(layout.world_size, train, layout, job)[0]
@@ -33,8 +42,14 @@ def test_three_steps_equal_one_process(pool: WorkerPool, layout: Layout, zero: b
     assert not wrong, wrong
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
-@pytest.mark.parametrize("layout", [Layout(), Layout(4, tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "precision"),
+    [
+        *((Layout(), "64-true"), (Layout(), "bf16-true"), (Layout(4, tensor=2, expert=2), "64-true")),
+        pytest.param(Layout(4, tensor=2, expert=2), "bf16-true", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_tile_size_changes_not_one_bit(pool: WorkerPool, layout: Layout, precision: str) -> None:
     """With tiles of 7 elements every tensor is split, and most tiles hold parts of two."""
     jobs = [Job(steps=2, tile=tile, precision=precision, micro_batches=2) for tile in (None, 7, 1_800_000)]
@@ -157,9 +172,9 @@ def launches(layout: Layout, job: Job) -> tuple[list[str], dict[str, torch.Tenso
 
 
 def test_overlapped_reductions_start_during_backward_and_change_nothing(pool: WorkerPool) -> None:
-    layout = Layout(8, tensor=2, expert=2)
-    job = Job(micro_batches=8, tile=300, bucket_elements=500)  # so that there are several
-    after, during = pool.run_each(8, launches, [(layout, replace(job, overlap=overlap)) for overlap in (False, True)])
+    layout = Layout(4, tensor=2, expert=2)
+    job = Job(tile=300, bucket_elements=500)  # so that there are several
+    after, during = pool.run_each(4, launches, [(layout, replace(job, overlap=overlap)) for overlap in (False, True)])
     for (seen, weights), (seen_overlapped, weights_overlapped) in zip(after, during, strict=True):
         assert seen[0] == "backward"
         assert seen_overlapped == during[0][0]  # every process launches in the same order
