@@ -10,13 +10,14 @@ from tedlab.config import TrainConfig
 from tedlab.models import BlockSpec
 from tedlab.predict.cluster import load_cluster
 from tedlab.predict.estimate import Estimate, estimate
-from tedlab.predict.estimate.hiding import Sides, hidden_in_chunks
+from tedlab.predict.estimate.hiding import Sides
 from tedlab.predict.estimate.memory import Memory
 from tedlab.predict.estimate.optimizer import per_element
+from tedlab.predict.estimate.passes import AWAIT, Step, elapsed, hidden
 from tedlab.predict.estimate.step import HIDDEN, OPTIMIZER
 from tedlab.predict.sim import Simulation, simulate
 from tedlab.predict.sim.meter import KERNELS
-from tedlab.predict.volumes import ClosedForm
+from tedlab.predict.volumes import ClosedForm, predict
 from tedlab.spec import Kernel, Spec, Work
 from tests.pool import WorkerPool
 from tests.predict.sim.test_simulation import checked, out_of_the_pools_group
@@ -43,6 +44,11 @@ EXPERTS = [*MODEL, *TODAY, "model.layers=2", "model.sequence_length=64", "moe.nu
 EXPERTS += ["parallel.tensor=1", "parallel.expert=1", "parallel.world_size=64", "data.batch_size=64", "trainer=gpu"]
 EXPERTS += ["data.micro_batch_size=1", "optim.tile=fused"]
 ON_GPU = ["trainer=gpu", "trainer.precision=16-true", "moe.dispatch=dropless", "moe.top_k=2"]
+
+TWO, THREE = "data.batch_size=256", "data.batch_size=384"  # with a tensor degree of 4, so many micro-batches
+IN_NODE = [*MODEL, "parallel.world_size=8", "parallel.tensor=2", "parallel.expert=2", "data.micro_batch_size=4"]
+IN_NODE += ["trainer.precision=bf16-true", "data.batch_size=48"]  # all groups of the first rank are in its node
+ROWS = [*MANY, *ON_GPU, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"]
 
 CASES = {
     "one_fused": [*ONE, "optim.tile=fused"],
@@ -108,6 +114,18 @@ CASES = {
     "chunked": [*AGAIN, "comm=dtd", "comm.chunks=2", "data.micro_batch_size=8"],
     "rows_chunked": [*ALONE, "moe.dispatch=dropless", "comm.chunks=2", "moe.top_k=2"],
     "shared_chunked": [*ALONE, *BESIDE, "comm.overlap_shared=true", "comm.chunks=4"],
+    "interleaved": [*HALF, THREE],
+    "interleaved_again": [*AGAIN, THREE],
+    "interleaved_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless", THREE],
+    "interleaved_sequence": [*HALF, "parallel.sequence=true", TWO],
+    "interleaved_in_node": [*IN_NODE, "comm=dtd"],
+    "interleaved_chunked": [*ALONE, "comm.chunks=2", *BESIDE, "comm.overlap_shared=true"],
+    "interleaved_shortcut": [*ALONE, *BESIDE, "moe.shortcut=pos2", "comm.overlap_shortcut=true"],
+    "interleaved_dgmoe": [*ALONE, "moe.shortcut=dgmoe"],
+    "interleaved_by_node": [*ROWS, "comm.dedup=node", "comm.ranks_per_node=8", "parallel.expert=16"],
+    "interleaved_gathered": [*ROWS, "comm.dedup=group"],
+    "interleaved_folded": [*HALF, "parallel.expert_tensor=1", "parallel.expert=8", "moe.slice=tokens", THREE],
+    "interleaved_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", THREE],
     "pos3_stored": [*HALF, *BESIDE, "moe.shortcut=pos3"],
     "dgmoe_ted": [*AGAIN, "comm=ted", "moe.shortcut=dgmoe"],
     "dgmoe_stored": [*HALF, "moe.shortcut=dgmoe", "moe.dispatch=dropless"],
@@ -128,6 +146,8 @@ CASES = {
     "experts_averaged_wider": [*EXPERTS, "trainer.precision=bf16-true", "average.kind=ema"],
 }
 
+INTERLEAVED = [name for name in CASES if name.startswith("interleaved")]
+CASES |= {name: [*CASES[name], "comm.interleave=true"] for name in INTERLEAVED}
 
 # Recomputed blocks with shared experts: the moment of these is taken for fuller than it is.
 ROUGHLY = dict.fromkeys(("pos2_ted", "pos3_sequence", "pos3_overlapped"), 0.09)
@@ -159,7 +179,7 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
         return [simulate(config, load_cluster("summit")) for config in configs]
 
 
-QUICK = ("one_fused", "ted", "dropless_gpu", "fused", "pos2_ted")
+QUICK = ("one_fused", "ted", "dropless_gpu", "fused", "pos2_ted", "interleaved_again")
 EXHAUSTIVE = (  # what each of these has, other cases have as well
     *(
         "recomputing",
@@ -174,6 +194,7 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
     *("loss_chunked_mixed", "loss_chunked_untied", "loss_chunked_compiled", "mixed", "mixed_norms", "compiled_gpt"),
     *("dense", "muon_one", "pilots_by_node", "dropless_divided", "experts_averaged"),
+    *(name for name in INTERLEAVED if name not in ("interleaved_again", "interleaved_in_node", "interleaved_shortcut")),
 )
 
 
@@ -221,17 +242,74 @@ def test_an_exchange_hides_behind_what_is_on_its_side_of_the_experts() -> None:
     assert [sides.hidden(slot) for slot in range(4)] == [3.0, 1.0 + 3.0, 3.0 + 3.0, 3.0]
 
 
+def compute(taken: float) -> Step:
+    return Step("compute", taken)
+
+
+def issue(taken: float) -> Step:
+    return Step("issue", taken, "in_node")
+
+
+def in_chunks(
+    there: float, back: float, inside: list[Step], before: float = 0.0, after: float = 0.0, chunks: int = 2
+) -> list[Step]:
+    """The steps of a layer in as many chunks, with something beside its exchanges; all seconds are of one chunk."""
+    each = [step for _ in range(chunks) for step in (AWAIT, *inside, issue(back))]
+    return [*[issue(there)] * chunks, compute(before), *each, compute(after), *[AWAIT] * chunks]
+
+
 def test_chunks_hide_what_fits_between_the_first_way_there_and_the_last_way_back() -> None:
     """Worked by hand; with one chunk, each exchange hides behind what is on its side."""
-    assert hidden_in_chunks(3.0, 3.0, 5.0, 1, 1.0, 4.0) == 1.0 + 3.0
+    assert hidden(in_chunks(3.0, 3.0, [compute(5.0)], 1.0, 4.0, chunks=1)) == 1.0 + 3.0
     # There 0-4, compute 2-5 and 5-8, back 5-7 and 8-10, of 4 + 6 + 4 seconds.
-    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 0.0, 0.0) == 4.0
+    assert hidden(in_chunks(2.0, 2.0, [compute(3.0)])) == 4.0
     # There 0-8, compute 4-5 and 8-9, back 8-12 and 12-16: what returns waits until the link is free.
-    assert hidden_in_chunks(8.0, 8.0, 2.0, 2, 0.0, 0.0) == 2.0
-    # The first chunk's collectives wait for the second to arrive, the second one's for the first to be back.
-    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 0.0, 0.0, waits=True) == 14.0 - (4 + 3 + 2 + 3 + 2)
+    assert hidden(in_chunks(4.0, 4.0, [compute(1.0)])) == 2.0
+    # The first chunk's collective waits for the second to arrive, the second one's for the first to be back.
+    assert elapsed(in_chunks(2.0, 2.0, [Step("communicate", 3.0, "in_node")])) == 4 + 3 + 2 + 3 + 2
+    # On another link it does not.
+    assert elapsed(in_chunks(2.0, 2.0, [Step("communicate", 3.0, "between_nodes")])) == 10.0
     # Before: 0-3; compute 3-6 and 6-9, back 6-8 and 9-11 beside what is computed after, 9-10.
-    assert hidden_in_chunks(4.0, 4.0, 6.0, 2, 3.0, 1.0) == 18.0 - 11.0
+    assert elapsed(in_chunks(2.0, 2.0, [compute(3.0)], 3.0, 1.0)) == 11.0
+
+
+def test_a_pass_computes_while_the_exchange_of_the_other_is_under_way() -> None:
+    """Worked by hand: alone they take 7 and 8 seconds."""
+    first = [compute(2.0), issue(3.0), AWAIT, compute(2.0)]
+    second = [compute(1.0), issue(3.0), AWAIT, compute(4.0)]
+    assert (elapsed(first), elapsed(second)) == (7.0, 8.0)
+    # Compute 0-2 and, of the second, 2-3; links 2-5 and 5-8; then 5-7, and the second 8-12.
+    assert elapsed(first, second) == 12.0
+    # On another link the second exchange takes from 3 to 6, and the second computes from 7 to 11.
+    elsewhere = [step._replace(link="between_nodes") if step.link else step for step in second]
+    assert elapsed(first, elsewhere) == 11.0
+    # What the second waits for in place, on the link of the first's exchange, comes after that: 5-6, then 6-7.
+    assert elapsed([*first[:2], AWAIT], [Step("communicate", 1.0, "in_node"), compute(1.0)]) == 7.0
+    # One that has ended gives no turns away: the second's further exchanges are not hidden.
+    assert elapsed([compute(1.0)], second[:3] * 2) == 1.0 + 2 * 4.0
+    assert hidden(first, second) == 3.0
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in INTERLEAVED])
+def test_passes_hide_of_each_other_what_is_simulated(simulations: dict[str, Simulation], case: str) -> None:
+    simulation, closed = simulations[case], closed_form(CASES[case])
+    assert simulation.differences == {}  # of the ledger, which is that of one micro-batch after the other
+    assert predict(checked(*CASES[case])) == predict(checked(*CASES[case], "comm.interleave=false"))
+    within = 0.01 * simulation.step_seconds  # where all links are in a node, this is more than a quarter of it
+    assert -closed.seconds[HIDDEN] == pytest.approx(sum(simulation.hidden.values()), rel=0.2, abs=within)
+
+
+def test_two_micro_batches_take_less_time_and_more_memory_than_one_after_the_other() -> None:
+    off, on = (closed_form([*HALF, THREE, f"comm.interleave={on}"]) for on in ("false", "true"))
+    assert on.step_seconds < off.step_seconds == pytest.approx(on.step_seconds - on.seconds[HIDDEN])
+    assert off.memory.total < on.memory.total
+    assert on.memory.held["activations"] < 2 * off.memory.held["activations"]
+    assert on.wire == off.wire
+
+
+def test_without_exchanges_nothing_runs_beside_anything() -> None:
+    off, on = (closed_form([*HALF, THREE, "parallel.expert=1", f"comm.interleave={on}"]) for on in ("false", "true"))
+    assert on == off
 
 
 def test_what_an_overlapped_shortcut_hides_is_subtracted_and_no_more_than_is_exchanged() -> None:
@@ -321,12 +399,6 @@ def test_a_rank_whose_tensor_group_has_two_nodes_is_slower() -> None:
     first, fifth = (estimate(config, load_cluster("summit"), rank) for rank in (0, 4))
     assert fifth.step_seconds > 1.05 * first.step_seconds
     assert fifth.memory == first.memory
-
-
-def test_micro_batches_beside_each_other_are_refused() -> None:
-    several = checked(*HALF, "data.batch_size=256", "comm.interleave=true")
-    with pytest.raises(ValueError, match=r"comm\.interleave=true.*one micro-batch after the other.*tedlab simulate"):
-        estimate(several, load_cluster("summit"))
 
 
 @pytest.mark.parametrize("model", ["ted", "olmoe"])

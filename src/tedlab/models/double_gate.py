@@ -50,7 +50,7 @@ class DoubleGatedSpec(JoinedSpec):
         yield from last.attention.forward(b, dead)
         yield from last.norm2.forward_of_sum(b)
         yield b.moved(4 * stream, b.parameter)  # joins both tensors
-        yield from self.experts.forward(_twice(b), dead, stop)
+        yield from self.experts.forward(self.twice(b), dead, stop)
         if not stop:
             for _ in range(2):
                 yield b.moved(stream, b.parameter, b.parameter, b.compute)
@@ -59,7 +59,7 @@ class DoubleGatedSpec(JoinedSpec):
         first, last = self.blocks
         stream = b.outside * last.model.hidden
         yield b.moved(4 * stream, b.parameter)  # joins the gradients of both results
-        yield from self.experts.backward(_twice(b))
+        yield from self.experts.backward(self.twice(b))
         yield from last.norm2.backward_beside(b)
         yield from last.attention.backward(b)
         yield from last.norm1.backward_beside(b)
@@ -69,24 +69,23 @@ class DoubleGatedSpec(JoinedSpec):
     def saved(self, b: MicroBatch) -> int:
         first, last = self.blocks
         others = sum(layer.saved(b) for layer in (first, last.norm1, last.attention, last.norm2))
-        return others + self.experts.saved(_twice(b))
+        return others + self.experts.saved(self.twice(b))
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         """Yields those of the experts, of attention and of the dense block, the last first."""
         first, last = self.blocks
-        yield from self.experts.working_sets(_twice(b), recomputed)
+        yield from self.experts.working_sets(self.twice(b), recomputed)
         done = last.norm2.gradients(b) + self.experts.gradients(b)
-        freed = last.norm2.saved(b) + self.experts.saved(_twice(b))
+        freed = last.norm2.saved(b) + self.experts.saved(self.twice(b))
         for moment in last.attention.working_sets(b, recomputed):
             yield moment._replace(done=moment.done + done, freed=moment.freed + freed)
         done, freed = last.gradients(b), freed + last.norm1.saved(b) + last.attention.saved(b)
         for moment in first.working_sets(b, recomputed):
             yield moment._replace(done=moment.done + done, freed=moment.freed + freed)
 
-
-def _twice(b: MicroBatch) -> MicroBatch:
-    """Returns what the layer with experts computes with: two tokens for each. Its rows are counted so already."""
-    return replace(b, tokens=2 * b.tokens)
+    def twice(self, b: MicroBatch) -> MicroBatch:
+        """Returns what the layer with experts computes with: two tokens for each. Its rows are counted so already."""
+        return replace(b, tokens=2 * b.tokens)
 
 
 class DoubleGatedBlocks(nn.Module):

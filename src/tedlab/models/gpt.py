@@ -244,6 +244,11 @@ class GPTSpec(Spec):
         loss = self.ends[-1]
         return loss.temporaries(b) if isinstance(loss, ChunkedLossSpec) else 0
 
+    def freed_after_loss(self, b: MicroBatch) -> int:
+        """Returns the bytes that count as saved by the loss, but are free once it is known: the logits themselves."""
+        loss = self.ends[-1]
+        return loss.logits(b) * b.compute.itemsize if isinstance(loss, CrossEntropySpec) else 0
+
     def left(self, b: MicroBatch, several: bool) -> int:
         """Returns the bytes of gradients that the logits leave, beside the sums if there are ``several`` batches."""
         table = self.embedding.gradients(b)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from tedlab.config import MoEConfig, SharedCombine, SharedConfig, Shortcut
 from tedlab.degrees import check_divides
 from tedlab.moe.dispatch import DispatchSpec
 from tedlab.moe.experts import Experts, ExpertsSpec, mixtures
-from tedlab.moe.local_spec import LocalSpec
+from tedlab.moe.local_spec import LocalSpec, Stages
 from tedlab.moe.router import RouterReport, RouterSpec, Routing, routers
 from tedlab.moe.shared import Beside, SharedExperts, SharedSpec
 from tedlab.nn import FeedForwardSpec
@@ -132,52 +133,58 @@ class MoESpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         yield from self._sliced(b)
-        yield from self._routed_forward(self.within(b), dead, stop)
+        yield from chain(*self.stages(self.within(b), dead, stop))
         if self.shared is not None:
             yield from self.shared.forward(replace(b, compiled=False), dead, stop)
             if not stop:
                 yield b.moved(3 * b.outside * self.hidden)
 
-    def _routed_forward(self, b: MicroBatch, dead: Collection[str], stop: bool) -> Iterator[Work]:
+    def stages(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Stages:
+        """Returns the kernels of the router and of routed experts in a forward pass, by the exchanges between them.
+
+        Args:
+            b: What they compute with, see :meth:`within`.
+            dead, stop: See :meth:`forward`.
+        """
         chosen = b.outside * self.dispatch.choices
-        yield from self.router.forward(b)
+        there = [*self.router.forward(b)]
         if b.mixed:
-            yield b.moved(b.outside * self.hidden, b.parameter, b.compute)
+            there.append(b.moved(b.outside * self.hidden, b.parameter, b.compute))
         local = self.local(b)
         if local is not None:
-            yield from local.forward(b, dead)
-            return
-        yield from self.dispatch.there(b)
-        yield from self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)
-        yield from self.dispatch.back(b, bias=self.expert.bias)
+            return local.stages(b, dead).after(there)
+        there += self.dispatch.there(b)
+        experts = [*self.experts.forward(b, stop=self.dispatch.fed(b.layout) in dead)]
+        back = [*self.dispatch.back(b, bias=self.expert.bias)]
         if self.summed_again or not stop:
             fused = self.dispatch.fused(b)
             if not fused:
-                yield b.moved(2 * chosen * self.hidden)  # gate
-            yield b.moved((chosen + b.outside) * self.hidden, kernel="combine" if fused else None)
+                back.append(b.moved(2 * chosen * self.hidden))  # gate
+            back.append(b.moved((chosen + b.outside) * self.hidden, kernel="combine" if fused else None))
+        return Stages(there, experts, back)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         if self.shared is not None:
             yield from self.shared.backward(replace(b, compiled=False))
             yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the gradients of tokens
         yield from self._sliced(b)
-        yield from self._routed_backward(self.within(b))
+        yield from chain(*self.backward_stages(self.within(b)))
 
-    def _routed_backward(self, b: MicroBatch) -> Iterator[Work]:
+    def backward_stages(self, b: MicroBatch) -> Stages:
+        """Returns the kernels of :meth:`stages` in the backward pass, in which gradients travel the other way."""
         chosen, local = b.outside * self.dispatch.choices, self.local(b)
         if local is not None:
-            yield from local.backward(b)
+            stages = local.backward_stages(b)
         else:
             fused = self.dispatch.fused(b)
-            for passes in () if fused else (3, 2, 1):  # of the gate and through it
-                yield b.moved(passes * chosen * self.hidden)
-            yield from self.dispatch.there(b, backward=True)
-            yield from self.experts.backward(b)
-            yield from self.dispatch.back(b, bias=False, backward=True)
+            there = [b.moved(passes * chosen * self.hidden) for passes in (() if fused else (3, 2, 1))]  # of the gate
+            there += self.dispatch.there(b, backward=True)
+            back = [*self.dispatch.back(b, bias=False, backward=True)]
             sums = chosen + b.outside if fused else 3 * (self.dispatch.choices - 1) * b.outside
-            yield b.moved(sums * self.hidden, kernel="combine" if fused else None)
-        yield from self.router.backward(b)
-        yield b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
+            back.append(b.moved(sums * self.hidden, kernel="combine" if fused else None))
+            stages = Stages(there, [*self.experts.backward(b)], back)
+        both = b.moved(3 * b.outside * self.hidden, b.parameter)  # adds the router's and the experts' gradients
+        return stages._replace(back=[*stages.back, *self.router.backward(b), both])
 
     def saved(self, b: MicroBatch) -> int:
         """Adds the results that gates weight.
@@ -192,6 +199,17 @@ class MoESpec(Spec):
             return self.router.saved(b) + local.saved(b) + shared
         routed = sum(part.saved(b) for part in (self.router, self.dispatch, self.experts))
         return routed + self._weighted(b) + shared
+
+    def saved_later(self, b: MicroBatch, arrived: bool) -> int:
+        """Returns the bytes that it saves only once tokens have arrived at experts or, if they have, results are back.
+
+        Shared experts run after that.
+        """
+        later = 0 if self.shared is None else self.shared.saved(b) - self.read_twice(b)
+        local = self.local(self.within(b))
+        if local is not None:
+            return later + (0 if arrived else local.saved(self.within(b)))
+        return later + self._weighted(b) + (0 if arrived else self.experts.saved(self.within(b)))
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         local = self.local(self.within(b))

@@ -1,7 +1,9 @@
 """What experts without a capacity to which whole tokens come send, compute and keep: ``local.py`` and ``pilots.py``."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from typing_extensions import override
@@ -166,6 +168,24 @@ class DroplessSpec(DispatchSpec):
         return Sites(forward, (*backward, *self._of_gates(*weights_back)))
 
 
+class Stages(NamedTuple):
+    """The kernels of routed experts in one pass.
+
+    Attributes:
+        there: Those before tokens leave for experts, or gradients of results do.
+        experts: Those between both exchanges.
+        back: Those after what has come back.
+    """
+
+    there: list[Work]
+    experts: list[Work]
+    back: list[Work]
+
+    def after(self, earlier: Iterable[Work]) -> "Stages":
+        """Returns these kernels after others, before which nothing leaves."""
+        return self._replace(there=[*earlier, *self.there])
+
+
 @dataclass(frozen=True)
 class LocalSpec(Spec):
     """Describes the work of :class:`tedlab.moe.LocalExperts`, with kernels on rows that pass over memory once.
@@ -207,41 +227,53 @@ class LocalSpec(Spec):
             yield b.moved((b.rows.sent + b.outside) * self.experts.hidden)
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
+        return chain(*self.stages(b, dead))
+
+    def stages(self, b: MicroBatch, dead: Collection[str]) -> Stages:
+        """Returns the kernels of :meth:`forward` by the exchanges between them."""
         number, rows, inner, width = self.experts.here(b)
         total, hidden = b.rows.computed, self.experts.hidden
-        if b.mixed:
-            yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
-        yield from self._there(b)
-        yield b.moved(2 * total * hidden, kernel="take")  # tokens
-        yield b.product(rows, hidden, inner, times=number, kernel=self.experts.grouped(b, inner))
+        there = [b.moved(number * hidden * (inner + width), b.parameter, b.compute)] if b.mixed else []
+        there += self._there(b)
+        experts = [
+            b.moved(2 * total * hidden, kernel="take"),  # tokens
+            b.product(rows, hidden, inner, times=number, kernel=self.experts.grouped(b, inner)),
+        ]
         alone = not (self.pilots or self.gathered)
         if ("experts.reduce" if alone or b.layout.gathers > 1 else b.layout.returning) in dead:
-            return
-        yield b.moved(total * (inner + width), kernel="hidden")  # bias and activation
-        yield b.product(rows, width, hidden, times=number, kernel=self.experts.grouped(b, width))
-        yield b.moved((total + self.tokens(b)) * hidden, kernel="combine")  # weights and sums
-        yield from self._back(b)
+            return Stages(there, experts, [])
+        experts += [
+            b.moved(total * (inner + width), kernel="hidden"),  # bias and activation
+            b.product(rows, width, hidden, times=number, kernel=self.experts.grouped(b, width)),
+            b.moved((total + self.tokens(b)) * hidden, kernel="combine"),  # weights and sums
+        ]
+        return Stages(there, experts, [*self._back(b)])
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
+        return chain(*self.backward_stages(b))
+
+    def backward_stages(self, b: MicroBatch) -> Stages:
+        """Returns the kernels of :meth:`backward` by the exchanges between them."""
         number, rows, inner, width = self.experts.here(b)
-        total, hidden = b.rows.computed, self.experts.hidden
-        yield from self._there(b)
-        weights = "grouped_weights"
-        yield b.moved(2 * total * hidden, kernel="take")  # gradients
-        yield b.product(rows, hidden, width, times=number, kernel=self.experts.grouped(b, width))
-        yield b.moved(2 * total * (inner + width), kernel="hidden_backward")  # of weight, activation and bias
-        yield b.product(width, rows, hidden, times=number, kernel=self.experts.grouped(b, width, weights))
-        yield b.moved(2 * total * hidden, kernel="take")  # tokens again
-        yield b.product(hidden, rows, inner, times=number, kernel=self.experts.grouped(b, inner, weights))
-        yield b.product(rows, inner, hidden, times=number, kernel=self.experts.grouped(b, inner))
-        yield b.moved((total + self.tokens(b)) * hidden, kernel="combine")  # sums
-        yield from self._back(b)
+        total, hidden, weights = b.rows.computed, self.experts.hidden, "grouped_weights"
+        experts = [
+            b.moved(2 * total * hidden, kernel="take"),  # gradients
+            b.product(rows, hidden, width, times=number, kernel=self.experts.grouped(b, width)),
+            b.moved(2 * total * (inner + width), kernel="hidden_backward"),  # of weight, activation and bias
+            b.product(width, rows, hidden, times=number, kernel=self.experts.grouped(b, width, weights)),
+            b.moved(2 * total * hidden, kernel="take"),  # tokens again
+            b.product(hidden, rows, inner, times=number, kernel=self.experts.grouped(b, inner, weights)),
+            b.product(rows, inner, hidden, times=number, kernel=self.experts.grouped(b, inner)),
+            b.moved((total + self.tokens(b)) * hidden, kernel="combine"),  # sums
+        ]
+        back = [*self._back(b)]
         if self.experts.expert.bias:  # sums of rows, by products with an indicator of each row's expert
-            yield b.product(number, total, inner)
-            yield b.product(number, self.tokens(b), hidden)
-            yield b.product(self.tokens(b), hidden, number)
+            back.append(b.product(number, total, inner))
+            back.append(b.product(number, self.tokens(b), hidden))
+            back.append(b.product(self.tokens(b), hidden, number))
         if b.mixed:
-            yield b.moved(number * hidden * (inner + width), b.parameter, b.compute)
+            back.append(b.moved(number * hidden * (inner + width), b.parameter, b.compute))
+        return Stages([*self._there(b)], experts, back)
 
     def saved(self, b: MicroBatch) -> int:
         """Counts rows before their activation, indices, and tokens and weights if they are gathered or converted."""

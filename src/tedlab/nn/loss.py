@@ -40,19 +40,23 @@ class CrossEntropySpec(Spec):
         return Sites((maximum, replace(maximum, tag="loss.sum", width=2)))
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        logits = b.tokens * self.vocab_size // b.tensor
+        logits = self.logits(b)
         yield b.moved(logits, b.compute, b.precise)
         for passes in (1, 2, 2, 1, 2):  # maximum, difference, exp, sum, quotient
             yield b.moved(passes * logits, b.precise)
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        logits = b.tokens * self.vocab_size // b.tensor
+        logits = self.logits(b)
         yield b.moved(2 * logits, b.precise)
         if b.precise != b.compute:
             yield b.moved(logits, b.precise, b.compute)
 
     def saved(self, b: MicroBatch) -> int:
-        return b.tokens * self.vocab_size // b.tensor * (b.compute.itemsize + b.precise.itemsize)
+        return self.logits(b) * (b.compute.itemsize + b.precise.itemsize)
+
+    def logits(self, b: MicroBatch) -> int:
+        """Returns the number of logits that a process has."""
+        return b.tokens * self.vocab_size // b.tensor
 
 
 def mean_over_counted(losses: Tensor, targets: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:

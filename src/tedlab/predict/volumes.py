@@ -155,6 +155,12 @@ class ClosedForm:
             alike.setdefault(key, []).append(block)
         return {blocks[0]: blocks for blocks in alike.values()}
 
+    @cached_property
+    def firsts(self) -> list[int]:
+        """For each block, the first that is like it."""
+        of = {block: first for first, blocks in self.kinds.items() for block in blocks}
+        return [of[block] for block in sorted(of)]
+
     # ---- what trains ---------------------------------------------------------------------------------------------
 
     @cached_property
@@ -184,6 +190,12 @@ class ClosedForm:
         """Whether each micro-batch is routed twice, the first time to count the choices of the whole step."""
         over_all = self.config.moe.balance.scope == BalanceScope.GLOBAL_BATCH and self.config.moe.num_experts > 0
         return over_all and int(self.config.trainer["accumulate_grad_batches"]) > 1
+
+    @property
+    def interleaves(self) -> bool:
+        """Whether the backward pass of each micro-batch but the last runs beside the forward pass of the next."""
+        several = int(self.config.trainer["accumulate_grad_batches"]) > 1
+        return self.config.comm.interleave and several and self.groups["expert"] > 1
 
     def counting(self) -> Iterator[Collective]:
         """Yields the collectives of a micro-batch's forward pass that only counts choices."""

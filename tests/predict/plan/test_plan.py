@@ -290,6 +290,22 @@ def test_a_folded_layout_is_not_slower_because_its_largest_micro_batch_is_refuse
     assert sum(found.refused.values()) == len(found.fitting)
 
 
+def test_micro_batches_beside_each_other_are_planned_where_a_step_has_two() -> None:
+    """A data rank has four samples a step."""
+    off, on = (
+        search(composed(*GIVEN, f"comm.interleave={on}"), SUMMIT, math.inf, [*TOGGLES], Degrees(2, 8))
+        for on in ("false", "true")
+    )
+    by_size = [{c.settings["data.micro_batch_size"]: c for c in found.fitting} for found in (off, on)]
+    assert [found.keys() for found in by_size] == [{1, 2, 4}, {1, 2}]
+    for size, beside in by_size[1].items():
+        assert beside.step_seconds < by_size[0][size].step_seconds
+        assert beside.peak_bytes > by_size[0][size].peak_bytes
+        assert beside.between_nodes_bytes == by_size[0][size].between_nodes_bytes
+    ((reason, times),) = on.refused.items()
+    assert (times, "but a step has 1" in reason) == (1, True)
+
+
 # Eight processes of a node hold all experts, of which the next node has replicas.
 REPLICAS = ("parallel.tensor=1", "parallel.expert=8", "data.batch_size=16", "moe.top_k=1")
 

@@ -12,16 +12,14 @@ from itertools import chain
 
 from tedlab.comm import Collective, GroupKind, Phase
 from tedlab.models.shortcut import ShortcutSpec
-from tedlab.moe import MoESpec
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import LinkClass, collective_seconds, link_of
+from tedlab.predict.estimate.passes import BACK, THERE, Passes, experts_of, hidden
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import MicroBatch, Spec, Work
 
 PHASES: tuple[Phase, ...] = ("forward", "recompute", "backward")
-THERE = ("dispatch.all_to_all", "dispatch.all_gather", "dispatch.between_nodes")  # of two steps, the first
-BACK = ("combine.all_to_all", "combine.reduce_scatter", "combine.between_nodes")
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,6 @@ class Sides:
         return min(self.dispatch, before) + min(self.combine, after)
 
 
-def hidden_in_chunks(
-    there: float, back: float, computing: float, chunks: int, before: float, after: float, waits: bool = False
-) -> float:
-    """Returns the seconds that are hidden in a layer whose exchanges and products are divided into equal chunks.
-
-    All chunks leave at once; each is computed when it has arrived, and its results leave then. The link serves one
-    exchange at a time, in the order in which they leave.
-
-    Args:
-        there, back: The seconds of all exchanges in each direction.
-        computing: The seconds of what is computed of all chunks.
-        chunks: The number of chunks.
-        before: The seconds of what is computed after all have left, before the first is computed.
-        after: The seconds of what is computed after the last one.
-        waits: Whether computing includes collectives on the same link, which wait until that is free.
-    """
-    now, free = before, there
-    for chunk in range(1, chunks + 1):
-        now = max(now, there * chunk / chunks, free if waits else 0.0) + computing / chunks
-        free = max(free, now) + back / chunks
-    return there + computing + back + before + after - max(now + after, free)
-
-
 class Hiding:
     """What hides in each unit of a configuration, on a cluster.
 
@@ -78,6 +53,7 @@ class Hiding:
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int = 0) -> None:
         self.form, self.cluster = form, cluster
         self.members: Mapping[GroupKind, Sequence[int]] = form.layout.groups(rank)
+        self.passes = Passes(form, cluster, self.members)
 
     def seconds(self, block: int, phases: Sequence[Phase] = PHASES) -> float:
         """Returns the seconds that hide in these passes of one micro-batch through the unit at a block."""
@@ -85,11 +61,30 @@ class Hiding:
         if form.config.compiles_experts:
             return 0.0
         if not isinstance(unit, ShortcutSpec):
-            layer = getattr(unit, "feed_forward", None)
-            return sum(self._in_layer(layer, block, phase) for phase in phases) if isinstance(layer, MoESpec) else 0.0
+            return sum(hidden(self.passes.unit(block, phase)) for phase in phases) if self._overlaps(block) else 0.0
         if not form.config.comm.overlap_shortcut:
             return 0.0
         return self.at_slot(block, self._chosen(unit), phases)
+
+    def _overlaps(self, block: int) -> bool:
+        """Tells whether anything in the layer with experts, if there is one, runs beside its exchanges."""
+        found = experts_of(self.form.spec.units[block], self.form.at(block))
+        if found is None:
+            return False
+        layer, layout = found[0], found[0].inside(self.form.layout)
+        shared = self.form.config.comm.overlap_shared and layer.shared is not None
+        return shared or layer.dispatch.chunks(layout) > 1 or layer.dispatch.gathered(layout)
+
+    def beside(self, micro_batches: int) -> float:
+        """Returns the seconds that hide in a step because each backward pass runs beside the next forward pass.
+
+        All but the last do; what hides in that and in the first forward pass by themselves is not counted.
+
+        Args:
+            micro_batches: The number of micro-batches of a step.
+        """
+        forward, first = self.passes.forward(), hidden(self.passes.forward(), self.passes.backward(adds=False))
+        return first + (micro_batches - 2) * hidden(forward, self.passes.backward(adds=True))
 
     def at_slot(self, block: int, slot: int, phases: Sequence[Phase] = PHASES) -> float:
         """Returns the seconds that would hide in these passes if experts computed before the sub-layer of this number.
@@ -125,31 +120,6 @@ class Hiding:
         calls = [call for call in self.form.block(block) if call.phase == phase]
         dispatch, combine = self._both_ways(calls)
         return Sides(dispatch, combine, [self._hides(*part, b, backward) for part in unit.sublayers[-unit.beside :]])
-
-    def _in_layer(self, layer: MoESpec, block: int, phase: Phase) -> float:
-        """Returns what hides behind shared experts, other chunks and the router, in a pass through a block."""
-        form, b, backward = self.form, self.form.at(block), phase == "backward"
-        calls = [call for call in form.block(block) if call.phase == phase]
-        there, back = self._both_ways(calls)
-        within = layer.within(b)
-        chunks, computing, waits = layer.dispatch.chunks(within.layout), 0.0, False
-        if chunks > 1:
-            works = layer.experts.backward(within) if backward else layer.experts.forward(within)
-            sites = layer.dispatch.sites(within.layout).present(within.layout)
-            tags = {site.tag for site in chain(*sites) if site.parts > 1 and site.kind == "expert_tensor"}
-            inside = [call for call in calls if call.tag in tags]
-            computing = sum(seconds(work, self.cluster) for work in works) + sum(map(self._taken, inside))
-            waits = bool(inside) and self.shares_link("expert_tensor")
-        before = after = 0.0
-        if form.config.comm.overlap_shared and layer.shared is not None:
-            halves = zip(layer.shared.halves(b, backward), (layer.shared.up, layer.shared.down), strict=True)
-            before, after = (self._hiding(works, half, b, backward) for works, half in halves)
-        if layer.dispatch.gathered(within.layout):
-            works = layer.router.backward(within) if backward else layer.router.forward(within)
-            before += sum(seconds(work, self.cluster) for work in works)
-        if backward:
-            there, back, before, after = back, there, after, before
-        return hidden_in_chunks(there, back, computing, chunks, before, after, waits)
 
     def _both_ways(self, calls: Sequence[Collective]) -> tuple[float, float]:
         """Returns the seconds of the exchanges with experts, there and back."""

@@ -11,6 +11,7 @@ from itertools import accumulate
 from tedlab.config import Granularity
 from tedlab.models.joined import MergedSpec
 from tedlab.optim.blocks import INNER
+from tedlab.predict.estimate.beside import Beside
 from tedlab.predict.estimate.optimizer import per_element
 from tedlab.predict.sim.memory import CATEGORIES, Category
 from tedlab.predict.volumes import ClosedForm
@@ -59,39 +60,43 @@ class Memory:
         self.step = per_element(optim.optimizer, master=self.master)  # of what is no matrix
         self.averages = 0 if form.config.average.kind is None else sum(b.elements for b in form.buckets) * self.master
 
+        # Of blocks: whether they are computed again, the bytes of activations between them, and those of what each
+        # saves, of what CAC keeps of it, and of its gradients.
+        spec, ends = form.spec, form.at()
+        self.recomputed = form.config.model.recompute.granularity == Granularity.BLOCK
+        self.stream = ends.outside * form.config.model.hidden * self.parameter
+        self.saves, kept, self.own = ([0] * len(spec.blocks) for _ in range(3))
+        for first, blocks in form.kinds.items():
+            block, batch = spec.units[first], form.at(first)
+            for n in blocks:
+                self.saves[n], self.own[n] = block.saved(batch), block.gradients(batch)
+                kept[n] = form.kept_bytes(first, form.config.comm.cac) if self.recomputed else 0
+        # Bytes before each block and after the last, and those that come on top at the loss.
+        inputs = [0 if isinstance(unit, MergedSpec) else self.stream for unit in spec.units]
+        self.saved = [0, *accumulate(inputs if self.recomputed else self.saves)]
+        self.stash = [0, *accumulate(kept)]
+        self.last = sum(end.saved(ends) for end in spec.ends) + self.stream
+
     def peak(self) -> Moment:
         """Returns the fullest moment."""
         return max(self.at_moments(), key=lambda moment: moment.total)
 
     def at_moments(self) -> Iterator[Moment]:
         """Yields the moments that can be the fullest."""
-        form, model, spec, ends = self.form, self.form.config.model, self.form.spec, self.form.at()
-        recomputed = model.recompute.granularity == Granularity.BLOCK
-        stream = ends.outside * model.hidden * self.parameter
+        form, spec, ends, recomputed, stream = self.form, self.form.spec, self.form.at(), self.recomputed, self.stream
         several = self.accumulated > 1  # then each gradient is added to a sum as soon as it is computed
         before = self.gradients if several else 0
-
-        saves, kept, own = ([0] * len(spec.blocks) for _ in range(3))  # bytes of each block
-        for first, blocks in form.kinds.items():
-            block, batch = spec.units[first], form.at(first)
-            for n in blocks:
-                saves[n], own[n] = block.saved(batch), block.gradients(batch)
-                kept[n] = form.kept_bytes(first, form.config.comm.cac) if recomputed else 0
-        # Bytes before each block, and after the last:
-        inputs = [0 if isinstance(unit, MergedSpec) else stream for unit in spec.units]
-        saved = [0, *accumulate(inputs if recomputed else saves)]
-        stash = [0, *accumulate(kept)]
-        last = sum(end.saved(ends) for end in spec.ends) + stream
+        saves, saved, stash = self.saves, self.saved, self.stash
         if form.moved is not None:  # otherwise no forward pass has so many rows that it is the fullest moment
             for n in form.moved:
                 passed = saved[n] + saves[n]
-                yield self._moment(f"forward pass of block {n}", before, stash[n], passed, self._passing(n))
-        yield self._moment("loss", before, stash[-1], saved[-1] + last, spec.at_loss(ends))
+                yield self.moment(f"forward pass of block {n}", before, stash[n], passed, self.passing(n))
+        yield self.moment("loss", before, stash[-1], saved[-1] + self.last, spec.at_loss(ends))
         gradients = before + spec.left(ends, several)
         for n in reversed(range(len(spec.blocks))):
             activations = saved[n + 1] + (saves[n] if recomputed else 0)
             for moment in spec.units[n].working_sets(form.at(n), recomputed):
-                yield self._moment(
+                yield self.moment(
                     f"backward pass of block {n}, {moment.name}",
                     gradients + moment.new + (0 if several else moment.done),
                     stash[n + 1],
@@ -99,23 +104,26 @@ class Memory:
                     moment.temporaries + 2 * stream,
                 )
             if not several:
-                gradients += own[n]
+                gradients += self.own[n]
         moment = spec.first_moment(ends, several)
-        yield self._moment(moment.name, self.gradients + moment.new, 0, 0, moment.temporaries + 2 * stream)
+        yield self.moment(moment.name, self.gradients + moment.new, 0, 0, moment.temporaries + 2 * stream)
+        if form.interleaves:
+            yield from Beside(self).moments()
         yield self._reduction()
         yield self._optimizer()
         if self.averages and self.parameter < self.master:  # a copy of a parameter in the precision of averages
             largest = max(p.elements(form.degrees) for p in form.trained)
-            yield self._moment("averaging of weights", 0, 0, 0, largest * self.master)
+            yield self.moment("averaging of weights", 0, 0, 0, largest * self.master)
 
     # ---- parts ---------------------------------------------------------------------------------------------------
 
-    def _moment(self, name: str, gradients: float, stash: float, activations: float, temporaries: float) -> Moment:
+    def moment(self, name: str, gradients: float, stash: float, activations: float, temporaries: float) -> Moment:
+        """Returns a moment with these bytes, and those of parameters and of the optimizer's state."""
         state = self.averages + self.moments + sum(self.shards) * (self.master if self.parameter < 4 else 0)
         values = (self.flat * self.parameter, state, gradients, stash, activations, temporaries)
         return Moment(name, {c: round(v) for c, v in zip(CATEGORIES, values, strict=True)})
 
-    def _passing(self, block: int) -> int:
+    def passing(self, block: int) -> int:
         """Returns the bytes of a forward pass's temporaries, before results have come back.
 
         These are rows as they arrived, results in three places, and copies of lent weights.
@@ -137,7 +145,7 @@ class Memory:
                 for (bucket, shards), shard, new in zip(self.buckets, self.shards, copied, strict=True)
             ]
             elements = max(buffers)
-        return self._moment("reduction of gradients", self.gradients, 0, 0, elements * self.parameter)
+        return self.moment("reduction of gradients", self.gradients, 0, 0, elements * self.parameter)
 
     def _optimizer(self) -> Moment:
         """Returns the moment of the optimizer step, with the shards' gradients and the largest tile's temporaries."""
@@ -150,7 +158,7 @@ class Memory:
             elements = largest if tile is None else min(tile, largest)
             temporaries = elements * (self.step.temporary + half)
         temporaries = max(temporaries, self._matrices())
-        return self._moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)
+        return self.moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)
 
     def _matrices(self) -> int:
         """Returns the bytes of temporaries while matrices are whole: directions, and those of one kind of group's.

@@ -80,14 +80,9 @@ def estimate(
             equally often.
 
     Raises:
-        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, micro-batches
-            run beside each other, or the world exceeds the cluster.
+        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, or the
+            world exceeds the cluster.
     """
-    if config.comm.interleave:
-        raise ValueError(
-            "comm.interleave=true: the closed form of memory and time is that of one micro-batch after the other; "
-            "`tedlab simulate` knows what two beside each other take"
-        )
     if any(group.frozen for group in config.optim.groups):
         raise ValueError(
             "optim.groups freezes parameters: the closed form of memory and time is that of a model that trains whole; "
@@ -97,6 +92,7 @@ def estimate(
     memory, links = Memory(form), _Links(form, cluster, rank)
     hiding, hidden, hidden_backward = Hiding(form, cluster, rank), 0.0, 0.0
     accumulated, ends = memory.accumulated, form.at()
+    alone = 1 if form.interleaves else accumulated  # how many pairs of passes run by themselves
     taken: defaultdict[str, float] = defaultdict(float)
     wire: defaultdict[LinkClass, float] = defaultdict(float)
     links.add(form.ends(), accumulated, taken, wire)
@@ -105,11 +101,13 @@ def estimate(
     backward = _total((work for part in reversed(form.spec.ends) for work in part.backward(ends)), cluster)
     for first, blocks in form.kinds.items():
         links.add(form.block(first), len(blocks) * accumulated, taken, wire)
-        hidden += len(blocks) * accumulated * hiding.seconds(first)
+        hidden += len(blocks) * alone * hiding.seconds(first)
         hidden_backward += len(blocks) * hiding.seconds(first, ["backward"])
         of_passes, of_backward = _kernels(form, first, cluster)
         passes += len(blocks) * of_passes
         backward += len(blocks) * of_backward
+    if form.interleaves:
+        hidden += hiding.beside(accumulated)
     adding = seconds(Work(0, 3 * memory.gradients, form.precise, "arithmetic"), cluster)  # to add up gradients
     taken[COMPUTE] = accumulated * (passes + backward) + (accumulated - 1) * adding
     taken[OPTIMIZER] = _total(_optimizer(memory), cluster)
