@@ -189,3 +189,25 @@ def test_buffers_are_averaged_and_tied_weights_stay_tied_in_every_fit(precision:
             torch.testing.assert_close(averages, theirs, rtol=1e-14, atol=1e-14)
         assert averages["first.weight"].dtype == (torch.float64 if precision == "64-true" else torch.float32)
         assert averages["number"] == 4 * (fit + 1)
+
+
+class FailsInValidation(Callback):
+    """Keeps the weights of the last step, and those that a validation begins with, which then fails."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.trained = weights(pl_module)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.validated = weights(pl_module)
+        raise ValueError("this validation fails")
+
+
+def test_a_validation_that_fails_leaves_the_weights_that_were_trained() -> None:
+    module, data, seen = Tied(), [torch.full((2, 4), float(n)) for n in range(1, 4)], FailsInValidation()
+    module.validation_step = module.training_step  # type: ignore[method-assign]
+    callbacks = [AverageWeights(AverageConfig(AverageKind.EMA, DECAY, 1, 0)), seen]
+    loader = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="this validation fails"):
+        silent_trainer("auto", 1, callbacks=callbacks, num_sanity_val_steps=0).fit(module, loader, loader)
+    assert not torch.equal(seen.validated["first.weight"], seen.trained["first.weight"])
+    assert torch.equal(module.first.weight, seen.trained["first.weight"])

@@ -99,6 +99,11 @@ class AverageWeights(WeightAveraging):
             self._current = []
 
     @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the module its current weights back if a validation was cut short."""
+        self.on_validation_end(trainer, pl_module)
+
+    @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["average"] = asdict(self.config)
         averages = self.averages()
