@@ -1,6 +1,7 @@
 """Rows that go by way of nodes: the same arrive in the same order, in fewer messages between nodes."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ PILOTS: dict[str, tuple[tuple[int, int, int], int, Overrides]] = {
     "fused": ((8, 2, 4), 4, {**MODES["fused"], "comm.cac": "shard"}),
     "sequence": ((8, 2, 4), 4, {**MODES["sequence"], **CAC}),
 }
+OFTEN = ("slots, 2 × 4", "rows, 4 × 2", "lent experts, 2 × 4", "slots, sequence", "rows in chunks, fused")
+OFTEN_PILOTS = ("2 × 4", "4 × 2", "sequence")
 ROUNDING = 1e-12  # relative: sums are added in another order
 Traffic = Counter[str]
 
@@ -79,10 +82,11 @@ def step(layout: tuple[int, int, int], per_node: int, overrides: Overrides) -> t
     return results, meter.seen, [f"{entry}: {ours} instead of {theirs}" for entry, (ours, theirs) in wrong.items()]
 
 
-def both_ways() -> tuple[list[str], dict[str, list[Traffic]]]:
+def both_ways(names: Sequence[str]) -> tuple[list[str], dict[str, list[Traffic]]]:
     """What is wrong, and what each cell sent to other nodes, directly and by way of them."""
     complaints, traffic = [], {}
-    for name, (layout, per_node, overrides) in CELLS.items():
+    for name in names:
+        layout, per_node, overrides = CELLS[name]
         kept = overrides.get("comm.cac")
         as_kept: Overrides = {} if not isinstance(kept, list) else {"comm.cac": False}
         direct, before, _ = step(layout, per_node, {**overrides, **as_kept})
@@ -96,10 +100,11 @@ def both_ways() -> tuple[list[str], dict[str, list[Traffic]]]:
     return complaints, traffic
 
 
-def of_pilots() -> tuple[list[str], dict[str, Traffic], float]:
+def of_pilots(names: Sequence[str]) -> tuple[list[str], dict[str, Traffic], float]:
     """What is wrong, what each way of sending tokens sent to other nodes in a layout, and the largest error."""
     complaints, traffic, largest = [], {}, 0.0
-    for name, (layout, per_node, overrides) in PILOTS.items():
+    for name in names:
+        layout, per_node, overrides = PILOTS[name]
         base: Overrides = {"moe.dispatch": "dropless", "trainer.precision": "64-true", "comm.ranks_per_node": per_node}
         base |= {key: value for key, value in overrides.items() if not key.startswith(("comm.cac", "model."))}
         ways: dict[str, Overrides] = {
@@ -125,12 +130,14 @@ def of_pilots() -> tuple[list[str], dict[str, Traffic], float]:
     return complaints, traffic, largest
 
 
-@pytest.fixture(scope="module")
-def pilots(pool: WorkerPool) -> list[tuple[list[str], dict[str, Traffic], float]]:
-    return pool.run(8, of_pilots, timeout=200)
+SAMPLE_OR_ALL = [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=pytest.mark.exhaustive)]
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module", params=SAMPLE_OR_ALL, ids=["sample", "all"])
+def pilots(pool: WorkerPool, request: pytest.FixtureRequest) -> list[tuple[list[str], dict[str, Traffic], float]]:
+    return pool.run(8, of_pilots, [*PILOTS] if request.param else OFTEN_PILOTS, timeout=200)
+
+
 def test_pilots_by_way_of_nodes_bring_the_same_results_and_recomputation_repeats_them(pilots: Any) -> None:
     """To the last bit whatever is kept, and to rounding those of rows; bytes are those of the closed form."""
     for complaints, _, largest in pilots:
@@ -138,7 +145,6 @@ def test_pilots_by_way_of_nodes_bring_the_same_results_and_recomputation_repeats
         assert largest < ROUNDING
 
 
-@pytest.mark.slow
 def test_a_token_goes_once_to_each_node(pilots: Any) -> None:
     """Of all processes together. Numbers and weights of choices count, too."""
     sent = {way: sum((traffic[way] for _, traffic, _ in pilots), Counter()) for way in pilots[0][1]}
@@ -148,18 +154,16 @@ def test_a_token_goes_once_to_each_node(pilots: Any) -> None:
     assert sent["node"]["emulated bytes"] < sent["rank"]["emulated bytes"] < sent["none"]["emulated bytes"]
 
 
-@pytest.fixture(scope="module")
-def cells(pool: WorkerPool) -> list[tuple[list[str], dict[str, list[Traffic]]]]:
-    return pool.run(8, both_ways, timeout=200)
+@pytest.fixture(scope="module", params=SAMPLE_OR_ALL, ids=["sample", "all"])
+def cells(pool: WorkerPool, request: pytest.FixtureRequest) -> list[tuple[list[str], dict[str, list[Traffic]]]]:
+    return pool.run(8, both_ways, [*CELLS] if request.param else OFTEN, timeout=200)
 
 
-@pytest.mark.slow
 def test_by_way_of_nodes_results_are_the_same_to_the_last_bit_and_bytes_those_of_the_closed_form(cells: Any) -> None:
     for complaints, _ in cells:
         assert not complaints, "\n".join(complaints)
 
 
-@pytest.mark.slow
 def test_fewer_messages_bring_as_many_bytes_to_other_nodes(cells: Any) -> None:
     """Of all processes together: which of a node's processes sends what is another matter."""
     for name in cells[0][1]:

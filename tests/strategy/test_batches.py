@@ -84,13 +84,17 @@ def alone(pool: WorkerPool) -> dict[int, float]:
 SAMPLE = {("T2_E2_dtd", "capacity"), ("E4", "capacity"), ("T2_E2", "dropless")}  # of what else takes longer
 
 
+def marked(layout: str, kind: str) -> list[pytest.MarkDecorator]:
+    """CI tries each layout with one kind at least."""
+    if (layout, kind) in SAMPLE:
+        return []
+    often = ([*LAYOUTS].index(layout) + [*KINDS].index(kind)) % len(KINDS) == 0
+    return [pytest.mark.slow if often else pytest.mark.exhaustive]
+
+
 @pytest.mark.parametrize(
     ("layout", "kind"),
-    [
-        pytest.param(layout, kind, marks=[pytest.mark.slow] * ((layout, kind) not in SAMPLE))
-        for layout in LAYOUTS
-        for kind in KINDS
-    ],
+    [pytest.param(layout, kind, marks=marked(layout, kind)) for layout in LAYOUTS for kind in KINDS],
 )
 def test_each_sample_is_predicted_once_whatever_divides_their_number(
     pool: WorkerPool, alone: dict[int, float], layout: str, kind: str

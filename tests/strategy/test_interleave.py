@@ -48,7 +48,15 @@ CASES: dict[str, Overrides] = {  # model.recompute.granularity is block unless s
 
 
 QUICK = ("stored", "recomputed", "validated")
-CELLS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
+SELDOM = ("compiled_shared", "lent", "pilots", "dropless_mixed", "pair")  # what each has, others have
+
+
+def marked(name: str) -> object:
+    marks = [] if name in QUICK else [pytest.mark.exhaustive if name in SELDOM else pytest.mark.slow]
+    return pytest.param(name, marks=marks)
+
+
+CELLS = [marked(name) for name in CASES]
 
 
 class Language(LightningModule):

@@ -125,7 +125,7 @@ def complaints(tensor: int, expert: int, mode: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world_size", "tensor", "expert", "mode"),
-    [pytest.param(*layout, marks=[pytest.mark.slow] * (layout[0] > 4)) for layout in LAYOUTS],
+    [pytest.param(*layout, marks=[pytest.mark.exhaustive] * (layout[0] > 4)) for layout in LAYOUTS],
 )
 def test_lending_changes_no_result_and_no_gradient_in_any_layout(
     pool: WorkerPool, world_size: int, tensor: int, expert: int, mode: str

@@ -76,7 +76,10 @@ def simulated(config: TrainConfig, *ranks: int) -> list[Simulation]:
 
 @cache
 def here(*overrides: str, cluster: str = "summit", rank: int = 0) -> Simulation:
-    """In this process, once: the first that a process simulates takes twice as long as those after it."""
+    """In this process, once: the first that a process simulates takes twice as long as those after it.
+
+    Of several ranks: DTensor remembers meshes, and those of other tests in this process have one.
+    """
     return simulate(checked(*overrides), load_cluster(cluster), rank)
 
 
@@ -228,9 +231,9 @@ def test_pricing_again_is_simulating_on_that_cluster() -> None:
         first.seconds_on(replace(load_cluster("summit"), kernels=Kernels(Dispatch(forward=1e-5))))
 
 
-def test_the_host_holds_up_each_phase_by_its_own_dispatch() -> None:
+def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> None:
     config = checked(*ALONE, "model.recompute.granularity=block")
-    simulation = held_up(config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))
+    (simulation,) = pool.run(1, held_up, config, Dispatch(forward=1.0, backward=10.0, optimizer=100.0))
     operations = Counter[str]()
     for (phase, _), times in simulation.kernels.items():
         operations[phase] += times
@@ -240,15 +243,18 @@ def test_the_host_holds_up_each_phase_by_its_own_dispatch() -> None:
 
 
 @pytest.mark.slow
-def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count() -> None:
+def test_the_host_waits_for_the_device_where_it_reads_the_norm_but_for_no_step_count(
+    pool: WorkerPool,
+) -> None:
     config = checked(*ALONE, "optim.tile=8000")
-    slow, fast = (held_up(config, Dispatch(optimizer=each)) for each in (1e-9, 0.0))
+    (slow,), (fast,) = pool.run_each(1, held_up, [(config, Dispatch(optimizer=each)) for each in (1e-9, 0.0)])
     tiles = slow.about["parameters/total"] / 8000
     assert 0 < slow.step_seconds - fast.step_seconds < tiles * 1e-9 / 2  # the rest is hidden behind a slower device
 
 
 def held_up(config: TrainConfig, dispatch: Dispatch) -> Simulation:
-    return simulate(config, replace(load_cluster("one_h200"), kernels=Kernels(dispatch)))
+    with out_of_the_pools_group():
+        return simulate(config, replace(load_cluster("one_h200"), kernels=Kernels(dispatch)))
 
 
 @pytest.mark.slow
