@@ -31,25 +31,22 @@ from statistics import median
 from typing import Any
 from unittest.mock import patch
 
-import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from omegaconf import OmegaConf
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
 from benchmarks.skewed import EXPONENT
-from benchmarks.steps import WARM_UP, drawn_there
+from benchmarks.steps import WARM_UP, composed, drawn_there
 from benchmarks.surroundings import surroundings
 from benchmarks.train_step import Profile
 from benchmarks.truth_cases import CPU, CPU_MEMORY, CUDA, CUDA_MEMORY, TINY
 from tedlab.callbacks import CommunicationLedger
 from tedlab.callbacks.memory import _held_bytes
-from tedlab.cli import CONF
 from tedlab.comm import TRAINING_PHASES
 from tedlab.comm.ledger import Totals, summed
 from tedlab.config import CalibrateConfig, TrainConfig, with_values
@@ -63,13 +60,11 @@ from tedlab.predict.sim.routing import SimulatedRouting, routing_of
 from tedlab.predict.sim.simulation import Batches
 from tedlab.predict.sim.world import OneOfMany, fake_process_group
 from tedlab.run import language_model, quieten, strategy_of
-from tedlab.validate import complete_simulated
 
 _RESULTS = Path(__file__).parent / "results"
 _WARM_UP = {"cpu": 1, "cuda": WARM_UP}  # steps of a round that are not timed: on a GPU some compile and allocate
 _STEPS = {"cpu": 3, "cuda": 6}  # timed in a round
 _ROUNDS = {"cpu": 2, "cuda": 1}  # a GPU has nothing else to do, and a run is short of its time
-_COMPOSED = ["output_dir=unused", "choices={}", "logger=none"]
 _KERNELS = 60  # listed of a step
 _PARTS = ("forward", "backward", "optimizer", "loop")  # of a step; recomputation is part of backward
 _PASSES = ("forward", "backward")  # in which the host waits for a GPU only where it reads what routers chose
@@ -399,15 +394,6 @@ def _clear(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-
-
-def composed(overrides: list[str]) -> TrainConfig:
-    """A complete configuration of overrides."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("train", overrides=[*_COMPOSED, *overrides])
-    typed = OmegaConf.to_object(config)
-    assert isinstance(typed, TrainConfig)
-    return complete_simulated(typed)
 
 
 class Report:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import truth
+from benchmarks.steps import composed
 from tedlab.predict.cluster import Dispatch, load_cluster
 from tedlab.predict.estimate import estimate
 from tests.pool import WorkerPool
@@ -203,7 +204,7 @@ def test_what_fails_before_any_configuration_is_not_tried_again(
 def test_all_configurations_for_gpus_are_valid() -> None:
     for processes, configs in truth.CUDA.items():
         for overrides in configs.values():
-            assert truth.composed(overrides).parallel.world_size == processes
+            assert composed(overrides).parallel.world_size == processes
     assert len(truth.CUDA[2]) >= 12
     assert len(truth.CUDA[4]) >= 8
 
@@ -237,9 +238,9 @@ def test_peak_memory_is_the_allocators_and_the_simulations(pool: WorkerPool) -> 
 
 def peaks() -> tuple[int, int]:
     dist.destroy_process_group()
-    config = truth.composed([*SMALL, "model.hidden=128", "model.sequence_length=128"])
+    config = composed([*SMALL, "model.hidden=128", "model.sequence_length=128"])
     real = truth.allocated(config, "cpu")
-    config = truth.composed([*SMALL, "model.hidden=128", "model.sequence_length=128"])
+    config = composed([*SMALL, "model.hidden=128", "model.sequence_length=128"])
     simulated = sum(truth.simulate(config, load_cluster("dgx_h100")).memory.at_peak().values())
     _join_the_pool_again()
     return real, simulated
@@ -279,7 +280,7 @@ def test_layouts_that_were_measured_come_out_in_their_order(four: dict[str, Any]
     for row in steps:
         if "skewed" in row["name"]:
             continue  # a plan assumes equal choices
-        config = truth.composed(row["overrides"])
+        config = composed(row["overrides"])
         tokens = config.data.batch_size * config.model.sequence_length
         for seconds, order in zip(
             (estimate(config, cluster).step_seconds, row["measured_s"]), orders[config.moe.ragged], strict=True

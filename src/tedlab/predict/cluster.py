@@ -153,6 +153,8 @@ class Dispatch:
     forward: float = 0.0  # recomputation included
     backward: float = 0.0
     optimizer: float = 0.0
+    views: bool = False  # whether what does no work counts as an operation, too: views, and memory without values
+    collective: float = 0.0  # of launching a collective, in any phase; a host that computes takes part in it instead
 
 
 @dataclass

@@ -1,25 +1,31 @@
 """What is measured becomes a cluster file that predicts it: fit, file, command line, and a whole calibration."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
+from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 
 from tedlab.comm.collectives import Operation
 from tedlab.commands.calibrate import checked
 from tedlab.config import CalibrateConfig
 from tedlab.errors import UsageError
+from tedlab.predict.calibrate import measure
 from tedlab.predict.calibrate.calibration import calibrate
 from tedlab.predict.calibrate.fit import Line, Series, Table, fit, largest_error, largest_ratio
-from tedlab.predict.calibrate.measure import Group, Measured
+from tedlab.predict.calibrate.measure import SIZES, Bench, Group, Measured
 from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
 from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
 from tedlab.predict.cost import collective_seconds, waiting_seconds
 from tedlab.predict.sim.roofline import seconds, work_of
 from tedlab.spec import Kernel, Work
+from tedlab.topology import Topology
 from tests.pool import WorkerPool
 
 FLOPS = [1e6, 1e7, 1e8, 1e9]
@@ -259,8 +265,6 @@ def test_the_picture_draws_what_is_predicted_from_the_file(tmp_path: Path, monke
 
 
 def in_worker(config: CalibrateConfig) -> None:
-    import torch.distributed as dist
-
     dist.destroy_process_group()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -279,9 +283,64 @@ def test_a_quick_calibration_of_this_machine(pool: WorkerPool, tmp_path: Path) -
     assert not cluster.kernels.asynchronous
     assert 1e8 < cluster.peak_flops.fp32 < 1e15
     assert 0 < cluster.kernels.dispatch.backward < 1e-2
+    assert cluster.kernels.dispatch.views
     assert (tmp_path / "mine.png").exists()
     measured = {table.kernel for table in cluster.kernels.tables}  # no kernels that only GPUs have
     assert measured == {"attention", "attention_backward", "norm", "norm_backward", "narrowing", "widening"}
+
+
+def bench() -> Bench:
+    return Bench(torch.device("cpu"), 1, SIZES["cpu"].shortened(), lambda what: None)
+
+
+def test_passes_take_turns_and_each_has_its_own_seconds(single: Topology, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+
+    def taking(seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            order.append(seconds)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    assert bench()._in_turn("passes", [taking(0.25), taking(2.0)]) == [0.25, 2.0]
+    assert order == [0.25, 2.0] * (len(order) // 2)
+
+
+def test_operations_are_counted_with_views_and_without_what_the_host_reads() -> None:
+    x_AB = torch.ones(2, 3)
+    assert measure._operations(lambda: (x_AB.t() + 1).sum().item()) == 3
+
+
+def delayed(seconds: list[float]) -> float:
+    """The cycles for which this process keeps its GPU waiting, if it takes so long to launch a call."""
+    cycles: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
+        patch.setattr(torch.cuda, "Event", Mock(return_value=Mock(elapsed_time=lambda end: 1.0)))
+        patch.setattr(measure, "delay_gpu", cycles.append)
+        bench()._on_gpu(lambda: time.sleep(seconds[dist.get_rank()]), 2)
+    return cycles[0] / measure._CYCLES
+
+
+def test_no_process_is_kept_waiting_longer_than_others_before_they_communicate(pool: WorkerPool) -> None:
+    one, other = pool.run(2, delayed, [0.0, 0.05])
+    assert one == pytest.approx(other, rel=1e-6)
+    assert one > 2 * 0.05
+
+
+def launching(asked: bool) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        if asked:  # as on GPUs
+            patch.setattr(Bench, "_launches", True)
+        return bench()._launching()
+
+
+def test_all_processes_find_the_same_time_to_launch_a_collective_and_a_cpu_none(pool: WorkerPool) -> None:
+    one, other = pool.run(2, launching, True)
+    assert 0 < one == other < 1
+    assert pool.run(2, launching, False) == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, Trainer
 
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify
-from tedlab.comm import Collectives
+from tedlab.comm import Collective, Collectives
 from tedlab.comm.ledger import differences
 from tedlab.commands.simulate import SimulateConfig, task
 from tedlab.config import SimulationConfig, TrainConfig, with_values
@@ -26,10 +26,11 @@ from tedlab.errors import UsageError
 from tedlab.moe.grouped import one_by_one
 from tedlab.nn.ids import unchecked
 from tedlab.predict.cluster import Dispatch, Kernels, MeasuredWait, load_cluster
-from tedlab.predict.cost import placement_of
+from tedlab.predict.cost import collective_seconds, placement_of
 from tedlab.predict.flops import forward_flops
 from tedlab.predict.sim import Simulation, simulate
-from tedlab.predict.sim.meter import HIDDEN, KERNELS, MATRICES
+from tedlab.predict.sim.memory import StorageTracker
+from tedlab.predict.sim.meter import HIDDEN, KERNELS, MATRICES, Meter
 from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.show import _memory_table
 from tedlab.predict.sim.simulation import Batches
@@ -240,6 +241,38 @@ def test_the_host_holds_up_each_phase_by_its_own_dispatch(pool: WorkerPool) -> N
     for phase, dispatch in (("forward", 1.0), ("recompute", 1.0), ("backward", 10.0), ("optimizer", 100.0)):
         taken = sum(seconds for (when, _), seconds in simulation.seconds.items() if when == phase)
         assert taken == pytest.approx(dispatch * operations[phase], rel=1e-3)
+
+
+@pytest.mark.parametrize(("views", "calls"), [(True, 4), (False, 1)])
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_views_take_the_host_s_time_where_they_are_counted(views: bool, calls: int, asynchronous: bool) -> None:
+    """Two views, a sum, and a view of it: a GPU is done when the host has asked for the sum."""
+    kernels = Kernels(Dispatch(optimizer=1.0, views=views), asynchronous)
+    meter = Meter(replace(load_cluster("one_h200"), kernels=kernels), {}, StorageTracker(lambda: 0), lambda: None)
+    x_AB = torch.ones(4, 6)
+    meter.start(0)
+    with meter:
+        total = x_AB.view(24) + x_AB.view(24)
+        total.view(6, 4)
+    done = calls - views if asynchronous else calls  # the last is a view, which only a host that computes does itself
+    assert meter.memory.now == pytest.approx(done)
+    assert sum(meter.parts[0].seconds.values()) == pytest.approx(done)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_host_that_does_not_compute_takes_its_time_to_launch_collectives(asynchronous: bool) -> None:
+    kernels = Kernels(Dispatch(collective=1.0), asynchronous)
+    cluster = replace(load_cluster("summit"), kernels=kernels)
+    meter = Meter(cluster, {"tensor": range(2)}, StorageTracker(lambda: 0), lambda: None)
+    meter.start(0)
+    size = torch.Size([1 << 20])
+    for _ in range(3):
+        call = Collective("all_reduce", "tensor", 2, "forward", "attention.reduce", size, torch.float32)
+        meter.on_collective(call, "start")
+        meter.on_collective(call, "end")
+    alone = collective_seconds("all_reduce", 4 << 20, range(2), cluster)
+    # Each but the last hides behind the launch of the next.
+    assert meter.memory.now == pytest.approx(3 + alone if asynchronous else 3 * alone)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from statistics import median
-from typing import Any, Literal, get_args
+from itertools import cycle, pairwise
+from statistics import fmean, median
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from tedlab._compat.simulation import READ_SCALAR
 from tedlab._compat.torch import TorchDispatchMode, delay_gpu
 from tedlab.comm import Collectives
 from tedlab.comm.collectives import Operation
@@ -29,7 +30,6 @@ from tedlab.optim import ShardedOptimizer
 from tedlab.predict.calibrate.fit import Series, Table
 from tedlab.predict.calibrate.kernels import KERNEL_SIZES, Call, Case, Cases, KernelSizes
 from tedlab.predict.cluster import Dispatch
-from tedlab.predict.sim.roofline import work_of
 from tedlab.topology import Topology
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -142,7 +142,7 @@ class Measured:
         attention: Forward and backward passes of attention.
         movement: Kernels that add and copy.
         arithmetic: Kernels that compute more for each element, such as GELU and softmax.
-        dispatch: Seconds of one operation that has next to nothing to compute, by phase.
+        dispatch: Seconds of one operation that has next to nothing to compute, or nothing, by phase.
         fresh: Bytes/s of writing memory that is new to the process; None on a GPU, whose allocator keeps its memory.
         collectives: Collectives, by operation and kind of group.
         waits: Seconds of computing, and of computing and waiting for the slowest rank, by kind of group.
@@ -183,7 +183,11 @@ class Bench:
         messages = groups * (len(get_args(Operation)) * len(sizes.messages) + 1 + len(sizes.repeats))
         kernels = sum(len(case.sizes) for case in self.cases)
         lines = products + len(sizes.attention) + 2 * len(sizes.streams)
-        return lines + 3 + (self.device.type == "cpu") + messages + kernels
+        return lines + 1 + self._launches + (self.device.type == "cpu") + messages + kernels
+
+    @property
+    def _launches(self) -> bool:
+        return self.world > 1 and self.device.type != "cpu"
 
     def measure(self) -> Measured:
         """Measures everything."""
@@ -283,7 +287,11 @@ class Bench:
         return Table(case.kernel, case.unit, case.how, amounts, seconds, sizes, case.width, case.dtype)
 
     def _dispatch(self) -> Dispatch:
-        """Times a model so small that only the host's work is left, per operation that a simulation would count."""
+        """Times a model so small that only the host's work is left, per operation that a simulation would count.
+
+        Passes take turns, as in training: on a CPU a backward pass that was repeated through a graph that is kept took
+        0.6 of the time of one through a new graph.
+        """
         model = ModelConfig(layers=4, hidden=16, heads=2, ffn=32, sequence_length=16, vocab_size=64)
         topology = Topology(ParallelDegrees(self.world), self.device)
         network = GPT(model, MoEConfig(num_experts=4), topology, seed=0)
@@ -293,38 +301,38 @@ class Bench:
         alone, _ = dist.new_subgroups(1)  # groups of one process, so that nothing is communicated
         comm = Collectives(dict.fromkeys(topology.comm.sizes, alone))
         sharded = ShardedOptimizer(adam, comm, names, zero=True, tile=_TILE)
-        gradients = {parameter: torch.zeros_like(parameter) for parameter in names}
+        losses: list[Tensor] = []
 
-        def forward() -> Tensor:
-            return network(ids)[0].sum()
-
-        loss = forward()
+        def forward() -> None:
+            losses.append(network(ids)[0].sum())
 
         def backward() -> None:
-            for parameter in names:
-                parameter.grad = None
-            loss.backward(retain_graph=True)
+            losses.pop().backward()
 
         def step() -> None:
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
             sharded.reduce_gradients()
             sharded.clip(1.0)
             adam.step()
+            sharded.zero_grad()
 
-        def of_one(function: Callable[[], Any]) -> float:
-            adam.param_groups[0]["foreach"] = False  # as in simulations, whose tensors are not on a GPU
-            number = self._operations(function)
-            adam.param_groups[0]["foreach"] = None
-            return self._time(f"dispatch, {function.__name__}", function, "host") / number
+        passes = forward, backward, step
+        for each in passes:
+            each()  # the first may do more than later ones
+        adam.param_groups[0]["foreach"] = False  # as in simulations, whose tensors are not on a GPU
+        numbers = [_operations(each) for each in passes]
+        adam.param_groups[0]["foreach"] = None
+        taken = self._in_turn("dispatch", passes)
+        forwards, backwards, steps = (seconds / number for seconds, number in zip(taken, numbers, strict=True))
+        return Dispatch(forwards, backwards, steps, views=True, collective=self._launching())
 
-        return Dispatch(forward=of_one(forward), backward=of_one(backward), optimizer=of_one(step))
-
-    def _operations(self, function: Callable[[], Any]) -> int:
-        function()  # the first call may do more than later ones
-        with _Operations() as operations:
-            function()
-        return operations.number
+    def _launching(self) -> float:
+        """Times how long the host takes to launch a collective; 0 where it takes part in them itself."""
+        if not self._launches:
+            return 0.0
+        world = init_device_mesh(self.device.type, (self.world,)).get_group()
+        comm, x = Collectives({"world": world}), torch.zeros(self.world, 256, device=self.device)
+        every = [partial(getattr(comm, op), x, "world", tag="calibrate", phase="metrics") for op in get_args(Operation)]
+        return fmean(self._in_turn("launching collectives", every))
 
     def _fresh(self) -> float:
         """Times more memory than the C library keeps, so that the system maps and clears every page anew."""
@@ -389,23 +397,20 @@ class Bench:
             seconds.append(amounts[-1] * max(1.0, longer))
         return Series("waiting", "s", "computing between two all-reduces of a number", amounts, seconds)
 
-    def _time(self, what: str, function: Callable[[], Any], clock: Literal["device", "host"] = "device") -> float:
+    def _time(self, what: str, function: Callable[[], Any]) -> float:
         """Returns the seconds of one call: the mean over processes, then the median over several blocks of calls.
 
         Args:
             what: A description for the progress bar.
-            function: The function to call.
-            clock: ``device`` times how long the call keeps the device busy; ``host`` includes the launches.
+            function: What keeps the device busy.
         """
         self.progress(what)
-        (times,) = self._blocks([function], clock)
+        (times,) = self._blocks([function])
         return median(times)
 
-    def _blocks(
-        self, functions: Sequence[Callable[[], Any]], clock: Literal["device", "host"] = "device"
-    ) -> list[list[float]]:
+    def _blocks(self, functions: Sequence[Callable[[], Any]]) -> list[list[float]]:
         """Times blocks of calls, functions in turn; returns the seconds per call of each block, mean over processes."""
-        block = self._on_gpu if clock == "device" and self.device.type == "cuda" else self._on_host
+        block = self._on_gpu if self.device.type == "cuda" else self._on_host
         calls = []
         for function in functions:
             function()
@@ -417,6 +422,17 @@ class Bench:
                 self._mean(0.0)  # a barrier, so that all processes begin together
                 taken.append(self._mean(block(function, number)))
         return times
+
+    def _in_turn(self, what: str, functions: Sequence[Callable[[], Any]]) -> list[float]:
+        """Returns the host's seconds of each of several functions that take turns: mean over processes, then median."""
+        self.progress(what)
+        rounds = math.ceil(len(functions) * self.sizes.block / self._mean(sum(_turn(functions))))
+        blocks = []
+        for _ in range(_BLOCKS):
+            self._mean(0.0)
+            turns = [_turn(functions) for _ in range(rounds)]
+            blocks.append([self._mean(fmean(taken)) for taken in zip(*turns, strict=True)])
+        return [median(times) for times in zip(*blocks, strict=True)]
 
     def _on_host(self, function: Callable[[], Any], calls: int) -> float:
         began = time.perf_counter()
@@ -431,7 +447,8 @@ class Bench:
         torch.cuda.synchronize()
         began = time.perf_counter()
         function()
-        launching = (time.perf_counter() - began) * calls
+        # As long in all processes: others would wait for one that is kept waiting longer, in the first collective.
+        launching = self._most(time.perf_counter() - began) * calls
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         delay_gpu(int(launching * _CYCLES))  # keeps the device waiting until all calls are launched
         start.record()
@@ -445,19 +462,41 @@ class Bench:
         """Returns the mean over processes, the same in all, since they must agree on the number of calls."""
         if self.world == 1:
             return value
+        return self._together(value, dist.ReduceOp.SUM) / self.world
+
+    def _most(self, value: float) -> float:
+        """Returns the maximum over processes."""
+        return value if self.world == 1 else self._together(value, dist.ReduceOp.MAX)
+
+    def _together(self, value: float, how: dist.ReduceOp.RedOpType) -> float:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item() / self.world
+        dist.all_reduce(total, how)
+        return total.item()
+
+
+def _turn(functions: Sequence[Callable[[], Any]]) -> list[float]:
+    """Calls functions one after the other, and returns the host's seconds of each."""
+    marks = [time.perf_counter()]
+    for function in functions:
+        function()
+        marks.append(time.perf_counter())
+    return [end - begin for begin, end in pairwise(marks)]
+
+
+def _operations(function: Callable[[], Any]) -> int:
+    """Returns the number of operations of a call."""
+    with _Operations() as operations:
+        function()
+    return operations.number
 
 
 class _Operations(TorchDispatchMode):
-    """Counts operations in the same way as the simulation."""
+    """Counts operations in the same way as the simulation: views, too, but no reads of the host."""
 
     def __init__(self) -> None:
         super().__init__()
         self.number = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.number += work_of(func, args, kwargs or {}, out) is not None
-        return out
+        self.number += func is not READ_SCALAR.default
+        return func(*args, **(kwargs or {}))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -80,10 +80,12 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         "  all_to_all: 1  # measured figures above",
         f"  attention: {min(1.0, attention.rate / main.rate):.4g}  # {_how(measured.attention, attention)}",
         "kernels:",
-        "  dispatch:  # seconds per operation of a model too small to compute anything",
+        "  dispatch:  # seconds per operation of a model too small to compute anything, whose passes take turns",
         f"    forward: {measured.dispatch.forward:.4g}  # a forward pass",
         f"    backward: {measured.dispatch.backward:.4g}  # a backward pass",
         f"    optimizer: {measured.dispatch.optimizer:.4g}  # gradients gathered and clipped, AdamW tile by tile",
+        f"    views: {str(measured.dispatch.views).lower()}  # whether views are counted as operations",
+        f"    collective: {measured.dispatch.collective:.4g}  # the host's part of launching one, mean of four kinds",
         f"  asynchronous: {str(facts.asynchronous).lower()}  # "
         + ("the host only launches kernels" if facts.asynchronous else "the host computes"),
         f"  gemm_latency: {main.latency:.4g}  # of the line through {facts.main}'s matrix products",
@@ -294,8 +296,8 @@ def fit_table(measured: Measured, title: str) -> Shown:
         )
     if measured.fresh is not None:
         table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
-    for phase, seconds in asdict(measured.dispatch).items():
-        table.add_row(f"an operation, {phase}", f"{seconds * 1e6:,.1f}", "", "")
+    for phase in ("forward", "backward", "optimizer", "collective"):
+        table.add_row(f"the host, {phase}", f"{getattr(measured.dispatch, phase) * 1e6:,.1f}", "", "")
     return table
 
 

@@ -140,6 +140,8 @@ class Meter(TorchDispatchMode):
         if work is not None:
             self.end_kernel()
             self._do(counts, phase, work)
+        elif self.cluster.kernels.dispatch.views and self._products is None and func.namespace != "_c10d_functional":
+            counts.seconds[phase, KERNELS] += self._ask(self._dispatch(phase))
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), self._category)
 
@@ -184,6 +186,14 @@ class Meter(TorchDispatchMode):
         if not self.cluster.kernels.asynchronous:
             self._host = self.memory.now
         return taken
+
+    def _ask(self, host: float) -> float:
+        """Lets the host work without asking the device for anything, and returns the seconds if it is the device."""
+        self._host += host
+        if self.cluster.kernels.asynchronous:
+            return 0.0
+        self.memory.now += host
+        return host
 
     def on_read(self, answer: Callable[[Tensor], list[Any]], values: Tensor) -> Callable[[], list[Any]]:
         """Starts a read of the host as :func:`tedlab.comm.reading.start` does: it waits for what was issued before."""
@@ -255,6 +265,8 @@ class Meter(TorchDispatchMode):
 
     def _issue(self, call: Collective) -> Transfer:
         self.end_kernel()
+        if self.cluster.kernels.asynchronous:
+            self._host += self.cluster.kernels.dispatch.collective
         members, now = self.members[call.kind], self.memory.now
         waiting = waiting_seconds(now - self._communicated, members, self.cluster)
         alone = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)
