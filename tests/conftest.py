@@ -99,7 +99,11 @@ def nothing_is_left_behind() -> Iterator[None]:
     """
     import torch.distributed as dist
 
+    from tedlab._compat.torch import forget_meshes
+
     before, grouped = dict(os.environ), dist.is_initialized()
+    if not grouped:
+        forget_meshes()  # of earlier tests
     yield
     now = dict(os.environ)
     names = (before.keys() | now.keys()) - _OF_LIBRARIES

@@ -36,7 +36,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import tedlab
@@ -531,6 +531,26 @@ def test_operators_with_underscores_are_what_public_functions_call() -> None:
 @pytest.fixture
 def trainer(tmp_path: Path) -> Trainer:
     return Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, default_root_dir=tmp_path)
+
+
+def meshes_in_new_groups() -> list[DeviceMesh]:
+    """That of a tensor, and that of an operation's result."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+        x = DTensor.from_local(torch.ones(7, 5), mesh, [Replicate(), Replicate()], run_check=False)
+        return [x.device_mesh, x.detach().device_mesh]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_meshes_of_groups_that_have_ended_are_forgotten() -> None:
+    _, first = meshes_in_new_groups()
+    own, remembered = meshes_in_new_groups()
+    assert remembered is first is not own
+    compat.forget_meshes()
+    own, remembered = meshes_in_new_groups()
+    assert remembered is own
 
 
 def test_the_training_loop_and_signals_are_told_by_the_names_replaced(trainer: Trainer) -> None:

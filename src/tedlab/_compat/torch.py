@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.checkpoint import _nested_dict, filesystem, metadata
-from torch.distributed.tensor import DTensor, Placement, _utils
+from torch.distributed.tensor import DTensor, Placement, _utils, debug
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.nn.modules import batchnorm
 from torch.optim import Optimizer
@@ -143,6 +143,14 @@ def local_tensor(tensor: DTensor) -> Tensor:
 def set_local_tensor(tensor: DTensor, values: Tensor) -> None:
     """Gives a DTensor other memory for its shard, for which there is no public way."""
     tensor._local_tensor = values
+
+
+def forget_meshes() -> None:
+    """Makes DTensor forget the results of operations that it remembers, and with them meshes whose groups have ended.
+
+    An equal mesh of later groups would otherwise be taken for one of these. There is no public way.
+    """
+    debug._clear_sharding_prop_cache()
 
 
 def spec_of(tensor: DTensor, placements: tuple[Placement, ...] | None = None) -> DTensorSpec:
