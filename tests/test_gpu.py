@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.tensor import DTensor
 
 from benchmarks import steps
 from benchmarks.steps import train
@@ -22,10 +23,10 @@ from benchmarks.train_step import Profile
 from tedlab import ParallelDegrees, Topology, decode
 from tedlab.certify import Row, certify
 from tedlab.certify.compare import first_difference
-from tedlab.comm import Ledger, raw
+from tedlab.comm import Collective, Ledger, raw
 from tedlab.comm.raw import _FUNCTIONAL, _IN_PLACE, way_of
 from tedlab.comm.reading import start
-from tedlab.config import ModelConfig, MoEConfig, TrainConfig
+from tedlab.config import ModelConfig, MoEConfig, TrainConfig, with_values
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import launch
 from tedlab.models import GPT
@@ -211,6 +212,54 @@ def test_over_nccl_one_pass_computes_while_the_other_exchanges_and_changes_no_bi
             check_beside(rank[name]["heard"])
     for name in BESIDE:
         check_order(ranks, name)
+
+
+class Exchanges(Callback):
+    """Counts the all-to-alls of the last step and of the whole run, as hooks hear them."""
+
+    def __init__(self) -> None:
+        self.heard = self.of_step = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            trainer.strategy.topology.comm.register_hook(self._hear)  # type: ignore[attr-defined]
+        self.of_step = 0
+
+    def _hear(self, collective: Collective, event: str) -> None:
+        self.heard += collective.op == "all_to_all" and event == "start"
+        self.of_step += collective.op == "all_to_all" and event == "start"
+
+
+def compiled_and_not(config: TrainConfig) -> dict[str, Any]:
+    """Trains each: exchanges that the last step and the whole run are heard to make, and that NCCL makes; the weights."""
+    found: dict[str, Any] = {}
+    weights: dict[str, list[Tensor]] = {}
+    for compiled in ("none", "inductor"):
+        exchanges = Exchanges()
+        with torch.profiler.profile() as profile:
+            trainer, module, data = build(with_values(config, {"model.compile": compiled}), [exchanges], logged=False)
+            trainer.fit(module, data)
+        weights[compiled] = [p.full_tensor() for p in module.parameters() if isinstance(p, DTensor)]
+        seen = sum("ncclDevKernel_SendRecv" in event.name for event in profile.events() or ())
+        found[compiled] = exchanges.of_step, exchanges.heard, seen
+    differences = [(ours - theirs).abs().max().item() for ours, theirs in zip(*weights.values(), strict=True)]
+    return found | {"compared": len(differences), "difference": max(differences)}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_over_nccl_compiled_blocks_exchange_slots_as_often_as_the_ledger_hears(tmp_path: Path) -> None:
+    write_words(tmp_path / "text.txt", 0)
+    config = composed(
+        *("trainer=gpu", "trainer.precision=64-true", "trainer.max_steps=2", "parallel=ep2", *SMALL),
+        *("model.layers=4", "moe.every=2", "optim.lr=0.1", f"data.path={tmp_path}/text.txt"),
+        *(f"data.cache_dir={tmp_path}/cache", f"output_dir={tmp_path}/run"),
+    )
+    found = launch(compiled_and_not, complete(config), 2)
+    for in_step, heard, seen in (found["none"], found["inductor"]):
+        assert in_step == 8  # of two MoE layers, there and back in both passes
+        assert seen == heard >= 16
+    assert found["compared"] > 20
+    assert found["difference"] < 1e-12
 
 
 class Stops(Callback):
