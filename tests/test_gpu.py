@@ -231,7 +231,7 @@ class Exchanges(Callback):
 
 
 def compiled_and_not(config: TrainConfig) -> dict[str, Any]:
-    """Trains each: exchanges that the last step and the whole run are heard to make, and that NCCL makes; the weights."""
+    """Trains each: exchanges of the last step and of the run that hooks hear, those that NCCL makes, and weights."""
     found: dict[str, Any] = {}
     weights: dict[str, list[Tensor]] = {}
     for compiled in ("none", "inductor"):
