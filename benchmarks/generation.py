@@ -227,14 +227,15 @@ def main() -> None:
     facts = surroundings(torch.device("cuda" if cuda else "cpu"), "transformers")
     dtype = torch.bfloat16 if cuda or arguments.bf16 else torch.float32
     lengths = arguments.prompt, arguments.tokens
+    facts |= {"dtype": str(dtype).removeprefix("torch."), "prompt": arguments.prompt, "tokens": arguments.tokens}
+    overrides = {name: [*(_GPU if cuda else [*_CPU, *SHAPES[name].small]), *arguments.set] for name in arguments.shapes}
     results = {}
     for name in arguments.shapes:
-        overrides = [*(_GPU if cuda else [*_CPU, *SHAPES[name].small]), *arguments.set]
-        results[name] = measure(SHAPES[name], overrides, arguments.batches, lengths, dtype)
+        results[name] = measure(SHAPES[name], overrides[name], arguments.batches, lengths, dtype)
         title = f"{name}: {facts['device']}, transformers {facts['versions']['transformers']}"
         Console(width=110).print(table(results[name], title))
         if arguments.out is not None:
-            arguments.out.write_text(json.dumps(facts | {"results": results}, indent=2) + "\n")
+            arguments.out.write_text(json.dumps(facts | {"overrides": overrides, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """``benchmarks.generation`` lets transformers generate as well as it can: with a cache and with its fastest experts."""
 
+import json
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,7 @@ from benchmarks.generation import (
     by_transformers,
     fastest,
     in_turns,
+    main,
     steps_apart,
 )
 from benchmarks.vs_transformers import SHAPES
@@ -51,6 +55,21 @@ def test_transformers_default_is_among_its_ways() -> None:
     shape = SHAPES["olmoe"]
     _, theirs = both(shape, [*_CPU, *TINY], torch.device("cpu"), torch.float32)
     assert theirs.get_correct_experts_implementation(None) == _WAYS[0]
+
+
+def test_results_say_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr("benchmarks.generation.measure", lambda *given: measured.append(given) or [])
+    out = tmp_path / "generation.json"
+    asked = "olmoe --set model.layers=3 --batches 2 --prompt 5 --tokens 4 --bf16 --out"
+    monkeypatch.setattr(sys, "argv", ["generation", *asked.split(), str(out)])
+    main()
+    written = json.loads(out.read_text())
+    ((_, overrides, batches, lengths, dtype),) = measured
+    assert (batches, lengths, dtype) == ([2], (5, 4), torch.bfloat16)
+    assert (written["prompt"], written["tokens"], written["dtype"]) == (5, 4, "bfloat16")
+    assert written["overrides"] == {"olmoe": overrides}
+    assert overrides[-1] == "model.layers=3"
 
 
 def test_texts_part_by_so_many_steps_of_the_dtype() -> None:

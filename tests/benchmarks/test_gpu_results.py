@@ -48,8 +48,21 @@ def test_docs_have_what_a_gpu_generated() -> None:
         assert row["experts"] == "grouped_mm"
     assert f"A token of one text takes tedlab {1e3 / one['tedlab']['tokens_per_second']:.2f} ms" in text
     assert one["texts_alike"] == 0
-    assert f"nor more than {32 * many['texts_alike']:.0f} of the 32" in text
-    (narrow,) = json.loads((ROOT / "benchmarks/results/generation_cpu_bf16.json").read_text())["results"]["olmoe"]
+    assert f"token for token, and {32 * many['texts_alike']:.0f} of the 32 are" in text
+    assert (
+        "So {:,.0f} and {:,.0f} tokens/s are those of `batched_mm`".format(
+            *(row["transformers"]["tokens_per_second"] for row in (one, many))
+        )
+        in text
+    )
+    on_cpu = json.loads((ROOT / "benchmarks/results/generation_cpu_bf16.json").read_text())
+    (narrow,) = on_cpu["results"]["olmoe"]
+    assert f"prompts of {found['prompt']} tokens, {found['tokens']} tokens added" in text
+    assert f"prompts of {on_cpu['prompt']} tokens and {on_cpu['tokens']} added (`--bf16`" in text
+    assert found["dtype"] == on_cpu["dtype"] == "bfloat16"
+    command = f"benchmarks.generation olmoe --set {found['overrides']['olmoe'][-1]} --batches 1 32"
+    assert command in text
+    assert command in words("benchmarks/README.md")
     assert f"{32 * narrow['texts_alike']:.0f} of 32 are" in text
     assert f"differ by at most {narrow['steps_apart']:.0f} steps of bf16" in text
 
@@ -118,7 +131,26 @@ def test_docs_have_what_two_gpus_took() -> None:
     mfu, mfu_b, _ = (f"{100 * ours['mfu']:.1f} and {100 * peer['mfu']:.1f} %" for ours, peer in steps)
     assert "{:.1f} and {:.1f} ms on A ({:.2f} times as fast; MFU {})".format(*taken[0], mfu) in said
     assert "{:.1f} and {:.1f} ms on B ({:.2f} times; {})".format(*taken[1], mfu_b) in said
-    assert "takes {:.1f} ms, and DeepSpeed's {:.1f} ({:.2f} times as fast)".format(*taken[2]) in said
+    assert "takes {:.1f} ms, and DeepSpeed's {:.1f} ({:.2f} times as fast; in one call".format(*taken[2]) in said
+    of_one_call = [on_four()["C", f"{name}, expert 2"] for name in ("tedlab", "DeepSpeed")]
+    passes, whole_steps = ([1e3 * row[key] for row in of_one_call] for key in ("passes_s", "step_s"))
+    ratios = [theirs / ours for ours, theirs in (passes, whole_steps)]
+    assert "in one call {:.1f} and {:.1f}, {:.2f} times)".format(*whole_steps, ratios[1]) in said
+    assert f"tedlab is {ratios[0]:.2f} times as fast on C there" in said
+    assert "is {:.1f} and {:.1f} ms ({:.2f} times as fast),".format(*passes, ratios[0]) in short
+    assert "and {:.1f} and {:.1f} for whole steps ({:.2f} times)".format(*whole_steps, ratios[1]) in short
+    tensor = 1e3 * rows["A", "tedlab, tensor 2"][0]["passes_s"]
+    for document in (said, short):
+        assert f"{tensor:.1f}" in document
+        assert f"{2 * tensor:.1f} for as many tokens per GPU as the other rows" in document
+    more = [row for call in result("expert_parallel_more") for row in call["rows"] if row["case"] == "B"]
+    assert [row["name"] for row in more] == [ways[1][1], TWO, ways[1][1]]  # the last two of one call
+    other_call, *earlier = (ms(row) for row in more)
+    assert (
+        f"{ms(rows['B', ways[1][1]][0])} to {ms(rows['B', TWO][1])} here; {earlier[1]} and {earlier[0]} in an" in short
+    )
+    assert f"in an earlier call {earlier[1]} and {earlier[0]} " in said
+    assert f"{earlier[0]} ms with rows and {earlier[1]} gathered, and {other_call} gathered" in said
     whole = "Whole steps are {:.2f} (A, gathered), {:.2f} (B, gathered) and {:.2f} (C) times as fast"
     assert whole.format(*(ratio for *_, ratio in taken)) in short
     gib = [row["peak_gib"] for pair in steps[:2] for row in pair]
@@ -137,6 +169,7 @@ def test_docs_have_the_profiles_of_two_gpus() -> None:
     names = [TWO, *(f"{TWO}, comm.{way}" for way in ("dedup=rank", "dedup=group", "chunks=2")), "tedlab, one GPU"]
     before = {"collectives": 29.3, "… while nothing else runs": 29.3, "grouped products": 29.2, "kernels of rows": 69.5}
     table: dict[str, list[str]] = {}
+    spans: list[float] = []  # in which the device is busy
     for name in names:
         row = rows["A", name][0]
         whole, *lines = row["profile"]
@@ -147,10 +180,20 @@ def test_docs_have_the_profiles_of_two_gpus() -> None:
         kinds = {"collectives": collectives, "… while nothing else runs": alone} | kinds | {"collectives": collectives}
         named = sum(taken for kind, taken in kinds.items() if kind not in ("… while nothing else runs", OTHERS))
         kinds[OTHERS] = float(whole.split()[0]) - named  # those that are not listed, too
+        spans.append(float(whole.split()[0]) - collectives + alone)
         kinds["idle"] = next(float(line.split()[0]) for line in lines if line.endswith("ms idle"))
         kinds["the median step, which is not profiled"] = 1e3 * row["step_s"]
         for kind, taken in kinds.items():
             table.setdefault(kind, []).append(f"{taken:.1f}" if taken else "")
+    idle, steps = ([float(figure) for figure in table[kind]] for kind in (*table,)[-2:])
+    chunked, plain = names.index(f"{TWO}, comm.chunks=2"), 0
+    both = [
+        (spans[each] + idle[each], steps[each], spans[each], steps[each] - spans[each]) for each in (chunked, plain)
+    ]
+    profiled, median, busy, room = ("{:.1f} and {:.1f}".format(*pair) for pair in zip(*both, strict=True))
+    assert f"profiled steps take {profiled} ms, and the median steps {median}. Kernels keep the device busy for" in said
+    assert f"busy for {busy} ms, so steps that are not profiled have room for at most {room} ms" in said
+    assert f"the median step is {steps[chunked] - steps[plain]:.1f} ms longer" in words("docs/speed.md")
     for kind, figures in table.items():
         assert cells(kind, f"{before[kind]}" if kind in before else "", *figures) in said
     rest = float(table["kernels of rows"][0]) + float(table[OTHERS][0])
@@ -158,7 +201,12 @@ def test_docs_have_the_profiles_of_two_gpus() -> None:
     bare = {row["mib"]: row["ms"] for row in result("exchanges")["rows"] if row["way"] == "all_to_all"}
     assert f"16 bare exchanges of rows need {16 * bare[512]:.1f} ms" in said
     assert f"16.3 of {16 * bare[512]:.1f} ms in chunks" in said
-    assert f"eight bare ones need {8 * bare[64]:.1f}" in said
+    (slots, in_chunks) = (
+        next(line.split() for line in rows["C", name][0]["profile"] if "SendRecv" in line)
+        for name in (TWO, f"{TWO}, comm.chunks=2")
+    )
+    assert f"lists {slots[2]} of the 8 exchanges that the ledger counts, {float(slots[0]):.1f} ms" in said
+    assert f"and {in_chunks[2]} of 16 in chunks, {float(in_chunks[0]):.1f} ms" in said
     assert f"Eight bare exchanges of rows (256 MiB) need {8 * bare[256]:.1f} ms" in said
 
 
