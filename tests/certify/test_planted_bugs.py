@@ -333,13 +333,25 @@ def _case(plant: Plant | None, found: Found) -> Case:
     return Case(found.overrides, plant, continuations, steps=1 if "in step 1" in found.said else 2)
 
 
+def _shown(found: Any) -> set[str]:
+    """What a sample should have once: a certificate's overrides and quantity, what the oracle finds wrong."""
+    return {found.quantity, *found.overrides} if isinstance(found, Found) else {found[1]}
+
+
+def _runs(found: Any) -> int:
+    """What a plant takes: where it shows in a continued run, that one, too."""
+    return 2 if isinstance(found, Found) and found.quantity in (FROM_ONE, AGAIN) else 1
+
+
 def _sampled(bugs_of: dict[Plant, Any]) -> list[Plant]:
-    """One of every third kind, which is what finds it: of certificates the configuration and the quantity."""
-    kinds: dict[object, Plant] = {}
-    for plant in sorted(bugs_of, key=lambda plant: plant not in EVERY_DAY):
-        found = bugs_of[plant]
-        kinds.setdefault((found.overrides, found.quantity) if isinstance(found, Found) else found, plant)
-    return [plant for plant in kinds.values() if plant not in EVERY_DAY][::3]
+    """As few as, beside those of every day, show all that any shows; the next shows most of what is left."""
+    left = set[str]().union(*map(_shown, bugs_of.values()))
+    left -= set[str]().union(*(_shown(found) for plant, found in bugs_of.items() if plant in EVERY_DAY))
+    sample: list[Plant] = []
+    while left:
+        sample.append(max(bugs_of, key=lambda plant: len(_shown(bugs_of[plant]) & left) / _runs(bugs_of[plant])))
+        left -= _shown(bugs_of[sample[-1]])
+    return sample
 
 
 def _asked(request: pytest.FixtureRequest, otherwise: dict[Plant, Any]) -> list[Plant]:

@@ -307,7 +307,7 @@ CELLS: list[Cell] = [
 
 
 QUICK = ((4, 2, 2), ["sequence"], "32-true")
-THOROUGH = (QUICK, ((4, 2, 2), ["dtd"], "32-true"))
+THOROUGH = (QUICK, ((4, 2, 2), ["dtd"], "32-true"), ((4, 2, 2), ["plain", "fused"], "32-true"))
 EXHAUSTIVE = [  # what each of these has, other cells have as well: eight processes take longest
     *(((8, 4, 2), ["dtd", "sequence"], "32-true"), ((8, 4, 2), DROPLESS[1::2], "bf16-mixed")),
     *(((8, 2, 2), DROPLESS[::2], "32-true"), ((4, 2, 2), ["fused", "sequence"], "bf16-mixed")),

@@ -1,6 +1,7 @@
 """The closed form of memory and time says what the simulator says."""
 
 import json
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -57,10 +58,20 @@ CASES = {
     "top2": [*HALF, "parallel.tensor=1", "parallel.expert=4", "moe.top_k=2", "data.batch_size=1024"],
     "ted": [*AGAIN, "comm=ted"],
     "sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard"],
-    "no_zero": [*AGAIN, "optim=sgd", "optim.zero=false", "data.micro_batch_size=1"],
+    "no_zero": [
+        *AGAIN,
+        "optim=sgd",
+        "optim.zero=false",
+        "optim.tile=null",
+        "data.micro_batch_size=1",
+        "moe.gating=hash",
+    ],
     "dropless": [*HALF, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024", "moe.dispatch=dropless"],
     "dropless_gpu": [*MANY, *ON_GPU, "parallel.tensor=1", "parallel.expert=4", "data.batch_size=1024"],
-    "dropless_ted_gpu": [*MANY, *ON_GPU, "comm=ted", *TODAY, "model.recompute.granularity=block"],
+    "dropless_ted_gpu": [
+        *(*MANY, *ON_GPU, "comm=ted", *TODAY, "model.recompute.granularity=block", "model.tie_embeddings=false"),
+        *("optim=muon", "optim.optimizer.dtype=float32"),
+    ],
     "slots_gpu": [*MANY, "trainer=gpu", "trainer.precision=16-true", "moe.top_k=2", "moe.kernel=triton"],
     "dropless_ted": [*AGAIN, "comm=ted", "moe.dispatch=dropless"],
     "dropless_sequence": [*AGAIN, "parallel.sequence=true", "comm.cac=shard", "moe.dispatch=dropless"],
@@ -97,7 +108,7 @@ CASES = {
     "today_sequence": [*AGAIN, *TODAY, "parallel.sequence=true", "moe.dispatch=dropless"],
     "global_balance": [*AGAIN, "comm=ted", "moe.balance.scope=global_batch", "moe.top_k=2"],
     "deepseek_v3": [*HALF, *DEEPSEEK, "moe.dispatch=dropless", "parallel.tensor=1", "parallel.expert=4"],
-    "expert_choice": [*HALF, "moe.gating=expert_choice", "moe.top_k=2"],
+    "expert_choice": [*HALF, "moe.gating=expert_choice", "moe.top_k=2", "average.kind=mean"],
     "pos1_dropless": [*HALF, *BESIDE, "moe.shortcut=pos1", "moe.dispatch=dropless", "moe.every=1"],
     "pos2_ted": [*AGAIN, *BESIDE, "comm=ted", "moe.shortcut=pos2", "moe.shared.combine=cg1"],
     "pos3_sequence": [*AGAIN, *BESIDE, "moe.shortcut=pos3", "parallel.sequence=true", "moe.shared.combine=cg2"],
@@ -112,7 +123,10 @@ CASES = {
     ],
     "shared_overlapped": [*HALF, *BESIDE, "comm.overlap_shared=true", "moe.shared.combine=cg1"],
     "chunked": [*AGAIN, "comm=dtd", "comm.chunks=2", "data.micro_batch_size=8"],
-    "rows_chunked": [*ALONE, "moe.dispatch=dropless", "comm.chunks=2", "moe.top_k=2"],
+    "rows_chunked": [
+        *(*ALONE, "moe.dispatch=dropless", "comm.chunks=4", "moe.top_k=2"),
+        *(*BESIDE, "comm.overlap_shared=true", "moe.shared.combine=cg2"),
+    ],
     "shared_chunked": [*ALONE, *BESIDE, "comm.overlap_shared=true", "comm.chunks=4"],
     "interleaved": [*HALF, THREE],
     "interleaved_again": [*AGAIN, THREE],
@@ -133,7 +147,7 @@ CASES = {
     "compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", "model.qk_norm=head", "model.kv_heads=4"],
     "compiled_gpt": [*ONE, *FUSIBLE, "moe=dense", "model.recompute.granularity=block"],
     "compiled_mixed": [*ONE, *TODAY, "moe=dense", "trainer=gpu", "trainer.precision=bf16-mixed", COMPILED],
-    "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd"],
+    "compiled_tensor": [*MANY, *TODAY, *FUSIBLE, "moe.dispatch=dropless", "parallel.expert=4", "comm=dtd", *CHUNKED],
     "dense": [*AGAIN, "moe=dense", "parallel.expert=1", "model.tie_embeddings=false"],
     "loss_chunked": [*ONE, "model.vocab_size=8192", "model.loss_chunk=300"],  # the last chunk is smaller
     "loss_chunked_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", *CHUNKED],
@@ -141,7 +155,10 @@ CASES = {
     "loss_chunked_compiled": [*ONE, *TODAY, *FUSIBLE, "moe=dense", *CHUNKED],
     "mixed_norms": [*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed", "model.qk_norm=head"],
     "mixed_norms_together": [*MANY, *TODAY, "trainer=gpu", "trainer.precision=bf16-mixed", "model.qk_norm=full"],
-    "narrow_averaged": [*HALF, "optim=adamw_bf16", "average.kind=ema"],
+    "narrow_averaged": [
+        *(*HALF, "optim=adamw_bf16", "average.kind=ema"),
+        *("moe.dispatch=dropless", "trainer=gpu", "comm.dedup=rank", "moe.top_k=2", "parallel.expert=8"),
+    ],
     "experts_averaged": [*EXPERTS, "average.kind=mean"],
     "experts_averaged_wider": [*EXPERTS, "trainer.precision=bf16-true", "average.kind=ema"],
 }
@@ -180,20 +197,12 @@ def simulated(configs: list[TrainConfig]) -> list[Simulation]:
 
 
 QUICK = ("one_fused", "ted", "dropless_gpu", "fused", "pos2_ted", "interleaved_again")
-EXHAUSTIVE = (  # what each of these has, other cases have as well
-    *(
-        "recomputing",
-        "dropless_ted",
-        "dropless_sequence",
-        "pilots_sequence",
-        "today",
-        "today_sequence",
-        "pos1_dropless",
-    ),
-    *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "dgmoe_stored", "hash"),
+EXHAUSTIVE = (  # what each of these has, other cases have as well, if not together
+    *("recomputing", "dropless_ted", "dropless_sequence", "pilots_sequence", "today", "today_sequence"),
+    *("pos3_sequence", "pos2_overlapped", "shared_chunked", "pos3_stored", "hash"),
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
     *("loss_chunked_mixed", "loss_chunked_untied", "loss_chunked_compiled", "mixed", "mixed_norms", "compiled_gpt"),
-    *("dense", "muon_one", "pilots_by_node", "dropless_divided", "experts_averaged"),
+    *("dense", "muon_one", "dropless_divided", "experts_averaged"),
     *(name for name in INTERLEAVED if name not in ("interleaved_again", "interleaved_in_node", "interleaved_shortcut")),
 )
 
@@ -201,6 +210,15 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well
 def marked(case: str) -> object:
     marks = [] if case in QUICK else [pytest.mark.exhaustive if case in EXHAUSTIVE else pytest.mark.slow]
     return pytest.param(case, marks=marks)
+
+
+def settings(cases: Iterable[str]) -> set[str]:
+    """Of several values of a case's key the last, which is the one that it has."""
+    return {f"{key}={value}" for case in cases for key, value in dict(s.split("=", 1) for s in CASES[case]).items()}
+
+
+def test_ci_has_every_setting() -> None:
+    assert settings(CASES.keys() - {*EXHAUSTIVE}) == settings(CASES)
 
 
 @pytest.fixture(scope="module")

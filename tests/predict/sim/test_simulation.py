@@ -98,11 +98,11 @@ TOGGLES = [
     ["moe.balance.scope=global_batch", "moe.dispatch=dropless", "moe.top_k=2", "moe.router.noise=gumbel"],
     [
         *("optim.groups=[{pattern: '*.experts.*', lr_factor: 0.5}, {pattern: '*', frozen: true}]", "comm=ted"),
-        *("model.recompute.granularity=block", "optim.tile=fused"),
+        *("model.recompute.granularity=block", "model.recompute.early_stop=false", "optim.tile=fused"),
     ],
     ["parallel.expert_tensor=1", "parallel.order=expert_data", "moe.slice=tokens", "moe.top_k=2"],
 ]
-ALIKE = [  # each has what others have as well
+ALIKE = [  # each has what others have as well, if not together
     ["model.recompute.granularity=block", "model.recompute.early_stop=false", "comm=ted"],
     [
         *("model.recompute.granularity=block", "comm=ted_fused", "comm.cac=shard"),
@@ -119,7 +119,7 @@ MORE_TOGGLES = [
         "moe.router.expert_groups=4",
         "moe.router.chosen_groups=2",
     ],
-    ["moe.gating=expert_choice"],
+    ["moe.gating=expert_choice", "trainer.precision=16-mixed", "trainer=gpu"],
     [
         *("parallel.expert_tensor=2", "parallel.expert=8", "comm=ted_fused", "comm.cac=shard"),
         *("model.recompute.granularity=block", "trainer.precision=bf16-true"),
@@ -127,6 +127,10 @@ MORE_TOGGLES = [
     ["parallel.expert_tensor=8", "parallel.expert=4", "moe.dispatch=packed", "moe.capacity_factor=1"],
     ["moe=dense", "parallel.expert=1", "optim.tile=fused", "trainer.precision=16-true", "data.batch_size=128"],
 ]
+
+
+def test_ci_has_every_toggle() -> None:
+    assert {toggle for toggles in ALIKE for toggle in toggles} <= {t for ts in TOGGLES + MORE_TOGGLES for t in ts}
 
 
 @pytest.mark.parametrize(
