@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,16 +49,22 @@ def run_forked(
 
 @contextlib.contextmanager
 def forked(
-    module: str, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
+    module: str,
+    arguments: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str],
+    ignored: Sequence[signal.Signals] = (),
 ) -> Iterator[tuple[BaseProcess, Path]]:
     """Starts a command, and yields its process and a folder with its ``stdout`` and ``stderr``; kills it in the end.
+
+    Where it starts, signals are ignored, as a shell may leave them.
 
     The pool's server has imported everything, and so have the workers that the command launches: they are forked from
     a server of the command's own, which is forked from it, so that folder and environment are theirs as well.
     """
     with tempfile.TemporaryDirectory() as shown:
         process = multiprocessing.get_context("forkserver").Process(
-            target=_run_module, args=(module, [*arguments], str(folder), dict(environment), shown)
+            target=_run_module, args=(module, [*arguments], str(folder), dict(environment), shown, ignored)
         )
         process.start()
         try:
@@ -67,7 +74,16 @@ def forked(
             process.join()
 
 
-def _run_module(module: str, arguments: list[str], folder: str, environment: dict[str, str], shown: str) -> None:
+def _run_module(
+    module: str,
+    arguments: list[str],
+    folder: str,
+    environment: dict[str, str],
+    shown: str,
+    ignored: Sequence[signal.Signals],
+) -> None:
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)
     sys.path[:0] = [folder, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ.clear()

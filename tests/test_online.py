@@ -120,11 +120,14 @@ def test_a_run_that_is_preempted_says_so_and_goes_on_as_the_same_run(
     command = [*SMALL.split(), "hydra.run.dir=run", "resume=auto", "checkpoint.every=1", "trainer.max_steps=100000"]
     # A second until rows are sent, not a quarter of a minute in which the run goes on.
     online = logged_in | {"WANDB_MODE": "online", "WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
-    with forked("tedlab", ["train", *command], tmp_path, online) as (process, _):
+    with forked("tedlab", ["train", *command], tmp_path, online) as (process, shown):
         until(lambda: any(len(run.rows) > 1 for name, run in server.runs.items() if name not in before))
         process.terminate()
         process.join(60)
-        assert process.exitcode == 128 + signal.SIGTERM
+        told = (shown / "stderr").read_text()
+        assert process.exitcode == 128 + signal.SIGTERM, told
+        assert "SIGTERM: all processes were ended." in told
+        assert "Traceback" not in told, told
     ((name, run),) = [(name, run) for name, run in server.runs.items() if name not in before]
     assert (run.exit_code, run.preempting, run.summary["state"]) == (1, True, "interrupted")
     reached = max(row["trainer/global_step"] for row in run.rows)

@@ -79,11 +79,11 @@ def continuations(
     longest = max(map(len, prompts))
     device = next(iter(model.parameters())).device
     most = min(room, longest + tokens)
-    steps = _Steps(model, texts, longest, most, device)
+    worth = device.type == "cuda" and most - longest >= _WORTH_A_GRAPH
+    reason = why_no_graph(model) if worth else None
+    steps = _Steps(model, texts, longest, most, device, _cuda_graph if worth and reason is None else None)
     remember = remember and steps.can_remember
-    if remember and device.type == "cuda" and most - longest >= _WORTH_A_GRAPH:
-        reason = why_no_graph(model)
-        steps.recording = _cuda_graph if reason is None else None
+    if remember and worth:
         _log.info("the host launches %s", "one CUDA graph a token" if reason is None else f"each kernel: {reason}")
     training = model.training
     model.eval()

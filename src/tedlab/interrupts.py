@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from tedlab._compat.python import shorten_paths_of_sockets
+
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
@@ -44,6 +46,7 @@ def fork_server(preload: Sequence[str]) -> "BaseContext":
     import multiprocessing  # not above: a command that needs no processes is at work sooner
     from multiprocessing import forkserver
 
+    shorten_paths_of_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*preload, __name__])
     if threading.current_thread() is threading.main_thread():  # only it can set handlers

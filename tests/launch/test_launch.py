@@ -19,6 +19,7 @@ from tedlab.checkpoint import read_meta
 from tedlab.config import TrainConfig
 from tedlab.errors import WorkerFailed
 from tedlab.launch.launcher import _gone, _Guard, _kill_workers, launch
+from tests.commands import forked
 from tests.signals import answered
 
 SOON = 30  # seconds in which everything has to be over
@@ -163,6 +164,12 @@ def hear_ctrl_c_and_the_end_of_a_terminal(config: TrainConfig) -> dict[str, Any]
     return {"rank": _note(config)}
 
 
+def sleep_until_ended(config: TrainConfig) -> dict[str, Any]:
+    _note(config)
+    time.sleep(60)
+    return {}
+
+
 def lose_the_temporary_files(config: TrainConfig) -> dict[str, Any]:
     rank = _note(config)
     if rank == 0:
@@ -283,6 +290,24 @@ def test_signals_that_the_launching_process_ignores_end_nothing(config: TrainCon
     Path(config.output_dir, "launcher.pid").write_text(str(os.getpid()))
     with answered(signal.SIG_IGN, signal.SIGINT, signal.SIGHUP):
         assert launch(hear_ctrl_c_and_the_end_of_a_terminal, config, 1) == {"rank": 0}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("pool")
+def test_sigterm_ends_a_run_where_a_batch_script_ignores_it(tmp_path: Path) -> None:
+    """The workers hear it, too, although the server that forks them was started with it ignored."""
+    code = "from tedlab.config import TrainConfig\nfrom tedlab.launch.launcher import launch\n"
+    code += "from tests.launch.test_launch import sleep_until_ended\n"
+    code += "if __name__ == '__main__':  # which workers import\n"
+    (tmp_path / "ending.py").write_text(
+        code + f"    launch(sleep_until_ended, TrainConfig(output_dir={str(tmp_path)!r}), 2)\n"
+    )
+    with forked("ending", [], tmp_path, os.environ, [signal.SIGTERM]) as (process, shown):
+        wait_for(lambda: len([*tmp_path.glob("*.pid")]) == 2 or process.exitcode is not None, SOON)
+        assert process.exitcode is None, (shown / "stderr").read_text()
+        process.terminate()
+        process.join(20)  # torch's launcher insists after 30
+        assert process.exitcode == 128 + signal.SIGTERM, (shown / "stderr").read_text()
 
 
 @pytest.mark.slow

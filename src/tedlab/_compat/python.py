@@ -22,19 +22,20 @@ def shorten_paths_of_sockets() -> None:
 
     Else no server starts that forks processes, and a training process waits for ever for the samples that its data
     workers cannot hand over. Later releases of Python do this themselves (python/cpython#132124); in others nothing
-    public says where sockets are. If ``/tmp`` cannot be used, the error comes where a socket is needed.
+    public says where sockets are. If neither ``TMPDIR`` nor ``/tmp`` can be used, the error comes where a socket is
+    needed.
     """
-    if len(os.fsencode(tempfile.gettempdir())) + _BELOW <= _LONGEST:
-        return
-    from multiprocessing import util
+    with suppress(OSError):
+        if len(os.fsencode(tempfile.gettempdir())) + _BELOW <= _LONGEST:
+            return
+        from multiprocessing import util
 
-    usual = tempfile.tempdir
-    tempfile.tempdir = "/tmp"
-    try:
-        with suppress(OSError):
+        usual = tempfile.tempdir
+        tempfile.tempdir = "/tmp"
+        try:
             util.get_temp_dir()  # which is remembered, and handed on
-    finally:
-        tempfile.tempdir = usual
+        finally:
+            tempfile.tempdir = usual
 
 
 class PythonUnpickler(pickle._Unpickler):

@@ -146,7 +146,7 @@ def recomputing() -> bool:
 
 
 def evaluating() -> bool:
-    """Returns whether no backward pass can follow, as in evaluation and generation.
+    """Returns whether gradients are off, so that no backward pass can follow, as in evaluation and generation.
 
     Layers then leave out what they do only for one: copies, operations, and functions of their own that choose what is
     kept. What is recorded of training leaves out such passes.

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tedlab._compat.hydra import arguments_parser
-from tedlab._compat.python import shorten_paths_of_sockets
 from tedlab.cli import (
     CONF,
     check_overrides,
@@ -55,7 +54,6 @@ def hydra_entry(
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
     def entry(config: DictConfig) -> float | None:
-        shorten_paths_of_sockets()
         with failures.told():
             try:
                 missing = sorted(OmegaConf.missing_keys(config))

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 
+from tedlab._compat.python import shorten_paths_of_sockets
 from tedlab.config import DataConfig, Packing
 from tedlab.data.corpus import Corpus, prepare_corpora
 from tedlab.data.mixture import MixedOrder, MixedSampler, Mixture, check_enough, continued, shares_of, state_of
@@ -323,6 +324,8 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, samples: Dataset, sampler: MicroBatchSampler) -> DataLoader:
         assert self.trainer is not None
+        if self.data.num_workers:  # they hand samples over by sockets
+            shorten_paths_of_sockets()
         return DataLoader(
             samples,
             batch_size=self.data.micro_batch_size,

@@ -36,7 +36,8 @@ LOG = "failure.log"  # the traceback of a failure that is shown as a sentence
 _DONE = "done"  # a file in the folder that launcher and workers share, once the first process's work is complete
 _WORKER = ".worker"  # a file in that folder, PID_RANK.worker, for each that is at work
 _COMPLETE = ".complete"  # what it is renamed to when the work is complete
-_HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_OF_TERMINALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_HANDLED = (signal.SIGTERM, *_OF_TERMINALS)
 
 
 class Job(Protocol):
@@ -88,8 +89,10 @@ def launch(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # What is ignored stays so: Ctrl-C in a script's background, and the end of the terminal for nohup.
-    heard = [number for number in _HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+    # What terminals send may stay ignored: Ctrl-C in a script's background, and their end for nohup. A scheduler's
+    # SIGTERM may not, not even below a batch script that ignores it for itself.
+    ignored = [number for number in _OF_TERMINALS if signal.getsignal(number) == signal.SIG_IGN]
+    heard = [number for number in _HANDLED if number not in ignored]
     launch_config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -138,6 +141,7 @@ def launch(
 def _worker(
     run: Task, config: Job, threads: int, hears_ctrl_c: bool, launcher: int, folder: str, lock: Lock | None
 ) -> dict[str, Any]:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # where it was ignored, it is in the server that forks, too
     # By an exception, a run tells why it ended.
     signal.signal(signal.SIGINT, signal.default_int_handler if hears_ctrl_c else signal.SIG_IGN)
     rank = os.environ["RANK"]

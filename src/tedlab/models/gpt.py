@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tedlab.comm import evaluating
 from tedlab.comm.keep import kept_tags, recompute_plan, unread_tags
 from tedlab.comm.rows import Rows
 from tedlab.config import (
@@ -506,7 +507,7 @@ def _entered(x: Tensor, *layers: nn.Module) -> Tensor:
     The backward pass then ends there. Without a gradient of their input, layers would communicate less than others of
     their kind, by an amount that depends on which of their parameters train.
     """
-    if x.requires_grad or not torch.is_grad_enabled():
+    if x.requires_grad or evaluating():
         return x
     trains = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
     return x.detach().requires_grad_() if trains else x

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tedlab._compat.torch import reproducible_choices
-from tedlab.comm import RecomputePlan, recomputed
+from tedlab.comm import RecomputePlan, evaluating, recomputed
 from tedlab.config import Compiler
 from tedlab.moe import MoELayer
 from tedlab.nn import localised
@@ -62,7 +62,7 @@ class _Recomputed:
         return type(self.block).forward(self.block, x, rotation, padding_mask)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
-        if not (torch.is_grad_enabled() and x.requires_grad):  # without a gradient nothing is computed again
+        if evaluating() or not x.requires_grad:  # without a gradient nothing is computed again
             return self._forward(x, rotation, padding_mask)
         return recomputed(
             self._forward,
