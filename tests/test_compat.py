@@ -821,6 +821,14 @@ def test_sockets_are_elsewhere_where_the_path_of_temporary_files_is_too_long(len
     assert found[1].startswith(folder) == there
 
 
+def test_where_no_folder_is_usable_the_error_comes_where_a_socket_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(tempfile, "gettempdir", refuse)
+    python.shorten_paths_of_sockets()
+
+
 def test_an_instruction_of_the_unpickler_can_be_replaced() -> None:
     class Reader(python.PythonUnpickler):
         def build(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tedlab import interrupts
+from tedlab._compat import python
 from tedlab.interrupts import ended_by_ctrl_c
 from tests.signals import answered
 
@@ -55,9 +56,24 @@ def test_a_command_ends_with_a_line_and_the_code_of_the_signal(capsys: pytest.Ca
     assert capsys.readouterr().err == "\nSIGINT: ended.\n"
 
 
+def copy_alone(folder: Path) -> None:
+    """Copies the module and what it imports, without all that importing tedlab takes."""
+    shutil.copy(interrupts.__file__, folder)
+    package = folder / "tedlab" / "_compat"
+    package.mkdir(parents=True)
+    for file in (package.parent / "__init__.py", package / "__init__.py"):
+        file.touch()
+    shutil.copy(python.__file__, package)
+
+
 def interrupted(tmp_path: Path, handler: Any, moment: str, until: str) -> "tuple[subprocess.Popen[str], str]":
-    """The script, where SIGINT has the handler and Ctrl-C follows the line ``until``; and its lines so far."""
-    shutil.copy(interrupts.__file__, tmp_path)  # alone, without all that importing tedlab takes
+    """The script, where SIGINT has the handler and Ctrl-C follows the line ``until``; and its lines so far.
+
+    The path of its temporary files is too long for the server's sockets, which are elsewhere then.
+    """
+    temporary = tmp_path / ("x" * 100)
+    temporary.mkdir()
+    copy_alone(tmp_path)
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "slow.py").write_text("import time; time.sleep(0.5)\n")
     with answered(handler, signal.SIGINT):
@@ -68,6 +84,7 @@ def interrupted(tmp_path: Path, handler: Any, moment: str, until: str) -> "tuple
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=os.environ | {"TMPDIR": str(temporary)},
         )
     assert process.stdout is not None
     shown = ""
@@ -107,6 +124,6 @@ def test_importing_it_elsewhere_changes_nothing(tmp_path: Path, handler: str) ->
     """A shell starts what runs in the background of a script with Ctrl-C ignored, and it stays so."""
     code = f"import signal; signal.signal(signal.SIGINT, signal.{handler}); import interrupts; "
     code += f"print(signal.getsignal(signal.SIGINT) is signal.{handler})"
-    shutil.copy(interrupts.__file__, tmp_path)
+    copy_alone(tmp_path)
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout == "True\n"

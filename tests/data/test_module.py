@@ -184,6 +184,14 @@ def test_workers_fetch_the_epoch_that_is_resumed(data, tmp_path):
     assert _fit(data(num_workers=1), 13, ckpt_path=checkpoint).seen == reference.seen[8 * BATCH :]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_paths_of_sockets_are_shortened_for_workers(data, monkeypatch, workers):
+    called = []
+    monkeypatch.setattr("tedlab.data.module.shorten_paths_of_sockets", lambda: called.append(True))
+    _fit(data(num_workers=workers), 1)
+    assert bool(called) == bool(workers)
+
+
 def test_runs_of_other_batch_sizes_read_on_in_the_order_of_the_epoch(data, tmp_path):
     """51 samples. No sample comes twice or is left out, until fewer are left in an epoch than a step takes."""
     orders = [np.random.default_rng([1, epoch]).permutation(SAMPLES).tolist() for epoch in range(4)]
