@@ -428,6 +428,20 @@ def test_memory_is_what_an_h200_measured_in_training_to_two_percent(model: str) 
         assert closed.memory.total / 2**30 == pytest.approx(measured[name]["peak_gib"], rel=0.02)
 
 
+@pytest.mark.parametrize("other", ["trainer=cpu", "moe.kernel=torch", "trainer.precision=64-true"])
+def test_tokens_sent_once_without_a_gpus_kernels_are_refused(other: str) -> None:
+    once = [
+        "trainer=gpu",
+        "parallel=ep2",
+        "moe.dispatch=dropless",
+        "moe.top_k=2",
+        "comm.dedup=rank",
+        "moe.num_experts=8",
+    ]
+    with pytest.raises(ValueError, match=rf"comm\.dedup=rank without.*{other.partition('=')[2]}.*tedlab simulate"):
+        estimate(checked(*once, other), load_cluster("dgx_h100"))
+
+
 def test_frozen_parameters_are_refused() -> None:
     frozen = "optim.groups=[{pattern: '*.router.*', frozen: true}]"
     with pytest.raises(ValueError, match=r"optim\.groups freezes.*trains whole.*tedlab simulate"):

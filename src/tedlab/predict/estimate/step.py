@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tedlab.comm import Collective, GroupKind
 from tedlab.comm.rows import Rows
-from tedlab.config import Granularity, TrainConfig
+from tedlab.config import Dedup, Granularity, TrainConfig
 from tedlab.optim.blocks import INNER
 from tedlab.optim.muon import NS_STEPS
 from tedlab.predict.cluster import ClusterConfig
@@ -19,7 +19,7 @@ from tedlab.predict.estimate.memory import Memory, Moment
 from tedlab.predict.flops import training_flops
 from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.spread import Spread, spread_on
-from tedlab.predict.volumes import ClosedForm
+from tedlab.predict.volumes import ClosedForm, fused_rows
 from tedlab.spec import Kernel, Work
 
 COMPUTE, OPTIMIZER, HIDDEN = "kernels", "optimizer", "hidden by overlap"
@@ -80,13 +80,20 @@ def estimate(
             equally often.
 
     Raises:
-        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, or the
-            world exceeds the cluster.
+        ValueError: If the optimizer's state or a layer's kernels are not known, parameters are frozen, tokens are sent
+            once but not by a GPU's kernels, or the world exceeds the cluster.
     """
     if any(group.frozen for group in config.optim.groups):
         raise ValueError(
             "optim.groups freezes parameters: the closed form of memory and time is that of a model that trains whole; "
             "`tedlab simulate` runs any"
+        )
+    if config.comm.dedup != Dedup.NONE and not fused_rows(config):
+        raise ValueError(
+            f"comm.dedup={config.comm.dedup} without a GPU's kernels (trainer.accelerator="
+            f"{config.trainer['accelerator']}, moe.kernel={config.moe.kernel}, trainer.precision="
+            f"{config.trainer['precision']}): the closed form of memory and time is that of these kernels, which "
+            "trainer=gpu has with moe.kernel=auto and any precision but 64-true; `tedlab simulate` runs any"
         )
     form = ClosedForm(config, rows, rank)
     memory, links = Memory(form), _Links(form, cluster, rank)
