@@ -140,6 +140,8 @@ CASES = {
     "interleaved_gathered": [*ROWS, "comm.dedup=group"],
     "interleaved_folded": [*HALF, "parallel.expert_tensor=1", "parallel.expert=8", "moe.slice=tokens", THREE],
     "interleaved_mixed": [*MANY, "trainer=gpu", "trainer.precision=bf16-mixed", THREE],
+    "interleaved_shared": [*HALF, "moe.shared.experts=4", "comm.overlap_shared=true", THREE],
+    "interleaved_pos3": [*AGAIN, *BESIDE, "moe.shortcut=pos3", "comm.overlap_shortcut=true", THREE],
     "pos3_stored": [*HALF, *BESIDE, "moe.shortcut=pos3"],
     "dgmoe_ted": [*AGAIN, "comm=ted", "moe.shortcut=dgmoe"],
     "dgmoe_stored": [*HALF, "moe.shortcut=dgmoe", "moe.dispatch=dropless"],
@@ -203,7 +205,7 @@ EXHAUSTIVE = (  # what each of these has, other cases have as well, if not toget
     *("top2", "dropless", "pilots", "today_mixed", "shared_overlapped", "dgmoe_ted", "compiled_mixed"),
     *("loss_chunked_mixed", "loss_chunked_untied", "loss_chunked_compiled", "mixed", "mixed_norms", "compiled_gpt"),
     *("dense", "muon_one", "dropless_divided", "experts_averaged"),
-    *(name for name in INTERLEAVED if name not in ("interleaved_again", "interleaved_in_node", "interleaved_shortcut")),
+    *(name for name in INTERLEAVED if name.split("_", 1)[-1] not in ("again", "in_node", "shortcut", "shared")),
 )
 
 
@@ -236,7 +238,8 @@ def simulations(pool: WorkerPool, request: pytest.FixtureRequest) -> dict[str, S
 def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulation], case: str) -> None:
     closed, simulation = closed_form(CASES[case]), simulations[case]
     held = simulation.memory.at_peak()
-    assert closed.memory.total == pytest.approx(sum(held.values()), rel=ROUGHLY.get(case, 0.06))
+    within = 0.04 if case in INTERLEAVED else ROUGHLY.get(case, 0.06)
+    assert closed.memory.total == pytest.approx(sum(held.values()), rel=within)
     for category in ("parameters", "optimizer"):
         assert closed.memory.held[category] == pytest.approx(held[category], rel=0.01)
     assert closed.step_seconds == pytest.approx(simulation.step_seconds, rel=0.04)
@@ -313,8 +316,8 @@ def test_passes_hide_of_each_other_what_is_simulated(simulations: dict[str, Simu
     simulation, closed = simulations[case], closed_form(CASES[case])
     assert simulation.differences == {}  # of the ledger, which is that of one micro-batch after the other
     assert predict(checked(*CASES[case])) == predict(checked(*CASES[case], "comm.interleave=false"))
-    within = 0.01 * simulation.step_seconds  # where all links are in a node, this is more than a quarter of it
-    assert -closed.seconds[HIDDEN] == pytest.approx(sum(simulation.hidden.values()), rel=0.2, abs=within)
+    within = 0.3 if case == "interleaved_in_node" else 0.2  # there it is a quarter too little, 0.1 % of a step
+    assert -closed.seconds[HIDDEN] == pytest.approx(sum(simulation.hidden.values()), rel=within)
 
 
 def test_two_micro_batches_take_less_time_and_more_memory_than_one_after_the_other() -> None:

@@ -201,15 +201,12 @@ class MoESpec(Spec):
         return routed + self._weighted(b) + shared
 
     def saved_later(self, b: MicroBatch, arrived: bool) -> int:
-        """Returns the bytes that it saves only once tokens have arrived at experts or, if they have, results are back.
-
-        Shared experts run after that.
-        """
-        later = 0 if self.shared is None else self.shared.saved(b) - self.read_twice(b)
-        local = self.local(self.within(b))
+        """Returns the bytes that routed experts save once tokens have arrived or, if they have, once results have."""
+        within = self.within(b)
+        local = self.local(within)
         if local is not None:
-            return later + (0 if arrived else local.saved(self.within(b)))
-        return later + self._weighted(b) + (0 if arrived else self.experts.saved(self.within(b)))
+            return 0 if arrived else local.saved(within)
+        return self._weighted(b) + (0 if arrived else self.experts.saved(within))
 
     def working_sets(self, b: MicroBatch, recomputed: bool) -> Iterator[WorkingSet]:
         local = self.local(self.within(b))

@@ -1,5 +1,6 @@
 """What is measured becomes a cluster file that predicts it: fit, file, command line, and a whole calibration."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -306,6 +307,31 @@ def test_passes_take_turns_and_each_has_its_own_seconds(single: Topology, monkey
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     assert bench()._in_turn("passes", [taking(0.25), taking(2.0)]) == [0.25, 2.0]
     assert order == [0.25, 2.0] * (len(order) // 2)
+
+
+def test_the_first_call_does_not_say_how_often_passes_take_turns_and_none_finds_work_in_the_queue(
+    single: Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, queued, calls = [0.0], [0], [0]
+
+    def once() -> None:
+        now[0] += 1.0 if calls[0] == 0 else 2.0**-10  # it allocates, and opens connections
+        now[0] += queued[0] > 1  # one before it in its turn, no more
+        queued[0] += 1
+        calls[0] += 1
+
+    def synchronize() -> None:
+        queued[0] = 0
+        now[0] += 1.0
+
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    on_gpu = bench()
+    on_gpu.device = torch.device("cuda")
+    assert on_gpu._in_turn("passes", [once, once]) == [2.0**-10, 2.0**-10]
+    rounds = math.ceil(on_gpu.sizes.block * 2**10)
+    assert rounds > 1
+    assert calls[0] == 2 * (2 + measure._BLOCKS * rounds)
 
 
 def test_operations_are_counted_with_views_and_without_what_the_host_reads() -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 
+from tedlab._compat.simulation import FakeTensorMode
 from tedlab.callbacks.memory import _held_bytes
 from tedlab.certify import Certificate, certify
 from tedlab.comm import Collective, Collectives
@@ -261,6 +262,24 @@ def test_views_take_the_host_s_time_where_they_are_counted(views: bool, calls: i
     done = calls - views if asynchronous else calls  # the last is a view, which only a host that computes does itself
     assert meter.memory.now == pytest.approx(done)
     assert sum(meter.parts[0].seconds.values()) == pytest.approx(done)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_views_within_compiled_code_and_the_results_of_collectives_are_no_operations_of_a_gpu_s_host(
+    asynchronous: bool,
+) -> None:
+    kernels = Kernels(Dispatch(optimizer=1.0, views=True), asynchronous)
+    meter = Meter(replace(load_cluster("one_h200"), kernels=kernels), {}, StorageTracker(lambda: 0), lambda: None)
+    with FakeTensorMode():
+        large = torch.ones(1 << 23)  # whose reduction maps new memory
+        meter.start(0)
+        with meter:
+            meter.compile(True)
+            large.view(2, -1)
+            meter.compile(False)
+            assert meter.memory.now == meter._host == 0
+            torch.ops._c10d_functional.all_reduce(large, "sum", "0")
+    assert meter._host == pytest.approx(0 if asynchronous else 1)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -426,20 +426,36 @@ class Bench:
     def _in_turn(self, what: str, functions: Sequence[Callable[[], Any]]) -> list[float]:
         """Returns the host's seconds of each of several functions that take turns: mean over processes, then median."""
         self.progress(what)
-        rounds = math.ceil(len(functions) * self.sizes.block / self._mean(sum(_turn(functions))))
+        self._turn(functions)  # the first calls may do more than later ones
+        rounds = math.ceil(len(functions) * self.sizes.block / self._mean(sum(self._turn(functions))))
         blocks = []
         for _ in range(_BLOCKS):
             self._mean(0.0)
-            turns = [_turn(functions) for _ in range(rounds)]
+            turns = [self._turn(functions) for _ in range(rounds)]
             blocks.append([self._mean(fmean(taken)) for taken in zip(*turns, strict=True)])
         return [median(times) for times in zip(*blocks, strict=True)]
+
+    def _turn(self, functions: Sequence[Callable[[], Any]]) -> list[float]:
+        """Calls functions one after the other, and returns the host's seconds of each.
+
+        It then waits for the device: a host that finds the queue of kernels full would wait within a call.
+        """
+        marks = [time.perf_counter()]
+        for function in functions:
+            function()
+            marks.append(time.perf_counter())
+        self._synchronize()
+        return [end - begin for begin, end in pairwise(marks)]
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _on_host(self, function: Callable[[], Any], calls: int) -> float:
         began = time.perf_counter()
         for _ in range(calls):
             function()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
         return (time.perf_counter() - began) / calls
 
     def _on_gpu(self, function: Callable[[], Any], calls: int) -> float:
@@ -472,15 +488,6 @@ class Bench:
         total = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(total, how)
         return total.item()
-
-
-def _turn(functions: Sequence[Callable[[], Any]]) -> list[float]:
-    """Calls functions one after the other, and returns the host's seconds of each."""
-    marks = [time.perf_counter()]
-    for function in functions:
-        function()
-        marks.append(time.perf_counter())
-    return [end - begin for begin, end in pairwise(marks)]
 
 
 def _operations(function: Callable[[], Any]) -> int:

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tedlab.comm import Phase
 from tedlab.models.shortcut import ShortcutSpec
+from tedlab.moe import MoESpec
+from tedlab.moe.shared import SharedSpec
+from tedlab.nn import FeedForwardSpec
 from tedlab.predict.estimate.passes import exchanges, experts_of
-from tedlab.spec import WorkingSet
+from tedlab.spec import MicroBatch, WorkingSet
 
 if TYPE_CHECKING:
     from tedlab.predict.estimate.memory import Memory, Moment
@@ -80,10 +83,11 @@ class Beside:
         memory, found = self.memory, [Stretch()]
         for n, first in enumerate(self.form.firsts):
             for tag in self.waits(first, "forward"):
-                held = found[-1].waiting = self._waiting(n, tag, again=False)
-                if memory.recomputed and _arrived(tag):  # what experts make is there until they have their results
-                    made = self.made(first, True)[0] - self.made(first, False)[0]
-                    held = held._replace(temporaries=held.temporaries + made)
+                held = found[-1].waiting = self._waiting(n, tag, "forward")
+                if memory.recomputed:
+                    # What experts make is there until they have their results.
+                    made = self._made_by_experts(first) if _arrived(tag) else 0
+                    held = held._replace(temporaries=held.temporaries + made + self._computing_beside(first))
                 if n in (self.form.moved or ()):
                     held = held._replace(temporaries=max(held.temporaries, memory.passing(n)))
                 found[-1].moments.append((f"forward pass of block {n}", held))
@@ -97,8 +101,8 @@ class Beside:
         memory, ends, found = self.memory, self.form.at(), [Stretch()]
         gradients = self.sums + self.spec.left(ends, self.adds)
 
-        def wait(n: int, tag: str, again: bool) -> None:
-            held = self._waiting(n, tag, again)
+        def wait(n: int, tag: str, phase: Phase) -> None:
+            held = self._waiting(n, tag, phase)
             found[-1].waiting = held._replace(gradients=gradients, temporaries=held.temporaries + memory.stream)
             found.append(Stretch())
 
@@ -113,11 +117,11 @@ class Beside:
         for n, first in reversed([*enumerate(self.form.firsts)]):
             before, between, after = self.moments_of(first)
             for tag in self.waits(first, "recompute"):
-                wait(n, tag, again=True)
+                wait(n, tag, "recompute")
             note(n, before)
             waits = self.waits(first, "backward")
             for number, tag in enumerate(waits, 1):
-                wait(n, tag, again=memory.recomputed)
+                wait(n, tag, "backward")
                 if number == sum(map(_arrived, waits)):  # these come first: all gradients of results are here
                     note(n, between)
             note(n, after)
@@ -151,12 +155,13 @@ class Beside:
         calls = self.form.block(block)
         return [call.tag for call in calls if call.phase == phase and call.tag in (*there, *back)]
 
-    def _made(self, block: int, arrived: bool) -> tuple[int, int]:
-        """Returns the bytes that a forward pass has saved when it waits, and those that are on their way.
+    def _made(self, block: int, arrived: bool, backward: bool) -> tuple[int, int]:
+        """Returns the bytes that a pass has saved, or has not freed yet, when it waits, and those on their way.
 
         Args:
             block: The block.
-            arrived: Whether tokens have arrived at experts, so that it waits for their results.
+            arrived: Whether tokens have arrived at experts, so that it waits for results (or has their gradients).
+            backward: Whether it is the backward pass.
         """
         unit, b = self.spec.units[block], self.form.at(block)
         found = experts_of(unit, b)
@@ -164,21 +169,53 @@ class Beside:
         layer, routed = found
         made = self.memory.saves[block] - layer.saved_later(routed, arrived)
         if isinstance(unit, ShortcutSpec):
-            later = unit.sublayers[unit.slot(b.layout.options, b.length) : -1]
-            made -= sum(norm.saved(b) + inner.saved(b) for norm, inner in later)
+            made -= self._sublayers_later(unit, b, arrived, backward)
+        elif layer.shared is not None:
+            made -= self._shared_later(layer, layer.shared, routed, arrived, backward)
         return made, (b.rows.sent + b.rows.received) * layer.hidden * b.compute.itemsize
 
-    def _waiting(self, n: int, tag: str, again: bool) -> Held:
-        """Returns what a pass holds while it waits for an exchange of a block, in the backward pass but for gradients.
+    def _sublayers_later(self, unit: ShortcutSpec, b: MicroBatch, arrived: bool, backward: bool) -> int:
+        """Returns what sub-layers save after a wait, or have freed before one of a backward pass."""
+        options, number = b.layout.options, len(unit.sublayers)
+        reads, start = number - unit.beside, unit.slot(options, b.length)
+        if options.overlap_shortcut and arrived != backward:
+            start = number if arrived else reads
+        later = unit.sublayers[start:]  # the norm of the first of these is on the other side of the wait
+        total = sum(inner.saved(b) for _, inner in later) + sum(norm.saved(b) for norm, _ in later[1:])
+        return total - (unit.experts.read_twice(b) if start <= reads else 0)
 
-        Args:
-            n: The block.
-            tag: The exchange.
-            again: Whether the block has been computed again.
-        """
+    def _shared_later(self, layer: MoESpec, shared: SharedSpec, b: MicroBatch, arrived: bool, backward: bool) -> int:
+        """Returns what shared experts save after a wait, or have freed before one of a backward pass."""
+        if not b.layout.options.overlap_shared or (backward and not arrived):
+            return shared.saved(b) - layer.read_twice(b)
+        gate = 0 if shared.gate is None else shared.gate.saved(b)
+        if backward:
+            return shared.down.saved(b) + gate
+        return 0 if arrived else gate  # what the first half has made is already there for the second
+
+    def _made_by_experts(self, block: int) -> int:
+        """Returns the bytes that routed experts save between their tokens' arrival and their results'."""
+        found = experts_of(self.spec.units[block], self.form.at(block))
+        assert found is not None
+        layer, routed = found
+        return layer.saved_later(routed, False) - layer.saved_later(routed, True)
+
+    def _computing_beside(self, block: int) -> int:
+        """Returns the most bytes of what computes beside an exchange in a forward pass that keeps nothing."""
+        unit, b = self.spec.units[block], self.form.at(block)
+        if not isinstance(unit, ShortcutSpec) or not b.layout.options.overlap_shortcut:
+            return 0
+        # The tokens that experts read, and the last result; of the widest layer its features, its product, and, if
+        # tensor ranks add theirs, a copy and their sum.
+        inner = [layer for _, layer in unit.sublayers[-unit.beside :] if isinstance(layer, FeedForwardSpec)]
+        features = max(layer.ffn for layer in inner) * b.tokens // b.tensor * b.compute.itemsize
+        return features + (5 if b.tensor > 1 else 3) * self.memory.stream
+
+    def _waiting(self, n: int, tag: str, phase: Phase) -> Held:
+        """Returns what a pass holds while it waits for an exchange of a block, but for gradients of a backward pass."""
         memory, arrived = self.memory, _arrived(tag)
-        made, on_their_way = self.made(self.form.firsts[n], arrived)
-        if memory.recomputed and not again:  # what the block makes is not kept
+        made, on_their_way = self.made(self.form.firsts[n], arrived, phase == "backward")
+        if memory.recomputed and phase == "forward":  # what the block makes is not kept
             kept = memory.stash[n + arrived]
             return Held(0, kept, memory.saved[n + 1], 2 * memory.stream + on_their_way)
         before = memory.saved[n + 1] if memory.recomputed else memory.saved[n]

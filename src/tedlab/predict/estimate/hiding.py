@@ -83,8 +83,10 @@ class Hiding:
         Args:
             micro_batches: The number of micro-batches of a step.
         """
-        forward, first = self.passes.forward(), hidden(self.passes.forward(), self.passes.backward(adds=False))
-        return first + (micro_batches - 2) * hidden(forward, self.passes.backward(adds=True))
+        forward = self.passes.forward()
+        first = hidden(forward, self.passes.backward(adds=False))
+        later = micro_batches - 2
+        return first + (later * hidden(forward, self.passes.backward(adds=True)) if later else 0.0)
 
     def at_slot(self, block: int, slot: int, phases: Sequence[Phase] = PHASES) -> float:
         """Returns the seconds that would hide in these passes if experts computed before the sub-layer of this number.

@@ -137,10 +137,12 @@ class Meter(TorchDispatchMode):
         if work is not None and self.fusion.on and work.kind in ("arithmetic", "movement"):
             self.fusion.takes(tensors_in(args), tensors_in((out,)))
             return  # a kernel allocates only what it leaves
+        collective = func.namespace == "_c10d_functional"  # whose launch is counted where it starts
         if work is not None:
             self.end_kernel()
-            self._do(counts, phase, work)
-        elif self.cluster.kernels.dispatch.views and self._products is None and func.namespace != "_c10d_functional":
+            launched = collective and self.cluster.kernels.asynchronous
+            self._do(counts, phase, work, 0.0 if launched else self._dispatch(phase))
+        elif self.cluster.kernels.dispatch.views and not (collective or self.fusion.on or self._products is not None):
             counts.seconds[phase, KERNELS] += self._ask(self._dispatch(phase))
         results = out if isinstance(out, list | tuple) else (out,)
         self.memory.see((result for result in results if isinstance(result, Tensor)), self._category)
@@ -161,12 +163,13 @@ class Meter(TorchDispatchMode):
             (flops, moved), first = map(sum, zip(*((p.flops, p.bytes) for p in products), strict=True)), products[0]
             self._do(self.counts, self.phase, first._replace(flops=flops, bytes=moved, kernel=kernel))
 
-    def _do(self, counts: Counts, phase: Phase, work: Work) -> None:
+    def _do(self, counts: Counts, phase: Phase, work: Work, host: float | None = None) -> None:
+        """Counts a kernel, which the host takes some seconds to launch; None: as the cluster says of this phase."""
         if self._products is not None and work.flops:
             self._products.append(work)
             return
         alone, cause = seconds(work, self.cluster), MATRICES if work.flops else KERNELS
-        taken = self._advance(alone, self._dispatch(phase))
+        taken = self._advance(alone, self._dispatch(phase) if host is None else host)
         self.lanes.compute(phase, cause, self.memory.now - alone, self.memory.now)
         counts.flops[phase] += work.flops
         counts.kernels[phase, work] += 1
