@@ -113,6 +113,11 @@ def test_a_file_that_is_not_there_is_named() -> None:
         ("memory_bandwidth: 900e9", "", "no value for memory_bandwidth"),
         ("fp64: 7.8e12", "", "no value for peak_flops.fp64"),
         ("fp64: 7.8e12", "fp64: -1", "peak_flops.fp64 is -1; it must be positive"),
+        (
+            "gpus_per_node: 6",
+            "kernels: {dispatch: {collective: -1}}\ngpus_per_node: 6",
+            "kernels.dispatch.collective is -1; it must be at least 0",
+        ),
         ("gemm: 0.6", "gemm: 60", "efficiency.gemm is 60; it is a share"),
         ("gpus_per_node: 6", "gpus_per_node: 1", "gpus_per_node is 1, but in_node is given"),
         ("gpus_per_node: 6", "gpus_per_node: [", "flow sequence"),

@@ -263,7 +263,8 @@ class ClusterConfig:
             if not math.isfinite(value):
                 raise ValueError(f"{name} is {value:g}; it must be a finite number")
             if value < 0 or (value == 0 and not _may_be_zero(name)):
-                raise ValueError(f"{name} is {value:g}; it must be positive")
+                least = "at least 0" if _may_be_zero(name) else "positive"
+                raise ValueError(f"{name} is {value:g}; it must be {least}")
             if name.startswith("efficiency.") and value > 1:
                 raise ValueError(f"{name} is {value:g}; it is a share of a peak: above 0, at most 1")
         if self.spread is not None and self.spread < 1:

@@ -21,7 +21,7 @@ from tedlab.predict.calibrate import measure
 from tedlab.predict.calibrate.calibration import calibrate
 from tedlab.predict.calibrate.fit import Line, Series, Table, fit, largest_error, largest_ratio
 from tedlab.predict.calibrate.measure import SIZES, Bench, Group, Measured
-from tedlab.predict.calibrate.write import Facts, cluster_yaml, picture
+from tedlab.predict.calibrate.write import Facts, cluster_yaml, fit_table, picture
 from tedlab.predict.cluster import ClusterConfig, Dispatch, load_cluster
 from tedlab.predict.cost import collective_seconds, waiting_seconds
 from tedlab.predict.sim.roofline import seconds, work_of
@@ -146,6 +146,10 @@ def test_where_the_host_computes_dispatch_has_small_kernels_latencies(tmp_path: 
     assert seconds(Work(0, 1e6, torch.float32, "movement"), cluster) == pytest.approx(1e6 / MOVEMENT.rate, 1e-3)
     assert seconds(Work(0, 1e6, torch.float32, "arithmetic"), cluster) == pytest.approx(1e6 / ARITHMETIC.rate, 1e-3)
     assert cluster.kernels.dispatch == MEASURED.dispatch
+    assert "    collective: " not in (tmp_path / "mine.yaml").read_text()  # which was not measured
+    table = fit_table(MEASURED, "measured")
+    assert "the host, collective" not in table.columns[0].cells
+    assert "the host, optimizer" in table.columns[0].cells
 
 
 def test_large_results_are_fresh_memory() -> None:

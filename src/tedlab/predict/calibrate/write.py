@@ -85,7 +85,11 @@ def cluster_yaml(measured: Measured, facts: Facts) -> str:
         f"    backward: {measured.dispatch.backward:.4g}  # a backward pass",
         f"    optimizer: {measured.dispatch.optimizer:.4g}  # gradients gathered and clipped, AdamW tile by tile",
         f"    views: {str(measured.dispatch.views).lower()}  # whether views are counted as operations",
-        f"    collective: {measured.dispatch.collective:.4g}  # the host's part of launching one, mean of four kinds",
+        *(
+            [f"    collective: {measured.dispatch.collective:.4g}  # the host's part of a launch, mean of four kinds"]
+            if measured.dispatch.collective  # nothing where it was not measured
+            else []
+        ),
         f"  asynchronous: {str(facts.asynchronous).lower()}  # "
         + ("the host only launches kernels" if facts.asynchronous else "the host computes"),
         f"  gemm_latency: {main.latency:.4g}  # of the line through {facts.main}'s matrix products",
@@ -297,7 +301,8 @@ def fit_table(measured: Measured, title: str) -> Shown:
     if measured.fresh is not None:
         table.add_row("fresh memory", "", f"{measured.fresh / 1e9:,.2f} GB/s", "")
     for phase in ("forward", "backward", "optimizer", "collective"):
-        table.add_row(f"the host, {phase}", f"{getattr(measured.dispatch, phase) * 1e6:,.1f}", "", "")
+        if taken := getattr(measured.dispatch, phase):
+            table.add_row(f"the host, {phase}", f"{taken * 1e6:,.1f}", "", "")
     return table
 
 
