@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from tedlab import Topology, checkpoint
 from tedlab.checkpoint.directory import META
+from tedlab.checkpoint.reading import read_metadata
 from tedlab.cli import with_plan
 from tedlab.commands.checkpoint import main as checkpoint_main
 from tedlab.compare.runs import read_runs
@@ -95,6 +96,32 @@ def test_a_checkpoint_reads_its_own_files_only(single: Topology, tmp_path: Path,
     seal(tmp_path / "sent")
     with pytest.raises(ValueError, match=r"looks for .* elsewhere"):
         read(tmp_path / "sent")
+
+
+class Python3112(pickle.Pickler):
+    """Saves members of enumerations as Python 3.11.2 does, Debian 12's."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_a_checkpoint_of_python_3_11_2_is_read(single: Topology, tmp_path: Path) -> None:
+    write(tmp_path / "sent", 1)
+    file = tmp_path / "sent" / ".metadata"
+    found = pickle.loads(file.read_bytes())
+    with file.open("wb") as stream:
+        Python3112(stream).dump(found)
+    assert b"getattr" in file.read_bytes()
+    assert read_metadata(file) == found
+
+
+@pytest.mark.parametrize("of", ["torch.distributed.checkpoint.metadata\nMetadataIndex", "torch\nSize"])
+def test_a_checkpoint_gets_no_attributes_but_members_of_enumerations(tmp_path: Path, of: str) -> None:
+    file = tmp_path / ".metadata"
+    file.write_bytes(f"cbuiltins\ngetattr\n(c{of}\nX\x07\x00\x00\x00__new__tR.".encode())
+    assert callable(pickle.loads(file.read_bytes()))
+    with pytest.raises(ValueError, match="it asks for an attribute of <class"):
+        read_metadata(file)
 
 
 SHARED = {

@@ -27,8 +27,17 @@ from tedlab.untrusted import one_line
 
 METADATA = ".metadata"
 _CLASSES = CHECKPOINT_CLASSES | {torch.Size, pathlib.PosixPath, pathlib.WindowsPath}
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (kind in _CLASSES and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it asks for an attribute of {kind!r}, which no description of tensors needs")
+    return kind[name]
+
+
 _ALLOWED = {(kind.__module__, kind.__qualname__): kind for kind in _CLASSES} | {
     ("torch.serialization", "_get_layout"): layout_by_name,
+    ("builtins", "getattr"): _member,  # how early releases of Python 3.11 save the members of enumerations
     ("pathlib._local", "PosixPath"): pathlib.PosixPath,  # the name in Python 3.13
 }
 
