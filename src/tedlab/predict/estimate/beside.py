@@ -85,9 +85,10 @@ class Beside:
             for tag in self.waits(first, "forward"):
                 held = found[-1].waiting = self._waiting(n, tag, "forward")
                 if memory.recomputed:
-                    # What experts make is there until they have their results.
+                    # What experts make is there until they have their results, and what runs beside these comes after.
                     made = self._made_by_experts(first) if _arrived(tag) else 0
-                    held = held._replace(temporaries=held.temporaries + made + self._computing_beside(first))
+                    more = max(made, self._computing_beside(first))
+                    held = held._replace(temporaries=held.temporaries + more)
                 if n in (self.form.moved or ()):
                     held = held._replace(temporaries=max(held.temporaries, memory.passing(n)))
                 found[-1].moments.append((f"forward pass of block {n}", held))
