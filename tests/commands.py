@@ -80,7 +80,7 @@ def _run_module(
     folder: str,
     environment: dict[str, str],
     shown: str,
-    ignored: Sequence[signal.Signals],
+    ignored: Sequence[signal.Signals] = (),
 ) -> None:
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)

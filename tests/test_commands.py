@@ -2,11 +2,8 @@
 
 import json
 import math
-import multiprocessing
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from tedlab.cli import CONF
 from tedlab.commands import calibrate, certify, plan, simulate
 from tedlab.commands.application import hydra_entry
 from tedlab.commands.on_cluster import doubts, job_alone, on_cluster, on_gpus_of, prepare
-from tedlab.config import GenerateConfig, TrainConfig
+from tedlab.config import GenerateConfig
 from tedlab.errors import UsageError
 from tedlab.generate import generate
 from tedlab.predict.cluster import cluster_names, load_cluster
@@ -58,22 +55,6 @@ def test_simulate_refuses(own: list[str], said: str) -> None:
     with pytest.raises(UsageError) as caught:
         simulate.task(config)
     assert said in str(caught.value)
-
-
-def test_a_command_has_sockets_where_the_path_of_temporary_files_is_too_long_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[Any] = []
-
-    def listen(config: TrainConfig) -> None:
-        with Listener(family="AF_UNIX") as listener:
-            opened.append(listener.address)
-
-    (tmp_path / ("x" * 100)).mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 100)))
-    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)
-    assert run_command(hydra_entry(listen, "train", TrainConfig), f"hydra.run.dir={tmp_path}") is None
-    assert len(opened) == 1
 
 
 def test_plan_needs_a_cluster() -> None:

@@ -440,7 +440,7 @@ def test_a_checkpoints_metadata_consists_of_the_classes_and_the_layout(tmp_path:
 
     metadata = Reader(io.BytesIO((tmp_path / ".metadata").read_bytes())).load()
     assert all(isinstance(place, compat.StorageInfo) for place in metadata.storage_data.values())
-    others = {torch.Size, torch.serialization._get_layout, type(tmp_path)}
+    others = {torch.Size, torch.serialization._get_layout, type(tmp_path), getattr}  # of early releases of Python 3.11
     assert {kind for kind in asked_for if not isinstance(kind, torch.dtype)} <= compat.CHECKPOINT_CLASSES | others
     assert compat.layout_by_name("torch.strided") is torch.strided
 
