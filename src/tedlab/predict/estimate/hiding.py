@@ -6,16 +6,14 @@ before it has chosen.
 A sub-layer's kernels hide an exchange, and so do its collectives on other links; those on the same links wait for it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 from tedlab.comm import Collective, GroupKind, Phase
 from tedlab.models.shortcut import ShortcutSpec
 from tedlab.predict.cluster import ClusterConfig
-from tedlab.predict.cost import LinkClass, collective_seconds, link_of
 from tedlab.predict.estimate.passes import BACK, THERE, Passes, experts_of, hidden
-from tedlab.predict.sim.roofline import seconds
 from tedlab.predict.volumes import ClosedForm
 from tedlab.spec import MicroBatch, Spec, Work
 
@@ -51,9 +49,7 @@ class Hiding:
     """
 
     def __init__(self, form: ClosedForm, cluster: ClusterConfig, rank: int = 0) -> None:
-        self.form, self.cluster = form, cluster
-        self.members: Mapping[GroupKind, Sequence[int]] = form.layout.groups(rank)
-        self.passes = Passes(form, cluster, self.members)
+        self.form, self.passes = form, Passes(form, cluster, form.layout.groups(rank))
 
     def seconds(self, block: int, phases: Sequence[Phase] = PHASES) -> float:
         """Returns the seconds that hide in these passes of one micro-batch through the unit at a block."""
@@ -125,7 +121,7 @@ class Hiding:
 
     def _both_ways(self, calls: Sequence[Collective]) -> tuple[float, float]:
         """Returns the seconds of the exchanges with experts, there and back."""
-        there, back = (sum(self._taken(call) for call in calls if call.tag in tags) for tags in (THERE, BACK))
+        there, back = (sum(self.passes.taken(call) for call in calls if call.tag in tags) for tags in (THERE, BACK))
         return there, back
 
     def _hides(self, norm: Spec, layer: Spec, b: MicroBatch, backward: bool) -> float:
@@ -134,17 +130,11 @@ class Hiding:
 
     def _hiding(self, works: Iterable[Work], layer: Spec, b: MicroBatch, backward: bool) -> float:
         """Returns the seconds of kernels, and of a layer's collectives on other links than exchanges."""
-        total = sum(seconds(work, self.cluster) for work in works)
+        total = self.passes.total(works)
         sites = layer.sites(b.layout).present(b.layout)
         calls = self.form.calls(sites.backward if backward else sites.forward, "forward", b.rows)
-        return total + sum(self._taken(call) for call in calls if not self.shares_link(call.kind))
+        return total + sum(self.passes.taken(call) for call in calls if not self.shares_link(call.kind))
 
     def shares_link(self, kind: GroupKind) -> bool:
         """Returns whether the collectives of a kind of group use the same links as exchanges with experts."""
-        return self._link(kind) == self._link("expert")
-
-    def _link(self, kind: GroupKind) -> LinkClass:
-        return link_of(self.members[kind], self.cluster.gpus_per_node)
-
-    def _taken(self, call: Collective) -> float:
-        return collective_seconds(call.op, call.even_payload_bytes, self.members[call.kind], self.cluster)
+        return self.passes.link(kind) == self.passes.link("expert")

@@ -159,7 +159,7 @@ class Passes:
         for layer in layers:
             sites = layer.sites(b.layout).present(b.layout)
             calls = [*self.form.calls(sites.backward if backward else sites.forward, phase, b.rows)]
-            steps += self._in_place(self._total(layer.backward(b) if backward else layer.forward(b)), calls)
+            steps += self._in_place(self.total(layer.backward(b) if backward else layer.forward(b)), calls)
         return steps
 
     def _added(self, layer: Spec) -> Step:
@@ -174,7 +174,7 @@ class Passes:
         backward, again = phase == "backward", phase == "recompute"
         dead: Collection[str] = form.dead(block) if again else ()
         stop = again and form.config.model.recompute.early_stop
-        total = self._total(unit.backward(b) if backward else unit.forward(b, dead, stop))
+        total = self.total(unit.backward(b) if backward else unit.forward(b, dead, stop))
         calls = [call for call in form.block(block) if call.phase == phase]
         found = experts_of(unit, b)
         if found is None:
@@ -186,7 +186,7 @@ class Passes:
         runs = [[self._part(part, b, backward, calls) for part in parts] for parts in around]
         stages = layer.backward_stages(within) if backward else layer.stages(within, dead, stop)
         before, beside_there, beside_back, after = (list(chain(*parts)) for parts in runs)
-        computing = [self._total(stage) for stage in stages]
+        computing = [self.total(stage) for stage in stages]
         there, experts, back = self._exchanging(layer, within, backward, computing, calls)
         rest = total - sum(s.seconds for s in chain(before, beside_there, beside_back, after) if s.what == "compute")
         before.append(Step("compute", max(rest - sum(computing), 0.0)))  # residuals, and what shared experts add
@@ -242,7 +242,7 @@ class Passes:
                     wanted[call.tag] -= 1
                     calls.remove(call)
                     own.append(call)
-        return self._in_place(self._total(part.kernels), own)
+        return self._in_place(self.total(part.kernels), own)
 
     def _exchanging(
         self, layer: MoESpec, b: MicroBatch, backward: bool, stages: Sequence[float], calls: Sequence[Collective]
@@ -265,7 +265,7 @@ class Passes:
         experts: list[Step] = []
         back: list[Step] = []
         if layer.dispatch.gathered(b.layout):  # tokens leave before the router has chosen
-            router = self._total(layer.router.backward(b) if backward else layer.router.forward(b))
+            router = self.total(layer.router.backward(b) if backward else layer.router.forward(b))
             before, after = (before, after - router) if backward else (before - router, after)
             (back if backward else experts).append(Step("compute", router))
         there += [*self._in_place(before, others[0]), *(self._step(call, "issue") for call in out)]
@@ -293,11 +293,18 @@ class Passes:
         return [*map(self._step, gathers), Step("compute", computing), *map(self._step, rest)]
 
     def _step(self, call: Collective, what: Literal["communicate", "issue"] = "communicate") -> Step:
-        members = self.members[call.kind]
-        taken = collective_seconds(call.op, call.even_payload_bytes, members, self.cluster)
-        return Step(what, taken, link_of(members, self.cluster.gpus_per_node))
+        return Step(what, self.taken(call), self.link(call.kind))
 
-    def _total(self, works: Iterable[Work]) -> float:
+    def taken(self, call: Collective) -> float:
+        """Returns the seconds of a collective."""
+        return collective_seconds(call.op, call.even_payload_bytes, self.members[call.kind], self.cluster)
+
+    def link(self, kind: GroupKind) -> LinkClass:
+        """Returns the slowest links between the members of a kind of group."""
+        return link_of(self.members[kind], self.cluster.gpus_per_node)
+
+    def total(self, works: Iterable[Work]) -> float:
+        """Returns the seconds of kernels one after the other."""
         return sum(seconds(work, self.cluster) for work in works)
 
 
