@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -360,6 +360,58 @@ def test_fused_adam_takes_one_step_of_torchs_optimizer(decoupled: bool) -> None:
         **options, amsgrad=False, maximize=False,
     )  # fmt: skip
     torch.testing.assert_close(values, parameter.detach())
+
+
+RETURNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "a new tensor": lambda x: 2 * x,
+    "written in place": lambda x: (2 * x).masked_fill_(x < 0, 0.0),
+    "scattered into": lambda x: torch.zeros_like(x).scatter_(0, torch.zeros_like(x, dtype=torch.int64), x),
+    "contiguous as it was": lambda x: x.narrow(0, 0, 2).contiguous(),
+    "of the right dtype": lambda x: (2 * x).to(x.dtype),
+    "flattened to itself": lambda x: (2 * x).flatten(0, 0),
+    "its input": lambda x: x,
+    "a view": lambda x: x[:2],
+}
+
+
+def gradients_of(returned: Callable[[Tensor], Tensor], compiled: Callable[..., Callable[..., Tensor]]) -> list[Tensor]:
+    class Tripled(torch.autograd.Function):  # its gradient is no derivative, so that nothing else could compute it
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            out = returned(x)
+            ctx.save_for_backward(out)
+            ctx.rows = len(x)
+            return out, x.argmax(-1)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            (out,) = ctx.saved_tensors
+            return torch.cat([grads[0] + out] * 3)[: ctx.rows]
+
+    def f(x: Tensor, w: Tensor) -> Tensor:
+        out, largest = Tripled.apply(x @ w)
+        return (out * out).sum() + largest.sum()
+
+    torch.compiler.reset()
+    x, w = (torch.linspace(-1, 2, n * 4).view(n, 4).requires_grad_() for n in (3, 4))
+    compiled(f)(x, w).backward()
+    return [x.grad, w.grad]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("returned", RETURNED.values(), ids=list(RETURNED))
+@pytest.mark.parametrize("viewed", [False, True])
+def test_functions_keep_their_gradients_when_they_are_compiled(
+    monkeypatch: pytest.MonkeyPatch, returned: Callable[[Tensor], Tensor], viewed: bool
+) -> None:
+    """In torch 2.11 half of these would have none, so there all return views; in later ones views change nothing."""
+    helper = compat.autograd_function.DynamoAutogradFunctionTraceHelper
+    monkeypatch.setattr(helper, "fwd_trace_helper", staticmethod(helper.fwd_trace_helper))  # afterwards it is as before
+    if viewed:
+        compat.return_views_while_compiling()
+    right = gradients_of(returned, lambda f: f)
+    found = gradients_of(returned, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
+    assert all(gradient.abs().sum() > 1 for gradient in right)
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
 
 
 def test_a_function_is_compiled_for_as_many_shapes_as_are_asked_for() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._functorch import autograd_function
 from torch.distributed import _functional_collectives, distributed_c10d
 from torch.distributed.checkpoint import _nested_dict, filesystem, metadata
 from torch.distributed.tensor import DTensor, Placement, _utils, debug
@@ -107,6 +108,35 @@ def operator_name(operator: Any) -> str:
 def version(tensor: Tensor) -> int:
     """How often a tensor was changed in place, by which autograd notices that what it saved is no more."""
     return tensor._version
+
+
+def return_views_while_compiling() -> None:
+    """Lets a compiled ``autograd.Function`` return no tensor that its forward already had.
+
+    torch 2.11 silently compiles no gradient for a Function whose forward returns what an operation was given: a tensor
+    that it wrote in place, or for which ``contiguous`` or ``to`` had nothing to do. Its results are right, and weights
+    before it do not learn. Later releases compile the gradient.
+    """
+    helper: Any = autograd_function.DynamoAutogradFunctionTraceHelper
+    as_torch_does = helper.fwd_trace_helper
+
+    def viewed(out: Any) -> Any:
+        return out.view_as(out) if isinstance(out, Tensor) and out.is_floating_point() else out
+
+    def traced(forward: Callable[..., Any]) -> Callable[..., Any]:
+        inner = as_torch_does(forward)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            out = inner(*args, **kwargs)
+            return viewed(out) if isinstance(out, Tensor) else tuple(viewed(each) for each in out)
+
+        return outer
+
+    helper.fwd_trace_helper = staticmethod(traced)
+
+
+if torch.__version__.startswith("2.11."):  # also for those who compile what uses tedlab's functions themselves
+    return_views_while_compiling()
 
 
 def compile_for_shapes(number: int) -> None:

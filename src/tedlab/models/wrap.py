@@ -95,16 +95,6 @@ class _Compiled:
         self.compiled = torch.compile(run, backend=backend, fullgraph=not left_out, options=options)
 
     def __call__(self, x: Tensor, rotation: Tensor | None = None, padding_mask: Tensor | None = None) -> Any:
-        """Runs the block.
-
-        Raises:
-            ValueError: If there is padding before torch 2.13, where compiled blocks give other results than eager ones.
-        """
-        if padding_mask is not None and torch.__version__ < "2.13":
-            raise ValueError(
-                f"model.compile with a padding_mask needs torch 2.13: in {torch.__version__} compiled blocks do not "
-                "compute what others do; use model.compile=none"
-            )
         for layer in self.mixtures:
             layer.expect(x)
         if self.mixtures and self.topology.slots.uneven:  # the host must ask others for numbers each time
