@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PASSES = {"forward": "#0072b2", "backward": "#56b4e9"}
 WAYS = {  # of rows with experts on n GPUs
     "tedlab, one GPU": ("one GPU", "#999999"),
-    "tedlab, expert {n}": ("rows (C: slots)", "#0072b2"),
+    "tedlab, expert {n}": ("rows or slots", "#0072b2"),
     "tedlab, expert {n}, comm.dedup=rank": ("per process (rank)", "#009e73"),
     "tedlab, expert {n}, comm.dedup=group": ("gathered (group)", "#e69f00"),
 }
@@ -58,7 +58,7 @@ def draw_four(file: Path = FOUR) -> None:
     of_one = [row for row in rows if expert in row["name"] and ", 2 " not in row["name"]]  # of one micro-batch
     a, skewed = ([row for row in of_one if row["case"] == case] for case in "AZ")
     programs(axes["peers"], a, expert, "A: four blocks of OLMoE on four H200")
-    models(axes["models"], [row for row in rows if row["case"] in "BCE"], 4)
+    models(axes["models"], [row for row in rows if row["case"] in "BE"], 4)
     programs(axes["skewed"], skewed, expert, "Z: A with experts drawn by Zipf's law", legend=False)
     beside = [row for row in rows if row["case"] == "A" and tensor in row["name"]]
     programs(axes["tensor"], beside, tensor, "A, half the tokens: tensor 2 × expert 2", legend=False)
