@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.deaths import (  # noqa: F401 (pytest's hooks)
     pytest_configure,
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from tedlab import Topology
 
 os.environ.pop("COLUMNS", None)  # readline tells processes that pytest starts of a terminal with 80
+
+settings.register_profile("no deadline", deadline=None)  # an example that waits for other programs proves nothing
+settings.load_profile("no deadline")
 
 LONGEST = (  # files of more than a quarter of a minute, of which two processes had better not start one at the end
     *("certify/test_matrix.py", "comm/test_ledger.py", "test_train.py", "certify/test_planted_bugs.py"),

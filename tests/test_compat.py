@@ -398,20 +398,84 @@ def gradients_of(returned: Callable[[Tensor], Tensor], compiled: Callable[..., C
     return [x.grad, w.grad]  # type: ignore[list-item]
 
 
-@pytest.mark.parametrize("returned", RETURNED.values(), ids=list(RETURNED))
-@pytest.mark.parametrize("viewed", [False, True])
-def test_functions_keep_their_gradients_when_they_are_compiled(
-    monkeypatch: pytest.MonkeyPatch, returned: Callable[[Tensor], Tensor], viewed: bool
-) -> None:
-    """In torch 2.11 half of these would have none, so there all return views; in later ones views change nothing."""
-    helper = compat.autograd_function.DynamoAutogradFunctionTraceHelper
+@pytest.fixture(params=[False, True], ids=["as torch does", "viewed"])
+def viewed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In torch 2.11 many functions would have no gradient, so there all return views; later, these change nothing."""
+    helper, functions = compat.autograd_function.DynamoAutogradFunctionTraceHelper, compat.autograd_function
     monkeypatch.setattr(helper, "fwd_trace_helper", staticmethod(helper.fwd_trace_helper))  # afterwards it is as before
-    if viewed:
+    rewritten = "autograd_function_forward_rewritten"
+    monkeypatch.setattr(functions, rewritten, getattr(functions, rewritten))
+    if request.param:
         compat.return_views_while_compiling()
-    right = gradients_of(returned, lambda f: f)
-    found = gradients_of(returned, lambda f: torch.compile(f, backend="aot_eager", fullgraph=True))
+
+
+def compiled_whole(f: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(f, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.usefixtures("viewed")
+@pytest.mark.parametrize("returned", RETURNED.values(), ids=list(RETURNED))
+def test_functions_keep_their_gradients_when_they_are_compiled(returned: Callable[[Tensor], Tensor]) -> None:
+    right, found = gradients_of(returned, lambda f: f), gradients_of(returned, compiled_whole)
     assert all(gradient.abs().sum() > 1 for gradient in right)
     torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+
+
+class Marked(torch.autograd.Function):
+    """The gradient of what is marked would be seen: it is added."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        out, floor = 2 * x, x.floor()
+        ctx.mark_non_differentiable(floor)
+        return out, floor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * grads[0] + grads[1]
+
+
+class MarkedLater(Marked):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return 2 * x, x.floor()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(output[1])
+
+
+class RememberedLater(Marked):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return (2 * x).masked_fill_(x < 0, 0.0), x.floor()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(output[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 3 * grads[0] + grads[1] + ctx.saved_tensors[0]
+
+
+@pytest.mark.usefixtures("viewed")
+@pytest.mark.parametrize("function", [Marked, MarkedLater, RememberedLater])
+def test_marks_and_contexts_of_functions_mean_the_same_when_they_are_compiled(
+    function: type[torch.autograd.Function],
+) -> None:
+    def f(x: Tensor) -> tuple[Tensor, bool]:
+        out, floor = function.apply(x * 1)
+        return (out * floor + floor * floor).sum(), floor.requires_grad
+
+    found = []
+    for each in (f, compiled_whole(f)):
+        x = torch.linspace(-1, 2, 6).requires_grad_()
+        loss, differentiable = each(x)
+        loss.backward()
+        found.append((x.grad, differentiable == (function is RememberedLater)))
+    torch.testing.assert_close(*found)
+    assert found[0][1]
 
 
 def test_a_function_is_compiled_for_as_many_shapes_as_are_asked_for() -> None:
@@ -510,18 +574,18 @@ def test_fake_tensors_have_a_shape_but_no_memory() -> None:
 
 
 def answers_nothing() -> bool:
-    dist.destroy_process_group()
     dist.init_process_group("fake", rank=2, world_size=1000, store=simulation.FakeStore())
     x = torch.ones(1)
     dist.all_reduce(x)
-    return dist.get_world_size() == 1000
+    world = dist.get_world_size()
+    dist.destroy_process_group()
+    return world == 1000
 
 
 def threads_reduce() -> list[float]:
     """In one process: what two threads that are ranks sum up."""
     from concurrent.futures import ThreadPoolExecutor
 
-    dist.destroy_process_group()
     store = dist.HashStore()
 
     def rank_of(rank: int) -> float:
@@ -539,15 +603,21 @@ def threads_reduce() -> list[float]:
         simulation.make_ranks_of_processes()
 
 
-def groups_of_simulations() -> tuple[bool, list[float], bool]:
-    known = hasattr(simulation.ThreadedGroup, "exception_handle")
-    results = answers_nothing(), threads_reduce(), known
+def in_place_of_the_pools_group(ask: Callable[[], Any]) -> Any:
+    dist.destroy_process_group()
+    answer = ask()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # which the pool takes down
-    return results
+    return answer
 
 
-def test_groups_of_simulations_answer_nothing_or_copy_between_threads(pool: WorkerPool) -> None:
-    assert pool.run(1, groups_of_simulations) == [(True, [3.0, 3.0], True)]
+def test_the_fake_group_of_simulations_answers_nothing(pool: WorkerPool) -> None:
+    assert pool.run(1, in_place_of_the_pools_group, answers_nothing) == [True]
+
+
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="simulations refuse threads before")
+def test_the_threaded_group_of_simulations_copies_between_threads(pool: WorkerPool) -> None:
+    assert hasattr(simulation.ThreadedGroup, "exception_handle")
+    assert pool.run(1, in_place_of_the_pools_group, threads_reduce) == [[3.0, 3.0]]
 
 
 def test_an_operator_has_a_packet_and_argument_names() -> None:

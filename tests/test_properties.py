@@ -18,7 +18,7 @@ from tedlab.moe.router import RouterReport, Routing
 from tedlab.moe.slots import assign_slots, sort_choices
 from tedlab.optim.bucket import Bucket, lay_out
 
-always = settings(derandomize=True, deadline=None, database=None, max_examples=80)  # the same examples every time
+always = settings(derandomize=True, database=None, max_examples=80)  # the same examples every time
 
 
 @st.composite

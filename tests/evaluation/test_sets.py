@@ -129,7 +129,7 @@ def test_the_batch_changes_nothing(model: Tiny) -> None:
 
 
 @given(st.integers(0, 60), st.integers(1, 20), st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_predict_each_token_once(length: int, context: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, context))
     tokens = np.arange(length)

@@ -1,12 +1,13 @@
 """What tedlab uses of torch's private names; what only simulations use is in ``simulation.py``.
 
-The newest release that all of it was run with is the upper bound in ``pyproject.toml``.
+CONTRIBUTING.md says with which releases its tests were run.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import CodeType
 from typing import Any, Self
 
 import torch
@@ -115,24 +116,38 @@ def return_views_while_compiling() -> None:
 
     torch 2.11 silently compiles no gradient for a Function whose forward returns what an operation was given: a tensor
     that it wrote in place, or for which ``contiguous`` or ``to`` had nothing to do. Its results are right, and weights
-    before it do not learn. Later releases compile the gradient.
+    before it do not learn. Later releases compile the gradient. A Function that marks results as not differentiable is
+    left as it is, because its views would be differentiable.
     """
-    helper: Any = autograd_function.DynamoAutogradFunctionTraceHelper
-    as_torch_does = helper.fwd_trace_helper
+    functions: Any = autograd_function
+    helper = functions.DynamoAutogradFunctionTraceHelper
+    as_torch_does, with_setup_context = helper.fwd_trace_helper, functions.autograd_function_forward_rewritten
 
     def viewed(out: Any) -> Any:
         return out.view_as(out) if isinstance(out, Tensor) and out.is_floating_point() else out
 
-    def traced(forward: Callable[..., Any]) -> Callable[..., Any]:
-        inner = as_torch_does(forward)
+    def marks(code: CodeType) -> bool:
+        return "mark_non_differentiable" in code.co_names
 
+    def returning_views(function: Callable[..., Any]) -> Callable[..., Any]:
         def outer(*args: Any, **kwargs: Any) -> Any:
-            out = inner(*args, **kwargs)
+            out = function(*args, **kwargs)
             return viewed(out) if isinstance(out, Tensor) else tuple(viewed(each) for each in out)
 
         return outer
 
+    def traced(forward: Callable[..., Any]) -> Callable[..., Any]:
+        inner = as_torch_does(forward)
+        code = forward.__code__
+        done = "original_setup_context" in code.co_freevars  # see below
+        return inner if done or marks(code) else returning_views(inner)
+
+    def together(forward: Callable[..., Any], setup_context: Callable[..., Any]) -> Callable[..., Any]:
+        left = marks(setup_context.__code__)
+        return with_setup_context(forward if left else returning_views(forward), setup_context)
+
     helper.fwd_trace_helper = staticmethod(traced)
+    functions.autograd_function_forward_rewritten = together
 
 
 if torch.__version__.startswith("2.11."):  # also for those who compile what uses tedlab's functions themselves
