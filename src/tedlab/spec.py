@@ -429,8 +429,9 @@ class MicroBatch:
             dtypes: Dtypes of the tensors that are read or written.
             kernel: The name of the kernel, if it is one of its own.
         """
-        moved = elements * sum(d.itemsize for d in dtypes or (self.compute,))
-        return Work(0, moved, self.precise, "arithmetic", kernel=None if kernel is None else Kernel(kernel))
+        dtypes = dtypes or (self.compute,)
+        moved, named = elements * sum(d.itemsize for d in dtypes), None if kernel is None else Kernel(kernel)
+        return Work(0, moved, self.precise if named is None else dtypes[0], "arithmetic", kernel=named)
 
     def product(
         self, m: int, k: int, n: int, *, times: int = 1, precise: bool = False, kernel: Kernel | None = None

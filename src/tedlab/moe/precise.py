@@ -1,11 +1,26 @@
 """The product that makes a router's logits, in fp32 or better from inputs in any precision."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+_everywhere = False
+
+
+@contextmanager
+def tensor_cores() -> Iterator[None]:
+    """Lets tensors that are elsewhere be multiplied as on a GPU; they must be fake."""
+    global _everywhere
+    _everywhere = True
+    try:
+        yield
+    finally:
+        _everywhere = False
 
 
 class PreciseLinear(Function):
@@ -39,7 +54,7 @@ class PreciseLinear(Function):
 
 
 def _on_tensor_cores(x: Tensor, weight: Tensor) -> bool:
-    return x.is_cuda and x.dtype == weight.dtype == torch.bfloat16
+    return (x.is_cuda or _everywhere) and x.dtype == weight.dtype == torch.bfloat16
 
 
 def bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

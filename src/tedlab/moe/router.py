@@ -161,17 +161,23 @@ class RouterSpec(Spec):
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         n, experts = b.outside, self.config.num_experts
-        if b.precise != b.parameter:
+        halves = _multiplies_halves(b)
+        if b.precise != b.parameter and not halves:
             yield b.moved(n * self.hidden, b.parameter, b.precise)
-        yield b.product(n, self.hidden, experts, precise=True)
+        yield b.product(n, self.hidden, experts, precise=not halves)
         yield _bytes(b, n * experts * 53)  # softmax, losses, counts
         yield _bytes(b, n * self.config.top_k * 480)  # sorting, slots, and their inverse
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         n, experts = b.outside, self.config.num_experts
         yield _bytes(b, n * experts * 40)
-        yield b.product(experts, n, self.hidden, precise=True)
-        yield b.product(n, experts, self.hidden, precise=True)
+        if _multiplies_halves(b):  # of three parts of the gradient
+            yield _bytes(b, n * experts * 42)
+            yield b.product(3 * experts, n, self.hidden)
+            yield b.product(n, 3 * experts, self.hidden)
+        else:
+            yield b.product(experts, n, self.hidden, precise=True)
+            yield b.product(n, experts, self.hidden, precise=True)
         if b.precise != b.parameter:
             yield b.moved(n * self.hidden, b.parameter, b.precise)
 
@@ -179,6 +185,11 @@ class RouterSpec(Spec):
         """Counts its input, and three numbers and an index for each token and expert."""
         scores = self.config.num_experts * (3 * b.precise.itemsize + torch.int64.itemsize)
         return b.outside * (self.hidden * b.parameter.itemsize + scores)
+
+
+def _multiplies_halves(b: MicroBatch) -> bool:
+    """Whether tensor cores multiply the router's inputs and weights as they are, see :class:`PreciseLinear`."""
+    return b.gpu and b.parameter == torch.bfloat16
 
 
 def _bytes(b: MicroBatch, number: int) -> Work:

@@ -248,11 +248,13 @@ class SelfAttentionSpec(Spec):
             if part is not None:
                 yield from part.forward(b)
         if self.together and self.fused and not b.compiled:
-            yield b.moved(2 * (self._queries(b) + self._keys(b)))  # to lay the features of all heads side by side
+            yield b.moved(
+                2 * (self._queries(b) + self._keys(b)), kernel="strided"
+            )  # to lay the features of all heads side by side
         for elements in (self._queries(b), self._keys(b)) if self.rotary or (self.q_norm and b.compiled) else ():
             yield from rotate_forward(b, elements)
         if self.together or (self.rotary and self.qk_norm is None):
-            yield b.moved(2 * self._keys(b))  # to copy values
+            yield b.moved(2 * self._keys(b), kernel="strided")  # to copy values
         yield self._scores(b, "attention", flops=4, sides=2)
         yield from self.out.forward(b, dead)
 
@@ -269,7 +271,7 @@ class SelfAttentionSpec(Spec):
                 yield from norm.backward(b)
         # Concatenates the gradients of what one projection made; compiled, kernels write to where these belong.
         made = 2 * self._keys(b) + (self._queries(b) if self.fused else 0)
-        yield b.moved(2 * (self._keys(b) if self.rotary and b.compiled else made))
+        yield b.moved(2 * (self._keys(b) if self.rotary and b.compiled else made), kernel="strided")
         for part in (self.kv, self.q, self.qkv):
             if part is not None:
                 yield from part.backward(b)

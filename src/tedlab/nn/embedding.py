@@ -30,11 +30,11 @@ class VocabParallelEmbeddingSpec(Spec):
         return leave_sites("embedding", self.hidden, layout, dtype="parameter")
 
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
-        for _ in ("look-up", "mask"):
-            yield b.moved(2 * b.tokens * self.hidden, b.parameter)
+        yield b.moved(2 * b.tokens * self.hidden, b.parameter)
+        yield b.moved(2 * b.tokens * self.hidden, b.parameter, kernel="strided")  # the mask
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
-        yield b.moved(2 * b.tokens * self.hidden, b.parameter)
+        yield b.moved(2 * b.tokens * self.hidden, b.parameter, kernel="strided")
         yield b.moved((self.vocab_size // b.tensor + b.tokens) * self.hidden, b.parameter)
 
 

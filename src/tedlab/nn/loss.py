@@ -42,12 +42,14 @@ class CrossEntropySpec(Spec):
     def forward(self, b: MicroBatch, dead: Collection[str] = (), stop: bool = False) -> Iterator[Work]:
         logits = self.logits(b)
         yield b.moved(logits, b.compute, b.precise)
-        for passes in (1, 2, 2, 1, 2):  # maximum, difference, exp, sum, quotient
+        for passes in (1, 2, 1):  # maximum, exp, sum
             yield b.moved(passes * logits, b.precise)
+        for _ in ("difference", "quotient"):
+            yield b.moved(2 * logits, b.precise, kernel="strided")
 
     def backward(self, b: MicroBatch) -> Iterator[Work]:
         logits = self.logits(b)
-        yield b.moved(2 * logits, b.precise)
+        yield b.moved(2 * logits, b.precise, kernel="strided")
         if b.precise != b.compute:
             yield b.moved(logits, b.precise, b.compute)
 

@@ -112,9 +112,10 @@ def rotate_forward(b: MicroBatch, elements: int) -> Iterator[Work]:
         return
     half = elements // 2
     for _ in range(4):
-        yield b.moved(half, b.compute, b.precise)
-    for passes in (3, 3, 4):  # difference, sum, both together
-        yield b.moved(passes * half, b.precise)
+        yield b.moved(half, b.compute, b.precise, kernel="strided" if b.precise == b.compute else "promoted")
+    for _ in range(2):  # difference, sum
+        yield b.moved(3 * half, b.precise)
+    yield b.moved(4 * half, b.precise, kernel="strided")  # both together
     if b.precise != b.compute:
         yield b.moved(2 * half, b.precise, b.compute)
 
@@ -126,8 +127,9 @@ def rotate_backward(b: MicroBatch, elements: int) -> Iterator[Work]:
         return
     half = elements // 2
     for _ in range(5):  # of the difference, and of four products
-        yield b.moved(2 * half, b.precise)
+        yield b.moved(2 * half, b.precise, kernel="strided")
     for _ in range(5 if b.precise != b.compute else 0):
         yield b.moved(half, b.precise, b.compute)
-    for passes in (3, 3, 4):  # sums of each half's gradients, both together
-        yield b.moved(passes * half)
+    for _ in range(2):  # sums of each half's gradients
+        yield b.moved(3 * half)
+    yield b.moved(4 * half, kernel="strided")  # both together

@@ -142,6 +142,14 @@ class Cases:
         for kernel in ("take", "hidden", "hidden_backward", "combine", "combine_backward"):
             how = f"SwiGLU, {_CHOICES} of {_EXPERTS} experts, {_WIDTH} features and {_INNER} in them, {name}"
             yield Case(kernel, "B", how, sizes.rows, partial(self._rows, kernel))
+        for of, dtype in ((name, self.dtype), ("fp32", torch.float32)):
+            how = f"copies of a third of a row's features, {of}"
+            yield Case("strided", "B", how, sizes.elements, partial(self._strided, dtype), dtype=of)
+        how = f"half of a head's features, {name}, times an fp32 number for each feature and position"
+        yield Case("promoted", "B", how, sizes.elements, self._promoted)
+        for kernel in ("topk", "scatter_add"):
+            how = f"of {_CHOICES} of {_EXPERTS} experts" + ("" if kernel == "topk" else ", counted")
+            yield Case(kernel, "B", how, sizes.rows, partial(self._choices, kernel))
         yield Case("adam", "B", f"the fused step, gradients in {name}", sizes.elements, self._adam)
         how = f"a sum and its norm as one kernel, {name}"
         yield Case(
@@ -231,6 +239,27 @@ class Cases:
         source, target = (half, torch.float32) if widening else (torch.float32, half)
         x = self._random(elements, dtype=source)
         return Call(elements * (source.itemsize + target.itemsize), partial(x.to, target))
+
+    def _strided(self, dtype: torch.dtype, elements: int) -> Call:
+        x = self._random(elements // self.sizes.columns, 3, self.sizes.columns, dtype=dtype)[:, 0]
+        return Call(2 * elements * x.itemsize, partial(x.clone, memory_format=torch.contiguous_format))
+
+    def _promoted(self, elements: int) -> Call:
+        heads, width = self.sizes.features // _HEADS[-1], _HEADS[-1] // 2
+        positions = elements // (heads * width)
+        x = self._random(positions, heads, 2 * width)[..., :width]
+        by = self._random(positions, 1, width, dtype=torch.float32)
+        return Call(elements * (x.itemsize + by.itemsize) + by.nbytes, lambda: x * by)
+
+    def _choices(self, kernel: str, rows: int) -> Call:
+        scores_TE = self._random(rows // _CHOICES, _EXPERTS, dtype=torch.float32)
+        if kernel == "topk":
+            chosen = scores_TE.topk(_CHOICES, dim=-1)
+            made = sum(each.nbytes for each in chosen)
+            return Call(scores_TE.nbytes + made, lambda: scores_TE.topk(_CHOICES, dim=-1))
+        load_E, expert_N = scores_TE.new_zeros(_EXPERTS, dtype=torch.int64), scores_TE.topk(_CHOICES)[1].flatten()
+        ones_N = torch.ones_like(expert_N)
+        return Call(3 * (expert_N.nbytes + ones_N.nbytes), lambda: load_E.scatter_add_(0, expert_N, ones_N))
 
     def _adam(self, elements: int) -> Call:
         master, gradient = self._random(elements, dtype=torch.float32), self._random(elements)

@@ -64,6 +64,7 @@ _ARITHMETIC = {  # these compute so much for each element that memory need not b
     aten.exp_,
 }
 _NORMS = {aten.native_layer_norm: "norm", aten.native_layer_norm_backward: "norm_backward"}
+_OWN = {aten.topk: "topk", aten.scatter_add_: "scatter_add"}
 _MAPPED = 32 * 2**20  # from this size on, glibc requests pages from the system and returns them every time
 _PEAKS = {
     torch.float64: "fp64",
@@ -102,7 +103,10 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
         kind = "attention"
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
-    return Work(flops, moved, first.dtype, kind, fresh, _kernel(func, args, kwargs, results))
+    kernel = _kernel(func, args, kwargs, results)
+    if kernel is None and kind == "movement" and packet not in _LOOKUPS | _SCATTERS | _NOT_READ:
+        kernel = _elementwise(packet, operands, results)
+    return Work(flops, moved, first.dtype, kind, fresh, kernel)
 
 
 def seconds(work: Work, cluster: ClusterConfig) -> float:
@@ -146,7 +150,23 @@ def _kernel(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], resu
         source, made = args[1 if packet is aten.copy_ else 0], results[0]
         if source.dtype.is_floating_point and made.dtype.is_floating_point and source.itemsize != made.itemsize:
             return Kernel("narrowing" if source.itemsize > made.itemsize else "widening")
-    return None
+    return Kernel(_OWN[packet]) if packet in _OWN else None
+
+
+def _elementwise(packet: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> Kernel | None:
+    """Returns the kernel of an operation on elements that torch does not do several of at once; None: of any other.
+
+    See ``aten/src/ATen/native/cuda/CUDALoops.cuh``: those with one dtype, all of whose operands are contiguous, are.
+    """
+    large = [operand for operand in operands if operand.dim()]
+    if not large or max(operand.numel() for operand in large) > results[0].numel():  # a reduction
+        return None
+    if packet is aten.cat:  # its copies go into parts of rows
+        return Kernel("strided") if any(operand.shape[0] == results[0].shape[0] for operand in large) else None
+    if all(operand.is_contiguous() and operand.shape == results[0].shape for operand in large):
+        return None
+    dtypes = {operand.dtype for operand in large if operand.dtype.is_floating_point}
+    return Kernel("promoted" if len(dtypes) > 1 else "strided")
 
 
 def _flops(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> float:

@@ -15,6 +15,7 @@ from tedlab._compat.simulation import FakeStore, FakeTensorMode
 from tedlab.comm import SlotAgreement
 from tedlab.models.wrap import compiling
 from tedlab.moe.grouped import one_by_one
+from tedlab.moe.precise import tensor_cores
 from tedlab.moe.products import standing_in
 from tedlab.nn.ids import unchecked
 from tedlab.nn.loss import compiling_loss
@@ -113,6 +114,7 @@ class SimulatedStrategy(TEDStrategy):
         self._modes.enter_context(one_by_one(*((self._meter.one_kernel,) if self._gpu else ())))
         self._modes.enter_context(standing_in(FusedRowOps(self._meter.on_kernel)))
         if self._gpu:
+            self._modes.enter_context(tensor_cores())
             self._modes.enter_context(gpu_norms(FusedNorm(self._meter.on_norm, lambda: self.meter.fusion.on)))
         self._modes.enter_context(compiling(functools.partial(CompiledBlock, self._meter.compile)))
         self._modes.enter_context(compiling_loss(functools.partial(compiled, self._meter.compile)))
