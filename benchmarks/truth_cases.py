@@ -42,9 +42,10 @@ CPU: dict[int, dict[str, list[str]]] = {
 }
 
 _GPU = ["trainer=gpu", "parallel=single", "model=gpt_1.3b", "model.vocab_size=50304", "moe=dense"]
+_GPU += ["optim.tile=1800000"]
 _RANK = ["trainer=gpu", "parallel.world_size=128", "parallel.tensor=4", "parallel.expert=16", "moe=paper16"]
 _RANK += ["comm=ted", "model.recompute.granularity=block", "trainer.precision=bf16-true", "model.vocab_size=50304"]
-_RANK += ["data.batch_size=32", "data.micro_batch_size=1"]
+_RANK += ["data.batch_size=32", "data.micro_batch_size=1", "optim.tile=1800000"]
 _OLMOE = ["trainer=gpu", "parallel=single", "model=olmoe_1b_7b", "moe=olmoe", "model.layers=2", "model.vocab_size=8192"]
 _OLMOE += ["trainer.precision=bf16-true", "optim.tile=fused", "data.batch_size=4", "data.micro_batch_size=4"]
 _OLMOE_2 = [*_OLMOE, "parallel=ep2", "data.batch_size=8"]

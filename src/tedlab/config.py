@@ -480,7 +480,9 @@ class ShardingOptions(Frozen):
     zero: bool = True  # shard optimizer state over data-parallel groups (ZeRO-1)
     overlap: bool = False  # reduce gradients during the backward pass
     bucket_elements: int = whole(1 << 24, least=1, most=1 << 40)  # elements per process that one collective reduces
-    tile: Any = 1_800_000  # int: elements updated at a time (the paper's tiled step); None: all; "fused": one pass
+    # A number: elements updated at a time, as in the paper | None: all | fused: one pass without temporaries (AdamW,
+    # Adam) | auto: fused on a GPU for these two, otherwise 1,800,000.
+    tile: Any = "auto"
 
 
 @dataclass(kw_only=True)

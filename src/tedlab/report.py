@@ -26,6 +26,7 @@ from tedlab.launch.outcome import FINISHED, write_summary
 from tedlab.models import count_parameters
 from tedlab.module import LanguageModel
 from tedlab.predict.flops import training_flops
+from tedlab.strategy import TEDStrategy
 from tedlab.tables import FittingTable
 from tedlab.tracking import closing_charts
 
@@ -112,7 +113,7 @@ def report(
         **measured,
         **baseline,
         **about(config, module),
-        **_device(trainer),
+        **_stepped(trainer),
         **branch_of(directory),
         "steps": trainer.global_step,
         "certificate": certified(directory),
@@ -130,10 +131,13 @@ def report(
     return summary
 
 
-def _device(trainer: Trainer) -> dict[str, str]:
-    """Returns the name of the GPU that this process used, by which predictions recognise it; nothing on a CPU."""
-    device = trainer.strategy.root_device
-    return {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+def _stepped(trainer: Trainer) -> dict[str, Any]:
+    """Returns what ``optim.tile`` was here, and on a GPU its name, by which predictions recognise it."""
+    strategy = trainer.strategy
+    assert isinstance(strategy, TEDStrategy)
+    device = strategy.root_device
+    name = {"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}
+    return name | {"optim/tile": strategy.sharded_optimizers[0].tile}
 
 
 def wandb_loggers(trainer: Trainer) -> list[WandbLogger]:

@@ -50,6 +50,7 @@ from tedlab.degrees import ParallelDegrees, parallel_degrees
 from tedlab.models import models
 from tedlab.nn import with_heads
 from tedlab.optim import Grouping
+from tedlab.predict.volumes import tile_of
 from tedlab.registry import mixtures
 from tedlab.spec import Layout
 from tedlab.strategy import HALF_PRECISIONS
@@ -172,14 +173,14 @@ def shrink(config: TrainConfig, directory: Path, most_processes: int = MOST_PROC
         packing=config.data.packing,
         ramp=ramp,
     )
-    optimizer = dict(config.optim.optimizer)
+    optimizer, tile = dict(config.optim.optimizer), tile_of(config)
     if any(kind in str(optimizer.get("_target_")) for kind in ("Adam", "Muon")):
         # A key bias has a gradient of zero in theory and of rounding noise in practice, which Adam divides by eps.
         optimizer["eps"] = max(1e-5, optimizer.get("eps", 0.0))
     optim = replace(
         config.optim,
         optimizer=optimizer,
-        tile=min(_TILE, config.optim.tile) if isinstance(config.optim.tile, int) else config.optim.tile,
+        tile=min(_TILE, tile) if isinstance(tile, int) else tile,
         bucket_elements=min(_BUCKET, config.optim.bucket_elements),
         warmup_steps=min(2, config.optim.warmup_steps),
         decay_fraction=max(0.5, config.optim.decay_fraction),  # two of the four steps

@@ -66,6 +66,8 @@ def _with_real_values(sim: SimulationConfig, config: TrainConfig) -> float:
 
     from tedlab.certify.show import certify_visibly
     from tedlab.predict.sim.threads import MOST_THREADS, run_in_threads
+    from tedlab.predict.volumes import tile_of
+    from tedlab.validate import check_simulated
 
     if sim.values != "real":
         raise UsageError(f"sim.values={sim.values}: valid are fake (shapes only, the default) and real")
@@ -77,7 +79,9 @@ def _with_real_values(sim: SimulationConfig, config: TrainConfig) -> float:
         )
     if sim.routing is not None:
         raise UsageError("sim.routing is what to assume of routers, but with sim.values=real they choose: leave it out")
-    threads = replace(config, trainer={**config.trainer, "accelerator": "cpu"}, certificate_precision="64-true")
+    check_simulated(config)
+    threads = with_values(config, {"optim.tile": tile_of(config), "certificate_precision": "64-true"})
+    threads = replace(threads, trainer={**config.trainer, "accelerator": "cpu"})
     certificate = certify_visibly(threads, run_in_threads, (), MOST_THREADS)
     if not certificate.ok:
         sys.exit(1)

@@ -4,8 +4,9 @@ The tiled step (paper §4.2) bounds the temporaries of torch's optimizers; this 
 gradient, master copy and moments is read once and written once, and the half-precision parameter is written with them.
 """
 
+import importlib.util
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from tedlab._compat.torch import fused_adam
 
 Kernel = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], float, Tensor | None], None]
+TILE = 1_800_000  # elements that the paper updates at a time
 _TILE = 1 << 18  # elements: 5 MiB with moments and master copy, which fits a cache and is enough work for threads
 
 
@@ -30,17 +32,47 @@ def check_tile(tile: int | str | None, optimizer: type[Optimizer], options: Mapp
         ValueError: If it cannot; the message says what would work.
     """
     if tile == "fused":
-        if optimizer not in (Adam, AdamW):
-            raise ValueError(
-                f"tile=fused computes torch.optim.AdamW and torch.optim.Adam, not {optimizer.__qualname__}; "
-                "use a number of elements, or null"
-            )
-        for option in ("amsgrad", "maximize"):
-            if options.get(option):
-                raise ValueError(f"tile=fused knows no {option}; leave that out, or use a number of elements, or null")
-    elif tile is not None and (type(tile) is not int or tile < 1):
+        reason = _unfit(optimizer, options)
+        if reason is not None:
+            raise ValueError(f"tile=fused {reason}, or use a number of elements, null, or auto")
+    elif tile not in (None, "auto") and (type(tile) is not int or tile < 1):
         # The configuration accepts any value: OmegaConf 2.3 cannot merge a union below a section that is missing.
-        raise ValueError(f"tile={tile} is not valid: a number of elements (at least 1), null for no tiles, or fused")
+        raise ValueError(
+            f"tile={tile} is not valid: a number of elements (at least 1), null for no tiles, fused, or auto for the "
+            "fastest that the device and the optimizer have"
+        )
+
+
+def chosen_tile(
+    tile: int | str | None, optimizer: type[Optimizer], groups: Iterable[Mapping[str, Any]], gpu: bool
+) -> int | str | None:
+    """Returns what ``tile=auto`` stands for, and any other value as it is.
+
+    On a GPU it is ``fused`` if the optimizer can be: a tile takes less time there than launching its kernels, and
+    steps in tiles took 11 to 18 times as long (see benchmarks/README.md). Otherwise it is the paper's size.
+
+    Args:
+        tile: See :class:`tedlab.optim.ShardedOptimizer`.
+        optimizer: Exact class of the optimizer.
+        groups: Its parameter groups, or the arguments of its constructor.
+        gpu: Whether it steps on a GPU that has the kernel.
+    """
+    if tile != "auto":
+        return tile
+    return "fused" if gpu and all(_unfit(optimizer, group) is None for group in groups) else TILE
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Tells whether a device has the kernel of the fused step; torch for GPUs includes Triton, in which it is."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _unfit(optimizer: type[Optimizer], options: Mapping[str, Any]) -> str | None:
+    """Says why a fused step does not compute what an optimizer does, and what else would do; None if it does."""
+    if optimizer not in (Adam, AdamW):
+        return f"computes torch.optim.AdamW and torch.optim.Adam, not {optimizer.__qualname__}; use one of these"
+    unknown = next((option for option in ("amsgrad", "maximize") if options.get(option)), None)
+    return None if unknown is None else f"knows no {unknown}; leave that out"
 
 
 @torch.no_grad()

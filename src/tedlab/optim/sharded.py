@@ -21,7 +21,7 @@ from tedlab._compat.torch import step_hooks, without_step_hooks
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
 from tedlab.optim.finite import FiniteGuard
-from tedlab.optim.fused import Kernel, check_tile, fused_adam_step
+from tedlab.optim.fused import Kernel, check_tile, chosen_tile, fused_adam_step, has_kernel
 from tedlab.optim.kinds import MatrixOptimizer, check_kind, is_matrixwise
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.matrices import Matrices
@@ -53,7 +53,7 @@ class ShardedOptimizer:
         partial: Parameters whose gradients are also partial sums over the tensor group.
         zero: Whether to shard; otherwise every process keeps everything, and gradients are all-reduced.
         tile: Number of elements updated at a time; None: a bucket's whole shard; ``fused``: the whole shard in one pass
-            over memory, for AdamW and Adam (see ``fused.py``).
+            over memory, for AdamW and Adam; ``auto``: :func:`~tedlab.optim.fused.chosen_tile` (see ``fused.py``).
         bucket_elements: Local elements reduced in one collective; a larger tensor has a bucket to itself.
         overlap: Whether to reduce each bucket's gradients while the backward pass computes the others'.
         piece: Number of elements at a time for temporaries outside the step. On a CPU torch takes a norm in fp64 of a
@@ -63,6 +63,7 @@ class ShardedOptimizer:
         guard: Stops a step whose loss or gradient is not finite; None: nothing does.
 
     Attributes:
+        tile: The same as the argument; in place of ``auto`` what it stands for here.
         kernel: Computes a fused step, see ``fused.py``; None: the fastest that the device has.
         collects_early: Whether to take gradients from parameters as they come. False: those of micro-batches before a
             step's last stay in ``.grad``, where torch adds to them.
@@ -90,6 +91,8 @@ class ShardedOptimizer:
         for group in optimizer.param_groups:
             check_kind(type(optimizer), group)
             check_tile(tile, type(optimizer), group)
+        gpu = any(has_kernel(parameter.device) for parameter in names)
+        self.tile = chosen_tile(tile, type(optimizer), optimizer.param_groups, gpu)
         self.optimizer = optimizer
         self.overlap = overlap
         self.piece = piece
@@ -100,13 +103,12 @@ class ShardedOptimizer:
         self.collects_early = True
         self.buckets: list[Bucket] = []
         self._zero, self._partial, self._bucket_elements = zero, partial, bucket_elements
-        self._fused = tile == "fused"
         self._matrices: Matrices | None = None
         self._of_matrices: list[Bucket] = []  # of groups of matrices
         if is_matrixwise(type(optimizer)):
             self._matrices = Matrices(cast(MatrixOptimizer, optimizer), comm, fused or {}, names)
         self.kernel: Kernel | None = None
-        self.state = ShardedState(optimizer, names, tile if isinstance(tile, int) else None)
+        self.state = ShardedState(optimizer, names, self.tile if isinstance(self.tile, int) else None)
         sizes = [p.numel() for p in names]
         self._first_number = dict(zip(names, itertools.accumulate(sizes, initial=0), strict=False))
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
@@ -164,10 +166,11 @@ class ShardedOptimizer:
             names: Names of frozen parameters that are taken in as well, because they have state.
 
         Raises:
-            ValueError: If a parameter has no name.
+            ValueError: If a parameter has no name, or its group options that a fused step does not know.
         """
         group_of: dict[nn.Parameter, int] = {}
         for index, group in enumerate(self.optimizer.param_groups):
+            check_tile(self.tile, type(self.optimizer), group)
             for p in group["params"]:
                 if p.requires_grad and p in self._bucket_of and p not in self._hooks:
                     self._listen(p)
@@ -500,7 +503,7 @@ class ShardedOptimizer:
         stepped = self._segments(bucket, group_of)
         self._number(segment for segment, _ in stepped)
         for segment, group in stepped:
-            step = self._step_fused if self._fused else self._step_tiles
+            step = self._step_fused if self.tile == "fused" else self._step_tiles
             step(segment, factor, group)
         if stepped:
             bucket.gather_parameters()

@@ -13,6 +13,7 @@ from functools import cached_property, reduce
 from itertools import chain
 from typing import NamedTuple
 
+import hydra
 import torch
 
 from tedlab.comm.collectives import Collective, Operation, Phase
@@ -26,6 +27,7 @@ from tedlab.degrees import GroupKind, parallel_degrees
 from tedlab.models import models
 from tedlab.optim.blocks import INNER, Block, Owner, blocks_of, overlap, owners
 from tedlab.optim.bucket import lay_out
+from tedlab.optim.fused import chosen_tile
 from tedlab.optim.groups import Grouping
 from tedlab.optim.muon import DTYPES
 from tedlab.parametrization import scales
@@ -475,6 +477,13 @@ def fused_rows(config: TrainConfig) -> bool:
 def on_gpu(config: TrainConfig) -> bool:
     """Tells whether processes have a GPU each."""
     return config.trainer["accelerator"] == "gpu"
+
+
+def tile_of(config: TrainConfig) -> int | str | None:
+    """Returns ``optim.tile``, with what a run of this configuration has for ``auto``."""
+    options = config.optim.optimizer
+    kind = hydra.utils.get_class(str(options["_target_"]))
+    return chosen_tile(config.optim.tile, kind, [options], on_gpu(config))
 
 
 class BucketSize(NamedTuple):

@@ -14,7 +14,7 @@ from tedlab.optim.blocks import INNER
 from tedlab.predict.estimate.beside import Beside
 from tedlab.predict.estimate.optimizer import per_element
 from tedlab.predict.sim.memory import CATEGORIES, Category
-from tedlab.predict.volumes import ClosedForm
+from tedlab.predict.volumes import ClosedForm, tile_of
 from tedlab.spec import LENT
 
 
@@ -42,6 +42,7 @@ class Memory:
     def __init__(self, form: ClosedForm) -> None:
         self.form = form
         optim = form.config.optim
+        self.tile = tile_of(form.config)
         self.accumulated = int(form.config.trainer["accumulate_grad_batches"])
         self.buckets = [(bucket, form.shards(bucket)) for bucket in form.buckets]
         self.shards = [-(-bucket.elements // shards) for bucket, shards in self.buckets]
@@ -149,13 +150,12 @@ class Memory:
 
     def _optimizer(self) -> Moment:
         """Returns the moment of the optimizer step, with the shards' gradients and the largest tile's temporaries."""
-        tile = self.form.config.optim.tile
         largest = max(shard - whole for shard, whole in zip(self.shards, self.of_matrices, strict=True))
         half = self.master if self.parameter < 4 else 0
-        if tile == "fused":
+        if self.tile == "fused":
             temporaries = 0
         else:
-            elements = largest if tile is None else min(tile, largest)
+            elements = min(self.tile, largest) if isinstance(self.tile, int) else largest
             temporaries = elements * (self.step.temporary + half)
         temporaries = max(temporaries, self._matrices())
         return self.moment("optimizer step", sum(self.shards) * self.parameter, 0, 0, temporaries)

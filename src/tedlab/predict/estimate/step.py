@@ -198,7 +198,7 @@ def _optimizer(memory: Memory) -> Iterable[Work]:
         yield moved(2 * joined * p)
     yield moved(every * p)  # the norm
     half = master + p if p < master else 0
-    if form.config.optim.tile == "fused":
+    if memory.tile == "fused":
         size = shard * (p + 6 * master + (p if half else 0))
         yield Work(0, size, form.precise, "movement", kernel=Kernel("adam"))
     else:  # gradients are scaled before

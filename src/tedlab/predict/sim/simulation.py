@@ -30,7 +30,7 @@ from tedlab.predict.sim.meter import KERNELS, MATRICES, Counts, Meter
 from tedlab.predict.sim.roofline import seconds as kernel_seconds
 from tedlab.predict.sim.routing import Answers, SimulatedRouting, routing_of
 from tedlab.predict.sim.world import OneOfMany, SimulatedStrategy, fake_process_group
-from tedlab.predict.volumes import fused_rows, on_gpu, predict, with_rows
+from tedlab.predict.volumes import fused_rows, on_gpu, predict, tile_of, with_rows
 from tedlab.report import about
 from tedlab.run import language_model, quieten, strategy_of
 from tedlab.spec import Work
@@ -235,6 +235,7 @@ def _simulated(config: TrainConfig, meter: Callable[[Topology], Meter]) -> Simul
     simulated = strategy_of(
         config,
         functools.partial(SimulatedStrategy, meter, on_gpu(config)),
+        sharding=replace(config.optim, tile=tile_of(config)),  # tensors are on this machine's CPU
         checkpoints=CheckpointOptions(),
         process_group_backend="fake",
         check_replicas_every=None,
