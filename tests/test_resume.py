@@ -48,7 +48,7 @@ def test_values_of_the_command_line_are_named_and_of_presets_those_that_say_how_
 
 def test_an_experiment_names_the_values_and_presets_of_its_file() -> None:
     found = named("experiment=gpu/olmoe_1b_7b")
-    assert {"optim.lr", "optim.tile", "data.batch_size", "moe", "model.loss_chunk"} <= found
+    assert {"optim.lr", "data.batch_size", "moe", "model.loss_chunk"} <= found
     assert "optim" not in found
 
 

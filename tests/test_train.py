@@ -296,6 +296,8 @@ def test_the_summary_is_flat_and_says_everything(run: Run) -> None:
     assert summary["train/loss"] == run.column("train/loss")[STEPS]
     assert summary["val/loss"] == pytest.approx(run.column("val/loss")[STEPS])
     assert summary["parameters/total"] > summary["parameters/active"] > 0
+    assert summary["optim/tile"] == 1_800_000  # and config.yaml says auto
+    assert "tile: auto" in (run.directory / "config.yaml").read_text()
     assert summary["flops/per_token"] > 6 * 32 * 256  # of the output alone
     flops_per_second = summary["flops/per_token"] * summary["perf/tokens_per_second"]
     assert summary["perf/tflops"] == pytest.approx(flops_per_second / 2 / 1e12)  # of each of two processes

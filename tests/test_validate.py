@@ -727,10 +727,10 @@ WRONG: dict[str, tuple[list[str], list[str]]] = {
     "unknown_schedule": (["optim.schedule=linear"], ["optim.schedule=linear", "cosine, constant"]),
     "unknown_optimizer": (["optim.optimizer._target_=torch.optim.AdamWW"], ["optim.optimizer", "AdamWW"]),
     "tile_0": (["optim.tile=0"], ["tile=0", "at least 1", "null", "fused"]),
-    "unknown_tile": (["optim.tile=fuse"], ["tile=fuse", "at least 1", "null", "fused"]),
+    "unknown_tile": (["optim.tile=fuse"], ["tile=fuse", "at least 1", "null", "fused", "auto"]),
     "half_a_tile": (["optim.tile=0.5"], ["tile=0.5", "at least 1", "null", "fused"]),
     "fused_sgd": (["optim=sgd", "optim.tile=fused"], ["SGD", "torch.optim.AdamW and torch.optim.Adam", "null"]),
-    "fused_amsgrad": (["optim.tile=fused", "+optim.optimizer.amsgrad=true"], ["amsgrad", "null"]),
+    "fused_amsgrad": (["optim.tile=fused", "+optim.optimizer.amsgrad=true"], ["amsgrad", "null", "auto"]),
     "learning_rate_infinite": (["optim.lr=inf"], ["optim.lr is inf", "a finite number, positive"]),
     "learning_rate_nan": (["optim.lr=nan"], ["optim.lr is nan", "a finite number, positive"]),
     "negative_warm_up": (["optim.warmup_steps=-5"], ["optim.warmup_steps is -5", "at least 0"]),
@@ -866,6 +866,7 @@ def test_more_processes_than_gpus_need_gloo(corpus: Path, complaint: Any, monkey
     assert [fragment for fragment in fragments if fragment not in message] == [], message
     check(small(corpus, *two, "comm.backend=gloo"))
     check(small(corpus, "trainer=gpu"))
+    check(small(corpus, "trainer=gpu", "optim=sgd"))  # which cannot be fused
 
 
 @pytest.mark.parametrize(("file", "fragments"), WRONG_FILES.values(), ids=WRONG_FILES)

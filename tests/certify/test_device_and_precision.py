@@ -78,6 +78,7 @@ def test_a_certificate_is_made_where_the_run_would_be_if_there_is_room(
     monkeypatch.setattr("torch.cuda.device_count", lambda: available)
     small = shrink(composed("parallel=tp2_ep2", *overrides), tmp_path)
     assert (small.trainer["accelerator"], small.comm.backend) == expected
+    assert small.optim.tile == ("fused" if "trainer=gpu" in overrides else 100)  # the run's, wherever this one is made
 
 
 def test_processes_take_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ THRESHOLDS = {  # what is found in the code: the test that crosses it
     "optim/fused.py _TILE": "optim/test_fused.py::test_steps_equal_torchs_in_float64",
     "optim/adam_kernel.py _BLOCK": "optim/test_fused.py::test_interpreted_kernel_equals_torchs_in_float64",
     "optim/muon.py NS_STEPS": "optim/test_muon.py::test_newton_schulz_is_a_polynomial_of_singular_values",
+    "optim/fused.py TILE": PIECES,
     "optim/rounding.py _BITS": "optim/test_narrow.py::test_stochastic_rounding_has_no_bias_and_leaves_less_than_a_unit",
     "optim/rounding.py int32": "optim/test_narrow.py::test_bits_are_even_and_depend_on_seed_step_and_element_alone",
     "optim/loss_scale.py growth_interval": (

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from benchmarks.optimizer import Temporaries, measure
 from tedlab import ParallelDegrees, Topology
 from tedlab.config import MoEConfig
-from tedlab.optim import ShardedOptimizer, fused
+from tedlab.optim import NarrowAdamW, ShardedOptimizer, fused
 from tests.pool import WorkerPool
 from tests.test_parity import compare, reference
 from tests.training import Job, Layout, train
@@ -156,7 +157,7 @@ def test_half_precision_parameters_are_rounded_as_without_tiles(pool: WorkerPool
         assert (weight != theirs[name]).float().mean() < 0.02, name
 
 
-def sharded(module: nn.Module, tile: int | str | None, plain: AdamW | None = None) -> ShardedOptimizer:
+def sharded(module: nn.Module, tile: int | str | None, plain: Optimizer | None = None) -> ShardedOptimizer:
     names = {p: name for name, p in module.named_parameters()}
     plain = plain or AdamW(module.parameters(), lr=LR, weight_decay=DECAY)
     comm = Topology(ParallelDegrees(torch.distributed.get_world_size())).comm
@@ -249,6 +250,68 @@ def test_the_benchmark_measures_every_kind_of_step(pool: WorkerPool) -> None:
     assert untiled.temporary_bytes == tiled.temporary_bytes > ours.temporary_bytes == 4 * size
     assert peer.temporary_bytes == copied.temporary_bytes == 0
     assert untiled.speedup == copied.of_copy == 1
+
+
+# ---- tile=auto -----------------------------------------------------------------------------------------------------
+
+
+EXPLICIT = ("fused", fused.TILE, 7, None)
+
+
+def automatic(gpu: bool) -> tuple[list[Any], list[int]]:
+    """The tiles of several optimizers, and for AdamW how many fused steps a step takes, by tile."""
+    chosen, steps = [], []
+    with patch("tedlab.optim.sharded.has_kernel", lambda device: gpu):
+        for kind in (AdamW, Adam, SGD, NarrowAdamW):
+            module = module_of(torch.float32, 9)
+            chosen.append(sharded(module, "auto", kind(module.parameters(), lr=LR)).tile)
+        for tile in ("auto", *EXPLICIT):
+            module = module_of(torch.float32, 9, 40)
+            optimizer = sharded(module, tile)
+            chosen += [] if tile == "auto" else [optimizer.tile]
+            optimizer.kernel = Mock(wraps=fused._torch_step)
+            take_step(module, optimizer, 1)
+            steps.append(optimizer.kernel.call_count)
+    return chosen, steps
+
+
+def test_auto_is_fused_on_a_gpu_where_the_optimizer_can_be(pool: WorkerPool) -> None:
+    assert pool.run(1, automatic, True)[0] == (["fused", "fused", fused.TILE, fused.TILE, *EXPLICIT], [1, 1, 0, 0, 0])
+
+
+def test_auto_is_tiles_elsewhere(pool: WorkerPool) -> None:
+    assert pool.run(1, automatic, False)[0] == ([*[fused.TILE] * 4, *EXPLICIT], [0, 1, 0, 0, 0])
+
+
+def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.append(name) or True)
+    assert fused.has_kernel(torch.device("cuda", 1))
+    assert not fused.has_kernel(torch.device("cpu"))
+    assert found == ["triton"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not fused.has_kernel(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_one_group_that_cannot_be_fused_decides(option: str) -> None:
+    assert fused.chosen_tile("auto", AdamW, [{option: False}, {}], gpu=True) == "fused"
+    assert fused.chosen_tile("auto", AdamW, [{option: False}, {option: True}], gpu=True) == fused.TILE
+
+
+def group_added_later() -> None:
+    module = module_of(torch.float32, 9, 40)
+    first, second = module.parameters()
+    plain = AdamW([first], lr=LR)
+    with patch("tedlab.optim.sharded.has_kernel", lambda device: True):
+        optimizer = sharded(module, "auto", plain)
+    plain.add_param_group({"params": [second], "amsgrad": True})
+    with pytest.raises(ValueError, match="tile=fused knows no amsgrad"):
+        optimizer.adopt()
+
+
+def test_a_group_that_cannot_be_fused_is_refused_when_it_comes_later(pool: WorkerPool) -> None:
+    pool.run(1, group_added_later)
 
 
 # ---- what it refuses -----------------------------------------------------------------------------------------------

@@ -247,6 +247,34 @@ def test_memory_to_six_percent_and_time_to_four(simulations: dict[str, Simulatio
         assert closed.wire[link] == pytest.approx(sent)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tile"),
+    [
+        (["trainer=gpu"], "fused"),
+        (["trainer=gpu", "optim.optimizer._target_=torch.optim.Adam"], "fused"),
+        (["trainer=gpu", "+optim.optimizer.amsgrad=true"], "1800000"),
+        *((["trainer=gpu", f"optim={optimizer}"], "1800000") for optimizer in ("sgd", "muon", "adamw_bf16")),
+        (["trainer=cpu"], "1800000"),
+    ],
+    ids=str,
+)
+def test_auto_is_the_fused_step_on_a_gpu_if_the_optimizer_can_be_and_tiles_otherwise(
+    overrides: list[str], tile: str
+) -> None:
+    found = closed_form([*MANY, *overrides])
+    assert found == closed_form([*MANY, *overrides, f"optim.tile={tile}"])
+    if tile == "fused":
+        assert found.seconds["optimizer"] < closed_form([*MANY, *overrides, "optim.tile=null"]).seconds["optimizer"]
+
+
+def test_the_step_on_a_gpu_is_simulated_as_fused(simulations: dict[str, Simulation]) -> None:
+    closed, simulation = closed_form([*CASES["dropless_gpu"], "optim.tile=fused"]), simulations["dropless_gpu"]
+    kernels = (
+        taken for (phase, cause), taken in simulation.seconds.items() if phase == "optimizer" and "," not in cause
+    )
+    assert closed.seconds["optimizer"] == pytest.approx(sum(kernels), rel=0.01)
+
+
 def test_communication_is_timed_as_by_the_simulator(simulations: dict[str, Simulation]) -> None:
     closed, simulation = closed_form(CASES["ted"]), simulations["ted"]
     passes: dict[str, float] = {}

@@ -92,7 +92,7 @@ def test_what_the_command_line_sets_stays() -> None:
         "parallel.tensor",
     ]
     _, found = searched(float("inf"), "parallel.tensor", "optim.tile")
-    assert {(c.settings["parallel.tensor"], c.settings["optim.tile"]) for c in found.fitting} == {(2, 1_800_000)}
+    assert {(c.settings["parallel.tensor"], c.settings["optim.tile"]) for c in found.fitting} == {(2, "auto")}
 
 
 @pytest.mark.parametrize("degrees", [Degrees(2, 8), Degrees(4, 8, 1)])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from tedlab.config import Order, Slicing, TrainConfig, value_of, with_values
 from tedlab.degrees import parallel_degrees
 from tedlab.errors import UsageError
+from tedlab.optim.fused import TILE
 from tedlab.predict.cluster import ClusterConfig
 from tedlab.predict.cost import collective_seconds, link_of
 from tedlab.predict.estimate import estimate
@@ -36,7 +37,7 @@ _DUPLICATES: tuple[Settings, ...] = (
 )
 # Where parallel.sequence stays false or moe.slice is given, positions are divided around experts alone.
 _SLICED: Settings = {**_DUPLICATES[0], "moe.slice": Slicing.TOKENS.value}
-_TILES: tuple[Settings, ...] = ({"optim.tile": 1_800_000}, {"optim.tile": "fused"})
+_TILES: tuple[Settings, ...] = ({"optim.tile": TILE}, {"optim.tile": "fused"})
 TOGGLES = {name for group in (_CHECKPOINTING, (_SLICED,), _TILES) for name in group[0]}
 DEGREES = {"parallel.tensor", "parallel.expert", "parallel.expert_tensor"}
 ORDER = "parallel.order"

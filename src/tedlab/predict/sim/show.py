@@ -26,6 +26,7 @@ from tedlab.predict.sim.ranks import kinds_of_ranks
 from tedlab.predict.sim.routing import SimulatedRouting
 from tedlab.predict.sim.simulation import Simulation, simulate
 from tedlab.predict.spread import Spread, spread_on
+from tedlab.predict.volumes import tile_of
 from tedlab.progress import CommandProgress
 from tedlab.report import resolved_yaml
 from tedlab.tables import FittingTable
@@ -142,6 +143,7 @@ def summarize(simulation: Simulation, config: TrainConfig, cluster: ClusterConfi
     flops = tokens * training_flops(config.model, config.moe, config.optim.groups) / world
     return {
         **simulation.about,
+        "optim/tile": tile_of(config),
         "steps": 1,
         "perf/step_time_s": step,
         "sim/step_time_s_range": list(spread_on(cluster).range(step)),
