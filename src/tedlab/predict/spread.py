@@ -51,7 +51,7 @@ def _written(seconds: float, digits: int) -> str:
 
 
 # benchmarks.published finds it for its rows of today's software; a test compares the two.
-PUBLISHED = Spread(1.08, "the errors of published runs (docs/truth.md)")
+PUBLISHED = Spread(1.11, "the errors of published runs (docs/truth.md)")
 
 
 def spread_on(cluster: ClusterConfig) -> Spread:
