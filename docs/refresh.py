@@ -195,11 +195,16 @@ def _measured(file: str, _: Mapping[str, Simulation]) -> str:
             routed.append(abs(row["predicted_sent_bytes"] / row["sent_bytes"] - 1))
     errors = sorted(abs(row["ratio"] - 1) for row in steps)
     head = ("configuration", "GPUs", "predicted, ms", "measured, ms", "ratio", *("forward", "backward", "optimizer"))
+    given = (
+        f", those of {len(routed)} only given how many rows the run routed: they were predicted within "
+        f"{100 * max(routed):.2f} %"
+        if routed
+        else ""
+    )
     said = (
         f"\nOf {len(steps)} configurations {close} are within 10 % in time and {full} within 3 % in memory; the bytes "
-        f"of {equal} are equal, those of {len(routed)} only given how many rows the run routed: they were predicted "
-        f"within {100 * max(routed, default=0):.2f} %. Half of the times are within "
-        f"{100 * errors[len(errors) // 2]:.0f} %, and the worst is off by {100 * errors[-1]:.0f} %.\n"
+        f"of {equal} are equal{given}. Half of the times are within {100 * errors[len(errors) // 2]:.0f} %, and the "
+        f"worst is off by {100 * errors[-1]:.0f} %.\n"
     )
     return _table((*head, "memory", "bytes"), rows) + said
 

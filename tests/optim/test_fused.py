@@ -283,14 +283,26 @@ def test_auto_is_tiles_elsewhere(pool: WorkerPool) -> None:
     assert pool.run(1, automatic, False)[0] == ([*[fused.TILE] * 4, *EXPLICIT], [0, 1, 0, 0, 0])
 
 
-def test_a_gpu_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[str] = []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found.append(name) or True)
-    assert fused.has_kernel(torch.device("cuda", 1))
+@pytest.mark.parametrize(
+    ("missing", "capability", "expected"),
+    [
+        *((None, (9, 0), True), ("triton", (9, 0), False), ("gcc", (9, 0), True), ("compilers", (9, 0), False)),
+        (None, (6, 1), False),
+    ],
+)
+def test_the_kernel_needs_triton_a_compiler_and_a_gpu_that_these_know(
+    monkeypatch: pytest.MonkeyPatch, missing: str | None, capability: tuple[int, int], expected: bool
+) -> None:
+    absent = {"gcc", "clang"} if missing == "compilers" else {missing}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in absent else name)
+    monkeypatch.setattr("shutil.which", lambda name: None if name in absent else name)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert fused.has_kernel(torch.device("cuda", 1)) is expected
     assert not fused.has_kernel(torch.device("cpu"))
-    assert found == ["triton"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not fused.has_kernel(torch.device("cuda"))
+    if missing == "compilers":
+        monkeypatch.setenv("CC", "cc")
+        assert fused.has_kernel(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("option", ["amsgrad", "maximize"])

@@ -3,6 +3,7 @@
 CONTRIBUTING.md says with which releases its tests were run.
 """
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -116,15 +117,15 @@ def return_views_while_compiling() -> None:
 
     torch 2.11 silently compiles no gradient for a Function whose forward returns what an operation was given: a tensor
     that it wrote in place, or for which ``contiguous`` or ``to`` had nothing to do. Its results are right, and weights
-    before it do not learn. Later releases compile the gradient. A Function that marks results as not differentiable is
-    left as it is, because its views would be differentiable.
+    before it do not learn. Later releases compile the gradient. A Function whose own ``forward`` or ``setup_context``
+    marks results as not differentiable is left as it is, because its views would be differentiable.
     """
     functions: Any = autograd_function
     helper = functions.DynamoAutogradFunctionTraceHelper
     as_torch_does, with_setup_context = helper.fwd_trace_helper, functions.autograd_function_forward_rewritten
 
     def viewed(out: Any) -> Any:
-        return out.view_as(out) if isinstance(out, Tensor) and out.is_floating_point() else out
+        return out.view_as(out) if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex()) else out
 
     def marks(code: CodeType) -> bool:
         return "mark_non_differentiable" in code.co_names
@@ -138,8 +139,8 @@ def return_views_while_compiling() -> None:
 
     def traced(forward: Callable[..., Any]) -> Callable[..., Any]:
         inner = as_torch_does(forward)
-        code = forward.__code__
-        done = "original_setup_context" in code.co_freevars  # see below
+        code = inspect.unwrap(forward).__code__  # below decorators such as torch.amp.custom_fwd
+        done = "original_setup_context" in code.co_freevars  # torch has put both into one function, see ``together``
         return inner if done or marks(code) else returning_views(inner)
 
     def together(forward: Callable[..., Any], setup_context: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,13 +14,13 @@ _everywhere = False
 
 @contextmanager
 def tensor_cores() -> Iterator[None]:
-    """Lets tensors that are elsewhere be multiplied as on a GPU; they must be fake."""
+    """Multiplies fake tensors on a CPU as a GPU's tensor cores would."""
     global _everywhere
-    _everywhere = True
+    before, _everywhere = _everywhere, True
     try:
         yield
     finally:
-        _everywhere = False
+        _everywhere = before
 
 
 class PreciseLinear(Function):

@@ -248,9 +248,8 @@ class SelfAttentionSpec(Spec):
             if part is not None:
                 yield from part.forward(b)
         if self.together and self.fused and not b.compiled:
-            yield b.moved(
-                2 * (self._queries(b) + self._keys(b)), kernel="strided"
-            )  # to lay the features of all heads side by side
+            # Lays the features of all heads side by side.
+            yield b.moved(2 * (self._queries(b) + self._keys(b)), kernel="strided")
         for elements in (self._queries(b), self._keys(b)) if self.rotary or (self.q_norm and b.compiled) else ():
             yield from rotate_forward(b, elements)
         if self.together or (self.rotary and self.qk_norm is None):

@@ -6,6 +6,8 @@ gradient, master copy and moments is read once and written once, and the half-pr
 
 import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,6 +19,7 @@ from tedlab._compat.torch import fused_adam
 
 Kernel = Callable[[Tensor, Tensor, Mapping[str, Any], Mapping[str, Any], float, Tensor | None], None]
 TILE = 1_800_000  # elements that the paper updates at a time
+_OLDEST = 7, 0  # compute capability for which Triton compiles
 _TILE = 1 << 18  # elements: 5 MiB with moments and master copy, which fits a cache and is enough work for threads
 
 
@@ -49,7 +52,7 @@ def chosen_tile(
     """Returns what ``tile=auto`` stands for, and any other value as it is.
 
     On a GPU it is ``fused`` if the optimizer can be: a tile takes less time there than launching its kernels, and
-    steps in tiles took 11 to 18 times as long (see benchmarks/README.md). Otherwise it is the paper's size.
+    steps in tiles took 11 to 18 times as long (benchmarks/README.md, docs/muon.md). Otherwise it is the paper's size.
 
     Args:
         tile: See :class:`tedlab.optim.ShardedOptimizer`.
@@ -63,8 +66,11 @@ def chosen_tile(
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Tells whether a device has the kernel of the fused step; torch for GPUs includes Triton, in which it is."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """Tells whether a device has the kernel of the fused step: Triton compiles it, with the help of a C compiler."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    compiler = "CC" in os.environ or any(map(shutil.which, ("gcc", "clang")))
+    return compiler and torch.cuda.get_device_capability(device) >= _OLDEST
 
 
 def _unfit(optimizer: type[Optimizer], options: Mapping[str, Any]) -> str | None:
@@ -73,6 +79,11 @@ def _unfit(optimizer: type[Optimizer], options: Mapping[str, Any]) -> str | None
         return f"computes torch.optim.AdamW and torch.optim.Adam, not {optimizer.__qualname__}; use one of these"
     unknown = next((option for option in ("amsgrad", "maximize") if options.get(option)), None)
     return None if unknown is None else f"knows no {unknown}; leave that out"
+
+
+def fresh_state(master: Tensor) -> dict[str, Tensor]:
+    """Returns the state of an Adam that has not stepped yet, as torch keeps it."""
+    return {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
 
 
 @torch.no_grad()
@@ -105,7 +116,7 @@ def fused_adam_step(
     Source: Kingma & Ba 2015, algorithm 1; Loshchilov & Hutter 2019, algorithm 2.
     """
     if not state:
-        state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(master), exp_avg_sq=torch.zeros_like(master))
+        state.update(fresh_state(master))
     state["step"] += 1
     fastest = _triton_step if master.is_cuda and master.dtype == torch.float32 else _torch_step
     (kernel or fastest)(master, gradient, state, group, factor, rounded)

@@ -21,7 +21,7 @@ from tedlab._compat.torch import step_hooks, without_step_hooks
 from tedlab.comm import Collectives
 from tedlab.optim.bucket import Bucket, holders, lay_out, local, reduction_group
 from tedlab.optim.finite import FiniteGuard
-from tedlab.optim.fused import Kernel, check_tile, chosen_tile, fused_adam_step, has_kernel
+from tedlab.optim.fused import Kernel, check_tile, chosen_tile, fresh_state, fused_adam_step, has_kernel
 from tedlab.optim.kinds import MatrixOptimizer, check_kind, is_matrixwise
 from tedlab.optim.loss_scale import SMALLEST, LossScaler
 from tedlab.optim.matrices import Matrices
@@ -631,7 +631,9 @@ class ShardedOptimizer:
                 group = group_of.get(segment.parameters[0], self.optimizer.param_groups[0])
                 if names is None or any(self.names[p] in names for p in segment.parameters):
                     for tile in segment.tiles:
-                        if self._matrices is not None and segment.bucket in self._of_matrices:
+                        if self.tile == "fused":  # nothing but the state, as large as all of the shard
+                            self.optimizer.state[tile].update(fresh_state(tile))
+                        elif self._matrices is not None and segment.bucket in self._of_matrices:
                             self._matrices.optimizer.direct(tile, torch.zeros_like(tile), group)
                         else:
                             self._step_tile(group, tile, torch.zeros_like(tile))

@@ -32,7 +32,7 @@ KERNELS = (  # of which a cluster may have rates by size; the size of these othe
     *("norm", "norm_backward"),
     *("narrowing", "widening"),  # copies to a dtype of fewer or more bytes
     "strided",  # operations on elements that do not lie one behind the other in all operands, and concatenations
-    "promoted",  # those of operands in several dtypes
+    "promoted",  # such operations on operands in several dtypes
     *("topk", "scatter_add"),  # what routers do to scores and indices
     "adam",  # the fused step
     "compiled",  # what a compiler makes of all operations between two products, attentions or collectives

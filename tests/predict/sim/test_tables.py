@@ -168,6 +168,7 @@ def test_elements_that_lie_apart_and_several_dtypes_are_kernels_of_their_own() -
         *(lambda: x + x, lambda: x.clone(), lambda: 2 * x, lambda: half * x),  # alike, one behind the other
         *(lambda: torch.cat((x, x)), lambda: x.sum(0), lambda: x.t().sum(), lambda: x.t() @ x),
         *(lambda: F.gelu(x.t()), lambda: x.t()[index[0]], lambda: x.t().gather(1, index)),
+        lambda: torch.ops.aten.embedding_dense_backward(x, torch.arange(6), 9, -1, False),
     ]
     for run in plain:
         assert kernels_of(run) == []

@@ -53,6 +53,7 @@ _NOT_READ = {  # these do not read their first argument, which is overwritten or
 }
 _LOOKUPS = {aten.embedding, aten.gather, aten.index, aten.index_select}  # these read some of their first argument
 _SCATTERS = {aten.scatter_, aten.scatter_add_, aten.index_put_, aten.index_add_}  # these read and write some of it
+_BY_INDEX = {aten.scatter, aten.scatter_add, aten.index_put, aten.index_add, aten.embedding_dense_backward}
 _ATTENTIONS = {CPU_ATTENTION, CPU_ATTENTION_BACKWARD, *GPU_ATTENTIONS, *OPERATIONS}
 _ARITHMETIC = {  # these compute so much for each element that memory need not be the limit
     aten.native_layer_norm,
@@ -104,7 +105,7 @@ def work_of(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], out:
     elif packet in _ARITHMETIC:
         kind = "arithmetic"
     kernel = _kernel(func, args, kwargs, results)
-    if kernel is None and kind == "movement" and packet not in _LOOKUPS | _SCATTERS | _NOT_READ:
+    if kernel is None and kind == "movement" and packet not in _LOOKUPS | _SCATTERS | _BY_INDEX | _NOT_READ:
         kernel = _elementwise(packet, operands, results)
     return Work(flops, moved, first.dtype, kind, fresh, kernel)
 
@@ -156,7 +157,7 @@ def _kernel(func: Operator, args: Sequence[Any], kwargs: Mapping[str, Any], resu
 def _elementwise(packet: Any, operands: Sequence[Tensor], results: Sequence[Tensor]) -> Kernel | None:
     """Returns the kernel of an operation on elements that torch does not do several of at once; None: of any other.
 
-    See ``aten/src/ATen/native/cuda/CUDALoops.cuh``: those with one dtype, all of whose operands are contiguous, are.
+    See ``aten/src/ATen/native/cuda/CUDALoops.cuh``: those all of whose operands are contiguous are.
     """
     large = [operand for operand in operands if operand.dim()]
     if not large or max(operand.numel() for operand in large) > results[0].numel():  # a reduction
