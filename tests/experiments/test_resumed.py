@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def test_workers_are_the_children_of_a_process_s_children() -> None:
         while not found and launcher.poll() is None:
             found = workers(launcher.pid)
         (worker,) = found
-        assert Path(f"/proc/{worker}/cmdline").read_text().split("\0")[-2] == "input()"
+        command = Path(f"/proc/{worker}/cmdline")
+        while command.read_text().split("\0")[-2] == waits:  # it is still a copy of its parent
+            time.sleep(0.01)
+        assert command.read_text().split("\0")[-2] == "input()"
         launcher.communicate(b"\n")
 
 
