@@ -214,7 +214,9 @@ def test_each_kernel_of_a_step_takes_what_its_table_says(pool: WorkerPool) -> No
     known = {name: taken for name, taken in by_table.items() if name not in unknown}
     # Small operations, of which it knows few, weigh more in a small model: of those on masks, counts, and frequencies.
     assert 0.7 * known["strided"] < closed.pop("strided") < known.pop("strided")
-    assert closed == pytest.approx(known, rel=0.021)
+    # It leaves out the angles of a rotation, which are 2.04 % of what is read and written here.
+    assert 0.979 * known["promoted"] < closed.pop("promoted") < known.pop("promoted")
+    assert closed == pytest.approx(known, rel=0.02)
 
 
 def in_closed_form(config: TrainConfig, cluster: ClusterConfig) -> dict[str, float]:
